@@ -251,6 +251,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
         tm.collect_aux_losses(moe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["switch", "choice"])  # top2 is compiled above
 def test_compiles_into_one_graph(router: str) -> None:
     moe = make_moe(router, dtype=torch.float32)

@@ -153,6 +153,7 @@ def test_grad_scaler_draws_only_for_steps_that_happen(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.centers, strict=True))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_masked_too() -> None:
     model = Model()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

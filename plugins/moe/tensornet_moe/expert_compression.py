@@ -8,7 +8,7 @@ the layers for which it lowers the predicted loss most.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,7 +46,7 @@ from tensornet.nn.targets import Target, all_targets, check_model
 from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
 from tensornet_moe.low_rank_sharing import PATTERNS, fit_stored
-from tensornet_moe.shared_candidates import SharedCandidates, shared_candidates
+from tensornet_moe.shared_candidates import shared_candidates
 
 #: Kinds of candidates of a stack.
 SEPARATE, SHARED = "separate", "shared"
@@ -349,31 +349,20 @@ def find_stacks(
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
         formats = layer_formats(matrices, weights, config.number_formats)
-        curves = [
-            curve
+        pairs = [
+            (pattern, candidate)
             for pattern in PATTERNS
-            for curve in shared_candidates(pattern, matrices, weights, formats, per_token=per_token)
+            for candidate in shared_candidates(pattern, matrices, weights, formats, per_token=per_token)
         ]
-        if curves:
-            found.append(tuple(_on_hull(tuple(members), group[0], curves)))
+        if not pairs:
+            continue
+        # Only candidates on the lower convex hull of the cost over bytes or parameters are ever chosen.
+        costs = [candidate.cost for _, candidate in pairs]
+        by_bytes = lower_hull([candidate.num_bytes for _, candidate in pairs], costs)
+        by_params = lower_hull([candidate.params for _, candidate in pairs], costs)
+        best = [pairs[k] for k in sorted({*by_bytes, *by_params})]
+        found.append(tuple(SharedCandidate(tuple(members), *pair) for pair in best))
     return tuple(found)
-
-
-def _on_hull(
-    members: tuple[int, ...], target: Target, curves: Sequence[SharedCandidates]
-) -> Iterator[SharedCandidate]:
-    """Yield the candidates on the lower convex hull of the cost over bytes, and over parameters."""
-    where = [(curve, index) for curve in curves for index in range(len(curve.params))]
-    bytes_of, params_of, losses, costs = (
-        torch.cat([getattr(curve, name) for curve in curves]).tolist()
-        for name in ("num_bytes", "params", "forecasts", "costs")
-    )
-    for k in sorted({*lower_hull(bytes_of, costs), *lower_hull(params_of, costs)}):
-        curve, index = where[k]
-        topology = PATTERNS[curve.pattern].build(target.matrix.shape[0], target.matrix.shape[1], index + 1)
-        sizes = int(bytes_of[k]), int(params_of[k])
-        made = Candidate(topology, curve.storage, *sizes, losses[k], error=0.0, cost=costs[k])
-        yield SharedCandidate(members, curve.pattern, made)
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,23 +45,6 @@ from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack
 #: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
 #: the caches and its memory is reused for the next, which saves a tenth of a training step.
 BUILT_ALONE = 2**18
-
-
-@dataclass(frozen=True)
-class Start:
-    """Topologies and initial cores from which a bank of experts is built.
-
-    Args:
-        topologies: one for each expert.
-        shared: names of the shared cores.
-        cores: a shared core as it is, a private one `(E, *shape)` or one tensor for each expert.
-        error: relative Frobenius error against the given matrix or matrices.
-    """
-
-    topologies: tuple[Topology, ...]
-    shared: tuple[str, ...]
-    cores: Mapping[str, Tensor | Sequence[Tensor]]
-    error: float
 
 
 class SharedCoreExperts(ExpertBank):
@@ -115,12 +97,7 @@ class SharedCoreExperts(ExpertBank):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_whole(num_experts=num_experts)
-        topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
-        if len(topologies) != num_experts:
-            raise ValueError(
-                f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one "
-                "each."
-            )
+        topologies = _one_for_each(topology, num_experts)
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
@@ -149,6 +126,7 @@ class SharedCoreExperts(ExpertBank):
                 self._store(name, core)
 
     @classmethod
+    @torch.no_grad()
     def from_dense(
         cls,
         weight: Tensor,
@@ -184,9 +162,35 @@ class SharedCoreExperts(ExpertBank):
             BudgetError, NonFiniteError: from the decomposition.
             ValueError: noise below 0.
         """
+        check_weights(weight, "out", "in")
+        check_noise(noise)
+        check_whole(num_experts=num_experts)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        start = start_from_dense(weight, topology, budget, num_experts, shared, noise, seed, options)
-        return cls._from_start(start, weight.dtype)
+        if isinstance(topology, str | TopologyFamily):
+            result = topology_family(topology).decompose(weight, budget, **options)
+            topologies = (result.network.topology,) * num_experts
+        else:
+            if not budget.unlimited or options:
+                raise TopologyError(
+                    "An explicit topology fixes dims and bonds: drop max_bond, rel_error, param_ratio and "
+                    f"{', '.join(options) or 'family options'}, or give the name of a family instead."
+                )
+            topologies = _one_for_each(topology, num_experts)
+            result = decompose(weight, enclosing_topology(topologies))
+        network, error = result.network, result.error
+        names = resolve_shared(network.topology, shared)
+        generator = torch.Generator().manual_seed(seed)
+        cores: dict[str, Tensor | Sequence[Tensor]] = {}
+        for name, core in zip(network.topology.core_names, network.cores, strict=True):
+            cores[name] = core
+            if name not in names:
+                pieces = [_leading(core, each.core_shapes[name]) for each in topologies]
+                cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
+        if topologies[0] != network.topology:  # the first expert has smaller bonds
+            shapes = topologies[0].core_shapes.values()
+            own = [_leading(core, shape) for core, shape in zip(network.cores, shapes, strict=True)]
+            error = stack_error(weight[None], TensorNetwork(topologies[0], own).to_matrix()[None])
+        return cls._from_cores(topologies, names, cores, error, weight.dtype)
 
     @classmethod
     def from_experts(
@@ -224,25 +228,29 @@ class SharedCoreExperts(ExpertBank):
             rows, columns = weights.shape[1:]
             topology = topology_family(topology).build(rows, columns, max_bond=max_bond, **options)
         fit = fit_jointly(weights, topology, resolve_shared(topology, shared), max_sweeps=max_sweeps)
-        start = Start(fit.topologies, fit.shared, fit.cores, fit.error)
-        bank = cls._from_start(start, weights.dtype)
+        bank = cls._from_cores(fit.topologies, fit.shared, fit.cores, fit.error, weights.dtype)
         bank.fit = fit
         return bank
 
     @classmethod
-    def _from_start(
-        cls, start: Start, dtype: torch.dtype, owner: SharedCores | None = None
+    def _from_cores(
+        cls,
+        topologies: Sequence[Topology],
+        shared: Sequence[str] | SharedCores,
+        cores: Mapping[str, Tensor | Sequence[Tensor]],
+        error: float,
+        dtype: torch.dtype,
     ) -> "SharedCoreExperts":
-        count, shared = len(start.topologies), start.shared if owner is None else owner
-        bank = cls(start.topologies, count, shared=shared, device="meta")
-        for name, core in start.cores.items():
+        """Build a bank from its cores: a private one is `(E, *shape)`, or one tensor for each expert."""
+        bank = cls(topologies, len(topologies), shared=shared, device="meta")
+        for name, core in cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
             pieces = [piece.detach().to(dtype).contiguous() for piece in pieces]
             same = len({piece.shape for piece in pieces}) == 1
             whole = pieces[0] if isinstance(core, Tensor) else torch.stack(pieces) if same else pieces
             bank._compute_like(pieces[0])
             bank._store(name, whole)
-        bank.error = start.error
+        bank.error = error
         return bank
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
@@ -551,51 +559,18 @@ class SharedCoreExperts(ExpertBank):
 # --- initial cores ---------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def start_from_dense(
-    weight: Tensor,
-    topology: Topology | Sequence[Topology] | str | TopologyFamily,
-    budget: Budget,
-    num_experts: int,
-    shared: str | Sequence[str],
-    noise: float,
-    seed: int,
-    options: Mapping[str, Any],
-) -> Start:
-    """Decompose a dense matrix into the initial cores of all experts; see `SharedCoreExperts.from_dense`."""
-    check_weights(weight, "out", "in")
-    check_noise(noise)
-    check_whole(num_experts=num_experts)
-    if isinstance(topology, str | TopologyFamily):
-        result = topology_family(topology).decompose(weight, budget, **options)
-        topologies = (result.network.topology,) * num_experts
-    else:
-        if not budget.unlimited or options:
-            raise TopologyError(
-                "An explicit topology fixes dims and bonds: drop max_bond, rel_error, param_ratio and "
-                f"{', '.join(options) or 'family options'}, or give the name of a family instead."
-            )
-        topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
-        if len(topologies) != num_experts:
-            raise ValueError(
-                f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one "
-                "each."
-            )
-        result = decompose(weight, enclosing_topology(topologies))
-    network = result.network
-    names = resolve_shared(network.topology, shared)
-    generator = torch.Generator().manual_seed(seed)
-    cores: dict[str, Tensor | Sequence[Tensor]] = {}
-    for name, core in zip(network.topology.core_names, network.cores, strict=True):
-        if name in names:
-            cores[name] = core
-        else:
-            pieces = [_leading(core, t.core_shapes[name]) for t in topologies]
-            cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
-    error = result.error
-    if topologies[0] != network.topology:
-        error = _first_error(weight, topologies[0], network)
-    return Start(topologies, names, cores, error)
+def _one_for_each(topology: Topology | Sequence[Topology], num_experts: int) -> tuple[Topology, ...]:
+    """Return the topology of each expert, from one for all or a sequence.
+
+    Raises:
+        ValueError: their number is not that of the experts.
+    """
+    topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
+    if len(topologies) != num_experts:
+        raise ValueError(
+            f"Got {len(topologies)} topologies for num_experts={num_experts}; give one for all, or one each."
+        )
+    return topologies
 
 
 def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
@@ -610,14 +585,6 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     # On the CPU, so that every device starts alike.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
-
-
-def _first_error(weight: Tensor, topology: Topology, network: TensorNetwork) -> float:
-    cores = [
-        _leading(core, shape)
-        for core, shape in zip(network.cores, topology.core_shapes.values(), strict=True)
-    ]
-    return stack_error(weight[None], TensorNetwork(topology, cores).to_matrix()[None])
 
 
 def initial_cores(

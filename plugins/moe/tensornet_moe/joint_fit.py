@@ -6,6 +6,7 @@ networks that share one factor have a closed form (`low_rank_sharing.py`), which
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +88,6 @@ class SharedFit:
     sweeps: int
     converged: bool
 
-    def __repr__(self) -> str:
-        return (
-            f"SharedFit(cores={', '.join(self.cores)}, error={self.error:.3g}, sweeps={self.sweeps}, "
-            f"converged={self.converged})"
-        )
-
 
 @torch.no_grad()
 def fit_jointly(
@@ -117,15 +112,15 @@ def fit_jointly(
         NonFiniteError: NaN or infinity in `weights`.
     """
     fit = fit_shared(weights, topology, shared, max_sweeps=max_sweeps, tolerance=tolerance)
-    budget = sum(core.numel() for core in fit.cores.values())
-    alone = _alone(weights.detach().to(working_dtype(weights.dtype)), topology, budget)
-    how: dict[str, Any] = {
-        "alone_error": None if alone is None else alone.error,
-        "sweeps": fit.sweeps,
-        "converged": fit.converged,
-    }
-    if alone is not None and alone.error < fit.error:
-        return JointFit(alone.topologies, (), alone.cores, alone.error, fell_back=True, **how)
+    target = weights.detach().to(working_dtype(weights.dtype))
+    alone = _alone(target, topology, sum(core.numel() for core in fit.cores.values()))
+    alone_error = None if alone is None else _error_of(target, alone)
+    how: dict[str, Any] = {"alone_error": alone_error, "sweeps": fit.sweeps, "converged": fit.converged}
+    if alone is not None and alone_error is not None and alone_error < fit.error:
+        columns = zip(*(network.cores for network in alone), strict=True)
+        cores = dict(zip(alone[0].topology.core_names, map(list, columns), strict=True))
+        topologies = tuple(network.topology for network in alone)
+        return JointFit(topologies, (), cores, alone_error, fell_back=True, **how)
     return JointFit((topology,) * len(weights), shared, fit.cores, fit.error, fell_back=False, **how)
 
 
@@ -286,14 +281,7 @@ def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
     return [[TensorNetwork(topology, random_cores(topology, generator=generator)) for _ in target]]
 
 
-@dataclass(frozen=True)
-class _Alone:
-    topologies: tuple[Topology, ...]
-    cores: Mapping[str, list[Tensor]]
-    error: float
-
-
-def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None:
+def _alone(target: Tensor, topology: Topology, parameters: int) -> list[TensorNetwork] | None:
     """Find the best separate decompositions with at most `parameters` elements in total."""
     count, rows, columns = target.shape
     budget = Budget(param_ratio=parameters / (count * rows * columns))
@@ -301,16 +289,12 @@ def _alone(target: Tensor, topology: Topology, parameters: int) -> _Alone | None
     if topology.family in topology_names():
         family = topology_family(topology.family)
         rivals.append((family, family.options_of(topology)))
-    results = []
+    found = []
     for family, options in rivals:
-        try:
-            networks = [family.decompose(matrix, budget, **options).network for matrix in target]
-        except (BudgetError, TopologyError):  # does not fit: no rival
-            continue
-        error = stack_error(target, torch.stack([network.to_matrix() for network in networks]))
-        cores = {
-            core: [network.cores[k] for network in networks]
-            for k, core in enumerate(networks[0].topology.core_names)
-        }
-        results.append(_Alone(tuple(network.topology for network in networks), cores, error))
-    return min(results, key=lambda result: result.error, default=None)
+        with suppress(BudgetError, TopologyError):  # does not fit
+            found.append([family.decompose(matrix, budget, **options).network for matrix in target])
+    return min(found, key=lambda networks: _error_of(target, networks), default=None)
+
+
+def _error_of(target: Tensor, networks: Sequence[TensorNetwork]) -> float:
+    return stack_error(target, torch.stack([network.to_matrix() for network in networks]))

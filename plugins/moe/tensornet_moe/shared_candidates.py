@@ -6,8 +6,8 @@ an integer format is rounded once for each format: the low ranks then make up fo
 error, which is computed exactly.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tensornet._util import remembering
+from tensornet.compression.allocate import Candidate
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
@@ -28,6 +29,7 @@ from tensornet.quantization import NumberFormat
 from tensornet.quantization.moments import DENSE_ROW_DAMPING, LEAST_DAMPING
 from tensornet.quantization.predict import predict_losses, predict_product_losses, spaced_rows
 from tensornet.topologies import topology_family
+from tensornet.topology import Topology
 from tensornet_moe.low_rank_sharing import (
     PATTERNS,
     Terms,
@@ -53,27 +55,6 @@ _SAMPLED_ROWS = 128
 _FLOAT = NumberFormat()
 
 
-@dataclass(frozen=True)
-class SharedCandidates:
-    """Networks of several matrices that share one core, at the ranks `1 ... k`, with their predicted losses.
-
-    Args:
-        pattern: a key of `tensornet_moe.low_rank_sharing.PATTERNS`.
-        params: stored numbers of all matrices together, shape `(k,)`.
-        num_bytes: their bytes, shape `(k,)`.
-        costs: predicted loss increase under the moments that the fit minimises, shape `(k,)`.
-        forecasts: predicted loss increase that is reported, shape `(k,)`.
-        storage: number formats of the cores.
-    """
-
-    pattern: str
-    params: Tensor
-    num_bytes: Tensor
-    costs: Tensor
-    forecasts: Tensor
-    storage: Storage = PLAIN
-
-
 def shared_candidates(
     pattern: str,
     matrices: Sequence[Tensor],
@@ -81,7 +62,7 @@ def shared_candidates(
     formats: Sequence[NumberFormat] = (),
     *,
     per_token: float = 1.0,
-) -> list[SharedCandidates]:
+) -> list[Candidate]:
     """Predict the losses of one sharing pattern at all ranks, in each combination of number formats.
 
     The rounding error of a shared core is the same in all experts, so it adds up over the experts that a
@@ -96,43 +77,46 @@ def shared_candidates(
         formats: number formats that cores may be stored in; only the model's own if there are none.
         per_token: number of the matrices that a token reaches.
 
+    Returns:
+        Networks of one matrix, with the size and the predicted losses of all matrices together; `error` is
+        not predicted. For each combination of formats the ranks `1 ... k`.
+
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> matrices = [torch.randn(32, 64) for _ in range(3)]
         >>> seen = [Sensitivity(Weighting(), Weighting())] * 3
         >>> formats = [_FLOAT, NumberFormat.parse("int8")]
-        >>> [str(x.storage.number_format) for x in shared_candidates("inputs", matrices, seen, formats)]
+        >>> found = shared_candidates("inputs", matrices, seen, formats)
+        >>> sorted({str(x.storage.number_format) for x in found})
         ['float', 'int8']
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
-    build = PATTERNS[pattern].params
-    sizes = [build(count, rows, columns, rank) for rank in range(1, min(rows, columns) + 1)]
-    ranks = sum(size < count * rows * columns for size in sizes)
+    dense, dtype = count * rows * columns, matrices[0].dtype
+    size = PATTERNS[pattern].params
+    ranks = sum(size(count, rows, columns, rank) < dense for rank in range(1, min(rows, columns) + 1))
     if not ranks:
         return []
-    plain = _fit_losses(pattern, in_double(matrices), sensitivities, ranks)
+    work = in_double(matrices)
+    plain = _fit_losses(pattern, work, sensitivities, ranks)
     ranks = int(plain[0].isfinite().sum())
-    plain = plain[:, :ranks]
+    storages = encodings(pattern, formats) if formats else [PLAIN]
+    quantized = [storage for storage in storages if storage.quantized]
+    added: dict[Storage, Tensor] = {}
+    if ranks and quantized:
+        predict = _base_losses if pattern == "base" else _factor_losses
+        losses = predict(pattern, work, sensitivities, quantized, ranks, per_token)
+        added = dict(zip(quantized, losses, strict=True))
     found = []
-    if ranks and (not formats or _FLOAT in formats):
-        params = torch.tensor(sizes[:ranks], dtype=torch.float64)
-        sizes_in_bytes = params * matrices[0].element_size()
-        found.append(SharedCandidates(pattern, params, sizes_in_bytes, plain[0], plain[1]))
-    storages = [storage for storage in encodings(pattern, formats) if storage.quantized]
-    if not storages or not ranks:
-        return found
-    added = _base_losses if pattern == "base" else _factor_losses
-    losses = added(pattern, in_double(matrices), sensitivities, storages, ranks, per_token)
-    for storage, more in zip(storages, losses, strict=True):
+    for storage in storages:
         # A network is useful only if it is smaller than the matrices in the larger of its formats.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern].core))
-        largest = max(kind.nbytes((rows, columns), matrices[0].dtype) for kind in kinds)
-        params, num_bytes = _sizes(pattern, count, rows, columns, ranks, storage, matrices[0].dtype)
-        costs, forecasts = (plain + more).clamp_min(0)
-        useful = (num_bytes < count * largest) & (costs + forecasts).isfinite()
-        if known := int(useful.sum()):
-            kept = params[:known], num_bytes[:known], costs[:known], forecasts[:known]
-            found.append(SharedCandidates(pattern, *kept, storage))
+        limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
+        costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
+        sizes = _sizes(pattern, count, rows, columns, ranks, storage, dtype)
+        for (topology, params, num_bytes), cost, forecast in zip(sizes, costs, forecasts, strict=True):
+            if num_bytes >= limit or not math.isfinite(cost + forecast):
+                break
+            found.append(Candidate(topology, storage, num_bytes, params, forecast, error=0.0, cost=cost))
     return found
 
 
@@ -200,16 +184,20 @@ def _rank_losses(terms: Terms, sensitivity: Sensitivity, ranks: int) -> Tensor:
 @lru_cache(maxsize=256)
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Count numbers and bytes of all matrices at all ranks; the shared core counts once."""
+) -> list[tuple[Topology, int, int]]:
+    """Build the networks of all ranks, and count numbers and bytes of all matrices; the shared core once."""
     found = []
     for rank in range(1, ranks + 1):
         topology = PATTERNS[pattern].build(rows, columns, rank)
-        each = storage.num_params(topology), storage.num_bytes(topology, dtype)
-        once = storage.core_size(topology, PATTERNS[pattern].core, dtype)
-        found.append([count * x - (count - 1) * y for x, y in zip(each, once, strict=True)])
-    params, num_bytes = torch.tensor(found, dtype=torch.float64).T
-    return params, num_bytes
+        params, num_bytes = storage.core_size(topology, PATTERNS[pattern].core, dtype)
+        found.append(
+            (
+                topology,
+                count * storage.num_params(topology) - (count - 1) * params,
+                count * storage.num_bytes(topology, dtype) - (count - 1) * num_bytes,
+            )
+        )
+    return found
 
 
 def _factor_losses(

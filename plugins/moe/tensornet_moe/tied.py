@@ -11,7 +11,7 @@ from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
 from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole
-from tensornet_moe.experts import SharedCoreExperts, Start, with_noise
+from tensornet_moe.experts import SharedCoreExperts, with_noise
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups
 from tensornet_moe.joint_fit import fit_shared, stack_error
@@ -319,8 +319,8 @@ def share_across_layers(
             for name, core in own.items()
         }
         error = _error(weight, topology, {**fit.cores, **own})
-        start = Start((topology,) * num_experts, owner.names, cores, error)
-        banks.append(SharedCoreExperts._from_start(start, weights.dtype, owner))
+        bank = SharedCoreExperts._from_cores((topology,) * num_experts, owner, cores, error, weights.dtype)
+        banks.append(bank)
     return owner, banks
 
 
