@@ -1,6 +1,7 @@
-"""The paper's experiment: hub checkpoints, fine-tuned on GLUE as dense, Switch and MPOE models.
+"""Does MPOE reach the accuracy of Switch and dense models on GLUE, as in the paper?
 
-One command for each row; each writes one JSON file into `--out`, and what is there is not run again:
+Hub checkpoints are fine-tuned in all three forms. One command for each row; each writes one JSON file into
+`--out`, and what is there is not run again:
 
     pip install "tensornet-torch[hf]" datasets
     python benchmarks/paper/finetune.py t5-base --task sst2 --form dense
@@ -142,7 +143,7 @@ class Encoder:
     Args:
         tokenizer: of the model.
         words: label words.
-        decoder_only: whether the word continues the text, or stands in a target of its own.
+        decoder_only: whether the word continues the text, or is a separate target.
         length: longest text in tokens; the end of longer ones is dropped.
     """
 
