@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import subjects
 from harness import RECORDS, peak_mib, processor_seconds, provenance, record
 from subjects import Batches, Subject, tokens_of
-from tensornet.compression.measure import RecordedLosses
+from tensornet.compression.loss_increase import RecordedLosses
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
