@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import subjects
 from harness import RECORDS, peak_mib, processor_seconds, provenance, record
 from subjects import Batches, Subject, tokens_of
-from tensornet.compression.loss_increase import RecordedLosses
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
 from tensornet.compression import Prepared, check_loss, measure, prepare, record_losses
+from tensornet.compression.loss_increase import RecordedLosses
 from tensornet.nn.targets import LayerSelection, find_targets
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
