@@ -73,6 +73,7 @@ def test_a_full_rank_layer_is_the_least_squares_solution() -> None:
     assert report.after["second"] < report.before["second"]
 
 
+@pytest.mark.slow
 def test_held_out_text_gains() -> None:
     dense, small, stats, batches = _trained()
     model = copy.deepcopy(small)
@@ -87,6 +88,7 @@ def test_held_out_text_gains() -> None:
     assert not report.left
 
 
+@pytest.mark.slow
 def test_what_does_not_help_is_taken_back() -> None:
     """One window cannot refit a model: others say so, and the old cores come back."""
     dense, small, _, batches = _trained()

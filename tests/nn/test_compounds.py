@@ -188,7 +188,10 @@ def types(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-@pytest.fixture(params=CASES)
+LONG = ("encoder", "lstm_all", "lstm_packed")
+
+
+@pytest.fixture(params=[pytest.param(x, marks=pytest.mark.slow if x in LONG else ()) for x in CASES])
 def case(request: pytest.FixtureRequest) -> _Case:
     return CASES[request.param]
 

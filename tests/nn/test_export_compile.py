@@ -36,7 +36,7 @@ def _fresh_compiler() -> None:
 
 
 @EACH_STRATEGY
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_compiles_in_one_graph_for_any_token_count(strategy: str, training: bool) -> None:
     layer = layer_for("mpo", strategy).train(training)
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")

@@ -88,6 +88,7 @@ def test_programs_of_mixtures_drop_tokens_beyond_the_capacity() -> None:
     assert int(model[1].stats.dropped) > 0
 
 
+@pytest.mark.slow
 @EACH_MODEL
 def test_onnx(name: str) -> None:
     reference = pytest.importorskip("onnx.reference", reason="needs the extra onnx")
@@ -101,6 +102,7 @@ def test_onnx(name: str) -> None:
         same(torch.from_numpy(run.run(None, {given.name: x.numpy()})[0]), model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_COMPILER, reason="AOTInductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["int4", "mixture"])
 def test_aot_inductor(name: str, tmp_path: Path) -> None:

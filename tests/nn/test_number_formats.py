@@ -293,7 +293,10 @@ def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tok
 
 
 @pytest.mark.parametrize("name", ["int8:row", "int4:g32", "int3:g32:zero"])
-@pytest.mark.parametrize("family", ["dense", "low_rank", "residual"])
+@pytest.mark.parametrize(
+    "family",
+    ["dense", *(pytest.param(x, marks=pytest.mark.slow) for x in ("low_rank", "residual"))],
+)
 def test_compiled_exported_and_under_autocast(family: str, name: str) -> None:
     made = layer(family, name).eval()
     x = torch.randn(4, SHAPE[1])

@@ -158,7 +158,14 @@ def test_training_and_saving_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("int4", 2), ("int4:row", 40), ("int6:zero", 40), ("int8:row", 2)]
+    ("name", "count"),
+    [
+        ("int4", 2),
+        *(
+            pytest.param(*x, marks=pytest.mark.slow)
+            for x in (("int4:row", 40), ("int6:zero", 40), ("int8:row", 2))
+        ),
+    ],
 )
 def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
     made, x = prepared(name), tokens(count)

@@ -123,7 +123,9 @@ def casts(weight: Tensor) -> Tensor:
     return torch.ones(1, dtype=weight.dtype, device=weight.device).to(weight) * weight.shape[0]
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(
+    "config", [pytest.param(x, marks=() if x == "low_rank" else pytest.mark.slow) for x in CONFIGS]
+)
 def test_facts_are_known_to_compiled_and_exported_programs(config: str) -> None:
     model = made(config, casts).eval()
     with torch.no_grad():
