@@ -3,10 +3,11 @@
     python benchmarks/fit_machine.py [--toy] [--threads 1] [--seconds 0.3]
 
 Every way to apply a layer is timed for layers of many shapes, none of which occurs in another benchmark.
-The constants of `tensornet.Machine` are fitted to the logarithms of the times; a way that takes far longer
-than the fastest matters less. `half_size` is not fitted: it belongs to the kernels of the library that
-multiplies. Then layers of integers and dense layers, both in bfloat16, fit `half_peak`, `unpack_pass` and
-`kernel_peak`. Prints the constants and how good the choices are that follow from them; writes no record.
+The constants of `tensornet.contraction.cost.Machine` are fitted to the logarithms of the times; a way that
+takes far longer than the fastest matters less. `half_size` is not fitted: it belongs to the kernels of the
+library that multiplies. Then layers of integers and dense layers, both in bfloat16, fit `half_peak`,
+`unpack_pass` and `kernel_peak`. Prints the constants and how good the choices are that follow from them;
+writes no record.
 Measure on a quiet machine: a busy one makes everything that goes through memory look slower.
 """
 

@@ -86,7 +86,7 @@ def fit_network(
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
         >>> matrix = torch.randn(12, 12)
-        >>> start = tn.topologies.topology_family("tensor_ring").decompose(matrix, tn.Budget(max_bond=2))
+        >>> start = tn.decompose(matrix, "tensor_ring", max_bond=2)
         >>> fit = fit_network(matrix, start.network, Weighting(), sweeps=3)
         >>> fit.cost <= fit.start
         True

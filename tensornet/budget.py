@@ -25,7 +25,7 @@ class Budget:
         BudgetError: a cap is outside its range.
 
     Example:
-        >>> tn.Budget(max_bond=(4, 8)).caps_of_bonds(2)
+        >>> tn.topologies.Budget(max_bond=(4, 8)).caps_of_bonds(2)
         (4, 8)
     """
 

@@ -10,7 +10,7 @@ class TensorNetError(Exception):
 
     Example:
         >>> try:
-        ...     tn.Budget(max_bond=0)
+        ...     tn.topologies.Budget(max_bond=0)
         ... except tn.TensorNetError as error:
         ...     print(type(error).__name__, isinstance(error, ValueError))
         BudgetError True
@@ -32,7 +32,7 @@ class BudgetError(TensorNetError, ValueError):
     """A budget is contradictory or cannot be met by any network of the requested kind.
 
     Example:
-        >>> tn.Budget(rel_error=2)
+        >>> tn.topologies.Budget(rel_error=2)
         Traceback (most recent call last):
             ...
         tensornet.errors.BudgetError: rel_error must lie in [0, 1), got 2: ...
@@ -107,7 +107,7 @@ class CalibrationWarning(UserWarning):
         >>> import warnings
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore", tn.CalibrationWarning)
+        ...     warnings.simplefilter("ignore", tn.errors.CalibrationWarning)
         ...     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5))
     """
 

@@ -21,7 +21,7 @@ class CoreSpec:
     Example:
         >>> tn.topologies.low_rank(out_features=8, in_features=6, rank=2).cores[0]
         CoreSpec(name='0', labels=('b0', 'o0', 'i0', 'b1'))
-        >>> tn.CoreSpec("left", ("o", "rank"))
+        >>> tn.topologies.CoreSpec("left", ("o", "rank"))
         CoreSpec(name='left', labels=('o', 'rank'))
     """
 
@@ -59,9 +59,10 @@ class Topology:
             are not networks of the same legs.
 
     Example:
+        >>> from tensornet.topologies import CoreSpec
         >>> topology = tn.Topology(
         ...     family="mine",
-        ...     cores=(tn.CoreSpec("left", ("o", "rank")), tn.CoreSpec("right", ("rank", "i"))),
+        ...     cores=(CoreSpec("left", ("o", "rank")), CoreSpec("right", ("rank", "i"))),
         ...     sizes=(("o", 8), ("rank", 2), ("i", 6)),
         ...     out_labels=("o",),
         ...     in_labels=("i",),

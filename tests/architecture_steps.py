@@ -17,9 +17,9 @@ from transformers import AutoModel, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.calibration import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.report import BIASES
-from tensornet.nn import NetworkModule
+from tensornet.nn.module import NetworkModule
 
 EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
 SIXTY = tn.CompressionConfig(param_ratio=0.6)

@@ -98,7 +98,7 @@ def calibrate(
     batches in random order.
 
     Args:
-        model: any module; its layers of registered kinds are observed, see `tensornet.nn.kind_of`.
+        model: any module; its layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
         batches: keyword arguments of the model (a Hugging Face batch); or tensors, which are its first
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.

@@ -365,7 +365,7 @@ def estimate_seconds(
         TargetError: nothing matches.
 
     Example:
-        >>> from tensornet.compression import estimate_seconds
+        >>> from tensornet.compression.planning import estimate_seconds
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 10))
         >>> found = estimate_seconds(model, tn.CompressionConfig(bits_per_weight=4.25))
         >>> found["total"] > found["planning"] > 0

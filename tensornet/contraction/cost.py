@@ -131,8 +131,8 @@ def check_machine(machine: object) -> None:
     """
     if machine is not None and not isinstance(machine, Machine):
         raise TypeError(
-            f"machine must be a tensornet.Machine, as tensornet.measure_machine() returns, got {machine!r}. "
-            "Without one the shipped constants of the device count."
+            "machine must be a Machine, as tensornet.contraction.cost.measure_machine() returns, got "
+            f"{machine!r}. Without one the shipped constants of the device count."
         )
 
 
@@ -156,7 +156,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         repeats: of each measurement; the fastest counts.
 
     Example:
-        >>> tn.measure_machine(repeats=1).peak > 1e6
+        >>> tn.contraction.cost.measure_machine(repeats=1).peak > 1e6
         True
     """
     where = torch.device(device)

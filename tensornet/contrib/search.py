@@ -18,7 +18,8 @@ from tensornet.contraction.plan import plan_operator
 from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.tt_svd import CutSpectra
-from tensornet.topologies import Proposal, topology_family, topology_names
+from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies.results import Proposal
 from tensornet.topology import Topology
 
 Objective = Literal["error", "time", "params"]

@@ -25,7 +25,7 @@ from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import pack_after_training, unpack_for_training
 from tensornet.nn.unfuse import unfused
-from tensornet.quantization import TrainedCodes
+from tensornet.quantization.trained_codes import TrainedCodes
 
 #: Distance between the outputs of the student and the teacher on a batch: a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
@@ -68,7 +68,7 @@ class HealingConfig:
         ValueError: an option is out of its range.
 
     Example:
-        >>> tn.HealingConfig(steps=100).rate
+        >>> tn.healing.HealingConfig(steps=100).rate
         0.0005
     """
 
@@ -104,9 +104,9 @@ class HealingConfig:
         parameter, and checkpoints hold the order of rows beside the cores.
 
         Example:
-            >>> tn.HealingConfig().selects_parameters
+            >>> tn.healing.HealingConfig().selects_parameters
             True
-            >>> tn.HealingConfig(parameters="trainable").selects_parameters
+            >>> tn.healing.HealingConfig(parameters="trainable").selects_parameters
             False
         """
         return self.parameters != "trainable"
@@ -555,7 +555,7 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
     Args:
         model: with compressed layers or experts; tied ones stay tied.
-        codes: whether the integers are parameters as well, see `tensornet.quantization.TrainedCodes`.
+        codes: whether the integers are parameters as well, see `quantization.trained_codes`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))

@@ -39,7 +39,7 @@ class ModelExtension:
 
     Example:
         >>> from tensornet.nn.extension import ProvidedData
-        >>> class Mine(tn.ModelExtension):
+        >>> class Mine(tn.nn.ModelExtension):
         ...     def calibration_data(self, model):
         ...         if isinstance(model, torch.nn.Linear):
         ...             return ProvidedData([torch.ones(1, 8)], "ones")
@@ -115,9 +115,9 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
         TypeError: `extension` is not a `ModelExtension`.
 
     Example:
-        >>> class Mine(tn.ModelExtension):
+        >>> class Mine(tn.nn.ModelExtension):
         ...     pass
-        >>> isinstance(tn.register_extension(Mine()), Mine)
+        >>> isinstance(tn.nn.register_extension(Mine()), Mine)
         True
     """
     check_type("extension", extension, ModelExtension, "pass an instance of your subclass of it")

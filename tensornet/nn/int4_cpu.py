@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from tensornet._util import is_exporting
-from tensornet.quantization import NumberFormat, unpack
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.formats import unpack
 
 #: Inputs that share a scale, as the kernel can have them.
 _GROUPS = (128, 64, 32)

@@ -90,9 +90,9 @@ class CompoundKind(ABC):
     """Abstract kind of module that owns several matrices; register it with `register_compound_kind`.
 
     Example:
-        >>> from tensornet.nn import compound_of
-        >>> kind = tn.nn.compound_of(torch.nn.LSTM(8, 16))
-        >>> kind.matches(torch.nn.GRU(8, 16)), tn.nn.compound_of(torch.nn.Linear(8, 8))
+        >>> from tensornet.nn.layer_kinds import compound_of
+        >>> kind = tn.nn.layer_kinds.compound_of(torch.nn.LSTM(8, 16))
+        >>> kind.matches(torch.nn.GRU(8, 16)), tn.nn.layer_kinds.compound_of(torch.nn.Linear(8, 8))
         (True, None)
     """
 
@@ -199,7 +199,8 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         TargetError: the name is taken.
 
     Example:
-        >>> from tensornet.nn import LayerKind, kind_of, register_layer_kind
+        >>> from tensornet.nn import LayerKind, register_layer_kind
+        >>> from tensornet.nn.layer_kinds import kind_of
         >>> class Mine(torch.nn.Linear):
         ...     pass
         >>> class MineKind(LayerKind):
@@ -227,12 +228,12 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 def register_compound_kind(kind: CompoundKind) -> CompoundKind:
     """Register another kind of module with several matrices, which takes precedence over earlier ones.
 
-    >>> class Nothing(tn.nn.CompoundKind):
+    >>> class Nothing(tn.nn.layer_kinds.CompoundKind):
     ...     def matches(self, module):
     ...         return False
     ...     def unfuse(self, module, shared):
     ...         raise NotImplementedError
-    >>> tn.nn.compound_of(torch.nn.ReLU()) is tn.nn.register_compound_kind(Nothing())
+    >>> tn.nn.layer_kinds.compound_of(torch.nn.ReLU()) is tn.nn.layer_kinds.register_compound_kind(Nothing())
     False
     """
     _COMPOUNDS.insert(0, kind)
@@ -246,7 +247,7 @@ def layer_kind(name: str) -> LayerKind:
         TargetError: an unknown name; the message lists the kinds.
 
     Example:
-        >>> from tensornet.nn import layer_kind
+        >>> from tensornet.nn.layer_kinds import layer_kind
         >>> layer_kind("embedding").name
         'embedding'
     """
@@ -259,7 +260,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     """Look up the `LayerKind` of a module; None if the module cannot be compressed.
 
     Example:
-        >>> from tensornet.nn import kind_of
+        >>> from tensornet.nn.layer_kinds import kind_of
         >>> kind_of(torch.nn.Linear(4, 4)).name, kind_of(torch.nn.LayerNorm(4))
         ('linear', None)
     """
@@ -269,7 +270,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 def compound_of(module: nn.Module) -> CompoundKind | None:
     """Find the kind of a module that owns several matrices; None for any other module.
 
-    >>> tn.nn.compound_of(torch.nn.LSTM(4, 4)) is None
+    >>> tn.nn.layer_kinds.compound_of(torch.nn.LSTM(4, 4)) is None
     False
     """
     return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)

@@ -22,7 +22,8 @@ from tensornet.nn.quick_paths import kept_product, kernel_product, two_products
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
 from tensornet.nn.strategy import CACHED, IntegerCost, Strategy, product_cost, transforms_active
 from tensornet.quantization import Rounding
-from tensornet.topologies import MPOFamily, TopologyFamily
+from tensornet.topologies import TopologyFamily
+from tensornet.topologies.mpo import MPOFamily
 from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 

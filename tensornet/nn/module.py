@@ -60,7 +60,7 @@ class NetworkModule(nn.Module):
 
     Example:
         >>> layer = tn.nn.TensorNetworkLinear(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=4))
-        >>> isinstance(layer, tn.nn.NetworkModule), [name for name, _ in layer.named_parameters()]
+        >>> isinstance(layer, tn.nn.module.NetworkModule), [name for name, _ in layer.named_parameters()]
         (True, ['core_0', 'core_1', 'bias'])
     """
 

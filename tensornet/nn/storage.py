@@ -29,16 +29,9 @@ from torch import Tensor, nn
 from tensornet._util import is_exporting, outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization import (
-    NumberFormat,
-    RoundedWeight,
-    Rounding,
-    TrainedCodes,
-    pack,
-    packed_bytes,
-    rounded_values,
-    unpack,
-)
+from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
+from tensornet.quantization.formats import pack, packed_bytes, unpack
+from tensornet.quantization.trained_codes import TrainedCodes, rounded_values
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topologies.structure import matrix_view

@@ -22,7 +22,7 @@ from tensornet.nn.storage import Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
-#: How a layer is applied, see `tensornet.nn.NetworkModule`.
+#: How a layer is applied, see `tensornet.nn.module.NetworkModule`.
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
 #: The route with a kept matrix, in addition to those of `OperatorPlan.seconds`.
@@ -143,7 +143,7 @@ def set_strategy(
         cache_limit: bytes that the kept matrices of all layers together may take under `"cached"`. Layers
             that gain the most time per byte on a single token are cached until it is spent, the others get
             `"auto"`. None sets no limit.
-        machine: constants to decide by, for example from `tensornet.measure_machine()`.
+        machine: constants to decide by, for example from `tensornet.contraction.cost.measure_machine()`.
 
     Returns:
         Bytes that each cached layer may keep, by name.

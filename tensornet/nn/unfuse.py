@@ -50,7 +50,7 @@ class PartMatrix(nn.Module):
         bias: shape `(out_features,)`; a parameter is taken as it is.
 
     Example:
-        >>> from tensornet.nn import PartMatrix
+        >>> from tensornet.nn.unfuse import PartMatrix
         >>> layer = PartMatrix(torch.randn(4, 8), bias=torch.zeros(4))
         >>> layer(torch.randn(3, 8)).shape
         torch.Size([3, 4])
@@ -118,7 +118,7 @@ class Stack:
         bias: dotted name of a parameter that is the bias of the only layer.
 
     Example:
-        >>> from tensornet.nn import Stack
+        >>> from tensornet.nn.unfuse import Stack
         >>> stack = Stack("in_proj_weight", names=("query", "key", "value"), columns=16)
         >>> parameter = torch.nn.Parameter(torch.randn(48, 16))
         >>> [tuple(view.shape) for view in stack.views(parameter, {})]
@@ -167,7 +167,7 @@ class Compound(nn.Module):
         shared: see `CompoundKind.unfuse`.
 
     Example:
-        >>> from tensornet.nn import compound_of
+        >>> from tensornet.nn.layer_kinds import compound_of
         >>> attention = torch.nn.MultiheadAttention(16, 2)
         >>> compound = compound_of(attention).unfuse(attention, {})
         >>> compound.type_name, compound.layer_names

@@ -262,7 +262,7 @@ class NumberFormat:
         Args:
             packed: from `pack`.
             scales: shape `(..., out, groups)`.
-            zeros: zero points, packed by `tensornet.quantization.pack`; None without them.
+            zeros: zero points, packed by `tensornet.quantization.formats.pack`; None without them.
             size: number of columns.
             dtype: of the values.
         """
@@ -303,7 +303,7 @@ def format_names() -> tuple[str, ...]:
     """List the names of all formats with their default groups, largest first.
 
     Example:
-        >>> from tensornet.quantization import format_names
+        >>> from tensornet.quantization.formats import format_names
         >>> format_names()[:3]
         ('float', 'bf16', 'int8')
     """
@@ -340,7 +340,7 @@ def packed_bytes(size: int, bits: int) -> int:
     """Count the bytes of a packed row: `ceil(size / segments) * planes`.
 
     Example:
-        >>> from tensornet.quantization import packed_bytes
+        >>> from tensornet.quantization.formats import packed_bytes
         >>> packed_bytes(64, 3), packed_bytes(65, 3)
         (24, 27)
     """
@@ -362,7 +362,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         ShapeError: codes of another dtype, without a dimension, or too large.
 
     Example:
-        >>> from tensornet.quantization import pack, unpack
+        >>> from tensornet.quantization.formats import pack, unpack
         >>> packed = pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
         >>> packed.shape, unpack(packed, 2, 5).tolist()
         (torch.Size([2]), [1, 2, 3, 0, 1])
@@ -402,7 +402,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         ShapeError: bytes of another dtype or length.
 
     Example:
-        >>> from tensornet.quantization import pack, unpack
+        >>> from tensornet.quantization.formats import pack, unpack
         >>> codes = torch.tensor([[3, 0, 15, 7]], dtype=torch.uint8)
         >>> unpack(pack(codes, 4), 4, size=4).tolist()
         [[3, 0, 15, 7]]

@@ -130,7 +130,7 @@ def predict_product_losses(
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> from tensornet.quantization import predict_product_losses
+        >>> from tensornet.quantization.predict import predict_product_losses
         >>> left, right = torch.randn(16, 4), torch.randn(4, 64)
         >>> predict_product_losses(left, right, "int4", [Weighting()]).shape
         torch.Size([1, 4])

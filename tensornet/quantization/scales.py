@@ -52,7 +52,8 @@ def search_scales(
         ShapeError: the weight is neither a matrix nor a stack of matrices.
 
     Example:
-        >>> from tensornet.quantization import NumberFormat, search_scales
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.quantization.scales import search_scales
         >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4"))[0].shape
         torch.Size([4, 2])
     """
@@ -182,7 +183,8 @@ def refit_scales(
         NonFiniteError: the weight, the points or the moment hold NaN or infinity.
 
     Example:
-        >>> from tensornet.quantization import NumberFormat, refit_scales
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.quantization.scales import refit_scales
         >>> points = torch.randint(-7, 8, (4, 64)).double()
         >>> scales = refit_scales(0.5 * points, points, NumberFormat.parse("int4"))
         >>> bool(torch.allclose(scales.double(), torch.tensor(0.5).double()))

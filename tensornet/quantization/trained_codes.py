@@ -24,7 +24,7 @@ class TrainedCodes(nn.Parameter):
     """Codes of an integer matrix while they are trained, shape `(..., out, in)`; see `rounded_values`.
 
     Example:
-        >>> from tensornet.quantization import TrainedCodes
+        >>> from tensornet.quantization.trained_codes import TrainedCodes
         >>> TrainedCodes(torch.zeros(2, 3)).requires_grad
         True
     """
@@ -43,7 +43,8 @@ def rounded_values(
         dtype: of the result.
 
     Example:
-        >>> from tensornet.quantization import NumberFormat, rounded_values
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.quantization.trained_codes import rounded_values
         >>> codes = torch.tensor([[-3.0, 8.4, 9.0]], requires_grad=True)
         >>> number_format = NumberFormat.parse("int4")
         >>> values = rounded_values(codes, torch.tensor([[0.5]]), None, number_format, torch.float32)

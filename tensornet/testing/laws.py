@@ -116,7 +116,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", rel_error=budget.rel_error))
-        >>> laws.check_certificate(decompose, torch.randn(6, 4), tn.Budget(rel_error=0.3))
+        >>> laws.check_certificate(decompose, torch.randn(6, 4), tn.topologies.Budget(rel_error=0.3))
     """
     outcome = _within(decompose, matrix, budget)
     error = _true_error(matrix, outcome)
@@ -140,7 +140,7 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
-        >>> laws.check_caps(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+        >>> laws.check_caps(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     outcome = _within(decompose, matrix, budget)
     if budget.max_bond is not None:
@@ -192,7 +192,7 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
-        >>> laws.check_quality(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+        >>> laws.check_quality(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     outcome = _within(decompose, matrix, budget)
     error, topology = _true_error(matrix, outcome), outcome.topology
@@ -218,7 +218,7 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
-        >>> laws.check_input_kept(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+        >>> laws.check_input_kept(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     before = matrix.clone()
     outcome = _within(decompose, matrix, budget)
@@ -234,7 +234,7 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
-        >>> laws.check_dtype_and_device(decompose, torch.randn(6, 4).half(), tn.Budget(max_bond=2))
+        >>> laws.check_dtype_and_device(decompose, torch.randn(6, 4).half(), tn.topologies.Budget(max_bond=2))
     """
     outcome = _within(decompose, matrix, budget)
     for tensor in (outcome.matrix, *outcome.tensors):
@@ -251,7 +251,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
         >>> from tensornet.testing import laws
         >>> def decompose(matrix, budget):
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
-        >>> laws.check_deterministic(decompose, torch.randn(6, 4), tn.Budget(max_bond=2))
+        >>> laws.check_deterministic(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     first, second = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
     assert float(first.error) == float(second.error), f"not reproducible: {first.error} and {second.error}"
@@ -531,7 +531,7 @@ class FamilyLaws(DecompositionLaws):
     Example:
         >>> from tensornet.testing import laws, strategies
         >>> class TestTucker(laws.FamilyLaws):
-        ...     family = tn.topologies.TuckerFamily()
+        ...     family = tn.topologies.topology_family("tucker")
         ...     matrices = strategies.matrices(max_size=6)
         >>> TestTucker().test_exact()  # pytest runs every law
     """

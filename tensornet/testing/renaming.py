@@ -36,7 +36,7 @@ def renamed(family: TopologyFamily, name: str | None = None) -> TopologyFamily:
         name: of the subclass; `"renamed_..."` if absent.
 
     Example:
-        >>> renamed(tn.topologies.MPOFamily()).build(4, 4).family
+        >>> renamed(tn.topologies.topology_family("mpo")).build(4, 4).family
         'renamed_mpo'
     """
     twin = copy.copy(family)

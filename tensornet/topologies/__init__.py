@@ -1,37 +1,26 @@
 """Topology families: builders, decompositions and their registry."""
 
+from tensornet.budget import Budget
 from tensornet.topologies.base import TopologyFamily, check_topology
-from tensornet.topologies.block_tt import BlockTTFamily, block_tt
-from tensornet.topologies.dense import DenseFamily, dense
+from tensornet.topologies.block_tt import block_tt
+from tensornet.topologies.dense import dense
 from tensornet.topologies.factored import FactoredFamily, balanced_factors
-from tensornet.topologies.kronecker import KroneckerFamily, kronecker
-from tensornet.topologies.low_rank import LowRankFamily, low_rank
-from tensornet.topologies.mpo import MPOFamily, mpo
-from tensornet.topologies.registry import (
-    register_topology,
-    registered,
-    topology_family,
-    topology_names,
-)
-from tensornet.topologies.residual import ResidualFamily, residual
-from tensornet.topologies.results import Decomposition, Ladder, Proposal
-from tensornet.topologies.tensor_ring import TensorRingFamily, tensor_ring
-from tensornet.topologies.tucker import TuckerFamily, tucker
+from tensornet.topologies.kronecker import kronecker
+from tensornet.topologies.low_rank import low_rank
+from tensornet.topologies.mpo import mpo
+from tensornet.topologies.registry import registered, topology_family, topology_names
+from tensornet.topologies.residual import residual
+from tensornet.topologies.results import Decomposition
+from tensornet.topologies.tensor_ring import tensor_ring
+from tensornet.topologies.tucker import tucker
+from tensornet.topology import CoreSpec
 
 __all__ = [
-    "BlockTTFamily",
+    "Budget",
+    "CoreSpec",
     "Decomposition",
-    "DenseFamily",
     "FactoredFamily",
-    "KroneckerFamily",
-    "Ladder",
-    "LowRankFamily",
-    "MPOFamily",
-    "Proposal",
-    "ResidualFamily",
-    "TensorRingFamily",
     "TopologyFamily",
-    "TuckerFamily",
     "balanced_factors",
     "block_tt",
     "check_topology",
@@ -39,7 +28,6 @@ __all__ = [
     "kronecker",
     "low_rank",
     "mpo",
-    "register_topology",
     "registered",
     "residual",
     "tensor_ring",

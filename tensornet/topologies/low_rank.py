@@ -28,7 +28,8 @@ from tensornet.linalg.weighted_svd import (
     weighted_svd,
 )
 from tensornet.network import TensorNetwork
-from tensornet.quantization import RoundedWeight, predict_product_losses, round_product
+from tensornet.quantization import RoundedWeight, round_product
+from tensornet.quantization.predict import predict_product_losses
 from tensornet.topologies.base import TopologyFamily, check_request, check_topology
 from tensornet.topologies.factored import refuse_options
 from tensornet.topologies.mpo import mpo

@@ -33,7 +33,8 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         TopologyError: not such an instance, it has no name, or the name is taken and `replace` is false.
 
     Example:
-        >>> class MyFamily(tn.topologies.MPOFamily):
+        >>> from tensornet.topologies.mpo import MPOFamily
+        >>> class MyFamily(MPOFamily):
         ...     name = "mine"
         >>> family = tn.register_topology(MyFamily())
         >>> tn.topologies.topology_family("mine") is family
@@ -105,7 +106,8 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
     """Register a family for the duration of a `with` block, replacing one of the same name.
 
     Example:
-        >>> class Plain(tn.topologies.LowRankFamily):
+        >>> from tensornet.topologies.low_rank import LowRankFamily
+        >>> class Plain(LowRankFamily):
         ...     name = "plain"
         >>> with tn.topologies.registered(Plain()):
         ...     tn.CompressionConfig(topology="plain", max_bond=4).topology

@@ -92,7 +92,7 @@ class Proposal:
     Example:
         >>> family = tn.topologies.topology_family("low_rank")
         >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
-        >>> tn.topologies.Proposal(topology, lower=0.2, upper=0.2, worst=None).topology.num_params
+        >>> tn.topologies.results.Proposal(topology, lower=0.2, upper=0.2, worst=None).topology.num_params
         60
     """
 

@@ -37,7 +37,7 @@ class Sums(nn.Module):
         return self.left(left) + (0 if right is None else self.right(right))
 
 
-def same(a: tn.compression.CalibrationStats, b: tn.compression.CalibrationStats) -> None:
+def same(a: tn.CalibrationStats, b: tn.CalibrationStats) -> None:
     assert (a.tokens, a.loss) == (b.tokens, pytest.approx(b.loss))
     for side in ("rows", "columns"):
         for name, moment in getattr(a, side).items():

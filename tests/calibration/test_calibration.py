@@ -15,8 +15,9 @@ from mixture_models import mixture
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats, cosine_losses, label_losses, sampled_losses
+from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.masks import token_mask
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import TargetError
 
 calibrating = importlib.import_module("tensornet.calibration.calibrate")
@@ -273,7 +274,7 @@ def test_indices_may_be_of_32_bits(make: Callable[[], nn.Module], labelled: bool
 
 def test_save_and_load_keep_moments_and_sharing(tmp_path: Path) -> None:
     stats = tn.calibrate(llama(), [BATCH], source="five words")
-    with pytest.raises(tn.DestinationError, match="The statistics cannot be written to"):
+    with pytest.raises(tn.errors.DestinationError, match="The statistics cannot be written to"):
         stats.save(tmp_path / "no folder" / "stats.safetensors")
     stats.save(tmp_path / "stats.safetensors")
     loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
@@ -290,7 +291,7 @@ def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "stats.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(tn.FormatError, match="Cannot read calibration statistics"):
+    with pytest.raises(tn.errors.FormatError, match="Cannot read calibration statistics"):
         CalibrationStats.load(path)
 
 
@@ -307,7 +308,7 @@ def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
     ],
 )
 def test_what_is_no_calibration_data(batches: object, message: str) -> None:
-    with pytest.raises(tn.TargetError, match=message):
+    with pytest.raises(tn.errors.TargetError, match=message):
         tn.calibrate(gpt2(), batches)  # type: ignore[arg-type]
 
 
@@ -322,7 +323,7 @@ def test_options_that_are_none() -> None:
     ("losses", "got"), [(None, "NoneType"), (3.0, "float"), (torch.ones(2), "a tensor that does not")]
 )
 def test_a_loss_function_that_gives_no_losses(losses: object, got: str) -> None:
-    with pytest.raises(tn.TargetError, match=f"losses of all tokens that have one.*got {got}"):
+    with pytest.raises(tn.errors.TargetError, match=f"losses of all tokens that have one.*got {got}"):
         tn.calibrate(gpt2(), [BATCH], loss_fn=lambda model, batch: losses)  # type: ignore[arg-type,return-value]
 
 
@@ -359,7 +360,7 @@ def test_model_without_a_loss_names_what_to_pass() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"total": self.layer(x).sum()}
 
-    with pytest.raises(tn.TargetError, match=r"nothing says what an error costs.*a loss of your own"):
+    with pytest.raises(tn.errors.TargetError, match=r"nothing says what an error costs.*a loss of your own"):
         tn.calibrate(Total(), [vectors()["x"]])
 
 
@@ -367,7 +368,7 @@ def test_not_finite_inputs_name_the_layer() -> None:
     model = gpt2()
     with torch.no_grad():
         model.transformer.h[1].ln_2.weight[0] = torch.nan
-    with pytest.raises(tn.NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_fc"):
+    with pytest.raises(tn.errors.NonFiniteError, match=r"transformer\.h\.1\.mlp\.c_fc"):
         tn.calibrate(model, [BATCH], config=tn.CompressionConfig(target_modules="*.mlp.*"))
 
 
@@ -450,7 +451,7 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     tn.plan(Repeated().bfloat16().float(), config, loaded)  # the same weights, rounded
     other = Repeated()
     nn.init.normal_(other.second.weight)
-    with pytest.raises(tn.TargetError, match="another model"):
+    with pytest.raises(tn.errors.TargetError, match="another model"):
         tn.plan(other, config, loaded)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration.losses import label_losses, losses_against, own_losses
 from tensornet.calibration.masks import token_mask
+from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -121,7 +122,7 @@ def test_a_tiny_layer_stays_dense_and_the_others_keep_the_ratio(tiny: int, objec
 def test_a_ratio_that_no_form_reaches_is_refused(objective: str) -> None:
     model = nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 2), nn.Linear(2, 4))
     config = tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective=objective)
-    with pytest.raises(tn.BudgetError, match=r"Layer '\d'"):
+    with pytest.raises(BudgetError, match=r"Layer '\d'"):
         tn.compress(model, config, calibration=[(X, Y)], progress=False)
 
 
@@ -157,7 +158,7 @@ def test_masks_find_rows_and_tokens(shape: tuple[int, ...], expected: Tensor | N
 @pytest.mark.parametrize(("shape", "guess"), [((2, 2), "rows are taken"), ((2, 5, 5), "padding is counted")])
 def test_sizes_that_do_not_tell_rows_from_tokens_are_said(shape: tuple[int, ...], guess: str) -> None:
     mask = MASK[:, [4, 0]] if len(shape) == 2 else MASK
-    with pytest.warns(tn.CalibrationWarning, match=f"do not show which positions are padding: {guess}"):
+    with pytest.warns(CalibrationWarning, match=f"do not show which positions are padding: {guess}"):
         found = token_mask({"attention_mask": mask}, torch.Size(shape))
     assert found is not None
     assert bool(found.all()) == (len(shape) == 3)
@@ -247,7 +248,7 @@ def test_an_unknown_class_without_a_loss_is_scored_as_documented(labels: Tensor,
     model, like = Writer("none"), Writer("shifted" if shift else "in place")
     batch = {"input_ids": IDS, "labels": labels}
     said = "the next token is scored" if shift else "scored in their place"
-    with pytest.warns(tn.CalibrationWarning, match=said) as caught:
+    with pytest.warns(CalibrationWarning, match=said) as caught:
         stats = tn.calibrate(model, [batch, batch])
     assert len(caught) == 1
     assert stats.loss == pytest.approx(like(**batch)["loss"].item(), rel=1e-5)
@@ -264,7 +265,7 @@ def test_perplexity_refuses_models_that_score_labels_in_their_place() -> None:
 
     found = perplexity(WriterForCausalLM("shifted"), IDS.flatten(), context=7)
     assert found.loss == pytest.approx(Writer("shifted")(IDS, IDS)["loss"].item(), rel=1e-5)
-    with pytest.raises(tn.TargetError, match="own position"):
+    with pytest.raises(TargetError, match="own position"):
         perplexity(WriterForMaskedLM("in place"), IDS.flatten(), context=7)
 
 

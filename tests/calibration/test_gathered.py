@@ -10,7 +10,7 @@ from hf_architectures import PAGE_ARCHITECTURES
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 
 LINEAR = tn.CompressionConfig(max_bond=1)

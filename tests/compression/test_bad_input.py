@@ -12,7 +12,10 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.contrib.search import search_topology
+from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.topologies import (
+    Budget,
+    CoreSpec,
     block_tt,
     kronecker,
     low_rank,
@@ -41,7 +44,7 @@ DIMS = {"out_dims": (3, 8), "in_dims": (4, 5)}
 def test_sizes_that_are_none_are_refused(
     build: Callable[..., tn.Topology], options: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(tn.TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message):
         build(**{**DIMS, **options})
 
 
@@ -62,7 +65,7 @@ def test_sizes_that_are_none_are_refused(
     ],
 )
 def test_bonds_that_are_none_are_refused(build: Callable[[], tn.Topology], message: str) -> None:
-    with pytest.raises(tn.TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message):
         build()
 
 
@@ -71,7 +74,7 @@ MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
     "truncated_svd": tn.truncated_svd,
     "search_topology": lambda matrix: search_topology(matrix, param_ratio=0.5),
     **{
-        f"Topology {name!r}": lambda matrix, name=name: topology_family(name).decompose(matrix, tn.Budget())
+        f"Topology {name!r}": lambda matrix, name=name: topology_family(name).decompose(matrix, Budget())
         for name in topology_names()
     },
 }
@@ -93,34 +96,34 @@ MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
 def test_what_is_no_matrix_is_refused_by_name(name: str, matrix: Tensor, message: str) -> None:
     if isinstance(matrix, np.ndarray) and name == "MPO.from_matrix":
         return  # takes arrays of NumPy
-    with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
+    with pytest.raises(ShapeError, match=f"{name} needs .*{message}"):
         MATRIX_TAKERS[name](matrix)
     if name.startswith("Topology"):
         family = topology_family(name.split("'")[1])
-        with pytest.raises(tn.ShapeError, match=f"{name} needs .*{message}"):
+        with pytest.raises(ShapeError, match=f"{name} needs .*{message}"):
             family.decompose_to(matrix, family.build(4, 6))
 
 
 def test_what_is_no_stack_is_refused() -> None:
-    with pytest.raises(tn.ShapeError, match=r"MPO\.from_matrices needs a stack .*got list"):
+    with pytest.raises(ShapeError, match=r"MPO\.from_matrices needs a stack .*got list"):
         tn.MPO.from_matrices([torch.ones(3, 4)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [{"rel_error": "0.1"}, {"param_ratio": "half"}, {"rel_error": True}])
 def test_budgets_are_numbers(budget: dict[str, object]) -> None:
-    with pytest.raises(tn.BudgetError, match=f"{next(iter(budget))} must be a number, got"):
-        tn.Budget(**budget)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match=f"{next(iter(budget))} must be a number, got"):
+        Budget(**budget)  # type: ignore[arg-type]
 
 
 def test_integers_of_numpy_are_integers() -> None:
-    budget = tn.Budget(max_bond=np.int64(3))  # type: ignore[arg-type]
+    budget = Budget(max_bond=np.int64(3))  # type: ignore[arg-type]
     assert type(budget.max_bond) is int
     assert max(mpo(**DIMS, max_bond=np.int32(3)).bond_dims.values()) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", topology_names())
 def test_what_is_no_budget_is_refused(name: str) -> None:
-    with pytest.raises(tn.BudgetError, match=r"Expected a Budget, got 0\.5; write Budget\(max_bond=8\)"):
+    with pytest.raises(BudgetError, match=r"Expected a Budget, got 0\.5; write Budget\(max_bond=8\)"):
         topology_family(name).decompose(torch.ones(4, 6), 0.5)  # type: ignore[arg-type]
 
 
@@ -134,13 +137,13 @@ def test_what_is_no_budget_is_refused(name: str) -> None:
     ],
 )
 def test_bonds_of_a_decomposition_that_are_none_are_refused(bonds: object, message: str) -> None:
-    with pytest.raises(tn.TopologyError, match=message):
-        topology_family("mpo").decompose(torch.ones(4, 6), tn.Budget(), sites=2, bond_dims=bonds)
+    with pytest.raises(TopologyError, match=message):
+        topology_family("mpo").decompose(torch.ones(4, 6), Budget(), sites=2, bond_dims=bonds)
 
 
 def test_bonds_of_a_decomposition_that_no_leg_can_use_are_clipped_and_said() -> None:
     with pytest.warns(UserWarning, match=r"bond_dims \(99,\) exceed .* clipped to \(4,\)"):
-        made = topology_family("mpo").decompose(torch.randn(4, 6), tn.Budget(), sites=2, bond_dims=[99])
+        made = topology_family("mpo").decompose(torch.randn(4, 6), Budget(), sites=2, bond_dims=[99])
     assert made.network.topology.bond_dims["b1"] == 4
 
 
@@ -153,29 +156,29 @@ def test_topologies_hold_plain_integers(name: str) -> None:
 
 
 def test_sizes_of_a_topology_are_integers() -> None:
-    core = tn.CoreSpec("a", ("o", "i"))
-    with pytest.raises(tn.TopologyError, match=r"The size of label 'o' must be an integer .* got 2\.5"):
+    core = CoreSpec("a", ("o", "i"))
+    with pytest.raises(TopologyError, match=r"The size of label 'o' must be an integer .* got 2\.5"):
         tn.Topology("mine", (core,), (("o", 2.5), ("i", 3)), ("o",), ("i",), 2, 3)  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match=r"in_features must be an integer .* got 3\.0"):
+    with pytest.raises(TopologyError, match=r"in_features must be an integer .* got 3\.0"):
         tn.Topology("mine", (core,), (("o", 2), ("i", 3)), ("o",), ("i",), 2, 3.0)  # type: ignore[arg-type]
 
 
 def test_names_of_topologies_are_strings() -> None:
-    with pytest.raises(tn.TopologyError, match=r"Unknown topology \['mpo'\]; registered are block_tt, "):
+    with pytest.raises(TopologyError, match=r"Unknown topology \['mpo'\]; registered are block_tt, "):
         topology_family(["mpo"])  # type: ignore[arg-type]
 
 
 def test_network_of_something_else_is_refused() -> None:
-    with pytest.raises(tn.TopologyError, match="A network needs a Topology, got 'mpo'"):
+    with pytest.raises(TopologyError, match="A network needs a Topology, got 'mpo'"):
         tn.TensorNetwork("mpo", [])  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match="Expected a Topology, got 'mpo'"):
+    with pytest.raises(TopologyError, match="Expected a Topology, got 'mpo'"):
         topology_family("mpo").decompose_to(torch.ones(4, 3), "mpo")  # type: ignore[arg-type]
     topology = low_rank(out_features=4, in_features=3, rank=1)
-    with pytest.raises(tn.ShapeError, match=r"Core '0' must be a torch\.Tensor, got ndarray"):
+    with pytest.raises(ShapeError, match=r"Core '0' must be a torch\.Tensor, got ndarray"):
         tn.TensorNetwork(topology, [np.ones((1, 4, 1, 1)), np.ones((1, 1, 3, 1))])  # type: ignore[list-item]
     network = tn.TensorNetwork(topology, [torch.ones(1, 4, 1, 1), torch.ones(1, 1, 3, 1)])
     with pytest.raises(ValueError, match="tokens must be an integer of at least 0, got -3"):
         network.flops(-3)
     for x, got in ((torch.tensor(3.0), "a number without dimensions"), (np.ones(3), "ndarray")):
-        with pytest.raises(tn.ShapeError, match=f"in_features=3.*, got {got}"):
+        with pytest.raises(ShapeError, match=f"in_features=3.*, got {got}"):
             network.apply(x)  # type: ignore[arg-type]

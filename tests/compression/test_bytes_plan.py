@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats, sampled_losses
-from tensornet.compression import CompressionConfig, Prepared, correct_by_measuring, prepare
+from tensornet.calibration import sampled_losses
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression import Prepared, correct_by_measuring, prepare
 from tensornet.compression.allocate import (
     Cap,
     CostCurve,
@@ -27,6 +28,7 @@ from tensornet.compression.allocate import (
     uniform,
 )
 from tensornet.compression.candidates import PREDICTED_BITS
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.layer_plan import describe
 from tensornet.compression.loss_increase import Forecast
 from tensornet.compression.report import model_size
@@ -101,7 +103,7 @@ def test_several_caps_are_all_kept(layers: list[CostCurve], data: st.DataObject)
     ]
     try:
         chosen, name = spend_all(caps)
-    except tn.BudgetError:
+    except tn.errors.BudgetError:
         return
     assert all(total_size(cap.curves, chosen) <= cap.allowed * (1 + 1e-12) for cap in caps)
     assert name == max(caps, key=lambda cap: cap.use(chosen)).name
@@ -113,7 +115,7 @@ def test_caps_that_contradict_each_other() -> None:
         Cap("max_bytes", [CostCurve(sizes, costs)], 2.0),
         Cap("max_milliseconds", [CostCurve(sizes.flip(0), costs)], 2.0),
     ]
-    with pytest.raises(tn.BudgetError, match="max_bytes and max_milliseconds contradict each other"):
+    with pytest.raises(tn.errors.BudgetError, match="max_bytes and max_milliseconds contradict each other"):
         spend_all(caps)
 
 
@@ -203,7 +205,9 @@ def test_the_smallest_model_within_a_loss() -> None:
     plan = prepared.plan(loss_increase=rises[1])
     assert plan.predicted_loss_increase <= rises[1]  # type: ignore[operator]
     assert plan.bits_per_weight < 6.0
-    with pytest.raises(tn.BudgetError, match=r"bits_per_weight and loss_increase=.* contradict each other"):
+    with pytest.raises(
+        tn.errors.BudgetError, match=r"bits_per_weight and loss_increase=.* contradict each other"
+    ):
         prepared.plan(loss_increase=rises[0] / 10, bits_per_weight=2.6)
 
 
@@ -241,14 +245,14 @@ def test_editing_the_storage_of_a_layer() -> None:
     tn.apply_plan(model, edited, stats)
     assert model.get_submodule(name).storage == edited[name].storage
     assert plan.replace_layer(name, None)[name].bits_per_weight == 32
-    with pytest.raises(tn.FormatError, match="Unknown number format 'int9'"):
+    with pytest.raises(tn.errors.FormatError, match="Unknown number format 'int9'"):
         plan.replace_layer(name, None, "int9")
 
 
 def test_without_calibration_data_layers_become_int8() -> None:
     model = calibrated()[0]
     with pytest.warns(
-        tn.CalibrationWarning, match="get one number format, int8 unless formats= names others"
+        tn.errors.CalibrationWarning, match="get one number format, int8 unless formats= names others"
     ):
         report = tn.compress(model, CompressionConfig(bits_per_weight=9), progress=False)
     assert {layer.scheme for layer in report.layers} == {"int8 dense"}
@@ -259,7 +263,7 @@ def test_without_calibration_data_layers_become_int8() -> None:
     assert report.byte_ratio < 0.5
     model = calibrated()[0]
     config = CompressionConfig(bits_per_weight=4.25, objective="weight")
-    with pytest.raises(tn.BudgetError, match=r"one format, int8, which takes .* formats=\('int4',\)"):
+    with pytest.raises(tn.errors.BudgetError, match=r"one format, int8, which takes .* formats=\('int4',\)"):
         tn.compress(model, config, progress=False)
     report = tn.compress(model, replace(config, formats=("int4",)), progress=False)
     assert {layer.scheme for layer in report.layers} == {"int4 dense"}
@@ -294,7 +298,9 @@ def test_options_that_are_none(options: dict[str, object], message: str) -> None
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
     int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
-    with pytest.raises(tn.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"):
+    with pytest.raises(
+        tn.errors.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"
+    ):
         replace(prepared, candidates=int8).plan(bits_per_weight=4)
-    with pytest.raises(tn.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
+    with pytest.raises(tn.errors.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
         prepared.plan(max_bytes=100)

@@ -98,7 +98,7 @@ def test_exclusion_wins() -> None:
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_a_pattern_without_a_layer_is_an_error(option: str) -> None:
-    with pytest.raises(tn.TargetError, match=r"'c_fc' matches no layer .*blocks\.0\.up.*'re:'"):
+    with pytest.raises(tn.errors.TargetError, match=r"'c_fc' matches no layer .*blocks\.0\.up.*'re:'"):
         names(Model(), **{option: "c_fc"})
 
 
@@ -108,16 +108,18 @@ def test_a_pattern_without_a_layer_is_an_error(option: str) -> None:
 )
 def test_a_pattern_without_a_layer_is_told_how_expressions_match(pattern: str, better: str) -> None:
     hint = re.escape(f"{better!r} would match blocks.0.up")
-    with pytest.raises(tn.TargetError, match=rf"matches no layer.*the whole name, such as 're:.*{hint}"):
+    with pytest.raises(
+        tn.errors.TargetError, match=rf"matches no layer.*the whole name, such as 're:.*{hint}"
+    ):
         names(Model(), target_modules=pattern)
-    with pytest.raises(tn.TargetError, match=r"'\*x\[' matches no layer.*such as 're:[^ ]*$"):
+    with pytest.raises(tn.errors.TargetError, match=r"'\*x\[' matches no layer.*such as 're:[^ ]*$"):
         names(Model(), target_modules="*x[")
 
 
 def test_nothing_left() -> None:
-    with pytest.raises(tn.TargetError, match="Nothing to compress"):
+    with pytest.raises(tn.errors.TargetError, match="Nothing to compress"):
         names(Model(), exclude_modules="blocks.*")
-    with pytest.raises(tn.TargetError, match=r"supported: nn\.Linear"):
+    with pytest.raises(tn.errors.TargetError, match=r"supported: nn\.Linear"):
         names(nn.Sequential(nn.ReLU()))
 
 
@@ -239,7 +241,9 @@ def test_batches_and_statistics_are_the_same_thing() -> None:
 
 
 def test_without_data_a_warning_says_what_to_pass() -> None:
-    with pytest.warns(tn.CalibrationWarning, match="error of its weights alone.*Pass calibration=batches"):
+    with pytest.warns(
+        tn.errors.CalibrationWarning, match="error of its weights alone.*Pass calibration=batches"
+    ):
         report = tn.compress(Model(), tn.CompressionConfig(param_ratio=0.5), progress=False)
     assert report.plan.objective == "weight"
 
@@ -248,7 +252,7 @@ def test_without_data_a_warning_says_what_to_pass() -> None:
     "option", [{"loss_increase": 0.1}, {"max_bytes": 1000}, {"objective": "curvature", "param_ratio": 0.5}]
 )
 def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
-    with pytest.raises(tn.TargetError, match="needs calibrated gradients: pass calibration=batches"):
+    with pytest.raises(tn.errors.TargetError, match="needs calibrated gradients: pass calibration=batches"):
         tn.compress(Model(), tn.CompressionConfig(**option), progress=False)  # type: ignore[arg-type]
 
 
@@ -259,7 +263,7 @@ def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
     ids = token_ids(load_tokenizer(gpt2_path()), heldout_text())[: 24 * 128].reshape(24, 128)
     models = [copy.deepcopy(dense) for _ in range(2)]
     options = {"param_ratio": 0.5}
-    with pytest.warns(tn.CalibrationWarning, match="using 16,384 tokens of the embedded text"):
+    with pytest.warns(tn.errors.CalibrationWarning, match="using 16,384 tokens of the embedded text"):
         report = tn.compress(models[0], tn.CompressionConfig(**options), progress=False)  # type: ignore[arg-type]
     assert report.plan.calibration is not None
     assert "King James" in report.plan.calibration
@@ -295,7 +299,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     model = Model()
     with torch.no_grad():
         model.blocks[1].up.weight[2, 3] = value
-    with pytest.raises(tn.NonFiniteError, match=r"Layer 'blocks\.1\.up' holds 1 NaN or infinite"):
+    with pytest.raises(tn.errors.NonFiniteError, match=r"Layer 'blocks\.1\.up' holds 1 NaN or infinite"):
         tn.compress(model, HALF, progress=False)
     assert type(model.blocks[0].up) is nn.Linear  # nothing was replaced
 
@@ -331,7 +335,7 @@ def test_options_out_of_range(options: dict[str, object], message: str) -> None:
 
 
 def test_a_budget_no_network_can_meet_names_the_layer() -> None:
-    with pytest.raises(tn.BudgetError, match=r"Layer 'blocks\.0\.up' cannot meet the budget"):
+    with pytest.raises(tn.errors.BudgetError, match=r"Layer 'blocks\.0\.up' cannot meet the budget"):
         tn.compress(Model(), tn.CompressionConfig(param_ratio=0.001, objective="weight"), progress=False)
 
 

@@ -11,13 +11,14 @@ from hf_models import gpt2
 from torch import nn
 
 import tensornet as tn
+from tensornet.errors import BudgetError, TargetError
 from tensornet.nn.extension import ProvidedData
 
 
 def test_a_model_that_is_a_layer_itself() -> None:
-    with pytest.raises(tn.TargetError, match=r"The model is a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"):
+    with pytest.raises(TargetError, match=r"The model is a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"):
         tn.compress(nn.Linear(8, 8), HALF, progress=False)
-    with pytest.raises(tn.TargetError, match=r"its to_linear\(\)"):
+    with pytest.raises(TargetError, match=r"its to_linear\(\)"):
         tn.decompress(tn.nn.MPOLinear.from_linear(nn.Linear(8, 8), max_bond=2))
 
 
@@ -27,9 +28,9 @@ def test_embeddings_that_shorten_their_rows_stay() -> None:
         model, tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective="weight"), progress=False
     )
     assert [layer.name for layer in report.layers] == ["1"]
-    with pytest.raises(tn.TargetError, match=r"Nothing to compress.*types Embedding here.*max_norm"):
+    with pytest.raises(TargetError, match=r"Nothing to compress.*types Embedding here.*max_norm"):
         tn.compress(nn.Sequential(model[0]), HALF, progress=False)
-    with pytest.raises(tn.TargetError, match="got Embedding whose max_norm changes its rows"):
+    with pytest.raises(TargetError, match="got Embedding whose max_norm changes its rows"):
         tn.nn.MPOEmbedding.from_embedding(model[0])
 
 
@@ -37,11 +38,11 @@ def test_compressing_twice_says_so() -> None:
     model = Model()
     plan = tn.plan(model, HALF)
     tn.compress(model, HALF, progress=False)
-    with pytest.raises(tn.TargetError, match=r"layers are made of cores already, blocks\.0\.up for one"):
+    with pytest.raises(TargetError, match=r"layers are made of cores already, blocks\.0\.up for one"):
         tn.compress(model, HALF, progress=False)
-    with pytest.raises(tn.TargetError, match=r"'up' matches no.*made of cores already"):
+    with pytest.raises(TargetError, match=r"'up' matches no.*made of cores already"):
         tn.compress(model, tn.CompressionConfig(target_modules="up", max_bond=2), progress=False)
-    with pytest.raises(tn.TargetError, match=r"Layer 'blocks\.0\.up' is a tensor-network layer already"):
+    with pytest.raises(TargetError, match=r"Layer 'blocks\.0\.up' is a tensor-network layer already"):
         tn.apply_plan(model, plan)
 
 
@@ -82,14 +83,14 @@ def test_arguments_of_other_types() -> None:
     for message, call in calls.items():
         with pytest.raises(TypeError, match=message):
             call()
-    with pytest.raises(tn.TargetError, match="pass a list, not an iterator"):
+    with pytest.raises(TargetError, match="pass a list, not an iterator"):
         tn.compress(model, config, calibration=stats, validation=iter([ids]), progress=False)  # type: ignore[arg-type]
 
 
 def test_nothing_that_says_how_far_is_refused() -> None:
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     batches = [(torch.randn(16, 64), torch.randint(10, (16,)))]
-    with pytest.raises(tn.BudgetError, match="budget"):
+    with pytest.raises(BudgetError, match="budget"):
         tn.compress(model, tn.CompressionConfig(), calibration=batches, progress=False)
     assert type(model[0]) is nn.Linear
 
@@ -100,7 +101,7 @@ def test_a_plan_is_applied_as_it_is() -> None:
     stats = tn.calibrate(model, batches, source="noise")
     plan = tn.plan(model, tn.CompressionConfig(param_ratio=0.5), stats).replace_layer("2", None)
     data = ProvidedData(batches, "noise", statistics=stats)
-    with pytest.raises(tn.BudgetError, match="made with noise"):
+    with pytest.raises(BudgetError, match="made with noise"):
         tn.compress(model, plan, calibration=batches, progress=False)
     report = tn.compress(model, plan, calibration=data, progress=False)
     assert report.plan == plan

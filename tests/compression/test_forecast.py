@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
-from tensornet.compression import CompressionConfig, Prepared, correct_by_measuring, prepare
+from tensornet.compression import Prepared, correct_by_measuring, prepare
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import mean_loss
+from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 
@@ -84,7 +86,7 @@ def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
     assert plan.predicted_loss_increase <= 0.1  # type: ignore[operator]
     assert rise_of(model, plan, others) == pytest.approx(0.1, rel=0.25)
     assert "corrected by measuring on the other half" in str(plan)
-    with pytest.raises(tn.BudgetError, match=r"loss_increase=0\.0001 contradict"):
+    with pytest.raises(BudgetError, match=r"loss_increase=0\.0001 contradict"):
         measured.plan(param_ratio=0.3, loss_increase=1e-4)
 
 
@@ -94,7 +96,7 @@ def test_a_measured_plan_is_kept() -> None:
     loaded = tn.CompressionPlan.from_dict(plan.to_dict())
     assert loaded == plan
     assert loaded.predicted_loss_increase == plan.predicted_loss_increase
-    with pytest.raises(tn.FormatError, match="increase from above 0"):
+    with pytest.raises(FormatError, match="increase from above 0"):
         tn.CompressionPlan.from_dict({**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None}})
 
 
@@ -114,11 +116,11 @@ def test_compress_measures_on_validation_text() -> None:
 def test_what_cannot_be_measured() -> None:
     model, stats, prepared, _, _ = real()
     weight = CompressionConfig(param_ratio=0.5, objective="weight")
-    with pytest.raises(tn.TargetError, match="validation"):
+    with pytest.raises(TargetError, match="validation"):
         tn.compress(copy.deepcopy(model), weight, validation=[torch.ones(1, 4).long()], progress=False)
-    with pytest.raises(tn.BudgetError, match="curvature"):
+    with pytest.raises(BudgetError, match="curvature"):
         correct_by_measuring(prepare(model, weight), model, stats, [torch.ones(1, 4).long()])
-    with pytest.raises(tn.TargetError, match="No loss"):
+    with pytest.raises(TargetError, match="No loss"):
         correct_by_measuring(prepared, model, stats, [])
 
 

@@ -10,8 +10,8 @@ from tensornet.compression import candidates
 from tensornet.compression.candidates import format_losses
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import NumberFormat, predict, predict_losses, predict_product_losses
-from tensornet.quantization.predict import spaced_rows
+from tensornet.quantization import NumberFormat, predict, predict_losses
+from tensornet.quantization.predict import predict_product_losses, spaced_rows
 from tensornet.topologies.dense import round_dense
 
 FORMATS = [NumberFormat.parse(f"int{bits}") for bits in (4, 3, 2)]

@@ -16,17 +16,11 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.batches import some_rows
-from tensornet.compression import (
-    CompressionConfig,
-    CompressionPlan,
-    Prepared,
-    check_loss,
-    loss_check,
-    prepare,
-)
+from tensornet.compression import Prepared, check_loss, loss_check, prepare
 from tensornet.compression.allocate import uniform
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import mean_loss, opposite_errors
-from tensornet.compression.plan import LossCheck, RaisedLoss
+from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss
 
 TOKENS, WIDTH, HIDDEN = 50, 64, 128
 FORMATS = ("int8:g32:float8", "int4:g32:float8", "int3:g32:float8", "int2:g32:float8")
@@ -192,7 +186,7 @@ def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None
 def compressed(calibration: Any, **more: Any) -> tuple[tn.CompressionReport, str]:
     config = CompressionConfig(**{**CONFIG.to_dict(), **more})
     with warnings.catch_warnings():  # that the model does not say where it scores labels
-        warnings.simplefilter("ignore", tn.CalibrationWarning)
+        warnings.simplefilter("ignore", tn.errors.CalibrationWarning)
         report = tn.compress(made()[0], config, calibration=calibration, progress=False)
     return report, str(report.plan)
 
@@ -334,7 +328,7 @@ class Stubborn(Model):
 def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
     _, batches, stats, prepared = made()
     with pytest.warns(
-        tn.CalibrationWarning, match=r"not checked by measuring: Stubborn .* \(it holds a lock\)"
+        tn.errors.CalibrationWarning, match=r"not checked by measuring: Stubborn .* \(it holds a lock\)"
     ):
         plan = check_loss(prepared, Stubborn(), stats, batches, loss_fn=in_place).plan()
     assert plan.loss_check is None

@@ -157,7 +157,7 @@ def test_models_without_a_loss_are_not_measured() -> None:
     assert record_losses(Whole(2, 2), [torch.randn(4096, 2)]) is None
     assert record_losses(nn.Linear(2, 2), [(torch.randn(8, 2), torch.arange(5))]) is None
     assert record_losses(nn.Linear(2, 2), []) is None
-    with pytest.raises(tn.TargetError, match="No loss"):
+    with pytest.raises(tn.errors.TargetError, match="No loss"):
         measure(nn.Linear(2, 2), nn.Linear(2, 2), [])
 
 
@@ -200,7 +200,7 @@ def test_a_model_that_fits_its_calibration_data_is_named(budget: dict[str, float
     model = classifier(300)
     before = loss(model)
     assert before < 1e-2
-    with pytest.warns(tn.CalibrationWarning, match="probably trained on these data") as seen:
+    with pytest.warns(tn.errors.CalibrationWarning, match="probably trained on these data") as seen:
         report = tn.compress(model, tn.CompressionConfig(**budget), calibration=loader(), progress=False)  # type: ignore[arg-type]
     assert ("loss_increase=0.02 allowed" in str(seen[0].message)) == ("loss_increase" in budget)
     assert report.measured is not None
@@ -258,8 +258,8 @@ def test_the_curve_rises_through_its_points(forecast: Forecast, a: float, b: flo
 def test_noise_is_left_out() -> None:
     measured = [(0.1, -0.01), (0.2, 0.3), (0.4, 0.25), (0.8, 0.9)]
     assert Forecast.through(reversed(measured)).points == ((0.2, 0.3), (0.8, 0.9))
-    with pytest.raises(tn.BudgetError, match="higher loss"):
+    with pytest.raises(tn.errors.BudgetError, match="higher loss"):
         Forecast.through([(0.1, -0.01), (0.2, math.nan)])
     for points in (((0.2, 0.1), (0.1, 0.2)), ((0.0, 0.1),), ((0.1, math.nan),)):
-        with pytest.raises(tn.BudgetError, match="increase from above 0"):
+        with pytest.raises(tn.errors.BudgetError, match="increase from above 0"):
             Forecast(points)

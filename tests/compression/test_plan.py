@@ -15,8 +15,9 @@ from hf_models import gpt2
 from torch import nn
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression import apply
+from tensornet.errors import FormatError, NonFiniteError, TargetError, TopologyError
 from tensornet.topologies import topology_family, topology_names
 
 NAME = "transformer.h.0.mlp.c_fc"
@@ -70,9 +71,9 @@ def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
 
 def test_edits_that_do_not_fit() -> None:
     _, _, plan = prepared()
-    with pytest.raises(tn.TopologyError, match=r"has shape \(96, 24\), the topology is for \(10, 10\)"):
+    with pytest.raises(TopologyError, match=r"has shape \(96, 24\), the topology is for \(10, 10\)"):
         plan.replace_layer(NAME, topology_family("mpo").build(10, 10))
-    with pytest.raises(tn.TopologyError, match="or None to stay dense; got 'mpo'"):
+    with pytest.raises(TopologyError, match="or None to stay dense; got 'mpo'"):
         plan.replace_layer(NAME, "mpo")  # type: ignore[arg-type]
 
 
@@ -89,18 +90,18 @@ def test_leaving_a_layer_dense() -> None:
 
 def test_a_calibrated_plan_needs_its_statistics_again() -> None:
     model, _, plan = prepared()
-    with pytest.raises(tn.TargetError, match=r"made with objective='curvature': pass the calibration"):
+    with pytest.raises(TargetError, match=r"made with objective='curvature': pass the calibration"):
         tn.apply_plan(model, plan)
 
 
 def test_a_plan_for_another_model() -> None:
     _, stats, plan = prepared()
-    with pytest.raises(tn.TargetError, match="that this model does not have"):
+    with pytest.raises(TargetError, match="that this model does not have"):
         tn.apply_plan(nn.Sequential(nn.Linear(3, 4)), plan, stats)
     wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
     narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
     made = tn.plan(wide, tn.CompressionConfig(max_bond=2, objective="weight"))
-    with pytest.raises(tn.TargetError, match=r"of shape \(7, 5\), the model's has shape \(6, 5\)"):
+    with pytest.raises(TargetError, match=r"of shape \(7, 5\), the model's has shape \(6, 5\)"):
         tn.apply_plan(narrow, made)
 
 
@@ -120,7 +121,7 @@ def test_a_plan_whose_family_was_edited(family: str, objective: str) -> None:
     layer["topology"]["family"] = family
     before = copy.deepcopy(model.state_dict())
     message = rf"'{layer['name']}': '{family}' does not make the planned cores .*replace_layer"
-    with pytest.raises(tn.TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message):
         tn.apply_plan(model, tn.CompressionPlan.from_dict(data), stats)
     assert before.keys() == model.state_dict().keys()
 
@@ -129,7 +130,7 @@ def test_nothing_is_replaced_when_a_layer_fails() -> None:
     model, stats, plan = prepared()
     with torch.no_grad():
         model.get_submodule("transformer.h.1.mlp.c_proj").weight[0, 0] = torch.nan
-    with pytest.raises(tn.NonFiniteError):
+    with pytest.raises(NonFiniteError):
         tn.apply_plan(model, plan, stats)
     assert not any(isinstance(module, tn.nn.TensorNetworkLinear) for module in model.modules())
 
@@ -156,16 +157,16 @@ def test_a_damaged_plan(change: Any) -> None:
     _, _, plan = prepared()
     data = json.loads(json.dumps(plan.to_dict()))
     change(data)
-    with pytest.raises(tn.FormatError, match="compression plan"):
+    with pytest.raises(FormatError, match="compression plan"):
         tn.CompressionPlan.from_dict(data)
 
 
 def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    with pytest.raises(tn.FormatError, match="Cannot read a compression plan"):
+    with pytest.raises(FormatError, match="Cannot read a compression plan"):
         tn.CompressionPlan.load(path)
     path.write_text("[]")
-    with pytest.raises(tn.FormatError, match="Not a compression plan"):
+    with pytest.raises(FormatError, match="Not a compression plan"):
         tn.CompressionPlan.load(path)
 
 

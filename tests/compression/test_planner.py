@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats, sampled_losses
-from tensornet.compression import CompressionConfig, prepare
+from tensornet.calibration import sampled_losses
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression import prepare
 from tensornet.compression.allocate import (
     CostCurve,
     frontier,
@@ -25,6 +26,7 @@ from tensornet.compression.allocate import (
     total_cost,
     total_size,
 )
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
@@ -56,7 +58,7 @@ def test_a_size_is_never_exceeded_and_nearly_as_well_spent_as_possible(
 ) -> None:
     least = sum(float(c.sizes[0]) for c in layers)
     if least > budget:
-        with pytest.raises(tn.BudgetError, match="raise the budget"):
+        with pytest.raises(tn.errors.BudgetError, match="raise the budget"):
             spend_size(layers, budget)
         return
     chosen = spend_size(layers, budget)
@@ -73,7 +75,7 @@ def test_a_size_is_never_exceeded_and_nearly_as_well_spent_as_possible(
 def test_a_cost_is_never_exceeded(layers: list[CostCurve], allowed: int) -> None:
     least = sum(float(c.costs.min()) for c in layers)
     if least > allowed:
-        with pytest.raises(tn.BudgetError, match="already cost"):
+        with pytest.raises(tn.errors.BudgetError, match="already cost"):
             spend_cost(layers, allowed)
         return
     assert total_cost(layers, spend_cost(layers, allowed)) <= allowed
@@ -219,10 +221,12 @@ def test_one_preparation_serves_all_budgets() -> None:
 
 def test_what_forms_depend_on_is_no_budget() -> None:
     model, stats = gpt2_stats()
-    with pytest.raises(tn.BudgetError, match="got max_bond"):
+    with pytest.raises(tn.errors.BudgetError, match="got max_bond"):
         prepare(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
     inputs = prepare(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
-    with pytest.raises(tn.BudgetError, match="max_bytes needs objective='curvature', not 'activation'"):
+    with pytest.raises(
+        tn.errors.BudgetError, match="max_bytes needs objective='curvature', not 'activation'"
+    ):
         inputs.plan(max_bytes=60_000)
 
 
@@ -233,7 +237,7 @@ def test_caps_on_single_layers_hold_in_a_global_plan() -> None:
     assert max(max(x.topology.bond_dims.values()) for x in plan if x.topology) <= 9
     exact = tn.plan(model, CompressionConfig(param_ratio=0.9, rel_error=0.5), stats)
     assert all(layer.error <= 0.5 for layer in exact)
-    with pytest.raises(tn.BudgetError, match=r"no rank up to max_bond=1 .* rel_error=0.01"):
+    with pytest.raises(tn.errors.BudgetError, match=r"no rank up to max_bond=1 .* rel_error=0.01"):
         tn.plan(model, CompressionConfig(max_bond=1, rel_error=0.01), stats)
 
 
@@ -342,9 +346,9 @@ def test_predicted_times_know_how_integers_are_read(tokens: int) -> None:
 
 
 def test_milliseconds_need_a_token_count() -> None:
-    with pytest.raises(tn.BudgetError, match="give tokens=1 for generating"):
+    with pytest.raises(tn.errors.BudgetError, match="give tokens=1 for generating"):
         CompressionConfig(max_milliseconds=1.0)
-    with pytest.raises(tn.BudgetError, match="tokens must be an integer of at least 1, got 0"):
+    with pytest.raises(tn.errors.BudgetError, match="tokens must be an integer of at least 1, got 0"):
         CompressionConfig(param_ratio=0.5, tokens=0)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
-from tensornet.compression import CompressionConfig
+from tensornet.compression.config import CompressionConfig
+from tensornet.errors import TargetError
 from tensornet.topologies import topology_names
 
 
@@ -81,12 +82,12 @@ def test_statistics_of_another_model() -> None:
     _, stats = gpt2_stats()
     other = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=101, n_positions=64))
     with pytest.raises(
-        tn.TargetError, match=r"not belong to this model: layer 'transformer\.h\.0\.attn\.c_attn'"
+        TargetError, match=r"not belong to this model: layer 'transformer\.h\.0\.attn\.c_attn'"
     ):
         tn.plan(other, CompressionConfig(param_ratio=0.8), stats)
     model, _ = gpt2_stats()
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
-    with pytest.raises(tn.TargetError, match="made with gradients, which these statistics are without"):
+    with pytest.raises(TargetError, match="made with gradients, which these statistics are without"):
         tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradient_batches=0))
 
 

@@ -12,7 +12,7 @@ from tensornet.nn.extension import ProvidedData
 CONFIG = tn.CompressionConfig(max_bond=2, topology="low_rank", target_modules=["first", "read", "last"])
 
 
-class WeightRead(tn.TargetError):
+class WeightRead(tn.errors.TargetError):
     """As the placeholder of a weight raises it."""
 
     layer: nn.Module | None = None

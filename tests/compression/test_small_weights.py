@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import CompressionConfig, CompressionReport
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.report import CompressionReport
 
 EIGHT_BIT_SCALES = "int4:g32:float8"
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import CalibrationWarning
+from tensornet.errors import CalibrationWarning, TargetError
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
 BATCH = {"x": torch.randn(9, 8), "labels": torch.arange(9) % 3}
@@ -66,7 +66,7 @@ def test_they_count_in_budgets_of_the_whole_model() -> None:
 def test_who_wants_a_refusal_gets_it() -> None:
     stats = tn.calibrate(towers(), [BATCH])
     strict = replace(HALF, require_calibrated=True)
-    with pytest.raises(tn.TargetError, match=r"'vision.0' never ran during calibration.*or exclude it"):
+    with pytest.raises(TargetError, match=r"'vision.0' never ran during calibration.*or exclude it"):
         tn.plan(towers(), strict, stats)
     tn.plan(towers(), replace(strict, exclude_modules="vision.*"), stats)
     tn.plan(towers(), strict, tn.calibrate(towers(), [BATCH | {"image": torch.randn(9, 8)}]))

@@ -167,7 +167,7 @@ for thing in (report, report.plan, tn.CalibrationStats({}, {}, 1)):
     assert thing._repr_html_()
     try:
         thing.plot()
-    except tn.MissingDependencyError as error:
+    except tn.errors.MissingDependencyError as error:
         print(error)
 """
     done = subprocess.run(

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tensornet as tn
 from tensornet.contraction.plan import TOKENS, plan_contraction, run
+from tensornet.errors import TopologyError
 from tensornet.testing import reference
 
 Labels = tuple[str, ...]
@@ -52,7 +52,7 @@ def test_plan_is_the_einsum(example: Example) -> None:
 
 
 def test_path_that_is_not_pairwise_is_refused() -> None:
-    with pytest.raises(tn.TopologyError, match="must be pairwise"):
+    with pytest.raises(TopologyError, match="must be pairwise"):
         plan_contraction([("a",), ("a", "b"), ("b",)], (), {"a": 2, "b": 2}, optimize=[(0, 1, 2)])
 
 

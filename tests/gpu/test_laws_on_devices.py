@@ -14,7 +14,7 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.testing import laws, strategies
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import Budget, topology_family, topology_names
 
 EXAMPLES = {"cpu": 2, "cuda": 25}
 
@@ -39,7 +39,7 @@ def moved(network: tn.TensorNetwork, device: str) -> tn.TensorNetwork:
 class ChainLaws(laws.DecompositionLaws):
     """Chains as `MPO`, whose certificate counts complex matrices too."""
 
-    def decompose(self, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    def decompose(self, matrix: Tensor, budget: Budget) -> laws.Outcome:
         caps = {"max_bond": budget.max_bond, "rel_error": budget.rel_error, "param_ratio": budget.param_ratio}
         return laws.Outcome.of(tn.MPO.from_matrix(matrix, **caps))
 

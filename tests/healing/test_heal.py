@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against
+from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.heal import (
     VECTOR_RATE,
     compressed_layers,
@@ -204,30 +205,30 @@ def test_the_distance_of_encoders_is_what_calibration_prices() -> None:
 
 def test_nothing_to_heal() -> None:
     teacher, _ = pair()
-    with pytest.raises(tn.TargetError, match="no layer made of trainable cores"):
+    with pytest.raises(TargetError, match="no layer made of trainable cores"):
         tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
     eight = copy.deepcopy(teacher)
     tn.compress(
         eight, tn.CompressionConfig(bits_per_weight=9, objective="weight", formats=("int8:g32:float8",))
     )
-    with pytest.raises(tn.TargetError, match="parameters='vectors'"):
+    with pytest.raises(TargetError, match="parameters='vectors'"):
         tn.heal(eight, teacher, batches(), steps=1, parameters="cores")
     frozen = copy.deepcopy(teacher).requires_grad_(False)
-    with pytest.raises(tn.TargetError, match="no parameter requires gradients"):
+    with pytest.raises(TargetError, match="no parameter requires gradients"):
         tn.heal(frozen, teacher, batches(), steps=1, parameters="trainable")
 
 
 def test_no_data() -> None:
     teacher, student = pair()
-    with pytest.raises(tn.TargetError, match="ran out of batches"):
+    with pytest.raises(TargetError, match="ran out of batches"):
         tn.heal(student, teacher, [], steps=1)
-    with pytest.raises(tn.TargetError, match="ran out of batches"):
+    with pytest.raises(TargetError, match="ran out of batches"):
         tn.heal(student, teacher, iter(batches(2)), steps=3)
 
 
 def test_a_distance_that_is_not_finite() -> None:
     teacher, student = pair()
-    with pytest.raises(tn.NonFiniteError, match="smaller lr"):
+    with pytest.raises(NonFiniteError, match="smaller lr"):
         tn.heal(student, teacher, batches(), steps=1, distance=lambda s, t, b: s.logits.sum() * torch.inf)
 
 
@@ -253,25 +254,25 @@ def test_options_out_of_range(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
 def test_data_that_is_no_collection_of_batches(data: object) -> None:
     teacher, student = pair()
-    with pytest.raises(tn.TargetError, match="heal takes an iterable of batches, got"):
+    with pytest.raises(TargetError, match="heal takes an iterable of batches, got"):
         tn.heal(student, teacher, data, steps=1)  # type: ignore[arg-type]
 
 
 def test_a_teacher_that_learns_nothing_itself() -> None:
     """compress works in place, so the model is easily taken for its own teacher: no step would change it."""
     _, student = pair()
-    with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
+    with pytest.raises(TargetError, match=r"copy\.deepcopy\(model\)"):
         tn.heal(student, student, batches(), steps=1)
 
 
 def test_layer_wise_steps_need_the_layers_by_name() -> None:
     teacher, student = pair()
     wrapped = nn.Sequential(teacher)
-    with pytest.raises(tn.TargetError, match=r"Sequential has no 'transformer\.h\.0.*layer_steps=0"):
+    with pytest.raises(TargetError, match=r"Sequential has no 'transformer\.h\.0.*layer_steps=0"):
         tn.heal(student, wrapped, batches(), steps=1, layer_steps=1)
     for layer in compressed_layers(student).values():
         layer.requires_grad_(False)
-    with pytest.raises(tn.TargetError, match="none of them requires gradients; use layer_steps=0"):
+    with pytest.raises(TargetError, match="none of them requires gradients; use layer_steps=0"):
         tn.heal(student, teacher, batches(), steps=1, layer_steps=1, parameters="trainable")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 import tensornet as tn
+from tensornet.errors import DestinationError, FormatError
 from tensornet.healing.heal import compressed_layers, output_distance
 
 
@@ -93,7 +94,7 @@ def test_time_that_is_up_is_on_file(tmp_path: Path) -> None:
 def test_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     teacher, student = pair()
     (tmp_path / "heal.safetensors").write_bytes(content)
-    with pytest.raises(tn.FormatError, match="Cannot resume healing"):
+    with pytest.raises(FormatError, match="Cannot resume healing"):
         tn.heal(student, teacher, batches(), steps=2, checkpoint=tmp_path / "heal.safetensors")
 
 
@@ -103,14 +104,14 @@ def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
     tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
     other = copy.deepcopy(teacher)
     tn.compress(other, tn.CompressionConfig(param_ratio=0.3, objective="weight", topology="low_rank"))
-    with pytest.raises(tn.FormatError, match="belongs to another compression"):
+    with pytest.raises(FormatError, match="belongs to another compression"):
         tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
     teacher, student = pair()
     for path in (tmp_path, tmp_path / "none" / "heal.safetensors"):
-        with pytest.raises(tn.DestinationError, match="name a file in a folder that exists"):
+        with pytest.raises(DestinationError, match="name a file in a folder that exists"):
             tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
 
 
@@ -119,7 +120,7 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "heal.safetensors"
     _, other = pair()
     tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
-    with pytest.raises(tn.FormatError, match="of a run with layer_steps=0, not 3"):
+    with pytest.raises(FormatError, match="of a run with layer_steps=0, not 3"):
         tn.heal(student, teacher, batches(), steps=2, layer_steps=3, checkpoint=path)
     with safetensors.safe_open(str(path), framework="pt") as file:
         tensors, header = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
@@ -127,6 +128,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.startswith(last) and "/" not in name)
     safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, str(path), metadata=header)
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(tn.FormatError, match=f"another compression: {name}"):
+    with pytest.raises(FormatError, match=f"another compression: {name}"):
         tn.heal(student, teacher, batches(), steps=4, checkpoint=path)
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())

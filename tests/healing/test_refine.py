@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
+from tensornet.errors import TargetError
 from tensornet.healing import refine
+from tensornet.topologies.low_rank import LowRankFamily
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.text import load_tokenizer, token_ids
 
@@ -148,11 +150,11 @@ def test_moments_are_exact_under_autocast() -> None:
 
 
 def test_nothing_to_refine() -> None:
-    with pytest.raises(tn.TargetError, match="compressed linear layers"):
+    with pytest.raises(TargetError, match="compressed linear layers"):
         refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}])
     model = Chain()
     tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
-    with pytest.raises(tn.TargetError, match="at least one batch"):
+    with pytest.raises(TargetError, match="at least one batch"):
         refine(model, Chain(), [])
 
 
@@ -165,7 +167,7 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 def test_the_teacher_must_be_dense() -> None:
     model = Chain()
     tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
-    with pytest.raises(tn.TargetError, match=r"'first'.*no stock layer of the teacher"):
+    with pytest.raises(TargetError, match=r"'first'.*no stock layer of the teacher"):
         refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])
 
 
@@ -206,8 +208,8 @@ def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         return decompose(*args)  # type: ignore[arg-type]
 
-    decompose = tn.topologies.LowRankFamily.fit
-    monkeypatch.setattr(tn.topologies.LowRankFamily, "fit", interrupted)
+    decompose = LowRankFamily.fit
+    monkeypatch.setattr(LowRankFamily, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         refine(model, teacher, data)
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
@@ -216,5 +218,5 @@ def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
 def test_data_that_is_no_collection_of_batches(data: object) -> None:
     teacher, model, _ = small_pair()
-    with pytest.raises(tn.TargetError, match="refine takes an iterable of batches, got"):
+    with pytest.raises(TargetError, match="refine takes an iterable of batches, got"):
         refine(model, teacher, data)  # type: ignore[arg-type]

@@ -16,8 +16,9 @@ from tensornet.healing import trained_scales
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.storage import PackedCore, Storage
-from tensornet.quantization import NumberFormat, TrainedCodes, rounded_values
-from tensornet.topologies import topology_family
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.trained_codes import TrainedCodes, rounded_values
+from tensornet.topologies import Budget, topology_family
 
 FORMATS = ["int8", "int8:row:zero", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
 FAMILIES = ["dense", "low_rank", "mpo", "residual"]
@@ -26,7 +27,7 @@ SHAPE = (20, 36)
 
 def network(family: str, shape: tuple[int, int] = SHAPE) -> tn.TensorNetwork:
     torch.manual_seed(0)
-    return topology_family(family).decompose(torch.randn(shape), tn.Budget(max_bond=6)).network
+    return topology_family(family).decompose(torch.randn(shape), Budget(max_bond=6)).network
 
 
 def layer(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
 from tensornet_hf.peft import (
     LoraNetworkLinear,
     linear_layers,
@@ -169,7 +170,7 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
     made = adapted(compressed())
     before = logits(made)
     for whole in (made, made.get_base_model(), nn.DataParallel(made)):
-        with pytest.raises(tn.TargetError, match=r"load_adapters.*merge_adapters"):
+        with pytest.raises(TargetError, match=r"load_adapters.*merge_adapters"):
             th.save(whole, tmp_path / "model")
         assert not (tmp_path / "model").exists()
     made.save_pretrained(tmp_path / "adapters")
@@ -192,21 +193,21 @@ def test_broken_adapter_is_not_merged() -> None:
 def test_adapters_that_need_a_dense_layer_are_refused(options: dict[str, object]) -> None:
     """They would train biases that are never added, or take the first core for the weight and change it."""
     model = compressed()
-    with pytest.raises(tn.TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
+    with pytest.raises(TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
         get_peft_model(model, lora_config(model, r=4, **options))
     made = get_peft_model(compressed(), lora_config(compressed(), r=4))
-    with pytest.raises(tn.TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
+    with pytest.raises(TargetError, match=r"DoRA|lora_bias|init_lora_weights"):
         made.add_adapter("other", lora_config(compressed(), r=4, **options))
 
 
 def test_no_linear_layer() -> None:
-    with pytest.raises(tn.TargetError, match="no linear layer"):
+    with pytest.raises(TargetError, match="no linear layer"):
         lora_config(nn.Embedding(3, 4))
 
 
 def test_pefts_own_all_linear_is_refused() -> None:
     """It would leave compressed layers out without a word."""
-    with pytest.raises(tn.TargetError, match=r"use tensornet_hf\.peft\.lora_config"):
+    with pytest.raises(TargetError, match=r"use tensornet_hf\.peft\.lora_config"):
         register_layers(LoraConfig(target_modules="all-linear"))
 
 
@@ -242,7 +243,7 @@ def test_layers_under_adapters_are_not_compressed(target_modules: str | None) ->
     before = logits(made)
     config = tn.CompressionConfig(target_modules=target_modules, **I8)
     told = r"q_proj\.base_layer lies under an adapter.*merge_and_unload.*hf\.peft\.lora_config.*'base_layer'"
-    with pytest.raises(tn.TargetError, match=told):
+    with pytest.raises(TargetError, match=told):
         tn.compress(made, config, progress=False)
     torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
 
@@ -278,10 +279,10 @@ def test_stock_adapters_over_cores_do_not_merge(form: str) -> None:
     tn.compress(held, tn.CompressionConfig(**options), progress=False)
     layer.base_layer = held[0]
     before = logits(made)
-    with pytest.raises(tn.TargetError, match=r"q_proj\.base_layer is made of cores.*tensornet\.decompress"):
+    with pytest.raises(TargetError, match=r"q_proj\.base_layer is made of cores.*tensornet\.decompress"):
         merge_adapters(made)
     torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
-    with pytest.raises(tn.TargetError, match="weight of a compressed layer"):
+    with pytest.raises(TargetError, match="weight of a compressed layer"):
         copy.deepcopy(made).merge_and_unload()
     merged = merge_adapters(tn.decompress(made))
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)

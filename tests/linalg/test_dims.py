@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import tensornet as tn
+from tensornet.errors import TopologyError
 from tensornet.topologies.factored import MAX_PADDING, balanced_factors, choose_dims
 
 
@@ -47,7 +47,7 @@ def test_awkward_vocabularies_become_balanced(size: int) -> None:
 
 @pytest.mark.parametrize(("size", "sites"), [(0, 1), (5, 0), (-3, 2)])
 def test_impossible_splits_are_refused(size: int, sites: int) -> None:
-    with pytest.raises(tn.TopologyError, match="both must be at least 1"):
+    with pytest.raises(TopologyError, match="both must be at least 1"):
         balanced_factors(size, sites)
 
 
@@ -57,7 +57,7 @@ def test_given_dims_are_kept() -> None:
 
 
 def test_sites_that_contradict_the_dims_are_refused() -> None:
-    with pytest.raises(tn.TopologyError, match="sites=3 contradicts the given dims, which have 2 sites"):
+    with pytest.raises(TopologyError, match="sites=3 contradicts the given dims, which have 2 sites"):
         choose_dims((12, 10), (3, 4), None, 3)
 
 
@@ -74,5 +74,5 @@ def test_sites_that_contradict_the_dims_are_refused() -> None:
 def test_dims_that_do_not_fit_are_refused(
     out_dims: tuple[int, ...], in_dims: tuple[int, ...], message: str
 ) -> None:
-    with pytest.raises(tn.TopologyError, match=message):
+    with pytest.raises(TopologyError, match=message):
         choose_dims((12, 10), out_dims, in_dims, None)

@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError
 from tensornet.linalg import svd
 from tensornet.linalg.svd import METHODS, energy, iterated_basis, result_dtype
 from tensornet.linalg.tt_svd import split_block
 from tensornet.testing import laws, reference, strategies
+from tensornet.topologies import Budget
 
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def svd_as_outcome(method: str, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+def svd_as_outcome(method: str, matrix: Tensor, budget: Budget) -> laws.Outcome:
     found = tn.truncated_svd(matrix, max_rank=budget.max_bond, rel_error=budget.rel_error, method=method)
     product = (found.U * found.S.to(found.U.dtype)) @ found.Vh
     return laws.Outcome(product, found.error, bonds=(found.S.numel(),), tensors=(found.U, found.Vh))
@@ -29,13 +31,13 @@ def svd_as_outcome(method: str, matrix: Tensor, budget: tn.Budget) -> laws.Outco
 class _SVDLaws(laws.DecompositionLaws):
     method = "auto"
     budgets = st.builds(
-        tn.Budget,
+        Budget,
         max_bond=st.none() | st.integers(1, 8),
         rel_error=st.none() | st.sampled_from((0.0, 1e-3, 0.1, 0.9)),
     )
     matrices = strategies.matrices(dtype=strategies.dtypes(half=True))
 
-    def decompose(self, matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+    def decompose(self, matrix: Tensor, budget: Budget) -> laws.Outcome:
         return svd_as_outcome(self.method, matrix, budget)
 
 
@@ -263,14 +265,12 @@ def test_iterated_basis_of_a_stack() -> None:
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4), (0, 3)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(
-        tn.ShapeError, match=r"a matrix of shape \(m, n\) with at least one element, got shape"
-    ):
+    with pytest.raises(ShapeError, match=r"a matrix of shape \(m, n\) with at least one element, got shape"):
         tn.truncated_svd(torch.zeros(shape))
 
 
 def test_integers_are_refused() -> None:
-    with pytest.raises(tn.ShapeError, match=r"torch\.int64"):
+    with pytest.raises(ShapeError, match=r"torch\.int64"):
         tn.truncated_svd(torch.ones(3, 3, dtype=torch.int64))
 
 
@@ -281,7 +281,7 @@ def test_unknown_method_lists_those_that_exist() -> None:
 
 @pytest.mark.parametrize(("cap", "message"), [(0, "max_rank must be"), (-1, "max_rank must be")])
 def test_bad_rank_is_refused(cap: int, message: str) -> None:
-    with pytest.raises(tn.BudgetError, match=message):
+    with pytest.raises(BudgetError, match=message):
         tn.truncated_svd(torch.ones(3, 3), max_rank=cap)
 
 
@@ -289,7 +289,7 @@ def test_non_finite_elements_are_counted() -> None:
     matrix = torch.ones(3, 3, dtype=torch.complex64)
     matrix[0, 0] = complex(0, math.inf)
     matrix[1, 1] = math.nan
-    with pytest.raises(tn.NonFiniteError, match="2 NaN or infinite values of 9"):
+    with pytest.raises(NonFiniteError, match="2 NaN or infinite values of 9"):
         tn.truncated_svd(matrix)
 
 

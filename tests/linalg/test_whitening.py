@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import (
     Weighting,
     damped,
@@ -168,14 +169,14 @@ def test_decomposition_is_a_network_of_that_rank() -> None:
 
 
 def test_moments_of_a_wrong_size() -> None:
-    with pytest.raises(tn.ShapeError, match=r"moment of the columns has shape \(5, 5\).*needs \(11, 11\)"):
+    with pytest.raises(ShapeError, match=r"moment of the columns has shape \(5, 5\).*needs \(11, 11\)"):
         weighted_svd(torch.randn(7, 11), Weighting(None, torch.eye(5)))
 
 
 def test_not_finite() -> None:
-    with pytest.raises(tn.NonFiniteError, match="second moment"):
+    with pytest.raises(NonFiniteError, match="second moment"):
         weighted_svd(torch.randn(2, 3), Weighting(torch.full((2, 2), torch.nan)))
-    with pytest.raises(tn.NonFiniteError, match="The matrix"):
+    with pytest.raises(NonFiniteError, match="The matrix"):
         weighted_svd(torch.full((2, 3), torch.inf), Weighting())
 
 

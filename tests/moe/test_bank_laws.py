@@ -38,7 +38,7 @@ class TestBorrowedCenter(TestMPOE):
         owner = tm.SharedCores(chain(shape, 3), **DOUBLE)
         return tm.SharedCoreExperts(chain(shape, 3), num_experts, shared=owner, **DOUBLE)
 
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
         assert isinstance(bank, tm.SharedCoreExperts)
         assert bank.owner is not None
         return [bank.owner]
@@ -129,13 +129,15 @@ class TestBypass(BankLaws):
 class TestTied(TestMPOE):
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
         owned = tm.SharedCoreExperts(chain(shape, 3), num_experts, **DOUBLE)
-        return tm.TiedExperts(tm.SharedExperts({"up": owned}), "up")
+        return tm.tied.TiedExperts(tm.tied.SharedExperts({"up": owned}), "up")
 
     def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        return tm.TiedExperts(tm.SharedExperts({"up": super().from_dense(weight, num_experts)}), "up")
+        return tm.tied.TiedExperts(
+            tm.tied.SharedExperts({"up": super().from_dense(weight, num_experts)}), "up"
+        )
 
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
-        assert isinstance(bank, tm.TiedExperts)
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
+        assert isinstance(bank, tm.tied.TiedExperts)
         return [bank.owner]
 
 
@@ -259,7 +261,7 @@ def test_kept_matrices_of_deltas_follow_every_tensor_of_the_base(part: str, tied
     packed = "." in part
     if packed:
         cores.quantize("int4")
-    base = tm.TiedExperts(tm.SharedExperts({"up": cores}), "up") if tied else cores
+    base = tm.tied.TiedExperts(tm.tied.SharedExperts({"up": cores}), "up") if tied else cores
     bank = tm.LowRankDeltaExperts(base, 2).eval()
     bank.strategy = "cached"
     tensor = cores.stored[part]
@@ -334,14 +336,14 @@ def test_tied_experts_are_rebuilt_and_lent() -> None:
     twin.layers = nn.ModuleList(build_module(x.spec(), device=None, dtype=None) for x in model.layers)
     with pytest.raises(RuntimeError, match=r"'up' from the SharedExperts labelled 'experts'.*lend_shared"):
         twin.layers[0](torch.randn(3, IN))
-    assert tm.lend_shared_cores(twin) == 4
+    assert tm.tied.lend_shared_cores(twin) == 4
     twin.load_state_dict(model.state_dict())
     x = torch.randn(5, IN)
     assert torch.equal(twin.layers[1](x), model.layers[1](x))
     del twin.experts
     lonely = nn.ModuleList([build_module(model.layers[0].spec(), device=None, dtype=None)])
     with pytest.raises(FormatError, match=r"SharedExperts labelled 'experts', of which ModuleList has 0"):
-        tm.lend_shared_cores(lonely)
+        tm.tied.lend_shared_cores(lonely)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -377,16 +379,18 @@ def test_experts_of_unequal_shapes_are_named() -> None:
 
 
 def test_a_tied_bank_refuses_another_owner() -> None:
-    tied = tm.TiedExperts(tm.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), E)}), "up")
-    other = tm.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), 2)}, label="other")
+    tied = tm.tied.TiedExperts(
+        tm.tied.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), E)}), "up"
+    )
+    other = tm.tied.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), 2)}, label="other")
     with pytest.raises(ShapeError, match=r"'other' has .* = \(2, 12, 8\).*need \(4, 12, 8\)"):
         tied.borrow(other)
     with pytest.raises(ShapeError, match=r"own no bank 'down', they own up"):
-        tm.TiedExperts(other, "down")
+        tm.tied.TiedExperts(other, "down")
     with pytest.raises(ValueError, match="no bank"):
-        tm.SharedExperts({})
+        tm.tied.SharedExperts({})
     with pytest.raises(TypeError, match="must be an ExpertBank, got a Linear"):
-        tm.SharedExperts({"up": nn.Linear(2, 2)})  # type: ignore[dict-item]
+        tm.tied.SharedExperts({"up": nn.Linear(2, 2)})  # type: ignore[dict-item]
 
 
 def test_a_shared_core_refuses_banks_of_other_shapes() -> None:

@@ -185,7 +185,7 @@ class TestBorrowedInSlices(TestInSlices):
             tm.SharedCoreExperts(self.topology(shape), num_experts, shared=owner, dtype=torch.float64)
         )
 
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.SharedExperts]:
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
         assert isinstance(bank, tm.SharedCoreExperts)
         assert bank.owner is not None
         return [bank.owner]

@@ -25,7 +25,8 @@ from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import linear_from_stored
 from tensornet.nn.storage import PackedCore, Storage
-from tensornet.quantization import NumberFormat, round_factor
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.low_rank import round_factor
 from tensornet_moe.expert_compression import (
     SEPARATE,
     SHARED,

@@ -198,4 +198,4 @@ def test_stacks_of_stock_experts_in_integers(family: str, tmp_path: Path) -> Non
     torch.testing.assert_close(logits(th.load(tmp_path).eval()), expected)
     stock = tn.decompress(model)
     torch.testing.assert_close(logits(stock), expected, rtol=1e-3, atol=1e-3)
-    assert not any(isinstance(x, tn.nn.NetworkModule) for x in stock.modules())
+    assert not any(isinstance(x, tn.nn.module.NetworkModule) for x in stock.modules())

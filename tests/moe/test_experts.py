@@ -12,6 +12,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError, TopologyError
+from tensornet.topologies import CoreSpec
 from tensornet_moe import experts as experts_module
 
 E = 3
@@ -19,9 +20,9 @@ CHAIN = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=4)
 RING = tn.Topology(
     family="hand_made",
     cores=(
-        tn.CoreSpec("a", ("x", "o0", "y")),
-        tn.CoreSpec("b", ("y", "i0", "o1", "z")),
-        tn.CoreSpec("c", ("z", "i1", "x")),
+        CoreSpec("a", ("x", "o0", "y")),
+        CoreSpec("b", ("y", "i0", "o1", "z")),
+        CoreSpec("c", ("z", "i1", "x")),
     ),
     sizes=(("x", 2), ("y", 3), ("z", 2), ("o0", 3), ("o1", 2), ("i0", 4), ("i1", 2)),
     out_labels=("o0", "o1"),
@@ -32,9 +33,9 @@ RING = tn.Topology(
 STAR = tn.Topology(  # one bond in three cores
     family="hand_made",
     cores=(
-        tn.CoreSpec("p", ("o", "s")),
-        tn.CoreSpec("q", ("i", "s")),
-        tn.CoreSpec("scale", ("s",)),
+        CoreSpec("p", ("o", "s")),
+        CoreSpec("q", ("i", "s")),
+        CoreSpec("scale", ("s",)),
     ),
     sizes=(("o", 5), ("i", 4), ("s", 3)),
     out_labels=("o",),

@@ -141,8 +141,8 @@ def test_borrowing_banks_are_built_again_with_their_owner() -> None:
     model = Layers()
     twin = twin_of(model)
     assert list(twin.state_dict()) == list(model.state_dict())
-    assert tm.lend_shared_cores(twin) == 2
-    assert tm.lend_shared_cores(twin) == 0
+    assert tm.tied.lend_shared_cores(twin) == 2
+    assert tm.tied.lend_shared_cores(twin) == 0
     twin.load_state_dict(model.state_dict())
     assert twin.layers[1].owner is twin.center
     for ours, theirs in zip(model.layers, twin.layers, strict=True):
@@ -160,10 +160,10 @@ def test_a_bank_without_its_owner_says_whom_it_misses() -> None:
     with pytest.raises(
         FormatError, match=r"labelled 'shared', of which Module has 2; its labels are \['shared'\]"
     ):
-        tm.lend_shared_cores(twin)
+        tm.tied.lend_shared_cores(twin)
     twin.center.label = twin.second.label = "other"
     with pytest.raises(FormatError, match=r"has 0; its labels are \['other'\]"):
-        tm.lend_shared_cores(twin)
+        tm.tied.lend_shared_cores(twin)
     for owner, error, message in (
         (
             tm.SharedCores(CHAIN, "ends"),
@@ -232,5 +232,5 @@ def test_bad_options_are_refused(options: dict[str, object], error: type[Excepti
 
 def test_sums_cannot_be_shared() -> None:
     topology = tn.topologies.residual(out_features=8, in_features=8, rank=2)
-    with pytest.raises(tn.TopologyError, match=r"single networks, and 'residual' is a sum; take 'mpo'"):
+    with pytest.raises(TopologyError, match=r"single networks, and 'residual' is a sum; take 'mpo'"):
         tm.SharedCoreExperts(topology, 2)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tensornet as tn
+from tensornet.errors import MissingDependencyError, ShapeError
 from tensornet.testing import reference
 
 CASES = {
@@ -54,7 +55,7 @@ def test_quimb_operators_of_its_own() -> None:
 
 def test_cyclic_quimb_operator_is_refused() -> None:
     quimb = pytest.importorskip("quimb.tensor")
-    with pytest.raises(tn.ShapeError, match="topology 'tensor_ring'"):
+    with pytest.raises(ShapeError, match="topology 'tensor_ring'"):
         tn.MPO.from_quimb(quimb.MPO_rand(4, bond_dim=3, phys_dim=2, cyclic=True, seed=0))
 
 
@@ -97,19 +98,19 @@ def test_torchtt(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> None:
 
 def test_torchtt_tensor_is_refused() -> None:
     torchtt = pytest.importorskip("torchtt")
-    with pytest.raises(tn.ShapeError, match="the train of a tensor"):
+    with pytest.raises(ShapeError, match="the train of a tensor"):
         tn.MPO.from_torchtt(torchtt.TT([torch.zeros(1, 2, 3), torch.zeros(3, 2, 1)]))
 
 
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensornet._util.find_spec", lambda name: None)
-    with pytest.raises(tn.MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
+    with pytest.raises(MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
         operator((2, 3), (2, 3), torch.float64).to_quimb()
 
 
 @pytest.mark.parametrize("convert", [tn.MPO.from_quimb, tn.MPO.from_tensorly, tn.MPO.from_torchtt])
 def test_what_is_no_operator_is_refused(convert: Callable[[object], tn.MPO]) -> None:
-    with pytest.raises(tn.ShapeError, match=r"Expected a .*, got Tensor"):
+    with pytest.raises(ShapeError, match=r"Expected a .*, got Tensor"):
         convert(torch.ones(3, 4))
 
 
@@ -134,7 +135,7 @@ def test_factors_under_that_name_are_taken() -> None:
 
 @pytest.mark.parametrize("operator", ["cores", b"cores", {"0": 1}, 3.0])
 def test_what_only_has_items_is_no_tensorly_operator(operator: object) -> None:
-    with pytest.raises(tn.ShapeError, match=f"Expected a TensorLy TTMatrix, got {type(operator).__name__}"):
+    with pytest.raises(ShapeError, match=f"Expected a TensorLy TTMatrix, got {type(operator).__name__}"):
         tn.MPO.from_tensorly(operator)
 
 
@@ -142,7 +143,7 @@ def test_quimb_operator_on_some_sites_is_refused() -> None:
     quimb = pytest.importorskip("quimb.tensor")
     arrays = [np.ones((2, 3, 3)), np.ones((2, 3, 3))]
     operator = quimb.MatrixProductOperator(arrays, sites=[0, 2], L=3, shape="lrud")
-    with pytest.raises(tn.ShapeError, match=r"has no tensor at site 1; .*fill_empty_sites"):
+    with pytest.raises(ShapeError, match=r"has no tensor at site 1; .*fill_empty_sites"):
         tn.MPO.from_quimb(operator)
 
 

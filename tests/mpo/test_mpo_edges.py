@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import tensornet as tn
+from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.testing import reference
+from tensornet.topologies import Budget
 
 
 def operator(rows: int = 7, columns: int = 11, **options: object) -> tn.MPO:
@@ -44,7 +46,7 @@ def test_half_times_a_complex_number_of_numpy_keeps_the_imaginary_part() -> None
 def test_operators_on_different_devices_are_refused(operation: str) -> None:
     chain = operator(8, 8, out_dims=(2, 4), in_dims=(2, 4))
     other = tn.MPO([core.to("meta") for core in chain.cores])
-    with pytest.raises(tn.ShapeError, match=r"on cpu.* on meta"):
+    with pytest.raises(ShapeError, match=r"on cpu.* on meta"):
         getattr(chain, operation)(other)
 
 
@@ -69,13 +71,13 @@ def test_inner_product_of_half_numbers_does_not_overflow() -> None:
 def test_spectrum_of_what_is_not_finite_is_refused_by_name(value: float) -> None:
     chain = operator() * value
     for ask in (chain.bond_spectrum, chain.bond_entropy):
-        with pytest.raises(tn.NonFiniteError, match="NaN or infinite"):
+        with pytest.raises(NonFiniteError, match="NaN or infinite"):
             ask(0)
 
 
 @pytest.mark.parametrize("shapes", [[(1, 2, 0, 1)], [(1, 2, 2, 0), (0, 2, 2, 1)]])
 def test_cores_without_elements_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(tn.ShapeError, match=r"Core 0 has shape .* >= 1"):
+    with pytest.raises(ShapeError, match=r"Core 0 has shape .* >= 1"):
         tn.MPO([torch.ones(shape) for shape in shapes])
 
 
@@ -97,9 +99,9 @@ def test_items_of_a_stack_may_differ_in_magnitude(budget: dict[str, float], dtyp
 def test_factors_that_no_single_number_holds_are_refused(family: str) -> None:
     """Elements that fit single precision, with a norm that does not: no infinity, and no certificate of 0."""
     matrix = torch.full((64, 64), 3e38)
-    with pytest.raises(tn.NonFiniteError, match=r"factors are infinite in torch\.float32; divide it"):
-        tn.topologies.topology_family(family).decompose(matrix, tn.Budget(max_bond=1))
-    double = tn.topologies.topology_family(family).decompose(matrix.double(), tn.Budget(max_bond=2))
+    with pytest.raises(NonFiniteError, match=r"factors are infinite in torch\.float32; divide it"):
+        tn.topologies.topology_family(family).decompose(matrix, Budget(max_bond=1))
+    double = tn.topologies.topology_family(family).decompose(matrix.double(), Budget(max_bond=2))
     assert reference.relative_error(matrix.double(), double.network.to_matrix()) < 1e-7
 
 

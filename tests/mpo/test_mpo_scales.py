@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
+from tensornet.errors import NonFiniteError
 from tensornet.testing import reference, strategies
 
 SITES = 200
@@ -67,7 +68,7 @@ def test_canonical_form_keeps_an_operator_without_a_norm() -> None:
 def test_spectrum_that_no_number_holds_is_refused_and_the_entropy_is_not() -> None:
     for factor in (1e4, 1e-4):
         operator = uniform(factor)
-        with pytest.raises(tn.NonFiniteError, match="largest singular value, about 2"):
+        with pytest.raises(NonFiniteError, match="largest singular value, about 2"):
             operator.bond_spectrum(50)
         assert float(operator.bond_entropy(50)) == pytest.approx(0, abs=1e-12)
 

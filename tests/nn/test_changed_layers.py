@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import prune, remove_weight_norm, spectral_norm
 
 import tensornet as tn
+from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import kind_of
 
 INT8 = tn.CompressionConfig(bits_per_weight=16, formats=("int8",), objective="weight", target_modules="all")
@@ -54,7 +55,7 @@ def test_a_weight_that_a_hook_recomputes_stays_dense(name: str) -> None:
     with pytest.warns(UserWarning, match=r"0 \(weight recomputed.*remove_weight"):
         coverage = tn.compress(model, INT8, progress=False).coverage
     assert type(model[0]) is nn.Linear
-    assert isinstance(model[1], tn.nn.NetworkModule)
+    assert isinstance(model[1], tn.nn.module.NetworkModule)
     assert "Linear (weight recomputed by a hook)" in coverage.unknown
     with torch.no_grad():
         torch.testing.assert_close(model(X), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
@@ -62,12 +63,12 @@ def test_a_weight_that_a_hook_recomputes_stays_dense(name: str) -> None:
 
 def test_errors_name_such_layers_and_say_how_to_mend_them() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(24, 24)))
-    with pytest.raises(tn.TargetError, match=r"Nothing to compress.*0 \(weight recomputed.*remove"):
+    with pytest.raises(TargetError, match=r"Nothing to compress.*0 \(weight recomputed.*remove"):
         tn.compress(model, INT8, progress=False)
     model.append(nn.Linear(24, 24))
-    with pytest.raises(tn.TargetError, match=r"Pattern '0' matches no.*0 \(weight recomputed"):
+    with pytest.raises(TargetError, match=r"Pattern '0' matches no.*0 \(weight recomputed"):
         tn.plan(model, tn.CompressionConfig(target_modules="0", param_ratio=0.5, objective="weight"))
-    with pytest.raises(tn.TargetError, match=r"got Linear \(weight recomputed by a hook\)"):
+    with pytest.raises(TargetError, match=r"got Linear \(weight recomputed by a hook\)"):
         tn.nn.TensorNetworkLinear.from_linear(model[0], max_bond=2)
     remove_weight_norm(model[0])
     assert kind_of(model[0]) is not None
@@ -122,7 +123,7 @@ def test_hooks_are_carried_over_and_back() -> None:
         assert seen == ["before back", "back"]
 
     tn.compress(model, INT8, progress=False)
-    check(tn.nn.NetworkModule)
+    check(tn.nn.module.NetworkModule)
     tn.decompress(model)
     check(nn.Linear)
     assert type(model.body) is nn.Conv1d
@@ -152,7 +153,7 @@ def test_hooks_stay_where_a_file_is_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(model(TOKENS), 2 * made(TOKENS))
     model = Convolved()
     set_forward(model.second)
-    with pytest.raises(tn.TargetError, match="Another forward was set on 'second'"):
+    with pytest.raises(TargetError, match="Another forward was set on 'second'"):
         tn.load_model(model, tmp_path / "made")
 
 
@@ -177,7 +178,7 @@ def test_a_layer_whose_forward_was_set_stays_dense(name: str) -> None:
         model(TOKENS), expected, rtol=0.05, atol=0.05 * float(expected.detach().abs().max())
     )
     if name != "body":  # a layer of its own
-        with pytest.raises(tn.TargetError, match=rf"'{name}', which cannot be replaced: forward set on"):
+        with pytest.raises(TargetError, match=rf"'{name}', which cannot be replaced: forward set on"):
             tn.apply_plan(tn.decompress(model), plan)
 
 
@@ -185,7 +186,7 @@ def test_a_forward_that_was_set_on_a_compressed_layer_is_not_lost() -> None:
     model = Convolved()
     tn.compress(model, INT8, progress=False)
     set_forward(model.first)
-    with pytest.raises(tn.TargetError, match=r"set on first.*delete it"):
+    with pytest.raises(TargetError, match=r"set on first.*delete it"):
         tn.decompress(model)
     del model.first.forward
     assert type(tn.decompress(model).first) is nn.Linear
@@ -199,7 +200,7 @@ def test_hooks_of_accelerate_move_with_the_layer() -> None:
         add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
     hooks = {name: layer._hf_hook for name, layer in model.named_children()}
     assert tn.compress(model, INT8, progress=False).coverage.unknown.keys() <= {"biases"}
-    for kind in (tn.nn.NetworkModule, nn.Linear):
+    for kind in (tn.nn.module.NetworkModule, nn.Linear):
         assert isinstance(model.first, kind)
         assert {name: layer._hf_hook for name, layer in model.named_children()} == hooks
         assert all(layer.forward.args == (layer,) for layer in model.children())
@@ -209,4 +210,4 @@ def test_hooks_of_accelerate_move_with_the_layer() -> None:
     remove_hook_from_submodules(model)
     assert not any(hasattr(layer, "_hf_hook") for layer in model.children())
     tn.compress(model, INT8, progress=False)
-    assert isinstance(model.second, tn.nn.NetworkModule)
+    assert isinstance(model.second, tn.nn.module.NetworkModule)

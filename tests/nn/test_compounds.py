@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tensornet as tn
 from tensornet.compression.report import model_size
-from tensornet.nn import Compound, PartMatrix
-from tensornet.nn.unfuse import unfused
+from tensornet.nn.unfuse import Compound, PartMatrix, unfused
 
 #: Of PyTorch, about its own layers as well.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

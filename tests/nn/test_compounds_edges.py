@@ -19,6 +19,7 @@ from tensornet.compression.report import measure_coverage
 from tensornet.contrib.attention import MatrixAttention
 from tensornet.contrib.convolution import MatrixConvolution, MatrixTransposedConvolution
 from tensornet.contrib.recurrent import MatrixRecurrence
+from tensornet.errors import FormatError, ShapeError, TargetError
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import fuse, unfuse, unfused
 
@@ -69,7 +70,7 @@ def test_attention_without_a_batch() -> None:
     for options in ({}, {"need_weights": False}, {"average_attn_weights": False}):
         mine, wanted = (each(x, x, x, key_padding_mask=padded, **options) for each in (ours, stock))
         torch.testing.assert_close(mine, wanted, **CLOSE)
-    with pytest.raises(tn.ShapeError, match=r"is_causal is a hint.*pass it as well"):
+    with pytest.raises(ShapeError, match=r"is_causal is a hint.*pass it as well"):
         ours(x, x, x, is_causal=True)
 
 
@@ -112,13 +113,9 @@ def test_dropout_between_recurrent_layers() -> None:
 
 def test_recurrent_layers_refuse_other_shapes() -> None:
     ours = MatrixRecurrence(nn.LSTM(5, 6), {})
-    with pytest.raises(
-        tn.ShapeError, match=r"LSTM takes sequences \(length, 5\).*got \(4, 2, 6\).*input_size"
-    ):
+    with pytest.raises(ShapeError, match=r"LSTM takes sequences \(length, 5\).*got \(4, 2, 6\).*input_size"):
         ours(torch.randn(4, 2, 6))
-    with pytest.raises(
-        tn.ShapeError, match=r"LSTM starts from states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"
-    ):
+    with pytest.raises(ShapeError, match=r"LSTM starts from states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"):
         ours(torch.randn(4, 2, 5), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
 
 
@@ -227,7 +224,7 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
 
 
 def test_a_module_that_nothing_holds_is_refused() -> None:
-    with pytest.raises(tn.TargetError, match=r"The model is a LSTM itself.*Put it into a module"):
+    with pytest.raises(TargetError, match=r"The model is a LSTM itself.*Put it into a module"):
         tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
 
 
@@ -258,7 +255,7 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     for other in ("lstm", "conv1d"):
         model = CASES[other].model()
         before = {name: (id(p), p.sum().item()) for name, p in model.named_parameters()}
-        with pytest.raises(tn.FormatError, match="is of another model"):
+        with pytest.raises(FormatError, match="is of another model"):
             tn.load_model(model, tmp_path / "made")
         assert {name: (id(p), p.sum().item()) for name, p in model.named_parameters()} == before
 

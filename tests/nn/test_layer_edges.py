@@ -33,7 +33,7 @@ def test_indices_outside_the_table_are_refused(family: str, index: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
 def test_indices_are_integers(dtype: torch.dtype) -> None:
     layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
-    with pytest.raises(tn.ShapeError, match=rf"torch\.int64 or torch\.int32, got {dtype}"):
+    with pytest.raises(tn.errors.ShapeError, match=rf"torch\.int64 or torch\.int32, got {dtype}"):
         layer(torch.ones(3, dtype=dtype))
 
 
@@ -50,7 +50,9 @@ def test_input_without_dimensions_is_refused(strategy: str, training: bool) -> N
     for recording in (True, False):
         with torch.set_grad_enabled(recording):
             layer(torch.randn(2, 12))  # has a shortcut ready
-            with pytest.raises(tn.ShapeError, match=r"shape \(\); its last dimension must be in_features=12"):
+            with pytest.raises(
+                tn.errors.ShapeError, match=r"shape \(\); its last dimension must be in_features=12"
+            ):
                 layer(torch.tensor(1.0))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.compression.report import model_size
+from tensornet.errors import FormatError
 from tensornet.healing import trained_scales
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn import integer_matmul, storage
@@ -21,7 +22,7 @@ from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.storage import PackedCore, Storage, decode, encode, layout, unpack_for_training
 from tensornet.quantization import NumberFormat, formats
-from tensornet.topologies import topology_family
+from tensornet.topologies import Budget, topology_family
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
 FORMATS = ["bf16", "int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8"]
@@ -31,7 +32,7 @@ SHAPE = (20, 36)
 
 def network(family: str, shape: tuple[int, int] = SHAPE) -> tn.TensorNetwork:
     torch.manual_seed(0)
-    return topology_family(family).decompose(torch.randn(shape), tn.Budget(max_bond=6)).network
+    return topology_family(family).decompose(torch.randn(shape), Budget(max_bond=6)).network
 
 
 def moments(shape: tuple[int, int] = SHAPE) -> Weighting:
@@ -210,7 +211,7 @@ def test_one_core_may_have_a_format_of_its_own() -> None:
 def test_bad_descriptions(data: dict[str, object], message: str) -> None:
     spec = tn.nn.module_spec(layer("mpo", "float"))
     assert spec is not None
-    with pytest.raises(tn.FormatError, match=message):
+    with pytest.raises(FormatError, match=message):
         tn.nn.build_module({**spec, "storage": data}, device="meta")
 
 
@@ -218,7 +219,7 @@ def test_scales_of_a_damaged_file_are_refused() -> None:
     core = next(x for x in layer("dense", "int4").modules() if isinstance(x, PackedCore))
     core.check_finite("layer.core_matrix")
     core.scales[0, 0] = torch.tensor([torch.nan], dtype=torch.bfloat16).view(torch.int16)[0]
-    with pytest.raises(tn.FormatError, match=r"layer\.core_matrix\.scales holds NaN"):
+    with pytest.raises(FormatError, match=r"layer\.core_matrix\.scales holds NaN"):
         core.check_finite("layer.core_matrix")
 
 
@@ -277,7 +278,7 @@ def test_small_weights_in_float16(name: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 100])
 def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tokens: int) -> None:
     """It crashes on sizes that are not multiples of its blocks."""
-    made = topology_family("dense").decompose(torch.randn(shape), tn.Budget()).network
+    made = topology_family("dense").decompose(torch.randn(shape), Budget()).network
     stored = Storage(number_format=NumberFormat.parse("int8:row"))
     layer = linear_from_network(made, bias=torch.ones(shape[0]), source="linear", storage=stored).bfloat16()
     x, core = torch.randn(tokens, shape[1], dtype=torch.bfloat16), layer.integer_core

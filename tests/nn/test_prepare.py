@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet.errors import TargetError
 from tensornet.nn import int4_cpu
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.int4_cpu import KERNEL_TOKENS, MAX_GROWTH, has_layout, layout_bytes, to_kernel
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.prepare import Int4Core
 from tensornet.nn.storage import PackedCore, Storage
-from tensornet.quantization import NumberFormat, pack
-from tensornet.topologies import topology_family
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.formats import pack
+from tensornet.topologies import Budget, topology_family
 
 SHAPE = (192, 128)
 ONCE = ["int4", "int4:g32", "int4:row", "int4:g128:float8", "int3", "int3:row:zero"]
@@ -32,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 def layer(name: str, shape: tuple[int, int] = SHAPE) -> TensorNetworkLinear:
     torch.manual_seed(0)
-    network = topology_family("dense").decompose(torch.randn(shape), tn.Budget()).network
+    network = topology_family("dense").decompose(torch.randn(shape), Budget()).network
     storage = Storage(number_format=NumberFormat.parse(name))
     made = linear_from_network(network, bias=torch.randn(shape[0]), source="linear", storage=storage)
     return made.requires_grad_(False).bfloat16()
@@ -127,7 +129,7 @@ def test_other_formats_and_shapes_stay_as_they_are(name: str, shape: tuple[int, 
 
 
 def test_only_layers_that_gain_are_converted() -> None:
-    network = topology_family("dense").decompose(torch.randn(192, 128), tn.Budget()).network
+    network = topology_family("dense").decompose(torch.randn(192, 128), Budget()).network
     storage = Storage(number_format=NumberFormat.parse("int4"))
     table = embedding_from_network(network, storage=storage)
     head = linear_from_network(network, bias=None, source="linear", storage=storage)
@@ -151,9 +153,9 @@ def test_only_layers_that_gain_are_converted() -> None:
 def test_training_and_saving_are_refused() -> None:
     model = nn.Sequential(prepared("int4"))
     assert model.eval() is model
-    with pytest.raises(tn.TargetError, match="cannot be trained"):
+    with pytest.raises(TargetError, match="cannot be trained"):
         model.train()
-    with pytest.raises(tn.TargetError, match="cannot be saved"):
+    with pytest.raises(TargetError, match="cannot be saved"):
         model.state_dict()
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import read_checkpoint
 
 
@@ -54,7 +55,7 @@ def test_layers_whose_weight_is_read_are_put_back_dense(targets: str | None) -> 
         report = tn.compress(model, config(targets), calibration=[X], progress=False)
     assert list(report.put_back) == ["0.multiplied", "0.passed"]
     assert report.coverage.unknown["Linear (weight read past the layer)"] == 2 * 24 * 24
-    assert {name for name, x in model.named_modules() if isinstance(x, tn.nn.NetworkModule)} == {
+    assert {name for name, x in model.named_modules() if isinstance(x, tn.nn.module.NetworkModule)} == {
         *("0.measured", "0.asked", "0.called", "1")
     }
     assert torch.equal(model[0].multiplied.weight, state["0.multiplied.weight"])
@@ -89,7 +90,7 @@ def test_an_unknown_subclass_of_a_stock_layer_is_named() -> None:
     class MyLinear(nn.Linear):
         pass
 
-    with pytest.raises(tn.TargetError, match=r"types MyLinear here.*subclasses.*register_layer_kind"):
+    with pytest.raises(TargetError, match=r"types MyLinear here.*subclasses.*register_layer_kind"):
         tn.compress(nn.Sequential(MyLinear(24, 24)), config(None, objective="weight"), progress=False)
 
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.errors import ShapeError, TopologyError
 from tensornet.nn.linear import linear_from_network
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, encode, gauge_of
-from tensornet.topologies import topology_family
+from tensornet.topologies import Budget, topology_family
 from tensornet.topology import Topology
 
 PIVOTED, BOTH = Storage(pivoted=True), Storage(pivoted=True, number_format="int8:g32")
@@ -20,7 +21,7 @@ CHAINS = [("low_rank", {}), ("mpo", {"sites": 2}), ("mpo", {"sites": 3})]
 
 
 def network(family: str, options: dict[str, int], shape: tuple[int, int] = (12, 20)) -> tn.TensorNetwork:
-    return topology_family(family).decompose(torch.randn(shape), tn.Budget(max_bond=6), **options).network
+    return topology_family(family).decompose(torch.randn(shape), Budget(max_bond=6), **options).network
 
 
 def parts(core: Tensor | PackedCore) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ GAUGED = [("tucker", {}), ("tensor_ring", {"sites": 3}), ("kronecker", {}), ("bl
 def test_any_network_has_a_gauge_that_can_be_fixed(
     family: str, options: dict[str, int], storage: Storage
 ) -> None:
-    made = topology_family(family).decompose(torch.randn(16, 20), tn.Budget(max_bond=5), **options).network
+    made = topology_family(family).decompose(torch.randn(16, 20), Budget(max_bond=5), **options).network
     kept = encode(made.topology, storage, made.cores)
     again = tn.TensorNetwork(made.topology, decode(kept.values())).to_matrix()
     if not storage.quantized:
@@ -89,7 +90,7 @@ def test_only_a_gauge_that_saves_numbers_is_fixed() -> None:
 
 def test_a_family_that_is_not_registered_has_no_known_gauge() -> None:
     strange = Topology.from_dict({**topology_family("mpo").build(4, 4).to_dict(), "family": "strange"})
-    with pytest.raises(tn.TopologyError, match="Unknown topology 'strange'; registered are"):
+    with pytest.raises(TopologyError, match="Unknown topology 'strange'; registered are"):
         tn.nn.TensorNetworkLinear(strange, storage=PIVOTED)
 
 
@@ -126,5 +127,5 @@ def test_gradients_reach_every_stored_tensor(storage: Storage) -> None:
 def test_sharing_between_different_forms() -> None:
     made = network("low_rank", {})
     layers = [linear_from_network(made, bias=None, source="linear", storage=s) for s in (PLAIN, PIVOTED)]
-    with pytest.raises(tn.ShapeError, match="same topology and storage"):
+    with pytest.raises(ShapeError, match="same topology and storage"):
         layers[0].share_cores(layers[1])

@@ -26,6 +26,7 @@ from tensornet.contraction.plan import (
     run,
 )
 from tensornet.contrib.search import search_topology
+from tensornet.errors import TargetError, TopologyError
 from tensornet.nn.strategy import CACHED, STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
@@ -212,7 +213,7 @@ def test_unknown_options_are_refused() -> None:
             tn.nn.set_strategy(small(), "cached", cache_limit=limit)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown strategy 'fast'"):
         tn.nn.set_strategy(small(), "fast")  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match=r"Unknown optimize='nonsense'; choose 'auto'.*'cotengra'"):
+    with pytest.raises(TopologyError, match=r"Unknown optimize='nonsense'; choose 'auto'.*'cotengra'"):
         tn.nn.TensorNetworkLinear(mpo(out_dims=(2, 3, 4), in_dims=(2, 3, 4)), optimize="nonsense")
 
 
@@ -334,7 +335,7 @@ def test_a_kept_matrix_is_no_state() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 3, 16, 100, 1024, 4096, 10**6])
 @pytest.mark.parametrize("machine", [CPU, GPU], ids=["cpu", "gpu"])
-def test_auto_takes_the_cheapest_by_the_model(tokens: int, machine: tn.Machine) -> None:
+def test_auto_takes_the_cheapest_by_the_model(tokens: int, machine: tn.contraction.cost.Machine) -> None:
     layer = tn.nn.MPOLinear(768, 768, max_bond=24)
     layer.machine = machine
     routes = [*range(len(layer.plan.applies)), RECONSTRUCT]
@@ -390,7 +391,7 @@ def test_limit_of_a_model_goes_where_it_gains_most() -> None:
     with torch.no_grad():
         model[:2].eval()(torch.randn(1, 256))
     assert tn.nn.cached_bytes(model) == 2 * 262144
-    with pytest.raises(tn.TargetError, match="no compressed layer"):
+    with pytest.raises(TargetError, match="no compressed layer"):
         tn.nn.set_strategy(nn.Linear(2, 2))
     layer = tn.nn.MPOLinear(16, 16, max_bond=4)
     with pytest.raises(TypeError, match="measure_machine"):

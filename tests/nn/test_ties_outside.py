@@ -23,6 +23,7 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
 from tensornet.nn.targets import all_targets
 
 GEMMA = {
@@ -118,7 +119,7 @@ def test_a_head_that_is_named_is_left_dense_too() -> None:
     with pytest.warns(UserWarning, match=r"head \(tied to Scaled: .*register_layer_kind"):
         report = tn.compress(model, config(["head", "inner"]), progress=False)
     assert [layer.name for layer in report.layers] == ["inner"]
-    with pytest.raises(tn.TargetError, match=r"head \(tied to Scaled: .*untie"):
+    with pytest.raises(TargetError, match=r"head \(tied to Scaled: .*untie"):
         tn.compress(model, config("head"), progress=False)
 
 

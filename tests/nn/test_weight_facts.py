@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.errors import TargetError
 from tensornet.nn.weight_facts import WeightFacts
 
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
@@ -62,8 +63,8 @@ NUMBERS: dict[str, Callable[[Tensor], Any]] = {
 @pytest.mark.parametrize("use", NUMBERS)
 def test_numbers_of_the_weight_are_refused(config: str, use: str) -> None:
     model = made(config, NUMBERS[use])
-    assert isinstance(model.layer, tn.nn.NetworkModule)
-    with pytest.raises(tn.TargetError, match=r"called on the weight of a compressed layer.*to_matrix\(\)"):
+    assert isinstance(model.layer, tn.nn.module.NetworkModule)
+    with pytest.raises(TargetError, match=r"called on the weight of a compressed layer.*to_matrix\(\)"):
         model(X)
 
 
@@ -74,7 +75,7 @@ def test_errors_name_the_function() -> None:
         (lambda: weight.data, "data"),
         (lambda: -weight, "neg"),
     ):
-        with pytest.raises(tn.TargetError, match=f"^{name} was called"):
+        with pytest.raises(TargetError, match=f"^{name} was called"):
             use()
 
 
@@ -114,7 +115,7 @@ def test_convolutions_answer_with_the_shape_of_the_kernel() -> None:
     assert [layer.weight.shape for layer in model] == shapes
     for layer in model:
         assert type(layer.weight) is WeightFacts
-        with pytest.raises(tn.TargetError, match="sum was called on the weight"):
+        with pytest.raises(TargetError, match="sum was called on the weight"):
             layer.weight.sum()
 
 
@@ -140,7 +141,7 @@ def test_facts_are_known_to_compiled_and_exported_programs(config: str) -> None:
 def test_compiled_programs_refuse_numbers() -> None:
     torch._dynamo.reset()
     model = made("int8", NUMBERS["norm"])
-    with torch.no_grad(), pytest.raises(tn.TargetError, match="norm was called on the weight"):
+    with torch.no_grad(), pytest.raises(TargetError, match="norm was called on the weight"):
         torch.compile(model, backend="eager")(X)
     with torch.no_grad():  # a trace under fake tensors records no subclasses
         assert torch.export.export(model, (X,), strict=False).module()(X).isnan().all()

@@ -14,7 +14,7 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.contrib.search import search_topology
 from tensornet.healing import refine
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import Budget, topology_family, topology_names
 
 X, Y = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 10
 
@@ -61,7 +61,7 @@ def test_what_comes_after() -> None:
 @pytest.mark.parametrize("family", sorted({*topology_names()} - {"dense", "residual"}))
 def test_families(family: str, elsewhere: None) -> None:
     matrix = X[:24]
-    made = topology_family(family).decompose(matrix, tn.Budget(param_ratio=0.6))
+    made = topology_family(family).decompose(matrix, Budget(param_ratio=0.6))
     error = torch.linalg.matrix_norm(made.network.to_matrix() - matrix) / torch.linalg.matrix_norm(matrix)
     assert float(error) <= made.error + 1e-5
     assert search_topology(matrix, param_ratio=0.5).points

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
-import tensornet as tn
 from tensornet import _util
+from tensornet.errors import MissingDependencyError
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
@@ -69,7 +69,7 @@ def test_notebook_without_matplotlib_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(_util, "find_spec", lambda name: None)
     with pytest.raises(
-        tn.MissingDependencyError, match=r"this notebook needs matplotlib.*tensornet-torch\[viz\]"
+        MissingDependencyError, match=r"this notebook needs matplotlib.*tensornet-torch\[viz\]"
     ):
         run_blocks(path, python_blocks(path)[:1])
 

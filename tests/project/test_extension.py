@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tensornet as tn
+from tensornet.errors import CalibrationWarning
 from tensornet.nn import extension as extensions
 from tensornet.nn.extension import ModelExtension, ProvidedData, register_extension
 
@@ -68,7 +69,7 @@ def test_an_extension_shows_layers_offers_data_and_is_told() -> None:
     mine = register_extension(Stacks())
     model, x = Stack(), torch.eye(12)
     wanted = model(x)
-    with pytest.warns(tn.CalibrationWarning, match="unit vectors"):
+    with pytest.warns(CalibrationWarning, match="unit vectors"):
         report = tn.compress(model, CONFIG, progress=False)
     assert [layer.name for layer in report.layers] == ["first", "second"]
     assert mine.told == [model]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.topologies import Decomposition, topology_family, topology_names
+from tensornet.topologies import Budget, Decomposition, topology_family, topology_names
 from tensornet.topologies.low_rank import LowRankFamily
 
 
 def cores_of(made: object) -> tuple[Tensor, ...]:
-    if isinstance(made, tn.TruncatedSVD):
+    if isinstance(made, tn.linalg.svd.TruncatedSVD):
         return (made.U, made.S, made.Vh)
     return tuple(made.cores if isinstance(made, tn.MPO) else made.network.cores)  # type: ignore[attr-defined]
 
@@ -34,22 +34,22 @@ def same(function: Callable[[], object]) -> None:
 @pytest.mark.parametrize("family", sorted({*topology_names()} - {"dense", "residual"}))
 def test_families(family: str) -> None:
     matrix = torch.randn(24, 16)
-    made = topology_family(family).decompose(matrix, tn.Budget(param_ratio=0.6))
-    same(lambda: topology_family(family).decompose(matrix, tn.Budget(param_ratio=0.6)))
+    made = topology_family(family).decompose(matrix, Budget(param_ratio=0.6))
+    same(lambda: topology_family(family).decompose(matrix, Budget(param_ratio=0.6)))
     same(lambda: topology_family(family).decompose_to(matrix, made.network.topology))
 
 
 def test_families_of_others() -> None:
     class Other(LowRankFamily):
-        def decompose(self, matrix: Tensor, budget: tn.Budget, **options: Any) -> Decomposition:
+        def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
             return super().decompose(matrix @ torch.eye(16), budget, **options)
 
         def decompose_to(self, matrix: Tensor, topology: tn.Topology) -> Decomposition:
             return super().decompose_to(matrix @ torch.eye(16), topology)
 
     matrix, family = torch.randn(24, 16), Other()
-    made = family.decompose(matrix, tn.Budget(max_bond=4))
-    same(lambda: family.decompose(matrix, tn.Budget(max_bond=4)))
+    made = family.decompose(matrix, Budget(max_bond=4))
+    same(lambda: family.decompose(matrix, Budget(max_bond=4)))
     same(lambda: family.decompose_to(matrix, made.network.topology))
 
 

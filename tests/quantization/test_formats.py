@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensornet.errors import FormatError, ShapeError, TopologyError
-from tensornet.quantization import NumberFormat, format_names, pack, packed_bytes, round_weight, unpack
+from tensornet.quantization import NumberFormat, round_weight
+from tensornet.quantization.formats import format_names, pack, packed_bytes, unpack
 
 INTEGERS = st.builds(
     NumberFormat,

@@ -7,13 +7,8 @@ import torch
 from quantization.rounding_cases import moment, weight
 
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
-from tensornet.quantization import (
-    NumberFormat,
-    predict_losses,
-    predict_product_losses,
-    round_product,
-    round_weight,
-)
+from tensornet.quantization import NumberFormat, predict_losses, round_product, round_weight
+from tensornet.quantization.predict import predict_product_losses
 
 
 def test_predicted_losses_of_factors_are_those_of_rounding() -> None:

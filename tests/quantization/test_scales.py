@@ -10,9 +10,15 @@ from quantization.rounding_cases import moment, weight
 
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization import NumberFormat, refit_scales, round_weight, search_scales
+from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization import scales as searching
-from tensornet.quantization.scales import scales_underflow, storable_formats, with_wide_scales
+from tensornet.quantization.scales import (
+    refit_scales,
+    scales_underflow,
+    search_scales,
+    storable_formats,
+    with_wide_scales,
+)
 
 
 @given(st.integers(2, 8), st.booleans(), st.integers(1, 6), st.integers(1, 150), st.integers(0, 1000))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import tensornet as tn
 from tensornet.contraction.cost import CPU, GPU, dense_seconds
 from tensornet.contrib.search import SearchPoint, TopologySearch, search_topology
+from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TopologyError
 from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import block_tt, low_rank, mpo, topology_family
@@ -56,7 +57,7 @@ def test_points_keep_their_promises(
     limit = int(ratio * shape[0] * shape[1])
     try:
         found = search_topology(matrix, param_ratio=ratio, tokens=3)
-    except tn.BudgetError:
+    except BudgetError:
         assert limit < sum(shape)
         return
     assert found.points
@@ -140,9 +141,9 @@ def test_limits_of_best() -> None:
     assert promised.ranked_error <= 0.9
     assert all(p.milliseconds >= promised.milliseconds for p in found.points if p.ranked_error <= 0.9)
     assert found.best("error", max_ms=fast.milliseconds).milliseconds <= fast.milliseconds
-    with pytest.raises(tn.BudgetError, match=r"meets max_error=1e-09"):
+    with pytest.raises(BudgetError, match=r"meets max_error=1e-09"):
         found.best(max_error=1e-9)
-    with pytest.raises(tn.BudgetError, match=r"max_error must be a number, got '0\.1'"):
+    with pytest.raises(BudgetError, match=r"max_error must be a number, got '0\.1'"):
         found.best(max_error="0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown objective 'speed'; choose one of error, time, params"):
         found.best("speed")  # type: ignore[arg-type]
@@ -201,31 +202,29 @@ def test_the_input_is_not_changed() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(tn.BudgetError, match="needs a budget: param_ratio= or max_params="):
+    with pytest.raises(BudgetError, match="needs a budget: param_ratio= or max_params="):
         search_topology((4, 4))
-    with pytest.raises(tn.BudgetError, match="param_ratio must be above 0, got 0"):
+    with pytest.raises(BudgetError, match="param_ratio must be above 0, got 0"):
         search_topology((4, 4), param_ratio=0)
-    with pytest.raises(tn.BudgetError, match="max_params must be an integer of at least 1, got 0"):
+    with pytest.raises(BudgetError, match="max_params must be an integer of at least 1, got 0"):
         search_topology((4, 4), max_params=0)
-    with pytest.raises(tn.BudgetError, match=r"fits 3 parameters; raise the budget \(plain low rank needs 8"):
+    with pytest.raises(BudgetError, match=r"fits 3 parameters; raise the budget \(plain low rank needs 8"):
         search_topology((4, 4), max_params=3)
-    with pytest.raises(tn.ShapeError, match=r"got shape \(2, 2, 2\)"):
+    with pytest.raises(ShapeError, match=r"got shape \(2, 2, 2\)"):
         search_topology(torch.zeros(2, 2, 2), param_ratio=0.5)
-    with pytest.raises(
-        tn.ShapeError, match="out_features of the shape must be an integer of at least 1, got 0"
-    ):
+    with pytest.raises(ShapeError, match="out_features of the shape must be an integer of at least 1, got 0"):
         search_topology((0, 4), param_ratio=0.5)
-    with pytest.raises(tn.NonFiniteError, match="The matrix"):
+    with pytest.raises(NonFiniteError, match="The matrix"):
         search_topology(torch.full((4, 4), math.nan), param_ratio=0.5)
-    with pytest.raises(tn.TopologyError, match="Unknown topology 'forest'"):
+    with pytest.raises(TopologyError, match="Unknown topology 'forest'"):
         search_topology((4, 4), param_ratio=0.5, families=("forest",))
-    with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
+    with pytest.raises(TopologyError, match="families is empty; name at least one of block_tt"):
         search_topology((4, 4), param_ratio=0.5, families=())
-    with pytest.raises(tn.TopologyError, match="families is empty; name at least one of block_tt"):
+    with pytest.raises(TopologyError, match="families is empty; name at least one of block_tt"):
         search_topology((4, 4), param_ratio=0.5, families=None)  # type: ignore[arg-type]
-    with pytest.raises(tn.ShapeError, match="or its shape, two integers; got 12"):
+    with pytest.raises(ShapeError, match="or its shape, two integers; got 12"):
         search_topology(12, param_ratio=0.5)  # type: ignore[arg-type]
-    with pytest.raises(tn.ShapeError, match=r"as a torch\.Tensor, .*; got ndarray"):
+    with pytest.raises(ShapeError, match=r"as a torch\.Tensor, .*; got ndarray"):
         search_topology(torch.ones(4, 4).numpy(), param_ratio=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_sites must be an integer of at least 2, got 1"):
         search_topology((4, 4), param_ratio=0.5, max_sites=1)

@@ -14,25 +14,26 @@ from hypothesis import Phase, settings
 from torch import Tensor
 
 import tensornet as tn
+from tensornet.errors import NonFiniteError
 from tensornet.testing import laws, strategies
-from tensornet.topologies import topology_family
+from tensornet.topologies import Budget, topology_family
 
 Outcome = laws.Outcome
 
 
-def chain(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def chain(matrix: Tensor, budget: Budget) -> Outcome:
     """Decompose honestly, into a chain."""
     return Outcome.of(topology_family("mpo").decompose(matrix, budget))
 
 
-def svd(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def svd(matrix: Tensor, budget: Budget) -> Outcome:
     """Decompose honestly, by a truncated SVD; parameters are not counted."""
     found = tn.truncated_svd(matrix, max_rank=budget.max_bond, rel_error=budget.rel_error, method="exact")
     product = (found.U * found.S.to(found.U.dtype)) @ found.Vh
     return Outcome(product, found.error, bonds=tuple(found.S.shape), tensors=(found.U, found.Vh))
 
 
-def kept(matrix: Tensor, budget: tn.Budget, select: Callable[[Tensor, int], Tensor]) -> Outcome:
+def kept(matrix: Tensor, budget: Budget, select: Callable[[Tensor, int], Tensor]) -> Outcome:
     """Keep as many singular values as an honest SVD, chosen by `select(values, count)`; true certificate."""
     count = svd(matrix, budget).bonds[0]
     U, S, Vh = torch.linalg.svd(matrix.to(torch.complex128 if matrix.is_complex() else torch.float64), False)
@@ -43,81 +44,81 @@ def kept(matrix: Tensor, budget: tn.Budget, select: Callable[[Tensor, int], Tens
     return Outcome(product, error, bonds=(count,))
 
 
-def rank_one_less(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def rank_one_less(matrix: Tensor, budget: Budget) -> Outcome:
     """Use one singular value fewer than the bond it reports."""
     return kept(matrix, budget, lambda S, count: torch.arange(max(1, count - 1)))
 
 
-def changed(**fields: Any) -> Callable[[Tensor, tn.Budget], Outcome]:
+def changed(**fields: Any) -> Callable[[Tensor, Budget], Outcome]:
     """Decompose honestly, then change fields of the outcome: functions of the outcome."""
 
-    def decompose(matrix: Tensor, budget: tn.Budget) -> Outcome:
+    def decompose(matrix: Tensor, budget: Budget) -> Outcome:
         found = chain(matrix, budget)
         return replace(found, **{name: change(found) for name, change in fields.items()})
 
     return decompose
 
 
-def zero(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def zero(matrix: Tensor, budget: Budget) -> Outcome:
     found = chain(matrix, budget)
     return replace(found, matrix=torch.zeros_like(found.matrix), error=1.0)
 
 
-def zero_with_a_budget(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def zero_with_a_budget(matrix: Tensor, budget: Budget) -> Outcome:
     return chain(matrix, budget) if budget.unlimited else zero(matrix, budget)
 
 
-def zero_without_bonds(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def zero_without_bonds(matrix: Tensor, budget: Budget) -> Outcome:
     found = zero_with_a_budget(matrix, budget)
     return found if budget.unlimited else Outcome(found.matrix, 1.0)
 
 
-def ignores(cap: str, value: Callable[[Any], Any]) -> Callable[[Tensor, tn.Budget], Outcome]:
+def ignores(cap: str, value: Callable[[Any], Any]) -> Callable[[Tensor, Budget], Outcome]:
     """Decompose under another cap than the one asked for."""
 
-    def decompose(matrix: Tensor, budget: tn.Budget) -> Outcome:
+    def decompose(matrix: Tensor, budget: Budget) -> Outcome:
         asked = getattr(budget, cap)
         return chain(matrix, budget if asked is None else replace(budget, **{cap: value(asked)}))
 
     return decompose
 
 
-def inexact(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def inexact(matrix: Tensor, budget: Budget) -> Outcome:
     found = chain(matrix, budget)
     return replace(found, matrix=found.matrix * 0.999, error=found.error + 0.002)
 
 
-def unsure(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def unsure(matrix: Tensor, budget: Budget) -> Outcome:
     found = chain(matrix, budget)
     return replace(found, error=0.5) if budget.unlimited else found
 
 
-def zigzag(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def zigzag(matrix: Tensor, budget: Budget) -> Outcome:
     cap = budget.max_bond
     return svd(matrix, replace(budget, max_bond=None if cap is None else max(1, cap - 3 * (cap % 2))))
 
 
-def doubles_the_input(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def doubles_the_input(matrix: Tensor, budget: Budget) -> Outcome:
     found = chain(matrix, budget)
     matrix.mul_(2)
     return found
 
 
-def returns_the_input(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def returns_the_input(matrix: Tensor, budget: Budget) -> Outcome:
     return Outcome(matrix, 0.0) if budget.unlimited else chain(matrix, budget)
 
 
-def stores_the_input(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def stores_the_input(matrix: Tensor, budget: Budget) -> Outcome:
     return replace(chain(matrix, budget), tensors=(matrix[:1],))
 
 
-def refuses_silently(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def refuses_silently(matrix: Tensor, budget: Budget) -> Outcome:
     if not bool(torch.isfinite(matrix).all()):
-        raise tn.NonFiniteError("")
+        raise NonFiniteError("")
     return chain(matrix, budget)
 
 
-def pads_with_ones(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def pads_with_ones(matrix: Tensor, budget: Budget) -> Outcome:
     """Decompose the matrix padded by ones to even sizes; the certificate counts the whole."""
     rows, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, columns % 2, 0, rows % 2), value=1.0)
@@ -125,13 +126,13 @@ def pads_with_ones(matrix: Tensor, budget: tn.Budget) -> Outcome:
     return replace(found, matrix=found.matrix[:rows, :columns], topology=None)
 
 
-def underflows(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def underflows(matrix: Tensor, budget: Budget) -> Outcome:
     """Compute squares in half precision: small matrices vanish."""
     small = float(matrix.abs().amax()) ** 2 < 6e-8
     return chain(torch.zeros_like(matrix) if small else matrix, budget)
 
 
-def only_real(matrix: Tensor, budget: tn.Budget) -> Outcome:
+def only_real(matrix: Tensor, budget: Budget) -> Outcome:
     found = chain(matrix.real if matrix.is_complex() else matrix, budget)
     tensors = tuple(x.to(matrix.dtype) for x in found.tensors)
     return replace(found, matrix=found.matrix.to(matrix.dtype), tensors=tensors)
@@ -139,7 +140,7 @@ def only_real(matrix: Tensor, budget: tn.Budget) -> Outcome:
 
 _CALLS = itertools.count()
 
-FAULTS: dict[str, tuple[Callable[[Tensor, tn.Budget], Outcome], str]] = {
+FAULTS: dict[str, tuple[Callable[[Tensor, Budget], Outcome], str]] = {
     "the zero matrix": (zero, "test_quality"),
     "the zero matrix where there is a budget": (zero_with_a_budget, "test_quality"),
     "the zero matrix, no bonds told": (zero_without_bonds, "test_quality"),
@@ -202,7 +203,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor, tn.Budget], Outcome], str]] = {
 }
 
 
-def suite(decomposition: Callable[[Tensor, tn.Budget], Outcome]) -> laws.DecompositionLaws:
+def suite(decomposition: Callable[[Tensor, Budget], Outcome]) -> laws.DecompositionLaws:
     """Build the laws of a decomposition with the examples of `ci`; a failure is found, not made small."""
     before = settings.get_current_profile_name()
     settings.register_profile("ci without shrinking", settings.get_profile("ci"), phases=[Phase.generate])
@@ -211,7 +212,7 @@ def suite(decomposition: Callable[[Tensor, tn.Budget], Outcome]) -> laws.Decompo
     class Suite(laws.DecompositionLaws):
         matrices = strategies.matrices(max_size=8)
 
-        def decompose(self, matrix: Tensor, budget: tn.Budget) -> Outcome:
+        def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
             return decomposition(matrix, budget)
 
     settings.load_profile(before)

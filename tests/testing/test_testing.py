@@ -16,22 +16,23 @@ from torch import Tensor
 import tensornet as tn
 from tensornet.network import random_cores
 from tensornet.testing import laws, reference, register_profiles, strategies
-from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies import Budget, TopologyFamily, topology_family
+from tensornet.topologies.mpo import MPOFamily
 
 
-def honest(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
+def honest(matrix: Tensor, budget: Budget) -> laws.Outcome:
     found = tn.truncated_svd(matrix, max_rank=budget.max_bond, rel_error=budget.rel_error, method="exact")
     product = (found.U * found.S.to(found.U.dtype)) @ found.Vh
     return laws.Outcome(product, found.error, bonds=tuple(found.S.shape), tensors=(found.U, found.Vh))
 
 
 def test_promise_that_is_broken_is_caught() -> None:
-    def lax(matrix: Tensor, budget: tn.Budget) -> laws.Outcome:
-        return honest(matrix, tn.Budget(rel_error=min(0.99, 3 * (budget.rel_error or 0))))
+    def lax(matrix: Tensor, budget: Budget) -> laws.Outcome:
+        return honest(matrix, Budget(rel_error=min(0.99, 3 * (budget.rel_error or 0))))
 
     matrix = strategies.matrix_with_spectrum((10, 10), "power", seed=0)
     with pytest.raises(AssertionError, match=r"exceeds the promise rel_error=0\.1"):
-        laws.check_certificate(lax, matrix, tn.Budget(rel_error=0.1))
+        laws.check_certificate(lax, matrix, Budget(rel_error=0.1))
 
 
 def test_undefined_decomposition_says_what_to_do() -> None:
@@ -200,7 +201,7 @@ def test_profiles() -> None:
     assert settings.get_profile("ci").derandomize
 
 
-class Nosy(tn.topologies.MPOFamily):
+class Nosy(MPOFamily):
     """Asks for its own name, as nobody should."""
 
     def build(self, *shape: int, max_bond: int | None = None, **options: object) -> tn.Topology:
@@ -210,7 +211,7 @@ class Nosy(tn.topologies.MPOFamily):
     name = "nosy"
 
 
-class Ungauged(tn.topologies.MPOFamily):
+class Ungauged(MPOFamily):
     """Has another encoding under another name."""
 
     name = "ungauged"
@@ -224,4 +225,4 @@ def test_a_family_that_asks_for_its_name_is_found_out(family: TopologyFamily, sa
     matrix = torch.randn(24, 18, generator=torch.Generator().manual_seed(0))
     with pytest.raises(AssertionError, match=said):
         laws.check_name_does_not_matter(family, matrix)
-    laws.check_name_does_not_matter(tn.topologies.MPOFamily(), matrix)
+    laws.check_name_does_not_matter(MPOFamily(), matrix)

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
+from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.testing import laws, reference, strategies
-from tensornet.topologies import topology_family, topology_names
+from tensornet.topologies import Budget, CoreSpec, topology_family, topology_names
 
 
 def tree(bond: int, out_features: int = 8, in_features: int = 9) -> tn.Topology:
@@ -18,9 +19,9 @@ def tree(bond: int, out_features: int = 8, in_features: int = 9) -> tn.Topology:
     return tn.Topology(
         family="my_tree",
         cores=(
-            tn.CoreSpec("root", ("a", "b", "o2")),
-            tn.CoreSpec("left", ("o0", "i0", "a")),
-            tn.CoreSpec("right", ("o1", "i1", "b")),
+            CoreSpec("root", ("a", "b", "o2")),
+            CoreSpec("left", ("o0", "i0", "a")),
+            CoreSpec("right", ("o1", "i1", "b")),
         ),
         sizes=(("a", bond), ("b", bond), ("o0", 2), ("o1", 2), ("o2", 2), ("i0", 3), ("i1", 3)),
         out_labels=("o0", "o1", "o2"),
@@ -37,7 +38,7 @@ def test_families_decompose_as_they_do_themselves(matrix: torch.Tensor, name: st
     family = topology_family(name)
     named = tn.decompose(matrix, name, max_bond=bond) if name != "tensor_ring" else None
     if named is not None:
-        expected = family.decompose(matrix, tn.Budget(max_bond=bond))
+        expected = family.decompose(matrix, Budget(max_bond=bond))
         assert torch.equal(named.network.to_matrix(), expected.network.to_matrix())
         assert named.error == expected.error
     topology = family.build(*matrix.shape, max_bond=bond)
@@ -84,29 +85,29 @@ def test_zero_matrix_has_no_error() -> None:
 
 def test_what_decompose_cannot_take_is_refused() -> None:
     matrix = torch.randn(8, 9)
-    with pytest.raises(tn.TopologyError, match="drop max_bond, rel_error, param_ratio and sites"):
+    with pytest.raises(TopologyError, match="drop max_bond, rel_error, param_ratio and sites"):
         tn.decompose(matrix, tree(2), sites=2)
-    with pytest.raises(tn.TopologyError, match="fixes all dims and bonds"):
+    with pytest.raises(TopologyError, match="fixes all dims and bonds"):
         tn.decompose(matrix, tree(2), max_bond=2)
-    with pytest.raises(tn.TopologyError, match="Unknown topology 'mpoo'; registered are"):
+    with pytest.raises(TopologyError, match="Unknown topology 'mpoo'; registered are"):
         tn.decompose(matrix, "mpoo")
-    with pytest.raises(tn.TopologyError, match="does not know the options flavour"):
+    with pytest.raises(TopologyError, match="does not know the options flavour"):
         tn.decompose(matrix, "mpo", flavour="sweet")
-    with pytest.raises(tn.ShapeError, match=r"is for matrices of shape \(8, 9\), got \(9, 8\)"):
+    with pytest.raises(ShapeError, match=r"is for matrices of shape \(8, 9\), got \(9, 8\)"):
         tn.decompose(matrix.T, tree(2))
-    with pytest.raises(tn.ShapeError, match=r"decompose needs a matrix of shape \(out, in\)"):
+    with pytest.raises(ShapeError, match=r"decompose needs a matrix of shape \(out, in\)"):
         tn.decompose(matrix[0], tree(2))
     matrix[0, 0] = float("nan")
-    with pytest.raises(tn.NonFiniteError, match="1 NaN or infinite value"):
+    with pytest.raises(NonFiniteError, match="1 NaN or infinite value"):
         tn.decompose(matrix, tree(2))
 
 
 def test_law_of_caps_reads_one_cap_for_each_bond() -> None:
     matrix = strategies.matrix_with_spectrum((8, 8), "power", seed=0)
 
-    def too_large(matrix: torch.Tensor, budget: tn.Budget) -> laws.Outcome:
+    def too_large(matrix: torch.Tensor, budget: Budget) -> laws.Outcome:
         return laws.Outcome.of(tn.decompose(matrix, "mpo", max_bond=(2, 3), sites=3))
 
-    laws.check_caps(too_large, matrix, tn.Budget(max_bond=(2, 3)))
+    laws.check_caps(too_large, matrix, Budget(max_bond=(2, 3)))
     with pytest.raises(AssertionError, match="bonds"):
-        laws.check_caps(too_large, matrix, tn.Budget(max_bond=(3, 2)))
+        laws.check_caps(too_large, matrix, Budget(max_bond=(3, 2)))

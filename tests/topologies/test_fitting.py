@@ -10,8 +10,8 @@ from torch import Tensor
 
 import tensornet as tn
 from tensornet.als import _improve, _matrix, fit_network, plan_grams
-from tensornet.compression import CompressionConfig
 from tensornet.compression.candidates import network_candidates
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores

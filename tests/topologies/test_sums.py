@@ -12,9 +12,10 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.als import fit_network
-from tensornet.calibration import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression import prepare
 from tensornet.compression.sensitivity import layer_sensitivity
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import random_cores
 from tensornet.nn.embedding import embedding_from_network
@@ -23,7 +24,7 @@ from tensornet.nn.storage import Storage
 from tensornet.nn.targets import all_targets
 from tensornet.quantization import NumberFormat
 from tensornet.testing import laws, strategies
-from tensornet.topologies import residual, topology_family
+from tensornet.topologies import Budget, CoreSpec, residual, topology_family
 
 small = strategies.matrices(max_size=12)
 SHAPE = (24, 64)
@@ -95,22 +96,22 @@ def test_descriptions_of_sums_come_back(name: str) -> None:
 )
 def test_terms_that_do_not_fit_are_refused(terms: tuple[tuple[str, tuple[str, ...]], ...], said: str) -> None:
     topology = residual(out_features=4, in_features=6, rank=2)
-    with pytest.raises(tn.TopologyError, match=said):
+    with pytest.raises(TopologyError, match=said):
         replace(topology, terms=terms)
-    with pytest.raises(tn.TopologyError):
+    with pytest.raises(TopologyError):
         tn.Topology.from_dict({**topology.to_dict(), "terms": terms})
 
 
 @pytest.mark.parametrize("terms", [3, [3], [["dense"]], [["dense", 3]], [[3, ["base"]]]])
 def test_terms_of_another_type_are_refused(terms: object) -> None:
     data = {**residual(out_features=4, in_features=6, rank=2).to_dict(), "terms": terms}
-    with pytest.raises(tn.TopologyError, match="Not a topology description"):
+    with pytest.raises(TopologyError, match="Not a topology description"):
         tn.Topology.from_dict(data)
 
 
 def test_bonds_belong_to_one_term() -> None:
-    cores = (tn.CoreSpec("a", ("o", "i", "b")), tn.CoreSpec("c", ("o", "i", "b")))
-    with pytest.raises(tn.TopologyError, match="Bond 'b' joins two terms"):
+    cores = (CoreSpec("a", ("o", "i", "b")), CoreSpec("c", ("o", "i", "b")))
+    with pytest.raises(TopologyError, match="Bond 'b' joins two terms"):
         tn.Topology(
             "mine",
             cores,
@@ -125,14 +126,14 @@ def test_bonds_belong_to_one_term() -> None:
 
 def test_bad_options() -> None:
     family = topology_family("residual")
-    with pytest.raises(tn.TopologyError, match="is a single one, not a sum; got 'residual'"):
+    with pytest.raises(TopologyError, match="is a single one, not a sum; got 'residual'"):
         family.build(4, 4, network="residual")
-    with pytest.raises(tn.TopologyError, match="Unknown topology 'ring'"):
+    with pytest.raises(TopologyError, match="Unknown topology 'ring'"):
         family.build(4, 4, network="ring")
     with pytest.raises(
-        tn.BudgetError, match=r"allows 12 parameters, and the topology 'residual' has 24 at bond 1"
+        BudgetError, match=r"allows 12 parameters, and the topology 'residual' has 24 at bond 1"
     ):
-        family.decompose(torch.randn(4, 4), tn.Budget(param_ratio=0.75))
+        family.decompose(torch.randn(4, 4), Budget(param_ratio=0.75))
 
 
 def test_least_squares_fit_every_core_of_a_sum() -> None:

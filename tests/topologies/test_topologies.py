@@ -15,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tensornet as tn
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.network import random_cores
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import (
+    Budget,
     block_tt,
     kronecker,
     mpo,
@@ -91,7 +93,7 @@ def test_decompose_to_gives_the_asked_topology(name: str, topology: st.DataObjec
 def test_decompose_to_agrees_with_decompose(name: str) -> None:
     matrix = torch.randn(24, 18, dtype=torch.float64)
     family = topology_family(name)
-    cut = family.decompose(matrix, tn.Budget(max_bond=3))
+    cut = family.decompose(matrix, Budget(max_bond=3))
     again = family.decompose_to(matrix, cut.network.topology)
     assert again.error == pytest.approx(cut.error, rel=1e-9)
 
@@ -101,7 +103,7 @@ def test_decompose_to_agrees_with_decompose(name: str) -> None:
 def test_promise_is_kept_and_used(name: str, promise: float) -> None:
     matrix = torch.randn(24, 24, dtype=torch.float64)
     options = {} if name in ("low_rank", "kronecker") else {"sites": 3}
-    result = topology_family(name).decompose(matrix, tn.Budget(rel_error=promise), **options)
+    result = topology_family(name).decompose(matrix, Budget(rel_error=promise), **options)
     assert result.error <= promise
     assert result.error > 0.4 or promise < 0.9, "an allowance that large must be used"
     assert reference.relative_error(matrix, result.network.to_matrix()) <= promise
@@ -114,8 +116,8 @@ def test_promise_is_kept_and_used(name: str, promise: float) -> None:
 )
 def test_scale_does_not_matter(name: str, dtype: torch.dtype, scale: float) -> None:
     family, matrix = topology_family(name), torch.randn(24, 18, dtype=dtype)
-    plain = family.decompose(matrix, tn.Budget(max_bond=3))
-    scaled = family.decompose(matrix * scale, tn.Budget(max_bond=3))
+    plain = family.decompose(matrix, Budget(max_bond=3))
+    scaled = family.decompose(matrix * scale, Budget(max_bond=3))
     assert scaled.error == pytest.approx(plain.error, rel=1e-4)
     found = reference.relative_error(matrix, scaled.network.to_matrix() / scale)
     assert found == pytest.approx(plain.error, rel=1e-4, abs=1e-6)
@@ -126,7 +128,7 @@ def test_scale_does_not_matter(name: str, dtype: torch.dtype, scale: float) -> N
 @pytest.mark.parametrize("name", FAMILIES)
 def test_decompose_to_refuses_another_shape(name: str) -> None:
     family = topology_family(name)
-    with pytest.raises(tn.TopologyError, match=r"for a matrix of shape \(5, 4\)"):
+    with pytest.raises(TopologyError, match=r"for a matrix of shape \(5, 4\)"):
         family.decompose_to(torch.randn(5, 4), family.build(4, 5, max_bond=2))
 
 
@@ -159,21 +161,19 @@ def test_sorted_json_keeps_the_order_of_cores_and_bonds(name: str, options: dict
 def test_an_order_that_names_not_everything_is_refused() -> None:
     data = topology_family("mpo").build(8, 8, sites=3).to_dict()
     for order in ({"cores": ["0", "1"], "sizes": list(data["sizes"])}, {"cores": ["0", "1", "9"]}):
-        with pytest.raises(tn.TopologyError, match="Not a topology description"):
+        with pytest.raises(TopologyError, match="Not a topology description"):
             tn.Topology.from_dict({**data, "order": order})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_impossible_budget_is_refused(name: str) -> None:
-    with pytest.raises(tn.BudgetError, match="param_ratio=1e-05 allows 0 parameters"):
-        topology_family(name).decompose(torch.randn(16, 16), tn.Budget(param_ratio=1e-5))
+    with pytest.raises(BudgetError, match="param_ratio=1e-05 allows 0 parameters"):
+        topology_family(name).decompose(torch.randn(16, 16), Budget(param_ratio=1e-5))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_unknown_option_is_refused(name: str) -> None:
-    with pytest.raises(
-        tn.TopologyError, match=f"{name!r} does not know the options colour; it (knows|takes)"
-    ):
+    with pytest.raises(TopologyError, match=f"{name!r} does not know the options colour; it (knows|takes)"):
         topology_family(name).build(8, 8, colour="red")
 
 
@@ -200,7 +200,7 @@ def test_ring_bond_above_its_use_is_clipped_and_that_is_said() -> None:
         tensor_ring(**DIMS, bond_dims=(2, 99))
     family, matrix = topology_family("tensor_ring"), torch.randn(24, 20, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"ring_bond \(99,\) .* clipped to \(12,\)"):
-        found = family.decompose(matrix, tn.Budget(), **DIMS, ring_bond=99)
+        found = family.decompose(matrix, Budget(), **DIMS, ring_bond=99)
     assert reference.relative_error(matrix, found.network.to_matrix()) <= 1e-12
 
 
@@ -208,24 +208,24 @@ def test_narrow_ring_keeps_the_closing_bond_asked_for() -> None:
     """Closed by more than the last core can tell apart: no use, but no reason to cut cores either."""
     matrix = torch.randn(8, 12, dtype=torch.float64)
     dims = {"out_dims": (4, 1, 2), "in_dims": (6, 2, 1)}
-    found = topology_family("tensor_ring").decompose(matrix, tn.Budget(param_ratio=1.5), **dims, ring_bond=4)
+    found = topology_family("tensor_ring").decompose(matrix, Budget(param_ratio=1.5), **dims, ring_bond=4)
     assert list(found.network.topology.bond_dims.values())[-1] == 4
     assert reference.relative_error(matrix, found.network.to_matrix()) <= found.error + 1e-12
 
 
 def test_ring_bond_obeys_the_cap() -> None:
-    with pytest.raises(tn.BudgetError, match="ring_bond=5 is above max_bond=3"):
-        topology_family("tensor_ring").decompose(torch.randn(12, 18), tn.Budget(max_bond=3), ring_bond=5)
+    with pytest.raises(BudgetError, match="ring_bond=5 is above max_bond=3"):
+        topology_family("tensor_ring").decompose(torch.randn(12, 18), Budget(max_bond=3), ring_bond=5)
 
 
 def test_unknown_topology_lists_what_exists() -> None:
-    with pytest.raises(tn.TopologyError, match=r"Unknown topology 'mps'; registered are block_tt, dense"):
+    with pytest.raises(TopologyError, match=r"Unknown topology 'mps'; registered are block_tt, dense"):
         topology_family("mps")
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "low_rank"])
 def test_dims_that_do_not_multiply_are_refused(name: str) -> None:
-    with pytest.raises(tn.TopologyError, match=r"out_dims \(2, 3\) multiply to 6, which does not hold 8"):
+    with pytest.raises(TopologyError, match=r"out_dims \(2, 3\) multiply to 6, which does not hold 8"):
         topology_family(name).build(8, 6, out_dims=(2, 3), in_dims=(2, 3))
 
 
@@ -236,7 +236,7 @@ def test_kronecker_finds_a_kronecker_product() -> None:
     a, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     matrix = torch.kron(a, b)
     result = topology_family("kronecker").decompose(
-        matrix, tn.Budget(max_bond=1), out_dims=(3, 5), in_dims=(4, 2)
+        matrix, Budget(max_bond=1), out_dims=(3, 5), in_dims=(4, 2)
     )
     assert result.error < 1e-7
     assert result.network.num_params == 12 + 10
@@ -245,9 +245,9 @@ def test_kronecker_finds_a_kronecker_product() -> None:
 
 
 def test_kronecker_of_three_factors_is_refused() -> None:
-    with pytest.raises(tn.TopologyError, match="two factors"):
+    with pytest.raises(TopologyError, match="two factors"):
         tn.topologies.kronecker(out_dims=(2, 2, 2), in_dims=(2, 2, 2))
-    with pytest.raises(tn.TopologyError, match="two factors, got sites=3"):
+    with pytest.raises(TopologyError, match="two factors, got sites=3"):
         topology_family("kronecker").build(8, 8, sites=3)
 
 
@@ -255,7 +255,7 @@ def test_block_tt_of_bond_one_is_the_monarch_projection() -> None:
     """Each block of a Monarch matrix is the best rank-1 approximation of the block of the matrix."""
     matrix = torch.randn(6, 8, dtype=torch.float64)
     result = topology_family("block_tt").decompose(
-        matrix, tn.Budget(max_bond=1), out_dims=(2, 3), in_dims=(4, 2)
+        matrix, Budget(max_bond=1), out_dims=(2, 3), in_dims=(4, 2)
     )
     blocks = matrix.reshape(2, 3, 4, 2)
     cut = sum(
@@ -280,7 +280,7 @@ def ring_matrix() -> torch.Tensor:
 
 
 def test_least_squares_finds_the_ring_that_no_chain_is(ring_matrix: torch.Tensor) -> None:
-    budget = tn.Budget(max_bond=4)
+    budget = Budget(max_bond=4)
     ring = topology_family("tensor_ring").decompose(ring_matrix, budget, ring_bond=2, sweeps=200, **RING)
     chain = topology_family("mpo").decompose(ring_matrix, budget, **RING)
     assert ring.error < 0.2 * chain.error
@@ -292,7 +292,7 @@ def test_least_squares_finds_the_ring_that_no_chain_is(ring_matrix: torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128])
 def test_least_squares_never_raises_the_error(dtype: torch.dtype) -> None:
     matrix, family = torch.randn(23, 26, dtype=dtype), topology_family("tensor_ring")
-    budget = tn.Budget(max_bond=3)
+    budget = Budget(max_bond=3)
     errors = [family.decompose(matrix, budget, ring_bond=2, sweeps=sweeps).error for sweeps in range(5)]
     assert all(later <= earlier for earlier, later in pairwise(errors))
     refined = family.decompose(matrix, budget, ring_bond=2, sweeps=4)
@@ -302,13 +302,13 @@ def test_least_squares_never_raises_the_error(dtype: torch.dtype) -> None:
 
 def test_unsettled_least_squares_says_so(ring_matrix: torch.Tensor) -> None:
     result = topology_family("tensor_ring").decompose(
-        ring_matrix, tn.Budget(max_bond=3), ring_bond=2, sweeps=1, **RING
+        ring_matrix, Budget(max_bond=3), ring_bond=2, sweeps=1, **RING
     )
     assert (result.iterations, result.converged) == (1, False)
 
 
 def test_tensor_ring_of_one_site_is_refused() -> None:
-    with pytest.raises(tn.TopologyError, match="at least two sites, got 1"):
+    with pytest.raises(TopologyError, match="at least two sites, got 1"):
         tn.topologies.tensor_ring(out_dims=(4,), in_dims=(4,))
 
 
@@ -322,7 +322,7 @@ def test_tucker_finds_its_own_ranks() -> None:
     topology = tn.topologies.tucker(out_dims=(4, 5), in_dims=(5, 4), ranks=(2, 3, 2, 3))
     matrix = tn.TensorNetwork(topology, random_cores(topology, dtype=torch.float64)).to_matrix()
     result = topology_family("tucker").decompose(
-        matrix, tn.Budget(rel_error=1e-7), out_dims=(4, 5), in_dims=(5, 4)
+        matrix, Budget(rel_error=1e-7), out_dims=(4, 5), in_dims=(5, 4)
     )
     assert result.network.topology == topology
     assert result.bound_by == "rel_error"
@@ -364,7 +364,7 @@ def test_rings_take_singular_vectors_in_order_where_the_first_cut_keeps_all() ->
     legs = {"out_dims": (1, 2, 5), "in_dims": (5, 1, 1)}
     family = topology_family("tensor_ring")
     errors = [
-        family.decompose(matrix, tn.Budget(max_bond=cap), ring_bond=2, **legs).error for cap in (2, 3, 4, 5)
+        family.decompose(matrix, Budget(max_bond=cap), ring_bond=2, **legs).error for cap in (2, 3, 4, 5)
     ]
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.9 * errors[0]

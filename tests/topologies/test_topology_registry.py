@@ -10,11 +10,14 @@ import pytest
 import torch
 
 import tensornet as tn
-from tensornet.topologies import LowRankFamily, register_topology, topology_family
+from tensornet.errors import TopologyError
+from tensornet.topologies import topology_family
+from tensornet.topologies.low_rank import LowRankFamily
+from tensornet.topologies.registry import register_topology
 
 
 def test_registering_a_name_twice_is_refused() -> None:
-    with pytest.raises(tn.TopologyError, match=r"'mpo' is already registered; pass replace=True"):
+    with pytest.raises(TopologyError, match=r"'mpo' is already registered; pass replace=True"):
         register_topology(topology_family("mpo"))
     register_topology(topology_family("mpo"), replace=True)
 
@@ -23,16 +26,16 @@ def test_registering_something_else_is_refused() -> None:
     class Nameless(LowRankFamily):
         name = None  # type: ignore[assignment]
 
-    with pytest.raises(tn.TopologyError, match=r"takes an instance of .*; write LowRankFamily\(\)"):
+    with pytest.raises(TopologyError, match=r"takes an instance of .*; write LowRankFamily\(\)"):
         register_topology(LowRankFamily, replace=True)  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match=r"takes an instance of .*, got 'mpo'"):
+    with pytest.raises(TopologyError, match=r"takes an instance of .*, got 'mpo'"):
         register_topology("mpo")  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match="Nameless needs a class attribute `name`"):
+    with pytest.raises(TopologyError, match="Nameless needs a class attribute `name`"):
         register_topology(Nameless())
 
 
 PLUGIN = """
-from tensornet.topologies import LowRankFamily
+from tensornet.topologies.low_rank import LowRankFamily
 
 class Fancy(LowRankFamily):
     name = "fancy"
@@ -89,7 +92,7 @@ def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, tro
         tmp_path,
         "import tensornet as tn\nprint(tn.topologies.topology_names())\n"
         "try:\n    tn.topologies.topology_family('broken')\n"
-        "except tn.TopologyError as error:\n    print('asked for:', error)",
+        "except TopologyError as error:\n    print('asked for:', error)",
     )
     assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
     assert said.count(trouble) == 2  # in the warning, and to who asks for it by name
@@ -142,5 +145,5 @@ def test_a_family_stands_for_its_name() -> None:
         lambda: th.MoEConfig(topology=stranger),
         lambda: tn.nn.TensorNetworkLinear.from_linear(layer, topology=stranger),
     ):
-        with pytest.raises(tn.TopologyError, match=r"'low_rank' is not registered.*register_topology"):
+        with pytest.raises(TopologyError, match=r"'low_rank' is not registered.*register_topology"):
             use()

@@ -19,8 +19,9 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.compression.viz import BaselineLosses
 from tensornet.contrib.search import search_topology
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.testing import laws, reference, strategies
-from tensornet.topologies import TopologyFamily, registered
+from tensornet.topologies import Budget, TopologyFamily, registered
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.report import Comparison, ModelFacts, Page, write_report
@@ -70,15 +71,15 @@ class TestNetworks(laws.NetworkLaws):
 def test_the_error_is_exact_and_a_promise_is_kept() -> None:
     matrix = torch.randn(24, 36, dtype=torch.float64)
     for promise in (0.2, 0.5, 0.8):
-        made = TREE.decompose(matrix, tn.Budget(rel_error=promise))
+        made = TREE.decompose(matrix, Budget(rel_error=promise))
         assert 0.3 * promise < made.error <= promise
         assert made.bound_by == "rel_error"
         true = reference.relative_error(matrix, made.network.to_matrix())
         assert true == pytest.approx(made.error, rel=1e-9)
-    made = TREE.decompose(matrix, tn.Budget(max_bond=(2, 3, 4, 5), param_ratio=0.9), sites=3)
+    made = TREE.decompose(matrix, Budget(max_bond=(2, 3, 4, 5), param_ratio=0.9), sites=3)
     assert list(made.network.topology.bond_dims.values()) == [2, 3, 4, 5]
-    with pytest.raises(tn.BudgetError, match="a network of the family 'tree' needs"):
-        TREE.decompose(matrix, tn.Budget(param_ratio=1e-4))
+    with pytest.raises(BudgetError, match="a network of the family 'tree' needs"):
+        TREE.decompose(matrix, Budget(param_ratio=1e-4))
 
 
 def gpt2() -> tuple[nn.Module, list[torch.Tensor]]:
@@ -161,13 +162,13 @@ def test_a_tree_is_searched_and_embedded() -> None:
 
 
 def test_unknown_options_are_refused_with_those_of_the_family() -> None:
-    with pytest.raises(tn.TopologyError, match="'tree' does not know the options depth; it knows sites"):
+    with pytest.raises(TopologyError, match="'tree' does not know the options depth; it knows sites"):
         tn.CompressionConfig(topology="tree", topology_options={"depth": 2}, param_ratio=0.5)
-    with pytest.raises(tn.TopologyError, match=r"topology_options .* are for one family: name it"):
+    with pytest.raises(TopologyError, match=r"topology_options .* are for one family: name it"):
         tn.CompressionConfig(topology_options={"sites": 2}, param_ratio=0.5)
-    with pytest.raises(tn.TopologyError, match="must be a mapping"):
+    with pytest.raises(TopologyError, match="must be a mapping"):
         tn.CompressionConfig(topology="tree", topology_options="sites", param_ratio=0.5)  # type: ignore[arg-type]
-    with pytest.raises(tn.TopologyError, match="sites=3 contradicts topology_options sites=2"):
+    with pytest.raises(TopologyError, match="sites=3 contradicts topology_options sites=2"):
         tn.CompressionConfig(topology="tree", topology_options={"sites": 2}, sites=3, param_ratio=0.5)
 
 

@@ -10,20 +10,12 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
 from tensornet.nn.extension import register_extension
 from tensornet_hf.checkpoint import decompress, load, save
-from tensornet_hf.compress import (
-    CompressOptions,
-    FolderReport,
-    OptionError,
-    PlannedFolder,
-    compress_folder,
-    plan_folder,
-    upcycle_folder,
-)
+from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder, upcycle_folder
 from tensornet_hf.description import TensorNetworkConfig
-from tensornet_hf.export.compressed_tensors import ExportReport, export_compressed_tensors
+from tensornet_hf.export.compressed_tensors import export_compressed_tensors
 from tensornet_hf.extension import TransformersExtension
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
-from tensornet_hf.streaming import CheckpointReport, WorkerError, compress_checkpoint
+from tensornet_hf.streaming import CheckpointReport, compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
@@ -32,16 +24,12 @@ register_extension(TransformersExtension())
 __all__ = [
     "CheckpointReport",
     "CompressOptions",
-    "ExportReport",
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
-    "OptionError",
-    "PlannedFolder",
     "RouterStatsCallback",
     "TensorNetworkConfig",
     "UpcycleReport",
-    "WorkerError",
     "calibrate_checkpoint",
     "compress_checkpoint",
     "compress_folder",

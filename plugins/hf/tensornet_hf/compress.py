@@ -15,18 +15,16 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.calibration import CalibrationStats, calibrate
-from tensornet.calibration.calibrate import MOST_TOKENS
-from tensornet.compression import (
-    CompressionConfig,
-    CompressionPlan,
-    CompressionReport,
-    estimate_seconds,
-)
+from tensornet.calibration.calibrate import MOST_TOKENS, calibrate
+from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
-from tensornet.compression.report import Coverage, measure_coverage, model_size
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.planning import estimate_seconds
+from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.errors import BudgetError, DestinationError, TargetError
-from tensornet.healing import heal, refine
+from tensornet.healing import refine
+from tensornet.healing.heal import heal
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.checkpoint import (
     HUB,
@@ -70,7 +68,7 @@ class OptionError(ValueError):
         template: message with the names of options in braces.
 
     Example:
-        >>> str(th.OptionError("{refine} needs {calibration}."))
+        >>> str(th.compress.OptionError("{refine} needs {calibration}."))
         'refine needs calibration.'
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from tensornet.compression import CompressionConfig
+from tensornet.compression.config import CompressionConfig
 from tensornet_hf.checkpoint import on_device
 from tensornet_hf.compress import DEFAULT, CompressOptions, FolderReport, compress_folder
 from tensornet_hf.embedded import data_path, gpt2_path

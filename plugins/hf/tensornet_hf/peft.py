@@ -25,16 +25,16 @@ from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
 from tensornet.network import TensorNetwork
-from tensornet.nn import TensorNetworkLinear, kind_of, layer_kind
+from tensornet.nn import TensorNetworkLinear
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.layer_kinds import carry_hooks, layer_bias
+from tensornet.nn.layer_kinds import carry_hooks, kind_of, layer_bias, layer_kind
 from tensornet.nn.linear import empty_linear, linear_from_network
 from tensornet.nn.storage import encode
 from tensornet.nn.targets import compressed_names, split_by_adapters
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-__all__ = ["linear_layers", "load_adapters", "lora_config", "merge_adapters", "register_layers"]
+__all__ = ["load_adapters", "lora_config", "merge_adapters"]
 
 ALL_LINEAR = "all-linear"
 #: Values of `init_lora_weights` that do not change the base layer.

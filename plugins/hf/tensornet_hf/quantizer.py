@@ -22,7 +22,8 @@ from transformers.initialization import no_init_weights
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils import logging
 
-from tensornet.compression import compress, decompress
+from tensornet.compression.apply import decompress
+from tensornet.compression.compress import compress
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
@@ -42,8 +43,8 @@ from tensornet_hf.description import (
     without_guards,
 )
 from tensornet_hf.upcycling import make_room
-from tensornet_moe import lend_shared_cores
 from tensornet_moe.experimental.parallel import ParallelExperts
+from tensornet_moe.tied import lend_shared_cores
 
 
 class TensorNetworkQuantizer(HfQuantizer):

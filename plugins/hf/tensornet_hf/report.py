@@ -21,8 +21,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensornet._util import progress_bar, require
-from tensornet.calibration import CalibrationStats
-from tensornet.compression import CompressionPlan, CompressionReport, LayerReport
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression import LayerReport
 from tensornet.compression.baselines import (
     GPTQ,
     NEAREST,
@@ -32,7 +32,8 @@ from tensornet.compression.baselines import (
     run_baseline,
 )
 from tensornet.compression.layer_plan import layer_names
-from tensornet.compression.report import compact_count, model_size
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.report import CompressionReport, compact_count, model_size
 from tensornet.compression.viz import BaselineLosses
 from tensornet.io import write_file
 from tensornet_hf.evaluate import Judge, Quality, judge_of

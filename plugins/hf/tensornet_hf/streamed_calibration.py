@@ -19,14 +19,13 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 from tensornet._util import progress_bar
-from tensornet.calibration import CalibrationStats
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.blockwise import ChainRun, outer_stacks
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
 from tensornet.calibration.coherence import HeldTokens
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, sampled_losses
-from tensornet.calibration.stats import STATS_VERSION
-from tensornet.compression import CompressionConfig
+from tensornet.calibration.stats import STATS_VERSION, CalibrationStats
+from tensornet.compression.config import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io import (
     ShardTask,

@@ -36,10 +36,11 @@ from transformers import PreTrainedModel
 import tensornet as tn
 import tensornet.compression
 from tensornet._util import progress_bar, warn
-from tensornet.calibration import CalibrationStats
-from tensornet.compression import CompressionConfig, CompressionPlan, CompressionReport, apply_plan
-from tensornet.compression.apply import set_submodule
-from tensornet.compression.report import Coverage, layer_reports, measure_coverage
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.apply import apply_plan, set_submodule
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.report import CompressionReport, Coverage, layer_reports, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
@@ -69,7 +70,7 @@ class WorkerError(TensorNetError, RuntimeError):
     """A worker process died.
 
     Example:
-        >>> from tensornet_hf import WorkerError
+        >>> from tensornet_hf.streaming import WorkerError
         >>> issubclass(WorkerError, RuntimeError)
         True
     """
@@ -212,7 +213,7 @@ def compress_checkpoint(
             _check_mapped(lazy, source, config)
             with one_thread():
                 loaded = None if stats_file is None else CalibrationStats.load(stats_file)
-                plan = tensornet.compression.plan(lazy.model, config, loaded, progress=progress)
+                plan = tensornet.plan(lazy.model, config, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
             weights = [replace(x, skip=READ) if x.name in read else x for x in list_weights(lazy.model)]

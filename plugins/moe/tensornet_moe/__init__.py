@@ -2,18 +2,10 @@
 
 import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.expert_compression import ExpertsReport, SharedStack, compress_experts
+from tensornet_moe.expert_compression import ExpertsReport, compress_experts
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
-from tensornet_moe.joint_fit import JointFit
-from tensornet_moe.layer import (
-    AuxLosses,
-    RoutingStats,
-    SharedCoreMoE,
-    collect_aux_losses,
-    load_balancing_loss,
-    router_z_loss,
-)
+from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
 from tensornet_moe.routers import (
@@ -24,32 +16,25 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
-from tensornet_moe.tied import SharedExperts, TiedExperts, lend_shared_cores, share_across_layers, tie_experts
+from tensornet_moe.tied import share_across_layers, tie_experts
 from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [
-    "AuxLosses",
     "ExpertBank",
     "ExpertChoiceRouter",
     "ExpertFFN",
     "ExpertsReport",
     "GradientMask",
-    "JointFit",
     "LowRankDeltaExperts",
     "Router",
     "Routing",
-    "RoutingStats",
     "SharedCoreExperts",
     "SharedCoreMoE",
     "SharedCores",
-    "SharedExperts",
-    "SharedStack",
     "SwitchRouter",
-    "TiedExperts",
     "TopKRouter",
     "collect_aux_losses",
     "compress_experts",
-    "lend_shared_cores",
     "linear_fade",
     "load_balancing_loss",
     "mixture_of_bases",

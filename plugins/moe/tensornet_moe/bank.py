@@ -232,6 +232,6 @@ class AbsentCores(SharedCores):
         """
         raise RuntimeError(
             f"These experts borrow core {name!r} from the SharedCores labelled {self.label!r}, which they "
-            "were not given: call tensornet_moe.lend_shared_cores(model) on the model that holds both, or "
-            "bank.borrow(owner)."
+            "were not given: call tensornet_moe.tied.lend_shared_cores(model) on the model that holds both, "
+            "or bank.borrow(owner)."
         )

@@ -20,7 +20,8 @@ from tensornet.linalg.svd import check_finite, frobenius, safe_scale, working_dt
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, random_cores
-from tensornet.topologies import LowRankFamily, TopologyFamily, topology_family, topology_names
+from tensornet.topologies import TopologyFamily, topology_family, topology_names
+from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.topology import CoreSpec, Topology
 from tensornet_moe.low_rank_sharing import fit_low_rank, pattern_of, value_of
 

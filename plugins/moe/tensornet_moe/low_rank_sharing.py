@@ -30,7 +30,8 @@ from tensornet._util import outside_autocast
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import WeightedSVD, Weighting, root, times, weighted_svd
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, stored_core
-from tensornet.quantization import NumberFormat, RoundedWeight, round_factor, round_product
+from tensornet.quantization import NumberFormat, RoundedWeight, round_product
+from tensornet.quantization.low_rank import round_factor
 from tensornet.topologies import low_rank
 from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual

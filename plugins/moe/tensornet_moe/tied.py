@@ -34,8 +34,8 @@ class SharedExperts(nn.Module):
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> owner = tm.SharedExperts({"up": bank})
-        >>> first, second = (tm.TiedExperts(owner, "up") for _ in range(2))
+        >>> owner = tm.tied.SharedExperts({"up": bank})
+        >>> first, second = (tm.tied.TiedExperts(owner, "up") for _ in range(2))
         >>> torch.equal(first.expert_matrices(), second.expert_matrices()), first.num_params
         (True, 0)
     """
@@ -89,8 +89,8 @@ class AbsentExperts(SharedExperts):
         """
         raise RuntimeError(
             f"These experts borrow the bank {name!r} from the SharedExperts labelled {self.label!r}, which "
-            "they were not given: call tensornet_moe.lend_shared_cores(model) on the model that contains "
-            "both, or bank.borrow(owner)."
+            "they were not given: call tensornet_moe.tied.lend_shared_cores(model) on the model that "
+            "contains both, or bank.borrow(owner)."
         )
 
 
@@ -107,7 +107,7 @@ class TiedExperts(ExpertBank):
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> tied = tm.TiedExperts(tm.SharedExperts({"up": bank}), "up")
+        >>> tied = tm.tied.TiedExperts(tm.tied.SharedExperts({"up": bank}), "up")
         >>> torch.equal(tied.expert_matrices(), bank.expert_matrices())
         True
 
@@ -341,7 +341,7 @@ def lend_shared_cores(model: nn.Module) -> int:
         >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
         >>> specs = [part.spec() for part in (owner, *banks)]
         >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)
-        >>> tm.lend_shared_cores(model)
+        >>> tm.tied.lend_shared_cores(model)
         2
     """
     modules = list(model.modules())

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import FormatError, NonFiniteError
+from tensornet.errors import FormatError, NonFiniteError, TargetError
 
 CORE = "transformer.h.0.mlp.c_fc.core_1"
 LAYER = "transformer.h.0.mlp.c_fc"
@@ -315,7 +315,7 @@ def test_state_dict_without_a_core(folder: Path) -> None:
 
 
 def test_nothing_to_compress_is_an_error() -> None:
-    with pytest.raises(tn.TargetError, match="matches no layer"):
+    with pytest.raises(TargetError, match="matches no layer"):
         tn.compress(
             ARCHITECTURES["gpt2"].dense,
             tn.CompressionConfig(target_modules="nope", max_bond=2),

@@ -18,6 +18,7 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import BudgetError, DestinationError
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.text import scores_tokens
 
@@ -65,20 +66,20 @@ def test_a_plan_is_what_is_applied(source: Path, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_exclude_one_another(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(th.OptionError, match=message):
+    with pytest.raises(th.compress.OptionError, match=message):
         th.CompressOptions(**options)
 
 
 def test_options_that_do_not_go_with_what_is_asked() -> None:
-    with pytest.raises(th.OptionError, match="dry_run compresses nothing, which report would need"):
+    with pytest.raises(th.compress.OptionError, match="dry_run compresses nothing, which report would need"):
         th.plan_folder(gpt2_path(), HALF, th.CompressOptions(report="page.html"))
-    with pytest.raises(th.OptionError, match="validation corrects a predicted loss increase"):
+    with pytest.raises(th.compress.OptionError, match="validation corrects a predicted loss increase"):
         th.compress_folder(gpt2_path(), "out", HALF, th.CompressOptions(validation="x.txt"))
-    with pytest.raises(th.OptionError, match="workers writes to a local folder"):
+    with pytest.raises(th.compress.OptionError, match="workers writes to a local folder"):
         th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(workers=2))
     with pytest.raises(ValueError, match="Unknown dtype 'float8'"):
         th.CompressOptions(dtype="float8")
-    with pytest.raises(tn.BudgetError, match="--calibration FILE"):
+    with pytest.raises(BudgetError, match="--calibration FILE"):
         th.compress_folder(gpt2_path(), "out", tn.CompressionConfig(bits_per_weight=4.25))
 
 
@@ -88,7 +89,7 @@ def test_a_mixture_of_a_folder(source: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert th.upcycle_folder(source, tmp_path / "mixture", config).params == report.params
     assert th.load(tmp_path / "mixture").num_parameters() > GPT2.dense.num_parameters()
-    with pytest.raises(tn.DestinationError, match="exists"):
+    with pytest.raises(DestinationError, match="exists"):
         th.upcycle_folder(source, tmp_path / "mixture", config)
 
 

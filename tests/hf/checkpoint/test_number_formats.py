@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.layer_plan import LayerPlan
+from tensornet.errors import FormatError, TargetError
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family
@@ -99,7 +100,7 @@ def test_counted_bytes_are_those_on_the_disk(folder: Path) -> None:
     tensors = load_file(file)
     assert len(data) - 8 - int.from_bytes(data[:8], "little") == sum(x.nbytes for x in tensors.values())
     for layer in quantized().transformer.h[0].modules():
-        if isinstance(layer, tn.nn.NetworkModule):
+        if isinstance(layer, tn.nn.module.NetworkModule):
             held = sum(x.nbytes for x in layer.stored.values())
             assert held == layer.storage.num_bytes(layer.topology, torch.float32)
     assert {x.dtype for x in inspect_folder(folder).layers} >= {"uint8"}
@@ -131,13 +132,13 @@ def _damaged(folder: Path, path: Path, name: str, change: str) -> Path:
 
 def test_packed_tensors_of_another_length_are_refused(folder: Path, tmp_path: Path) -> None:
     bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix.codes", "short")
-    with pytest.raises(tn.FormatError, match=r"core_matrix\.codes is stored with shape"):
+    with pytest.raises(FormatError, match=r"core_matrix\.codes is stored with shape"):
         th.load(bad)
 
 
 def test_scales_that_are_not_finite_are_refused(folder: Path, tmp_path: Path) -> None:
     bad = _damaged(folder, tmp_path / "bad", "transformer.h.0.attn.c_attn.core_matrix.scales", "nan")
-    with pytest.raises(tn.FormatError, match="scales holds NaN"):
+    with pytest.raises(FormatError, match="scales holds NaN"):
         th.load(bad)
 
 
@@ -158,7 +159,7 @@ def test_descriptions_that_claim_something_else(
     layers = config["quantization_config"]["layers"]
     layers["transformer.h.0.attn.c_attn"]["storage"] = entry
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(tn.FormatError, match=message):
+    with pytest.raises(FormatError, match=message):
         th.load(tmp_path)
 
 
@@ -188,7 +189,7 @@ def test_files_that_hold_other_tensors(
         metadata={"format": "pt"},
     )
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(tn.FormatError, match=message):
+    with pytest.raises(FormatError, match=message):
         th.load(tmp_path)
 
 
@@ -201,7 +202,7 @@ def test_scales_of_another_dtype_than_claimed(folder: Path, tmp_path: Path) -> N
     storage["number_format"] += ":float8"
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = rf"{C_ATTN}\.core_matrix\.scales is stored as int16"
-    with pytest.raises(tn.FormatError, match=message):
+    with pytest.raises(FormatError, match=message):
         th.load(tmp_path)
 
 
@@ -214,7 +215,7 @@ def test_integers_that_claim_to_be_huge(folder: Path, tmp_path: Path) -> None:
     topology["shape"] = [2**31, 2**31]
     topology["sizes"] = dict.fromkeys(topology["sizes"], 2**31)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(tn.FormatError, match=r"is stored with shape .*, its description says \[2147483648"):
+    with pytest.raises(FormatError, match=r"is stored with shape .*, its description says \[2147483648"):
         th.load(tmp_path)
 
 
@@ -239,12 +240,12 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     }
     with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as opened:
         save_file(bad, tmp_path / "half.safetensors", metadata=opened.metadata())
-    with pytest.raises(tn.FormatError, match=r"scales is stored as int32, .* claims int16"):
+    with pytest.raises(FormatError, match=r"scales is stored as int32, .* claims int16"):
         tn.load_model(fresh(), tmp_path / "half.safetensors")
     with torch.no_grad():
         model[0].core_matrix.scales[0, 0] = 0x7F80  # bits of infinity
     tn.save_model(model, tmp_path / "net.safetensors")
-    with pytest.raises(tn.FormatError, match=r"scales holds NaN"):
+    with pytest.raises(FormatError, match=r"scales holds NaN"):
         tn.load_model(fresh(), tmp_path / "net.safetensors")
 
 
@@ -269,5 +270,5 @@ def test_loaded_for_inference(folder: Path) -> None:
     model = th.load(folder, inference=True, dtype=torch.bfloat16)
     expected = th.load(folder, dtype=torch.bfloat16)(TOKENS).logits
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=0.2, rtol=0.1)
-    with pytest.raises(tn.TargetError, match="prepared for inference"):
+    with pytest.raises(TargetError, match="prepared for inference"):
         model.save_pretrained(folder / "again")

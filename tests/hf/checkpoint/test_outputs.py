@@ -6,7 +6,7 @@ import pytest
 import torch
 from hf_models import ALL, ARCHITECTURES, Architecture, enable_checkpointing, logits
 
-from tensornet.nn import NetworkModule
+from tensornet.nn.module import NetworkModule
 
 each = pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)
 

@@ -17,7 +17,7 @@ from torch import nn
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import FormatError
-from tensornet.nn import NetworkModule
+from tensornet.nn.module import NetworkModule
 from tensornet_hf.checkpoint import read_checkpoint
 
 each = pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.name)

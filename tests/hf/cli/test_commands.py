@@ -24,6 +24,7 @@ from transformers import (
 
 import tensornet as tn
 from tensornet.compression.report import model_size
+from tensornet.errors import FormatError
 from tensornet_hf import load
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer, mix_texts
@@ -372,7 +373,7 @@ def test_wrong_usage_is_a_line_and_status_2(tensornet: Run) -> None:
 
 
 def test_debug_lets_the_error_through(tensornet: Run) -> None:
-    with pytest.raises(tn.FormatError, match=r"no config\.json"):
+    with pytest.raises(FormatError, match=r"no config\.json"):
         tensornet("inspect", "--debug", ".")
 
 

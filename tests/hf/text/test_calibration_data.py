@@ -23,6 +23,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
 from tensornet.calibration.losses import IGNORED
+from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import load
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path, t5_pairs, t5_path
@@ -140,10 +141,10 @@ def test_encoders_are_judged_by_the_cosine(bert_folder: Path) -> None:
 
 def test_what_a_text_cannot_calibrate(bert_folder: Path) -> None:
     model = bert(BertForQuestionAnswering, bert_folder)
-    with pytest.raises(tn.TargetError, match=r"neither classes nor hidden states.*tensornet\.calibrate"):
+    with pytest.raises(TargetError, match=r"neither classes nor hidden states.*tensornet\.calibrate"):
         calibration_data(model, bert_folder, TEXT)
     small = {k: v for k, v in SMALL.items() if "vocab" not in k and "position" not in k}
-    with pytest.raises(tn.TargetError, match=r"reads pixel_values, not text. Calibrate it in Python"):
+    with pytest.raises(TargetError, match=r"reads pixel_values, not text. Calibrate it in Python"):
         calibration_data(ViTModel(ViTConfig(**small)), bert_folder, TEXT)
 
 

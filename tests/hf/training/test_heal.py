@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance, trainable_cores
 from tensornet_hf import compress as conversion
 from tensornet_hf.cli.main import run
@@ -109,7 +110,7 @@ def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
     adapted.eval()
     assert divergence(adapted, teacher) < 0.9 * before
     assert all(torch.equal(p, old[name]) for name, p in adapted.named_parameters() if "lora" not in name)
-    with pytest.raises(tn.TargetError, match="no parameter requires gradients"):
+    with pytest.raises(TargetError, match="no parameter requires gradients"):
         heal(teacher.requires_grad_(False), teacher, Examples(), **options, **TRAINING)
     teacher.requires_grad_(True)
 
@@ -119,12 +120,12 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     student.transformer.wpe.requires_grad_(False)
     flags = [p.requires_grad for p in student.parameters()]
     options = {"steps": 2, "output_dir": str(tmp_path), **TRAINING}
-    with pytest.raises(tn.TargetError, match=r"copy\.deepcopy\(model\)"):
+    with pytest.raises(TargetError, match=r"copy\.deepcopy\(model\)"):
         heal(student, student, Examples(), **options)
     for layer in compressed_layers(student).values():
         layer.requires_grad_(False)
     flags = [p.requires_grad for p in student.parameters()]
-    with pytest.raises(tn.TargetError, match="layer_steps=0"):
+    with pytest.raises(TargetError, match="layer_steps=0"):
         heal(student, teacher, Examples(), layer_steps=2, parameters="trainable", **options)
     assert [p.requires_grad for p in student.parameters()] == flags
 
@@ -241,5 +242,5 @@ def test_command_line_says_what_does_not_go_with_correcting(
 
 def test_a_model_without_cores(tmp_path: Path) -> None:
     teacher, _ = pair()
-    with pytest.raises(tn.TargetError, match="Nothing to heal"):
+    with pytest.raises(TargetError, match="Nothing to heal"):
         heal(copy.deepcopy(teacher), teacher, Examples(), steps=1, output_dir=str(tmp_path), **TRAINING)

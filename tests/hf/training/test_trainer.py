@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import tensornet_hf as th
-from tensornet.nn import NetworkModule
+from tensornet.nn.module import NetworkModule
 
 
 class Sentences(torch.utils.data.Dataset):

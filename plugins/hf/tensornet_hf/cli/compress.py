@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tensornet.compression import CompressionConfig, CompressionPlan
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.plan import CompressionPlan
 from tensornet_hf.cli import options as shared
 from tensornet_hf.compress import CompressOptions, OptionError, compress_folder, plan_folder
 from tensornet_hf.report import display_command

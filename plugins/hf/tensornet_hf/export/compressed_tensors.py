@@ -46,7 +46,7 @@ class ExportReport:
 
     Example:
         >>> from pathlib import Path
-        >>> print(th.ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}))
+        >>> print(ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}))
         1 layers packed, 0 written dense: out
     """
 
