@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import length_hint
 from typing import Any, Literal
@@ -125,6 +125,7 @@ def calibrate(
     Raises:
         TargetError: no batch, or a batch of an unknown form.
         NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
+        ValueError: an option is out of range; the message names it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -138,7 +139,12 @@ def calibrate(
         advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
-    _check_arguments(fisher, gradient_batches, tokens)
+    if fisher not in ("labels", "sampled"):
+        raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
+    if gradient_batches is not None and gradient_batches < 0:
+        raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
         autocast = fast_dtype(model)
     recorder = MomentRecorder(full_up_to, dtype, autocast)
@@ -154,7 +160,8 @@ def calibrate(
             batch = as_batch(given, model, device)
             if tokens_of(batch) > left:
                 batch = first_rows(batch, left)
-            with _in_dtype(device, autocast):
+            # No cache of weights in 16 bits: nothing would clear it before the last batch.
+            with torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext():
                 runs.add(batch)
             left -= tokens_of(batch)
             settling.batches.append(recorder.take_traces())
@@ -222,14 +229,6 @@ class _Settling:
         # First-order change of the total if a batch counted a little more.
         influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
         return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
-
-
-def _in_dtype(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
-    """Run the model under autocast to `dtype`, or under the caller's autocast if `dtype` is None."""
-    if autocast is None:
-        return nullcontext()
-    # No cache of weights in 16 bits: nothing would clear it before the last batch.
-    return torch.autocast(device.type, autocast, cache_enabled=False)
 
 
 @dataclass
@@ -314,20 +313,6 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
             "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
         )
     return math.nan if loss_fn in PROJECTIONS else total / scored
-
-
-def _check_arguments(fisher: str, gradient_batches: int | None, tokens: int | None) -> None:
-    """Raise ValueError unless the options are valid.
-
-    Raises:
-        ValueError: an invalid value; the message names the option.
-    """
-    if fisher not in ("labels", "sampled"):
-        raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
-    if gradient_batches is not None and gradient_batches < 0:
-        raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
-    if tokens is not None and tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}.")
 
 
 class MomentRecorder:

@@ -81,7 +81,7 @@ def find_candidates(
             measured = dict(zip(sensitive, measure_parts(parts, few), strict=True))
         # Every format and encoding asks for the same decompositions, and layers that read one input share
         # its factorised moment. Decompositions are larger than the layers, so few are kept at a time.
-        inputs = [_inputs_of(sensitivity) for sensitivity in known]
+        inputs = [0 if x is None else id(x.choice.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
                 run = [
@@ -91,11 +91,6 @@ def find_candidates(
                     for k in places
                 ]
             yield from run
-
-
-def _inputs_of(sensitivity: Sensitivity | None) -> int:
-    """Identify the input moment of a layer."""
-    return 0 if sensitivity is None else id(sensitivity.choice.columns)
 
 
 def _of_layer(

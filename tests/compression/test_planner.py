@@ -333,6 +333,7 @@ def test_predicted_times_know_how_integers_are_read(tokens: int) -> None:
         config = CompressionConfig(bits_per_weight=8.5, tokens=tokens, formats=(name,))
         plan = tn.plan(model, config, stats)
         tn.apply_plan(twin := copy.deepcopy(model).eval(), plan, stats)
+        twin = tn.nn.prepare_for_inference(twin)
         for layer in plan:
             told = twin.get_submodule(layer.name).explain(tokens)
             assert told.choice == "factorized"
