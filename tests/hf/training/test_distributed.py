@@ -37,6 +37,7 @@ def preloaded() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
 
 
+@pytest.mark.slow
 def test_what_fits_and_what_is_refused(folders: dict[str, str], tmp_path: Path) -> None:
     sizes = {
         "fsdp": {"fsdp_size": 2},
