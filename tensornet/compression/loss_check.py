@@ -176,7 +176,8 @@ def correct_by_measuring(
     Example:
         >>> from tensornet.compression import correct_by_measuring, prepare
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-        >>> batches = [(torch.randn(256, 64), torch.randint(8, (256,))) for _ in range(2)]
+        >>> inputs = [torch.randn(256, 64) for _ in range(2)]
+        >>> batches = [(x, model(x).argmax(-1)) for x in inputs]  # compression can only make it worse
         >>> stats = tn.calibrate(model, batches[:1])
         >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=3), stats)
         >>> prepared = correct_by_measuring(prepared, model, stats, batches[1:])

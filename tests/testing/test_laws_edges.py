@@ -217,7 +217,7 @@ def test_missing_hypothesis_names_the_extra() -> None:
         "import tensornet._util as optional\n"
         "optional.find_spec = lambda name: None\n"
         "try:\n    tn.testing\n"
-        "except MissingDependencyError as error:\n    print(error)"
+        "except tn.errors.MissingDependencyError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "tensornet.testing needs hypothesis, not installed here" in done.stdout

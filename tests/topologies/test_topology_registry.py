@@ -92,7 +92,7 @@ def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, tro
         tmp_path,
         "import tensornet as tn\nprint(tn.topologies.topology_names())\n"
         "try:\n    tn.topologies.topology_family('broken')\n"
-        "except TopologyError as error:\n    print('asked for:', error)",
+        "except tn.errors.TopologyError as error:\n    print('asked for:', error)",
     )
     assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
     assert said.count(trouble) == 2  # in the warning, and to who asks for it by name

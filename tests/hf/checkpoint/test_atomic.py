@@ -116,7 +116,7 @@ model = th.load({str(tmp_path / "source")!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     th.save(model, {str(tmp_path / "small")!r}, source={str(tmp_path / "source")!r})
-except DestinationError as error:
+except tn.errors.DestinationError as error:
     raise SystemExit(0 if "failed" in str(error) else f"unclear: {{error}}")
 raise SystemExit("no error")
 """
