@@ -73,7 +73,8 @@ def _no_network() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    """Every test starts from the same random state, alone or in any order."""
+    """Every test starts from the same random state and without compiled code, alone or in any order."""
+    torch.compiler.reset()  # what earlier tests compiled counts against the limit of recompilations
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
