@@ -76,6 +76,7 @@ def test_pairs_heal_and_refit() -> None:
     assert gap() < 0.9 * refitted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
     [nn.DataParallel, lambda model: torch.compile(model, backend="aot_eager")],

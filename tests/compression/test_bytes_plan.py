@@ -168,6 +168,7 @@ def test_predicted_and_rounded_losses_agree() -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_whole_model_counts_embeddings_and_everything_else() -> None:
     model, stats, _ = calibrated()
     params, size = model_size(model)

@@ -64,6 +64,7 @@ def test_a_measured_forecast_comes_true() -> None:
             assert found > 0
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing() -> None:
     model, stats, prepared, text, _ = real()
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())

@@ -89,6 +89,7 @@ def test_whole_groups_of_columns_are_sampled(monkeypatch: pytest.MonkeyPatch) ->
     assert candidates.part_of(wide, plain, [NumberFormat.parse("int2:row")]).whole
 
 
+@pytest.mark.slow
 def test_parts_of_several_matrices_are_measured_as_alone() -> None:
     """Those of one shape in one stack, one with a diagonal moment and one of another shape beside it."""
     few = candidates.few_bits(FORMATS)

@@ -107,6 +107,7 @@ def form(plan: CompressionPlan, name: str) -> str:
     return plan[name].scheme
 
 
+@pytest.mark.slow
 def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
     model, batches, stats, prepared = made()
     verified = check_loss(prepared, model, stats, batches, loss_fn=in_place)
@@ -191,6 +192,7 @@ def compressed(calibration: Any, **more: Any) -> tuple[tn.CompressionReport, str
     return report, str(report.plan)
 
 
+@pytest.mark.slow
 def test_compress_verifies_where_batches_are_at_hand() -> None:
     _, batches, stats, _ = made()
     report, text = compressed(iter(batches))  # walked through once
@@ -273,6 +275,7 @@ class Encoder(Model):
         return {"last_hidden_state": x}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Shared, Encoder, "mixtral"])
 def test_any_model_is_verified(kind: Any) -> None:
     with torch.random.fork_rng():

@@ -50,6 +50,7 @@ def compressed(factor: float, **options: object) -> tuple[CompressionReport, flo
     return report, float(torch.linalg.norm(kept - weight) / torch.linalg.norm(weight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [4, 8, 11, 13, 16, 24, 40])
 def test_small_weights_are_as_accurate_as_large_ones(k: int) -> None:
     with warnings.catch_warnings():

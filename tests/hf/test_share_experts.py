@@ -64,6 +64,7 @@ def test_calibration_counts_the_experts_of_a_token(layers: str, top_k: int, tmp_
     assert experts_per_token(names, stats) == pytest.approx(top_k, rel=0.0 if layers == "all" else 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "budget"),
     [

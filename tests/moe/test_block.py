@@ -85,6 +85,7 @@ def test_output_and_gradients_are_those_of_every_expert_on_every_token(router: s
         assert torch.allclose(a, b, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["grouped", "loop", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_way_of_multiplying_agrees(

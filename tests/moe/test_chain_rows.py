@@ -191,6 +191,7 @@ class TestBorrowedInSlices(TestInSlices):
         return [bank.owner]
 
 
+@pytest.mark.slow
 def test_taken_at_the_sizes_of_a_base_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[torch.dtype] = []
 

@@ -105,6 +105,7 @@ def test_no_circle_of_imports(package: str) -> None:
         pytest.fail(f"these import one another: {' -> '.join(error.args[1])}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["tensornet", "tensornet_moe"])
 def test_loading_a_package_loads_nothing_optional(package: str) -> None:
     code = f"import sys, {package}; print(*{{name.split('.')[0] for name in sys.modules}})"

@@ -104,6 +104,7 @@ def test_a_diagonal_is_that_matrix(m: int, n: int, seed: int, bits: int) -> None
     torch.testing.assert_close(prices[0], prices[1], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_takes_no_square_matrix() -> None:
     """A full moment of 100,000 rows would take 40 gigabytes."""
     matrix = weight(100_000, 32, 0).float()

@@ -22,6 +22,7 @@ def grid_for(shape: tuple[int, int], seed: int, bits: int, *, zeros: bool) -> Gr
     return Grid(scale, zero, 2**bits - 1)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 5), st.booleans(), st.integers(0, 1000))
 def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, seed: int) -> None:
     matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, zeros=zeros)
@@ -30,6 +31,7 @@ def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, s
     assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(130, 20), (20, 150), (140, 133)])
 def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
     assert max(shape) > feedback.BLOCK

@@ -29,6 +29,7 @@ def same(a: RoundedWeight, b: RoundedWeight) -> bool:
     return torch.equal(a.codes, b.codes) and torch.equal(a.scales, b.scales) and zeros
 
 
+@pytest.mark.slow
 @given(**SIZES, name=NAMES, sweeps=st.integers(0, 1))
 def test_two_sided_is_never_dearer(m: int, n: int, seed: int, name: str, sweeps: int) -> None:
     matrix, rows, columns = weight(m, n, seed), moment(m, seed), moment(n, seed + 1)
@@ -68,6 +69,7 @@ def test_small_pivots_are_factorised_in_double_precision() -> None:
     torch.testing.assert_close(unit, known.float(), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @given(**SIZES)
 @example(m=14, n=1, seed=516)  # whose rows cost little together and much apart
 def test_more_bits_cost_less(m: int, n: int, seed: int) -> None:

@@ -44,6 +44,7 @@ def test_planted_structure_is_found(family: str) -> None:
     assert true_error(matrix, found) < 1e-6
 
 
+@pytest.mark.slow
 @given(
     st.tuples(st.integers(1, 24), st.integers(1, 24)),
     st.floats(0.05, 1.2),

@@ -211,6 +211,7 @@ def test_unknown_spectrum_lists_those_that_exist() -> None:
         strategies.matrix_with_spectrum((3, 3), "flatt", seed=0)
 
 
+@pytest.mark.slow
 def test_missing_hypothesis_names_the_extra() -> None:
     code = (
         "import tensornet as tn\n"

@@ -51,6 +51,7 @@ def test_law_can_be_switched_off() -> None:
     assert callable(WithoutOne.test_exact)
 
 
+@pytest.mark.slow
 def test_suite_is_collected_by_pytest(tmp_path: Path) -> None:
     """As a user would run it: a file of ten lines, here with a decomposition that proves too much."""
     (tmp_path / "conftest.py").write_text(

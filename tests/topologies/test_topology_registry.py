@@ -63,6 +63,7 @@ def run(folder: Path, code: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
     install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")
     said = run(
@@ -77,6 +78,7 @@ def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
     assert "Warning" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "trouble"),
     [
@@ -100,6 +102,7 @@ def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, tro
     assert "'mpo'" in said
 
 
+@pytest.mark.slow
 def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
     code = PLUGIN.replace('"fancy"', '"mpo"')
     install(tmp_path, "rude_networks", code, "mpo = rude_networks:family")
@@ -112,6 +115,7 @@ def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
     assert "MPOFamily" in said
 
 
+@pytest.mark.slow
 def test_broken_package_is_all_that_warnings_made_errors_complain_of(tmp_path: Path) -> None:
     install(tmp_path, "broken_networks", "family = 3", "broken = broken_networks:family")
     install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")

@@ -98,6 +98,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 def test_compress_save_load_and_report(tmp_path: Path) -> None:
     model, batches = gpt2()
     report = tn.compress(model, tn.CompressionConfig(**OPTIONS), calibration=batches, progress=False)

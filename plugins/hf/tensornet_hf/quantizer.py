@@ -205,8 +205,14 @@ class TensorNetworkQuantizer(HfQuantizer):
         """Return the tensors to save, each once, and guards; called before the configuration is written."""
         # Layers may have been replaced by hand since the model was described.
         prepare_for_saving(model, compression=self.quantization_config.compression)
-        if "hf_quantizer" not in vars(model):  # all layers are dense again
+        quantizer = vars(model).get("hf_quantizer")
+        if quantizer is None:  # all layers are dense again
             return None, {}
+        if quantizer.experts_spread:
+            raise TargetError(
+                "The experts of this model are spread over processes, so that this one cannot save them all. "
+                "Call gather_experts(model) of tensornet_moe.experimental.parallel on every process first."
+            )
         config: TensorNetworkConfig = model.config.quantization_config
         # Private: transformers would rename the tensors, and join experts, as in the files of dense models.
         model._weight_conversions = []  # type: ignore[assignment]

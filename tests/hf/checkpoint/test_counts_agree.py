@@ -17,6 +17,7 @@ from tensornet_hf.inspect import inspect_folder
 MLP = ("h.1.mlp.c_fc", "h.1.mlp.c_proj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int4", "int3:g32:zero"])
 def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> None:
     config = tn.CompressionConfig(target_modules=MLP, bits_per_weight=16, formats=(name,), objective="weight")

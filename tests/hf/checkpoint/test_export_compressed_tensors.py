@@ -115,6 +115,7 @@ def logits_of_transformers_alone(folder: Path) -> torch.Tensor:
     return torch.load(folder / "logits.pt")
 
 
+@pytest.mark.slow
 @needs_compressed_tensors
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_alone_computes_equal_logits(tmp_path: Path, dtype: torch.dtype) -> None:
@@ -145,6 +146,7 @@ def test_a_head_tied_to_the_embedding_is_written_dense_once(tmp_path: Path) -> N
     assert torch.equal(state["model.embed_tokens.weight"], made.lm_head.to_matrix())
 
 
+@pytest.mark.slow
 @needs_compressed_tensors
 def test_transformers_alone_ties_the_head_again(tmp_path: Path) -> None:
     made = tied_head()

@@ -58,6 +58,7 @@ def test_every_class_is_refused_without_the_plugin(tmp_path: Path) -> None:
     assert found == [f"refused True {line}" for line in tries]
 
 
+@pytest.mark.slow
 def test_other_ways_to_make_a_folder(tmp_path: Path) -> None:
     """File to file, by mixtures, by experts of a mixture, and saved again after loading."""
     dense = ALL[0].dense

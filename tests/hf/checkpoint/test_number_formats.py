@@ -249,6 +249,7 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
         tn.load_model(fresh(), tmp_path / "net.safetensors")
 
 
+@pytest.mark.slow
 def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
     source = tmp_path / "dense"
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())

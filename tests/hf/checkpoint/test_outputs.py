@@ -45,6 +45,7 @@ def test_every_core_is_trained_and_checkpointing_changes_nothing(architecture: A
             torch.testing.assert_close(parameter.grad, plain[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated", "bert", "vit"])
 def test_compiles_without_graph_breaks(name: str) -> None:
     architecture = ARCHITECTURES[name]

@@ -34,6 +34,7 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
     return [layer.mlp.experts for layer in model.model.layers]
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_enough() -> None:
     """Nothing else has to be imported for experts to be reached; other tests import the module itself."""
     code = (

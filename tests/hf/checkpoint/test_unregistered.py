@@ -50,6 +50,7 @@ def test_models_that_nobody_saves_are_left_alone() -> None:
     assert model(torch.ones(1, 12)).shape == (1, 12)
 
 
+@pytest.mark.slow
 def test_importing_the_plugin_after_compressing_is_early_enough(tmp_path: Path) -> None:
     code = f"""
 import copy, warnings, torch, transformers, tensornet as tn

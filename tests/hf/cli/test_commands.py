@@ -59,6 +59,7 @@ def test_layers_that_the_text_does_not_reach_are_named(tensornet: Run, tmp_path:
     assert "Left dense, because they never ran during calibration: model.vision_tower." in note
 
 
+@pytest.mark.slow
 def test_compress_inspect_decompress(tensornet: Run) -> None:
     status, out, err = tensornet(
         "compress",
@@ -187,6 +188,7 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
     assert not Path("other").exists()
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
     how = ("compress", gpt2_path(), "--bits", 4.25, *TWO_LAYERS, "--statistics", "stats.safetensors")

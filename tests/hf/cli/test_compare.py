@@ -37,6 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_folders_side_by_side(tensornet: Run, small: Path) -> None:
     Path("text.txt").write_text(heldout_text()[:6_000])
     arguments = ("compare", gpt2_path(), small, "--text", "text.txt", "--new-tokens", 5)
@@ -187,6 +188,7 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert count_weights(tmp_path / "a" / "model") == 940_800
 
 
+@pytest.mark.slow
 def test_held_out_text_measures_plain_methods_of_the_same_bytes(tensornet: Run) -> None:
     Path("cal.txt").write_text(calibration_text()[:8_000])
     Path("held.txt").write_text(heldout_text()[:6_000])
@@ -227,6 +229,7 @@ def test_held_out_text_must_be_another_one(tensornet: Run) -> None:
     assert "--dry-run compresses nothing, which --held-out would need" in err
 
 
+@pytest.mark.slow
 def test_held_out_text_of_an_encoder_is_judged_by_the_dense_one(tensornet: Run, encoder: Path) -> None:
     """Layers of the model are replaced in place; the judge must go on knowing those of before."""
     Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))

@@ -94,6 +94,7 @@ def test_shots_limit_and_the_likelier_answer(tmp_path: Path) -> None:
     assert found.scores["verses"]["acc"] == right / 2
 
 
+@pytest.mark.slow
 @needs_harness
 def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> None:
     model, tokenizer = th.load(gpt2_path()), load_tokenizer(gpt2_path())

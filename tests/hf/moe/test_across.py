@@ -134,6 +134,7 @@ def test_copies_share_their_own_center() -> None:
     assert not torch.equal(twin(**inputs).logits, before)
 
 
+@pytest.mark.slow
 def test_trainer_moves_the_center_and_a_mask_freezes_it(tmp_path: Path) -> None:
     columns = ARCHITECTURES["gpt2"].inputs(labels=True, rows=8)
     rows = [{key: value[index] for key, value in columns.items()} for index in range(8)]

@@ -91,6 +91,7 @@ def test_the_callback_masks_one_draw_a_step(accumulation: int, tmp_path: Path) -
     tm.GradientMask(model, p=0.5)  # taken off when training ended
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path) -> None:
     results = []
     for interrupted in (False, True):

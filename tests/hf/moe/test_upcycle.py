@@ -119,6 +119,7 @@ def test_a_shared_network_stays_shared() -> None:
 # --- saving, loading, generating -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "t5_relu", "t5_gated", "llama"])
 def test_saved_and_loaded_by_both_doors(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
@@ -337,6 +338,7 @@ def test_mixtures_are_not_upcycled_again() -> None:
 # --- the embedded models -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_embedded_gpt2_keeps_its_perplexity(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     assert isinstance(model.transformer.h[0].mlp, GPT2MLP)

@@ -174,6 +174,7 @@ def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
     assert "erplexity" not in page.text
 
 
+@pytest.mark.slow
 def test_blocks_fold(tmp_path: Path) -> None:
     """A model of 210 layers has one folded table for each block."""
     torch.manual_seed(0)

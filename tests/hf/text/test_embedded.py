@@ -85,6 +85,7 @@ def test_gpt2_tokenizer_keeps_any_text(gpt2: tuple[Model, Tokenizer]) -> None:
     assert gpt2[1].decode(gpt2[1](text).input_ids) == text
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gpt2_heldout_perplexity(gpt2: tuple[Model, Tokenizer]) -> None:
     model, tokenizer = gpt2
@@ -101,6 +102,7 @@ def test_gpt2_heldout_perplexity(gpt2: tuple[Model, Tokenizer]) -> None:
     assert facts["heldout_perplexity"] / SLACK < found < facts["heldout_perplexity"] * SLACK
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_gpt2_uses_its_context(gpt2: tuple[Model, Tokenizer]) -> None:
     """With the order of the earlier tokens destroyed, the last quarter of a window is much harder."""
@@ -129,6 +131,7 @@ def test_gpt2_generation_is_words_and_does_not_loop(gpt2: tuple[Model, Tokenizer
         assert sum(word in known for word in words) / len(words) > 0.6, new
 
 
+@pytest.mark.slow
 def test_t5_restores_heldout_vowels(t5: tuple[Model, Tokenizer]) -> None:
     sources, targets = (list(column) for column in zip(*embedded.t5_pairs("heldout"), strict=True))
     facts = record(embedded.t5_path())["heldout"]

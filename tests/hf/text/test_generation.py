@@ -21,6 +21,7 @@ def generate(model: PreTrainedModel, architecture: Architecture, **options: obje
     return model.generate(**asked, **fixed, **options).tolist()
 
 
+@pytest.mark.slow
 @each
 def test_with_and_without_cache_and_after_loading(architecture: Architecture, tmp_path: Path) -> None:
     model = architecture.compressed.to(

@@ -37,6 +37,7 @@ def divergence(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
     return float(output_distance(student(**batch), teacher(**batch), batch))
 
 
+@pytest.mark.slow
 def test_trainer_heals(tmp_path: Path) -> None:
     teacher, student = pair()
     before = divergence(student, teacher)
@@ -71,6 +72,7 @@ def test_learning_rates_follow_the_size_of_cores(tmp_path: Path) -> None:
         assert rates[id(core)] == pytest.approx(0.01 * size), name
 
 
+@pytest.mark.slow
 def test_trainer_resumes(tmp_path: Path) -> None:
     teacher, whole = pair()
     halves = copy.deepcopy(whole)
@@ -99,6 +101,7 @@ def test_trainer_writes_checkpoints_unless_told_otherwise(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-52"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
     teacher, student = pair()

@@ -62,6 +62,7 @@ def divergence(student: nn.Module, teacher: nn.Module) -> float:
     return float(output_distance(student(**batch), teacher(**batch), batch))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "layer_steps"), [("dense", 0), ("residual", 4)])
 def test_trainer_trains_scales_and_floats_and_keeps_integers(
     form: str, layer_steps: int, tmp_path: Path
@@ -91,6 +92,7 @@ def test_trainer_trains_scales_and_floats_and_keeps_integers(
     assert divergence(again, teacher) == pytest.approx(divergence(student, teacher), rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", ["trainer", "library"])
 def test_gains_and_biases_heal_integers_whose_scales_have_eight_bits(through: str, tmp_path: Path) -> None:
     teacher, _ = pair("dense")
@@ -145,6 +147,7 @@ def test_trained_scales_within_one_another_stay_the_same_parameters() -> None:
     assert not any(name.endswith(".scales") for name, _ in student.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("form", ["dense", "residual"])
 def test_adapters_beside_integers_train_save_and_merge(form: str, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_adapters_beside_integers_train_save_and_merge(form: str, tmp_path: Path
         merged = merge_adapters(adapted)
         assert divergence(merged, teacher) == pytest.approx(after, rel=0.02)
         for name, layer in compressed_layers(merged).items():
-            assert torch.equal(layer.core_base, codes[f"{name}.core_base"])
+            assert torch.equal(layer.core_base.codes, codes[f"{name}.core_base.codes"])
     else:
         with pytest.warns(UserWarning, match="Merging into integer cores rounds them again"):
             merge_adapters(adapted)

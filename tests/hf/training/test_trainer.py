@@ -41,6 +41,7 @@ def arguments(folder: Path, **options: object) -> TrainingArguments:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "t5_relu", "bert", "vit"])
 def test_trains_a_loaded_model(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
@@ -62,6 +63,7 @@ def test_trains_a_loaded_model(name: str, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_same_model(tmp_path: Path) -> None:
     results = []
     for interrupted in (False, True):
