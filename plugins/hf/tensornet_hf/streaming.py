@@ -54,7 +54,7 @@ from tensornet.io import (
     write_shard,
     write_tensors,
 )
-from tensornet.nn.targets import READ, find_targets, list_weights
+from tensornet.nn.targets import READ, find_targets, list_weights, matches
 from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_facts import WeightReadError, weight_facts
 from tensornet_hf.checkpoint import CARD, INDEX, WEIGHTS, check_free, read_json, write_card
@@ -202,9 +202,10 @@ def compress_checkpoint(
         # Stage 1: one plan for the whole model; an interrupted run has it already.
         lazy = open_lazily(source, spill=work)
         read = [] if plan is not None else _layers_read(lazy.model)
+        excluded = config.exclude_modules or ()
+        excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
+        read = [name for name in read if not any(matches(name, pattern) for pattern in excluded)]
         if read:
-            excluded = config.exclude_modules or ()
-            excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
             config = replace(config, exclude_modules=(*excluded, *read))
             warn(f"Left dense, because the model's code reads their weights: {', '.join(read)}.")
         if plan is None and (work / "plan.json").is_file():
