@@ -1,7 +1,5 @@
-"""What several packages need: checks of arguments, contexts, warnings, optional imports, progress, memory."""
+"""Helpers of several packages: checks of arguments, contexts, optional imports, tables, cached results."""
 
-import sys
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
@@ -12,13 +10,11 @@ from importlib import import_module
 from importlib.util import find_spec
 from numbers import Real
 from operator import index
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import std
-from tqdm.auto import tqdm
 
 from tensornet.errors import BudgetError, MissingDependencyError, ShapeError, TopologyError
 
@@ -245,42 +241,6 @@ def is_exporting() -> bool:
     return bool(torch.compiler._is_exporting_flag)
 
 
-# --- warnings ------------------------------------------------------------------------------------
-
-#: The library and its plugins.
-PACKAGES = "tensornet"
-#: A program inside them, which calls the library as anybody does.
-PROGRAM = ".cli."
-#: Modules that wrap functions of the library, such as `torch.no_grad` as a decorator.
-WRAPPERS = ("torch.utils._contextlib", "contextlib")
-
-
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the first line of the call stack outside the library.
-
-    Args:
-        message: says what happens and what to do about it.
-        category: of the warning.
-
-    Example:
-        >>> import warnings
-        >>> with warnings.catch_warnings(record=True) as seen:
-        ...     warnings.simplefilter("always")
-        ...     warn("Left dense.")
-        >>> str(seen[0].message)
-        'Left dense.'
-    """
-    level, frame = 2, sys._getframe(1)
-    while (outer := frame.f_back) is not None and _is_own(frame):
-        level, frame = level + 1, outer
-    warnings.warn(message, category, stacklevel=level)
-
-
-def _is_own(frame: FrameType) -> bool:
-    name = str(frame.f_globals.get("__name__", ""))
-    return name in WRAPPERS or (name.startswith(PACKAGES) and PROGRAM not in f"{name}.")
-
-
 # --- optional dependencies -------------------------------------------------------------------------
 
 DISTRIBUTION = "tensornet-torch"
@@ -336,22 +296,7 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
     return import_module(module)
 
 
-# --- output ------------------------------------------------------------------------------------------
-
-
-def progress_bar(*args: Any, **kwargs: Any) -> Any:
-    """Make a tqdm progress bar; where stderr is neither a terminal nor a notebook, one line in 30 seconds.
-
-    Args:
-        args, kwargs: of `tqdm`.
-
-    Example:
-        >>> [layer for layer in progress_bar(["up", "down"], desc="planning", unit="layer", disable=True)]
-        ['up', 'down']
-    """
-    notebook = not issubclass(tqdm, std.tqdm) or any("notebook" in kind.__module__ for kind in tqdm.__mro__)
-    rare = {} if notebook or sys.stderr.isatty() else {"mininterval": 30.0, "delay": 5.0, "leave": False}
-    return tqdm(*args, **{**rare, **kwargs})
+# --- tables ------------------------------------------------------------------------------------------
 
 
 #: Rows of a table that are shown; a model has hundreds of layers.

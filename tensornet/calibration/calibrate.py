@@ -10,15 +10,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from tensornet._util import (
-    check_type,
-    in_eval_mode,
-    progress_bar,
-    remembering,
-    uncompiled,
-    without_cache,
-)
+from tensornet._util import check_type, in_eval_mode, remembering, uncompiled, without_cache
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -154,9 +148,7 @@ def calibrate(
     with observed(model, recorder, config) as targets:
         device = next(model.parameters()).device
         settling = _Settling(targets)
-        for given in progress_bar(
-            batches, desc="calibrating", disable=not progress, unit="batch", total=length
-        ):
+        for given in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
             batch = as_batch(given, model, device)
             if tokens_of(batch) > left:
                 batch = first_rows(batch, left)

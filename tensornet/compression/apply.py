@@ -1,13 +1,15 @@
 """Apply a plan: replace stock layers by tensor-network layers, and put stock layers back."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from tensornet._util import check_type, progress_bar, warn
+from tensornet._util import check_type
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.layer_plan import LayerPlan
@@ -101,7 +103,7 @@ def apply_plan(
             _check_fits(model, layer, targets.get(layer.name))
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
-        for layer in progress_bar(work, desc="compressing", disable=not progress, unit="layer"):
+        for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
             target, key = targets[layer.name], (layer.name, layer.topology, layer.storage)
             if key in known:
                 new, errors[layer.name] = known[key]
@@ -268,10 +270,11 @@ def _warn_of_underflow(
         number_format = NumberFormat.parse(name)
         limits = torch.finfo(number_format.scale_dtype)
         others = f" and {len(layers) - _NAMED} others" if len(layers) > _NAMED else ""
-        warn(
+        warnings.warn(
             f"Weights of {', '.join(layers[:_NAMED])}{others} became zero: the scales of {name!r} have "
             f"{limits.bits} bits and underflow below {limits.smallest_normal * limits.eps:.1e}. Use bfloat16 "
-            f"scales, as in formats=({with_wide_scales(number_format).name!r},)."
+            f"scales, as in formats=({with_wide_scales(number_format).name!r},).",
+            stacklevel=2,
         )
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from tensornet._util import on_cpu_unless_said, progress_bar
+from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import apply_plan
@@ -182,7 +183,7 @@ def baseline_losses(
             raise TargetError(
                 f"The plan names a layer {missing[0]!r} that this model does not have as dense."
             )
-        for layer in progress_bar(list(plan), desc="plain methods", unit="layer", disable=not progress):
+        for layer in tqdm(list(plan), desc="plain methods", unit="layer", disable=not progress):
             matrix = targets[layer.name].matrix
             forecast = forecast_weighting(targets[layer.name], stats, plan.damping)
             if forecast is None:  # no gradient arrives: errors cost nothing

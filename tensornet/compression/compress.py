@@ -1,6 +1,7 @@
 """Compression in one call: find targets, calibrate, plan, check the loss, apply, run, report."""
 
 import time
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
+from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, run_model, some_rows
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.losses import PROJECTIONS, sampled_losses
@@ -174,10 +175,11 @@ def gather(
         if data is None:
             _warn_without_data(model, config)
         else:
-            warn(
+            warnings.warn(
                 f"No calibration data: using {data.source}. Text like that of the intended use gives a "
                 "better model; pass calibration=batches.",
                 CalibrationWarning,
+                stacklevel=2,
             )
     if data is None:
         return ProvidedData([], "")
@@ -275,18 +277,20 @@ def _warn_without_data(model: nn.Module, config: CompressionConfig) -> None:
         return
     name = type(model).__name__
     if config.one_format_keeps:
-        warn(
+        warnings.warn(
             f"No calibration data: all layers of {name} get one number format, int8 unless formats= names "
             "others, rounded to nearest. Pass calibration=batches (about 30 of 1,000 tokens) for fewer bits "
             "at less loss, or objective='weight' if this is meant.",
             CalibrationWarning,
+            stacklevel=2,
         )
     elif not config.needs_curvature:
-        warn(
+        warnings.warn(
             f"No calibration data: {name} is compressed by the error of its weights alone, which keeps far "
             "less of what it can do. Pass calibration=batches (about 30 of 1,000 tokens), or "
             "objective='weight' if this is meant.",
             CalibrationWarning,
+            stacklevel=2,
         )
 
 
@@ -369,5 +373,8 @@ def _put_back_readers(
                     put_back(model, dense)
                     raise
     if returned:
-        warn(f"Put back dense, because the model's code reads their weights: {', '.join(returned)}.")
+        warnings.warn(
+            f"Put back dense, because the model's code reads their weights: {', '.join(returned)}.",
+            stacklevel=2,
+        )
     return returned

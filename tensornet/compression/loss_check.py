@@ -12,14 +12,16 @@ a factor that depends on the size.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from tensornet._util import in_eval_mode, progress_bar, warn
+from tensornet._util import in_eval_mode
 from tensornet.calibration.batches import Batch, BatchLike, some_rows
 from tensornet.calibration.blockwise import find_chains, hidden_of, replaced_blocks
 from tensornet.calibration.losses import TokenLosses, losses_against
@@ -118,10 +120,11 @@ def check_loss(
             try:
                 trial = _Trial(model, stats, batches, loss_fn, prepared)
             except _CANNOT_COPY as error:
-                warn(
+                warnings.warn(
                     f"Predicted losses were not checked by measuring: {type(model).__name__} cannot be "
                     f"copied ({error}). verify=False leaves the check out without this warning.",
                     CalibrationWarning,
+                    stacklevel=2,
                 )
                 return given
         factors = trial.factors(plan, groups, progress=progress)
@@ -202,7 +205,7 @@ def correct_by_measuring(
         facts=replace(prepared.facts, forecast=UNMEASURED),
     )
     found = []
-    for budget in progress_bar(budgets, desc="measuring the loss", disable=not progress, unit="size"):
+    for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
         made, copied = alone.plan(**budget), light_copy(model)
         apply_plan(copied, made, stats)
         increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
@@ -300,7 +303,7 @@ class _Trial:
         """Find the layers of a plan whose predicted loss is too low, and by which factor."""
         self.plan, self.left, self.common = plan, _SPLITS, 1.0
         self.total = sum(layer.loss_increase or 0.0 for layer in plan)
-        work = progress_bar(groups, desc="checking the loss", disable=not progress, unit="group")
+        work = tqdm(groups, desc="checking the loss", disable=not progress, unit="group")
         increases = [self._increase(group) for group in work]
         if len(groups) >= _COMMON:  # a ratio that is common to all layers does not change a plan
             ratios = sorted(x.mean / _predicted(group) for x, group in zip(increases, groups, strict=True))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import in_eval_mode, uncompiled, warn, without_cache
+from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, some_rows
 from tensornet.calibration.losses import TokenLosses, field, losses_against
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
@@ -347,7 +347,7 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
             ": predictions are too low for errors this large. Pass validation=, which corrects them by "
             f"measuring, or {larger}."
         )
-    warn(text, CalibrationWarning)
+    warnings.warn(text, CalibrationWarning, stacklevel=2)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,16 @@ A plan is a function of targets, candidates and a budget. With calibrated gradie
 layers together; else every layer is planned alone, by the errors of its outputs or of its weight.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from tensornet._util import on_cpu_unless_said, progress_bar, warn
+from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone
 from tensornet.compression.apply import MadeLayers, check_stats
@@ -227,7 +229,7 @@ def prepare(
         return Prepared(config, weights, targets, (), (), facts, rest)
     found = find_candidates(targets, config, objective, stats)
     candidates, spectra = [], []
-    work = progress_bar(targets, desc="planning", disable=not progress, unit="layer")
+    work = tqdm(targets, desc="planning", disable=not progress, unit="layer")
     for target, each in zip(work, found, strict=True):
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
@@ -249,11 +251,12 @@ def _seen(
         raise never_ran(unseen[0])
     names = tuple(target.name for target in unseen)
     if names:
-        warn(
+        warnings.warn(
             f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
             "that reaches them, compress them by their weights alone (objective='weight' with target_modules "
             "that name them), or set require_calibrated=True for an error in place of this warning.",
             CalibrationWarning,
+            stacklevel=2,
         )
     return tuple(target for target in targets if target.name not in names), names
 
@@ -270,7 +273,7 @@ def _plan_by_weight(
         BudgetError: a layer cannot meet the budget; the message names it.
     """
     sizes = [target.matrix.numel() for target in targets]
-    with progress_bar(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
+    with tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
 
         def decide(index: int, ratio: float | None) -> LayerPlan:
             made = plan_layer_by_weight(targets[index], replace(config, param_ratio=ratio))

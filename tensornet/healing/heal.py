@@ -13,8 +13,9 @@ from typing import Any, Literal, get_args
 import safetensors
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from tensornet._util import check_size, in_eval_mode, progress_bar, uncompiled, without_cache
+from tensornet._util import check_size, in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.losses import field, only_hidden, output_distances, pooled
 from tensornet.calibration.masks import token_mask
@@ -235,9 +236,7 @@ def heal(
             stack.enter_context(context)
         stack.enter_context(only_training(model, trained.values()))
         bar = stack.enter_context(
-            progress_bar(
-                total=config.total, initial=done, desc="healing", disable=not config.progress, unit="step"
-            )
+            tqdm(total=config.total, initial=done, desc="healing", disable=not config.progress, unit="step")
         )
         while done < config.total:
             spent = 0.0

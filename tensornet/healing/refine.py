@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from tensornet._util import in_eval_mode, progress_bar, uncompiled, without_cache
+from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
 from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
 from tensornet.calibration.calibrate import mirrored, upper_gram
@@ -354,7 +355,7 @@ def _moments(
         groups = run.groups([name for name in layers if name not in left])
     reached = {name for group in groups for name in group.names}
     left |= {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
-    for group in progress_bar(groups, desc="refining", disable=not progress, unit="group"):
+    for group in tqdm(groups, desc="refining", disable=not progress, unit="group"):
         with reduced():
             moments = run.moments(group)
         if isinstance(moments, str):

@@ -4,6 +4,7 @@ A model class may keep many matrices in one parameter, have its own way of savin
 calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from tensornet._util import check_type, warn
+from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.serialization import module_spec
@@ -156,10 +157,11 @@ def structure_changed(model: nn.Module) -> None:
     if any(handled) or not callable(getattr(type(model), "save_pretrained", None)):
         return
     if any(map(_is_special, model.modules())):
-        warn(
+        warnings.warn(
             f"save_pretrained of this {type(model).__name__} does not describe compressed layers, "
             "and the folder could not be loaded. Save it with tensornet_hf.save(model, folder); or make it "
-            "dense by tensornet.decompress(model)."
+            "dense by tensornet.decompress(model).",
+            stacklevel=2,
         )
 
 

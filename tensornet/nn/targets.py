@@ -2,13 +2,14 @@
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from tensornet._util import check_type, warn
+from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import (
     OWN_FORWARD,
@@ -167,7 +168,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
             f"{_skipped(dense)}{_unknown_layers(model)}"
         )
     if dense:
-        warn(f"Left dense:{_skipped(dense)}")
+        warnings.warn(f"Left dense:{_skipped(dense)}", stacklevel=2)
     return found
 
 

@@ -1,6 +1,7 @@
 """Families that factor both feature dimensions into legs: their options, leg sizes, and helpers for cores."""
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tensornet._util import check_size, check_sizes, warn
+from tensornet._util import check_size, check_sizes
 from tensornet.budget import Budget, caps_of_bonds
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
@@ -339,8 +340,9 @@ def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[
     """
     kept = [min(pair) for pair in zip(wanted, useful, strict=True)]
     if kept != list(wanted):
-        warn(
+        warnings.warn(
             f"{name} {tuple(wanted)} exceed what these dims can use and are clipped to {tuple(kept)}.",
+            stacklevel=2,
         )
     return kept
 

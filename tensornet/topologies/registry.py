@@ -3,13 +3,13 @@
 A configuration names a family of the registry, or fixes one topology for every shape of matrix.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
-from tensornet._util import warn
 from tensornet.errors import TopologyError
 from tensornet.topologies.base import TopologyFamily
 from tensornet.topology import Topology
@@ -138,7 +138,7 @@ def _load_entry_points() -> None:
                 f"{type(error).__name__}: {error}"
             )
     for trouble in _BROKEN.values():  # after the last one: a warning may be an error here
-        warn(trouble, RuntimeWarning)
+        warnings.warn(trouble, RuntimeWarning, stacklevel=2)
 
 
 def fixed_topologies(value: Any) -> tuple[Topology, ...]:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import tensornet as tn
-from tensornet._util import unwrapped, warn
+from tensornet._util import unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import new_folder, restore_earlier
 from tensornet.nn import prepare_for_inference
@@ -284,7 +285,7 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
         raise FormatError(f"{folder} stores weights that the model does not have: {_some(surplus)}.")
     if surplus:
         # Usual for models of others: heads of the pre-training, masks that older versions saved.
-        warn(f"{folder}: not used by the model: {_some(surplus)}.")
+        warnings.warn(f"{folder}: not used by the model: {_some(surplus)}.", stacklevel=2)
     if inference:
         prepare_for_inference(model)
     return model

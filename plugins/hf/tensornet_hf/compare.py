@@ -9,11 +9,12 @@ from statistics import median
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
-from tensornet._util import in_eval_mode, progress_bar
+from tensornet._util import in_eval_mode
 from tensornet.errors import FormatError, MissingDependencyError, TargetError
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.linear import TensorNetworkLinear
@@ -108,7 +109,7 @@ def compare_folders(
     judge: Judge | None = None
     found: list[FolderFacts] = []
     work = zip(_names(paths), folders, methods, strict=True)
-    bar = progress_bar(work, desc="comparing", unit="model", total=len(folders), disable=not progress)
+    bar = tqdm(work, desc="comparing", unit="model", total=len(folders), disable=not progress)
     for label, folder, method in bar:
         model = on_device(load_any(folder), device)
         if text is not None and judge is None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet._util import import_optional, in_eval_mode, progress_bar
+from tensornet._util import import_optional, in_eval_mode
 from tensornet.calibration import cosine_losses, label_losses, losses_against
 from tensornet.calibration.batches import BatchLike
 from tensornet.calibration.losses import TokenLosses, field, scores_next_token
@@ -143,7 +144,7 @@ def perplexity(
     device = next(model.parameters()).device
     tokens = tokens.to(device)
     loss, count = 0.0, 0
-    bar = progress_bar(total=len(cut), desc="perplexity", unit="window", disable=not progress)
+    bar = tqdm(total=len(cut), desc="perplexity", unit="window", disable=not progress)
     with in_eval_mode(model), bar:
         for batch in _batches(cut, _fitting(model, context, batch_size)):
             ids = torch.stack([tokens[w.start : w.end] for w in batch])

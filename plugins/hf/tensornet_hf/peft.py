@@ -7,6 +7,7 @@ model = merge_adapters(adapted)
 """
 
 import copy
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import require, warn
+from tensornet._util import require
 
 require(("peft",), extra="peft", user="LoRA on compressed layers")
 
@@ -119,9 +120,10 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             assert isinstance(base, TensorNetworkLinear)
             matrix = base.to_matrix()
         if isinstance(base, TensorNetworkLinear) and _rounds(base):
-            warn(
+            warnings.warn(
                 "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
                 "beside the model for exactly what was trained.",
+                stacklevel=2,
             )
         rank = 0
         for name in names:

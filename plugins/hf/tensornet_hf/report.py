@@ -18,9 +18,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet._util import progress_bar, require
+from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression import LayerReport
 from tensornet.compression.baselines import (
@@ -215,7 +216,7 @@ def compare_methods(
         ),
     ]
     methods = list(baseline_configs(plan, stats))
-    for method in progress_bar(methods, desc="plain methods", unit="method", disable=not progress):
+    for method in tqdm(methods, desc="plain methods", unit="method", disable=not progress):
         if judge is None:
             made, quality = run_baseline(dense, plan, method, stats), None
         else:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet._util import progress_bar
 from tensornet.calibration.batches import Batch, BatchLike, as_batch
 from tensornet.calibration.blockwise import ChainRun, outer_stacks
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
@@ -91,7 +91,7 @@ def calibrate_checkpoint(
         run = _Streamed(model, blocks, Path(folder), full_up_to)
         with observed(model, run, config):  # type: ignore[arg-type]  # passes on what it sees
             run.enter([as_batch(batch, model, torch.device("cpu")) for batch in batches])
-            bar = progress_bar(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
+            bar = tqdm(total=2 * len(blocks), desc="calibrating", disable=not progress, unit="block")
             for _ in blocks:
                 run.forward()
                 bar.update()

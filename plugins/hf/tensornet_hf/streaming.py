@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -31,11 +32,11 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet.compression
-from tensornet._util import progress_bar, warn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, set_submodule
 from tensornet.compression.config import CompressionConfig
@@ -207,7 +208,9 @@ def compress_checkpoint(
         read = [name for name in read if not any(matches(name, pattern) for pattern in excluded)]
         if read:
             config = replace(config, exclude_modules=(*excluded, *read))
-            warn(f"Left dense, because the model's code reads their weights: {', '.join(read)}.")
+            warnings.warn(
+                f"Left dense, because the model's code reads their weights: {', '.join(read)}.", stacklevel=2
+            )
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
@@ -225,9 +228,7 @@ def compress_checkpoint(
         done = {shard.file.name: made for shard in shards if (made := _finished(shard)) is not None}
         resumed = len(done)
         todo = [shard for shard in shards if shard.file.name not in done]
-        bar = progress_bar(
-            total=len(shards), initial=resumed, desc="compressing", disable=not progress, unit="shard"
-        )
+        bar = tqdm(total=len(shards), initial=resumed, desc="compressing", disable=not progress, unit="shard")
         with bar:
             for made in _run(todo, workers, executor):
                 done[made["file"]] = made

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
-from tensornet._util import progress_bar
 from tensornet.budget import Budget
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
@@ -314,9 +314,7 @@ def upcycle(
     place = owner_place(model) if config.share_across_layers else None
     owners, banks = across_layers(networks, config, place, progress=progress)
     made = []
-    for index, network in enumerate(
-        progress_bar(networks, desc="upcycling", disable=not progress, unit="layer")
-    ):
+    for index, network in enumerate(tqdm(networks, desc="upcycling", disable=not progress, unit="layer")):
         seed = config.seed + index
         made.append(make_mixture(network, alone(network, config, seed, banks[index]), config, seed=seed))
     if place is not None:
@@ -465,7 +463,7 @@ def across_layers(
             key = (name, tuple(network.matrix(name).shape), name == network.matrices[-1])
             groups.setdefault(key, []).append(index)
     shared = {key: users for key, users in groups.items() if len(users) > 1}
-    bar = progress_bar(shared.items(), desc="fitting layers jointly", disable=not progress, unit="matrix")
+    bar = tqdm(shared.items(), desc="fitting layers jointly", disable=not progress, unit="matrix")
     for (name, shape, is_down), users in bar:
         weights = [networks[index].matrix(name) for index in users]
         if len(devices := {str(w.device) for w in weights}) > 1:

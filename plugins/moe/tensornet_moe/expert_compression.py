@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
-from tensornet._util import progress_bar
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import (
     Candidate,
@@ -246,9 +246,7 @@ def compress_experts(
         targets = {target.name: target for target in all_targets(model)}
         made: dict[str, nn.Module] = {}
         reports = []
-        for choice in progress_bar(
-            sharing.values(), desc="sharing cores", disable=not progress, unit="stack"
-        ):
+        for choice in tqdm(sharing.values(), desc="sharing cores", disable=not progress, unit="stack"):
             members = [targets[prepared.targets[k].name] for k in choice.members]
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
@@ -340,7 +338,7 @@ def find_stacks(
             "shape (experts, out, in), or use tensornet.compress."
         )
     found = []
-    for members in progress_bar(members_of, desc="stacks", disable=not progress, unit="stack"):
+    for members in tqdm(members_of, desc="stacks", disable=not progress, unit="stack"):
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
         weights = [sensitivity for sensitivity in known if sensitivity is not None]
