@@ -7,19 +7,15 @@ from tensornet._util import require
 
 require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
-import tensornet_hf.falcon_linear  # noqa: F401  (registers a kind of layer)
-from tensornet.nn.extension import register_extension
+import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder, upcycle_folder
 from tensornet_hf.description import TensorNetworkConfig
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
-from tensornet_hf.extension import TransformersExtension
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import CheckpointReport, compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
-
-register_extension(TransformersExtension())
 
 __all__ = [
     "CheckpointReport",

@@ -18,9 +18,11 @@ from tensornet_moe import SharedCoreMoE, collect_aux_losses
 IGNORED_LABEL = -100
 #: Inputs that are not tokens.
 FRAMES = ("input_features", "input_values", "pixel_values")
+#: Attribute of every part with hooks: True while an enclosing module runs, which then acts in its place.
+_ENCLOSED = "_tensornet_enclosed"
 
 
-def join_aux_losses(model: PreTrainedModel) -> bool:
+def join_aux_losses(model: PreTrainedModel) -> None:
     """Pass padding to the mixtures of a model, and add their auxiliary losses to its loss.
 
     In training, where labels are given, the loss becomes task loss + `collect_aux_losses(model).total`; in
@@ -30,96 +32,71 @@ def join_aux_losses(model: PreTrainedModel) -> bool:
 
     Args:
         model: with or without mixtures.
-
-    Returns:
-        Whether the model has mixtures.
     """
-    if not any(isinstance(module, SharedCoreMoE) for module in model.modules()):
-        return False
     for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or not _mixtures(part):
-            continue
-        if any(isinstance(hook, _Before) for hook in part._forward_pre_hooks.values()):
-            continue
-        names = tuple(inspect.signature(part.forward).parameters)
-        part.register_forward_pre_hook(_Before(names), with_kwargs=True)
-        part.register_forward_hook(_After(names), with_kwargs=True, always_call=True)
-    return True
+        if isinstance(part, PreTrainedModel) and _mixtures(part) and not hasattr(part, _ENCLOSED):
+            hooks = _AuxLosses(tuple(inspect.signature(part.forward).parameters))
+            setattr(part, _ENCLOSED, False)
+            part.register_forward_pre_hook(hooks.before, with_kwargs=True)
+            part.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
 
 
-class _Before:
-    """Forward pre-hook that passes padding to mixtures; a class, so that models can be pickled."""
+class _AuxLosses:
+    """Hooks of one part of a model; methods of a class, so that models can be pickled.
+
+    Args:
+        names: the parameters of the part's `forward`.
+    """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
-    def __call__(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(part, PreTrainedModel)
-        if getattr(part, _INNER, False):
+    def before(self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pass padding to mixtures."""
+        if getattr(part, _ENCLOSED):
             return
+        _mark_inner(part, True)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        for inner in part.modules():
-            if isinstance(inner, PreTrainedModel) and inner is not part:
-                setattr(inner, _INNER, True)
-        encoder, decoder = _split(part)
         # Sound and pictures have more frames than their encoder makes tokens of: a mask over them fits none.
         frames = any(given.get(name) is not None for name in FRAMES)
         mask = None if frames else _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
-        for mixture in encoder:
-            mixture.token_mask, mixture.aux_losses = mask, None
-        if decoder:
-            mask = _decoder_mask(given)
-            for mixture in decoder:
-                mixture.token_mask, mixture.aux_losses = mask, None
+        labels, decoder_mask = given.get("labels"), given.get("decoder_attention_mask")
+        if decoder_mask is not None:
+            decoder_mask = _fit(decoder_mask, given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
+        elif labels is not None:  # without a mask, what is not to be predicted is the padding of the decoder
+            decoder_mask = labels != IGNORED_LABEL
+        encoder_decoder = getattr(part.config, "is_encoder_decoder", False)
+        reads_input = part.get_encoder() if encoder_decoder else part
+        inside = {id(module) for module in reads_input.modules()}
+        for mixture in _mixtures(part):
+            mixture.token_mask = mask if id(mixture) in inside else decoder_mask
+            mixture.aux_losses = None
 
-
-class _After:
-    """Forward hook that adds the auxiliary losses to the loss of the model."""
-
-    def __init__(self, names: tuple[str, ...]) -> None:
-        self.names = names
-
-    def __call__(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if getattr(part, _INNER, False):
+    def after(self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Add the auxiliary losses to the loss of the model."""
+        if getattr(part, _ENCLOSED):
             return None
-        for inner in part.modules():
-            if isinstance(inner, PreTrainedModel) and inner is not part:
-                setattr(inner, _INNER, False)
+        _mark_inner(part, False)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        labels = given.get("labels")
+        labels, items = given.get("labels"), given.get("num_items_in_batch")
         if output is None or labels is None or not part.training or not torch.is_grad_enabled():
             return None
-        total = collect_aux_losses(part).total * _share(labels, given.get("num_items_in_batch"))
+        share = 1.0 if items is None else (labels != IGNORED_LABEL).sum() / items
+        total = collect_aux_losses(part).total * share
         if isinstance(output, MutableMapping):
             output["loss"] = output["loss"] + total.to(output["loss"].device)
             return output
         return (output[0] + total.to(output[0].device), *output[1:])
 
 
-#: On a part of a model: whether a part around it is being called, which then speaks for it.
-_INNER = "_tensornet_inside_call"
+def _mark_inner(part: PreTrainedModel, enclosed: bool) -> None:
+    for inner in part.modules():
+        if hasattr(inner, _ENCLOSED) and inner is not part:
+            setattr(inner, _ENCLOSED, enclosed)
 
 
 def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
     return [module for module in part.modules() if isinstance(module, SharedCoreMoE)]
-
-
-def _split(part: PreTrainedModel) -> tuple[list[SharedCoreMoE], list[SharedCoreMoE]]:
-    """Split mixtures into those that read the input of the call and those of the decoder."""
-    everything = _mixtures(part)
-    if not getattr(part.config, "is_encoder_decoder", False):
-        return everything, []
-    inside = {id(module) for module in part.get_encoder().modules()}
-    return [m for m in everything if id(m) in inside], [m for m in everything if id(m) not in inside]
-
-
-def _decoder_mask(given: Mapping[str, Any]) -> Tensor | None:
-    mask = given.get("decoder_attention_mask")
-    if mask is not None:
-        return _fit(mask, given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
-    labels = given.get("labels")
-    # Without a mask of its own, what is not to be predicted is the padding of the decoder.
-    return None if labels is None else labels != IGNORED_LABEL
 
 
 def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
@@ -128,7 +105,3 @@ def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
         return None  # masks of attention patterns say nothing of single tokens
     called = next((given[name] for name in tokens if given.get(name) is not None), None)
     return mask if called is None else mask[:, -called.shape[1] :]
-
-
-def _share(labels: Tensor, items: Tensor | int | None) -> Tensor | float:
-    return 1.0 if items is None else (labels != IGNORED_LABEL).sum() / items

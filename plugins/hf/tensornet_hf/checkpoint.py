@@ -33,19 +33,18 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import tensornet as tn
 from tensornet._util import unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import new_folder, restore_earlier
+from tensornet.io import Slice, new_folder, read_headers, restore_earlier
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.description import (
     METHOD,
-    StoredTensor,
     TensorNetworkConfig,
     check_layers,
     layer_descriptions,
     names_a_core,
-    read_headers,
     without_guards,
 )
+from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,12 +115,7 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     compression: TensorNetworkConfig | None
-    tensors: dict[str, StoredTensor]
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files that hold weights."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+    tensors: dict[str, Slice]
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
@@ -280,12 +274,14 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
     model, info = loaded
     missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
-        raise FormatError(f"{folder} lacks weights: {_some(missing)}.")
-    if surplus and checkpoint.compression is not None:
-        raise FormatError(f"{folder} stores weights that the model does not have: {_some(surplus)}.")
+        raise FormatError(f"{folder} lacks weights: {', '.join(missing[:5])}.")
     if surplus:
-        # Usual for models of others: heads of the pre-training, masks that older versions saved.
-        warnings.warn(f"{folder}: not used by the model: {_some(surplus)}.", stacklevel=2)
+        message = f"{folder} stores {len(surplus)} weights that the model does not have: "
+        message += f"{', '.join(surplus[:5])}."
+        if checkpoint.compression is not None:
+            raise FormatError(message)
+        # Usual for models of others: heads of the pre-training, masks of older versions.
+        warnings.warn(message, stacklevel=2)
     if inference:
         prepare_for_inference(model)
     return model
@@ -345,11 +341,6 @@ def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
     )
 
 
-def _some(names: list[str], limit: int = 5) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
 # --- saving ---------------------------------------------------------------------------------------------
 
 
@@ -363,7 +354,8 @@ def save(
     """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
 
     `model.save_pretrained(folder)` writes the same weights and configuration, but no tokenizer and no model
-    card, and leaves a damaged folder behind where it fails.
+    card, and leaves a damaged folder behind where it fails. It also writes no description of layers that were
+    replaced by hand or in a part of the model alone; save such a model with this function.
 
     Args:
         model: of transformers; may be wrapped by `DataParallel`, `DistributedDataParallel`, `torch.compile`.
@@ -377,7 +369,7 @@ def save(
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written (full disk). What was there
-            stays, and nothing new is left; where that fails on the hub, the message says so.
+            stays, and nothing new is left; on the hub, an empty repository may be left.
         TargetError: adapters of PEFT are attached.
         TypeError: no model that can save itself as a folder.
 
@@ -407,13 +399,21 @@ def save(
     sources = () if source is None else (Path(source),)
     check_free(destination, force=force, sources=sources)
     if str(destination).startswith(HUB):
+        name = _repository(str(destination))
+        # Weights of the old model would be loaded along with the new.
+        replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
             folder = save(whole, Path(parent) / "model", source=source)
             try:
-                _upload(Path(folder), _repository(str(destination)), force=force)
+                name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # with its owner
+                huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
             except Exception as error:  # of a dozen unrelated classes, httpx's among them
-                raise DestinationError(f"Cannot upload to {destination}: {first_line(error)}") from error
+                raise DestinationError(
+                    f"Cannot upload to {destination}: {first_line(error)}. If the repository is new and "
+                    "empty now, repeat with force=True (--force)."
+                ) from error
         return str(destination)
+    prepare_for_saving(whole)
     with write_folder(destination, force=force, sources=sources) as folder:
         whole.save_pretrained(folder)  # type: ignore[operator]  # a method, as was checked
         for origin in sources:
@@ -569,31 +569,6 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
         (destination / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, destination / name)  # follows the links of the hub's cache
     return copied
-
-
-def _upload(folder: Path, name: str, *, force: bool) -> None:
-    """Upload a folder; a repository that was created for it is deleted after a failure."""
-    try:
-        repository, created = huggingface_hub.create_repo(name).repo_id, True  # only the creator succeeds
-    except Exception:
-        if not force:
-            raise
-        repository, created = huggingface_hub.create_repo(name, exist_ok=True).repo_id, False
-    # Weights of the old model would be loaded along with the new.
-    replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
-    try:
-        huggingface_hub.upload_folder(repo_id=repository, folder_path=folder, delete_patterns=replaced)
-    except BaseException as error:
-        if not created:
-            raise
-        try:
-            huggingface_hub.delete_repo(repository)
-        except Exception as failure:
-            raise OSError(
-                f"{first_line(error)}; the new repository {repository} could not be deleted "
-                f"({first_line(failure)}): delete it yourself."
-            ) from error
-        raise
 
 
 def _repository(destination: str) -> str:

@@ -1,23 +1,20 @@
-"""What `config.json` says of a compressed model, and whether stored tensors agree with it.
+"""The description of a compressed model in `config.json`, and its comparison with the stored tensors.
 
-The entry `quantization_config` describes every compressed module, and names the tensors that are stored once
-for several places. From it alone follow the names, shapes and dtypes of all tensors of these modules. Only
-headers of files are read here: no weight is allocated, and nothing is unpickled.
+The entry `quantization_config` describes every compressed module, and lists the tensors that several modules
+share and the file stores once. It determines the names, shapes and dtypes of all tensors of these modules.
+Only the headers of files are read here: no weight is allocated, and nothing is unpickled.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import FormatError
-from tensornet.io import read_headers as locate_tensors
+from tensornet.io import FLOATS, MAPPED, Slice
 from tensornet.nn.serialization import build_module, module_spec
 from tensornet.nn.storage import PackedCore
 
@@ -26,20 +23,8 @@ FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
 #: Shape of a guard, see `replaced_names`; weights are never empty.
 GUARD_SHAPE = (0,)
-#: Names of dtypes in the headers of safetensors files.
-DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E5M2": "float8_e5m2",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+#: Names of dtypes as in torch, by their name in the header of a safetensors file.
+DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}
 
 _T = TypeVar("_T")
 
@@ -121,7 +106,7 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
 
 
 def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
-    """Return the description with which a model is stored; `layers` is empty for an ordinary model.
+    """Return the description that is saved with a model; `layers` is empty for an ordinary model.
 
     Args:
         model: any model.
@@ -178,8 +163,8 @@ def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterabl
     """Return the names of the dense weights that compressed layers replace; each gets a *guard* in the file.
 
     Without this library transformers only warns of an unknown quantization type, and fills dense weights that
-    it finds nowhere with random numbers. But it refuses a tensor of another shape. So a saved folder holds an
-    empty tensor under the name of every weight that was replaced. Our own loading ignores these guards.
+    it does not find with random numbers. But it refuses a tensor of another shape. So a saved folder contains
+    an empty tensor under the name of every weight that was replaced. Our own loading ignores these guards.
 
     Args:
         dense: names of the tensors of the dense model.
@@ -199,33 +184,6 @@ def without_guards(tensors: Mapping[str, _T]) -> dict[str, _T]:
 
 
 # --- comparing with stored tensors ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Header of a stored tensor: dtype as named in torch (`"float32"`), shape, and the file that holds it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return math.prod(self.shape) * itemsize
-
-
-def read_headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    """Read names, dtypes and shapes of all tensors in safetensors files.
-
-    Raises:
-        FormatError: a file is truncated or damaged, or two hold the same name.
-    """
-    return {
-        name: StoredTensor(DTYPES.get(part.dtype, part.dtype), part.shape, part.file)
-        for name, part in locate_tensors(files).items()
-    }
 
 
 @dataclass(frozen=True)
@@ -270,14 +228,12 @@ def _tensors_of(module: nn.Module) -> dict[str, PromisedTensor]:
     return found
 
 
-def check_layers(
-    compression: TensorNetworkConfig, tensors: Mapping[str, StoredTensor], *, where: str
-) -> None:
+def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice], *, where: str) -> None:
     """Compare the tensors that a description promises with the stored headers.
 
     Args:
         compression: the description.
-        tensors: the headers.
+        tensors: the headers, without guards.
         where: folder, for messages.
 
     Raises:
@@ -287,7 +243,26 @@ def check_layers(
     stored = {name: tensor for name, tensor in expected.items() if name not in compression.ties}
     in_file = _renaming(list(stored), tensors)
     for name, tensor in stored.items():
-        _check_tensor(tensors.get(in_file(name)), name, tensor, where)
+        part = tensors.get(in_file(name))
+        if part is None:
+            raise FormatError(
+                f"{where}: {name} is missing. config.json promises it, the weight files do not hold it: they "
+                "belong to another save, or one is incomplete."
+            )
+        if part.shape != tensor.shape:
+            raise FormatError(
+                f"{where}: {name} is stored with shape {list(part.shape)}, its description says "
+                f"{list(tensor.shape)}."
+            )
+        # Floating-point tensors have the dtype of the model, whatever it was when it was saved.
+        found = DTYPES.get(part.dtype, part.dtype)
+        if part.dtype not in FLOATS if tensor.dtype is None else found != tensor.dtype:
+            raise FormatError(
+                f"{where}: {name} is stored as {found}, but the number format of its layer in config.json "
+                f"claims {tensor.dtype or 'a floating-point dtype'}. The weight files and config.json belong "
+                "to different saves: restore the config.json that was saved with these weights, or compress "
+                "the model again."
+            )
     for name, owner in compression.ties.items():
         there, wanted = tensors.get(in_file(owner)), expected.get(name)
         if there is None or owner in compression.ties or wanted is None or there.shape != wanted.shape:
@@ -304,29 +279,7 @@ def check_layers(
         )
 
 
-def _check_tensor(stored: StoredTensor | None, name: str, promised: PromisedTensor, where: str) -> None:
-    if stored is None:
-        raise FormatError(
-            f"{where}: {name} is missing. config.json promises it, the weight files do not hold it: they "
-            "belong to another save, or one is incomplete."
-        )
-    if stored.shape != promised.shape:
-        raise FormatError(
-            f"{where}: {name} is stored with shape {list(stored.shape)}, its description says "
-            f"{list(promised.shape)}."
-        )
-    # Floating-point tensors have the dtype of the model, whatever it was when it was saved.
-    right = "float" in stored.dtype if promised.dtype is None else stored.dtype == promised.dtype
-    if not right:
-        raise FormatError(
-            f"{where}: {name} is stored as {stored.dtype}, but the number format of its layer in config.json "
-            f"claims {promised.dtype or 'a floating-point dtype'}. The weight files and config.json belong "
-            "to different saves: restore the config.json that was saved with these weights, or compress the "
-            "model again."
-        )
-
-
-def _renaming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Callable[[str], str]:
+def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str], str]:
     """Return the map from names in the description to names in the files.
 
     They differ by a prefix if one was written for a part of the model and the other for the whole.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tensornet.compression.layer_plan import describe
+from tensornet.io import Slice
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import Checkpoint, read_checkpoint
-from tensornet_hf.description import StoredTensor, promised_tensors
+from tensornet_hf.description import DTYPES, promised_tensors
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def inspect_folder(folder: str | Path) -> Inspection:
     counts = _stored_numbers(checkpoint)
     dtypes: dict[str, int] = {}
     for name, tensor in checkpoint.tensors.items():
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + counts[name]
+        dtype = DTYPES.get(tensor.dtype, tensor.dtype)
+        dtypes[dtype] = dtypes.get(dtype, 0) + counts[name]
     names = checkpoint.config.get("architectures") or ["unknown class"]
     return Inspection(
         folder=str(folder),
@@ -104,13 +106,13 @@ def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:
     layers = {} if checkpoint.compression is None else checkpoint.compression.layers
     promised = promised_tensors(layers)
     return {
-        name: promised[name].numbers if name in promised else math.prod(tensor.shape)
+        name: promised[name].numbers if name in promised else tensor.numel
         for name, tensor in checkpoint.tensors.items()
     }
 
 
 def _stored_layer(
-    name: str, spec: Mapping[str, Any], tensors: Mapping[str, StoredTensor], counts: Mapping[str, int]
+    name: str, spec: Mapping[str, Any], tensors: Mapping[str, Slice], counts: Mapping[str, int]
 ) -> StoredLayer:
     own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
     cores = [tensor.dtype for key, tensor in own.items() if key.startswith(f"{name}.core_")]
@@ -124,7 +126,7 @@ def _stored_layer(
         params=sum(counts[key] for key in own),
         bytes=sum(tensor.nbytes for tensor in own.values()),
         dense_params=math.prod(topology.shape) if topology is not None and single else None,
-        dtype=cores[0] if cores else None,
+        dtype=DTYPES.get(cores[0], cores[0]) if cores else None,
     )
 
 

@@ -8,7 +8,6 @@ tensors to write, and their description for `config.json`.
 
 import copy
 import re
-import weakref
 from collections.abc import Collection, Iterable, Mapping
 from itertools import chain
 from pathlib import Path
@@ -25,9 +24,10 @@ from transformers.utils import logging
 from tensornet.compression.apply import decompress
 from tensornet.compression.compress import compress
 from tensornet.errors import FormatError, NonFiniteError, TargetError
+from tensornet.io import read_headers
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.serialization import build_module, module_spec
+from tensornet.nn.serialization import build_module
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
@@ -38,7 +38,6 @@ from tensornet_hf.description import (
     check_layers,
     describe,
     is_inside,
-    read_headers,
     replaced_names,
     without_guards,
 )
@@ -52,35 +51,49 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     transformers makes one for each model that it loads, and `prepare_for_saving` one for each model that is
     compressed in memory.
+
+    Args:
+        quantization_config: description of the compressed modules.
+        experts_spread: the experts of the model are spread over processes.
+        kwargs: passed by transformers.
     """
 
     quantization_config: TensorNetworkConfig
 
-    def __init__(self, quantization_config: TensorNetworkConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, quantization_config: TensorNetworkConfig, *, experts_spread: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.experts_spread = False
+        self.experts_spread = experts_spread
         self._layers: list[str] = []
         self._stored: tuple[str, ...] = ()
         self._tied_buffers: dict[str, str] = {}
-        #: transformers before 5.21 does not give the model to `update_weight_conversions`. A weak reference,
-        #: because the model refers to this quantizer, and a cycle would keep unused weights in memory.
-        self._skeleton: weakref.ref[PreTrainedModel] | None = None
 
-    @property
-    def is_trainable(self) -> bool:
-        """True, since cores are ordinary parameters; `Trainer` asks before it trains.
+    def is_serializable(self) -> bool:
+        """Return True: every compressed model can be saved.
 
         Raises:
-            TargetError: experts are spread over processes, and `Trainer` saves from one.
+            TargetError: experts are spread over processes, so that this one does not have them all.
         """
         if self.experts_spread:
             raise TargetError(
-                "The experts of this model are spread over processes, and Trainer writes checkpoints from "
-                "one process, which does not hold them all. Call gather_experts(model) of "
-                "tensornet_moe.experimental.parallel and let Trainer train every expert on every process (or "
-                "shard them with FSDP); or train spread experts in a loop of your own (docs/guides/scale.md)."
+                "The experts of this model are spread over processes, and one process writes the files. Call "
+                "gather_experts(model) of tensornet_moe.experimental.parallel on every process first. For "
+                "Trainer gather them too, or shard the model with FSDP; or train spread experts in a loop of "
+                "your own (docs/guides/scale.md)."
             )
         return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """True, since cores are ordinary parameters.
+
+        `Trainer` asks before it trains, and writes checkpoints from one process.
+
+        Raises:
+            TargetError: as `is_serializable`.
+        """
+        return self.is_serializable()
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -90,10 +103,6 @@ class TensorNetworkQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         """True: contractions are plain tensor code, and a trace takes their plan as a constant."""
-        return True
-
-    def is_serializable(self) -> bool:
-        """Return True: every compressed model can be saved."""
         return True
 
     def _process_model_before_weight_loading(
@@ -117,24 +126,28 @@ class TensorNetworkQuantizer(HfQuantizer):
             )
         if not self.pre_quantized:
             return
-        self._skeleton = weakref.ref(model)
-        config = self.quantization_config
-        _refuse_cuts(model, config.layers)
+        layers = self.quantization_config.layers
+        _refuse_cuts(model, layers)
         headers = read_headers(files)
         stored = without_guards(headers)
         self._stored = tuple(stored)
-        _ignore_guards(model, headers.keys() - stored.keys())
         if files:
-            check_layers(config, stored, where=str(files[0].parent))
-        prefix = f"{model.base_model_prefix}."  # with or without it: that depends on the head
-        unfuse(model, inside=[y for x in config.layers for y in (x, prefix + x, x.removeprefix(prefix))])
-        names = _place_layers(model, config.layers, dtype=dtype)
+            check_layers(self.quantization_config, stored, where=str(files[0].parent))
+        # Private: transformers has no public list of names that are in the file but not in the model.
+        guards = {name.removeprefix(f"{model.base_model_prefix}.") for name in headers.keys() - stored.keys()}
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in guards}
+
+        unfuse(model, inside=[name for layer in layers for name in _possible_names(model, layer)])
+        names = _place_layers(model, layers, dtype=dtype)
         self._layers = list(names.values())
-        known = config.layers.keys()
-        ties = {_rename(k, names, known): _rename(v, names, known) for k, v in config.ties.items()}
         remove_dense_ties(model, self._layers, stored=set(stored) if files else None)
-        for name, owner in ((k, v) for k, v in ties.items() if k and v):
-            module, key = _place(model, name)
+        for target, source in self.quantization_config.ties.items():
+            name, owner = _renamed(target, names, layers), _renamed(source, names, layers)
+            if name is None or owner is None:
+                continue
+            path, _, key = name.rpartition(".")
+            module = model.get_submodule(path)
             if key in dict(module.named_parameters(recurse=False)):
                 # transformers itself ties parameters that are listed here, and expects them in no file.
                 model.all_tied_weights_keys[name] = owner
@@ -144,16 +157,13 @@ class TensorNetworkQuantizer(HfQuantizer):
                 vars(module)[key] = buffer
                 self._tied_buffers[name] = owner
 
-    def update_weight_conversions(
-        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
-    ) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Disable renaming for stored names that fit the model already: the renamings are for other folders.
 
         A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
         for names of an older version by the class without a head.
         """
-        model = self._skeleton() if model is None and self._skeleton is not None else model
-        if not self.pre_quantized or model is None:
+        if not self.pre_quantized:
             return weight_conversions
         renamings = [x for x in weight_conversions if isinstance(x, WeightRenaming)]
         converters = [x for x in weight_conversions if isinstance(x, WeightConverter)]
@@ -163,9 +173,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             names = (rename_source_key(x, renamings, converters, prefix, state)[0] for x in self._stored)
             return sum(name in state for name in names)
 
-        if state.keys() >= set(self._stored) or fitting([], []) >= fitting(renamings, converters):
-            return []
-        return weight_conversions
+        return [] if fitting([], []) >= fitting(renamings, converters) else weight_conversions
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check that every core was loaded, or compress the model if its weights were stored dense.
@@ -174,7 +182,6 @@ class TensorNetworkQuantizer(HfQuantizer):
             FormatError: a core is missing, which transformers reports and fills with random numbers.
             NonFiniteError: a core contains NaN or infinity.
         """
-        self._skeleton = None  # weak references cannot be pickled
         compression = self.quantization_config.compression
         if not self.pre_quantized:
             options = self.quantization_config.compression_config
@@ -204,15 +211,9 @@ class TensorNetworkQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
         """Return the tensors to save, each once, and guards; called before the configuration is written."""
         # Layers may have been replaced by hand since the model was described.
-        prepare_for_saving(model, compression=self.quantization_config.compression)
-        quantizer = vars(model).get("hf_quantizer")
-        if quantizer is None:  # all layers are dense again
+        prepare_for_saving(model)
+        if not hasattr(model, "hf_quantizer"):  # all layers are dense again
             return None, {}
-        if quantizer.experts_spread:
-            raise TargetError(
-                "The experts of this model are spread over processes, so that this one cannot save them all. "
-                "Call gather_experts(model) of tensornet_moe.experimental.parallel on every process first."
-            )
         config: TensorNetworkConfig = model.config.quantization_config
         # Private: transformers would rename the tensors, and join experts, as in the files of dense models.
         model._weight_conversions = []  # type: ignore[assignment]
@@ -234,12 +235,12 @@ register_quantizer(METHOD)(TensorNetworkQuantizer)
 def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> bool:
     """Give the transformers models in a module a quantizer, or take it away if they are dense again.
 
-    Everything of the library that replaces layers calls this. Then `save_pretrained`, `Trainer` and the rest
-    of transformers treat the models as quantized.
+    Everything of the library that replaces layers calls this, and `tensornet_hf.save` does. After it
+    `save_pretrained`, `Trainer` and the rest of transformers treat the models as quantized.
 
     Args:
         model: a transformers model, or a module that contains some.
-        compression: options to record, see `TensorNetworkConfig`.
+        compression: options to record, see `TensorNetworkConfig`; those recorded before if absent.
 
     Returns:
         True if there is such a model.
@@ -247,12 +248,14 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):
-        quantizer = TensorNetworkQuantizer(TensorNetworkConfig())
-        quantizer.experts_spread = True  # which can neither be described nor trained by `Trainer`
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # which cannot be described
+        quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
     fuse(model)
+    before = getattr(model, "hf_quantizer", None)
+    if compression is None and isinstance(before, TensorNetworkQuantizer):
+        compression = before.quantization_config.compression
     config = describe(model, compression=compression)
     if config.layers:
         model.hf_quantizer = TensorNetworkQuantizer(config)  # type: ignore[assignment]
@@ -260,31 +263,19 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
         model.config.quantization_config = config
         remove_dense_ties(model, config.layers)
         join_aux_losses(model)
-    elif isinstance(before := vars(model).get("hf_quantizer"), TensorNetworkQuantizer):
+    elif isinstance(before, TensorNetworkQuantizer):
         before.remove_quantization_config(model)
         restore_dense_ties(model)
     return True
 
 
-class _QuantizerOfLayers:
-    """Class attribute of `PreTrainedModel`: the quantizer of a model that was not compressed as a whole.
-
-    Before a model is saved, transformers asks it for `hf_quantizer`. Compressed and loaded models have that
-    attribute themselves. This one answers for models with layers that were replaced by hand, or in a part of
-    the model. Otherwise transformers would save their cores without a description, and `AutoModel` would fill
-    the weights that it misses with random numbers.
-    """
-
-    def __get__(self, model: PreTrainedModel | None, kind: type | None = None) -> Any:
-        if model is None:
-            return self
-        if not any(module_spec(part) is not None for part in model.modules()):
-            raise AttributeError(f"{type(model).__name__} is not quantized")
-        prepare_for_saving(model)
-        return vars(model)["hf_quantizer"]
-
-
-PreTrainedModel.hf_quantizer = _QuantizerOfLayers()  # type: ignore[attr-defined]
+def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterable[str]:
+    """Return the names of all tensors of the dense model of this class and configuration."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
+    except Exception:  # classes that compute while they are built, or that take more than a configuration
+        return tuple(f"{layer}.weight" for layer in config.layers)
 
 
 # --- skeletons ------------------------------------------------------------------------------------------
@@ -308,7 +299,9 @@ def _place_layers(
         FormatError: a module has no place in the model, or does not fit there.
     """
     make_room(model, layers)
-    names = {layer: name for layer in layers if (name := _name_in(model, layer)) is not None}
+    places = dict(model.named_modules(remove_duplicate=False))
+    found = {layer: [x for x in _possible_names(model, layer) if x in places] for layer in layers}
+    names = {layer: present[0] for layer, present in found.items() if present}
     saved_as = getattr(model.config, "architectures", None) or []
     absent = [layer for layer in layers if layer not in names]
     if absent and (not names or type(model).__name__ in saved_as):
@@ -318,12 +311,13 @@ def _place_layers(
         )
     built = {layer: build_module(layers[layer], device="meta", dtype=dtype) for layer in names}
     for layer, name in names.items():
-        _check_place(name, model.get_submodule(name), layers[layer], built[layer])
+        if isinstance(made := built[layer], NetworkModule):
+            _check_place(name, places[name], layers[layer], made)
     for layer, name in names.items():
         # Every core is loaded, so the model's class has nothing to initialize: not in these modules, and not
         # in one that contains them and no tensor of its own (Funnel's embeddings would cut a row out of the
         # table). The mark is private, and the only one that transformers looks for.
-        parent, _ = _place(model, name)
+        parent = places[name.rpartition(".")[0]]
         bare = next(chain(parent.parameters(recurse=False), parent.buffers(recurse=False)), None) is None
         for part in (*built[layer].modules(), *([parent] if bare else [])):
             part._is_hf_initialized = True  # type: ignore[assignment]
@@ -332,49 +326,34 @@ def _place_layers(
     return names
 
 
-def _name_in(model: PreTrainedModel, layer: str) -> str | None:
-    """Find a layer by a name with or without the prefix of the base model."""
+def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:
+    """Return a name as it is, with and without the prefix of the base model, which depends on the head."""
     prefix = f"{model.base_model_prefix}."
-    for name in (layer, prefix + layer, layer.removeprefix(prefix)):
-        try:
-            model.get_submodule(name)
-        except AttributeError:
-            continue
-        return name
-    return None
+    return layer, prefix + layer, layer.removeprefix(prefix)
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a tensor or module, and its name there."""
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
-
-
-def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: nn.Module) -> None:
+def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: NetworkModule) -> None:
     """Raise FormatError unless a described linear layer or embedding fits the layer in its place."""
-    if not isinstance(made, NetworkModule):
-        return
     kind = kind_of(module)
-    shape = made.topology.shape
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(
             f"quantization_config describes {name!r} in place of a {spec.get('source')!r} layer, the "
             f"model has a {type(module).__name__} there."
         )
-    if tuple(kind.matrix(module).shape) != shape:
+    if tuple(kind.matrix(module).shape) != made.topology.shape:
         raise FormatError(
-            f"quantization_config describes {name!r} with shape {list(shape)}, the model has shape "
-            f"{list(kind.matrix(module).shape)} there (out_features, in_features)."
+            f"quantization_config describes {name!r} with shape {list(made.topology.shape)}, the model has "
+            f"shape {list(kind.matrix(module).shape)} there (out_features, in_features)."
         )
 
 
-def _rename(parameter: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
-    """Translate a parameter name of the saved model to this model; None if its module does not exist here."""
-    layer = parameter
-    while layer := layer.rpartition(".")[0]:
-        if layer in layers:
-            return names[layer] + parameter[len(layer) :] if layer in names else None
-    return parameter
+def _renamed(tensor: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
+    """Translate a tensor's name in the saved model to this model; None if its layer does not exist here."""
+    ends = (end for end, letter in enumerate(tensor) if letter == ".")
+    layer = next((tensor[:end] for end in ends if tensor[:end] in layers), None)
+    if layer is None:
+        return tensor
+    return names[layer] + tensor[len(layer) :] if layer in names else None
 
 
 def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
@@ -384,40 +363,17 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
     cuts stacks of experts; a layer of cores has neither.
     """
     config: Any = getattr(model.config, "distributed_config", None)
-    single = [name for name, spec in layers.items() if spec["type"] in ("linear", "embedding")]
-    mixtures = [name for name, spec in layers.items() if spec["type"].startswith("shared_core")]
-    if config is not None and config.tp_size > 1 and single:
-        raise TargetError(
-            f"Tensor parallelism cuts the weights of layers, and {single[0]} has cores in place of one. "
-            "Spread the model with DistributedConfig(fsdp_size=...) instead."
-        )
-    if config is not None and config.ep_size > 1 and mixtures:
-        raise TargetError(
-            f"The experts of {mixtures[0]} are made of cores, which the expert-parallel plan of transformers "
-            "does not cut. Load the model without ep_size, then spread experts that share cores with "
-            "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/scale.md); any model "
-            "takes DistributedConfig(fsdp_size=...)."
-        )
-
-
-# --- guards ---------------------------------------------------------------------------------------------
-
-
-def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterable[str]:
-    """Return the names of all tensors of the dense model of this class and configuration."""
-    try:
-        with torch.device("meta"), no_init_weights():
-            return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
-    except Exception:  # classes that compute while they are built, or that take more than a configuration
-        return tuple(f"{layer}.weight" for layer in config.layers)
-
-
-def _ignore_guards(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Prevent transformers from reporting guards as unexpected weights; it has no public list for that."""
-    prefix = f"{model.base_model_prefix}."
-    known = {name.removeprefix(prefix) for name in names}
-    ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in known}
+    if config is None:
+        return
+    for name, spec in layers.items():
+        single, mixture = spec["type"] in ("linear", "embedding"), spec["type"].startswith("shared_core")
+        if (single and config.tp_size > 1) or (mixture and config.ep_size > 1):
+            raise TargetError(
+                f"{name} is made of cores, which neither tensor nor expert parallelism of transformers can "
+                "cut. Spread the model with DistributedConfig(fsdp_size=...) instead, or load it whole and "
+                "spread experts that share cores with shard_experts(model) of "
+                "tensornet_moe.experimental.parallel (docs/guides/scale.md)."
+            )
 
 
 # --- ties -----------------------------------------------------------------------------------------------

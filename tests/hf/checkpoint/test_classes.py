@@ -22,18 +22,15 @@ GPT2 = ARCHITECTURES["gpt2"]
 
 
 @pytest.mark.slow
-def test_importing_the_plugin_adds_one_attribute_to_one_class_of_transformers() -> None:
-    """`PreTrainedModel.hf_quantizer` describes layers that were replaced by hand when they are saved."""
+def test_importing_the_plugin_leaves_the_classes_of_transformers_alone() -> None:
     code = """
 import transformers
 from transformers.quantizers import HfQuantizer
 classes = [transformers.PreTrainedModel, transformers.PreTrainedConfig, transformers.GenerationMixin,
            transformers.Trainer, transformers.GPT2LMHeadModel, HfQuantizer]
 before = [dict(vars(x)) for x in classes]
-import tensornet_hf, tensornet_hf.trainer
-after = [dict(vars(x)) for x in classes]
-assert type(after[0].pop("hf_quantizer")).__module__ == "tensornet_hf.quantizer"
-assert before == after
+import tensornet_hf
+assert before == [dict(vars(x)) for x in classes]
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=1200)
 

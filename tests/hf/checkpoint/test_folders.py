@@ -87,16 +87,12 @@ def compress_part(name: str) -> Callable[[PreTrainedModel], object]:
         *map(compress_part, ("transformer", "transformer.h", "transformer.h.0.mlp")),
     ],
 )
-@pytest.mark.parametrize("save", ["save_pretrained", "tensornet_hf"])
 def test_layers_replaced_by_hand_or_in_a_part(
-    change: Callable[[PreTrainedModel], object], save: str, tmp_path: Path
+    change: Callable[[PreTrainedModel], object], tmp_path: Path
 ) -> None:
     model = GPT2.dense
     change(model)
-    if save == "save_pretrained":
-        model.save_pretrained(tmp_path / "made")
-    else:
-        th.save(model, tmp_path / "made")
+    th.save(model, tmp_path / "made")
     for load in (AutoModelForCausalLM.from_pretrained, th.load):
         assert torch.equal(logits(load(tmp_path / "made").eval(), GPT2), logits(model.eval(), GPT2))
 

@@ -1,4 +1,4 @@
-"""Uploads: a new repository is complete or deleted, a replaced one keeps no weights of the old model."""
+"""Uploads: a repository that exists is replaced on request only, and keeps no weights of the old model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ class Hub:
     """The functions of the hub's client that are used; a name without an owner belongs to `me`."""
 
     files: dict[str, set[str]] = field(default_factory=dict)
-    upload_error: BaseException | None = None
-    delete_error: Exception | None = None
+    upload_error: Exception | None = None
 
     def repo_exists(self, repo_id: str) -> bool:
         return repo_id in self.files
@@ -43,16 +42,11 @@ class Hub:
             there -= set(filter_repo_objects(list(there), allow_patterns=delete_patterns))
         there |= {path.name for path in folder_path.iterdir()}
 
-    def delete_repo(self, repo_id: str) -> None:
-        if self.delete_error is not None:
-            raise self.delete_error
-        del self.files[repo_id]
-
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    for name in ("repo_exists", "create_repo", "upload_folder", "delete_repo"):
+    for name in ("repo_exists", "create_repo", "upload_folder"):
         monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
     return hub
 
@@ -62,35 +56,21 @@ def model() -> PreTrainedModel:
     return ARCHITECTURES["gpt2"].dense
 
 
-def test_a_repository_whose_upload_fails_is_deleted(hub: Hub, model: PreTrainedModel, tmp_path: Path) -> None:
-    """So that the same command can be run again."""
+def test_a_failed_upload_can_be_repeated(hub: Hub, model: PreTrainedModel, tmp_path: Path) -> None:
     hub.upload_error = OSError("network down\nand much more")
-    with pytest.raises(DestinationError, match=r"^Cannot upload to hf://me/new: network down$"):
-        save(model, "hf://me/new", source=tmp_path)
-    assert hub.files == {}
-    hub.upload_error = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
-        save(model, "hf://me/new", source=tmp_path)
-    assert hub.files == {}
+    with pytest.raises(DestinationError, match=r"^Cannot upload to hf://new: network down\. .*force=True"):
+        save(model, "hf://new", source=tmp_path)
+    assert hub.files == {"me/new": set()}
     hub.upload_error = None
-    save(model, "hf://me/new", source=tmp_path)
+    save(model, "hf://new", source=tmp_path, force=True)
     assert hub.files["me/new"] >= {"config.json", "model.safetensors"}
 
 
-def test_a_new_repository_that_cannot_be_deleted_is_named(
-    hub: Hub, model: PreTrainedModel, tmp_path: Path
-) -> None:
-    hub.upload_error, hub.delete_error = OSError("network down"), OSError("still down")
-    text = r"network down; the new repository me/new could not be deleted \(still down\): delete it yourself"
-    with pytest.raises(DestinationError, match=text):
-        save(model, "hf://new", source=tmp_path)
-
-
 @pytest.mark.parametrize("name", ["me/old", "old"])
-def test_a_repository_that_was_there_is_never_deleted(
+def test_a_repository_that_exists_is_not_replaced_unasked(
     hub: Hub, model: PreTrainedModel, tmp_path: Path, name: str
 ) -> None:
-    """Nor written to unasked, where the name of its owner is left out and the first look does not find it."""
+    """Nor where the name of its owner is left out and the first look does not find it."""
     hub.files["me/old"] = {"config.json"}
     hub.upload_error = OSError("network down")
     with pytest.raises(DestinationError, match=r"exists already|409 Conflict"):

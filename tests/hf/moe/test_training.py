@@ -211,7 +211,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_trainer_refuses_experts_that_are_spread(alone: None, tmp_path: Path) -> None:
     model = model_of()
     parallel.shard_experts(model)
-    with pytest.raises(TargetError, match=r"spread over processes, and Trainer .*gather_experts\(model\)"):
+    with pytest.raises(TargetError, match=r"spread over processes.*gather_experts\(model\)"):
         trainer_of(model, tmp_path, [])
     with pytest.raises(TargetError, match="gather_experts"):
         model.save_pretrained(tmp_path / "part")
