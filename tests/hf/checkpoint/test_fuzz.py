@@ -24,9 +24,9 @@ from sharded_folders import save
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
-from tensornet.io import read_header, write_tensors
+from tensornet.io import read_header, read_headers, write_tensors
 from tensornet_hf.checkpoint import read_checkpoint, read_compression, read_json
-from tensornet_hf.description import check_layers, read_headers
+from tensornet_hf.description import check_layers
 from tensornet_hf.lazy_model import Source, check_values, open_lazily
 
 HEADERS, CONFIGS, DESCRIPTIONS, PLANS, FOLDERS = 1_500, 1_500, 1_000, 600, 150
