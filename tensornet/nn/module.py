@@ -1,7 +1,7 @@
 """The base of all tensor-network layers: a weight that is a network, its storage and how it is applied."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,18 @@ from tensornet.nn.strategy import (
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import Rounding
 from tensornet.topology import Topology
+
+R = TypeVar("R")
+
+
+def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
+    """Let torch.compile run a function once and take its result as a constant, instead of tracing it.
+
+    This is `torch.compiler.assume_constant_result`, which imports the compiler: two seconds for everyone who
+    imports this package. Without it, planning would break the graph.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class NetworkModule(nn.Module):
@@ -247,8 +259,10 @@ class NetworkModule(nn.Module):
     @property
     def plan(self) -> OperatorPlan:
         """Contractions of the operator; equal topologies share one plan."""
-        if torch.compiler.is_dynamo_compiling():
-            return self._plan_for_trace()
+        return self._planned()
+
+    @_constant_in_traces
+    def _planned(self) -> OperatorPlan:
         if self._plan is None:
             self._plan = plan_operator(self.topology, self._optimize)
         return self._plan
@@ -271,10 +285,9 @@ class NetworkModule(nn.Module):
         on_cpu = self._like().device.type == "cpu" if on_cpu is None else on_cpu
         return choose(self._bounds(on_cpu, strategy != "factorized"), tokens)
 
+    @_constant_in_traces
     def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
         """Return the fastest route for every token count, without a kept matrix."""
-        if torch.compiler.is_dynamo_compiling():
-            return self._bounds_for_trace(on_cpu, rebuild)
         itemsize = self._like().element_size()
         key = (on_cpu, rebuild, itemsize, self.machine)
         bounds = self._routes.get(key)
@@ -282,15 +295,6 @@ class NetworkModule(nn.Module):
             machine = self.machine or default_machine("cpu" if on_cpu else "cuda")
             bounds = self._routes[key] = fastest_routes(self.plan, machine, itemsize, rebuild=rebuild)
         return bounds
-
-    # Planning in a traced forward would break the graph: what it gives is taken as it is.
-    @torch.compiler.assume_constant_result
-    def _plan_for_trace(self) -> OperatorPlan:
-        return self.plan
-
-    @torch.compiler.assume_constant_result
-    def _bounds_for_trace(self, on_cpu: bool, rebuild: bool) -> Bounds:
-        return self._bounds(on_cpu, rebuild)
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
         """Report the cost of each strategy for a token count, and the strategy that the layer takes now.
