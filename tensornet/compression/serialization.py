@@ -17,8 +17,7 @@ from tensornet.errors import FormatError, TargetError
 from tensornet.io import write_tensors
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import has_own_forward, kind_of
-from tensornet.nn.module import NetworkModule
-from tensornet.nn.serialization import build_module
+from tensornet.nn.module import NetworkModule, build_module
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 

@@ -4,8 +4,8 @@ from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import ModelExtension, register_extension
 from tensornet.nn.layer_kinds import LayerKind, register_layer_kind
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
+from tensornet.nn.module import build_module, module_spec, register_module_type
 from tensornet.nn.prepare import prepare_for_inference
-from tensornet.nn.serialization import build_module, module_spec, register_module_type
 from tensornet.nn.strategy import cached_bytes, set_strategy
 from tensornet.nn.unfuse import register_stacked_matrices
 

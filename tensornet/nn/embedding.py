@@ -15,7 +15,7 @@ from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.layer_kinds import kind_of, layer_kind, type_and_reason
-from tensornet.nn.module import NetworkModule
+from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, row_cores, storage_entry
 from tensornet.nn.strategy import CACHED, Strategy, transforms_active
 from tensornet.quantization import Rounding
@@ -220,3 +220,15 @@ def embedding_from_network(
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores, weighting, rounding)
     return layer
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> MPOEmbedding:
+    topology, storage = Topology.from_dict(spec["topology"]), Storage.from_dict(spec.get("storage", {}))
+    return MPOEmbedding(
+        topology, padding_idx=spec["padding_idx"], storage=storage, device=device, dtype=dtype
+    )
+
+
+register_module_type("embedding", _build)

@@ -14,8 +14,7 @@ from torch import nn
 
 from tensornet._util import check_type
 from tensornet.errors import TargetError
-from tensornet.nn.module import NetworkModule
-from tensornet.nn.serialization import module_spec
+from tensornet.nn.module import module_spec
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,6 @@ def structure_changed(model: nn.Module) -> None:
 
     Code that replaces layers calls this once, after the last one.
     """
-    keep_off_fused_paths(model)
     handled = [extension.layers_replaced(model) for extension in _EXTENSIONS]
     if any(handled) or not callable(getattr(type(model), "save_pretrained", None)):
         return
@@ -171,28 +169,3 @@ def _is_special(module: nn.Module) -> bool:
         return module_spec(module) is not None
     except TargetError:
         return True
-
-
-#: Attribute that a class checks before it takes a fused path.
-_QUESTIONS = {
-    nn.TransformerEncoderLayer: "activation_relu_or_gelu",
-    nn.TransformerEncoder: "use_nested_tensor",
-}
-_BEFORE = "_tensornet_fused_path"
-
-
-def keep_off_fused_paths(model: nn.Module) -> None:
-    """Disable the fused paths of encoders with tensor-network layers, and restore the others.
-
-    In eval without gradients an encoder passes `linear1.weight` to one fused operation, and a tensor-network
-    layer has no such weight.
-    """
-    for module in model.modules():
-        question = next((x for kind, x in _QUESTIONS.items() if isinstance(module, kind)), None)
-        if question is None:
-            continue
-        if any(isinstance(part, NetworkModule) for part in module.modules()):
-            vars(module).setdefault(_BEFORE, getattr(module, question))
-            setattr(module, question, False)
-        elif _BEFORE in vars(module):
-            setattr(module, question, vars(module).pop(_BEFORE))

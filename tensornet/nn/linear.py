@@ -1,6 +1,6 @@
 """Linear layers whose weight is a tensor network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +12,12 @@ from tensornet._util import check_input, is_exporting
 from tensornet.contraction.cost import Machine, default_machine
 from tensornet.contraction.plan import PLANNED_TOKENS, RECONSTRUCT, contract_with_input, plan_operator
 from tensornet.decompose import decompose
-from tensornet.errors import TargetError
+from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
-from tensornet.nn.module import NetworkModule, require_linear_shape
-from tensornet.nn.quick_paths import kept_product, kernel_product, two_products
+from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
 from tensornet.nn.strategy import CACHED, IntegerCost, Strategy, product_cost, transforms_active
 from tensornet.quantization import Rounding
@@ -93,16 +92,14 @@ class TensorNetworkLinear(NetworkModule):
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route == CACHED:
-            matrix = self.kept_matrix()
-            self._quick = kept_product(self, self._core_names) if self._is_plain else None
-            return linear(input, matrix, self.bias)
+            return linear(input, self.kept_matrix(), self.bias)
         if route == RECONSTRUCT:
             return linear(input, self.to_matrix(), self.bias)
         products = self.plan.applies[route].matrices
         if len(products) == 2 and self._is_plain and not self.plan.is_padded and not is_compiling():
             largest, fastest = self._bounds(input.is_cpu, self.strategy != "factorized")[0]
             if route == fastest and self.strategy in ("auto", "factorized"):
-                self._quick = two_products(self, self._core_names, products, largest)
+                self._quick = _two_products(self, products, largest)
         return contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
 
     @property
@@ -131,7 +128,7 @@ class TensorNetworkLinear(NetworkModule):
         y = multiply(input, matrix, self.bias)
         if not self._other_terms:
             if matrix.kernel_tokens and not is_compiling():
-                self._quick = kernel_product(self, core, matrix, matrix.kernel_tokens)
+                self._quick = _kernel_product(self, core, matrix)
             return y
         machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
         for positions, part in self._other_terms:
@@ -226,6 +223,65 @@ class TensorNetworkLinear(NetworkModule):
         )
 
 
+# Shortcuts: closures that answer a pass like the one before, or return None if anything has changed. They
+# read `_parameters` and `_buffers`, since attribute lookup in a module takes as long as a small product.
+
+
+def _two_products(
+    layer: TensorNetworkLinear, products: Sequence[tuple[int, tuple[int, ...]]], most: float
+) -> Callable[[Tensor], Tensor | None]:
+    """Multiply by two cores in turn.
+
+    Args:
+        layer: whose strategy takes this way for few tokens.
+        products: `ContractionPlan.matrices`: number and shape of each of the two cores.
+        most: token count up to which it does.
+    """
+    (first, first_shape), (second, second_shape) = products
+    first_name, second_name = layer._core_names[first - 1], layer._core_names[second - 1]
+    strategy, in_features, most_elements = layer.strategy, layer.in_features, most * layer.in_features
+
+    def answer(x: Tensor) -> Tensor | None:
+        parameters = layer._parameters
+        a, b = parameters.get(first_name), parameters.get(second_name)
+        if a is None or b is None or "bias" not in parameters or layer.strategy is not strategy:
+            return None  # one of them is parametrized, or the layer is to be applied otherwise
+        if x.ndim == 0 or x.shape[-1] != in_features or x.numel() > most_elements:
+            return None
+        if x.dtype is torch.float16 and x.is_cpu:  # contracted in float32
+            return None
+        return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+
+    return answer
+
+
+def _kernel_product(
+    layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
+) -> Callable[[Tensor], Tensor | None]:
+    """Multiply by a kernel of torch that reads the integers of the only core, without gradients."""
+    strategy, (out_features, in_features) = layer.strategy, matrix.shape
+    name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
+    codes, scales = core._buffers.get("codes"), core._buffers.get("scales")
+
+    def answer(x: Tensor) -> Tensor | None:
+        parameters, buffers, size = layer._parameters, core._buffers, x.shape
+        if codes is None or buffers.get("codes") is not codes or buffers.get("scales") is not scales:
+            return None
+        if layer._modules.get(name) is not core or layer.strategy is not strategy or "bias" not in parameters:
+            return None
+        if x.dtype is not torch.bfloat16 or not size or size[-1] != in_features or not x.is_cpu:
+            return None
+        if not 0 < x.numel() <= most_elements or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        if torch.is_autocast_enabled("cpu") or transforms_active() or not codes.is_cpu:
+            return None
+        y = matrix.by_kernel(x.reshape(-1, in_features).contiguous()).view(*size[:-1], out_features)
+        bias = parameters["bias"]
+        return y if bias is None else y + bias
+
+    return answer
+
+
 class MPOLinear(TensorNetworkLinear):
     """Linear layer whose weight is a matrix product operator; drop-in for `nn.Linear`.
 
@@ -280,7 +336,11 @@ class MPOLinear(TensorNetworkLinear):
                 bond_dims=bond_dims,
                 max_bond=max_bond,
             )
-        require_linear_shape(topology, out_features, in_features)
+        if topology.shape != (out_features, in_features):
+            raise ShapeError(
+                f"The topology describes a matrix of shape {topology.shape}, the layer has shape "
+                f"{(out_features, in_features)} (out_features, in_features)."
+            )
         super().__init__(
             topology,
             bias=bias,
@@ -360,3 +420,19 @@ def linear_from_stored(
     layer = empty_linear(topology, bias=False, source=source, storage=storage, device="meta")
     layer.set_stored(stored, like)
     return layer
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> TensorNetworkLinear:
+    return empty_linear(
+        Topology.from_dict(spec["topology"]),
+        bias=bool(spec["bias"]),
+        source=spec["source"],
+        storage=Storage.from_dict(spec.get("storage", {})),
+        device=device,
+        dtype=dtype,
+    )
+
+
+register_module_type("linear", _build)

@@ -19,10 +19,9 @@ from tensornet.contraction.plan import (
     fastest_routes,
     plan_operator,
 )
-from tensornet.errors import ShapeError
+from tensornet.errors import FormatError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
-from tensornet.nn.quick_paths import QuickPath
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, empty, encode, put_core
 from tensornet.nn.strategy import (
     CACHED,
@@ -99,7 +98,7 @@ class NetworkModule(nn.Module):
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
         self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
         self._optimize = optimize
-        self._quick: QuickPath | None = None
+        self._quick: Callable[[Tensor], Tensor | None] | None = None
         # Contractions are planned at the first pass, so that loading a model plans nothing.
         self._plan: OperatorPlan | None = None
         self._routes: dict[tuple[object, ...], Bounds] = {}
@@ -356,17 +355,72 @@ class NetworkModule(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""
-        raise TypeError(f"{type(self).__name__} must define spec().")
+        raise NotImplementedError
 
 
-def require_linear_shape(topology: Topology, out_features: int, in_features: int) -> None:
-    """Raise ShapeError unless a topology has the given shape.
+#: Makes an empty module from its description: `(spec, device, dtype) -> module`.
+Builder = Callable[[Mapping[str, Any], torch.device | str | None, torch.dtype | None], nn.Module]
+
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register_module_type(name: str, builder: Builder) -> None:
+    """Register a builder of modules for `build_module`, by their `spec()["type"]`.
 
     Raises:
-        ShapeError: the shapes differ.
+        ValueError: the name is taken.
+
+    Example:
+        >>> class Doubled(torch.nn.Identity):
+        ...     def spec(self):
+        ...         return {"type": "doubled"}
+        >>> tn.nn.register_module_type("doubled", lambda spec, device, dtype: Doubled())
+        >>> tn.nn.build_module({"type": "doubled"})
+        Doubled()
     """
-    if topology.shape != (out_features, in_features):
-        raise ShapeError(
-            f"The topology describes a matrix of shape {topology.shape}, the layer has shape "
-            f"{(out_features, in_features)} (out_features, in_features)."
+    if name in _BUILDERS:
+        raise ValueError(f"A module type named {name!r} is already registered.")
+    _BUILDERS[name] = builder
+
+
+def module_spec(module: nn.Module) -> dict[str, Any] | None:
+    """Describe a module of a registered type; None for any other module.
+
+    Example:
+        >>> tn.nn.module_spec(tn.nn.MPOLinear(16, 32, max_bond=4))["type"]
+        'linear'
+        >>> tn.nn.module_spec(torch.nn.Linear(4, 4)) is None
+        True
+    """
+    spec = getattr(module, "spec", None)
+    described = spec() if callable(spec) else None
+    return described if isinstance(described, dict) and described.get("type") in _BUILDERS else None
+
+
+def build_module(
+    spec: Mapping[str, Any],
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build an uninitialized module from its description; on `device="meta"` nothing is allocated.
+
+    Raises:
+        FormatError: unknown type, or a description that is incomplete or inconsistent.
+
+    Example:
+        >>> layer = tn.nn.MPOLinear(16, 32, max_bond=4)
+        >>> twin = tn.nn.build_module(tn.nn.module_spec(layer), device="meta")
+        >>> twin.topology == layer.topology
+        True
+    """
+    kind = spec.get("type")
+    if not isinstance(kind, str) or kind not in _BUILDERS:
+        raise FormatError(
+            f"Unknown module type {kind!r} in the stored description; known are "
+            f"{', '.join(sorted(_BUILDERS))}. A plugin may have to be imported first."
         )
+    try:
+        return _BUILDERS[kind](spec, device, dtype)
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"Bad description of a {kind!r} module: {error}") from error

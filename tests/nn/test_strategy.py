@@ -229,6 +229,22 @@ def test_embedding_strategies_agree() -> None:
             assert (layer.kept.nbytes > 0) == (strategy == "cached")
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_every_pass_in_float16_is_contracted_in_float32(gradients: bool) -> None:
+    layer = tn.nn.TensorNetworkLinear(tn.topologies.low_rank(out_features=8, in_features=512, rank=4)).eval()
+    few, whole = torch.full((1, 512), 2.0), torch.full((64, 512), 2.0)
+    with torch.no_grad():
+        layer.core_0.fill_(2**-13)
+        layer.core_1.fill_(100.0)  # between the cores are 102400s, more than float16 holds
+        expected = layer(few)  # and a fast path for float32
+    with torch.set_grad_enabled(gradients):
+        for _ in range(2):
+            torch.testing.assert_close(layer(few.half()), expected.half())
+        half = copy.deepcopy(layer).half()
+        for x in (few, few, whole, few):
+            torch.testing.assert_close(half(x.half()), expected.half().expand(len(x), -1))
+
+
 # --- kept matrices ------------------------------------------------------------------------------
 
 

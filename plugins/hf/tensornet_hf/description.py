@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import FormatError
 from tensornet.io import FLOATS, MAPPED, Slice
-from tensornet.nn.serialization import build_module, module_spec
+from tensornet.nn.module import build_module, module_spec
 from tensornet.nn.storage import PackedCore
 
 METHOD = "tensornet"

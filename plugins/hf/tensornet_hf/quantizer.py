@@ -26,8 +26,7 @@ from tensornet.compression.compress import compress
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.io import read_headers
 from tensornet.nn.layer_kinds import kind_of
-from tensornet.nn.module import NetworkModule
-from tensornet.nn.serialization import build_module
+from tensornet.nn.module import NetworkModule, build_module
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
