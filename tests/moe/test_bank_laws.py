@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
-from tensornet.nn import build_module, serialization
+from tensornet.nn import build_module
+from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
 E = 4
@@ -147,7 +148,7 @@ class TestDocstring(BankLaws):
     @pytest.fixture(autouse=True)
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Run the code, and take its name for this test only: other tests run it as well."""
-        monkeypatch.setattr(serialization, "_BUILDERS", serialization._BUILDERS.copy())
+        monkeypatch.setattr(nn_module, "_BUILDERS", nn_module._BUILDERS.copy())
         self.names: dict[str, Any] = {"torch": torch, "tn": tn, "tm": tm}
         for example in doctest.DocTestParser().get_examples(tm.ExpertBank.__doc__ or ""):
             exec(example.source, self.names)

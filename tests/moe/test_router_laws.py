@@ -17,7 +17,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.nn import serialization
+from tensornet.nn import module as nn_module
 from tensornet_moe import routers
 from tensornet_moe.testing import RouterLaws
 
@@ -74,7 +74,7 @@ class TestDocstring(RouterLaws):
     @pytest.fixture(autouse=True)
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Run the code, and take its name for this test only: other tests run it as well."""
-        for module, name in ((routers, "_ROUTERS"), (serialization, "_BUILDERS")):
+        for module, name in ((routers, "_ROUTERS"), (nn_module, "_BUILDERS")):
             monkeypatch.setattr(module, name, getattr(module, name).copy())
         self.names: dict[str, Any] = {"torch": torch, "tn": tn, "tm": tm}
         exec(self.code, self.names)

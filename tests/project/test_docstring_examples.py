@@ -20,7 +20,8 @@ import torch
 from public_surface import public_objects
 
 import tensornet_moe.routers
-from tensornet.nn import extension, layer_kinds, serialization, unfuse
+from tensornet.nn import extension, layer_kinds, unfuse
+from tensornet.nn import module as nn_module
 from tensornet.topologies import registry
 
 #: The usual name of each package; a package may use those before it.
@@ -66,7 +67,7 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name in (
         (extension, "_EXTENSIONS"),
         (registry, "_FAMILIES"),
-        (serialization, "_BUILDERS"),
+        (nn_module, "_BUILDERS"),
         (layer_kinds, "_KINDS"),
         (unfuse, "_STACKED"),
         (tensornet_moe.routers, "_ROUTERS"),
