@@ -162,6 +162,69 @@ def _described(given: Any) -> str:
     return f"a {type(given).__name__}"
 
 
+def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
+    """Return the mask of real tokens for a tensor with these leading dimensions; None without padding.
+
+    Padding is what `attention_mask` and `decoder_attention_mask` say; a position counts if either does. A
+    label of -100 is a token without a loss, as most are in a batch for masked language modelling. Only a
+    decoder that is given its tokens as labels reads padding after the last label of a row.
+
+    Dimensions are matched by size: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows, ...)` or
+    `(rows, heads, tokens)`, the first that fits. Other tensors, such as the tokens that a router picked for
+    an expert, have no mask: there padding counts.
+
+    Args:
+        batch: arguments of the model.
+        shape: dimensions of the tensor, features left out.
+
+    Example:
+        >>> from tensornet.calibration.batches import token_mask
+        >>> batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+        >>> token_mask(batch, torch.Size([3, 2])).tolist()  # tokens first
+        [[True, True], [True, False], [True, False]]
+    """
+    masks: dict[torch.Size, Tensor] = {}
+    for name in ("attention_mask", "decoder_attention_mask"):
+        if isinstance(mask := batch.get(name), Tensor) and mask.ndim == 2:
+            masks[mask.shape] = mask.bool() | masks.get(mask.shape, torch.zeros_like(mask.bool()))
+    candidates = [*masks.values()]
+    if (ended := _ended_labels(batch)) is not None:
+        candidates.append(ended)
+    return next((found for x in candidates if (found := _placed(x, shape)) is not None), None)
+
+
+def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
+    """Broadcast a mask `(rows, tokens)` to a shape; None where it does not fit."""
+    rows, tokens = mask.shape
+    rest = [1] * (len(shape) - 2)
+    if shape[:2] == (rows, tokens):
+        return mask.reshape(rows, tokens, *rest).expand(shape)
+    if shape[:1] == (rows * tokens,):
+        return mask.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+    if shape[:2] == (tokens, rows):
+        return mask.T.reshape(tokens, rows, *rest).expand(shape)
+    if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):
+        return mask[:, None].expand(shape)
+    return None
+
+
+def _ended_labels(batch: Batch) -> Tensor | None:
+    """Return the mask of decoder tokens up to the last label of each row; None for other labels.
+
+    Labels are a decoder's if no input of the batch but its own has their shape, and there is no mask of its
+    own.
+    """
+    labels = batch.get("labels")
+    if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
+        return None
+    others = (x for name, x in batch.items() if name != "labels" and not name.startswith("decoder_"))
+    inputs = [x for x in others if isinstance(x, Tensor)]
+    if labels.is_floating_point() or not inputs or any(x.shape[:2] == labels.shape for x in inputs):
+        return None
+    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    return real if bool(real.any()) else None
+
+
 #: Batches that rows are taken from, at most.
 _PARTS = 4
 #: Tokens of a row whose arguments do not show them, as the patches of an image.

@@ -21,6 +21,7 @@ from tensornet.calibration.batches import (
     first_rows,
     fullest_row,
     run_model,
+    token_mask,
     tokens_of,
 )
 from tensornet.calibration.coherence import CoherenceSample, HeldTokens
@@ -33,7 +34,6 @@ from tensornet.calibration.losses import (
     sampled_losses,
     seeded_draws,
 )
-from tensornet.calibration.masks import GatheredTokens, hidden_states, token_mask
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.errors import NonFiniteError, TargetError
 from tensornet.nn.layer_kinds import kind_of
@@ -98,9 +98,8 @@ def calibrate(
             `DataLoader` gives them.
         config: observe the layers it selects; all if absent.
         loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent,
-            labels are scored where the model's own loss scores them; a model that returns hidden states
-            alone is judged by their cosine (`cosine_losses`), and outputs without labels by their distance
-            from the dense ones (`output_losses`).
+            it is the cross entropy of the labels, of the next token for classes such as `*ForCausalLM`; or
+            the model's own loss times its tokens; or, without both, the distance from the dense outputs.
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
             `"sampled"` at labels drawn from the model (the true one).
         tokens: how many tokens to read, padding left out, fewer if the batches have no more; the last batch
@@ -142,9 +141,9 @@ def calibrate(
     if autocast == "auto":
         autocast = fast_dtype(model)
     recorder = MomentRecorder(full_up_to, dtype, autocast)
-    runs = _Runs(model, recorder, loss_fn, fisher, gradient_batches)
-    length = length_hint(batches) or None
     left = MOST_TOKENS if tokens is None else tokens
+    total, scored, count, of_tokens = 0.0, 0, 0, False
+    length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
         device = next(model.parameters()).device
         settling = _Settling(targets)
@@ -152,16 +151,37 @@ def calibrate(
             batch = as_batch(given, model, device)
             if tokens_of(batch) > left:
                 batch = first_rows(batch, left)
+            recorder.batch = batch
+            with_gradients = gradient_batches is None or count < gradient_batches
             # No cache of weights in 16 bits: nothing would clear it before the last batch.
-            with torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext():
-                runs.add(batch)
+            lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
+            with lower, torch.set_grad_enabled(with_gradients):
+                if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
+                    with recorder.paused():
+                        default, entropies = default_losses(model, fullest_row(batch), fisher)
+                    loss_fn = loss_fn or default
+                    of_tokens = loss_fn in _OWN and entropies
+                if with_gradients:
+                    assert loss_fn is not None
+                    each = checked_losses(loss_fn(model, batch))
+                    each.sum().backward()
+                    total += float(each.detach().sum())
+                    scored += each.numel()
+                elif loss_fn is not None:  # it knows how this model is called
+                    loss_fn(model, batch)
+                else:
+                    run_model(model, batch)
+            count += 1
             left -= tokens_of(batch)
             settling.batches.append(recorder.take_traces())
             if left <= 0 or (tokens is None and settling.settled(recorder)):
                 break
         fingerprint = weight_samples(targets)
-    stats = recorder.finish(runs.scored, runs.mean_loss(), source)
-    return replace(stats, of_tokens=runs.of_tokens, fingerprint=fingerprint)
+    if count == 0:
+        raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+    loss = None if gradient_batches == 0 else mean_loss(total, scored, loss_fn)
+    stats = recorder.finish(scored, loss, source)
+    return replace(stats, of_tokens=of_tokens, fingerprint=fingerprint)
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
@@ -223,61 +243,6 @@ class _Settling:
         return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
 
-@dataclass
-class _Runs:
-    """Run the model on batch after batch, and average the losses of their tokens."""
-
-    model: nn.Module
-    recorder: "MomentRecorder"
-    loss_fn: TokenLosses | None
-    fisher: Fisher
-    gradient_batches: int | None
-    total: float = 0.0
-    scored: int = 0
-    count: int = 0
-    of_tokens: bool = False
-
-    def add(self, batch: Batch) -> None:
-        """Run the model on a batch, with a backward pass while gradients are still collected."""
-        self.recorder.batch = batch
-        with_gradients = self.gradient_batches is None or self.count < self.gradient_batches
-        if self.count == 0:
-            self._first(batch, with_gradients)
-        with torch.set_grad_enabled(with_gradients):
-            if with_gradients:
-                assert self.loss_fn is not None
-                each = checked_losses(self.loss_fn(self.model, batch))
-                each.sum().backward()
-                self.total += float(each.detach().sum())
-                self.scored += each.numel()
-            elif self.loss_fn is not None:  # it knows how this model is called
-                self.loss_fn(self.model, batch)
-            else:
-                run_model(self.model, batch)
-        self.count += 1
-
-    def _first(self, batch: Batch, with_gradients: bool) -> None:
-        """Find the default loss on the first batch."""
-        with torch.set_grad_enabled(with_gradients):
-            if with_gradients if self.loss_fn is None else self.loss_fn in _OWN:
-                with self.recorder.paused():
-                    default = default_losses(self.model, fullest_row(batch), self.fisher)
-                self.loss_fn = self.loss_fn or default.losses
-                self.of_tokens = self.loss_fn in _OWN and default.of_tokens
-
-    def mean_loss(self) -> float | None:
-        """Return the mean loss of a token; None without gradients, NaN for random projections.
-
-        Raises:
-            TargetError: there was no batch, or no token with a loss.
-        """
-        if self.count == 0:
-            raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
-        if self.gradient_batches == 0 and not self.scored:
-            return None
-        return mean_loss(self.total, self.scored, self.loss_fn)
-
-
 def checked_losses(losses: Any) -> Tensor:
     """Validate the losses that a user-supplied function returns.
 
@@ -320,9 +285,6 @@ class MomentRecorder:
         self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-        self._gathered = GatheredTokens()
-        self._gathered_of: Batch = self.batch
-        self._masks: dict[str, Tensor] = {}  # of inputs `(tokens, features)` of this batch, by layer
         self._samples: dict[str, CoherenceSample] = {}
 
     @contextmanager
@@ -340,10 +302,8 @@ class MomentRecorder:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
-            tokens = _rows(x, self._mask(x, name))
-            self._last = _Reading(x, self._moment(tokens, self.dtype), tokens.shape[0])
-        elif (mask := self._masks.get(self._last.layers[0])) is not None:
-            self._masks[name] = mask
+            tokens = _rows(x, token_mask(self.batch, x.shape[:-1]))
+            self._last = _Reading(x, self._moment(tokens), tokens.shape[0])
         self._last.layers.append(name)
         _accumulate(self._traces[0], name, self._last.trace)
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
@@ -374,16 +334,6 @@ class MomentRecorder:
                 self.inputs.update(dict.fromkeys(rest, _InputSum(rest, shared.total.clone())))
             add_moment(shared.total, moment)
 
-    def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Look for hidden states among the arguments of a module that holds layers."""
-        if self._gathered_of is not self.batch:
-            self._gathered, self._gathered_of = GatheredTokens(), self.batch
-            self._masks.clear()
-        mask = self.batch.get("attention_mask")
-        found = hidden_states(args, kwargs, mask) if isinstance(mask, Tensor) else None
-        if found is not None:
-            self._gathered.remember(*found)
-
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count the lookups of each row of an embedding."""
         if not self.seeing:
@@ -393,37 +343,27 @@ class MomentRecorder:
         self.counts[name] = self.counts.get(name, 0) + chosen.numel()
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
 
-    def place(self, name: str, x: Tensor) -> None:
-        """Find the padding in an input that is not recorded, for the gradients at its layer."""
-        self._mask(x, name)
-
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
         """Copy some tokens of the input of a layer, for its coherence, until the gradients arrive."""
         if not self.seeing:
             return []
-        mask = self._known_mask(name, x)
+        mask = token_mask(self.batch, x.shape[:-1])
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
         """Add the gradient of the summed loss with respect to one output, with inputs that were held."""
         if held:
             self._samples[name].add(held, gradient, self.batch)
-        mask = self._known_mask(name, gradient)
-        tokens = _rows(gradient, mask)
+        tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
         _accumulate(self._traces[1], name, tokens.float().square().sum())
         if tokens.shape[1] > self.full_up_to:
-            _accumulate(self.gradients, name, self._moment(tokens, self.dtype))
+            _accumulate(self.gradients, name, self._moment(tokens))
             return
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=self.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
             # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
             add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
-
-    def _known_mask(self, name: str, x: Tensor) -> Tensor | None:
-        """Tell tokens from padding in the input of a layer or in the gradient of its output."""
-        mask = self._masks.get(name)
-        return self._mask(x) if mask is None or mask.shape != x.shape[:-1] else mask
 
     def finish(
         self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
@@ -477,20 +417,11 @@ class MomentRecorder:
                 ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
-    def _mask(self, x: Tensor, name: str | None = None) -> Tensor | None:
-        """Tell tokens from padding, by the sizes of a tensor or, for the input of a layer, by its rows."""
-        mask = token_mask(self.batch, x.shape[:-1])
-        if name is not None and x.ndim == 2 and self._gathered_of is self.batch:
-            mask = self._gathered.kept(name, x, mask)
-            if mask is not None:
-                self._masks[name] = mask
-        return mask
-
-    def _moment(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    def _moment(self, tokens: Tensor) -> Tensor:
         # The model may run under autocast; sums of thousands of squares in 16 bits would be noise.
         with torch.autocast(tokens.device.type, enabled=False):
             if tokens.shape[1] <= self.full_up_to:
-                return upper_gram(tokens.to(dtype))
+                return upper_gram(tokens.to(self.dtype))
             return tokens.to(self.dtype).square().sum(0)
 
 
@@ -584,53 +515,29 @@ def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
     """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
-    with (
-        unfused(model),
-        in_eval_mode(model),
-        uncompiled(),
-        without_cache(model),
-        seeded_draws(),
-        _hooked(model, recorder, config) as targets,
-    ):
-        yield targets
-
-
-@contextmanager
-def _hooked(
-    model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
-) -> Iterator[list[Target]]:
-    weights = find_targets(model, config or LayerSelection(target_modules="all"))
-    targets = [x for x in weights if not x.skip]
-    check_loaded(targets)
-    layers = {id(m): (n, m) for target in targets for n, m in zip(target.names, target.modules, strict=True)}
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
-    holders = {name[:k] for name, _ in layers.values() for k, x in enumerate(name) if x == "."}
-    handles = [
-        x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
-        for name, x in model.named_modules()
-        # Subclasses may read something else, such as a mask that they make positions of.
-        if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
-    ]
-    handles += [
-        model.get_submodule(name).register_forward_pre_hook(_states_hook(recorder), with_kwargs=True)
-        for name in sorted(holders)
-    ]
-    handles += [
-        handle
-        for name, module in layers.values()
-        for handle in (
-            module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True),
-            module.register_forward_hook(_output_hook(name, recorder), with_kwargs=True),
-        )
-    ]
-    try:
-        model.requires_grad_(False)
-        yield targets
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
+    with unfused(model), in_eval_mode(model), uncompiled(), without_cache(model), seeded_draws():
+        weights = find_targets(model, config or LayerSelection(target_modules="all"))
+        targets = [x for x in weights if not x.skip]
+        check_loaded(targets)
+        layers = {id(m): (n, m) for x in targets for n, m in zip(x.names, x.modules, strict=True)}
+        wanted = [(p, p.requires_grad) for p in model.parameters()]
+        handles = [
+            x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
+            for name, x in model.named_modules()
+            # Subclasses may read something else, such as a mask that they make positions of.
+            if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
+        ]
+        for name, module in layers.values():
+            handles.append(module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True))
+            handles.append(module.register_forward_hook(_output_hook(name, recorder), with_kwargs=True))
+        try:
+            model.requires_grad_(False)
+            yield targets
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, flag in wanted:
+                parameter.requires_grad_(flag)
 
 
 def _index_hook(name: str) -> Any:
@@ -645,13 +552,6 @@ def _index_hook(name: str) -> Any:
                     f"{low if low < 0 else high}: token ids of another tokenizer, or a text longer than the "
                     f"model takes? Indices go from 0 to {module.num_embeddings - 1}."
                 )
-
-    return hook
-
-
-def _states_hook(recorder: MomentRecorder) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorder.see_states(args, kwargs)
 
     return hook
 

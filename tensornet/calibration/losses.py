@@ -5,20 +5,17 @@ left out. Any function of that form can be given to `calibrate`. Random numbers 
 same in every calibration; called alone, they take the global generator.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensornet._util import unwrapped
-from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels
-from tensornet.calibration.masks import token_mask
-from tensornet.errors import CalibrationWarning, TargetError
+from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels, token_mask
+from tensornet.errors import TargetError
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
 
@@ -26,17 +23,16 @@ TokenLosses = Callable[[nn.Module, Batch], Tensor]
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits.
 
-    Labels are `batch["labels"]`, else the unpadded `input_ids`. Decoders score the label of the next
-    position, other models that in its place (`scores_next_token`); no token is scored from padding. A
-    model of an unknown class that computes a loss from labels is scored by that (`own_losses`), and so is one
-    whose labels and logits do not match token by token. Outputs are objects or mappings with `logits` or
-    `loss`.
-    A model that returns one tensor `(..., classes)` is scored at each label `(...)` there is; labels that
-    are numbers of the shape of that tensor are predicted: the loss of each row is then the mean squared
-    difference.
+    Labels are `batch["labels"]`, else the unpadded `input_ids`. Decoders of transformers are scored by the
+    label of the next position, other models by that in its place (`scores_next_token`); no token is scored
+    from padding. A model of an unknown class that computes a loss from labels of tokens is scored by that
+    (`own_losses`), and so is one whose labels and logits do not match token by token. Outputs are objects or
+    mappings with `logits` or `loss`, or one tensor `(..., classes)` for labels `(...)`. Labels that are
+    numbers of the shape of that tensor are predicted: the loss of each row is the mean squared difference.
 
     Raises:
-        TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit.
+        TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit; or its
+            labels are the tokens that it reads, and its class does not say that it predicts the next one.
 
     Example:
         >>> from tensornet.calibration import label_losses
@@ -58,11 +54,24 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
             "tensornet.compress(model, config, calibration=stats)."
         )
     if scores_next_token(model) is None and labels.ndim == 2:
-        if "labels" not in batch and takes_labels(model):
-            output = run_model(model, {**batch, "labels": labels})
-        if (loss := field(output, "loss")) is not None:
+        if (loss := _own_loss(model, batch, labels, output)) is not None:
             return loss.expand(_scored(labels, batch))
+        inputs = batch.get("input_ids", torch.empty(0))
+        if inputs.shape == labels.shape and bool(((inputs == labels) | (labels == IGNORED)).all()):
+            raise TargetError(
+                f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads; "
+                "whether it predicts the next token is known of classes such as *ForCausalLM. Pass loss_fn, "
+                "a function (model, batch) -> losses of shape (tokens,)."
+            )
     return token_entropies(*_aligned(model, batch, logits, labels))
+
+
+def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Tensor | None:
+    """Return the mean loss that a model computes from labels of tokens; None if it computes none."""
+    if "labels" not in batch and takes_labels(model):
+        output = run_model(model, {**batch, "labels": labels})
+    loss: Tensor | None = field(output, "loss")
+    return loss
 
 
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -166,47 +175,38 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
-@dataclass(frozen=True)
-class DefaultLoss:
-    """Loss chosen for a model.
-
-    Args:
-        losses: the function.
-        of_tokens: it is the cross entropy of tokens of the model's vocabulary, so that its exponential is a
-            perplexity.
-    """
-
-    losses: TokenLosses
-    of_tokens: bool = False
-
-
 @torch.no_grad()
-def default_losses(model: nn.Module, batch: Batch, fisher: str) -> DefaultLoss:
+def default_losses(model: nn.Module, batch: Batch, fisher: str) -> tuple[TokenLosses, bool]:
     """Choose the loss for a model from its outputs for one batch.
 
-    `cosine_losses` for hidden states or sentence embeddings alone; `output_losses` for other outputs that
-    have neither labels nor a loss of the model; else `sampled_losses` for `fisher="sampled"`, `own_losses`
-    for classes that are not known and compute a loss, or `label_losses`.
+    Hidden states or sentence embeddings alone are judged by `cosine_losses`; labels by `label_losses`, or for
+    `fisher="sampled"` by `sampled_losses`; labels of tokens by the loss of the model (`own_losses`), if its
+    class does not say where they are scored; and outputs that have neither labels nor a loss of the model by
+    their distance (`output_losses`).
+
+    Returns:
+        The loss, and True if it is the cross entropy of tokens that the model knows, so that its exponential
+        is a perplexity.
     """
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
-        return DefaultLoss(cosine_losses)
+        return cosine_losses, False
+    by_labels = sampled_losses if fisher == "sampled" else label_losses
+    given = "labels" in batch
     if logits is not None and labels is not None:
-        of_tokens = logits.ndim == 3 and _has_table(model, logits.shape[-1])
-        if labels.ndim == 2 and scores_next_token(model) is None:
-            with_labels = output
-            if "labels" not in batch and takes_labels(model):
-                with_labels = run_model(model, {**batch, "labels": labels})
-            if fisher == "labels" and field(with_labels, "loss") is not None:
-                return DefaultLoss(own_losses)
-            _warn_of_assumption(model, _shifted(model, batch, labels))
-        return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses, of_tokens)
-    if "labels" not in batch and field(output, "loss") is None:
+        known = labels.ndim != 2 or scores_next_token(model) is not None
+        if not known and fisher == "labels":
+            if _own_loss(model, batch, labels, output) is not None:
+                return own_losses, False
+            if not given:
+                return output_losses, False
+        return by_labels, logits.ndim == 3 and _has_table(model, logits.shape[-1])
+    if not given and field(output, "loss") is None:
         classes = _logits(output)
         drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
         if not (drawn and fisher == "sampled") and _tensors(output, batch):
-            return DefaultLoss(output_losses)
-    return DefaultLoss(sampled_losses if fisher == "sampled" else label_losses)
+            return output_losses, False
+    return by_labels, False
 
 
 #: Endings of the names of classes whose logits at one position are scored by the next label, and of others
@@ -239,29 +239,6 @@ def scores_next_token(model: nn.Module) -> bool | None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or name.endswith(_IN_PLACE):
         return False
     return True if name.endswith(_DECODERS) else None
-
-
-def _shifted(model: nn.Module, batch: Batch, labels: Tensor) -> bool:
-    """Decide whether a label scores the position before; for unknown classes if the labels are the inputs."""
-    known = scores_next_token(model)
-    if known is not None:
-        return known
-    inputs = batch.get("input_ids")
-    if not isinstance(inputs, Tensor) or inputs.shape != labels.shape:
-        return False
-    counted = labels != IGNORED
-    return bool((inputs == labels)[counted].all())
-
-
-def _warn_of_assumption(model: nn.Module, shifted: bool) -> None:
-    how = "the input tokens, so the next token is scored" if shifted else "scored in their place"
-    warnings.warn(
-        f"{type(model).__name__} computes no loss from labels, and its class is not known to predict a label "
-        f"at its position or at the one before. Assumed: the labels are {how}. If that is wrong, pass "
-        "loss_fn, a function (model, batch) -> losses of shape (tokens,).",
-        CalibrationWarning,
-        stacklevel=3,
-    )
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
@@ -310,7 +287,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
         if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
-            judged_by = default_losses(teacher, batch, "labels").losses
+            judged_by, _ = default_losses(teacher, batch, "labels")
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
         wanted, found = wanted_of(batch), run_model(model, batch)
@@ -357,14 +334,10 @@ def _tensors(output: Any, batch: Batch) -> list[Tensor]:
     """List the floating-point tensors of an output that have one entry for each row of the batch."""
     if isinstance(output, Tensor):
         return [output]
-    values = output.values() if isinstance(output, Mapping) else output
-    found = (
-        values
-        if isinstance(values, Iterable)
-        else vars(output).values()
-        if hasattr(output, "__dict__")
-        else ()
-    )
+    if isinstance(output, Mapping):
+        found: Iterable[Any] = output.values()
+    else:
+        found = output if isinstance(output, Iterable) else vars(output).values()
     rows = _rows(batch)
     return [x for x in found if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:1] == (rows,)]
 
@@ -454,7 +427,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits `(positions, classes)`, the positions that have a label, and these labels."""
     mask = batch.get("attention_mask")
-    causal = labels.ndim == 2 and _shifted(model, batch, labels)
+    causal = labels.ndim == 2 and bool(scores_next_token(model))
     padded = causal and mask is not None and mask.shape == labels.shape
     if causal:  # a position is scored by the next label
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

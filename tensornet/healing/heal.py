@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._util import check_size, in_eval_mode, uncompiled, without_cache
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
 from tensornet.calibration.losses import field, only_hidden, output_distances, pooled
-from tensornet.calibration.masks import token_mask
 from tensornet.errors import FormatError, NonFiniteError, TargetError
 from tensornet.healing.divergence import divergence
 from tensornet.io import check_place, write_tensors

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._util import in_eval_mode, uncompiled, without_cache
-from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model
+from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
 from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
 from tensornet.calibration.calibrate import mirrored, upper_gram
-from tensornet.calibration.masks import token_mask
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.sensitivity import INPUT_DAMPING
 from tensornet.errors import TargetError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import cosine_losses, label_losses, sampled_losses
-from tensornet.calibration.masks import token_mask
+from tensornet.calibration.batches import token_mask
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import TargetError
 

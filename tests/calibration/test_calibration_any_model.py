@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.calibration.losses import label_losses, losses_against, own_losses
-from tensornet.calibration.masks import token_mask
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.calibration.batches import token_mask
+from tensornet.calibration.losses import label_losses, losses_against, output_losses, own_losses
+from tensornet.errors import BudgetError, TargetError
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
 
@@ -155,16 +155,6 @@ def test_masks_find_rows_and_tokens(shape: tuple[int, ...], expected: Tensor | N
         assert torch.equal(found, expected)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("shape", "guess"), [((2, 2), "rows are taken"), ((2, 5, 5), "padding is counted")])
-def test_sizes_that_do_not_tell_rows_from_tokens_are_said(shape: tuple[int, ...], guess: str) -> None:
-    mask = MASK[:, [4, 0]] if len(shape) == 2 else MASK
-    with pytest.warns(CalibrationWarning, match=f"do not show which positions are padding: {guess}"):
-        found = token_mask({"attention_mask": mask}, torch.Size(shape))
-    assert found is not None
-    assert bool(found.all()) == (len(shape) == 3)
-    assert bool(token_mask({"attention_mask": torch.ones_like(mask)}, torch.Size(shape)).all())  # type: ignore[union-attr]
-
-
 class Heads(nn.Module):
     """Reads heads between rows and tokens, and tokens first."""
 
@@ -243,15 +233,15 @@ class WriterForMaskedLM(Writer):
     """The name of its class tells that labels are scored in their place."""
 
 
-@pytest.mark.parametrize(("labels", "shift"), [(IDS, True), (IDS.roll(-1, 1), False)])
-def test_an_unknown_class_without_a_loss_is_scored_as_documented(labels: Tensor, shift: bool) -> None:
-    model, like = Writer("none"), Writer("shifted" if shift else "in place")
-    batch = {"input_ids": IDS, "labels": labels}
-    said = "the next token is scored" if shift else "scored in their place"
-    with pytest.warns(CalibrationWarning, match=said) as caught:
-        stats = tn.calibrate(model, [batch, batch])
-    assert len(caught) == 1
-    assert stats.loss == pytest.approx(like(**batch)["loss"].item(), rel=1e-5)
+def test_an_unknown_class_without_a_loss_is_scored_as_documented() -> None:
+    model, given = Writer("none"), {"input_ids": IDS, "labels": IDS.roll(-1, 1)}
+    assert tn.calibrate(model, [given]).loss == pytest.approx(
+        Writer("in place")(**given)["loss"].item(), rel=1e-5
+    )
+    found, expected = tn.calibrate(model, [IDS]), tn.calibrate(model, [IDS], loss_fn=output_losses)
+    torch.testing.assert_close(found.rows, expected.rows)
+    with pytest.raises(TargetError, match="loss_fn"):
+        tn.calibrate(model, [{"input_ids": IDS, "labels": IDS}])
 
 
 @pytest.mark.parametrize(("kind", "like"), [(WriterForCausalLM, "shifted"), (WriterForMaskedLM, "in place")])

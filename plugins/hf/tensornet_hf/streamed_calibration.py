@@ -8,7 +8,7 @@ batch. The result is that of `tensornet.calibrate`.
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -232,16 +232,9 @@ class _Streamed:
     # What hooks call.
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Forward an input to the recorder, which finds only the padding before the backward pass."""
+        """Forward an input to the recorder in the forward pass."""
         if self.sees == "inputs":
             self.recorder.see_input(name, x)
-        elif self.sees == "gradients":
-            self.recorder.place(name, x)
-
-    def see_states(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Forward hidden states to the recorder."""
-        if self.sees != "nothing":
-            self.recorder.see_states(args, kwargs)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Ignore embeddings, which lie outside the blocks."""
@@ -284,7 +277,7 @@ class _Streamed:
             hidden = self.chain.states[self.chain.position, number].requires_grad_()
             with self.chain.leaving(number, hidden), _in_memory(self.rest):
                 if number == 0 and loss_fn in (label_losses, sampled_losses):
-                    self.of_tokens = default_losses(self.model, batch, "labels").of_tokens
+                    self.of_tokens = default_losses(self.model, batch, "labels")[1]
                 each = checked_losses(loss_fn(self.model, batch))
                 each.sum().backward()
             assert hidden.grad is not None
