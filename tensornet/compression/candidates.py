@@ -28,7 +28,7 @@ from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
-from tensornet.nn.strategy import product_cost, unpacking_cost
+from tensornet.nn.strategy import product_seconds, unpacking_seconds
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
@@ -670,12 +670,11 @@ class Clock:
 
     def unpacking(self, topology: Topology, storage: Storage) -> float:
         """Predict the time to unpack the integer cores of a network, 0 without any."""
-        return 1e3 * unpacking_cost(topology, storage, self.machine, self.itemsize).seconds
+        return 1e3 * unpacking_seconds(topology, storage, self.machine, self.itemsize)
 
     def integers(self, number_format: NumberFormat, shape: tuple[int, int]) -> float:
         """Predict the time of a dense matrix in an integer format."""
-        cost = product_cost(number_format, shape, self.tokens, self.machine, self.itemsize)
-        return 1e3 * cost.seconds
+        return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, self.itemsize)[1]
 
     def dense(self, shape: tuple[int, int]) -> float:
         """Predict the time of the dense layer."""

@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from tensornet._util import check_input, is_exporting
-from tensornet.contraction.cost import Machine, default_machine
+from tensornet.contraction.cost import default_machine
 from tensornet.contraction.plan import PLANNED_TOKENS, RECONSTRUCT, contract_with_input, plan_operator
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
@@ -19,7 +19,7 @@ from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
-from tensornet.nn.strategy import CACHED, IntegerCost, Strategy, product_cost, transforms_active
+from tensornet.nn.strategy import CACHED, Strategy, transforms_active
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.mpo import MPOFamily
@@ -104,7 +104,7 @@ class TensorNetworkLinear(NetworkModule):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The only core, if the weight is stored as one matrix of integers; None for all other layers."""
+        """The only core, if the weight is stored as one matrix of integers; None for other layers."""
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
@@ -147,14 +147,6 @@ class TensorNetworkLinear(NetworkModule):
             known = IntegerMatrix.of(core)
             self._integers = None if is_compiling() else known
         return known
-
-    def _product_cost(self, tokens: int, machine: Machine, itemsize: int) -> IntegerCost | None:
-        core = self.integer_core
-        if core is None or self.strategy not in ("auto", "factorized"):
-            return None
-        number_format = self.storage.format_of(self.topology.core_names[0])
-        prepared = not isinstance(core, PackedCore)
-        return product_cost(number_format, self.topology.shape, tokens, machine, itemsize, prepared=prepared)
 
     @classmethod
     def from_linear(

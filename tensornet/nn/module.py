@@ -26,13 +26,11 @@ from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, empty, enco
 from tensornet.nn.strategy import (
     CACHED,
     Explanation,
-    IntegerCost,
     KeptMatrix,
     Strategy,
     check_strategy,
     explain,
     may_keep,
-    unpacking_cost,
 )
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import Rounding
@@ -301,40 +299,12 @@ class NetworkModule(nn.Module):
         Raises:
             ValueError: `tokens` is not an integer of at least 1.
         """
-        like = self._like()
-        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
-        unpacking = None
-        if self.storage.quantized:
-            unpacking = unpacking_cost(self.topology, self.storage, machine, itemsize)
-        product = self._product_cost(tokens, machine, itemsize)
-        names = {RECONSTRUCT: "reconstruct", CACHED: "cached"}
-        return explain(
-            self.plan,
-            tokens,
-            machine,
-            itemsize,
-            choice="factorized" if product else names.get(self.route(tokens), "factorized"),
-            refused=self._refused(),
-            unpacking=unpacking,
-            product=product,
-        )
+        return explain(self, tokens)
 
-    def _product_cost(self, tokens: int, machine: Machine, itemsize: int) -> IntegerCost | None:
-        """Predict the cost of the product with an integer matrix, if that is how the layer is applied."""
+    @property
+    def integer_core(self) -> nn.Module | None:
+        """The only core, if the weight is multiplied as one matrix of integers; None for other layers."""
         return None
-
-    def _refused(self) -> dict[str, str]:
-        """Explain why strategies are unavailable now, by name."""
-        if self.strategy in ("factorized", "reconstruct"):
-            other = {"factorized", "reconstruct", "cached"} - {self.strategy}
-            return dict.fromkeys(other, "not the strategy set")
-        if self.strategy == "auto":
-            return {"cached": 'keeps the matrix: memory for speed, strategy="cached"'}
-        if self.training:
-            return {"cached": "only in eval"}
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self._tensors()):
-            return {"cached": "gradients of the cores are recorded; use torch.no_grad()"}
-        return {}
 
     @property
     def matrix_bytes(self) -> int:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active as transforms_active
 
 from tensornet._util import check_size
-from tensornet.contraction.cost import Machine, check_machine, dense_seconds
-from tensornet.contraction.plan import RECONSTRUCT, OperatorPlan
+from tensornet.contraction.cost import Machine, check_machine, default_machine, dense_seconds
+from tensornet.contraction.plan import RECONSTRUCT
 from tensornet.errors import TargetError
 from tensornet.nn.int4_cpu import KERNEL_TOKENS, has_layout, layout_bytes, products_of
 from tensornet.nn.integer_matmul import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
-from tensornet.nn.storage import Storage, kept_shapes
+from tensornet.nn.storage import PackedCore, Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
@@ -204,27 +204,10 @@ def _kept_by(module: nn.Module) -> KeptMatrix | None:
 
 #: Names of the kernels, those of the int4 kernel by its products.
 INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
-INT8_KERNEL = "int8 kernel"
+INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 
 
-@dataclass(frozen=True)
-class IntegerCost:
-    """Predicted cost of reading integers in one forward pass.
-
-    Args:
-        kernel: that multiplies: one of `INT4_KERNELS`, `"int8 kernel"`, or `"unpacked"`.
-        seconds: of the product, or of unpacking alone where something else multiplies.
-        unpacked: elements that are unpacked.
-        read_bytes: that are read from memory.
-    """
-
-    kernel: str
-    seconds: float
-    unpacked: int
-    read_bytes: int
-
-
-def product_cost(
+def product_seconds(
     number_format: NumberFormat,
     shape: tuple[int, int],
     tokens: int,
@@ -232,8 +215,8 @@ def product_cost(
     itemsize: int,
     *,
     prepared: bool = True,
-) -> IntegerCost:
-    """Predict the cost of multiplying by an integer matrix, the way `tensornet.nn.integer_matmul` does.
+) -> tuple[str, float]:
+    """Predict how an integer matrix multiplies, as `tensornet.nn.integer_matmul` does it, and in what time.
 
     Args:
         number_format: of the matrix.
@@ -243,52 +226,53 @@ def product_cost(
         itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
         prepared: whether the layer is prepared for inference where that helps.
 
+    Returns:
+        One of `INT4_KERNELS`, `"int8 kernel"` or `"unpacked"`, and seconds.
+
     Example:
         >>> from tensornet.contraction.cost import CPU
-        >>> product_cost(NumberFormat.parse("int8:row"), (512, 512), 1, CPU, 2).kernel
+        >>> product_seconds(NumberFormat.parse("int8:row"), (512, 512), 1, CPU, 2)[0]
         'int8 kernel'
-        >>> product_cost(NumberFormat.parse("int3"), (512, 512), 256, CPU, 2).kernel
+        >>> product_seconds(NumberFormat.parse("int3"), (512, 512), 256, CPU, 2)[0]
         'unpacked'
     """
     elements, size = shape[0] * shape[1], number_format.nbytes(shape)
-    has_kernel = prepared and has_layout(number_format, shape)
-    kernel = _kernel(number_format, shape, tokens, machine, itemsize, prepared=has_kernel)
-    if kernel is not None:
-        products = 1
-        if kernel != INT8_KERNEL:
-            size, products = layout_bytes(number_format, shape), products_of(number_format)
-        seconds = products * (machine.overhead + tokens * elements / machine.kernel_peak)
-        return IntegerCost(kernel, seconds + size / machine.bandwidth, 0, size)
+    prepared = prepared and has_layout(number_format, shape)
+    kernels = machine.kernel_peak > 0 and itemsize == 2
+    if kernels and prepared:
+        products = products_of(number_format)
+        if tokens <= KERNEL_TOKENS // products:
+            seconds = products * (machine.overhead + tokens * elements / machine.kernel_peak)
+            return INT4_KERNELS[products], seconds + layout_bytes(number_format, shape) / machine.bandwidth
+    elif kernels and tokens <= INT8_TOKENS and has_int8_kernel(number_format, shape):
+        seconds = machine.overhead + tokens * elements / machine.kernel_peak
+        return INT8_KERNEL, seconds + size / machine.bandwidth
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
-    if itemsize == 2 and machine.kernel_peak > 0 and has_kernel:
+    if kernels and prepared:
         passes = unpack_passes(number_format, 4)  # scales multiply numbers of either size
     elif scales_by_row(number_format, shape[1]):
         passes = 1.0  # codes are converted, and outputs scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
-    seconds += dense_seconds(*shape, tokens, machine, wide, from_memory=False)
-    return IntegerCost("unpacked", seconds, elements, size)
+    return UNPACKED, seconds + dense_seconds(*shape, tokens, machine, wide, from_memory=False)
 
 
-def unpacking_cost(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> IntegerCost:
-    """Predict the cost of unpacking the integer cores of a network before it is contracted.
+def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> float:
+    """Predict the time to unpack the integer cores of a network before it is contracted; 0 without any.
 
     Args:
         topology: the network.
-        storage: how its cores are kept.
+        storage: how its cores are stored.
         machine: whose constants count.
         itemsize: bytes of an element of the unpacked cores.
     """
-    seconds, elements, size = 0.0, 0, 0
+    seconds = 0.0
     for name, shape, _ in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
         if number_format.is_integer:
-            count = math.prod(shape)
-            elements += count
-            size += number_format.nbytes((math.prod(shape[:-1]), shape[-1]))
             passes = unpack_passes(number_format, itemsize)
-            seconds += machine.overhead + count * machine.unpack_pass * passes
-    return IntegerCost("unpacked", seconds, elements, size)
+            seconds += machine.overhead + math.prod(shape) * machine.unpack_pass * passes
+    return seconds
 
 
 def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
@@ -301,24 +285,6 @@ def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
     bits = number_format.bits or 8
     passes = 2.0 + (0.0 if bits == 8 else 1.0 if 8 % bits == 0 else 2.5)
     return passes + (1.0 if itemsize == 2 else 0.0)
-
-
-def _kernel(
-    number_format: NumberFormat,
-    shape: tuple[int, int],
-    tokens: int,
-    machine: Machine,
-    itemsize: int,
-    *,
-    prepared: bool,
-) -> str | None:
-    """Name the kernel that multiplies, if one does."""
-    if machine.kernel_peak <= 0 or itemsize != 2:
-        return None
-    if prepared:
-        products = products_of(number_format)
-        return INT4_KERNELS[products] if tokens <= KERNEL_TOKENS // products else None
-    return INT8_KERNEL if tokens <= INT8_TOKENS and has_int8_kernel(number_format, shape) else None
 
 
 # --- predicted cost of every strategy ----------------------------------------------------------------
@@ -335,7 +301,7 @@ class StrategyCost:
         moved: elements copied by permutations.
         memory_bytes: largest tensor made on the way, or the matrix that is kept.
         refused: why the layer does not use it now; empty if it may.
-        integers: how integers are read; None without any.
+        integers: how integers are read, `"unpacked"` or the name of a kernel; empty without any.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
@@ -350,7 +316,7 @@ class StrategyCost:
     moved: int
     memory_bytes: int
     refused: str = ""
-    integers: IntegerCost | None = None
+    integers: str = ""
 
 
 @dataclass(frozen=True)
@@ -358,7 +324,7 @@ class Explanation:
     """Predicted cost of every strategy of a layer, and the one it takes; `print` shows a table.
 
     Args:
-        description: shape and form of the operator.
+        description: shape and topology of the operator.
         machine: whose constants were used.
         tokens: for which it was asked.
         costs: one for each strategy.
@@ -391,14 +357,13 @@ class Explanation:
             f"  {'strategy':<12} {'ms':>10} {'multiply-adds':>16} {'moved':>14} {'memory':>12}",
         ]
         for cost in self.costs:
-            mark, note, read = "*" if cost.strategy == self.choice else " ", "", cost.integers
-            if read is not None:
-                note = f"  {read.kernel}, {size_in_words(read.read_bytes)} read"
-                note += f", {read.unpacked:,} integers unpacked" if read.unpacked else ""
-            note += f"  ({cost.refused})" if cost.refused else ""
+            size = cost.memory_bytes
+            memory = f"{size / 2**20:.2f} MiB" if size >= 2**20 else f"{size / 2**10:.2f} KiB"
             lines.append(
-                f"{mark} {cost.strategy:<12} {cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} "
-                f"{cost.moved:>14,} {size_in_words(cost.memory_bytes):>12}{note}"
+                f"{'*' if cost.strategy == self.choice else ' '} {cost.strategy:<12} "
+                f"{cost.milliseconds:>10.3f} {cost.multiply_adds:>16,} {cost.moved:>14,} {memory:>12}"
+                + (f"  integers: {cost.integers}" if cost.integers else "")
+                + (f"  ({cost.refused})" if cost.refused else "")
             )
         chosen = self[self.choice].milliseconds / self.dense_milliseconds
         lines.append(
@@ -407,76 +372,60 @@ class Explanation:
         return "\n".join(lines)
 
 
-def size_in_words(size: int) -> str:
-    """Format bytes in the largest unit that leaves a digit before the point.
-
-    >>> size_in_words(3 * 2**19)
-    '1.50 MiB'
-    """
-    for unit, scale in (("MiB", 2**20), ("KiB", 2**10)):
-        if size >= scale:
-            return f"{size / scale:.2f} {unit}"
-    return f"{size} B"
-
-
-def explain(
-    plan: OperatorPlan,
-    tokens: int,
-    machine: Machine,
-    itemsize: int,
-    *,
-    choice: str,
-    refused: dict[str, str],
-    unpacking: IntegerCost | None = None,
-    product: IntegerCost | None = None,
-) -> Explanation:
-    """Compute the costs of an operator by every strategy.
-
-    Args:
-        plan: the planned operator.
-        tokens: number of input vectors.
-        machine: whose constants are used.
-        itemsize: bytes of an element.
-        choice: the strategy that is taken.
-        refused: why strategies are not taken, by name.
-        unpacking: cost of unpacking integer cores before they are contracted; None without any.
-        product: cost of the whole product with an integer matrix, where that is how the layer is applied.
+def explain(layer: Any, tokens: int) -> Explanation:
+    """Predict the cost of a layer by every strategy, see `tensornet.nn.module.NetworkModule.explain`.
 
     Raises:
         ValueError: `tokens` is not an integer of at least 1.
     """
     tokens = check_size("tokens", tokens, error=ValueError)
-    topology, route = plan.topology, plan.fastest(tokens, machine, itemsize, rebuild=False)
+    plan, topology, storage, like = layer.plan, layer.topology, layer.storage, layer._like()
+    machine, itemsize = layer.machine or default_machine(like.device), like.element_size()
+    route = plan.fastest(tokens, machine, itemsize, rebuild=False)
     contraction, elements = plan.applies[route], topology.out_features * topology.in_features
+    unpacking = unpacking_seconds(topology, storage, machine, itemsize)
+    choice = {RECONSTRUCT: "reconstruct", CACHED: "cached"}.get(layer.route(tokens), "factorized")
+    integers = kernel = UNPACKED if storage.quantized else ""
+    factorized = plan.seconds(route, tokens, machine, itemsize) + unpacking
+    core = layer.integer_core
+    if core is not None and layer.strategy in ("auto", "factorized"):
+        number_format, prepared = storage.format_of(topology.core_names[0]), not isinstance(core, PackedCore)
+        kernel, factorized = product_seconds(
+            number_format, topology.shape, tokens, machine, itemsize, prepared=prepared
+        )
+        choice = "factorized"
+    refused = {}
+    if layer.strategy in ("factorized", "reconstruct"):
+        refused = {x: "not the strategy set" for x in STRATEGIES if x != layer.strategy}
+    elif layer.strategy == "auto":
+        refused["cached"] = 'keeps the matrix: memory for speed, strategy="cached"'
+    elif layer.training:
+        refused["cached"] = "only in eval"
+    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in layer._tensors()):
+        refused["cached"] = "gradients of the cores are recorded; use torch.no_grad()"
     dense = dense_seconds(*topology.shape, tokens, machine, itemsize)
-    reading = 0.0 if unpacking is None else unpacking.seconds
-    factorized = plan.seconds(route, tokens, machine, itemsize) + reading
-    work = {
-        "factorized": (
-            factorized if product is None else product.seconds,
+    rebuilt = plan.seconds(RECONSTRUCT, tokens, machine, itemsize) + unpacking
+    products = tokens * elements
+    costs = (
+        StrategyCost(
+            "factorized",
+            1e3 * factorized,
             contraction.multiply_adds(tokens),
             contraction.moved(tokens),
-            contraction.largest_intermediate(tokens),
+            contraction.largest_intermediate(tokens) * itemsize,
+            refused.get("factorized", ""),
+            kernel,
         ),
-        "reconstruct": (
-            plan.seconds(RECONSTRUCT, tokens, machine, itemsize) + reading,
-            plan.matrix.multiply_adds(1) + tokens * elements,
+        StrategyCost(
+            "reconstruct",
+            1e3 * rebuilt,
+            plan.matrix.multiply_adds(1) + products,
             plan.matrix.moved(1),
-            math.prod(topology.padded_shape),
+            math.prod(topology.padded_shape) * itemsize,
+            refused.get("reconstruct", ""),
+            integers,
         ),
-        "cached": (dense, tokens * elements, 0, elements),
-    }
-    integers = {"factorized": product or unpacking, "reconstruct": unpacking}
-    return Explanation(
-        description=f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}",
-        machine=machine.name,
-        tokens=tokens,
-        costs=tuple(
-            StrategyCost(
-                name, 1e3 * seconds, adds, moved, size * itemsize, refused.get(name, ""), integers.get(name)
-            )
-            for name, (seconds, adds, moved, size) in work.items()
-        ),
-        choice=choice,
-        dense_milliseconds=1e3 * dense,
+        StrategyCost("cached", 1e3 * dense, products, 0, elements * itemsize, refused.get("cached", "")),
     )
+    description = f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}"
+    return Explanation(description, machine.name, tokens, costs, choice, 1e3 * dense)

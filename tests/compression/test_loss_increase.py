@@ -46,7 +46,7 @@ def loss(model: nn.Module) -> float:
     return float(nn.functional.cross_entropy(model(X), Y))
 
 
-class Letters(nn.Module):
+class LettersForCausalLM(nn.Module):
     """Predicts tokens."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ def test_a_shift_that_is_no_noise_stays() -> None:
 
 def test_divergence_is_that_of_the_predictions_without_padding() -> None:
     torch.manual_seed(0)
-    model, made = Letters(), Letters()
+    model, made = LettersForCausalLM(), LettersForCausalLM()
     ids = torch.randint(20, (4, 12))
     mask = torch.ones(4, 12, dtype=torch.long)
     mask[:, 9:] = 0

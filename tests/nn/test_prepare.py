@@ -207,14 +207,7 @@ def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
 )
 def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
     told = prepared(name).explain(count)
-    cost = told[told.choice].integers
-    assert cost is not None
-    assert (told.choice, cost.kernel) == ("factorized", kernel)
-    assert cost.unpacked == (0 if "kernel" in kernel else SHAPE[0] * SHAPE[1])
-    number_format = NumberFormat.parse(name)
-    stored = number_format.nbytes(SHAPE)
-    assert cost.read_bytes == (layout_bytes(number_format, SHAPE) if "int4" in kernel else stored)
-    assert f"{kernel}, " in str(told)
+    assert (told.choice, told["factorized"].integers) == ("factorized", kernel)
+    assert kernel in str(told)
     plain = layer(name).explain(count)["factorized"].integers
-    assert plain is not None
-    assert plain.kernel == ("int8 kernel" if kernel == "int8 kernel" else "unpacked")
+    assert plain == ("int8 kernel" if kernel == "int8 kernel" else "unpacked")
