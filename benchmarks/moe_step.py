@@ -88,11 +88,6 @@ class DenseExperts(tm.ExpertBank):
         """See `ExpertBank`."""
         return self.weight if experts is None else self.weight[torch.as_tensor(experts)]
 
-    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """See `ExpertBank`."""
-        every = self.weight.unbind(0)
-        return [every[e] for e in experts]
-
     def keeps_matrices(self) -> bool:
         """See `ExpertBank`."""
         return True

@@ -17,7 +17,7 @@ from tensornet.compression.report import model_size
 from tensornet.nn.targets import LayerSelection
 from tensornet_hf.cli.main import run
 from tensornet_moe.expert_compression import experts_per_token
-from tensornet_moe.low_rank_sharing import PATTERNS
+from tensornet_moe.shared_low_rank import PATTERNS
 
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.6)
 BATCHES = [{"input_ids": tokens(8), "labels": tokens(8)}]
@@ -87,7 +87,7 @@ def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object
         assert torch.equal(logits(again), want)
         for stack in report.stacks:
             first, *others = (again.get_submodule(name) for name in stack.names)
-            part = f"core_{PATTERNS[stack.pattern].core}"
+            part = f"core_{PATTERNS[stack.pattern]}"
             assert all(getattr(x, part) is getattr(first, part) for x in others)
     assert run(["inspect", str(tmp_path / "small")]) == 0
     assert run(["decompress", str(tmp_path / "small"), str(tmp_path / "dense")]) == 0
@@ -97,7 +97,7 @@ def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object
 def test_shared_cores_train_as_one() -> None:
     model, report = compressed("mixtral")
     stack = report.stacks[0]
-    part = f"core_{PATTERNS[stack.pattern].core}"
+    part = f"core_{PATTERNS[stack.pattern]}"
     layers = [model.get_submodule(name) for name in stack.names]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(input_ids=tokens(4), labels=tokens(4)).loss.backward()

@@ -97,34 +97,6 @@ def test_second_derivatives(calls: list[int]) -> None:
         assert torch.allclose(mine, true, atol=1e-9)
 
 
-@pytest.mark.parametrize("for_x", [True, False])
-@pytest.mark.parametrize("counts", [(3, 0, 1, 2), (9, 9, 9, 9)])
-def test_compiled(counts: tuple[int, ...], for_x: bool, calls: list[int]) -> None:
-    bank = bank_of("five cores")
-    x, _, dense = both_ways(bank, counts)
-    x.requires_grad_(for_x)
-    inputs = [*([x] if for_x else []), *bank.parameters()]
-    groups = group_rows(torch.repeat_interleave(torch.arange(E), torch.tensor(counts)), E)
-
-    def rows(x: Tensor) -> Tensor:
-        return bank.apply_rows(x, group_rows(groups.expert_of_row, E)).square().sum()
-
-    torch.compiler.reset()
-    graphs: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
-
-    loss = torch.compile(rows, fullgraph=True, backend=backend)(x)
-    assert "chain_products" in graphs[0].code
-    found, truth = (torch.autograd.grad(y, inputs) for y in (loss, dense().square().sum()))
-    for mine, true in zip(found, truth, strict=True):
-        assert torch.allclose(mine, true, atol=1e-9)
-    with torch.no_grad():
-        assert torch.allclose(torch.compile(rows, fullgraph=True, backend="aot_eager")(x), loss)
-
-
 @pytest.mark.parametrize("frozen", ["0", "1", "2", "0 2", "0 1 2", "x", "x 1"])
 def test_what_is_frozen_gets_no_gradient(frozen: str, calls: list[int]) -> None:
     bank = bank_of("legs of 16 bytes")

@@ -36,8 +36,16 @@ from tensornet_moe.expert_compression import (
     find_stacks,
     totals_of,
 )
-from tensornet_moe.low_rank_sharing import PATTERNS, fit_low_rank, fit_stored, pattern_of, pooled
-from tensornet_moe.shared_candidates import encodings, shared_candidates
+from tensornet_moe.shared_low_rank import (
+    PATTERNS,
+    encodings,
+    fit_low_rank,
+    fit_stored,
+    pattern_of,
+    pattern_topology,
+    pooled,
+    shared_candidates,
+)
 
 E, OUT, IN = 4, 36, 32
 FORMATS = tuple(NumberFormat.parse(x) for x in ("float", "int8", "int4:g32:float8"))
@@ -79,7 +87,7 @@ def sensitivities() -> list[Sensitivity]:
 def matrices_of(
     pattern: str, rank: int, stored: list[dict[str, Tensor]], storage: Storage, like: Tensor
 ) -> list[Tensor]:
-    topology = PATTERNS[pattern].build(OUT, IN, rank)
+    topology = pattern_topology(pattern, OUT, IN, rank)
     layers = [linear_from_stored(topology, x, source="part", storage=storage, like=like) for x in stored]
     return [layer.to_matrix().detach() for layer in layers]
 
@@ -97,9 +105,9 @@ def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> N
     stored = fit_stored(pattern, list(made), [x.choice for x in sensitivities()], 3)
     for want, found in zip(made, matrices_of(pattern, 3, stored, Storage(), made[0]), strict=True):
         assert torch.allclose(found, want, atol=1e-8)
-    core = PATTERNS[pattern].core
+    core = PATTERNS[pattern]
     assert len({id(cores[f"core_{core}"]) for cores in stored}) == 1
-    assert pattern_of(PATTERNS[pattern].build(OUT, IN, 3), core) == pattern
+    assert pattern_of(pattern_topology(pattern, OUT, IN, 3), core) == pattern
 
 
 @pytest.mark.parametrize("pattern", ["inputs", "outputs"])
@@ -144,10 +152,10 @@ def test_a_factor_is_fitted_to_what_rounding_left(side: str) -> None:
 def test_pooled_moments_are_exact_where_matrices_agree() -> None:
     weighting, error = sensitivities()[0].choice, gaussian(OUT, IN).double()
     for one in (weighting, Weighting(weighting.rows, None), Weighting(None, weighting.columns)):
-        assert pooled([one] * 3, (OUT, IN)).cost(error) == pytest.approx(3 * one.cost(error))
+        assert pooled([one] * 3, error).cost(error) == pytest.approx(3 * one.cost(error))
     many = [x.choice for x in sensitivities()]
     white = torch.stack([gaussian(OUT, IN, seed=k).double() for k in range(200)])  # equal traces
-    costs = [sum(x.cost(e) for e in white) for x in (*many, pooled(many, (OUT, IN)))]
+    costs = [sum(x.cost(e) for e in white) for x in (*many, pooled(many, error))]
     assert costs[-1] == pytest.approx(sum(costs[:-1]), rel=0.02)
 
 
@@ -162,7 +170,7 @@ def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, plant
     assert len(found) > 2
     for rank in range(1, len(found) + 1, 3):
         fits = fit_low_rank(pattern, matrices, [x.choice for x in sensitivities()], rank)
-        core = PATTERNS[pattern].core
+        core = PATTERNS[pattern]
         once = fits[0][core].numel()  # type: ignore[union-attr]
         numbers = sum(x.numel() for cores in fits for x in cores.values())  # type: ignore[union-attr]
         assert found[rank - 1].params == numbers - (E - 1) * once
@@ -212,7 +220,7 @@ def test_rounding_errors_of_a_shared_core_count_for_every_expert_of_a_token(patt
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_only_the_tensors_of_the_shared_core_are_common(pattern: str) -> None:
-    core = PATTERNS[pattern].core
+    core = PATTERNS[pattern]
     storage = Storage(number_format="int4", core_formats={core: "int8"})  # type: ignore[arg-type]
     first, *others = fit_stored(pattern, list(PLANTED[pattern](3)), [Weighting()] * E, 5, storage)
     for stored in others:
@@ -365,7 +373,7 @@ def test_the_model_has_the_sizes_and_errors_of_the_report(budget: dict[str, obje
     assert saved == sum(x.bytes_before - x.bytes_after for x in parts)
     assert (report.model_params_after, report.model_bytes_after) == model_size(model)
     for stack in report.stacks:
-        core = PATTERNS[stack.pattern].core
+        core = PATTERNS[stack.pattern]
         layers = [model.get_submodule(name) for name in stack.names]
         assert len({id(getattr(layer, f"core_{core}")) for layer in layers}) == 1
         block = dense.get_submodule(stack.names[0].rsplit(".", 2)[0])
@@ -390,7 +398,7 @@ def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object]
     assert torch.equal(again(x), model(x))
     for other in (again, copy.deepcopy(model).to(torch.bfloat16)):
         for stack in report.stacks:
-            part = f"core_{PATTERNS[stack.pattern].core}"
+            part = f"core_{PATTERNS[stack.pattern]}"
             layers = [other.get_submodule(name) for name in stack.names]
             assert len({id(getattr(layer, part)) for layer in layers}) == 1
 
@@ -399,7 +407,7 @@ def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object]
 def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
     model, (dense, _, batches) = copy.deepcopy(compressed(**budget)[0]), calibrated()
     stack = compressed(**budget)[1].stacks[0]
-    part = f"core_{PATTERNS[stack.pattern].core}" + (".scales" if stack.storage.quantized else "")
+    part = f"core_{PATTERNS[stack.pattern]}" + (".scales" if stack.storage.quantized else "")
     first, second = (model.get_submodule(name) for name in stack.names[:2])
     before, count = first.stored[part].clone(), len({id(p) for p in model.parameters()})
     report = tn.heal(model, dense, batches, steps=30, lr=1e-2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 from collections.abc import Callable
 
@@ -83,22 +82,6 @@ def test_a_masked_core_is_bit_identical_and_the_rest_moves(name: str) -> None:
     assert all(moved)
 
 
-@pytest.mark.parametrize("name", [x for x in OPTIMIZERS if x.endswith(("each", "fused"))])
-def test_a_core_may_be_masked_from_the_first_step(name: str) -> None:
-    """Then it has no momentum when others have; an optimizer must start it later as it would have earlier."""
-    model = Model()
-    optimizer = OPTIMIZERS[name](model.parameters())
-    tm.GradientMask(model, p=0.5, seed=0).attach(optimizer)
-    reference = copy.deepcopy(model)
-    plain = OPTIMIZERS[name.partition("_")[0]](reference.parameters())
-    tm.GradientMask(reference, p=0.5, seed=0).attach(plain)
-    left = train(model, optimizer, range(5))
-    assert left == train(reference, plain, range(5))
-    assert len(set(left[0])) == 2
-    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_both_ends_are_exact(name: str, p: float) -> None:
@@ -133,7 +116,7 @@ def test_the_draw_is_apart_from_the_models_randomness_and_the_same_everywhere() 
     assert left[0] == left[1]
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "adamw_fused", "sgd_fused"])
+@pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "adamw_fused"])
 def test_grad_scaler_draws_only_for_steps_that_happen(name: str) -> None:
     model = Model()
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -242,9 +225,10 @@ def test_a_mask_attached_to_nothing_says_what_it_looked_for() -> None:
     private = tm.SharedCoreExperts(TOPOLOGY, 2, shared="none")
     with pytest.raises(TargetError, match="has no core that experts share"):
         tm.GradientMask(private, p=0.5)
-    with pytest.raises(TargetError, match="over no parameters"):
-        tm.GradientMask([], p=0.5)
     model = Model()
+    for parameters in ([], [model.centers[1], model.centers[1]]):
+        with pytest.raises(TargetError, match="each of them once"):
+            tm.GradientMask(parameters, p=0.5)
     with pytest.raises(TargetError, match="does not train 3 of the 3 masked cores"):
         tm.GradientMask(model, p=0.5).attach(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
 
@@ -270,28 +254,14 @@ def test_a_closure_would_undo_the_mask_and_is_refused(kind: type[torch.optim.Opt
         assert mask.steps == 1
 
 
-def test_two_masks_on_one_core_are_refused_until_one_is_gone() -> None:
-    model = Model()
-    mask = tm.GradientMask(model, p=0.5)
-    with pytest.raises(TargetError, match="1 of the 1 cores have a GradientMask already"):
-        tm.GradientMask([model.centers[1]], p=0.1)
-    with pytest.raises(TargetError, match="two masks on one"):
-        tm.GradientMask([model.centers[1], model.centers[1]], p=0.1)
-    mask.detach()
-    second = tm.GradientMask(model, p=0.5)
-    del second
-    gc.collect()
-    tm.GradientMask(model, p=0.5)
-
-
 def test_a_masked_model_can_be_copied_and_saved_whole() -> None:
     model = Model()
-    mask = tm.GradientMask(model, p=0.5)
+    mask = tm.GradientMask(model, p=0.5).attach(OPTIMIZERS["adamw"](model.parameters()))
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        tm.GradientMask(twin, p=0.5)
+    for copied in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert len(tm.GradientMask(copied, p=0.5).parameters) == 3
     assert mask.parameters == model.centers
 
 
@@ -314,15 +284,6 @@ def test_the_optimizer_that_accelerate_wraps_is_masked() -> None:
             wanted.append((torch.rand(3, generator=twin, dtype=torch.float64) < 0.5).tolist())
     assert (left, mask.steps) == (wanted, 4)
     mask.detach()
-
-
-def test_fused_sgd_with_dampening_is_refused() -> None:
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5, fused=True)
-    tm.GradientMask(model, p=0.5).attach(optimizer)
-    backward(model)
-    with pytest.raises(ValueError, match=r"fused=True and dampening=0.5 cannot do; use fused=False"):
-        optimizer.step()
 
 
 def test_bad_options_are_refused() -> None:

@@ -75,7 +75,6 @@ def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
     with torch.no_grad():
         kept = bank.expert_matrices()
         assert bank.expert_matrices() is kept
-        assert bank.matrix_list([1])[0].data_ptr() == kept[1].data_ptr()
         bank.core_0.mul_(2)
         assert torch.allclose(bank.expert_matrices(), 2 * kept)
         bank.core_1.data = bank.core_1.data * 2

@@ -1,7 +1,7 @@
 """Abstract bank of expert matrices, and the owner of cores that several banks share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,16 +83,8 @@ class ExpertBank(nn.Module, ABC):
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
 
-    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """Return the matrices of the given experts one by one; a bank that caches them need not copy.
-
-        Those that are built as they are asked for are used while the caches still hold them, and so are
-        their gradients, in the reverse order.
-        """
-        return self.expert_matrices(experts).unbind(0)
-
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r` for rows sorted by expert; by default with the active matrices.
+        """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with the matrices of the active experts.
 
         Override it where something cheaper than a matrix for each expert gives the same result.
 
@@ -103,13 +95,16 @@ class ExpertBank(nn.Module, ABC):
         Returns:
             Shape `(rows, out_features)`.
         """
+        active = groups.active
+        # Cached matrices need no copy of those of the active experts.
+        selected = active is not None and len(active) < self.num_experts and not self.keeps_matrices()
+        matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):
-            everything = groups.active is None or self.keeps_matrices()
-            matrices = self.expert_matrices(None if everything else groups.active)
-            return grouped_linear(x, matrices.to(x.dtype), groups)
-        if groups.active is not None:
-            return looped_linear(x, self.matrix_list(groups.active), groups)
-        return expert_linear(x, self.expert_matrices().to(x.dtype), groups.counts)
+            return grouped_linear(x, matrices, groups)
+        if active is None:
+            return expert_linear(x, matrices, groups.counts)
+        each = matrices.unbind(0)
+        return looped_linear(x, each if selected else [each[e] for e in active], groups)
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every parameter that the matrices are built from, borrowed ones included."""
@@ -129,7 +124,7 @@ class ExpertBank(nn.Module, ABC):
         return index.to(self.stored_tensors()[0].device)
 
     def keeps_matrices(self) -> bool:
-        """Return True if the bank holds the matrices of all experts in its cache."""
+        """Return True if the matrices of all experts are cached."""
         return False
 
     @property
@@ -147,7 +142,7 @@ class SharedCores(nn.Module):
     """Owner of cores that several banks share, for example one center for all layers.
 
     A parameter must be owned once: state dicts, safetensors, optimizers and FSDP units then see it once.
-    Put the owner into the model beside the layers that borrow from it (under FSDP: in the root unit).
+    Put the owner into the model that contains the layers (under FSDP: in the root unit).
 
     Args:
         topology: the operator; only the shared cores of it are stored here.

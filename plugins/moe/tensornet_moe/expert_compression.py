@@ -1,7 +1,7 @@
 """Compression of a model whose stacks of experts may share a core.
 
 A stack is the same matrix of all experts of one mixture. Its networks may share a projection of the inputs, a
-basis of the outputs or a base matrix (`low_rank_sharing.py`). In the allocation a stack is one item with its
+basis of the outputs or a base matrix (`shared_low_rank.py`). In the allocation a stack is one item with its
 own candidates: the best separate networks of every total size, and the shared ones of every rank and number
 format. A choice takes one of them, so the two exclude each other, and what a stack saves by sharing goes to
 the layers for which it lowers the predicted loss most.
@@ -9,7 +9,6 @@ the layers for which it lowers the predicted loss most.
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -45,8 +44,7 @@ from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, all_targets, check_model
 from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
-from tensornet_moe.low_rank_sharing import PATTERNS, fit_stored
-from tensornet_moe.shared_candidates import shared_candidates
+from tensornet_moe.shared_low_rank import PATTERNS, fit_stored, shared_candidates
 
 #: Kinds of candidates of a stack.
 SEPARATE, SHARED = "separate", "shared"
@@ -227,8 +225,15 @@ def compress_experts(
         )
     prepared = prepare(model, replace(config, objective="curvature"), stats, progress=progress)
     if config.verify:
-        with suppress(BudgetError):  # separate networks may not fit a budget that shared ones keep
-            prepared = check_loss(prepared, model, stats, list(data.batches), progress=progress)
+        batches = list(data.batches)
+        try:
+            prepared = check_loss(prepared, model, stats, batches, progress=progress)
+        except (
+            BudgetError
+        ):  # separate networks cannot keep it, shared ones may: check the smallest separate ones
+            size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
+            bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
+            prepared = check_loss(prepared, model, stats, batches, progress=progress, bits_per_weight=bits)
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
     chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
@@ -303,7 +308,7 @@ class SharedCandidate:
 
     Args:
         members: places of the experts among the targets.
-        pattern: a key of `tensornet_moe.low_rank_sharing.PATTERNS`.
+        pattern: a key of `tensornet_moe.shared_low_rank.PATTERNS`.
         candidate: topology and number formats of one expert, with size and predicted loss of all.
     """
 

@@ -1,11 +1,15 @@
 """Experts whose matrices are tensor networks with shared and private cores."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# `torch.func` has no public question for it, and its transforms refuse gradient checkpointing.
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch.utils.checkpoint import checkpoint
 
 from tensornet.budget import Budget
 from tensornet.contraction.cost import Machine, default_machine
@@ -38,12 +42,12 @@ from tensornet.topologies.structure import matrix_view
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole
-from tensornet_moe.grouped_linear import Groups
+from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
-#: Matrices with at least this many elements are built one after another on CPUs: the working set of one fits
-#: the caches and its memory is reused for the next, which saves a tenth of a training step.
+#: Matrices with at least this many elements are built and used one after another on CPUs: the working set of
+#: one fits the caches, and its memory is used again for the next.
 BUILT_ALONE = 2**18
 
 
@@ -307,43 +311,55 @@ class SharedCoreExperts(ExpertBank):
         index = self.check_experts(experts)
         return self._rebuild(index) if kept is None else kept.index_select(0, index)
 
-    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """Return the matrices of the given experts one by one, as views where the matrices are cached."""
-        kept = self._kept()
-        if kept is not None:
-            return [kept[e] for e in experts]
-        if (
-            self.out_features * self.in_features >= BUILT_ALONE
-            and self.stored_tensors()[0].device.type == "cpu"
-        ):
-            return self._one_by_one(experts)
-        # Asked for all in order there is nothing to select: no copy of the private cores.
-        everything = list(experts) == list(range(self.num_experts))
-        return self.expert_matrices(None if everything else experts).unbind(0)
-
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute `y_r = W_e(r) x_r`, core by core where that is predicted to be faster; see `ExpertBank`."""
         if self.keeps_matrices():
             return super().apply_rows(x, groups)
         if len(self.shared) == len(self.topology.cores):
             return self._apply_to_all(x)
-        if groups.active is None or groups.sizes is None:
-            return self._apply_matrices(x, groups)
-        route = self._route(x, len(x) // len(groups.active))
-        if route == RECONSTRUCT:
-            return self._apply_matrices(x, groups)
-        plan, cores = plan_operator(self.topology), self._cores_of_each()
+        if groups.active is None or groups.sizes is None:  # compiled code, which does not know the sizes
+            return super().apply_rows(x, groups)
+        rows = len(x) // len(groups.active)
         pieces = x.split([groups.sizes[e] for e in groups.active])
-        outputs = [
-            contract_with_input(plan, cores[e], piece, candidate=route)
-            for e, piece in zip(groups.active, pieces, strict=True)
-        ]
-        return torch.cat(outputs)
+        route = self._route(x, rows)
+        if route != RECONSTRUCT:
+            plan, cores = plan_operator(self.topology), self._cores_of_each()
+            return torch.cat(
+                [
+                    contract_with_input(plan, cores[e], piece, candidate=route)
+                    for e, piece in zip(groups.active, pieces, strict=True)
+                ]
+            )
+        if self.kernel is not None and (y := self.kernel(self, x, groups)) is not None:
+            return y
+        elements = self.out_features * self.in_features
+        if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
+            return super().apply_rows(x, groups)
+        # Keeping all matrices for the backward pass would take as much memory as dense experts do. They are
+        # built again instead, unless that costs a considerable part of the products with the rows.
+        again = torch.is_grad_enabled() and 2 * self.plan.multiply_adds(1) <= rows * elements
+        cores = self._cores_of_each()
+        return torch.cat(
+            [
+                self._apply_one(piece, cores[e], built_again=again and not transforms_active())
+                for e, piece in zip(groups.active, pieces, strict=True)
+            ]
+        )
 
-    def _apply_matrices(self, x: Tensor, groups: Groups) -> Tensor:
-        """Build the matrix of each active expert and multiply its rows by it."""
-        y = None if self.kernel is None else self.kernel(self, x, groups)
-        return super().apply_rows(x, groups) if y is None else y
+    def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
+        """Multiply the rows of one expert by its matrix, which backward builds again if asked."""
+        # One expert is a stack that shares everything: plain products, faster than batches of one.
+        plan = plan_stack(self.topology, self.topology.core_names, 1)
+
+        def product(x: Tensor, *cores: Tensor) -> Tensor:
+            named = dict(zip(self.topology.core_names, cores, strict=True))
+            # squeeze and not [0], whose backward would copy the gradient into zeros
+            return nn.functional.linear(x, build_matrices(plan, named, 1).squeeze(0).to(x.dtype))
+
+        if not built_again:
+            return product(x, *cores)
+        made: Tensor = checkpoint(product, x, *cores, use_reentrant=False, preserve_rng_state=False)
+        return made
 
     def cores(self) -> list[Tensor]:
         """Return the cores in the order of the topology: shared ones, and private ones as stacks."""
@@ -401,17 +417,6 @@ class SharedCoreExperts(ExpertBank):
             if name not in self.shared:
                 cores[name] = self._whole_core(name, index)
         return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
-
-    def _one_by_one(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        # One expert is a stack that shares everything: plain products, faster than batches of one.
-        plan = plan_stack(self.topology, self.topology.core_names, 1)
-        private = {n: self.private_core(n).unbind() for n in self.topology.core_names if n not in self.shared}
-        shared = self._shared_here()
-        # squeeze and not [0], whose backward would copy the gradient into zeros
-        return (
-            build_matrices(plan, {**shared, **{n: cores[e] for n, cores in private.items()}}, 1).squeeze(0)
-            for e in experts
-        )
 
     def _shared_here(self) -> dict[str, Tensor]:
         if self._owner:

@@ -2,7 +2,7 @@
 
 The model `W_e ~ network(shared, private_e)` is one network with one more leg, which counts experts: private
 cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network. Low-rank
-networks that share one factor have a closed form (`low_rank_sharing.py`), which is used for them.
+networks that share one factor have a closed form (`shared_low_rank.py`), which is used for them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.topology import CoreSpec, Topology
-from tensornet_moe.low_rank_sharing import fit_low_rank, pattern_of, value_of
+from tensornet_moe.shared_low_rank import fit_low_rank, pattern_of
 
 #: Label of the leg that counts experts.
 EXPERTS = "expert"
@@ -181,7 +181,8 @@ def _closed_form(pattern: str, target: Tensor, topology: Topology, shared: str, 
     """Fit low ranks that share one factor, with columns and rows of equal norms on both sides of the bond."""
     rank = max(topology.bond_dims.values())
     fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
-    left, right = (torch.stack([value_of(cores[name]) for cores in fits]) for name in topology.core_names)
+    # Values, since no number format is asked for.
+    left, right = (torch.stack([cores[x] for cores in fits]) for x in topology.core_names)  # type: ignore[misc]
     error = stack_error(target, left @ right)
     sizes = left.square().sum(1).mean(0).sqrt(), right.square().sum(2).mean(0).sqrt()
     gauge = (sizes[1] / sizes[0].clamp_min(1e-300)).sqrt()

@@ -1,6 +1,5 @@
 """Random masking of the gradients of shared cores."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -35,7 +34,8 @@ class GradientMask:
     step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
     A step with a closure computes its gradients too late to be masked, and is refused when attached.
     Compile the model, not the optimizer's step: a compiled step is specialised to the gradients that exist.
-    SGD with `fused=True` and momentum needs `attach`, which gives masked cores the momentum it expects.
+    Give each core one mask: the probabilities of two masks multiply. SGD with momentum needs `fused=False`,
+    since its fused step wants the momenta of all parameters or of none.
 
     Args:
         module_or_parameters: a module, whose banks' shared cores are masked (borrowed ones too, each once),
@@ -49,7 +49,7 @@ class GradientMask:
             and granularity `"core"`.
 
     Raises:
-        TargetError: no core is shared, or a shared core has a mask already.
+        TargetError: no core is shared, or a parameter is given twice.
         ValueError: an option out of its range.
 
     Reference:
@@ -90,7 +90,6 @@ class GradientMask:
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
         self._hooks: list[Any] = []
         self._before: list[tuple[nn.Parameter, Tensor, float]] = []
-        _claim(self, self.parameters)
 
     def apply(self) -> int:
         """Draw a mask and apply it to the gradients; call this right before `optimizer.step()`.
@@ -137,12 +136,10 @@ class GradientMask:
         return self
 
     def detach(self) -> None:
-        """Remove the hooks from the optimizer and release the cores for another mask."""
+        """Remove the hooks from the optimizer."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for parameter in self.parameters:
-            parameter.__dict__.pop(_CLAIM, None)
 
     @property
     def current_p(self) -> float:
@@ -212,11 +209,6 @@ class GradientMask:
                 "optimizer.step(closure) computes the gradients again after they were masked. Compute them "
                 "before, and call optimizer.step() without a closure; LBFGS needs one and cannot be masked."
             )
-        self._pre_step(optimizer)
-
-    def _pre_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if isinstance(optimizer, torch.optim.SGD):
-            _start_momentum(optimizer)
         # GradScaler calls fused optimizers for every step, and tells them which one not to take.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
@@ -232,25 +224,6 @@ class GradientMask:
         for parameter, before, scale in self._before:
             parameter.copy_(before + scale * (parameter - before))
         self._before = []
-
-
-def _start_momentum(optimizer: torch.optim.SGD) -> None:
-    """Give masked parameters a zero momentum, because fused SGD needs all momenta or none.
-
-    A momentum of zero is the same: the first one is the gradient.
-    """
-    for group in optimizer.param_groups:
-        if not group.get("fused") or not group["momentum"]:
-            continue
-        if group["dampening"]:
-            raise ValueError(
-                "A masked core gets its first momentum later than others, which SGD with fused=True and "
-                f"dampening={group['dampening']} cannot do; use fused=False."
-            )
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def linear_fade(steps: int) -> Callable[[int], float]:
@@ -295,31 +268,9 @@ def _targets(module_or_parameters: nn.Module | Iterable[nn.Parameter]) -> list[n
             "(SharedCoreExperts) with shared cores. Give the parameters themselves to mask others."
         )
     parameters = list(module_or_parameters)
-    if not parameters:
-        raise TargetError("A GradientMask over no parameters would mask nothing.")
-    return parameters
-
-
-_CLAIM = "_tensornet_gradient_mask"
-
-
-class _Claim:
-    """Weak reference from a parameter to its mask, empty after pickling: a mask belongs to no model."""
-
-    def __init__(self, mask: GradientMask | None = None) -> None:
-        self.mask = weakref.ref(mask) if mask is not None else lambda: None
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return _Claim, ()
-
-
-def _claim(mask: GradientMask, parameters: Iterable[nn.Parameter]) -> None:
-    parameters = list(parameters)
-    taken = sum(p.__dict__[_CLAIM].mask() is not None for p in parameters if _CLAIM in p.__dict__)
-    if taken or len({id(p) for p in parameters}) != len(parameters):
+    if not parameters or len({id(p) for p in parameters}) != len(parameters):
         raise TargetError(
-            f"{taken or 'Some'} of the {len(parameters)} cores have a GradientMask already; two masks on one "
-            "core would multiply. Use one mask, or detach() the other first."
+            f"A GradientMask needs parameters, each of them once; got {len(parameters)}, of which "
+            f"{len({id(p) for p in parameters})} are different."
         )
-    for parameter in parameters:
-        parameter.__dict__[_CLAIM] = _Claim(mask)
+    return parameters

@@ -286,26 +286,14 @@ class TopKRouter(Router):
 
     options: ClassVar[tuple[str, ...]] = ("top_k",)
 
-    def __init__(
-        self,
-        num_features: int,
-        num_experts: int,
-        *,
-        top_k: int = 2,
-        jitter: float = 0.0,
-        combine: Combine = "unit",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, num_features: int, num_experts: int, *, top_k: int = 2, **common: Any) -> None:
         check_whole(num_experts=num_experts, top_k=top_k)
         if top_k > num_experts:
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: a token can go to at least 1 and at most "
                 "num_experts experts."
             )
-        super().__init__(
-            num_features, num_experts, jitter=jitter, combine=combine, device=device, dtype=dtype
-        )
+        super().__init__(num_features, num_experts, **common)
         self.top_k = top_k
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
@@ -333,19 +321,8 @@ class SwitchRouter(TopKRouter):
 
     options: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(
-        self,
-        num_features: int,
-        num_experts: int,
-        *,
-        jitter: float = 0.0,
-        combine: Combine = "unit",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            num_features, num_experts, top_k=1, jitter=jitter, combine=combine, device=device, dtype=dtype
-        )
+    def __init__(self, num_features: int, num_experts: int, **common: Any) -> None:
+        super().__init__(num_features, num_experts, top_k=1, **common)
 
 
 class ExpertChoiceRouter(Router):
@@ -375,15 +352,7 @@ class ExpertChoiceRouter(Router):
     causal: ClassVar[bool] = False
 
     def __init__(
-        self,
-        num_features: int,
-        num_experts: int,
-        *,
-        capacity_factor: float = 1.0,
-        jitter: float = 0.0,
-        combine: Combine = "unit",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, num_features: int, num_experts: int, *, capacity_factor: float = 1.0, **common: Any
     ) -> None:
         check_whole(num_experts=num_experts)
         if not 0 < capacity_factor <= num_experts:
@@ -391,9 +360,7 @@ class ExpertChoiceRouter(Router):
                 f"capacity_factor must lie in (0, num_experts={num_experts}], got {capacity_factor}: it is "
                 "the average number of experts for each token."
             )
-        super().__init__(
-            num_features, num_experts, jitter=jitter, combine=combine, device=device, dtype=dtype
-        )
+        super().__init__(num_features, num_experts, **common)
         self.capacity_factor = capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:

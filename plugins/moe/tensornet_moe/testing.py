@@ -162,7 +162,6 @@ class BankLaws:
         for chosen in ([0], [2, 0], [3, 3, 1]):
             assert torch.allclose(bank.expert_matrices(chosen), whole[chosen])
             assert torch.allclose(bank.expert_matrices(torch.tensor(chosen)), whole[chosen])
-            assert torch.allclose(torch.stack(list(bank.matrix_list(chosen))), whole[chosen])
 
     @pytest.mark.parametrize("experts", [[], [_EXPERTS], [-1]])
     def test_refuses_unknown_experts(self, experts: list[int]) -> None:

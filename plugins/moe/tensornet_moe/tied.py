@@ -1,6 +1,6 @@
 """Experts and cores that several layers share: owners, and banks that borrow from them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -155,10 +155,6 @@ class TiedExperts(ExpertBank):
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return the matrices of the owner's bank; see `ExpertBank`."""
         return self._bank.expert_matrices(experts)
-
-    def matrix_list(self, experts: Sequence[int]) -> Iterable[Tensor]:
-        """Return the matrices of the owner's bank one by one; see `ExpertBank`."""
-        return self._bank.matrix_list(experts)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Apply the owner's bank; see `ExpertBank`."""

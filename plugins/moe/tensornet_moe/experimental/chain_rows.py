@@ -94,7 +94,7 @@ def chain_legs(topology: Topology, shared: Sequence[str]) -> ChainLegs | None:
 
 
 def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
-    """Return True if rows and cores have one dtype, are on the CPU and nothing traces or transforms the call.
+    """Return True if rows and cores have one dtype, on the CPU, and nothing compiles or transforms the call.
 
     Args:
         x: the rows.
@@ -102,18 +102,16 @@ def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
     """
     if x.device.type != "cpu" or x.dtype != cores.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
-    if torch.compiler.is_compiling():  # by the custom operators
-        return True
     return not (torch.jit.is_tracing() or transforms_active() or forward_ad._current_level >= 0)
 
 
 def use_chain_rows(model: nn.Module) -> int:
     """Let the banks of a model multiply rows by their matrices slice by slice, where `chain_legs` allows it.
 
-    A training step of a mixture with large experts gets faster on CPUs. Nothing changes on other devices, and
-    for dtypes other than float32 and float64.
+    A training step of a mixture with large experts gets faster on CPUs. Nothing changes on other devices, in
+    compiled code, and for dtypes other than float32 and float64.
 
     Returns:
         Number of banks whose kernel was set.
@@ -137,14 +135,10 @@ def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor |
     legs = chain_legs(bank.topology, bank.shared)
     if legs is None or bank.out_features * bank.in_features < BUILT_ALONE:
         return None
-    if not takes_chain_rows(x, bank.compute_like):
+    if groups.active is None or groups.sizes is None or not takes_chain_rows(x, bank.compute_like):
         return None
     cores = bank.cores()
     ends, middle = merge_ends(cores, legs), cores[legs.middle]
-    if groups.active is None or groups.sizes is None:
-        keep = torch.is_grad_enabled() and x.requires_grad
-        made: list[Tensor] = torch.ops.tensornet_moe.chain_products(x, *ends, middle, groups.counts, keep)
-        return made[0]
     return chain_rows(x, ends, middle, (groups.active, [groups.sizes[e] for e in groups.active]))
 
 
@@ -345,80 +339,3 @@ def _words(tensor: Tensor) -> Tensor:
         if run % word.itemsize == 0:
             return tensor.view(word)
     return tensor
-
-
-# --- compiled code: row counts are a tensor, and the operators are opaque to the compiler
-
-
-@torch.library.custom_op("tensornet_moe::chain_products", mutates_args=())
-def _chain_products(
-    x: Tensor, left: Tensor, right: Tensor, middle: Tensor, counts: Tensor, keep: bool
-) -> list[Tensor]:
-    groups = _active(counts)
-    made = iter(products((x, left, right, middle), groups, keep=keep))
-    y = next(made)
-    if not keep:
-        return [y]
-    active = dict(zip(groups[0], made, strict=True))
-    shape = (y.shape[1], x.shape[1])
-    # Memory that is never written to is never handed out: a place for an idle expert costs nothing.
-    return [y, *(active[e] if e in active else x.new_empty(shape) for e in range(len(left)))]
-
-
-@_chain_products.register_fake
-def _(x: Tensor, left: Tensor, right: Tensor, middle: Tensor, counts: Tensor, keep: bool) -> list[Tensor]:
-    rows = left.shape[1] * middle.shape[1] * right.shape[2]
-    matrices = [x.new_empty(rows, x.shape[1]) for _ in range(len(left) if keep else 0)]
-    return [x.new_empty(x.shape[0], rows), *matrices]
-
-
-@torch.library.custom_op("tensornet_moe::chain_gradients", mutates_args=())
-def _chain_gradients(
-    grad: Tensor,
-    x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    middle: Tensor,
-    counts: Tensor,
-    matrices: list[Tensor],
-) -> list[Tensor]:
-    experts, sizes = _active(counts)
-    kept = [matrices[e] for e in experts] if matrices else []
-    needed = (bool(matrices), True, True, True)
-    made = gradients(grad, (x, left, right, middle), (experts, sizes), kept, needed)
-    return [gradient for gradient in made if gradient is not None]
-
-
-@_chain_gradients.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    left: Tensor,
-    right: Tensor,
-    middle: Tensor,
-    counts: Tensor,
-    matrices: list[Tensor],
-) -> list[Tensor]:
-    cores = [torch.empty_like(core, memory_format=torch.contiguous_format) for core in (left, right, middle)]
-    return [torch.empty_like(x), *cores] if matrices else cores
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.keep = inputs[-1]
-    ctx.save_for_backward(*inputs[:-1], *output[1:])
-
-
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    x, left, right, middle, counts, *matrices = ctx.saved_tensors
-    found = torch.ops.tensornet_moe.chain_gradients(grads[0], x, left, right, middle, counts, matrices)
-    return (*([] if ctx.keep else [None]), *found, None, None)
-
-
-_chain_products.register_autograd(_backward, setup_context=_save)
-
-
-def _active(counts: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the experts that have rows and their numbers of rows; the first expert if there is no row."""
-    found = [(e, size) for e, size in enumerate(counts.tolist()) if size] or [(0, 0)]
-    experts, sizes = zip(*found, strict=True)
-    return experts, sizes

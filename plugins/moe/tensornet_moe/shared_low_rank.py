@@ -1,0 +1,705 @@
+"""Low-rank networks of several matrices that share one core: fitted, rounded, and their losses predicted.
+
+Three patterns, each fitted to the sum of the matrices' weighted errors `1/2 tr(R_e E_e C_e E_e^T)`, where the
+matrices have moments of their own, as the experts of a mixture do:
+
+- `inputs`: `W_e = A_e B`, one projection `B` of the inputs for all;
+- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all: `inputs` of the transposed matrices;
+- `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low rank for each.
+
+The shared factor comes from one SVD of all matrices under pooled moments, which is exact where the moments
+are equal. Each private factor is then the least-squares optimum under the moments of its own matrix. The
+shared factors of all ranks are nested, so the losses of all ranks are predicted at once.
+
+In number formats the shared core is rounded once, under moments pooled over the matrices: an error `E` of the
+shared `B` in `W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted
+again, so that they make up for a part of that rounding error, and are rounded under their own moments. What
+rounding adds is predicted without rounding: for factors at a few ranks, with interpolation between them. Only
+a base is rounded once for each format; the low ranks make up for a part of its error, which is computed
+exactly.
+
+Reference:
+    Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
+    moments of two sides are our extension.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensornet._util import outside_autocast, remembering
+from tensornet.compression.allocate import Candidate
+from tensornet.compression.sensitivity import Sensitivity
+from tensornet.linalg.svd import working_dtype
+from tensornet.linalg.weighted_svd import (
+    WeightedSVD,
+    Weighting,
+    leading_costs,
+    other_tail_costs,
+    root,
+    times,
+    weighted_svd,
+)
+from tensornet.nn.storage import PLAIN, PackedCore, Storage, stored_core
+from tensornet.quantization import NumberFormat, RoundedWeight, round_product
+from tensornet.quantization.low_rank import round_factor
+from tensornet.quantization.moments import DENSE_ROW_DAMPING, LEAST_DAMPING
+from tensornet.quantization.predict import predict_losses, predict_product_losses, spaced_rows
+from tensornet.topologies import low_rank, topology_family
+from tensornet.topologies.dense import round_dense
+from tensornet.topologies.residual import BASE, residual
+from tensornet.topology import Topology
+
+#: The patterns, and the name of the core that each of them shares.
+PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
+#: Factor between the ranks at which a base is fitted, from 1 on. Starting from the base of the previous rank,
+#: one round at each rank comes closer than three rounds from the mean.
+_GROWTH = 4
+#: Directions below this share of the strongest one are rounding errors; no ranks are planned for them.
+_LEAST_DIRECTION = 1e-7
+#: Fractions of the largest rank at which the losses of rounding are predicted.
+_TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
+#: Fewest bits of factors that are rounded, and of those that count as accurate.
+_LEAST_BITS, _ACCURATE_BITS = 4, 8
+#: Rows of a factor from which the loss of rounding all of it is estimated.
+_SAMPLED_ROWS = 128
+#: Own format of the model.
+_FLOAT = NumberFormat()
+
+#: Matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
+Factors = tuple[Tensor, Tensor, Tensor]
+#: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
+Cores = list[tuple[Tensor, ...]]
+#: Core of a network: codes, or values in floating point.
+Core = RoundedWeight | Tensor
+
+
+def pattern_topology(pattern: str, rows: int, columns: int, rank: int) -> Topology:
+    """Build the network of one matrix of a pattern."""
+    build = residual if pattern == "base" else low_rank
+    return build(out_features=rows, in_features=columns, rank=rank)
+
+
+def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int) -> int:
+    """Count the numbers of `count` networks of a pattern; the shared core counts once."""
+    if pattern == "base":
+        return rows * columns + count * rank * (rows + columns)
+    shared, private = (columns, rows) if pattern == "inputs" else (rows, columns)
+    return rank * (shared + count * private)
+
+
+def pattern_of(topology: Topology, core: str) -> str | None:
+    """Find the pattern to which a topology and its shared core belong, or None."""
+
+    def ordered(other: Topology) -> Topology:  # files do not keep the order of sizes
+        return replace(other, sizes=tuple(sorted(other.sizes)))
+
+    rank = max(topology.bond_dims.values(), default=0)
+    for pattern, shared in PATTERNS.items():
+        if not rank or shared != core:
+            continue
+        if ordered(pattern_topology(pattern, *topology.shape, rank)) == ordered(topology):
+            return pattern
+    return None
+
+
+@torch.no_grad()
+@outside_autocast
+def fit_low_rank(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    weightings: Sequence[Weighting],
+    rank: int,
+    storage: Storage = PLAIN,
+) -> list[dict[str, Core]]:
+    """Fit low-rank networks that share one core, in double precision, and round them to number formats.
+
+    Args:
+        pattern: a key of `PATTERNS`.
+        matrices: each `(out, in)`.
+        weightings: sensitivity of the loss to errors in each.
+        rank: of the factors.
+        storage: number formats of the cores.
+
+    Returns:
+        The cores of each network by name, as matrices: codes where the format is an integer one, else values.
+        The shared core is the same object in all of them.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> common = torch.randn(2, 8)
+        >>> matrices = [torch.randn(6, 2) @ common for _ in range(3)]
+        >>> first, *others = fit_low_rank("inputs", matrices, [Weighting()] * 3, 2)
+        >>> made = (first["0"] @ first["1"]).float()
+        >>> torch.allclose(made, matrices[0], atol=1e-4), others[0]["1"] is first["1"]
+        (True, True)
+    """
+    work = _in_double(matrices)
+    topology = pattern_topology(pattern, work[0].shape[0], work[0].shape[1], rank)
+    cores = next(_fits(pattern, work, weightings, [rank]))
+    if not storage.own_dtypes:
+        return [dict(zip(topology.core_names, each, strict=True)) for each in cores]
+    kinds = {core: storage.format_of(core) for core in topology.core_names}
+    integers = {core: kind if kind.is_integer else None for core, kind in kinds.items()}
+    rounded = _round_base if pattern == "base" else _round_factors
+    return rounded(pattern, work, weightings, cores, integers)
+
+
+@torch.no_grad()
+def fit_stored(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    weightings: Sequence[Weighting],
+    rank: int,
+    storage: Storage = PLAIN,
+) -> list[dict[str, Tensor | PackedCore]]:
+    """Fit low-rank networks that share one core and store them, in the dtype of the matrices.
+
+    Args:
+        pattern, matrices, weightings, rank, storage: see `fit_low_rank`.
+
+    Returns:
+        Stored cores of each network, by the names of `tensornet.nn.storage.encode`. The shared core is the
+        same object for all: a parameter where it has the dtype of the matrices.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> matrices = [torch.randn(6, 2) @ torch.randn(2, 64) for _ in range(3)]
+        >>> storage = Storage(number_format="int8")
+        >>> first, *others = fit_stored("inputs", matrices, [Weighting()] * 3, 2, storage)
+        >>> sorted(first), others[0]["core_1"] is first["core_1"]
+        (['core_0', 'core_1'], True)
+    """
+    shared, dtype = PATTERNS[pattern], matrices[0].dtype
+    topology = pattern_topology(pattern, matrices[0].shape[0], matrices[0].shape[1], rank)
+    made = fit_low_rank(pattern, matrices, weightings, rank, storage)
+    once = stored_core(topology, storage, shared, made[0][shared], dtype)
+    once = nn.Parameter(once) if isinstance(once, Tensor) else once
+    found: list[dict[str, Tensor | PackedCore]] = []
+    for cores in made:
+        own = {f"core_{x}": stored_core(topology, storage, x, cores[x], dtype) for x in topology.core_names}
+        found.append({**own, f"core_{shared}": once})
+    return found
+
+
+def _in_double(matrices: Sequence[Tensor]) -> list[Tensor]:
+    return [matrix.detach().to(working_dtype(matrix.dtype)) for matrix in matrices]
+
+
+def _transposed(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting]
+) -> tuple[list[Tensor], list[Weighting]]:
+    """Exchange the sides of matrices and moments."""
+    return [matrix.T for matrix in matrices], [Weighting(x.columns, x.rows) for x in weightings]
+
+
+# --- fits -----------------------------------------------------------------------------------------
+
+
+def _fits(
+    pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting], ranks: Sequence[int]
+) -> Iterator[Cores]:
+    """Yield the cores of all matrices at each rank."""
+    if pattern == "base":
+        for rank in ranks:
+            bases = _bases(matrices, weightings)
+            base, svds = min(bases, key=lambda x: sum(float(y.error[rank]) for y in x[1]))
+            yield [(base, *(factor.contiguous() for factor in each.factors(rank))) for each in svds]
+        return
+    if pattern == "outputs":
+        for cores in _fits("inputs", *_transposed(matrices, weightings), ranks):
+            shared = cores[0][1].T.contiguous()
+            yield [(shared, private.T.contiguous()) for private, _ in cores]
+        return
+    known = _shared_rows(matrices, weightings)
+    for rank in ranks:
+        shared = known[:rank].contiguous()
+        if len(shared) < rank:  # the matrices span no more directions
+            shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
+        cores = []
+        for w, x in zip(matrices, weightings, strict=True):
+            # The best A of W ~ A B under a moment C of the inputs is W C B^T (B C B^T)^-1.
+            moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
+            left = torch.linalg.lstsq(shared @ moved, (w @ moved).T).solution.T.contiguous()
+            cores.append((left, shared))
+        yield cores
+
+
+def _factors_of_all_ranks(
+    pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
+) -> Iterator[Factors]:
+    """Yield the least-squares factors of every rank: the shared rows, made orthonormal under each moment."""
+    if pattern == "outputs":
+        for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
+            yield w.T, right.T, left.T
+        return
+    shared = _shared_rows(matrices, weightings)[: min(matrices[0].shape)]
+    for w, x in zip(matrices, weightings, strict=True):
+        moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
+        lower, info = torch.linalg.cholesky_ex(shared @ moved)
+        if int(info):  # the moment is singular in the span of the rows: fewer ranks
+            lower = lower[: int(info) - 1, : int(info) - 1]
+        rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
+        half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
+        yield w, half.T, rows
+
+
+def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
+    """Return unit rows `(k, in)` whose leading ones span all matrices best under pooled input moments."""
+    pooled_inputs: Tensor | None = None
+    if any(x.columns is not None for x in weightings):
+        size = matrices[0].shape[1]
+        pooled_inputs = matrices[0].new_zeros(size, size)
+        for w, x in zip(matrices, weightings, strict=True):
+            pooled_inputs += _trace(x.rows, w.shape[0]) * _full(x.columns, size, w)
+    whitened = []
+    for w, x in zip(matrices, weightings, strict=True):
+        if x.rows is None:
+            whitened.append(w)
+        else:
+            factor, _ = root(x.rows.to(w))
+            whitened.append(factor[:, None] * w if factor.ndim == 1 else factor.T @ w)
+    found = weighted_svd(torch.cat(whitened), Weighting(None, pooled_inputs))
+    known = int((found.values > _LEAST_DIRECTION * found.values.max()).sum())
+    rows = found.right[:known]
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+
+
+def _bases(
+    matrices: Sequence[Tensor], weightings: Sequence[Weighting]
+) -> Iterator[tuple[Tensor, list[WeightedSVD]]]:
+    """Yield bases, starting with the mean of the matrices, each with the SVDs of the remainders.
+
+    The next base is fitted to what the low ranks of the previous one leave; their rank grows.
+    """
+    count, (rows, columns) = len(matrices), matrices[0].shape
+    largest = ((count - 1) * rows * columns - 1) // (count * (rows + columns))  # smaller than the matrices
+    ranks = [1, *(_GROWTH**k for k in range(rows) if _GROWTH**k <= largest)]
+    base = _mean(matrices, weightings)
+    for rank in (*ranks, None):
+        found = [weighted_svd(w - base, x) for w, x in zip(matrices, weightings, strict=True)]
+        yield base, found
+        if rank is not None:
+            pairs = [each.factors(rank) for each in found]
+            rest = [w - left @ right for w, (left, right) in zip(matrices, pairs, strict=True)]
+            base = _mean(rest, weightings)
+
+
+# --- rounding -------------------------------------------------------------------------------------
+
+
+def _round_factors(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    weightings: Sequence[Weighting],
+    cores: Cores,
+    formats: Mapping[str, NumberFormat | None],
+) -> list[dict[str, Core]]:
+    """Round the shared factor once, and fit and round the private ones to what it then is."""
+    if pattern == "inputs":
+        cores = _equal_columns(cores)
+    core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
+    shared = _round_shared(cores[0][int(core)], formats[core], _seen_by_shared(pattern, cores, weightings))
+    value, found = _value(shared), []
+    for w, (left, right), x in zip(matrices, cores, weightings, strict=True):
+        if pattern == "inputs":
+            private = round_factor(w, left, value, "left", formats[own], x)
+        else:
+            private = round_factor(w, value, right, "right", formats[own], x)
+        found.append({own: private, core: shared})
+    return found
+
+
+def _round_base(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    weightings: Sequence[Weighting],
+    cores: Cores,
+    formats: Mapping[str, NumberFormat | None],
+) -> list[dict[str, Core]]:
+    """Round the base once, and fit and round low ranks to what it leaves."""
+    base, rank = cores[0][0], cores[0][1].shape[1]
+    shared = _round_shared(base, formats[BASE], pooled(weightings, base))
+    pairs: list[tuple[Core, Core]] = []
+    for w, x in zip(matrices, weightings, strict=True):
+        rest = w - _value(shared)
+        left, right = _balanced(*weighted_svd(rest, x).factors(rank))
+        if formats["0"] is None:
+            pairs.append((left, right))
+        else:
+            made = round_product(left, right, formats["0"], formats["1"], x, target=rest)
+            pairs.append((made.left, made.right))
+    if formats[BASE] is None:  # it makes up for a part of the rounding errors of the factors
+        rests = [w - _value(a) @ _value(b) for w, (a, b) in zip(matrices, pairs, strict=True)]
+        shared = _mean(rests, weightings)
+    return [{BASE: shared, "0": a, "1": b} for a, b in pairs]
+
+
+def _equal_columns(cores: Cores) -> Cores:
+    """Move the sizes of the columns of private left factors into the rows of the shared right one.
+
+    Groups of integers lie along the rows of a left factor, where small columns would be lost next to large
+    ones; each row of the right one has scales of its own.
+    """
+    size = torch.stack([left.square().sum(0) for left, _ in cores]).mean(0).sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    right = size[:, None] * cores[0][1]
+    return [(left / size, right) for left, _ in cores]
+
+
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the columns of the left factor and the rows of the right one to equal norms."""
+    size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    return left * size, right / size[:, None]
+
+
+def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
+    """Round a shared core under pooled moments; without an integer format it stays as it is."""
+    return matrix if number_format is None else round_dense(matrix, number_format, weighting)
+
+
+def _value(core: Core) -> Tensor:
+    return core.dequantize(torch.float64) if isinstance(core, RoundedWeight) else core
+
+
+# --- moments --------------------------------------------------------------------------------------
+
+
+def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
+    """Pool the moments that weigh errors of the shared factor of products."""
+    if pattern == "inputs":
+        seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
+        return pooled(seen, cores[0][1])
+    seen = [_moments_of_left(right, x) for (_, right), x in zip(cores, weightings, strict=True)]
+    return pooled(seen, cores[0][0])
+
+
+def _moments_of_right(left: Tensor, weighting: Weighting) -> Weighting:
+    return Weighting(left.mT @ times(weighting.rows, left), weighting.columns)
+
+
+def _moments_of_left(right: Tensor, weighting: Weighting) -> Weighting:
+    return Weighting(weighting.rows, right @ times(weighting.columns, right.mT))
+
+
+def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
+    """Average matrices, each weighted by the traces of its moments."""
+    sizes = [
+        _trace(x.rows, w.shape[0]) * _trace(x.columns, w.shape[1])
+        for w, x in zip(matrices, weightings, strict=True)
+    ]
+    total = sum((s * w for s, w in zip(sizes, matrices, strict=True)), start=torch.zeros_like(matrices[0]))
+    return total / sum(sizes)
+
+
+def _trace(moment: Tensor | None, size: int) -> float:
+    """Compute the trace of a moment: full, diagonal as a vector, or None for the identity."""
+    if moment is None:
+        return float(size)
+    return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
+
+
+def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
+    """Convert a moment to a full matrix in the dtype and on the device of a tensor."""
+    if moment is None:
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    return torch.diag(moment.to(like)) if moment.ndim == 1 else moment.to(like)
+
+
+def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
+    """Approximate the sum of the weightings of a matrix by a single one with the same trace.
+
+    Each moment is the sum of those of its side, weighted by the traces of the other side.
+
+    Args:
+        weightings: each with moments of the sides of the matrix.
+        like: the matrix, or another of its shape.
+    """
+    rows, columns = like.shape
+    sizes = [(_trace(x.rows, rows), _trace(x.columns, columns)) for x in weightings]
+
+    def total(moments: Sequence[Tensor | None], factors: Sequence[float], size: int) -> Tensor | None:
+        like = next((x.double() for x in moments if x is not None), None)
+        if like is None:
+            return None
+        return sum(
+            (f * _full(x, size, like) for x, f in zip(moments, factors, strict=True)),
+            start=like.new_zeros(size, size),
+        )
+
+    left = total([x.rows for x in weightings], [b for _, b in sizes], rows)
+    right = total([x.columns for x in weightings], [a for a, _ in sizes], columns)
+    if left is None or right is None:  # the identity on the other side has a trace of its own
+        return Weighting(None if left is None else left / columns, None if right is None else right / rows)
+    return Weighting(left / max(sum(a * b for a, b in sizes), 1e-300), right)
+
+
+# --- predicted losses -----------------------------------------------------------------------------
+
+
+def shared_candidates(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    sensitivities: Sequence[Sensitivity],
+    formats: Sequence[NumberFormat] = (),
+    *,
+    per_token: float = 1.0,
+) -> list[Candidate]:
+    """Predict the losses of one sharing pattern at all ranks, in each combination of number formats.
+
+    The rounding error of a shared core is the same in all experts, so it adds up over the experts that a
+    token reaches. The moments of single experts do not account for that: with equal combine weights the error
+    costs `per_token` times as much. In a trained mixture of 8 experts, two for each token, common errors cost
+    1.4 to 2.6 times as much as private ones of the same predicted loss.
+
+    Args:
+        pattern: a key of `PATTERNS`.
+        matrices: each `(out, in)`.
+        sensitivities: of the loss to errors in each.
+        formats: number formats that cores may be stored in; only the model's own if there are none.
+        per_token: number of the matrices that a token reaches.
+
+    Returns:
+        Networks of one matrix, with the size and the predicted losses of all matrices together; `error` is
+        not predicted. For each combination of formats the ranks `1 ... k`.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> matrices = [torch.randn(32, 64) for _ in range(3)]
+        >>> seen = [Sensitivity(Weighting(), Weighting())] * 3
+        >>> formats = [_FLOAT, NumberFormat.parse("int8")]
+        >>> found = shared_candidates("inputs", matrices, seen, formats)
+        >>> sorted({str(x.storage.number_format) for x in found})
+        ['float', 'int8']
+    """
+    count, (rows, columns) = len(matrices), matrices[0].shape
+    dense, dtype = count * rows * columns, matrices[0].dtype
+    every = range(1, min(rows, columns) + 1)
+    ranks = sum(pattern_params(pattern, count, rows, columns, rank) < dense for rank in every)
+    if not ranks:
+        return []
+    work = _in_double(matrices)
+    plain = _fit_losses(pattern, work, sensitivities, ranks)
+    ranks = int(plain[0].isfinite().sum())
+    storages = encodings(pattern, formats) if formats else [PLAIN]
+    quantized = [storage for storage in storages if storage.quantized]
+    added: dict[Storage, Tensor] = {}
+    if ranks and quantized:
+        predict = _rounding_of_base if pattern == "base" else _rounding_of_factors
+        losses = predict(pattern, work, sensitivities, quantized, ranks, per_token)
+        added = dict(zip(quantized, losses, strict=True))
+    found = []
+    for storage in storages:
+        # A network is useful only if it is smaller than the matrices in the larger of its formats.
+        kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
+        limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
+        costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
+        sizes = _sizes(pattern, count, rows, columns, ranks, storage, dtype)
+        for (topology, params, num_bytes), cost, forecast in zip(sizes, costs, forecasts, strict=True):
+            if num_bytes >= limit or not math.isfinite(cost + forecast):
+                break
+            found.append(Candidate(topology, storage, num_bytes, params, forecast, error=0.0, cost=cost))
+    return found
+
+
+def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
+    """List the combinations of number formats of the cores of a pattern, from the allowed formats.
+
+    Private factors, and projections and bases of outputs, have the formats that factors of networks have. A
+    shared core may have eight bits or more with private cores of four. A base has any format, with factors
+    in the same one or in the smallest of eight bits or more.
+
+    Example:
+        >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
+        >>> [sorted(x.to_dict().get("core_formats", {})) for x in encodings("inputs", allowed)]
+        [[], [], ['1']]
+    """
+    own = [x for x in formats if x == _FLOAT or x.is_integer]
+    accurate = [x for x in own if x == _FLOAT or (x.bits or 0) >= _ACCURATE_BITS]
+    best = min(accurate, key=lambda x: x.nbytes((64, 64)), default=None)
+    pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # private, shared
+    if pattern == "base":
+        for shared in own:
+            if shared == _FLOAT or (shared.bits or 0) >= _LEAST_BITS:
+                pairs.append((shared, shared))
+            if best is not None:
+                pairs.append((best, shared))
+    else:
+        for private, _ in topology_family("low_rank").encodings(own):
+            pairs += [(private, private), (private, best)]
+    # Private factors are most of the numbers: in the model's own format they are no match for eight bits.
+    useful = dict.fromkeys(
+        (private, shared) for private, shared in pairs if shared and (private != _FLOAT or shared == _FLOAT)
+    )
+    core = PATTERNS[pattern]
+    return [
+        Storage(number_format=private, core_formats=() if private == shared else ((core, shared),))
+        for private, shared in useful
+    ]
+
+
+def _fit_losses(
+    pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
+) -> Tensor:
+    """Compute the losses of the fits at all ranks, costs and forecasts: shape `(2, ranks)`."""
+    choices = [x.choice for x in sensitivities]
+    tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
+    if pattern == "base":
+        tries = (
+            [_terms(w - base, each) for w, each in zip(matrices, svds, strict=True)]
+            for base, svds in _bases(matrices, choices)
+        )
+    best = torch.full((2, ranks), torch.inf, dtype=torch.float64)
+    for terms in tries:
+        found = torch.zeros_like(best)
+        for each, sensitivity in zip(terms, sensitivities, strict=True):
+            found += _rank_losses(each, sensitivity, ranks)
+        best = torch.where(found[0] < best[0], found, best)
+    return best
+
+
+def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
+    """Return the whitened SVD of a matrix, or its factors where a singular moment leaves out a part of it."""
+    return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
+
+
+def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
+    """Compute the losses of one matrix at all ranks: `(2, ranks)`, infinite without terms."""
+    choice, forecast = sensitivity.choice, sensitivity.forecast
+    if isinstance(terms, WeightedSVD):
+        found = torch.stack([terms.error, other_tail_costs(terms, choice, forecast)])
+    else:
+        costs = leading_costs(*terms, choice)
+        found = torch.stack([costs, costs if forecast is choice else leading_costs(*terms, forecast)])
+    found = found[:, 1 : ranks + 1].cpu()
+    return torch.nn.functional.pad(found, (0, ranks - found.shape[1]), value=torch.inf)
+
+
+@lru_cache(maxsize=256)
+def _sizes(
+    pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
+) -> list[tuple[Topology, int, int]]:
+    """Build the networks of all ranks, and count numbers and bytes of all matrices; the shared core once."""
+    found = []
+    for rank in range(1, ranks + 1):
+        topology = pattern_topology(pattern, rows, columns, rank)
+        params, num_bytes = storage.core_size(topology, PATTERNS[pattern], dtype)
+        found.append(
+            (
+                topology,
+                count * storage.num_params(topology) - (count - 1) * params,
+                count * storage.num_bytes(topology, dtype) - (count - 1) * num_bytes,
+            )
+        )
+    return found
+
+
+def _rounding_of_factors(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    sensitivities: Sequence[Sensitivity],
+    storages: Sequence[Storage],
+    ranks: int,
+    per_token: float,
+) -> list[Tensor]:
+    """Predict what rounding both factors adds, shape `(2, ranks)` for each storage."""
+    core = PATTERNS[pattern]
+    kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
+    tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
+    private = list(dict.fromkeys(x.number_format for x in storages))
+    shared = list(dict.fromkeys(x.format_of(core) for x in storages))
+    fits = list(_fits(pattern, matrices, kinds[0], tried))
+    if pattern == "inputs":
+        fits = [_equal_columns(cores) for cores in fits]
+    of_shared = [
+        _rounding(
+            cores[0][int(core)],
+            shared,
+            [_seen_by_shared(pattern, cores, weightings) for weightings in kinds],
+            DENSE_ROW_DAMPING,
+        )
+        for cores in fits
+    ]
+    of_private = torch.zeros(len(private), 2, len(tried), dtype=torch.float64)
+    for place, sides in enumerate(zip(*kinds, strict=True)):
+        with remembering():  # the moments of a matrix are factorised once for all ranks
+            for at, cores in enumerate(fits):
+                left, right = cores[place]
+                if pattern == "inputs":
+                    found = _rounding(left, private, [_moments_of_left(right, x) for x in sides])
+                else:
+                    found = _rounding(right, private, [_moments_of_right(left, x) for x in sides])
+                of_private[:, :, at] += found
+    losses = []
+    for storage in storages:
+        first, second = shared.index(storage.format_of(core)), private.index(storage.number_format)
+        once = torch.stack([found[first] for found in of_shared], dim=-1)  # shape: (2, tried)
+        # Interpolated to all ranks, log-linearly.
+        logs = np.log(np.maximum((per_token * once + of_private[second]).numpy(), 1e-300))
+        every = np.log(np.arange(1, ranks + 1))
+        rows = [np.interp(every, np.log(tried), row) for row in logs]
+        losses.append(torch.from_numpy(np.exp(np.stack(rows))))
+    return losses
+
+
+def _rounding(
+    core: Tensor,
+    formats: Sequence[NumberFormat],
+    weightings: Sequence[Weighting],
+    row_damping: float = LEAST_DAMPING,
+) -> Tensor:
+    """Predict the losses of rounding a core under the first weighting, shape `(formats, weightings)`."""
+    integers = [x for x in formats if x.is_integer]
+    sample = spaced_rows(core, _SAMPLED_ROWS)
+    found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
+    losses = predict_losses(core, integers, weightings, row_damping=row_damping, sample=sample)
+    found[torch.tensor([x.is_integer for x in formats])] = losses.double().cpu().clamp_min(0)
+    return found
+
+
+def _rounding_of_base(
+    pattern: str,
+    matrices: Sequence[Tensor],
+    sensitivities: Sequence[Sensitivity],
+    storages: Sequence[Storage],
+    ranks: int,
+    per_token: float,
+) -> list[Tensor]:
+    """Predict what rounding the base and the factors adds, shape `(2, ranks)` for each storage.
+
+    The mean of the matrices is used in place of the bases of all ranks.
+    """
+    core, choices = PATTERNS[pattern], [x.choice for x in sensitivities]
+    base = _mean(matrices, choices)
+    whole = pooled(choices, base)
+    with remembering():
+        rounded = {
+            kind: _value(_round_shared(base, kind, whole))
+            for kind in dict.fromkeys(storage.format_of(core) for storage in storages)
+            if kind.is_integer
+        }
+    losses = [torch.zeros(2, ranks, dtype=torch.float64) for _ in storages]
+    for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
+        weightings = [sensitivity.choice, sensitivity.forecast]
+        with remembering():
+            known = {}  # losses of all low ranks of the remainder, and its balanced factors
+            for kind, value in {**rounded, _FLOAT: base}.items():
+                rest = matrix - value
+                made = weighted_svd(rest, sensitivity.choice)
+                costs = _rank_losses(_terms(rest, made), sensitivity, ranks)
+                known[kind] = costs, _balanced(made.left, made.right)
+            for total, storage in zip(losses, storages, strict=True):
+                costs, (left, right) = known[storage.format_of(core)]
+                more = per_token * (costs - known[_FLOAT][0])
+                total += torch.where(costs.isfinite(), more, torch.inf)
+                if storage.number_format.is_integer:
+                    product = predict_product_losses(left, right, storage.number_format, weightings)
+                    product = product[:, :ranks].double().cpu()
+                    total += torch.nn.functional.pad(product, (0, ranks - product.shape[1]), value=torch.inf)
+    return losses
