@@ -126,14 +126,11 @@ class MPO:
         check_dense(matrix, "MPO.from_matrix", "a matrix of shape (out, in)", 2)
         rows, columns = choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        result = tt_svd(
-            matrix, rows, columns, _by_default(budget, matrix[None], rows, columns), method=method
-        )
-        operator = cls(
-            result.cores, out_features=matrix.shape[0], in_features=matrix.shape[1], error=result.error
-        )
-        if result.error > 0:
-            operator._log_distance = math.log(result.error) + math.log(frobenius(matrix))
+        budget = _by_default(budget, matrix[None], rows, columns)
+        cores, error, _ = tt_svd(matrix, rows, columns, budget, method=method)
+        operator = cls(cores, out_features=matrix.shape[0], in_features=matrix.shape[1], error=error)
+        if error > 0:
+            operator._log_distance = math.log(error) + math.log(frobenius(matrix))
         return operator
 
     @classmethod
@@ -171,14 +168,11 @@ class MPO:
         shape = (stacked.shape[1], stacked.shape[2])
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        stack = tt_svd_stack(
-            stacked, rows, columns, _by_default(budget, stacked, rows, columns), method=method
-        )
+        budget = _by_default(budget, stacked, rows, columns)
+        cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
         return [
-            cls(
-                [core[item] for core in stack.cores], out_features=shape[0], in_features=shape[1], error=error
-            )
-            for item, error in enumerate(stack.errors)
+            cls([core[item] for core in cores], out_features=shape[0], in_features=shape[1], error=error)
+            for item, error in enumerate(errors)
         ]
 
     @classmethod

@@ -35,8 +35,8 @@ from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.predict import spaced_rows
 from tensornet.quantization.scales import scales_underflow, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
+from tensornet.topologies.base import RoundTrip
 from tensornet.topologies.dense import round_dense
-from tensornet.topologies.results import RoundTrip
 from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted without rounding anything.

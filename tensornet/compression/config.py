@@ -480,7 +480,8 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
             f"topology_options {sorted(options)} are for one family: name it, as in "
             f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}.'
         )
-    check_options(topology_family(config.families[0]), options)
+    family = topology_family(config.families[0])
+    check_options(family.name, options, family.options)
     if config.sites is not None and options.get("sites", config.sites) != config.sites:
         raise TopologyError(f"sites={config.sites} contradicts topology_options sites={options['sites']}.")
     return {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}

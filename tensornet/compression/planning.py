@@ -30,8 +30,8 @@ from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
+from tensornet.topologies.base import Decomposition
 from tensornet.topologies.registry import topology_of_shape
-from tensornet.topologies.results import Decomposition
 
 #: Budgets that are spent after preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)

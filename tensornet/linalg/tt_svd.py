@@ -8,15 +8,14 @@ Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tensornet._util import check_sizes
-from tensornet.budget import Budget
-from tensornet.errors import BudgetError, TopologyError
+from tensornet.budget import Budget, uniform_caps
+from tensornet.errors import TopologyError
 from tensornet.linalg.svd import (
     Method,
     allowed_energy,
@@ -143,33 +142,6 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
 # --- all steps ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TTResult:
-    """Chain of cores `(left, out, in, right)` with the certified truncation error.
-
-    Args:
-        cores: the chain, canonical around `center`: left-orthonormal before it, right-orthonormal after.
-        error: certified relative Frobenius error, `sqrt(sum over bonds of discarded energy) / |W|`.
-        bound_by: the cap that decided (see `Decomposition.bound_by`).
-        center: the site that holds the norm.
-    """
-
-    cores: tuple[Tensor, ...]
-    error: float
-    bound_by: str
-    center: int
-
-
-@dataclass(frozen=True)
-class TTStack:
-    """Chains of a stack: cores `(batch, left, out, in, right)` and one certified error for each item."""
-
-    cores: tuple[Tensor, ...]
-    errors: tuple[float, ...]
-    bound_by: str
-    center: int
-
-
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
     """Raise TopologyError unless the leg sizes can hold a matrix of this shape.
 
@@ -196,49 +168,6 @@ def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...
     """Compute the exact bonds `d_k = min(prod of legs left of bond k, prod of legs right of it)`."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
-
-
-def mpo_params(out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int]) -> int:
-    """Count the elements of all cores of a chain."""
-    full = (1, *bonds, 1)
-    return sum(full[k] * o * i * full[k + 1] for k, (o, i) in enumerate(zip(out_dims, in_dims, strict=True)))
-
-
-def cap_bonds(
-    shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int], budget: Budget
-) -> tuple[tuple[int, ...], str]:
-    """Turn `max_bond` and `param_ratio` into one cap for each bond, and name the cap that decides.
-
-    The parameter budget is turned into the largest uniform cap that fits it.
-
-    Returns:
-        `(bonds, bound_by)`; `bound_by` is `"exact"` if no cap truncates a bond.
-
-    Raises:
-        BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
-    """
-    full = max_bonds(out_dims, in_dims)
-    bonds, bound_by = full, "exact"
-    caps = budget.caps_of_bonds(len(full))
-    if any(b > (cap or b) for b, cap in zip(full, caps, strict=True)):
-        bonds, bound_by = tuple(min(b, cap or b) for b, cap in zip(full, caps, strict=True)), "max_bond"
-    if budget.param_ratio is not None:
-        allowed = budget.param_ratio * shape[0] * shape[1]
-        smallest = mpo_params(out_dims, in_dims, [1] * len(full))
-        if smallest > allowed:
-            raise BudgetError(
-                f"param_ratio={budget.param_ratio} allows {int(allowed)} parameters for a matrix of shape "
-                f"{tuple(shape)}, but dims {tuple(out_dims)} x {tuple(in_dims)} need {smallest} at bond 1; "
-                "raise the budget, use more sites, or another topology."
-            )
-        if mpo_params(out_dims, in_dims, bonds) > allowed:
-            low, high = 1, max(bonds)  # invariant: low fits, high does not
-            while high - low > 1:
-                middle = (low + high) // 2
-                fits = mpo_params(out_dims, in_dims, [min(b, middle) for b in bonds]) <= allowed
-                low, high = (middle, high) if fits else (low, middle)
-            bonds, bound_by = tuple(min(b, low) for b in bonds), "param_ratio"
-    return bonds, bound_by
 
 
 def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -293,16 +222,12 @@ def tt_svd(
     *,
     bonds: Sequence[int] | None = None,
     method: Method = "auto",
-) -> TTResult:
-    """Decompose `matrix: (out, in)` into a chain of cores `(left, out_k, in_k, right)`.
-
-    Arguments are those of `tt_svd_stack`, for one matrix.
-
-    Raises:
-        BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
-    """
-    stack = tt_svd_stack(matrix[None], out_dims, in_dims, budget, bonds=bonds, method=method)
-    return TTResult(tuple(core[0] for core in stack.cores), stack.errors[0], stack.bound_by, stack.center)
+) -> tuple[list[Tensor], float, str]:
+    """Decompose one matrix `(out, in)` into a chain; arguments, results and errors as of `tt_svd_stack`."""
+    cores, errors, bound_by = tt_svd_stack(
+        matrix[None], out_dims, in_dims, budget, bonds=bonds, method=method
+    )
+    return [core[0] for core in cores], errors[0], bound_by
 
 
 @torch.no_grad()
@@ -314,8 +239,8 @@ def tt_svd_stack(
     *,
     bonds: Sequence[int] | None = None,
     method: Method = "auto",
-) -> TTStack:
-    """Decompose a stack `(batch, out, in)` in one sweep; all items get the same bonds.
+) -> tuple[list[Tensor], list[float], str]:
+    """Decompose a stack of matrices `(batch, out, in)` in one sweep; all items get the same bonds.
 
     Args:
         matrices: real or complex; padded with zeros to the product of the dims.
@@ -327,162 +252,87 @@ def tt_svd_stack(
         method: see `truncated_svd`; `"auto"` also computes single-precision input in single precision
             where the discarded energy is far above its rounding.
 
+    Returns:
+        Cores `(batch, left, out, in, right)`, canonical around one site: left-orthonormal before it,
+        right-orthonormal after; for each item the certified relative Frobenius error,
+        `sqrt(sum over bonds of discarded energy) / |W|`; and the cap that decided, see
+        `Decomposition.bound_by`.
+
     Raises:
-        BudgetError, NonFiniteError, TopologyError: see `cap_bonds`, `check_finite`, `check_dims`.
+        BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
+        NonFiniteError: a matrix holds NaN or infinity.
+        TopologyError: the dims do not fit the matrices.
     """
+    # 1. Caps of all bonds.
     shape = (matrices.shape[1], matrices.shape[2])
     check_dims(shape, out_dims, in_dims)
     check_method(method)
     check_finite(matrices, "The matrix")
-    caps, bound_by = cap_bonds(shape, out_dims, in_dims, budget)
+    dims, sites = list(zip(out_dims, in_dims, strict=True)), len(out_dims)
+
+    def params(inner: Sequence[int]) -> int:
+        full = (1, *inner, 1)
+        return sum(full[k] * o * i * full[k + 1] for k, (o, i) in enumerate(dims))
+
+    what = f"a chain with dims {tuple(out_dims)} x {tuple(in_dims)}"
+    caps, bound_by = uniform_caps(budget, shape, max_bonds(out_dims, in_dims), params, what)
     if bonds is not None:
         if len(bonds) != len(caps):
             raise TopologyError(f"bonds {tuple(bonds)} must have {len(caps)} entries, one for each bond.")
         if any(b < c for b, c in zip(bonds, caps, strict=True)):
             bound_by = "max_bond"
-        caps = tuple(min(b, c) for b, c in zip(bonds, caps, strict=True))
-    dtype, sites = result_dtype(matrices.dtype), len(out_dims)
-    dims = list(zip(out_dims, in_dims, strict=True))
+        caps = [min(b, c) for b, c in zip(bonds, caps, strict=True)]
+
+    # 2. Legs in the order of the sweep, which starts at the end with the smaller legs. Decided by the dims
+    #    alone, so that a larger budget never changes the sweep and so never increases the error.
     order = list(range(sites))
-    # Decided by the dims alone, so that a larger budget never changes the sweep and so never the error.
-    backwards = [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]
-    if backwards:
+    if backwards := [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]:
         order, dims, caps = order[::-1], dims[::-1], caps[::-1]
-    scale = safe_scales(matrices)
+    dtype, scale = result_dtype(matrices.dtype), safe_scales(matrices)
     rest = pad_matrix(matrices.detach().to(dtype), math.prod(out_dims), math.prod(in_dims))
     rest = rest.reshape(-1, *out_dims, *in_dims)
     rest = rest.permute(0, *(1 + axis for k in order for axis in (k, sites + k))).flatten(1)
-    sweep = _sweep(rest if scale is None else rest / scale[:, None], dims, caps, budget.rel_error, method)
-    cores = [core.to(dtype).contiguous() for core in sweep.cores]
-    center = sweep.center
+    rest = rest if scale is None else rest / scale[:, None]
+
+    # 3. Cores at both ends whose bonds are not truncated are identities.
+    sizes = [o * i for o, i in dims]
+    first, last = 0, sites - 1
+    if budget.rel_error is None:
+        while first < last and caps[first] == math.prod(sizes[: first + 1]):
+            first += 1
+        while last > first and caps[last - 1] == math.prod(sizes[last:]):
+            last -= 1
+
+    def identity(size: int, shape: tuple[int, ...]) -> Tensor:
+        core = torch.eye(size, dtype=rest.dtype, device=rest.device).reshape(shape)
+        return core.expand(len(rest), *core.shape)
+
+    # 4. One truncated factorisation for each bond between them.
+    total = inside = energy(rest[:, None])
+    spent, left, center = torch.zeros_like(total), math.prod(sizes[:first]), last
+    cores = [identity(math.prod(sizes[: k + 1]), (math.prod(sizes[:k]), *dims[k], -1)) for k in range(first)]
+    for k in range(first, last):
+        block = rest.reshape(len(rest), left * sizes[k], -1)
+        allowed = None
+        if budget.rel_error is not None:
+            allowed = (allowed_energy(budget.rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
+        split = split_block(
+            block, inside, caps[k], allowed, method=method, single=is_single(dtype), last=k == last - 1
+        )
+        if split.left.shape[-1] < min(caps[k], *block.shape[1:]):
+            bound_by = "rel_error"
+        spent, inside = spent + split.discarded, split.kept
+        cores.append(split.left.reshape(len(rest), left, *dims[k], -1))
+        left, rest, center = split.left.shape[-1], split.rest, last - split.centered
+    cores.append(rest.reshape(len(rest), left, *dims[last], math.prod(sizes[last + 1 :])))
+    for k in range(last + 1, sites):
+        cores.append(identity(math.prod(sizes[k:]), (-1, *dims[k], math.prod(sizes[k + 1 :]))))
+
+    # 5. The scale goes back to the core that holds the norm, and the cores to their own order.
+    cores = [core.to(dtype).contiguous() for core in cores]
     if scale is not None:
         cores[center] = scaled_back(cores[center], scale.view(-1, 1, 1, 1, 1), dtype)
     if backwards:
-        cores, center = [core.permute(0, 4, 2, 3, 1).contiguous() for core in cores[::-1]], sites - 1 - center
-    return TTStack(tuple(cores), sweep.errors, "rel_error" if sweep.below_caps else bound_by, center)
-
-
-@dataclass(frozen=True)
-class _Sweep:
-    cores: list[Tensor]
-    errors: tuple[float, ...]
-    center: int
-    below_caps: bool
-
-
-def _sweep(
-    rest: Tensor,
-    dims: Sequence[tuple[int, int]],
-    caps: Sequence[int],
-    rel_error: float | None,
-    method: Method,
-) -> _Sweep:
-    """Decompose `rest: (batch, product of all legs)` by TT-SVD from left to right."""
-    batch, sites, single = rest.shape[0], len(dims), is_single(rest.dtype)
-    sizes = [o * i for o, i in dims]
-    first, last = (0, sites - 1) if rel_error is not None else _cut_range(sizes, caps)
-    right = math.prod(sizes[last + 1 :])  # bond on the right of the last core that is not an identity
-    total = energy(rest[:, None])
-    inside, spent, below = total, torch.zeros_like(total), False
-    left, center = math.prod(sizes[:first]), last
-    cores = [
-        _identity(math.prod(sizes[: k + 1]), rest, (math.prod(sizes[:k]), *dims[k], -1)) for k in range(first)
-    ]
-    for k in range(first, last):
-        block = rest.reshape(batch, left * sizes[k], -1)
-        allowed = None
-        if rel_error is not None:
-            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
-        split = split_block(block, inside, caps[k], allowed, method=method, single=single, last=k == last - 1)
-        below |= split.left.shape[-1] < min(caps[k], *block.shape[1:])
-        spent, inside = spent + split.discarded, split.kept
-        cores.append(split.left.reshape(batch, left, *dims[k], -1))
-        left, rest, center = split.left.shape[-1], split.rest, last - split.centered
-    cores.append(rest.reshape(batch, left, *dims[last], right))
-    for k in range(last + 1, sites):
-        cores.append(_identity(math.prod(sizes[k:]), rest, (-1, *dims[k], math.prod(sizes[k + 1 :]))))
+        cores = [core.permute(0, 4, 2, 3, 1).contiguous() for core in cores[::-1]]
     errors = torch.where(total > 0, (spent / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(), 0)
-    return _Sweep(cores, tuple(errors.tolist()), center, below)
-
-
-def _cut_range(sizes: Sequence[int], caps: Sequence[int]) -> tuple[int, int]:
-    """Find the sites between which bonds are truncated; the cores outside are identities."""
-    first, last = 0, len(sizes) - 1
-    while first < last and caps[first] == math.prod(sizes[: first + 1]):
-        first += 1
-    while last > first and caps[last - 1] == math.prod(sizes[last:]):
-        last -= 1
-    return first, last
-
-
-def _identity(size: int, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    core = torch.eye(size, dtype=like.dtype, device=like.device).reshape(shape)
-    return core.expand(like.shape[0], *core.shape)
-
-
-# --- error bounds before any decomposition --------------------------------------------------------
-
-#: A spectrum with less than this fraction of its energy in the lower half is steep: rounding in single
-#: precision would drown its tail, so it is computed again in double precision.
-_STEEP = 1e-3
-
-
-class CutSpectra:
-    """Relative discarded energies of the unfoldings of one matrix, each computed once.
-
-    Args:
-        matrix: shape `(out_features, in_features)`, finite.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        self._work = matrix.detach().to(result_dtype(matrix.dtype)) / safe_scale(matrix)
-        self._tails: dict[tuple[int, int, int, int], Tensor] = {}
-        self._blocks: dict[tuple[int, int, int, int], Tensor] = {}
-
-    def tails(self, out_dims: Sequence[int], in_dims: Sequence[int], cut: int) -> Tensor:
-        """Compute the energy fraction beyond the first `d = 0, 1, ...` singular values of an unfolding."""
-        rows, columns = math.prod(out_dims), math.prod(in_dims)
-        a, c = math.prod(out_dims[:cut]), math.prod(in_dims[:cut])
-        key = (rows, columns, a, c)
-        if key not in self._tails:
-            work = pad_matrix(self._work, rows, columns)
-            unfolded = work.reshape(a, rows // a, c, columns // c).permute(0, 2, 1, 3).reshape(a * c, -1)
-            self._tails[key] = _tails(unfolded)
-        return self._tails[key]
-
-    def block_tails(self, out_dims: Sequence[int], in_dims: Sequence[int]) -> Tensor:
-        """Compute the tails of the blocks of a two-core block tensor train, one rank for all blocks."""
-        (o0, o1), (i0, i1) = out_dims, in_dims
-        key = (o0, o1, i0, i1)
-        if key not in self._blocks:
-            work = pad_matrix(self._work, o0 * o1, i0 * i1)
-            blocks = work.reshape(o0, o1, i0, i1).permute(1, 2, 0, 3)
-            self._blocks[key] = _tails(blocks)
-        return self._blocks[key]
-
-    @staticmethod
-    def rank_for(tails: Tensor, allowed: float) -> int:
-        """Find the smallest rank, at least 1, that discards at most the allowed fraction of the energy."""
-        return max(1, int((tails > allowed).sum()))
-
-
-def _energies(blocks: Tensor) -> Tensor:
-    """Compute squared singular values, descending, from the smaller Gram matrix; `(..., min(m, n))`."""
-    if blocks.shape[-2] > blocks.shape[-1]:
-        blocks = blocks.mH
-    return torch.linalg.eigvalsh(blocks @ blocks.mH).flip(-1).clamp_min(0)
-
-
-def _tails(blocks: Tensor) -> Tensor:
-    tails = _cumulate(_energies(blocks))
-    double = working_dtype(blocks.dtype)
-    if blocks.dtype != double and float(tails[len(tails) // 2]) < _STEEP:
-        tails = _cumulate(_energies(blocks.to(double)))
-    return tails
-
-
-def _cumulate(energies: Tensor) -> Tensor:
-    energies = energies.double().reshape(-1, energies.shape[-1]).sum(0)
-    total = energies.sum()
-    beyond = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
-    return (beyond / total.clamp_min(torch.finfo(total.dtype).tiny)).cpu()
+    return cores, errors.tolist(), bound_by

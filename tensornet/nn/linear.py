@@ -23,7 +23,6 @@ from tensornet.nn.strategy import CACHED, Strategy, transforms_active
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.mpo import MPOFamily
-from tensornet.topologies.structure import is_chain
 from tensornet.topology import Topology
 
 
@@ -364,9 +363,23 @@ def empty_linear(
         "device": device,
         "dtype": dtype,
     }
-    if is_chain(topology):
+    if _is_chain(topology):
         return MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
     return TensorNetworkLinear(topology, **options)
+
+
+def _is_chain(topology: Topology) -> bool:
+    """Return True if the cores form a chain `(left, out, in, right)` with one leg of each kind per core."""
+    legs = list(zip(topology.out_labels, topology.in_labels, strict=False))
+    if not len(legs) == len(topology.out_labels) == len(topology.in_labels) == len(topology.cores):
+        return False
+    right: str | None = None
+    for core, pair in zip(topology.cores, legs, strict=True):
+        if len(core.labels) != 4 or core.labels[1:3] != pair or right not in (None, core.labels[0]):
+            return False
+        right = core.labels[3]
+    ends = topology.cores[0].labels[0], topology.cores[-1].labels[3]
+    return all(topology.size_of[x] == 1 for x in ends) and ends[0] != ends[1]
 
 
 def linear_from_network(

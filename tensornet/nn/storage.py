@@ -33,8 +33,7 @@ from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
 from tensornet.quantization.formats import pack, packed_bytes, unpack
 from tensornet.quantization.trained_codes import TrainedCodes, rounded_values
 from tensornet.topologies import topology_family
-from tensornet.topologies.rounded_cores import StoredCores
-from tensornet.topologies.structure import matrix_view
+from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
 
 #: The model's own dtype.

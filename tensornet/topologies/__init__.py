@@ -1,7 +1,7 @@
 """Topology families: builders, decompositions and their registry."""
 
 from tensornet.budget import Budget
-from tensornet.topologies.base import TopologyFamily, check_topology
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology
 from tensornet.topologies.block_tt import block_tt
 from tensornet.topologies.dense import dense
 from tensornet.topologies.factored import FactoredFamily, balanced_factors
@@ -10,7 +10,6 @@ from tensornet.topologies.low_rank import low_rank
 from tensornet.topologies.mpo import mpo
 from tensornet.topologies.registry import registered, topology_family, topology_names
 from tensornet.topologies.residual import residual
-from tensornet.topologies.results import Decomposition
 from tensornet.topologies.tensor_ring import tensor_ring
 from tensornet.topologies.tucker import tucker
 from tensornet.topology import CoreSpec

@@ -1,9 +1,10 @@
-"""Abstract base class of topology families."""
+"""Topology families: the base class, with answers that are right for any network, and its results."""
 
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,18 +12,17 @@ import torch
 from torch import Tensor
 
 from tensornet._util import check_dense, outside_autocast
-from tensornet.budget import Budget, check_budget
-from tensornet.errors import BudgetError, TopologyError
-from tensornet.linalg.tt_svd import CutSpectra
+from tensornet.budget import Budget, check_budget, uniform_caps
+from tensornet.errors import TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.topologies.fit import fit_weighted, leading, legs_of, structured_start
-from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
 from tensornet.topologies.rounded_cores import StoredCores, round_in_turn
-from tensornet.topologies.structure import Side, bond_cuts, gauge_bonds
 from tensornet.topology import Topology
 
+#: Sweeps of alternating least squares that `fit` makes.
+_SWEEPS = 3
 #: Bits of integer cores of candidates.
 _CORE_BITS = (8, 4)
 #: Fractions of the largest bond at which candidates are decomposed; between them losses are interpolated.
@@ -31,6 +31,74 @@ _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 _RUNGS = 400
 #: Partial traces of a moment name two indices for each leg, with letters.
 _MAX_LEGS = 25
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Network that approximates a matrix, with certified error.
+
+    Args:
+        network: the cores.
+        error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
+        bound_by: the cap that decided the bonds: `"max_bond"`, `"rel_error"`, `"param_ratio"`, or
+            `"exact"` if no bond was truncated.
+        iterations: sweeps of alternating least squares, 0 where the decomposition has a closed form.
+        converged: whether alternating least squares settled before its sweep limit.
+
+    Example:
+        >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
+        >>> found.network.num_params, found.bound_by, 0 < found.error < 1
+        (60, 'max_bond', True)
+    """
+
+    network: TensorNetwork
+    error: float
+    bound_by: str
+    iterations: int = 0
+    converged: bool = True
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Encode and decode the cores of a network, as they will be kept.
+
+    Args:
+        run: encodes and decodes.
+        number_format: integer format of all cores, from which a family may predict losses without rounding;
+            None for other encodings.
+    """
+
+    run: Callable[[TensorNetwork], TensorNetwork]
+    number_format: NumberFormat | None = None
+
+    def __call__(self, network: TensorNetwork) -> TensorNetwork:
+        """Return the decoded network."""
+        return self.run(network)
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Candidates of one family for one matrix, by increasing bond.
+
+    Args:
+        topologies: of the candidates, by rising bond.
+        losses: `1/2 tr(R E C E^T)` of each under each weighting that was asked for, shape
+            `(weightings, candidates)`.
+        errors: relative Frobenius error of each, shape `(candidates,)`.
+        complete: whether the last candidate has the bonds of an exact network.
+
+    Example:
+        >>> from tensornet.linalg.weighted_svd import Weighting
+        >>> family = tn.topologies.topology_family("low_rank")
+        >>> ladder = family.ladder(torch.randn(12, 8), [Weighting()])
+        >>> len(ladder.topologies), ladder.losses.shape
+        (8, torch.Size([1, 8]))
+    """
+
+    topologies: tuple[Topology, ...]
+    losses: Tensor
+    errors: Tensor
+    complete: bool
 
 
 class TopologyFamily(ABC):
@@ -60,6 +128,8 @@ class TopologyFamily(ABC):
     name: str
     #: Options of `build` that mixtures of experts pass where their configuration leaves them open.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
+    #: Whether `gauge_bonds` fixes gauges even where the row order takes more numbers than that saves.
+    always_pivots: ClassVar[bool] = False
     #: Whether the leading part of every core of an exact decomposition decomposes for smaller bonds.
     nested: ClassVar[bool] = False
 
@@ -206,7 +276,10 @@ class TopologyFamily(ABC):
         """
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
-        return fit_weighted(self.decompose_to, matrix, topology, weighting)
+        made = fit_weighted(self._network_of, matrix, topology, weighting, sweeps=_SWEEPS)
+        gap = torch.linalg.vector_norm(matrix.double() - made.to_matrix().double())
+        error = float(gap / torch.linalg.vector_norm(matrix.double()).clamp_min(1e-300))
+        return Decomposition(made, error, "curvature", iterations=_SWEEPS)
 
     @outside_autocast
     def ladder(
@@ -254,10 +327,10 @@ class TopologyFamily(ABC):
         # 1. Decompositions at a few bonds.
         chosen = [topologies[caps.index(cap)] for cap in tried]
         if self.nested:
-            exact = legs_of(full, weightings[0]).decompose(self.decompose_to, matrix, full)
+            exact = legs_of(full, weightings[0]).decompose(self._network_of, matrix, full)
             starts = [leading(exact, topology) for topology in chosen]
         else:
-            starts = [structured_start(self.decompose_to, matrix, x, weightings[0]) for x in chosen]
+            starts = [structured_start(self._network_of, matrix, x, weightings[0]) for x in chosen]
         gaps = [gap(start) for start in starts]
         losses = [[weighting.cost(x) for x in gaps] for weighting in weightings]
         # 2. Fitting lowers their losses, by about as much as it does in the middle.
@@ -310,22 +383,40 @@ class TopologyFamily(ABC):
         """
         return round_in_turn(stored, weighting)
 
+    def _network_of(self, matrix: Tensor, topology: Topology) -> TensorNetwork:
+        return self.decompose_to(matrix, topology).network
+
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
         """Map each core that holds an identity block to the bond whose gauge the pivoted encoding fixes.
 
-        By default, for each core but the last, its largest bond to a later core if that saves numbers. Never
-        change the answer of a family whose models have been saved: it decides the shapes in their files.
-        """
-        return gauge_bonds(topology)
+        Only a bond that exactly two cores share has a gauge: an invertible matrix and its inverse put into it
+        change the cores, not the operator. By default each core but the last fixes its largest bond to a
+        later core, if it has as many other index values as the bond, and if that saves more numbers than the
+        row order of the core takes. Never change the answer of a family whose models have been saved: it
+        decides the shapes in their files.
 
-    def bond_cuts(self, topology: Topology) -> dict[str, Side]:
-        """Map each bond that separates the network to the legs on one side, for plots of its spectrum.
-
-        By default the bonds that separate the network.
+        Example:
+            >>> family = tn.topologies.topology_family("mpo")
+            >>> family.gauge_bonds(family.build(16, 16, sites=2, max_bond=6))
+            {'0': 'b1'}
         """
-        return bond_cuts(topology)
+        legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
+        found = {}
+        for index, core in enumerate(topology.cores[:-1]):
+            numel = math.prod(sizes[x] for x in core.labels)
+            fitting = []
+            for label in core.labels:
+                carriers = [k for k, other in enumerate(topology.cores) if label in other.labels]
+                if label in legs or len(carriers) != 2 or max(carriers) <= index:
+                    continue
+                size, rows = sizes[label], numel // sizes[label]
+                if rows >= size and (self.always_pivots or size**2 > rows):
+                    fitting.append(label)
+            if fitting:
+                found[core.name] = max(reversed(fitting), key=sizes.__getitem__)
+        return found
 
     def with_rank(self, topology: Topology, rank: int) -> Topology | None:
         """Build the topology that holds this operator plus a matrix of rank `rank`, such as a LoRA adapter.
@@ -333,33 +424,6 @@ class TopologyFamily(ABC):
         By default None: no small topology is known, and a layer that merges an adapter becomes dense.
         """
         return None
-
-    # --- search ----------------------------------------------------------------------------------
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose topologies within a number of parameters, for `search_topology`.
-
-        By default the largest uniform bond that fits, whose error is found by decomposing. Override it if
-        singular values of unfoldings bound the error before any decomposition.
-
-        Args:
-            shape: `(out_features, in_features)`.
-            params: largest number of parameters.
-            spectra: of the matrix; None if only its shape is known.
-            max_sites: most cores of a chain.
-        """
-
-        def fits(bond: int) -> bool:
-            return self.build(*shape, max_bond=bond).num_params <= params
-
-        if fits(1):
-            low, high = 1, max(shape) + 1  # invariant: low fits
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (middle, high) if fits(middle) else (low, middle)
-            yield Proposal(self.build(*shape, max_bond=low), 0.0, 1.0, None)
 
 
 def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int]:
@@ -395,54 +459,11 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
         )
 
 
-def check_options(family: TopologyFamily, options: Mapping[str, Any]) -> None:
-    """Raise TopologyError unless the family has all given options; the message lists its options."""
-    if unknown := sorted(key for key in options if key not in family.options):
-        exist = f"it knows {', '.join(family.options)}" if family.options else "it takes none"
-        raise TopologyError(
-            f"Topology {family.name!r} does not know the options {', '.join(map(str, unknown))}; {exist}."
-        )
-
-
-def uniform_caps(
-    budget: Budget,
-    shape: tuple[int, int],
-    exact: Sequence[int],
-    params: Callable[[list[int]], int],
-    what: str,
-) -> tuple[list[int], str]:
-    """Find the largest bonds within `max_bond` and `param_ratio`, and name the cap that decides.
-
-    `param_ratio` is turned into one cap for all bonds.
-
-    Args:
-        budget: caps of the caller.
-        shape: `(out_features, in_features)`, without padding.
-        exact: bonds of the exact network.
-        params: parameters of the network at such bonds; need not be monotone.
-        what: the network, for the error message.
-
-    Returns:
-        `(bonds, bound_by)`; `bound_by` is `"exact"` if no bond is truncated.
-
-    Raises:
-        BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
-    """
-    caps = budget.caps_of_bonds(len(exact))
-    limits = [min(bond, cap or bond) for bond, cap in zip(exact, caps, strict=True)]
-    bound_by = "exact" if limits == list(exact) else "max_bond"
-    if budget.param_ratio is None:
-        return limits, bound_by
-    allowed = budget.param_ratio * shape[0] * shape[1]
-    for cap in range(max(limits, default=1), 0, -1):
-        bonds = [min(cap, limit) for limit in limits]
-        if params(bonds) <= allowed:
-            return bonds, bound_by if bonds == limits else "param_ratio"
-    raise BudgetError(
-        f"param_ratio={budget.param_ratio} allows {int(allowed)} parameters for a matrix of shape "
-        f"{shape}, but {what} needs {params([1] * len(limits))} at bond 1; raise the budget, use other dims, "
-        "or another topology."
-    )
+def check_options(name: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Raise TopologyError unless all options are known to the family; the message lists those that are."""
+    if unknown := sorted(str(key) for key in options if key not in known):
+        exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
+        raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:

@@ -1,12 +1,12 @@
 """Block tensor trains: chains whose cores also carry legs that they do not contract."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget
+from tensornet.budget import Budget, uniform_caps
 from tensornet.linalg.svd import (
     Method,
     allowed_energy,
@@ -22,21 +22,17 @@ from tensornet.linalg.svd import (
     scaled_back,
     working_dtype,
 )
-from tensornet.linalg.tt_svd import CutSpectra, pad_matrix
-from tensornet.topologies.base import uniform_caps
+from tensornet.linalg.tt_svd import pad_matrix
+from tensornet.topologies.base import Decomposition, check_topology
 from tensornet.topologies.factored import (
-    Dims,
     FactoredFamily,
     check_bonds,
-    choose_dims,
     clip_bonds,
-    cut_dims,
     fitted_network,
     padded_shape,
     site_topology,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition, Proposal
 from tensornet.topology import Topology
 
 
@@ -115,21 +111,15 @@ class BlockTTFamily(FactoredFamily):
         method: Method,
     ) -> Decomposition:
         """Decompose with the same rank for all blocks of a bond."""
-        shape, count = (matrix.shape[0], matrix.shape[1]), len(out_dims) - 1
+        shape = (matrix.shape[0], matrix.shape[1])
 
         def at(bonds: Sequence[int]) -> Topology:
-            return block_tt(
-                out_dims=out_dims,
-                in_dims=in_dims,
-                bond_dims=bonds,
-                out_features=shape[0],
-                in_features=shape[1],
-            )
+            return self.build(*shape, out_dims=out_dims, in_dims=in_dims, bond_dims=bonds)
 
         wanted, bound_by = uniform_caps(
             budget,
             shape,
-            _ranks(out_dims, in_dims, [shape[0] * shape[1]] * count),
+            _ranks(out_dims, in_dims, [shape[0] * shape[1]] * (len(out_dims) - 1)),
             lambda bonds: at(_ranks(out_dims, in_dims, bonds)).num_params,
             f"a block tensor train {shape}",
         )
@@ -139,34 +129,14 @@ class BlockTTFamily(FactoredFamily):
         network = fitted_network(at(bonds), cores)
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
 
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose at the ranks of a topology."""
+        check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)
         exact = bonds == _ranks(topology.out_dims, topology.in_dims, [math.prod(topology.shape)] * len(bonds))
         bound_by = "exact" if exact else "max_bond"
         return Decomposition(fitted_network(topology, cores), error, bound_by)
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose block tensor trains of two cores, whose errors are exact."""
-        for out_dims, in_dims in _block_dims(shape):
-            full = min(out_dims[0], in_dims[1])
-            each = block_tt(out_dims=out_dims, in_dims=in_dims, max_bond=1).num_params
-            rank = min(params // each, full)
-            if rank < 1:
-                continue
-            topology = self.build(*shape, out_dims=out_dims, in_dims=in_dims, max_bond=rank)
-            exact = None
-            if spectra is not None:
-                exact = math.sqrt(float(spectra.block_tails(out_dims, in_dims)[rank]))
-            yield Proposal.known(topology, exact, math.sqrt(1 - rank / full))
-
-
-def _block_dims(shape: tuple[int, int]) -> Iterator[Dims]:
-    pairs = [*cut_dims(shape), choose_dims(shape, None, None, 2)]
-    yield from dict.fromkeys(dims for dims in pairs if min(*dims[0], *dims[1]) > 1)
 
 
 def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:

@@ -1,6 +1,6 @@
 """Dense family: the matrix itself as a network of one core, which plain quantization rounds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,15 +11,20 @@ from tensornet._util import check_size
 from tensornet.budget import Budget, caps_of_bonds
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
-from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, round_weight
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
-from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.base import (
+    Decomposition,
+    Ladder,
+    RoundTrip,
+    TopologyFamily,
+    check_options,
+    check_request,
+    check_topology,
+)
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import CoreSpec, Topology
 
@@ -109,7 +114,7 @@ class DenseFamily(TopologyFamily):
         **options: Any,
     ) -> Topology:
         """Build the topology, see `dense`; there is no bond to cap."""
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         caps_of_bonds(max_bond, 0, TopologyError)
         made = dense(out_features=out_features, in_features=in_features)
         return replace(made, family=self.name)
@@ -120,7 +125,7 @@ class DenseFamily(TopologyFamily):
         Raises:
             BudgetError: fewer parameters than the matrix has are allowed.
         """
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         shape = check_request(self.name, matrix, budget)
         if budget.param_ratio is not None and budget.param_ratio < 1:
             raise BudgetError(
@@ -151,7 +156,7 @@ class DenseFamily(TopologyFamily):
         **options: Any,
     ) -> Ladder:
         """List one candidate, whose loss is that of its number format."""
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         topology = self.build(matrix.shape[0], matrix.shape[1])
         network = self.decompose_to(matrix, topology).network
         gap = torch.zeros_like(network.cores[0])
@@ -171,13 +176,6 @@ class DenseFamily(TopologyFamily):
     def with_rank(self, topology: Topology, rank: int) -> Topology:
         """Return the same topology, since the sum of two matrices is a matrix."""
         return topology
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose the matrix, if it fits."""
-        if shape[0] * shape[1] <= params:
-            yield Proposal.known(self.build(*shape), 0.0, 0.0)
 
 
 register_topology(DenseFamily())

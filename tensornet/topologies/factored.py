@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -17,8 +17,7 @@ from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.results import Decomposition
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_options, check_request
 from tensornet.topology import CoreSpec, Topology
 
 DEFAULT_SITES = 3
@@ -28,9 +27,8 @@ MAX_PADDING = 0.05
 #: Padding at all costs a copy of the input and one of the output, so exact factors win unless they are
 #: clearly less balanced.
 _ANY_PADDING = 0.5
-#: Cuts are tried at the divisors nearest to these powers of a size.
-_CUT_POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
+#: Options of all factored families.
+_DIMS = ("out_dims", "in_dims", "sites")
 #: Sizes of out-legs and of in-legs.
 Dims = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -38,7 +36,7 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 class FactoredFamily(TopologyFamily):
     """Family with the options `out_dims`, `in_dims` and `sites`; dims default to balanced factors.
 
-    A subclass implements building a topology and decomposing a matrix at given dims; its own options are
+    A subclass names its builder and implements `decompose_at` and `decompose_to`; options of its own are
     named in `build_options` and `decompose_options` and passed on as keywords.
 
     Example:
@@ -66,16 +64,15 @@ class FactoredFamily(TopologyFamily):
         **options: Any,
     ) -> Topology:
         """Build the topology at the chosen dims."""
-        own = self._own(options, self.build_options)
-        shape = (out_features, in_features)
-        rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
+        check_options(self.name, options, (*self.build_options, *_DIMS))
+        rows, columns = self.choose_dims((out_features, in_features), out_dims, in_dims, sites)
         topology = type(self).builder(
             out_dims=rows,
             in_dims=columns,
             max_bond=max_bond,
             out_features=out_features,
             in_features=in_features,
-            **own,
+            **options,
         )
         return replace(topology, family=self.name)
 
@@ -91,10 +88,10 @@ class FactoredFamily(TopologyFamily):
         **options: Any,
     ) -> Decomposition:
         """Decompose a matrix at the chosen dims; see `decompose_at`."""
-        own = self._own(options, self.decompose_options)
+        check_options(self.name, options, (*self.decompose_options, *_DIMS))
         shape = check_request(self.name, matrix, budget)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
-        return self._renamed(self.decompose_at(matrix, rows, columns, budget, method=method, **own))
+        return self.decompose_at(matrix, rows, columns, budget, method=method, **options)
 
     @abstractmethod
     def decompose_at(
@@ -108,31 +105,14 @@ class FactoredFamily(TopologyFamily):
     ) -> Decomposition:
         """Decompose `matrix: (out_features, in_features)` with these legs; see `decompose`."""
 
-    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Check family and shape, then call `decompose_into`."""
-        check_topology(self.name, topology, matrix)
-        return self._renamed(self.decompose_into(matrix, topology))
-
     @property
     def options(self) -> tuple[str, ...]:
         """Names of all options: dims, sites, and those of the subclass."""
-        return tuple(sorted({"out_dims", "in_dims", "sites", *self.build_options, *self.decompose_options}))
+        return tuple(sorted({*_DIMS, *self.build_options, *self.decompose_options}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
         """Return the leg sizes of a topology as options."""
         return {"out_dims": topology.out_dims, "in_dims": topology.in_dims}
-
-    def _renamed(self, made: Decomposition) -> Decomposition:
-        """Record the name of this family, which builders of a renamed parent do not know."""
-        network = made.network
-        if network.topology.family == self.name:
-            return made
-        topology = replace(network.topology, family=self.name)
-        return replace(made, network=TensorNetwork(topology, network.cores))
-
-    @abstractmethod
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose `matrix` into a network of exactly this topology, already checked."""
 
     def choose_dims(
         self,
@@ -140,13 +120,9 @@ class FactoredFamily(TopologyFamily):
         out_dims: Sequence[int] | None,
         in_dims: Sequence[int] | None,
         sites: int | None,
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> Dims:
         """Complete missing dims; families with a fixed number of sites reject others here."""
         return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
-
-    def _own(self, options: dict[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
-        refuse_options(self.name, options, (*known, "out_dims", "in_dims", "sites"))
-        return {key: value for key, value in options.items() if value is not None}
 
 
 def choose_dims(
@@ -211,46 +187,30 @@ def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
     if sites == 1:
         return (size,)
+
+    def imbalance(factors: tuple[int, ...]) -> float:
+        padding = math.log(math.prod(factors) / size)
+        return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
+
+    def exact_factors(padded: int) -> tuple[int, ...]:
+        """Factor exactly, choosing at each step the divisor nearest to the remaining root."""
+        factors, rest = [], padded
+        for left in range(sites, 1, -1):
+            root = rest ** (1 / left)
+            factors.append(min(_divisors(rest), key=lambda d: abs(math.log(d / root))))
+            rest //= factors[-1]
+        return tuple(sorted([*factors, rest]))
+
     # Small sizes need room for at least one balanced product, whatever the percentage says.
     ceiling = max(math.floor(size * (1 + MAX_PADDING)), size + 1)
-    candidates = (_exact_factors(padded, sites) for padded in range(size, ceiling + 1))
-    return min(candidates, key=lambda factors: _imbalance(factors, size))
-
-
-def _imbalance(factors: tuple[int, ...], size: int) -> float:
-    padding = math.log(math.prod(factors) / size)
-    return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
-
-
-def _exact_factors(size: int, sites: int) -> tuple[int, ...]:
-    """Factor `size` exactly, choosing at each step the divisor nearest to the remaining root."""
-    factors, rest = [], size
-    for left in range(sites, 1, -1):
-        root = rest ** (1 / left)
-        factor = min(divisors(rest), key=lambda d: abs(math.log(d / root)))
-        factors.append(factor)
-        rest //= factor
-    return tuple(sorted([*factors, rest]))
+    return min(map(exact_factors, range(size, ceiling + 1)), key=imbalance)
 
 
 @lru_cache(maxsize=65536)
-def divisors(size: int) -> tuple[int, ...]:
+def _divisors(size: int) -> tuple[int, ...]:
     """List all divisors of a positive size, in ascending order."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return tuple(sorted({*small, *(size // d for d in small)}))
-
-
-def cut_dims(shape: tuple[int, int]) -> Iterator[Dims]:
-    """Split rows and columns into two factors each."""
-    for a in _cuts(shape[0]):
-        for c in _cuts(shape[1]):
-            yield (a, shape[0] // a), (c, shape[1] // c)
-
-
-def _cuts(size: int) -> list[int]:
-    choices = divisors(size)
-    nearest = {min(choices, key=lambda d: abs(math.log(d) - power * math.log(size))) for power in _CUT_POWERS}
-    return sorted(nearest)
 
 
 def padded_shape(
@@ -345,17 +305,6 @@ def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[
             stacklevel=2,
         )
     return kept
-
-
-def refuse_options(name: str, options: dict[str, Any], known: Sequence[str] = ()) -> None:
-    """Raise TopologyError if any option is unknown to the family.
-
-    Raises:
-        TopologyError: an unknown option; the message lists the known ones.
-    """
-    if unknown := sorted(key for key, value in options.items() if value is not None and key not in known):
-        exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
-        raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
 
 
 def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:

@@ -12,11 +12,10 @@ from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.weighted_svd import Weighting, damped, root
 from tensornet.network import TensorNetwork
-from tensornet.topologies.results import Decomposition
 from tensornet.topology import Topology
 
 #: How a family writes a matrix as a network of a given topology.
-Decompose = Callable[[Tensor, Topology], Decomposition]
+Decompose = Callable[[Tensor, Topology], TensorNetwork]
 
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _STEPS = 6
@@ -26,8 +25,8 @@ _FACTOR_DAMPING = 1e-4
 
 @torch.no_grad()
 def fit_weighted(
-    decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int = 3
-) -> Decomposition:
+    decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int
+) -> TensorNetwork:
     """Fit cores of a given topology at little weighted error, at most that of the plain decomposition.
 
     The start is the decomposition that is optimal (as far as the family's own is) for moments replaced by
@@ -36,14 +35,14 @@ def fit_weighted(
     If the plain decomposition still has less weighted error, it is fitted instead.
 
     Args:
-        decompose: `decompose_to` of the family.
+        decompose: writes a matrix as a network of the family.
         matrix: shape `(out, in)`.
         topology: of that family.
         weighting: sensitivity of the loss to errors.
         sweeps: rounds of alternating least squares; 0 returns the start.
     """
     legs = legs_of(topology, weighting)
-    plain = decompose(matrix, topology).network
+    plain = decompose(matrix, topology)
     made = legs.decompose(decompose, matrix, topology) if legs.roots else plain
     if sweeps > 0 and legs.roots:
         whitened = legs.whitened(matrix, made, weighting)
@@ -53,16 +52,14 @@ def fit_weighted(
         made = plain
     if sweeps > 0 and (made is plain or not legs.roots):
         made = fit_network(matrix, plain, weighting, sweeps=sweeps).network
-    gap = torch.linalg.vector_norm(matrix.double() - made.to_matrix().double())
-    error = float(gap / torch.linalg.vector_norm(matrix.double()).clamp_min(1e-300))
-    return Decomposition(made, error, "curvature", iterations=sweeps)
+    return made
 
 
 def structured_start(
     decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting
 ) -> TensorNetwork:
     """Choose the better of the plain and the leg-whitened decomposition by the full weighting."""
-    plain = decompose(matrix, topology).network
+    plain = decompose(matrix, topology)
     legs = legs_of(topology, weighting)
     if not legs.roots:
         return plain
@@ -96,7 +93,7 @@ class Legs:
     def decompose(self, decompose: Decompose, matrix: Tensor, topology: Topology) -> TensorNetwork:
         """Decompose in leg-whitened coordinates and transform the cores back; bonds stay the same."""
         found = decompose(self.whitened_matrix(matrix), _unpadded(topology))
-        return self.undone(found.network, topology, matrix.dtype)
+        return self.undone(found, topology, matrix.dtype)
 
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting

@@ -8,8 +8,11 @@ from tensornet._util import check_sizes
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method
-from tensornet.linalg.tt_svd import TTResult, max_bonds, tt_svd
+from tensornet.linalg.tt_svd import max_bonds, tt_svd
+from tensornet.network import TensorNetwork
+from tensornet.topologies.base import Decomposition, check_topology
 from tensornet.topologies.factored import (
+    Dims,
     FactoredFamily,
     check_bonds,
     clip_bonds,
@@ -17,7 +20,6 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition
 from tensornet.topology import CoreSpec, Topology
 
 
@@ -96,7 +98,7 @@ class KroneckerFamily(FactoredFamily):
         out_dims: Sequence[int] | None,
         in_dims: Sequence[int] | None,
         sites: int | None,
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    ) -> Dims:
         """Complete missing dims, two for each side.
 
         Raises:
@@ -116,26 +118,21 @@ class KroneckerFamily(FactoredFamily):
         method: Method,
     ) -> Decomposition:
         """Decompose with `max_bond` as a cap on the number of terms."""
-        result = tt_svd(matrix, out_dims, in_dims, budget, method=method)
-        topology = kronecker(
-            out_dims=out_dims,
-            in_dims=in_dims,
-            terms=result.cores[0].shape[3],
-            out_features=matrix.shape[0],
-            in_features=matrix.shape[1],
-        )
-        return _decomposition(topology, result)
+        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget, method=method)
+        topology = self.build(*matrix.shape, out_dims=out_dims, in_dims=in_dims, terms=cores[0].shape[3])
+        return Decomposition(_network(topology, cores), error, bound_by)
 
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose with the number of terms of a topology."""
+        check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())
-        result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
-        return _decomposition(topology, result)
+        cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
+        return Decomposition(_network(topology, cores), error, bound_by)
 
 
-def _decomposition(topology: Topology, result: TTResult) -> Decomposition:
-    left, right = result.cores[0][0].permute(2, 0, 1), result.cores[1][..., 0]
-    return Decomposition(fitted_network(topology, (left, right)), result.error, result.bound_by)
+def _network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
+    """Reshape a chain of two cores to the two factors."""
+    return fitted_network(topology, (cores[0][0].permute(2, 0, 1), cores[1][..., 0]))
 
 
 register_topology(KroneckerFamily())

@@ -1,7 +1,6 @@
 """Low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensornet._util import check_size, remembered
-from tensornet.budget import Budget, caps_of_bonds
+from tensornet.budget import Budget, caps_of_bonds, uniform_caps
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import (
     Method,
@@ -19,7 +18,6 @@ from tensornet.linalg.svd import (
     result_dtype,
     truncated_svd,
 )
-from tensornet.linalg.tt_svd import CutSpectra, cap_bonds
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
     Weighting,
@@ -30,17 +28,20 @@ from tensornet.linalg.weighted_svd import (
 from tensornet.network import TensorNetwork
 from tensornet.quantization import RoundedWeight, round_product
 from tensornet.quantization.predict import predict_product_losses
-from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.base import (
+    Decomposition,
+    Ladder,
+    RoundTrip,
+    TopologyFamily,
+    check_options,
+    check_request,
+    check_topology,
+)
 from tensornet.topologies.mpo import mpo
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
 from tensornet.topologies.rounded_cores import StoredCores
-from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
-#: Matrix products are fastest where sizes are multiples of this.
-KERNEL_STEP = 16
 #: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 
@@ -76,6 +77,7 @@ class LowRankFamily(TopologyFamily):
     """
 
     name = "low_rank"
+    always_pivots = True
 
     def build(
         self,
@@ -86,7 +88,7 @@ class LowRankFamily(TopologyFamily):
         **options: Any,
     ) -> Topology:
         """Build the low-rank topology; see `low_rank`."""
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
         return replace(topology, family=self.name)
@@ -95,9 +97,11 @@ class LowRankFamily(TopologyFamily):
         self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
     ) -> Decomposition:
         """Truncate the SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         rows, columns = check_request(self.name, matrix, budget)
-        caps, bound_by = cap_bonds((rows, columns), (rows, 1), (1, columns), budget)
+        shape, exact = (rows, columns), [min(rows, columns)]
+        what = f"a network of the family {self.name!r}"
+        caps, bound_by = uniform_caps(budget, shape, exact, lambda bonds: bonds[0] * (rows + columns), what)
         result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)
         rank = result.S.numel()
         if rank < caps[0]:
@@ -136,7 +140,7 @@ class LowRankFamily(TopologyFamily):
 
         Rounding errors of a lossy encoding are independent of the truncation error, so that their losses add.
         """
-        refuse_options(self.name, options)
+        check_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
         tails = [result.error, *(other_tail_costs(result, weightings[0], other) for other in weightings[1:])]
         losses = torch.stack([tail[1:].cpu().double() for tail in tails])
@@ -187,27 +191,9 @@ class LowRankFamily(TopologyFamily):
             done[name] = factor.reshape(kept.shape).to(kept) if isinstance(factor, Tensor) else factor
         return done
 
-    def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Map the first core to its bond, even where storing the row order costs more than it saves."""
-        return gauge_bonds(topology, always=True)
-
     def with_rank(self, topology: Topology, rank: int) -> Topology:
         """Build the topology whose rank is the sum of both ranks."""
         return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose the largest rank that fits, and the largest multiple of `KERNEL_STEP` that fits."""
-        largest = min(params // (shape[0] + shape[1]), *shape)
-        for rank in dict.fromkeys((largest, largest - largest % KERNEL_STEP)):
-            if rank < 1:
-                continue
-            worst = math.sqrt(1 - rank / min(shape))
-            exact = None
-            if spectra is not None:
-                exact = math.sqrt(float(spectra.tails((shape[0], 1), (1, shape[1]), 1)[rank]))
-            yield Proposal.known(self.build(*shape, max_bond=rank), exact, worst, baseline=True)
 
     def _balanced(self, result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
         root = result.S.sqrt().to(result.U.dtype)

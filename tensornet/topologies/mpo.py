@@ -8,25 +8,21 @@ import torch
 from torch import Tensor
 
 from tensornet.budget import Budget
-from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import Method
-from tensornet.linalg.tt_svd import CutSpectra, cap_bonds, max_bonds, mpo_params, tt_svd
+from tensornet.linalg.tt_svd import max_bonds, tt_svd
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.topologies.base import Decomposition, check_topology
 from tensornet.topologies.factored import (
     Dims,
     FactoredFamily,
     check_bonds,
-    choose_dims,
     clip_bonds,
-    cut_dims,
     fitted_network,
     padded_shape,
     site_topology,
 )
 from tensornet.topologies.fit import legs_of
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition, Proposal
-from tensornet.topologies.structure import gauge_bonds
 from tensornet.topology import Topology
 
 #: Sizes of the small legs.
@@ -100,6 +96,7 @@ class MPOFamily(FactoredFamily):
     builder = mpo
     decompose_options = ("bond_dims",)
     nested = True
+    always_pivots = True
     #: Five cores, as in Gao et al. 2022.
     mixture_options: ClassVar[Mapping[str, Any]] = {"sites": 5}
 
@@ -118,16 +115,17 @@ class MPOFamily(FactoredFamily):
             full = max_bonds(out_dims, in_dims)
             check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
             bond_dims = clip_bonds("bond_dims", bond_dims, full)
-        result = tt_svd(matrix, out_dims, in_dims, budget, bonds=bond_dims, method=method)
-        bonds = [core.shape[-1] for core in result.cores[:-1]]
-        topology = chain(out_dims, in_dims, bonds, (matrix.shape[0], matrix.shape[1]))
-        return Decomposition(fitted_network(topology, result.cores), result.error, result.bound_by)
+        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget, bonds=bond_dims, method=method)
+        bonds = [core.shape[-1] for core in cores[:-1]]
+        topology = chain(out_dims, in_dims, bonds, (matrix.shape[0], matrix.shape[1]), family=self.name)
+        return Decomposition(fitted_network(topology, cores), error, bound_by)
 
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose by TT-SVD at the bonds of a topology."""
+        check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
-        result = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
-        return Decomposition(fitted_network(topology, result.cores), result.error, result.bound_by)
+        cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
+        return Decomposition(fitted_network(topology, cores), error, bound_by)
 
     def search_legs(
         self,
@@ -144,82 +142,6 @@ class MPOFamily(FactoredFamily):
         outs, ins = best_dims(matrix, weighting, balanced, build=self.build, num_params=num_params)
         kept = {key: value for key, value in options.items() if key != "sites"}
         return {**kept, "out_dims": outs, "in_dims": ins}
-
-    def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Map every core but the last to its right bond, even where a row order costs more than it saves."""
-        return gauge_bonds(topology, always=True)
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose chains of 2 to `max_sites` cores with even errors at all bonds, or with uniform bonds."""
-        for out_dims, in_dims in _mpo_dims(shape, max_sites):
-            found = _mpo_bonds(shape, out_dims, in_dims, params, spectra)
-            if found is None:
-                continue
-            topology = self.build(*shape, out_dims=out_dims, in_dims=in_dims, bond_dims=found)
-            full = max_bonds(out_dims, in_dims)
-            lost = sum(1 - bond / most for bond, most in zip(found, full, strict=True))
-            worst = math.sqrt(min(1.0, lost))
-            if spectra is None:
-                yield Proposal.known(topology, None, worst)
-            else:
-                tails = [float(spectra.tails(out_dims, in_dims, k + 1)[bond]) for k, bond in enumerate(found)]
-                yield Proposal(topology, math.sqrt(max(tails)), math.sqrt(min(1.0, sum(tails))), worst)
-
-
-def _mpo_bonds(
-    shape: tuple[int, int],
-    out_dims: Sequence[int],
-    in_dims: Sequence[int],
-    params: int,
-    spectra: CutSpectra | None,
-) -> tuple[int, ...] | None:
-    """Find the largest bonds that fit, None if even bonds of 1 do not."""
-    full = max_bonds(out_dims, in_dims)
-    if mpo_params(out_dims, in_dims, [1] * len(full)) > params:
-        return None
-    if spectra is None:
-        try:
-            return cap_bonds(shape, out_dims, in_dims, Budget(param_ratio=params / math.prod(shape)))[0]
-        except BudgetError:  # the share rounds down to fewer parameters than bonds of 1 need
-            return None
-    tails = [spectra.tails(out_dims, in_dims, k + 1) for k in range(len(full))]
-
-    def bonds(allowed: float) -> tuple[int, ...]:
-        ranks = (spectra.rank_for(tail, allowed) for tail in tails)
-        return tuple(min(rank, most) for rank, most in zip(ranks, full, strict=True))
-
-    low, high = 0.0, 1.0  # invariant: high fits
-    if mpo_params(out_dims, in_dims, bonds(low)) <= params:
-        return bonds(low)
-    for _ in range(40):
-        middle = (low + high) / 2
-        fits = mpo_params(out_dims, in_dims, bonds(middle)) <= params
-        low, high = (low, middle) if fits else (middle, high)
-    return bonds(high)
-
-
-def _mpo_dims(shape: tuple[int, int], max_sites: int) -> Iterator[Dims]:
-    seen: set[Dims] = set()
-    for dims in (*cut_dims(shape), *_balanced_dims(shape, max_sites)):
-        trivial = any(out * inside == 1 for out, inside in zip(*dims, strict=True))
-        # Plain low rank, and its mirror, are a family of their own.
-        plain = dims[0] in ((shape[0], 1), (1, shape[0])) and dims[1] in ((shape[1], 1), (1, shape[1]))
-        if not trivial and not plain and dims not in seen and max_sites >= len(dims[0]):
-            seen.add(dims)
-            yield dims
-
-
-def _balanced_dims(shape: tuple[int, int], max_sites: int) -> Iterator[Dims]:
-    for sites in range(2, max_sites + 1):
-        try:
-            rows, columns = choose_dims(shape, None, None, sites)
-        except TopologyError:  # more sites than the shape can be split into
-            return
-        yield rows, columns
-        yield rows[::-1], columns[::-1]
-        yield rows, columns[::-1]
 
 
 def best_dims(

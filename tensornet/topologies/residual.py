@@ -10,7 +10,7 @@ Reference:
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,20 @@ from torch import Tensor
 from tensornet.budget import Budget
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
-from tensornet.linalg.tt_svd import CutSpectra
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight
-from tensornet.topologies.base import TopologyFamily, check_request, check_topology
-from tensornet.topologies.factored import refuse_options
+from tensornet.topologies.base import (
+    Decomposition,
+    Ladder,
+    RoundTrip,
+    TopologyFamily,
+    check_options,
+    check_request,
+    check_topology,
+)
 from tensornet.topologies.registry import register_topology, topology_family
-from tensornet.topologies.results import Decomposition, Ladder, Proposal, RoundTrip
-from tensornet.topologies.rounded_cores import StoredCores
-from tensornet.topologies.structure import matrix_view
+from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import CoreSpec, Topology
 
 #: Name of the core that holds the dense matrix.
@@ -97,7 +101,7 @@ class ResidualFamily(TopologyFamily):
         **options: Any,
     ) -> Topology:
         """See `residual`; `max_bond` caps the bonds of the network."""
-        refuse_options(self.name, options, ("network", "network_options"))
+        check_options(self.name, options, ("network", "network_options"))
         made = residual(
             out_features=out_features,
             in_features=in_features,
@@ -250,14 +254,6 @@ class ResidualFamily(TopologyFamily):
         _, part = topology.parts[1]
         wider = topology_family(part.family).with_rank(part, rank)
         return None if wider is None else replace(_beside(wider), family=self.name)
-
-    def proposals(
-        self, shape: tuple[int, int], params: int, spectra: CutSpectra | None, max_sites: int
-    ) -> Iterator[Proposal]:
-        """Propose the smallest bond, if it fits: the matrix itself is never smaller."""
-        topology = self.build(*shape, max_bond=1)
-        if topology.num_params <= params:
-            yield Proposal.known(topology, 0.0, 0.0)
 
 
 def _beside(network: Topology) -> Topology:

@@ -7,6 +7,7 @@ moments of the rows and columns of the core, seen as a matrix. After a core has 
 not been are refitted, which compensates a part of the rounding error.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,22 @@ from tensornet.topology import Topology
 _PROBES = 6
 #: Conjugate gradient steps for each core that is refitted.
 _STEPS = 4
+
+
+def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
+    """View a core as a matrix whose rows are groups along the inputs, which share scales.
+
+    Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
+
+    Example:
+        >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
+        (2, 4)
+    """
+    labels = next(core.labels for core in topology.cores if core.name == name)
+    legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
+    split = legs[0] if legs and legs[0] > 0 else len(labels) - 1
+    shape = topology.core_shapes[name]
+    return math.prod(shape[:split]), math.prod(shape[split:])
 
 
 @dataclass(frozen=True)

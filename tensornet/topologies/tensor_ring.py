@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tensornet._util import check_size
 from tensornet.als import fit_network
-from tensornet.budget import Budget
+from tensornet.budget import Budget, uniform_caps
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import (
     Method,
@@ -27,7 +27,7 @@ from tensornet.linalg.svd import (
 from tensornet.linalg.tt_svd import max_bonds, pad_matrix, split_block
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import uniform_caps
+from tensornet.topologies.base import Decomposition, check_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
     check_bonds,
@@ -38,7 +38,6 @@ from tensornet.topologies.factored import (
     site_topology,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition
 from tensornet.topology import Topology
 
 #: Without weighting the first step solves for a core whose bonds are few, the second comes close for others.
@@ -101,19 +100,6 @@ def _ring(
     return site_topology("tensor_ring", cores, bonds, out_dims, in_dims, shape)
 
 
-@dataclass(frozen=True)
-class _Ring:
-    cores: list[Tensor]
-    error: float
-    bound_by: str
-    iterations: int = 0
-    converged: bool = True
-
-    @property
-    def num_params(self) -> int:
-        return sum(core.numel() for core in self.cores)
-
-
 class TensorRingFamily(FactoredFamily):
     """Tensor rings, decomposed by sequential SVD.
 
@@ -161,7 +147,7 @@ class TensorRingFamily(FactoredFamily):
                 SVD can use is clipped, with a warning.
             sweeps: most sweeps of alternating least squares, each time over all cores.
         """
-        rows, columns, shape = out_dims, in_dims, (matrix.shape[0], matrix.shape[1])
+        rows, columns = out_dims, in_dims
         if len(rows) < 2:
             raise TopologyError(f"A ring needs at least two sites, got {len(rows)}; use the topology 'mpo'.")
         check_size("sweeps", sweeps, least=0)
@@ -174,29 +160,31 @@ class TensorRingFamily(FactoredFamily):
                     "lower the one or raise the other."
                 )
             (ring_bond,) = clip_bonds("ring_bond", [ring_bond], [max_bonds(rows, columns)[0]])
-        rings, refused = [], None
+        found, refused = [], None
         for bond in RING_BONDS if ring_bond is None else (ring_bond,):
             if ring_bond is None and bond > min(closing_cap or bond, *max_bonds(rows, columns)):
                 break
             try:
-                ring = _decompose(matrix, rows, columns, bond, budget, method)
-                rings.append(_refine(matrix, ring, sweeps))
+                made = _decompose(matrix, rows, columns, bond, budget, method)
+                found.append(_refined(matrix, made, sweeps))
             except BudgetError as error:
                 refused = refused or error
             if budget.unlimited:
                 break  # the open chain is exact
-        if not rings:
+        if not found:
             assert refused is not None
             raise refused
-        kept = [ring for ring in rings if budget.rel_error is not None and ring.error <= budget.rel_error]
-        best = min(kept, key=lambda r: r.num_params) if kept else min(rings, key=lambda r: r.error)
-        return _decomposition(best, shape)
+        kept = [x for x in found if budget.rel_error is not None and x.error <= budget.rel_error]
+        best = min(kept, key=lambda x: x.network.num_params) if kept else min(found, key=lambda x: x.error)
+        topology = replace(best.network.topology, family=self.name)
+        return replace(best, network=fitted_network(topology, best.network.cores))
 
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose by sequential SVD at the bonds of a topology."""
+        check_topology(self.name, topology, matrix)
         *bonds, closing = topology.bond_dims.values()
-        ring = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
-        return Decomposition(fitted_network(topology, ring.cores), ring.error, ring.bound_by)
+        made = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
+        return replace(made, network=fitted_network(topology, made.network.cores))
 
 
 def _decompose(
@@ -206,30 +194,30 @@ def _decompose(
     closing: int,
     budget: Budget,
     method: Method,
-) -> _Ring:
+) -> Decomposition:
+    """Decompose within the budget at a given closing bond."""
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
-    def params(caps: list[int]) -> int:
-        bonds = [closing, *_ranks(legs, closing, caps), closing]
+    def ranks(caps: Sequence[int]) -> list[int]:
+        """Compute the bonds of the sequential SVD under these caps, without an allowed error."""
+        right = math.prod(legs[1:])
+        found = [min(caps[0], -(-min(legs[0], right) // closing))]
+        for k in range(1, len(legs) - 1):
+            right //= legs[k]
+            found.append(min(caps[k], found[-1] * legs[k], right * closing))
+        return found
+
+    def params(caps: Sequence[int]) -> int:
+        bonds = [closing, *ranks(caps), closing]
         return sum(bonds[k] * leg * bonds[k + 1] for k, leg in enumerate(legs))
 
-    exact = _ranks(legs, closing, [math.prod(legs)] * (len(legs) - 1))
+    exact = ranks([math.prod(legs)] * (len(legs) - 1))
     open_bonds = replace(
         budget, max_bond=budget.max_bond[:-1] if isinstance(budget.max_bond, tuple) else budget.max_bond
     )
     caps, bound_by = uniform_caps(open_bonds, shape, exact, params, f"a ring closed by a bond of {closing}")
-    ring = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error, method)
-    return ring if ring.bound_by == "rel_error" else _Ring(ring.cores, ring.error, bound_by)
-
-
-def _ranks(legs: Sequence[int], closing: int, caps: Sequence[int]) -> list[int]:
-    """Compute the bonds of the sequential SVD under these caps, without an allowed error."""
-    right = math.prod(legs[1:])
-    ranks = [min(caps[0], -(-min(legs[0], right) // closing))]
-    for k in range(1, len(legs) - 1):
-        right //= legs[k]
-        ranks.append(min(caps[k], ranks[-1] * legs[k], right * closing))
-    return ranks
+    made = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error, method)
+    return made if made.bound_by == "rel_error" else replace(made, bound_by=bound_by)
 
 
 @torch.no_grad()
@@ -241,7 +229,8 @@ def _tr_svd(
     caps: Sequence[int],
     rel_error: float | None = None,
     method: Method = "auto",
-) -> _Ring:
+) -> Decomposition:
+    """Decompose by sequential SVD, with the norm in the last core."""
     check_finite(matrix, "The matrix")
     check_method(method)
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
@@ -276,36 +265,31 @@ def _tr_svd(
             left = U.shape[1]
     cores.append(scaled_back(rest.reshape(left, out_dims[-1], in_dims[-1], closing), scale, dtype))
     error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
-    return _Ring([core.to(dtype).contiguous() for core in cores], error, bound_by)
+    topology = _ring(out_dims, in_dims, [core.shape[3] for core in cores], (matrix.shape[0], matrix.shape[1]))
+    return Decomposition(
+        TensorNetwork(topology, [core.to(dtype).contiguous() for core in cores]), error, bound_by
+    )
 
 
 @torch.no_grad()
-def _refine(matrix: Tensor, ring: _Ring, sweeps: int) -> _Ring:
-    if sweeps < 1 or ring.error == 0:
-        return ring
-    out_dims, in_dims, bonds = ([core.shape[axis] for core in ring.cores] for axis in (1, 2, 3))
+def _refined(matrix: Tensor, made: Decomposition, sweeps: int) -> Decomposition:
+    """Lower the error of a ring by alternating least squares."""
+    if sweeps < 1 or made.error == 0:
+        return made
     scale, double = safe_scale(matrix), working_dtype(matrix.dtype)
     target = matrix.detach().to(double) / scale
-    start = [core.to(double) for core in ring.cores]
-    topology = _ring(out_dims, in_dims, bonds, (matrix.shape[0], matrix.shape[1]))
-    network = TensorNetwork(topology, [*start[:-1], start[-1] / scale])
-    fit = fit_network(target, network, Weighting(), sweeps=sweeps, steps=_STEPS, tolerance=_SETTLED)
+    *first, last = [core.to(double) for core in made.network.cores]
+    start = TensorNetwork(made.network.topology, [*first, last / scale])
+    fit = fit_network(target, start, Weighting(), sweeps=sweeps, steps=_STEPS, tolerance=_SETTLED)
     *first, last = fit.network.cores
-    cores = zip([*first, last * scale], ring.cores, strict=True)
+    cores = zip([*first, last * scale], made.network.cores, strict=True)
     return replace(
-        ring,
-        cores=[new.to(old.dtype).contiguous() for new, old in cores],
+        made,
+        network=TensorNetwork(start.topology, [new.to(old.dtype).contiguous() for new, old in cores]),
         error=frobenius(target - fit.network.to_matrix()) / frobenius(target),
         iterations=fit.sweeps,
         converged=fit.converged,
     )
-
-
-def _decomposition(ring: _Ring, shape: tuple[int, int]) -> Decomposition:
-    out_dims, in_dims, bonds = ([core.shape[axis] for core in ring.cores] for axis in (1, 2, 3))
-    topology = _ring(out_dims, in_dims, bonds, shape)
-    network = fitted_network(topology, ring.cores)
-    return Decomposition(network, ring.error, ring.bound_by, ring.iterations, ring.converged)
 
 
 register_topology(TensorRingFamily())

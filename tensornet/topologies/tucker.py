@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tensornet.budget import Budget
+from tensornet.budget import Budget, uniform_caps
 from tensornet.linalg.svd import (
     Method,
     allowed_energy,
@@ -20,7 +20,7 @@ from tensornet.linalg.svd import (
 )
 from tensornet.linalg.tt_svd import pad_matrix, split_block
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import uniform_caps
+from tensornet.topologies.base import Decomposition, check_topology
 from tensornet.topologies.factored import (
     FactoredFamily,
     balance_norms,
@@ -30,7 +30,6 @@ from tensornet.topologies.factored import (
     padded_shape,
 )
 from tensornet.topologies.registry import register_topology
-from tensornet.topologies.results import Decomposition
 from tensornet.topology import CoreSpec, Topology
 
 
@@ -118,13 +117,7 @@ class TuckerFamily(FactoredFamily):
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
-            return tucker(
-                out_dims=out_dims,
-                in_dims=in_dims,
-                ranks=ranks,
-                out_features=shape[0],
-                in_features=shape[1],
-            )
+            return self.build(*shape, out_dims=out_dims, in_dims=in_dims, ranks=ranks)
 
         caps, bound_by = uniform_caps(
             budget, shape, legs, lambda ranks: at(ranks).num_params, f"a Tucker network {shape}"
@@ -141,8 +134,9 @@ class TuckerFamily(FactoredFamily):
             core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole, None, method)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
-    def decompose_into(self, matrix: Tensor, topology: Topology) -> Decomposition:
+    def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Project the matrix to the ranks of a topology."""
+        check_topology(self.name, topology, matrix)
         caps = topology.core_shapes["core"]
         core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
         bound_by = "exact" if len(topology.cores) == 1 else "max_bond"
@@ -188,13 +182,9 @@ def st_hosvd(
         rank = split.left.shape[1] if rel_error is not None else cap
         factors.append(pad_core(split.left, (block.shape[0], rank)))
         rest = pad_core(split.rest, (rank, block.shape[1]))
-        core = rest.reshape(rank, *_without(core.shape, axis)).movedim(0, axis)
+        core = rest.reshape(rank, *core.shape[:axis], *core.shape[axis + 1 :]).movedim(0, axis)
     error = float((spent / total).sqrt()) if float(total) > 0 else 0.0
     return scaled_back(core, scale, dtype), [factor.to(dtype) for factor in factors], error
-
-
-def _without(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    return (*shape[:axis], *shape[axis + 1 :])
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:

@@ -25,7 +25,6 @@ from tensornet.contraction.plan import (
     plan_operator,
     run,
 )
-from tensornet.contrib.search import search_topology
 from tensornet.errors import TargetError, TopologyError
 from tensornet.nn.strategy import CACHED, STRATEGIES
 from tensornet.topologies import low_rank, mpo
@@ -413,8 +412,6 @@ def test_limit_of_a_model_goes_where_it_gains_most() -> None:
     with pytest.raises(TypeError, match="measure_machine"):
         tn.nn.set_strategy(layer, "cached", machine="cpu")  # type: ignore[arg-type]
     assert layer.strategy == "auto"
-    with pytest.raises(TypeError, match=r"measure_machine.*got 'cpu'"):
-        search_topology((16, 16), param_ratio=0.5, machine="cpu")  # type: ignore[arg-type]
 
 
 def test_machines() -> None:

@@ -16,7 +16,7 @@ from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores
 from tensornet.nn.storage import Storage
-from tensornet.topologies import topology_family
+from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.fit import fit_weighted, leg_moments, structured_start
 
 CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
@@ -40,7 +40,7 @@ def test_fitting_never_costs_more_than_the_plain_decomposition(family: str, opti
     topology = topology_family(family).build(*matrix.shape, max_bond=4, **options)
     plain = topology_family(family).decompose_to(matrix, topology).network
     plain_cost = weighting.cost(matrix - plain.to_matrix())
-    result = fit_weighted(topology_family(family).decompose_to, matrix, topology, weighting, sweeps=2)
+    result = TopologyFamily.fit(topology_family(family), matrix, topology, weighting)
     cost = weighting.cost(matrix - result.network.to_matrix())
     assert cost <= plain_cost
     assert cost < 0.9 * plain_cost or plain_cost == 0  # Tucker of this cap is exact
@@ -59,10 +59,10 @@ def test_identities_give_the_plain_decomposition(family: str, options: dict[str,
     if identity != "diagonals":
         rows, columns = rows.diag(), columns.diag()
     weighting = Weighting(5 * rows if identity == "scaled" else rows, columns)
-    decompose = topology_family(family).decompose_to
-    found = fit_weighted(decompose, matrix, topology, weighting, sweeps=0).network
+    decompose = topology_family(family)._network_of
+    found = fit_weighted(decompose, matrix, topology, weighting, sweeps=0)
     torch.testing.assert_close(found.to_matrix(), plain.to_matrix(), rtol=1e-4, atol=1e-4)
-    fitted = fit_weighted(decompose, matrix, topology, weighting).network
+    fitted = fit_weighted(decompose, matrix, topology, weighting, sweeps=3)
     gap, plain_gap = (float((matrix - x.to_matrix()).norm()) for x in (fitted, plain))
     assert gap <= plain_gap * (1 + 1e-5)
 
@@ -99,7 +99,7 @@ def test_product_moments_make_the_start_optimal_for_two_sites() -> None:
     legs = [moment(3), moment(4, seed=1), moment(4, seed=2), moment(3, seed=3)]
     weighting = Weighting(torch.kron(legs[0], legs[1]), torch.kron(legs[2], legs[3]))
     topology = topology_family("mpo").build(12, 12, out_dims=(3, 4), in_dims=(4, 3), max_bond=4)
-    start = structured_start(topology_family("mpo").decompose_to, matrix, topology, weighting)
+    start = structured_start(topology_family("mpo")._network_of, matrix, topology, weighting)
     fitted = fit_network(matrix, start, weighting, sweeps=5, steps=20)
     plain = topology_family("mpo").decompose_to(matrix, topology).network
     cost = weighting.cost(matrix - start.to_matrix())

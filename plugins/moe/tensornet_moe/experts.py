@@ -38,7 +38,7 @@ from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
-from tensornet.topologies.structure import matrix_view
+from tensornet.topologies.rounded_cores import matrix_view
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole

@@ -21,7 +21,6 @@ from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore
 from tensornet.quantization import NumberFormat
-from tensornet.topologies.structure import is_matrix
 from tensornet_hf.checkpoint import (
     check_free,
     copy_small_files,
@@ -186,8 +185,10 @@ def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> d
     if type(stock) is not nn.Linear:
         kind = type(stock).__name__
         return f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}; only nn.Linear can be packed"
-    if not is_matrix(layer.topology):
-        return f"a network of the family {layer.topology.family!r}; only dense matrices can be packed"
+    topology = layer.topology
+    legs = (*topology.out_labels, *topology.in_labels)
+    if [core.labels for core in topology.cores] != [legs] or topology.shape != topology.padded_shape:
+        return f"a network of the family {topology.family!r}; only dense matrices can be packed"
     core = layer.topology.core_names[0]
     number_format = layer.storage.format_of(core)
     bits = number_format.bits
