@@ -1,7 +1,5 @@
 """Files: written atomically, and safetensors headers read, mapped, and assembled without loading tensors."""
 
-import errno
-import glob
 import hashlib
 import json
 import math
@@ -10,8 +8,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,6 @@ from tensornet.errors import DestinationError, FormatError
 
 #: Bytes copied at a time.
 CHUNK = 1 << 24
-#: End of the name of a folder that holds what is being replaced.
-_OLD = ".old"
 
 
 @dataclass(frozen=True)
@@ -73,25 +69,25 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
-        >>> with new_file(folder / "x") as beside:
-        ...     _ = beside.write_text("done")
+        >>> with new_file(folder / "x") as made:
+        ...     _ = made.write_text("done")
         >>> (folder / "x").read_text()
         'done'
     """
     if what is not None:
         check_place(what, path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield beside
-        _sync_file(beside)
-        beside.replace(path)
-        sync_folder(path.parent)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
     except OSError as error:
         if what is None:
             raise
         raise DestinationError(f"{what} cannot be written to {path}: {error}") from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
@@ -102,7 +98,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | 
         2
     """
     total, checksum = 0, hashlib.sha256()
-    with new_file(path, what=what) as beside, beside.open("wb") as file:
+    with new_file(path, what=what) as made, made.open("wb") as file:
         for chunk in chunks:
             file.write(chunk)
             checksum.update(chunk)
@@ -131,14 +127,12 @@ def intact(path: Path, written: Written) -> bool:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that replaces `target` when the block ends without an error.
 
-    What was at `target` stays until then, and stays for good after an error. A process killed in between may
-    leave it as `.NAME.*.old/NAME`; the next call renames it back first.
+    What was at `target` stays until then, and stays for good after an error.
 
     Raises:
-        DestinationError: no folder can be made beside `target`, or as `take_place`.
-        OSError: the folder cannot take its place.
+        DestinationError: no folder can be made in the parent folder.
+        OSError: the folder cannot be renamed to `target`.
     """
-    restore_earlier(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
@@ -147,7 +141,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         os.umask(mask := os.umask(0))  # the only way to read it
-        folder.chmod(0o777 & ~mask)  # mkdtemp makes folders for the owner alone
+        folder.chmod(0o777 & ~mask)  # mkdtemp makes folders, and safetensors files, for the owner alone
         for file in folder.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)
@@ -157,98 +151,25 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Flush a finished folder and rename it to its destination; delete or restore what was there.
+    """Rename a finished folder to its destination, and delete what was there.
 
-    To explain how this works: what was at `target` waits as `.NAME.*.old/NAME` beside it until the new folder
-    has its name. Any failure, Ctrl-C included, renames it back; after SIGKILL `restore_earlier` does.
+    What was there waits in a folder `.NAME.*.old` meanwhile; any failure, Ctrl-C included, renames it back.
 
     Raises:
-        DestinationError: the renames failed and what was there cannot be renamed back; the message says where
-            it is.
-        OSError: the folder cannot take its place.
+        OSError: a rename failed.
     """
-    for path in (*folder.rglob("*"), folder):
-        if path.is_file():
-            _sync_file(path)
-        elif path.is_dir():
-            sync_folder(path)
     if not target.exists():
         folder.rename(target)
-        sync_folder(target.parent)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_OLD, dir=target.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
     earlier = old / target.name
     try:
         target.rename(earlier)
         folder.rename(target)
-    finally:
-        # The file system is asked, since an interrupt may come before or after either rename.
-        if os.path.lexists(target) and not os.path.lexists(folder):
-            sync_folder(target.parent)
-            _discard(earlier)
-        else:
-            _put_back(earlier, target)
-
-
-def restore_earlier(target: Path) -> None:
-    """Rename a folder back to `target` that a killed process moved aside, unless something is there.
-
-    Raises:
-        DestinationError: it cannot be renamed; the message says where it is.
-
-    Example:
-        >>> target = Path(tempfile.mkdtemp(), "model")
-        >>> aside = target.with_name(".model.x.old") / "model"
-        >>> aside.mkdir(parents=True)
-        >>> restore_earlier(target)
-        >>> target.exists(), aside.parent.exists()
-        (True, False)
-    """
-    if os.path.lexists(target):
-        return
-    aside = target.parent.glob(f".{glob.escape(target.name)}.*{_OLD}")
-    found = [folder / target.name for folder in aside if os.path.lexists(folder / target.name)]
-    if found:
-        _put_back(max(found, key=lambda path: path.parent.stat().st_mtime_ns), target)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the directory entries of a folder to the disk, where the system supports it."""
-    if os.name != "posix":  # Windows opens no directories
-        return
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:  # of folders that may not be listed, and of some network file systems
-        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
-            raise
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb" if os.name == "posix" else "rb+") as file:  # Windows flushes what may be written
-        os.fsync(file.fileno())
-
-
-def _put_back(earlier: Path, target: Path) -> None:
-    if os.path.lexists(earlier):
-        try:
+    finally:  # an interrupt may come before or after either rename
+        if earlier.exists() and not target.exists():
             earlier.rename(target)
-        except OSError as error:
-            raise DestinationError(
-                f"What was at {target} is kept in {earlier}: it could not be renamed back ({error}). Move it "
-                "there yourself."
-            ) from error
-    with suppress(OSError):  # never by force: nothing but an empty folder is to go
-        earlier.parent.rmdir()
-
-
-def _discard(earlier: Path) -> None:
-    with suppress(OSError):  # `restore_earlier` would take it for a whole folder when it is half deleted
-        earlier.rename(earlier.with_name(f"{earlier.name}.replaced"))
-    shutil.rmtree(earlier.parent, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 # --- safetensors files ----------------------------------------------------------------------------
@@ -310,10 +231,17 @@ def read_header(path: Path) -> dict[str, Slice]:
         FormatError: the file cannot be read, is truncated, its header contradicts itself or the file, or a
             name occurs twice.
     """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):  # the package would take the last one
+            raise ValueError("a name occurs twice in its header")
+        return made
+
     try:
         with path.open("rb") as file, safe_open(path, framework="np"):  # checks sizes and offsets
             length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length), object_pairs_hook=_unique)
+            entries = json.loads(file.read(length), object_pairs_hook=unique)
     except (SafetensorError, ValueError, RecursionError) as error:
         raise FormatError(
             f"{path} is truncated or damaged: {error!s:.200}. Copy or download it again."
@@ -394,48 +322,38 @@ def write_tensors(
         >>> read_header(path)["x"].shape
         (2, 3)
     """
-    with new_file(Path(path), what=what) as beside:
+    with new_file(Path(path), what=what) as made:
         try:
-            save_file(dict(tensors), beside, dict(metadata))
+            save_file(dict(tensors), made, dict(metadata))
         except SafetensorError as error:  # such as a full disk
             raise OSError(str(error)) from error
 
 
-@dataclass(frozen=True)
-class ShardTask:
-    """Shard to assemble: its path and the tensors it holds.
+def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str, str] = PYTORCH) -> Written:
+    """Copy tensors from other files, chunk by chunk, into the file that the safetensors package would write.
+
+    Bytes are copied so that memory holds one chunk, whatever the dtype: the package would need all tensors
+    of the file in memory, or mapped, and a mapped file that is cut short kills the process.
 
     Args:
         path: file to write.
         tensors: where the content of each tensor lies now, by name.
         metadata: of the file.
-    """
-
-    path: Path
-    tensors: Mapping[str, Slice]
-    metadata: Mapping[str, str] = field(default_factory=lambda: PYTORCH)
-
-
-def write_shard(task: ShardTask) -> Written:
-    """Copy tensors from other files, chunk by chunk, into the file that the safetensors package would write.
-
-    Bytes are copied so that memory holds one chunk, whatever the dtype: the package would need all tensors
-    of the file in memory, or mapped, and a mapped file that is cut short kills the process.
 
     Raises:
         FormatError: a source file has become shorter.
         OSError: a file cannot be read or written.
     """
     rank = {dtype: place for place, dtype in enumerate(_ORDER)}
-    parts = dict(sorted(task.tensors.items(), key=lambda x: (rank.get(x[1].dtype, len(rank)), x[0])))
-    entries: dict[str, Any] = {"__metadata__": dict(task.metadata)}
+    parts = dict(sorted(tensors.items(), key=lambda x: (rank.get(x[1].dtype, len(rank)), x[0])))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, part in parts.items():
         place = [end, end := end + part.nbytes]
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the buffer starts aligned
-    return write_file(task.path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
+    return write_file(path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
 
 
 def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
@@ -454,10 +372,3 @@ def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
                     raise FormatError(f"{part.file} has become shorter while it was being read.")
                 left -= len(chunk)
                 yield chunk
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a name occurs twice in its header")
-    return made

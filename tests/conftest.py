@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tensornet.testing.profiles import register_profiles
+from tensornet.testing.strategies import register_profiles
 
 # Two test workers on two cores: more threads each would only wait for one another.
 torch.set_num_threads(1)

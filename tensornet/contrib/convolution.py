@@ -1,7 +1,4 @@
-"""Convolutions as matrices: `(out_channels, in_channels * kernel)`, one for each group.
-
-Transposed convolutions have `(out_channels * kernel, in_channels)`.
-"""
+"""Convolutions as matrices: `(out_channels, in_channels * kernel)`, one for each group."""
 
 import math
 from collections.abc import Callable, Sized
@@ -16,7 +13,6 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class MatrixConvolution(Compound):
@@ -35,7 +31,8 @@ class MatrixConvolution(Compound):
 
     def __init__(self, stock: nn.Conv1d | nn.Conv2d | nn.Conv3d, shared: Shared) -> None:
         columns = stock.in_channels // stock.groups * math.prod(stock.kernel_size)
-        super().__init__(stock, (Stack("weight", _names(stock), columns),), shared)
+        names = ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
+        super().__init__(stock, (Stack("weight", names, columns),), shared)
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
@@ -78,72 +75,9 @@ class MatrixConvolution(Compound):
         return y.transpose(1, 2).reshape(len(x), self.out_channels, *points)
 
 
-class MatrixTransposedConvolution(Compound):
-    """Replacement for `nn.ConvTranspose1d`, `2d` or `3d` that multiplies by matrices.
-
-    To explain how this works: a matrix maps the channels of one input point to the patch
-    `(out_channels * kernel)` that it adds to the output. Low rank `U V` is `V` at every point, then a
-    transposed convolution by `U`. While a layer is observed it is called with `(batch, points, in_channels)`.
-
-    >>> from tensornet.contrib.convolution import MatrixTransposedConvolution
-    >>> stock = torch.nn.ConvTranspose1d(8, 4, 3, stride=2)
-    >>> x = torch.randn(2, 8, 9)
-    >>> torch.allclose(MatrixTransposedConvolution(stock, {})(x), stock(x), atol=1e-5)
-    True
-    """
-
-    def __init__(
-        self, stock: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d, shared: Shared
-    ) -> None:
-        patch = stock.out_channels // stock.groups * math.prod(stock.kernel_size)
-        super().__init__(stock, (Stack("weight", _names(stock), patch, transposed=True),), shared)
-        self.out_channels, self.groups, self.kernel_size = stock.out_channels, stock.groups, stock.kernel_size
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Map `(batch, in_channels, *points)` to `(batch, out_channels, *points)`; batch may be absent."""
-        layers = [self.get_submodule(name) for name in self.layer_names]
-        dims = len(self.kernel_size)
-        stock: Any = self._stock[0]
-        extra = stock._output_padding(
-            input, output_size, stock.stride, stock.padding, stock.kernel_size, dims, stock.dilation
-        )
-        x = input if input.ndim == dims + 2 else input[None]
-        if is_observed(*layers):
-            parts = x.flatten(2).transpose(1, 2).chunk(self.groups, dim=2)
-            patches = torch.cat([layer(part) for layer, part in zip(layers, parts, strict=True)], dim=2)
-            patches = patches.transpose(1, 2).unflatten(2, x.shape[2:])
-            y = self._add_up(patches, self._places(patches), extra, self.out_channels)
-        elif len(layers) == 1 and (factors := _two_factors(layers[0])) is not None:
-            left, right = factors
-            inner = _convolution(self.kernel_size)(x, right.reshape(*right.shape, *[1] * dims))
-            y = self._add_up(inner, self._kernel([left]), extra, 1)
-        else:
-            y = self._add_up(x, self._kernel([dense_matrix(layer) for layer in layers]), extra, self.groups)
-        return y if input.ndim == dims + 2 else y[0]
-
-    def _kernel(self, matrices: list[Tensor]) -> Tensor:
-        """Lay the matrices of all groups out as a kernel `(in_channels, out_channels / groups, *kernel)`."""
-        return torch.cat([matrix.T.reshape(matrix.shape[1], -1, *self.kernel_size) for matrix in matrices])
-
-    def _places(self, like: Tensor) -> Tensor:
-        """Make the kernel that puts entry `k` of the patch of each output channel in place `k`."""
-        size = math.prod(self.kernel_size)
-        one = torch.eye(size, dtype=like.dtype, device=like.device).reshape(size, 1, *self.kernel_size)
-        return one.repeat(self.out_channels, *[1] * (one.ndim - 1))
-
-    def _add_up(self, x: Tensor, kernel: Tensor, extra: list[int], groups: int) -> Tensor:
-        stock: Any = self._stock[0]
-        transposed = _convolution(self.kernel_size, "_transpose")
-        return transposed(x, kernel, self.bias, stock.stride, stock.padding, extra, groups, stock.dilation)
-
-
-def _convolution(kernel_size: Sized, kind: str = "") -> Callable[..., Tensor]:
+def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
     """Return torch's function for kernels of that many dimensions."""
-    return getattr(F, f"conv{kind}{len(kernel_size)}d")
-
-
-def _names(stock: Any) -> tuple[str, ...]:
-    return ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
+    return getattr(F, f"conv{len(kernel_size)}d")
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -163,32 +97,22 @@ class _ConvolutionKind(CompoundKind):
     """Compound kind of convolutions, depthwise ones excluded: each of their channels has a kernel alone."""
 
     def matches(self, module: nn.Module) -> bool:
-        return _has_kernel(module) and _can_shrink(module)
+        return type(module) in _CONVOLUTIONS and is_plain(module) and self._can_shrink(module)
 
     def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        if isinstance(module, _TRANSPOSED_CONVOLUTIONS):
-            return MatrixTransposedConvolution(module, shared)
         assert isinstance(module, _CONVOLUTIONS)
         return MatrixConvolution(module, shared)
 
     def reason_against(self, module: nn.Module) -> str | None:
-        if _has_kernel(module) and not _can_shrink(module):
+        if type(module) in _CONVOLUTIONS and is_plain(module) and not self._can_shrink(module):
             return "groups too small for low rank"
         return None
 
-
-def _has_kernel(module: nn.Module) -> bool:
-    """Return True if a module is a stock convolution whose parameters are its weight and bias."""
-    return type(module) in (*_CONVOLUTIONS, *_TRANSPOSED_CONVOLUTIONS) and is_plain(module)
-
-
-def _can_shrink(module: Any) -> bool:
-    """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
-    channels_in, channels_out = module.in_channels // module.groups, module.out_channels // module.groups
-    kernel = math.prod(module.kernel_size)
-    turned = isinstance(module, _TRANSPOSED_CONVOLUTIONS)
-    rows, columns = (channels_out * kernel, channels_in) if turned else (channels_out, channels_in * kernel)
-    return module.groups == 1 or rows + columns < rows * columns
+    def _can_shrink(self, module: Any) -> bool:
+        """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
+        rows = module.out_channels // module.groups
+        columns = module.in_channels // module.groups * math.prod(module.kernel_size)
+        return module.groups == 1 or rows + columns < rows * columns
 
 
 register_compound_kind(_ConvolutionKind())

@@ -179,10 +179,7 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
 
 
 #: Types whose weight a hook of `torch.nn.utils` may recompute before each pass.
-_STOCK = (
-    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-)
+_STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Why a layer stays dense under weight_norm, spectral_norm or prune.
 RECOMPUTED = "weight recomputed by a hook"
 #: Why a layer stays dense that another `forward` was set on.

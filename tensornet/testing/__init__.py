@@ -5,6 +5,6 @@ from tensornet._util import require
 require(("hypothesis",), extra="testing", user="tensornet.testing")
 
 from tensornet.testing import laws, reference, strategies  # noqa: E402 - they import hypothesis
-from tensornet.testing.profiles import register_profiles  # noqa: E402
+from tensornet.testing.strategies import register_profiles  # noqa: E402
 
 __all__ = ["laws", "reference", "register_profiles", "strategies"]

@@ -7,9 +7,10 @@ called, and pytest collects the laws.
 A decomposition is a callable `(matrix, budget) -> Outcome`.
 """
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,16 +18,20 @@ import torch
 from hypothesis import currently_in_test_context, given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensornet.budget import Budget
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression.apply import apply_plan
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.planning import plan
 from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.linalg.svd import result_dtype
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
 from tensornet.testing import reference, strategies
-from tensornet.testing.renaming import check_name_does_not_matter
-from tensornet.topologies import Decomposition, TopologyFamily, low_rank
+from tensornet.topologies import Decomposition, TopologyFamily, low_rank, registered
 from tensornet.topology import Topology
 
 
@@ -409,6 +414,76 @@ def check_canonical(operator: MPO, center: int) -> None:
             eye = torch.eye(block.shape[1], dtype=core.dtype, device=core.device)
             gap = float((block.mH @ block - eye).abs().max())
             assert gap <= rounding, f"core {k} misses orthonormality by {gap:.3g}"
+
+
+# --- families ------------------------------------------------------------------------------------
+
+#: Ways to plan: by the weight alone, by calibrated sensitivities, and with another storage of the cores.
+_CONFIGS: tuple[dict[str, Any], ...] = (
+    {"objective": "weight"},
+    {"objective": "curvature", "pivoted": True},
+    {"objective": "activation"},
+)
+
+
+def check_name_does_not_matter(
+    family: TopologyFamily,
+    matrix: Tensor,
+    *,
+    param_ratio: float = 0.6,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Check that a subclass under another name is planned, predicted and stored as its parent.
+
+    Args:
+        family: registered or not.
+        matrix: weight of the layer that is compressed; scaled to entries of at most 1.
+        param_ratio: budget.
+        options: see `CompressionConfig.topology_options`.
+
+    Example:
+        >>> from tensornet.testing import laws
+        >>> laws.check_name_does_not_matter(tn.topologies.topology_family("mpo"), torch.randn(12, 8))
+    """
+    child = copy.copy(family)
+    child.__class__ = type(f"Renamed{type(family).__name__}", (type(family),), {})
+    child.name = f"renamed_{family.name}"
+    weight = (matrix.real if matrix.is_complex() else matrix).float()
+    weight = weight / weight.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    generator = torch.Generator().manual_seed(0)
+    samples = [torch.randn(2 * n, n, generator=generator, device="cpu") for n in weight.shape]
+    scaled = [x * torch.logspace(0, 1, x.shape[1], device="cpu") for x in samples]
+    rows, columns = ({"0": x.T @ x / len(x)} for x in scaled)
+    stats = CalibrationStats(rows, columns, tokens=100, loss=1.0, source="random numbers")
+    for chosen in _CONFIGS:
+        found: list[tuple[LayerPlan, dict[str, Tensor]] | None] = []
+        for member in (family, child):
+            model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
+            model[0].weight.data.copy_(weight)
+            known = None if chosen["objective"] == "weight" else stats
+            with registered(member):
+                config = CompressionConfig(
+                    topology=member.name, topology_options=options, param_ratio=param_ratio, **chosen
+                )
+                try:
+                    made = plan(model, config, known)
+                    apply_plan(model, made, known)
+                except BudgetError:
+                    found.append(None)
+                    continue
+            found.append((made["0"], model.state_dict()))
+        if found[0] is None or found[1] is None:
+            assert found == [None, None], f"{child.name!r}, {chosen}: only one of the two fits the budget"
+            continue
+        (parent, tensors), (other, others) = found[0], found[1]
+        if other.topology is not None:
+            built = other.topology.family
+            assert built == child.name, f"{child.name!r}, {chosen}: build records {built!r}"
+            other = replace(other, topology=replace(other.topology, family=family.name))
+        assert other == parent, f"{child.name!r}, {chosen}: planned {other}, its parent {parent}"
+        assert others.keys() == tensors.keys(), f"{child.name!r}, {chosen}: other tensors"
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, others[key]), f"{child.name!r}, {chosen}: tensor {key!r} differs"
 
 
 # --- classes to subclass -------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Hypothesis strategies for matrices, tensors, budgets, topologies and networks.
+"""Hypothesis strategies for matrices, budgets, topologies and networks, and profiles.
 
 Numbers come from a seeded generator rather than from hypothesis itself: hypothesis chooses shapes, kinds,
 dtypes and seeds, which it can shrink, and not thousands of floats, which it cannot.
 """
 
 import math
+from typing import Any
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
@@ -17,15 +19,8 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: Shapes of the singular spectrum of a generated matrix.
-#: The last two have a rank of their own, 0 and 1.
+#: Shapes of the singular spectrum of a generated matrix. The last two have a rank of their own, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
-#: Those whose rank is drawn where none is given.
-_NEEDS_RANK = ("low_rank",)
-
-#: Kinds of tensors of any order: independent elements; a product of exponentials, of rank 1 across every cut;
-#: a sum of two products, of rank at most 2; an eighth of the elements; zeros; ones.
-TENSOR_KINDS = ("gaussian", "exponential", "low_rank", "sparse", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
@@ -102,90 +97,6 @@ def matrices(
     return (matrix * scale).to(kind)
 
 
-@st.composite
-def tensors(
-    draw: DrawFn,
-    *,
-    shape: tuple[int, ...] | None = None,
-    min_order: int = 1,
-    max_order: int = 5,
-    max_dim: int = 4,
-    dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
-    kind: str | None = None,
-    scales: bool = True,
-) -> Tensor:
-    """Draw a tensor of any order; sizes of 1 are frequent.
-
-    Args:
-        shape: sizes of the dimensions; any of the allowed orders if absent.
-        min_order: smallest number of dimensions where the shape is free; 0 gives numbers.
-        max_order: largest number of dimensions where the shape is free.
-        max_dim: largest size where the shape is free.
-        dtype: a dtype or a strategy; real and complex ones if absent.
-        kind: one of `TENSOR_KINDS`; any if absent.
-        scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
-
-    Raises:
-        ValueError: unknown kind.
-
-    Example:
-        >>> from hypothesis import given
-        >>> from tensornet.testing import strategies
-        >>> @given(tensor=strategies.tensors(min_order=3, max_order=3))
-        ... def test_has_three_legs(tensor):
-        ...     assert tensor.ndim == 3
-        >>> test_has_three_legs()
-    """
-    if shape is None:
-        shape = tuple(draw(st.lists(st.integers(1, max_dim), min_size=min_order, max_size=max_order)))
-    chosen = dtype if isinstance(dtype, torch.dtype) else draw(dtype if dtype is not None else dtypes())
-    name = kind or draw(st.sampled_from(TENSOR_KINDS))
-    scale = draw(st.sampled_from((1.0, 1.0, 1e-12, 1e12))) if scales and chosen not in HALF else 1.0
-    tensor = tensor_of_kind(shape, name, seed=draw(st.integers(0, 2**16)), complex=chosen.is_complex)
-    return (tensor * scale).to(chosen)
-
-
-def tensor_of_kind(shape: tuple[int, ...], kind: str, *, seed: int, complex: bool = False) -> Tensor:
-    """Build a reproducible tensor in double precision, one of `TENSOR_KINDS`.
-
-    Raises:
-        ValueError: unknown kind.
-
-    Example:
-        >>> from tensornet.testing import strategies
-        >>> strategies.tensor_of_kind((2, 3, 4), "exponential", seed=0).shape
-        torch.Size([2, 3, 4])
-    """
-    if kind not in TENSOR_KINDS:
-        raise ValueError(f"Unknown kind {kind!r}; choose one of {', '.join(TENSOR_KINDS)}.")
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.complex128 if complex else torch.float64
-
-    def gaussian(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, dtype=dtype, device="cpu")
-
-    def separable(vectors: list[Tensor]) -> Tensor:
-        product = torch.ones((), dtype=dtype)
-        for vector in vectors:
-            product = product[..., None] * vector
-        return product
-
-    if kind in ("zero", "constant"):
-        return torch.full(shape, 0.0 if kind == "zero" else 1.0, dtype=dtype)
-    if kind == "gaussian":
-        return gaussian(*shape)
-    if kind == "exponential":
-        rates = torch.rand(len(shape), generator=generator, dtype=torch.float64)
-        steps = [-rate * torch.arange(size) for rate, size in zip(rates, shape, strict=True)]
-        return separable([torch.exp(step * (1 + 1j if complex else 1)) for step in steps])
-    if kind == "low_rank":
-        return separable([gaussian(size) for size in shape]) + separable([gaussian(size) for size in shape])
-    positions = torch.rand(math.prod(shape), generator=generator).argsort()[: max(1, math.prod(shape) // 8)]
-    sparse = torch.zeros(math.prod(shape), dtype=dtype)
-    sparse[positions] = gaussian(len(positions))
-    return sparse.reshape(shape)
-
-
 def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:
     """Build a float64 matrix whose singular values follow one of `SPECTRA`, reproducible by its seed.
 
@@ -214,7 +125,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
         S = 1 / (k + 1)
     elif name == "exponential":
         S = torch.exp(-k)
-    if name in _NEEDS_RANK and rank is None:
+    if name == "low_rank" and rank is None:
         rank = max(1, size // 3)
     if rank is not None:
         S = torch.where(k < rank, S, 0)
@@ -328,3 +239,34 @@ def networks(
 
 
 _default_dims = dims()
+
+
+def register_profiles() -> None:
+    """Register the profiles `default`, `ci` and `nightly` with hypothesis.
+
+    Select one with `settings.load_profile(name)`; this project's own tests read the name from the
+    environment variable `HYPOTHESIS_PROFILE`.
+
+    - `default`: 50 random examples, for work at the desk.
+    - `ci`: 25 examples, derandomised, so that the same commit always gives the same verdict.
+    - `nightly`: 1000 random examples, to find rare failures.
+
+    No profile has a deadline: the first call of an operation plans or compiles and is slower than the rest.
+
+    Example:
+        >>> from hypothesis import settings
+        >>> from tensornet.testing import register_profiles
+        >>> register_profiles()
+        >>> settings.get_profile("ci").max_examples
+        25
+    """
+    # Each option is written out: on a CI machine hypothesis changes the defaults it would inherit.
+    common: dict[str, Any] = {
+        "deadline": None,
+        "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+    }
+    settings.register_profile("default", max_examples=50, derandomize=False, **common)
+    settings.register_profile(
+        "ci", max_examples=25, derandomize=True, database=None, print_blob=True, **common
+    )
+    settings.register_profile("nightly", max_examples=1000, derandomize=False, **common)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import json
-import os
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -118,71 +113,6 @@ def test_a_folder_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     assert [x.name for x in (tmp_path / "x").iterdir()] == ["other"]
 
 
-def record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Flushes and renames from now on, each with the inode of its file or folder."""
-    done: list[tuple[str, int]] = []
-    flush, rename, replace = os.fsync, Path.rename, Path.replace
-
-    def flushing(handle: int) -> None:
-        done.append(("flush", os.fstat(handle).st_ino))
-        flush(handle)
-
-    def renaming(self: Path, target: Path) -> Path:
-        done.append(("rename", self.stat().st_ino))
-        return rename(self, target)
-
-    def replacing(self: Path, target: Path) -> Path:
-        done.append(("rename", self.stat().st_ino))
-        return replace(self, target)
-
-    monkeypatch.setattr(os, "fsync", flushing)
-    monkeypatch.setattr(Path, "rename", renaming)
-    monkeypatch.setattr(Path, "replace", replacing)
-    return done
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_a_folder_is_flushed_before_it_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
-) -> None:
-    target = tmp_path / "x"
-    if replaced:
-        target.mkdir()
-    done = record(monkeypatch)
-    with atomic.new_folder(target) as folder:
-        (folder / "shard").write_text("new")
-        (folder / "module").mkdir()
-        (folder / "module" / "shard").write_text("new")
-    renamed = done.index(("rename", target.stat().st_ino))
-    assert {x for kind, x in done[:renamed] if kind == "flush"} == {
-        path.stat().st_ino for path in (target, *target.rglob("*"))
-    }
-    assert done[renamed + 1] == ("flush", tmp_path.stat().st_ino)
-
-
-def test_a_file_is_flushed_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = record(monkeypatch)
-    atomic.write_file(tmp_path / "x", [b"new"])
-    file, folder = (tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino
-    assert done == [("flush", file), ("rename", file), ("flush", folder)]
-
-
-def test_folders_are_flushed_where_that_is_possible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number, fails in ((errno.EINVAL, False), (errno.EIO, True)):
-        failure = OSError(number, os.strerror(number))
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", Mock(side_effect=failure))
-            with pytest.raises(OSError, match="Input/output") if fails else nullcontext():
-                atomic.sync_folder(tmp_path)
-    with monkeypatch.context() as windows:
-        windows.setattr(os, "name", "nt")
-        windows.setattr(os, "open", Mock(side_effect=PermissionError))
-        atomic.sync_folder(tmp_path)
-
-
-Rename = Callable[[Path, Path], Path]
-
-
 def replace_folder(target: Path) -> None:
     with atomic.new_folder(target) as folder:
         (folder / "file").write_text("new")
@@ -216,58 +146,3 @@ def test_a_folder_survives_an_error_beside_either_rename(
         replace_folder(earlier)
     assert (earlier / "file").read_text() == found
     assert [x.name for x in earlier.parent.iterdir()] == ["x"]
-
-
-@pytest.fixture
-def moved_aside(earlier: Path) -> Path:
-    """As a process leaves it that is killed between the two renames, or cannot rename back."""
-    aside = earlier.with_name(".x.1234.old")
-    aside.mkdir()
-    return earlier.rename(aside / "x")
-
-
-def test_a_folder_that_cannot_be_renamed_back_is_kept(earlier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename: Rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if target == earlier:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(DestinationError, match=r"What was at .*x is kept in .*\.old/x: .*Input/output error"):
-        replace_folder(earlier)
-    (kept,) = earlier.parent.glob(".x.*.old/x/file")
-    assert kept.read_text() == "old"
-    with pytest.raises(DestinationError, match=r"is kept in .*\.old/x"):
-        replace_folder(earlier)
-    assert kept.read_text() == "old"
-
-
-def test_a_folder_moved_aside_by_a_killed_process_comes_back(moved_aside: Path, tmp_path: Path) -> None:
-    (tmp_path / ".xx.1234.old").mkdir()  # of another destination
-    with pytest.raises(ZeroDivisionError), atomic.new_folder(tmp_path / "x"):
-        raise ZeroDivisionError
-    assert (tmp_path / "x" / "file").read_text() == "old"
-    assert sorted(x.name for x in tmp_path.iterdir()) == [".xx.1234.old", "x"]
-    replace_folder(tmp_path / "x")
-    assert (tmp_path / "x" / "file").read_text() == "new"
-
-
-def test_a_folder_moved_aside_stays_where_the_new_one_is_in_place(moved_aside: Path, tmp_path: Path) -> None:
-    (tmp_path / "x").mkdir()
-    replace_folder(tmp_path / "x")
-    assert (moved_aside / "file").read_text() == "old"
-    assert (tmp_path / "x" / "file").read_text() == "new"
-
-
-def test_a_folder_that_is_being_deleted_does_not_come_back(
-    earlier: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as killed:
-        killed.setattr(atomic.shutil, "rmtree", lambda folder, ignore_errors: None)
-        replace_folder(earlier)
-    (earlier / "file").unlink()
-    earlier.rmdir()
-    atomic.restore_earlier(earlier)
-    assert not earlier.exists()

@@ -107,23 +107,6 @@ CASES = {
         9,
         1,
     ),
-    "conv_transpose1d": _Case(
-        lambda: nn.ConvTranspose1d(12, 8, 5, stride=3, padding=2, output_padding=1, dilation=2),
-        _pooled,
-        (12, 7),
-        8,
-        1,
-    ),
-    "conv_transpose2d_groups": _Case(
-        lambda: nn.ConvTranspose2d(12, 8, (3, 2), stride=(2, 1), groups=2, bias=False),
-        _pooled,
-        (12, 5, 4),
-        8,
-        2,
-    ),
-    "conv_transpose3d": _Case(
-        lambda: nn.ConvTranspose3d(6, 4, 2, stride=2, padding=1), _pooled, (6, 3, 4, 3), 4, 1
-    ),
     "lstm": _Case(lambda: nn.LSTM(10, 12, batch_first=True), _last, (7, 10), 12, 2),
     "lstm_all": _Case(
         lambda: nn.LSTM(10, 12, num_layers=2, bidirectional=True, proj_size=7), _last, (7, 10), 14, 12

@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,38 +171,6 @@ def test_laws_have_a_deadline_that_a_subclass_moves() -> None:
     Patient().test_exact()
     with pytest.raises(DeadlineExceeded):
         Impatient().test_exact()
-
-
-@pytest.mark.parametrize("kind", strategies.TENSOR_KINDS)
-@given(data=st.data())
-def test_tensors_are_of_the_kind_asked_for(kind: str, data: st.DataObject) -> None:
-    tensor = data.draw(strategies.tensors(kind=kind, min_order=1, max_order=4, max_dim=3))
-    assert 1 <= tensor.ndim <= 4
-    assert max(tensor.shape) <= 3
-    assert bool(torch.isfinite(tensor).all())
-    ranks = {"exponential": 1, "constant": 1, "low_rank": 2, "zero": 0}
-    for cut in range(1, tensor.ndim):
-        block = tensor.reshape(int(np.prod(tensor.shape[:cut])), -1)
-        values = torch.linalg.svdvals(block)
-        rank = int((values > 1e-4 * values[0]).sum())
-        assert rank <= ranks.get(kind, min(block.shape))
-    if kind == "sparse":
-        assert int((tensor != 0).sum()) <= max(1, tensor.numel() // 8)
-
-
-@given(
-    tensor=strategies.tensors(shape=(2, 3), dtype=strategies.dtypes(half=True)),
-    number=strategies.tensors(min_order=0, max_order=0, dtype=torch.float16, scales=False),
-)
-def test_tensors_have_the_shape_and_dtype_asked_for(tensor: Tensor, number: Tensor) -> None:
-    assert tensor.shape == (2, 3)
-    assert tensor.is_floating_point() or tensor.is_complex()
-    assert (number.shape, number.dtype) == ((), torch.float16)
-
-
-def test_unknown_kind_lists_those_that_exist() -> None:
-    with pytest.raises(ValueError, match="Unknown kind 'dense'; choose one of gaussian, exponential"):
-        strategies.tensor_of_kind((2, 2), "dense", seed=0)
 
 
 def test_unknown_spectrum_lists_those_that_exist() -> None:

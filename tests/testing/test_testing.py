@@ -221,7 +221,7 @@ class Ungauged(MPOFamily):
         return super().gauge_bonds(topology) if self.name == "ungauged" else {}
 
 
-@pytest.mark.parametrize(("family", "said"), [(Nosy(), "nosy"), (Ungauged(), "encoding Storage")])
+@pytest.mark.parametrize(("family", "said"), [(Nosy(), "nosy"), (Ungauged(), "storage")])
 def test_a_family_that_asks_for_its_name_is_found_out(family: TopologyFamily, said: str) -> None:
     matrix = torch.randn(24, 18, generator=torch.Generator().manual_seed(0))
     with pytest.raises(AssertionError, match=said):

@@ -64,7 +64,7 @@ def test_fitting_goes_further_in_whitened_coordinates(sites: int) -> None:
     matrix = torch.randn(24, 36)
     weighting = Weighting(moment(24, 1), moment(36, 2))
     topology = built("mpo", (24, 36), 9, sites=sites)
-    start = legs_of(topology, weighting).decompose(topology_family("mpo").decompose_to, matrix, topology)
+    start = legs_of(topology, weighting).decompose(topology_family("mpo")._network_of, matrix, topology)
     raw = fit_network(matrix, start, weighting, sweeps=3, steps=6)
     made = topology_family("mpo").fit(matrix, topology, weighting)
     assert weighting.cost(matrix - made.network.to_matrix()) < 0.9 * raw.cost < 0.9 * raw.start

@@ -43,7 +43,7 @@ EXTRAS = {
     "viz": Extra(("matplotlib",), "import matplotlib.pyplot, jinja2"),
     "interop": Extra(("quimb", "tensorly"), "import quimb.tensor, tensorly"),
     "testing": Extra(
-        ("hypothesis",), "from tensornet.testing.profiles import register_profiles; register_profiles()"
+        ("hypothesis",), "from tensornet.testing.strategies import register_profiles; register_profiles()"
     ),
     "cli": Extra(("typer", "rich", "transformers", "matplotlib"), "import tensornet_hf"),
 }

@@ -33,7 +33,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 import tensornet as tn
 from tensornet._util import unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import Slice, new_folder, read_headers, restore_earlier
+from tensornet.io import Slice, new_folder, read_headers
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.description import (
@@ -492,8 +492,6 @@ def check_free(
 ) -> None:
     """Check that a destination may be written, before any work is done for it.
 
-    A folder that a killed process moved aside is renamed back first, so that it is not replaced unasked.
-
     Args:
         destination: where the folder shall be, or `hf://owner/name`.
         force: replace a model folder that is there; an empty folder is taken without it.
@@ -514,7 +512,6 @@ def check_free(
             )
         return
     target = Path(destination).expanduser().absolute()
-    restore_earlier(target)
     real = target.resolve()
     for source in sources:
         if source.exists() and (real == source.resolve() or real in source.resolve().parents):

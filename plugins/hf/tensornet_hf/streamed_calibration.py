@@ -28,7 +28,6 @@ from tensornet.calibration.stats import STATS_VERSION, CalibrationStats
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io import (
-    ShardTask,
     Slice,
     load_slice,
     read_header,
@@ -368,4 +367,4 @@ class _Moments:
             facts: fields of `CalibrationStats` that are not moments.
         """
         header = {"version": STATS_VERSION, **facts, "coherence": self.coherence, **self.sides}
-        write_shard(ShardTask(path, self.stored, {"calibration": json.dumps(header)}))
+        write_shard(path, self.stored, {"calibration": json.dumps(header)})

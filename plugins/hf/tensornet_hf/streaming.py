@@ -45,7 +45,6 @@ from tensornet.compression.report import CompressionReport, Coverage, layer_repo
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
-    ShardTask,
     Written,
     file_digest,
     intact,
@@ -524,7 +523,7 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
             if name in after:
                 for key in lazy.stored[name]:
                     tensors[name if name in lazy.renamed else key] = source.tensors[key]
-        written = write_shard(ShardTask(shard.file, tensors))
+        written = write_shard(shard.file, tensors)
     made = {
         "file": written.name,
         "bytes": written.nbytes,

@@ -65,15 +65,6 @@ def test_existing_destination_is_refused_unless_forced(old_model: Path) -> None:
     assert contents(old_model.parent) == {"model/a": b"a"}
 
 
-def test_a_model_moved_aside_by_a_killed_process_is_not_replaced_unasked(old_model: Path) -> None:
-    aside = old_model.with_name(".model.1234.old")
-    aside.mkdir()
-    old_model.rename(aside / "model")
-    with pytest.raises(DestinationError, match=r"exists already.*force"):
-        check_free(old_model)
-    assert contents(old_model.parent).keys() == {"model/config.json", "model/old"}
-
-
 def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
