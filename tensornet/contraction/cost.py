@@ -162,15 +162,19 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
     where = torch.device(device)
     base = default_machine(where)
 
+    def synchronize() -> None:
+        if where.type == "cuda":
+            torch.cuda.synchronize(where)
+
     def fastest(function: Callable[[], object], calls: int = 1) -> float:
         function()
         seconds = []
         for _ in range(repeats):
-            _synchronize(where)
+            synchronize()
             start = time.perf_counter()
             for _ in range(calls):
                 function()
-            _synchronize(where)
+            synchronize()
             seconds.append((time.perf_counter() - start) / calls)
         return min(seconds)
 
@@ -201,11 +205,6 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         copy_run=max(strided - element, 0.0),
         copy_far=max(far - element, 0.0),
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # --- times ----------------------------------------------------------------------------------------
@@ -243,6 +242,11 @@ class Product:
     inner: int
     columns: int
     tokens_in: str | None
+
+    @property
+    def is_linear(self) -> bool:
+        """True for a plain product of tokens and a matrix, as `torch.nn.functional.linear` computes it."""
+        return (self.batch, self.rows, self.tokens_in) == (1, 1, "rows")
 
     def at(self, tokens: int) -> tuple[int, int, int, int]:
         """Return `(batch, rows, inner, columns)` for a token count."""

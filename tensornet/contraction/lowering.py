@@ -209,15 +209,6 @@ Labels = tuple[str, ...]
 _BEAM = 4
 
 
-@dataclass(frozen=True)
-class _Partial:
-    """Lowering of the first steps of a path: predicted time so far, and the remaining operands."""
-
-    seconds: float
-    operands: tuple[Labels, ...]
-    steps: tuple[PairStep, ...]
-
-
 def lower_path(
     operands: Sequence[Labels],
     output: Labels,
@@ -233,30 +224,41 @@ def lower_path(
         path: pairs of positions in the working list, as `opt_einsum` counts them.
     """
     squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
-    kept = _squeeze(output, size_of)
-    tokens = size_of.get(TOKENS, 1)
-    beam = [_Partial(0.0, squeezed, ())]
-    for k, (left, right) in enumerate(path):
-        extended = [
-            _extend(partial, left, right, choice, size_of, tokens)
-            for partial in beam
-            for choice in _choices(partial.operands, path, k, kept)
-        ]
-        cheapest: dict[tuple[Labels, ...], _Partial] = {}
-        for partial in sorted(extended, key=lambda x: x.seconds):
-            cheapest.setdefault(partial.operands, partial)
+    kept, tokens = _squeeze(output, size_of), size_of.get(TOKENS, 1)
+
+    # The beam: the predicted time of the steps so far, the operands that are left, and the steps.
+    beam: list[tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = [(0.0, squeezed, ())]
+    for first, second in path:
+        extended = []
+        for seconds, work, steps in beam:
+            rest = [labels for i, labels in enumerate(work) if i not in (first, second)]
+            wanted = {*kept, *(x for labels in rest for x in labels)}
+            for step, result in _ways(work, first, second, wanted, kept, size_of):
+                own = product_seconds(step.product, tokens, CPU)
+                own += sum(copy_seconds(copy, tokens, CPU) for copy in step.copies)
+                extended.append((seconds + own, (*rest, result), (*steps, step)))
+        cheapest: dict[tuple[Labels, ...], tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = {}
+        for partial in sorted(extended, key=lambda x: x[0]):
+            cheapest.setdefault(partial[1], partial)
         beam = list(cheapest.values())[:_BEAM]
-    best = min(beam, key=lambda x: x.seconds + _output_seconds(x, kept, size_of, tokens))
-    result = best.operands[0]
-    arranged = _arrangement(result, kept, _shape(output, size_of), size_of)
+
+    # The best at the end is the one that is fastest with the copy that writes its result out.
+    def whole(partial: tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]) -> float:
+        (result,) = partial[1]
+        return partial[0] + (
+            0.0 if result == kept else copy_seconds(_written(result, kept, size_of), tokens, CPU)
+        )
+
+    _, (result,), steps = min(beam, key=whole)
+    in_order = result == kept
     return ContractionPlan(
         stored_shapes=tuple(_shape(labels, size_of) for labels in squeezed if TOKENS not in labels),
-        steps=best.steps,
-        output=arranged,
-        adds_bias=result == kept and bool(best.steps) and _is_linear(best.steps[-1].product),
-        output_copy=_output_copy(result, kept, size_of),
+        steps=steps,
+        output=_arrangement(result, kept, _shape(output, size_of), size_of),
+        adds_bias=in_order and bool(steps) and steps[-1].product.is_linear,
+        output_copy=None if in_order else _written(result, kept, size_of),
         path=tuple(path),
-        matrices=_matrices(best.steps) if result == kept else (),
+        matrices=_matrices(steps) if in_order else (),
     )
 
 
@@ -265,11 +267,10 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     operands, found = list(range(len(steps) + 1)), []
     for step in steps:
         product = step.product
-        plain = (product.batch, product.rows, product.tokens_in) == (1, 1, "rows")
         moved, weight = step.arrange_left.permutation, step.arrange_right
         # Two indices that are both summed are transposed as well, but are no matrix `(columns, inner)`.
         shape = (product.columns, product.inner)
-        if not plain or operands[step.left] != 0 or moved is not None:
+        if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()
         if weight.permutation != (1, 0) or weight.view != shape:
             return ()
@@ -278,42 +279,51 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     return tuple(found)
 
 
-def _is_linear(product: Product) -> bool:
-    return product.tokens_in == "rows" and product.rows == 1 and product.batch == 1
+def _ways(
+    operands: tuple[Labels, ...],
+    first: int,
+    second: int,
+    wanted: set[str],
+    output: Labels,
+    size_of: Mapping[str, int],
+) -> Iterator[tuple[PairStep, Labels]]:
+    """List the ways to multiply two operands, by their order and the orders of indices, with the results.
 
-
-@dataclass(frozen=True)
-class _Choice:
-    """Operand order and index order of one pairwise step."""
-
-    left: int
-    right: int
-    batch: Labels
-    left_free: Labels
-    summed: Labels
-    right_free: Labels
-
-
-def _choices(
-    operands: tuple[Labels, ...], path: Sequence[tuple[int, int]], k: int, output: Labels
-) -> Iterator[_Choice]:
-    first, second = path[k]
-    rest = [labels for i, labels in enumerate(operands) if i not in (first, second)]
-    wanted = {*output, *(x for labels in rest for x in labels)}
+    Args:
+        operands: labels of the working list.
+        first, second: positions of the two.
+        wanted: labels that the other operands or the output carry; the rest is summed.
+        output: labels of the result of the whole path.
+        size_of: size of each label.
+    """
     pairs = [(first, second), (second, first)]
     if TOKENS in operands[first] or TOKENS in operands[second]:
         # The token operand goes left: its result then keeps tokens first and stays contiguous.
         pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
     shared = set(operands[first]) & set(operands[second])
-    for left, right in pairs:
-        batch = tuple(x for x in operands[left] if x in shared and x in wanted)
-        left_free = tuple(x for x in operands[left] if x not in shared)
-        right_free = tuple(x for x in operands[right] if x not in shared)
-        summed = {tuple(x for x in operands[i] if x in shared and x not in wanted) for i in (left, right)}
-        for a in _orders(left_free, output):
-            for b in _orders(right_free, output):
-                for c in summed:
-                    yield _Choice(left, right, batch, a, c, b)
+    for a, b in pairs:
+        left, right = operands[a], operands[b]
+        batch = tuple(x for x in left if x in shared and x in wanted)
+        summed = [tuple(x for x in labels if x in shared and x not in wanted) for labels in (left, right)]
+        for rows in _orders(tuple(x for x in left if x not in shared), output):
+            for columns in _orders(tuple(x for x in right if x not in shared), output):
+                for inner in dict.fromkeys(summed):
+                    groups = {"batch": batch, "rows": rows, "inner": inner, "columns": columns}
+                    sizes = {name: _size(group, size_of) for name, group in groups.items()}
+                    tokens_in = next((name for name, group in groups.items() if TOKENS in group), None)
+                    copies = [
+                        _copy(left, (batch, rows, inner), size_of),
+                        _copy(right, (batch, inner, columns), size_of),
+                    ]
+                    step = PairStep(
+                        left=a,
+                        right=b,
+                        arrange_left=_grouped(left, (batch, rows, inner), size_of),
+                        arrange_right=_grouped(right, (batch, inner, columns), size_of),
+                        product=Product(**sizes, tokens_in=tokens_in),
+                        copies=tuple(copy for copy in copies if copy is not None),
+                    )
+                    yield step, (*batch, *rows, *columns)
 
 
 def _orders(labels: Labels, output: Labels) -> list[Labels]:
@@ -322,66 +332,19 @@ def _orders(labels: Labels, output: Labels) -> list[Labels]:
     return list(dict.fromkeys((labels, by_output)))
 
 
-def _extend(
-    partial: _Partial, first: int, second: int, choice: _Choice, size_of: Mapping[str, int], tokens: int
-) -> _Partial:
-    step, result = _lower(partial.operands, choice, size_of)
-    rest = tuple(labels for i, labels in enumerate(partial.operands) if i not in (first, second))
-    seconds = product_seconds(step.product, tokens, CPU)
-    seconds += sum(copy_seconds(copy, tokens, CPU) for copy in step.copies)
-    return _Partial(partial.seconds + seconds, (*rest, result), (*partial.steps, step))
-
-
-def _lower(
-    operands: tuple[Labels, ...], choice: _Choice, size_of: Mapping[str, int]
-) -> tuple[PairStep, Labels]:
-    left, right = operands[choice.left], operands[choice.right]
-    left_groups = (choice.batch, choice.left_free, choice.summed)
-    right_groups = (choice.batch, choice.summed, choice.right_free)
-    result = (*choice.batch, *choice.left_free, *choice.right_free)
-    copies = (_copy(left, left_groups, size_of), _copy(right, right_groups, size_of))
-    step = PairStep(
-        left=choice.left,
-        right=choice.right,
-        arrange_left=_grouped(left, left_groups, size_of),
-        arrange_right=_grouped(right, right_groups, size_of),
-        product=Product(
-            batch=_size(choice.batch, size_of),
-            rows=_size(choice.left_free, size_of),
-            inner=_size(choice.summed, size_of),
-            columns=_size(choice.right_free, size_of),
-            tokens_in=_tokens_in(choice),
-        ),
-        copies=tuple(copy for copy in copies if copy is not None),
-    )
-    return step, result
-
-
-def _tokens_in(choice: _Choice) -> str | None:
-    groups = {
-        "batch": choice.batch,
-        "rows": choice.left_free,
-        "inner": choice.summed,
-        "columns": choice.right_free,
-    }
-    return next((name for name, group in groups.items() if TOKENS in group), None)
-
-
 def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
     """Describe the copy that groups `labels`, None if every group is contiguous already.
 
     A matrix product reads a transposed operand as it is, but not one whose innermost index counts batches.
     """
     filled = [group for group in groups if group]
-    whole = all(_contains(labels, group) for group in filled)
+    starts = [labels.index(group[0]) for group in filled]
+    whole = all(
+        labels[start : start + len(group)] == group for start, group in zip(starts, filled, strict=True)
+    )
     if whole and not (groups[0] and labels and labels[-1] in groups[0]):
         return None
     return _written(labels, tuple(x for group in groups for x in group), size_of)
-
-
-def _contains(labels: Labels, group: Labels) -> bool:
-    start = labels.index(group[0])
-    return labels[start : start + len(group)] == group
 
 
 def _written(labels: Labels, target: Labels, size_of: Mapping[str, int]) -> Copy:
@@ -391,15 +354,6 @@ def _written(labels: Labels, target: Labels, size_of: Mapping[str, int]) -> Copy
             break
         run *= size_of[a]
     return Copy(_size(labels, size_of), run, TOKENS in labels)
-
-
-def _output_copy(result: Labels, output: Labels, size_of: Mapping[str, int]) -> Copy | None:
-    return None if result == output else _written(result, output, size_of)
-
-
-def _output_seconds(partial: _Partial, output: Labels, size_of: Mapping[str, int], tokens: int) -> float:
-    copy = _output_copy(partial.operands[0], output, size_of)
-    return 0.0 if copy is None else copy_seconds(copy, tokens, CPU)
 
 
 def _squeeze(labels: Sequence[str], size_of: Mapping[str, int]) -> Labels:

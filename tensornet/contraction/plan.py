@@ -188,12 +188,17 @@ def _applies(topology: Topology, optimize: str) -> Iterator[ContractionPlan]:
     cores = [core.labels for core in topology.cores]
     operands = [(TOKENS, *topology.in_labels), *cores]
     output = (TOKENS, *topology.out_labels)
+    tried = [
+        (tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize))
+        for tokens in _PATH_TOKENS
+    ]
+    tried += [(_PATH_TOKENS[1], path) for path in _sweeps(len(operands))]
     seen: set[tuple[tuple[int, int], ...]] = set()
-    for tokens, path in _candidate_paths(operands, output, topology, optimize):
-        if tuple(path) not in seen and (len(cores) == 1 or not _builds_matrix(path)):
+    for tokens, path in tried:
+        builds_matrix = all(0 not in step for step in path[:-1])  # the input is used in the last step only
+        if tuple(path) not in seen and (len(cores) == 1 or not builds_matrix):
             seen.add(tuple(path))
-            sizes = {**topology.size_of, TOKENS: tokens}
-            lowered = lower_path(operands, output, sizes, path)
+            lowered = lower_path(operands, output, {**topology.size_of, TOKENS: tokens}, path)
             yield _with_shape(lowered, (-1, topology.padded_shape[0]))
 
 
@@ -249,15 +254,6 @@ def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[st
     return tuple(legs)
 
 
-def _candidate_paths(
-    operands: list[tuple[str, ...]], output: tuple[str, ...], topology: Topology, optimize: str
-) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    for tokens in _PATH_TOKENS:
-        yield tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens}, optimize)
-    for path in _sweeps(len(operands)):
-        yield _PATH_TOKENS[1], path
-
-
 def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
     """List the paths that start at the first operand and absorb the others in order or in reverse."""
     if count == 1:
@@ -265,11 +261,6 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
     forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
     backward = [(0, count - 1), *((left - 2, left - 1) for left in range(count - 1, 1, -1))]
     return forward, backward
-
-
-def _builds_matrix(path: Sequence[tuple[int, int]]) -> bool:
-    """Return True if the input, operand 0, is used in the last step only."""
-    return all(0 not in step for step in path[:-1])
 
 
 @lru_cache(maxsize=4096)
