@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
@@ -103,7 +103,21 @@ class MoEConfig:
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
         check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
-        object.__setattr__(self, "topology", _checked_topology(self))
+        if isinstance(self.topology, TopologyFamily):
+            object.__setattr__(self, "topology", self.topology.name)
+        elif not isinstance(self.topology, str):
+            if not (fixed := fixed_topologies(self.topology)):
+                raise TopologyError(
+                    "topology must be the name of a family, a registered family, a Topology or a list of "
+                    f"topologies; got {self.topology!r:.200}."
+                )
+            choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
+            if given := [name for name in choosing if getattr(self, name) is not None]:
+                raise TopologyError(
+                    f"A topology fixes all dims and bonds: drop {', '.join(given)}, or give the name of a "
+                    "family."
+                )
+            object.__setattr__(self, "topology", fixed)
         kind = router_kind(self.router)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
@@ -119,11 +133,12 @@ class MoEConfig:
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
         check_noise(self.noise)
-        both = (self.model_dims, self.hidden_dims)
-        for name, dims in zip(("model_dims", "hidden_dims"), both, strict=True):
-            if dims is not None and (isinstance(dims, str) or not isinstance(dims, Sequence)):
-                raise ValueError(f"{name} is a list with one factor for each site, got {dims!r}.")
-        if all(d is not None for d in both) and len(set(map(len, both))) > 1:  # type: ignore[arg-type]
+        lists = ("model_dims", "hidden_dims", "matrices", "target_modules")
+        for name in lists:
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
+                raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
+        if self.model_dims and self.hidden_dims and len(self.model_dims) != len(self.hidden_dims):
             raise ValueError(
                 f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have one factor for "
                 "each site, so equally many; use 1 where a site has none."
@@ -135,22 +150,6 @@ class MoEConfig:
                 "share_across_layers=True fits all layers by the same bonds: limit them with max_bond, not "
                 "with rel_error or param_ratio, which would choose other bonds for each layer."
             )
-        if isinstance(self.matrices, str):
-            raise ValueError(
-                f'matrices is a list of two or three names, as ("up", "down"); got {self.matrices!r}.'
-            )
-        if isinstance(self.target_modules, str):
-            raise ValueError(f"target_modules is a list of patterns; write [{self.target_modules!r}].")
-
-    @property
-    def fixed(self) -> tuple[Topology, ...]:
-        """Topologies for matrices of their shapes; empty where a family is given."""
-        return self.topology if isinstance(self.topology, tuple) else ()
-
-    @property
-    def limits_itself(self) -> bool:
-        """True if the router applies `capacity_factor` itself, so that the mixture drops no token."""
-        return "capacity_factor" in router_kind(self.router).options
 
     def make_router(self, num_features: int, *, seed: int) -> Router:
         """Build a router with weights drawn from `seed`, in float32 on the CPU."""
@@ -163,28 +162,6 @@ class MoEConfig:
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
-
-
-def _checked_topology(config: MoEConfig) -> str | tuple[Topology, ...]:
-    """Validate the topology option: the name of a family, or topologies read from a configuration.
-
-    Raises:
-        TopologyError: neither, or topologies beside options that would choose them.
-    """
-    given = config.topology
-    if isinstance(given, str | TopologyFamily):
-        return topology_family(given).name if isinstance(given, TopologyFamily) else given
-    if not (found := fixed_topologies(given)):
-        raise TopologyError(
-            "topology must be the name of a family, a registered family, a Topology or a list of topologies; "
-            f"got {given!r:.200}."
-        )
-    choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
-    if beside := [name for name in choosing if getattr(config, name) is not None]:
-        raise TopologyError(
-            f"A topology fixes all dims and bonds: drop {', '.join(beside)}, or give the name of a family."
-        )
-    return found
 
 
 @dataclass(frozen=True)
@@ -244,14 +221,9 @@ class UpcycleReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
-        totals = {"dense_params": self.dense_params, "params": self.params}
-        return {
-            "num_experts": self.num_experts,
-            **totals,
-            "across_params": self.across_params,
-            "dense_experts_ratio": self.dense_experts_ratio,
-            "layers": [asdict(layer) for layer in self.layers],
-        }
+        totals = ("num_experts", "dense_params", "params", "across_params", "dense_experts_ratio")
+        layers = [asdict(layer) for layer in self.layers]
+        return {name: getattr(self, name) for name in totals} | {"layers": layers}
 
     def __str__(self) -> str:
         worst = max(layer.error for layer in self.layers)
@@ -278,16 +250,16 @@ def upcycle(
     and the auxiliary losses join its loss in training; of other models collect them with
     `tensornet_moe.collect_aux_losses`.
 
-    Where a network has no module of its own (BERT, OPT, BART), the mixture takes the place of its first
-    matrix, and a module that does nothing those of the activation and the second. What such a layer drops
-    out between them in training it then drops out of the result.
+    Where a network has no module of its own (BERT, OPT, BART), the mixture replaces its first matrix, and
+    modules that do nothing replace the activation and the second. The dropout between them, in training, then
+    applies to the result.
 
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
         config: what to make of them.
         causal: whether a token of the model must not depend on later ones. It matters to a router that looks
-            at later tokens (`"expert_choice"`). If absent, the model's class and configuration tell it; a
-            model that does not say that it is an encoder is taken for a causal one.
+            at later tokens (`"expert_choice"`). If absent, encoders of encoder-decoder models, and classes
+            of which there are masked language models or image classifiers, are not causal; all others are.
         progress: show a progress bar.
 
     Raises:
@@ -309,40 +281,63 @@ def upcycle(
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
-    if not router_kind(config.router).causal:
+    if not router_kind(config.router).causal and causal is not False:
         _refuse_causal(config, model, networks, causal)
-    place = owner_place(model) if config.share_across_layers else None
-    owners, banks = across_layers(networks, config, place, progress=progress)
-    made = []
+    owners, banks = (
+        _share_across(model, networks, config, progress) if config.share_across_layers else ({}, {})
+    )
+    made, entries = [], []
     for index, network in enumerate(tqdm(networks, desc="upcycling", disable=not progress, unit="layer")):
-        seed = config.seed + index
-        made.append(make_mixture(network, alone(network, config, seed, banks[index]), config, seed=seed))
-    if place is not None:
-        put_owners(place, {owner.label: owner for owner in owners})
-    for network, (mixture, _) in zip(networks, made, strict=True):
+        own = {}
+        for position, name in enumerate(network.matrices):
+            if (bank := banks.get((index, name))) is None:
+                with _errors_name(f"{network.names[0]}.{name}"):
+                    bank = SharedCoreExperts.from_dense(
+                        network.matrix(name),
+                        seed=(config.seed + index) * 3 + position,
+                        rel_error=config.rel_error,
+                        param_ratio=config.param_ratio,
+                        **_options(network, name, config),
+                    )
+            own[name] = bank
+        mixture = _mixture(network, own, config, seed=config.seed + index)
+        shared = {id(p): p.numel() for bank in own.values() for p in bank.shared_parameters().values()}
+        made.append(mixture)
+        entries.append(
+            UpcycledLayer(
+                name=network.names[0],
+                dense_params=sum(p.numel() for x in network.matrices for p in network.layer(x).parameters()),
+                params=sum(p.numel() for p in mixture.parameters()),
+                shared_params=sum(shared.values()),
+                error=max(bank.error or 0.0 for bank in own.values()),
+            )
+        )
+    _put_owners(model, owners)
+    for network, mixture in zip(networks, made, strict=True):
         for name, part in network.replacements(mixture).items():
-            if network.inside is None:  # else a matrix gives way to the whole network
+            if network.inside is None:  # otherwise a matrix gives way to the whole network
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)
-    across = sum(p.numel() for owner in owners for p in owner.parameters())
-    return UpcycleReport(tuple(layer for _, layer in made), config.num_experts, across)
+    across = sum(p.numel() for owner in owners.values() for p in owner.parameters())
+    return UpcycleReport(tuple(entries), config.num_experts, across)
 
 
 def _refuse_causal(
     config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError unless every network may see later tokens, as the model or the caller declares."""
-    found = [] if causal is False else list(networks)
+    """Raise TargetError unless every network may see later tokens, as the model declares."""
+    found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
             encoder = {id(module) for module in model.get_encoder().modules()}
             found = [network for network in networks if id(network.module) not in encoder]
-        elif _is_encoder(model):
-            found = []
+        elif not getattr(model.config, "is_decoder", False) and not model.can_generate():
+            encoders = (MODEL_FOR_MASKED_LM_MAPPING, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING)
+            found = [] if any(type(model.config) in kinds for kinds in encoders) else found
     if not found:
         return
-    others = [network.name for network in networks if network not in found]
+    others = [network.names[0] for network in networks if network not in found]
     rest = (
         f" The other {len(others)} networks, such as {others[0]}, may have it: name them with "
         "target_modules=[...] (--target)."
@@ -351,29 +346,15 @@ def _refuse_causal(
     )
     raise TargetError(
         f"router={config.router!r} looks at later tokens, but {len(found)} of {len(networks)} feed-forward "
-        f"networks are causal, or not declared to be of an encoder; the first is {found[0].name}: training "
-        f'would leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
+        f"networks are causal, or not declared to be of an encoder; the first is {found[0].names[0]}: "
+        f'training would leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
     )
 
 
-def _is_encoder(model: PreTrainedModel) -> bool:
-    """Return True if the class and the configuration of a model declare that its tokens see all others."""
-    config = model.config
-    if getattr(config, "is_causal", None) is False:  # a decoder that was made an encoder, as LLM2Vec does
-        return True
-    if getattr(config, "is_decoder", False) or getattr(config, "causal", False) or model.can_generate():
-        return False
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    images = (
-        type(config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING and model.main_input_name == "pixel_values"
-    )
-    return masked or images or type(model).__name__.endswith(("EncoderModel", "VisionModel"))
-
-
-def make_mixture(
+def _mixture(
     network: FeedForward, banks: Mapping[str, SharedCoreExperts], config: MoEConfig, *, seed: int
-) -> tuple[SharedCoreMoE, UpcycledLayer]:
-    """Build a mixture of these experts and its report entry; `seed` initializes the router."""
+) -> SharedCoreMoE:
+    """Build a mixture of these experts; `seed` initializes the router."""
     first = network.matrix(network.matrices[0])
     where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
     biases = {name: network.bias(name) for name in network.matrices}
@@ -387,84 +368,84 @@ def make_mixture(
     for name, bias in biases.items():
         if bias is not None:
             getattr(experts, f"{name}_bias").copy_(bias.expand(config.num_experts, -1))
-    choice = config.limits_itself
+    # A router that applies the capacity itself drops no token. Its experts choose and are balanced by
+    # construction, so that the loss would be a constant.
+    choice = "capacity_factor" in router_kind(config.router).options
     mixture = SharedCoreMoE(
         config.make_router(first.shape[1], seed=seed).to(**where),
         experts,
         capacity_factor=None if choice else config.capacity_factor,
-        # Experts that choose are balanced by construction; the loss would be a constant.
         balance_coef=0.0 if choice else config.aux_loss_coef,
         z_coef=config.z_loss_coef,
         dropout=network.dropout if network.dropout_place == "output" else 0.0,
     )
     for bank in banks.values():
         bank.requires_grad_(True)
-    shared = {id(p): p.numel() for bank in banks.values() for p in bank.shared_parameters().values()}
-    layer = UpcycledLayer(
-        name=network.name,
-        dense_params=network.num_params,
-        params=sum(p.numel() for p in mixture.parameters()),
-        shared_params=sum(shared.values()),
-        error=max(bank.error or 0.0 for bank in banks.values()),
-    )
-    return mixture, layer
+    return mixture
 
 
-# --- banks of experts -----------------------------------------------------------------------------------
+def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, Any]:
+    """Select the options of a bank of experts for one matrix; the family raises for invalid dims."""
+    options: dict[str, Any] = {
+        "num_experts": config.num_experts,
+        "topology": config.topology,
+        "shared": config.shared,
+        "noise": config.noise,
+        "max_bond": config.max_bond,
+    }
+    if isinstance(config.topology, tuple):
+        rows, columns = network.matrix(name).shape
+        return options | {"topology": topology_of_shape(config.topology, (rows, columns), name)}
+    assert isinstance(config.topology, str)
+    family = topology_family(config.topology)
+    dims = (config.model_dims, config.hidden_dims)
+    if {"out_dims", "in_dims"} <= set(family.options):
+        out_dims, in_dims = dims if name == network.matrices[-1] else dims[::-1]
+        chosen: dict[str, Any] = {"sites": config.sites, "out_dims": out_dims, "in_dims": in_dims}
+    else:
+        chosen = {"sites": config.sites, "model_dims": dims[0], "hidden_dims": dims[1]}
+    if config.sites is None and dims == (None, None):
+        chosen |= family.mixture_options
+    return options | {key: value for key, value in chosen.items() if value is not None}
 
 
-def alone(
-    network: FeedForward, config: MoEConfig, seed: int, made: Mapping[str, SharedCoreExperts]
-) -> dict[str, SharedCoreExperts]:
-    """Return the banks of one network by name, built unless another layer shares them."""
-    banks = dict(made)
-    for position, name in enumerate(network.matrices):
-        if name in made:
-            continue
-        with _errors_name(f"{network.name}.{name}"):
-            banks[name] = SharedCoreExperts.from_dense(
-                network.matrix(name),
-                num_experts=config.num_experts,
-                topology=_topology(config, network.matrix(name), name),
-                shared=config.shared,
-                noise=config.noise,
-                seed=seed * 3 + position,
-                max_bond=config.max_bond,
-                rel_error=config.rel_error,
-                param_ratio=config.param_ratio,
-                **_family_options(config, is_down=name == network.matrices[-1]),
-            )
-    return {name: banks[name] for name in network.matrices}
+# --- cores that layers share ----------------------------------------------------------------------------
 
 
-def across_layers(
-    networks: Sequence[FeedForward], config: MoEConfig, place: nn.Module | None, *, progress: bool = False
-) -> tuple[list[SharedCores], list[dict[str, SharedCoreExperts]]]:
+def _share_across(
+    model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig, progress: bool
+) -> tuple[dict[str, SharedCores], dict[tuple[int, str], SharedCoreExperts]]:
     """Build banks whose shared cores serve all layers with a matrix of the same name and shape.
 
-    Args:
-        networks: of the model.
-        config: what to make of them.
-        place: see `owner_place`; None shares nothing across layers.
-        progress: show a progress bar.
-
     Returns:
-        Owners of the shared cores, and for each network its banks by name. A matrix that no other layer
-        matches has no bank among them.
+        Owners of the shared cores by label, and the banks by number of the network and name of the matrix. A
+        matrix that no other layer matches has no bank among them.
 
     Raises:
-        TargetError: layers that would share lie on different devices.
+        TargetError: the model has shared cores already or is a bare container, which would run the owner as
+            one of its layers; or layers that would share lie on different devices.
     """
-    owners: list[SharedCores] = []
-    made: list[dict[str, SharedCoreExperts]] = [{} for _ in networks]
-    groups: dict[tuple[str, tuple[int, ...], bool], list[int]] = {}
-    for index, network in enumerate(networks if place is not None else ()):
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if hasattr(place, OWNERS):
+        raise TargetError(
+            "Layers of this model share cores already; upcycle all that are to share in one call, with "
+            "target_modules=[...]."
+        )
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"share_across_layers=True needs a place for the shared cores, and a {type(place).__name__} "
+            "would take them for a layer. Put it into a module of its own, and upcycle that."
+        )
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for index, network in enumerate(networks):
         for name in network.matrices:
-            key = (name, tuple(network.matrix(name).shape), name == network.matrices[-1])
-            groups.setdefault(key, []).append(index)
-    shared = {key: users for key, users in groups.items() if len(users) > 1}
-    bar = tqdm(shared.items(), desc="fitting layers jointly", disable=not progress, unit="matrix")
-    for (name, shape, is_down), users in bar:
+            groups.setdefault((name, tuple(network.matrix(name).shape)), []).append(index)
+    shared = [(*key, users) for key, users in groups.items() if len(users) > 1]
+    owners: dict[str, SharedCores] = {}
+    banks: dict[tuple[int, str], SharedCoreExperts] = {}
+    for name, shape, users in tqdm(
+        shared, desc="fitting layers jointly", disable=not progress, unit="matrix"
+    ):
         weights = [networks[index].matrix(name) for index in users]
         if len(devices := {str(w.device) for w in weights}) > 1:
             raise TargetError(
@@ -472,46 +453,21 @@ def across_layers(
                 f"of these layers lies on {', '.join(sorted(devices))}: put the model on one device, or "
                 "share within each layer alone."
             )
-        taken = {owner.label for owner in owners} | set(getattr(place, OWNERS, {}))
         label = f"{name}_{shape[0]}x{shape[1]}"
-        label = next(
-            x for x in (label, *(f"{label}_{k}" for k in range(2, len(taken) + 3))) if x not in taken
-        )
         with _errors_name(f"{name} of {len(weights)} layers"):
-            owner, banks = share_across_layers(
+            owners[label], made = share_across_layers(
                 torch.stack([w.to(weights[0]) for w in weights]),
-                num_experts=config.num_experts,
                 label=label,
-                topology=_topology(config, weights[0], name),
-                shared=config.shared,
-                noise=config.noise,
                 seed=config.seed,
-                max_bond=config.max_bond,
-                **_family_options(config, is_down=is_down),
+                **_options(networks[users[0]], name, config),
             )
-        owners.append(owner)
-        for index, bank in zip(users, banks, strict=True):
-            made[index][name] = bank
-    return owners, made
+        banks |= {(index, name): bank for index, bank in zip(users, made, strict=True)}
+    return owners, banks
 
 
-def owner_place(model: nn.Module) -> nn.Module:
-    """Return the module that owns shared cores: the base model, with or without a head.
-
-    Raises:
-        TargetError: the model is a bare container, which would run the owner as one of its layers.
-    """
+def _put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
+    """Register the owners of shared cores, by label, in the base model, with or without a head."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise TargetError(
-            f"share_across_layers=True needs a place for the shared cores, and a {type(place).__name__} "
-            "would take them for a layer. Put it into a module of its own, and upcycle that."
-        )
-    return place
-
-
-def put_owners(place: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Register the owners of shared cores, by label, in the module of `owner_place`."""
     if owners and not hasattr(place, OWNERS):
         place.add_module(OWNERS, nn.ModuleDict())
     for label, owner in owners.items():
@@ -528,7 +484,7 @@ def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
     for layer in layers:
         parent, _, label = layer.rpartition(".")
         if parent.rpartition(".")[2] == OWNERS:
-            put_owners(model.base_model, {label: nn.Module()})
+            _put_owners(model, {label: nn.Module()})
 
 
 @contextmanager
@@ -537,28 +493,3 @@ def _errors_name(what: str) -> Iterator[None]:
         yield
     except (BudgetError, NonFiniteError, ShapeError, TopologyError) as error:
         raise type(error)(f"{what}: {error}") from error
-
-
-def _topology(config: MoEConfig, matrix: Tensor, name: str) -> Topology | str:
-    """Select the topology for one matrix, or the family that chooses it."""
-    if config.fixed:
-        return topology_of_shape(config.fixed, (matrix.shape[0], matrix.shape[1]), name)
-    assert isinstance(config.topology, str)
-    return config.topology
-
-
-def _family_options(config: MoEConfig, *, is_down: bool) -> dict[str, Any]:
-    """Select the options of the family for one matrix; invalid dims pass, so that the family raises."""
-    if config.fixed:
-        return {}
-    assert isinstance(config.topology, str)
-    family = topology_family(config.topology)
-    dims = (config.model_dims, config.hidden_dims)
-    options: dict[str, Any] = {"sites": config.sites}
-    if {"out_dims", "in_dims"} <= set(family.options):
-        options["out_dims"], options["in_dims"] = dims if is_down else dims[::-1]
-    else:
-        options["model_dims"], options["hidden_dims"] = dims
-    if config.sites is None and all(d is None for d in dims):
-        options |= family.mixture_options
-    return {key: value for key, value in options.items() if value is not None}

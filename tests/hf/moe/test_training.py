@@ -132,12 +132,6 @@ def test_router_statistics_are_measured_and_logged(tmp_path: Path) -> None:
     ]
 
 
-def test_without_a_mask_the_center_moves(tmp_path: Path) -> None:
-    stats = th.RouterStatsCallback()
-    trainer_of(model_of(), tmp_path, [stats], logging_steps=1, max_steps=2).train()
-    assert all(row["moe/update_shared"] > 0 for row in stats.history)
-
-
 def test_the_trained_loss_holds_the_auxiliary_ones(tmp_path: Path) -> None:
     """Under accumulation the auxiliary losses of all micro-batches make one mean, not a sum."""
     logged = []
