@@ -155,7 +155,7 @@ class Bench:
                 known = prepare(self.dense, config, stats), processor_seconds() - start
             prepared, start = replace(known[0], made={}), processor_seconds()
             if method == "plan" and stats is not None:
-                prepared = check_loss(prepared, self.dense, stats, batches, bits_per_weight=bits)
+                prepared = check_loss(prepared, self.dense, batches, bits_per_weight=bits)
             verified = processor_seconds() - start
             plan, small = prepared.plan(bits_per_weight=bits), self.subject.load()
             start = processor_seconds()
@@ -178,11 +178,11 @@ class Bench:
         return {
             "predicted": {"alone": plan.predicted_loss_increase},
             "validation": {
-                name: measure(small, self.dense, data, loss_fn=loss_fn, source=name).to_dict()
+                name: asdict(measure(small, self.dense, data, loss_fn=loss_fn, source=name))
                 for name, data in self.subject.validation.items()
             },
             "formats": dict(formats),
-            "loss_check": None if plan.loss_check is None else plan.loss_check.to_dict(),
+            "loss_check": None if plan.loss_check is None else asdict(plan.loss_check),
         }
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:

@@ -4,11 +4,9 @@ from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
 from tensornet.compression.planning import Prepared, prepare
-from tensornet.compression.report import LayerReport
 
 __all__ = [
     "LayerPlan",
-    "LayerReport",
     "LossIncrease",
     "Prepared",
     "check_loss",

@@ -21,7 +21,7 @@ from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import Prepared, prepare
-from tensornet.compression.report import CompressionReport, layer_reports, measure_coverage, model_size
+from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
 from tensornet.nn.targets import READ, check_model, list_weights
@@ -141,13 +141,12 @@ def compress(
     params_after, bytes_after = model_size(model)
     kept = [layer.name for layer in plan if layer.name not in returned]
     return CompressionReport(
-        layers=layer_reports(plan, errors),
         model_params_before=params_before,
         model_params_after=params_after,
         model_bytes_before=bytes_before,
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        plan=plan,
+        plan=plan.with_errors(errors),
         coverage=measure_coverage(weights, kept, unseen=plan.unseen),
         measured=measured,
         put_back=returned,
@@ -226,7 +225,7 @@ def prepare_checked(
     if config.verify and stats is not None:
         measured = data if data.batches or validation is None else replace(validation, loss_fn=data.loss_fn)
         prepared = check_loss(
-            prepared, model, stats, list(measured.batches), loss_fn=measured.loss_fn, progress=progress
+            prepared, model, list(measured.batches), loss_fn=measured.loss_fn, progress=progress
         )
     if validation is None:
         return prepared
@@ -238,7 +237,6 @@ def prepare_checked(
     return correct_by_measuring(
         prepared,
         model,
-        stats,
         list(validation.batches),
         loss_fn=validation.loss_fn,
         source=validation.source,

@@ -1,16 +1,19 @@
-"""Plan for one weight: its network and number format, sizes and predictions, and the place of its layer."""
+"""Plan for one weight: its network and number format, sizes and predictions; and the place of its layer."""
 
 import math
 import os.path
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.topology import Topology
+
+#: Relative error of a weight above which its predicted loss increase is uncertain: that of 2-bit integers
+#: and of small ranks. Integers of three bits have 0.2 to 0.3.
+LARGE_ERROR = 0.35
 
 
 @dataclass(frozen=True)
@@ -22,16 +25,17 @@ class LayerPlan:
         shape: `(out_features, in_features)`.
         topology: the network that replaces it, bonds included; None keeps it dense.
         bound_by: the cap that decided, or `"dense"`.
-        error: expected relative Frobenius error; None where the plan was edited and it is not known yet.
-        baseline_error: error of the plain truncated SVD with the same number of parameters.
-        singular_values: spectrum of the weight in descending order, for pictures.
-        storage: encoding of the cores.
+        error: relative Frobenius error: expected by a plan, certified in a report; None where the plan was
+            edited and it is not known yet.
+        baseline_error: error of the plain truncated SVD of the same size.
+        singular_values: spectrum of the weight in descending order.
+        storage: how the cores are stored.
         loss_increase: predicted loss increase per token by this layer alone, before measurements of the
             whole model correct it; None without calibrated gradients.
         curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
+        byte_curve: the same over bytes.
         milliseconds: predicted time of a forward pass, None where no token count was given.
         dtype: of the weight.
-        byte_curve: as `curve`, over bytes.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -50,9 +54,9 @@ class LayerPlan:
     storage: Storage = PLAIN
     loss_increase: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    byte_curve: tuple[tuple[int, float], ...] = ()
     milliseconds: float | None = None
     dtype: torch.dtype = torch.float32
-    byte_curve: tuple[tuple[int, float], ...] = ()
 
     @property
     def params_before(self) -> int:
@@ -62,9 +66,7 @@ class LayerPlan:
     @property
     def params_after(self) -> int:
         """Stored numbers of the planned network, padding, scales and row orders included."""
-        if self.topology is None:
-            return self.params_before
-        return self.storage.num_params(self.topology)
+        return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
     def bytes_before(self) -> int:
@@ -88,6 +90,65 @@ class LayerPlan:
         """Number formats, topology family and bonds, or `"dense"`."""
         return describe(self.topology, self.storage)
 
+    @property
+    def has_large_error(self) -> bool:
+        """True if a layer loses so much that its predicted loss increase is uncertain."""
+        return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
+
+    def with_baseline(self) -> "LayerPlan":
+        """Return the plan with the error of the plain SVD of the same size, from the spectrum.
+
+        The size is that in bytes where cores have number formats, and the SVD has the dtype of the model. The
+        error is 0 for a dense layer.
+        """
+        if self.topology is None:
+            return self
+        size = self.bytes_after // self.dtype.itemsize if self.storage.own_dtypes else self.params_after
+        energies = torch.tensor(self.singular_values, dtype=torch.float64).square()
+        rank, total = max(1, size // sum(self.shape)), float(energies.sum())
+        error = math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
+        return replace(self, baseline_error=error)
+
+    def summary(self) -> dict[str, Any]:
+        """Return name, scheme, sizes and errors in a JSON-ready form, for reports."""
+        names = ("name", "shape", "scheme", "bytes_before", "bytes_after", "params_before", "params_after")
+        return {name: getattr(self, name) for name in (*names, "error", "baseline_error", "bound_by")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to a JSON-ready form."""
+        return {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "shape": list(self.shape),
+            "topology": None if self.topology is None else self.topology.to_dict(),
+            "singular_values": list(self.singular_values),
+            "storage": self.storage.to_dict(),
+            "curve": [list(point) for point in self.curve],
+            "byte_curve": [list(point) for point in self.byte_curve],
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerPlan":
+        """Restore a plan from `to_dict`.
+
+        Raises:
+            KeyError, TypeError, ValueError: not the plan of a layer.
+        """
+        topology, dtype = data["topology"], getattr(torch, data["dtype"], None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"unknown dtype {data['dtype']!r}, expected one of floats, such as 'float32'")
+        known = {field.name: data[field.name] for field in fields(cls)}
+        known |= {
+            "shape": (data["shape"][0], data["shape"][1]),
+            "topology": None if topology is None else Topology.from_dict(topology),
+            "singular_values": tuple(data["singular_values"]),
+            "storage": Storage.from_dict(data["storage"]),
+            "curve": tuple((int(size), loss) for size, loss in data["curve"]),
+            "byte_curve": tuple((int(size), loss) for size, loss in data["byte_curve"]),
+            "dtype": dtype,
+        }
+        return cls(**known)
+
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
     """Abbreviate number formats, family and bonds, without boundary bonds of 1.
@@ -106,79 +167,6 @@ def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
     formats = "+".join(dict.fromkeys(name for name in names if name != "float"))
     parts = [formats, topology.family, "x".join(map(str, bonds))]
     return " ".join(part for part in parts if part)
-
-
-def low_rank_error(spectrum: Tensor, shape: tuple[int, int], params: int) -> float:
-    """Compute the relative error of the truncated SVD with at most this many parameters."""
-    rank = max(1, params // (shape[0] + shape[1]))
-    energies = spectrum.square()
-    total = float(energies.sum())
-    return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
-
-
-def with_baseline(layer: LayerPlan) -> LayerPlan:
-    """Add the error of the plain SVD of the same size, from the spectrum; 0 for a dense layer.
-
-    The size is that in bytes where cores have number formats, and the SVD is kept in the model's dtype.
-    """
-    if layer.topology is None:
-        return layer
-    spectrum = torch.tensor(layer.singular_values, dtype=torch.float64)
-    size = layer.params_after
-    if layer.storage.own_dtypes:
-        size = layer.bytes_after // layer.dtype.itemsize
-    return replace(layer, baseline_error=low_rank_error(spectrum, layer.shape, size))
-
-
-def layer_to_dict(layer: LayerPlan) -> dict[str, Any]:
-    """Convert the plan of one layer to a JSON-ready form."""
-    return {
-        "name": layer.name,
-        "shape": list(layer.shape),
-        "topology": None if layer.topology is None else layer.topology.to_dict(),
-        "bound_by": layer.bound_by,
-        "error": layer.error,
-        "baseline_error": layer.baseline_error,
-        "singular_values": list(layer.singular_values),
-        "storage": layer.storage.to_dict(),
-        "loss_increase": layer.loss_increase,
-        "curve": [list(point) for point in layer.curve],
-        "milliseconds": layer.milliseconds,
-        "dtype": str(layer.dtype).removeprefix("torch."),
-        "byte_curve": [list(point) for point in layer.byte_curve],
-    }
-
-
-def layer_from_dict(data: dict[str, Any]) -> LayerPlan:
-    """Restore the plan of one layer."""
-    topology = data["topology"]
-    return LayerPlan(
-        name=data["name"],
-        shape=(data["shape"][0], data["shape"][1]),
-        topology=None if topology is None else Topology.from_dict(topology),
-        bound_by=data["bound_by"],
-        error=data["error"],
-        baseline_error=data["baseline_error"],
-        singular_values=tuple(data["singular_values"]),
-        storage=Storage.from_dict(data["storage"]),
-        loss_increase=data["loss_increase"],
-        curve=tuple((int(size), cost) for size, cost in data["curve"]),
-        milliseconds=data["milliseconds"],
-        dtype=_dtype(data["dtype"]),
-        byte_curve=tuple((int(size), cost) for size, cost in data["byte_curve"]),
-    )
-
-
-def _dtype(name: str) -> torch.dtype:
-    """Look up a floating-point dtype by its name.
-
-    Raises:
-        ValueError: torch has no floating-point dtype of this name.
-    """
-    found = getattr(torch, name, None) if isinstance(name, str) else None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"unknown dtype {name!r}, expected a floating-point one of torch, such as 'float32'")
-    return found
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from tensornet.compression.loss_increase import (
     measure,
     opposite_errors,
 )
-from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss, has_large_error
+from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss
 from tensornet.compression.planning import Prepared
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
@@ -69,7 +69,6 @@ Group = tuple[LayerPlan, ...]
 def check_loss(
     prepared: Prepared,
     model: nn.Module,
-    stats: CalibrationStats,
     batches: Sequence[BatchLike],
     *,
     loss_fn: TokenLosses | None = None,
@@ -84,7 +83,6 @@ def check_loss(
     Args:
         prepared: for this model.
         model: dense.
-        stats: that the candidates were found with.
         batches: as for `calibrate`; about a thousand tokens of them are used.
         loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
         progress: show a progress bar.
@@ -99,7 +97,7 @@ def check_loss(
         >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
         >>> stats = tn.calibrate(model, batches)
         >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=2.5), stats)
-        >>> check_loss(prepared, model, stats, batches).plan().loss_check.layers > 0
+        >>> check_loss(prepared, model, batches).plan().loss_check.layers > 0
         True
     """
     if prepared.facts.objective != "curvature" or not prepared.config.plans_formats or not len(batches):
@@ -107,7 +105,8 @@ def check_loss(
     given, trial = prepared, None
     check = prepared.facts.loss_check or LossCheck(0)
     measured = prepared.measured or frozenset()
-    powers = _outlier_powers(prepared.targets, stats)
+    assert prepared.stats is not None  # this objective needs them
+    powers = _outlier_powers(prepared.targets, prepared.stats)
     for _ in range(ROUNDS):
         prepared = replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
         plan = prepared.plan(**budget)
@@ -118,7 +117,7 @@ def check_loss(
             break
         if trial is None:
             try:
-                trial = _Trial(model, stats, batches, loss_fn, prepared)
+                trial = _Trial(model, batches, loss_fn, prepared)
             except _CANNOT_COPY as error:
                 warnings.warn(
                     f"Predicted losses were not checked by measuring: {type(model).__name__} cannot be "
@@ -145,7 +144,6 @@ def check_loss(
 def correct_by_measuring(
     prepared: Prepared,
     model: nn.Module,
-    stats: CalibrationStats,
     validation: Sequence[BatchLike],
     *,
     loss_fn: TokenLosses | None = None,
@@ -162,7 +160,6 @@ def correct_by_measuring(
     Args:
         prepared: for this model.
         model: dense.
-        stats: that the candidates were found with.
         validation: batches as for `calibrate`: some ten thousand tokens, of another source than the
             calibration text if predictions are to be right for other text.
         loss_fn: see `tensornet.calibration.losses`, not one that draws labels; `losses_against(model)` if
@@ -183,7 +180,7 @@ def correct_by_measuring(
         >>> batches = [(x, model(x).argmax(-1)) for x in inputs]  # compression can only make it worse
         >>> stats = tn.calibrate(model, batches[:1])
         >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=3), stats)
-        >>> prepared = correct_by_measuring(prepared, model, stats, batches[1:])
+        >>> prepared = correct_by_measuring(prepared, model, batches[1:])
         >>> prepared.plan().forecast.source
         'validation data'
     """
@@ -207,7 +204,7 @@ def correct_by_measuring(
     found = []
     for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
         made, copied = alone.plan(**budget), light_copy(model)
-        apply_plan(copied, made, stats)
+        apply_plan(copied, made, prepared.stats)
         increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
         assert made.predicted_loss_increase is not None
         if increase.significant:
@@ -221,7 +218,7 @@ def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[st
     for layer, name in zip(plan, layer_names([layer.name for layer in plan]), strict=True):
         error = layer.error or 0.0
         drowns = layer.topology is not None and error * error * powers[layer.name] > _OUTLIER
-        if layer.loss_increase and (layer.name in suspects or drowns or has_large_error(layer)):
+        if layer.loss_increase and (layer.name in suspects or drowns or layer.has_large_error):
             blocks.setdefault(name.place, []).append(layer)
     runs, each = list(blocks.values()), max(1, -(-len(blocks) // GROUPS))
     return [
@@ -275,13 +272,12 @@ class _Trial:
     def __init__(
         self,
         model: nn.Module,
-        stats: CalibrationStats,
         batches: Sequence[BatchLike],
         loss_fn: TokenLosses | None,
         prepared: Prepared,
     ) -> None:
         copied = light_copy(model)  # first, since a model that cannot be copied is not checked
-        self.model, self.stats, self.made = model, stats, prepared.made
+        self.model, self.stats, self.made = model, prepared.stats, prepared.made
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
         self.batches: list[Batch] = some_rows(batches, model, TOKENS)

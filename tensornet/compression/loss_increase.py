@@ -9,9 +9,9 @@ with the opposite error as well: twice the outputs of the dense layer, less thos
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -87,10 +87,6 @@ class LossIncrease:
     def exceeds(self, predicted: float) -> bool:
         """Return True if the loss increase is far above a prediction."""
         return self.least > max(_TIMES * predicted, _FLOOR)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -403,15 +399,6 @@ class Forecast:
     def uncorrected(self, measured: float) -> float:
         """Compute the prediction whose correction is this loss increase: the inverse of `corrected`."""
         return _along([(b, a) for a, b in self.points], measured)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
-        return {"points": [list(point) for point in self.points], "source": self.source}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Forecast":
-        """Restore a forecast from `to_dict`."""
-        return cls(tuple((float(a), float(b)) for a, b in data["points"]), data["source"])
 
 
 #: Predictions stay as they are.

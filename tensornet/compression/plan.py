@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch
 from tensornet._util import html_table
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES, ROUNDINGS
-from tensornet.compression.layer_plan import LayerPlan, layer_from_dict, layer_to_dict, with_baseline
+from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
-#: Fields of a plan that are written as they are.
-_HEADER = ("objective", "damping", "rounding", "dense_loss", "calibration", "tokens", "of_tokens")
-#: Relative error of a weight from which on its predicted loss increase is uncertain: that of integers of two
-#: bits and of small ranks; integers of three bits have 0.2 to 0.3.
-LARGE_ERROR = 0.35
 
 
 @dataclass(frozen=True)
@@ -73,15 +68,6 @@ class LossCheck:
             text += f", predicted loss raised of {', '.join(each)}"
         return text
 
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
-        return {"layers": self.layers, "raised": [asdict(x) for x in self.raised]}
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "LossCheck":
-        """Restore a check from `to_dict`."""
-        return cls(int(data["layers"]), tuple(RaisedLoss(**x) for x in data["raised"]))
-
 
 @dataclass(frozen=True)
 class CompressionPlan:
@@ -92,7 +78,7 @@ class CompressionPlan:
     Args:
         layers: the plans.
         objective: what an error was taken to cost, see `CompressionConfig`. All but `"weight"` need the
-            calibration statistics again when the plan is carried out.
+            calibration statistics again when the plan is applied.
         damping: of the gradient moments.
         rounding: how integers are rounded, see `CompressionConfig`.
         dense_loss: mean loss of a token during calibration.
@@ -267,14 +253,53 @@ class CompressionPlan:
             edited = replace(edited, storage=PLAIN, loss_increase=loss, milliseconds=None)
         else:
             _check_topology(old, topology)
-            kept = (storage or _general(old.storage)).for_topology(topology)
+            kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
             kept.num_params(topology)  # formats of unknown cores are refused
             edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
-            edited = with_baseline(replace(edited, loss_increase=None, milliseconds=None))
+            edited = replace(edited, loss_increase=None, milliseconds=None).with_baseline()
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
+    def with_errors(self, errors: Mapping[str, float]) -> "CompressionPlan":
+        """Return the plan with the errors that `apply_plan` certified, by name; dense layers have none."""
+        known = (replace(layer, error=errors.get(layer.name, 0.0)) for layer in self.layers)
+        return replace(self, layers=tuple(known))
+
     def __str__(self) -> str:
-        return plan_text(self, {layer.name: layer.error for layer in self.layers})
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [
+            f"{'layer':<{width}}  {'scheme':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
+            f"{'plain SVD':>9}"
+        ]
+        for layer in self.layers:
+            size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
+            count = f"{layer.params_before:,} -> {layer.params_after:,}"
+            error = "?" if layer.error is None else f"{layer.error:.4f}"
+            lines.append(
+                f"{layer.name:<{width}}  {layer.scheme:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
+                f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
+            )
+        lines.append(
+            f"these layers: {self.bytes_before:,} -> {self.bytes_after:,} bytes, "
+            f"{self.bits_per_weight:.2f} bits a weight, {self.params_before:,} -> {self.params_after:,} "
+            "parameters"
+        )
+        if self.predicted_loss_increase is not None:
+            source = self.forecast.source
+            where = f"on {self.calibration}" if source is None else f"corrected by measuring on {source}"
+            lines.append(
+                f"predicted loss increase{' per token' if self.of_tokens else ''}: "
+                f"{self.predicted_loss_increase:.4f}{self.predicted_change()}, {where}"
+            )
+        uncertain = [x for x in self.layers if x.has_large_error and x.loss_increase and x.storage.own_dtypes]
+        if self.loss_check is not None:
+            lines.append(str(self.loss_check))
+        elif uncertain:
+            lines.append(
+                f"not checked by measuring: {len(uncertain)} layers whose predicted loss is uncertain"
+            )
+        if self.predicted_milliseconds is not None:
+            lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
+        return "\n".join(lines)
 
     def plot(self) -> "Figure":
         """Draw loss over bits of a weight, if it is predicted, and bits and ranks of all layers.
@@ -320,12 +345,12 @@ class CompressionPlan:
         """Convert to a JSON-ready form."""
         return {
             "version": PLAN_VERSION,
-            **{name: getattr(self, name) for name in _HEADER},
-            "unseen": list(self.unseen),
-            "forecast": self.forecast.to_dict(),
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "forecast": asdict(self.forecast),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
-            "loss_check": None if self.loss_check is None else self.loss_check.to_dict(),
-            "layers": [layer_to_dict(x) for x in self.layers],
+            "unseen": list(self.unseen),
+            "loss_check": None if self.loss_check is None else asdict(self.loss_check),
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
     @classmethod
@@ -338,17 +363,20 @@ class CompressionPlan:
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}; plan again.")
         try:
-            options, check = data["topology_options"], data["loss_check"]
+            options, check, forecast = (data[x] for x in ("topology_options", "loss_check", "forecast"))
             if not isinstance(options, Mapping | None):
                 raise TypeError(f"topology_options must be a mapping, got {options!r}")
-            made = cls(
-                tuple(layer_from_dict(layer) for layer in data["layers"]),
-                **{name: data[name] for name in _HEADER},
-                unseen=tuple(data["unseen"]),
-                forecast=Forecast.from_dict(data["forecast"]),
-                topology_options=options,
-                loss_check=None if check is None else LossCheck.from_dict(check),
-            )
+            known = {field.name: data[field.name] for field in fields(cls)}
+            known |= {
+                "forecast": Forecast(
+                    tuple((float(a), float(b)) for a, b in forecast["points"]), forecast["source"]
+                ),
+                "unseen": tuple(data["unseen"]),
+                "loss_check": check
+                and LossCheck(int(check["layers"]), tuple(RaisedLoss(**x) for x in check["raised"])),
+                "layers": tuple(LayerPlan.from_dict(layer) for layer in data["layers"]),
+            }
+            made = cls(**known)
             _check(made)
             return made
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -374,61 +402,6 @@ class CompressionPlan:
         except (OSError, ValueError, RecursionError) as error:
             raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
         return cls.from_dict(data)
-
-
-def plan_text(plan: CompressionPlan, errors: Mapping[str, float | None]) -> str:
-    """Format a plan as a table of its layers, with the given errors, and lines about their sum."""
-    width = max((len(layer.name) for layer in plan), default=5)
-    lines = [
-        f"{'layer':<{width}}  {'scheme':<28} {'bits':>6} {'bytes':>24} {'parameters':>24} {'error':>8} "
-        f"{'plain SVD':>9}"
-    ]
-    for layer in plan:
-        scheme = layer.scheme
-        size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
-        count = f"{layer.params_before:,} -> {layer.params_after:,}"
-        known = errors[layer.name]
-        error = "?" if known is None else f"{known:.4f}"
-        lines.append(
-            f"{layer.name:<{width}}  {scheme:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
-            f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
-        )
-    return "\n".join([*lines, *_summary(plan)])
-
-
-def _summary(plan: CompressionPlan) -> list[str]:
-    """Describe all layers of a plan together, in lines."""
-    lines = [
-        f"these layers: {plan.bytes_before:,} -> {plan.bytes_after:,} bytes, {plan.bits_per_weight:.2f} bits "
-        f"a weight, {plan.params_before:,} -> {plan.params_after:,} parameters"
-    ]
-    if plan.predicted_loss_increase is not None:
-        text = f"{plan.predicted_loss_increase:.4f}{plan.predicted_change()}"
-        source = plan.forecast.source
-        text += f", on {plan.calibration}" if source is None else f", corrected by measuring on {source}"
-        lines.append(f"predicted loss increase{' per token' if plan.of_tokens else ''}: {text}")
-    if plan.loss_check is not None:
-        lines.append(str(plan.loss_check))
-    elif uncertain := sum(_is_uncertain(layer) for layer in plan.layers):
-        lines.append(f"not checked by measuring: {uncertain} layers whose predicted loss is uncertain")
-    if plan.predicted_milliseconds is not None:
-        lines.append(f"predicted for {plan.tokens} tokens: {plan.predicted_milliseconds:.4g} ms")
-    return lines
-
-
-def has_large_error(layer: LayerPlan) -> bool:
-    """Return True if a layer loses so much that its predicted loss increase is uncertain."""
-    return layer.topology is not None and layer.error is not None and layer.error > LARGE_ERROR
-
-
-def _is_uncertain(layer: LayerPlan) -> bool:
-    """Return True if the loss check would have measured a layer, as far as its plan tells."""
-    return has_large_error(layer) and bool(layer.loss_increase) and layer.storage.own_dtypes
-
-
-def _general(storage: Storage) -> Storage:
-    """Drop the formats of single cores, so that an encoding fits other topologies."""
-    return replace(storage, core_formats=())
 
 
 def _check_topology(layer: LayerPlan, topology: Topology) -> None:

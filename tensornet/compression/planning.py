@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
@@ -19,11 +19,11 @@ from tensornet.compression.allocate import Candidate, choose_candidates, decide_
 from tensornet.compression.apply import MadeLayers, check_stats
 from tensornet.compression.candidates import find_candidates, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
-from tensornet.compression.layer_plan import LayerPlan, with_baseline
+from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
-from tensornet.compression.sensitivity import is_known, never_ran, resolve_objective
-from tensornet.contraction.cost import Machine, default_machine
+from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
+from tensornet.contraction.cost import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
@@ -50,6 +50,7 @@ class Prepared:
         candidates: of each; empty where layers are planned one by one by the error of their weights.
         spectra: singular values of each weight.
         facts: plan without layers, which says what is known from calibration and from measuring.
+        stats: what calibration collected.
         rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         made: layers that were rounded to measure them, for `apply_plan`.
@@ -68,6 +69,7 @@ class Prepared:
     candidates: tuple[Sequence[Candidate], ...]
     spectra: tuple[tuple[float, ...], ...]
     facts: CompressionPlan
+    stats: CalibrationStats | None = None
     rest: tuple[int, int] = (0, 0)
     measured: frozenset[tuple[str, str]] | None = None
     made: MadeLayers = field(default_factory=dict, compare=False, repr=False)
@@ -93,7 +95,7 @@ class Prepared:
             )
         config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
         if not self.candidates:
-            layers = _plan_by_weight(self.targets, config, progress=progress)
+            layers = _plan_by_weight(self.targets, config, self.stats, progress=progress)
             return replace(self.facts, layers=tuple(layers))
         objective = self.facts.objective
         if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
@@ -136,7 +138,7 @@ class Prepared:
                 milliseconds=candidate.milliseconds if self.config.tokens is not None else None,
                 dtype=target.matrix.dtype,
             )
-            layers.append(with_baseline(made))
+            layers.append(made.with_baseline())
         check = self.facts.loss_check
         if check is not None and self.measured is not None:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
@@ -226,14 +228,14 @@ def prepare(
     )
     alone = objective == "weight" and not config.plans_formats and not config.pivoted
     if alone or config.fixed:
-        return Prepared(config, weights, targets, (), (), facts, rest)
+        return Prepared(config, weights, targets, (), (), facts, stats, rest)
     found = find_candidates(targets, config, objective, stats)
     candidates, spectra = [], []
     work = tqdm(targets, desc="planning", disable=not progress, unit="layer")
     for target, each in zip(work, found, strict=True):
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
-    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), facts, rest)
+    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), facts, stats, rest)
 
 
 def _seen(
@@ -265,65 +267,68 @@ def _seen(
 
 
 def _plan_by_weight(
-    targets: Sequence[Target], config: CompressionConfig, *, progress: bool
+    targets: Sequence[Target], config: CompressionConfig, stats: CalibrationStats | None, *, progress: bool
 ) -> list[LayerPlan]:
-    """Plan every layer by the Frobenius error of its weight.
+    """Plan every layer by the Frobenius error of its weight: the topology given, or the best family.
 
     Raises:
         BudgetError: a layer cannot meet the budget; the message names it.
     """
-    sizes = [target.matrix.numel() for target in targets]
-    with tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer") as bar:
+    bar = tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer")
 
-        def decide(index: int, ratio: float | None) -> LayerPlan:
-            made = plan_layer_by_weight(targets[index], replace(config, param_ratio=ratio))
-            bar.update()
-            return made
+    def dense(index: int) -> LayerPlan:
+        target = targets[index]
+        return LayerPlan(
+            target.name,
+            (target.matrix.shape[0], target.matrix.shape[1]),
+            topology=None,
+            bound_by="dense",
+            error=0.0,
+            baseline_error=0.0,
+            singular_values=tuple(singular_values(target.matrix).tolist()),
+            loss_increase=None if stats is None or not stats.has_gradients else 0.0,
+            dtype=target.matrix.dtype,
+        )
 
-        def stay(index: int) -> tuple[LayerPlan, float]:
-            target = targets[index]
-            return _dense(target, singular_values(target.matrix)), sizes[index]
+    def decide(index: int, ratio: float | None) -> LayerPlan:
+        target, stays = targets[index], dense(index)
+        bar.update()
+        if config.fixed:
+            topology = topology_of_shape(config.fixed, stays.shape, f"Layer {target.name!r}")
+            storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
+            made = replace(stays, topology=topology, bound_by="topology", error=None, storage=storage)
+            return replace(made, loss_increase=None).with_baseline()
+        budget = replace(config.budget, param_ratio=ratio)
+        best: Decomposition | None = None
+        refusals = []
+        for family in config.families:
+            try:
+                found = topology_family(family).decompose(
+                    target.matrix, budget, **config.family_options(family)
+                )
+            except BudgetError as error:
+                refusals.append(f"{family}: {error}")
+                continue
+            if best is None or _better(found, best, config.rel_error):
+                best = found
+        if best is None:
+            raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
+        topology = best.network.topology
+        if not budget.unlimited and topology.num_params >= target.matrix.numel():
+            return stays
+        loss = None
+        if stats is not None and stats.has_gradients and is_known(target, stats):
+            forecast = forecast_weighting(target, stats, config.damping)
+            gap = target.matrix - best.network.to_matrix()
+            loss = 0.0 if forecast is None else forecast.cost(gap)
+        made = replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)
+        return made.with_baseline()
 
+    with bar:
         if config.param_ratio is None:
             return [decide(index, None) for index in range(len(targets))]
-        return decide_alone(sizes, config.param_ratio, decide, stay)
-
-
-def plan_layer_by_weight(target: Target, config: CompressionConfig) -> LayerPlan:
-    """Plan one layer by the Frobenius error of its weight: the topology given, or the best family."""
-    matrix = target.matrix
-    dense = _dense(target, singular_values(matrix))
-    if config.fixed:
-        topology = topology_of_shape(config.fixed, dense.shape, f"Layer {target.name!r}")
-        storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
-        return with_baseline(
-            replace(dense, topology=topology, bound_by="topology", error=None, storage=storage)
-        )
-    best: Decomposition | None = None
-    refusals = []
-    for family in config.families:
-        try:
-            options = config.family_options(family)
-            found = topology_family(family).decompose(matrix, config.budget, **options)
-        except BudgetError as error:
-            refusals.append(f"{family}: {error}")
-            continue
-        if best is None or _better(found, best, config.rel_error):
-            best = found
-    if best is None:
-        raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
-    topology = best.network.topology
-    if not config.budget.unlimited and topology.num_params >= matrix.numel():
-        return dense
-    return with_baseline(replace(dense, topology=topology, bound_by=best.bound_by, error=best.error))
-
-
-def _dense(target: Target, spectrum: Tensor) -> LayerPlan:
-    matrix = target.matrix
-    shape = (matrix.shape[0], matrix.shape[1])
-    return LayerPlan(
-        target.name, shape, None, "dense", 0.0, 0.0, tuple(spectrum.tolist()), dtype=matrix.dtype
-    )
+        sizes = [target.matrix.numel() for target in targets]
+        return decide_alone(sizes, config.param_ratio, decide, lambda index: (dense(index), sizes[index]))
 
 
 def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
@@ -348,18 +353,16 @@ _CHECKED, _CHECK_TOKENS = 12, 1024
 
 
 def estimate_seconds(
-    model: nn.Module, config: CompressionConfig, *, tokens: int = 32_768, machine: Machine | None = None
+    model: nn.Module, config: CompressionConfig, *, tokens: int = 32_768
 ) -> dict[str, float]:
     """Estimate how long `compress` will take, step by step, from the shapes of the layers alone.
 
-    A rough number, right within a factor of two on an idle machine: it is there to be told before minutes are
-    spent.
+    The estimate is right within a factor of two on an idle machine.
 
     Args:
         model: dense; may be on the meta device.
         config: what to compress and how far.
         tokens: of calibration.
-        machine: whose constants are used; those shipped for the device of the model if absent.
 
     Returns:
         Seconds of `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum, `"total"`.
@@ -376,7 +379,7 @@ def estimate_seconds(
     """
     with unfused(model):
         targets = [x for x in find_targets(model, config) if not x.skip]
-    machine = machine or default_machine(targets[0].weight.device)
+    peak = default_machine(targets[0].weight.device).peak
     shapes = [tuple(target.matrix.shape) for target in targets]
     work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)  # tables have many rows, one by one
     forward = sum(p.numel() for p in model.parameters())
@@ -388,5 +391,5 @@ def estimate_seconds(
     steps["rounding"] = work * (_ROUNDING if config.plans_formats else _NETWORKS)
     if config.plans_formats and config.verify and config.objective != "weight":
         steps["loss check"] = _CHECKED * _CHECK_TOKENS * forward
-    seconds = {name: amount / machine.peak for name, amount in steps.items()}
+    seconds = {name: amount / peak for name, amount in steps.items()}
     return {**seconds, "total": sum(seconds.values())}

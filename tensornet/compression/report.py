@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensornet._util import html_table
+from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_increase import LossIncrease
-from tensornet.compression.plan import CompressionPlan, plan_text
+from tensornet.compression.plan import CompressionPlan
 from tensornet.nn.storage import PackedCore
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 
@@ -127,51 +128,15 @@ _MOST = 700.0
 
 
 @dataclass(frozen=True)
-class LayerReport:
-    """One targeted layer after compression.
-
-    Args:
-        name: module name.
-        shape: `(out_features, in_features)`.
-        scheme: number formats, family and bonds, or `"dense"`.
-        bytes_before, bytes_after: of the weight before and after, scales and padding included.
-        params_before, params_after: stored numbers of the weight before and after: elements or codes, scales,
-            zero points and padding.
-        error: certified relative Frobenius error.
-        baseline_error: error of the plain truncated SVD with the same number of parameters.
-        bound_by: the cap that decided.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32))
-        >>> config = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
-        >>> layer = tn.compress(model, config, progress=False).layers[0]
-        >>> layer.name, layer.scheme, layer.params_after, abs(layer.error - layer.baseline_error) < 1e-6
-        ('0', 'low_rank 4', 256, True)
-    """
-
-    name: str
-    shape: tuple[int, int]
-    scheme: str
-    bytes_before: int
-    bytes_after: int
-    params_before: int
-    params_after: int
-    error: float
-    baseline_error: float
-    bound_by: str
-
-
-@dataclass(frozen=True)
 class CompressionReport:
     """Result of `compress`: `str(report)` is the table of its plan with the certified errors.
 
     Args:
-        layers: one entry for each targeted weight.
         model_params_before, model_params_after: stored numbers of the whole model, tied ones once: elements
             of parameters, codes of integers, scales and zero points.
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
-        plan: the plan that was applied, with topologies, spectra and the errors expected before.
+        plan: that was applied, with the certified error of each layer.
         coverage: which share of the parameters the plan covers, and what the others are.
         measured: loss increase, measured on a few rows of the data to compare with
             `plan.predicted_loss_increase`; None where no batches were at hand or the model has no loss.
@@ -187,7 +152,6 @@ class CompressionReport:
         (True, 2)
     """
 
-    layers: tuple[LayerReport, ...]
     model_params_before: int
     model_params_after: int
     model_bytes_before: int
@@ -200,6 +164,11 @@ class CompressionReport:
     was_run: bool = True
 
     @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers of the plan, one for each targeted weight."""
+        return self.plan.layers
+
+    @property
     def byte_ratio(self) -> float:
         """Bytes of the whole model after compression, relative to before."""
         return self.model_bytes_after / self.model_bytes_before
@@ -207,10 +176,10 @@ class CompressionReport:
     @property
     def param_ratio(self) -> float:
         """Parameters of the targeted weights after compression, relative to before."""
-        return sum(x.params_after for x in self.layers) / sum(x.params_before for x in self.layers)
+        return self.plan.params_after / self.plan.params_before
 
     def __str__(self) -> str:
-        lines = [plan_text(self.plan, {layer.name: layer.error for layer in self.layers})]
+        lines = [str(self.plan)]
         found = self.measured
         if found is not None:
             before, after = found.dense_loss, found.dense_loss + found.mean
@@ -247,7 +216,7 @@ class CompressionReport:
         """
         from tensornet.compression.viz import report_figure
 
-        return report_figure(self.plan.layers, {layer.name: layer.error for layer in self.layers})
+        return report_figure(self.layers)
 
     def _repr_html_(self) -> str:
         """Format as a table for notebooks."""
@@ -268,41 +237,23 @@ class CompressionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready form, without spectra."""
-        data = asdict(self)
-        del data["plan"]
-        counted = {
+        check = self.plan.loss_check
+        return {
+            "layers": [layer.summary() for layer in self.layers],
+            **{name: value for name, value in vars(self).items() if name != "plan"},
             "byte_ratio": self.byte_ratio,
             "bits_per_weight": self.plan.bits_per_weight,
             "param_ratio": self.param_ratio,
             "coverage": self.coverage.to_dict(),
-            "measured": None if self.measured is None else self.measured.to_dict(),
+            "measured": None if self.measured is None else asdict(self.measured),
             "put_back": dict(self.put_back),
-            "loss_check": None if (check := self.plan.loss_check) is None else check.to_dict(),
+            "loss_check": None if check is None else asdict(check),
+            **self.plan.predictions(),
         }
-        return data | counted | self.plan.predictions()
 
     def to_json(self) -> str:
         """Convert to JSON text, see `to_dict`."""
         return json.dumps(self.to_dict(), indent=1)
-
-
-def layer_reports(plan: CompressionPlan, errors: dict[str, float]) -> tuple[LayerReport, ...]:
-    """Combine the layers of a plan with their certified errors into layer reports."""
-    return tuple(
-        LayerReport(
-            name=layer.name,
-            shape=layer.shape,
-            scheme=layer.scheme,
-            bytes_before=layer.bytes_before,
-            bytes_after=layer.bytes_after,
-            params_before=layer.params_before,
-            params_after=layer.params_after,
-            error=errors.get(layer.name, 0.0),
-            baseline_error=layer.baseline_error,
-            bound_by=layer.bound_by,
-        )
-        for layer in plan
-    )
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:

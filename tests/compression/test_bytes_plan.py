@@ -213,12 +213,10 @@ def test_the_smallest_model_within_a_loss() -> None:
 
 
 def test_losses_measured_at_sizes_in_bytes_correct_the_forecast() -> None:
-    model, stats, prepared = calibrated()
+    model, _stats, prepared = calibrated()
     sizes = [prepared.plan(bits_per_weight=bits).bytes_after for bits in (2.5, 3.0)]
     budgets = [{"max_bytes": size} for size in sizes]
-    measured = correct_by_measuring(
-        prepared, model, stats, list(tokens(1)), budgets=budgets, loss_fn=sampled_like
-    )
+    measured = correct_by_measuring(prepared, model, list(tokens(1)), budgets=budgets, loss_fn=sampled_like)
     points = measured.facts.forecast.points
     assert len(points) in (1, 2)
     plain = replace(measured, facts=replace(measured.facts, forecast=Forecast()))

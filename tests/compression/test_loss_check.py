@@ -110,7 +110,7 @@ def form(plan: CompressionPlan, name: str) -> str:
 @pytest.mark.slow
 def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
     model, batches, stats, prepared = made()
-    verified = check_loss(prepared, model, stats, batches, loss_fn=in_place)
+    verified = check_loss(prepared, model, batches, loss_fn=in_place)
     before, after = prepared.plan(), verified.plan()
     assert form(before, GUILTY) == "int2:g32:float8 dense"
     assert form(after, GUILTY) != "int2:g32:float8 dense"
@@ -132,19 +132,19 @@ def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
 
 
 def test_other_schemes_of_a_layer_whose_loss_was_raised_are_measured_too() -> None:
-    model, batches, stats, prepared = made()
-    sure = check_loss(prepared, model, stats, batches, loss_fn=in_place, bits_per_weight=8.25)
+    model, batches, _stats, prepared = made()
+    sure = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=8.25)
     assert not sure.measured  # eight bits are taken at their word
     suspected = LossCheck(0, (RaisedLoss("blocks.2.up", "int2:g32:float8 dense", 3.0),))
     again = replace(prepared, facts=replace(prepared.facts, loss_check=suspected))
-    again = check_loss(again, model, stats, batches, loss_fn=in_place, bits_per_weight=8.25)
+    again = check_loss(again, model, batches, loss_fn=in_place, bits_per_weight=8.25)
     assert again.measured is not None
     assert {name for name, _ in again.measured} == {"blocks.2.up"}
 
 
 def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
-    model, batches, stats, prepared = made()
-    checked = check_loss(prepared, model, stats, batches, loss_fn=in_place, bits_per_weight=2.5)
+    model, batches, _stats, prepared = made()
+    checked = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=2.5)
     names = [target.name for target in checked.targets]
     for name, found, old in zip(names, checked.candidates, prepared.candidates, strict=True):
         ratios: dict[str, list[tuple[int, float]]] = {}
@@ -165,14 +165,14 @@ def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
 
 
 def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None:
-    model, batches, stats, prepared = made()
+    model, batches, _stats, prepared = made()
     model.train()
     model.blocks[1].eval()
     modes = [module.training for module in model.modules()]
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     identities = [(name, id(value)) for name, value in model.named_parameters()]
     generator = torch.get_rng_state()
-    plans = [check_loss(prepared, model, stats, batches, loss_fn=in_place).plan() for _ in range(2)]
+    plans = [check_loss(prepared, model, batches, loss_fn=in_place).plan() for _ in range(2)]
     assert plans[0] == plans[1]
     assert torch.equal(generator, torch.get_rng_state())
     assert [module.training for module in model.modules()] == modes
@@ -180,8 +180,8 @@ def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    again = check_loss(prepared, model, stats, batches, loss_fn=in_place)
-    assert check_loss(again, model, stats, batches, loss_fn=in_place).plan() == plans[0]
+    again = check_loss(prepared, model, batches, loss_fn=in_place)
+    assert check_loss(again, model, batches, loss_fn=in_place).plan() == plans[0]
 
 
 def compressed(calibration: Any, **more: Any) -> tuple[tn.CompressionReport, str]:
@@ -211,20 +211,20 @@ def test_compress_verifies_where_batches_are_at_hand() -> None:
 
 
 def test_plans_of_accurate_formats_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches, stats, prepared = made()
+    model, batches, _stats, prepared = made()
 
     def refused(*args: Any) -> None:
         raise AssertionError
 
     monkeypatch.setattr(loss_check._Trial, "__init__", refused)
-    plan = check_loss(prepared, model, stats, batches, bits_per_weight=8.25).plan(bits_per_weight=8.25)
+    plan = check_loss(prepared, model, batches, bits_per_weight=8.25).plan(bits_per_weight=8.25)
     assert plan.loss_check == LossCheck(0)
-    assert check_loss(prepared, model, stats, []).plan().loss_check is None
+    assert check_loss(prepared, model, []).plan().loss_check is None
 
 
 def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
     model, batches, stats, prepared = made()
-    verified = check_loss(prepared, model, stats, batches, loss_fn=in_place)
+    verified = check_loss(prepared, model, batches, loss_fn=in_place)
     plan, other = verified.plan(), copy.deepcopy(model)
     bias = model.get_submodule(GUILTY).bias
     reused = tn.apply_plan(model, plan, stats, made=verified.made)
@@ -290,7 +290,7 @@ def test_any_model_is_verified(kind: Any) -> None:
     stats = tn.calibrate(model, batches, loss_fn=loss_fn, config=config)
     prepared = prepare(model, config, stats)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    verified = check_loss(prepared, model, stats, batches, loss_fn=loss_fn)
+    verified = check_loss(prepared, model, batches, loss_fn=loss_fn)
     plan = verified.plan()
     assert plan.loss_check is not None
     assert plan.loss_check.layers > 0
@@ -329,22 +329,22 @@ class Stubborn(Model):
 
 
 def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
-    _, batches, stats, prepared = made()
+    _, batches, _stats, prepared = made()
     with pytest.warns(
         tn.errors.CalibrationWarning, match=r"not checked by measuring: Stubborn .* \(it holds a lock\)"
     ):
-        plan = check_loss(prepared, Stubborn(), stats, batches, loss_fn=in_place).plan()
+        plan = check_loss(prepared, Stubborn(), batches, loss_fn=in_place).plan()
     assert plan.loss_check is None
 
 
 def test_a_model_that_breaks_down_is_raised_by_the_most() -> None:
     """Losses that are not finite once a layer is compressed count as infinite."""
-    model, batches, stats, prepared = made()
+    model, batches, _stats, prepared = made()
 
     def fragile(given: nn.Module, batch: Any) -> Tensor:
         broken = not isinstance(given.get_submodule(GUILTY), nn.Linear)
         return in_place(given, batch) * (float("nan") if broken else 1.0)
 
-    plan = check_loss(prepared, model, stats, batches, loss_fn=fragile).plan()
+    plan = check_loss(prepared, model, batches, loss_fn=fragile).plan()
     assert plan.loss_check is not None
     assert plan.loss_check.raised[0] == RaisedLoss(GUILTY, "int2:g32:float8 dense", 1e4)

@@ -3,28 +3,21 @@
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import matplotlib
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import tensornet as tn
 from tensornet._util import ROWS, html_table
-from tensornet.compression.baselines import baseline_losses
+from tensornet.compression.baselines import NEAREST, SVD
 from tensornet.compression.layer_plan import layer_names
-from tensornet.compression.viz import (
-    BaselineLosses,
-    draw_layer_losses,
-    draw_loss_over_bits,
-    grid_of,
-    losses_by_method,
-    panels_of,
-)
+from tensornet.compression.viz import grid_of, losses_figure
 
-Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport, BaselineLosses]
+Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport]
 
 
 class Block(nn.Module):
@@ -43,9 +36,8 @@ def made() -> Made:
     config = tn.CompressionConfig(bits_per_weight=5)
     stats = tn.calibrate(model, [torch.randn(64, 32) for _ in range(2)], config=config)
     plan = tn.plan(model, config, stats)
-    losses = baseline_losses(model, plan, stats)
     report = tn.compress(model, config, calibration=stats, progress=False)
-    return plan, stats, report, losses
+    return plan, stats, report
 
 
 def text_of(figure: object) -> str:
@@ -101,19 +93,17 @@ def test_report_draws(made: Made) -> None:
     assert len(blind.plan.plot().axes) == 1  # no curve where nothing is predicted
 
 
-def test_panels_of_losses_beside_the_plain_methods(made: Made) -> None:
-    plan, _, _, losses = made
-    figure = Figure()
-    draw_loss_over_bits(figure.add_subplot(3, 1, 1), plan.layers, plan.curve(unit="bytes"), [], losses)
-    panels = panels_of(layer_names([layer.name for layer in plan]))
-    assert [panel.title for panel in panels] == ["up", "down"]
-    axes = figure.add_subplot(3, 1, 2)
-    draw_layer_losses(axes, panels[0], losses_by_method(list(plan), losses))
-    assert [line.get_label() for line in axes.lines] == ["plain SVD", "round to nearest", "this plan"]
-    expected = [layer.loss_increase for layer in plan if layer.name.endswith("up")]
-    assert list(axes.lines[-1].get_ydata()) == pytest.approx(expected)
-    (one,) = panels_of(layer_names(["0", "2"]))  # without blocks one panel holds all
-    assert (one.layers, one.ticks) == (((0, "0"), (1, "2")), ("0", "2"))
+def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method(made: Made) -> None:
+    layers = list(made[0])
+    others = {x: {layer.name: 0.5 for layer in layers} for x in (SVD, NEAREST)}
+    figure = losses_figure(layers, others)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [SVD, NEAREST, "this plan"]
+    expected = [layer.loss_increase for layer in layers if layer.name.endswith("up")]
+    assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx(expected)
+    alone = [replace(layer, name=str(k)) for k, layer in enumerate(layers[:2])]  # without blocks: one panel
+    (axes,) = losses_figure(alone, {}).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 1]
 
 
 @pytest.mark.parametrize("count", [1, 30])
@@ -131,7 +121,7 @@ def test_names_fall_into_blocks_and_kinds(count: int) -> None:
 
 
 def test_notebook_tables_are_small_and_escaped(made: Made) -> None:
-    plan, stats, report, _ = made
+    plan, stats, report = made
     for thing in (plan, report, stats):
         text = shown(thing._repr_html_())
         assert all(layer.name in text for layer in plan)

@@ -1,8 +1,7 @@
 """HTML page about one compression: what it cost, plain methods at the same bytes, and every layer.
 
-The page is one file without scripts or requests. matplotlib cannot write CSS variables, so every role is
-drawn in a colour of its own that nobody would choose, and the finished SVG has these replaced: one picture
-serves light and dark pages.
+The page is one file without scripts or requests. matplotlib cannot write CSS variables, so the colours of the
+finished SVG are replaced by them: one picture serves light and dark pages.
 """
 
 import copy
@@ -11,8 +10,8 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -21,21 +20,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+import tensornet as tn
 from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import LayerReport
-from tensornet.compression.baselines import (
-    GPTQ,
-    NEAREST,
-    SVD,
-    baseline_configs,
-    baseline_losses,
-    run_baseline,
-)
+from tensornet.compression.baselines import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
 from tensornet.compression.layer_plan import layer_names
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, compact_count, model_size
-from tensornet.compression.viz import BaselineLosses
+from tensornet.compression.viz import COLORS
 from tensornet.io import write_file
 from tensornet_hf.evaluate import Judge, Quality, judge_of
 from tensornet_hf.streaming import peak_memory
@@ -51,9 +43,6 @@ _SLACK = 1.02
 _FEW = 8
 #: Width of pictures in inches; the page scales them to its own width.
 _WIDTH = 10.0
-#: Roles of colours, which are CSS variables of the page, and the colours that replace them in pictures.
-_ROLES = ("ink", "muted", "grid", "ours", "nearest", "gptq", "svd", "dense")
-_COLORS = {role: f"#0102{number:02x}" for number, role in enumerate(_ROLES, start=3)}
 
 
 @dataclass(frozen=True)
@@ -142,13 +131,13 @@ class Comparison:
 
     Args:
         models: the original first, then the compressed model, then plain methods.
-        losses: predicted losses of the plain methods by layer, and over sizes.
+        losses: predicted losses of the plain methods, by method and layer.
         prompt: text that the samples continue, None without samples.
         sampled: how tokens of the samples were chosen.
     """
 
     models: tuple[ModelFacts, ...]
-    losses: BaselineLosses
+    losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     prompt: str | None = None
     sampled: str = ""
 
@@ -215,27 +204,35 @@ def compare_methods(
             None if sampler is None else sampler(compressed),
         ),
     ]
-    methods = list(baseline_configs(plan, stats))
-    for method in tqdm(methods, desc="plain methods", unit="method", disable=not progress):
-        if judge is None:
-            made, quality = run_baseline(dense, plan, method, stats), None
-        else:
+    losses = {}
+    configs = baseline_configs(plan, stats)
+    for method in tqdm(list(configs), desc="plain methods", unit="method", disable=not progress):
+        made, quality = replace(tn.plan(dense, configs[method], stats), forecast=plan.forecast), None
+        if judge is not None:
             copied = copy.deepcopy(dense)
-            made = run_baseline(copied, plan, method, stats, apply=True)
+            tn.apply_plan(copied, made, stats)
             quality = judge(copied)
             del copied
+        ranks = [x.topology.bond_dims["b1"] for x in made if x.topology is not None and method == SVD]
+        scheme = next((x.storage.number_format.name for x in made if x.topology is not None), "dense")
+        if ranks:
+            few, many = min(ranks), max(ranks)
+            scheme = f"rank {few}" if few == many else f"rank {few} to {many}"
+        bytes_made = made.params_after * svd_itemsize(plan) if method == SVD else made.bytes_after
+        if made.predicted_loss_increase is not None:
+            losses[method] = {layer.name: layer.loss_increase or 0.0 for layer in made}
         models.append(
             ModelFacts(
-                made.method,
-                params - plan.params_before + made.num_params,
-                size - plan.bytes_before + made.num_bytes,
-                8 * made.num_bytes / plan.params_before,
-                made.scheme,
+                method,
+                params - plan.params_before + made.params_after,
+                size - plan.bytes_before + bytes_made,
+                8 * bytes_made / plan.params_before,
+                scheme,
                 quality,
                 made.predicted_loss_increase,
             )
         )
-    losses = baseline_losses(dense, plan, stats, progress=progress)
+    losses.pop(GPTQ, None)  # the page shows two methods by layer
     if sampler is None:
         return Comparison(tuple(models), losses)
     how = "greedy" if not sampler.temperature else f"temperature {sampler.temperature:g}, seed {sampler.seed}"
@@ -393,7 +390,7 @@ def render(page: Page) -> str:
         ours=rows[1][1],
         best=best_plain(models),
         verdict=verdict(models, measure=page.measure),
-        blocks=_blocks(report.plan, report.layers, page.comparison.losses),
+        blocks=_blocks(report.plan, page.comparison.losses),
         unfolded=len(report.layers) <= _FEW,
         pictures={name: Markup(svg) for name, svg in _pictures(page, rows).items()},
     )
@@ -405,18 +402,18 @@ def _short_loss(value: float | None) -> str:
 
 
 def _blocks(
-    plan: CompressionPlan, layers: Sequence[LayerReport], losses: BaselineLosses
+    plan: CompressionPlan, losses: Mapping[str, Mapping[str, float]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Group the rows of the table of layers by block, each with predicted losses by method."""
     blocks: dict[str, list[dict[str, Any]]] = {}
-    for name, layer, planned in zip(layer_names([x.name for x in layers]), layers, plan, strict=True):
+    for name, layer in zip(layer_names([x.name for x in plan]), plan, strict=True):
         row = {
             "layer": layer,
             "short": name.kind,
-            "bits": 8 * layer.bytes_after / layer.params_before,
-            "ours": planned.loss_increase,
-            "nearest": losses.nearest.get(layer.name),
-            "svd": losses.svd.get(layer.name),
+            "bits": layer.bits_per_weight,
+            "ours": layer.loss_increase,
+            "nearest": losses.get(NEAREST, {}).get(layer.name),
+            "svd": losses.get(SVD, {}).get(layer.name),
         }
         blocks.setdefault(name.place if name.block is not None else "", []).append(row)
     return blocks
@@ -428,32 +425,32 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from tensornet.compression import viz as draw
+    from tensornet.compression import viz
 
-    palette = draw.Palette(**_COLORS)
-    by_method = {NEAREST: palette.nearest, GPTQ: palette.gptq, SVD: palette.svd}
+    colors = viz.COLORS
+    by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
         "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
         "svg.hashsalt": "tensornet",  # the same picture gives the same bytes
         "font.size": 9,
-        "axes.edgecolor": palette.grid,
-        "axes.labelcolor": palette.muted,
-        "axes.titlecolor": palette.ink,
-        "text.color": palette.ink,
-        "xtick.color": palette.muted,
-        "ytick.color": palette.muted,
-        "xtick.labelcolor": palette.muted,
-        "ytick.labelcolor": palette.ink,
-        "grid.color": palette.grid,
+        "axes.edgecolor": colors["grid"],
+        "axes.labelcolor": colors["muted"],
+        "axes.titlecolor": colors["ink"],
+        "text.color": colors["ink"],
+        "xtick.color": colors["muted"],
+        "ytick.color": colors["muted"],
+        "xtick.labelcolor": colors["muted"],
+        "ytick.labelcolor": colors["ink"],
+        "grid.color": colors["grid"],
         "axes.spines.top": False,
         "axes.spines.right": False,
         "legend.frameon": False,
     }
-    plan, losses, found = page.report.plan, page.comparison.losses, {}
+    plan, found = page.report.plan, {}
     layers = list(plan)
     with matplotlib.rc_context(style):
         marks = [
-            draw.Mark(model.name, model.bits, x.value, by_method.get(model.name, palette.ours), x.measured)
+            viz.Mark(model.name, model.bits, x.value, by_method.get(model.name, colors["ours"]), x.measured)
             for model, x in rows[1:]
             if x is not None and model.bits is not None
         ]
@@ -461,7 +458,7 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
         if curve or len(marks) > 1:
             figure = Figure(figsize=(6.0, 4.0), layout="constrained")
             axes = figure.subplots()
-            draw.draw_loss_over_bits(axes, plan.layers, curve, marks, losses, palette, label=page.label)
+            viz.draw_loss_over_bits(axes, layers, curve, marks, label=page.label)
             handles = [
                 Line2D([], [], color=line.get_color(), label=str(line.get_label()))
                 for line in axes.lines
@@ -475,27 +472,10 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
             figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
             found["loss"] = _svg(figure)
         if all(layer.loss_increase is not None for layer in layers):
-            panels = draw.panels_of(layer_names([layer.name for layer in layers]))
-            columns = min(4, len(panels))
-            count = -(-len(panels) // columns)
-            figure = Figure(figsize=(_WIDTH, 0.6 + 1.75 * count), layout="constrained")
-            grid = figure.subplots(count, columns, squeeze=False, sharey=True)
-            known = draw.losses_by_method(layers, losses)
-            for axes, panel in zip(grid.flat, panels, strict=False):
-                draw.draw_layer_losses(axes, panel, known, palette, draw.loss_limits(known))
-                axes.tick_params(labelsize=7.5)
-            for number, axes in enumerate(grid.flat):
-                axes.set_visible(number < len(panels))
-                if number + columns >= len(panels) and len(panels) > 1:
-                    axes.set_xlabel("block", fontsize=8)
-            for axes in grid[:, 0]:
-                axes.set_ylabel("predicted loss", fontsize=8)
-            lines = grid.flat[0].lines[::-1]
-            figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), fontsize=8.5)
-            found["layers"] = _svg(figure)
-        names, _, _ = draw.grid_of(layer_names([layer.name for layer in layers]))
+            found["layers"] = _svg(viz.losses_figure(layers, page.comparison.losses, width=_WIDTH))
+        names, _, _ = viz.grid_of(layer_names([layer.name for layer in layers]))
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(names)), layout="constrained")
-        draw.draw_bits(figure.subplots(), layers, palette)
+        viz.draw_bits(figure.subplots(), layers)
         found["bits"] = _svg(figure)
     return found
 
@@ -508,7 +488,7 @@ def _svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names in every picture of one page
-    for role, color in _COLORS.items():
+    for role, color in COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
 

@@ -41,7 +41,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, set_submodule
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.report import CompressionReport, Coverage, layer_reports, measure_coverage
+from tensornet.compression.report import CompressionReport, Coverage, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
@@ -652,13 +652,12 @@ def _report(
     params = sum(part.numel for part in kept)
     errors = {name: error for part in parts for name, error in part["errors"].items()}
     compression = CompressionReport(
-        layers=layer_reports(plan, errors),
         model_params_before=params,
         model_params_after=params - plan.params_before + plan.params_after,
         model_bytes_before=sum(part.nbytes for part in kept),
         model_bytes_after=sum(size for part in parts for size in part["tensors"].values()),
         seconds=seconds,
-        plan=plan,
+        plan=plan.with_errors(errors),
         coverage=coverage,
     )
     peak = max([peak_memory(), *(part["peak_memory"] for part in parts)])

@@ -29,12 +29,12 @@ from tensornet.compression.apply import apply_plan, replaced
 from tensornet.compression.candidates import layer_formats, relative_gap
 from tensornet.compression.compress import Calibration, gather
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.layer_plan import describe
+from tensornet.compression.layer_plan import LayerPlan, describe
 from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import Prepared, prepare
-from tensornet.compression.report import LayerReport, layer_reports, model_size
+from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
 from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -104,8 +104,7 @@ class ExpertsReport:
 
     Args:
         stacks: experts that share a core.
-        layers: all other targeted weights.
-        plan: of these layers.
+        plan: of all other targeted weights, with their certified errors.
         model_params_before, model_params_after: stored numbers of the whole model.
         model_bytes_before, model_bytes_after: their size in memory.
         predicted_loss_increase: of the loss of a token, by all layers and stacks together.
@@ -114,13 +113,12 @@ class ExpertsReport:
 
     Example:
         >>> from tensornet_moe import ExpertsReport
-        >>> report = ExpertsReport((), (), tn.CompressionPlan(()), 10, 10, 40, 20, 0.25, 1.0, None)
+        >>> report = ExpertsReport((), tn.CompressionPlan(()), 10, 10, 40, 20, 0.25, 1.0, None)
         >>> report.byte_ratio
         0.5
     """
 
     stacks: tuple[SharedStack, ...]
-    layers: tuple[LayerReport, ...]
     plan: CompressionPlan
     model_params_before: int
     model_params_after: int
@@ -131,6 +129,11 @@ class ExpertsReport:
     measured: LossIncrease | None
 
     @property
+    def layers(self) -> tuple[LayerPlan, ...]:
+        """The layers of the plan."""
+        return self.plan.layers
+
+    @property
     def byte_ratio(self) -> float:
         """Bytes of the whole model after compression, relative to before."""
         return self.model_bytes_after / self.model_bytes_before
@@ -138,13 +141,13 @@ class ExpertsReport:
     @property
     def param_ratio(self) -> float:
         """Parameters of the targeted weights after compression, relative to before."""
-        parts: tuple[SharedStack | LayerReport, ...] = (*self.stacks, *self.layers)
+        parts: tuple[SharedStack | LayerPlan, ...] = (*self.stacks, *self.layers)
         return sum(x.params_after for x in parts) / sum(x.params_before for x in parts)
 
     @property
     def bits_per_weight(self) -> float:
         """Mean bits of a targeted weight after compression."""
-        parts: tuple[SharedStack | LayerReport, ...] = (*self.stacks, *self.layers)
+        parts: tuple[SharedStack | LayerPlan, ...] = (*self.stacks, *self.layers)
         return 8 * sum(x.bytes_after for x in parts) / sum(x.params_before for x in parts)
 
     def __str__(self) -> str:
@@ -163,13 +166,13 @@ class ExpertsReport:
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready form, without the plan."""
         return {
-            **{name: value for name, value in vars(self).items() if name not in ("plan", "stacks", "layers")},
+            **{name: value for name, value in vars(self).items() if name not in ("plan", "stacks")},
             "stacks": [stack.to_dict() for stack in self.stacks],
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [layer.summary() for layer in self.layers],
             "byte_ratio": self.byte_ratio,
             "param_ratio": self.param_ratio,
             "bits_per_weight": self.bits_per_weight,
-            "measured": None if self.measured is None else self.measured.to_dict(),
+            "measured": None if self.measured is None else asdict(self.measured),
         }
 
 
@@ -227,13 +230,13 @@ def compress_experts(
     if config.verify:
         batches = list(data.batches)
         try:
-            prepared = check_loss(prepared, model, stats, batches, progress=progress)
+            prepared = check_loss(prepared, model, batches, progress=progress)
         except (
             BudgetError
         ):  # separate networks cannot keep it, shared ones may: check the smallest separate ones
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
-            prepared = check_loss(prepared, model, stats, batches, progress=progress, bits_per_weight=bits)
+            prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
     chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
@@ -266,8 +269,7 @@ def compress_experts(
         warn_of_loss(measured, predicted, config.loss_increase)
     return ExpertsReport(
         tuple(reports),
-        layer_reports(plan, errors),
-        plan,
+        plan.with_errors(errors),
         params_before,
         params_after,
         bytes_before,

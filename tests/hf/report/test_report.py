@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression.viz import BaselineLosses
 from tensornet_hf.evaluate import Quality
 from tensornet_hf.report import (
     Comparison,
@@ -63,7 +62,7 @@ def a_page(models: list[ModelFacts] | None = None, prompt: str | None = None, **
         ModelFacts("compressed", 800, 4000, 16.0, quality=after, sample=" there was <b>night</b>"),
         ModelFacts("plain SVD", 790, 3950, 15.8, "rank 7", plain),
     ]
-    comparison = Comparison(tuple(models), BaselineLosses(), prompt)
+    comparison = Comparison(tuple(models), prompt=prompt)
     options: dict[str, object] = {"title": "A small model", "made": [("Versions", versions())]}
     return Page(comparison=comparison, report=report, **(options | changes))  # type: ignore[arg-type]
 
@@ -157,7 +156,7 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
 
 
 def test_layers_show_predicted_losses_of_plain_methods(tmp_path: Path) -> None:
-    losses = BaselineLosses({"0": 0.31, "2": 0.32}, {"0": 0.41, "2": 0.42}, ((2000, 0.5),), ((2000, 0.9),))
+    losses = {"round to nearest": {"0": 0.31, "2": 0.32}, "plain SVD": {"0": 0.41, "2": 0.42}}
     content = predicted(a_page())
     content = replace(content, comparison=replace(content.comparison, losses=losses), peak_memory=12_300_000)
     page = parsed(content, tmp_path)
