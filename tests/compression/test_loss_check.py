@@ -239,7 +239,7 @@ def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
 
 
 def test_skipping_the_blocks_in_front_changes_no_loss() -> None:
-    model, batches, stats, prepared = made()
+    model, batches, _stats, prepared = made()
     trials = [loss_check._Trial(model, batches, in_place, prepared) for _ in range(2)]
     assert trials[0].blocks == ("blocks.0", "blocks.1", "blocks.2")
     trials[1].blocks = ()
