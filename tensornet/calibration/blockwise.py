@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tensornet.calibration.batches import Batch, run_model
 from tensornet.errors import TargetError
-from tensornet.nn.extension import announce_batch
+from tensornet.nn.extension import extensions
 
 
 class Stop(Exception):
@@ -195,7 +195,8 @@ class ChainRun:
             hidden: instead of the state that the block reads in this batch.
         """
         hidden = self.states[self.position, number] if hidden is None else hidden
-        announce_batch(self.block, self.batches[number])
+        for extension in extensions():
+            extension.next_batch(self.block, self.batches[number])
         return self.calls[number][self.position].run(self.block, hidden)
 
     @torch.no_grad()
@@ -272,7 +273,7 @@ def outer_stacks(
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
         if isinstance(module, kinds) and len(module) >= least and not inside:
-            found[name] = tuple(f"{name}.{key}".lstrip(".") for key in module._modules)
+            found[name] = tuple(f"{name}.{key}".lstrip(".") for key, _ in module.named_children())
     return found
 
 

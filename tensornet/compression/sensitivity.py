@@ -15,6 +15,7 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
+from tensornet.nn.layer_kinds import relatives
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
@@ -215,7 +216,7 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
     sides = tuple(target.matrix.shape)
     return [
         name
-        for name in target.kinds[0].relatives(target.name, stats.columns)
+        for name in relatives(target.name, stats.columns)
         if (len(stats.rows.get(name, target.matrix)), len(stats.columns[name])) == sides
     ]
 

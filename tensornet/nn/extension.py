@@ -130,12 +130,6 @@ def extensions() -> tuple[ModelExtension, ...]:
     return tuple(_EXTENSIONS)
 
 
-def announce_batch(block: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Tell every extension the next batch of a block that runs without its model."""
-    for extension in _EXTENSIONS:
-        extension.next_batch(block, batch)
-
-
 def provided_data(model: nn.Module) -> ProvidedData | None:
     """Return the data of the first extension that has some for this model, or None."""
     return next((data for x in _EXTENSIONS if (data := x.calibration_data(model)) is not None), None)

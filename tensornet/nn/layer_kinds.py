@@ -61,14 +61,20 @@ class LayerKind(ABC):
         """Let a stock layer use this parameter as its weight: tied layers stay tied."""
         module.weight = weight
 
-    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        """Select the layers whose statistics replace those of a layer that saw no data.
 
-        Names that differ in the last number alone: other experts of the same mixture. Numbers are those of a
-        list, or at the end of a key such as `expert_3`.
-        """
-        path, number = _last_number(name)
-        return [] if number is None else [other for other in others if _last_number(other)[0] == path]
+def relatives(name: str, others: Iterable[str]) -> list[str]:
+    """Select the layers whose statistics replace those of a layer that saw no data.
+
+    Names that differ in the last number alone: other experts of the same mixture. Numbers are those of a
+    list, or at the end of a key such as `expert_3`.
+
+    Example:
+        >>> from tensornet.nn.layer_kinds import relatives
+        >>> relatives("experts.0.up", ["experts.1.up", "experts.1.down", "head"])
+        ['experts.1.up']
+    """
+    path, number = _last_number(name)
+    return [] if number is None else [other for other in others if _last_number(other)[0] == path]
 
 
 #: A part of a name that counts modules. Layers such as `w_1` and `w_2` are not relatives.
@@ -190,31 +196,10 @@ _COMPOUNDS: list[CompoundKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register another kind of stock layer as compressible.
+    """Register another kind of stock layer as compressible, see the example of `LayerKind`.
 
     Raises:
         TargetError: the name is taken.
-
-    Example:
-        >>> from tensornet.nn import LayerKind, register_layer_kind
-        >>> from tensornet.nn.layer_kinds import kind_of
-        >>> class Mine(torch.nn.Linear):
-        ...     pass
-        >>> class MineKind(LayerKind):
-        ...     name = "mine"
-        ...     def matches(self, module):
-        ...         return type(module) is Mine
-        ...     def matrix(self, module):
-        ...         return module.weight
-        ...     def build(self, matrix, bias):
-        ...         layer = Mine(matrix.shape[1], matrix.shape[0], bias is not None)
-        ...         layer.weight.data = matrix
-        ...         if bias is not None:
-        ...             layer.bias.data = bias
-        ...         return layer
-        >>> _ = register_layer_kind(MineKind())
-        >>> kind_of(Mine(4, 4)).name
-        'mine'
     """
     if kind.name in _KINDS:
         raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
@@ -299,7 +284,7 @@ def type_and_reason(module: nn.Module) -> str:
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
     """Return the parameters of a module that no parametrization or hook replaces."""
-    return {name: p for name, p in module._parameters.items() if p is not None}
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -321,7 +306,8 @@ def layer_bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-#: Dictionaries of `nn.Module` that hold the hooks of its calls and gradients.
+#: Dictionaries of `nn.Module` with the hooks of its calls and gradients. They have no public name, and a
+#: layer that is replaced would lose its hooks without them.
 _DICTIONARIES = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),

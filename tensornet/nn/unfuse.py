@@ -93,13 +93,6 @@ class PartKind(LayerKind):
         """See `LayerKind.build`."""
         return self.layer(matrix, bias)
 
-    def relatives(self, name: str, others: Iterable[str]) -> list[str]:
-        """Select the same projection of the other experts as relatives; see `LayerKind.relatives`."""
-        owner, number, matrix = ["", "", *name.rsplit(".", 2)][-3:]
-        if not number.isdigit():
-            return []
-        return [other for other in others if other.rsplit(".", 2)[::2] == [owner, matrix]]
-
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
         """See `LayerKind.share`."""
         assert isinstance(module, PartMatrix)
@@ -179,17 +172,17 @@ class Compound(nn.Module):
 
     def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
         super().__init__()
-        self._stock = (stock,)
-        self._freed = False
+        taken = {stack.parameter for stack in stacks}
+        for name, parameter in own_parameters(stock).items():
+            if name not in taken:
+                self.register_parameter(name, parameter)
         self.stacks = stacks
         for stack in stacks:
             bias = None if stack.bias is None else _parameter(stock, stack.bias)
             views = stack.views(stock.get_parameter(stack.parameter), shared)
             for name, matrix in zip(stack.names, views, strict=True):
                 self._add(name, self.layer(matrix, bias))
-        taken = {stack.parameter for stack in stacks}
-        # In the dictionary: `register_parameter` would find the name, which `__getattr__` passes on.
-        self._parameters.update({name: p for name, p in stock._parameters.items() if name not in taken})
+        self._stock, self._freed = (stock,), False  # last: what it has counts as an attribute of this module
         self.train(stock.training)
 
     @property
@@ -206,7 +199,7 @@ class Compound(nn.Module):
     def weight(self) -> Tensor:
         """Stock weight for code that reads it; its numbers are refused once layers are replaced."""
         stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
-        if "weight" not in stock._parameters:
+        if "weight" not in own_parameters(stock):
             return first.weight  # type: ignore[return-value]
         weight: Tensor = stock.weight  # type: ignore[assignment]
         if not self._freed:
@@ -268,7 +261,7 @@ class Compound(nn.Module):
         place: nn.Module = self
         *path, last = name.split(".")
         for part in path:
-            if part not in place._modules:
+            if part not in dict(place.named_children()):
                 place.add_module(part, nn.Module())
             place = place.get_submodule(part)
         place.add_module(last, layer)
@@ -279,15 +272,14 @@ class Compound(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            if stock is None or name in ACCELERATE:  # whose hooks belong to the stock module alone
-                raise
-            if name not in vars(stock[0]) and name not in stock[0]._parameters:
+            # Methods would read the stock module, and hooks of accelerate belong to it alone.
+            if stock is None or name in ACCELERATE or hasattr(type(stock[0]), name):
                 raise
             return getattr(stock[0], name)
 
 
 def is_observed(*layers: nn.Module) -> bool:
-    """Return True if a layer has hooks, so that it must be called."""
+    """Return True if a layer has hooks (there is no public way to ask), so that it must be called."""
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
@@ -301,7 +293,7 @@ def dense_matrix(layer: nn.Module) -> Tensor:
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     owner, _, key = name.rpartition(".")
-    return module.get_submodule(owner)._parameters[key]
+    return getattr(module.get_submodule(owner), key)  # type: ignore[no-any-return]
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
@@ -393,7 +385,7 @@ class StackedMatrices(Compound):
         self.holders = frozenset(name.partition(".")[0] for name in layouts if "." in name)
         for name, child in stock.named_children():
             if name not in self.holders:
-                self.add_module(name, child)
+                setattr(self, name, child)
 
     @property
     def weight(self) -> Any:
@@ -529,7 +521,7 @@ class _One:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        known = (F.linear, torch._C._nn.linear, torch.matmul, Tensor.__matmul__, Tensor.matmul)
+        known = (F.linear, torch.matmul, Tensor.__matmul__, Tensor.matmul)
         if func in known and len(args) == 2 and not kwargs:
             return args[1].layer(args[0])
         raise TargetError(

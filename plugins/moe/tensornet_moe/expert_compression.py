@@ -331,12 +331,11 @@ def find_stacks(
     Raises:
         TargetError: no target is an expert of a mixture.
     """
-    names = [target.name for target in targets]
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, target in enumerate(targets):
-        if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix):
-            relatives = tuple(target.kinds[0].relatives(target.name, names)) or (target.name,)
-            groups.setdefault((relatives, target.matrix.shape, target.matrix.dtype), []).append(place)
+        owner, number, matrix = ["", "", *target.name.rsplit(".", 2)][-3:]
+        if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix) and number.isdigit():
+            groups.setdefault((owner, matrix, target.matrix.shape, target.matrix.dtype), []).append(place)
     members_of = [members for members in groups.values() if len(members) > 1]
     if not members_of:
         raise TargetError(
