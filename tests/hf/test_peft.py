@@ -18,11 +18,9 @@ import tensornet_hf as th
 from tensornet.errors import TargetError
 from tensornet_hf.peft import (
     LoraNetworkLinear,
-    linear_layers,
     load_adapters,
     lora_config,
     merge_adapters,
-    register_layers,
 )
 
 # PEFT asks transformers for a property under its old name.
@@ -66,7 +64,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def test_all_linear_means_compressed_layers_too() -> None:
     model = compressed()
-    names = linear_layers(model)
+    names = lora_config(model).target_modules
     assert LAYER in names
     assert "lm_head" not in names
     made = adapted(model)
@@ -203,12 +201,6 @@ def test_adapters_that_need_a_dense_layer_are_refused(options: dict[str, object]
 def test_no_linear_layer() -> None:
     with pytest.raises(TargetError, match="no linear layer"):
         lora_config(nn.Embedding(3, 4))
-
-
-def test_pefts_own_all_linear_is_refused() -> None:
-    """It would leave compressed layers out without a word."""
-    with pytest.raises(TargetError, match=r"use tensornet_hf\.peft\.lora_config"):
-        register_layers(LoraConfig(target_modules="all-linear"))
 
 
 def test_peft_alone_refuses_compressed_layers_and_load_adapters_takes_them(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """Split experts that transformers stores in stacks `(experts, ...)` into single matrices, and join them.
 
-A stack is one parameter, so nothing in it is a layer that could be observed, planned or compressed. Taken
-apart, every expert has linear layers of its own, `experts.3.down_proj`, and what works for linear layers
-works for them. Experts none of whose matrices became cores go back into their stacks.
+A stack is one parameter, so nothing in it is a layer that could be observed, planned or compressed. Unfused,
+every expert has linear layers of its own, `experts.3.down_proj`, and what works for linear layers works for
+them. Experts none of whose matrices were replaced go back into their stacks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ class SplitExperts(Compound):
     """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
 
     Args:
-        stock: the module it stands for, asked for what it does between the matrices.
+        stock: the module that it replaces; it computes what happens between the matrices.
         shared: see `CompoundKind.unfuse`.
     """
 
@@ -90,18 +90,18 @@ class SplitExperts(Compound):
 def stack_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the stacks of an experts module in order; empty if it cannot be split.
 
-    Only modules that hold their matrices, their biases and an activation are split.
+    Only modules that consist of their matrices, their biases and an activation are split.
     """
-    if not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS):
+    if (
+        not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
+        or module.has_post_expert_norm
+    ):
         return ()
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    own = {name for name, parameter in module.named_parameters() if parameter is not None}
-    direct = dict(module.named_parameters(recurse=False))
-    stacks = [direct.get(name) for name in names]
-    known = own == {*names, *_bias_names(module)} and next(module.buffers(), None) is None
-    if not known or module.has_post_expert_norm:
-        return ()
-    return names if all(stack is not None and stack.ndim == 3 for stack in stacks) else ()
+    biases = [f"{name}_bias" for name in names] if module.has_bias else []
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter is not None}
+    known = parameters.keys() == {*names, *biases} and next(module.buffers(), None) is None
+    return names if known and all(parameters[name].ndim == 3 for name in names) else ()
 
 
 @contextmanager
@@ -117,25 +117,17 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-        _set_padding(model, None)
+        tell_padding(model, {})
         fuse(model, names)
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """Pass the attention mask of a batch to experts, which see tokens without their positions."""
     mask = batch.get("attention_mask")
-    _set_padding(model, mask if isinstance(mask, Tensor) else None)
-
-
-def _set_padding(model: nn.Module, mask: Tensor | None) -> None:
+    mask = mask if isinstance(mask, Tensor) else None
     for module in model.modules():
         if isinstance(module, SplitExperts):
             module.padding_mask = mask
-
-
-def _bias_names(stock: nn.Module) -> tuple[str, ...]:
-    names = ("gate_up_proj" if stock.has_gate else "up_proj", "down_proj")
-    return tuple(f"{name}_bias" for name in names) if stock.has_bias else ()
 
 
 class _ExpertsKind(CompoundKind):

@@ -43,11 +43,11 @@ STARTS = (True, False, "gaussian", "orthogonal")
 
 
 class LoraNetworkLinear(nn.Module, LoraLayer):
-    """A compressed linear layer with low-rank adapters beside it: `y = W x + b + s B A x`.
+    """A compressed linear layer with low-rank adapters: `y = W x + b + s B A x`.
 
-    Merging a layer of low rank `r` gives one of rank `r + r_adapter`, without loss. Layers of a family that
-    has no such topology (`TopologyFamily.with_rank`) cannot take the adapter in and become dense. Integer
-    cores are rounded again, with a warning; of a sum only the last term is, which takes the adapter in.
+    Merging an adapter of rank `a` into a layer of rank `r` gives a layer of rank `r + a`, without loss. A
+    layer of a family without such a topology (`TopologyFamily.with_rank`) becomes dense. Integer cores are
+    rounded again, with a warning; of a sum only the last term changes.
     """
 
     merges_into_cores = True  # see `tensornet.nn.targets`
@@ -85,22 +85,14 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                up, down = self._factors(name)
-                hidden = nn.functional.linear(self.lora_dropout[name](x.to(down.dtype)), down)
-                result = result + (nn.functional.linear(hidden, up) * self.scaling[name]).to(result.dtype)
+                down, up = self.lora_A[name], self.lora_B[name]
+                hidden = down(self.lora_dropout[name](x.to(down.weight.dtype)))
+                result = result + (up(hidden) * self.scaling[name]).to(result.dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `s B A`, shape `(out_features, in_features)`."""
-        up, down = self._factors(adapter)
-        return up @ down * float(self.scaling[adapter])
-
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return `B: (out, r)` and `A: (r, in)`."""
-        up, down = self.lora_B[adapter].weight, self.lora_A[adapter].weight
-        assert isinstance(up, Tensor)
-        assert isinstance(down, Tensor)
-        return up, down
+        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * float(self.scaling[adapter])
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -112,27 +104,14 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
-        kind = kind_of(base)  # none for a compressed layer; a layer merged before may be a stock one
-        if kind is not None:
-            matrix = kind.matrix(base)
-        else:
-            assert isinstance(base, TensorNetworkLinear)
-            matrix = base.to_matrix()
-        if isinstance(base, TensorNetworkLinear) and _rounds(base):
-            warnings.warn(
-                "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
-                "beside the model for exactly what was trained.",
-                stacklevel=2,
-            )
-        rank = 0
+        base, total, rank = self.get_base_layer(), torch.zeros(()), 0
         for name in names:
-            delta = self.get_delta_weight(name).to(matrix)
+            delta = self.get_delta_weight(name)
             if not bool(torch.isfinite(delta).all()):
                 raise ValueError(f"Adapter {name!r} holds NaN or infinite values; it is not merged.")
-            matrix, rank = matrix + delta, rank + self.r[name]
+            total, rank = total.to(delta) + delta, rank + self.r[name]
         self._unmerged = self._unmerged or base
-        self.base_layer = _with_matrix(base, matrix, rank)
+        self.base_layer = _with_delta(base, total, rank)
         carry_hooks(base, self.base_layer)
         self.merged_adapters.extend(names)
 
@@ -146,7 +125,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 def lora_config(
     model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
 ) -> LoraConfig:
-    """Build a LoRA configuration that reaches compressed layers.
+    """Build a LoRA configuration that reaches compressed layers; files do not keep this property.
 
     Args:
         model: compressed or not.
@@ -166,55 +145,24 @@ def lora_config(
         >>> adapted.get_nb_trainable_parameters()[0] > 0
         True
     """
-    if target_modules == ALL_LINEAR:
-        target_modules = linear_layers(model)
-    return register_layers(LoraConfig(target_modules=target_modules, **options))
+    if target_modules == ALL_LINEAR:  # PEFT itself would find stock layers only
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        target_modules = []
+        for name, module in model.named_modules():
+            kind = kind_of(module)
+            linear = kind.name != "embedding" if kind is not None else isinstance(module, TensorNetworkLinear)
+            if linear and module is not head:
+                target_modules.append(name)
+        if not target_modules:
+            raise TargetError(f"{type(model).__name__} has no linear layer, stock or compressed.")
+    return _registered(LoraConfig(target_modules=target_modules, **options))
 
 
-def register_layers(config: LoraConfig) -> LoraConfig:
-    """Register compressed layers with a LoRA configuration and return it; files do not keep this.
-
-    Raises:
-        TargetError: it asks for all linear layers, which PEFT looks for itself, and sees stock ones alone.
-
-    Example:
-        >>> from peft import LoraConfig
-        >>> from tensornet_hf.peft import register_layers
-        >>> config = register_layers(LoraConfig(target_modules=["c_fc"], r=4))
-        >>> config.r
-        4
-    """
-    if config.target_modules == ALL_LINEAR:
-        raise TargetError(
-            "PEFT would leave compressed layers out of target_modules='all-linear'; use "
-            "tensornet_hf.peft.lora_config(model, target_modules='all-linear')."
-        )
+def _registered(config: LoraConfig) -> LoraConfig:
+    """Register compressed layers with a LoRA configuration and return it."""
     # Private, and the only way that PEFT offers to reach layers of other libraries.
     config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
     return config
-
-
-def linear_layers(model: nn.Module) -> list[str]:
-    """Return the names of all linear layers, stock or compressed, without the output head.
-
-    Raises:
-        TargetError: the model has no linear layer.
-
-    Example:
-        >>> from tensornet_hf.peft import linear_layers
-        >>> linear_layers(th.load(th.embedded.gpt2_path()))[:2]
-        ['transformer.h.0.attn.c_attn', 'transformer.h.0.attn.c_proj']
-    """
-    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    found = []
-    for name, module in model.named_modules():
-        kind = kind_of(module)
-        linear = isinstance(module, TensorNetworkLinear) or (kind is not None and kind.name != "embedding")
-        if linear and module is not head:
-            found.append(name)
-    if not found:
-        raise TargetError(f"{type(model).__name__} has no linear layer, stock or compressed.")
-    return found
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:
@@ -238,7 +186,7 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
     """
     config = PeftConfig.from_pretrained(str(folder))
     if isinstance(config, LoraConfig):
-        register_layers(config)
+        _registered(config)
     return PeftModel.from_pretrained(model, str(folder), config=config, **options)
 
 
@@ -261,9 +209,9 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     _, wrapped = split_by_adapters(adapted, compressed_names(adapted))
     if wrapped:
         raise TargetError(
-            f"{min(wrapped)} is made of cores, and the adapter over it can be merged into a dense weight "
-            "only. Call tensornet.decompress(adapted) before merging, or add adapters to the compressed "
-            "model by tensornet_hf.peft.lora_config."
+            f"{min(wrapped)} is made of cores, and its adapter can be merged into a dense weight only. "
+            "Call tensornet.decompress(adapted) before merging, or add adapters to the compressed model by "
+            "tensornet_hf.peft.lora_config."
         )
     model = adapted.merge_and_unload()
     structure_changed(model)
@@ -288,18 +236,28 @@ def _check(config: LoraConfig) -> None:
         )
 
 
-def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
-    """Build a layer like `base` with another matrix, whose rank is at most `added` larger."""
-    kind = kind_of(base)
-    if kind is not None:
-        return kind.build(matrix, layer_bias(base))
+def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
+    """Build a layer like `base` whose matrix is larger by `delta`, of rank at most `added`."""
+    if (kind := kind_of(base)) is not None:  # an earlier merge made it dense
+        matrix = kind.matrix(base)
+        return kind.build(matrix + delta.to(matrix), layer_bias(base))
     assert isinstance(base, TensorNetworkLinear)
+    matrix = base.to_matrix()
+    delta = delta.to(matrix)
     family = topology_family(base.topology.family)
     topology = family.with_rank(base.topology, added)
     if topology is None:
-        return layer_kind(base.source).build(matrix, base.bias)
+        return layer_kind(base.source).build(matrix + delta, base.bias)
+    _, changed = base.topology.parts[-1]
+    if any(base.storage.format_of(core).is_integer for core in changed.core_names):
+        warnings.warn(
+            "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
+            "apart from the model for exactly what was trained.",
+            stacklevel=3,
+        )
     if topology.terms:
-        return _with_last_term(base, topology, matrix - base.to_matrix())
+        return _with_last_term(base, topology, delta)
+    matrix = matrix + delta
     network = family.decompose_to(matrix, topology).network.to(matrix.dtype)
     storage = base.storage
     return linear_from_network(
@@ -307,14 +265,8 @@ def _with_matrix(base: nn.Module, matrix: Tensor, added: int) -> nn.Module:
     )
 
 
-def _rounds(base: TensorNetworkLinear) -> bool:
-    """Return True if merging rounds cores to integers: of a network, or of the last term of a sum."""
-    _, part = base.topology.parts[-1]
-    return any(base.storage.format_of(name).is_integer for name in part.core_names)
-
-
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
-    """Make a layer like `base` whose last term holds an added matrix; the other terms stay as stored."""
+    """Build a layer like `base` with `delta` added to its last term; the other terms stay as stored."""
     (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
     cores, storage = base.cores, base.storage
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()

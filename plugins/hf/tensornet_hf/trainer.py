@@ -19,7 +19,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
-import tensornet as tn
 from tensornet._util import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.healing import HealingConfig, trained_scales
@@ -45,7 +44,6 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
         seed: of the draws.
         fade_steps: fade `p` linearly to 0 over so many steps; constant if absent.
         compensate: see `GradientMask`.
-        target: which part of the model is masked, the whole if absent: a function of the model.
 
     Raises (when training begins):
         TargetError: there is no core that experts share.
@@ -62,30 +60,23 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
         seed: int = 0,
         fade_steps: int | None = None,
         compensate: bool = False,
-        target: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         self.options: dict[str, Any] = {
             "p": p,
             "granularity": granularity,
             "seed": seed,
             "compensate": compensate,
+            "schedule": None if fade_steps is None else linear_fade(fade_steps),
         }
-        self.fade_steps, self.target = fade_steps, target
         self.mask: GradientMask | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Attach a mask, with the state of the checkpoint that is resumed."""
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if self.mask is not None:
-            self.mask.detach()
-        self.mask = GradientMask(
-            model if self.target is None else self.target(model),
-            **self.options,
-            schedule=None if self.fade_steps is None else linear_fade(self.fade_steps),
-        )
-        self.mask.attach(optimizer)
+        self.on_train_end(args, state, control)  # of an earlier training that was interrupted
+        self.mask = GradientMask(kwargs["model"], **self.options)
+        self.mask.attach(kwargs["optimizer"])
         states: Any = state.stateful_callbacks  # annotated as the list it is made from
         stored = states.get(type(self).__name__) if isinstance(states, dict) else None
         if state.global_step > 0 and isinstance(stored, dict) and stored["attributes"]:
@@ -152,25 +143,37 @@ class RouterStatsCallback(TrainerCallback):
         """Copy the cores if this step is logged."""
         step = state.global_step + 1
         due = step % max(1, int(state.logging_steps)) == 0 or (step == 1 and args.logging_first_step)
-        self._before = (
-            {kind: [p.detach().clone() for p in parts] for kind, parts in _cores(kwargs["model"]).items()}
-            if due
-            else {}
-        )
+        cores = _cores(kwargs["model"]) if due else {}
+        self._before = {kind: [p.detach().clone() for p in parts] for kind, parts in cores.items()}
 
+    @torch.no_grad()
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the movement of the cores, if this step is logged."""
         if not self._before:
             return
-        model = kwargs["model"]
-        row = _measure(_mixtures(model))
-        for kind, parts in _cores(model).items():
-            row[f"moe/update_{kind}"] = _relative_change(self._before[kind], parts)
+        stats = {name: m.stats for name, m in _mixtures(kwargs["model"]).items() if m.stats is not None}
+        rows = []
+        for entry in stats.values():
+            experts = torch.tensor(float(max(len(entry.load), 2)))
+            values = {
+                "load_max": entry.load.max() / entry.load.sum().clamp_min(1),
+                "load_entropy": entry.entropy / experts.log().to(entry.entropy),
+                "dropped": entry.dropped / entry.tokens.clamp_min(1),
+                "balance_loss": entry.balance,
+                "z_loss": entry.z,
+            }
+            rows.append({f"moe/{name}": float(value) for name, value in values.items()})
+        row = {name: sum(each[name] for each in rows) / len(rows) for name in (rows[0] if rows else {})}
+        for kind, parts in _cores(kwargs["model"]).items():
+            before = self._before[kind]
+            moved = sum(float((new - old).square().sum()) for new, old in zip(parts, before, strict=True))
+            size = sum(float(old.square().sum()) for old in before)
+            row[f"moe/update_{kind}"] = (moved / size) ** 0.5 if size > 0 else 0.0
         self._before = {}
-        self._latest = dict(row)
-        loads = {name: m.stats.load.tolist() for name, m in _mixtures(model).items() if m.stats is not None}
+        self._latest = row
+        loads = {name: entry.load.tolist() for name, entry in stats.items()}
         self.history.append({"step": state.global_step + 1, **row, "load": loads})
 
     def on_log(
@@ -199,33 +202,6 @@ def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"shared": shared, "private": [p for p in experts if id(p) not in known]}
 
 
-def _measure(mixtures: dict[str, SharedCoreMoE]) -> dict[str, float]:
-    stats = [m.stats for m in mixtures.values() if m.stats is not None]
-    rows: dict[str, list[float]] = {}
-    for entry in stats:
-        computed = entry.load.sum().clamp_min(1)
-        experts = torch.tensor(float(max(len(entry.load), 2)))
-        values = {
-            "load_max": entry.load.max() / computed,
-            "load_entropy": entry.entropy / experts.log().to(entry.entropy),
-            "dropped": entry.dropped / entry.tokens.clamp_min(1),
-            "balance_loss": entry.balance,
-            "z_loss": entry.z,
-        }
-        for name, value in values.items():
-            rows.setdefault(f"moe/{name}", []).append(float(value))
-    return {name: sum(values) / len(values) for name, values in rows.items()}
-
-
-@torch.no_grad()
-def _relative_change(before: list[Tensor], after: list[nn.Parameter]) -> float:
-    if not after:
-        return 0.0
-    moved = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
-    size = sum(float(b.square().sum()) for b in before)
-    return (moved / size) ** 0.5 if size > 0 else 0.0
-
-
 # --- healing --------------------------------------------------------------------------------------------
 
 #: Arguments that suit cores: no decay (it would shrink products of cores twice), short warm-up, linear decay.
@@ -246,19 +222,15 @@ class HealingTrainer(Trainer):
 
     Args:
         teacher: the dense model; kept in eval mode, moved to the device of the training model.
-        temperature: of the softmax whose divergence is lowered.
         relative: multiply the learning rate by the size of each parameter, as `tensornet.heal` does for
             cores.
         kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
             `freeze_all_but_cores`, or adapters.
     """
 
-    def __init__(
-        self, *, teacher: nn.Module, temperature: float = 1.0, relative: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, teacher: nn.Module, relative: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher.eval().requires_grad_(False)
-        self.temperature = temperature
         self.relative = relative
         self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
 
@@ -283,12 +255,11 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """Return the distance from the teacher's outputs, see `output_distance`."""
         batch = {key: value for key, value in inputs.items() if key != "labels"}
-        device = next(model.parameters()).device
-        self.teacher.to(device)
+        self.teacher.to(next(model.parameters()).device)
         with torch.no_grad():
             wanted = self.teacher(**batch)
         outputs = model(**batch)
-        loss = output_distance(outputs, wanted, inputs, self.temperature)
+        loss = output_distance(outputs, wanted, inputs)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -298,7 +269,6 @@ def heal(
     data: Dataset[Any],
     *,
     steps: int = 300,
-    layer_steps: int = 0,
     output_dir: str,
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     parameters: Parameters = "auto",
@@ -307,12 +277,13 @@ def heal(
 ) -> float:
     """Distil the dense model into the cores, through `Trainer`; of integer cores the scales are trained.
 
+    For layer-wise steps before it call `tensornet.heal(model, teacher, batches, steps=0, layer_steps=...)`.
+
     Args:
         model: compressed, changed in place.
         teacher: the dense model; only moved to the device of the other.
         data: of examples with `input_ids`, for example `TextWindows`.
         steps: end-to-end steps.
-        layer_steps: layer-wise steps before them, made by `tensornet.heal`; not repeated when resuming.
         output_dir: for checkpoints.
         collate: puts examples together; transformers' default if absent.
         parameters: what is trained, see `tensornet.healing.HealingConfig`.
@@ -336,7 +307,7 @@ def heal(
         trained_scales(model, codes=parameters == "codes") if config.selects_parameters else nullcontext(),
         in_eval_mode(teacher),
         only_training(teacher, ()),
-        only_training(model, trained_parameters(model, teacher, parameters, layer_steps).values()),
+        only_training(model, trained_parameters(model, teacher, parameters, 0).values()),
     ):
         trainer = HealingTrainer(
             model=model,
@@ -346,9 +317,4 @@ def heal(
             train_dataset=data,
             data_collator=collate,
         )
-        if layer_steps and last is None:
-            teacher.to(options.device)
-            batches = trainer.get_train_dataloader()
-            lr = options.learning_rate
-            tn.heal(model, teacher, batches, steps=0, layer_steps=layer_steps, lr=lr, parameters=parameters)
         return float(trainer.train(resume_from_checkpoint=last).training_loss)

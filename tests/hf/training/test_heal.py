@@ -45,7 +45,7 @@ def test_trainer_heals(tmp_path: Path) -> None:
     old = {name: p.detach().clone() for name, p in student.named_parameters()}
     teacher = copy.deepcopy(teacher).train()
     teacher.transformer.wpe.requires_grad_(False)
-    heal(student, teacher, Examples(), steps=30, layer_steps=5, output_dir=str(tmp_path), **TRAINING)
+    heal(student, teacher, Examples(), steps=30, output_dir=str(tmp_path), **TRAINING)
     assert teacher.training
     frozen = [name for name, parameter in teacher.named_parameters() if not parameter.requires_grad]
     assert frozen == ["transformer.wpe.weight"]
@@ -119,18 +119,10 @@ def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
 
 
 def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
-    teacher, student = pair()
-    student.transformer.wpe.requires_grad_(False)
-    flags = [p.requires_grad for p in student.parameters()]
+    _, student = pair()
     options = {"steps": 2, "output_dir": str(tmp_path), **TRAINING}
     with pytest.raises(TargetError, match=r"copy\.deepcopy\(model\)"):
         heal(student, student, Examples(), **options)
-    for layer in compressed_layers(student).values():
-        layer.requires_grad_(False)
-    flags = [p.requires_grad for p in student.parameters()]
-    with pytest.raises(TargetError, match="layer_steps=0"):
-        heal(student, teacher, Examples(), layer_steps=2, parameters="trainable", **options)
-    assert [p.requires_grad for p in student.parameters()] == flags
 
 
 @pytest.mark.slow

@@ -63,23 +63,12 @@ def divergence(student: nn.Module, teacher: nn.Module) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("form", "layer_steps"), [("dense", 0), ("residual", 4)])
-def test_trainer_trains_scales_and_floats_and_keeps_integers(
-    form: str, layer_steps: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("form", ["dense", "residual"])
+def test_trainer_trains_scales_and_floats_and_keeps_integers(form: str, tmp_path: Path) -> None:
     teacher, student = pair(form)
     before, codes, kinds = divergence(student, teacher), integers(student), dtypes(student)
     old = {name: x.clone() for name, x in student.state_dict().items()}
-    report = heal(
-        student,
-        teacher,
-        Examples(),
-        steps=20,
-        layer_steps=layer_steps,
-        output_dir=str(tmp_path),
-        **TRAINING,
-    )
-    assert report > 0
+    assert heal(student, teacher, Examples(), steps=20, output_dir=str(tmp_path), **TRAINING) > 0
     assert divergence(student.eval(), teacher) < 0.9 * before
     assert dtypes(student) == kinds
     assert not any(name.endswith(".scales") for name, _ in student.named_parameters())
