@@ -84,19 +84,6 @@ def test_equals_the_matrices(name: str, counts: tuple[int, ...], calls: list[int
         assert torch.allclose(mine, true, atol=1e-9)
 
 
-def test_second_derivatives(calls: list[int]) -> None:
-    bank = bank_of("five cores")
-    x, ours, dense = both_ways(bank, (3, 0, 1, 2))
-    inputs = [x, *bank.parameters()]
-    results = []
-    for y in (ours, dense):
-        first = torch.autograd.grad(y().square().sum(), inputs, create_graph=True)
-        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
-    assert calls
-    for mine, true in zip(*results, strict=True):
-        assert torch.allclose(mine, true, atol=1e-9)
-
-
 @pytest.mark.parametrize("frozen", ["0", "1", "2", "0 2", "0 1 2", "x", "x 1"])
 def test_what_is_frozen_gets_no_gradient(frozen: str, calls: list[int]) -> None:
     bank = bank_of("legs of 16 bytes")

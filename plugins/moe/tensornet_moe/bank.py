@@ -211,22 +211,3 @@ class SharedCores(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
         return f"label={self.label!r}, cores={list(self.names)}, topology={self.topology.family}"
-
-
-class AbsentCores(SharedCores):
-    """Placeholder for an owner that is known by its label only, until `lend_shared_cores` finds it."""
-
-    def __init__(self, topology: Topology, shared: Sequence[str], *, label: str) -> None:
-        super().__init__(topology, shared, label=label, device="meta")
-
-    def core(self, name: str) -> nn.Parameter:
-        """Raise RuntimeError: the owner has not been found yet.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            f"These experts borrow core {name!r} from the SharedCores labelled {self.label!r}, which they "
-            "were not given: call tensornet_moe.tied.lend_shared_cores(model) on the model that holds both, "
-            "or bank.borrow(owner)."
-        )

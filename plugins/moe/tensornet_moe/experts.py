@@ -21,7 +21,7 @@ from tensornet.contraction.plan import (
     plan_operator,
 )
 from tensornet.decompose import decompose
-from tensornet.errors import FormatError, ShapeError, TopologyError
+from tensornet.errors import FormatError, TopologyError
 from tensornet.linalg.svd import frobenius
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.nn.storage import (
@@ -65,6 +65,7 @@ class SharedCoreExperts(ExpertBank):
             in their bonds only.
         num_experts: number of experts.
         shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
+        owner_label: of the `SharedCores` that owns the shared cores where it is not known yet, see `borrow`.
         storage: number formats of the cores that the bank owns; see `quantize`.
         device, dtype: of the cores.
 
@@ -96,6 +97,7 @@ class SharedCoreExperts(ExpertBank):
         num_experts: int,
         *,
         shared: str | Sequence[str] | SharedCores = "center",
+        owner_label: str | None = None,
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -105,10 +107,14 @@ class SharedCoreExperts(ExpertBank):
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
-        owner = shared if isinstance(shared, SharedCores) else None
+        #: Label of the owner of borrowed cores, None if this bank owns all its cores.
+        self.owner_label = owner_label
         # In a tuple, so that the owner is not registered here as well.
-        self._owner: tuple[SharedCores, ...] = () if owner is None else (owner,)
-        self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
+        self._owner: tuple[SharedCores, ...] = ()
+        if isinstance(shared, SharedCores):
+            shared.check_fits(enclosing)
+            self._owner, self.owner_label, shared = (shared,), shared.label, shared.names
+        self.shared = resolve_shared(enclosing, shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
@@ -120,13 +126,11 @@ class SharedCoreExperts(ExpertBank):
         self.kernel: Callable[[SharedCoreExperts, Tensor, Groups], Tensor | None] | None = None
         #: Result of the joint fit of `from_experts`.
         self.fit: JointFit | None = None
-        if owner is not None:
-            owner.check_fits(enclosing)
         check_storage(storage, enclosing)
         self.storage = storage
         self._compute_like(torch.empty(0, dtype=dtype, device=device))
         for name, core in initial_cores(topologies, enclosing, self.shared, device, dtype).items():
-            if not (owner is not None and name in self.shared):
+            if self.owner_label is None or name not in self.shared:
                 self._store(name, core)
 
     @classmethod
@@ -262,7 +266,14 @@ class SharedCoreExperts(ExpertBank):
 
         Of integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
         """
-        if self._owner:
+        if self.owner_label is not None:
+            if not self._owner:
+                raise RuntimeError(
+                    f"These experts borrow cores {', '.join(self.shared)} from the SharedCores labelled "
+                    f"{self.owner_label!r}, which they were not given: call "
+                    "tensornet_moe.tied.lend_shared_cores(model) on the model that contains both, or "
+                    "bank.borrow(owner)."
+                )
             return {name: self._owner[0].core(name) for name in self.shared}
         found: dict[str, nn.Parameter] = {}
         for name in self.shared:
@@ -274,7 +285,7 @@ class SharedCoreExperts(ExpertBank):
 
     @property
     def owner(self) -> SharedCores | None:
-        """Owner of the shared cores, None if this bank owns them."""
+        """Owner of the shared cores; None if this bank owns them, or the owner is not known yet."""
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: SharedCores) -> None:
@@ -285,7 +296,7 @@ class SharedCoreExperts(ExpertBank):
             TopologyError: the owner has other cores.
             ShapeError: or of other shapes.
         """
-        if not self._owner:
+        if self.owner_label is None:
             raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
         if owner.names != self.shared:
             raise TopologyError(
@@ -293,7 +304,7 @@ class SharedCoreExperts(ExpertBank):
                 f"{list(self.shared)}."
             )
         owner.check_fits(self.topology)
-        self._owner = (owner,)
+        self._owner, self.owner_label = (owner,), owner.label
 
     def private_core(self, name: str) -> Tensor:
         """Stack a private core of all experts, `(num_experts, *shape)`, zero-padded where bonds differ."""
@@ -419,7 +430,7 @@ class SharedCoreExperts(ExpertBank):
         return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
 
     def _shared_here(self) -> dict[str, Tensor]:
-        if self._owner:
+        if self.owner_label is not None:
             # A model that is spread over devices may hold the owner on another one than this layer.
             device = self.stored_tensors()[0].device
             return {name: core.to(device) for name, core in self.shared_parameters().items()}
@@ -526,20 +537,6 @@ class SharedCoreExperts(ExpertBank):
         self.error = None if self.error is None else self.error + added * (1 + self.error)
         return added
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own_tensors = self.stored
-        for name in self.topology.core_names:
-            key = f"core_{name}" if f"core_{name}" in own_tensors else f"core_{name}.codes"
-            stored, own = state_dict.get(prefix + key), own_tensors.get(key)
-            if name in self.shared or stored is None or own is None:
-                continue
-            if len(stored) != self.num_experts and stored.shape[1:] == own.shape[1:]:
-                raise ShapeError(
-                    f"{prefix}{key} holds {len(stored)} experts, this module has {self.num_experts}. "
-                    f"Build the model with num_experts={len(stored)}, or upcycle again from the dense model."
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         same = len(set(self.topologies)) == 1
@@ -547,7 +544,7 @@ class SharedCoreExperts(ExpertBank):
             "type": "shared_core_experts",
             "num_experts": self.num_experts,
             "shared": list(self.shared),
-            "owner": self._owner[0].label if self._owner else None,
+            "owner": self.owner_label,
             "topologies": [t.to_dict() for t in (self.topologies[:1] if same else self.topologies)],
             **storage_entry(self.storage),
         }
@@ -557,7 +554,7 @@ class SharedCoreExperts(ExpertBank):
         return (
             f"{self.num_experts} x ({self.out_features}, {self.in_features}), "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
-            f"shared={list(self.shared)}{f' of {self._owner[0].label!r}' if self._owner else ''}"
+            f"shared={list(self.shared)}{f' of {self.owner_label!r}' if self.owner_label else ''}"
         )
 
 

@@ -22,15 +22,6 @@ class AuxLosses:
         total: sum weighted by the coefficients of each layer, to be added to the loss. A scalar.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
-
-    Example:
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> _ = moe(torch.randn(5, 8))
-        >>> losses = tm.collect_aux_losses(moe)
-        >>> losses.total.shape, losses.balance.shape
-        (torch.Size([]), torch.Size([1]))
     """
 
     total: Tensor
@@ -50,14 +41,6 @@ class RoutingStats:
         tokens: tokens that are not padding, a scalar.
         balance: load-balancing loss, unweighted.
         z: router z-loss, unweighted.
-
-    Example:
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> _ = moe(torch.randn(5, 8))
-        >>> int(moe.stats.tokens), int(moe.stats.load.sum()), int(moe.stats.dropped)
-        (5, 10, 0)
     """
 
     load: Tensor
@@ -101,6 +84,8 @@ class SharedCoreMoE(nn.Module):
         >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
         >>> moe(torch.randn(2, 5, 8)).shape
         torch.Size([2, 5, 8])
+        >>> int(moe.stats.tokens), int(moe.stats.load.sum()), int(moe.stats.dropped)
+        (10, 20, 0)
     """
 
     def __init__(

@@ -9,14 +9,13 @@ from torch import nn
 from tensornet.nn import build_module, register_module_type
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
-from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.routers import Router
-from tensornet_moe.stacked import enclosing_topology
-from tensornet_moe.tied import AbsentExperts, SharedExperts, TiedExperts
+from tensornet_moe.tied import SharedExperts, TiedExperts
 
 _Device = torch.device | str | None
 
@@ -29,11 +28,11 @@ def _typed(module: nn.Module, kind: type) -> Any:
 
 def _experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
     topologies = [Topology.from_dict(data) for data in spec["topologies"]]
-    shared, owner = spec["shared"], spec.get("owner")
     return SharedCoreExperts(
         topologies[0] if len(topologies) == 1 else topologies,
         spec["num_experts"],
-        shared=shared if owner is None else AbsentCores(enclosing_topology(topologies), shared, label=owner),
+        shared=spec["shared"],
+        owner_label=spec["owner"],
         storage=Storage.from_dict(spec.get("storage", {})),
         device=device,
         dtype=dtype,
@@ -61,7 +60,7 @@ def _shared_experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype
 def _tied_experts(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
     rows, columns = spec["shape"]
     return TiedExperts(
-        AbsentExperts(label=spec["owner"]),
+        spec["owner"],
         spec["name"],
         num_experts=spec["num_experts"],
         shape=(rows, columns),
@@ -84,7 +83,7 @@ def _ffn(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) ->
 
 
 def _moe(spec: Mapping[str, Any], device: _Device, dtype: torch.dtype | None) -> nn.Module:
-    shared_expert = spec.get("shared_expert")  # absent in descriptions from before it existed
+    shared_expert = spec["shared_expert"]
     if shared_expert is not None:
         shared_expert = _typed(build_module(shared_expert, device=device, dtype=dtype), ExpertFFN)
     return SharedCoreMoE(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tensornet.errors import FormatError, ShapeError
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topology import Topology
-from tensornet_moe.bank import AbsentCores, ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.experts import SharedCoreExperts, with_noise
 from tensornet_moe.ffn import ExpertFFN
@@ -74,33 +74,13 @@ class SharedExperts(nn.Module):
         return f"label={self.label!r}"
 
 
-class AbsentExperts(SharedExperts):
-    """Placeholder for an owner that is known by its label only, until `lend_shared_cores` finds it."""
-
-    def __init__(self, *, label: str) -> None:
-        nn.Module.__init__(self)
-        self.banks, self.label = nn.ModuleDict(), label
-
-    def bank(self, name: str) -> ExpertBank:
-        """Raise RuntimeError: the owner has not been found yet.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            f"These experts borrow the bank {name!r} from the SharedExperts labelled {self.label!r}, which "
-            "they were not given: call tensornet_moe.tied.lend_shared_cores(model) on the model that "
-            "contains both, or bank.borrow(owner)."
-        )
-
-
 class TiedExperts(ExpertBank):
     """Bank that borrows all its matrices from a `SharedExperts`: experts tied over layers.
 
     Args:
-        owner: of the matrices.
+        owner: of the matrices; its label where it is not known yet, see `lend_shared_cores`.
         name: of the bank there.
-        num_experts, shape: needed only if the owner is not known yet.
+        num_experts, shape: needed only with a label.
 
     Raises:
         ShapeError: the owner has no such bank.
@@ -117,24 +97,27 @@ class TiedExperts(ExpertBank):
 
     def __init__(
         self,
-        owner: SharedExperts,
+        owner: SharedExperts | str,
         name: str,
         *,
         num_experts: int | None = None,
         shape: tuple[int, int] | None = None,
     ) -> None:
-        if num_experts is None or shape is None:
+        if isinstance(owner, SharedExperts):
             bank = owner.bank(name)
             num_experts, shape = bank.num_experts, (bank.out_features, bank.in_features)
+        elif num_experts is None or shape is None:
+            raise ShapeError("With the label of an owner give num_experts= and shape=(out, in) as well.")
         super().__init__(num_experts, shape)
         self.name = name
+        self.owner_label = owner.label if isinstance(owner, SharedExperts) else owner
         # In a tuple, so that the owner is not registered here as well.
-        self._owner: tuple[SharedExperts, ...] = (owner,)
+        self._owner: tuple[SharedExperts, ...] = (owner,) if isinstance(owner, SharedExperts) else ()
 
     @property
-    def owner(self) -> SharedExperts:
-        """Owner of the matrices."""
-        return self._owner[0]
+    def owner(self) -> SharedExperts | None:
+        """Owner of the matrices, None if it is not known yet."""
+        return self._owner[0] if self._owner else None
 
     def borrow(self, owner: SharedExperts) -> None:
         """Replace the owner; for banks rebuilt from a description.
@@ -150,7 +133,7 @@ class TiedExperts(ExpertBank):
                 f"The bank {self.name!r} of {owner.label!r} has (experts, out, in) = {have}, the experts "
                 f"tied to it need {want}."
             )
-        self._owner = (owner,)
+        self._owner, self.owner_label = (owner,), owner.label
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return the matrices of the owner's bank; see `ExpertBank`."""
@@ -181,7 +164,7 @@ class TiedExperts(ExpertBank):
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {
             "type": "tied_experts",
-            "owner": self.owner.label,
+            "owner": self.owner_label,
             "name": self.name,
             "num_experts": self.num_experts,
             "shape": [self.out_features, self.in_features],
@@ -189,11 +172,18 @@ class TiedExperts(ExpertBank):
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
-        return f"{self.num_experts} x ({self.out_features}, {self.in_features}), tied to {self.owner.label!r}"
+        return f"{self.num_experts} x ({self.out_features}, {self.in_features}), tied to {self.owner_label!r}"
 
     @property
     def _bank(self) -> ExpertBank:
-        return self.owner.bank(self.name)
+        if not self._owner:
+            raise RuntimeError(
+                f"These experts borrow the bank {self.name!r} from the SharedExperts labelled "
+                f"{self.owner_label!r}, which they were not given: call "
+                "tensornet_moe.tied.lend_shared_cores(model) on the model that contains both, or "
+                "bank.borrow(owner)."
+            )
+        return self._owner[0].bank(self.name)
 
 
 def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> SharedExperts:
@@ -340,15 +330,18 @@ def lend_shared_cores(model: nn.Module) -> int:
         >>> tm.tied.lend_shared_cores(model)
         2
     """
-    modules = list(model.modules())
-    cores = [m for m in modules if isinstance(m, SharedCoreExperts) and isinstance(m.owner, AbsentCores)]
-    experts = [m for m in modules if isinstance(m, TiedExperts) and isinstance(m.owner, AbsentExperts)]
-    for bank in cores:
-        assert bank.owner is not None
-        bank.borrow(_owner(model, SharedCores, bank.owner.label))
-    for tied in experts:
-        tied.borrow(_owner(model, SharedExperts, tied.owner.label))
-    return len(cores) + len(experts)
+    waiting = [
+        module
+        for module in model.modules()
+        if isinstance(module, SharedCoreExperts | TiedExperts) and module.owner_label and not module.owner
+    ]
+    for bank in waiting:
+        assert bank.owner_label is not None
+        if isinstance(bank, TiedExperts):
+            bank.borrow(_owner(model, SharedExperts, bank.owner_label))
+        else:
+            bank.borrow(_owner(model, SharedCores, bank.owner_label))
+    return len(waiting)
 
 
 _Owner = TypeVar("_Owner", SharedCores, SharedExperts)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 # `torch.func` has no public question for it; under a transform the memory that is used again would be wrong.
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
 from tensornet.topology import Topology
 from tensornet_moe.experts import BUILT_ALONE, SharedCoreExperts
@@ -170,7 +171,7 @@ def chain_rows(
     middle: Tensor,
     groups: tuple[Sequence[int], Sequence[int]],
 ) -> Tensor:
-    """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with gradients of every order.
+    """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with first derivatives.
 
     Args:
         x: shape `(rows, i * j * k)`.
@@ -304,26 +305,11 @@ class _ChainRows(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True
-            return (*_recorded(ctx, grad), None, None)
         x, left, right, middle, *kept = ctx.saved_tensors
         needed = ctx.needs_input_grad[:4]
         return (*gradients(grad, (x, left, right, middle), ctx.groups, kept, needed), None, None)
-
-
-def _recorded(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    """Compute the gradients by recorded operations, so that they can be differentiated again."""
-    inputs: list[Tensor] = list(ctx.saved_tensors[:4])
-    x, left, right, middle = inputs
-    experts, sizes = ctx.groups
-    pieces = []
-    for e, rows in zip(experts, x.split(sizes), strict=True):
-        matrix = torch.einsum("oil,lpjr,rqk->opqijk", left[e], middle, right[e])
-        pieces.append(rows @ matrix.flatten(3).flatten(0, 2).T)
-    wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(torch.cat(pieces), wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
 
 
 def _fewest_slices(size: int, bytes_each: int) -> int:

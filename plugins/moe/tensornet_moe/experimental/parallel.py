@@ -33,17 +33,6 @@ class ParallelExperts(nn.Module):
         group: the processes.
 
     Built by `shard_experts`.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> names = shard_experts(moe)
-        >>> type(moe.experts).__name__, moe.experts.num_experts
-        ('ParallelExperts', 4)
-        >>> dist.destroy_process_group()
     """
 
     def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
@@ -113,6 +102,11 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         >>> shard_experts(moe)[:2]
         ['experts.local.up.core_0', 'experts.local.up.core_2']
+        >>> moe(torch.randn(5, 8)).square().sum().backward()
+        >>> average_gradients(moe)  # then optimizer.step()
+        >>> gather_experts(moe)
+        >>> type(moe.experts).__name__
+        'ExpertFFN'
         >>> dist.destroy_process_group()
     """
     group = group if group is not None else dist.group.WORLD
@@ -142,18 +136,6 @@ def gather_experts(module: nn.Module) -> None:
 
     Raises:
         TargetError: the module has no distributed experts.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> _ = shard_experts(moe)
-        >>> gather_experts(moe)
-        >>> type(moe.experts).__name__
-        'ExpertFFN'
-        >>> dist.destroy_process_group()
     """
     found = [part for part in module.modules() if isinstance(getattr(part, "experts", None), ParallelExperts)]
     if not found:
@@ -170,17 +152,6 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
 
     For training loops without `DistributedDataParallel`, which does the same during the backward pass. A
     missing gradient on some process counts as zero.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> _ = shard_experts(moe)
-        >>> moe(torch.randn(5, 8)).square().sum().backward()
-        >>> average_gradients(moe)  # then optimizer.step()
-        >>> dist.destroy_process_group()
     """
     own = {id(p) for p in _private_parameters(module)}
     replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
