@@ -162,9 +162,34 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 
 @remembered
 def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
-    """Compute `tail_costs` under another weighting than its own, from shifted terms where that is exact."""
-    shift = diagonal_shift(own, other)
-    return tail_costs(result, other) if shift is None else shifted_tail_costs(result, *shift)
+    """Compute `tail_costs` under another weighting than that of the SVD.
+
+    Where both have one moment of the columns, the same tensor, and the moments of the rows are related by
+    `R' = a R + diag(v)`, no product with a moment is needed: terms of a whitened SVD do not meet in its own
+    loss, nor in what the diagonal adds while the other side stays as it is, so that their losses add up.
+
+    Args:
+        result: with factors.
+        own: the weighting of the SVD.
+        other: the weighting of the losses.
+
+    Example:
+        >>> matrix, own, other = torch.randn(6, 4), Weighting(torch.eye(6)), Weighting(2 * torch.eye(6))
+        >>> found = weighted_svd(matrix, own)
+        >>> bool(torch.allclose(other_tail_costs(found, own, other), 2 * found.error))
+        True
+    """
+    first, second = own.rows, other.rows
+    if own.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
+        return tail_costs(result, other)
+    factor, shift, exact = closest_shift(first, second)
+    if not exact:
+        return tail_costs(result, other)
+    left, energies = result.left, result.values.square()
+    tall = left.shape[0] > result.right.shape[1]  # then right vectors are orthonormal under their moment
+    added = shift.to(left) @ left.square()
+    terms = factor * energies + (added if tall else energies * added)
+    return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
 
 
 def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weighting) -> Tensor:
@@ -192,20 +217,6 @@ def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weight
     own = ((left.T @ moved) * (right @ passed)).cumsum(0).cumsum(1).diagonal()
     costs = torch.cat([met.new_zeros(1), own - 2 * met]) + whole
     return costs.clamp_min(0) / 2
-
-
-def diagonal_shift(weighting: Weighting, other: Weighting) -> tuple[float, Tensor] | None:
-    """Find the factor and the vector by which the rows of a weighting give those of another one.
-
-    Returns:
-        `a` and `v: (out,)` with `R' = a R + diag(v)`; None unless there are such, and both weightings hold
-        one moment of the columns, the same tensor.
-    """
-    first, second = weighting.rows, other.rows
-    if weighting.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
-        return None
-    factor, shift, exact = closest_shift(first, second)
-    return (factor, shift) if exact else None
 
 
 @remembered
@@ -239,32 +250,6 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
     return factor, shift, bool(rest.abs().max() <= limit)
 
 
-def shifted_tail_costs(result: WeightedSVD, factor: float, shift: Tensor) -> Tensor:
-    """Compute `tail_costs` under the weighting of the SVD with rows `a R + diag(v)` in place of `R`.
-
-    Terms of a whitened SVD do not meet in its own loss, nor in what the diagonal adds while the other side
-    stays as it is: their losses add up, without a product of moments.
-
-    Args:
-        result: with factors.
-        factor: `a`.
-        shift: `v`, shape `(out,)`.
-
-    Returns:
-        Shape `(k + 1,)`, as `WeightedSVD.error`.
-
-    Example:
-        >>> found = weighted_svd(torch.randn(6, 4), Weighting(torch.eye(6)))
-        >>> bool(torch.allclose(shifted_tail_costs(found, 0.5, torch.ones(6)), 1.5 * found.error))
-        True
-    """
-    left, energies = result.left, result.values.square()
-    tall = left.shape[0] > result.right.shape[1]  # then right vectors are orthonormal under their moment
-    added = shift.to(left) @ left.square()
-    terms = factor * energies + (added if tall else energies * added)
-    return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
-
-
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
     """Raise ShapeError unless both moments fit the matrix.
 
@@ -285,7 +270,7 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
     """Compute the whitened SVD of `work: (m, n)` with `m <= n`; `near` weighs its rows."""
     lower, inverse = (None, None) if near is None else root(near)
-    half = work if lower is None else times(_transposed(lower), work)  # shape: (r, n), Lr^T W
+    half = work if lower is None else times(transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ times(far, half.T))
     energies = values.flip(0).clamp_min(0)
     tail = torch.cat([energies.flip(0).cumsum(0).flip(0), energies.new_zeros(1)])
@@ -293,11 +278,12 @@ def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: 
     if not factors:
         return WeightedSVD(energies.sqrt(), tail / 2, empty, empty)
     basis = vectors.flip(1)
-    left = basis if inverse is None else times(_transposed(inverse), basis)
+    left = basis if inverse is None else times(transposed(inverse), basis)
     return WeightedSVD(energies.sqrt(), tail / 2, left, basis.T @ half)
 
 
-def _transposed(factor: Tensor) -> Tensor:
+def transposed(factor: Tensor) -> Tensor:
+    """Transpose a factor of a moment; a diagonal, given as a vector, is its own transpose."""
     return factor if factor.ndim == 1 else factor.T
 
 
@@ -326,7 +312,14 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
     """
     if len(terms) == 1:
         return terms[0]
-    rows, columns = _same_form([t.rows for t in terms]), _same_form([t.columns for t in terms])
+
+    def same_form(moments: list[Tensor | None]) -> list[Tensor]:
+        assert all(m is not None for m in moments), "identity moments are never combined"
+        found = [m.double() for m in moments if m is not None]
+        diagonal = any(m.ndim == 1 for m in found)
+        return [m.diagonal() if diagonal and m.ndim == 2 else m for m in found]
+
+    rows, columns = same_form([t.rows for t in terms]), same_form([t.columns for t in terms])
     left, right = torch.stack([x.flatten() for x in rows]), torch.stack([x.flatten() for x in columns])
     # The best rank-one term of sum_k r_k c_k^T, in the span of the r_k and c_k: an SVD of a small matrix.
     q_left, r_left = torch.linalg.qr(left.T)
@@ -335,13 +328,6 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
     row, column = q_left @ u[:, 0] * s[0], q_right @ vh[0]
     sign = torch.sign(row.sum())  # both sides of a product of positive matrices can be taken positive
     return Weighting((sign * row).reshape(rows[0].shape), (sign * column).reshape(columns[0].shape))
-
-
-def _same_form(moments: list[Tensor | None]) -> list[Tensor]:
-    assert all(m is not None for m in moments), "identity moments are never combined"
-    found = [m.double() for m in moments if m is not None]
-    diagonal = any(m.ndim == 1 for m in found)
-    return [m.diagonal() if diagonal and m.ndim == 2 else m for m in found]
 
 
 #: Least pivots, as shares of the diagonal, of which single precision leaves four digits or so.

@@ -458,8 +458,9 @@ def check_name_does_not_matter(
     for chosen in _CONFIGS:
         found: list[tuple[LayerPlan, dict[str, Tensor]] | None] = []
         for member in (family, child):
-            model = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False))
-            model[0].weight.data.copy_(weight)
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            layer.weight.data.copy_(weight)
+            model = nn.Sequential(layer)
             known = None if chosen["objective"] == "weight" else stats
             with registered(member):
                 config = CompressionConfig(

@@ -10,7 +10,7 @@ from torch import Tensor
 from tensornet.als import fit_network
 from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.tt_svd import pad_matrix
-from tensornet.linalg.weighted_svd import Weighting, damped, root
+from tensornet.linalg.weighted_svd import Weighting, damped, root, transposed
 from tensornet.network import TensorNetwork
 from tensornet.topology import Topology
 
@@ -123,7 +123,7 @@ class Legs:
         work = pad_matrix(matrix.double(), shape[0], shape[1]).reshape(*self.dims[0], *self.dims[1])
         for axis, label in enumerate((*self.sides[0], *self.sides[1])):
             if label in self.roots:
-                work = _on_axis(work, axis, _transposed(self.roots[label][0]))
+                work = _on_axis(work, axis, transposed(self.roots[label][0]))
         return work.reshape(shape)
 
     def _moment(
@@ -151,7 +151,7 @@ class Legs:
             work = core.double()
             for position, label in enumerate(spec.labels):
                 if label in self.roots:
-                    work = _on_axis(work, position, _transposed(self.roots[label][int(inverse)]))
+                    work = _on_axis(work, position, transposed(self.roots[label][int(inverse)]))
             turned.append(work)
         return turned
 
@@ -160,7 +160,8 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
     """Compute whitening roots for a topology; none without a weighting or if cores share a leg."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
-    if _every_leg_on_one_core(topology):
+    labels_of = [core.labels for core in topology.cores]
+    if all(sum(leg in labels for labels in labels_of) == 1 for leg in (*sides[0], *sides[1])):
         for labels, dims, moment in zip(sides, sizes, (weighting.rows, weighting.columns), strict=True):
             factors = [] if moment is None else leg_moments(moment, dims)
             roots |= {x: root(damped(f, _FACTOR_DAMPING)) for x, f in zip(labels, factors, strict=False)}
@@ -171,10 +172,6 @@ def _unpadded(topology: Topology) -> Topology:
     """Describe the same network without padding: its features are the products of its legs."""
     rows, columns = topology.padded_shape
     return replace(topology, out_features=rows, in_features=columns)
-
-
-def _transposed(factor: Tensor) -> Tensor:
-    return factor if factor.ndim == 1 else factor.T
 
 
 def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
@@ -210,8 +207,3 @@ def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
 def pad_vector(vector: Tensor, size: int) -> Tensor:
     """Pad a vector with zeros to a given size."""
     return torch.nn.functional.pad(vector, (0, size - vector.shape[0]))
-
-
-def _every_leg_on_one_core(topology: Topology) -> bool:
-    legs = (*topology.out_labels, *topology.in_labels)
-    return all(sum(label in core.labels for core in topology.cores) == 1 for label in legs)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tensornet.als import fit_network
 from tensornet.contraction.lowering import run
 from tensornet.contraction.plan import plan_matrix
-from tensornet.linalg.weighted_svd import Weighting, root
+from tensornet.linalg.weighted_svd import Weighting, root, times
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import ESTIMATE_DAMPING
@@ -143,16 +143,10 @@ def seen_moments(
     for _ in range(_PROBES):
         widths = [n if x is None else x.shape[-1] for n, x in zip(made.shape, roots, strict=True)]
         noise = torch.randn(widths, generator=generator, device="cpu").to(made)
-        (gradient,) = adjoint(_times(roots[1], _times(roots[0], noise).mT).mT)
+        (gradient,) = adjoint(times(roots[1], times(roots[0], noise).mT).mT)
         rows.addmm_(gradient, gradient.mT)
         columns.addmm_(gradient.mT, gradient)
     return _scaled(rows), _scaled(columns)
-
-
-def _times(factor: Tensor | None, matrix: Tensor) -> Tensor:
-    if factor is None:
-        return matrix
-    return factor[:, None] * matrix if factor.ndim == 1 else factor @ matrix
 
 
 def _scaled(moment: Tensor) -> Tensor:

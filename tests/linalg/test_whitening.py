@@ -12,12 +12,12 @@ import tensornet as tn
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.linalg.weighted_svd import (
     Weighting,
+    closest_shift,
     damped,
-    diagonal_shift,
     frobenius_errors,
     nearest_kronecker,
+    other_tail_costs,
     root,
-    shifted_tail_costs,
     tail_costs,
     weighted_svd,
 )
@@ -59,24 +59,18 @@ def test_a_shift_of_the_diagonal_needs_no_products(
 ) -> None:
     matrix, shift = torch.randn(shape).double(), torch.rand(shape[0]).double()
     first = Weighting(damped(moment(shape[0], rank), 0.1), damped(moment(shape[1], rank, seed=1), 0.01))
-    second = Weighting(factor * first.rows + torch.diag(shift), first.columns)  # type: ignore[operator]
-    found = diagonal_shift(first, second)
-    assert found is not None
-    if shape[0] > 1:  # one element is its diagonal
-        assert found[0] == pytest.approx(factor)
-        torch.testing.assert_close(found[1], shift)
     result = weighted_svd(matrix, first)
-    torch.testing.assert_close(shifted_tail_costs(result, *found), tail_costs(result, second))
-
-
-def test_only_a_diagonal_is_a_shift() -> None:
-    rows, columns = moment(5), moment(4, seed=1)
-    assert diagonal_shift(Weighting(rows, columns), Weighting(rows, columns.clone())) is None
-    assert diagonal_shift(Weighting(rows, columns), Weighting(rows + 1, columns)) is None
-    assert diagonal_shift(Weighting(None, columns), Weighting(rows, columns)) is None
-    assert diagonal_shift(Weighting(rows, columns), Weighting(rows.diagonal(), columns)) is None
-    vectors = Weighting(rows.diagonal(), columns), Weighting(2 * rows.diagonal(), columns)
-    torch.testing.assert_close(diagonal_shift(*vectors), (1.0, rows.diagonal()))
+    second = Weighting(factor * first.rows + torch.diag(shift), first.columns)  # type: ignore[operator]
+    torch.testing.assert_close(other_tail_costs(result, first, second), tail_costs(result, second))
+    assert shape[0] == 1 or closest_shift(first.rows, second.rows)[2]  # type: ignore[arg-type]
+    # Without a shift that is exact the products are computed.
+    for other in (
+        Weighting(first.rows, moment(shape[1], seed=2)),
+        Weighting(moment(shape[0], seed=3), first.columns),
+        Weighting(second.rows.diagonal(), first.columns),  # type: ignore[union-attr]
+        Weighting(None, first.columns),
+    ):
+        torch.testing.assert_close(other_tail_costs(result, first, other), tail_costs(result, other))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -168,26 +162,11 @@ def test_decomposition_is_a_network_of_that_rank() -> None:
     )
 
 
-def test_moments_of_a_wrong_size() -> None:
-    with pytest.raises(ShapeError, match=r"moment of the columns has shape \(5, 5\).*needs \(11, 11\)"):
-        weighted_svd(torch.randn(7, 11), Weighting(None, torch.eye(5)))
-
-
-def test_not_finite() -> None:
-    with pytest.raises(NonFiniteError, match="second moment"):
-        weighted_svd(torch.randn(2, 3), Weighting(torch.full((2, 2), torch.nan)))
-    with pytest.raises(NonFiniteError, match="The matrix"):
-        weighted_svd(torch.full((2, 3), torch.inf), Weighting())
-
-
-def test_sum_of_equal_products_is_that_product() -> None:
-    term = Weighting(moment(4), moment(3, seed=1))
-    found = nearest_kronecker([term, term])
-    expected = 2 * torch.kron(term.rows, term.columns)  # type: ignore[arg-type]
-    torch.testing.assert_close(torch.kron(found.rows, found.columns), expected)  # type: ignore[arg-type]
-
-
 def test_nearest_product_is_nearer_than_any_term() -> None:
+    term = Weighting(moment(4), moment(3, seed=1))
+    double = nearest_kronecker([term, term])
+    expected = 2 * torch.kron(term.rows, term.columns)  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.kron(double.rows, double.columns), expected)  # type: ignore[arg-type]
     terms = [Weighting(moment(4, seed=s), moment(3, seed=s + 9)) for s in range(3)]
     total = sum(torch.kron(t.rows, t.columns) for t in terms)  # type: ignore[arg-type]
     found = nearest_kronecker(terms)
@@ -205,3 +184,12 @@ def test_diagonal_and_full_terms_meet_as_diagonals() -> None:
     assert found.rows.shape == (4,)
     assert found.columns is not None
     assert found.columns.shape == (3, 3)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(ShapeError, match=r"moment of the columns has shape \(5, 5\)"):
+        weighted_svd(torch.randn(7, 11), Weighting(None, torch.eye(5)))
+    with pytest.raises(NonFiniteError, match="second moment"):
+        weighted_svd(torch.randn(2, 3), Weighting(torch.full((2, 2), torch.nan)))
+    with pytest.raises(NonFiniteError, match="The matrix"):
+        weighted_svd(torch.full((2, 3), torch.inf), Weighting())

@@ -29,17 +29,21 @@ def test_places_of_numpy_are_places() -> None:
     assert all(map(torch.equal, moved.cores, chain.canonicalize(center=1).cores))
 
 
-@pytest.mark.parametrize("factor", [Fraction(1, 2), Decimal("0.5"), np.float32(0.5)])
+@pytest.mark.parametrize(
+    "factor", [2, 2.0, Fraction(2), Decimal("2"), np.float32(2), torch.tensor(2.0), torch.tensor([2.0])]
+)
 def test_numbers_of_any_kind_are_factors(factor: float) -> None:
     chain = operator()
-    assert torch.equal((chain * factor).to_matrix(), (chain * 0.5).to_matrix())
-    assert torch.equal((factor * chain).to_matrix(), (chain * 0.5).to_matrix())
+    for made in (chain * factor, factor * chain, chain / (1 / factor)):
+        torch.testing.assert_close(made.to_matrix(), 2 * chain.to_matrix())
 
 
-def test_half_times_a_complex_number_of_numpy_keeps_the_imaginary_part() -> None:
-    chain = tn.MPO([core.half() for core in operator().cores])
-    turned = chain * np.complex64(2 + 1j)
-    assert torch.equal(turned.to_matrix(), (chain * (2 + 1j)).to_matrix())
+@pytest.mark.parametrize("factor", [2 + 1j, torch.tensor(2 + 1j), np.complex64(2 + 1j)])
+def test_half_times_a_complex_number_keeps_the_imaginary_part(factor: complex) -> None:
+    half = tn.MPO([core.half() for core in operator().cores])
+    matrix = (half * factor).to_matrix()
+    assert matrix.dtype == torch.complex64
+    torch.testing.assert_close(matrix, (2 + 1j) * half.to_matrix().float(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("operation", ["__add__", "__sub__", "__matmul__", "inner"])
@@ -73,12 +77,6 @@ def test_spectrum_of_what_is_not_finite_is_refused_by_name(value: float) -> None
     for ask in (chain.bond_spectrum, chain.bond_entropy):
         with pytest.raises(NonFiniteError, match="NaN or infinite"):
             ask(0)
-
-
-@pytest.mark.parametrize("shapes", [[(1, 2, 0, 1)], [(1, 2, 2, 0), (0, 2, 2, 1)]])
-def test_cores_without_elements_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(ShapeError, match=r"Core 0 has shape .* >= 1"):
-        tn.MPO([torch.ones(shape) for shape in shapes])
 
 
 @pytest.mark.parametrize("budget", [{}, {"max_bond": 2}, {"rel_error": 0.3}])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.errors import BudgetError, ShapeError, TopologyError
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.mpo_algebra import identity_chain
 from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import topology_family
@@ -295,17 +295,6 @@ def test_one_bond_takes_one_cap(family: str) -> None:
         tn.decompose(torch.randn(12, 18), family, max_bond=(2, 2))
 
 
-@given(operator=strategies.mpos(dims=strategies.dims(min_sites=3, max_sites=3, max_dim=3)), data=st.data())
-def test_rounding_takes_a_cap_for_each_bond(operator: tn.MPO, data: st.DataObject) -> None:
-    caps = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
-    rounded = operator.round(max_bond=caps)
-    assert all(bond <= cap for bond, cap in zip(rounded.bond_dims, caps, strict=True))
-    with pytest.raises(BudgetError, match="has 1 entries, the network has 2 bonds"):
-        operator.round(max_bond=[2])
-    with pytest.raises(BudgetError, match="Every entry of max_bond must be an integer of at least 1, got 0"):
-        operator.round(max_bond=(0, 2))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize("rate", [0.3, 5.0, 40.0])
 def test_exponentials_have_rank_one_without_asking(dtype: torch.dtype, rate: float) -> None:
@@ -329,38 +318,3 @@ def test_sums_of_exponentials_have_as_many_bonds_as_terms() -> None:
     matrix = sum(torch.exp(-k * x)[:, None] * torch.exp(-k * x / 3) for k in (1, 2))
     assert isinstance(matrix, Tensor)
     assert tn.MPO.from_matrix(matrix, sites=3).bond_dims == (2, 2)
-
-
-# --- bad input -----------------------------------------------------------------------------------
-
-
-def test_operations_that_do_not_fit_are_refused() -> None:
-    flat, eye = tn.MPO.from_matrix(torch.randn(8, 6)), tn.MPO.identity((2, 2))
-    with pytest.raises(ShapeError, match=r"by an array of shape \(8,\); its dimension -1 must be 6"):
-        flat @ torch.ones(8)
-    with pytest.raises(
-        ShapeError, match=r"from the left by an array of shape \(2, 6\); its dimension -1 must be 8"
-    ):
-        torch.ones(2, 6) @ flat
-    with pytest.raises(ShapeError, match=r"by an array of shape \(\)"):
-        eye @ np.array(1.0)
-    with pytest.raises(ShapeError, match=r"Only a square MPO has a trace, got one of shape \(8, 6\)"):
-        flat.trace()
-    with pytest.raises(ShapeError, match="Only a square MPO has powers"):
-        flat**2
-    with pytest.raises(ValueError, match="exponent must be at least 0, got -1"):
-        eye**-1
-    with pytest.raises(TypeError, match="unsupported operand"):
-        eye**0.5
-    with pytest.raises(ShapeError, match="both need the same number of sites"):
-        eye @ tn.MPO.identity((4,))
-    with pytest.raises(ShapeError, match="must have the same number of sites"):
-        tn.MPO.identity((2, 2), (4,))
-    with pytest.raises(ShapeError, match="features=5 is more than the legs"):
-        tn.MPO.identity((2, 2), features=5)
-    with pytest.raises(ShapeError, match="right operand of kron must have no padding"):
-        eye.kron(tn.MPO.identity((2, 2), features=3))
-    with pytest.raises(ShapeError, match="Kronecker product with an MPO, got Tensor"):
-        eye.kron(torch.eye(2))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="do not ask for copy=False"):
-        eye.__array__(copy=False)
