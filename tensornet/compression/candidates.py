@@ -8,10 +8,8 @@ Candidates that no budget would choose, because they lie above the lower convex 
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.contraction.cost import Machine, default_machine, dense_seconds
+from tensornet.contraction.cost import default_machine, dense_seconds
 from tensornet.contraction.plan import plan_operator
 from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -70,27 +68,43 @@ def find_candidates(
         BudgetError: no candidate is left of a layer.
     """
     few = few_bits(config.number_formats)
-    clock = Clock.of(config, targets)
+    device = targets[0].weight.device if targets else torch.device("cpu")
+    sizes = Sizes(config.tokens, device)
     for some in _chunks(targets):
         with remembering():  # layers that read the same inputs share a moment
             known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
-        sensitive = [k for k, sensitivity in enumerate(known) if sensitivity is not None]
-        measured: dict[int, MeasuredPart] = {}
+        corrections: dict[int, Corrections] = {}
         if few:
-            parts = [part_of(some[k].matrix, x, few) for k in sensitive if (x := known[k]) is not None]
-            measured = dict(zip(sensitive, measure_parts(parts, few), strict=True))
+            sensitive = {k: x for k, x in enumerate(known) if x is not None}
+            found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
+            corrections = dict(zip(sensitive, found, strict=True))
         # Every format and encoding asks for the same decompositions, and layers that read one input share
         # its factorised moment. Decompositions are larger than the layers, so few are kept at a time.
         inputs = [0 if x is None else id(x.choice.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
                 run = [
-                    _insensitive(some[k].matrix, config, clock)
+                    _insensitive(some[k].matrix, config, sizes)
                     if (sensitivity := known[k]) is None
-                    else _of_layer(some[k], sensitivity, config, objective, clock, measured.get(k))
+                    else _of_layer(some[k], sensitivity, config, objective, sizes, corrections.get(k))
                     for k in places
                 ]
             yield from run
+
+
+def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
+    """Split layers into runs whose moments fit into a little memory, or single ones."""
+    some: list[Target] = []
+    size = 0
+    for target in targets:
+        moments = 8 * sum(x * x for x in target.matrix.shape)
+        if some and (len(some) >= _LAYERS or size + moments > _MOMENT_BYTES):
+            yield some
+            some, size = [], 0
+        some.append(target)
+        size += moments
+    if some:
+        yield some
 
 
 def _of_layer(
@@ -98,8 +112,8 @@ def _of_layer(
     sensitivity: Sensitivity,
     config: CompressionConfig,
     objective: str,
-    clock: "Clock | None",
-    measured: "MeasuredPart | None",
+    sizes: "Sizes",
+    corrections: "Corrections | None",
 ) -> list[Candidate]:
     """Find all candidates of one layer and keep those that some budget may choose.
 
@@ -108,25 +122,23 @@ def _of_layer(
     """
     matrix = target.matrix
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
+    families = [topology_family(name) for name in config.calibrated_families]
+    found: list[Candidate] = []
     if not config.plans_formats:
-        found = []
-        for name in config.calibrated_families:
-            found += network_candidates(
-                matrix, sensitivity, Storage(pivoted=pivoted), topology_family(name), config, clock
-            )
+        for family in families:
+            found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, sizes)
     else:
         formats = layer_formats([matrix], [sensitivity], config.number_formats)
         if formats != config.number_formats:
-            measured = None  # in other formats
-        found = dense_candidates(matrix, sensitivity, formats, clock, measured, config.number_formats)
+            corrections = None  # they are of other formats
+        found = dense_candidates(matrix, sensitivity, formats, sizes, corrections, config.number_formats)
         other_caps = config.rel_error, config.param_ratio, config.tokens
         rivals = found if other_caps == (None, None, None) else []  # these caps count more than bytes
-        families = () if objective == "weight" else config.calibrated_families
-        for family in map(topology_family, families):
+        for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
-                more = network_candidates(matrix, sensitivity, storage, family, config, clock, known)
+                more = network_candidates(matrix, sensitivity, storage, family, config, sizes, known)
                 found = [*found, *(x for x in more if x.topology is not None)]  # formats say what stays dense
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
@@ -136,6 +148,20 @@ def _of_layer(
             f"most rel_error={config.rel_error}."
         )
     return pruned(found) if objective == "curvature" else found  # what is planned alone fills its budget
+
+
+def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> list[Candidate]:
+    """Build the only candidate of a layer that no gradient reaches: an accurate one.
+
+    The most accurate integer format where formats are chosen, else the dense matrix.
+    """
+    integers = [x for x in config.number_formats if x.is_integer]
+    if not integers:
+        size, time = matrix.numel() * matrix.element_size(), sizes.dense_time(matrix)
+        return [Candidate(None, PLAIN, size, matrix.numel(), 0.0, 0.0, 0.0, time)]
+    largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
+    made = dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest], sizes)
+    return [x.scaled(0.0) for x in made]
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -176,36 +202,6 @@ def hull_of(candidates: Sequence[Candidate], unit: str) -> tuple[tuple[int, floa
     return tuple((sizes[k], losses[k]) for k in lower_hull(sizes, losses))
 
 
-def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into runs whose moments fit into a little memory, or single ones."""
-    some: list[Target] = []
-    size = 0
-    for target in targets:
-        moments = 8 * sum(x * x for x in target.matrix.shape)
-        if some and (len(some) >= _LAYERS or size + moments > _MOMENT_BYTES):
-            yield some
-            some, size = [], 0
-        some.append(target)
-        size += moments
-    if some:
-        yield some
-
-
-def _insensitive(matrix: Tensor, config: CompressionConfig, clock: "Clock | None") -> list[Candidate]:
-    """Build the only candidate of a layer that no gradient reaches: an accurate one.
-
-    The most accurate integer format where formats are chosen, else the dense matrix.
-    """
-    integers = [x for x in config.number_formats if x.is_integer]
-    if not integers:
-        time = 0.0 if clock is None else clock.dense((matrix.shape[0], matrix.shape[1]))
-        size = matrix.numel() * matrix.element_size()
-        return [Candidate(None, PLAIN, size, matrix.numel(), 0.0, 0.0, 0.0, time)]
-    largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
-    made = dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest], clock)
-    return [x.scaled(0.0) for x in made]
-
-
 # --- networks ---------------------------------------------------------------------------------------
 
 
@@ -215,7 +211,7 @@ def network_candidates(
     storage: Storage,
     family: TopologyFamily,
     config: CompressionConfig,
-    clock: "Clock | None" = None,
+    sizes: "Sizes | None" = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
     """Build the candidates of one family with one encoding of the cores, and the dense matrix after them.
@@ -227,49 +223,66 @@ def network_candidates(
         family: a registered one.
         config: caps, and options of the family. Where `max_bond` excludes some networks, the dense matrix is
             no candidate; networks above `rel_error` are dropped.
-        clock: predicts times.
+        sizes: counts bytes and predicts times, the same object for all layers.
         rivals: candidates on whose lower convex hull over bytes networks have to lie to be of use. The loss
             of a network before its cores are rounded bounds its loss from below, in a fraction of the time.
 
     Raises:
         TopologyError: the options do not fit, or are unknown.
     """
+    sizes = sizes or Sizes()
     options, max_bond = config.family_options(family.name), config.max_bond
-    if storage.number_format.is_integer:
-        max_bond = _largest_useful_bond(family, matrix, storage, max_bond, options)
+    rows, columns = matrix.shape
+    number_format = storage.number_format
+    if number_format.is_integer:  # the largest bond whose network is smaller than the matrix in this format
+        limit, low = number_format.nbytes((rows, columns), matrix.dtype), 1
+        high = min(rows, columns, max_bond or rows)
+        while low < high:
+            middle = (low + high + 1) // 2
+            size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
+            low, high = (middle, high) if size < limit else (low, middle - 1)
+        max_bond = low
     if config.dims == "auto":
         options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
     weightings = sensitivity.choice, sensitivity.forecast
-    round_trip_of = _round_trip_of(storage, matrix, sensitivity)
-    if rivals and round_trip_of is not None and round_trip_of.number_format is not None:
-        bound = family.ladder(matrix, weightings, max_bond=max_bond, **options)
-        sizes = _sizes(_Rungs(bound.topologies), storage, matrix.dtype)
-        useful = _below_hull(rivals, [size for _, size in sizes], bound.losses[0].tolist())
-        if not useful:
-            return []
-        max_bond = max(bound.topologies[useful[-1]].bond_dims.values(), default=1)
-    ladder = family.ladder(matrix, weightings, max_bond=max_bond, round_trip=round_trip_of, **options)
-    topologies = ladder.topologies
-    sizes = _sizes(_Rungs(topologies), storage, matrix.dtype)
-    times, dense_time = [0.0] * len(topologies), 0.0
-    if clock is not None:
-        times, dense_time = clock.ladder(topologies), clock.dense((matrix.shape[0], matrix.shape[1]))
-        if storage.quantized:
-            times = [a + clock.unpacking(b, storage) for a, b in zip(times, topologies, strict=True)]
+    encoding = None
+    if storage.quantized:
+        # Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small
+        # as the matrix, and predictions take both as balanced.
+        predicted = number_format.is_integer and not scales_underflow(
+            matrix, number_format, sensitivity.choice
+        )
+        encoding = RoundTrip(
+            lambda network: round_trip(
+                network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding
+            ),
+            number_format if predicted else None,
+        )
+        if rivals and predicted:
+            bound = family.ladder(matrix, weightings, max_bond=max_bond, **options)
+            least = [size for _, size, _ in sizes.of(bound.topologies, storage, matrix.dtype)]
+            useful = _below_hull(rivals, least, bound.losses[0].tolist())
+            if not useful:
+                return []
+            max_bond = max(bound.topologies[useful[-1]].bond_dims.values(), default=1)
+    ladder = family.ladder(matrix, weightings, max_bond=max_bond, round_trip=encoding, **options)
+    known = sizes.of(ladder.topologies, storage, matrix.dtype)
     dense_params, dense_bytes = matrix.numel(), matrix.numel() * matrix.element_size()
-    costs, losses = ladder.losses.tolist()
-    errors, places = ladder.errors.tolist(), list(range(len(topologies)))
+    dense_time = sizes.dense_time(matrix)
+    (costs, losses), errors = ladder.losses.tolist(), ladder.errors.tolist()
+    places: Sequence[int] = range(len(known))
     if rivals:  # the others lie above the hull
-        places = _below_hull(rivals, [size for _, size in sizes], costs)
+        places = _below_hull(rivals, [size for _, size, _ in known], costs)
     found = []
     for k in places:
-        error = errors[k]
-        params, size = sizes[k]
-        saves = params < dense_params or size < dense_bytes or times[k] < dense_time
-        if (config.rel_error is not None and error > config.rel_error) or (ladder.complete and not saves):
+        params, size, time = known[k]
+        saves = params < dense_params or size < dense_bytes or time < dense_time
+        if (config.rel_error is not None and errors[k] > config.rel_error) or (ladder.complete and not saves):
             continue  # one that saves nothing would only be another way to write the matrix
-        stored = storage.for_topology(topologies[k])
-        found.append(Candidate(topologies[k], stored, size, params, losses[k], error, costs[k], times[k]))
+        stored = storage.for_topology(ladder.topologies[k])
+        found.append(
+            Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k], time)
+        )
     if ladder.complete:
         found.append(Candidate(None, PLAIN, dense_bytes, dense_params, 0.0, 0.0, 0.0, dense_time))
     return found
@@ -282,40 +295,6 @@ def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequen
     ends, values = [known[0][k] for k in hull], [known[1][k] for k in hull]
     limits = np.interp(sizes, ends, values, left=np.inf, right=-np.inf)
     return [k for k, (cost, limit) in enumerate(zip(costs, limits, strict=True)) if cost < limit]
-
-
-def _largest_useful_bond(
-    family: TopologyFamily,
-    matrix: Tensor,
-    storage: Storage,
-    max_bond: int | None,
-    options: Mapping[str, Any],
-) -> int:
-    """Find the largest bond whose network is smaller than the dense matrix in the same format."""
-    rows, columns = matrix.shape
-    limit = storage.number_format.nbytes((rows, columns), matrix.dtype)
-    low, high = 1, min(rows, columns, max_bond or rows)
-    while low < high:
-        middle = (low + high + 1) // 2
-        size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
-        low, high = (middle, high) if size < limit else (low, middle - 1)
-    return low
-
-
-def _round_trip_of(storage: Storage, matrix: Tensor, sensitivity: Sensitivity) -> RoundTrip | None:
-    """Wrap `round_trip` for `TopologyFamily.ladder`; None where nothing is rounded.
-
-    Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small as the
-    matrix, and predictions take both as balanced.
-    """
-    if not storage.quantized:
-        return None
-    number_format = storage.number_format
-    predicted = number_format.is_integer and not scales_underflow(matrix, number_format, sensitivity.choice)
-    return RoundTrip(
-        lambda network: round_trip(network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding),
-        number_format if predicted else None,
-    )
 
 
 def keep_promise(
@@ -380,28 +359,11 @@ def relative_gap(matrix: Tensor, other: Tensor) -> float:
     return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))
 
 
-@dataclass(frozen=True)
-class _Rungs:
-    """Topologies of a ladder as a key: hashed by the first and the last, since to hash all takes long."""
-
-    topologies: tuple[Topology, ...]
-
-    def __hash__(self) -> int:
-        return hash((len(self.topologies), self.topologies[:1], self.topologies[-1:]))
-
-
-@lru_cache(maxsize=256)
-def _sizes(rungs: _Rungs, storage: Storage, dtype: torch.dtype) -> list[tuple[int, int]]:
-    """Count `(stored numbers, bytes)` of each topology, once for all layers of one shape."""
-    return [(storage.num_params(t), storage.num_bytes(t, dtype)) for t in rungs.topologies]
-
-
 # --- the dense matrix in number formats -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FormatLosses:
-    """Losses and errors of a dense matrix in one format.
+class FormatLosses(NamedTuple):
+    """Losses and error of a dense matrix in one format.
 
     Args:
         choice: predicted loss increase under the weighting that candidates are chosen by.
@@ -413,58 +375,30 @@ class FormatLosses:
     forecast: float
     error: float
 
-    def scaled(self, measured: "FormatLosses", expected: "FormatLosses") -> "FormatLosses":
-        """Correct a prediction by the ratio of measured and expected values of a part of the matrix."""
-        names = ("choice", "forecast", "error")
-        values = [(getattr(self, n), getattr(measured, n), getattr(expected, n)) for n in names]
-        return FormatLosses(*(x * found / known if known > 0 else found for x, found, known in values))
 
-
-@dataclass(frozen=True)
-class Part:
-    """Part of a matrix that is rounded to few bits, and the sensitivity to its errors alone.
-
-    Args:
-        matrix: some rows and columns.
-        seen: sensitivity to its errors.
-        whole: the part is the whole matrix.
-    """
-
-    matrix: Tensor
-    seen: Sensitivity
-    whole: bool = False
-
-
-@dataclass(frozen=True)
-class MeasuredPart:
-    """Part of a matrix with its measured losses in each format of few bits."""
-
-    part: Part
-    losses: Mapping[NumberFormat, FormatLosses]
+#: Measured and predicted losses of a part of a matrix in each format of few bits.
+Corrections = Mapping[NumberFormat, tuple[FormatLosses, FormatLosses]]
 
 
 def dense_candidates(
     matrix: Tensor,
     sensitivity: Sensitivity,
     formats: Sequence[NumberFormat],
-    clock: "Clock | None" = None,
-    measured: MeasuredPart | None = None,
+    sizes: "Sizes | None" = None,
+    corrections: Corrections | None = None,
     names: Sequence[NumberFormat] | None = None,
 ) -> list[Candidate]:
     """Build one candidate of the dense matrix for each format, in their order; see `format_losses`.
 
-    `names` are the formats that were asked for, for which those of `formats` stand in this layer.
+    `names` are the formats that were asked for, which those of `formats` replace in this layer.
     """
+    sizes = sizes or Sizes()
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
-    shape = (matrix.shape[0], matrix.shape[1])
-    losses = format_losses(matrix, sensitivity, formats, measured)
+    losses = format_losses(matrix, sensitivity, formats, corrections)
     found = []
     for number_format, asked, loss in zip(formats, names or formats, losses, strict=True):
         stays = number_format == NumberFormat()
         storage = PLAIN if stays else Storage(number_format=number_format)
-        time = 0.0
-        if clock is not None:
-            time = clock.integers(number_format, shape) if number_format.is_integer else clock.dense(shape)
         found.append(
             Candidate(
                 None if stays else topology,
@@ -474,7 +408,7 @@ def dense_candidates(
                 loss.forecast,
                 loss.error,
                 loss.choice,
-                time,
+                sizes.dense_time(matrix, number_format),
                 asked.name,
             )
         )
@@ -485,7 +419,7 @@ def format_losses(
     matrix: Tensor,
     sensitivity: Sensitivity,
     formats: Sequence[NumberFormat],
-    measured: MeasuredPart | None = None,
+    corrections: Corrections | None = None,
 ) -> list[FormatLosses]:
     """Compute the losses of a matrix in each format; measure a part where predictions are inaccurate.
 
@@ -495,7 +429,7 @@ def format_losses(
         matrix: shape `(out, in)`.
         sensitivity: of the loss to its errors.
         formats: number formats.
-        measured: from `measure_parts`, which takes less time for several matrices; measured here if absent.
+        corrections: from `losses_of_parts`, which takes less time for several matrices; made here if absent.
     """
     coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
@@ -508,10 +442,10 @@ def format_losses(
     sample = spaced_rows(matrix, PREDICTED_ROWS)
     found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
     if few := few_bits(integers):
-        known = measured or measure_parts([part_of(matrix, sensitivity, few)], few)[0]
-        expected = _predicted(known.part.matrix, known.part.seen, few)
-        for number_format, losses in zip(few, expected, strict=True):
-            found[number_format] = found[number_format].scaled(known.losses[number_format], losses)
+        known = corrections or losses_of_parts([(matrix, sensitivity)], few)[0]
+        for x in few:
+            values = zip(found[x], *known[x], strict=True)
+            found[x] = FormatLosses(*(a * real / told if told > 0 else real for a, real, told in values))
     return [found[x] for x in formats]
 
 
@@ -535,8 +469,14 @@ def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
     return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
 
 
-def part_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]) -> Part:
-    """Choose the rows and whole groups of columns of a matrix that are rounded to formats of few bits."""
+def part_of(
+    matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
+) -> tuple[Tensor, Sensitivity]:
+    """Choose the rows and whole groups of columns of a matrix that are rounded to formats of few bits.
+
+    Returns:
+        The part, and the sensitivity to its errors alone.
+    """
     rows = spaced_rows(matrix, SAMPLED_ROWS)
     if rows is None:
         rows = torch.arange(len(matrix), device=matrix.device)
@@ -556,41 +496,52 @@ def part_of(matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFo
         Weighting(some(x.rows, rows), some(x.columns, columns))
         for x in (sensitivity.choice, sensitivity.forecast)
     )
-    part = matrix[rows][:, columns]
-    return Part(part, Sensitivity(choice, forecast, sensitivity.rounding), part.shape == matrix.shape)
+    return matrix[rows][:, columns], Sensitivity(choice, forecast, sensitivity.rounding)
 
 
 @torch.no_grad()
-def measure_parts(parts: Sequence[Part], formats: Sequence[NumberFormat]) -> list[MeasuredPart]:
-    """Round parts of several matrices to formats of few bits, those of one shape in one stack.
+def losses_of_parts(
+    layers: Sequence[tuple[Tensor, Sensitivity]], formats: Sequence[NumberFormat]
+) -> list[Corrections]:
+    """Round a part of each matrix to formats of few bits, and predict the losses of the same part.
 
-    Rounding goes column by column, and for parts a call takes longer than its arithmetic.
+    Parts of one shape are rounded in one stack: rounding goes column by column, and for parts a call takes
+    longer than its arithmetic.
     """
+    parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
     groups: dict[Hashable, list[int]] = {}
-    for index, part in enumerate(parts):
-        chosen = part.seen.choice
-        full = all(moment is not None and moment.ndim == 2 for moment in (chosen.rows, chosen.columns))
-        kind = (part.matrix.shape, part.matrix.dtype, part.matrix.device, part.whole)
+    for index, (part, seen) in enumerate(parts):
+        full = all(
+            moment is not None and moment.ndim == 2 for moment in (seen.choice.rows, seen.choice.columns)
+        )
+        kind = (part.shape, part.dtype, part.device, part.shape == layers[index][0].shape)
         groups.setdefault(kind if full else index, []).append(index)
-    found: list[dict[NumberFormat, FormatLosses]] = [{} for _ in parts]
+    measured: list[dict[NumberFormat, FormatLosses]] = [{} for _ in parts]
     for places in groups.values():
         some = [parts[k] for k in places]
-        weights, weighting = some[0].matrix, some[0].seen.choice
+        weights, seen = some[0]
+        weighting = seen.choice
         if len(some) > 1:
-            weights = torch.stack([x.matrix for x in some])
+            weights = torch.stack([part for part, _ in some])
             rows, columns = (
-                torch.stack([m for x in some if (m := getattr(x.seen.choice, side)) is not None])
+                torch.stack([m for _, each in some if (m := getattr(each.choice, side)) is not None])
                 for side in ("rows", "columns")
             )
             weighting = Weighting(rows, columns)
-        sweeps = None if some[0].whole else _SWEEPS
+        sweeps = None if some[0][0].shape == layers[places[0]][0].shape else _SWEEPS
         with remembering():  # moments are factorised once for all formats
             for number_format in formats:
-                made = round_dense(weights, number_format, weighting, sweeps, some[0].seen.rounding)
+                made = round_dense(weights, number_format, weighting, sweeps, seen.rounding)
                 kept = made.dequantize(weights.dtype)
-                for k, part, matrix in zip(places, some, kept.view(-1, *kept.shape[-2:]), strict=True):
-                    found[k][number_format] = _losses(part.matrix, matrix, part.seen)
-    return [MeasuredPart(part, losses) for part, losses in zip(parts, found, strict=True)]
+                for k, (part, each), matrix in zip(
+                    places, some, kept.view(-1, *kept.shape[-2:]), strict=True
+                ):
+                    measured[k][number_format] = _losses(part, matrix, each)
+    found: list[Corrections] = []
+    for (part, seen), known in zip(parts, measured, strict=True):
+        told = zip(formats, _predicted(part, seen, formats), strict=True)
+        found.append({x: (known[x], losses) for x, losses in told})
+    return found
 
 
 def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
@@ -629,54 +580,58 @@ def _predicted(
     ]
 
 
-# --- time -------------------------------------------------------------------------------------------
+# --- sizes and times --------------------------------------------------------------------------------
 
 
-class Clock:
-    """Predicts the milliseconds of a layer's forward pass by its fastest route, without a kept matrix.
+class Sizes:
+    """Counts stored numbers and bytes, and predicts milliseconds, once for all layers of one shape.
+
+    Times are those of a forward pass by the fastest route without a kept matrix; 0 where no number of tokens
+    is given.
 
     Args:
         tokens: of the forward pass.
-        machine: whose constants are used.
-        itemsize: bytes of a number.
+        device: whose constants are used.
     """
 
-    def __init__(self, tokens: int, machine: Machine, itemsize: int) -> None:
-        self.tokens, self.machine, self.itemsize = tokens, machine, itemsize
-        self._known: dict[tuple[Topology, Topology, int], list[float]] = {}
+    def __init__(self, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
+        self.tokens, self.machine = tokens, default_machine(torch.device(device))
+        self._known: dict[Hashable, list[tuple[int, int, float]]] = {}
 
-    @classmethod
-    def of(cls, config: CompressionConfig, targets: Sequence[Target]) -> "Clock | None":
-        """Build the clock of a configuration; None where it asks for no times."""
-        if config.tokens is None or not targets:
-            return None
-        weight = targets[0].weight
-        return cls(config.tokens, default_machine(weight.device), weight.element_size())
-
-    def ladder(self, topologies: Sequence[Topology]) -> list[float]:
-        """Predict the times of layers whose topologies differ in their bonds, by increasing bond."""
-        key = (topologies[0], topologies[-1], len(topologies))
+    def of(
+        self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
+    ) -> list[tuple[int, int, float]]:
+        """Return `(stored numbers, bytes, milliseconds)` of topologies of one ladder, by increasing bond."""
+        # The first and the last topology tell ladders apart; to hash all of them takes long.
+        key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
         if key not in self._known:
-            last = len(topologies) - 1
-            tried = sorted({round(fraction * last) for fraction in _TIMED})
-            times = [self._milliseconds(topologies[place]) for place in tried]
-            self._known[key] = np.interp(np.arange(last + 1), tried, times).tolist()
+            counts = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
+            times = [0.0] * len(topologies)
+            if self.tokens is not None:
+                last = len(topologies) - 1
+                tried = sorted({round(fraction * last) for fraction in _TIMED})
+                some = [self._seconds(topologies[k], dtype.itemsize) for k in tried]
+                times = (1e3 * np.interp(np.arange(last + 1), tried, some)).tolist()
+                if storage.quantized:
+                    unpacked = [
+                        unpacking_seconds(x, storage, self.machine, dtype.itemsize) for x in topologies
+                    ]
+                    times = [a + 1e3 * b for a, b in zip(times, unpacked, strict=True)]
+            self._known[key] = [(*count, time) for count, time in zip(counts, times, strict=True)]
         return self._known[key]
 
-    def _milliseconds(self, topology: Topology) -> float:
+    def _seconds(self, topology: Topology, itemsize: int) -> float:
+        assert self.tokens is not None
         plan = plan_operator(topology)
-        route = plan.fastest(self.tokens, self.machine, self.itemsize)
-        return 1e3 * plan.seconds(route, self.tokens, self.machine, self.itemsize)
+        route = plan.fastest(self.tokens, self.machine, itemsize)
+        return plan.seconds(route, self.tokens, self.machine, itemsize)
 
-    def unpacking(self, topology: Topology, storage: Storage) -> float:
-        """Predict the time to unpack the integer cores of a network, 0 without any."""
-        return 1e3 * unpacking_seconds(topology, storage, self.machine, self.itemsize)
-
-    def integers(self, number_format: NumberFormat, shape: tuple[int, int]) -> float:
-        """Predict the time of a dense matrix in an integer format."""
-        return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, self.itemsize)[1]
-
-    def dense(self, shape: tuple[int, int]) -> float:
-        """Predict the time of the dense layer."""
+    def dense_time(self, matrix: Tensor, number_format: NumberFormat | None = None) -> float:
+        """Predict the milliseconds of a dense layer, in its own dtype or in a number format."""
+        if self.tokens is None:
+            return 0.0
+        shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
+        if number_format is not None and number_format.is_integer:
+            return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
         # A network of one core takes as long: the tie goes to the dense layer, whatever the rounding.
-        return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, self.itemsize)
+        return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

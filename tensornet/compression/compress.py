@@ -77,7 +77,6 @@ def compress(
     """
     start = time.perf_counter()
     check_model(model)
-    given = isinstance(config, CompressionPlan)
     options = observing(config) if isinstance(config, CompressionPlan) else config
     check_config(options)
     options.check_says_how_far()
@@ -90,48 +89,42 @@ def compress(
     data = gather(model, options, calibration, progress=progress)
     stats = data.statistics
 
-    # Plan, and check predicted losses by measuring before anything is replaced.
-    if isinstance(config, CompressionPlan):
-        _check_calibration(config, stats)
-        if held_out is not None:
-            raise TargetError(
-                "validation corrects predictions while planning, and the plan is made: drop it."
-            )
-        plan, made = config, {}
+    # Find candidates, and check their predicted losses by measuring before anything is replaced.
+    prepared: Prepared | None = None
+    if not isinstance(config, CompressionPlan):
+        prepared = prepare_checked(model, config, data, held_out, progress=progress)
+        weights = list(prepared.weights)
+    elif held_out is not None:
+        raise TargetError("validation corrects predictions while planning, and the plan is made: drop it.")
+    elif config.objective != "weight" and (stats is None or stats.source != config.calibration):
+        raise BudgetError(
+            f"The plan was made with {config.calibration}, on which the cores depend; pass the same data, "
+            "as many tokens of them, or the statistics that were collected then."
+        )
+    else:
         with unfused(model):
             weights = list_weights(model)
-    else:
-        prepared = prepare_checked(model, config, data, held_out, progress=progress)
-        plan, made, weights = prepared.plan(progress=progress), prepared.made, list(prepared.weights)
 
-    # Apply the plan, run one batch, and put back dense the layers whose weights the model's code reads.
+    # Plan, apply the plan, and run one batch. Layers whose weights the model's code reads are put back dense,
+    # and the budget is spent on the others again.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     batch = _batch_to_run(model, data.batches)
-    dense: dict[str, nn.Module] = {}
-    errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
-    returned = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
-    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
-    if returned and not given:  # the budget is for the other layers
+    returned: dict[str, str] = {}
+    while True:
+        plan = config if isinstance(config, CompressionPlan) else prepared.plan(progress=progress)  # type: ignore[union-attr]
+        made = {} if prepared is None else dict(prepared.made)
+        dense: dict[str, nn.Module] = {}
+        errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
+        read = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
+        returned |= read
+        if prepared is None or not read:
+            break
         put_back(model, dense)
-        excluded = options.exclude_modules or ()
-        excluded = (excluded,) if isinstance(excluded, str) else excluded
-        again = compress(
-            model,
-            replace(options, exclude_modules=(*excluded, *returned)),
-            calibration=data if stats is not None or data.batches else None,
-            validation=held_out,
-            progress=progress,
-        )
-        return replace(
-            again,
-            coverage=measure_coverage(weights, [x.name for x in again.plan], unseen=again.plan.unseen),
-            put_back={**returned, **again.put_back},
-            seconds=time.perf_counter() - start,
-        )
-    for name in returned:
+        prepared = prepared.without(read, READ)
+    kept = [layer.name for layer in plan if layer.name not in returned]
+    for name in returned.keys() & {layer.name for layer in plan}:
         plan = plan.replace_layer(name, None)
-        del errors[name]
     del dense
 
     # Measure and report.
@@ -139,14 +132,14 @@ def compress(
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
     params_after, bytes_after = model_size(model)
-    kept = [layer.name for layer in plan if layer.name not in returned]
+    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
     return CompressionReport(
         model_params_before=params_before,
         model_params_after=params_after,
         model_bytes_before=bytes_before,
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        plan=plan.with_errors(errors),
+        plan=plan.with_errors({name: errors[name] for name in errors if name not in returned}),
         coverage=measure_coverage(weights, kept, unseen=plan.unseen),
         measured=measured,
         put_back=returned,
@@ -169,17 +162,22 @@ def gather(
     bounded = config.needs_curvature or config.plans_formats or not config.budget.unlimited
     needed = config.objective != "weight" and bool(bounded or config.fixed)
     data = None if calibration is None else _named(calibration, "calibration data")
-    if data is None and needed:
-        data = provided_data(model)
-        if data is None:
-            _warn_without_data(model, config)
-        else:
-            warnings.warn(
-                f"No calibration data: using {data.source}. Text like that of the intended use gives a "
-                "better model; pass calibration=batches.",
-                CalibrationWarning,
-                stacklevel=2,
-            )
+    name, advice = type(model).__name__, "Pass calibration=batches (about 30 of 1,000 tokens)"
+    warning = ""
+    if data is None and needed and (data := provided_data(model)) is not None:
+        warning = f"using {data.source}. Text like that of the intended use gives a better model. {advice}."
+    elif data is None and needed and config.objective == "auto" and config.one_format_keeps:
+        warning = (
+            f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
+            f"nearest. {advice} for fewer bits at less loss, or objective='weight' if this is meant."
+        )
+    elif data is None and needed and config.objective == "auto" and not config.needs_curvature:
+        warning = (
+            f"{name} is compressed by the error of its weights alone, which keeps far less of what it can "
+            f"do. {advice}, or objective='weight' if this is meant."
+        )
+    if warning:
+        warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)
     if data is None:
         return ProvidedData([], "")
     sample, stats = BatchSample(data.batches), data.statistics if needed else None
@@ -258,38 +256,6 @@ def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedDat
 def _measurable(data: ProvidedData) -> ProvidedData:
     """Drop a loss that draws random numbers: its gradients are of use, its value measures nothing."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
-
-
-def _check_calibration(plan: CompressionPlan, stats: CalibrationStats | None) -> None:
-    """Raise BudgetError if a plan was made with other statistics, on which its cores depend."""
-    if plan.objective != "weight" and (stats is None or stats.source != plan.calibration):
-        raise BudgetError(
-            f"The plan was made with {plan.calibration}, on which the cores depend; pass the same data, "
-            "as many tokens of them, or the statistics that were collected then."
-        )
-
-
-def _warn_without_data(model: nn.Module, config: CompressionConfig) -> None:
-    """Say what the error of the weights alone decides, unless it was asked for."""
-    if config.objective != "auto":
-        return
-    name = type(model).__name__
-    if config.one_format_keeps:
-        warnings.warn(
-            f"No calibration data: all layers of {name} get one number format, int8 unless formats= names "
-            "others, rounded to nearest. Pass calibration=batches (about 30 of 1,000 tokens) for fewer bits "
-            "at less loss, or objective='weight' if this is meant.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
-    elif not config.needs_curvature:
-        warnings.warn(
-            f"No calibration data: {name} is compressed by the error of its weights alone, which keeps far "
-            "less of what it can do. Pass calibration=batches (about 30 of 1,000 tokens), or "
-            "objective='weight' if this is meant.",
-            CalibrationWarning,
-            stacklevel=2,
-        )
 
 
 # --- code that reads the weight of a replaced layer -----------------------------------------------------

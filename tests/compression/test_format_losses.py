@@ -83,10 +83,9 @@ def test_whole_groups_of_columns_are_sampled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(candidates, "SAMPLED_COLUMNS", 128)
     wide, plain = torch.arange(2000.0).view(2, 1000), Sensitivity(Weighting(), Weighting())
     formats = [NumberFormat.parse("int3:g32"), NumberFormat.parse("int2:g64")]
-    part = candidates.part_of(wide, plain, formats)
-    assert part.matrix[0].tolist() == [*range(64), *range(896, 960)]
-    assert not part.whole
-    assert candidates.part_of(wide, plain, [NumberFormat.parse("int2:row")]).whole
+    part, _ = candidates.part_of(wide, plain, formats)
+    assert part[0].tolist() == [*range(64), *range(896, 960)]
+    assert candidates.part_of(wide, plain, [NumberFormat.parse("int2:row")])[0].shape == wide.shape
 
 
 @pytest.mark.slow
@@ -99,8 +98,7 @@ def test_parts_of_several_matrices_are_measured_as_alone() -> None:
     assert flat.rows is not None
     diagonal = Weighting(flat.rows.diagonal(), flat.columns)
     cases.append((cases[0][0], Sensitivity(diagonal, diagonal)))
-    parts = [candidates.part_of(*each, few) for each in cases]
-    found = candidates.measure_parts(parts, few)
+    found = candidates.losses_of_parts(cases, few)
     for each, measured in zip(cases, found, strict=True):
         together = format_losses(*each, FORMATS, measured)
         for one, other in zip(together, format_losses(*each, FORMATS), strict=True):
