@@ -10,15 +10,16 @@ network under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. L
 order in which they run, each behind all that were refitted before it: fitted at once, each would correct the
 same error in full. The whole step did harm at high compression (docs/quality.md).
 
-Layers that share cores with others are skipped.
+Layers that share a core with other layers are not refitted, and a warning names them.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,162 +42,6 @@ from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
 NEVER_REACHED = "the data never reached it"
-
-
-@dataclass
-class PairedMoments:
-    """Sums over tokens of `x x^T`, `x x'^T` and `x' x'^T`, with dense inputs x and compressed inputs x'."""
-
-    dense: Tensor
-    mixed: Tensor
-    real: Tensor
-    tokens: int = 0
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> "PairedMoments":
-        """Create empty sums for inputs of this width."""
-        width = like.shape[-1]
-        dense, mixed, real = (like.new_zeros(width, width) for _ in range(3))
-        return cls(dense, mixed, real)
-
-    def add(self, dense: Tensor, real: Tensor) -> None:
-        """Add the inputs of both models, shape `(tokens, in)` each."""
-        # The step is a difference of two moments: rounded to 16 bits, it would be noise.
-        with torch.autocast(real.device.type, enabled=False):
-            self.dense += upper_gram(dense)
-            self.mixed += dense.T @ real
-            self.real += upper_gram(real)
-        self.tokens += len(real)
-
-    def mirrored(self) -> "PairedMoments":
-        """Return the sums with both symmetric ones whole; until then `add` fills their upper halves."""
-        return PairedMoments(mirrored(self.dense), self.mixed, mirrored(self.real), self.tokens)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Layers that read the same tensor, and the chain and block in which they lie, if any."""
-
-    names: tuple[str, ...]
-    place: tuple[str, int] | None
-
-
-@dataclass
-class PairedRun:
-    """Runs of both models on the same batches, block by block where they are chains.
-
-    Args:
-        model: compressed; its layers may change between two calls of `moments`.
-        teacher: dense.
-        batches: keyword arguments of the models.
-    """
-
-    model: nn.Module
-    teacher: nn.Module
-    batches: Sequence[Batch]
-    chains: dict[str, tuple[str, ...]] = field(init=False)
-    at: tuple[str, ChainRun, ChainRun] | None = None
-
-    def __post_init__(self) -> None:
-        both = [find_chains(x, self.batches[0]) for x in (self.model, self.teacher)]
-        self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
-
-    def groups(self, names: Sequence[str]) -> list[Group]:
-        """List groups of layers in execution order; neighbours that read the same tensor form a group."""
-        seen: list[tuple[str, Tensor]] = []  # the tensors are kept, so that no other takes their address
-
-        def hook(name: str) -> Callable[[Tensor], None]:
-            def note(x: Tensor) -> None:
-                if all(name != other for other, _ in seen):
-                    seen.append((name, x))
-
-            return note
-
-        with _hooked({self.model.get_submodule(name): hook(name) for name in names}):
-            run_model(self.model, self.batches[0])
-        groups: list[Group] = []
-        for index, (name, x) in enumerate(seen):
-            place = self._place(name)
-            if index and seen[index - 1][1] is x and groups[-1].place == place:
-                groups[-1] = Group((*groups[-1].names, name), place)
-            else:
-                groups.append(Group((name,), place))
-        return groups
-
-    def moments(self, group: Group) -> PairedMoments | str:
-        """Compute the moments of the inputs of a group, or return the reason why they are unknown."""
-        first = group.names[0]
-        total: PairedMoments | None = None
-        for number, batch in enumerate(self.batches):
-            dense, real = (self._input(side, first, group.place, number, batch) for side in (1, 0))
-            if len(dense) != len(real):
-                return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
-            if len(real):
-                total = total or PairedMoments.zeros(real)
-                total.add(dense, real)
-        return NEVER_REACHED if total is None else total.mirrored()
-
-    def _input(
-        self, side: int, name: str, place: tuple[str, int] | None, number: int, batch: Batch
-    ) -> Tensor:
-        """Record the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
-        found: list[Tensor] = []
-        model = (self.model, self.teacher)[side]
-
-        def keep(x: Tensor) -> None:
-            mask = token_mask(batch, x.shape[:-1])
-            found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
-            if place is not None:  # a block is run no further than needed
-                raise Stop
-
-        at = None if place is None else self._chain(*place)[side]  # runs blocks, so before anything is hooked
-        with _hooked({model.get_submodule(name): keep}), suppress(Stop):
-            run_model(model, batch) if at is None else at.run(number)
-        return torch.cat(found) if found else torch.empty(0, 0)
-
-    def _chain(self, chain: str, index: int) -> tuple[ChainRun, ChainRun]:
-        """Advance both models to a block and return their runs."""
-        if self.at is None or self.at[0] != chain:
-            runs = [ChainRun(x, self.chains[chain], self.batches) for x in (self.model, self.teacher)]
-            for run in runs:
-                run.enter()
-            self.at = (chain, runs[0], runs[1])
-        for run in self.at[1:]:
-            while run.position < index:
-                run.advance()
-        return self.at[1], self.at[2]
-
-    def _place(self, name: str) -> tuple[str, int] | None:
-        """Find the chain and block in which a layer lies, or None."""
-        for chain, blocks in self.chains.items():
-            for index, block in enumerate(blocks):
-                if name == block or name.startswith(f"{block}."):
-                    return chain, index
-        return None
-
-
-@contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Call a function with the inputs of each module inside the block."""
-
-    def before(function: Callable[[Tensor], None]) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            (x,) = (*args, *kwargs.values())  # some models name the only argument
-            function(x)
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(before(function), with_kwargs=True)
-        for module, function in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 #: Fraction of the batches that are held back to judge whether refitting helped.
 JUDGED = 1 / 8
 
@@ -294,8 +139,14 @@ def refine(
     given = [as_batch(batch, model, device) for batch in batches]
     if not layers or not given:
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
+    left = {name: why for name, why in _sharing(model).items() if name in layers}
+    if left:
+        warnings.warn(
+            f"Not refitted, because they share cores with other layers: {', '.join(left)}.", stacklevel=2
+        )
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
+    # Models may run in 16 bits; computations on moments must not be rounded.
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
         stack.enter_context(unfused(teacher))
@@ -307,25 +158,34 @@ def refine(
             distance = _distance(model, teacher, judges)
         put_back = stack.enter_context(_restoring([*layers.values()]))
         before, after = {}, {}
-        left = {name: why for name, why in _tied(model).items() if name in layers}
-        known_rows, known_columns = ({}, {}) if stats is None else (stats.rows, stats.columns)
-        run = PairedRun(model, teacher, fitted)
-        for known in _moments(run, layers, left, reduced, progress):
-            errors = {name: _OutputError(stocks[name].double(), moments) for name, moments in known.items()}
-            old = {name: error.of(layers[name]) for name, error in errors.items()}
-            for name, moments in known.items():
-                _refit(
-                    layers[name],
-                    stocks[name],
-                    moments,
-                    rows=known_rows.get(name),
-                    columns=known_columns.get(name),
-                    correction=correction,
-                    anchor=anchor,
-                    damping=damping,
-                )
-            for name in known:
-                before[name], after[name] = old[name], errors[name].of(layers[name])
+        with reduced():
+            run = PairedRun(model, teacher, fitted)
+            groups = run.groups([name for name in layers if name not in left])
+        reached = {name for names in groups for name in names}
+        left |= {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
+        for names in tqdm(groups, desc="refining", disable=not progress, unit="group"):
+            with reduced():
+                moments = run.moments(names)
+            if isinstance(moments, str):
+                left |= dict.fromkeys(names, moments)
+                continue
+            before |= {name: _output_error(layers[name], stocks[name], moments) for name in names}
+            for name in names:
+                rows = None if stats is None else stats.rows.get(name)
+                columns = None if stats is None else stats.columns.get(name)
+                weight, known, real = (x.double() for x in (stocks[name], moments.dense, moments.real))
+                if columns is not None:
+                    columns = columns.to(known) * moments.tokens
+                    known = columns if columns.ndim == 2 else columns.diag()
+                metric = damped(real + anchor * known, INPUT_DAMPING)
+                step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
+                layer = layers[name]
+                wanted = (weight + correction * step).to(layer.weight.dtype)
+                weighting = Weighting(None if rows is None else damped(rows, damping), metric)
+                made = topology_family(layer.topology.family).fit(wanted, layer.topology, weighting)
+                cores = [core.to(layer.weight.dtype) for core in made.network.cores]
+                _copy(layer, encode(layer.topology, layer.storage, cores, weighting))
+            after |= {name: _output_error(layers[name], stocks[name], moments) for name in names}
         with reduced():
             distances = (distance, _distance(model, teacher, judges))
         kept = distances[1] <= distances[0]
@@ -334,67 +194,13 @@ def refine(
     return RefineReport(before, after, left, distances, kept)
 
 
-def _moments(
-    run: PairedRun,
-    layers: Collection[str],
-    left: dict[str, str],
-    reduced: Callable[[], AbstractContextManager[object]],
-    progress: bool,
-) -> Iterator[dict[str, PairedMoments]]:
-    """Yield the moments of layers that are refitted at once, in execution order.
-
-    Args:
-        run: both models; moments are taken after the layers before were refitted.
-        layers: to be refitted.
-        left: layers that are not, with the reason; layers without moments are added.
-        reduced: precision in which the models run. Computations on moments must not be rounded.
-        progress: show a progress bar.
-    """
-    with reduced():
-        groups = run.groups([name for name in layers if name not in left])
-    reached = {name for group in groups for name in group.names}
-    left |= {name: NEVER_REACHED for name in layers if name not in reached and name not in left}
-    for group in tqdm(groups, desc="refining", disable=not progress, unit="group"):
-        with reduced():
-            moments = run.moments(group)
-        if isinstance(moments, str):
-            left |= dict.fromkeys(group.names, moments)
-        else:
-            yield dict.fromkeys(group.names, moments)
-
-
-def _refit(
-    layer: TensorNetworkLinear,
-    stock: Tensor,
-    moments: PairedMoments,
-    *,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    correction: float,
-    anchor: float,
-    damping: float,
-) -> None:
-    """Fit the cores of one layer to its real inputs, in place.
-
-    Args:
-        layer: compressed.
-        stock: the dense matrix, shape `(out, in)`.
-        moments: of the inputs of both.
-        rows: calibrated moment of the gradients at the outputs, None for the identity.
-        columns: calibrated moment of the dense inputs, None for those of `moments`.
-        correction, anchor, damping: see `refine`.
-    """
-    weight, known, real = stock.double(), moments.dense.double(), moments.real.double()
-    if columns is not None:
-        columns = columns.to(known) * moments.tokens
-        known = columns if columns.ndim == 2 else columns.diag()
-    metric = damped(real + anchor * known, INPUT_DAMPING)
-    step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
-    wanted = (weight + correction * step).to(layer.weight.dtype)
-    weighting = Weighting(None if rows is None else damped(rows, damping), metric)
-    made = topology_family(layer.topology.family).fit(wanted, layer.topology, weighting)
-    cores = [core.to(layer.weight.dtype) for core in made.network.cores]
-    _copy(layer, encode(layer.topology, layer.storage, cores, weighting))
+def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMoments") -> float:
+    """Compute the relative squared error `E |W x - M x'|^2 / E |W x|^2` of a layer with the matrix M."""
+    weight, matrix = stock.double(), layer.to_matrix().double()
+    dense, mixed, real = (x.double() for x in (moments.dense, moments.mixed, moments.real))
+    full = float((weight @ dense * weight).sum())
+    cross, own = float((weight @ mixed * matrix).sum()), float((matrix @ real * matrix).sum())
+    return (full - 2 * cross + own) / max(full, 1e-300)
 
 
 def _copy(layer: NetworkModule, kept: Mapping[str, Tensor | PackedCore]) -> None:
@@ -424,7 +230,7 @@ def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
         raise
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def _sharing(model: nn.Module) -> dict[str, str]:
     """List layers that share cores with others, with the reason why each is not refitted."""
     users: dict[int, list[str]] = {}
     for name, module in compressed_layers(model).items():
@@ -459,16 +265,117 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
     return sum(float(gap) for gap in gaps) / len(batches)
 
 
-class _OutputError:
-    """Relative squared error `E |W x - M x'|^2 / E |W x|^2` of one layer."""
+# --- both models on the same batches -----------------------------------------------------------------
 
-    def __init__(self, weight: Tensor, moments: PairedMoments) -> None:
-        dense = moments.dense.double()
-        self.full = float((weight @ dense * weight).sum())
-        self.mixed, self.real = weight @ moments.mixed.double(), moments.real.double()
 
-    def of(self, layer: TensorNetworkLinear) -> float:
-        """Compute the error of a matrix M."""
-        matrix = layer.to_matrix().double()
-        cross, own = float((self.mixed * matrix).sum()), float((matrix @ self.real * matrix).sum())
-        return (self.full - 2 * cross + own) / max(self.full, 1e-300)
+class PairedMoments(NamedTuple):
+    """Sums over tokens of `x x^T`, `x x'^T` and `x' x'^T`, with dense inputs x and compressed inputs x'."""
+
+    dense: Tensor
+    mixed: Tensor
+    real: Tensor
+    tokens: int
+
+
+class PairedRun:
+    """Runs of both models on the same batches, block by block where they are chains.
+
+    Args:
+        model: compressed; its layers may change between two calls of `moments`.
+        teacher: dense.
+        batches: keyword arguments of the models.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> None:
+        self.models, self.batches = (model, teacher), batches
+        both = [find_chains(x, batches[0]) for x in self.models]
+        self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
+        self.at: tuple[str, list[ChainRun]] | None = None
+
+    def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """List groups of layers in execution order; neighbours that read the same tensor form a group."""
+        seen: dict[str, Tensor] = {}  # the tensors are kept, so that no other takes their address
+        hooks = {self.models[0].get_submodule(name): partial(seen.setdefault, name) for name in names}
+        with _hooked(hooks):
+            run_model(self.models[0], self.batches[0])
+        groups: list[tuple[str, ...]] = []
+        for name, x in seen.items():
+            last = groups[-1] if groups else ()
+            if last and seen[last[-1]] is x and self._place(last[-1]) == self._place(name):
+                groups[-1] = (*last, name)
+            else:
+                groups.append((name,))
+        return groups
+
+    def moments(self, names: Sequence[str]) -> PairedMoments | str:
+        """Compute the moments of the inputs of a group, or return the reason why they are unknown."""
+        sums: list[Tensor] = []
+        tokens = 0
+        for number, batch in enumerate(self.batches):
+            real, dense = (self._input(side, names[0], number, batch) for side in (0, 1))
+            if len(dense) != len(real):
+                return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
+            if not len(real):
+                continue
+            # The step is a difference of two moments: rounded to 16 bits, it would be noise.
+            with torch.autocast(real.device.type, enabled=False):
+                found = [upper_gram(dense), dense.T @ real, upper_gram(real)]
+            sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
+            tokens += len(real)
+        return PairedMoments(mirrored(sums[0]), sums[1], mirrored(sums[2]), tokens) if sums else NEVER_REACHED
+
+    def _input(self, side: int, name: str, number: int, batch: Batch) -> Tensor:
+        """Record the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
+        found: list[Tensor] = []
+        place = self._place(name)
+
+        def keep(x: Tensor) -> None:
+            mask = token_mask(batch, x.shape[:-1])
+            found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
+            if place is not None:  # a block is run no further than needed
+                raise Stop
+
+        run = None
+        if place is not None:  # this runs blocks, so before anything is hooked
+            chain, index = place
+            if self.at is None or self.at[0] != chain:
+                self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]
+                for each in self.at[1]:
+                    each.enter()
+            for each in self.at[1]:
+                while each.position < index:
+                    each.advance()
+            run = self.at[1][side]
+        with _hooked({self.models[side].get_submodule(name): keep}), suppress(Stop):
+            run_model(self.models[side], batch) if run is None else run.run(number)
+        return torch.cat(found) if found else torch.empty(0, 0)
+
+    def _place(self, name: str) -> tuple[str, int] | None:
+        """Find the chain and block in which a layer lies, or None."""
+        for chain, blocks in self.chains.items():
+            for index, block in enumerate(blocks):
+                if name == block or name.startswith(f"{block}."):
+                    return chain, index
+        return None
+
+
+@contextmanager
+def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Call a function with the inputs of each module inside the block."""
+
+    def before(function: Callable[[Tensor], None]) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            (x,) = (*args, *kwargs.values())  # some models name the only argument
+            function(x)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(before(function), with_kwargs=True)
+        for module, function in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

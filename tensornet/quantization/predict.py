@@ -110,6 +110,8 @@ def predict_product_losses(
     number_format: NumberFormat | str,
     weightings: Sequence[Weighting],
     rounding: Rounding = "two_sided",
+    *,
+    rank: int | None = None,
 ) -> Tensor:
     """Predict the loss increase of `round_product` for all leading parts of a sum of rank-one terms.
 
@@ -124,6 +126,7 @@ def predict_product_losses(
         number_format: integer format of both factors, or its name.
         weightings: of the loss; the first one is rounded with.
         rounding: as for `round_weight`.
+        rank: only so many of the first terms are stored; all if absent.
 
     Returns:
         Shape `(weightings, rank)`.
@@ -136,7 +139,12 @@ def predict_product_losses(
         torch.Size([1, 4])
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    seen = [(_norms(left, 0, each.rows, chosen.rows), _norms(right, 1, each.columns)) for each in weightings]
+    # Norms of all terms, which other number formats share, whatever their rank.
+    seen = [
+        (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
+        for each in weightings
+    ]
+    left, right = left[:, :rank], right[:rank]
     errors_right = _expect_factor(right, number_format, seen[0][0], chosen.columns, rounding)
     errors_left = _expect_factor(left, number_format, chosen.rows, seen[0][1], rounding)
     found = []

@@ -215,7 +215,7 @@ class LowRankFamily(TopologyFamily):
         full = len(result.values)
         if round_trip.number_format is not None:
             a, b = self._whitened_factors(result, result_dtype(matrix.dtype))
-            losses = predict_product_losses(a[:, :most], b[:most], round_trip.number_format, weightings)
+            losses = predict_product_losses(a, b, round_trip.number_format, weightings, rank=most)
             return [torch.nn.functional.pad(x, (0, full - most), value=torch.inf) for x in losses.cpu()]
         tried = sorted({max(1, round(fraction * most)) for fraction in _ENCODED})
         found = []

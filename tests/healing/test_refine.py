@@ -187,7 +187,7 @@ def test_parameters_stay_the_same_objects() -> None:
     teacher, model, data = small_pair()
     before = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     values = copy.deepcopy(model.state_dict())
-    with torch.inference_mode():
+    with torch.inference_mode(), pytest.warns(UserWarning, match="share cores.*lm_head"):
         report = refine(model, teacher, data)
     assert report.kept
     assert {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)} == before
@@ -210,7 +210,7 @@ def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch
 
     decompose = LowRankFamily.fit
     monkeypatch.setattr(LowRankFamily, "fit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="share cores"):
         refine(model, teacher, data)
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
 
