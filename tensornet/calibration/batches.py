@@ -76,30 +76,6 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def fullest_row(batch: Batch) -> Batch:
-    """Select the row with most labels of a batch of token indices without padding, to try a model on.
-
-    Returns:
-        The batch itself where some value is not a tensor of the shape `(rows, tokens)` of the token indices,
-        or some tokens are padding, which is recognised by all rows together.
-
-    Example:
-        >>> from tensornet.calibration.batches import fullest_row
-        >>> ids, labels = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[-100, 2], [3, 4]])
-        >>> fullest_row({"input_ids": ids, "labels": labels})["input_ids"].tolist()
-        [[3, 4]]
-    """
-    ids = batch.get(_FIRST)
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        return batch
-    if any(not isinstance(value, Tensor) or value.shape != ids.shape for value in batch.values()):
-        return batch
-    if "attention_mask" in batch and not bool(batch["attention_mask"].all()):
-        return batch
-    place = int((batch["labels"] != IGNORED).sum(1).argmax()) if "labels" in batch else 0
-    return {name: value[place : place + 1] for name, value in batch.items()}
-
-
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Run the model on a batch, without the labels that its `forward` does not take.
 

@@ -181,7 +181,7 @@ class ChainRun:
             step = partial(self._note, calls, outputs, skip)
             with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            if len(calls) > 1:  # where the state stands in the first call, the second tells for certain
+            if len(calls) > 1:  # the second call shows for certain where the hidden state is
                 calls[0] = calls[0].with_slot(calls[1].slot)
             self.states[0, number] = calls[0].hidden
             self.calls.append([call.with_hidden(None) for call in calls])

@@ -19,7 +19,6 @@ from tensornet.calibration.batches import (
     as_batch,
     check_batches,
     first_rows,
-    fullest_row,
     run_model,
     token_mask,
     tokens_of,
@@ -158,7 +157,7 @@ def calibrate(
             with lower, torch.set_grad_enabled(with_gradients):
                 if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
                     with recorder.paused():
-                        default, entropies = default_losses(model, fullest_row(batch), fisher)
+                        default, entropies = default_losses(model, first_rows(batch, 8), fisher)
                     loss_fn = loss_fn or default
                     of_tokens = loss_fn in _OWN and entropies
                 if with_gradients:
@@ -318,7 +317,7 @@ class MomentRecorder:
     def _settle(self) -> None:
         """Add the moment of the pending tensor to the sums of the layers that read it.
 
-        To explain how this works: layers share a sum as long as they have read the same tensors. A tensor
+        Layers share a sum as long as they have read the same tensors. A tensor
         that only some of them read (an expert may get no token in a batch) splits the sum in two.
         """
         if self._last is None:
@@ -480,7 +479,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     """Add `X^T X` to the upper half of a sum, in its dtype, block by block while they are in the cache.
 
     Args:
-        total: shape `(features, features)`; what stands below the diagonal is not defined afterwards.
+        total: shape `(features, features)`; elements below the diagonal are undefined afterwards.
         x: shape `(tokens, features)`, perhaps in 16 bits: then the product of these tokens is, not the sum.
     """
     for rows, columns in _blocks(x.shape[1]):

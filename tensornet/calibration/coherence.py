@@ -3,11 +3,11 @@
 The error `E` of a weight changes the loss of one row of a batch (a text, an image) by `sum_t e_t`, with
 `e_t = g_t^T E x_t` over its tokens, inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens
 for independent, so that the mean square is that of `sum_t e_t^2`. Where a model pools its tokens, as encoders
-of sentences and images do, all `g_t` of its last layers are alike, and an error costs many times more.
+of sentences and images do, all `g_t` of its last layers are nearly equal, and an error costs many times more.
 
-Rounding and truncation weighed by both moments `R = E[g g^T]` and `C = E[x x^T]` leave errors that are alike
-in all directions once both sides are whitened. So the ratio is that of whitened tokens: otherwise the few
-directions in which all tokens are alike, and in which little error is left, would decide.
+Rounding and truncation weighed by both moments `R = E[g g^T]` and `C = E[x x^T]` leave errors that are
+isotropic once both sides are whitened. So the ratio is that of whitened tokens: otherwise the few directions
+that all tokens share, and in which little error is left, would decide.
 """
 
 import random
@@ -63,7 +63,7 @@ class CoherenceSample:
 
     Example:
         >>> from tensornet.calibration.coherence import CoherenceSample
-        >>> x, gradient = torch.ones(2, 5, 3), torch.ones(2, 5, 4)  # five tokens that are all alike
+        >>> x, gradient = torch.ones(2, 5, 3), torch.ones(2, 5, 4)  # five equal tokens
         >>> sample = CoherenceSample("layer")
         >>> sample.add(sample.hold(x, None, {"input": x}), gradient, {"input": x})
         >>> round(sample.ratio(torch.eye(3), torch.eye(4)), 4)

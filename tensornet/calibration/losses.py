@@ -142,7 +142,7 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute a random projection of each row's mean-pooled, normalized hidden states, shape `(rows,)`.
 
     With projections drawn from a normal distribution the second moment of the gradients is that of the
-    Jacobian, so the predicted rise of this "loss" is half the squared distance between old and new unit
+    Jacobian, so the predicted increase of this "loss" is half the squared distance between old and new unit
     vectors: one minus their cosine.
 
     Example:
@@ -159,8 +159,8 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
 def output_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute a random projection of each row's normalized outputs `(rows,)`, for models without labels.
 
-    As with `cosine_losses`, the predicted rise of this "loss" is half the squared distance between the old
-    and the new outputs of a row, relative to the square of the old ones.
+    As with `cosine_losses`, the predicted increase of this "loss" is half the squared distance between the
+    old and the new outputs of a row, relative to the square of the old ones.
 
     Example:
         >>> from tensornet.calibration import output_losses
@@ -253,7 +253,7 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 
 
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
-    """Build a loss that scores compressed models beside their dense teacher, with the same labels each time.
+    """Build a loss that compares compressed models with their dense teacher.
 
     Of labels, `label_losses` or `own_losses`. Without labels, the distance from the
     dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
@@ -337,7 +337,7 @@ def _tensors(output: Any, batch: Batch) -> list[Tensor]:
     if isinstance(output, Mapping):
         found: Iterable[Any] = output.values()
     else:
-        found = output if isinstance(output, Iterable) else vars(output).values()
+        found = output if isinstance(output, Iterable) else getattr(output, "__dict__", {}).values()
     rows = _rows(batch)
     return [x for x in found if isinstance(x, Tensor) and x.is_floating_point() and x.shape[:1] == (rows,)]
 

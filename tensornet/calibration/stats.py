@@ -25,7 +25,7 @@ class CalibrationStats:
     `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix),
     times its `coherence`.
     For a linear layer `C = E[x x^T]` of its inputs and `R = E[g g^T]` of the gradients of the summed loss by
-    its outputs. For an embedding `R` holds the frequencies of its rows and `C` the gradient moment.
+    its outputs. For an embedding `R` has the frequencies of its rows and `C` the gradient moment.
 
     Args:
         rows: by module name, shape `(out, out)`, or `(out,)` where only the diagonal is kept.
@@ -36,8 +36,8 @@ class CalibrationStats:
         source: where the text came from, for reports.
         of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
         coherence: by module name, factor of `R`: how far errors add up over the tokens of a row (a text, an
-            image), as a mean square relative to independent tokens, for errors that are alike in all
-            directions once `R` and `C` are whitened. Estimated from 32 tokens of each of 16 rows; 1 where
+            image), as a mean square relative to independent tokens, for errors that are isotropic
+            once `R` and `C` are whitened. Estimated from 32 tokens of each of 16 rows; 1 where
             absent.
         counts: by module name, tokens that reached the layer: fewer than `tokens` where a router chooses.
         scored: tokens that have a loss.
@@ -139,14 +139,14 @@ class CalibrationStats:
         """Read a file written by `save`.
 
         Raises:
-            FormatError: the file is missing, damaged, or holds something else.
+            FormatError: the file is missing, damaged, or contains something else.
         """
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
                 header = json.loads((file.metadata() or {})["calibration"])
                 if header["version"] != STATS_VERSION:
                     raise FormatError(
-                        f"{path} holds calibration statistics of version {header['version']}, this library "
+                        f"{path} has calibration statistics of version {header['version']}, this library "
                         f"reads version {STATS_VERSION}; calibrate again."
                     )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)

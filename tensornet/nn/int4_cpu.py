@@ -2,9 +2,9 @@
 
 The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
 `[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
-high half. Beside the scale of each group lies an offset: `value = scale * (code - 8) + offset`.
+high half. Each group has a scale and an offset: `value = scale * (code - 8) + offset`.
 
-Codes of 2 or 3 bits are held as codes of 4. Codes of 5 to 8 bits are split into their 4 highest bits and the
+Codes of 2 or 3 bits become codes of 4. Codes of 5 to 8 bits are split into their 4 highest bits and the
 rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two products of the kernel
 with the same groups: the rows of the low part lie below those of the high part. A zero point is subtracted
 from the codes of its group, which takes one bit more and is exact as all of this is: scales and offsets are
@@ -107,7 +107,7 @@ class KernelMatrix:
             # Codes are put in order while they are bytes; then the scales of a group lie side by side.
             points = self._points(part).permute(2, 0, 1, 3)
             made = points.new_empty(points.shape, dtype=own).copy_(points)  # shape: (in, blocks, 2, half)
-            del points  # the next ones would be made beside them
+            del points  # before the next ones are allocated
             made.view(-1, self.group, *made.shape[1:]).mul_(factors[:, :, blocks])
             yield part, made.view(columns, -1).to(dtype).T
 
@@ -156,7 +156,7 @@ def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     """Order the stored scales of a layout like its codes, shape `(blocks, 2, groups, 1, half)`.
 
     Args:
-        scales: as `KernelMatrix` holds them.
+        scales: as in `KernelMatrix`.
         rows: of the matrix.
         half: number of rows in half a block.
     """
@@ -177,14 +177,14 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes and scales as `KernelMatrix` holds them for one product."""
+    """Multiply `x: (tokens, in)` by codes and scales of a `KernelMatrix` with one product."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes and scales as `KernelMatrix` holds them for two products."""
+    """Multiply `x: (tokens, in)` by codes and scales of a `KernelMatrix` with two products."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 

@@ -1,17 +1,18 @@
 """Products with an integer matrix: by a kernel of torch that reads the codes, or unpacked block by block.
 
-To explain the blocks: a whole unpacked matrix would be written to memory and read again. A block of rows
-stays in the cache, and beside the output a pass holds nothing larger than it, backwards as well.
+A whole unpacked matrix would be written to memory and read again. A block of rows stays in the cache, and
+nothing larger is allocated except the output, in the backward pass as well.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
@@ -22,37 +23,6 @@ INT8_TOKENS = 24
 _KERNEL_STEP = 32
 #: Most tokens for which unpacking to float32, and multiplying there, is faster than in 16 bits.
 WIDE_TOKENS = 8
-
-
-class IntegerProduct(Protocol):
-    """Stored integer matrix that knows how to multiply."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape `(out, in)`."""
-
-    @property
-    def kernel_tokens(self) -> int:
-        """Most tokens for which a kernel multiplies faster than unpacked blocks do; 0 without a kernel."""
-
-    def row_scales(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the scales of rows, shape `(out,)`, that `blocks` leaves out; None if it leaves out none."""
-
-    def has_kernel(self, x: Tensor) -> bool:
-        """Return True if a kernel multiplies this input faster than unpacked blocks do.
-
-        Args:
-            x: input, shape `(tokens, in)`.
-        """
-
-    def by_kernel(self, x: Tensor) -> Tensor:
-        """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
-
-    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block."""
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """Unpack all values, in operations that a compiler fuses."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +85,7 @@ class IntegerMatrix:
         return unpacked(self.number_format, self.codes, self.scales, self.zeros, self.columns, dtype)
 
     def _parts(self, elements: int) -> Iterator[slice]:
-        """Yield slices of as many rows as have this many elements."""
+        """Yield slices of rows with about this many elements."""
         step = max(1, elements // max(self.columns, 1))
         for start in range(0, len(self.codes), step):
             yield slice(start, min(start + step, len(self.codes)))
@@ -132,13 +102,13 @@ class IntegerMatrix:
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
-        return multiply_int8(x, self.codes, self.scales)
+        codes, scales = self.codes.view(torch.int8), self.scales.reshape(-1)
+        y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes, scales)
+        return y
 
 
-def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes of 8 bits `(out, in)` with one scale a row, `(out, 1)`."""
-    y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes.view(torch.int8), scales.reshape(-1))
-    return y
+#: Stored integers that multiply: as they are stored, or in the layout of torch's int4 kernel.
+IntegerProduct = IntegerMatrix | KernelMatrix
 
 
 def scales_by_row(number_format: NumberFormat, columns: int) -> bool:

@@ -285,7 +285,7 @@ class MPOLinear(TensorNetworkLinear):
         bond_dims: the inner bonds.
         max_bond: cap on every bond.
         topology: an MPO topology, instead of the five above.
-        source, strategy, optimize, storage, device, dtype: see `TensorNetworkLinear`.
+        options: see `TensorNetworkLinear`.
 
     Raises:
         TopologyError: the dims do not fit.
@@ -310,12 +310,7 @@ class MPOLinear(TensorNetworkLinear):
         bond_dims: Sequence[int] | None = None,
         max_bond: int | None = None,
         topology: Topology | None = None,
-        source: str = "linear",
-        strategy: Strategy = "auto",
-        optimize: str = "auto",
-        storage: Storage = PLAIN,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Any,
     ) -> None:
         if topology is None:
             topology = MPOFamily().build(
@@ -332,37 +327,11 @@ class MPOLinear(TensorNetworkLinear):
                 f"The topology describes a matrix of shape {topology.shape}, the layer has shape "
                 f"{(out_features, in_features)} (out_features, in_features)."
             )
-        super().__init__(
-            topology,
-            bias=bias,
-            source=source,
-            strategy=strategy,
-            optimize=optimize,
-            storage=storage,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(topology, bias=bias, **options)
 
 
-def empty_linear(
-    topology: Topology,
-    *,
-    bias: bool,
-    source: str = "linear",
-    strategy: Strategy = "auto",
-    storage: Storage = PLAIN,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> TensorNetworkLinear:
+def empty_linear(topology: Topology, **options: Any) -> TensorNetworkLinear:
     """Build an uninitialized layer for a topology: `MPOLinear` for chains, else `TensorNetworkLinear`."""
-    options: dict[str, Any] = {
-        "bias": bias,
-        "source": source,
-        "strategy": strategy,
-        "storage": storage,
-        "device": device,
-        "dtype": dtype,
-    }
     if _is_chain(topology):
         return MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
     return TensorNetworkLinear(topology, **options)

@@ -380,8 +380,8 @@ def build_module(
 
     Example:
         >>> layer = tn.nn.MPOLinear(16, 32, max_bond=4)
-        >>> twin = tn.nn.build_module(tn.nn.module_spec(layer), device="meta")
-        >>> twin.topology == layer.topology
+        >>> copy = tn.nn.build_module(tn.nn.module_spec(layer), device="meta")
+        >>> copy.topology == layer.topology
         True
     """
     kind = spec.get("type")

@@ -122,7 +122,7 @@ class Storage:
         """
         if not isinstance(data, Mapping) or (unknown := sorted(map(str, data.keys() - set(_OPTIONS)))):
             got = f"the unknown entries {', '.join(unknown)}" if isinstance(data, Mapping) else repr(data)
-            raise FormatError(f"A storage holds {', '.join(_OPTIONS)}; got {got}.")
+            raise FormatError(f"A storage has the entries {', '.join(_OPTIONS)}; got {got}.")
         if type(data.get("pivoted", False)) is not bool:
             raise FormatError(f"The storage option pivoted is true or false, got {dict(data)}.")
         formats = data.get("core_formats", {})
@@ -294,7 +294,7 @@ class PackedCore(nn.Module):
         """
         if "scales" in self.names and not bool(self.scale_values.float().isfinite().all()):
             raise FormatError(
-                f"{name}.scales holds NaN or infinite scales, so that the weight has no value. The file is "
+                f"{name}.scales has NaN or infinite scales, so that the weight has no value. The file is "
                 "damaged: copy or download it again, or compress the model again."
             )
 
@@ -379,7 +379,7 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
 
 
 def tie(model: nn.Module, target: str, source: str) -> None:
-    """Make a stored tensor of a model the one that another name stands for, such as `head.core_0`.
+    """Tie a stored tensor of a model, such as `head.core_0`, to another.
 
     A tensor of a `PackedCore` ties the whole core, which is what layers share.
 
@@ -551,7 +551,9 @@ def stored_core(
 
 
 def _packed(topology: Topology, storage: Storage, name: str, tensors: Mapping[str, Tensor]) -> PackedCore:
-    shape, axis = topology.core_shapes[name], gauge_axes(topology, storage).get(name)
+    shape, label = topology.core_shapes[name], gauge_of(topology).get(name) if storage.pivoted else None
+    labels = next(spec.labels for spec in topology.cores if spec.name == name)
+    axis = None if label is None else labels.index(label)
     columns = matrix_view(topology, name)[1] if axis is None else shape[axis]
     return PackedCore(storage.format_of(name), shape, columns, tensors, axis)
 
@@ -610,29 +612,19 @@ def _rounded(
     return {name: x.to(own) if isinstance(x, Tensor) else x for name, x in (work | done).items()}
 
 
-def gauge_axes(topology: Topology, storage: Storage) -> dict[str, int]:
-    """Map each core with an identity block to its axis; empty if cores are not pivoted."""
-    gauge = gauge_of(topology) if storage.pivoted else {}
-    return {x.name: x.labels.index(gauge[x.name]) for x in topology.cores if x.name in gauge}
-
-
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
     """List integer cores whose stored rows are out-leg indices, so that lookups unpack single rows."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:
-        shape = topology.core_shapes[spec.name]
-        legs = [n for n, label in zip(shape, spec.labels, strict=True) if label in topology.out_labels]
-        rows = matrix_view(topology, spec.name)[0]
-        integers = storage.format_of(spec.name).is_integer and spec.name not in gauge
-        first = len(legs) > 0 and math.prod(shape[: _last_leg(topology, spec.labels) + 1]) == rows
-        if integers and first and math.prod(legs) == rows:
+        if not storage.format_of(spec.name).is_integer or spec.name in gauge:
+            continue
+        shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
+        legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
+        # The out-legs are all of the rows: no other label lies before the last of them.
+        if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)
-
-
-def _last_leg(topology: Topology, labels: Sequence[str]) -> int:
-    return max(axis for axis, label in enumerate(labels) if label in topology.out_labels)
 
 
 def unpacked(
@@ -666,7 +658,7 @@ def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers that bits stand for: the inverse of `_bits`."""
+    """Return the numbers of the given bits: the inverse of `_bits`."""
     if not is_exporting():
         return bits.view(dtype)
     # ONNX has no view of bits: the number is computed from its sign, exponent and mantissa.

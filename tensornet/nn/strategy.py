@@ -403,7 +403,7 @@ def explain(layer: Any, tokens: int) -> Explanation:
         refused["cached"] = "only in eval"
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in layer._tensors()):
         refused["cached"] = "gradients of the cores are recorded; use torch.no_grad()"
-    dense = dense_seconds(*topology.shape, tokens, machine, itemsize)
+    dense = dense_seconds(topology.out_features, topology.in_features, tokens, machine, itemsize)
     rebuilt = plan.seconds(RECONSTRUCT, tokens, machine, itemsize) + unpacking
     products = tokens * elements
     costs = (

@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import warnings
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Target:
     """Weight of a model, with all modules that use it.
 
     Args:
-        names: module names that use the weight; the first stands for the group in plans and reports. For a
+        names: module names that use the weight; the first is its name in plans and reports. For a
             weight that is no layer's matrix, the name of the parameter.
         modules: the modules, in the same order (one object may appear under several names).
         kinds: the layer kind of each module; none for a weight that is no layer's matrix.
@@ -164,7 +164,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     refuse_wrapped(wrapped)
     if not selected:
         raise TargetError(
-            f"Nothing to compress. Compressible layers: {summary(layers)}.{_made_of_cores(model)}"
+            f"Nothing to compress. Compressible layers: {summary(layers)}.{_compressed_before(model)}"
             f"{_skipped(dense)}{_unknown_layers(model)}"
         )
     if dense:
@@ -223,8 +223,8 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
         dense = {name: reason for name, module in named if (reason := reason_against(module)) is not None}
         raise TargetError(
             f"Pattern {pattern!r} matches no layer that can be compressed. Compressible layers: "
-            f"{summary(layers)}. {pattern_help(pattern, [n for layer in layers for n in layer.names])}"
-            f"{_made_of_cores(model)}{_skipped(dense)}"
+            f"{summary(layers)}. {PATTERN_RULES}"
+            f"{_compressed_before(model)}{_skipped(dense)}"
         )
 
 
@@ -249,7 +249,7 @@ def _skipped(dense: Mapping[str, str]) -> str:
 
 
 def check_loaded(targets: Sequence[Target]) -> None:
-    """Raise TargetError for layers on the meta device, which hold no numbers.
+    """Raise TargetError for layers on the meta device, which have no numbers.
 
     Raises:
         TargetError: a layer is on the meta device; the message names it.
@@ -299,27 +299,11 @@ def _check_patterns(name: str, value: Any) -> None:
         )
 
 
-def pattern_help(pattern: str, names: Sequence[str]) -> str:
-    """Explain why patterns match no name, with an example of a matching pattern.
-
-    Examples:
-        >>> pattern_help("re:mlp", ["h.0.mlp.up", "h.0.attn"]).partition(". ")[2]
-        "Expressions match whole names: 're:.*(?:mlp).*' would match h.0.mlp.up."
-    """
-    rules = (
-        "Patterns match a whole name, a suffix after a dot, a glob such as '*.mlp.*', or, with the prefix "
-        "'re:', a regular expression for the whole name, such as 're:.*\\.[0-9]\\.mlp\\..*'."
-    )
-    text = pattern.removeprefix("re:")
-    for better in (f"re:{text}", f"re:.*(?:{text}).*"):
-        try:
-            found = next((name for name in names if matches(name, better)), None)
-        except TargetError:  # a glob that is not a regular expression
-            return rules
-        if found is not None:
-            whole = "Expressions match whole names: " if pattern.startswith("re:") else ""
-            return f"{rules} {whole}{better!r} would match {found}."
-    return rules
+#: How patterns are matched, for errors.
+PATTERN_RULES = (
+    "Patterns match a whole name, a suffix after a dot, a glob such as '*.mlp.*', or, with the prefix "
+    "'re:', a regular expression for the whole name, such as 're:.*\\.[0-9]\\.mlp\\..*'."
+)
 
 
 def _patterns(value: str | Sequence[str] | None) -> list[str] | None:
@@ -347,7 +331,11 @@ def all_targets(model: nn.Module) -> list[Target]:
             tuple(n for n, _, _ in members),
             tuple(m for _, m, _ in members),
             tuple(k for _, _, k in members),
-            {x: compounds[x] for n, _, _ in members for x in _prefixes(n) if x in compounds},
+            {
+                x: m
+                for x, m in reversed(compounds.items())
+                if any(n.startswith(f"{x}.") for n, _, _ in members)
+            },
         )
         for members in groups.values()
     ]
@@ -378,12 +366,6 @@ def _memory(tensor: Tensor) -> Hashable:
     return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    """List the names of a module's ancestors, innermost first, without the model."""
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
 def check_model(model: Any) -> None:
     """Raise TypeError unless `model` is a module.
 
@@ -398,13 +380,13 @@ def check_holder(model: Any) -> None:
 
     Raises:
         TypeError: no module.
-        TargetError: a layer itself, which nothing holds.
+        TargetError: the model is a layer itself, which has no parent.
     """
     check_model(model)
     if kind_of(model) is not None or compound_of(model) is not None:
         raise TargetError(
-            f"The model is a {type(model).__name__} itself, and nothing holds it in which another could take "
-            "its place. Put it into a module, such as torch.nn.ModuleList([layer]); for a linear layer or an "
+            f"The model is a {type(model).__name__} itself, and has no parent module in which it could be "
+            "replaced. Put it into a module, such as torch.nn.ModuleList([layer]); for a linear layer or an "
             "embedding alone there are from_linear and from_embedding in tensornet.nn."
         )
 
@@ -414,13 +396,13 @@ def compressed_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, NetworkModule)]
 
 
-def _made_of_cores(model: nn.Module) -> str:
+def _compressed_before(model: nn.Module) -> str:
     """Compose a hint that names layers compressed before."""
     names = compressed_names(model)
     if not names:
         return ""
     return (
-        f" {len(names)} layers are made of cores already, {names[0]} for one: compress the dense model anew, "
+        f" {len(names)} layers are compressed already, such as {names[0]}: compress the dense model, "
         "or make this one dense by tensornet.decompress(model)."
     )
 
@@ -458,7 +440,7 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
-#: Under this name an adapter holds the layer that it wraps.
+#: Name under which an adapter keeps the layer that it wraps.
 BASE = "base_layer"
 
 
@@ -470,7 +452,8 @@ def adapter_names(model: nn.Module) -> list[str]:
     >>> adapter_names(nn.Sequential(nn.Linear(4, 4), Adapter()))
     ['1']
     """
-    return [name for name, x in model.named_modules(remove_duplicate=False) if _is_adapter(x)]
+    modules = model.named_modules(remove_duplicate=False)
+    return [x for x, m in modules if isinstance(getattr(type(m), "adapter_layer_names", None), tuple)]
 
 
 def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -514,7 +497,3 @@ def refuse_wrapped(wrapped: Iterable[str]) -> None:
             "adapters first, by merge_and_unload() in PEFT; or compress first, and add adapters by "
             f"tensornet_hf.peft.lora_config; or leave such layers dense, by exclude_modules={BASE!r}."
         )
-
-
-def _is_adapter(module: nn.Module) -> bool:
-    return isinstance(getattr(type(module), "adapter_layer_names", None), tuple)

@@ -155,7 +155,7 @@ class Compound(nn.Module):
     Subclasses define `forward` with the arguments of the stock module.
 
     Args:
-        stock: the module it stands for, kept outside the tree of modules.
+        stock: the module that it replaces, kept outside the tree of modules.
         stacks: where the matrices lie in it.
         shared: see `CompoundKind.unfuse`.
 
@@ -293,7 +293,8 @@ def dense_matrix(layer: nn.Module) -> Tensor:
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     owner, _, key = name.rpartition(".")
-    return getattr(module.get_submodule(owner), key)  # type: ignore[no-any-return]
+    found: nn.Parameter | None = getattr(module.get_submodule(owner), key)
+    return found
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
@@ -371,7 +372,7 @@ register_stacked_matrices(
 class StackedMatrices(Compound):
     """Replacement for a module of a class known to `register_stacked_matrices`, run by the class's own code.
 
-    The code finds a stand-in where the parameter was, whose products are computed by layers; any other
+    The code finds a placeholder where the parameter was, whose products are computed by layers; any other
     operation on it raises. Parameters may be those of a child, which is then run in the same way.
     """
 
@@ -389,7 +390,7 @@ class StackedMatrices(Compound):
 
     @property
     def weight(self) -> Any:
-        """Stand-in for a stack named `weight`; otherwise see `Compound.weight`."""
+        """Placeholder for a stack named `weight`; otherwise see `Compound.weight`."""
         return self._stacked("weight") if "weight" in self.layouts else super().weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -397,7 +398,7 @@ class StackedMatrices(Compound):
         return type(self._stock[0]).forward(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up stand-ins for the stacks, and other attributes in the stock module."""
+        """Look up placeholders for the stacks, and other attributes in the stock module."""
         layouts = self.__dict__.get("layouts", {})
         if name in layouts:
             return self._stacked(name)
@@ -418,7 +419,7 @@ class StackedMatrices(Compound):
 
 
 class _Holder:
-    """Stand-in for a child that holds stacks: runs the child's code with stand-ins for the stacks."""
+    """Placeholder for a child that owns stacks: runs the child's code with placeholders for the stacks."""
 
     def __init__(self, owner: StackedMatrices, name: str) -> None:
         self._owner, self._name = owner, name
@@ -433,7 +434,7 @@ class _Holder:
 
 
 class _Stacked:
-    """Stand-in for a parameter in products; raises for any other operation."""
+    """Placeholder for a parameter in products; raises for any other operation."""
 
     def __init__(self, layers: Sequence[nn.Module], layout: str, shape: tuple[int, ...]) -> None:
         self.layers, self.layout, self.shape = layers, layout, torch.Size(shape)
@@ -503,7 +504,7 @@ class _Stacked:
 
 
 class _One:
-    """Stand-in for one matrix of a stack, in either orientation."""
+    """Placeholder for one matrix of a stack, in either orientation."""
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
@@ -585,7 +586,7 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
 
     Args:
         model: any model; if it is such a module itself, it is left as it is.
-        inside: only modules that hold one of these names, which are those of layers in replaced modules.
+        inside: only modules that contain one of these names, which are those of layers in replaced modules.
 
     Returns:
         Names of the modules that were replaced.

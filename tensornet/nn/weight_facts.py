@@ -77,6 +77,7 @@ class WeightFacts(Tensor):
             flat = [y for x in values for y in (x if isinstance(x, list | tuple) else [x])]
             error.layer = next((x._layer for x in flat if isinstance(x, cls)), None)
             raise error
+        # As PyTorch's guide to subclasses does it: the name is private, but documented.
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **(kwargs or {}))
             if function in _FREEZING:  # a weight is frozen with what it is made of

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import tensornet as tn
-from tensornet.calibration.batches import as_batch, run_model
+from tensornet.calibration.batches import as_batch
 from tensornet.calibration.losses import label_losses, sampled_losses
 from tensornet.errors import TargetError
 from tensornet.healing import refine
@@ -60,22 +60,6 @@ def test_a_data_loader_of_pairs() -> None:
     assert report.plan.predicted_loss_increase > 0
 
 
-def test_pairs_heal_and_refit() -> None:
-    teacher, model = classifier(), classifier()
-    pairs = list(DataLoader(TensorDataset(X, Y), batch_size=8))
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=pairs, progress=False)
-
-    def gap() -> float:
-        return (model(X) - teacher(X)).square().sum().item()
-
-    before = gap()
-    refine(model, teacher, pairs)
-    refitted = gap()
-    assert refitted <= before
-    tn.heal(model, teacher, pairs, steps=60, lr=1e-2)
-    assert gap() < 0.9 * refitted
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "wrap",
@@ -117,12 +101,6 @@ def test_labels_that_are_numbers_are_regressed() -> None:
         sampled_losses(model, as_batch((X, wanted), model, CPU))
 
 
-def test_several_arguments_by_name() -> None:
-    model = Sums()
-    batch = as_batch(({"left": X, "right": 2 * X}, Y), model, CPU)
-    torch.testing.assert_close(run_model(model, batch), model(X, 2 * X))
-
-
 def test_a_tensor_is_the_first_argument_of_any_model() -> None:
     config = ViTConfig(
         hidden_size=16,
@@ -150,12 +128,6 @@ def test_a_loss_of_labels_without_labels_is_refused() -> None:
         label_losses(classifier(), as_batch(X, classifier(), CPU))
 
 
-def test_inputs_alone_suffice_for_activations() -> None:
-    config = tn.CompressionConfig(param_ratio=0.5, objective="activation")
-    tn.compress(classifier(), config, calibration=[X], progress=False)
-    tn.compress(classifier(), config, calibration=[[X]], progress=False)
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -174,12 +146,3 @@ def test_other_batches_are_refused(given: Any, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         tn.compress(model, tn.CompressionConfig(param_ratio=0.5), calibration=[given], progress=False)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_models_without_numbers_are_refused() -> None:
-    with torch.device("meta"):
-        model = classifier()
-    config = tn.CompressionConfig(param_ratio=0.5, objective="weight")
-    for attempt in (lambda: tn.plan(model, config), lambda: tn.calibrate(model, [(X, Y)])):
-        with pytest.raises(TargetError, match=r"'0' has no numbers.*--workers 1"):
-            attempt()

@@ -23,8 +23,6 @@ from tensornet.calibration.coherence import (
     row_sizes,
     whitened,
 )
-from tensornet.compression.sensitivity import layer_weighting
-from tensornet.nn.targets import LayerSelection, find_targets
 
 
 class Pooled(nn.Module):
@@ -117,20 +115,6 @@ def test_it_is_that_of_errors_that_are_alike_in_all_directions() -> None:
     changes = torch.einsum("rto,noi,rti->nrt", gradient.double(), errors, x.double())
     expected = changes.sum(-1).square().sum() / changes.square().sum()
     assert sample.ratio(columns, rows) == pytest.approx(float(expected), rel=0.05)
-
-
-def test_a_layer_before_the_pooling_weighs_more() -> None:
-    torch.manual_seed(0)
-    model = Pooled()
-    stats = tn.calibrate(model, data(3), loss_fn=losses)
-    targets = find_targets(model, LayerSelection(target_modules=("second",)))
-    (target,) = (x for x in targets if not x.skip)
-    known = layer_weighting(target, "curvature", stats, 0.0)
-    alone = layer_weighting(target, "curvature", tn.CalibrationStats(stats.rows, stats.columns, 28, 0.0), 0.0)
-    assert known is not None
-    assert alone is not None
-    assert stats.coherence["second"] > 1.2
-    torch.testing.assert_close(known.rows, alone.rows * stats.coherence["second"])
 
 
 def long_rows(count: int) -> tuple[Tensor, Tensor]:
@@ -246,12 +230,6 @@ def test_tokens_that_cancel_out_still_cost_something() -> None:
     sample = CoherenceSample("layer")
     sample.add(sample.hold(x, None, {"x": x}), gradient, {"x": x})
     assert sample.ratio(torch.ones(1), torch.ones(1)) == pytest.approx(0.1)
-
-
-def test_a_moment_that_rounding_made_indefinite() -> None:
-    moment = torch.diag(torch.tensor([1.0, 1.0, -0.1]))
-    found = whitened(torch.eye(3), moment, 0.01)
-    assert torch.isfinite(found).all()
 
 
 def test_rows_of_windows_and_of_gathered_tokens() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -100,20 +99,6 @@ def test_exclusion_wins() -> None:
 def test_a_pattern_without_a_layer_is_an_error(option: str) -> None:
     with pytest.raises(tn.errors.TargetError, match=r"'c_fc' matches no layer .*blocks\.0\.up.*'re:'"):
         names(Model(), **{option: "c_fc"})
-
-
-@pytest.mark.parametrize(
-    ("pattern", "better"),
-    [("re:up", "re:.*(?:up).*"), (".*[.]up", "re:.*[.]up"), ("block", "re:.*(?:block).*")],
-)
-def test_a_pattern_without_a_layer_is_told_how_expressions_match(pattern: str, better: str) -> None:
-    hint = re.escape(f"{better!r} would match blocks.0.up")
-    with pytest.raises(
-        tn.errors.TargetError, match=rf"matches no layer.*the whole name, such as 're:.*{hint}"
-    ):
-        names(Model(), target_modules=pattern)
-    with pytest.raises(tn.errors.TargetError, match=r"'\*x\[' matches no layer.*such as 're:[^ ]*$"):
-        names(Model(), target_modules="*x[")
 
 
 def test_nothing_left() -> None:

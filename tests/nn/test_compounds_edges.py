@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from nn.test_compounds import CASES, CLASSES, CLOSE, observed, types
+from nn.test_compounds import CASES, CLOSE, observed
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tensornet as tn
-from tensornet.compression.report import measure_coverage
 from tensornet.contrib.attention import MatrixAttention
-from tensornet.contrib.convolution import MatrixConvolution
 from tensornet.contrib.recurrent import MatrixRecurrence
 from tensornet.errors import FormatError, ShapeError, TargetError
-from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import fuse, unfuse, unfused
 
 
@@ -103,46 +99,12 @@ def test_states_of_recurrent_layers(make: type[nn.RNNBase], kind: str) -> None:
             torch.testing.assert_close(mine, wanted, **CLOSE)
 
 
-def test_dropout_between_recurrent_layers() -> None:
-    ours = MatrixRecurrence(nn.GRU(5, 6, num_layers=2, dropout=0.5), {})
-    x = torch.randn(4, 2, 5)
-    with observed(ours):
-        assert not torch.equal(ours(x)[0], ours(x)[0])
-        assert torch.equal(ours.eval()(x)[0], ours(x)[0])
-
-
 def test_recurrent_layers_refuse_other_shapes() -> None:
     ours = MatrixRecurrence(nn.LSTM(5, 6), {})
     with pytest.raises(ShapeError, match=r"LSTM takes sequences \(length, 5\).*got \(4, 2, 6\).*input_size"):
         ours(torch.randn(4, 2, 6))
     with pytest.raises(ShapeError, match=r"LSTM starts from states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"):
         ours(torch.randn(4, 2, 5), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
-
-
-def test_a_convolution_without_a_batch() -> None:
-    for stock, shape in ((nn.Conv1d(4, 6, 3), (4, 9)), (nn.Conv2d(4, 6, 3, padding=1), (4, 5, 6))):
-        ours, x = MatrixConvolution(stock, {}), torch.randn(*shape)
-        torch.testing.assert_close(ours(x), stock(x), **CLOSE)
-        with observed(ours):
-            torch.testing.assert_close(ours(x), stock(x), **CLOSE)
-
-
-def test_low_rank_convolutions_run_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
-    config = tn.CompressionConfig(param_ratio=0.4, topology="low_rank", objective="weight")
-    tn.compress(model, config, progress=False)
-    kernels = []
-    convolve = nn.functional.conv2d
-
-    def seen(x: Tensor, kernel: Tensor, *rest: Any) -> Tensor:
-        kernels.append(tuple(kernel.shape))
-        return convolve(x, kernel, *rest)
-
-    monkeypatch.setattr(nn.functional, "conv2d", seen)
-    model(torch.randn(1, 16, 5, 5))
-    (first, second) = kernels
-    assert first[1:] == (16, 3, 3)
-    assert second == (16, first[0], 1, 1)
 
 
 class Tied(nn.Module):
@@ -208,15 +170,6 @@ def test_a_module_that_nothing_holds_is_refused() -> None:
         tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
 
 
-def test_reports_name_the_stock_modules() -> None:
-    model = CASES["lstm"].model()
-    with unfused(model):
-        coverage = measure_coverage(list_weights(model), ["body.matrix_ih_l0"])
-    assert coverage.covered == 4 * 12 * 10
-    assert coverage.excluded == {"LSTM": 4 * 12 * 12, "Linear": 12 * CLASSES}
-    assert coverage.unknown == {"biases": 2 * 48 + CLASSES}
-
-
 def test_patterns_name_modules_and_matrices() -> None:
     def chosen(**patterns: Any) -> list[str]:
         config = tn.CompressionConfig(param_ratio=0.5, objective="weight", **patterns)
@@ -263,28 +216,6 @@ def test_half_precision_and_frozen_weights() -> None:
     tn.decompress(model)
     assert model[0].weight.dtype == torch.bfloat16
     assert not model[0].weight.requires_grad
-
-
-def test_layer_wise_healing_reaches_them() -> None:
-    case = CASES["gru"]
-    teacher = case.model()
-    model = copy.deepcopy(teacher)
-    tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
-    data = [{"x": x} for x, _ in case.batches()]
-    report = tn.heal(model, teacher, data, steps=2, layer_steps=30)
-    assert sum(report.layer_losses[-3:]) < sum(report.layer_losses[:3])
-    assert types(teacher) == types(case.model())
-
-
-def test_modes_of_modules_inside_are_kept() -> None:
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)])
-    with unfused(model):
-        model.eval()
-    assert not any(module.training for module in model.modules())
-    model.train()
-    with unfused(model):
-        pass
-    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.slow

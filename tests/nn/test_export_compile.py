@@ -51,17 +51,6 @@ def test_compiles_in_one_graph_for_any_token_count(strategy: str, training: bool
         )
 
 
-def test_a_compiled_layer_follows_its_cores() -> None:
-    layer = layer_for("mpo", "cached").eval()
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
-    x = torch.randn(3, 16)
-    with torch.no_grad():
-        layer(x)  # a matrix is kept, the compiler must not take it for a constant
-        compiled(x)
-        layer.core_1.mul_(2)
-        torch.testing.assert_close(compiled(x), dense(layer, x))
-
-
 @EACH_STRATEGY
 @pytest.mark.parametrize("name", TOPOLOGIES)
 def test_exports_with_dynamic_tokens(name: str, strategy: str) -> None:
@@ -145,14 +134,6 @@ def test_inference_mode_and_back(strategy: str) -> None:
         born_inside.core_1.mul_(2)  # an inference tensor counts no versions
         torch.testing.assert_close(born_inside(x), dense(born_inside, x))
     torch.testing.assert_close(layer(x), dense(layer, x))
-
-
-@EACH_STRATEGY
-def test_a_module_used_twice_in_a_graph(strategy: str) -> None:
-    layer = tn.nn.MPOLinear(16, 16, max_bond=3, strategy=strategy)  # type: ignore[arg-type]
-    x = torch.randn(5, 16)
-    expected = torch.autograd.grad(dense(layer, dense(layer, x)).sum(), layer.core_1)
-    torch.testing.assert_close(torch.autograd.grad(layer(layer(x)).sum(), layer.core_1), expected)
 
 
 def test_double_backward() -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.nn.storage import Storage, decode, encode
 from tensornet.topologies import topology_names
 
 STRATEGIES = ("factorized", "reconstruct", "cached", "auto")
@@ -35,12 +34,6 @@ def test_indices_are_integers(dtype: torch.dtype) -> None:
     layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
     with pytest.raises(tn.errors.ShapeError, match=rf"torch\.int64 or torch\.int32, got {dtype}"):
         layer(torch.ones(3, dtype=dtype))
-
-
-def test_small_integers_read_the_same_rows() -> None:
-    layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
-    indices = torch.arange(50).reshape(5, 10)
-    torch.testing.assert_close(layer(indices.int()), layer(indices))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -88,13 +81,3 @@ def test_traced_layers_keep_nothing_of_the_trace(strategy: str, warm: bool) -> N
         traced = torch.jit.trace(layer, x)
         layer.core_1 *= 2  # type: ignore[operator]
         torch.testing.assert_close(traced(x), layer(x))  # the cores are its parameters, not constants
-
-
-@pytest.mark.parametrize("storage", [Storage(pivoted=True), Storage(pivoted=True, number_format="int8")])
-def test_default_device_is_not_that_of_numbers_on_the_way(storage: Storage) -> None:
-    network = tn.MPO.from_matrix(torch.randn(12, 20), max_bond=3).network
-    expected = encode(network.topology, storage, network.cores)
-    with torch.device("meta"):
-        found = encode(network.topology, storage, network.cores)
-    assert found.keys() == expected.keys()
-    assert all(map(torch.equal, decode(found.values()), decode(expected.values())))

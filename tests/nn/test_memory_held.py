@@ -15,10 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 import tensornet as tn
 import tensornet_moe as tm
 from tensornet.contraction.plan import plan_operator
-from tensornet.nn import int4_cpu
-from tensornet.nn.storage import PackedCore, Storage
-from tensornet.quantization import NumberFormat
-from tensornet.topologies import dense, low_rank, mpo
+from tensornet.nn.storage import Storage
+from tensornet.topologies import low_rank, mpo
 from tensornet_moe.grouped_linear import group_rows
 
 # Torch before 2.13 says at every profile that a cycle forgets the one before.
@@ -122,20 +120,3 @@ def test_a_layer_is_planned_at_its_first_pass() -> None:
     for layer in layers:
         layer(torch.randn(2, 105))
     assert plan_operator.cache_info().misses == before + 1
-
-
-@pytest.mark.parametrize("name", ["int4", "int6"])
-def test_unpacking_for_many_tokens_holds_one_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(number_format=NumberFormat.parse(name))
-    topology = dense(out_features=1536, in_features=FEATURES)
-    layer = tn.nn.TensorNetworkLinear(topology, storage=storage, bias=False).bfloat16()
-    tn.nn.prepare_for_inference(layer)
-    if isinstance(layer.integer_core, PackedCore):
-        pytest.skip("this build of torch has no such kernel")
-    monkeypatch.setattr(int4_cpu, "_BLOCK", block := 64 * FEATURES)
-    x = torch.randn(256, FEATURES).bfloat16()
-    with torch.no_grad():
-        y = layer(x)
-        # Bytes of the block as integers and in bfloat16; its output; all scales in float32.
-        scales = 4 * 1536 * FEATURES // 64
-        assert peak(lambda: layer(x)) <= y.nbytes + 4 * block + 2 * 256 * 64 + 2 * scales + 2**14

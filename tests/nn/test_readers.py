@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import TargetError
 from tensornet_hf.checkpoint import read_checkpoint
 
 
@@ -84,14 +83,6 @@ def test_code_of_training_is_run_too_and_changes_nothing() -> None:
     assert all(torch.equal(x, before[name]) for name, x in model.named_buffers())
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not model.training
-
-
-def test_an_unknown_subclass_of_a_stock_layer_is_named() -> None:
-    class MyLinear(nn.Linear):
-        pass
-
-    with pytest.raises(TargetError, match=r"types MyLinear here.*subclasses.*register_layer_kind"):
-        tn.compress(nn.Sequential(MyLinear(24, 24)), config(None, objective="weight"), progress=False)
 
 
 #: Layers that are put back dense in each model; the numbers of the blocks are left out.

@@ -51,20 +51,6 @@ class Batched(nn.Module):
         return torch.stack([F.linear(x[k], self.last[k]) for k in range(len(x))])
 
 
-class Looped(nn.Module):
-    """Products with single experts, in other words."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(6, 8, 9)), nn.Parameter(torch.randn(6, 8, 9))
-
-    def one(self, x: Tensor, k: int) -> Tensor:
-        return torch.matmul((x @ self.a[k]).relu(), self.b[k].T)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([self.one(part, k) for k, part in enumerate(x)])
-
-
 class Split(nn.Module):
     """One matrix each, one side of which is split into heads."""
 
@@ -76,35 +62,6 @@ class Split(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         heads = torch.einsum("eth,hnd->tnde", x.to(self.q.dtype), self.q)
         return self.norm(torch.einsum("tnde,hnd->eth", heads.sin(), self.o))
-
-
-class Summed(nn.Module):
-    """Stacks by the letters of sums, in both orders."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.randn(6, 8, 9)), nn.Parameter(torch.randn(6, 8, 9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("tef,edf->etd", torch.einsum("etd,edf->tef", x, self.a).sin(), self.b)
-
-
-class Flat(nn.Module):
-    """Experts one below the other in parameters of two dimensions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.width, self.num_experts = 7, 6
-        self.first, self.last = nn.Parameter(torch.randn(6 * 7, 8)), nn.Parameter(torch.randn(6 * 7, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        split = (-1, self.width, 8)
-        results = []
-        for k, part in enumerate(x):
-            first = self.first.view(split)[k].T
-            last = self.last.view(self.num_experts, -1, 8)[k]
-            results.append(part.matmul(first).relu().matmul(last))
-        return torch.stack(results)
 
 
 class Rows(nn.Module):
@@ -151,10 +108,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 LAYOUTS = {
     Batched: {"first": "eio", "last": "eoi"},
-    Looped: {"a": "eio", "b": "eoi"},
     Split: {"q": "ioo", "o": "oii"},
-    Summed: {"a": "eio", "b": "eoi"},
-    Flat: {"first": "eoi", "last": "eio"},
     Parent: {"rows.up": "eoi", "rows.down": "eio"},
 }
 KINDS = {kind: 2 if kind is Split else 12 for kind in LAYOUTS}
@@ -237,11 +191,6 @@ def test_other_operations_are_refused() -> None:
             model.body.rows.up.view(7, 6, 8)
 
 
-def test_layouts_are_checked() -> None:
-    with pytest.raises(TargetError, match="eio"):
-        register_stacked_matrices("mine.Experts", {"w": "oie"})
-
-
 def xlnet() -> PreTrainedModel:
     return XLNetLMHeadModel(XLNetConfig(vocab_size=31, d_model=12, n_layer=1, n_head=3, d_inner=20))
 
@@ -299,15 +248,3 @@ def test_models_of_transformers(make: Callable[[], PreTrainedModel], tmp_path: P
     for loaded in (th.load(tmp_path / "made"), AutoModelForCausalLM.from_pretrained(tmp_path / "made")):
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     model.train()(IDS, labels=IDS).loss.backward()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", LAYERS)
-def test_their_checkpoints(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
-    model = _dense(make)
-    model.save_pretrained(tmp_path / "dense", max_shard_size="8KB")
-    config = tn.CompressionConfig(param_ratio=0.6, objective="weight")
-    streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", config)
-    report = tn.compress(model, config, progress=False)
-    assert streamed.compression.coverage == report.coverage
-    torch.testing.assert_close(th.load(tmp_path / "made")(IDS).logits, model(IDS).logits, **CLOSE)

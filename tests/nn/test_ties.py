@@ -5,15 +5,23 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
-import distributed_tasks as tasks
 import pytest
 import torch
 from hf_models import ARCHITECTURES, logits
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+)
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.errors import TargetError
+from tensornet.nn.targets import all_targets
 from tensornet_hf.checkpoint import read_checkpoint
 
 FORMS = {
@@ -75,16 +83,6 @@ def test_moves_copies_and_averages_keep_them_tied(form: str) -> None:
 
 
 @each_form
-def test_sizes_count_them_once(form: str) -> None:
-    model, fresh = compressed(form), Tied()
-    report = tn.compress(fresh, options(form), progress=False)
-    stored = {id(x): x for x in model.state_dict(keep_vars=True).values()}.values()
-    dense = sum(x.numel() for x in Tied().parameters())
-    assert report.model_params_after == dense - report.plan.params_before + report.plan.params_after
-    assert report.model_bytes_after == sum(x.nbytes for x in stored)
-
-
-@each_form
 def test_files_and_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
     small = compressed(form)
     tn.save_model(small, tmp_path / "net.safetensors")
@@ -103,23 +101,104 @@ def test_files_and_folders_keep_them_tied(form: str, tmp_path: Path) -> None:
     torch.testing.assert_close(got, logits(model, ARCHITECTURES["gpt2"]), atol=0, rtol=0)
 
 
-@pytest.mark.slow
-def test_sharded_by_fsdp1(tmp_path: Path) -> None:
-    (losses,) = tasks.in_processes(fsdp1, 1, tmp_path)
-    assert losses[-1] < losses[0]
+# --- heads tied to an embedding of another type: they stay tied, whatever is asked for
+
+GEMMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+ENCODER_DECODER = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 32,
+    "scale_embedding": True,
+    "pad_token_id": 0,
+}
+OUTSIDE = {
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA)),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**ENCODER_DECODER)),
+}
 
 
-def fsdp1(rank: int, ranks: int) -> list[float]:
-    from torch.distributed.fsdp import FullyShardedDataParallel
+def low_rank(targets: str | list[str] | None) -> tn.CompressionConfig:
+    return tn.CompressionConfig(
+        target_modules=targets, param_ratio=0.5, topology="low_rank", objective="weight"
+    )
 
-    model = compressed("pivoted").train()
-    sharded = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-    optimizer = torch.optim.SGD(sharded.parameters(), lr=0.05)
-    losses = []
-    for _ in range(3):
-        loss = nn.functional.cross_entropy(sharded(IDS), IDS)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+
+@pytest.mark.filterwarnings("ignore:Left dense")
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(x, marks=pytest.mark.slow) for x in [*OUTSIDE][1:])]
+)
+def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None:
+    model: PreTrainedModel = OUTSIDE[name]().eval()
+    before = sum(p.numel() for p in model.parameters())
+    head = model.lm_head.weight
+    with pytest.warns(UserWarning, match=r"lm_head \(tied to .*Scaled"):
+        report = tn.compress(model, low_rank("all"), progress=False)
+    assert model.lm_head.weight is model.get_input_embeddings().weight is head
+    layers = [layer for layer in report.layers if layer.scheme != "dense"]
+    saved = sum(layer.params_before - layer.params_after for layer in layers)
+    assert sum(p.numel() for p in model.parameters()) == before - saved < before
+    model.save_pretrained(tmp_path)
+    loaded = th.load(tmp_path)
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    ids = torch.arange(3, 12)[None]
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-6, rtol=1e-5)
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 3
+
+
+class Outside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner = Scaled(40, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 40, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.inner(self.table(ids)))
+
+
+def test_a_head_that_is_named_is_left_dense_too() -> None:
+    model = Outside()
+    model.head.weight = model.table.weight
+    with pytest.warns(UserWarning, match=r"head \(tied to Scaled: .*register_layer_kind"):
+        report = tn.compress(model, low_rank(["head", "inner"]), progress=False)
+    assert [layer.name for layer in report.layers] == ["inner"]
+    with pytest.raises(TargetError, match=r"head \(tied to Scaled: .*untie"):
+        tn.compress(model, low_rank("head"), progress=False)
+
+
+def test_a_parameter_that_is_no_layers_weight_counts() -> None:
+    model = Outside()
+    model.direction = nn.Parameter(torch.ones(12, 12))
+    model.inner.weight = model.direction
+    with pytest.warns(UserWarning, match=r"inner \(tied to "):
+        tn.compress(model, low_rank(["inner", "head"]), progress=False)
+    assert model.inner.weight is model.direction
+
+
+def test_parameters_in_one_memory_are_one_weight() -> None:
+    """Tied by `.data`, as code does that must not share the parameter object."""
+    model = nn.ModuleList(nn.Linear(12, 12, bias=False) for _ in range(3))
+    model[1].weight.data = model[0].weight.data
+    assert [target.names for target in all_targets(model)] == [("0", "1"), ("2",)]
+    tn.compress(model, low_rank(None), progress=False)
+    assert model[0].core_0 is model[1].core_0

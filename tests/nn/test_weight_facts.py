@@ -68,17 +68,6 @@ def test_numbers_of_the_weight_are_refused(config: str, use: str) -> None:
         model(X)
 
 
-def test_errors_name_the_function() -> None:
-    weight = made("int8").layer.weight
-    for use, name in (
-        (lambda: weight.norm(), "norm"),
-        (lambda: weight.data, "data"),
-        (lambda: -weight, "neg"),
-    ):
-        with pytest.raises(TargetError, match=f"^{name} was called"):
-            use()
-
-
 @pytest.mark.parametrize("config", CONFIGS)
 def test_facts_of_the_weight_are_those_of_the_dense_one(config: str) -> None:
     layer, dense = made(config).layer.bfloat16(), nn.Linear(24, 12).bfloat16()

@@ -16,7 +16,7 @@ from tensornet._util import in_eval_mode
 from tensornet.errors import TargetError
 from tensornet.nn import register_module_type
 from tensornet.nn.layer_kinds import kind_of, layer_bias
-from tensornet.nn.targets import matches, pattern_help
+from tensornet.nn.targets import PATTERN_RULES, matches
 from tensornet_moe import SharedCoreMoE
 from tensornet_moe.ffn import ACTIVATIONS
 
@@ -173,8 +173,7 @@ def find_feed_forwards(
     for pattern in target_modules or ():
         if not any(matches(name, pattern) for name in known):
             raise TargetError(
-                f"Pattern {pattern!r} matches no feed-forward network. {pattern_help(pattern, known)} "
-                f"{looked_for}"
+                f"Pattern {pattern!r} matches no feed-forward network. {PATTERN_RULES} {looked_for}"
             )
     found, refused = [], []
     for module, (names, form) in candidates.items():
