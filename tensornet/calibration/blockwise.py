@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,14 +125,6 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
     }
 
 
-class States(Protocol):
-    """Hidden states by block and batch: a dictionary, or a store on the disk."""
-
-    def __getitem__(self, key: tuple[int, int], /) -> Tensor: ...
-    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None: ...
-    def __delitem__(self, key: tuple[int, int], /) -> None: ...
-
-
 @dataclass
 class ChainRun:
     """Run the blocks of a chain one after the other, each on all batches.
@@ -141,7 +133,8 @@ class ChainRun:
         model: that the chain is part of.
         names: its blocks.
         batches: keyword arguments of the model.
-        states: hidden states; `states[k, n]` is what block `k` reads in batch `n`.
+        states: hidden states, `states[k, n]` of batch `n` before block `k`: a dictionary, or anything that is
+            indexed as one, such as a store on the disk.
         position: block that comes next.
         calls: by batch and block.
     """
@@ -149,7 +142,7 @@ class ChainRun:
     model: nn.Module
     names: Sequence[str]
     batches: Sequence[Batch]
-    states: States = field(default_factory=dict)  # type: ignore[assignment]
+    states: Any = field(default_factory=dict)
     position: int = 0
     calls: list[list[Call]] = field(default_factory=list)
     _first: list[Any] = field(default_factory=list)  # output of the first block, by batch

@@ -80,15 +80,10 @@ def calibrate(
     has a relative standard error of at most 2.5 %, estimated from batch to batch by the delta method. It
     reads at least 4,096 tokens and at most 32,768.
 
-    The first condition bounds the sampling error of the moments. Factors fitted to moments of `n` independent
-    tokens raise the loss by `(rows + columns) / n` more, relatively, than those fitted to exact moments. On
-    the embedded GPT-2 (rows and columns together 512 on average) with 60 % of the parameters, windows drawn
-    at random gave held-out loss increases of 0.0968, 0.0889, 0.0869 and 0.0854 with 4,096, 9,216, 16,384 and
-    32,768 tokens, and all 65,536 gave 0.0848 (standard errors of the differences 0.001). At 4.25 and 3.25
-    bits, 9,216 and 65,536 tokens differed by less than two standard errors. The second condition notices
-    batches that differ more than those of a random sample. Neither knows what has not been read: the
-    beginning of the same text gave 0.0978, 0.0943 and 0.0912 with 9,216, 16,384 and 32,768 tokens. Pass
-    batches in random order.
+    The first condition bounds the sampling error of the moments: factors fitted to moments of `n` independent
+    tokens raise the loss by `(rows + columns) / n` more, relatively, than those fitted to exact moments. The
+    second notices batches that differ more than those of a random sample. Neither knows what has not been
+    read, so pass batches in random order. `docs/quality.md` has the measurements.
 
     Args:
         model: any module; its layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
@@ -317,8 +312,8 @@ class MomentRecorder:
     def _settle(self) -> None:
         """Add the moment of the pending tensor to the sums of the layers that read it.
 
-        Layers share a sum as long as they have read the same tensors. A tensor
-        that only some of them read (an expert may get no token in a batch) splits the sum in two.
+        Layers share a sum as long as they have read the same tensors. A tensor that only some of them read
+        (an expert may get no token in a batch) splits the sum in two.
         """
         if self._last is None:
             return

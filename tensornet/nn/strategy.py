@@ -1,4 +1,4 @@
-"""How a layer is applied: by contraction with the cores, or by a rebuilt matrix that is freed or kept."""
+"""Strategies: how a layer is applied, by its cores or by a rebuilt matrix, and what each way costs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# The public `torch.compiler` has no such question, and tensors of a transform die with it.
+# There is no public way to ask whether a torch.func transform is active; its tensors must not be kept.
 from torch._C import _are_functorch_transforms_active as transforms_active
 
 from tensornet._util import check_size
@@ -30,13 +30,13 @@ CACHED = -2
 
 
 class KeptMatrix:
-    """The rebuilt matrix of a layer or bank under the strategy "cached", and what it was built from.
+    """Rebuilt matrix of a layer or bank with the strategy "cached", and the tensors that it was built from.
 
-    It is valid while the stored tensors are the same objects at the same addresses and versions: PyTorch
-    raises the version at every in-place change, so that an optimizer step, `copy_` and `load_state_dict` are
-    noticed. Writing *into* `parameter.data` raises no version; call `train()` and `eval()` after it.
+    The matrix is valid while these tensors are the same objects with the same addresses and versions. PyTorch
+    increases the version of a tensor at every in-place change, so optimizer steps, `copy_` and
+    `load_state_dict` are noticed. Writing into `parameter.data` is not: call `train()` and `eval()` after it.
 
-    The matrix is no part of the state of its layer: it is not saved, copied or moved.
+    The matrix is not part of the state of its layer: it is neither saved, copied nor moved.
 
     Example:
         >>> kept, core = KeptMatrix(), torch.ones(2, 2)
@@ -47,7 +47,7 @@ class KeptMatrix:
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
         self.states: list[tuple[Tensor, int, int]] = []
-        self._aliases: list[Tensor] = []  # they keep addresses from being used again
+        self._aliases: list[Tensor] = []  # so that no other tensor gets the same address
 
     @property
     def nbytes(self) -> int:
@@ -59,11 +59,11 @@ class KeptMatrix:
         self.matrix, self.states, self._aliases = None, [], []
 
     def get(self, tensors: Sequence[Tensor], like: Tensor, build: Callable[[], Tensor]) -> Tensor:
-        """Return the matrix, rebuilt where it is absent or a stored tensor has changed; only if `may_keep`.
+        """Return the matrix, rebuilt if it is absent or out of date. Call this only where `may_keep` is true.
 
         Args:
-            tensors: that the matrix is built from.
-            like: in whose dtype the module computes, unless autocast lowers it.
+            tensors: from which the matrix is built.
+            like: tensor with the dtype and device of the module; autocast may lower the dtype.
             build: rebuilds the matrix.
         """
         dtype = compute_dtype(like)
@@ -88,14 +88,14 @@ class KeptMatrix:
 
 
 def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Return True if the next pass of a module with the strategy "cached" would use a kept matrix.
+    """Return True if a module with the strategy "cached" may use a kept matrix now.
 
-    Only in eval mode, while no gradient of a core is wanted, and for ordinary tensors: not inside a trace or
-    a `torch.func` transform, whose tensors die with it.
+    That is in eval mode, while no gradients of the cores are recorded, and outside of traces and `torch.func`
+    transforms, whose tensors must not outlive them.
 
     Args:
         module: the layer or bank.
-        tensors: that the matrix is built from.
+        tensors: from which the matrix is built.
     """
     if module.training or torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
         return False
@@ -140,10 +140,9 @@ def set_strategy(
     Args:
         model: any module.
         strategy: for all layers; None leaves each as it is.
-        cache_limit: bytes that the kept matrices of all layers together may take under `"cached"`. Layers
-            that gain the most time per byte on a single token are cached until it is spent, the others get
-            `"auto"`. None sets no limit.
-        machine: constants to decide by, for example from `tensornet.contraction.cost.measure_machine()`.
+        cache_limit: total bytes of kept matrices under `"cached"`. Layers that save most time per byte on a
+            single token are cached first; those that no longer fit get `"auto"`. None sets no limit.
+        machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`.
 
     Returns:
         Bytes that each cached layer may keep, by name.

@@ -74,27 +74,20 @@ class PartMatrix(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
-class PartKind(LayerKind):
-    """Layer kind of `PartMatrix`."""
-
+class _PartKind(LayerKind):
     name = "part"
-    layer = PartMatrix
 
     def matches(self, module: nn.Module) -> bool:
-        """See `LayerKind.matches`."""
-        return type(module) is self.layer
+        return type(module) is PartMatrix
 
     def matrix(self, module: nn.Module) -> Tensor:
-        """See `LayerKind.matrix`."""
         assert isinstance(module, PartMatrix)
         return module.matrix
 
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
-        """See `LayerKind.build`."""
-        return self.layer(matrix, bias)
+        return PartMatrix(matrix, bias)
 
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
-        """See `LayerKind.share`."""
         assert isinstance(module, PartMatrix)
         module.matrix = weight
 
@@ -167,9 +160,6 @@ class Compound(nn.Module):
         ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
 
-    #: What sort of layer each matrix becomes.
-    layer = PartMatrix
-
     def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
         super().__init__()
         taken = {stack.parameter for stack in stacks}
@@ -181,7 +171,7 @@ class Compound(nn.Module):
             bias = None if stack.bias is None else _parameter(stock, stack.bias)
             views = stack.views(stock.get_parameter(stack.parameter), shared)
             for name, matrix in zip(stack.names, views, strict=True):
-                self._add(name, self.layer(matrix, bias))
+                self._add(name, PartMatrix(matrix, bias))
         self._stock, self._freed = (stock,), False  # last: what it has counts as an attribute of this module
         self.train(stock.training)
 
@@ -306,15 +296,6 @@ def _own(matrix: Tensor) -> Tensor:
     """Copy a matrix to contiguous memory of its own, if it shares memory."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
-
-
-class ExpertMatrix(PartMatrix):
-    """Matrix of one expert; the biases of experts stay stacked."""
-
-
-class _ExpertKind(PartKind):
-    name = "expert"
-    layer = ExpertMatrix
 
 
 #: Parameters that are stacks of matrices, by class and dotted name; see `register_stacked_matrices`.
@@ -642,6 +623,5 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(place, child, module)
 
 
-register_layer_kind(PartKind())
-register_layer_kind(_ExpertKind())
+register_layer_kind(_PartKind())
 register_compound_kind(_StackedKind())

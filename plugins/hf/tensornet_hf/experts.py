@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.nn.layer_kinds import CompoundKind, register_compound_kind
-from tensornet.nn.unfuse import Compound, ExpertMatrix, Shared, Stack, fuse, unfuse
+from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, unfuse
 
 #: What transformers' `use_experts_implementation` puts on the experts modules that follow its conventions.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -26,8 +26,6 @@ class SplitExperts(Compound):
         stock: the module that it replaces; it computes what happens between the matrices.
         shared: see `CompoundKind.unfuse`.
     """
-
-    layer = ExpertMatrix
 
     def __init__(self, stock: nn.Module, shared: Shared | None = None) -> None:
         names = stack_names(stock)
