@@ -74,6 +74,11 @@ class LossIncrease:
         return f"{self.mean:.4f} ({noise}{divergence})"
 
     @property
+    def loss(self) -> float:
+        """Mean loss of the compressed model."""
+        return self.dense_loss + self.mean
+
+    @property
     def significant(self) -> bool:
         """True if the mean exceeds twice its standard error."""
         return self.mean > 2 * self.stderr

@@ -191,8 +191,6 @@ def draw_loss_over_bits(
     layers: Sequence[LayerPlan],
     curve: Sequence[tuple[int, float]],
     marks: Sequence[Mark],
-    *,
-    label: str = "loss increase",
 ) -> None:
     """Draw the predicted loss increase over bits of a weight, and models as marks.
 
@@ -201,7 +199,6 @@ def draw_loss_over_bits(
         layers: as planned.
         curve: of the plan, `(bytes of all layers, predicted loss increase)`.
         marks: models.
-        label: of the vertical axis.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 
@@ -223,7 +220,7 @@ def draw_loss_over_bits(
     axes.set_ylim(min(values, default=1e-3) / 2, max(values, default=1.0) * 2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylabel(label)
+    axes.set_ylabel("loss increase")
     # The horizontal axis, with the dense model at its end.
     dense = 8 * sum(layer.bytes_before for layer in layers) / weights
     smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])

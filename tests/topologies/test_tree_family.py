@@ -23,7 +23,8 @@ from tensornet.testing import laws, reference, strategies
 from tensornet.topologies import Budget, TopologyFamily, registered
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.report import Comparison, ModelFacts, Page, write_report
+from tensornet_hf.evaluate import ModelFacts
+from tensornet_hf.report import Page, write_report
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "topologies.md"
 
@@ -118,7 +119,7 @@ def test_compress_save_load_and_report(tmp_path: Path) -> None:
     torch.testing.assert_close(th.load(tmp_path / "folder").eval()(batches[0]).logits, expected)
 
     facts = [ModelFacts(n, p) for n, p in (("original", 10), ("compressed", 5))]
-    page = write_report(Page("A tree", Comparison(tuple(facts)), report), tmp_path / "r.html")
+    page = write_report(Page("A tree", report, facts), tmp_path / "r.html")
     assert "tree " in page.read_text()
 
 

@@ -9,16 +9,15 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 
 import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
-from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder, upcycle_folder
+from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
 from tensornet_hf.description import TensorNetworkConfig
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
-from tensornet_hf.streaming import CheckpointReport, compress_checkpoint
+from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
 __all__ = [
-    "CheckpointReport",
     "CompressOptions",
     "FolderReport",
     "GradientMaskCallback",
@@ -35,5 +34,4 @@ __all__ = [
     "plan_folder",
     "save",
     "upcycle",
-    "upcycle_folder",
 ]

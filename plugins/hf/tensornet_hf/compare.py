@@ -1,9 +1,7 @@
 """Model folders side by side: bytes, bits, parameters, time of a token, loss and samples."""
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,9 +13,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
 from tensornet._util import in_eval_mode
+from tensornet.compression.loss_increase import RecordedLosses, measure
+from tensornet.compression.report import model_size
 from tensornet.errors import FormatError, MissingDependencyError, TargetError
-from tensornet.nn.embedding import MPOEmbedding
-from tensornet.nn.linear import TensorNetworkLinear
 from tensornet_hf.checkpoint import (
     WEIGHT_SUFFIXES,
     Checkpoint,
@@ -28,45 +26,14 @@ from tensornet_hf.checkpoint import (
     resolve_folder,
 )
 from tensornet_hf.description import METHOD
-from tensornet_hf.evaluate import Judge, Quality, judge_of
+from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.report import display_name
-from tensornet_hf.text import continue_text, load_tokenizer, usual_context
+from tensornet_hf.text import continue_text, load_tokenizer
 
 DENSE = "dense"
-#: Tokens that are generated to take the time, how often, and the tokens of a pass of an encoder.
-_TIMED_TOKENS, _REPEATS, _PASS = 16, 3, 128
+#: Tokens that are generated to take the time, and how often.
+_TIMED_TOKENS, _REPEATS = 16, 3
 _PROMPT_WORDS = 12
-
-
-@dataclass(frozen=True)
-class FolderFacts:
-    """One model folder of a comparison.
-
-    Args:
-        name: of the folder, or the hub id.
-        method: `"dense"`, `"tensornet"` or another quantizer.
-        bytes: of the weight files.
-        bits: a weight of the whole dense model, embeddings included.
-        params: stored numbers; of quantizers that store codes of every weight, its weights.
-        milliseconds: for one token, generated one by one or of a pass over 128 of an encoder.
-        quality: on the text, None without one.
-        sample: greedy continuation, None where nothing is written.
-        loss_increase: over the first model, None where none was measured.
-    """
-
-    name: str
-    method: str
-    bytes: int
-    bits: float
-    params: int
-    milliseconds: float
-    quality: Quality | None = None
-    sample: str | None = None
-    loss_increase: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return {**asdict(self), "quality": None if self.quality is None else self.quality.to_dict()}
 
 
 def compare_folders(
@@ -78,10 +45,11 @@ def compare_folders(
     new_tokens: int = 40,
     device: torch.device | str = "cpu",
     progress: bool = False,
-) -> list[FolderFacts]:
-    """Measure model folders one after another, each loaded by itself; others are compared with the first.
+) -> list[ModelFacts]:
+    """Measure folders of language models one after another, each loaded by itself.
 
-    All read the tokens of the first; an encoder as the first stays in memory, to measure distances from it.
+    All read the tokens of the first, over which the loss increases are. Bits are those of a weight of the
+    whole model. Of quantizers that store codes of every weight, `params` counts the weights.
 
     Args:
         paths: at least one folder or hub id: dense, compressed, or of another quantizer.
@@ -95,41 +63,43 @@ def compare_folders(
     Raises:
         FormatError: a folder is not a model, or cannot be loaded.
         MissingDependencyError: the package of another quantizer is not installed.
-        TargetError: models of different kinds, or a text that has no labels for them.
+        TargetError: a model that writes no text.
 
     Example:
         >>> from tensornet_hf.compare import compare_folders
         >>> (facts,) = compare_folders([th.embedded.gpt2_path()], prompt="And", new_tokens=4)
-        >>> facts.method, facts.params
+        >>> facts.scheme, facts.params
         ('dense', 940800)
     """
     folders = [resolve_folder(path) for path in paths]
     methods = [quantization_method(folder) for folder in folders]  # before anything takes long
     prompt = prompt_of(text) if prompt is None else prompt
-    judge: Judge | None = None
-    found: list[FolderFacts] = []
+    dense: RecordedLosses | None = None
+    found: list[ModelFacts] = []
     work = zip(_names(paths), folders, methods, strict=True)
     bar = tqdm(work, desc="comparing", unit="model", total=len(folders), disable=not progress)
     for label, folder, method in bar:
         model = on_device(load_any(folder), device)
-        if text is not None and judge is None:
-            judge = judge_of(model, folder, text, name=name)
+        if not model.can_generate():
+            raise TargetError(
+                f"{type(model).__name__} writes no text; language models are compared here. Measure "
+                "others in Python, as examples/sentence_encoder.py and examples/image_accuracy.py do."
+            )
+        if text is not None and dense is None:
+            dense = record_held_out(model, folder, text, name=name)
         weights, size = count_weights(folder), bytes_on_disk(folder)
         sample = None
-        if prompt is not None and model.can_generate():
+        if prompt is not None:
             sample = continue_text(model, load_tokenizer(folder), prompt, max_new_tokens=new_tokens)
-        quality = None if judge is None else judge(model)
-        first = found[0].quality if found else quality
-        facts = FolderFacts(
-            name=label,
-            method=method,
-            bytes=size,
-            bits=8 * size / weights,
-            params=_stored_numbers(model, weights),
-            milliseconds=_milliseconds(model),
-            quality=quality,
+        facts = ModelFacts(
+            label,
+            model_size(model)[0] if method in (DENSE, METHOD) else weights,
+            size,
+            8 * size / weights,
+            method,
+            quality=None if dense is None else measure(model, dense),
             sample=sample,
-            loss_increase=None if quality is None or first is None else quality.loss - first.loss,
+            milliseconds=_milliseconds(model),
         )
         found.append(facts)
     return found
@@ -239,43 +209,18 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
     ]
 
 
-def _stored_numbers(model: PreTrainedModel, weights: int) -> int:
-    """Count stored numbers: the weights of the dense model, with those of networks in place of matrices."""
-    networks = [x for x in model.modules() if isinstance(x, TensorNetworkLinear | MPOEmbedding)]
-    layers = {tuple(map(id, module.stored.values())): module for module in networks}
-    cores: dict[int, int] = {}  # numbers of every core, one that several layers share once
-    for module in layers.values():
-        topology = module.topology
-        weights -= math.prod(topology.shape)
-        for name in topology.core_names:
-            size, _ = module.storage.core_size(topology, name, module.weight.dtype)
-            cores[id(getattr(module, f"core_{name}"))] = size
-    return weights + sum(cores.values())
-
-
 @torch.no_grad()
 def _milliseconds(model: PreTrainedModel) -> float:
-    """Measure the median time of a generated token, or of a token of an encoder's pass.
-
-    Raises:
-        TargetError: the model reads no tokens.
-    """
-    if model.main_input_name != "input_ids":
-        raise TargetError(
-            f"{type(model).__name__} reads {model.main_input_name}; models that read tokens (input_ids) can "
-            "be compared here. Compare others in Python, with their own inputs."
-        )
-    run: Any = model
-    count, options = usual_context(model, limit=_PASS), {}
-    ids = torch.ones(1, count, dtype=torch.long, device=model.device)
-    if model.can_generate():
-        count, run, ids = _TIMED_TOKENS, model.generate, ids[:, :1]
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    """Measure the median time of a generated token."""
+    generate: Any = model.generate
+    ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
+    count = _TIMED_TOKENS
+    options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     taken = []
     with in_eval_mode(model):
         for _ in range(_REPEATS + 1):  # the first one warms up
             started = time.perf_counter()
-            run(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+            generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             taken.append(time.perf_counter() - started)

@@ -4,6 +4,7 @@
 
 import copy
 import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import estimate_seconds
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
-from tensornet.errors import BudgetError, DestinationError, TargetError
+from tensornet.errors import BudgetError, TargetError
 from tensornet.healing import refine
 from tensornet.healing.heal import heal
+from tensornet.io import check_place
 from tensornet.nn.extension import ProvidedData
 from tensornet_hf.checkpoint import (
     HUB,
@@ -36,22 +38,13 @@ from tensornet_hf.checkpoint import (
     save,
 )
 from tensornet_hf.embedded import calibration_text
-from tensornet_hf.evaluate import HELD_OUT_TOKENS, judge_of
+from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
 from tensornet_hf.inspect import weight_bytes
-from tensornet_hf.lazy_model import open_lazily, open_source
-from tensornet_hf.report import (
-    ModelFacts,
-    Page,
-    compact_bytes,
-    compare_methods,
-    display_name,
-    versions,
-    write_report,
-)
-from tensornet_hf.streamed_calibration import statistics_of_text
-from tensornet_hf.streaming import compress_checkpoint, digest
+from tensornet_hf.lazy_model import mapped_model, open_lazily, open_source
+from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
+from tensornet_hf.streamed_calibration import SPILL, calibrate_blocks
+from tensornet_hf.streaming import compress_checkpoint, digest, staging
 from tensornet_hf.text import calibration_data, mix_texts, read_text
-from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 from tensornet_moe import ExpertsReport, compress_experts
 
 #: Name of the embedded text, as `--calibration default`.
@@ -95,7 +88,7 @@ class CompressOptions:
         validation: text file of another source, on which the loss is measured at a few sizes, which corrects
             the predicted loss increase. Not for classifiers.
         held_out: text file on which the dense model, the compressed one and plain methods of the same bytes
-            are measured. Not for classifiers. Needs memory for two models.
+            are measured. For language models; needs memory for two of them.
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
         heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
         share_experts: let the experts of a mixture share cores where that predicts less loss.
@@ -197,11 +190,7 @@ class CompressOptions:
             raise OptionError("{validation} is the text of {calibration}; give one of another source.")
         dtype_of(self.dtype)
         if self.report is not None:
-            path = Path(self.report)
-            if path.is_dir() or not path.absolute().parent.is_dir():
-                raise DestinationError(
-                    f"The report cannot be written to {path}: name a file in a folder that exists."
-                )
+            check_place("The report", Path(self.report))
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
@@ -316,30 +305,18 @@ class FolderReport:
             f"coverage    {str(done.coverage).removeprefix('covers ')}",
         ]
         if (predicted := plan.predicted_loss_increase) is not None:
-            where = (
-                f"measured on {plan.forecast.source}" if plan.forecast.source else f"on {plan.calibration}"
-            )
-            much = f"loss increase {predicted:.4f}{plan.predicted_change()}"
-            if plan.dense_loss is None:  # an encoder
-                much = f"cosine with the original {1 - predicted:.4f}"
-            lines.append(f"predicted   {much} ({where})")
+            seen = plan.forecast.source
+            where = f"measured on {seen}" if seen else f"on {plan.calibration}"
+            lines.append(f"predicted   loss increase {predicted:.4f}{plan.predicted_change()} ({where})")
         if done.measured is not None:
             lines.append(f"measured    loss increase {done.measured}")
-        if self.models and (original := self.models[0].quality) is not None:
-            lines.append(f"held out    {original.measure} {original.loss:.4f} ({original.how})")
-            for model in self.models[1:]:
-                if model.quality is None:
-                    continue
-                change = (
-                    ""
-                    if model.quality.perplexity is None
-                    else (f", perplexity {original.perplexity:.4g} -> {model.quality.perplexity:.4g}")
-                )
-                divergence = "" if model.quality.kl is None else f", KL {model.quality.kl:.4f}"
-                more = f"{model.quality.loss - original.loss:+.4f}{change}{divergence}"
-                lines.append(f"            {model.name} {more} ({model.scheme}, {model.bits:.2f} bits)")
-        lines += [f"seconds     {done.seconds:.1f}", f"written to  {self.destination}"]
-        return "\n".join(lines)
+        for model in self.models:
+            if (found := model.quality) is not None:
+                divergence = "" if found.kl_mean is None else f", KL {found.kl_mean:.4f}"
+                more = f"loss increase {found.mean:+.4f}{divergence}, perplexity {model.perplexity:.4g}"
+                scheme = f"{model.scheme}, " if model.scheme else ""
+                lines.append(f"held out    {model.name} ({scheme}{model.bits:.2f} bits): {more}")
+        return "\n".join([*lines, f"seconds     {done.seconds:.1f}", f"written to  {self.destination}"])
 
 
 def compress_folder(
@@ -374,24 +351,26 @@ def compress_folder(
     """
     options = options or CompressOptions()
     config = _check_data(config, options)
-    if options.workers is not None and str(destination).startswith(HUB):
+    uploaded = str(destination).startswith(HUB)
+    if options.workers is not None and uploaded:
         raise OptionError("{workers} writes to a local folder; name one.")
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
     check_free(destination, force=options.force, sources=(folder,))
     if options.workers is not None:
-        report = _streamed(folder, str(destination), config, options, text)
-        return FolderReport(
-            str(source), str(destination), report, weight_bytes(folder), weight_bytes(destination)
-        )
+        streamed = _compress_streamed(folder, Path(destination), config, options, text)
+        sizes = weight_bytes(folder), weight_bytes(destination)
+        return FolderReport(str(source), str(destination), streamed, *sizes)
 
     # Load, and collect statistics on the text.
     started = time.perf_counter()
     model = on_device(open_dense(folder), options.device)
     if held_out is not None:
-        judge_of(model, folder, held_out)  # refuses models that no loss can be measured of
-    calibration, validation = _data(model, folder, config, options, text)
+        record_held_out(model, folder, held_out, tokens=2)  # refuses models that no loss can be measured of
+    _print_estimate(model, config, options)
+    calibration = _calibration(model, folder, config, options, text)
+    validation = _validation(model, folder, options)
     stats = None if calibration is None else calibration.statistics
     teacher = None
     if options.refine or options.heal or options.report is not None or held_out is not None:
@@ -408,7 +387,7 @@ def compress_folder(
         )
     notes: tuple[str, ...] = ()
     checkpoint = None
-    if options.heal and not str(destination).startswith(HUB):
+    if options.heal and not uploaded:
         key = [config.to_dict(), text, options.calibration_tokens, options.refine, options.heal]
         checkpoint = _healing_file(Path(destination), folder, key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
@@ -420,15 +399,10 @@ def compress_folder(
     save(stored, destination, source=folder, force=options.force)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    uploaded = str(destination).startswith(HUB)
     sizes = weight_bytes(folder), done.model_bytes_after if uploaded else weight_bytes(destination)
-    models: tuple[ModelFacts, ...] = ()
-    if (
-        teacher is not None
-        and isinstance(done, CompressionReport)
-        and (options.report or held_out is not None)
-    ):
-        comparison = compare_methods(
+    models: list[ModelFacts] = []
+    if (options.report or held_out) and teacher is not None and isinstance(done, CompressionReport):
+        models, losses, prompt = compare_methods(
             teacher,
             stored,
             folder,
@@ -440,12 +414,11 @@ def compress_folder(
             predicted=not (options.refine or options.heal),
             progress=options.progress,
         )
-        models = comparison.models
         if options.report is not None:
             made = (("Command", options.command), ("Versions", versions()))
-            page = Page(f"{display_name(source)}, compressed", comparison, done, made, notes)
-            write_report(page, options.report)
-    return FolderReport(str(source), str(destination), done, *sizes, notes, models)
+            title = f"{display_name(source)}, compressed"
+            write_report(Page(title, done, models, losses, made, notes, prompt), options.report)
+    return FolderReport(str(source), str(destination), done, *sizes, notes, tuple(models))
 
 
 def plan_folder(
@@ -477,7 +450,9 @@ def plan_folder(
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
     model = on_device(open_dense(folder), options.device)
-    calibration, validation = _data(model, folder, checked, options, options.text)
+    _print_estimate(model, checked, options)
+    calibration = _calibration(model, folder, checked, options, options.text)
+    validation = _validation(model, folder, options)
     data = gather(model, checked, calibration, progress=options.progress)
     prepared = prepare_checked(model, checked, data, validation, progress=options.progress)
     plan = prepared.plan(progress=options.progress)
@@ -495,52 +470,6 @@ def plan_folder(
     }
     names = [layer.name for layer in plan]
     return PlannedFolder(plan, sizes, measure_coverage(prepared.weights, names, unseen=plan.unseen))
-
-
-def upcycle_folder(
-    source: str | Path,
-    destination: str | Path | None,
-    config: MoEConfig,
-    *,
-    dtype: str | None = None,
-    device: torch.device | str = "cpu",
-    force: bool = False,
-    progress: bool = False,
-) -> UpcycleReport:
-    """Turn a dense model folder into a mixture of experts that share cores, and save it as another folder.
-
-    Args:
-        source: model folder, or hub id if there is no folder of that name.
-        destination: folder to write, or `hf://owner/name` to upload; None writes nothing.
-        config: of the mixtures.
-        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
-        device: where the model runs.
-        force: replace a destination that exists.
-        progress: show a progress bar.
-
-    Returns:
-        Sizes of the mixtures.
-
-    Raises:
-        FormatError: the source is not a model, or damaged.
-        TargetError: it is compressed already, or has no feed-forward network.
-        DestinationError: the destination exists already, or cannot be written.
-
-    Example:
-        >>> report = th.upcycle_folder(th.embedded.gpt2_path(), None, th.MoEConfig(num_experts=2))
-        >>> report.num_experts
-        2
-    """
-    stored = dtype_of(dtype)
-    folder = resolve_folder(source)
-    if destination is not None:
-        check_free(destination, force=force, sources=(folder,))
-    model = on_device(open_dense(folder), device)
-    report = upcycle(model, config, progress=progress)
-    if destination is not None:
-        model = model if stored is None else torch.nn.Module.to(model, dtype=stored)
-        save(model, destination, source=folder, force=force)
-    return report
 
 
 def open_dense(folder: Path) -> PreTrainedModel:
@@ -611,60 +540,133 @@ def _check_data(
     )
 
 
-def _data(
+def _calibration(
     model: PreTrainedModel,
     folder: Path,
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions,
     text: str | None,
-) -> tuple[ProvidedData | None, ProvidedData | None]:
-    """Make batches of the texts, and collect or read the statistics.
+    *,
+    streamed_to: Path | None = None,
+) -> ProvidedData | None:
+    """Make batches of the calibration text, and collect or read the statistics.
 
-    On a terminal an estimate of the whole run is printed before it starts.
+    Args:
+        model: dense.
+        folder: holds its tokenizer.
+        config: what to compress and how far, or a plan.
+        options: of the run.
+        text: to calibrate on; without it statistics are read, if there are any.
+        streamed_to: run the model block by block, and write this file of statistics; or read it, if an
+            interrupted run has written it.
 
     Raises:
+        BudgetError: statistics of another text.
         TargetError: a model for which text alone says too little.
-        ValueError: a text is too short.
+        ValueError: the text is too short.
     """
-    if options.progress and sys.stderr.isatty() and isinstance(config, CompressionConfig):
-        sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
-    validation = None
-    if options.validation is not None:
-        seen = Path(options.validation)
-        data = calibration_data(model, folder, read_text(seen), tokens=VALIDATION_TOKENS)
-        if not data.labelled:
-            raise TargetError(
-                f"{type(model).__name__} is neither a language model nor an encoder: no loss could be "
-                "measured on the validation text. Leave it out."
-            )
-        validation = ProvidedData(data.batches, f"{data.tokens:,} tokens of {seen.name}")
-    file = None if options.statistics is None else Path(options.statistics)
+    file = streamed_to if options.statistics is None else Path(options.statistics)
     known = CalibrationStats.load(file) if file is not None and file.exists() else None
     if text is None:
-        found = None if known is None else ProvidedData([], known.source, statistics=known)
-        return found, validation
-    data = calibration_data(model, folder, text, tokens=options.calibration_tokens or MOST_TOKENS)
+        return None if known is None else ProvidedData([], known.source, statistics=known)
     if known is not None and not known.source.endswith(f" tokens of {options.source}"):
         raise BudgetError(
             f"{file} was collected on {known.source}, and the calibration text is {options.source}. Name "
             "another file, or leave out the text."
         )
+    data = calibration_data(model, folder, text, tokens=options.calibration_tokens or MOST_TOKENS)
+    source = f"{data.tokens:,} tokens of {options.source}"
     if known is None and config.objective != "weight":
-        known = calibrate(
-            model,
-            data.batches,
-            config=observing(config) if isinstance(config, CompressionPlan) else config,
-            loss_fn=data.loss_fn,
-            tokens=options.calibration_tokens,
-            gradient_batches=0 if config.objective == "activation" else None,
-            progress=options.progress,
-        )
-        known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
-        if file is not None:
-            known.save(file)
-    source = f"{data.tokens:,} tokens of {options.source}" if known is None else known.source
+        observed = observing(config) if isinstance(config, CompressionPlan) else config
+        if streamed_to is not None and file is not None:
+            known = calibrate_blocks(
+                model,
+                data.batches,
+                file,
+                config=observed,
+                loss_fn=data.loss_fn,
+                source=source,
+                progress=options.progress,
+            )
+        else:
+            known = calibrate(
+                model,
+                data.batches,
+                config=observed,
+                loss_fn=data.loss_fn,
+                tokens=options.calibration_tokens,
+                gradient_batches=0 if config.objective == "activation" else None,
+                progress=options.progress,
+            )
+            known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
+            if file is not None:
+                known.save(file)
+    source = source if known is None else known.source
     batches = data.batches if data.labelled else ()
-    return ProvidedData(batches, source, loss_fn=data.loss_fn, statistics=known), validation
+    return ProvidedData(batches, source, loss_fn=data.loss_fn, statistics=known)
+
+
+def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
+    """Make batches of the validation text; raise TargetError for a model that has no loss on a text."""
+    if options.validation is None:
+        return None
+    file = Path(options.validation)
+    data = calibration_data(model, folder, read_text(file), tokens=VALIDATION_TOKENS)
+    if not data.labelled:
+        raise TargetError(
+            f"{type(model).__name__} is neither a language model nor an encoder: no loss could be measured "
+            "on the validation text. Leave it out."
+        )
+    return ProvidedData(data.batches, f"{data.tokens:,} tokens of {file.name}")
+
+
+def _compress_streamed(
+    folder: Path,
+    destination: Path,
+    config: CompressionConfig | CompressionPlan,
+    options: CompressOptions,
+    text: str | None,
+) -> CompressionReport:
+    """Compress a folder shard by shard, without loading the model as a whole.
+
+    Statistics are kept in the staging folder of the destination: an interrupted run finds them there.
+    """
+    plan = config if isinstance(config, CompressionPlan) else None
+    observed = observing(config) if isinstance(config, CompressionPlan) else config
+    _print_estimate(open_lazily(open_source(folder), only=()).model, config, options)
+    statistics = None if options.statistics is None else Path(options.statistics)
+    if text is not None:
+        layers = (observed.target_modules, observed.exclude_modules)
+        key = digest([text, options.source, options.calibration_tokens, layers])
+        with staging(destination.expanduser().absolute()) as work:
+            for left in work.glob(f"{SPILL}*"):  # by a run that was killed
+                shutil.rmtree(left)
+            file = work / f"statistics-{key[:16]}.safetensors"
+            if not options.resume:
+                file.unlink(missing_ok=True)
+            model = mapped_model(folder, spill=work)
+            _calibration(model, folder, config, options, text, streamed_to=file)
+            statistics = statistics or (file if file.exists() else None)
+    return compress_checkpoint(
+        folder,
+        destination,
+        observed,
+        workers=options.workers or 1,
+        device=str(options.device),
+        resume=options.resume,
+        plan=plan,
+        stats=statistics,
+        force=options.force,
+        progress=options.progress,
+    )
+
+
+def _print_estimate(
+    model: PreTrainedModel, config: CompressionConfig | CompressionPlan, options: CompressOptions
+) -> None:
+    """Print an estimate of the whole run on a terminal, before it starts."""
+    if options.progress and sys.stderr.isatty() and isinstance(config, CompressionConfig):
+        sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
 
 
 def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
@@ -700,47 +702,6 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
-
-
-def _streamed(
-    folder: Path,
-    destination: str,
-    config: CompressionConfig | CompressionPlan,
-    options: CompressOptions,
-    text: str | None,
-) -> CompressionReport:
-    """Compress a folder shard by shard, without loading the model as a whole."""
-    plan = config if isinstance(config, CompressionPlan) else None
-    observed = observing(config) if isinstance(config, CompressionPlan) else config
-    if options.progress and sys.stderr.isatty() and plan is None:
-        skeleton = open_lazily(open_source(folder), only=()).model
-        sys.stderr.write(f"tensornet: {estimate(skeleton, observed, options)}\n")
-    statistics = None if options.statistics is None else Path(options.statistics)
-    if text is not None and (statistics is None or not statistics.exists()):
-        statistics = statistics_of_text(
-            folder,
-            destination,
-            text,
-            name=options.source,
-            config=observed,
-            tokens=options.calibration_tokens or MOST_TOKENS,
-            path=statistics,
-            resume=options.resume,
-            progress=options.progress,
-        )
-    done = compress_checkpoint(
-        folder,
-        destination,
-        observed,
-        workers=options.workers or 1,
-        device=str(options.device),
-        resume=options.resume,
-        plan=plan,
-        stats=statistics,
-        force=options.force,
-        progress=options.progress,
-    )
-    return done.compression
 
 
 def _correct(

@@ -1,8 +1,9 @@
-"""Evaluate models: perplexity, loss on a held-out text, and tasks of lm-evaluation-harness."""
+"""Evaluate language models: perplexity, loss on a held-out text, and tasks of lm-evaluation-harness."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,86 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tensornet._util import import_optional, in_eval_mode
-from tensornet.calibration import cosine_losses, label_losses, losses_against
-from tensornet.calibration.batches import BatchLike
-from tensornet.calibration.losses import TokenLosses, field, scores_next_token
-from tensornet.compression.loss_increase import light_copy, measure, record_losses
+from tensornet._util import import_optional, in_eval_mode, without_cache
+from tensornet.calibration import label_losses
+from tensornet.calibration.batches import IGNORED, Batch
+from tensornet.calibration.losses import scores_next_token
+from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, record_losses
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
-from tensornet_hf.text import calibration_data, load_tokenizer, scores_tokens, token_ids, usual_context
+from tensornet_hf.text import calibration_data, load_tokenizer, token_ids, usual_context
 
-#: Logits of one batch held at a time, in elements: 64 MB in float32, whatever the vocabulary.
-_LOGITS = 16_000_000
+#: Tokens of a held-out text that are used.
+HELD_OUT_TOKENS = 32_768
+#: Logits of one batch: 64 MB in float32, whatever the vocabulary.
+MOST_LOGITS = 16_000_000
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """One model of a comparison.
+
+    Args:
+        name: how reports call it.
+        params: stored numbers of the whole model, scales included.
+        bytes: of its weight files, or counted where nothing was saved; None if unknown.
+        bits: of a weight, scales included: of the compressed layers, or of the whole dense model in
+            `tensornet_hf.compare`; None if unknown.
+        scheme: number format, ranks or quantization method, in a few characters.
+        quality: loss on a text, and its increase over the first model; None if not measured.
+        predicted: predicted loss increase, None if there is none.
+        sample: generated text, if any.
+        milliseconds: for one token, None if not measured.
+    """
+
+    name: str
+    params: int
+    bytes: int | None = None
+    bits: float | None = None
+    scheme: str = ""
+    quality: LossIncrease | None = None
+    predicted: float | None = None
+    sample: str | None = None
+    milliseconds: float | None = None
+
+    @property
+    def measured(self) -> bool:
+        """True if the loss increase is measured, False if it is predicted or unknown."""
+        return self.quality is not None
+
+    @property
+    def loss_increase(self) -> float | None:
+        """Measured loss increase, else the predicted one."""
+        return self.predicted if self.quality is None else self.quality.mean
+
+    @property
+    def perplexity(self) -> float | None:
+        """Exponential of the measured loss."""
+        return None if self.quality is None else math.exp(min(self.quality.loss, 700.0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready form."""
+        quality = None
+        if self.quality is not None:
+            quality = {
+                "loss": self.quality.loss,
+                "perplexity": self.perplexity,
+                "loss_increase": self.quality.mean,
+                "stderr": self.quality.stderr,
+                "kl": self.quality.kl_mean,
+                "tokens": self.quality.tokens,
+                "source": self.quality.source,
+            }
+        return {
+            "name": self.name,
+            "scheme": self.scheme,
+            "bytes": self.bytes,
+            "bits_per_weight": self.bits,
+            "parameters": self.params,
+            "quality": quality,
+            "predicted_loss_increase": self.predicted,
+            "sample": self.sample,
+            "milliseconds": self.milliseconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -43,9 +114,6 @@ class Perplexity:
     context: int
     stride: int
 
-    def __str__(self) -> str:
-        return f"{self.perplexity:.3f} ({self.how})"
-
     @property
     def how(self) -> str:
         """Measurement protocol in a few words."""
@@ -54,48 +122,61 @@ class Perplexity:
             f"of {self.context}, stride {self.stride}"
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return asdict(self)
 
+def text_windows(
+    tokens: Tensor, *, context: int, stride: int | None = None, batch_size: int = 16
+) -> list[Batch]:
+    """Cut a text into windows that score each token once.
 
-@dataclass(frozen=True)
-class Window:
-    """Window of the tokens `start` to `end` of a text; those before `first_scored` are context only."""
-
-    start: int
-    end: int
-    first_scored: int
-
-
-def windows(length: int, *, context: int, stride: int) -> Iterator[Window]:
-    """Split a text into windows of `context` tokens, `stride` apart, that score each token once.
-
-    The first token of a window has no predecessor there, so non-overlapping windows
-    (`stride == context`) leave one token each unscored; with a smaller stride every token but the first
-    of the text is scored, most of them with at least `context - stride` tokens before them.
+    The first token of a window has no predecessor there, so windows without overlap leave one token each
+    unscored. With a smaller stride every token but the first of the text is scored, most of them with at
+    least `context - stride` tokens before them.
 
     Args:
-        length: tokens of the text.
+        tokens: shape `(length,)`.
         context: tokens of a window, at least 2.
-        stride: from 1 to `context`.
+        stride: step between windows, from 1 to `context`; `context` if absent.
+        batch_size: most windows of a batch.
+
+    Returns:
+        Batches of `input_ids`, shape `(windows, at most context)`. Where windows overlap, `labels` say which
+        tokens are scored.
 
     Raises:
+        ShapeError: `tokens` is not a vector of at least two tokens.
         ValueError: a value is out of its range.
     """
+    if tokens.ndim != 1 or len(tokens) < 2 or tokens.is_floating_point():
+        raise ShapeError(
+            "A text needs at least two token ids of shape (length,), "
+            f"got {tuple(tokens.shape)} {tokens.dtype}."
+        )
     if context < 2:
         raise ValueError(f"context must be at least 2 tokens, one to see and one to predict, got {context}.")
+    stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(
             f"stride must lie between 1 and the context {context}, got {stride}: a larger one skips tokens."
         )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    rows: list[Batch] = []
     scored = 0  # tokens before this one are done
-    for start in range(0, length - 1, stride):
-        end = min(start + context, length)
-        yield Window(start, end, max(scored, start + 1))
-        scored = end
-        if end == length:
-            return
+    for start in range(0, len(tokens) - 1, stride):
+        ids = tokens[start : start + context]
+        labels = ids.clone()
+        labels[: max(scored - start, 0)] = IGNORED
+        rows.append({"input_ids": ids} if stride == context else {"input_ids": ids, "labels": labels})
+        scored = start + len(ids)
+        if scored == len(tokens):
+            break
+    batches: list[Batch] = []
+    for _, group in groupby(rows, key=lambda row: len(row["input_ids"])):  # only the last can be shorter
+        alike = list(group)
+        for k in range(0, len(alike), batch_size):
+            part = alike[k : k + batch_size]
+            batches.append({name: torch.stack([row[name] for row in part]) for name in part[0]})
+    return batches
 
 
 @torch.no_grad()
@@ -110,12 +191,11 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a text, `exp(-1/N sum log p(token | tokens before it in its window))`.
 
-    No token is added; the model sees the windows as they are cut, each from position 0. The loss is summed
-    in float64 from float32 log-probabilities, whatever the model's dtype.
+    No token is added; the model sees the windows as they are cut, each from position 0.
 
     Args:
-        model: maps `input_ids: (batch, length)` to an object or mapping whose `logits` have the shape
-            `(batch, length, vocabulary)`, causally. Its training flag is put back afterwards.
+        model: a causal language model; it may be any module with `logits` in its output whose class name ends
+            in `ForCausalLM`.
         tokens: the text, shape `(length,)`, integers.
         context: tokens of a window.
         stride: step between windows; `context` (no overlap) if absent.
@@ -128,169 +208,80 @@ def perplexity(
         TargetError: the model's own loss scores a label at its own position, so the model may see it.
         NonFiniteError: the model's loss is NaN or infinite.
     """
-    if tokens.ndim != 1 or len(tokens) < 2 or tokens.is_floating_point():
-        raise ShapeError(
-            "perplexity needs at least two token ids of shape (length,), "
-            f"got {tuple(tokens.shape)} {tokens.dtype}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    _check_next_token(model)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if positions is not None and context > positions:
-        raise ValueError(f"context {context} is more than the {positions} positions this model has.")
-    stride = context if stride is None else stride
-    cut = list(windows(len(tokens), context=context, stride=stride))
-    device = next(model.parameters()).device
-    tokens = tokens.to(device)
-    loss, count = 0.0, 0
-    bar = tqdm(total=len(cut), desc="perplexity", unit="window", disable=not progress)
-    with in_eval_mode(model), bar:
-        for batch in _batches(cut, _fitting(model, context, batch_size)):
-            ids = torch.stack([tokens[w.start : w.end] for w in batch])
-            logits = field(model(input_ids=ids), "logits")
-            for row, window in enumerate(batch):
-                first = window.first_scored - window.start
-                predicted = logits[row, first - 1 : -1].float()  # shape: (scored, vocabulary)
-                losses = nn.functional.cross_entropy(predicted, ids[row, first:], reduction="none")
-                loss += float(losses.double().sum())
-                count += len(losses)
-            bar.update(len(batch))
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"The model's loss over this text is {loss}: its weights or dtype are broken.")
-    mean = loss / count
-    return Perplexity(math.exp(min(mean, 700.0)), mean, count, len(cut), context, stride)
-
-
-def _check_next_token(model: nn.Module) -> None:
-    """Raise TargetError if a model is of a class that scores each label at its own position."""
     if scores_next_token(model) is False:
         raise TargetError(
             f"The loss of {type(model).__name__} scores each label at its own position, so its logits are no "
             "predictions of the next token and have no perplexity. Compare such models by their own loss, or "
             "pass a causal language model."
         )
-
-
-def _batches(cut: list[Window], size: int) -> Iterator[list[Window]]:
-    """Group neighbouring windows of one length; only the last can be shorter."""
-    batch: list[Window] = []
-    for window in cut:
-        if batch and (len(batch) == size or window.end - window.start != batch[0].end - batch[0].start):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def _fitting(model: nn.Module, context: int, batch_size: int) -> int:
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and context > positions:
+        raise ValueError(f"context {context} is more than the {positions} positions this model has.")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    return max(1, min(batch_size, _LOGITS // (context * vocabulary)))
+    batch_size = min(batch_size, max(1, MOST_LOGITS // (context * vocabulary)))
+    device = next(model.parameters()).device
+    batches = text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size)
+    total, count = 0.0, 0
+    with in_eval_mode(model), without_cache(model):
+        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
+            losses = label_losses(model, batch).double()
+            total += float(losses.sum())
+            count += len(losses)
+    if not math.isfinite(total):
+        raise NonFiniteError(f"The model's loss over this text is {total}: its weights or dtype are broken.")
+    mean, windows = total / count, sum(len(batch["input_ids"]) for batch in batches)
+    return Perplexity(math.exp(min(mean, 700.0)), mean, count, windows, context, stride or context)
 
 
-#: Tokens of a held-out text that are used.
-HELD_OUT_TOKENS = 32_768
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Loss of a model on a held-out text.
-
-    Args:
-        loss: of a token in nats; of an encoder, one minus the cosine with the dense model's outputs.
-        of_tokens: whether the loss is that of predicted tokens, so that its exponential is a perplexity.
-        how: text and windows, in a few words.
-        measure: what `loss` is: `"loss"` or `"one minus cosine"`.
-        stderr: standard error of the loss increase over the dense model.
-        kl: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats; None
-            for models that predict no tokens.
-    """
-
-    loss: float
-    of_tokens: bool
-    how: str
-    measure: str = "loss"
-    stderr: float = 0.0
-    kl: float | None = None
-
-    @property
-    def perplexity(self) -> float | None:
-        """Exponential of the loss; None where it is not one of tokens."""
-        return math.exp(min(self.loss, 700.0)) if self.of_tokens else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return {**asdict(self), "perplexity": self.perplexity}
-
-
-#: Measures a model; all models that one judge measures see the same tokens.
-Judge = Callable[[PreTrainedModel], Quality]
-
-
-def judge_of(
-    dense: PreTrainedModel,
+def record_held_out(
+    model: PreTrainedModel,
     folder: Path,
     text: str,
     *,
     name: str = "held-out text",
     tokens: int | None = HELD_OUT_TOKENS,
-) -> Judge:
-    """Make a judge of a dense model and its compressed versions on one text.
+) -> RecordedLosses:
+    """Run a dense language model on a held-out text, for `tensornet.compression.measure`.
 
     Args:
-        dense: stays in memory where models are judged by their distance from it.
+        model: causal, or an encoder-decoder.
         folder: holds its tokenizer.
         text: neither seen in training nor in calibration.
         name: of the text, for reports.
         tokens: how much of it to use; all if absent.
 
     Raises:
-        TargetError: a classifier, for which a text has no labels.
+        TargetError: a model of another kind, for which a text has no labels.
         ValueError: the text is too short.
 
     Example:
-        >>> from tensornet_hf.evaluate import judge_of
+        >>> from tensornet_hf.evaluate import record_held_out
         >>> model = th.load(th.embedded.gpt2_path())
-        >>> judge = judge_of(model, th.embedded.gpt2_path(), th.embedded.heldout_text(), tokens=512)
-        >>> 10 < judge(model).perplexity < 30
-        True
+        >>> text = th.embedded.heldout_text()
+        >>> recorded = record_held_out(model, th.embedded.gpt2_path(), text, tokens=512)
+        >>> tn.compression.measure(model, recorded).mean
+        0.0
     """
-    measured, of_tokens = "loss", True
-    batches: list[BatchLike]
-    if dense.can_generate() and not dense.config.is_encoder_decoder:
-        ids, context = token_ids(load_tokenizer(folder), text)[:tokens], usual_context(dense)
+    if not model.can_generate():
+        raise TargetError(
+            f"{type(model).__name__} is no language model: a text has no labels for it, so no loss can be "
+            "measured. Leave the held-out text out, and measure the model in Python, as "
+            "examples/sentence_encoder.py and examples/image_accuracy.py do."
+        )
+    batches: Sequence[Any]
+    if model.config.is_encoder_decoder:
+        batches = calibration_data(model, folder, text, tokens=tokens).batches
+        how = name
+    else:
+        ids, context = token_ids(load_tokenizer(folder), text)[:tokens], usual_context(model)
         if len(ids) < 2:
             raise ValueError(f"{name} holds {len(ids)} tokens; give more text.")
-        whole, rest = ids[: len(ids) // context * context], ids[len(ids) // context * context :]
-        windows = whole.reshape(-1, context)
-        batches = [*windows.split(max(1, 1024 // context))] if len(windows) else []
-        batches += [rest[None]] if len(rest) > 1 else []
-        losses: TokenLosses = label_losses
-        how = f"tokens scored in {len(windows) + (len(rest) > 1)} windows of {context} of {name}"
-    else:
-        data = calibration_data(dense, folder, text, tokens=tokens)
-        of_tokens = scores_tokens(type(dense))
-        if not data.labelled:
-            raise TargetError(
-                f"{type(dense).__name__} is neither a language model nor an encoder: a text has no labels "
-                "for it, so no loss can be measured. Leave the held-out text out, and measure the accuracy "
-                "in Python."
-            )
-        measured = "one minus cosine" if data.loss_fn is cosine_losses else "loss"
-        batches = list(data.batches)
-        losses = losses_against(light_copy(dense))  # layers of the model itself will be replaced
-        how = f"losses on {data.tokens:,} tokens of {name}"
-    recorded = record_losses(dense, batches, loss_fn=losses, source=name, tokens=None)
+        batches = text_windows(ids, context=context, batch_size=max(1, 1024 // context))
+        how = f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
+    recorded = record_losses(model, batches, loss_fn=label_losses, source=how, tokens=None)
     if recorded is None:
-        raise TargetError(f"{type(dense).__name__} has no loss on {name}: no token of it is scored.")
-
-    def judge(model: PreTrainedModel) -> Quality:
-        found = measure(model, recorded)
-        loss = max(found.dense_loss + found.mean, 0.0)  # a cosine above 1 is rounding
-        return Quality(loss, of_tokens, f"{found.tokens:,} {how}", measured, found.stderr, found.kl_mean)
-
-    return judge
+        raise TargetError(f"{type(model).__name__} has no loss on {name}: no token of it is scored.")
+    return recorded
 
 
 _USER = "tensornet eval --tasks"
@@ -324,10 +315,6 @@ class TaskScores:
     scores: Mapping[str, Mapping[str, float]]
     samples: Mapping[str, int]
     version: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return asdict(self)
 
 
 def run_tasks(

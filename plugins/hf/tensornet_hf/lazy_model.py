@@ -4,7 +4,6 @@ Only pages that are touched are resident, so a model may be larger than memory. 
 compressed by the functions that work on any model.
 """
 
-import hashlib
 import json
 import mmap
 import os
@@ -35,9 +34,6 @@ from tensornet.errors import FormatError
 from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_headers
 from tensornet_hf.checkpoint import INDEX, WEIGHT_SUFFIXES, read_json, weight_files
 
-#: Identifies a file between two runs: bytes, time of change in ns, SHA-256 of its header if it has one.
-Mark = tuple[int, int, str | None]
-
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
 #: No dimension of a model comes near this.
@@ -53,14 +49,15 @@ class Source:
         config: content of `config.json`.
         tensors: every stored tensor by name.
         others: relative paths of the files that are copied as they are.
-        marks: the mark of every file that is read, by relative path; they reveal a later change.
+        marks: size and time of change of every file that is read, by relative path; they reveal a later
+            change.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Slice]
     others: tuple[str, ...]
-    marks: dict[str, Mark]
+    marks: dict[str, str]
 
 
 def open_source(folder: str | os.PathLike[str]) -> Source:
@@ -108,25 +105,16 @@ def check_unchanged(source: Source, marks: Mapping[str, Any], *, since: str) -> 
         FormatError: files differ; the message names them, and when they were first read.
     """
     names = sorted(source.marks.keys() | marks.keys())
-    if changed := [x for x in names if list(source.marks.get(x, ())) != list(marks.get(x, ()))]:
+    if changed := [x for x in names if source.marks.get(x) != marks.get(x)]:
         raise FormatError(
             f"{', '.join(changed)} in {source.folder} changed since {since}: what is finished belongs to the "
             "old content. Put the old files back, or start again with resume=False (--no-resume)."
         )
 
 
-def marks_now(source: Source) -> dict[str, Mark]:
-    """Compute the present marks of the files of a source; absent files have none."""
-    return {name: _mark(source.folder / name) for name in source.marks if (source.folder / name).is_file()}
-
-
-def _mark(path: Path) -> Mark:
-    stat, header = path.stat(), None
-    if path.suffix == ".safetensors":
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = hashlib.sha256(file.read(min(length, 100_000_000))).hexdigest()
-    return stat.st_size, stat.st_mtime_ns, header
+def _mark(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ finished SVG are replaced by them: one picture serves light and dark pages.
 
 import copy
 import io
+import os
 import platform
 import re
 import shlex
@@ -25,12 +26,11 @@ from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.baselines import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
 from tensornet.compression.layer_plan import layer_names
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.loss_increase import measure
 from tensornet.compression.report import CompressionReport, compact_count, model_size
 from tensornet.compression.viz import COLORS
 from tensornet.io import write_file
-from tensornet_hf.evaluate import Judge, Quality, judge_of
-from tensornet_hf.streaming import peak_memory
+from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.text import continue_text, load_tokenizer
 
 #: Words of the held-out text that samples continue, and the tokens they write.
@@ -46,100 +46,28 @@ _WIDTH = 10.0
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """One model of the comparison.
+class Page:
+    """Contents of the page.
 
     Args:
-        name: how the page calls it.
-        params: stored numbers of the whole model, scales included.
-        bytes: of its weight files, or counted where nothing was saved; None if unknown.
-        bits: of a weight of the compressed layers, scales included; None if unknown.
-        scheme: number format or ranks, in a few characters.
-        quality: on held-out text, None if not measured.
-        predicted: predicted loss increase, None if there is none.
-        sample: generated text, if any.
-    """
-
-    name: str
-    params: int
-    bytes: int | None = None
-    bits: float | None = None
-    scheme: str = ""
-    quality: Quality | None = None
-    predicted: float | None = None
-    sample: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return {
-            "name": self.name,
-            "scheme": self.scheme,
-            "bytes": self.bytes,
-            "bits_per_weight": self.bits,
-            "parameters": self.params,
-            "quality": None if self.quality is None else self.quality.to_dict(),
-            "predicted_loss_increase": self.predicted,
-            "sample": self.sample,
-        }
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Continues one prompt with every model it is given.
-
-    Args:
-        folder: holds the tokenizer.
-        prompt: to continue.
-        tokens: to write.
-        temperature: 0 takes the likeliest token each time.
-        seed: of the draws.
-    """
-
-    folder: Path
-    prompt: str
-    tokens: int = SAMPLE_TOKENS
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __call__(self, model: PreTrainedModel) -> str:
-        """Return the text that a model writes."""
-        return continue_text(
-            model,
-            load_tokenizer(self.folder),
-            self.prompt,
-            max_new_tokens=self.tokens,
-            temperature=self.temperature,
-            seed=self.seed,
-        )
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, folder: Path, text: str) -> "Sampler | None":
-        """Continue the first words of a text; None for models that continue no text."""
-        if not model.can_generate() or model.config.is_encoder_decoder:
-            return None
-        prompt = " ".join(text.split()[:PROMPT_WORDS])
-        positions = getattr(model.config, "max_position_embeddings", None)
-        room = SAMPLE_TOKENS
-        if positions is not None:
-            room = min(room, positions - len(load_tokenizer(folder)(prompt).input_ids))
-        return None if room < 1 else cls(folder, prompt, room)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A compressed model beside its dense model and plain methods of the same bytes.
-
-    Args:
-        models: the original first, then the compressed model, then plain methods.
+        title: heading, for example the name of the model.
+        report: of the compression.
+        models: the original first, then the compressed model, then plain methods of the same bytes.
         losses: predicted losses of the plain methods, by method and layer.
+        made: rows of label and text that say how the page was made.
+        notes: remarks shown below the comparison.
         prompt: text that the samples continue, None without samples.
-        sampled: how tokens of the samples were chosen.
+        peak_memory: largest resident size of this process so far, in bytes.
     """
 
-    models: tuple[ModelFacts, ...]
+    title: str
+    report: CompressionReport
+    models: Sequence[ModelFacts]
     losses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    made: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
     prompt: str | None = None
-    sampled: str = ""
+    peak_memory: int = field(default_factory=lambda: peak_memory())
 
 
 def compare_methods(
@@ -152,10 +80,9 @@ def compare_methods(
     *,
     text: str | None = None,
     name: str = "held-out text",
-    sampler: Sampler | None = None,
     predicted: bool = True,
     progress: bool = False,
-) -> Comparison:
+) -> tuple[list[ModelFacts], dict[str, dict[str, float]], str | None]:
     """Compare a compressed model with plain methods at the bytes of its plan.
 
     Args:
@@ -167,51 +94,56 @@ def compare_methods(
         sizes: bytes of the weight files before and after.
         text: held out; without one losses are predicted only.
         name: of the text.
-        sampler: writes samples; if absent, the beginning of the text is continued greedily.
         predicted: whether the prediction is of this model: not after refitting or healing.
         progress: show progress bars.
+
+    Returns:
+        The original, the compressed model and the plain methods; predicted losses of plain methods, by method
+        and layer; and the beginning of the text that the first two models continued greedily, None where
+        there is nothing to continue.
 
     Raises:
         TargetError: a text has no labels for a model of this kind.
         ValueError: the text is too short.
     """
     plan = report.plan
-    judge: Judge | None = None if text is None else judge_of(dense, folder, text, name=name)
-    if sampler is None and text is not None:
-        sampler = Sampler.of(dense, folder, text)
+    recorded = None if text is None else record_held_out(dense, folder, text, name=name)
+    prompt, room = None, SAMPLE_TOKENS
+    if text is not None and not dense.config.is_encoder_decoder:
+        prompt = " ".join(text.split()[:PROMPT_WORDS])
+        positions = getattr(dense.config, "max_position_embeddings", None)
+        if positions is not None:
+            room = min(room, positions - len(load_tokenizer(folder)(prompt).input_ids))
+        prompt = prompt if room > 0 else None
 
-    def measured(model: PreTrainedModel) -> Quality | None:
-        return None if judge is None else judge(model)
+    def measured(model: PreTrainedModel) -> dict[str, Any]:
+        sample = None
+        if prompt is not None:
+            sample = continue_text(model, load_tokenizer(folder), prompt, max_new_tokens=room)
+        return {"quality": None if recorded is None else measure(model, recorded), "sample": sample}
 
     params, size = report.model_params_before, model_size(dense)[1]
+    bits = 8 * plan.bytes_before / plan.params_before
     models = [
-        ModelFacts(
-            "original",
-            params,
-            sizes[0],
-            8 * plan.bytes_before / plan.params_before,
-            quality=measured(dense),
-            sample=None if sampler is None else sampler(dense),
-        ),
+        ModelFacts("original", params, sizes[0], bits, **measured(dense)),
         ModelFacts(
             "compressed",
             params - plan.params_before + plan.params_after,
             sizes[1],
             plan.bits_per_weight,
             "as planned" if predicted else "planned, then trained",
-            measured(compressed),
-            plan.predicted_loss_increase if predicted else None,
-            None if sampler is None else sampler(compressed),
+            predicted=plan.predicted_loss_increase if predicted else None,
+            **measured(compressed),
         ),
     ]
     losses = {}
     configs = baseline_configs(plan, stats)
     for method in tqdm(list(configs), desc="plain methods", unit="method", disable=not progress):
         made, quality = replace(tn.plan(dense, configs[method], stats), forecast=plan.forecast), None
-        if judge is not None:
+        if recorded is not None:
             copied = copy.deepcopy(dense)
             tn.apply_plan(copied, made, stats)
-            quality = judge(copied)
+            quality = measure(copied, recorded)
             del copied
         ranks = [x.topology.bond_dims["b1"] for x in made if x.topology is not None and method == SVD]
         scheme = next((x.storage.number_format.name for x in made if x.topology is not None), "dense")
@@ -219,7 +151,7 @@ def compare_methods(
             few, many = min(ranks), max(ranks)
             scheme = f"rank {few}" if few == many else f"rank {few} to {many}"
         bytes_made = made.params_after * svd_itemsize(plan) if method == SVD else made.bytes_after
-        if made.predicted_loss_increase is not None:
+        if made.predicted_loss_increase is not None and method != GPTQ:  # the page shows two by layer
             losses[method] = {layer.name: layer.loss_increase or 0.0 for layer in made}
         models.append(
             ModelFacts(
@@ -232,125 +164,48 @@ def compare_methods(
                 made.predicted_loss_increase,
             )
         )
-    losses.pop(GPTQ, None)  # the page shows two methods by layer
-    if sampler is None:
-        return Comparison(tuple(models), losses)
-    how = "greedy" if not sampler.temperature else f"temperature {sampler.temperature:g}, seed {sampler.seed}"
-    return Comparison(tuple(models), losses, sampler.prompt, how)
+    return models, losses, prompt
 
 
-@dataclass(frozen=True)
-class Increase:
-    """Loss increase of one model over the dense one.
-
-    Args:
-        value: in nats, or one minus the cosine of an encoder.
-        measured: on held-out text, else predicted.
-    """
-
-    value: float
-    measured: bool
-
-    def __str__(self) -> str:
-        return f"{self.value:+.4f}" if abs(self.value) >= _NOTHING else "0.0000"
-
-
-def increase_of(model: ModelFacts, original: ModelFacts) -> Increase | None:
-    """Return the measured loss increase, else the predicted one, else None."""
-    if model.quality is not None and original.quality is not None:
-        return Increase(model.quality.loss - original.quality.loss, True)
-    return None if model.predicted is None else Increase(model.predicted, False)
-
-
-def best_plain(models: Sequence[ModelFacts]) -> tuple[ModelFacts, Increase] | None:
+def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
     """Return the plain method (third and later models) with the smallest loss; None without any.
 
-    Only loss increases that came about as that of the compressed model are compared, and only methods that
-    take no more bits: the smallest number format may take more than a very small plan.
+    A measured loss is not compared with a predicted one, and no method that takes more bits: the smallest
+    number format may take more than a very small plan.
     """
-    original, compressed, *plain = models
-    ours, found = increase_of(compressed, original), []
-    for model in plain:
-        known = increase_of(model, original)
-        larger = (
-            model.bits is not None and compressed.bits is not None and model.bits > _SLACK * compressed.bits
-        )
-        if known is not None and not larger and (ours is None or known.measured == ours.measured):
-            found.append((model, known))
-    return min(found, key=lambda pair: pair[1].value, default=None)
+    ours = models[1]
+    found = [
+        x
+        for x in models[2:]
+        if x.loss_increase is not None
+        and (ours.loss_increase is None or x.measured == ours.measured)
+        and (x.bits is None or ours.bits is None or x.bits <= _SLACK * ours.bits)
+    ]
+    return min(found, key=lambda x: x.loss_increase or 0.0, default=None)
 
 
-def verdict(models: Sequence[ModelFacts], *, measure: str = "loss") -> str:
+def verdict(models: Sequence[ModelFacts]) -> str:
     """Summarize size, quality and the comparison with plain methods in two sentences.
 
     Args:
         models: original, compressed, then plain methods.
-        measure: `"loss"` or `"one minus cosine"`.
     """
     original, compressed = models[0], models[1]
     size = ""
     if original.bytes and compressed.bytes:
         before, after = compact_bytes(original.bytes), compact_bytes(compressed.bytes)
         size = f"{before} became {after} ({100 * compressed.bytes / original.bytes:.1f} %). "
-    ours = increase_of(compressed, original)
-    if ours is None:
+    if (ours := compressed.loss_increase) is None:
         return f"{size}Nothing says what that costs: give calibration text to predict it, or held-out text."
-    how = "On held-out text" if ours.measured else "As predicted,"
-    much = (
-        f"the loss increases by {ours.value:.4f}" if measure == "loss" else f"{measure} is {ours.value:.4f}"
-    )
-    change = much if ours.value > _NOTHING else "nothing is lost"
-    if (best := best_plain(models)) is None:
+    how = "On held-out text" if compressed.measured else "As predicted,"
+    change = f"the loss increases by {ours:.4f}" if ours > _NOTHING else "nothing is lost"
+    if (best := best_plain(models)) is None or (theirs := best.loss_increase) is None:
         return f"{size}{how} {change}."
-    model, increase = best
-    plain = f"The best plain method of at most these bytes, {model.name} ({model.scheme}),"
-    if increase.value < ours.value:
-        return f"{size}{how} {change}. {plain} is better here: {increase.value:.4f}."
-    times = f", {increase.value / ours.value:.1f} times as much" if ours.value > _NOTHING else ""
-    return f"{size}{how} {change}. {plain} costs {increase.value:.4f}{times}."
-
-
-@dataclass(frozen=True)
-class Page:
-    """Contents of the page.
-
-    Args:
-        title: heading, for example the name of the model.
-        comparison: of the models.
-        report: of the compression.
-        made: rows of label and text that say how the page was made.
-        notes: remarks shown below the comparison.
-    """
-
-    title: str
-    comparison: Comparison
-    report: CompressionReport
-    made: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = ()
-    peak_memory: int = field(default_factory=peak_memory)
-
-    @property
-    def measure(self) -> str:
-        """Name the measure of quality: a loss, or one minus the cosine."""
-        if (quality := self.comparison.models[0].quality) is not None:
-            return quality.measure
-        plan = self.report.plan
-        of_loss = plan.dense_loss is not None or plan.predicted_loss_increase is None
-        return "loss" if of_loss else "one minus cosine"
-
-    @property
-    def label(self) -> str:
-        """Label of the loss increase over the original, or of one minus the cosine."""
-        return "loss increase" if self.measure == "loss" else self.measure
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        return {
-            "models": [model.to_dict() for model in self.comparison.models],
-            "compression": self.report.to_dict(),
-            "peak_memory": self.peak_memory,
-            "made": dict(self.made),
-        }
+    plain = f"The best plain method of at most these bytes, {best.name} ({best.scheme}),"
+    if theirs < ours:
+        return f"{size}{how} {change}. {plain} is better here: {theirs:.4f}."
+    times = f", {theirs / ours:.1f} times as much" if ours > _NOTHING else ""
+    return f"{size}{how} {change}. {plain} costs {theirs:.4f}{times}."
 
 
 def write_report(page: Page, path: str | Path) -> Path:
@@ -378,21 +233,18 @@ def render(page: Page) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"count": compact_count, "size": compact_bytes, "loss": _short_loss}
+    environment.filters["increase"] = lambda x: "0.0000" if abs(x) < _NOTHING else f"{x:+.4f}"
     text = (files("tensornet_hf") / "data" / "report.html.j2").read_text(encoding="utf-8")
-    models, report = page.comparison.models, page.report
-    rows = [(model, increase_of(model, models[0])) for model in models]
     return environment.from_string(text).render(
         page=page,
-        report=report,
-        plan=report.plan,
-        models=models,
-        rows=rows,
-        ours=rows[1][1],
-        best=best_plain(models),
-        verdict=verdict(models, measure=page.measure),
-        blocks=_blocks(report.plan, page.comparison.losses),
-        unfolded=len(report.layers) <= _FEW,
-        pictures={name: Markup(svg) for name, svg in _pictures(page, rows).items()},
+        report=page.report,
+        plan=page.report.plan,
+        models=page.models,
+        best=best_plain(page.models),
+        verdict=verdict(page.models),
+        blocks=_blocks(page),
+        unfolded=len(page.report.layers) <= _FEW,
+        pictures={name: Markup(svg) for name, svg in _pictures(page).items()},
     )
 
 
@@ -401,10 +253,9 @@ def _short_loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.2g}"
 
 
-def _blocks(
-    plan: CompressionPlan, losses: Mapping[str, Mapping[str, float]]
-) -> dict[str, list[dict[str, Any]]]:
+def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
     """Group the rows of the table of layers by block, each with predicted losses by method."""
+    plan, losses = page.report.plan, page.losses
     blocks: dict[str, list[dict[str, Any]]] = {}
     for name, layer in zip(layer_names([x.name for x in plan]), plan, strict=True):
         row = {
@@ -419,7 +270,7 @@ def _blocks(
     return blocks
 
 
-def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) -> dict[str, str]:
+def _pictures(page: Page) -> dict[str, str]:
     """Draw figures as inline SVG: loss over bits, predicted losses of the layers, bits of the layers."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -450,15 +301,15 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
     layers = list(plan)
     with matplotlib.rc_context(style):
         marks = [
-            viz.Mark(model.name, model.bits, x.value, by_method.get(model.name, colors["ours"]), x.measured)
-            for model, x in rows[1:]
-            if x is not None and model.bits is not None
+            viz.Mark(x.name, x.bits, x.loss_increase, by_method.get(x.name, colors["ours"]), x.measured)
+            for x in page.models[1:]
+            if x.loss_increase is not None and x.bits is not None
         ]
         curve = plan.curve(unit="bytes")
         if curve or len(marks) > 1:
             figure = Figure(figsize=(6.0, 4.0), layout="constrained")
             axes = figure.subplots()
-            viz.draw_loss_over_bits(axes, layers, curve, marks, label=page.label)
+            viz.draw_loss_over_bits(axes, layers, curve, marks)
             handles = [
                 Line2D([], [], color=line.get_color(), label=str(line.get_label()))
                 for line in axes.lines
@@ -472,7 +323,7 @@ def _pictures(page: Page, rows: Sequence[tuple[ModelFacts, Increase | None]]) ->
             figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
             found["loss"] = _svg(figure)
         if all(layer.loss_increase is not None for layer in layers):
-            found["layers"] = _svg(viz.losses_figure(layers, page.comparison.losses, width=_WIDTH))
+            found["layers"] = _svg(viz.losses_figure(layers, page.losses, width=_WIDTH))
         names, _, _ = viz.grid_of(layer_names([layer.name for layer in layers]))
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(names)), layout="constrained")
         viz.draw_bits(figure.subplots(), layers)
@@ -491,6 +342,27 @@ def _svg(figure: Any) -> str:
     for role, color in COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes; 0 where it is unavailable.
+
+    Example:
+        >>> from tensornet_hf.report import peak_memory
+        >>> peak_memory() > 1e6
+        True
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage would count what the process that started this one held by then
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
+    try:
+        import resource  # absent on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
 def versions() -> str:

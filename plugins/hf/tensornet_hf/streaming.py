@@ -19,11 +19,11 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -39,9 +39,10 @@ import tensornet as tn
 import tensornet.compression
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan, set_submodule
+from tensornet.compression.compress import observing
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.report import CompressionReport, Coverage, measure_coverage
+from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
@@ -54,12 +55,12 @@ from tensornet.io import (
     write_shard,
     write_tensors,
 )
-from tensornet.nn.targets import READ, find_targets, list_weights, matches
+from tensornet.nn.targets import READ, Target, find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_facts import WeightReadError, weight_facts
 from tensornet_hf.checkpoint import CARD, INDEX, WEIGHTS, check_free, read_json, write_card
 from tensornet_hf.description import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
-from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, marks_now, open_lazily, open_source
+from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, open_lazily, open_source
 from tensornet_hf.sample_batch import sample_batch
 
 #: Bytes of the source that become one file; memory holds what they are compressed to.
@@ -76,49 +77,6 @@ class WorkerError(TensorNetError, RuntimeError):
     """
 
 
-@dataclass(frozen=True)
-class CheckpointReport:
-    """Result of `compress_checkpoint`.
-
-    Args:
-        compression: layers, sizes and plan, as `tensornet.compress` reports them.
-        surplus: stored tensors that the model does not have; they are not copied.
-        resumed: shards taken over from an interrupted run.
-        shards: how many there are.
-        peak_memory: largest resident size of this process or of a worker, in bytes.
-
-    Example:
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
-        >>> report = th.compress_checkpoint(th.embedded.gpt2_path(), "small", config)
-        >>> report.param_ratio <= 0.5, report.resumed
-        (True, 0)
-    """
-
-    compression: CompressionReport
-    surplus: tuple[str, ...]
-    resumed: int
-    shards: int
-    peak_memory: int
-
-    @property
-    def param_ratio(self) -> float:
-        """Fraction of the parameters of the targeted weights that is kept."""
-        return self.compression.param_ratio
-
-    def __str__(self) -> str:
-        lines = [str(self.compression)]
-        if self.resumed:
-            lines.append(f"resumed: {self.resumed} of {self.shards} shards were finished before")
-        if self.surplus:
-            lines.append(f"not copied, since the model does not have them: {', '.join(self.surplus)}")
-        return "\n".join([*lines, f"peak memory of a process: {self.peak_memory / 1e6:,.0f} MB"])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form."""
-        counts = {"resumed": self.resumed, "shards": self.shards, "peak_memory": self.peak_memory}
-        return self.compression.to_dict() | {"surplus": list(self.surplus)} | counts
-
-
 def compress_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -133,7 +91,7 @@ def compress_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
-) -> CheckpointReport:
+) -> CompressionReport:
     """Compress a model folder into a new one, shard by shard, without loading the model as a whole.
 
     The new model is the one that `tensornet.compress` and `save_pretrained` would give. It appears at `dst`
@@ -160,6 +118,10 @@ def compress_checkpoint(
         force: replace a model folder that is at the destination, once the new one is complete.
         progress: show progress bars.
 
+    Returns:
+        The report of `tensornet.compress`. Layers whose weight the model's code reads outside of them stay
+        dense, and are named in `put_back` and in a warning.
+
     Raises:
         DestinationError: the destination exists, another run writes it, or writing failed (full disk);
             what is finished is kept.
@@ -167,7 +129,7 @@ def compress_checkpoint(
         TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed so; the message
             names it.
         WorkerError: a worker died, most likely because memory ran out.
-        ValueError: `workers` or `max_shard_bytes` below 1, or a device that is not there.
+        ValueError: `workers` or `max_shard_bytes` below 1.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
@@ -180,8 +142,8 @@ def compress_checkpoint(
         raise ValueError(
             f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
         )
-    if executor is None:  # whose workers may have what this machine lacks
-        _check_device(device)
+    if executor is None:
+        torch.empty(0, device=device)  # refuses a device that is not there
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
@@ -189,57 +151,89 @@ def compress_checkpoint(
     source = open_source(folder)
     open_lazily(source, only=())  # refuses what cannot be a model before anything is written
     with _reading_or_writing(folder, target), staging(target) as work:
-        stats_file = None
-        if stats is not None:
-            stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else Path(stats)
+        stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
-        decisive: dict[str, Any] = {"config": config.to_dict(), "device": device, "bytes": max_shard_bytes}
-        decisive["plan"] = None if plan is None else plan.to_dict()
-        decisive["stats"] = None if stats_file is None else file_digest(stats_file).sha256
+        stats_file = None if stats_file is None else Path(stats_file)
+        decisive = {
+            "config": config.to_dict(),
+            "device": device,
+            "bytes": max_shard_bytes,
+            "plan": None if plan is None else plan.to_dict(),
+            "stats": None if stats_file is None else file_digest(stats_file).sha256,
+        }
         _begin(work, source, decisive, resume=resume)
 
-        # Stage 1: one plan for the whole model; an interrupted run has it already.
+        # Make one plan for the whole model; an interrupted run has it already.
         lazy = open_lazily(source, spill=work)
-        read = [] if plan is not None else _layers_read(lazy.model)
-        excluded = config.exclude_modules or ()
-        excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
-        read = [name for name in read if not any(matches(name, pattern) for pattern in excluded)]
-        if read:
-            config = replace(config, exclude_modules=(*excluded, *read))
-            warnings.warn(
-                f"Left dense, because the model's code reads their weights: {', '.join(read)}.", stacklevel=2
+        targets = _mapped_targets(lazy, source, config if plan is None else observing(plan))
+        readers = _layers_read(lazy.model, targets)
+        if readers and plan is not None:
+            raise TargetError(
+                f"The code of {type(lazy.model).__name__} reads the weight of {readers[0]!r} outside of the "
+                f"layer, so that it cannot be replaced: use plan.replace_layer({readers[0]!r}, None)."
             )
+        excluded = config.exclude_modules or ()
+        config = replace(
+            config,
+            exclude_modules=(*((excluded,) if isinstance(excluded, str) else excluded), *readers),
+        )
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
-            _check_mapped(lazy, source, config)
             with one_thread():
                 loaded = None if stats_file is None else CalibrationStats.load(stats_file)
                 plan = tensornet.plan(lazy.model, config, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
-            weights = [replace(x, skip=READ) if x.name in read else x for x in list_weights(lazy.model)]
-        coverage = measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen)
+            weights = [replace(x, skip=READ) if x.name in readers else x for x in list_weights(lazy.model)]
 
-        # Stage 2: compress every shard that is not finished.
-        shards = _cut(lazy, source, plan, stats_file, device, work, max_shard_bytes)
-        done = {shard.file.name: made for shard in shards if (made := _finished(shard)) is not None}
-        resumed = len(done)
-        todo = [shard for shard in shards if shard.file.name not in done]
-        bar = tqdm(total=len(shards), initial=resumed, desc="compressing", disable=not progress, unit="shard")
+        # Compress every shard that is not finished: here, in worker processes, or by the executor.
+        shards = _cut(lazy, source, plan, max_shard_bytes)
+        done: dict[str, Any] = {name: _finished(work, name) for name in shards}
+        tasks = [
+            (folder, work, name, *shards[name], stats_file, device)
+            for name, made in done.items()
+            if made is None
+        ]
+        bar = tqdm(
+            total=len(shards),
+            initial=len(shards) - len(tasks),
+            desc="compressing",
+            disable=not progress,
+            unit="shard",
+        )
         with bar:
-            for made in _run(todo, workers, executor):
+            for made in _run(tasks, workers, executor):
                 done[made["file"]] = made
                 bar.update()
 
-        # Stage 3: the files that describe all shards, and one rename.
-        parts = [done[shard.file.name] for shard in shards]
+        # Write the files that describe all shards; one rename makes them the new folder.
+        parts = list(done.values())
         _finish(work, source, type(lazy.model).__name__, parts, config)
-        check_unchanged(source, marks_now(source), since="this run began")
+        check_unchanged(source, open_source(folder).marks, since="this run began")
         take_place(work / "out", target)
         shutil.rmtree(work)
-    return _report(lazy, source, plan, parts, coverage, resumed, time.perf_counter() - started)
+    if readers:
+        warnings.warn(
+            f"Left dense, because the model's code reads their weights: {', '.join(readers)}.", stacklevel=2
+        )
+    if lazy.surplus:
+        warnings.warn(
+            f"Not copied, because the model does not have them: {', '.join(lazy.surplus)}.", stacklevel=2
+        )
+    kept = [part for key, part in source.tensors.items() if key not in lazy.surplus]
+    params = sum(part.numel for part in kept)
+    return CompressionReport(
+        model_params_before=params,
+        model_params_after=params - plan.params_before + plan.params_after,
+        model_bytes_before=sum(part.nbytes for part in kept),
+        model_bytes_after=sum(size for part in parts for size in part["tensors"].values()),
+        seconds=time.perf_counter() - started,
+        plan=plan.with_errors({name: x for part in parts for name, x in part["errors"].items()}),
+        coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
+        put_back=dict.fromkeys(readers, READ),
+    )
 
 
 @contextmanager
@@ -286,7 +280,7 @@ def _begin(work: Path, source: Source, decisive: Mapping[str, Any], *, resume: b
     record = {
         "library": f"tensornet {tn.__version__}, torch {torch.__version__}",
         "options": digest(decisive),
-        "marks": {name: list(mark) for name, mark in source.marks.items()},
+        "marks": source.marks,
     }
     path = work / "run.json"
     if resume and path.is_file():
@@ -332,8 +326,8 @@ class _OnlyCalled(nn.Module):
 
 
 @torch.no_grad()
-def _layers_read(model: PreTrainedModel) -> list[str]:
-    """Find the layers whose weight the code of a model reads, by running a copy of zeros on one batch.
+def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]:
+    """Find the targets whose weight the code of a model reads, by running a copy of zeros on one batch.
 
     Every weight of the copy takes the memory of one number.
     """
@@ -349,8 +343,7 @@ def _layers_read(model: PreTrainedModel) -> list[str]:
     if batch is None:
         return found
     with unfused(model):
-        targets = [x for x in list_weights(model) if x.kinds and not x.skip]
-        stock = {name: x for target in targets for name, x in zip(target.names, target.modules, strict=True)}
+        stock = {name: model.get_submodule(name) for target in targets for name in target.names}
         placed = {name: _OnlyCalled(module) for name, module in stock.items()}
         names = {id(placed[name]): target.names for target in targets for name in target.names}
         for name, module in placed.items():
@@ -372,9 +365,10 @@ def _layers_read(model: PreTrainedModel) -> list[str]:
     return found
 
 
-def _check_mapped(lazy: LazyModel, source: Source, config: CompressionConfig) -> None:
-    """Raise TargetError for targets whose weights the files keep in another form than the model."""
-    with unfused(lazy.model):
+def _mapped_targets(lazy: LazyModel, source: Source, config: CompressionConfig) -> list[Target]:
+    """List the targets; raise TargetError for one that the files keep in another form than the model."""
+    with unfused(lazy.model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # planning will say it
         targets = [x for x in find_targets(lazy.model, config) if not x.skip]
     for target in targets:
         if target.weight.is_meta:
@@ -385,53 +379,21 @@ def _check_mapped(lazy: LazyModel, source: Source, config: CompressionConfig) ->
                 f"before quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the "
                 "model and use tensornet.compress."
             )
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Part of the source that becomes one file.
-
-    Args:
-        source: the folder.
-        file: to write, in the staging folder.
-        names: parameters and buffers of the model.
-        plan: of their layers alone.
-        stats: file of the statistics that the plan was made with.
-        device: where to compute.
-    """
-
-    source: Path
-    file: Path
-    names: tuple[str, ...]
-    plan: CompressionPlan
-    stats: Path | None
-    device: str
-
-    @property
-    def record(self) -> Path:
-        """File that describes the finished shard."""
-        return self.file.parent.parent / "shards" / f"{self.file.name}.json"
+    return targets
 
 
 def _cut(
-    lazy: LazyModel,
-    source: Source,
-    plan: CompressionPlan,
-    stats: Path | None,
-    device: str,
-    work: Path,
-    max_bytes: int,
-) -> list[_Shard]:
+    lazy: LazyModel, source: Source, plan: CompressionPlan, max_bytes: int
+) -> dict[str, tuple[list[str], CompressionPlan]]:
     """Cut the stored tensors into shards, in the order of the files, without dividing a module.
 
-    Raises:
-        TargetError: the plan names a layer of which this checkpoint stores nothing.
+    Returns:
+        By the name of the file to write: the parameters and buffers in it, and the plan of their layers.
     """
-    unit_of = {name: _unit(lazy.model, name) for name in lazy.stored}
-    units: dict[str, list[str]] = {}
     places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
+    units: dict[str, list[str]] = {}  # names of tensors, by module
     for name in sorted(lazy.stored, key=lambda name: min(places[key] for key in lazy.stored[name])):
-        units.setdefault(unit_of[name], []).append(name)
+        units.setdefault(name.rpartition(".")[0], []).append(name)
     groups: list[list[str]] = []
     filled = max_bytes
     for unit, names in units.items():
@@ -441,73 +403,59 @@ def _cut(
         groups[-1].append(unit)
         filled += size
 
-    # A layer belongs to the shard that has its weight, under whichever of its tied names.
-    owner = {
-        id(p): unit_of[n] for n, p in lazy.model.named_parameters(remove_duplicate=False) if n in unit_of
-    }
+    # A layer belongs to the shard that has its weight, under whichever of its tied names, or its stack.
+    weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
+    owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
+    home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
     layers: dict[str, list[Any]] = {}
     for layer in plan:
-        layers.setdefault(_unit_of_layer(lazy.model, layer.name, units, owner), []).append(layer)
-    shards = []
+        parts = layer.name.split(".")
+        around = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+        layers.setdefault(next(home[x] for x in around if x in home), []).append(layer)
+    shards = {}
     for number, group in enumerate(groups, start=1):
-        name = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        chosen = replace(plan, layers=tuple(layer for unit in group for layer in layers.get(unit, ())))
-        inside = tuple(tensor for unit in group for tensor in units[unit])
-        shards.append(_Shard(source.folder, work / "out" / name, inside, chosen, stats, device))
+        file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        chosen = tuple(layer for unit in group for layer in layers.get(unit, ()))
+        shards[file] = [name for unit in group for name in units[unit]], replace(plan, layers=chosen)
     return shards
 
 
-def _unit(model: PreTrainedModel, name: str) -> str:
-    """Return the outermost module that has parameters of its own and no list of blocks around a tensor."""
-    parts = name.split(".")[:-1]
-    for end in range(1, len(parts)):
-        module = model.get_submodule(".".join(parts[:end]))
-        own = next(iter(module.parameters(recurse=False)), None) is not None
-        if own and not any(isinstance(x, nn.ModuleList) for x in module.modules()):
-            return ".".join(parts[:end])
-    return ".".join(parts)
-
-
-def _unit_of_layer(
-    model: PreTrainedModel, layer: str, units: Mapping[str, Any], owner: Mapping[int, str]
-) -> str:
-    parts = layer.split(".")
-    for end in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:end])
-        if prefix in units:
-            return prefix
-        try:
-            own = list(model.get_submodule(prefix).parameters())
-        except AttributeError:  # an expert in a stack
-            continue
-        if found := [owner[id(x)] for x in own if id(x) in owner]:
-            return found[0]
-    raise TargetError(f"The plan names a layer {layer!r} that this checkpoint does not have.")
-
-
 @torch.no_grad()
-def _compress_shard(shard: _Shard) -> dict[str, Any]:
+def _compress_shard(
+    folder: Path,
+    work: Path,
+    file: str,
+    names: list[str],
+    plan: CompressionPlan,
+    stats: Path | None,
+    device: str,
+) -> dict[str, Any]:
     """Compress the layers of one shard and write its file; a worker runs this.
 
     One thread computes: sums in another order would give other bits, and other workers need the processor.
 
+    Args:
+        folder: the source.
+        work: the staging folder.
+        file: name of the file to write.
+        names: parameters and buffers of the model that are in it.
+        plan: of their layers alone.
+        stats: file of the statistics that the plan was made with.
+        device: where to compute.
+
     Returns:
         The description of the finished shard, which is written as well.
     """
-    with (
-        one_thread(),
-        tempfile.TemporaryDirectory(dir=shard.record.parent.parent, prefix="cores.") as scratch,
-    ):
-        source = open_source(shard.source)
-        lazy = open_lazily(source, only=shard.names, spill=scratch)
+    with one_thread(), tempfile.TemporaryDirectory(dir=work, prefix="cores.") as scratch:
+        source = open_source(folder)
+        lazy = open_lazily(source, only=names, spill=scratch)
         model = lazy.model
-        if torch.device(shard.device).type != "cpu":
-            for name in shard.names:
+        if torch.device(device).type != "cpu":
+            for name in names:
                 tensor = model.get_parameter_or_buffer(name)
-                tensor.data = tensor.data.to(shard.device)
+                tensor.data = tensor.data.to(device)
         before = model.state_dict(keep_vars=True)
-        stats = None if shard.stats is None else CalibrationStats.load(shard.stats)
-        errors = apply_plan(model, shard.plan, stats)
+        errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
         after, described = model.state_dict(keep_vars=True), describe(model)
 
         # New are the tensors of compressed layers, and guards in place of the weights that they replace.
@@ -515,77 +463,57 @@ def _compress_shard(shard: _Shard) -> dict[str, Any]:
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)
         new |= {name: torch.empty(GUARD_SHAPE, dtype=model.dtype) for name in guards}
-        _refuse_readers(model)
         cores = Path(scratch, "cores.safetensors")
         write_tensors(cores, new)
         tensors = dict(read_header(cores))
-        for name in shard.names:
+        for name in names:
             if name in after:
                 for key in lazy.stored[name]:
                     tensors[name if name in lazy.renamed else key] = source.tensors[key]
-        written = write_shard(shard.file, tensors)
+        written = write_shard(work / "out" / file, tensors)
     made = {
-        "file": written.name,
+        "file": file,
         "bytes": written.nbytes,
         "sha256": written.sha256,
         "tensors": {name: x.nbytes for name, x in tensors.items()},
         "errors": errors,
         "layers": dict(described.layers),
         "ties": described.ties,
-        "peak_memory": peak_memory(),
     }
-    write_file(shard.record, [json.dumps(made).encode()])
+    write_file(work / "shards" / f"{file}.json", [json.dumps(made).encode()])
     return made
 
 
-def _refuse_readers(model: PreTrainedModel) -> None:
-    """Run a model with replaced layers on the meta device, where its weights take no memory.
-
-    Raises:
-        TargetError: its code reads the weight of a replaced layer.
-    """
-    if (batch := sample_batch(model)) is None:
-        return
-    names = {id(module): name for name, module in model.named_modules()}
-    nn.Module.to(model, "meta")
-    try:
-        model(**{name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in batch.items()})
-    except Exception as error:  # code that looks at values does not run without them
-        if (reader := getattr(error, "layer", None)) is not None and id(reader) in names:
-            name = names[id(reader)]
-            raise TargetError(
-                f"The code of {type(model).__name__} reads the weight of {name!r} outside of the layer, so "
-                f"that it cannot be replaced. Exclude it: exclude_modules=[{name!r}] (--exclude)."
-            ) from error
-
-
-def _finished(shard: _Shard) -> dict[str, Any] | None:
+def _finished(work: Path, file: str) -> dict[str, Any] | None:
     """Read the description of a shard that an earlier run finished; None if its file is not as written."""
-    if not shard.record.is_file():
+    record = work / "shards" / f"{file}.json"
+    if not record.is_file():
         return None
-    made = read_json(shard.record)
-    written = Written(made["file"], made["bytes"], made["sha256"])
-    return made if intact(shard.file, written) else None
+    made = read_json(record)
+    return made if intact(work / "out" / file, Written(file, made["bytes"], made["sha256"])) else None
 
 
-def _run(shards: list[_Shard], workers: int, executor: Executor | None) -> Iterator[dict[str, Any]]:
+def _run(
+    tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
+) -> Iterator[dict[str, Any]]:
     """Compress shards, in no particular order: here, in worker processes, or by the executor of the caller.
 
     Raises:
         WorkerError: a worker died.
         Exception: the first that a shard raises; shards that have not begun are dropped.
     """
-    if executor is None and (workers == 1 or len(shards) <= 1):
-        yield from map(_compress_shard, shards)
+    if executor is None and (workers == 1 or len(tasks) <= 1):
+        for task in tasks:
+            yield _compress_shard(*task)
         return
     with ExitStack() as stack:
         if executor is None:
             # A plain fork would copy the locks of torch's threads.
-            context = get_context("spawn")
-            count = min(workers, len(shards))
-            executor = ProcessPoolExecutor(count, mp_context=context, initializer=_end_with_parent)
+            executor = ProcessPoolExecutor(
+                min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_end_with_parent
+            )
             stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        futures = [executor.submit(_compress_shard, shard) for shard in shards]
+        futures = [executor.submit(_compress_shard, *task) for task in tasks]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -639,31 +567,6 @@ def _finish(
         write_card(out, architecture)
 
 
-def _report(
-    lazy: LazyModel,
-    source: Source,
-    plan: CompressionPlan,
-    parts: list[dict[str, Any]],
-    coverage: Coverage,
-    resumed: int,
-    seconds: float,
-) -> CheckpointReport:
-    kept = [part for key, part in source.tensors.items() if key not in lazy.surplus]
-    params = sum(part.numel for part in kept)
-    errors = {name: error for part in parts for name, error in part["errors"].items()}
-    compression = CompressionReport(
-        model_params_before=params,
-        model_params_after=params - plan.params_before + plan.params_after,
-        model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=sum(size for part in parts for size in part["tensors"].values()),
-        seconds=seconds,
-        plan=plan.with_errors(errors),
-        coverage=coverage,
-    )
-    peak = max([peak_memory(), *(part["peak_memory"] for part in parts)])
-    return CheckpointReport(compression, lazy.surplus, resumed, len(parts), peak)
-
-
 @contextmanager
 def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
     """Turn errors of the system inside the block into errors that say what failed, and what is kept."""
@@ -680,16 +583,6 @@ def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # unknown, absent, or not built in
-        raise ValueError(
-            f"device={device!r} cannot be used here: {str(error).splitlines()[0]:.200} Use device='cpu', or "
-            "one that torch.accelerator finds."
-        ) from error
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Compute with one thread inside the block."""
@@ -699,24 +592,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 where it is unavailable.
-
-    Example:
-        >>> from tensornet_hf.streaming import peak_memory
-        >>> peak_memory() > 1e6
-        True
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the process that started this one held by then
-        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if lines:
-            return int(lines[0].split()[1]) * 1024
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024

@@ -9,6 +9,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,6 @@ def require_causal(model: PreTrainedModel) -> None:
         )
 
 
-def has_chat_template(tokenizer: Any) -> bool:
-    """Return True if a tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
-
-
 def continue_text(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -131,7 +127,19 @@ def continue_text(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}.")
-    inputs = _prompt(tokenizer, prompt, chat).to(model.device)
+    if chat and not tokenizer.chat_template:
+        raise TargetError(
+            f"The {type(tokenizer).__name__} has no chat template, which chat=True (--chat) needs; leave it "
+            "out to continue the prompt as it is, or copy chat_template.jinja into the folder."
+        )
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
     length = inputs.input_ids.shape[1]
     if length == 0:
         raise ValueError("The prompt is empty; give the model at least one token to go on from.")
@@ -153,21 +161,6 @@ def continue_text(
         )
     new = tokens[0, length if decoder_only else 0 :]
     return tokenizer.decode(new, skip_special_tokens=True)
-
-
-def _prompt(tokenizer: Any, prompt: str, chat: bool) -> Any:
-    """Tokenize a prompt: ids and mask of one row."""
-    if not chat:
-        return tokenizer(prompt, return_tensors="pt")
-    if not has_chat_template(tokenizer):
-        raise TargetError(
-            f"The {type(tokenizer).__name__} has no chat template, which chat=True (--chat) needs; leave it "
-            "out to continue the prompt as it is, or put the chat_template.jinja of the model beside it."
-        )
-    message = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
 
 
 def first_line(error: BaseException) -> str:
@@ -229,24 +222,35 @@ def calibration_data(
         TargetError: a model for which text alone says too little; names what to do instead.
         ValueError: the text is too short.
     """
-    if model.config.is_encoder_decoder:
-        tokenizer = _tokenizer_of(model, folder)
-        return _collected(_pairs(model, tokenizer, _lines(text)), sampled_losses, tokens)
-    if model.can_generate():
+    if model.can_generate() and not model.config.is_encoder_decoder:
         context = usual_context(model, limit=window)
         windows = random_windows(token_ids(load_tokenizer(folder), text), context, tokens)
         batches = windows.split(max(1, window_batch // windows.shape[1]))
         return CalibrationData(tuple(batches), label_losses, windows.numel())
-    tokenizer = _tokenizer_of(model, folder)
-    passages = _passages(model, tokenizer, text)
-    if scores_tokens(type(model)):
-        return _collected(_hidden(passages, tokenizer), sampled_losses, tokens)
-    return _collected(passages, _losses_of(model, tokenizer), tokens)
-
-
-def scores_tokens(kind: type[PreTrainedModel]) -> bool:
-    """Return True if models of a class are scored on tokens, so that a perplexity describes them."""
-    return kind.can_generate() or kind.__name__.endswith("ForMaskedLM")
+    if model.main_input_name != "input_ids":
+        raise TargetError(
+            f"{type(model).__name__} reads {model.main_input_name}, not text. Calibrate it in Python with "
+            "batches of its own: stats = tensornet.calibrate(model, batches, loss_fn=...), then "
+            "tensornet.compress(model, config, calibration=stats)."
+        )
+    tokenizer = load_tokenizer(folder)
+    made: Iterator[Batch] = _passages(model, tokenizer, text)
+    loss_fn: TokenLosses = sampled_losses
+    if model.config.is_encoder_decoder:
+        made = _pairs(model, tokenizer, _lines(text))
+    elif type(model).__name__.endswith("ForMaskedLM"):
+        made = _hidden(made, tokenizer)
+    else:
+        loss_fn = _losses_of(model, tokenizer)
+    kept, count = [], 0
+    for batch in made:
+        kept.append(batch)
+        count += int(batch["attention_mask"].sum())
+        if tokens is not None and count >= tokens:
+            break
+    if not kept:
+        raise ValueError("The text holds no line that the model can read; give more text.")
+    return CalibrationData(tuple(kept), loss_fn, count)
 
 
 def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tensor:
@@ -274,16 +278,6 @@ def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tens
         raise ValueError(f"The text has {got} tokens, less than one window of {context}; give more text.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:wanted]
     return ids[: count * context].reshape(count, context)[order]
-
-
-def _tokenizer_of(model: PreTrainedModel, folder: Path) -> Any:
-    if model.main_input_name != "input_ids":
-        raise TargetError(
-            f"{type(model).__name__} reads {model.main_input_name}, not text. Calibrate it in Python with "
-            "batches of its own: stats = tensornet.calibrate(model, batches, loss_fn=...), then "
-            "tensornet.compress(model, config, calibration=stats)."
-        )
-    return load_tokenizer(folder)
 
 
 def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
@@ -378,19 +372,6 @@ def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str,
     )
 
 
-def _collected(batches: Iterator[Batch], loss_fn: TokenLosses, tokens: int | None) -> CalibrationData:
-    """Collect batches until they hold enough tokens."""
-    kept, count = [], 0
-    for batch in batches:
-        kept.append(batch)
-        count += int(batch["attention_mask"].sum())
-        if tokens is not None and count >= tokens:
-            break
-    if not kept:
-        raise ValueError("The text holds no line that the model can read; give more text.")
-    return CalibrationData(tuple(kept), loss_fn, count)
-
-
 #: Characters of one text at a time: some windows of a model, and a small part of what calibration reads.
 PIECE = 6_000
 
@@ -409,31 +390,22 @@ def mix_texts(texts: Sequence[str]) -> str:
     """
     if len(texts) == 1:
         return texts[0]
-    left = [_pieces(text) for text in texts]
-    found = []
-    while left:
-        running = []
-        for pieces in left:
-            piece = next(pieces, None)
-            if piece is not None:
-                found.append(piece)
-                running.append(pieces)
-        left = running
-    return "".join(found)
+    return "".join(chain.from_iterable(zip_longest(*map(_pieces, texts), fillvalue="")))
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text behind the first end of a line after every `PIECE` characters; in very long lines there."""
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + PIECE, start + 2 * PIECE)
-        stop = start + PIECE if end < 0 else end + 1
-        stop = len(text) if end < 0 and len(text) <= start + 2 * PIECE else min(stop, len(text))
-        piece = text[start:stop]
+    """Cut a text at the first end of a line after every `PIECE` characters; longer lines are cut as well."""
+    piece = ""
+    for part in re.findall(rf"[^\n]{{1,{PIECE}}}\n?|\n", text):
+        piece += part
+        if len(piece) >= PIECE:
+            yield piece if piece.endswith("\n") else piece + "\n"
+            piece = ""
+    if piece:
         yield piece if piece.endswith("\n") else piece + "\n"
-        start = stop
 
 
+#: Tokens of the embedded text that a model is calibrated on without other data.
 TOKENS = 16_384
 
 
@@ -448,10 +420,7 @@ def embedded_text(model: nn.Module) -> ProvidedData | None:
     if not model.name_or_path:
         return None
     try:
-        ids = token_ids(load_tokenizer(Path(model.name_or_path)), calibration_text())
+        data = calibration_data(model, Path(model.name_or_path), calibration_text(), tokens=TOKENS)
     except FormatError:
         return None
-    context = usual_context(model, limit=512)
-    windows = random_windows(ids, context, TOKENS)
-    batches = windows.split(max(1, 1024 // context))
-    return ProvidedData(batches, f"{windows.numel():,} tokens of the embedded text (King James Bible)")
+    return ProvidedData(data.batches, f"{data.tokens:,} tokens of the embedded text (King James Bible)")

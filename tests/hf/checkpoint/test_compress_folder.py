@@ -10,17 +10,13 @@ import torch
 from hf_models import ARCHITECTURES, logits
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
-    BertModel,
-    GPT2LMHeadModel,
 )
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import BudgetError, DestinationError
+from tensornet.errors import BudgetError
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.text import scores_tokens
 
 GPT2 = ARCHITECTURES["gpt2"]
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
@@ -81,29 +77,6 @@ def test_options_that_do_not_go_with_what_is_asked() -> None:
         th.CompressOptions(dtype="float8")
     with pytest.raises(BudgetError, match="--calibration FILE"):
         th.compress_folder(gpt2_path(), "out", tn.CompressionConfig(bits_per_weight=4.25))
-
-
-def test_a_mixture_of_a_folder(source: Path, tmp_path: Path) -> None:
-    config = th.MoEConfig(num_experts=2, sites=3)
-    report = th.upcycle_folder(source, None, config)
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    assert th.upcycle_folder(source, tmp_path / "mixture", config).params == report.params
-    assert th.load(tmp_path / "mixture").num_parameters() > GPT2.dense.num_parameters()
-    with pytest.raises(DestinationError, match="exists"):
-        th.upcycle_folder(source, tmp_path / "mixture", config)
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        (GPT2LMHeadModel, True),
-        (BertForMaskedLM, True),
-        (BertForSequenceClassification, False),
-        (BertModel, False),
-    ],
-)
-def test_models_that_a_perplexity_describes(kind: Any, expected: bool) -> None:
-    assert scores_tokens(kind) is expected
 
 
 def test_a_classifier_has_no_perplexity() -> None:

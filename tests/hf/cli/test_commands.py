@@ -275,6 +275,20 @@ def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
     assert "--validation is the text of --calibration" in err
 
 
+def test_upcycle_writes_a_mixture(tensornet: Run) -> None:
+    arguments = ("upcycle", gpt2_path(), "mixture", "--experts", 2, "--target", "h.0.mlp", "--json")
+    status, out, _ = tensornet(*arguments, "--dry-run")
+    assert (status, list(Path().iterdir())) == (0, [])
+    assert tensornet(*arguments)[0] == 0
+    dense, mixture = load(gpt2_path()), load("mixture")
+    grown = mixture.num_parameters() - dense.num_parameters()
+    assert grown == json.loads(out)["params"] - json.loads(out)["dense_params"]
+    assert torch.allclose(logits(mixture), logits(dense), atol=1e-4)
+    status, _, err = tensornet(*arguments)
+    assert status == 1
+    assert "exists already" in err
+
+
 def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) -> None:
     text = heldout_text()[:3000]
     Path("text.txt").write_text(text)

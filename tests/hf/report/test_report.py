@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet_hf.evaluate import Quality
+from tensornet.compression import LossIncrease
+from tensornet_hf.evaluate import ModelFacts
 from tensornet_hf.report import (
-    Comparison,
-    ModelFacts,
     Page,
     compact_bytes,
     display_command,
@@ -52,28 +51,32 @@ class Balanced(HTMLParser):
         self.text += data
 
 
+def measured(perplexity: float, dense: float = 33.25) -> LossIncrease:
+    """A measured loss, as a perplexity."""
+    increase = math.log(perplexity / dense)
+    return LossIncrease(increase, 0.0, 990, "b.txt", dense_loss=math.log(dense))
+
+
 def a_page(models: list[ModelFacts] | None = None, prompt: str | None = None, **changes: object) -> Page:
     """A page about a small model, by default with measured losses."""
     model = nn.Sequential(nn.Linear(24, 36), nn.ReLU(), nn.Linear(36, 20))
     report = tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
-    before, after, plain = (Quality(math.log(p), True, "990 tokens of b.txt") for p in (33.25, 44.5, 90.0))
     models = models or [
-        ModelFacts("original", 1600, 8000, 32.0, quality=before, sample=" there was light"),
-        ModelFacts("compressed", 800, 4000, 16.0, quality=after, sample=" there was <b>night</b>"),
-        ModelFacts("plain SVD", 790, 3950, 15.8, "rank 7", plain),
+        ModelFacts("original", 1600, 8000, 32.0, quality=measured(33.25), sample=" there was light"),
+        ModelFacts("compressed", 800, 4000, 16.0, quality=measured(44.5), sample=" there was <b>night</b>"),
+        ModelFacts("plain SVD", 790, 3950, 15.8, "rank 7", measured(90.0)),
     ]
-    comparison = Comparison(tuple(models), prompt=prompt)
     options: dict[str, object] = {"title": "A small model", "made": [("Versions", versions())]}
-    return Page(comparison=comparison, report=report, **(options | changes))  # type: ignore[arg-type]
+    return Page(report=report, models=models, prompt=prompt, **(options | changes))  # type: ignore[arg-type]
 
 
-def predicted(page: Page, dense_loss: float | None = 3.0) -> Page:
+def predicted(page: Page) -> Page:
     """The page of a plan with predicted losses: 0.1 for each layer, nothing for dense ones."""
     layers = tuple(
         replace(x, loss_increase=0.1, byte_curve=((x.bytes_after, 0.1), (x.bytes_before, 0.0)))
         for x in page.report.plan
     )
-    plan = tn.CompressionPlan(layers, objective="curvature", dense_loss=dense_loss)
+    plan = tn.CompressionPlan(layers, objective="curvature", dense_loss=3.0)
     return replace(page, report=replace(page.report, plan=plan))
 
 
@@ -94,7 +97,7 @@ def test_shows_every_number(tmp_path: Path) -> None:
         "33.25",
         "44.50",
         "90.00",
-        "990 tokens of b.txt",
+        "990 tokens scored on b.txt",
         "8.00 kB",
         "3.95 kB",
         "rank 7",
@@ -126,23 +129,23 @@ def test_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     assert "Nothing says what that costs" in page.text
 
 
-def facts(losses: dict[str, float | None], measured: bool = False) -> list[ModelFacts]:
+def facts(losses: dict[str, float | None], are_measured: bool = False) -> list[ModelFacts]:
     """Models with predicted, or with measured loss increases."""
     rows = []
     for name, loss in losses.items():
-        quality = Quality(3.0 + (loss or 0.0), True, "text") if measured else None
-        rows.append(ModelFacts(name, 100, 1000, 4.25, "int4", quality, None if measured else loss))
+        quality = LossIncrease(loss or 0.0, 0.0, 990, "b.txt", dense_loss=3.0) if are_measured else None
+        rows.append(ModelFacts(name, 100, 1000, 4.25, "int4", quality, None if are_measured else loss))
     return rows
 
 
-@pytest.mark.parametrize("measured", [False, True])
-def test_first_screen_says_whether_the_plain_way_is_worse(tmp_path: Path, measured: bool) -> None:
+@pytest.mark.parametrize("are_measured", [False, True])
+def test_first_screen_says_whether_the_plain_way_is_worse(tmp_path: Path, are_measured: bool) -> None:
     for ours, expected in ((0.02, "costs 0.0500, 2.5 times as much"), (0.2, "is better here: 0.0500")):
         losses = {"original": 0.0, "compressed": ours, "round to nearest": 0.09, "GPTQ": 0.05}
-        page = parsed(predicted(a_page(facts(losses, measured))), tmp_path)
+        page = parsed(predicted(a_page(facts(losses, are_measured))), tmp_path)
         first = page.text.split("The same bytes, other ways")[0]
         assert f"The best plain method of at most these bytes, GPTQ (int4), {expected}" in first
-        assert ("On held-out text" in first, "As predicted" in first) == (measured, not measured)
+        assert ("On held-out text" in first, "As predicted" in first) == (are_measured, not are_measured)
 
 
 def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
@@ -151,26 +154,19 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     rows[2] = replace(rows[2], bits=4.5)
     page = parsed(predicted(a_page(rows)), tmp_path)
     assert "The best plain method of at most these bytes, plain SVD (int4), costs 0.3000" in page.text
-    rows = facts({"original": 0.0, "compressed": 0.2}, measured=True) + facts({"round to nearest": 0.1})
+    rows = facts({"original": 0.0, "compressed": 0.2}, are_measured=True) + facts({"round to nearest": 0.1})
     assert "best plain method" not in parsed(predicted(a_page(rows)), tmp_path).text
 
 
 def test_layers_show_predicted_losses_of_plain_methods(tmp_path: Path) -> None:
     losses = {"round to nearest": {"0": 0.31, "2": 0.32}, "plain SVD": {"0": 0.41, "2": 0.42}}
     content = predicted(a_page())
-    content = replace(content, comparison=replace(content.comparison, losses=losses), peak_memory=12_300_000)
+    content = replace(content, losses=losses, peak_memory=12_300_000)
     page = parsed(content, tmp_path)
     for expected in ("0.31", "0.32", "0.41", "0.42", "peak memory 12.3 MB", "predicted loss increase 0.2"):
         assert expected in page.text
     assert page.tags.count("svg") == 3
     assert {layer.name for layer in content.report.layers} < {v for n, v in page.attributes if n == "title"}
-
-
-def test_an_encoder_has_no_perplexity(tmp_path: Path) -> None:
-    content = predicted(a_page(facts({"original": None, "compressed": 0.4})), dense_loss=None)
-    page = parsed(content, tmp_path)
-    assert "one minus cosine is 0.4000" in page.text
-    assert "erplexity" not in page.text
 
 
 @pytest.mark.slow

@@ -73,13 +73,19 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     model = th.load(source)
     expected = tn.compress(model, config, calibration=stats, progress=False)
     model.save_pretrained(tmp_path / "reference")
-    assert str(report.compression.plan) == str(expected.plan)
-    assert report.compression.plan.objective == "curvature"
+    assert str(report.plan) == str(expected.plan)
+    assert report.plan.objective == "curvature"
     ours, reference = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "reference"))
     assert ours.keys() == reference.keys()
     assert all(torch.equal(ours[key], reference[key]) for key in ours)
     with pytest.raises(TargetError, match="pass the calibration statistics"):
         th.compress_checkpoint(source, tmp_path / "none", config, plan=expected.plan)
+    other = th.load(source)
+    for parameter in other.parameters():
+        parameter.data *= 2
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(TargetError, match="another model"):
+        th.compress_checkpoint(tmp_path / "other", tmp_path / "none", config, stats=tmp_path / "stats")
 
 
 def test_statistics_in_memory_may_be_given_too(tmp_path: Path) -> None:

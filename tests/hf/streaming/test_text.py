@@ -14,7 +14,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import tensornet_hf as th
 from tensornet_hf import compress as conversion
-from tensornet_hf import streamed_calibration as from_text
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import calibration_text, gpt2_path, t5_path
 from tensornet_hf.streaming import staging_folder
@@ -81,13 +80,13 @@ def test_statistics_survive_an_interruption(
     call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []
-    original = from_text.calibrate_checkpoint
+    original = conversion.calibrate_blocks
 
     def counting(*arguments: Any, **options: Any) -> Any:
         counted.append(arguments)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(from_text, "calibrate_checkpoint", counting)
+    monkeypatch.setattr(conversion, "calibrate_blocks", counting)
     assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
     (work := staging_folder(Path("out").absolute())).mkdir()
     (work / ".calibration.of-a-killed-run").mkdir()

@@ -1,6 +1,7 @@
 """All commands but `compress`: a thin shell over functions of the library."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,22 +15,22 @@ from tensornet_hf.checkpoint import HUB, check_free, load, on_device, read_check
 from tensornet_hf.checkpoint import decompress as make_dense
 from tensornet_hf.cli import options as shared
 from tensornet_hf.compare import compare_folders, prompt_of
-from tensornet_hf.compress import dtype_of, upcycle_folder
+from tensornet_hf.compress import dtype_of, open_dense
 from tensornet_hf.demo import PROMPT, run_demo
 from tensornet_hf.evaluate import perplexity, run_tasks
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
-from tensornet_hf.inspect import Inspection, inspect_folder, weight_bytes
-from tensornet_hf.report import ModelFacts, compact_bytes, display_command
+from tensornet_hf.inspect import inspect_folder, weight_bytes
+from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.text import (
     continue_text,
-    has_chat_template,
     load_tokenizer,
     read_text,
     require_causal,
     token_ids,
     usual_context,
 )
-from tensornet_hf.upcycling import MoEConfig, UpcycleReport
+from tensornet_hf.upcycling import MoEConfig
+from tensornet_hf.upcycling import upcycle as upcycle_model
 
 
 def inspect(path: shared.Source, as_json: shared.Json = False) -> None:
@@ -37,25 +38,19 @@ def inspect(path: shared.Source, as_json: shared.Json = False) -> None:
     found = inspect_folder(resolve_folder(path))
     if as_json:
         shared.print_json(found.to_dict())
-    else:
-        _print_inspect(found)
-
-
-def _print_inspect(found: Inspection) -> None:
+        return
     form = "not compressed" if found.format_version is None else f"tensornet format {found.format_version}"
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
     shared.print_lines(
         f"{found.architecture}, {form}",
         f"whole model: {found.params:,} parameters ({dtypes}), {compact_bytes(found.bytes)} of weight files",
     )
-    if not found.layers:
-        return
-    shared.print_lines("")
-    header = ("layer", "scheme", "shape", "bytes", "bits a weight", "parameters", "dtype")
     rows = []
     for layer in found.layers:
-        dense = layer.dense_params
-        stored = f"{layer.params:,}" if layer.params else f"as {_owner(found, layer.name)}"
+        dense, stored = layer.dense_params, f"{layer.params:,}"
+        if not layer.params:  # its cores are stored under another name
+            owners = (owner for name, owner in found.ties.items() if name.startswith(f"{layer.name}."))
+            stored = f"as {next(owners, 'another layer').rpartition('.')[0] or 'another layer'}"
         rows.append(
             (
                 layer.name,
@@ -67,12 +62,10 @@ def _print_inspect(found: Inspection) -> None:
                 layer.dtype or "",
             )
         )
-    shared.print_table(header, rows)
-
-
-def _owner(found: Inspection, layer: str) -> str:
-    owner = next((o for name, o in found.ties.items() if name.startswith(f"{layer}.")), "another layer")
-    return owner.rpartition(".")[0] or owner
+    if rows:
+        shared.print_lines("")
+        header = ("layer", "scheme", "shape", "bytes", "bits a weight", "parameters", "dtype")
+        shared.print_table(header, rows)
 
 
 def evaluate(
@@ -124,33 +117,29 @@ def evaluate(
             batch_size=batch,
             progress=True,
         )
-        found |= {"text": str(text), **measured.to_dict(), "how": f"{measured.how} of {text.name}"}
+        found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_tasks(
             model, tokenizer, names, task_path=task_path, shots=shots, limit=limit, batch_size=batch
         )
-        found["tasks"] = scores.to_dict()
+        found["tasks"] = asdict(scores)
     if as_json:
         shared.print_json({"model": path, **found})
         return
     if "perplexity" in found:
         shared.print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}", found["how"])
-    if "tasks" in found:
-        _print_tasks(**found["tasks"])
-
-
-def _print_tasks(scores: dict[str, dict[str, float]], samples: dict[str, int], version: str) -> None:
-    rows = []
-    for task, values in scores.items():
-        for metric, value in values.items():
-            name, comma, rest = metric.partition(",")
-            if not name.endswith("_stderr"):
-                error = values.get(f"{name}_stderr{comma}{rest}")
-                shown = "" if error is None else f"{error:.4f}"
-                rows.append((task, metric, f"{value:.4f}", shown, f"{samples.get(task, 0):,}"))
-    shared.print_table(("task", "metric", "score", "standard error", "examples"), rows)
-    shared.print_lines(f"lm-evaluation-harness {version}")
+    if tasks is not None:
+        rows = []
+        for task, values in scores.scores.items():
+            for metric, value in values.items():
+                name, comma, rest = metric.partition(",")
+                if not name.endswith("_stderr"):
+                    error = values.get(f"{name}_stderr{comma}{rest}")
+                    shown = "" if error is None else f"{error:.4f}"
+                    rows.append((task, metric, f"{value:.4f}", shown, f"{scores.samples.get(task, 0):,}"))
+        shared.print_table(("task", "metric", "score", "standard error", "examples"), rows)
+        shared.print_lines(f"lm-evaluation-harness {scores.version}")
 
 
 def compare(
@@ -176,31 +165,28 @@ def compare(
         paths, text=content, name=name, prompt=prompt, new_tokens=new_tokens, device=device, progress=True
     )
     if as_json:
-        shared.print_json({"prompt": prompt, "models": [folder.to_dict() for folder in found]})
+        shared.print_json({"prompt": prompt, "models": [model.to_dict() for model in found]})
         return
-    quality = found[0].quality
     header = ["", "method", "bytes", "bits a weight", "parameters", "ms a token"]
-    if quality is not None:
-        header += ["perplexity" if quality.of_tokens else quality.measure, "loss increase", "KL"]
+    header += [] if text is None else ["perplexity", "loss increase", "KL"]
     rows = []
-    for folder in found:
-        row = [folder.name, folder.method, compact_bytes(folder.bytes), f"{folder.bits:.2f}"]
-        row += [f"{folder.params:,}", f"{folder.milliseconds:.2f}"]
-        if folder.quality is not None:
-            perplexity = folder.quality.perplexity
-            row.append(f"{folder.quality.loss:.4f}" if perplexity is None else f"{perplexity:.3f}")
-            row.append("" if folder is found[0] else f"{folder.loss_increase:+.4f}")
-            known = folder is not found[0] and folder.quality.kl is not None
-            row.append(f"{folder.quality.kl:.4f}" if known else "")
+    for model in found:
+        row = [model.name, model.scheme, compact_bytes(model.bytes or 0), f"{model.bits:.2f}"]
+        row += [f"{model.params:,}", f"{model.milliseconds:.2f}"]
+        if (quality := model.quality) is not None:
+            known = quality.kl_mean is not None and model is not found[0]
+            row.append(f"{model.perplexity:.3f}")
+            row.append("" if model is found[0] else f"{quality.mean:+.4f}")
+            row.append(f"{quality.kl_mean:.4f}" if known else "")
         rows.append(row)
     shared.print_table(header, rows)
     shared.print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
-    if quality is not None:
-        shared.print_lines(f"{quality.measure.capitalize()}: {quality.how}.")
-    for folder in found:
-        if folder.sample is not None:
-            written = f"{prompt}{folder.sample}".replace("\n", "\n  ")
-            shared.print_lines("", f"{folder.name} writes:", f"  {written}")
+    if (quality := found[0].quality) is not None:
+        shared.print_lines(f"Loss: {quality.tokens:,} tokens scored on {quality.source}.")
+    for model in found:
+        if model.sample is not None:
+            written = f"{prompt}{model.sample}".replace("\n", "\n  ")
+            shared.print_lines("", f"{model.name} writes:", f"  {written}")
 
 
 def generate(
@@ -225,7 +211,7 @@ def generate(
     model = on_device(load(folder), device)
     prepare_for_inference(model)
     tokenizer = load_tokenizer(folder)
-    chat = has_chat_template(tokenizer) if chat is None else chat
+    chat = bool(tokenizer.chat_template) if chat is None else chat
     text = continue_text(
         model,
         tokenizer,
@@ -347,11 +333,13 @@ def upcycle(
 
     Every expert starts as the dense network, so that the new model computes what the old one did.
     """
+    names = share or ["center"]
+    keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
     config = MoEConfig(
         num_experts=experts,
         top_k=top_k,
         router=router,
-        shared=_shared(share),
+        shared=names[0] if keyword else names,
         share_across_layers=across,
         topology=topology,
         sites=sites,
@@ -368,36 +356,25 @@ def upcycle(
     )
     if destination is None and not dry_run:
         raise typer.BadParameter("Name a destination, or ask for --dry-run.")
+    stored, folder = dtype_of(dtype), resolve_folder(source)
     written = None if dry_run else destination
-    report = upcycle_folder(source, written, config, dtype=dtype, device=device, force=force, progress=True)
+    if written is not None:
+        check_free(written, force=force, sources=(folder,))
+    model = on_device(open_dense(folder), device)
+    report = upcycle_model(model, config, progress=True)
+    if written is not None:
+        if stored is not None:
+            torch.nn.Module.to(model, dtype=stored)
+        save(model, written, source=folder, force=force)
     if as_json:
         shared.print_json({"source": source, "destination": written, **report.to_dict()})
-    else:
-        _show(report, written)
-
-
-def _shared(names: list[str] | None) -> str | list[str]:
-    if not names:
-        return "center"
-    keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
-    return names[0] if keyword else names
-
-
-def _show(report: UpcycleReport, destination: str | None) -> None:
+        return
     rows = [
-        (
-            layer.name,
-            f"{layer.dense_params:,}",
-            f"{layer.params:,}",
-            f"{layer.shared_params:,}",
-            f"{layer.error:.1e}",
-        )
-        for layer in report.layers
+        (x.name, f"{x.dense_params:,}", f"{x.params:,}", f"{x.shared_params:,}", f"{x.error:.1e}")
+        for x in report.layers
     ]
     shared.print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
-    shared.print_lines(str(report))
-    if destination is not None:
-        shared.print_lines(f"written to {destination}")
+    shared.print_lines(str(report), *([] if written is None else [f"written to {written}"]))
 
 
 def demo(
@@ -423,14 +400,26 @@ def demo(
     if as_json:
         shared.print_json(done.to_dict())
         return
-    models = done.result.models
-    original = models[0].quality
-    assert original is not None  # the demo measures every model
-    header = ("", "bytes", "bits a weight", "parameters", "perplexity", "loss increase")
-    shared.print_table(header, [_demo_row(model, original.loss) for model in models])
+    rows: list[tuple[str, ...]] = []
+    for model in done.result.models:
+        quality = model.quality
+        assert quality is not None  # the demo measures every model
+        rows.append(
+            (
+                f"{model.name}, {model.scheme}" if model.scheme else model.name,
+                compact_bytes(model.bytes or 0),
+                f"{model.bits:.2f}",
+                f"{model.params:,}",
+                f"{model.perplexity:.2f}",
+                f"{quality.mean:+.4f}" if rows else "",
+            )
+        )
+    shared.print_table(("", "bytes", "bits a weight", "parameters", "perplexity", "loss increase"), rows)
+    assert quality is not None
     shared.print_lines(
         "",
-        f"Measured on text that nobody saw, lower is better: {original.how}.",
+        f"Measured on text that nobody saw, lower is better: {quality.tokens:,} tokens scored on "
+        f"{quality.source}.",
         "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
         "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
         "",
@@ -438,17 +427,4 @@ def demo(
         "",
         f"Model:  {done.folder} (import tensornet_hf, then AutoModelForCausalLM.from_pretrained)",
         f"Report: {done.report} (open it in a browser)",
-    )
-
-
-def _demo_row(model: ModelFacts, dense_loss: float) -> tuple[str, ...]:
-    quality = model.quality
-    assert quality is not None
-    return (
-        f"{model.name}, {model.scheme}" if model.scheme else model.name,
-        compact_bytes(model.bytes or 0),
-        f"{model.bits:.2f}",
-        f"{model.params:,}",
-        f"{quality.perplexity:.2f}",
-        "" if quality.loss == dense_loss else f"{quality.loss - dense_loss:+.4f}",
     )

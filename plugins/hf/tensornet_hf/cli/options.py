@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, fields
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -252,16 +252,8 @@ def print_lines(*lines: str) -> None:
         typer.echo(line)
 
 
-class Printable(Protocol):
-    """A result that prints itself, for people and for machines."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
-        ...
-
-
-def print_result(result: Printable, as_json: bool) -> None:
-    """Print a result on stdout, as text or as JSON."""
+def print_result(result: Any, as_json: bool) -> None:
+    """Print a result on stdout: its text, or what its `to_dict` returns."""
     if as_json:
         print_json(result.to_dict())
     else:
