@@ -665,7 +665,7 @@ def _print_estimate(
     model: PreTrainedModel, config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> None:
     """Print an estimate of the whole run on a terminal, before it starts."""
-    if options.progress and sys.stderr.isatty() and isinstance(config, CompressionConfig):
+    if options.progress and isinstance(config, CompressionConfig):
         sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
 
 

@@ -85,7 +85,7 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
         parameter.data *= 2
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(TargetError, match="another model"):
-        th.compress_checkpoint(tmp_path / "other", tmp_path / "none", config, stats=tmp_path / "stats")
+        th.compress_checkpoint(tmp_path / "other", tmp_path / "out", config, stats=tmp_path / "stats")
 
 
 def test_statistics_in_memory_may_be_given_too(tmp_path: Path) -> None:

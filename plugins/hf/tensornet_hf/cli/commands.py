@@ -115,7 +115,7 @@ def evaluate(
             context=usual_context(model) if context is None else context,
             stride=stride,
             batch_size=batch,
-            progress=True,
+            progress=sys.stderr.isatty(),
         )
         found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
     if tasks is not None:
@@ -162,7 +162,13 @@ def compare(
     prompt = prompt_of(content) if prompt is None else prompt
     name = "the text" if text is None else text.name
     found = compare_folders(
-        paths, text=content, name=name, prompt=prompt, new_tokens=new_tokens, device=device, progress=True
+        paths,
+        text=content,
+        name=name,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        device=device,
+        progress=sys.stderr.isatty(),
     )
     if as_json:
         shared.print_json({"prompt": prompt, "models": [model.to_dict() for model in found]})
@@ -361,7 +367,7 @@ def upcycle(
     if written is not None:
         check_free(written, force=force, sources=(folder,))
     model = on_device(open_dense(folder), device)
-    report = upcycle_model(model, config, progress=True)
+    report = upcycle_model(model, config, progress=sys.stderr.isatty())
     if written is not None:
         if stored is not None:
             torch.nn.Module.to(model, dtype=stored)
@@ -395,7 +401,7 @@ def demo(
         device=device,
         force=force,
         command=display_command(["tensornet", *sys.argv[1:]]),
-        progress=True,
+        progress=sys.stderr.isatty(),
     )
     if as_json:
         shared.print_json(done.to_dict())

@@ -56,7 +56,8 @@ def run(
     """
     try:
         command = display_command(["tensornet", *sys.argv[1:]])
-        options = CompressOptions(**shared.collect(CompressOptions, given), command=command, progress=True)
+        chosen = shared.collect(CompressOptions, given)
+        options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
         wanted = shared.collect(CompressionConfig, given)
         if plan is not None and wanted:
             names = " and ".join(shared.spelled(_FIELDS[name]) for name in wanted)
