@@ -1,13 +1,12 @@
 """Export integer layers as a compressed-tensors checkpoint, which needs nothing of this library.
 
-To explain the format: a layer of `nn.Linear` becomes `weight_packed`, codes of 4 or 8 bits side by side in
+In that format the weight of an `nn.Linear` becomes three tensors: `weight_packed`, codes of 4 or 8 bits in
 32-bit words, lowest bits first; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The
-configuration lists the layers of each number format in a group of its own.
+configuration has one group of layers for each number format.
 """
 
 import copy
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,16 +108,29 @@ def export_compressed_tensors(
     model = light_copy(given)
     assert isinstance(model, PreTrainedModel)
     model.config = copy.deepcopy(given.config)
-    layers = dict(_compressed_layers(model))
+    layers = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, NetworkModule)
+    }
     if not layers:
         raise TargetError(
             "This model has no tensor-network layers, so there is nothing to pack; compress it first, by "
             'tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
         )
-    decompress(model)
-    state, ties, packed, dense = model.state_dict(), _ties(layers), {}, {}
+    users: dict[int, list[str]] = {}  # names of the layers that share a tensor
     for name, layer in layers.items():
-        found = _packed(layer, model.get_submodule(name), tied_to=ties.get(name))
+        users.setdefault(id(next(iter(layer.stored.values()))), []).append(name)
+    tied = {
+        name: next(x for x in names if x != name)
+        for names in users.values()
+        if len(names) > 1
+        for name in names
+    }
+    decompress(model)
+    state, packed, dense = model.state_dict(), {}, {}
+    for name, layer in layers.items():
+        found = _packed(layer, model.get_submodule(name), tied_to=tied.get(name))
         if isinstance(found, str):
             dense[name] = found
             continue
@@ -144,12 +156,9 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
     """Build `quantization_config` of a checkpoint: one group of layers for each number format."""
     groups = {}
     for number, name in enumerate(sorted(set(packed.values()))):
-        number_format = NumberFormat.parse(name)
-        weights: dict[str, Any] = {"num_bits": number_format.bits, "type": "int", "symmetric": True}
-        if number_format.group is None:
-            weights["strategy"] = "channel"
-        else:
-            weights |= {"strategy": "group", "group_size": number_format.group}
+        bits, size = NumberFormat.parse(name).bits, NumberFormat.parse(name).group
+        strategy = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, **strategy}
         groups[f"group_{number}"] = {
             "targets": [layer for layer, used in packed.items() if used == name],
             "weights": weights,
@@ -162,22 +171,6 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
         "config_groups": groups,
         "ignore": [],
     }
-
-
-def _compressed_layers(model: nn.Module) -> Iterator[tuple[str, NetworkModule]]:
-    """List all compressed linear layers and embeddings under every name they have."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, NetworkModule):
-            yield name, module
-
-
-def _ties(layers: dict[str, NetworkModule]) -> dict[str, str]:
-    """Map every layer that shares its tensors to the name of another one that does."""
-    users: dict[int, list[str]] = {}
-    for name, layer in layers.items():
-        users.setdefault(id(next(iter(layer.stored.values()))), []).append(name)
-    shared = [names for names in users.values() if len(names) > 1]
-    return {name: next(x for x in names if x != name) for names in shared for name in names}
 
 
 def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> dict[str, Tensor] | str:
