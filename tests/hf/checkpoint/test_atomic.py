@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -33,16 +32,6 @@ def old_model(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "old").write_text("old")
     return folder
-
-
-def test_takes_its_place_at_the_end(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "model"
-    with write_folder(target) as folder:
-        (folder / "a").write_text("a")
-        assert not target.exists()
-        assert folder.parent == target.parent
-    assert contents(tmp_path) == {"deep/model/a": b"a"}
-    assert target.stat().st_mode & 0o777 == tmp_path.joinpath("deep").stat().st_mode & 0o777
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -85,12 +74,8 @@ def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
             check_free(target, force=True, sources=(old_model,))
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
-    ids=["OSError", "SafetensorError"],
-)
-def test_full_disk(tmp_path: Path, failure: Exception) -> None:
+def test_full_disk(tmp_path: Path) -> None:
+    failure = SafetensorError("I/O error: No space left on device")  # which names no file
     with pytest.raises(DestinationError, match=r"Writing .*model failed: .*No space left.*Nothing was left"):
         write_and_fail(tmp_path / "model", failure)
     assert list(tmp_path.iterdir()) == []
@@ -126,25 +111,16 @@ def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
     architecture = ARCHITECTURES["gpt2"]
     source = tmp_path / "source"
     architecture.dense.save_pretrained(source)
-    for name in ("tokenizer.json", "vocab.txt", "LICENSE", "chat_template.jinja"):
+    kept, left = {"tokenizer.json", "vocab.txt", "LICENSE", "chat_template.jinja"}, {"code.py", "README.md"}
+    for name in kept | left | {"pytorch_model.bin", "model.safetensors.index.json"}:
         (source / name).write_text(name)
-    for name in ("pytorch_model.bin", "code.py", "model.safetensors.index.json", "README.md"):
-        (source / name).write_text("do not copy")
     before = contents(source)
     model = architecture.compressed
     assert th.save(model, tmp_path / "small", source=source) == tmp_path / "small"
     assert contents(source) == before
     got = contents(tmp_path / "small")
-    assert got.keys() == {
-        "tokenizer.json",
-        "vocab.txt",
-        "LICENSE",
-        "chat_template.jinja",
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "README.md",
-    }
+    written = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert got.keys() == kept | written
     assert b"import tensornet_hf" in got["README.md"]
     assert logits(th.load(tmp_path / "small"), architecture).equal(logits(model, architecture))
     with pytest.raises(DestinationError, match="exists already"):

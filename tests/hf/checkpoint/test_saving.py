@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import pickle
 from pathlib import Path
 
 import pytest
@@ -32,19 +31,15 @@ def assert_same(a: nn.Module, b: nn.Module, architecture: Architecture, atol: fl
 
 
 @each
-def test_only_cores_are_saved_and_every_core_once(architecture: Architecture, tmp_path: Path) -> None:
-    model = architecture.compressed
-    model.save_pretrained(tmp_path)
-    layers = {name for name, module in model.named_modules() if isinstance(module, NetworkModule)}
-    assert not stored_names(tmp_path) & {f"{layer}.weight" for layer in layers}
-    stored = sum(torch.Size(t.shape).numel() for t in read_checkpoint(tmp_path).tensors.values())
-    assert stored == sum(p.numel() for p in model.parameters())
-
-
-@each
-def test_load_brings_the_same_model_back(architecture: Architecture, tmp_path: Path) -> None:
+def test_cores_are_saved_once_and_loaded_as_the_same_model(
+    architecture: Architecture, tmp_path: Path
+) -> None:
     model = architecture.compressed
     model.save_pretrained(tmp_path / "a")
+    stored = read_checkpoint(tmp_path / "a").tensors
+    layers = {name for name, module in model.named_modules() if isinstance(module, NetworkModule)}
+    assert not stored.keys() & {f"{layer}.weight" for layer in layers}
+    assert sum(x.numel for x in stored.values()) == sum(p.numel() for p in model.parameters())  # each once
     loaded = th.load(tmp_path / "a")
     assert type(loaded) is type(model)
     assert_same(loaded, model, architecture)
@@ -56,15 +51,15 @@ def test_load_brings_the_same_model_back(architecture: Architecture, tmp_path: P
     assert first == second
 
 
-@each
-def test_auto_classes_load_after_the_import(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5_relu", "vit"])
+def test_auto_classes_load_after_the_import(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
     model = architecture.compressed
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     auto = {
         "bert": transformers.AutoModelForMaskedLM,
         "t5_relu": transformers.AutoModelForSeq2SeqLM,
-        "t5_gated": transformers.AutoModelForSeq2SeqLM,
         "vit": transformers.AutoModelForImageClassification,
     }.get(architecture.name, transformers.AutoModelForCausalLM)
     loaded = auto.from_pretrained(tmp_path)
@@ -87,8 +82,9 @@ def test_decompressed_folder_needs_transformers_alone(architecture: Architecture
     assert_same(loaded, architecture.dense, architecture, atol=1e-4)
 
 
-@each
-def test_compressing_while_loading_saves_cores(architecture: Architecture, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "vit"])
+def test_compressing_while_loading_saves_cores(name: str, tmp_path: Path) -> None:
+    architecture = ARCHITECTURES[name]
     architecture.dense.save_pretrained(tmp_path / "dense")
     options = th.TensorNetworkConfig(param_ratio=0.6, topology="low_rank", target_modules="all")
     model = type(architecture.dense).from_pretrained(tmp_path / "dense", quantization_config=options)
@@ -111,7 +107,7 @@ def test_dtype_is_kept_or_chosen(dtype: torch.dtype, tmp_path: Path) -> None:
     assert {p.dtype for p in th.load(tmp_path, dtype=torch.float32).parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5_relu"])
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
 def test_pivoted_cores(name: str, tmp_path: Path) -> None:
     architecture = ARCHITECTURES[name]
     model = architecture.dense
@@ -151,13 +147,6 @@ def test_compressing_a_part_describes_that_part(tmp_path: Path) -> None:
     assert_same(th.load(tmp_path), model, architecture)
 
 
-def test_a_module_that_holds_a_model() -> None:
-    wrapper = nn.ModuleDict({"encoder": ARCHITECTURES["bert"].dense})
-    tn.compress(wrapper, tn.CompressionConfig(max_bond=4), progress=False)
-    layers = wrapper["encoder"].config.quantization_config.layers
-    assert all(isinstance(wrapper["encoder"].get_submodule(name), NetworkModule) for name in layers)
-
-
 def test_what_was_changed_after_compressing_is_what_is_saved(tmp_path: Path) -> None:
     architecture = ARCHITECTURES["llama"]
     model = architecture.dense
@@ -175,12 +164,6 @@ def test_transformers_own_dequantize() -> None:
     model = architecture.compressed.dequantize()
     assert not any(isinstance(module, NetworkModule) for module in model.modules())
     assert_same(model, architecture.dense, architecture, atol=1e-4)
-
-
-def test_pickled_models_still_work() -> None:
-    architecture = ARCHITECTURES["gpt2"]
-    model = architecture.compressed
-    assert_same(pickle.loads(pickle.dumps(model)), model, architecture)
 
 
 def test_experts_keep_the_names_of_the_model(tmp_path: Path) -> None:

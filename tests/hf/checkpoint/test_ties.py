@@ -56,8 +56,8 @@ def test_tied_tables_stay_tied(architecture: Architecture, tmp_path: Path) -> No
     assert_tied(loaded.to(torch.float64), architecture)
 
 
-@tied
-def test_a_training_step_keeps_them_tied(architecture: Architecture) -> None:
+def test_a_training_step_keeps_them_tied() -> None:
+    architecture = ARCHITECTURES["gpt2"]
     model = architecture.compressed
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(**architecture.inputs(labels=True)).loss.backward()
@@ -167,7 +167,9 @@ def test_t5_keeps_wo_in_float32_when_loaded_in_float16(name: str, tmp_path: Path
     torch.testing.assert_close(logits(th.load(tmp_path / "b"), ARCHITECTURES[name]), got, atol=0, rtol=0)
 
 
-@each
+@pytest.mark.parametrize(
+    "architecture", [ARCHITECTURES["t5_relu"], ARCHITECTURES["vit"]], ids=lambda a: a.name
+)
 def test_initialising_again_does_not_touch_what_was_loaded(
     architecture: Architecture, tmp_path: Path
 ) -> None:
@@ -181,7 +183,7 @@ def test_initialising_again_does_not_touch_what_was_loaded(
     torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
 def test_resizing_tables_of_cores_is_refused(name: str) -> None:
     model = ARCHITECTURES[name].compressed
     for options in ({"new_num_tokens": 120}, {"pad_to_multiple_of": 8}):
@@ -190,13 +192,3 @@ def test_resizing_tables_of_cores_is_refused(name: str) -> None:
     table = model.get_input_embeddings()
     assert model.resize_token_embeddings() is table
     assert model.resize_token_embeddings(table.num_embeddings) is table  # nothing to change
-
-
-def test_resizing_dense_tables_works(tmp_path: Path) -> None:
-    model = ARCHITECTURES["gpt2"].dense
-    tn.compress(model, tn.CompressionConfig(max_bond=8), progress=False)
-    model.resize_token_embeddings(120, mean_resizing=False)
-    model.save_pretrained(tmp_path)
-    loaded = th.load(tmp_path)
-    assert loaded.lm_head.weight.shape == (120, 24)
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
