@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import Prepared, correct_by_measuring, prepare
+from tensornet.compression import Prepared, prepare
 from tensornet.compression.allocate import (
     Cap,
     CostCurve,
@@ -27,14 +27,11 @@ from tensornet.compression.allocate import (
     total_size,
     uniform,
 )
-from tensornet.compression.candidates import PREDICTED_BITS
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.layer_plan import describe
-from tensornet.compression.loss_increase import Forecast
 from tensornet.compression.report import model_size
-from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.storage import Storage
-from tensornet.quantization import NumberFormat, predict_losses, round_weight
+from tensornet.quantization import NumberFormat
 
 FORMATS = ("float", "int8", "int4", "int3", "int2")
 SIZES = st.floats(2.3, 34.0)
@@ -147,27 +144,6 @@ def test_bytes_of_the_plan_are_those_of_the_model() -> None:
         assert any(layer.storage.own_dtypes for layer in plan)
 
 
-def test_predicted_and_rounded_losses_agree() -> None:
-    """Predicted candidates are as good as those that rounding gives."""
-    _, _, prepared = calibrated()
-    for target, found in zip(prepared.targets, prepared.candidates, strict=True):
-        for name in ("int8", "int4"):
-            assert NumberFormat.parse(name).bits >= PREDICTED_BITS  # type: ignore[operator]
-            candidate = found[uniform(found)[name]]
-            assert candidate.topology is not None
-            assert candidate.storage.number_format.name == name
-            size = candidate.storage.num_bytes(candidate.topology, target.matrix.dtype)
-            assert candidate.num_bytes == size
-    weight, inputs = torch.randn(48, 128), torch.randn(500, 128) @ torch.randn(128, 128)
-    columns = inputs.T @ inputs / 500
-    seen = [Weighting(None, damped(columns, 0.01))]
-    predicted = predict_losses(weight, ("int8", "int4"), seen, column_damping=0.0)[:, 0]
-    for name, value in zip(("int8", "int4"), predicted.tolist(), strict=True):
-        assert value == pytest.approx(
-            float(round_weight(weight, name, columns=columns).loss_increase), rel=0.3
-        )
-
-
 @pytest.mark.slow
 def test_the_whole_model_counts_embeddings_and_everything_else() -> None:
     model, stats, _ = calibrated()
@@ -210,25 +186,6 @@ def test_the_smallest_model_within_a_loss() -> None:
         tn.errors.BudgetError, match=r"bits_per_weight and loss_increase=.* contradict each other"
     ):
         prepared.plan(loss_increase=rises[0] / 10, bits_per_weight=2.6)
-
-
-def test_losses_measured_at_sizes_in_bytes_correct_the_forecast() -> None:
-    model, _stats, prepared = calibrated()
-    sizes = [prepared.plan(bits_per_weight=bits).bytes_after for bits in (2.5, 3.0)]
-    budgets = [{"max_bytes": size} for size in sizes]
-    measured = correct_by_measuring(prepared, model, list(tokens(1)), budgets=budgets, loss_fn=sampled_like)
-    points = measured.facts.forecast.points
-    assert len(points) in (1, 2)
-    plain = replace(measured, facts=replace(measured.facts, forecast=Forecast()))
-    known = {plain.plan(bits_per_weight=8 * size / 49152).predicted_loss_increase for size in sizes}
-    assert {predicted for predicted, _ in points} <= known
-
-
-def sampled_like(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Squared distance from the outputs of the dense model."""
-    dense = _calibrated()[0]
-    with torch.no_grad():
-        return (model(**batch).logits - dense(**batch).logits).square().mean(-1).flatten()
 
 
 def test_editing_the_storage_of_a_layer() -> None:
@@ -274,24 +231,6 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
     silent = replace(stats, rows={**stats.rows, name: torch.zeros_like(stats.rows[name])})
     plan = tn.plan(model, CompressionConfig(bits_per_weight=5, formats=FORMATS), silent)
     assert describe(plan[name].topology, plan[name].storage) == "int8 dense"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"bits_per_weight": 0}, "bits_per_weight must be above 0"),
-        ({"bits_per_weight": "4"}, "bits_per_weight must be a number, got '4'"),
-        ({"param_ratio": 50}, r"param_ratio is a fraction .* at most 1; got 50\. 50 % is param_ratio=0\.5"),
-        ({"byte_ratio": 1.5}, "byte_ratio is a share of the model's bytes, at most 1; got 1.5"),
-        ({"formats": ("int9",)}, "Unknown number format 'int9'; known are float, bf16, int8"),
-        ({"formats": "int4"}, r"formats is a sequence of names .* got 'int4'"),
-        ({"formats": ()}, r"formats is a sequence of names .* got \(\)"),
-        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the cost of an error"),
-    ],
-)
-def test_options_that_are_none(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CompressionConfig(**options)  # type: ignore[arg-type]
 
 
 def test_budgets_that_nothing_keeps() -> None:

@@ -65,18 +65,6 @@ def test_a_measured_forecast_comes_true() -> None:
 
 
 @pytest.mark.slow
-def test_measuring_changes_nothing() -> None:
-    model, _stats, prepared, text, _ = real()
-    before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
-    model.train()
-    correct_by_measuring(prepared, model, text[:1], budgets=shares(0.5))
-    assert all(module.training for module in model.modules())
-    model.eval()
-    assert list(model.modules()) == modules
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.slow
 def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
     model, _stats, prepared, text, others = real()
     measured = correct_by_measuring(prepared, model, text, budgets=shares(0.8, 0.6), source="the other half")

@@ -27,7 +27,6 @@ from tensornet.compression.allocate import (
     total_size,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
 from tensornet.nn.int4_cpu import has_layout
@@ -150,40 +149,6 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
         assert layer.params_after == sum(tensor.numel() for tensor in made.stored.values())
 
 
-def test_the_prediction_is_of_the_right_size() -> None:
-    """Against the divergence from the dense model's own predictions, whose curvature the moments are.
-
-    Forecasts are made for other text than the calibration's, and so are high for this text.
-    """
-    model, stats = gpt2_stats()
-    plan = tn.plan(model, CompressionConfig(target_modules=MLP, param_ratio=0.93), stats)
-    twin = gpt2().eval()
-    twin.load_state_dict(model.state_dict())
-    tn.apply_plan(twin, plan, stats)
-    batch = torch.cat(tokens()[:3])
-    with torch.no_grad():
-        old, new = model(input_ids=batch).logits, twin(input_ids=batch).logits
-    rise = nn.functional.kl_div(
-        new[:, :-1].log_softmax(-1), old[:, :-1].log_softmax(-1), log_target=True, reduction="sum"
-    )
-    measured = float(rise) / (batch.shape[0] * (batch.shape[1] - 1))
-    assert plan.predicted_loss_increase is not None
-    assert measured / 2 < plan.predicted_loss_increase < measured * 6
-
-
-def test_bytes_are_a_budget() -> None:
-    model, stats = gpt2_stats()
-    twin = gpt2()
-    twin.load_state_dict(model.state_dict())
-    plan = tn.plan(model, CompressionConfig(max_bytes=60_000), stats)
-    _, before = model_size(twin)
-    tn.apply_plan(twin, plan, stats)
-    _, after = model_size(twin)
-    dense = sum(layer.params_before for layer in plan) * 4
-    assert after - (before - dense) <= 60_000
-    assert {layer.bound_by for layer in plan} <= {"max_bytes", "dense"}
-
-
 def test_a_rise_of_the_loss_is_a_budget() -> None:
     model, stats = gpt2_stats()
     plans = [tn.plan(model, CompressionConfig(loss_increase=rise), stats) for rise in (0.001, 0.01, 0.1)]
@@ -262,17 +227,6 @@ def test_pivoted_weight_objective_keeps_more_rank() -> None:
         assert new.params_after <= 0.6 * new.params_before
         assert new.error <= old.error + 1e-9
     assert sum(x.error for x in pivoted) < 0.95 * sum(x.error for x in plain)
-
-
-def test_layers_that_no_gradient_reaches_stay_dense() -> None:
-    model, stats = gpt2_stats()
-    name = "transformer.h.0.mlp.c_fc"
-    blind = replace(stats, rows={key: value for key, value in stats.rows.items() if key != name})
-    plan = tn.plan(model, CompressionConfig(param_ratio=0.8), blind)
-    assert plan[name].topology is None
-    assert plan[name].loss_increase == 0
-    by_inputs = tn.plan(model, CompressionConfig(param_ratio=0.8, objective="activation"), blind)
-    assert by_inputs[name].topology is not None  # its inputs are known
 
 
 def test_tied_embedding_and_head_are_one_layer_with_both_prices() -> None:
