@@ -231,8 +231,11 @@ def _two_products(
     (first, first_shape), (second, second_shape) = products
     first_name, second_name = layer._core_names[first - 1], layer._core_names[second - 1]
     strategy, in_features, most_elements = layer.strategy, layer.in_features, most * layer.in_features
+    # Reshaping takes as long as a small product: without gradients the reshaped parameters are remembered.
+    known: tuple[Any, ...] = (None,) * 6
 
     def answer(x: Tensor) -> Tensor | None:
+        nonlocal known
         parameters = layer._parameters
         a, b = parameters.get(first_name), parameters.get(second_name)
         if a is None or b is None or "bias" not in parameters or layer.strategy is not strategy:
@@ -241,7 +244,14 @@ def _two_products(
             return None
         if x.dtype is torch.float16 and x.is_cpu:  # contracted in float32
             return None
-        return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+        if torch.is_grad_enabled() or transforms_active() or torch.jit.is_tracing():
+            known = (None,) * 6  # what was remembered may have moved meanwhile
+            return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
+        if known[0] is not a or known[1] is not b or known[2:4] != (a.data_ptr(), b.data_ptr()):
+            if type(a) is not nn.Parameter or not (a.is_contiguous() and b.is_contiguous()) or a.is_meta:
+                return None
+            known = a, b, a.data_ptr(), b.data_ptr(), a.view(first_shape), b.view(second_shape)
+        return linear(linear(x, known[4]), known[5], parameters["bias"])
 
     return answer
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ class Compound(nn.Module):
                 self.register_parameter(name, parameter)
         self.stacks = stacks
         for stack in stacks:
-            bias = None if stack.bias is None else _parameter(stock, stack.bias)
+            bias = None if stack.bias is None else attrgetter(stack.bias)(stock)
             views = stack.views(stock.get_parameter(stack.parameter), shared)
             for name, matrix in zip(stack.names, views, strict=True):
                 self._add(name, PartMatrix(matrix, bias))
@@ -251,7 +252,7 @@ class Compound(nn.Module):
         place: nn.Module = self
         *path, last = name.split(".")
         for part in path:
-            if part not in dict(place.named_children()):
+            if not isinstance(getattr(place, part, None), nn.Module):
                 place.add_module(part, nn.Module())
             place = place.get_submodule(part)
         place.add_module(last, layer)
@@ -263,7 +264,9 @@ class Compound(nn.Module):
         except AttributeError:
             stock = self.__dict__.get("_stock")
             # Methods would read the stock module, and hooks of accelerate belong to it alone.
-            if stock is None or name in ACCELERATE or hasattr(type(stock[0]), name):
+            if stock is None or name in ACCELERATE:
+                raise
+            if name not in vars(stock[0]) and hasattr(type(stock[0]), name):
                 raise
             return getattr(stock[0], name)
 
@@ -279,12 +282,6 @@ def dense_matrix(layer: nn.Module) -> Tensor:
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)
     return layer.matrix
-
-
-def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    owner, _, key = name.rpartition(".")
-    found: nn.Parameter | None = getattr(module.get_submodule(owner), key)
-    return found
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -83,9 +83,6 @@ class _Case:
 
 CASES = {
     "conv1d": _Case(lambda: nn.Conv1d(8, 12, 5, stride=2, padding=3, dilation=2), _pooled, (8, 19), 12, 1),
-    "conv1d_replicate": _Case(
-        lambda: nn.Conv1d(8, 12, 4, padding="same", padding_mode="replicate"), _pooled, (8, 11), 12, 1
-    ),
     "conv2d": _Case(
         lambda: nn.Conv2d(6, 10, (3, 2), stride=(2, 1), padding=(1, 2), bias=False), _pooled, (6, 9, 8), 10, 1
     ),
@@ -99,7 +96,6 @@ CASES = {
         10,
         1,
     ),
-    "conv2d_multiplied": _Case(lambda: nn.Conv2d(4, 12, 3, groups=4), _pooled, (4, 7, 6), 12, 4),
     "conv3d": _Case(
         lambda: nn.Conv3d(4, 9, (2, 3, 2), stride=(1, 2, 1), padding=(1, 0, 1), dilation=(2, 1, 1)),
         _pooled,
@@ -117,7 +113,6 @@ CASES = {
     "gru": _Case(lambda: nn.GRU(10, 12, bidirectional=True, batch_first=True), _last, (7, 10), 24, 4),
     "gru_packed": _Case(lambda: nn.GRU(10, 12, bias=False), _packed, (7, 10), 12, 2),
     "rnn": _Case(lambda: nn.RNN(10, 12, num_layers=2), _last, (7, 10), 12, 4),
-    "rnn_relu": _Case(lambda: nn.RNN(10, 12, nonlinearity="relu"), _last, (7, 10), 12, 2),
     "attention": _Case(lambda: nn.MultiheadAttention(12, 3, batch_first=True), _attended, (6, 12), 12, 4),
     "attention_cross": _Case(
         lambda: nn.MultiheadAttention(
