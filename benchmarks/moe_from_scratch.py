@@ -3,11 +3,10 @@
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
 
 A small GPT-2 is trained from scratch on all permitted text (`scratch_tasks.py`), once for every row: dense,
-or with one of the mixtures of `scratch_rows.py`. `--architecture t5` trains a T5 to restore spans of the
-text instead. All rows see the same batches for a seed. The rate is constant after a warm-up, and the loss
-is that of a running average of the weights over about the last tenth of the steps: so one run gives the
-loss at every number of tokens, and any run can be continued with more of them. Every row has the bytes of
-its parameters, the seconds of training and the arithmetic of a token.
+or with one of the mixtures of `scratch_rows.py`. All rows see the same batches for a seed. The rate is
+constant after a warm-up, and the loss is that of a running average of the weights over about the last tenth
+of the steps: so one run gives the loss at every number of tokens, and any run can be continued with more of
+them. Every row has the bytes of its parameters, the seconds of training and the arithmetic of a token.
 
 Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
 run, and the batches are a function of seed and step. A run whose configuration differs from the stored
@@ -26,9 +25,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +40,7 @@ from tensornet_hf.embedded import heldout_text
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, record
 from scratch_rows import ROWS, Row, Sizes
-from scratch_tasks import ARCHITECTURES, Corpus, corpus_of, gpt2_networks, load_corpus
+from scratch_tasks import Corpus, build_gpt2, corpus_of, cross_entropy, gpt2_networks, load_corpus
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "moe_from_scratch"
 MILLION = 1_000_000
@@ -77,22 +75,12 @@ class Run:
     Args:
         row, sizes, recipe, corpus, seed: the configuration.
         folder: of the state.
-        architecture: a key of `ARCHITECTURES`.
     """
 
     def __init__(
-        self,
-        row: Row,
-        sizes: Sizes,
-        recipe: Recipe,
-        corpus: Corpus,
-        seed: int,
-        *,
-        folder: Path,
-        architecture: str = "gpt2",
+        self, row: Row, sizes: Sizes, recipe: Recipe, corpus: Corpus, seed: int, *, folder: Path
     ) -> None:
         self.row, self.sizes, self.recipe, self.corpus, self.seed = row, sizes, recipe, corpus, seed
-        self.architecture = ARCHITECTURES[architecture]
         self.configuration = {
             "row": json.loads(json.dumps(dataclasses.asdict(row))),
             "sizes": dataclasses.asdict(sizes),
@@ -100,13 +88,10 @@ class Run:
             "seed": seed,
             "corpus": corpus.fingerprint,
         }
-        if architecture != "gpt2":  # rows of the record without an architecture are those of GPT-2
-            self.configuration["architecture"] = architecture
         name = "".join(c if c.isalnum() else "_" for c in row.name)
-        stem = f"{name}-w{sizes.width}x{sizes.layers}-rate{recipe.rate:g}-seed{seed}"
-        self.file = folder / f"{stem if architecture == 'gpt2' else f'{architecture}-{stem}'}.pt"
+        self.file = folder / f"{name}-w{sizes.width}x{sizes.layers}-rate{recipe.rate:g}-seed{seed}.pt"
         torch.manual_seed(seed)
-        self.model = self.architecture.build(row, sizes, seed).train()
+        self.model = build_gpt2(row, sizes, seed).train()
         self.optimizer = optimizer_of(self.model, row, recipe)
         self.mask: tm.GradientMask | None = None
         if "mask" in row.options:
@@ -173,7 +158,7 @@ class Run:
             **self.configuration,
             "tokens": self.tokens,
             "parameters": parameters,
-            "expert_parameters": feed_forward_parameters(self.model, self.architecture.networks),
+            "expert_parameters": feed_forward_parameters(self.model),
             "bytes": 4 * parameters,
             "flops_per_token": self.flops_of_a_step / (self.recipe.windows * self.sizes.context),
             "seconds": self.seconds,
@@ -206,8 +191,8 @@ class Run:
 
     def _train_step(self) -> None:
         recipe = self.recipe
-        batch = self.architecture.batch(
-            self.corpus, self.sizes, self.step, windows=recipe.windows, seed=self.seed
+        batch = self.corpus.batch(
+            self.step, windows=recipe.windows, context=self.sizes.context, seed=self.seed
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (self.step + 1) / recipe.warmup)
@@ -226,14 +211,14 @@ class Run:
             torch._foreach_lerp_(self.mean, list(self.model.parameters()), weight)
 
     def _loss(self, batch: Tensor) -> Tensor:
-        loss = self.architecture.loss(self.model, batch, self.sizes)
+        loss = cross_entropy(self.model, batch)
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
         """Judge the averaged weights on both parts, and the last ones on the test part."""
         last_loss, _ = self.evaluate()
         self._exchange()
-        tune_loss, _ = self.evaluate(part="tune")
+        tune_loss, _ = self.evaluate("tune")
         loss, entropy = self.evaluate()
         self._exchange()
         point = {
@@ -254,12 +239,11 @@ class Run:
             flush=True,
         )
 
-    def evaluate(self, model: nn.Module | None = None, *, part: str = "test") -> tuple[float, float | None]:
-        """Judge a model of this architecture, by default the one in training; see `evaluate`."""
+    def evaluate(self, part: str = "test") -> tuple[float, float | None]:
+        """Judge the model on a part of the text; see `evaluate`."""
         limit = self.recipe.judge_windows // (2 if part == "tune" else 1)
-        examples = self.architecture.held_out(self.corpus, self.sizes, part, limit)
-        loss = partial(self.architecture.loss, sizes=self.sizes)
-        return evaluate(self.model if model is None else model, examples, self.recipe.windows, loss)
+        windows = self.corpus.windows(part, context=self.sizes.context, limit=limit)
+        return evaluate(self.model, windows, self.recipe.windows)
 
     def _exchange(self) -> None:
         """Swap the weights with their average."""
@@ -271,32 +255,28 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, examples: Tensor, batch: int, loss: Callable[[nn.Module, Tensor], Tensor]
-) -> tuple[float, float | None]:
+def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, float | None]:
     """Compute the mean loss of a token, and the relative entropy of expert load, averaged over layers."""
     layers = [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     total = 0.0
     model.eval()
-    for part in examples.split(batch):
-        total += float(loss(model, part)) * len(part)
+    for part in windows.split(batch):
+        total += float(cross_entropy(model, part)) * len(part)
         for load, layer in zip(loads, layers, strict=True):
             assert layer.stats is not None
             load += layer.stats.load
     model.train()
     if not layers:
-        return total / len(examples), None
+        return total / len(windows), None
     entropies = [float(torch.special.entr(load / load.sum()).sum()) / math.log(len(load)) for load in loads]
-    return total / len(examples), statistics.mean(entropies)
+    return total / len(windows), statistics.mean(entropies)
 
 
-def feed_forward_parameters(
-    model: nn.Module, networks: Callable[[nn.Module], list[nn.Module]] = gpt2_networks
-) -> int:
+def feed_forward_parameters(model: nn.Module) -> int:
     """Count the parameters of the feed-forward networks, always-on experts and borrowed cores included."""
     routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
-    parts = networks(model) + [m for name, m in model.named_children() if name == "owner"]
+    parts = gpt2_networks(model) + [m for name, m in model.named_children() if name == "owner"]
     found = {id(p): p for part in parts for p in part.parameters() if id(p) not in routers}
     return sum(p.numel() for p in found.values())
 
@@ -347,7 +327,6 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--name", default="moe_from_scratch", help="of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
-    parser.add_argument("--architecture", choices=tuple(ARCHITECTURES), default="gpt2")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tokens", type=float, default=10.0, help="millions for each run")
@@ -371,9 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         recipe = Recipe(windows=given.windows)
         corpus = load_corpus(given.texts, given.state / "text", vocabulary=sizes.vocabulary)
     deadline = time.monotonic() + 60 * given.minutes
-    place: dict[str, Any] = {"folder": given.state, "architecture": given.architecture}
     for seed, name, rate in itertools.product(given.seeds, given.rows, given.rates):
-        run = Run(ROWS[name], sizes, dataclasses.replace(recipe, rate=rate), corpus, seed, **place)
+        run = Run(ROWS[name], sizes, dataclasses.replace(recipe, rate=rate), corpus, seed, folder=given.state)
         if not run.train(round(given.tokens * MILLION), deadline=deadline):
             return None
     lines = [json.loads(path.read_text()) for path in sorted(given.state.glob("*.json"))]

@@ -15,9 +15,7 @@ import copy
 import random
 import subprocess
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,13 +31,8 @@ CONTEXT = 128
 PICTURES = ("art", "ascii-art", "translate-me")  # drawings and other languages
 
 
-@dataclass(frozen=True)
-class Quotations:
-    """Three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`."""
-
-    train: list[str]
-    tune: list[str]
-    test: list[str]
+#: Three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`.
+Quotations = dict[str, list[str]]
 
 
 def fetch(cache: Path) -> Path:
@@ -70,42 +63,16 @@ def read_quotations(folder: Path) -> Quotations:
 def divided(found: Sequence[str]) -> Quotations:
     """Split distinct quotations: of every twenty in order one is for tuning, two for the test."""
     distinct = list(dict.fromkeys(q.strip() for q in found if q.strip()))
-    quotations = Quotations(
-        train=[q for i, q in enumerate(distinct) if i % 20 not in (3, 7, 17)],
-        tune=[q for i, q in enumerate(distinct) if i % 20 == 3],
-        test=[q for i, q in enumerate(distinct) if i % 20 in (7, 17)],
-    )
-    for part in (quotations.train, quotations.tune, quotations.test):
+    place = {3: "tune", 7: "test", 17: "test"}
+    quotations: Quotations = {"train": [], "tune": [], "test": []}
+    for i, quotation in enumerate(distinct):
+        quotations[place.get(i % 20, "train")].append(quotation)
+    for part in quotations.values():
         random.Random(0).shuffle(part)
     return quotations
 
 
-class Task(ABC):
-    """Data on which a row is trained and judged.
-
-    Attributes:
-        name: key in the record.
-        d_model, d_ff: sizes of the feed-forward network.
-    """
-
-    name: str
-    d_model: int
-    d_ff: int
-
-    @abstractmethod
-    def model(self) -> nn.Module:
-        """Copy the trained dense model."""
-
-    @abstractmethod
-    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield training batches without end, in an order that the seed decides."""
-
-    @abstractmethod
-    def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """List the batches of a part (`"tune"` or `"test"`), each with the number of tokens it predicts."""
-
-
-class LanguageModelling(Task):
+class LanguageModelling:
     """GPT-2, trained on the King James Bible and fine-tuned on quotations.
 
     Args:
@@ -121,10 +88,10 @@ class LanguageModelling(Task):
         self.tokenizer = AutoTokenizer.from_pretrained(gpt2_path())
         self.dense = AutoModelForCausalLM.from_pretrained(gpt2_path())
         self.batch = batch
-        self.train = self._stream(quotations.train, train_size)
+        self.train = self._stream(quotations["train"], train_size)
         self.parts = {
-            "tune": self._stream(quotations.tune, judge_size // 2),
-            "test": self._stream(quotations.test, judge_size),
+            "tune": self._stream(quotations["tune"], judge_size // 2),
+            "test": self._stream(quotations["test"], judge_size),
         }
 
     def _stream(self, quotations: Sequence[str], count: int) -> Tensor:
@@ -137,11 +104,11 @@ class LanguageModelling(Task):
         return torch.tensor(ids[: max(count, CONTEXT)])
 
     def model(self) -> nn.Module:
-        """See `Task`."""
+        """Copy the trained dense model."""
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """See `Task`; each pass over the text starts its windows at another offset."""
+        """Yield batches without end; each pass over the text starts its windows at another offset."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             offset = int(torch.randint(min(CONTEXT, len(self.train) - CONTEXT + 1), (), generator=generator))
@@ -151,13 +118,13 @@ class LanguageModelling(Task):
                 yield {"input_ids": windows[rows], "labels": windows[rows]}
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """See `Task`; non-overlapping windows, each predicts its last 127 tokens."""
+        """List the batches of a part, windows without overlap, with the numbers of predicted tokens."""
         stream = self.parts[part]
         windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16)
         return [({"input_ids": w, "labels": w}, len(w) * (CONTEXT - 1)) for w in windows]
 
 
-class VowelRestoration(Task):
+class VowelRestoration:
     """T5, trained to restore vowels in the King James Bible and fine-tuned on quotations.
 
     Args:
@@ -173,18 +140,18 @@ class VowelRestoration(Task):
         self.tokenizer = AutoTokenizer.from_pretrained(t5_path())
         self.dense = AutoModelForSeq2SeqLM.from_pretrained(t5_path())
         self.batch = batch
-        self.train = phrases(quotations.train, train_size)
+        self.train = phrases(quotations["train"], train_size)
         self.parts = {
-            "tune": phrases(quotations.tune, judge_size // 2),
-            "test": phrases(quotations.test, judge_size),
+            "tune": phrases(quotations["tune"], judge_size // 2),
+            "test": phrases(quotations["test"], judge_size),
         }
 
     def model(self) -> nn.Module:
-        """See `Task`."""
+        """Copy the trained dense model."""
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """See `Task`; phrases of about one length share a batch, which saves padding."""
+        """Yield batches without end; phrases of about one length share a batch, which saves padding."""
         rng = random.Random(seed)
         while True:
             order = sorted(self.train, key=lambda phrase: (len(phrase), rng.random()))
@@ -204,7 +171,7 @@ class VowelRestoration(Task):
         }
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """See `Task`."""
+        """List the batches of a part, with the numbers of predicted tokens."""
         order = sorted(self.parts[part], key=len)
         batches = [self.encode(order[i : i + 100]) for i in range(0, len(order), 100)]
         return [(batch, int((batch["labels"] >= 0).sum())) for batch in batches]
@@ -215,3 +182,7 @@ def phrases(quotations: Sequence[str], count: int) -> list[str]:
     words = verse_words(["\n".join(" ".join(q.split()) for q in quotations)])
     drawn = sample_phrases(words, 4 * count, random.Random(1))
     return [p for p in dict.fromkeys(drawn) if " " in p][:count]
+
+
+#: What the rows of a table are trained and judged on.
+Task = LanguageModelling | VowelRestoration

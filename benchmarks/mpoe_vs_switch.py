@@ -4,7 +4,7 @@
 
 Two embedded models, trained on one book, are fine-tuned on quotations: a GPT-2 as a language model, a T5 that
 restores vowels (`mpoe_tasks.py`, which also says where the text comes from). Each row of a table is the same
-model with other feed-forward networks, all made from its trained ones (`mpoe_rows.py`).
+model with other feed-forward networks, all made from its trained ones by `th.upcycle`.
 
 Every row gets the same number of steps, the same batches for a seed and the same tuning effort: each rate of
 the grid is tried once, with the first seed; the one with the lowest loss on the tuning part is used for all
@@ -18,20 +18,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor, nn
+
+import tensornet_hf as th
+import tensornet_moe as tm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, paired_medians, record
-from mpoe_rows import Recipe, Row, build, optimizer_of, stepper, train
 from mpoe_tasks import (
     LanguageModelling,
     Quotations,
@@ -45,6 +49,38 @@ from mpoe_tasks import (
 from tensornet_hf.embedded import heldout_text
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks"
+
+WEIGHT_DECAY, WARMUP, BALANCE = 0.01, 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to build and train the feed-forward networks.
+
+    Args:
+        name: in tables.
+        experts: number of experts; 0 keeps the dense model.
+        ends: `(out, in)` legs of the first and the last of three cores; None: an expert is one dense matrix.
+        max_bond: cap on both bonds; None keeps the matrix exact.
+        shared: which cores the experts share.
+        private_rate: learning rate of the cores that are not shared, in units of the common one.
+        mask_p: probability of the gradient mask; 1 freezes the shared cores.
+        mask: further options of `GradientMask`; `("fade", share)` fades it out over that share of the steps.
+        noise: relative noise by which the experts differ at the start.
+        across: whether all layers share one center.
+    """
+
+    name: str
+    experts: int = 8
+    ends: tuple[int, int] | None = (4, 4)
+    max_bond: int | None = None
+    shared: str | tuple[str, ...] = "center"
+    private_rate: float = 1.0
+    mask_p: float = 0.0
+    mask: tuple[tuple[str, Any], ...] = ()
+    noise: float = 0.0
+    across: bool = False
+
 
 MASKS = (
     Row("MPOE, mask 0.5", mask_p=0.5),
@@ -77,7 +113,7 @@ class Setting:
     Args:
         task: the class.
         sizes: how much is trained and judged on.
-        recipe: steps and the rest.
+        steps: of training: linear warm-up, cosine decay to 0, gradients clipped at 1.
         rates: grid of learning rates.
         rows: what is compared.
         seeds: the rates are tried with the first.
@@ -86,7 +122,7 @@ class Setting:
 
     task: type[LanguageModelling] | type[VowelRestoration]
     sizes: dict[str, int]
-    recipe: Recipe
+    steps: int
     rates: tuple[float, ...]
     rows: tuple[Row, ...]
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -97,25 +133,170 @@ SETTINGS = {
     "gpt2": Setting(
         LanguageModelling,
         {"train_size": 48_000, "judge_size": 16_000, "batch": 4},
-        Recipe(steps=160),
+        160,
         (7.5e-4, 1.5e-3, 3e-3, 6e-3),
         ROWS,
     ),
     "t5": Setting(
         VowelRestoration,
         {"train_size": 8_000, "judge_size": 1_000, "batch": 32},
-        Recipe(steps=200),
+        200,
         (5e-4, 1e-3, 2e-3, 4e-3),
         ROWS,
     ),
     "t5-few": Setting(
         VowelRestoration,
         {"train_size": 400, "judge_size": 1_000, "batch": 32},
-        Recipe(steps=100),
+        100,
         (6e-5, 2e-4, 6e-4, 1.8e-3),
         (*PLAIN, *MASKS, *MASK_VARIANTS),
     ),
 }
+
+
+def build(task: Task, row: Row, *, seed: int) -> nn.Module:
+    """Build the model of a row; the seed initializes the routers."""
+    model = task.model()
+    if row.experts == 0:
+        return model
+    th.upcycle(model, moe_config(row, task))
+    torch.manual_seed(seed)
+    # From one stream: `upcycle` seeds layer k with seed + k, so that seeds would share some of their routers.
+    for layer in mixtures(model):
+        layer.router.weight.data = torch.randn(layer.router.weight.shape) * 0.1 / math.sqrt(task.d_model)
+    return model
+
+
+def moe_config(row: Row, task: Task) -> th.MoEConfig:
+    """Build the upcycling options: a long middle core between two small ends; plain matrices for Switch."""
+    common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": BALANCE, "noise": row.noise}
+    if row.ends is None:
+        return th.MoEConfig(**common, sites=1, shared="none")
+    a, b = row.ends
+    return th.MoEConfig(
+        **common,
+        shared=row.shared,
+        share_across_layers=row.across,
+        model_dims=(a, task.d_model // (a * b), b),
+        hidden_dims=(a, task.d_ff // (a * b), b),
+        max_bond=row.max_bond,
+    )
+
+
+def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
+    """Collect the mixtures of a model in order; none in the dense one."""
+    return [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
+
+
+def expert_parameters(model: nn.Module) -> int:
+    """Count the parameters of the feed-forward networks, with biases and shared cores, without routers."""
+    names = {"mlp", "DenseReluDense"}  # of GPT-2 and T5, dense or mixed
+    sites = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
+    parts = [getattr(site, "experts", site) for site in sites]
+    parts += [m for m in model.modules() if isinstance(m, tm.SharedCores)]
+    return sum(p.numel() for part in parts for p in part.parameters())
+
+
+def optimizer_of(
+    model: nn.Module, row: Row, rate: float, steps: int, *, seed: int = 0
+) -> torch.optim.Optimizer:
+    """Build the optimizer without frozen cores, with a rate for private cores; attach the mask."""
+    banks = [m for m in model.modules() if isinstance(m, tm.SharedCoreExperts)]
+    shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
+    private = [p for bank in banks for p in bank.parameters() if id(p) not in shared]
+    apart = {id(p) for p in private}
+    if row.mask_p == 1:
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) not in shared)
+    rest = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": rest}]
+    if private:
+        groups.append({"params": private, "lr": rate * row.private_rate})
+    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
+    if 0 < row.mask_p < 1:
+        options = dict(row.mask)
+        if fade := options.pop("fade", None):
+            options["schedule"] = tm.linear_fade(round(fade * steps))
+        # The optimizer keeps the mask alive through its hooks.
+        tm.GradientMask(model, p=row.mask_p, seed=seed, **options).attach(optimizer)
+    return optimizer
+
+
+def stepper(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Tensor]]
+) -> Callable[[], float]:
+    """Return a function that makes one training step and returns the loss, router losses included."""
+
+    def step() -> float:
+        loss = model(**next(batches)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+@torch.no_grad()
+def judge(model: nn.Module, batches: list[tuple[dict[str, Tensor], int]]) -> dict[str, float]:
+    """Compute mean token loss in nats, token accuracy, and the load entropy of experts over log E."""
+    layers = mixtures(model)
+    loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
+    loss = right = count = 0.0
+    model.eval()
+    for batch, tokens in batches:
+        out = model(**batch)
+        loss += float(out.loss) * tokens
+        labels, guess = batch["labels"], out.logits.argmax(-1)
+        if "attention_mask" not in batch:
+            labels, guess = labels[:, 1:], guess[:, :-1]
+        right += float((labels == guess).sum())
+        count += tokens
+        for load, layer in zip(loads, layers, strict=True):
+            load += layer.stats.load if layer.stats is not None else 0
+    model.train()
+    result = {"loss": loss / count, "accuracy": right / count}
+    if layers:
+        shares = [load / load.sum() for load in loads]
+        entropies = [float(torch.special.entr(s).sum()) / math.log(len(s)) for s in shares]
+        result["entropy"] = statistics.mean(entropies)
+    return result
+
+
+def train(task: Task, row: Row, *, rate: float, seed: int, steps: int) -> dict[str, Any]:
+    """Build, train and judge one row once.
+
+    Args:
+        task, row: what is trained.
+        rate: peak learning rate.
+        seed: of routers, order of the data and mask.
+        steps: of the optimizer.
+    """
+    model = build(task, row, seed=seed).train()
+    optimizer = optimizer_of(model, row, rate, steps, seed=seed)
+    warmup = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda s: min((s + 1) / warmup, 0.5 * (1 + math.cos(math.pi * s / steps))),
+    )
+    step = stepper(model, optimizer, task.batches(seed))
+    losses, started = [], time.process_time()
+    for _ in range(steps):
+        losses.append(step())
+        schedule.step()
+    seconds = time.process_time() - started
+    return {
+        "row": row.name,
+        "rate": rate,
+        "seed": seed,
+        "tune_loss": judge(model, task.judge("tune"))["loss"],
+        **judge(model, task.judge("test")),
+        "train_loss": statistics.mean(losses[-max(1, len(losses) // 10) :]),
+        "cpu_seconds": seconds,
+        "expert_parameters": expert_parameters(model),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
 
 
 class State:
@@ -127,9 +308,9 @@ class State:
 
     def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
         """Read or make the result of a run; every option that changes it is part of its key."""
-        key = f"{setting.task.__name__} {setting.sizes} {setting.recipe} {row} rate {rate:g} seed {seed}"
+        key = f"{setting.task.__name__} {setting.sizes} {setting.steps} {row} rate {rate:g} seed {seed}"
         if key not in self.runs:
-            result = train(task, row, rate=rate, seed=seed, recipe=setting.recipe)
+            result = train(task, row, rate=rate, seed=seed, steps=setting.steps)
             self.runs[key] = result
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.runs, indent=1))
@@ -166,7 +347,7 @@ def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[
     steps = {}
     for row in rows:
         model = build(task, row, seed=0).train()
-        optimizer = optimizer_of(model, row, 1e-4, setting.recipe)
+        optimizer = optimizer_of(model, row, 1e-4, setting.steps)
         steps[row.name] = stepper(model, optimizer, task.batches(0))
     return {
         name: timing.median
@@ -188,30 +369,12 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
     return [{**line, "seconds_per_step": seconds[row.name]} for row, line in lines.items()]
 
 
-def claims(lines: Sequence[dict[str, Any]], name: str) -> dict[str, str]:
-    """State the result of one table: Switch, and the best mixtures within fractions of its parameters."""
-    rows = [line for line in lines if line["table"] == name and line["row"] != "dense"]
-    switch = next((line for line in rows if line["row"] == "Switch"), None)
-    if switch is None:
-        return {}
-    found = {"Switch": f"{switch['loss']:.4f} ± {switch['loss_spread']:.4f}"}
-    for part in (7, 14, 20):
-        small = [x for x in rows if part * x["expert_parameters"] <= switch["expert_parameters"]]
-        if small:
-            best = min(small, key=lambda line: line["loss"])
-            found[f"best with 1/{part} of its experts' parameters or less"] = (
-                f"{best['loss']:.4f} ± {best['loss_spread']:.4f} "
-                f"({best['row']}, 1/{switch['expert_parameters'] / best['expert_parameters']:.1f})"
-            )
-    return found
-
-
 def toy(setting: Setting) -> Setting:
     """Shrink the settings of a table so that it runs in seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},
-        recipe=Recipe(steps=1),
+        steps=1,
         rates=setting.rates[:2],
         rows=setting.rows[:3],
         seeds=(0, 1),
@@ -242,14 +405,12 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = given.records / "mpoe_vs_switch.json"
     known = json.loads(path.read_text()) if path.is_file() else {"rows": [], "settings": {}}
     lines += [line for line in known["rows"] if line["table"] not in given.tables]
-    tables = dict.fromkeys(line["table"] for line in lines)
-    claimed = {f"{name}: {k}": v for name in tables for k, v in claims(lines, name).items()}
     settings = known["settings"] | {
-        name: {"rates": s.rates, "seeds": s.seeds, **dataclasses.asdict(s.recipe), **s.sizes}
+        name: {"rates": s.rates, "seeds": s.seeds, "steps": s.steps, **s.sizes}
         for name, s in SETTINGS.items()
         if name in given.tables
     }
-    return record("mpoe_vs_switch", lines, folder=given.records, summary=claimed, settings=settings)
+    return record("mpoe_vs_switch", lines, folder=given.records, settings=settings)
 
 
 if __name__ == "__main__":

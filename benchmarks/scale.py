@@ -4,7 +4,6 @@
    already (an executor of the caller) and workers that are started for the run are both shown.
 2. Peak memory of one worker over the size of the checkpoint. Asked: flat.
 3. A run interrupted half way and resumed, compared with one that is not, in processor seconds. Asked: 2 %.
-4. Tokens per second of a training step of one mixture, experts spread over two processes, compared with one.
 
     python benchmarks/scale.py            # some minutes; writes benchmarks/records/scale.json
     python benchmarks/scale.py --toy      # seconds; shows only that the script runs
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -28,22 +26,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
-import tensornet_moe as tm
-from tensornet.topologies import mpo
 from tensornet_hf import streaming
-from tensornet_moe.experimental import parallel
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, peak_mib, record
 
 #: Workers are forked from a process that has everything imported: the cost of a start is measured separately.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tensornet_hf", "tensornet_moe", "torch.distributed"])
+PROCESSES.set_forkserver_preload(["tensornet_hf"])
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
 
 
@@ -56,8 +50,6 @@ class Sizes:
         weights: weights of the checkpoint for speed and resuming.
         growth: numbers of weights of the checkpoints for memory.
         repeats: rounds; the median counts.
-        tokens: of a training step of the mixture.
-        model_dims, hidden_dims: factors of the widths of the mixture.
         starts: also measure workers that are started for the run.
     """
 
@@ -65,14 +57,11 @@ class Sizes:
     weights: int
     growth: tuple[int, ...]
     repeats: int
-    tokens: int
-    model_dims: tuple[int, ...]
-    hidden_dims: tuple[int, ...]
     starts: bool
 
 
-FULL = Sizes(768, 28, (7, 35, 126), 3, 2048, (4, 4, 8, 6), (4, 4, 12, 16), True)
-TOY = Sizes(32, 7, (7, 14), 1, 32, (2, 4), (4, 4), False)
+FULL = Sizes(768, 28, (7, 35, 126), 3, True)
+TOY = Sizes(32, 7, (7, 14), 1, False)
 
 
 class Stop(Exception):
@@ -193,64 +182,10 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
     ]
 
 
-def mixture(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Measure question 4: tokens a second of a mixture on two processes, against one."""
-    rows = []
-    for ranks in (1, 2):
-        store = folder / f"store{ranks}"
-        processes = [
-            PROCESSES.Process(target=_train, args=(rank, ranks, str(store), sizes)) for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
-        seconds = float(Path(f"{store}-seconds").read_text())
-        rows.append(
-            {
-                "question": 4,
-                "case": f"experts on {ranks} process{'es' if ranks > 1 else ''}",
-                "seconds": round(seconds, 4),
-                "tokens_per_second": round(sizes.tokens / seconds, 1),
-            }
-        )
-    return rows
-
-
-def _train(rank: int, ranks: int, store: str, sizes: Sizes) -> None:
-    """Time training steps of one mixture, with the tokens distributed over processes."""
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    torch.manual_seed(0)
-    up = mpo(out_dims=sizes.hidden_dims, in_dims=sizes.model_dims, max_bond=64)
-    down = mpo(out_dims=sizes.model_dims, in_dims=sizes.hidden_dims, max_bond=64)
-    experts = tm.ExpertFFN({"up": tm.SharedCoreExperts(up, 8), "down": tm.SharedCoreExperts(down, 8)})
-    moe = tm.SharedCoreMoE(tm.SwitchRouter(experts.in_features, 8), experts)
-    if ranks > 1:
-        parallel.shard_experts(moe)
-    x = torch.randn(sizes.tokens // ranks, experts.in_features)
-    seconds = []
-    for _ in range(1 + sizes.repeats):
-        dist.barrier()
-        start = time.perf_counter()
-        loss = moe(x).square().mean() + tm.collect_aux_losses(moe).total
-        loss.backward()
-        if ranks > 1:
-            parallel.average_gradients(moe)
-        dist.barrier()
-        seconds.append(time.perf_counter() - start)
-    if rank == 0:
-        Path(f"{store}-seconds").write_text(str(sorted(seconds[1:])[sizes.repeats // 2]))
-    dist.destroy_process_group()
-
-
 def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
     """Summarize the answers."""
     by_case = {row["case"]: row for row in rows}
     flat = [row["above_idle_mb"] for row in rows if row["question"] == 2]
-    speed = [row["tokens_per_second"] for row in rows if row["question"] == 4]
     return {
         "speed-up of 2 workers (asked 1.7)": by_case["2 workers"]["speed_up"],
         "memory of the largest over the smallest checkpoint (asked flat)": round(
@@ -258,7 +193,6 @@ def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
         ),
         "size of the largest over the smallest checkpoint": sizes.growth[-1] // sizes.growth[0],
         "overhead of resuming (asked 0.02)": by_case["interrupted half way"]["overhead"],
-        "speed-up of a training step with experts on 2 processes": round(speed[1] / speed[0], 2),
     }
 
 
@@ -277,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for part in (workers, memory, resume, mixture):
+        for part in (workers, memory, resume):
             rows += part(Path(folder), sizes)
             print(*(row for row in rows if row["question"] == rows[-1]["question"]), sep="\n")
     answers = summary(rows, sizes)

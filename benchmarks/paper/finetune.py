@@ -30,7 +30,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,30 +59,16 @@ FORMS = ("dense", "switch", "mpoe")
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Task:
-    """GLUE task as text.
-
-    Args:
-        columns: of the sentences.
-        words: label words, in the order of the labels.
-        validation: name of the part with labels that is judged.
-    """
-
-    columns: tuple[str, ...]
-    words: tuple[str, ...]
-    validation: str = "validation"
-
-
-TASKS = {
-    "cola": Task(("sentence",), ("wrong", "right")),
-    "sst2": Task(("sentence",), ("bad", "good")),
-    "mrpc": Task(("sentence1", "sentence2"), ("no", "yes")),
-    "qqp": Task(("question1", "question2"), ("no", "yes")),
-    "qnli": Task(("question", "sentence"), ("yes", "no")),
-    "rte": Task(("sentence1", "sentence2"), ("yes", "no")),
-    "wnli": Task(("sentence1", "sentence2"), ("no", "yes")),
-    "mnli": Task(("premise", "hypothesis"), ("yes", "maybe", "no"), "validation_matched"),
+#: Columns of the sentences and label words, in the order of the labels, of the tasks of GLUE.
+TASKS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cola": (("sentence",), ("wrong", "right")),
+    "sst2": (("sentence",), ("bad", "good")),
+    "mrpc": (("sentence1", "sentence2"), ("no", "yes")),
+    "qqp": (("question1", "question2"), ("no", "yes")),
+    "qnli": (("question", "sentence"), ("yes", "no")),
+    "rte": (("sentence1", "sentence2"), ("yes", "no")),
+    "wnli": (("sentence1", "sentence2"), ("no", "yes")),
+    "mnli": (("premise", "hypothesis"), ("yes", "maybe", "no")),
 }
 
 Example = tuple[str, int]
@@ -93,48 +78,25 @@ def examples(name: str, data: Path | None, *, seed: int = 0) -> dict[str, list[E
     """Read a task from the hub or a local file, as pairs of text and label in three parts.
 
     A tenth of the training part is for tuning. Of a local file a fifth is for the test.
-
-    Raises:
-        SystemExit: the hub cannot be read, or a line lacks a column.
     """
-    task = TASKS[name]
+    columns, _ = TASKS[name]
     if data is not None:
         rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines() if line.strip()]
         test, train = rows[::5], [row for i, row in enumerate(rows) if i % 5]
     else:
-        train, test = _from_hub(name, task)
-    for row in (*train, *test):
-        if missing := [column for column in (*task.columns, "label") if column not in row]:
-            raise SystemExit(f"{data or 'GLUE'}: {row} lacks {', '.join(missing)}, which {name} needs.")
-    found = [(_text(name, task, row), int(row["label"])) for row in train]
+        import datasets
+
+        loaded = datasets.load_dataset("nyu-mll/glue", name)
+        judged = "validation_matched" if name == "mnli" else "validation"
+        train, test = list(loaded["train"]), list(loaded[judged])
+
+    def pair(row: dict[str, Any]) -> Example:
+        return " ".join([name, *(f"{column}: {row[column]}" for column in columns)]), int(row["label"])
+
+    found = [pair(row) for row in train]
     random.Random(seed).shuffle(found)
     tuning = max(1, len(found) // 10)
-    return {
-        "train": found[tuning:],
-        "tune": found[:tuning],
-        "test": [(_text(name, task, row), int(row["label"])) for row in test],
-    }
-
-
-def _from_hub(name: str, task: Task) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    try:
-        import datasets
-    except ImportError:
-        raise SystemExit(
-            "Reading GLUE needs the package datasets (pip install datasets); --data FILE reads JSON lines "
-            "without it, --toy runs offline."
-        ) from None
-    try:
-        loaded = datasets.load_dataset("nyu-mll/glue", name)
-    except (OSError, ConnectionError) as error:
-        raise SystemExit(
-            f"The hub did not give GLUE {name} ({error}); --data FILE reads JSON lines, --toy runs offline."
-        ) from error
-    return list(loaded["train"]), list(loaded[task.validation])
-
-
-def _text(name: str, task: Task, row: dict[str, Any]) -> str:
-    return " ".join([name, *(f"{column}: {row[column]}" for column in task.columns)])
+    return {"train": found[tuning:], "tune": found[:tuning], "test": [pair(row) for row in test]}
 
 
 class Encoder:
@@ -154,8 +116,9 @@ class Encoder:
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         before = " " if decoder_only else ""
         self.words = [[*tokenizer.encode(before + word, add_special_tokens=False), *end] for word in words]
-        if len(set(map(tuple, self.words))) < len(words):
-            raise SystemExit(f"The tokenizer cannot tell the label words {words} apart.")
+        assert len(set(map(tuple, self.words))) == len(words), (
+            f"The tokenizer reads {words} as the same word."
+        )
 
     def batch(self, found: Sequence[Example]) -> dict[str, Tensor]:
         """Encode examples as inputs of the model, with all labels but the label word ignored."""
@@ -208,24 +171,18 @@ def load(name: str) -> tuple[nn.Module, PreTrainedTokenizerBase, bool]:
     return auto.from_pretrained(where), AutoTokenizer.from_pretrained(where), not encoder_decoder
 
 
-def convert(model: nn.Module, options: argparse.Namespace) -> None:
-    """Convert a dense model to the form of the row, in place."""
-    if options.form == "dense":
-        return
-    form: dict[str, Any] = {"sites": options.sites, "noise": 0.01}
-    if options.form == "switch":
-        form = {"sites": 1, "shared": "none", "noise": 0.01}
-    th.upcycle(model, th.MoEConfig(num_experts=options.experts, seed=options.seeds[0], **form))
-
-
 def run(
     options: argparse.Namespace, rate: float, seed: int, parts: dict[str, list[Example]]
 ) -> dict[str, Any]:
     """Fine-tune once and judge on both parts."""
     set_seed(seed)
     model, tokenizer, decoder_only = load(options.model)
-    convert(model, options)
-    encoder = Encoder(tokenizer, TASKS[options.task].words, decoder_only=decoder_only, length=options.length)
+    if options.form != "dense":
+        form: dict[str, Any] = {"sites": 1, "shared": "none"} if options.form == "switch" else {}
+        form = {"sites": options.sites, "noise": 0.01, **form}
+        th.upcycle(model, th.MoEConfig(num_experts=options.experts, seed=options.seeds[0], **form))
+    _, words = TASKS[options.task]
+    encoder = Encoder(tokenizer, words, decoder_only=decoder_only, length=options.length)
     callbacks = []
     if options.mask and options.form == "mpoe":
         callbacks.append(th.GradientMaskCallback(p=options.mask, seed=seed))

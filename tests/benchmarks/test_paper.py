@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -41,14 +40,6 @@ def test_the_toy_run_writes_its_row(
         assert "there already" in capsys.readouterr().out
 
 
-def test_parts_hold_every_example_once(script: ModuleType) -> None:
-    parts = script.examples("sst2", script.TOY_DATA)
-    texts = [text for part in parts.values() for text, _ in part]
-    assert len(texts) == len(set(texts)) == 30
-    assert texts[0].startswith("sst2 sentence: ")
-    assert parts == script.examples("sst2", script.TOY_DATA)
-
-
 @pytest.mark.parametrize("model", ["toy-t5", "toy-gpt2"])
 def test_the_answer_is_the_likelier_word(script: ModuleType, model: str) -> None:
     dense, tokenizer, decoder_only = script.load(model)
@@ -73,16 +64,3 @@ def test_only_the_word_is_learnt(script: ModuleType) -> None:
     first = batch["labels"][0]
     assert first[first != script.IGNORED].tolist() == encoder.words[1]
     assert batch["attention_mask"].sum(1).tolist() == [3 + len(encoder.words[1]), 1 + len(encoder.words[0])]
-
-
-def test_bad_input_is_named(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"sentence": "x"}\n')
-    with pytest.raises(SystemExit, match=r"rows\.jsonl: .* lacks label, which sst2 needs"):
-        script.examples("sst2", file)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(SystemExit, match=r"pip install datasets.*--data FILE.*--toy"):
-        script.examples("sst2", None)
-    _, tokenizer, _ = script.load("toy-gpt2")
-    with pytest.raises(SystemExit, match="cannot tell the label words"):
-        script.Encoder(tokenizer, ("no", "no"), decoder_only=True, length=8)

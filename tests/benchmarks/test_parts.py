@@ -140,10 +140,3 @@ def test_the_machine_is_fitted_at_toy_size(load_benchmark: Any, capsys: pytest.C
     fitted = module.main(["--toy"])
     assert min(fitted.peak, fitted.half_peak, fitted.kernel_peak) > 0
     assert "chosen over fastest" in capsys.readouterr().out
-
-
-def test_multiply_adds_of_a_mixture_are_those_of_the_formula(load_benchmark: Any) -> None:
-    """3 (E (l + r) + N) O I for each of the two matrices, the small merges on top."""
-    module = load_benchmark("moe_step")
-    got = module.training_multiply_adds(module.BASE, module.mpoe(module.BASE))
-    assert got == pytest.approx(3 * 2 * (8 * 576 + 2048) * 768 * 3072, rel=0.01)
