@@ -45,44 +45,42 @@ class TestBorrowedCenter(TestMPOE):
         return [bank.owner]
 
 
-class TestBlockTensorTrains(BankLaws):
-    def topology(self, shape: tuple[int, int]) -> tn.Topology:
+class _OfTopology(BankLaws):
+    """Banks of a topology in which some cores are shared; `whole` is one that represents any matrix."""
+
+    shared: str | tuple[str, ...] = ("basis",)
+
+    def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
+        raise NotImplementedError
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        topology = self.topology(shape, whole=False)
+        return tm.SharedCoreExperts(topology, num_experts, shared=self.shared, **DOUBLE)
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        topology = self.topology(self.shape, whole=True)
+        return tm.SharedCoreExperts.from_dense(
+            weight, num_experts=num_experts, topology=topology, shared=self.shared
+        )
+
+
+class TestBlockTensorTrains(_OfTopology):
+    shared = "none"
+
+    def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
         legs = {8: (2, 4), 12: (3, 4)}
         return tn.topologies.block_tt(out_dims=legs[shape[0]], in_dims=legs[shape[1]], max_bond=2)
 
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        return tm.SharedCoreExperts(self.topology(shape), num_experts, shared="none", **DOUBLE)
 
-    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        return tm.SharedCoreExperts.from_dense(
-            weight, num_experts=num_experts, topology=self.topology(self.shape), shared="none"
-        )
-
-
-class TestMixtureOfBases(BankLaws):
-    def topology(self, shape: tuple[int, int], rank: int | None) -> tn.Topology:
+class TestMixtureOfBases(_OfTopology):
+    def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
+        rank = None if whole else 5
         return tm.mixture_of_bases(out_features=shape[0], in_features=shape[1], bases=3, rank=rank)
 
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        return tm.SharedCoreExperts(self.topology(shape, 5), num_experts, shared=("basis",), **DOUBLE)
 
-    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        return tm.SharedCoreExperts.from_dense(
-            weight, num_experts=num_experts, topology=self.topology(self.shape, None), shared=("basis",)
-        )
-
-
-class TestScaledBases(BankLaws):
-    def topology(self, shape: tuple[int, int], bases: int) -> tn.Topology:
-        return tm.scaled_bases(out_features=shape[0], in_features=shape[1], bases=bases)
-
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        return tm.SharedCoreExperts(self.topology(shape, 2), num_experts, shared=("basis",), **DOUBLE)
-
-    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        return tm.SharedCoreExperts.from_dense(
-            weight, num_experts=num_experts, topology=self.topology(self.shape, 1), shared=("basis",)
-        )
+class TestScaledBases(_OfTopology):
+    def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
+        return tm.scaled_bases(out_features=shape[0], in_features=shape[1], bases=1 if whole else 2)
 
 
 class TestSharedDown(BankLaws):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -313,20 +312,10 @@ def test_the_joint_choice_never_predicts_more_than_either_kind(
     assert totals(budget, formats, seed, "both")[1] <= min(bounds) * (1 + 1e-6)
 
 
-def test_sharing_reaches_sizes_that_separate_networks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharing_reaches_sizes_that_separate_networks_do_not() -> None:
     small = {"param_ratio": 0.06}
     assert totals(small, None, 0, SEPARATE)[1] == math.inf
-    shared = totals(small, None, 0, SHARED)[1]
-    assert shared < math.inf
-
-    def only_one_kind(given: Prepared, stacks: object, kinds: tuple[str, ...]) -> object:
-        if len(kinds) == 2:
-            raise BudgetError("nothing was found with both kinds")
-        return choose_kinds(given, stacks, kinds)  # type: ignore[arg-type]
-
-    module = importlib.import_module("tensornet_moe.expert_compression")
-    monkeypatch.setattr(module, "choose_kinds", only_one_kind)
-    assert totals(small, None, 0, "both")[1] == pytest.approx(shared)
+    assert totals(small, None, 0, "both")[1] == pytest.approx(totals(small, None, 0, SHARED)[1])
 
 
 def test_a_budget_of_the_loss_buys_a_smaller_model() -> None:

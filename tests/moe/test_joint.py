@@ -139,6 +139,28 @@ def test_names_of_families_are_taken() -> None:
     assert {p.dtype for p in bank.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e160), (torch.float32, 1e-30)])
+def test_errors_know_no_scale(dtype: torch.dtype, scale: float) -> None:
+    """Of joint fits, of layers with one center, and of upcycled matrices whose bonds differ."""
+    weights = torch.randn(3, 8, 12).to(dtype)
+
+    def gap(bank: tm.SharedCoreExperts, like: Tensor) -> float:
+        made = bank.expert_matrices().detach().double() / scale
+        return float((made - like.double()).norm() / like.expand_as(made).double().norm())
+
+    bank, plain = (tm.SharedCoreExperts.from_experts(weights * x, max_bond=3) for x in (scale, 1.0))
+    assert bank.error == pytest.approx(plain.error, rel=1e-3)
+    assert gap(bank, weights) == pytest.approx(bank.error, rel=1e-4)
+    _, banks = tm.share_across_layers(weights * scale, num_experts=2, max_bond=3)
+    for weight, layer in zip(weights, banks, strict=True):
+        assert gap(layer, weight) == pytest.approx(layer.error, rel=1e-4)
+    small = [tn.topologies.mpo(out_dims=(2, 4), in_dims=(4, 3), max_bond=3)] * 2
+    grown = tm.SharedCoreExperts.from_dense(weights[0] * scale, num_experts=2, topology=small)
+    assert gap(grown, weights[0]) == pytest.approx(grown.error, rel=1e-4)
+    noisy = tm.SharedCoreExperts.from_dense(weights[0] * scale, num_experts=2, topology=small, noise=0.1)
+    assert gap(noisy, weights[0]) > gap(grown, weights[0])  # noise is relative to the cores
+
+
 def test_bad_stacks_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"\(num_experts, out, in\), got \(12, 12\)"):
         tm.SharedCoreExperts.from_experts(torch.randn(12, 12))
