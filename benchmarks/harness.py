@@ -1,7 +1,6 @@
 """What all benchmarks share: timing both sides in one run, counting bytes, records that state their origin.
 
-A record is one JSON file in `benchmarks/records/`, quoted by the documentation; `fill_tables` replaces
-tables of a page between markers.
+A record is one JSON file in `benchmarks/records/`, quoted by the documentation.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import math
 import os
 import platform
 import random
-import re
 import resource
 import statistics
 import subprocess
@@ -189,15 +187,6 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECOR
     content = {"name": name, **provenance(**where), **meta, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
     return path
-
-
-def fill_tables(page: str, parts: Mapping[str, str]) -> str:
-    """Replace the text between `<!-- table NAME -->` and `<!-- end -->` by the part of that name."""
-
-    def replacement(match: re.Match[str]) -> str:
-        return f"{match[1]}{parts[match[2]]}\n{match[3]}" if match[2] in parts else match[0]
-
-    return re.sub(r"(<!-- table ([\w -]+) -->\n).*?(<!-- end -->)", replacement, page, flags=re.DOTALL)
 
 
 def processor() -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+SENTENCE = "every word of this quotation was chosen so that nobody could object to any part of it"
+
 
 @pytest.fixture
 def script(load_benchmark: Any) -> Any:
@@ -18,7 +20,7 @@ def script(load_benchmark: Any) -> Any:
 def quotations(tmp_path: Path) -> Path:
     folder = tmp_path / "fortunes"
     folder.mkdir()
-    words = [f"word{k}" for k in range(17)]
+    words = SENTENCE.split()
     texts = [f"{number} {' '.join(words[number % 17 :] + words[: number % 17])}" for number in range(80)]
     (folder / "wisdom").write_text("\n%\n".join(texts))
     (folder / "wisdom.dat").write_bytes(b"an index, not a text\n%\n")

@@ -41,12 +41,9 @@ def test_bytes_of_a_module_count_shared_and_hidden_tensors_once(load_benchmark: 
     assert held_bytes(layer) == 4 * 115
 
 
-def test_tables_of_a_page_are_replaced_between_markers(load_benchmark: Any) -> None:
-    harness = load_benchmark("harness")
-    page = "<!-- table a -->\nold\n<!-- end -->\nkept\n<!-- table b -->\nold\n<!-- end -->\n"
-    filled = harness.fill_tables(page, {"a": harness.table([{"x": 1.23456, "y_z": "p|q"}])})
-    assert "| x | y z |\n|---|---|\n| 1.235 | p/q |\n<!-- end -->\nkept" in filled
-    assert filled.count("old") == 1
+def test_cells_of_a_table_are_escaped_and_short(load_benchmark: Any) -> None:
+    found = load_benchmark("harness").table([{"x": 1.23456, "y_z": "p|q"}])
+    assert found == "| x | y z |\n|---|---|\n| 1.235 | p/q |"
 
 
 def test_a_record_states_its_origin_and_its_rows(load_benchmark: Any, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from tensornet_moe import experts as experts_module
 from tensornet_moe.experimental import chain_rows as chain_module
 from tensornet_moe.experimental.chain_rows import ChainLegs, chain_legs, chain_rows, use_chain_rows
 from tensornet_moe.grouped_linear import group_rows
-from tensornet_moe.testing import BankLaws
 
 E = 4
 CHAINS = {
@@ -116,38 +115,16 @@ def test_only_the_matrices_are_kept_and_only_for_the_rows(for_x: bool, calls: li
     assert sum(kept.values()) == operands + (active if for_x else 0)
 
 
-class TestInSlices(BankLaws):
-    """The laws of banks, with a center that the bank owns."""
-
-    @pytest.fixture(autouse=True)
-    def _small_matrices_too(self, calls: list[int]) -> None:
-        """Take `chain_rows` for the small matrices of the laws."""
-
-    def topology(self, shape: tuple[int, int]) -> tn.Topology:
-        legs = {8: (2, 2, 2), 12: (2, 3, 2)}
-        return tn.topologies.mpo(out_dims=legs[shape[0]], in_dims=legs[shape[1]])
-
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        return in_slices(tm.SharedCoreExperts(self.topology(shape), num_experts, dtype=torch.float64))
-
-    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        topology = self.topology(self.shape)
-        return tm.SharedCoreExperts.from_dense(weight, num_experts=num_experts, topology=topology)
-
-
-class TestBorrowedInSlices(TestInSlices):
-    """The laws of banks, with a center that is borrowed."""
-
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        owner = tm.SharedCores(self.topology(shape), dtype=torch.float64)
-        return in_slices(
-            tm.SharedCoreExperts(self.topology(shape), num_experts, shared=owner, dtype=torch.float64)
-        )
-
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
-        assert isinstance(bank, tm.SharedCoreExperts)
-        assert bank.owner is not None
-        return [bank.owner]
+def test_a_borrowed_center_is_multiplied_in_slices(calls: list[int]) -> None:
+    topology = tn.topologies.mpo(out_dims=(2, 3, 2), in_dims=(2, 2, 2))
+    owner = tm.SharedCores(topology, dtype=torch.float64)
+    bank = in_slices(tm.SharedCoreExperts(topology, E, shared=owner, dtype=torch.float64))
+    x, ours, dense = both_ways(bank, (3, 0, 1, 2))
+    found, truth = (
+        torch.autograd.grad(y().square().sum(), [x, *bank.stored_tensors()]) for y in (ours, dense)
+    )
+    assert calls
+    assert all(torch.allclose(mine, true, atol=1e-9) for mine, true in zip(found, truth, strict=True))
 
 
 @pytest.mark.slow

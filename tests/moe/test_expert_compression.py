@@ -406,6 +406,22 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
     assert len({id(p) for p in model.parameters()}) == count
 
 
+def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> None:
+    formats = ("int8", "int4")
+    prepared, _ = candidates(0, formats)
+    size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
+    bits = 0.9 * 8 * size / sum(target.matrix.numel() for target in prepared.targets)
+    model, _, batches = calibrated()
+    report = tm.compress_experts(
+        copy.deepcopy(model),
+        config(bits_per_weight=bits, formats=formats),
+        calibration=batches,
+        progress=False,
+    )
+    assert report.bits_per_weight <= bits
+    assert report.plan.loss_check is not None
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

@@ -306,10 +306,6 @@ class SharedCoreExperts(ExpertBank):
         owner.check_fits(self.topology)
         self._owner, self.owner_label = (owner,), owner.label
 
-    def private_core(self, name: str) -> Tensor:
-        """Stack a private core of all experts, `(num_experts, *shape)`, zero-padded where bonds differ."""
-        return self._whole_core(name)
-
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Build expert matrices, about `(l + r) * out * in` multiply-adds each, or read them from the cache.
 
@@ -372,19 +368,45 @@ class SharedCoreExperts(ExpertBank):
         made: Tensor = checkpoint(product, x, *cores, use_reentrant=False, preserve_rng_state=False)
         return made
 
-    def cores(self) -> list[Tensor]:
-        """Return the cores in the order of the topology: shared ones, and private ones as stacks."""
-        shared = self._shared_here()
-        return [shared[n] if n in shared else self._whole_core(n) for n in self.topology.core_names]
+    def core(self, name: str, index: Tensor | None = None) -> Tensor:
+        """Return a core that the bank owns; a private one as a stack, padded with zeros where bonds differ.
+
+        Args:
+            name: of the core.
+            index: of experts, for a part of a private core; all if absent.
+        """
+
+        def decoded(core: Tensor | PackedCore, index: Tensor | None) -> Tensor:
+            if isinstance(core, PackedCore):
+                values: Tensor = core(self.dtype, index)
+                return values
+            return core if index is None else core.index_select(0, index)
+
+        core = getattr(self, f"core_{name}", None)
+        if core is not None:
+            return decoded(core, None if name in self.shared else index)
+        pieces = [decoded(getattr(self, f"core_{name}_expert_{e}"), None) for e in range(self.num_experts)]
+        stacked = torch.stack([pad_core(piece, self.topology.core_shapes[name]) for piece in pieces])
+        return stacked if index is None else stacked.index_select(0, index)
+
+    def cores(self, index: Tensor | None = None) -> dict[str, Tensor]:
+        """Return all cores by name, borrowed ones included; private ones as stacks of the given experts."""
+        borrowed = {} if self.owner_label is None else self.shared_parameters()
+        # A model that is spread over devices may hold the owner on another one than this layer.
+        device = self.stored_tensors()[0].device
+        return {
+            name: borrowed[name].to(device) if name in borrowed else self.core(name, index)
+            for name in self.topology.core_names
+        }
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the single matrix of a bank whose cores are all shared."""
         # The number of rows is not a constant in compiled code.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
-            cores = list(self._shared_here().values())
+            cores = list(self.cores().values())
             return contract_with_input(plan_operator(self.topology), cores, x, candidate=route)
-        matrix = build_matrices(self.plan, self._shared_here(), 1).squeeze(0)
+        matrix = build_matrices(self.plan, self.cores(), 1).squeeze(0)
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
@@ -396,10 +418,9 @@ class SharedCoreExperts(ExpertBank):
 
     def _cores_of_each(self) -> list[list[Tensor]]:
         """Return the cores of every expert in the order of the topology."""
-        shared = self._shared_here()
         columns = [
-            [shared[name]] * self.num_experts if name in shared else self.private_core(name).unbind()
-            for name in self.topology.core_names
+            [core] * self.num_experts if name in self.shared else core.unbind()
+            for name, core in self.cores().items()
         ]
         return [list(cores) for cores in zip(*columns, strict=True)]
 
@@ -423,18 +444,7 @@ class SharedCoreExperts(ExpertBank):
         return self.kept.get(self.stored_tensors(), self.compute_like, lambda: self._rebuild(None))
 
     def _rebuild(self, index: Tensor | None) -> Tensor:
-        cores = self._shared_here()
-        for name in self.topology.core_names:
-            if name not in self.shared:
-                cores[name] = self._whole_core(name, index)
-        return build_matrices(self.plan, cores, self.num_experts if index is None else len(index))
-
-    def _shared_here(self) -> dict[str, Tensor]:
-        if self.owner_label is not None:
-            # A model that is spread over devices may hold the owner on another one than this layer.
-            device = self.stored_tensors()[0].device
-            return {name: core.to(device) for name, core in self.shared_parameters().items()}
-        return {name: self._whole_core(name) for name in self.shared}
+        return build_matrices(self.plan, self.cores(index), self.num_experts if index is None else len(index))
 
     # --- stored cores ---
 
@@ -478,22 +488,6 @@ class SharedCoreExperts(ExpertBank):
         """Bytes of everything that this bank stores."""
         return sum(tensor.nbytes for tensor in self.stored.values())
 
-    def _whole_core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Decode a core that the bank owns; only some experts' part of a private core if `index` is given."""
-        core = getattr(self, f"core_{name}", None)
-        if core is not None:
-            return self._decoded(core, None if name in self.shared else index)
-        pieces = [getattr(self, f"core_{name}_expert_{e}") for e in range(self.num_experts)]
-        shape = self.topology.core_shapes[name]
-        stacked = torch.stack([pad_core(self._decoded(piece), shape) for piece in pieces])
-        return stacked if index is None else stacked.index_select(0, index)
-
-    def _decoded(self, core: Tensor | PackedCore, index: Tensor | None = None) -> Tensor:
-        if isinstance(core, PackedCore):
-            decoded: Tensor = core(self.dtype, index)
-            return decoded
-        return core if index is None else core.index_select(0, index)
-
     @torch.no_grad()
     def quantize(self, storage: Storage | str) -> float:
         """Store the cores that the bank owns in number formats, in place.
@@ -522,7 +516,7 @@ class SharedCoreExperts(ExpertBank):
         before, like = self.expert_matrices(), self.compute_like
         stems = {key.partition(".")[0][5:].partition("_expert_")[0] for key in self.stored}
         owned = [name for name in self.topology.core_names if name in stems]
-        values = {name: self._whole_core(name).to(like) for name in owned}
+        values = {name: self.core(name).to(like) for name in owned}
         whole = owned if len(set(self.topologies)) == 1 else [name for name in owned if name in self.shared]
         self.storage = storage
         for name in owned:

@@ -138,7 +138,7 @@ def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor |
         return None
     if groups.active is None or groups.sizes is None or not takes_chain_rows(x, bank.compute_like):
         return None
-    cores = bank.cores()
+    cores = list(bank.cores().values())
     ends, middle = merge_ends(cores, legs), cores[legs.middle]
     return chain_rows(x, ends, middle, (groups.active, [groups.sizes[e] for e in groups.active]))
 

@@ -242,9 +242,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
             device="meta",
         )
         whole._compute_like(bank.compute_like)
-        cores = {
-            core: bank.private_core(core) for core in bank.topology.core_names if core not in bank.shared
-        }
+        cores = {core: bank.core(core) for core in bank.topology.core_names if core not in bank.shared}
         for core, part in cores.items():
             whole._store(core, _gather_rows(part, group))
             whole.get_parameter(f"core_{core}").requires_grad_(part.requires_grad)
@@ -268,8 +266,8 @@ def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts
     part._compute_like(bank.compute_like)
     for core in bank.topology.core_names:
         if core not in bank.shared:
-            part._store(core, bank.private_core(core).detach()[here].clone())
-            part.get_parameter(f"core_{core}").requires_grad_(bank.private_core(core).requires_grad)
+            part._store(core, bank.core(core).detach()[here].clone())
+            part.get_parameter(f"core_{core}").requires_grad_(bank.core(core).requires_grad)
     return part, owner
 
 
