@@ -129,7 +129,7 @@ def spend_cost(
             f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
             "choose fewer layers."
         )
-    # The cost rises with the multiplier: find the last one at which it is still allowed.
+    # The cost grows with the multiplier: find the last one at which it is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:
         high *= 4
@@ -147,7 +147,7 @@ def decide_alone(
 ) -> list[_Choice]:
     """Choose the candidate of each layer separately, under the same keep ratio.
 
-    To explain how this works: the smallest candidate of a tiny matrix may have more parameters than the ratio
+    The smallest candidate of a tiny matrix may have more parameters than the ratio
     allows. Such a layer stays as it is, and the others pay for it with a smaller ratio, so that all layers
     together keep to the one asked for.
 
@@ -406,7 +406,7 @@ class Cap:
 def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
     """Choose the candidates of least total cost that keep all caps, and name the tightest one.
 
-    To explain how this works: a choice that keeps all caps also keeps any weighted mean of them, which is one
+    A choice that keeps all caps also keeps any weighted mean of them, which is one
     cap. Weights of caps that are exceeded are raised until all are kept.
 
     Raises:

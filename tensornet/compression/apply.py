@@ -61,7 +61,7 @@ def apply_plan(
     Args:
         model: the model the plan was made for.
         plan: may have been edited or loaded.
-        stats: what the plan was made with; a plan holds topologies, not the moments that the cores depend on.
+        stats: what the plan was made with; a plan has topologies, not the moments that the cores depend on.
         progress: show a progress bar.
         made: layers that were made for the same scheme before are taken from here, and others are added.
         dense: the modules that were replaced are added here by name, for `put_back`.
@@ -177,7 +177,7 @@ def decompress(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, NetworkModule):
         raise TargetError(
-            "decompress puts layers into the model that holds them; for a layer alone take what its "
+            "decompress replaces layers inside a model; for a layer alone take what its "
             "to_linear() or to_embedding() returns."
         )
     _check_forwards(model)

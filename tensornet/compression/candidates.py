@@ -39,7 +39,7 @@ from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted without rounding anything.
 PREDICTED_BITS = 4
-#: Rows whose predicted residuals stand for those of all rows.
+#: Rows from whose predicted residuals those of all rows are estimated.
 PREDICTED_ROWS = 64
 #: Rows and columns of the part that is rounded to few bits, and sweeps of descent on it. With all sweeps that
 #: a matrix gets, the part would gain 2 to 3 % more than the whole matrix does.

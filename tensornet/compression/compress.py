@@ -52,7 +52,7 @@ def compress(
             `CalibrationWarning`. With batches, predicted losses of number formats are checked by measuring
             (`CompressionConfig.verify`), and the loss is measured before and after on at most 2,048 tokens
             of them, or of `validation` (`CompressionReport.measured`). A `CalibrationWarning` says so where
-            it rises far above the prediction or what was allowed.
+            it is far above the prediction or what was allowed.
         validation: batches like those of `calibrate`, best of another source, or `ProvidedData`. The loss is
             measured on them at a few sizes before anything is replaced, which corrects predicted losses and
             with them what a budget of `loss_increase` buys. Needs calibrated gradients.
@@ -99,7 +99,7 @@ def compress(
     elif config.objective != "weight" and (stats is None or stats.source != config.calibration):
         raise BudgetError(
             f"The plan was made with {config.calibration}, on which the cores depend; pass the same data, "
-            "as many tokens of them, or the statistics that were collected then."
+            "the same number of tokens, or the statistics that were collected then."
         )
     else:
         with unfused(model):

@@ -29,7 +29,7 @@ WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_incre
 #: Those among them that cap bytes.
 BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
 #: Number formats that are tried where bits or a byte ratio are asked for and no formats are named. Groups of
-#: 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit ones and round more accurately.
+#: 32 with 8-bit scales take the same bytes as groups of 64 with 16-bit ones and round more accurately.
 DEFAULT_FORMATS = (
     "float",
     "int8",
@@ -94,7 +94,7 @@ class CompressionConfig(LayerSelection):
             the model's own, `"int4"` has groups of 64. Dense layers take any of them, factors of networks
             those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
             `bits_per_weight` or `byte_ratio` is given, else the model's own alone. In layers whose weights
-            are too small for 8-bit scales those of `DEFAULT_FORMATS` have 16-bit ones at as many bytes.
+            are too small for 8-bit scales those of `DEFAULT_FORMATS` have 16-bit ones at the same bytes.
         loss_increase: predicted loss increase per token that all layers together may cause. Curvature
             only; alone it asks for the smallest such model.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
@@ -387,7 +387,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families used with calibration data: low rank beats chains there, which are left out.
+        """Names of the families used with calibration data: low rank beats chains there, which are skipped.
 
         So are residual forms, whose losses are known only after rounding: planning would take six times as
         long for a percent of the loss (`topology="residual"` asks for them).
@@ -427,7 +427,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
     """Name the family, or read the topologies of a configuration.
 
     Raises:
-        TopologyError: neither, an unknown family, or topologies beside options that would choose them.
+        TopologyError: neither, an unknown family, or topologies together with options that would choose them.
     """
     given = config.topology
     if isinstance(given, str | TopologyFamily):
@@ -438,9 +438,9 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             f"got {given!r:.200}."
         )
     choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
-    if beside := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
+    if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
-            f"A topology fixes all dims and bonds: drop {', '.join(beside)}, or give the name of a family."
+            f"A topology fixes all dims and bonds: drop {', '.join(clashing)}, or give the name of a family."
         )
     return found
 

@@ -128,7 +128,7 @@ def record_losses(
         batches: as for `calibrate`.
         loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
         source: what the text is, for reports.
-        tokens: take the first rows of a few batches, of about so many tokens in all; None takes all.
+        tokens: take the first rows of a few batches, with about this number of tokens in all; None takes all.
 
     Returns:
         None without batches, and where the model has no loss or does not run on a part of a batch.
@@ -250,7 +250,7 @@ def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLoss
 def _run(
     model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Collect the losses of all batches and the log-probabilities of the first tokens, at most so many."""
+    """Collect the losses of all batches, and at most `numbers` log-probabilities of the first tokens."""
     losses, log_probs = [], []
     seen: list[Tensor] = []
 

@@ -203,7 +203,7 @@ class CompressionPlan:
         Empty without calibrated gradients.
 
         Args:
-            points: at most so many.
+            points: their number, at most.
             unit: `"params"` or `"bytes"`.
 
         Raises:
@@ -430,7 +430,7 @@ def _check(plan: CompressionPlan) -> None:
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers:
-        raise ValueError("it holds no layer")
+        raise ValueError("it has no layer")
     name, count = Counter(layer.name for layer in plan).most_common(1)[0]
     if count > 1:
         raise ValueError(f"layer {name!r} is listed {count} times")

@@ -184,7 +184,7 @@ def plan(
 
     Raises:
         TargetError: nothing matches, or the objective needs statistics that are not there.
-        NonFiniteError: a weight holds NaN or infinity; the message names the layer.
+        NonFiniteError: a weight contains NaN or infinity; the message names the layer.
         BudgetError: nothing says how far to compress, or a layer cannot meet the budget.
 
     Example:

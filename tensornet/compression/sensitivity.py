@@ -22,9 +22,9 @@ from tensornet.quantization import Rounding
 #: Damping of the input moment, as a fraction of its mean diagonal: only against rounding and dead inputs.
 INPUT_DAMPING = 1e-4
 #: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
-#: it leaves out then looks cheaper than it is: on another text, and with all layers compressed at once,
+#: it ignores then looks cheaper than it is: on another text, and with all layers compressed at once,
 #: errors also cost where this text's gradients are small. The trace is kept: errors of integers lie in all
-#: directions alike, and damping would double their cost.
+#: directions, and damping would double their cost.
 FORECAST_DAMPING = 1.0
 #: Least damping of gradient moments: errors in directions without gradients must cost something.
 _LEAST_DAMPING = 1e-6
@@ -75,7 +75,7 @@ def layer_sensitivity(
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
-        forecast = replace(forecast, columns=known)  # held once, and seen to be the same
+        forecast = replace(forecast, columns=known)  # one tensor, so that both are seen to be the same
     return Sensitivity(choice, forecast, rounding)
 
 
@@ -154,7 +154,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
     """Weigh errors in one weight by damped gradient and input moments, summed over all its uses.
 
     Args:
-        target: the weight; uses that the calibration did not reach are left out.
+        target: the weight; uses that the calibration did not reach are skipped.
         stats: what calibration collected.
         damping: fraction of the mean diagonal that is added to gradient moments.
 
@@ -212,7 +212,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
 
 
 def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
-    """List the layers that ran and whose moments may stand in for those of a weight."""
+    """List the layers that ran and whose moments may replace those of a weight."""
     sides = tuple(target.matrix.shape)
     return [
         name

@@ -35,7 +35,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        TargetError: the model has no numbers yet (meta device), or its state holds more than tensors.
+        TargetError: the model has no numbers yet (meta device), or its state has more than tensors.
         DestinationError: the file cannot be written there.
 
     Example:
@@ -70,7 +70,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
     Args:
         model: a fresh instance of the class that was saved, in place of whose layers the compressed ones are
-            put, on its devices and in its dtypes. What it holds is overwritten.
+            put, on its devices and in its dtypes. Its values are overwritten.
         path: of the file.
 
     Returns:
@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = json.loads(text)
             if header["version"] != FILE_VERSION:
                 raise FormatError(
-                    f"{path} holds a model of version {header['version']}, this library reads version "
+                    f"{path} is a model of version {header['version']}, this library reads version "
                     f"{FILE_VERSION}; use the library that wrote it."
                 )
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -154,7 +154,7 @@ def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Pat
     kind = kind_of(stock)
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(
-            f"{path} is of another model: {name!r} is a {type(stock).__name__} here, there it stands for a "
+            f"{path} is of another model: {name!r} is a {type(stock).__name__} here, there it is a "
             f"layer of the kind {spec.get('source')!r}."
         )
     if has_own_forward(stock):
@@ -203,6 +203,6 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
             continue
         if not bool(state[f"{name}.scales"].view(number_format.scale_dtype).float().isfinite().all()):
             raise FormatError(
-                f"{path} is damaged: {name}.scales holds NaN or infinite scales. Copy it again, or save the "
+                f"{path} is damaged: {name}.scales contains NaN or infinity. Copy it again, or save the "
                 "model again."
             )

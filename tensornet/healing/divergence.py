@@ -1,6 +1,6 @@
 """Divergence of predicted distributions, in blocks of tokens and with its gradient written out.
 
-To explain the blocks: log probabilities of a whole vocabulary for some hundred tokens are far larger than a
+Log probabilities of a whole vocabulary for some hundred tokens are far larger than a
 processor's cache, and automatic differentiation keeps several copies of them. The gradient by the student's
 logits is the difference of both distributions, so one pass over a block gives the value and the gradient, and
 nothing of the vocabulary's size is kept but that gradient, in the dtype of the logits.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Logits handled at a time: on a processor so many that a block stays in its cache.
+#: Logits handled at a time: on a processor, few enough that a block stays in its cache.
 _BLOCK, _BLOCK_ON_DEVICE = 2**18, 2**26
 
 

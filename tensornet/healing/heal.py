@@ -52,7 +52,7 @@ class HealingConfig:
             the model, where scales of eight bits cannot be trained; `"codes"`, these and the integers
             themselves, rounded in each pass with the gradient of the values (straight-through), which heals
             more at two and three bits and takes 16 bytes a weight while it runs; `"trainable"` for all that
-            require gradients now, such as adapters beside frozen cores. `"auto"` is `"cores"` where every
+            require gradients now, such as adapters on frozen cores. `"auto"` is `"cores"` where every
             compressed layer has something to train, else `"vectors"`.
         autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
             recent processors and changes the result little.
@@ -101,7 +101,7 @@ class HealingConfig:
         """True if `heal` selects what is trained, instead of taking what requires gradients.
 
         Where it does, scales of integers become trainable, learning rates are relative to the size of each
-        parameter, and checkpoints hold the order of rows beside the cores.
+        parameter, and checkpoints keep the order of rows with the cores.
 
         Example:
             >>> tn.healing.HealingConfig().selects_parameters
@@ -164,7 +164,7 @@ def heal(
 
     First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's inputs,
     without a backward pass through the model), then end to end. AdamW without weight decay, gradients clipped
-    to norm 1; the learning rate rises for a twentieth of the steps and falls to zero.
+    to norm 1; the learning rate grows for a twentieth of the steps and falls to zero.
 
     Args:
         model: compressed, changed in place.
@@ -181,7 +181,7 @@ def heal(
         TargetError: nothing to train, no data, or a teacher that is trained itself or has other layers.
         TypeError: an option that `HealingConfig` does not have, or both a config and options.
         ValueError: an option is out of its range.
-        NonFiniteError: the distance became NaN or infinite; the checkpoint holds an earlier state.
+        NonFiniteError: the distance became NaN or infinite; the checkpoint has an earlier state.
         FormatError: the checkpoint is damaged, of another model, or of a run with other `layer_steps`.
         DestinationError: the checkpoint cannot be written there.
 
@@ -409,46 +409,13 @@ def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Collect the floating-point tensors that hold cores by name, tied ones once.
-
-    Raises:
-        TargetError: no layer has any.
-    """
+    """Collect the cores of layers that can be trained by name, tied ones once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
-        for part, core in _float_cores(module).items():
-            found.setdefault(id(core), (f"{name}.{part}", core))
-    if not found:
-        raise TargetError(
-            "Nothing to heal: the model has no layer made of trainable cores. Compress it first. Integers "
-            "with scales of eight bits are not trained: use parameters='vectors' or 'codes', or formats such "
-            "as 'int4', whose scales have 16 bits."
-        )
+        for part, core in module.stored.items():
+            if isinstance(core, nn.Parameter):
+                found.setdefault(id(core), (f"{name}.{part}", core))
     return dict(found.values())
-
-
-def _float_cores(module: NetworkModule) -> dict[str, nn.Parameter]:
-    """Collect the stored tensors of one layer that can be trained."""
-    return {part: x for part, x in module.stored.items() if isinstance(x, nn.Parameter)}
-
-
-def cores_and_vectors(model: nn.Module, layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Collect trainable cores and the gains and biases of a model by name, tied ones once.
-
-    Raises:
-        TargetError: the model has no compressed layer, or nothing to train.
-    """
-    cores = {id(core) for layer in layers.values() for core in _float_cores(layer).values()}
-    named = dict(model.named_parameters())
-    found = {
-        name: p for name, p in named.items() if p.is_floating_point() and (id(p) in cores or p.dim() < 2)
-    }
-    if not layers or not found:
-        raise TargetError(
-            "Nothing to heal: the model has no compressed layer, or no cores, gains or biases that can be "
-            "trained. Compress it first; add adapters and use parameters='trainable'."
-        )
-    return found
 
 
 def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
@@ -477,27 +444,42 @@ def trained_parameters(
             core takes part in the layer-wise steps.
     """
     layers = compressed_layers(model)
+    cores, named = trainable_cores(layers), dict(model.named_parameters())
     if parameters == "auto":
-        parameters = "cores" if all(_float_cores(layer) for layer in layers.values()) else "vectors"
-    if parameters == "cores":
-        trained = trainable_cores(layers)
-    elif parameters in ("vectors", "codes"):
-        trained = cores_and_vectors(model, layers)
-        if parameters == "codes" and not any(isinstance(x, TrainedCodes) for x in trained.values()):
-            raise TargetError(
-                "Nothing of parameters='codes': no layer has integers in a number format. Compress with "
-                "bits_per_weight= or formats=(...), or train parameters='cores'."
-            )
-    else:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise TargetError(
-            "Nothing to heal: no parameter requires gradients. Add adapters, or train the cores."
+        every = all(any(isinstance(x, nn.Parameter) for x in y.stored.values()) for y in layers.values())
+        parameters = "cores" if every else "vectors"
+    if parameters == "trainable":
+        trained = {name: p for name, p in named.items() if p.requires_grad}
+        advice = "no parameter requires gradients. Add adapters, or train the cores"
+    elif parameters == "cores":
+        trained = cores
+        advice = (
+            "the model has no layer made of trainable cores. Compress it first. Integers with scales of "
+            "eight bits are not trained: use parameters='vectors' or 'codes', or formats such as 'int4', "
+            "whose scales have 16 bits"
         )
+    else:
+        kept = {id(core) for core in cores.values()}
+        trained = {
+            name: p for name, p in named.items() if p.is_floating_point() and (id(p) in kept or p.dim() < 2)
+        }
+        trained = trained if layers else {}
+        advice = (
+            "the model has no compressed layer, or no cores, gains or biases that can be trained. Compress "
+            "it first; add adapters and use parameters='trainable'"
+        )
+        if trained and parameters == "codes" and not any(isinstance(x, TrainedCodes) for x in cores.values()):
+            trained = {}
+            advice = (
+                "parameters='codes', and no layer has integers in a number format. Compress with "
+                "bits_per_weight= or formats=(...), or train parameters='cores'"
+            )
+    if not trained:
+        raise TargetError(f"Nothing to heal: {advice}.")
     own = {id(parameter) for parameter in teacher.parameters()}
     if any(id(parameter) in own for parameter in trained.values()):
         raise TargetError(
-            "The teacher holds the very parameters that are trained. compress changes a model in place: "
+            "The teacher has the very parameters that are trained. compress changes a model in place: "
             "keep the dense one before, teacher = copy.deepcopy(model)."
         )
     devices = [next(iter(each.parameters())).device for each in (model, teacher)]

@@ -97,7 +97,7 @@ def refine(
         teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
         stats: sensitivity to output errors, and moments of the dense inputs over more tokens than these
-            batches hold. Without, all outputs count alike, and the batches must do.
+            batches have. Without, all outputs count the same, and the moments are those of the batches.
         correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` to the real
             inputs) to 1.
         anchor: weight of the dense inputs' moments against the real ones; 0 trusts the batches alone.

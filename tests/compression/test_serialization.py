@@ -142,7 +142,7 @@ def with_more() -> nn.Module:
         (wider, r"'first' has shape \(24, 24\) here, \(16, 16\) there"),
         (shallower, r"Model has no module 'blocks.1'"),
         (deeper, r"it lacks blocks.2.weight"),
-        (another_kind, r"'first' is a Embedding here, there it stands for a layer of the kind 'linear'"),
+        (another_kind, r"'first' is a Embedding here, there it is a layer of the kind 'linear'"),
         (with_more, r"it lacks more"),
     ],
 )
