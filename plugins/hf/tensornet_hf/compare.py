@@ -17,7 +17,6 @@ from tensornet.compression.loss_increase import RecordedLosses, measure
 from tensornet.compression.report import model_size
 from tensornet.errors import FormatError, MissingDependencyError, TargetError
 from tensornet_hf.checkpoint import (
-    WEIGHT_SUFFIXES,
     Checkpoint,
     load,
     model_class,
@@ -27,8 +26,9 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.description import METHOD
 from tensornet_hf.evaluate import ModelFacts, record_held_out
+from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.report import display_name
-from tensornet_hf.text import continue_text, load_tokenizer
+from tensornet_hf.text import continue_text, first_line, load_tokenizer
 
 DENSE = "dense"
 #: Tokens that are generated to take the time, and how often.
@@ -87,7 +87,7 @@ def compare_folders(
             )
         if text is not None and dense is None:
             dense = record_held_out(model, folder, text, name=name)
-        weights, size = count_weights(folder), bytes_on_disk(folder)
+        weights, size = count_weights(folder), weight_bytes(folder)
         sample = None
         if prompt is not None:
             sample = continue_text(model, load_tokenizer(folder), prompt, max_new_tokens=new_tokens)
@@ -151,12 +151,12 @@ def load_any(folder: Path) -> PreTrainedModel:
         loaded: Any = kind.from_pretrained(folder, **options)
     except ImportError as error:
         raise MissingDependencyError(
-            f"{folder} is quantized by {method!r}, whose package is not installed here: {_reason(error)}"
+            f"{folder} is quantized by {method!r}, whose package is not installed here: {first_line(error)}"
         ) from error
     except Exception as error:  # of the packages of others, in all their ways
         raise FormatError(
             f"transformers cannot load {folder}, which is quantized by {method!r}: {type(error).__name__}: "
-            f"{_reason(error)}"
+            f"{first_line(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)
@@ -164,21 +164,6 @@ def load_any(folder: Path) -> PreTrainedModel:
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{folder} lacks weights that a {method!r} model has: {', '.join(missing[:5])}.")
     return model
-
-
-def _reason(error: Exception) -> str:
-    return f"{str(error).strip().partition(chr(10))[0]:.300}"
-
-
-def bytes_on_disk(folder: Path) -> int:
-    """Return the size of all weight files of a folder, whatever their format.
-
-    Example:
-        >>> from tensornet_hf.compare import bytes_on_disk
-        >>> bytes_on_disk(th.embedded.gpt2_path()) > 4 * 940_800
-        True
-    """
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
 
 
 def count_weights(folder: Path) -> int:

@@ -18,7 +18,7 @@ from tensornet.calibration.batches import IGNORED, Batch
 from tensornet.calibration.losses import scores_next_token
 from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, record_losses
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
-from tensornet_hf.text import calibration_data, load_tokenizer, token_ids, usual_context
+from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
 #: Tokens of a held-out text that are used.
 HELD_OUT_TOKENS = 32_768
@@ -381,30 +381,19 @@ def _load_tasks(names: Sequence[str], task_path: str | Path | None) -> Any:
     if folder is not None and not folder.exists():
         raise TaskError(f"There is no task file or folder {folder}.")
     folder = folder.parent if folder is not None and folder.is_file() else folder
-    include = None if folder is None else str(folder.resolve())
-    # The index of the thousands of tasks that come with the harness takes seconds.
-    manager = TaskManager(include_path=include, include_defaults=False)
-    own = set(manager.all_tasks)
-    if not own.issuperset(names):
-        manager = TaskManager(include_path=include)
-    known = set(manager.all_tasks)
-    if unknown := [name for name in names if name not in known]:
-        near = sorted(own) or "none, --task-path names a folder of them"
+    manager = TaskManager(include_path=None if folder is None else str(folder.resolve()))
+    if unknown := [name for name in names if name not in manager.all_tasks]:
         raise TaskError(
-            f"Unknown task {unknown[0]!r}: lm-evaluation-harness has {len(known) - len(own):,} tasks "
-            f"(lm-eval ls tasks lists them), and there are task files of your own: {near}."
+            f"Unknown task {unknown[0]!r} among the {len(manager.all_tasks):,} of lm-evaluation-harness "
+            "(lm-eval ls tasks lists them) and of --task-path, which names a folder of your own."
         )
     try:
         return manager.load(list(names))
     except Exception as error:  # of datasets and huggingface_hub: missing files, no network, bad columns
         raise TaskError(
-            f"The data of {', '.join(names)} cannot be loaded: {_reason(error)}. A task of the harness takes "
-            f"its data from the hub, unless it is in the cache. {_OFFLINE}."
+            f"The data of {', '.join(names)} cannot be loaded ({first_line(error)}). A task of the harness "
+            f"takes its data from the hub, unless it is in the cache. {_OFFLINE}."
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().partition("\n")[0] or type(error).__name__).rstrip(".")
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from tensornet.compression.layer_plan import describe
 from tensornet.io import Slice
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
-from tensornet_hf.checkpoint import Checkpoint, read_checkpoint
+from tensornet_hf.checkpoint import WEIGHT_SUFFIXES, Checkpoint, read_checkpoint
 from tensornet_hf.description import DTYPES, promised_tensors
 
 
@@ -97,8 +97,10 @@ def inspect_folder(folder: str | Path) -> Inspection:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Sum the sizes of the safetensors files of a folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    """Sum the sizes of the safetensors files of a folder, or of its other weight files if it has none."""
+    files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    return sum(file.stat().st_size for file in safe or files)
 
 
 def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:

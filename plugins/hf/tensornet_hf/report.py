@@ -6,7 +6,6 @@ finished SVG are replaced by them: one picture serves light and dark pages.
 
 import copy
 import io
-import os
 import platform
 import re
 import shlex
@@ -57,7 +56,6 @@ class Page:
         made: rows of label and text that say how the page was made.
         notes: remarks shown below the comparison.
         prompt: text that the samples continue, None without samples.
-        peak_memory: largest resident size of this process so far, in bytes.
     """
 
     title: str
@@ -67,7 +65,6 @@ class Page:
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     prompt: str | None = None
-    peak_memory: int = field(default_factory=lambda: peak_memory())
 
 
 def compare_methods(
@@ -342,27 +339,6 @@ def _svg(figure: Any) -> str:
     for role, color in COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes; 0 where it is unavailable.
-
-    Example:
-        >>> from tensornet_hf.report import peak_memory
-        >>> peak_memory() > 1e6
-        True
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the process that started this one held by then
-        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if lines:
-            return int(lines[0].split()[1]) * 1024
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if os.uname().sysname == "Darwin" else peak * 1024
 
 
 def versions() -> str:

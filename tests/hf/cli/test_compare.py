@@ -17,8 +17,9 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet_hf.compare import bytes_on_disk, compare_folders, count_weights, load_any, quantization_method
+from tensornet_hf.compare import compare_folders, count_weights, load_any, quantization_method
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.text import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -44,7 +45,7 @@ def test_folders_side_by_side(tensornet: Run, small: Path) -> None:
     data = json.loads(out)
     dense, ours = data["models"]
     assert [(x["name"], x["scheme"]) for x in (dense, ours)] == [("gpt2", "dense"), ("small", "tensornet")]
-    assert (dense["bytes"], ours["bytes"]) == (bytes_on_disk(gpt2_path()), bytes_on_disk(small))
+    assert (dense["bytes"], ours["bytes"]) == (weight_bytes(gpt2_path()), weight_bytes(small))
     assert ours["bits_per_weight"] == pytest.approx(8 * ours["bytes"] / 940_800)
     assert dense["parameters"] == 940_800 < ours["parameters"]  # the scales are numbers too
     assert ours["milliseconds"] > 0
@@ -132,7 +133,7 @@ GPTQ = Path(__file__).parents[2] / "fixtures" / "gptq_by_llmcompressor"
 
 def test_a_gptq_folder_is_recognised() -> None:
     assert quantization_method(GPTQ) == "compressed-tensors"
-    assert bytes_on_disk(GPTQ) == (GPTQ / "model.safetensors").stat().st_size
+    assert weight_bytes(GPTQ) == (GPTQ / "model.safetensors").stat().st_size
     assert count_weights(GPTQ) == 64 * 64 + 34 * 64 + 6 * (64 * 64 + 64) + 3 * 2 * 64
 
 

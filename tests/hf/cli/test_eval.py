@@ -101,7 +101,7 @@ def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> No
     folder = task_folder(tmp_path, data=str(tmp_path / "nowhere.jsonl"))
     with pytest.raises(TaskError, match=r"data of verses cannot be loaded.*Offline: save the data as JSON"):
         run_tasks(model, tokenizer, ["verses"], task_path=folder)
-    with pytest.raises(TaskError, match=r"Unknown task 'verse': .*task files of your own: \['verses'\]"):
+    with pytest.raises(TaskError, match="Unknown task 'verse'"):
         run_tasks(model, tokenizer, ["verse"], task_path=folder)
     with pytest.raises(TaskError, match="no task file or folder"):
         run_tasks(model, tokenizer, ["verses"], task_path=tmp_path / "no")

@@ -157,7 +157,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     streamed = ("--rel-error", "0.5", "--workers", "1")
     done = tensornet("compress", str(gpt2_path()), "out", *streamed, cwd=tmp_path, before=before)
     assert done.returncode == 130
-    assert "finished shards and statistics are kept: run the same command again" in done.stderr
+    assert "what is finished is kept: run the same command again" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 

@@ -94,7 +94,9 @@ def run(arguments: Sequence[str]) -> int:
         _say(f"{error.format_message()} {advice}")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):
-        _say(f"interrupted; {_what_is_kept(rest)}")
+        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
+        kept = "what is finished is kept: run the same command again to continue."
+        _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -107,17 +109,6 @@ def run(arguments: Sequence[str]) -> int:
     for note in notes:
         _say(f"note: {note}")
     return status if isinstance(status, int) else 0
-
-
-def _what_is_kept(arguments: Sequence[str]) -> str:
-    """Say what an interrupted command leaves, and how to go on."""
-    if "compress" in arguments and "--workers" in arguments:
-        return "finished shards and statistics are kept: run the same command again to continue."
-    if "compress" in arguments and "--heal" in arguments:
-        return "steps of healing up to the last checkpoint are kept: run the same command again."
-    if "compress" in arguments and "--statistics" in arguments:
-        return "nothing was written but the statistics, if they were complete: run the same command again."
-    return "nothing was written."
 
 
 def _quiet(debug: bool) -> list[str]:
