@@ -651,7 +651,7 @@ def _compress_streamed(
         folder,
         destination,
         observed,
-        workers=options.workers or 1,
+        workers=1 if options.workers is None else options.workers,
         device=str(options.device),
         resume=options.resume,
         plan=plan,
