@@ -126,12 +126,11 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        exists = (
+        why = (
             "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         )
         raise FormatError(
-            f"{folder} is not a model folder: it {exists}. Give a folder written by save_pretrained, or a "
-            "hub id."
+            f"{folder} is not a model folder: it {why}. Give a folder of save_pretrained, or a hub id."
         )
     config = read_json(folder / "config.json")
     tensors = read_headers(weight_files(folder)[0])
@@ -155,16 +154,14 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: absent, unreadable, too large, not JSON, nested without end, or not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise FormatError(f"{path} has {size:,} bytes; at most {MAX_JSON:,} are read of a JSON file.")
-        content = json.loads(path.read_bytes().decode("utf-8"))
+        if (size := path.stat().st_size) <= MAX_JSON:
+            content = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise FormatError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except FormatError:
-        raise
     except (ValueError, RecursionError) as error:  # also bad UTF-8, bad JSON, numbers of thousands of digits
         raise FormatError(f"{path} is not valid JSON ({error!s:.200}). Copy or download it again.") from error
+    if size > MAX_JSON:
+        raise FormatError(f"{path} has {size:,} bytes; at most {MAX_JSON:,} are read of a JSON file.")
     if not isinstance(content, dict):
         raise FormatError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
     return content
@@ -179,17 +176,17 @@ def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
     entry = config.get("quantization_config")
     if entry is None:
         return None
-    if not isinstance(entry, dict) or entry.get("quant_method") != METHOD:
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    method = entry.get("quant_method") if isinstance(entry, dict) else entry
+    if not isinstance(entry, dict) or method != METHOD:
         raise FormatError(
             f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model, with weights "
             "in floating point."
         )
     try:
         return TensorNetworkConfig(**entry)
-    except FormatError:
-        raise
     except (TypeError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(f"The quantization_config of the model is damaged: {error}") from error
 
 

@@ -66,8 +66,22 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter; raise TargetError for options that compressed layers do not support."""
-        _check(config)
+        """Add an adapter.
+
+        Raises:
+            TargetError: an option that needs the dense weight, or that `forward` does not support.
+        """
+        if config.use_dora:
+            raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
+        if config.lora_bias:
+            raise TargetError(
+                "lora_bias=True is not for compressed layers; bias='all' trains their own biases."
+            )
+        if config.init_lora_weights not in STARTS:
+            raise TargetError(
+                f"init_lora_weights={config.init_lora_weights!r} decomposes the dense weight, which a "
+                f"compressed layer does not have; choose one of {', '.join(map(repr, STARTS))}."
+            )
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -85,14 +99,18 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             return result
         for name in self.active_adapters:
             if name in self.lora_A:
-                down, up = self.lora_A[name], self.lora_B[name]
+                down: Any = self.lora_A[name]
+                up: Any = self.lora_B[name]
                 hidden = down(self.lora_dropout[name](x.to(down.weight.dtype)))
                 result = result + (up(hidden) * self.scaling[name]).to(result.dtype)
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return `s B A`, shape `(out_features, in_features)`."""
-        return self.lora_B[adapter].weight @ self.lora_A[adapter].weight * float(self.scaling[adapter])
+        up: Any = self.lora_B[adapter]
+        down: Any = self.lora_A[adapter]
+        delta: Tensor = up.weight @ down.weight * self.scaling[adapter]
+        return delta
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -217,23 +235,6 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     structure_changed(model)
     assert isinstance(model, PreTrainedModel)
     return model
-
-
-def _check(config: LoraConfig) -> None:
-    """Raise TargetError for options that need the dense weight or that `forward` does not support.
-
-    Raises:
-        TargetError: an unsupported option; the message says what to use instead.
-    """
-    if config.use_dora:
-        raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
-    if config.lora_bias:
-        raise TargetError("lora_bias=True is not for compressed layers; bias='all' trains their own biases.")
-    if config.init_lora_weights not in STARTS:
-        raise TargetError(
-            f"init_lora_weights={config.init_lora_weights!r} takes the dense weight apart, which a "
-            f"compressed layer has not; choose one of {', '.join(map(repr, STARTS))}."
-        )
 
 
 def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:

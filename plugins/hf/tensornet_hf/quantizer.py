@@ -319,7 +319,7 @@ def _place_layers(
         parent = places[name.rpartition(".")[0]]
         bare = next(chain(parent.parameters(recurse=False), parent.buffers(recurse=False)), None) is None
         for part in (*built[layer].modules(), *([parent] if bare else [])):
-            part._is_hf_initialized = True  # type: ignore[assignment]
+            part._is_hf_initialized = True
         model.set_submodule(name, built[layer])
     lend_shared_cores(model)
     return names

@@ -54,7 +54,7 @@ class MoEConfig:
         topology: family of the decomposition, by name or itself; or topologies, one for each shape of matrix
             in the networks.
         sites: number of cores, 5 as in the paper if no dims are given.
-        model_dims: factors of the model's width, for every matrix alike.
+        model_dims: factors of the model's width, the same for every matrix.
         hidden_dims: factors of the width of the hidden layer.
         max_bond, rel_error, param_ratio: budget of each matrix, exact if absent.
         noise: relative noise on private cores, which breaks the symmetry between experts.
@@ -66,8 +66,7 @@ class MoEConfig:
         combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only the first computes at the
             start what the dense network computed.
         target_modules: patterns naming the networks; all that are recognised if absent.
-        matrices: names of the layers inside, for networks of another form than the known ones; dotted where
-            they lie deeper, for example `("intermediate.dense", "output.dense")` of BERT.
+        matrices: names of the layers inside, for networks of another form than the known ones.
         seed: of routers and noise.
 
     Raises:

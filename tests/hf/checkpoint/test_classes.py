@@ -52,18 +52,6 @@ def test_pickles_and_copies_are_compressed_models(tmp_path: Path) -> None:
         torch.testing.assert_close(logits(th.load(tmp_path / str(number)), GPT2), logits(model, GPT2))
 
 
-@pytest.mark.slow
-def test_a_pickle_brings_the_plugin_with_it(tmp_path: Path) -> None:
-    (tmp_path / "model.pickle").write_bytes(pickle.dumps(GPT2.compressed))
-    code = f"""
-import pickle, sys
-model = pickle.loads(open({str(tmp_path / "model.pickle")!r}, "rb").read())
-model.save_pretrained({str(tmp_path / "saved")!r})
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=1200)
-    torch.testing.assert_close(logits(th.load(tmp_path / "saved"), GPT2), logits(GPT2.compressed, GPT2))
-
-
 def test_nothing_keeps_a_model_alive() -> None:
     model = GPT2.compressed
     alive = weakref.ref(model)

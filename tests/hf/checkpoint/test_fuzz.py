@@ -25,11 +25,11 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
 from tensornet.io import read_header, read_headers, write_tensors
-from tensornet_hf.checkpoint import read_checkpoint, read_compression, read_json
+from tensornet_hf.checkpoint import read_checkpoint, read_compression
 from tensornet_hf.description import check_layers
-from tensornet_hf.lazy_model import Source, check_values, open_lazily
+from tensornet_hf.lazy_model import Source, open_lazily
 
-HEADERS, CONFIGS, DESCRIPTIONS, PLANS, FOLDERS = 1_500, 1_500, 1_000, 600, 150
+HEADERS, DESCRIPTIONS, PLANS, FOLDERS = 1_500, 1_000, 600, 150
 #: Room for what a process of this size needs to read small files.
 ROOM = 512 * 2**20
 
@@ -163,25 +163,6 @@ def test_safetensors_headers(folder: Path) -> None:
     assert accepted > 50  # the mutations are not all nonsense
 
 
-def test_configurations(compressed: Path, folder: Path) -> None:
-    draw, path = random.Random(2), folder / "config.json"
-    whole = json.loads((compressed / "config.json").read_text())
-    del whole["quantization_config"]
-    text = json.dumps(whole).encode()
-
-    def read(data: bytes) -> None:
-        path.write_bytes(data)
-        check_values(read_json(path), tensors=40)
-
-    mutated = (
-        mutate_bytes(text, draw) if number % 3 == 0 else json.dumps(mutate_json(whole, draw)).encode()
-        for number in range(CONFIGS)
-    )
-    accepted, refused = attack(read, mutated)
-    assert refused > CONFIGS / 10
-    assert accepted > CONFIGS / 10
-
-
 def test_configurations_of_whole_models(compressed: Path) -> None:
     """The class of the model is built from the numbers, on the meta device."""
     draw, tensors = random.Random(8), read_header(compressed.parent / "dense" / "model.safetensors")
@@ -225,21 +206,7 @@ def test_names_of_tensors(compressed: Path, folder: Path) -> None:
     """Tensors are matched with parameters by names that anybody may have written."""
     config = json.loads((compressed.parent / "dense" / "config.json").read_text())
     path, draw = folder / "x.safetensors", random.Random(7)
-    parts = [
-        "a",
-        "0",
-        "",
-        ".",
-        "..",
-        "weight",
-        "bias",
-        "embed",
-        "lm_head",
-        "_modules",
-        "forward",
-        "training",
-        "ä",
-    ]
+    parts = ["a", "0", "", ".", "..", "weight", "bias", "embed", "lm_head", "_modules", "forward", "ä"]
     for _ in range(100):
         names = {".".join(draw.choices(parts, k=draw.randint(1, 5))) for _ in range(4)}
         write_tensors(path, {name: torch.ones(2, 2) for name in names})

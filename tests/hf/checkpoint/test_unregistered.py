@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 import tensornet as tn
@@ -41,13 +40,6 @@ def test_a_model_that_nobody_describes_is_said() -> None:
     tn.decompress(model)  # no warning: its layers are dense again
     extensions.register_extension(Saving())
     tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
-
-
-def test_models_that_nobody_saves_are_left_alone() -> None:
-    model = nn.Sequential(nn.Linear(12, 12))
-    tn.compress(model, tn.CompressionConfig(max_bond=4, objective="weight"), progress=False)
-    assert not hasattr(model, "save_pretrained")
-    assert model(torch.ones(1, 12)).shape == (1, 12)
 
 
 @pytest.mark.slow

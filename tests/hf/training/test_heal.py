@@ -86,22 +86,6 @@ def test_trainer_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_trainer_writes_checkpoints_unless_told_otherwise(tmp_path: Path) -> None:
-    """The same call can be repeated: it begins where there is nothing, and goes on where something is."""
-    teacher, student = pair()
-    options = {key: value for key, value in TRAINING.items() if key != "save_strategy"}
-    heal(student, teacher, Examples(), steps=50, output_dir=str(tmp_path), resume=True, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-50"]
-    _, fresh = pair()
-    calls: list[None] = []
-    handle = teacher.register_forward_pre_hook(lambda *_: calls.append(None))
-    heal(fresh, teacher, Examples(), steps=52, output_dir=str(tmp_path), resume=True, **options)
-    handle.remove()
-    assert len(calls) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-52"]
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 def test_trainer_heals_with_adapters(tmp_path: Path) -> None:
     teacher, student = pair()

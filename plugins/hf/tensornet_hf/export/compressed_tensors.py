@@ -157,8 +157,8 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
     groups = {}
     for number, name in enumerate(sorted(set(packed.values()))):
         bits, size = NumberFormat.parse(name).bits, NumberFormat.parse(name).group
-        strategy = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
-        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True, **strategy}
+        weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
+        weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
         groups[f"group_{number}"] = {
             "targets": [layer for layer, used in packed.items() if used == name],
             "weights": weights,
