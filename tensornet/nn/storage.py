@@ -38,7 +38,6 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
-_OPTIONS = ("pivoted", "number_format", "core_formats")
 #: Integers of the same size, which `module.to(dtype)` leaves alone.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
 #: Bits of exponent and mantissa.
@@ -120,18 +119,18 @@ class Storage:
         Raises:
             FormatError: unknown entries or formats, or values of another type.
         """
-        if not isinstance(data, Mapping) or (unknown := sorted(map(str, data.keys() - set(_OPTIONS)))):
-            got = f"the unknown entries {', '.join(unknown)}" if isinstance(data, Mapping) else repr(data)
-            raise FormatError(f"A storage has the entries {', '.join(_OPTIONS)}; got {got}.")
-        if type(data.get("pivoted", False)) is not bool:
-            raise FormatError(f"The storage option pivoted is true or false, got {dict(data)}.")
-        formats = data.get("core_formats", {})
-        names = [data.get("number_format", "float")]
-        names += formats.values() if isinstance(formats, Mapping) else [None]
-        if not all(isinstance(name, str) for name in names):
+        formats = data.get("core_formats", {}) if isinstance(data, Mapping) else None
+        valid = (
+            isinstance(data, Mapping)
+            and isinstance(formats, Mapping)
+            and data.keys() <= {"pivoted", "number_format", "core_formats"}
+            and isinstance(data.get("pivoted", False), bool)
+            and all(isinstance(name, str) for name in (data.get("number_format", ""), *formats.values()))
+        )
+        if not valid:
             raise FormatError(
-                "In a storage number_format is the name of a format, and core_formats maps names of cores to "
-                f"names of formats; got {dict(data)}."
+                "A storage has the entries pivoted (true or false), number_format (the name of a format) and "
+                f"core_formats (names of formats by core); got {data!r}."
             )
         return cls(**data)
 
@@ -142,12 +141,12 @@ class Storage:
             >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
             130
         """
-        return sum(count for _, count in _numbers(topology, self))
+        return sum(count for *_, count in _stored_parts(topology, self, torch.float32))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
         """Count the bytes of all stored tensors for cores of this dtype."""
-        tensors = layout(topology, self, dtype).values()
-        return sum(math.prod(shape) * kind.itemsize for shape, kind in tensors)
+        parts = _stored_parts(topology, self, dtype)
+        return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
         """Count the stored numbers and the bytes of one core, scales and zero points included.
@@ -157,10 +156,9 @@ class Storage:
             >>> Storage(number_format="int4").core_size(topology, "1", torch.float32)
             (130, 68)
         """
-        numbers = sum(count for core, count in _numbers(topology, self) if core == name)
-        tensors = layout(topology, self, dtype).items()
-        mine = [found for key, found in tensors if key.partition(".")[0] == f"core_{name}"]
-        return numbers, sum(math.prod(shape) * kind.itemsize for shape, kind in mine)
+        parts = [part for part in _stored_parts(topology, self, dtype) if part[0] == name]
+        size = sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
+        return sum(count for *_, count in parts), size
 
 
 #: The parameters are the cores.
@@ -426,25 +424,34 @@ def layout(
             f"The storage has number formats for cores {', '.join(unknown)}; the topology "
             f"{topology.family!r} has {', '.join(topology.core_names)}."
         )
-    found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    return {
+        f"core_{core}.{part}" if part else f"core_{core}": (shape, kind)
+        for core, part, shape, kind, _ in _stored_parts(topology, storage, dtype)
+    }
+
+
+def _stored_parts(
+    topology: Topology, storage: Storage, dtype: torch.dtype
+) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype, int]]:
+    """List the stored tensors: core, part, shape, dtype, and how many numbers they are, however packed.
+
+    The part of a core that is stored as itself is empty.
+    """
     for name, kept, order in kept_shapes(topology, storage):
-        key, number_format = f"core_{name}", storage.format_of(name)
-        if order is None and number_format == FLOAT:
-            found[key] = (kept, dtype)
-            continue
+        number_format = storage.format_of(name)
         if order is not None:
-            found[f"{key}.order"] = ((order,), torch.int32)
+            yield name, "order", (order,), torch.int32, order
         if number_format.bits is None:
+            part = "" if order is None and number_format == FLOAT else "values"
             own = dtype if number_format.dtype is None else _BITS[number_format.dtype]
-            found[f"{key}.values"] = (kept, own)
+            yield name, part, kept, own, math.prod(kept)
             continue
         rows, columns = kept
-        groups = number_format.groups(columns)
-        found[f"{key}.codes"] = ((rows, packed_bytes(columns, number_format.bits)), torch.uint8)
-        found[f"{key}.scales"] = ((rows, groups), _BITS[number_format.scale_dtype])
+        groups, bits = number_format.groups(columns), number_format.bits
+        yield name, "codes", (rows, packed_bytes(columns, bits)), torch.uint8, rows * columns
+        yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
         if number_format.zero_point:
-            found[f"{key}.zeros"] = ((rows, packed_bytes(groups, number_format.bits)), torch.uint8)
-    return found
+            yield name, "zeros", (rows, packed_bytes(groups, bits)), torch.uint8, rows * groups
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
@@ -459,16 +466,6 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
             yield name, matrix_view(topology, name), None
         else:
             yield name, shape, None
-
-
-def _numbers(topology: Topology, storage: Storage) -> Iterator[tuple[str, int]]:
-    """Count the stored numbers of every core, by its name."""
-    for name, kept, order in kept_shapes(topology, storage):
-        number_format = storage.format_of(name)
-        count = math.prod(kept) + (order or 0)
-        if number_format.is_integer:
-            count += kept[0] * number_format.groups(kept[1]) * (2 if number_format.zero_point else 1)
-        yield name, count
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
