@@ -155,8 +155,8 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
     """Create new tensors on the CPU in a function, whatever `torch.set_default_device` says.
 
-    Sensitivities and ranks are computed there, beside weights on any device. Not for functions that run a
-    model, which may rely on the default.
+    Sensitivities and ranks are computed on the CPU, whatever the device of the weights. Not for functions
+    that run a model, which may rely on the default.
     """
 
     @wraps(function)

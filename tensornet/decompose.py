@@ -48,10 +48,10 @@ def decompose(
 
     Raises:
         BudgetError: a cap is out of range, or not even the smallest network of the family keeps it.
-        NonFiniteError: the matrix holds NaN or infinity.
+        NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: the matrix is not a dense floating matrix of the shape of the topology.
-        TopologyError: an unknown name, options that the family does not know, or a budget or options beside
-            a topology, which has all dims and bonds already.
+        TopologyError: an unknown name, options that the family does not know, or a budget or options for
+            a topology, which fixes all dims and bonds.
 
     Example:
         >>> found = tn.decompose(torch.eye(6), tn.topologies.kronecker(out_dims=(2, 3), in_dims=(2, 3)))

@@ -113,7 +113,7 @@ class CalibrationWarning(UserWarning):
 
 
 class MissingDependencyError(TensorNetError, ImportError):
-    """An optional package is missing; the message holds the pip command that installs it.
+    """An optional package is missing; the message has the pip command that installs it.
 
     Example:
         >>> from tensornet._util import require

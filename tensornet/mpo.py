@@ -106,11 +106,11 @@ class MPO:
 
         Returns:
             An MPO whose `error` is the certificate; canonical around one site, the others orthonormal
-            (`canonicalize` moves that site). Cores beside bonds without truncation are identities.
+            (`canonicalize` moves that site). Cores whose bonds are not truncated are identities.
 
         Raises:
             BudgetError: a cap is out of range or cannot be met.
-            NonFiniteError: `w` holds NaN or infinity.
+            NonFiniteError: `w` contains NaN or infinity.
             ShapeError: `w` is not a floating matrix.
             TopologyError: the dims do not fit.
 
@@ -529,14 +529,14 @@ class MPO:
 
     def transpose(self) -> "MPO":
         """Transpose the operator, giving shape `(in_features, out_features)`."""
-        turned = MPO(
+        transposed = MPO(
             algebra.transpose(self.cores),
             out_features=self.shape[1],
             in_features=self.shape[0],
             error=self.error,
         )
-        turned._log_distance = self._log_distance
-        return turned
+        transposed._log_distance = self._log_distance
+        return transposed
 
     def conj(self) -> "MPO":
         """Conjugate every element."""
@@ -576,7 +576,7 @@ class MPO:
 
         Raises:
             BudgetError: a cap is out of range.
-            NonFiniteError: the operator holds NaN or infinity.
+            NonFiniteError: the operator contains NaN or infinity.
 
         Example:
             >>> eye = tn.MPO.identity((2, 2, 2))

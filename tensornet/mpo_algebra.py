@@ -203,7 +203,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
         center: site of the center, negative ones count from the end.
 
     Raises:
-        NonFiniteError: the operator holds NaN or infinity.
+        NonFiniteError: the operator contains NaN or infinity.
         ShapeError: no such site.
     """
     sites = len(cores)
@@ -284,7 +284,7 @@ def round_chain(
 
     Raises:
         BudgetError: a sequence of caps of another length than there are bonds.
-        NonFiniteError: the operator holds NaN or infinity.
+        NonFiniteError: the operator contains NaN or infinity.
 
     Reference:
         Oseledets 2011, algorithm 2.
@@ -443,14 +443,14 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
 
     They are those of the matrix `(legs up to the bond, legs after it)`. The gradient can be differentiated
     once; as that of `torch.linalg.svdvals` it is defined where values are distinct, and for functions that
-    treat equal values alike.
+    do not distinguish equal values.
 
     Args:
         cores: the chain.
         bond: `0 ... n - 2`, the bond on the right of that core.
 
     Raises:
-        NonFiniteError: the operator holds NaN or infinity, or its singular values leave the range of
+        NonFiniteError: the operator contains NaN or infinity, or its singular values leave the range of
             the dtype.
         ShapeError: no such bond.
     """

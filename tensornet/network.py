@@ -200,7 +200,7 @@ _CORE, _BOND, _OUT, _IN, _SHARED = "#2b5c8a", "#444444", "#b3541e", "#3a7d44", "
 
 
 def draw_topology(topology: Topology) -> "Figure":
-    """Draw a topology with sizes beside their lines; indices of size 1 are omitted.
+    """Draw a topology with the size of every index; indices of size 1 are omitted.
 
     The area of a disc grows with the logarithm of the parameters of its core. A leg that several cores
     carry (block tensor trains) is drawn at each of them and tied together by a dashed line; so is a bond

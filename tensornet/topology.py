@@ -38,7 +38,7 @@ class Topology:
     of cores (einsum semantics), which is what block tensor trains need.
 
     The product of the out-legs may exceed `out_features`: the operator is then the leading block of the
-    padded one, and the padding counts as parameters. The same holds for the in-legs.
+    padded one, and the padding counts as parameters. The same is true of the in-legs.
 
     An operator may also be a sum of networks, such as a matrix plus a low rank: `terms` then groups the
     cores. Each term carries every leg and has bonds of its own.
@@ -129,7 +129,7 @@ class Topology:
 
     @property
     def parts(self) -> "tuple[tuple[tuple[int, ...], Topology], ...]":
-        """Positions of the cores of each term, and its topology; one term holds all cores of a plain network.
+        """Positions of the cores of each term, and its topology; a plain network is one term.
 
         Example:
             >>> topology = tn.topologies.residual(out_features=6, in_features=4, rank=2)

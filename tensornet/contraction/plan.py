@@ -303,8 +303,8 @@ def choose(bounds: Bounds, tokens: int) -> int:
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     """Contract the cores to the dense matrix, shape `(out_features, in_features)`, with gradient.
 
-    Where nothing records gradients of the cores it is written block by block of rows, so that beside the
-    matrix only one block is held.
+    Where nothing records gradients of the cores it is written block by block of rows, so that
+    memory has the matrix and one block.
     """
     dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
     if plan.is_padded:

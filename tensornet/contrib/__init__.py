@@ -1,1 +1,1 @@
-"""What stands on the core and which the core does not need: import the module you want."""
+"""Parts built on the core: more kinds of layers, topology search, exchange with other libraries."""

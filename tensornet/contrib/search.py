@@ -183,7 +183,7 @@ def search_topology(
 
     Raises:
         BudgetError: no limit given, a limit out of range, or no network fits.
-        NonFiniteError: the matrix holds NaN or infinity.
+        NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: not a matrix.
         TopologyError: unknown family, or no family given.
         TypeError: `machine` is neither a Machine nor None.

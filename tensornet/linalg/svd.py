@@ -240,7 +240,7 @@ def truncated_svd(
         same output: signs are fixed and the random block has a fixed seed.
 
     Raises:
-        NonFiniteError: the matrix holds NaN or infinity.
+        NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: the input is not a floating matrix.
         BudgetError: a cap is out of range.
         ValueError: unknown method.

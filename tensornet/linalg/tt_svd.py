@@ -245,7 +245,7 @@ def tt_svd_stack(
     Args:
         matrices: real or complex; padded with zeros to the product of the dims.
         out_dims: sizes of the out-legs, most significant first.
-        in_dims: sizes of the in-legs, as many as out-legs.
+        in_dims: sizes of the in-legs, one for each out-leg.
         budget: caps. `rel_error` holds for every item and is spent bond by bond, what one bond leaves
             over goes to the next.
         bonds: an explicit cap for each bond, on top of the budget.
@@ -260,7 +260,7 @@ def tt_svd_stack(
 
     Raises:
         BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
-        NonFiniteError: a matrix holds NaN or infinity.
+        NonFiniteError: a matrix contains NaN or infinity.
         TopologyError: the dims do not fit the matrices.
     """
     # 1. Caps of all bonds.

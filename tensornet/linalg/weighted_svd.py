@@ -5,8 +5,8 @@ The weighted error of an approximation `W'` of `W: (out, in)` is
     1/2 tr(R (W - W') C (W - W')^T) = 1/2 || Lr^T (W - W') Lc ||_F^2,    R = Lr Lr^T,    C = Lc Lc^T,
 
 so its best approximation of a given rank is the truncated SVD of `Lr^T W Lc` with both factors undone. With
-`R = C = 1` that is the plain truncated SVD. A weight that is None stands for the identity, a vector for a
-diagonal matrix.
+`R = C = 1` that is the plain truncated SVD. A weight that is None is the identity, a vector is a diagonal
+matrix.
 
 Reference:
     Wang et al. 2024, "SVD-LLM" (one side, inputs); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
@@ -116,7 +116,7 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
         factors: also compute the factors, else both are empty.
 
     Raises:
-        NonFiniteError: the matrix or a moment holds NaN or infinity.
+        NonFiniteError: the matrix or a moment contains NaN or infinity.
         ShapeError: a moment does not fit the matrix.
     """
     check_weighting(matrix, weighting)
@@ -335,7 +335,7 @@ _LEAST_PIVOT = 1e-3
 
 
 def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
-    """Factorise `M = L L^T`, with single precision only as far as pivots are not small beside the diagonal.
+    """Factorise `M = L L^T`, in single precision unless a pivot is small compared with the diagonal.
 
     To explain why: a pivot is a diagonal element less a sum of squares, so that a small one has lost digits.
 

@@ -233,16 +233,16 @@ def descend(
     rows: Tensor,
     columns: Tensor,
     sweeps: int,
-    price: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Alternate `sweep_scales` and `sweep_codes`, with the same arguments.
 
     Products of a moment and the error take most of the time where there are many rows: those of one step
-    tell its price and start the next one.
+    give its loss increase and start the next one.
 
     Args:
         sweeps: how often both are done.
-        price: loss increase of the codes, shape `(stack,)`, if it is known.
+        loss: loss increase of the codes, shape `(stack,)`, if it is known.
 
     Returns:
         Codes, and scales in the dtype they are stored in.
@@ -257,7 +257,7 @@ def descend(
         error = weight - points * spread(tried)
         return error, error @ columns
 
-    def priced(error: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    def weighed(error: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
         """Compute `R E C` and the loss increase."""
         gradient = times_rows(rows, product)
         return gradient, 0.5 * (error * gradient).sum((1, 2), dtype=torch.float64)
@@ -267,15 +267,15 @@ def descend(
         points = codes - zero
         error, product = passed(points, scales)
         before = None
-        if price is None or k > 0:
-            before, price = priced(error, product)
+        if loss is None or k > 0:
+            before, loss = weighed(error, product)
         own = scales.to(weight.dtype)
         exact = sweep_scales(weight, points, own, number_format, rows, columns, product.clone())
         moved = exact.clamp(-limit, limit).to(scales.dtype)
-        gradient, found = priced(*passed(points, moved))
-        better = found < price
+        gradient, found = weighed(*passed(points, moved))
+        better = found < loss
         if not bool(better.all()):
-            before = priced(error, product)[0] if before is None else before
+            before = weighed(error, product)[0] if before is None else before
             gradient = torch.where(better[:, None, None], gradient, before)
             scales = torch.where(better[:, None, None], moved, scales)
         else:

@@ -63,7 +63,7 @@ def round_product(
         left_format: integer format of `A`; None leaves it in floating point.
         right_format: integer format of `B`, likewise.
         weighting: moments, damped as far as they should be.
-        target: matrix `(out, in)` that the product stands for; the product itself if absent.
+        target: matrix `(out, in)` that the product approximates; the product itself if absent.
         order: position of every row of `A` in an identity followed by its free rows; None if all are free.
         rounding: as for `round_weight`.
 
@@ -119,7 +119,7 @@ def round_factor(
     The factor is rounded as given and fitted again, and the result of smaller loss is returned.
 
     Args:
-        target: matrix `(out, in)` that the product stands for.
+        target: matrix `(out, in)` that the product approximates.
         left: `A`, shape `(out, rank)`.
         right: `B`, shape `(rank, in)`.
         side: the factor to round.

@@ -2,7 +2,8 @@
 
 The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one step. Feedback also moves
 targets out of the range of few bits, where they are clamped; at 4 bits that adds a fifth. So the squared
-residual of every element is predicted with its own chance to be clamped. A sample of rows stands for all.
+residual of every element is predicted with its own chance to be clamped. Losses of all rows are estimated
+from a sample.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import COLUMN_DAMPING, LEAST_DAMPING, Moment, damped_moment
 from tensornet.quantization.rounding import Rounding, fed_back, possible_roundings
-from tensornet.quantization.scales import search_scales
+from tensornet.quantization.scales import group_ranges, search_scales
 
 #: Standard deviations beyond which a normal distribution counts as zero.
 _FAR = 12.0
 #: Up to these bits feedback may push so many elements out of range that rounding with less of it is cheaper.
 _CLAMPED_BITS = 4
-#: Rows of each factor whose residuals are predicted one by one; they stand for the others.
+#: Rows of each factor whose residuals are predicted one by one; the others are scaled from them.
 SAMPLED_ROWS = 128
 
 
@@ -201,9 +202,9 @@ def _expect_factor(
 class ExpectedResiduals:
     """Expected squared residuals of rounding a stack of matrices with feedback.
 
-    To explain how a sample stands for all rows: residuals of a group are about proportional to its squared
-    range, at any number of bits. So sums over the sample are scaled by the ratio of the same sums of ranges
-    over all rows and over the sample.
+    To explain how a sample gives the sums over all rows: residuals of a group are about proportional to its
+    squared range, at any number of bits. So sums over the sample are scaled by the ratio of the same sums of
+    ranges over all rows and over the sample.
 
     Args:
         squares: shape `(stack, out, in)`, or `(stack, sampled, in)`.
@@ -211,7 +212,7 @@ class ExpectedResiduals:
         columns: the same of the input moment, each `(stack or 1, in)`.
         format: that is rounded to.
         sample: indices of the sampled rows; None if all are there.
-        ranges: of all groups by `group_ranges`, if there is a sample.
+        ranges: squared, of all groups, if there is a sample.
     """
 
     squares: Tensor
@@ -292,7 +293,9 @@ def expect(
         growth = by_row[1] if sample is None else by_row[1][:, sample]
         spread = growth[:, :, None] * by_column[1][:, None, :] - 1
         square = expected_residuals(part, grid, spread.clamp_min_(0))
-    ranges = None if sample is None else group_ranges(weight, number_format)
+    ranges = None
+    if sample is not None:  # squared residuals of a group are about proportional to its squared range
+        ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
 
@@ -337,23 +340,6 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     return expected
 
 
-@remembered
-def group_ranges(weight: Tensor, number_format: NumberFormat) -> Tensor:
-    """Square the range of every group, to which its squared residuals are about proportional.
-
-    Args:
-        weight: shape `(stack, out, in)`.
-        number_format: an integer format; its groups and zero points count.
-
-    Returns:
-        Shape `(stack, out, groups)`.
-    """
-    groups = number_format.grouped(weight)
-    if number_format.zero_point:
-        return (groups.amax(-1) - groups.amin(-1)).square_()
-    return groups.abs().amax(-1).square_()
-
-
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
     """Divide the sums of two stacks of vectors, shape `(stack,)`; 0 where the second is 0."""
     total = known.sum(1)
@@ -361,7 +347,7 @@ def _ratio(found: Tensor, known: Tensor) -> Tensor:
 
 
 def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
-    """Choose rows that stand for all: evenly spaced in the order of their norms, the largest one included.
+    """Choose a sample of rows: evenly spaced in the order of their norms, the largest one included.
 
     Args:
         weight: shape `(out, in)`.

@@ -124,7 +124,7 @@ def round_weight(
 
     Raises:
         FormatError: not an integer format.
-        NonFiniteError: the weight or a moment holds NaN or infinity.
+        NonFiniteError: the weight or a moment contains NaN or infinity.
         ShapeError: moments that do not fit, or another word for `rounding`.
 
     Reference:

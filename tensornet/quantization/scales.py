@@ -27,7 +27,8 @@ _CACHED, _CHUNK = 1 << 16, 1 << 22
 #: Largest share of the weighted energy that groups with underflowing scales may have. If all of it is lost,
 #: the relative error is that of rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Sizes of groups with 16-bit scales for those with 8-bit scales: twice as large ones take as many bytes.
+#: Sizes of groups with 16-bit scales for those with 8-bit scales: twice as large
+#: ones take the same number of bytes.
 _WIDER = {32: 64, 64: 128}
 
 
@@ -48,7 +49,7 @@ def search_scales(
         Scales may be negative: their sign mirrors a grid with one point more below zero than above.
 
     Raises:
-        NonFiniteError: the weight or the importance holds NaN or infinity.
+        NonFiniteError: the weight or the importance contains NaN or infinity.
         ShapeError: the weight is neither a matrix nor a stack of matrices.
 
     Example:
@@ -180,7 +181,7 @@ def refit_scales(
         Scales in the dtype of the weight, shape `(..., out, groups)`; zero where all points of a group are.
 
     Raises:
-        NonFiniteError: the weight, the points or the moment hold NaN or infinity.
+        NonFiniteError: the weight, the points or the moment contains NaN or infinity.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -237,7 +238,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
         return False
     limits = torch.finfo(number_format.scale_dtype)
     smallest = 4 * limits.smallest_normal * limits.eps
-    ranges = _ranges(weight, number_format.group, number_format.zero_point)
+    ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else number_format.center)
     small = steps < smallest
     if not bool(small.any()):
@@ -251,8 +252,8 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
 
 
 @remembered
-def _ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
-    """Compute the range of every group, `(out, groups)`, which formats of all bits share."""
+def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
+    """Compute the range of every group, `(..., out, groups)`, which formats of all bits share."""
     groups = NumberFormat(8, group).grouped(weight)
     return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
 

@@ -388,12 +388,12 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
     cores = list(operator.cores)
     cores[bond] = left @ gauge
     cores[bond + 1] = torch.tensordot(torch.linalg.inv(gauge), right, dims=1)
-    turned = MPO(cores, out_features=operator.shape[0], in_features=operator.shape[1])
+    changed = MPO(cores, out_features=operator.shape[0], in_features=operator.shape[1])
     rounding = 100 * tolerance(left.dtype)
     size_of_it = float(operator.norm())
-    assert reference.relative_error(operator.to_matrix(), turned.to_matrix()) <= rounding
-    assert abs(float(turned.norm()) - size_of_it) <= rounding * max(size_of_it, 1)
-    spectra = torch.stack([x.bond_spectrum(bond).double() for x in (operator, turned)])
+    assert reference.relative_error(operator.to_matrix(), changed.to_matrix()) <= rounding
+    assert abs(float(changed.norm()) - size_of_it) <= rounding * max(size_of_it, 1)
+    spectra = torch.stack([x.bond_spectrum(bond).double() for x in (operator, changed)])
     assert float((spectra[0] - spectra[1]).abs().max()) <= rounding * max(size_of_it, 1)
 
 

@@ -168,7 +168,7 @@ class TopologyFamily(ABC):
         the matrix's device. Start with `check_topology(self.name, topology, matrix)`.
 
         Raises:
-            NonFiniteError: the matrix holds NaN or infinity.
+            NonFiniteError: the matrix contains NaN or infinity.
             TopologyError: the topology is of another family or for another shape.
         """
 
@@ -233,7 +233,7 @@ class TopologyFamily(ABC):
 
         Raises:
             BudgetError: not even the smallest network of this family fits the budget.
-            NonFiniteError: the matrix holds NaN or infinity.
+            NonFiniteError: the matrix contains NaN or infinity.
             TopologyError: the options do not fit the shape.
         """
         shape = check_request(self.name, matrix, budget)
@@ -480,5 +480,5 @@ def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[fl
     logs = np.log(np.maximum(values, 1e-300))
     plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
     exact = np.array(values) <= 1e-12 * max(*values, 1e-300)
-    beside = np.interp(caps, tried, exact.astype(float)) > 0
-    return np.where(beside, plain, geometric).tolist()
+    near_exact = np.interp(caps, tried, exact.astype(float)) > 0
+    return np.where(near_exact, plain, geometric).tolist()

@@ -54,7 +54,7 @@ def block_tt(
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
-        in_dims: sizes of the in-legs, as many.
+        in_dims: sizes of the in-legs, one for each out-leg.
         bond_dims: the `n - 1` inner bonds; exact ones where absent, larger ones are clipped to those.
         max_bond: cap on every bond, or one for each.
         out_features, in_features: shape before padding, the products of the dims if absent.

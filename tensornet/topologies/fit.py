@@ -146,14 +146,14 @@ class Legs:
 
     def _on_cores(self, topology: Topology, cores: Sequence[Tensor], *, inverse: bool) -> list[Tensor]:
         """Multiply every leg of every core by `L^T`, or by its inverse."""
-        turned = []
+        moved = []
         for spec, core in zip(topology.cores, cores, strict=True):
             work = core.double()
             for position, label in enumerate(spec.labels):
                 if label in self.roots:
                     work = _on_axis(work, position, transposed(self.roots[label][int(inverse)]))
-            turned.append(work)
-        return turned
+            moved.append(work)
+        return moved
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:

@@ -45,7 +45,7 @@ def mpo(
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
-        in_dims: sizes of the in-legs, as many.
+        in_dims: sizes of the in-legs, one for each out-leg.
         bond_dims: the `n - 1` inner bonds; the exact ones if absent. Values above them are clipped.
         max_bond: cap on every bond, or one for each.
         out_features: rows before padding, the product of `out_dims` if absent.

@@ -61,7 +61,7 @@ def tensor_ring(
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
-        in_dims: sizes of the in-legs, as many.
+        in_dims: sizes of the in-legs, one for each out-leg.
         bond_dims: the `n` bonds on the right of each core, the closing one last. If absent, all are
             `max_bond`, clipped to what a chain could use; without that the exact open chain.
         max_bond: cap on every bond, or one for each, the closing one last.

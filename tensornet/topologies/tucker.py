@@ -49,7 +49,7 @@ def tucker(
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
-        in_dims: sizes of the in-legs, as many.
+        in_dims: sizes of the in-legs, one for each out-leg.
         ranks: one for each out-leg, then one for each in-leg; full where absent, clipped to the leg.
         max_bond: cap on every rank, or one for each leg.
         out_features, in_features: shape before padding, the products of the dims if absent.
@@ -162,7 +162,7 @@ def st_hosvd(
         method: see `truncated_svd`.
 
     Raises:
-        NonFiniteError: the matrix holds NaN or infinity.
+        NonFiniteError: the matrix contains NaN or infinity.
     """
     check_finite(matrix, "The matrix")
     check_method(method)
