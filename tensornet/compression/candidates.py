@@ -242,8 +242,7 @@ def network_candidates(
             size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
             low, high = (middle, high) if size < limit else (low, middle - 1)
         max_bond = low
-    if config.dims == "auto":
-        options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
+    options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
     weightings = sensitivity.choice, sensitivity.forecast
     encoding = None
     if storage.quantized:

@@ -22,7 +22,6 @@ from tensornet.topology import Topology
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 ROUNDINGS = get_args(Rounding)
-DIMS = ("auto", "balanced")
 AUTO = "auto"
 #: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
@@ -74,10 +73,9 @@ class CompressionConfig(LayerSelection):
             `Topology`, or several for matrices of different shapes: every targeted layer becomes the one of
             its shape, and no budget chooses.
         topology_options: options of the family's `build`, such as `{"sites": 4}` or `{"out_dims": (8, 96)}`.
-            Needs a `topology`. Values that do not fit a layer are refused when it is planned.
+            Needs a `topology`. Values that do not fit a layer are refused when it is planned. With
+            calibration data the predicted loss chooses the leg sizes that are not given.
         sites: number of cores for families that can choose it.
-        dims: leg sizes: with calibration data `"auto"` lets the family choose them by predicted loss (chains
-            do, with no leg of size 1); `"balanced"` takes factors of similar size.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
         param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep, above 0 and at
@@ -126,7 +124,7 @@ class CompressionConfig(LayerSelection):
         BudgetError: a cap is not a number, out of range, or in conflict with the objective.
         TargetError: a pattern is not a string.
         TopologyError: unknown topology, or an option that the family does not have.
-        ValueError: unknown objective or dims, or an invalid value of another option.
+        ValueError: unknown objective or rounding, or an invalid value of another option.
 
     Example:
         >>> tn.CompressionConfig(bits_per_weight=4.25).formats[:2]
@@ -160,12 +158,6 @@ class CompressionConfig(LayerSelection):
         name="topology_option",
     )
     sites: int | None = _option(None, "Number of cores of a chain.", "advanced", kind="integer")
-    dims: Literal["auto", "balanced"] = _option(
-        "auto",
-        "Sizes of the legs: chosen by predicted loss, or factors of similar size.",
-        "advanced",
-        choices=DIMS,
-    )
     max_bond: int | None = _option(None, "Largest bond of every network.", "budget", kind="integer")
     rel_error: float | None = _option(
         None, "Largest relative error of each weight (Frobenius norm).", "budget", kind="number"
@@ -260,7 +252,7 @@ class CompressionConfig(LayerSelection):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
-        for name, choices in (("objective", OBJECTIVES), ("dims", DIMS), ("rounding", ROUNDINGS)):
+        for name, choices in (("objective", OBJECTIVES), ("rounding", ROUNDINGS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
         for name in ("max_bond", "sites", "tokens"):

@@ -115,12 +115,6 @@ def test_budgets_are_numbers(budget: dict[str, object]) -> None:
         Budget(**budget)  # type: ignore[arg-type]
 
 
-def test_integers_of_numpy_are_integers() -> None:
-    budget = Budget(max_bond=np.int64(3))  # type: ignore[arg-type]
-    assert type(budget.max_bond) is int
-    assert max(mpo(**DIMS, max_bond=np.int32(3)).bond_dims.values()) == 3  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("name", topology_names())
 def test_what_is_no_budget_is_refused(name: str) -> None:
     with pytest.raises(BudgetError, match=r"Expected a Budget, got 0\.5; write Budget\(max_bond=8\)"):

@@ -90,7 +90,7 @@ def test_families_that_are_not_registered_are_refused() -> None:
         with pytest.raises(TopologyError, match="Unknown topology 'own'; registered are"):
             tn.CompressionConfig(topology=value)
     with pytest.raises(TopologyError, match=r"call tensornet\.register_topology"):
-        th.MoEConfig(topology=Own())
+        tn.CompressionConfig(topology=Own())
 
 
 def test_layers_take_it() -> None:

@@ -116,32 +116,6 @@ def test_flags_are_put_back() -> None:
     assert student.transformer.wte.weight.requires_grad
 
 
-class Named(nn.Module):
-    """Calls its layer by the name of the argument."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(12, 16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(input=x)
-
-
-def test_layers_that_are_called_by_name() -> None:
-    teacher = Named()
-    student = copy.deepcopy(teacher)
-    tn.compress(student, CONFIG, progress=False)
-    report = tn.heal(student, teacher, [{"x": torch.randn(9, 12)}], steps=0, layer_steps=5, lr=1e-2)
-    assert report.layer_losses[-1] < report.layer_losses[0]
-
-
-def test_half_precision_heals_as_well() -> None:
-    teacher, student = pair()
-    report = tn.heal(student, teacher, batches(), steps=20, layer_steps=4, lr=3e-3, autocast=torch.bfloat16)
-    assert report.losses[-1] < 0.8 * report.losses[0]
-    assert student.transformer.h[0].mlp.c_fc.core_0.values.dtype == torch.float32
-
-
 def test_time_is_what_the_clock_says() -> None:
     teacher, student = pair()
     ticks = itertools.count()
@@ -185,14 +159,7 @@ def test_encoder_decoder() -> None:
     assert report.losses[-1] < report.losses[0]
 
 
-def test_encoder_by_the_cosine_of_hidden_states() -> None:
-    teacher, student = pair(llama)
-    report = tn.heal(student.model, teacher.model, batches(), steps=20, lr=3e-3)
-    assert report.losses[-1] < report.losses[0]
-    assert 0 <= report.losses[-1] < 2
-
-
-def test_the_distance_of_encoders_is_what_calibration_prices() -> None:
+def test_the_distance_of_encoders_is_what_calibration_measures() -> None:
     teacher, student = pair(llama)
     batch = {"input_ids": batches()[0], "attention_mask": torch.ones_like(batches()[0])}
     batch["attention_mask"][:, -3:] = 0
