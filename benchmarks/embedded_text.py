@@ -15,7 +15,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz '"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Whole chapters, one verse per line; ``calibration`` is a part of ``train``, ``heldout`` is not."""
+    """Whole chapters, one verse per line; `calibration` is a part of `train`, `heldout` is not."""
 
     train: list[str]
     calibration: list[str]
@@ -26,7 +26,7 @@ def read_chapters(path: Path) -> list[str]:
     """Return the chapters of the file in order, each as its verses joined by newlines.
 
     Raises:
-        ValueError: a line is not ``<book><chapter>:<verse> <text>``.
+        ValueError: a line is not `<book><chapter>:<verse> <text>`.
     """
     chapters: dict[tuple[str, str], list[str]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -57,7 +57,7 @@ def join_chapters(chapters: Sequence[str]) -> str:
 
 
 def strip_vowels(phrase: str) -> str:
-    """Drop a, e, i, o, u from every word; words of vowels alone (``i``, ``a``) stay as they are."""
+    """Drop a, e, i, o, u from every word; words of vowels alone (`i`, `a`) stay as they are."""
     return " ".join(re.sub("[aeiou]", "", word) or word for word in phrase.split(" "))
 
 
@@ -68,7 +68,7 @@ def verse_words(chapters: Sequence[str]) -> list[list[str]]:
 
 
 def sample_phrases(verses: Sequence[Sequence[str]], count: int, rng: random.Random) -> list[str]:
-    """Return ``count`` phrases of one to three neighbouring words of one verse."""
+    """Return `count` phrases of one to three neighbouring words of one verse."""
     # Long verses weigh more, so that every word of the text is about equally likely.
     picked = rng.choices(verses, weights=[len(verse) for verse in verses], k=count)
     phrases = []
@@ -80,6 +80,6 @@ def sample_phrases(verses: Sequence[Sequence[str]], count: int, rng: random.Rand
 
 
 def distinct_pairs(chapters: Sequence[str], count: int, seed: int) -> list[tuple[str, str]]:
-    """Return up to ``count`` distinct (source, target) pairs for evaluation or calibration."""
+    """Return up to `count` distinct (source, target) pairs for evaluation or calibration."""
     phrases = dict.fromkeys(sample_phrases(verse_words(chapters), 4 * count, random.Random(seed)))
     return [(strip_vowels(phrase), phrase) for phrase in list(phrases)[:count]]

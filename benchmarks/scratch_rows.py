@@ -161,15 +161,9 @@ def separate(weights: Tensor) -> tm.SharedCoreExperts:
 
 
 def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
-    """Split a matrix dimension into legs: a long middle between two small ends.
-
-    One-sided ends touch the outputs only and the inputs only, so that no matrix need be rebuilt.
-    """
+    """Split a matrix dimension into legs: a long middle between two small ends."""
     a, b = row.options.get("ends", (4, 4))
     hidden = round(row.hidden * sizes.hidden)
-    if row.options.get("one_sided"):
-        outs, ins = (hidden, sizes.width) if rows == hidden else (sizes.width, hidden)
-        return {"out_dims": (a * a, outs // (a * a), 1), "in_dims": (1, ins // (b * b), b * b)}
     width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
     up = rows == hidden
     return {"out_dims": hidden_dims if up else width_dims, "in_dims": width_dims if up else hidden_dims}
@@ -218,38 +212,6 @@ def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
     return banks
 
 
-def bases_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build shared bases that every expert mixes and transforms."""
-    banks: Banks = {}
-    for name, weight in zip(("up", "down"), pair, strict=True):
-        out_features, in_features = weight.shape
-        topology = tm.mixture_of_bases(out_features=out_features, in_features=in_features, **row.options)
-        made = tm.SharedCoreExperts(topology, row.experts, shared=("basis",))
-        rescale(made, weight)
-        banks[name] = made
-    return banks
-
-
-def block_tt_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build block tensor trains of two cores, by default with nothing shared."""
-    banks: Banks = {}
-    for name, weight in zip(("up", "down"), pair, strict=True):
-        out_dims, in_dims = (_halves(size) for size in weight.shape)
-        topology = tn.topologies.block_tt(
-            out_dims=out_dims, in_dims=in_dims, max_bond=row.options["max_bond"]
-        )
-        made = tm.SharedCoreExperts(topology, row.experts, shared=row.options.get("shared", "none"))
-        rescale(made, weight)
-        banks[name] = made
-    return banks
-
-
-def _halves(size: int) -> tuple[int, int]:
-    """Split a size into its two most equal factors."""
-    small = max(x for x in range(1, math.isqrt(size) + 1) if size % x == 0)
-    return small, size // small
-
-
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
     """Build dense experts that `span` (two) neighbouring layers share; routers and biases stay separate."""
     networks, _ = KINDS["switch"](row, sizes, generator)
@@ -295,8 +257,6 @@ KINDS: dict[str, Kind] = {
     "switch": mixtures(switch_banks),
     "mpoe": mixtures(mpoe_banks),
     "delta": mixtures(delta_banks),
-    "bases": mixtures(bases_banks),
-    "block_tt": mixtures(block_tt_banks),
     "tied": tied,
 }
 
@@ -322,8 +282,6 @@ _TABLE = (
     Row("MPOE", "mpoe", experts=8),
     Row("MPOE and delta 4", "mpoe", experts=8, options={"delta": 4}),
     Row("base and deltas", "delta", experts=8, options={"rank": 4}),
-    Row("bases", "bases", experts=8, options={"bases": 2, "rank": 32}),
-    Row("block tensor trains", "block_tt", experts=8, options={"max_bond": 1}),
     Row("tied over two layers", "tied", experts=8),
     # Two small experts a token, and one that computes every token.
     Row("fine-grained", "switch", experts=23, top_k=2, hidden=1 / 3, shared_hidden=1 / 3),
@@ -331,7 +289,6 @@ _TABLE = (
     fine("fine, E = 12", "switch", 12),
     fine("fine, E = 5", "switch", 5),
     fine("fine, MPOE", "mpoe"),
-    fine("fine, MPOE, one-sided", "mpoe", one_sided=True, start="random"),
     fine("fine, MPOE, ends 8x8", "mpoe", ends=(8, 8)),
     fine("fine, MPOE, every core private", "mpoe", shared="none"),
     fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
@@ -344,8 +301,6 @@ _TABLE = (
     fine("fine, MPOE and delta 8", "mpoe", delta=8),
     fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
     fine("fine, base and deltas", "delta", rank=4),
-    fine("fine, bases", "bases", bases=4, rank=8),
-    fine("fine, block tensor trains", "block_tt", max_bond=1),
     fine("fine, tied over two layers", "tied"),
     # More experts for a token, so that it passes as many parameters as in dense x2.
     fine("fine, tied, E = 12", "tied", 12),

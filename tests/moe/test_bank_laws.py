@@ -208,26 +208,15 @@ def planted(rank: int, seed: int = 0) -> Tensor:
     return base + left @ torch.randn(E, rank, IN, generator=generator, dtype=torch.float64)
 
 
-def test_deltas_find_a_planted_base() -> None:
-    weights = planted(1)
-    found = tm.LowRankDeltaExperts.from_experts(weights, rank=1, max_sweeps=300)
-    assert found.error is not None
+@pytest.mark.parametrize("planted_rank", [1, 3])
+def test_deltas_fit_better_than_around_the_mean(planted_rank: int) -> None:
+    weights = planted(planted_rank)
+    found = tm.LowRankDeltaExperts.from_experts(weights, rank=1)
     rest = float((found.expert_matrices().detach() - weights).norm() / weights.norm())
     assert rest == pytest.approx(found.error, abs=1e-9)
-    assert rest < 0.01
-
-
-def test_more_sweeps_never_fit_worse() -> None:
-    weights = planted(3)
-    errors = [
-        tm.LowRankDeltaExperts.from_experts(weights, rank=1, max_sweeps=n).error or 0 for n in (1, 3, 9)
-    ]
-    mean = weights.mean(0)
-    rest = weights - mean
-    u, s, vh = torch.linalg.svd(rest, full_matrices=False)
-    first = (rest - u[..., :1] * s[..., None, :1] @ vh[..., :1, :]).norm() / weights.norm()
-    assert errors[0] == pytest.approx(float(first))
-    assert errors[0] >= errors[1] >= errors[2]
+    u, s, vh = torch.linalg.svd(weights - weights.mean(0), full_matrices=False)
+    around_the_mean = weights - weights.mean(0) - u[..., :1] * s[..., None, :1] @ vh[..., :1, :]
+    assert rest < 0.8 * float(around_the_mean.norm() / weights.norm())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

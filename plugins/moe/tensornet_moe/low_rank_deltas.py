@@ -1,24 +1,24 @@
 """Experts that add private low-rank corrections to the matrices of another bank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensornet.contraction.cost import Machine, default_machine
-from tensornet.decompose import decompose
 from tensornet.errors import ShapeError
-from tensornet.linalg.svd import check_finite, safe_scale, truncated_svd, working_dtype
+from tensornet.linalg.svd import check_finite, safe_scale, working_dtype
+from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
-from tensornet.topologies import TopologyFamily, topology_family
+from tensornet.topologies import TopologyFamily, dense
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups, expert_linear, looped_linear
 from tensornet_moe.joint_fit import stack_error
+from tensornet_moe.shared_low_rank import fit_low_rank
 
 
 class LowRankDeltaExperts(ExpertBank):
@@ -115,45 +115,35 @@ class LowRankDeltaExperts(ExpertBank):
 
     @classmethod
     @torch.no_grad()
-    def from_experts(
-        cls,
-        weights: Tensor,
-        *,
-        rank: int,
-        topology: Topology | str | TopologyFamily = "dense",
-        max_sweeps: int = 10,
-        **options: Any,
-    ) -> "LowRankDeltaExperts":
-        """Fit different experts by one shared base and low-rank deltas, each in turn given the other.
+    def from_experts(cls, weights: Tensor, *, rank: int) -> "LowRankDeltaExperts":
+        """Fit different experts by one dense base and low-rank deltas.
 
-        The base is the decomposition of the mean of what the deltas leave, the deltas are truncated SVDs of
-        what the base leaves. With a dense base no sweep raises the error; the best sweep is returned.
+        The base is the mean of the matrices, or of what the deltas of an earlier base leave of them: the one
+        that fits best (`tensornet_moe.shared_low_rank`). The deltas are truncated SVDs of what it leaves.
 
         Args:
             weights: shape `(num_experts, out, in)`.
             rank: of the deltas.
-            topology: of the base.
-            max_sweeps: at least 1; the first is the mean and one SVD for each expert.
-            options: of the family of the base.
 
         Raises:
             ShapeError: `weights` is not a stack of matrices, or `rank` exceeds their shorter side.
             NonFiniteError: NaN or infinity in `weights`.
         """
         check_weights(weights, "num_experts", "out", "in")
-        check_whole(rank=rank, max_sweeps=max_sweeps)
         check_finite(weights, "The stack of expert matrices")
-        if isinstance(topology, str | TopologyFamily):
-            topology = topology_family(topology).build(*weights.shape[1:], **options)
-        fit = _fit(weights, topology, rank, max_sweeps)
+        count, rows, columns = weights.shape
         where: dict[str, Any] = {"device": weights.device, "dtype": weights.dtype}
-        base = SharedCoreExperts(topology, len(weights), shared="all", **where)
+        topology = dense(out_features=rows, in_features=columns)
+        base = SharedCoreExperts(topology, count, shared="all", **where)
         bank = cls(base, rank, **where)
-        for name, core in zip(topology.core_names, fit.cores, strict=True):
-            base.shared_parameters()[name].copy_(core)
-        bank.left.copy_(fit.left)
-        bank.right.copy_(fit.right)
-        bank.error = fit.error
+        scale = safe_scale(weights)  # squares neither overflow nor vanish
+        target = weights.detach().to(working_dtype(weights.dtype)) / scale
+        fits = fit_low_rank("base", list(target), [Weighting()] * count, rank)
+        cores = {name: torch.stack([fit[name] for fit in fits]) for name in ("base", "0", "1")}  # type: ignore[misc]
+        base.shared_parameters()["matrix"].copy_(cores["base"][0] * scale)
+        bank.left.copy_(cores["0"] * scale**0.5)
+        bank.right.copy_(cores["1"] * scale**0.5)
+        bank.error = stack_error(target, cores["base"] + cores["0"] @ cores["1"])
         return bank
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -218,41 +208,3 @@ class LowRankDeltaExperts(ExpertBank):
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
         return f"{self.num_experts} x ({self.out_features}, {self.in_features}), rank={self.rank}"
-
-
-@dataclass(frozen=True)
-class _Fit:
-    cores: tuple[Tensor, ...]
-    left: Tensor
-    right: Tensor
-    error: float
-
-
-def _fit(weights: Tensor, topology: Topology, rank: int, max_sweeps: int) -> _Fit:
-    """Alternate between the base and the deltas until the error no longer falls."""
-    scale = safe_scale(weights)  # squares of the target neither overflow nor vanish
-    target = weights.detach().to(working_dtype(weights.dtype)) / scale
-    delta, best = torch.zeros_like(target), None
-    for _ in range(max_sweeps):
-        network = decompose((target - delta).mean(0), topology).network
-        rest = target - network.to_matrix()
-        pairs = [_factors(matrix, rank) for matrix in rest]
-        left, right = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        delta = left @ right
-        error = stack_error(target, target - rest + delta)
-        if best is not None and error >= best.error:
-            break
-        best = _Fit(tuple(network.cores), left, right, error)
-    assert best is not None
-    part = scale ** (1 / len(best.cores))  # every core takes an equal part of the scale
-    half = scale**0.5
-    return _Fit(tuple(core * part for core in best.cores), best.left * half, best.right * half, best.error)
-
-
-def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Split the best approximation of a rank into factors of equal norm, padded with zeros to the rank."""
-    result = truncated_svd(matrix, max_rank=rank)
-    scale, missing = result.S.sqrt(), rank - len(result.S)
-    left = torch.nn.functional.pad(result.U * scale, (0, missing))
-    right = torch.nn.functional.pad(scale[:, None] * result.Vh, (0, 0, 0, missing))
-    return left, right
