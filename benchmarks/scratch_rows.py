@@ -172,30 +172,22 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Build chains of three cores with a shared center.
 
-    `start="exact"`: every expert is the decomposition of one Gaussian matrix plus `noise`; `"random"`:
-    Gaussian cores. `delta`: rank of a low-rank bypass of each expert. `shared`: which cores are shared.
-    `mask`, the probability with which a step leaves a shared core unchanged, is for the run, not for the
-    model.
+    Every expert is the decomposition of one Gaussian matrix plus noise. Options: `delta`, rank of a low-rank
+    bypass of each expert; `shared`, which cores are shared; `max_bond`. `mask`, the probability with which a
+    step leaves a shared core unchanged, is for the run, not for the model.
     """
-    usual = {"start": "exact", "noise": 0.05, "max_bond": None, "delta": 0, "shared": "center"}
-    options = {**usual, **row.options}
+    options = {"max_bond": None, "delta": 0, "shared": "center", **row.options}
 
     def bank(weight: Tensor) -> tm.ExpertBank:
-        legs = dims(row, sizes, len(weight))
-        seed = int(torch.randint(2**31, (), generator=generator))
-        if options["start"] == "exact":
-            made = tm.SharedCoreExperts.from_dense(
-                weight,
-                num_experts=row.experts,
-                shared=options["shared"],
-                max_bond=options["max_bond"],
-                noise=options["noise"],
-                seed=seed,
-                **legs,
-            )
-        else:
-            topology = tn.topologies.mpo(**legs, max_bond=options["max_bond"])
-            made = tm.SharedCoreExperts(topology, row.experts, shared=options["shared"])
+        made = tm.SharedCoreExperts.from_dense(
+            weight,
+            num_experts=row.experts,
+            shared=options["shared"],
+            max_bond=options["max_bond"],
+            noise=0.05,
+            seed=int(torch.randint(2**31, (), generator=generator)),
+            **dims(row, sizes, len(weight)),
+        )
         rescale(made, weight)
         return tm.LowRankDeltaExperts(made, options["delta"]) if options["delta"] else made
 
