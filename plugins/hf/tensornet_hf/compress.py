@@ -182,12 +182,11 @@ class CompressOptions:
         for name, what in (("refine", "fits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
                 raise OptionError(f"{{{name}}} {what} the text of {{calibration}}; give one.")
-        seen = [*(("calibration", x) for x in texts), ("validation", self.validation)]
-        for name, file in seen:
-            if _same_file(self.held_out, file):
-                raise OptionError(f"{{held_out}} is the text of {{{name}}}, which the model was made with.")
-        if any(_same_file(self.validation, x) for x in texts):
-            raise OptionError("{validation} is the text of {calibration}; give one of another source.")
+        used = {Path(x).resolve(): "calibration" for x in texts}
+        for name in ("validation", "held_out"):
+            file = getattr(self, name)
+            if file is not None and (other := used.setdefault(Path(file).resolve(), name)) != name:
+                raise OptionError(f"{{{name}}} is the text of {{{other}}}; give one of another source.")
         dtype_of(self.dtype)
         if self.report is not None:
             check_place("The report", Path(self.report))
@@ -222,7 +221,7 @@ class PlannedFolder:
 
     Args:
         plan: can be edited, saved, and applied by `compress_folder`.
-        sizes: parameters and bytes of the whole model and of the layers, before and after.
+        sizes: parameters and bytes of the whole model, before and after.
         coverage: which of the model's parameters the plan covers.
 
     Example:
@@ -242,14 +241,10 @@ class PlannedFolder:
         return {**plan, **self.sizes, "coverage": self.coverage.to_dict()}
 
     def __str__(self) -> str:
-        sizes = {name: compact_bytes(size) for name, size in self.sizes.items() if "bytes" in name}
-        before, after = self.sizes["model_params_before"], self.sizes["model_params_after"]
-        return (
-            f"{self.plan}\n"
-            f"these layers: {sizes['layers_bytes_before']} -> {sizes['layers_bytes_after']}\n"
-            f"whole model: {before:,} -> {after:,} parameters, {sizes['model_bytes_before']} -> "
-            f"{sizes['model_bytes_after']}\n{self.coverage}"
-        )
+        params = [f"{self.sizes[f'model_params_{when}']:,}" for when in ("before", "after")]
+        sizes = [compact_bytes(self.sizes[f"model_bytes_{when}"]) for when in ("before", "after")]
+        whole = f"whole model: {' -> '.join(params)} parameters, {' -> '.join(sizes)}"
+        return f"{self.plan}\n{whole}\n{self.coverage}"
 
 
 @dataclass(frozen=True)
@@ -459,14 +454,11 @@ def plan_folder(
 
     # Sizes before and after, and what the plan covers.
     params, size = model_size(model)
-    before, after = plan.bytes_before, plan.bytes_after
     sizes = {
         "model_params_before": params,
         "model_params_after": params - plan.params_before + plan.params_after,
         "model_bytes_before": size,
-        "model_bytes_after": size - before + after,
-        "layers_bytes_before": before,
-        "layers_bytes_after": after,
+        "model_bytes_after": size - plan.bytes_before + plan.bytes_after,
     }
     names = [layer.name for layer in plan]
     return PlannedFolder(plan, sizes, measure_coverage(prepared.weights, names, unseen=plan.unseen))
@@ -780,8 +772,3 @@ def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, re
         if other != path or not resume:
             other.unlink(missing_ok=True)
     return path
-
-
-def _same_file(one: str | Path | None, other: str | Path | None) -> bool:
-    paths = [Path(x) for x in (one, other) if x is not None]
-    return len(paths) == 2 and all(x.exists() for x in paths) and paths[0].samefile(paths[1])

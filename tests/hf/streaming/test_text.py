@@ -68,7 +68,8 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
     assert contents(Path("one")) == contents(Path("two"))
     assert not staging_folder(Path("one").absolute()).exists()
     assert described("one") == described("whole")
-    assert call("compress", sharded, "blind", *HALF[:2], "--workers", 1)[0] == 0
+    blind = (*HALF[:2], "--objective", "weight")
+    assert call("compress", sharded, "blind", *blind, "--workers", 1)[0] == 0
     assert described("blind") != described("whole")
     x = torch.arange(20)[None]
     with torch.no_grad():
