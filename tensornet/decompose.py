@@ -76,17 +76,12 @@ def decompose(
             f"The topology is for matrices of shape {topology.shape}, got {tuple(matrix.shape)}."
         )
     check_finite(matrix, "The matrix")
-    return _alternated(matrix, topology)
-
-
-def _alternated(matrix: Tensor, topology: Topology) -> Decomposition:
     scale, dtype = safe_scale(matrix), result_dtype(matrix.dtype)
     work = matrix.to(working_dtype(matrix.dtype)) / scale
     found = fit_from_random(work, topology)
     cores = balance_norms(found.network.cores)
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
-    total = frobenius(work)
-    residual = frobenius(work - kept.to(work.dtype).to_matrix())
+    total, residual = frobenius(work), frobenius(work - kept.to(work.dtype).to_matrix())
     factor = scale ** (1 / len(cores))  # every core takes an equal part of the scale
     return Decomposition(
         TensorNetwork(topology, [scaled_back(core, factor, dtype) for core in cores]),

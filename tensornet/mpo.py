@@ -652,15 +652,6 @@ class MPO:
         """Convert a TensorLy `TTMatrix`."""
         return cls(interop.from_tensorly(operator))
 
-    def to_torchtt(self) -> Any:
-        """Convert to a `torchtt.TT` matrix."""
-        return interop.to_torchtt(self.cores)
-
-    @classmethod
-    def from_torchtt(cls, operator: Any) -> "MPO":
-        """Convert a `torchtt.TT` matrix."""
-        return cls(interop.from_torchtt(operator))
-
     # --- inside ----------------------------------------------------------------------------------
 
     @property

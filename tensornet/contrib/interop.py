@@ -1,7 +1,7 @@
-"""Conversion of matrix product operators to and from quimb, TensorLy and torchTT.
+"""Conversion of matrix product operators to and from quimb and TensorLy.
 
-All three store a chain of the same cores; they differ in the order of the indices, in what they do with
-the end bonds, and in that none of them knows padding. Converting a padded operator gives the padded one.
+Both store a chain of the same cores; they differ in the order of the indices and in what they do with the
+end bonds, and neither knows padding. Converting a padded operator gives the padded one.
 """
 
 from collections.abc import Sequence
@@ -84,22 +84,3 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
     ):
         raise ShapeError(f"Expected a TensorLy TTMatrix, got {type(operator).__name__}.")
     return tuple(torch.as_tensor(factor) for factor in getattr(operator, "factors", operator))
-
-
-def to_torchtt(cores: Sequence[Tensor]) -> Any:
-    """Convert to a `torchtt.TT` matrix, whose cores also are `(left, out, in, right)`."""
-    torchtt = import_optional("torchtt", extra="bench", user="to_torchtt")
-    return torchtt.TT(list(cores))
-
-
-def from_torchtt(operator: Any) -> tuple[Tensor, ...]:
-    """Extract the cores of a `torchtt.TT` matrix.
-
-    Raises:
-        ShapeError: it is a tensor train of a tensor, not of a matrix, or no train at all.
-    """
-    if not hasattr(operator, "is_ttm"):
-        raise ShapeError(f"Expected a torchtt TT matrix, got {type(operator).__name__}.")
-    if not operator.is_ttm:
-        raise ShapeError("Expected a torchtt TT matrix (4-dimensional cores), got the train of a tensor.")
-    return tuple(operator.cores)

@@ -134,40 +134,47 @@ class MPOFamily(FactoredFamily):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Compare balanced legs with splits that keep one large leg together, unless dims are given."""
+        """Compare balanced legs with splits that keep one large leg together, unless dims are given.
+
+        Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
+        leg-whitened coordinates.
+        """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
-        shape = (matrix.shape[0], matrix.shape[1])
-        balanced = self.choose_dims(shape, None, None, options.get("sites"))
-        outs, ins = best_dims(matrix, weighting, balanced, build=self.build, num_params=num_params)
+        rows, columns = matrix.shape
+        balanced = self.choose_dims((rows, columns), None, None, options.get("sites"))
+        others = list(unbalanced_dims(rows, columns, len(balanced[0])))
+
+        def lost(dims: Dims) -> float:
+            """Multiply the whitened energy fractions that truncating the widest bond discards."""
+            # 1. The energies of the unfolding at the widest bond.
+            outs, ins = dims
+            sites, bonds = len(outs), max_bonds(outs, ins)
+            widest = max(range(len(bonds)), key=bonds.__getitem__)
+            work = legs_of(self.build(rows, columns, out_dims=outs, in_dims=ins), weighting).whitened_matrix(
+                matrix
+            )
+            order = [axis for k in range(sites) for axis in (k, sites + k)]
+            left = math.prod(outs[: widest + 1]) * math.prod(ins[: widest + 1])
+            unfolded = work.reshape(*outs, *ins).permute(order).reshape(left, -1).float()
+            gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
+            energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
+            tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
+            # 2. What the widest bond that fits discards of them, for each number of parameters.
+            result = 1.0
+            for fraction in _FRACTIONS:
+                low, high = 0, bonds[widest]
+                while low < high:
+                    middle = (low + high + 1) // 2
+                    made = self.build(rows, columns, out_dims=outs, in_dims=ins, max_bond=middle)
+                    fits = num_params(made) <= fraction * matrix.numel()
+                    low, high = (middle, high) if fits else (low, middle - 1)
+                result *= float(tails[low]) if low < len(tails) else 0.0
+            return result
+
+        outs, ins = min((balanced, *others), key=lost) if others else balanced
         kept = {key: value for key, value in options.items() if key != "sites"}
         return {**kept, "out_dims": outs, "in_dims": ins}
-
-
-def best_dims(
-    matrix: Tensor,
-    weighting: Weighting,
-    balanced: Dims,
-    *,
-    build: Callable[..., Topology],
-    num_params: Callable[[Topology], int],
-) -> Dims:
-    """Find the leg sizes of least predicted loss, among balanced and unbalanced candidates.
-
-    Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
-    leg-whitened coordinates.
-
-    Args:
-        matrix: shape `(out, in)`.
-        weighting: sensitivity of the loss to errors.
-        balanced: the sizes to beat; the number of sites is theirs.
-        build: makes a chain from features, `out_dims`, `in_dims` and `max_bond`.
-        num_params: counts the numbers that a chain will store.
-    """
-    tried = [balanced, *unbalanced_dims(matrix.shape[0], matrix.shape[1], len(balanced[0]))]
-    if not tried[1:]:
-        return balanced
-    return min(tried, key=lambda dims: _lost(matrix, weighting, dims, build, num_params))
 
 
 def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
@@ -181,38 +188,6 @@ def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
             fits = large_out * math.prod(outs) == rows and large_in * math.prod(ins) == columns
             if fits and large_out >= p and large_in >= q:
                 yield (large_out, *outs), (ins[0], large_in, *ins[1:])
-
-
-def _lost(
-    matrix: Tensor,
-    weighting: Weighting,
-    dims: Dims,
-    build: Callable[..., Topology],
-    num_params: Callable[[Topology], int],
-) -> float:
-    """Compute the whitened energy fraction that truncating the widest bond discards."""
-    rows, columns = matrix.shape
-    full = build(rows, columns, out_dims=dims[0], in_dims=dims[1])
-    bonds = max_bonds(*dims)
-    widest = max(range(len(bonds)), key=bonds.__getitem__)
-    left = math.prod(o * i for o, i in zip(dims[0][: widest + 1], dims[1][: widest + 1], strict=True))
-    work = legs_of(full, weighting).whitened_matrix(matrix)
-    sites = len(dims[0])
-    order = [axis for k in range(sites) for axis in (k, sites + k)]
-    unfolded = work.reshape(*dims[0], *dims[1]).permute(order).reshape(left, -1).float()
-    gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
-    energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
-    tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
-    result = 1.0
-    for fraction in _FRACTIONS:
-        low, high = 0, bonds[widest]
-        while low < high:  # the widest bond that fits
-            middle = (low + high + 1) // 2
-            chain = build(rows, columns, out_dims=dims[0], in_dims=dims[1], max_bond=middle)
-            fits = num_params(chain) <= fraction * matrix.numel()
-            low, high = (middle, high) if fits else (low, middle - 1)
-        result *= float(tails[low]) if low < len(tails) else 0.0
-    return result
 
 
 register_topology(MPOFamily())

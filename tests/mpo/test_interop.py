@@ -81,18 +81,6 @@ def test_tensorly_decomposition_of_its_own() -> None:
     same(tn.MPO.from_tensorly(theirs), theirs.to_matrix().numpy())
 
 
-@cases
-def test_torchtt(out_dims: tuple[int, ...], in_dims: tuple[int, ...]) -> None:
-    torchtt = pytest.importorskip("torchtt")
-    ours = operator(out_dims, in_dims, torch.float64)
-    theirs = ours.to_torchtt()
-    same(ours, theirs.full().reshape(ours.shape).numpy())
-    back = tn.MPO.from_torchtt(theirs)
-    same(back, reference.to_numpy(ours.to_matrix()))
-    doubled = tn.MPO.from_torchtt(torchtt.TT(theirs.cores) * 2.0)
-    same(doubled, 2 * reference.to_numpy(ours.to_matrix()))
-
-
 def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tensornet._util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"to_quimb needs quimb.*tensornet-torch\[interop\]"):
@@ -119,7 +107,7 @@ def test_factors_under_that_name_are_taken() -> None:
 
 
 def test_what_is_no_open_chain_is_refused() -> None:
-    for convert in (tn.MPO.from_quimb, tn.MPO.from_tensorly, tn.MPO.from_torchtt):
+    for convert in (tn.MPO.from_quimb, tn.MPO.from_tensorly):
         for other in (torch.ones(3, 4), "cores", {"0": 1}, 3.0):
             with pytest.raises(ShapeError, match="Expected a"):
                 convert(other)
@@ -129,6 +117,3 @@ def test_what_is_no_open_chain_is_refused() -> None:
     arrays = [np.ones((2, 3, 3)), np.ones((2, 3, 3))]
     with pytest.raises(ShapeError, match="no tensor at site 1"):
         tn.MPO.from_quimb(quimb.MatrixProductOperator(arrays, sites=[0, 2], L=3, shape="lrud"))
-    torchtt = pytest.importorskip("torchtt")
-    with pytest.raises(ShapeError, match="the train of a tensor"):
-        tn.MPO.from_torchtt(torchtt.TT([torch.zeros(1, 2, 3), torch.zeros(3, 2, 1)]))

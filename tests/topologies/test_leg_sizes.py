@@ -13,7 +13,7 @@ from tensornet.als import fit_network
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import topology_family
 from tensornet.topologies.fit import legs_of
-from tensornet.topologies.mpo import best_dims, unbalanced_dims
+from tensornet.topologies.mpo import unbalanced_dims
 from tensornet.topology import Topology
 
 FAMILIES = [
@@ -86,12 +86,12 @@ def test_the_cheapest_legs_are_chosen() -> None:
     generator = torch.Generator().manual_seed(0)
     prices = Weighting(moment(24, 1, spread=0.5), moment(36, 2, spread=0.5))
     balanced = ((4, 6), (6, 6))
-    build = topology_family("mpo").build
     for dims in (balanced, *unbalanced_dims(24, 36, 2)):
         topology = topology_family("mpo").build(24, 36, out_dims=dims[0], in_dims=dims[1], max_bond=8)
         cores = [torch.randn(shape, generator=generator) for shape in topology.core_shapes.values()]
         matrix = tn.TensorNetwork(topology, cores).to_matrix()
-        assert best_dims(matrix, prices, balanced, build=build, num_params=lambda x: x.num_params) == dims
+        found = topology_family("mpo").search_legs(matrix, prices, lambda x: x.num_params, sites=2)
+        assert found == {"out_dims": dims[0], "in_dims": dims[1]}
 
 
 class Two(nn.Module):
