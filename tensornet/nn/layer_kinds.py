@@ -73,23 +73,23 @@ def relatives(name: str, others: Iterable[str]) -> list[str]:
         >>> relatives("experts.0.up", ["experts.1.up", "experts.1.down", "head"])
         ['experts.1.up']
     """
-    path, number = _last_number(name)
-    return [] if number is None else [other for other in others if _last_number(other)[0] == path]
+    path = _counted_path(name)
+    return [] if path is None else [other for other in others if _counted_path(other) == path]
 
 
 #: A part of a name that counts modules. Layers such as `w_1` and `w_2` are not relatives.
 _COUNTED = re.compile(r"(.*_)?\d+")
 
 
-def _last_number(name: str) -> tuple[tuple[str, ...], str | None]:
-    """Split a name into its parts, with the last number replaced by `#`, and that number."""
+def _counted_path(name: str) -> tuple[str, ...] | None:
+    """Split a name into its parts, with the last number replaced by `#`; None if it has no number."""
     parts = name.split(".")
     for place in reversed(range(len(parts))):
-        part = parts[place]
-        if (found := _COUNTED.fullmatch(part)) and (part.isdecimal() or place < len(parts) - 1):
-            prefix = found[1] or ""
-            return (*parts[:place], f"{prefix}#", *parts[place + 1 :]), part[len(prefix) :]
-    return tuple(parts), None
+        found = _COUNTED.fullmatch(parts[place])
+        if found is not None and (parts[place].isdecimal() or place < len(parts) - 1):
+            parts[place] = f"{found[1] or ''}#"
+            return tuple(parts)
+    return None
 
 
 class CompoundKind(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
@@ -234,3 +235,32 @@ def test_settling_twice_and_nested_blocks() -> None:
     assert type(model.body) is nn.LSTM
     fuse(model)
     assert type(model.body) is nn.LSTM
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+        self.stack = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, padded: Tensor | None = None) -> Tensor:
+        return self.head(self.stack(x, src_key_padding_mask=padded).mean(1))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_encoders_that_would_fuse_their_layers_in_eval(gradients: bool, whole: bool) -> None:
+    """In eval PyTorch's encoders pass weights to one fused operation and call no layer."""
+    x = torch.randn(12, 6, 32)
+    padded = None if whole else torch.arange(6)[None] >= torch.arange(12)[:, None] % 5 + 2
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    batch = ({"x": x} if padded is None else {"x": x, "padded": padded}, torch.arange(12) % 5)
+    config = tn.CompressionConfig(param_ratio=0.5, target_modules=["*.linear1", "*.linear2"])
+    stats = tn.calibrate(model, [batch], config=config)
+    assert set(stats.columns) == {f"stack.layers.{k}.linear{i}" for k in (0, 1) for i in (1, 2)}
+    tn.compress(model, config, calibration=stats, progress=False)
+    training = copy.deepcopy(model).train()
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(model(x, padded), training(x, padded), rtol=1e-4, atol=1e-5)

@@ -407,6 +407,8 @@ def _cut(
     weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
     owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
     home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
+    for module in list(home):  # a stack may be a parameter of a child of the module that is unfused
+        home.setdefault(module.rpartition(".")[0], home[module])
     layers: dict[str, list[Any]] = {}
     for layer in plan:
         parts = layer.name.split(".")
