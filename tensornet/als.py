@@ -275,25 +275,23 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     """Plan the Gram matrices of a core's environment: one for all bonds if small, else one for each bond."""
     legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
     own = topology.cores[index].labels
-    elsewhere = {x for k, core in enumerate(topology.cores) if k != index for x in core.labels}
-    bonds = [x for x in own if x not in legs and x in elsewhere]
-    if not bonds:
-        return ()
-    whole = math.prod(sizes[x] for x in bonds) <= _WHOLE
-    return tuple(_plan_gram(topology, index, group) for group in ([bonds] if whole else [[x] for x in bonds]))
-
-
-def _plan_gram(topology: Topology, index: int, bonds: Sequence[str]) -> GramPlan:
-    legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
-    own = topology.cores[index].labels
     others = [core.labels for k, core in enumerate(topology.cores) if k != index]
-    batch = [x for x in own if x in legs and any(x in labels for labels in others)]
-    traced = {x for x in own if x not in bonds}  # bonds of the other Gram matrices are summed on both sides
-    plain = [tuple(x if x in legs or x in traced else f"{x}'" for x in labels) for labels in others]
-    primed = tuple(f"{x}'" for x in bonds)
+    elsewhere = {x for labels in others for x in labels}
+    batch = [x for x in own if x in legs and x in elsewhere]
+    bonds = [x for x in own if x not in legs and x in elsewhere]
+    whole = math.prod(sizes[x] for x in bonds) <= _WHOLE
     doubled = {**sizes, **{f"{x}'": size for x, size in sizes.items()}}
-    plan = plan_contraction([*others, *plain], (*batch, *bonds, *primed), doubled)
-    front = [own.index(x) for x in (*batch, *bonds)]
-    order = (*front, *(axis for axis in range(len(own)) if axis not in front))
-    back = tuple(order.index(axis) for axis in range(len(own)))
-    return GramPlan(plan, math.prod(sizes[x] for x in batch), math.prod(sizes[x] for x in bonds), order, back)
+    found = []
+    for group in ([bonds] if whole else [[x] for x in bonds]) if bonds else []:
+        # The environment and its conjugate have all labels in common, legs and bonds of the other Gram
+        # matrices included, but for the bonds of this one and those inside of the environment.
+        common = legs | {x for x in own if x not in group}
+        plain = [tuple(x if x in common else f"{x}'" for x in labels) for labels in others]
+        primed = tuple(f"{x}'" for x in group)
+        plan = plan_contraction([*others, *plain], (*batch, *group, *primed), doubled)
+        front = [own.index(x) for x in (*batch, *group)]
+        order = (*front, *(axis for axis in range(len(own)) if axis not in front))
+        back = tuple(order.index(axis) for axis in range(len(own)))
+        batches, size = (math.prod(sizes[x] for x in labels) for labels in (batch, group))
+        found.append(GramPlan(plan, batches, size, order, back))
+    return tuple(found)

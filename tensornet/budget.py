@@ -107,18 +107,6 @@ def caps_of_bonds(
     return caps
 
 
-def check_budget(value: Any) -> None:
-    """Raise BudgetError unless `value` is a Budget.
-
-    Raises:
-        BudgetError: another type; the message shows the value.
-    """
-    if not isinstance(value, Budget):
-        raise BudgetError(
-            f"Expected a Budget, got {value!r}; write Budget(max_bond=8), or Budget() for no cap."
-        )
-
-
 def uniform_caps(
     budget: Budget,
     shape: tuple[int, int],

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tensornet._util import check_dense, outside_autocast
-from tensornet.budget import Budget, check_budget, uniform_caps
-from tensornet.errors import TopologyError
+from tensornet.budget import Budget, uniform_caps
+from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight
@@ -433,7 +433,10 @@ def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int
         BudgetError: not a budget.
         ShapeError: not a dense floating matrix.
     """
-    check_budget(budget)
+    if not isinstance(budget, Budget):
+        raise BudgetError(
+            f"Expected a Budget, got {budget!r}; write Budget(max_bond=8), or Budget() for no cap."
+        )
     check_dense(matrix, f"Topology {family!r}", "a matrix of shape (out, in)", 2)
     return matrix.shape[0], matrix.shape[1]
 
