@@ -234,16 +234,10 @@ def calibration_data(
             "tensornet.compress(model, config, calibration=stats)."
         )
     tokenizer = load_tokenizer(folder)
-    made: Iterator[Batch] = _passages(model, tokenizer, text)
-    loss_fn: TokenLosses = sampled_losses
-    if model.config.is_encoder_decoder:
-        made = _pairs(model, tokenizer, _lines(text))
-    elif type(model).__name__.endswith("ForMaskedLM"):
-        made = _hidden(made, tokenizer)
-    else:
-        loss_fn = _losses_of(model, tokenizer)
+    labelled = model.config.is_encoder_decoder or type(model).__name__.endswith("ForMaskedLM")
+    loss_fn = sampled_losses if labelled else _losses_of(model, tokenizer)
     kept, count = [], 0
-    for batch in made:
+    for batch in _passages(model, tokenizer, text):
         kept.append(batch)
         count += int(batch["attention_mask"].sum())
         if tokens is not None and count >= tokens:
@@ -300,30 +294,42 @@ def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
     )
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Batch]:
-    """Read paragraphs, or lines if there is no blank line."""
+    """Read the lines of a text for an encoder-decoder, its paragraphs for an encoder; add what is predicted.
+
+    An encoder-decoder predicts what follows a tab, or its own answer. A masked language model predicts some
+    tokens that are masked, the same in each call. Paragraphs are lines where there is no blank line.
+    """
+    answers = model.config.is_encoder_decoder
+    masks = type(model).__name__.endswith("ForMaskedLM")
+    if masks and tokenizer.mask_token_id is None:
+        raise TargetError(
+            "The tokenizer of this masked language model has no mask token; calibrate it in Python with "
+            "batches of its own, tensornet.calibrate(model, batches)."
+        )
     parts = [" ".join(part.split()) for part in re.split(r"\n\s*\n", text) if part.strip()]
-    parts = parts if len(parts) > 1 else _lines(text)
+    if answers or len(parts) < 2:
+        parts = [line.strip() for line in text.splitlines() if line.strip()]
+    given = answers and all(part.count("\t") == 1 for part in parts)
+    generator = torch.Generator().manual_seed(0)
+    special = torch.tensor(tokenizer.all_special_ids, device="cpu")
     for start in range(0, len(parts), ROWS):
-        yield _read(model, tokenizer, parts[start : start + ROWS])
-
-
-def _pairs(model: PreTrainedModel, tokenizer: Any, lines: Sequence[str]) -> Iterator[Batch]:
-    """Read lines with their answers: the text after the tab, or the model's own output."""
-    given = all(line.count("\t") == 1 for line in lines)
-    for start in range(0, len(lines), ROWS):
-        part = lines[start : start + ROWS]
-        batch = _read(model, tokenizer, [line.partition("\t")[0] if given else line for line in part])
+        some = parts[start : start + ROWS]
+        batch = _read(model, tokenizer, [x.partition("\t")[0] if given else x for x in some])
+        ids = batch["input_ids"]
         if given:
-            answers = _read(model, tokenizer, [line.partition("\t")[2] for line in part])
-            labels = answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORED)
-        else:
-            labels = _own_answers(model, batch)
-        yield {**batch, "labels": labels}
+            wanted = _read(model, tokenizer, [x.partition("\t")[2] for x in some])
+            batch["labels"] = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, IGNORED)
+        elif answers:
+            batch["labels"] = _own_answers(model, batch)
+        elif masks:
+            free = (batch["attention_mask"] == 1) & ~torch.isin(ids, special)
+            chosen = (torch.rand(ids.shape, generator=generator, device="cpu") < HIDDEN) & free
+            if not bool(chosen.any()):
+                continue
+            batch["labels"] = ids.masked_fill(~chosen, IGNORED)
+            batch["input_ids"] = ids.masked_fill(chosen, tokenizer.mask_token_id)
+        yield batch
 
 
 @torch.no_grad()
@@ -336,25 +342,6 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
     ends = torch.tensor(end if isinstance(end, list) else [-1 if end is None else end], device=labels.device)
     ended = torch.isin(labels, ends).cumsum(1)
     return labels.masked_fill(ended - torch.isin(labels, ends).long() > 0, IGNORED)
-
-
-def _hidden(passages: Iterator[Batch], tokenizer: Any) -> Iterator[Batch]:
-    """Mask some tokens of passages reproducibly; only masked tokens have labels."""
-    if tokenizer.mask_token_id is None:
-        raise TargetError(
-            "The tokenizer of this masked language model has no mask token; calibrate it in Python with "
-            "batches of its own, tensornet.calibrate(model, batches)."
-        )
-    generator = torch.Generator().manual_seed(0)
-    special = torch.tensor(tokenizer.all_special_ids, device="cpu")
-    for batch in passages:
-        ids = batch["input_ids"]
-        free = (batch["attention_mask"] == 1) & ~torch.isin(ids, special)
-        chosen = (torch.rand(ids.shape, generator=generator, device="cpu") < HIDDEN) & free
-        if not bool(chosen.any()):
-            continue
-        labels = ids.masked_fill(~chosen, IGNORED)
-        yield {**batch, "input_ids": ids.masked_fill(chosen, tokenizer.mask_token_id), "labels": labels}
 
 
 def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str, Tensor]:

@@ -230,27 +230,6 @@ def test_experts_share_cores(tensornet: Run) -> None:
 
 
 @pytest.mark.slow
-def test_calibration_decides_by_the_loss(tensornet: Run) -> None:
-    Path("text.txt").write_text(heldout_text()[:20_000])
-    arguments = ("--param-ratio", 0.4, "--target", "*.mlp.c_fc", "--json")
-    losses = {}
-    for name, more in {"blind": ("--objective", "weight"), "seeing": ("--calibration", "text.txt")}.items():
-        assert tensornet("compress", gpt2_path(), name, *arguments, *more)[0] == 0
-        status, out, _ = tensornet("eval", name, "--text", "text.txt", "--context", 64, "--json")
-        assert status == 0
-        losses[name] = json.loads(out)["loss"]
-    assert losses["seeing"] < losses["blind"] - 0.1
-    plan = ("compress", gpt2_path(), "--dry-run", *arguments, "--calibration", "text.txt")
-    Path("plan.json").write_text(tensornet(*plan)[1])
-    carried_out = ("compress", gpt2_path(), "third", "--plan", "plan.json")
-    status, _, err = tensornet(*carried_out)
-    assert status == 1
-    assert "tokens of text.txt, on which the cores depend" in err
-    assert tensornet(*carried_out, "--calibration", "text.txt")[0] == 0
-    assert torch.allclose(logits(load("third")), logits(load("seeing")), atol=1e-4)
-
-
-@pytest.mark.slow
 def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
     one, other = heldout_text()[:30_000], heldout_text()[30_000:60_000]
     Path("one.txt").write_text(one)
@@ -269,10 +248,6 @@ def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
     status, _, err = tensornet(*how, "--calibration", "one.txt", "--calibration", "absent.txt")
     assert status == 1
     assert "There is no file absent.txt" in err
-    seen = ("--calibration", "one.txt", "--calibration", "other.txt")
-    status, _, err = tensornet(*how, *seen, "--validation", "other.txt")
-    assert status == 2
-    assert "--validation is the text of --calibration" in err
 
 
 def test_upcycle_writes_a_mixture(tensornet: Run) -> None:

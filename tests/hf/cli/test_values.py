@@ -98,32 +98,6 @@ def test_a_size_with_a_unit_is_a_budget(tmp_path: Path, capsys: pytest.CaptureFi
     assert plans[0] == plans[1]
 
 
-@pytest.mark.slow
-def test_the_model_runs_on_the_device(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    moved = []
-    original = torch.nn.Module.to
-
-    def to(self: torch.nn.Module, *args: object, **kwargs: object) -> torch.nn.Module:
-        moved.extend(x for x in (*args, *kwargs.values()) if x == torch.device("cpu:0"))
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    (tmp_path / "text.txt").write_text(heldout_text()[:2_000])
-    model, text = str(gpt2_path()), str(tmp_path / "text.txt")
-    commands = [
-        ["eval", model, "--text", text],
-        ["generate", model, "--prompt", "In the", "--max-new-tokens", "2"],
-        ["compress", model, str(tmp_path / "a"), "--rel-error", "0.5", "--target", "h.0.mlp.c_fc"],
-        ["upcycle", model, "--dry-run", "--target", "h.0.mlp"],
-        ["decompress", str(tmp_path / "a"), str(tmp_path / "b")],
-    ]
-    for command in commands:
-        assert run([*command, "--device", "cpu:0"]) == 0, capsys.readouterr().err
-    assert moved == [torch.device("cpu:0")] * len(commands)
-
-
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--version"]) == 0
     assert capsys.readouterr().out.startswith("tensornet-torch ")

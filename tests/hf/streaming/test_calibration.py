@@ -69,7 +69,7 @@ def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
 def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     source, config = save("gpt2", tmp_path / "dense"), tn.CompressionConfig(param_ratio=0.6)
     stats = th.calibrate_checkpoint(source, batches("gpt2"), tmp_path / "stats")
-    report = th.compress_checkpoint(source, tmp_path / "ours", config, stats=tmp_path / "stats", workers=1)
+    report = th.compress_checkpoint(source, tmp_path / "ours", config, stats=stats)
     model = th.load(source)
     expected = tn.compress(model, config, calibration=stats, progress=False)
     model.save_pretrained(tmp_path / "reference")
@@ -86,16 +86,6 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(TargetError, match="another model"):
         th.compress_checkpoint(tmp_path / "other", tmp_path / "out", config, stats=tmp_path / "stats")
-
-
-def test_statistics_in_memory_may_be_given_too(tmp_path: Path) -> None:
-    source, config = save("llama", tmp_path / "dense"), tn.CompressionConfig(param_ratio=0.6)
-    stats = tn.calibrate(ARCHITECTURES["llama"].dense, batches("llama"))
-    stats.save(tmp_path / "stats")
-    th.compress_checkpoint(source, tmp_path / "a", config, stats=stats)
-    th.compress_checkpoint(source, tmp_path / "b", config, stats=tmp_path / "stats")
-    a, b = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_half_precision_is_calibrated_in_single(tmp_path: Path) -> None:

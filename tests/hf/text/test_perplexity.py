@@ -78,19 +78,6 @@ def test_windows_score_each_token_once(length: int, context: int, data: st.DataO
         assert scored == [t for t in range(length) if t % context != 0]
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(model: TinyForCausalLM) -> None:
-    nn.init.zeros_(model.head.weight)
-    nn.init.zeros_(model.head.bias)
-    assert perplexity(model, torch.arange(30) % 11, context=8).perplexity == pytest.approx(VOCABULARY)
-
-
-def test_batches_do_not_change_the_number(model: TinyForCausalLM) -> None:
-    tokens = torch.randint(VOCABULARY, (100,))
-    one, many = (perplexity(model, tokens, context=16, stride=5, batch_size=b) for b in (1, 7))
-    assert one.perplexity == pytest.approx(many.perplexity, rel=1e-6)
-    assert max(rows for rows, _ in model.batches) == 7
-
-
 def test_states_how_it_was_measured_and_puts_the_training_flag_back(model: TinyForCausalLM) -> None:
     model.train()
     result = perplexity(model, torch.arange(40) % 11, context=16)
