@@ -36,4 +36,4 @@ def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> N
         assert layer.params == model.get_submodule(layer.name).num_params
     assert compare_folders([folder])[0].params == count
     streamed = th.compress_checkpoint(gpt2_path(), tmp_path / "streamed", config)
-    assert streamed.compression.model_params_after == count
+    assert streamed.model_params_after == count
