@@ -157,7 +157,7 @@ def refine(
         with reduced():
             distance = _distance(model, teacher, judges)
         put_back = stack.enter_context(_restoring([*layers.values()]))
-        before, after = {}, {}
+        before, after = dict[str, float](), dict[str, float]()
         with reduced():
             run = PairedRun(model, teacher, fitted)
             groups = run.groups([name for name in layers if name not in left])
@@ -360,10 +360,10 @@ class PairedRun:
 
 
 @contextmanager
-def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
     """Call a function with the inputs of each module inside the block."""
 
-    def before(function: Callable[[Tensor], None]) -> Any:
+    def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             (x,) = (*args, *kwargs.values())  # some models name the only argument
             function(x)
