@@ -84,7 +84,7 @@ def test_checkpoints_say_it_as_models_do(tmp_path: Path) -> None:
     streamed = th.compress_checkpoint(folder, tmp_path / "made", config)
     loaded = th.load(folder)
     coverage = tn.compress(loaded, config, progress=False).coverage
-    assert streamed.compression.coverage == coverage
+    assert streamed.coverage == coverage
     assert str(coverage) in str(streamed)
     assert coverage.excluded.keys() == {"Embedding"}
     assert coverage.unknown.keys() == {"LayerNorm", "biases"}

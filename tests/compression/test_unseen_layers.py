@@ -118,6 +118,6 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path
     architecture.dense.save_pretrained(tmp_path / "dense")
     with pytest.warns(CalibrationWarning, match="Left dense"):
         streamed = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=stats)
-    assert streamed.compression.coverage == report.coverage
+    assert streamed.coverage == report.coverage
     batch = architecture.batch()
     torch.testing.assert_close(th.load(tmp_path / "made")(**batch).logits, model(**batch).logits)
