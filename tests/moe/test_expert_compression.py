@@ -27,11 +27,9 @@ from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.low_rank import round_factor
 from tensornet_moe.expert_compression import (
-    SEPARATE,
-    SHARED,
     Stack,
     choose_jointly,
-    choose_kinds,
+    choose_sharing,
     find_stacks,
     totals_of,
 )
@@ -278,11 +276,14 @@ def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Prepared, tu
 def totals(
     budget: dict[str, float], formats: tuple[str, ...] | None, seed: int, kind: str
 ) -> tuple[float, float]:
-    """Size and predicted loss with one kind of candidates, or with both; infinite where none fits."""
+    """Size and predicted loss with "separate" networks, "shared" ones or "both"; infinite where none fits."""
     given, stacks = candidates(seed, formats)
     given = replace(given, config=replace(given.config, **{"param_ratio": None, **budget}))  # type: ignore[arg-type]
     try:
-        chosen, _ = choose_jointly(given, stacks) if kind == "both" else choose_kinds(given, stacks, [kind])
+        if kind == "both":
+            chosen, _ = choose_jointly(given, stacks)
+        else:
+            chosen, _ = choose_sharing(given, stacks if kind == "shared" else ())
     except BudgetError:
         return math.inf, math.inf
     return totals_of(chosen, given)
@@ -307,15 +308,15 @@ BUDGETS = [
 def test_the_joint_choice_never_predicts_more_than_either_kind(
     formats: tuple[str, ...] | None, budget: dict[str, float], seed: int
 ) -> None:
-    bounds = [totals(budget, formats, seed, kind)[1] for kind in (SEPARATE, SHARED)]
+    bounds = [totals(budget, formats, seed, kind)[1] for kind in ("separate", "shared")]
     assert min(bounds) < math.inf
     assert totals(budget, formats, seed, "both")[1] <= min(bounds) * (1 + 1e-6)
 
 
 def test_sharing_reaches_sizes_that_separate_networks_do_not() -> None:
     small = {"param_ratio": 0.06}
-    assert totals(small, None, 0, SEPARATE)[1] == math.inf
-    assert totals(small, None, 0, "both")[1] == pytest.approx(totals(small, None, 0, SHARED)[1])
+    assert totals(small, None, 0, "separate")[1] == math.inf
+    assert totals(small, None, 0, "both")[1] == pytest.approx(totals(small, None, 0, "shared")[1])
 
 
 def test_a_budget_of_the_loss_buys_a_smaller_model() -> None:

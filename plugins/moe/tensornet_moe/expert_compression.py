@@ -46,8 +46,6 @@ from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
 from tensornet_moe.shared_low_rank import PATTERNS, fit_stored, shared_candidates
 
-#: Kinds of candidates of a stack.
-SEPARATE, SHARED = "separate", "shared"
 #: Separate networks stay where sharing saves no more of the predicted loss than rounding errors.
 _ROUNDING = 1e-9
 
@@ -192,7 +190,7 @@ def compress_experts(
     with an expert that no gradient reached are compressed separately.
 
     Args:
-        model: holds mixtures that keep their experts as one parameter `(experts, out, in)`.
+        model: contains mixtures that keep their experts as one parameter `(experts, out, in)`.
         config: what to compress and how far, by parameters, bytes or the predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
         progress: show progress bars.
@@ -218,6 +216,8 @@ def compress_experts(
     check_model(model)
     _check_options(config)
     params_before, bytes_before = model_size(model)
+
+    # Calibrate, find the candidates of all layers, and check their predicted losses by measuring.
     with torch.enable_grad():
         data = gather(model, config, calibration, progress=progress)
     stats = data.statistics
@@ -231,12 +231,13 @@ def compress_experts(
         batches = list(data.batches)
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
-        except (
-            BudgetError
-        ):  # separate networks cannot keep it, shared ones may: check the smallest separate ones
+        except BudgetError:
+            # Shared networks may keep a budget that separate ones cannot: check the smallest separate ones.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
+
+    # Add the shared candidates of every stack, and choose among all of them; plan what stays separate.
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
     chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
@@ -248,6 +249,8 @@ def compress_experts(
             candidates=tuple(prepared.candidates[k] for k in alone),
             spectra=tuple(prepared.spectra[k] for k in alone),
         ).planned([chosen[k] for k in alone], bound_by)  # type: ignore[misc]  # these are integers
+
+    # Fit the networks that share a core, and replace all layers.
     before = record_losses(model, data.batches, source=data.source)
     sharing = {choice.members: choice for choice in chosen if isinstance(choice, SharedCandidate)}
     with unfused(model):
@@ -262,21 +265,23 @@ def compress_experts(
         errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
         with replaced(model, made):
             structure_changed(model)
+
+    # Measure and report.
     params_after, bytes_after = model_size(model)
     predicted = prepared.facts.forecast.corrected(totals_of(chosen, prepared)[1])
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
     return ExpertsReport(
-        tuple(reports),
-        plan.with_errors(errors),
-        params_before,
-        params_after,
-        bytes_before,
-        bytes_after,
-        predicted,
-        time.perf_counter() - start,
-        measured,
+        stacks=tuple(reports),
+        plan=plan.with_errors(errors),
+        model_params_before=params_before,
+        model_params_after=params_after,
+        model_bytes_before=bytes_before,
+        model_bytes_after=bytes_after,
+        predicted_loss_increase=predicted,
+        seconds=time.perf_counter() - start,
+        measured=measured,
     )
 
 
@@ -409,9 +414,9 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
     least_size = all(getattr(prepared.config, name) is None for name in sizes)  # for a given loss
 
-    def attempt(some: Sequence[Stack], kinds: Sequence[str]) -> list[Stack]:
+    def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
         try:
-            made, bound_by = choose_kinds(prepared, some, kinds)
+            made, bound_by = choose_sharing(prepared, some, or_separate=or_separate)
         except BudgetError as error:
             refused.append(error)
             return []
@@ -420,18 +425,25 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
         sharing = {each.members for each in made if isinstance(each, SharedCandidate)}
         return [stack for stack in stacks if stack[0].members in sharing]
 
-    attempt((), ())
+    attempt(())
     if stacks:
-        attempt(stacks, (SHARED,))
-        attempt(attempt(stacks, (SEPARATE, SHARED)), (SHARED,))
+        attempt(stacks)
+        attempt(attempt(stacks, or_separate=True))
     if not found:
         raise refused[0]
     least = min(measure for measure, _, _ in found)
     return next(each[1:] for each in found if each[0] <= least * (1 + _ROUNDING))
 
 
-def choose_kinds(prepared: Prepared, stacks: Sequence[Stack], kinds: Sequence[str]) -> tuple[Choice, str]:
-    """Choose with the given kinds of candidates for some stacks, and the layers of all others on their own.
+def choose_sharing(
+    prepared: Prepared, stacks: Sequence[Stack], *, or_separate: bool = False
+) -> tuple[Choice, str]:
+    """Choose shared networks for some stacks, and candidates for all other layers one by one.
+
+    Args:
+        prepared: candidates of every layer.
+        stacks: with their shared candidates.
+        or_separate: whether these stacks may also be given separate networks, each stack as a whole.
 
     Raises:
         BudgetError: the budget cannot be kept.
@@ -439,7 +451,7 @@ def choose_kinds(prepared: Prepared, stacks: Sequence[Stack], kinds: Sequence[st
     targets, candidates = prepared.targets, prepared.candidates
     inside = {place for stack in stacks for place in stack[0].members}
     single = [place for place in range(len(targets)) if place not in inside]
-    options = [_options(stack, prepared, kinds) for stack in stacks]
+    options = [_options(stack, prepared, or_separate=or_separate) for stack in stacks]
     chosen, bound_by = choose_candidates(
         targets,
         [*(candidates[place] for place in single), *([each for each, _ in some] for some in options)],
@@ -475,7 +487,7 @@ def _unit(prepared: Prepared) -> str:
 
 
 def _options(
-    stack: Stack, prepared: Prepared, kinds: Sequence[str]
+    stack: Stack, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
     """List candidates of a stack as a whole: with the candidate of each member, or shared networks."""
     members = [prepared.candidates[place] for place in stack[0].members]
@@ -494,7 +506,7 @@ def _options(
             number_format=number_format,
         )
 
-    if SEPARATE in kinds:
+    if or_separate:
         # The separate networks of every total size, along the convex hulls of the members.
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
@@ -514,9 +526,7 @@ def _options(
         for name in (name for name in uniforms[0] if all(name in each for each in uniforms)):
             chosen = tuple(each[name] for each in uniforms)
             found.append((together(chosen, name), chosen))
-    if SHARED in kinds:
-        found += [(each.candidate, each) for each in stack]
-    return found
+    return [*found, *((each.candidate, each) for each in stack)]
 
 
 # --- shared networks in the model -----------------------------------------------------------------
