@@ -163,10 +163,11 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
     for name in ("attention_mask", "decoder_attention_mask"):
         if isinstance(mask := batch.get(name), Tensor) and mask.ndim == 2:
             masks[mask.shape] = mask.bool() | masks.get(mask.shape, torch.zeros_like(mask.bool()))
-    candidates = [*masks.values()]
-    if (ended := _ended_labels(batch)) is not None:
-        candidates.append(ended)
-    return next((found for x in candidates if (found := _placed(x, shape)) is not None), None)
+    for mask in masks.values():
+        if (found := _placed(mask, shape)) is not None:
+            return found
+    ended = _ended_labels(batch)
+    return None if ended is None else _placed(ended, shape)
 
 
 def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:

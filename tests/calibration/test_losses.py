@@ -1,4 +1,4 @@
-"""A perplexity is told only where the loss is the cross entropy of tokens."""
+"""Cross entropy a few tokens at a time, drawn labels, and whether a loss is that of tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from hf_architectures import PAGE_ARCHITECTURES
+from hf_models import llama
 from torch import Tensor, nn
 from transformers import BertConfig, BertForTokenClassification
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.calibration.losses import label_losses
+from tensornet.calibration import losses as losses_module
+from tensornet.calibration.losses import drawn_labels, label_losses, token_entropies
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 
 HALF = tn.CompressionConfig(param_ratio=0.5)
@@ -80,3 +82,41 @@ def test_streaming_agrees(tmp_path: Path) -> None:
     assert calibrate_checkpoint(tmp_path / "dense", batches, tmp_path / "stats", config=HALF).of_tokens
     report = th.compress_checkpoint(tmp_path / "dense", tmp_path / "made", HALF, stats=tmp_path / "stats")
     assert "perplexity" in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 5, 12])
+def test_losses_and_gradients_are_those_of_torch(
+    dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses_module, "_CACHED", 3 * 7)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(12, 7)).to(dtype).requires_grad_()
+    places, labels = torch.randperm(12)[:count], torch.randint(7, (count,))
+    weights = torch.randn(count)
+    wanted = nn.functional.cross_entropy(logits[places].float(), labels, reduction="none")
+    (expected,) = torch.autograd.grad((weights * wanted).sum(), logits)
+    found = token_entropies(logits, places, labels)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
+    torch.testing.assert_close(found, wanted)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_labels_are_drawn_by_their_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses_module, "_CACHED", 4 * 1000)
+    torch.manual_seed(0)
+    shares = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    logits = torch.stack([shares.log(), torch.full((4,), -1e9)]).expand(9000, 2, 4)[:, 0]
+    drawn = drawn_labels(logits, torch.arange(1, 9000))
+    assert drawn.shape == (8999,)
+    torch.testing.assert_close(drawn.bincount(minlength=4) / 8999, shares, atol=0.02, rtol=0)
+    assert not bool((drawn == 1).any())
+
+
+def test_the_first_batch_costs_one_run_more() -> None:
+    torch.manual_seed(0)
+    model, runs = llama(), []
+    model.register_forward_hook(lambda *_: runs.append(0))
+    tn.calibrate(model, [torch.randint(1, 60, (2, 12)) for _ in range(2)])
+    assert len(runs) == 2 + 1
