@@ -1,6 +1,6 @@
 """Embedding whose rows are looked up directly in the cores."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -67,19 +67,48 @@ class MPOEmbedding(NetworkModule):
             return nn.functional.embedding(input, self.to_matrix())
         if self.strategy == "cached" and self.route(input.numel()) == CACHED:
             return nn.functional.embedding(input, self.kept_matrix())
-        if not self._row_cores:
-            return lookup_rows(self.topology, self.lookup, self.cores, input)
-        # Of integer tables only the rows are unpacked that are asked for.
-        names, dtype = self.topology.core_names, self.dtype
-        readers: dict[str, Callable[[Tensor], Tensor]] = {}
-        cores: list[Tensor] = []
-        for name, core in zip(names, self.stored_cores, strict=True):
-            if name in self._row_cores and isinstance(core, PackedCore):
-                readers[name] = lambda rows, core=core: core.matrix(dtype, rows)  # type: ignore[misc]
-                cores.append(torch.empty(0))
+        return self._look_up(input)
+
+    def _look_up(self, indices: Tensor) -> Tensor:
+        """Look up rows by slicing cores, shape `(*indices.shape, embedding_dim)`.
+
+        Raises:
+            IndexError: an index lies outside the table. As in `nn.Embedding`, that is an assertion of the
+                device where it is not the CPU.
+            ShapeError: indices of another dtype than int64 or int32.
+        """
+        topology, dtype = self.topology, self.dtype
+        if indices.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(f"Token indices must be torch.int64 or torch.int32, got {indices.dtype}.")
+        flat = indices.reshape(-1)
+        outside = (flat < 0) | (flat >= topology.out_features)
+        readable = flat.is_cpu and type(flat) is Tensor and not is_compiling() and not transforms_active()
+        if readable and bool(outside.any()):
+            raise IndexError(
+                f"Token index {int(flat[outside][0])} is outside the table; its rows are 0 to "
+                f"{topology.out_features - 1}."
+            )
+        digits, rest = {}, flat
+        for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
+            digits[label] = rest % size
+            rest = torch.div(rest, size, rounding_mode="floor")
+        # An index outside the table can still have valid digits. With an invalid one the core refuses it.
+        first, size = topology.out_labels[0], topology.out_dims[0]
+        digits[first] = torch.where(outside, size, digits[first])
+        slices, sizes = [], topology.size_of
+        for spec, core in zip(topology.cores, self.stored_cores, strict=True):
+            if spec.name in self._row_cores and isinstance(core, PackedCore):
+                # Only those rows of integers are unpacked that are asked for.
+                row = torch.zeros_like(flat)
+                for label in (x for x in spec.labels if x in digits):
+                    row = row * sizes[label] + digits[label]
+                shape = [sizes[label] for label in spec.labels if label not in digits]
+                slices.append(core.matrix(dtype, row).reshape(-1, *shape))
             else:
-                cores += decode([core], dtype)
-        return lookup_rows(self.topology, self.lookup, tuple(cores), input, readers)
+                (dense,) = decode([core], dtype)
+                slices.append(_take(dense, spec.labels, digits))
+        rows = run(self.lookup, slices).reshape(flat.shape[0], topology.padded_shape[1])
+        return rows[:, : topology.in_features].reshape(*indices.shape, topology.in_features)
 
     @classmethod
     def from_embedding(
@@ -131,59 +160,6 @@ class MPOEmbedding(NetworkModule):
         """Format the sizes for `print(model)`."""
         bonds = list(self.topology.bond_dims.values())
         return f"{self.num_embeddings}, {self.embedding_dim}, topology={self.topology.family}, bonds={bonds}"
-
-
-def lookup_rows(
-    topology: Topology,
-    plan: ContractionPlan,
-    cores: tuple[Tensor, ...],
-    indices: Tensor,
-    readers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-) -> Tensor:
-    """Look up rows of the operator by slicing cores, shape `(*indices.shape, in_features)`.
-
-    Args:
-        topology: of the operator.
-        plan: `plan_lookup(topology)`.
-        cores: in its order; empty where there is a reader.
-        indices: of the rows.
-        readers: by name of a core a function from row indices `(tokens,)` to rows `(tokens, columns)`.
-
-    Raises:
-        IndexError: an index lies outside the table. As in `nn.Embedding`, that is an assertion of the device
-            where it is not the CPU.
-        ShapeError: indices of another dtype than int64 or int32.
-    """
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise ShapeError(f"Token indices must be torch.int64 or torch.int32, got {indices.dtype}.")
-    flat = indices.reshape(-1)
-    outside = (flat < 0) | (flat >= topology.out_features)
-    readable = flat.is_cpu and type(flat) is Tensor and not is_compiling() and not transforms_active()
-    if readable and bool(outside.any()):
-        raise IndexError(
-            f"Token index {int(flat[outside][0])} is outside the table; its rows are 0 to "
-            f"{topology.out_features - 1}."
-        )
-    digits, rest = {}, flat
-    for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
-        digits[label] = rest % size
-        rest = torch.div(rest, size, rounding_mode="floor")
-    # Its digits may all exist, of padding or of another row: a digit that does not lets the core refuse it.
-    first, size = topology.out_labels[0], topology.out_dims[0]
-    digits[first] = torch.where(outside, size, digits[first])
-    slices = []
-    for spec, core in zip(topology.cores, cores, strict=True):
-        reader = (readers or {}).get(spec.name)
-        if reader is None:
-            slices.append(_take(core, spec.labels, digits))
-            continue
-        row, sizes = torch.zeros_like(flat), topology.size_of
-        for label in (x for x in spec.labels if x in digits):
-            row = row * sizes[label] + digits[label]
-        shape = [sizes[label] for label in spec.labels if label not in digits]
-        slices.append(reader(row).reshape(-1, *shape))
-    rows = run(plan, slices).reshape(flat.shape[0], topology.padded_shape[1])[:, : topology.in_features]
-    return rows.reshape(*indices.shape, topology.in_features)
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
