@@ -8,14 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -70,23 +63,19 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
         }
         self.mask: GradientMask | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach a mask, with the state of the checkpoint that is resumed."""
         self.on_train_end(args, state, control)  # of an earlier training that was interrupted
         self.mask = GradientMask(kwargs["model"], **self.options)
         self.mask.attach(kwargs["optimizer"])
-        states: Any = state.stateful_callbacks  # annotated as the list it is made from
+        states = state.stateful_callbacks
         stored = states.get(type(self).__name__) if isinstance(states, dict) else None
         if state.global_step > 0 and isinstance(stored, dict) and stored["attributes"]:
             saved = dict(stored["attributes"])
             saved["generator"] = torch.tensor(list(bytes.fromhex(saved["generator"])), dtype=torch.uint8)
             self.mask.load_state_dict(saved)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the mask."""
         if self.mask is not None:
             self.mask.detach()
@@ -128,18 +117,14 @@ class RouterStatsCallback(TrainerCallback):
         self._before: dict[str, list[Tensor]] = {}
         self._latest: dict[str, float] = {}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check that the model has a mixture to observe."""
         if not _mixtures(kwargs["model"]):
             raise TargetError(
                 f"{type(kwargs['model']).__name__} has no mixture to watch; tensornet_hf.upcycle makes them."
             )
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Copy the cores if this step is logged."""
         step = state.global_step + 1
         due = step % max(1, int(state.logging_steps)) == 0 or (step == 1 and args.logging_first_step)
@@ -147,9 +132,7 @@ class RouterStatsCallback(TrainerCallback):
         self._before = {kind: [p.detach().clone() for p in parts] for kind, parts in cores.items()}
 
     @torch.no_grad()
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the movement of the cores, if this step is logged."""
         if not self._before:
             return
@@ -176,14 +159,7 @@ class RouterStatsCallback(TrainerCallback):
         loads = {name: entry.load.tolist() for name, entry in stats.items()}
         self.history.append({"step": state.global_step + 1, **row, "load": loads})
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Add the statistics to the logs and to the history of the trainer, which has copied them already."""
         if logs is not None and "loss" in logs:
             logs.update(self._latest)

@@ -158,7 +158,9 @@ def quantization_entry(packed: dict[str, str]) -> dict[str, Any]:
     for number, name in enumerate(sorted(set(packed.values()))):
         bits, size = NumberFormat.parse(name).bits, NumberFormat.parse(name).group
         weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
-        weights |= {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+        weights["strategy"] = "channel" if size is None else "group"
+        if size is not None:
+            weights["group_size"] = size
         groups[f"group_{number}"] = {
             "targets": [layer for layer, used in packed.items() if used == name],
             "weights": weights,
