@@ -82,44 +82,45 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         stored: cores of any network.
         weighting: sensitivity of the loss to errors of its matrix.
     """
-    target, tensors = stored.matrix(), dict(stored.tensors)
+    target, tensors, names = stored.matrix(), dict(stored.tensors), stored.topology.core_names
     done: dict[str, Tensor | RoundedWeight] = {}
-    left = [name for name in stored.topology.core_names if name not in stored.formats]
+    floating = [name for name in names if name not in stored.formats]
     waiting = list(stored.formats)
-    while waiting:
-        name = waiting.pop(0)
-        rounded = done[name] = _round_core(stored, tensors, name, target, weighting)
-        tensors[name] = rounded.dequantize(target.dtype)
-        if not stored.orders and (left or waiting):
-            tensors = _refitted(stored, tensors, [*left, *waiting], target, weighting)
-    return done | {name: tensors[name] for name in left}
 
-
-def _round_core(
-    stored: StoredCores, tensors: Mapping[str, Tensor], name: str, target: Tensor, weighting: Weighting
-) -> RoundedWeight:
-    """Round one core with estimated moments and to nearest; return the result of smaller exact loss."""
-    number_format, matrix = stored.formats[name], tensors[name]
-    if matrix.numel() == 0:
-        return round_weight(matrix, number_format)
-    tried = [
-        round_weight(
-            matrix,
-            number_format,
-            rows=rows,
-            columns=columns,
-            rounding=stored.rounding,
-            row_damping=ESTIMATE_DAMPING,
-            column_damping=ESTIMATE_DAMPING,
-        )
-        for rows, columns in ((None, None), seen_moments(stored, tensors, name, weighting))
-    ]
-
-    def cost(found: RoundedWeight) -> float:
-        made = stored.matrix({**tensors, name: found.dequantize(target.dtype)})
+    def cost(name: str, rounded: RoundedWeight) -> float:
+        made = stored.matrix({**tensors, name: rounded.dequantize(target.dtype)})
         return weighting.cost(target - made)
 
-    return min(tried, key=cost)
+    while waiting:
+        # 1. Round the next core with estimated moments and to nearest; keep the result of smaller exact loss.
+        name = waiting.pop(0)
+        number_format, matrix = stored.formats[name], tensors[name]
+        moments: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
+        if matrix.numel() > 0:
+            moments.append(seen_moments(stored, tensors, name, weighting))
+        tried = [
+            round_weight(
+                matrix,
+                number_format,
+                rows=rows,
+                columns=columns,
+                rounding=stored.rounding,
+                row_damping=ESTIMATE_DAMPING,
+                column_damping=ESTIMATE_DAMPING,
+            )
+            for rows, columns in moments
+        ]
+        losses = [cost(name, rounded) for rounded in tried]
+        best = tried[losses.index(min(losses))]
+        done[name], tensors[name] = best, best.dequantize(target.dtype)
+        # 2. Refit those that are not integers yet. Of pivoted cores only some rows are free.
+        left = [k for k, other in enumerate(names) if other in floating or other in waiting]
+        if left and not stored.orders:
+            start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
+            fit = fit_network(target, start, weighting, sweeps=1, steps=_STEPS, only=left)
+            for k in left:
+                tensors[names[k]] = fit.network.cores[k].reshape(tensors[names[k]].shape)
+    return done | {name: tensors[name] for name in floating}
 
 
 def seen_moments(
@@ -146,26 +147,6 @@ def seen_moments(
         (gradient,) = adjoint(times(roots[1], times(roots[0], noise).mT).mT)
         rows.addmm_(gradient, gradient.mT)
         columns.addmm_(gradient.mT, gradient)
-    return _scaled(rows), _scaled(columns)
-
-
-def _scaled(moment: Tensor) -> Tensor:
-    mean = moment.diagonal().mean()
-    return moment / torch.where(mean > 0, mean, torch.ones_like(mean))
-
-
-def _refitted(
-    stored: StoredCores,
-    tensors: dict[str, Tensor],
-    names: Sequence[str],
-    target: Tensor,
-    weighting: Weighting,
-) -> dict[str, Tensor]:
-    """Reduce the weighted error over some cores, with all others fixed."""
-    chosen = [k for k, name in enumerate(stored.topology.core_names) if name in names]
-    start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
-    fit = fit_network(target, start, weighting, sweeps=1, steps=_STEPS, only=chosen)
-    for k in chosen:
-        name = stored.topology.core_names[k]
-        tensors[name] = fit.network.cores[k].reshape(tensors[name].shape)
-    return tensors
+    means = [float(x.diagonal().mean()) for x in (rows, columns)]
+    rows, columns = (x / mean if mean > 0 else x for x, mean in zip((rows, columns), means, strict=True))
+    return rows, columns
