@@ -73,10 +73,10 @@ def interrupted_after(shards: int) -> Iterator[None]:
     """Raise `Stop` in runs inside the block once they have compressed so many shards."""
     original, done = streaming._compress_shard, iter(range(shards))
 
-    def compress(shard: Any) -> dict[str, Any]:
+    def compress(*shard: Any) -> dict[str, Any]:
         if next(done, None) is None:
             raise Stop
-        return original(shard)
+        return original(*shard)
 
     with mock.patch.object(streaming, "_compress_shard", compress), suppress(Stop):
         yield
@@ -170,8 +170,7 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
         blocks = sizes.weights // 7
         with interrupted_after(blocks // 2):
             th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
-        report = th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
-        assert report.resumed == blocks // 2
+        th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
         ratios.append((time.process_time() - start) / whole - 1)
     return [
         {
