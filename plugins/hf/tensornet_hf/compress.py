@@ -77,7 +77,7 @@ def _option(default: Any, help: str, group: str, kind: str, **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Options of `compress_folder` beside the `CompressionConfig`: data, correction, files.
+    """Options of `compress_folder` that are not of the `CompressionConfig`: data, correction, files.
 
     Args:
         calibration: text files like what the model will read, of which pieces are taken by turns; `"default"`

@@ -172,9 +172,9 @@ def text_windows(
             break
     batches: list[Batch] = []
     for _, group in groupby(rows, key=lambda row: len(row["input_ids"])):  # only the last can be shorter
-        alike = list(group)
-        for k in range(0, len(alike), batch_size):
-            part = alike[k : k + batch_size]
+        same = list(group)
+        for k in range(0, len(same), batch_size):
+            part = same[k : k + batch_size]
             batches.append({name: torch.stack([row[name] for row in part]) for name in part[0]})
     return batches
 

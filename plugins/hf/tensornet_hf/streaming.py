@@ -168,16 +168,17 @@ def compress_checkpoint(
         lazy = open_lazily(source, spill=work)
         targets = _mapped_targets(lazy, source, config if plan is None else observing(plan))
         readers = _layers_read(lazy.model, targets)
-        if readers and plan is not None:
-            raise TargetError(
-                f"The code of {type(lazy.model).__name__} reads the weight of {readers[0]!r} outside of the "
-                f"layer, so that it cannot be replaced: use plan.replace_layer({readers[0]!r}, None)."
-            )
-        excluded = config.exclude_modules or ()
-        config = replace(
-            config,
-            exclude_modules=(*((excluded,) if isinstance(excluded, str) else excluded), *readers),
-        )
+        if plan is not None:
+            if read := [x.name for x in plan if x.topology is not None and x.name in readers]:
+                raise TargetError(
+                    f"The code of {type(lazy.model).__name__} reads the weight of {read[0]!r} outside of the "
+                    f"layer, so that it cannot be replaced: use plan.replace_layer({read[0]!r}, None)."
+                )
+            readers = []
+        if readers:
+            excluded = config.exclude_modules or ()
+            excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
+            config = replace(config, exclude_modules=(*excluded, *readers))
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:

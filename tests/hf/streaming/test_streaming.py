@@ -338,3 +338,6 @@ def test_layers_whose_weight_is_read_stay_dense(tmp_path: Path, monkeypatch: pyt
     plan = tn.plan(th.load(source), LINEARS)
     with pytest.raises(TargetError, match=r"attn\.c_proj"):
         th.compress_checkpoint(source, tmp_path / "planned", LINEARS, plan=plan)
+    for k in range(2):
+        plan = plan.replace_layer(f"transformer.h.{k}.attn.c_proj", None)
+    th.compress_checkpoint(source, tmp_path / "mended", LINEARS, plan=plan, resume=False)
