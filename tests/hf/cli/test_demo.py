@@ -64,7 +64,7 @@ def test_prints_bytes_first_and_baselines_of_the_same_bytes(done: tuple[Path, st
         assert plain[1] <= 1.01 * ours[1]
         assert plain[4] > ours[4] > 0, f"{name} is better"
     assert row(printed, "GPTQ")[0] == "GPTQ, int4"
-    assert "tokens scored in 256 windows of 128 of heldout.txt" in printed
+    assert "tokens scored on heldout.txt in 256 windows of 128" in printed
 
 
 def test_shows_what_the_saved_model_writes(done: tuple[Path, str]) -> None:

@@ -120,19 +120,19 @@ def test_a_full_disk(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Interrupted in the middle of its work, with and without something to keep."""
-    stop = "import {0} as x\ndef stop(*_): raise KeyboardInterrupt\nx.{1} = stop"
-    before = stop.format("tensornet_hf.compress", "load")
-    plain = ("compress", str(gpt2_path()), "out", "--rel-error", "0.5")
-    done = in_a_process(*plain, cwd=tmp_path, before=before)
-    assert (done.returncode, done.stdout) == (130, "")
-    assert done.stderr == "tensornet: interrupted; nothing was written.\n"
-    before = stop.format("tensornet_hf.streaming", "_compress_shard")
-    done = in_a_process(*plain, "--workers", "1", cwd=tmp_path, before=before)
-    assert done.returncode == 130
-    assert "what is finished is kept: run the same command again" in done.stderr
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
+    monkeypatch.setattr("tensornet_hf.compress.load", stop)
+    assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
+    monkeypatch.setattr("tensornet_hf.streaming._compress_shard", stop)
+    status, _, err = tensornet(*plain, "--workers", 1)
+    assert status == 130
+    assert "what is finished is kept: run the same command again" in err
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 

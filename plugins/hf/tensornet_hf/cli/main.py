@@ -93,11 +93,8 @@ def run(arguments: Sequence[str]) -> int:
         advice = removed or "See tensornet --help, or --help after the command."
         _say(f"{error.format_message()} {advice}")
         return WRONG_USAGE
-    except (KeyboardInterrupt, typer.Abort):
-        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
-        kept = "what is finished is kept: run the same command again to continue."
-        _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
-        return INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
+        status = INTERRUPTED
     except BrokenPipeError:  # the reader of our output, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -106,6 +103,11 @@ def run(arguments: Sequence[str]) -> int:
             raise
         _say(_one_line(error))
         return FAILED
+    if status == INTERRUPTED:
+        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
+        kept = "what is finished is kept: run the same command again to continue."
+        _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
+        return INTERRUPTED
     for note in notes:
         _say(f"note: {note}")
     return status if isinstance(status, int) else 0
