@@ -50,10 +50,6 @@ def test_every_core_is_trained_and_checkpointing_changes_nothing(architecture: A
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated", "bert", "vit"])
 def test_compiles_without_graph_breaks(name: str) -> None:
     architecture = ARCHITECTURES[name]
-    try:
-        logits(torch.compile(architecture.dense, fullgraph=True, backend="eager"), architecture)
-    except torch._dynamo.exc.Unsupported:  # T5 of transformers 5.20 copies its configuration
-        pytest.skip("the dense model has graph breaks of its own in these versions")
     torch.compiler.reset()
     model = architecture.compressed
     expected = logits(model, architecture)
