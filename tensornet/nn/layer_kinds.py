@@ -196,10 +196,19 @@ _COMPOUNDS: list[CompoundKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register another kind of stock layer as compressible, see the example of `LayerKind`.
+    """Register another kind of stock layer as compressible.
 
     Raises:
         TargetError: the name is taken.
+
+    Example:
+        >>> from tensornet.nn import LayerKind, register_layer_kind
+        >>> class AnotherLinear(LayerKind):
+        ...     name = "linear"
+        ...     matches = matrix = build = None
+        >>> register_layer_kind(AnotherLinear())
+        Traceback (most recent call last):
+        tensornet.errors.TargetError: A layer kind named 'linear' is already registered.
     """
     if kind.name in _KINDS:
         raise TargetError(f"A layer kind named {kind.name!r} is already registered.")

@@ -314,10 +314,11 @@ def _place_layers(
             _check_place(name, places[name], layers[layer], made)
     for layer, name in names.items():
         # Every core is loaded, so the model's class has nothing to initialize: not in these modules, and not
-        # in one that contains them and no tensor of its own (Funnel's embeddings would cut a row out of the
-        # table). The mark is private, and the only one that transformers looks for.
+        # in one that contains them, no tensor of its own (Funnel's embeddings would cut a row out of the
+        # table) and no buffer further inside (Falcon-H1 computes those of its blocks there). The mark is
+        # private, and the only one that transformers looks for.
         parent = places[name.rpartition(".")[0]]
-        bare = next(chain(parent.parameters(recurse=False), parent.buffers(recurse=False)), None) is None
+        bare = next(chain(parent.parameters(recurse=False), parent.buffers()), None) is None
         for part in (*built[layer].modules(), *([parent] if bare else [])):
             part._is_hf_initialized = True
         model.set_submodule(name, built[layer])

@@ -46,6 +46,7 @@ from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import (
     CHUNK,
+    FLOATS,
     Written,
     file_digest,
     intact,
@@ -374,11 +375,12 @@ def _mapped_targets(lazy: LazyModel, source: Source, config: CompressionConfig) 
     for target in targets:
         if target.weight.is_meta:
             keys = [key for name in target.names for key in lazy.stored.get(f"{name}.weight", ())]
-            how = f"as {source.tensors[keys[0]].dtype}" if keys else "in another form"
+            dtype = source.tensors[keys[0]].dtype if keys else None
+            how = "not stored as the model uses it" if dtype in (None, *FLOATS) else f"stored as {dtype}"
             raise TargetError(
-                f"The weight of {target.name!r} is stored {how}, so that it cannot be mapped. Use the model "
-                f"before quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the "
-                "model and use tensornet.compress."
+                f"The weight of {target.name!r} is {how}, so that it cannot be mapped. Use the model before "
+                f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
+                "use tensornet.compress."
             )
     return targets
 

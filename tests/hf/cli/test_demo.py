@@ -16,6 +16,9 @@ from tensornet_hf.embedded import gpt2_path
 
 pytestmark = pytest.mark.slow
 PROGRAM = """
+import logging
+for name in ("torchao", "torch.utils._pytree"):  # which of its kernels do not load here, where it is installed
+    logging.getLogger(name).disabled = True
 import socket
 def offline(*args): raise RuntimeError("the demo must not reach for the network")
 socket.socket.connect = offline

@@ -20,6 +20,9 @@ from tensornet_hf.embedded import gpt2_path
 Run = Callable[..., tuple[int, str, str]]
 # As the console script does, in a process that cannot reach a network.
 PROGRAM = """
+import logging
+for name in ("torchao", "torch.utils._pytree"):  # which of its kernels do not load here, where it is installed
+    logging.getLogger(name).disabled = True
 import socket, sys
 def offline(*args): raise RuntimeError("the program must not reach for the network")
 socket.socket.connect = offline
