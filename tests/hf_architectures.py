@@ -1117,11 +1117,6 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
             "refused", _NOT_STORED, "Query, key and value are stored as one matrix. Compress it in memory."
         )
     },
-    "Marian": {
-        "file to file": Exceptional(
-            "refused", _NOT_STORED, "The table of positions is not stored. Compress it in memory."
-        )
-    },
 }
 
 #: Close relatives of others in the table, which only the nightly profile runs.

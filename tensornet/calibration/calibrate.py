@@ -152,7 +152,7 @@ def calibrate(
             with lower, torch.set_grad_enabled(with_gradients):
                 if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
                     with recorder.paused():
-                        default, entropies = default_losses(model, first_rows(batch, 8), fisher)
+                        default, entropies = default_losses(model, batch, fisher)
                     loss_fn = loss_fn or default
                     of_tokens = loss_fn in _OWN and entropies
                 if with_gradients:

@@ -219,7 +219,7 @@ def test_scales_of_a_damaged_file_are_refused() -> None:
     core = next(x for x in layer("dense", "int4").modules() if isinstance(x, PackedCore))
     core.check_finite("layer.core_matrix")
     core.scales[0, 0] = torch.tensor([torch.nan], dtype=torch.bfloat16).view(torch.int16)[0]
-    with pytest.raises(FormatError, match=r"layer\.core_matrix\.scales holds NaN"):
+    with pytest.raises(FormatError, match=r"layer\.core_matrix\.scales .*NaN"):
         core.check_finite("layer.core_matrix")
 
 

@@ -103,7 +103,7 @@ class MoEConfig:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
         check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
         if isinstance(self.topology, TopologyFamily):
-            object.__setattr__(self, "topology", self.topology.name)
+            object.__setattr__(self, "topology", topology_family(self.topology).name)
         elif not isinstance(self.topology, str):
             if not (fixed := fixed_topologies(self.topology)):
                 raise TopologyError(

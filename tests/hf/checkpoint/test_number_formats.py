@@ -136,7 +136,7 @@ BAD: dict[str, tuple[Change, str]] = {
     "zeros": (lambda x, _: x.update({ZEROS: x[CODES].clone()}), "zeros stored, but not described"),
     "wide codes": (lambda x, _: x.update({CODES: x[CODES].short()}), "stored as int16, .*uint8"),
     "float scales": (lambda x, _: x.update({SCALES: x[SCALES].float()}), "stored as float32, .*int16"),
-    "NaN": (lambda x, _: x[SCALES].fill_(0x7FC0), "scales holds NaN"),
+    "NaN": (lambda x, _: x[SCALES].fill_(0x7FC0), "scales .*NaN"),
     "unknown": (lambda _, spec: spec.update(storage={"number_format": "int1"}), "Unknown number format"),
     "groups": (lambda _, spec: spec.update(storage={"number_format": "int4:g64"}), "stored with shape"),
     "scales": (lambda _, spec: spec["storage"].update(number_format="int8:row:float8"), "stored as int16"),
@@ -178,12 +178,12 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     }
     with safetensors.safe_open(tmp_path / "net.safetensors", framework="pt") as opened:
         save_file(bad, tmp_path / "half.safetensors", metadata=opened.metadata())
-    with pytest.raises(FormatError, match=r"scales is stored as int32, .* claims int16"):
+    with pytest.raises(FormatError, match=r"scales .*int32.*int16"):
         tn.load_model(fresh(), tmp_path / "half.safetensors")
     with torch.no_grad():
         model[0].core_matrix.scales[0, 0] = 0x7F80  # bits of infinity
     tn.save_model(model, tmp_path / "net.safetensors")
-    with pytest.raises(FormatError, match=r"scales holds NaN"):
+    with pytest.raises(FormatError, match=r"scales .*NaN"):
         tn.load_model(fresh(), tmp_path / "net.safetensors")
 
 
