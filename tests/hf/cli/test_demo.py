@@ -17,7 +17,7 @@ from tensornet_hf.embedded import gpt2_path
 pytestmark = pytest.mark.slow
 PROGRAM = """
 import logging
-for name in ("torchao", "torch.utils._pytree"):  # which of its kernels do not load here, where it is installed
+for name in ("torchao", "torch.utils._pytree"):  # it logs which kernels do not load here
     logging.getLogger(name).disabled = True
 import socket
 def offline(*args): raise RuntimeError("the demo must not reach for the network")

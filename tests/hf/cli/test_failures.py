@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 # As the console script does, in a process that cannot reach a network.
 PROGRAM = """
 import logging
-for name in ("torchao", "torch.utils._pytree"):  # which of its kernels do not load here, where it is installed
+for name in ("torchao", "torch.utils._pytree"):  # it logs which kernels do not load here
     logging.getLogger(name).disabled = True
 import socket, sys
 def offline(*args): raise RuntimeError("the program must not reach for the network")
