@@ -1,10 +1,10 @@
 """Allocation of budgets over many layers, by one Lagrange multiplier for all cost curves.
 
 Each layer has candidates, each with a size and a cost. With one Lagrange multiplier `m`, every layer takes
-the candidate with the least `cost + m * size`, which is optimal for the size that comes out (Everett's
-theorem). Lowering `m` walks every layer along the lower convex hull of its candidates, one step after
-the other in the order of what a step saves for its size; a budget ends the walk, and what is left over is
-spent so that a larger budget never costs more.
+the candidate with the least `cost + m * size`. Of all allocations of the same total size this one has the
+least cost (Everett's theorem). As `m` decreases, every layer moves along the lower convex hull of its
+candidates. The steps are taken in the order of their saving per unit of size, until the budget is spent. The
+remaining budget is spent so that a larger budget never costs more.
 
 Reference:
     Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
@@ -40,10 +40,11 @@ class Candidate:
         params: stored numbers.
         predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
         error: relative Frobenius error.
-        cost: what candidates are chosen by: the loss under gradient moments with little damping. That ranks
-            candidates best, but is too low for other text; `predicted_loss` has more damping.
-        milliseconds: predicted time of a forward pass; 0 where no time was asked for.
-        number_format: name of the format that was asked for, of the dense matrix in that format.
+        cost: number by which candidates are compared: the predicted loss under gradient moments with little
+            damping. Little damping ranks candidates best but underestimates the loss on other text;
+            `predicted_loss` uses more damping.
+        milliseconds: predicted time of a forward pass; 0 if no token count was given.
+        number_format: for a dense matrix in a number format, the name of that format as the user gave it.
 
     Example:
         >>> from tensornet.compression.allocate import Candidate
@@ -77,7 +78,7 @@ class CostCurve:
 
     Args:
         sizes: parameters or bytes of each candidate, shape `(candidates,)`.
-        costs: what each candidate costs, in any unit that adds over layers, shape `(candidates,)`.
+        costs: cost of each candidate, in any unit that adds over layers, shape `(candidates,)`.
     """
 
     sizes: Tensor
@@ -111,9 +112,9 @@ def spend_cost(
     """Choose the candidates of least total size whose total cost is at most `allowed`.
 
     Args:
-        curves: of each layer.
+        curves: the cost curve of each layer.
         allowed: the budget.
-        counted: costs that count against the budget, where they are others than those that decide.
+        counted: costs that count against the budget, if they differ from the costs in `curves`.
 
     Raises:
         BudgetError: the most accurate candidates together cost more than allowed.
@@ -129,12 +130,12 @@ def spend_cost(
             f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
             "choose fewer layers."
         )
-    # The cost grows with the multiplier: find the last one at which it is still allowed.
+    # The cost grows with the multiplier: find the largest multiplier whose cost is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
-        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric: multipliers span many orders
+        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric mean: multipliers span many orders
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
@@ -147,18 +148,17 @@ def decide_alone(
 ) -> list[_Choice]:
     """Choose the candidate of each layer separately, under the same keep ratio.
 
-    The smallest candidate of a tiny matrix may have more parameters than the ratio
-    allows. Such a layer stays as it is, and the others pay for it with a smaller ratio, so that all layers
-    together keep to the one asked for.
+    The smallest candidate of a tiny matrix may have more parameters than the ratio allows. Such a layer stays
+    dense, and the ratio of the other layers is lowered, so that all layers together keep the requested ratio.
 
     Args:
         dense: parameters of each layer.
         ratio: keep ratio of all of them.
-        decide: candidate of a layer, by its index, under a ratio; raises `BudgetError` if none fits.
-        stay: candidate of a layer that stays, and its parameters.
+        decide: returns the candidate for a layer index and a ratio; raises `BudgetError` if none fits.
+        stay: returns the candidate of a layer that stays dense, and its parameters.
 
     Raises:
-        BudgetError: the ratio cannot be kept; the error of the first layer that could not.
+        BudgetError: the ratio cannot be kept; the error is that of the first layer that failed.
 
     Example:
         >>> from tensornet.compression.allocate import decide_alone
@@ -211,11 +211,11 @@ def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
 
 
 def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, int, float]]]:
-    """Find the best choice of every total size: where it starts, and which step pays next.
+    """Find the smallest allocation, and the order of the steps that enlarge it.
 
     Returns:
         The cheapest of the smallest candidates of each curve, and `(curve, candidate, growth in size)` of all
-        steps along the hulls, by falling saving for each unit of size.
+        steps along the hulls, ordered by decreasing saving per unit of size.
 
     Example:
         >>> from tensornet.compression.allocate import CostCurve, hull_steps
@@ -236,7 +236,7 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Find the lower convex hull of points; indices by rising size and falling cost.
+    """Find the lower convex hull of points; return indices by increasing size and decreasing cost.
 
     Example:
         >>> from tensornet.compression.allocate import lower_hull
@@ -264,8 +264,8 @@ def _walk(
 ) -> list[int]:
     """Take steps in order while they fit; a layer whose step does not fit takes none of its later steps.
 
-    A larger budget never costs more: where two walks part, that with the larger budget takes a step, and all
-    that the other one can still take is smaller and saves less for its size.
+    A larger budget never costs more. Where the walks of two budgets differ first, the larger budget takes a
+    step that the smaller one cannot; all later steps of the smaller one save less per unit of size.
     """
     chosen, blocked = list(start), set()
     left = budget - total_size(curves, start)
@@ -285,7 +285,7 @@ def _one_more(
     steps: Sequence[tuple[int, int, float]],
     budget: float,
 ) -> list[int]:
-    """Take steps while they fit, then the single candidate of any layer that saves most."""
+    """Take steps while they fit, then replace one layer's candidate by the one that saves most."""
     chosen, left = list(start), budget - total_size(curves, start)
     for layer, candidate, growth in steps:
         if growth > left:
@@ -303,7 +303,7 @@ def _one_more(
 
 
 def _multiplier_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
-    """Compute the exponents of ten between which the multiplier changes allocations."""
+    """Compute the range of multipliers that change the allocation, as exponents of ten."""
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     top = max(max(float(step) for step in steps), 1e-300)
     exponent = float(torch.tensor(top, dtype=torch.float64).log10())
@@ -312,11 +312,11 @@ def _multiplier_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
 
 # --- all caps of a configuration --------------------------------------------------------------------
 
-#: Format of all layers where nothing is known of their errors.
+#: Format of all layers without calibration data.
 _BLIND = "int8"
-#: Layers that an error names.
+#: Largest number of layers named in an error.
 _NAMED = 4
-#: Rounds in which the weights of several caps are adjusted.
+#: Largest number of rounds in which the weights of several caps are adjusted.
 _ROUNDS = 80
 
 
@@ -336,16 +336,16 @@ def choose_candidates(
     rest: tuple[int, int] = (0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
-    """Choose a candidate index for each layer, and name the cap that was decisive; all caps are kept.
+    """Choose a candidate for each layer within all caps; return indices and the name of the tightest cap.
 
     Args:
         targets: the layers.
-        candidates: of each.
-        config: names the budgets.
-        objective: by which candidates were made.
+        candidates: the candidates of each target.
+        config: has the budgets.
+        objective: the objective that the candidates were made for.
         forecast: corrects predicted losses by measured ones.
         rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
-        names: of the candidates in errors, where several layers have candidates together.
+        names: names for errors, if one list of candidates belongs to several layers.
 
     Raises:
         BudgetError: the caps cannot be kept.
@@ -387,10 +387,10 @@ class Cap:
     """Cap on the sum of one size over all layers.
 
     Args:
-        name: of the budget, for errors and reports.
-        curves: cost over this size, of each layer; the costs are those of all other caps.
-        allowed: the cap.
-        layers: names, for errors.
+        name: name of the budget, for errors and reports.
+        curves: the cost curve of each layer over this size; the costs are the same for all caps.
+        allowed: largest sum that is allowed.
+        layers: names of the layers, for errors.
     """
 
     name: str
@@ -406,8 +406,8 @@ class Cap:
 def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
     """Choose the candidates of least total cost that keep all caps, and name the tightest one.
 
-    A choice that keeps all caps also keeps any weighted mean of them, which is one
-    cap. Weights of caps that are exceeded are raised until all are kept.
+    The caps are combined into one cap by a weighted mean, which any choice within all caps keeps as well. The
+    weights of exceeded caps are raised until all caps are kept.
 
     Raises:
         BudgetError: a cap cannot be kept, or they cannot be kept together.
@@ -423,7 +423,7 @@ def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
         if bool((use <= 1).all()):
             kept.append(chosen)
             allowed = 1.0
-        else:  # candidates are few: what is allowed together must leave some slack
+        else:  # with few candidates the combined cap needs some slack
             allowed *= 0.99
         weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
         weights = weights / weights.sum()
@@ -495,7 +495,7 @@ def one_format(
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)
-    if config.formats == DEFAULT_FORMATS:  # fewer bits are only rounded blindly where they were asked for
+    if config.formats == DEFAULT_FORMATS:  # without data fewer bits are used only on request
         names = [_BLIND]
     sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
     for name in sorted(names, key=lambda x: -sizes[x]):
@@ -530,7 +530,7 @@ def _spend(cap: Cap) -> list[int]:
 
 
 def _largest(cap: Cap) -> str:
-    """Name the layers whose smallest candidates take most room, those that cannot shrink at all first."""
+    """Name the layers with the largest smallest candidates, those that cannot shrink at all first."""
     least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
     order = sorted(range(len(cap.layers)), key=lambda k: least[k], reverse=True)
     shown = ", ".join(f"{cap.layers[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])

@@ -38,14 +38,13 @@ from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family
 from tensornet.topology import Topology
 
-#: Modules that replace a layer, one for each of its names, and their relative error, by the name of the layer
-#: and its scheme.
+#: For the name of a layer and its scheme: the replacing modules, one for each name, and their relative error.
 MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
-#: Layers that a warning names.
+#: Largest number of layers named in a warning.
 _NAMED = 5
 
 
-@torch.inference_mode(False)  # parameters made there could not be trained
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 @torch.no_grad()
 def apply_plan(
     model: nn.Module,
@@ -60,11 +59,12 @@ def apply_plan(
 
     Args:
         model: the model the plan was made for.
-        plan: may have been edited or loaded.
-        stats: what the plan was made with; a plan has topologies, not the moments that the cores depend on.
+        plan: the plan; it may have been edited or loaded.
+        stats: the statistics that the plan was made with. The cores depend on their moments, which a plan
+            does not contain.
         progress: show a progress bar.
-        made: layers that were made for the same scheme before are taken from here, and others are added.
-        dense: the modules that were replaced are added here by name, for `put_back`.
+        made: cache of layers by name and scheme: found layers are reused, new ones are added.
+        dense: receives the replaced modules by name, for `put_back`.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
@@ -135,7 +135,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             set_submodule(model, name, module)
             carry_hooks(before[name], module)
         yield
-    except BaseException:  # an interrupt as well
+    except BaseException:  # KeyboardInterrupt as well
         for name, module in before.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
@@ -164,10 +164,10 @@ def decompress(model: nn.Module) -> nn.Module:
     """Replace every tensor-network layer by a stock layer; tied layers stay tied.
 
     Returns:
-        The same model; what was frozen is frozen.
+        The same model; frozen parameters stay frozen.
 
     Raises:
-        TargetError: the model itself is such a layer, or a `forward` was set on one.
+        TargetError: the model itself is such a layer, or the `forward` of such a layer was replaced.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -189,7 +189,7 @@ def decompress(model: nn.Module) -> nn.Module:
         stored = list(module.stored.values())
         cores = [
             tensor for tensor in stored if isinstance(tensor, nn.Parameter)
-        ]  # none where all are integers
+        ]  # empty if all stored tensors are integers
         stock.weight.requires_grad_(not cores or any(tensor.requires_grad for tensor in cores))
         copy = dense.setdefault(tuple(map(id, stored)), stock)
         if copy is not stock:
@@ -215,7 +215,7 @@ def check_stats(stats: Any) -> None:
 
 
 def _check_forwards(model: nn.Module) -> None:
-    """Raise TargetError if a `forward` that was set on a tensor-network layer would get lost."""
+    """Raise TargetError if a tensor-network layer has a replaced `forward`, which would be lost."""
     layers = [model.get_submodule(name) for name in compressed_names(model)]
     named = zip(compressed_names(model), layers, strict=True)
     if names := [name for name, layer in named if has_own_forward(layer)]:
@@ -250,7 +250,7 @@ def _warn_of_underflow(
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
-    """Warn of layers that lose weights because scales of their number format became zero."""
+    """Warn of layers with weights that became zero because the scales of their number format underflowed."""
     found: dict[str, list[str]] = {}
     for layer in work:
         target = targets[layer.name]
@@ -304,7 +304,7 @@ def _compressed(
     weighting: Weighting,
     rounding: Rounding,
 ) -> tuple[list[nn.Module], float]:
-    """Build tensor-network modules that share cores, one for each name of a target; return the error too."""
+    """Build one tensor-network module for each name of a target, with shared cores; return the error too."""
     matrix = target.matrix
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object

@@ -1,6 +1,6 @@
-"""Plain methods at the bytes of a plan: round to nearest, GPTQ and the truncated SVD.
+"""Baselines of the same size as a plan: round to nearest, GPTQ and the truncated SVD.
 
-Each is a configuration of the same pipeline: `tensornet.plan` and `apply_plan` make it.
+Each baseline is a configuration of the same pipeline: use it with `tensornet.plan` and `apply_plan`.
 """
 
 from dataclasses import replace
@@ -12,14 +12,14 @@ from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
 
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
-#: Integer formats that the plain methods choose from, with 16-bit scales.
+#: Integer formats of the baselines, with 16-bit scales.
 _FORMATS = tuple(NumberFormat(bits, group) for bits in BITS for group in (64, 32, 128))
-#: A format that takes this many times the bytes of the plan still counts as one of the same bytes.
+#: A format may take this many times the bytes of the plan and still counts as the same size.
 _SLACK = 1.01
 
 
 def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:
-    """Configure the plain methods at about the bytes of a plan, by name; GPTQ needs moments of inputs.
+    """Configure the baselines with about the bytes of a plan, by name; GPTQ needs moments of inputs.
 
     Example:
         >>> from tensornet.compression.baselines import baseline_configs

@@ -1,10 +1,11 @@
 """Candidates of every layer: networks and number formats, with bytes, time and predicted loss increase.
 
-The dense matrix in each number format comes first. Its loss is predicted from the moments alone from 4 bits
-on; at 2 and 3 bits, where clamping and scales decide, a part of the matrix is rounded and the prediction
-corrected by what that costs. Then come the networks of each topology family (`TopologyFamily.ladder`), in
-each encoding of their cores, up to the bond at which they are as large as the matrix in the same format.
-Candidates that no budget would choose, because they lie above the lower convex hull, are dropped at once.
+The dense matrix in each number format comes first. From 4 bits on its loss is predicted from the moments
+alone. At 2 and 3 bits, where clamping and scales matter most, a part of the matrix is rounded as well, and
+the prediction is corrected by the measured loss of that part. Then come the networks of each topology family
+(`TopologyFamily.ladder`), in each encoding of their cores, up to the bond at which they are as large as the
+matrix in the same format. Candidates above the lower convex hull are dropped at once, since no budget would
+choose them.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -39,14 +40,14 @@ from tensornet.topology import Topology
 
 #: Fewest bits at which the loss of rounding is predicted without rounding anything.
 PREDICTED_BITS = 4
-#: Rows from whose predicted residuals those of all rows are estimated.
+#: Number of sampled rows, from which the residuals of all rows are estimated.
 PREDICTED_ROWS = 64
-#: Rows and columns of the part that is rounded to few bits, and sweeps of descent on it. With all sweeps that
-#: a matrix gets, the part would gain 2 to 3 % more than the whole matrix does.
+#: Rows and columns of the part that is rounded to few bits, and sweeps of descent on it. The part gets fewer
+#: sweeps than a matrix: with the same number it would gain 2 to 3 % more than the whole matrix.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
-#: Layers whose parts are rounded together, and bytes that their moments may take meanwhile.
+#: Number of layers whose parts are rounded together, and the largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
-#: Fractions of the largest bond at which times are predicted; between them they are interpolated.
+#: Fractions of the largest bond at which times are predicted; times in between are interpolated.
 _TIMED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -65,7 +66,7 @@ def find_candidates(
         stats: calibration statistics.
 
     Raises:
-        BudgetError: no candidate is left of a layer.
+        BudgetError: a layer has no candidate left.
     """
     few = few_bits(config.number_formats)
     device = targets[0].weight.device if targets else torch.device("cpu")
@@ -78,8 +79,8 @@ def find_candidates(
             sensitive = {k: x for k, x in enumerate(known) if x is not None}
             found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
             corrections = dict(zip(sensitive, found, strict=True))
-        # Every format and encoding asks for the same decompositions, and layers that read one input share
-        # its factorised moment. Decompositions are larger than the layers, so few are kept at a time.
+        # All formats and encodings need the same decompositions, and layers with the same input share its
+        # factorised moment. Decompositions are larger than the layers, so only a few are kept at a time.
         inputs = [0 if x is None else id(x.choice.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
@@ -93,7 +94,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into runs whose moments fit into a little memory, or single ones."""
+    """Split layers into runs whose moments need little memory; a large layer is a run of its own."""
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -130,16 +131,16 @@ def _of_layer(
     else:
         formats = layer_formats([matrix], [sensitivity], config.number_formats)
         if formats != config.number_formats:
-            corrections = None  # they are of other formats
+            corrections = None  # they belong to other formats
         found = dense_candidates(matrix, sensitivity, formats, sizes, corrections, config.number_formats)
         other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # these caps count more than bytes
+        rivals = found if other_caps == (None, None, None) else []  # other caps: not bytes alone
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
                 more = network_candidates(matrix, sensitivity, storage, family, config, sizes, known)
-                found = [*found, *(x for x in more if x.topology is not None)]  # formats say what stays dense
+                found = [*found, *(x for x in more if x.topology is not None)]  # dense ones follow `formats`
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
     if not found:
@@ -147,13 +148,13 @@ def _of_layer(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
             f"most rel_error={config.rel_error}."
         )
-    return pruned(found) if objective == "curvature" else found  # what is planned alone fills its budget
+    return pruned(found) if objective == "curvature" else found  # other objectives plan each layer alone
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> list[Candidate]:
     """Build the only candidate of a layer that no gradient reaches: an accurate one.
 
-    The most accurate integer format where formats are chosen, else the dense matrix.
+    This is the most accurate integer format if number formats are planned, else the dense matrix.
     """
     integers = [x for x in config.number_formats if x.is_integer]
     if not integers:
@@ -167,9 +168,9 @@ def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> l
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Keep the candidates that some budget of bytes, parameters and time may choose, in their order.
 
-    These are those on the lower convex hull of the cost over a size; where times are known also over mixtures
-    of bytes and time, since a plan may keep both caps. The dense matrix in each number format always stays,
-    for plans of one format everywhere.
+    A candidate is kept if it lies on the lower convex hull of the cost over a size. If times are known, hulls
+    over mixtures of bytes and time count as well, since a plan may have caps on both. The dense matrix in
+    each number format is always kept, for plans with one format for all layers.
 
     Example:
         >>> from tensornet.compression.candidates import Candidate, pruned
@@ -221,11 +222,11 @@ def network_candidates(
         sensitivity: of the loss to errors.
         storage: encoding of the cores.
         family: a registered one.
-        config: caps, and options of the family. Where `max_bond` excludes some networks, the dense matrix is
-            no candidate; networks above `rel_error` are dropped.
+        config: caps, and options of the family. If `max_bond` excludes some networks, the dense matrix is not
+            a candidate; networks above `rel_error` are dropped.
         sizes: counts bytes and predicts times, the same object for all layers.
-        rivals: candidates on whose lower convex hull over bytes networks have to lie to be of use. The loss
-            of a network before its cores are rounded bounds its loss from below, in a fraction of the time.
+        rivals: candidates to compare with: networks above their lower convex hull over bytes are dropped. The
+            test uses the loss before the cores are rounded, a lower bound that is fast to compute.
 
     Raises:
         TopologyError: the options do not fit, or are unknown.
@@ -247,7 +248,7 @@ def network_candidates(
     encoding = None
     if storage.quantized:
         # Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small
-        # as the matrix, and predictions take both as balanced.
+        # as the matrix, but predictions assume factors of equal size.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )
@@ -270,14 +271,14 @@ def network_candidates(
     dense_time = sizes.dense_time(matrix)
     (costs, losses), errors = ladder.losses.tolist(), ladder.errors.tolist()
     places: Sequence[int] = range(len(known))
-    if rivals:  # the others lie above the hull
+    if rivals:  # drop networks above the hull
         places = _below_hull(rivals, [size for _, size, _ in known], costs)
     found = []
     for k in places:
         params, size, time = known[k]
         saves = params < dense_params or size < dense_bytes or time < dense_time
         if (config.rel_error is not None and errors[k] > config.rel_error) or (ladder.complete and not saves):
-            continue  # one that saves nothing would only be another way to write the matrix
+            continue  # a network that saves nothing is useless
         stored = storage.for_topology(ladder.topologies[k])
         found.append(
             Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k], time)
@@ -301,14 +302,15 @@ def keep_promise(
 ) -> list[Candidate]:
     """Drop candidates whose measured error exceeds `rel_error`.
 
-    The errors of candidates are estimates: of starts that are fitted later to the loss, which lets the
-    Frobenius error grow, and before rounding. The smallest candidate that is left has been decomposed.
+    The errors of candidates are only estimates: they are computed before rounding, and before cores are
+    fitted to the loss, which may increase the Frobenius error. So candidates are decomposed by increasing
+    size until one keeps the bound; smaller ones are dropped.
 
     Args:
         candidates: of one layer, whose estimated errors are small enough.
         matrix: its weight.
-        weighting: at which plans are applied.
-        rel_error: the promise.
+        weighting: the weighting with which plans are applied.
+        rel_error: largest relative error.
     """
     order = sorted(candidates, key=lambda x: x.params)
     place = 0
@@ -339,14 +341,14 @@ def round_trip(
     """Encode the cores of a network in a dtype, and decode them again.
 
     Args:
-        network: to be stored.
+        network: the network to store.
         storage: encoding of its cores.
-        dtype: of the model.
+        dtype: dtype of the model.
         weighting: sensitivity of the loss, with which cores are rounded to integers.
-        rounding: how, see `CompressionConfig`.
+        rounding: how integers are rounded, see `CompressionConfig`.
     """
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
-    # Integers are looked at in full precision.
+    # Errors of integers are computed in full precision.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(kept.values(), seen))
 
@@ -365,9 +367,9 @@ class FormatLosses(NamedTuple):
     """Losses and error of a dense matrix in one format.
 
     Args:
-        choice: predicted loss increase under the weighting that candidates are chosen by.
+        choice: predicted loss increase under the weighting by which candidates are chosen.
         forecast: the same under the weighting of forecasts.
-        error: relative Frobenius error; estimated where nothing was rounded.
+        error: relative Frobenius error; an estimate if nothing was rounded.
     """
 
     choice: float
@@ -375,7 +377,7 @@ class FormatLosses(NamedTuple):
     error: float
 
 
-#: Measured and predicted losses of a part of a matrix in each format of few bits.
+#: For each format of few bits, the measured and predicted losses of a part of a matrix.
 Corrections = Mapping[NumberFormat, tuple[FormatLosses, FormatLosses]]
 
 
@@ -389,7 +391,7 @@ def dense_candidates(
 ) -> list[Candidate]:
     """Build one candidate of the dense matrix for each format, in their order; see `format_losses`.
 
-    `names` are the formats that were asked for, which those of `formats` replace in this layer.
+    `names` are the formats that the user gave; in this layer they are replaced by `formats`.
     """
     sizes = sizes or Sizes()
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
@@ -422,13 +424,13 @@ def format_losses(
 ) -> list[FormatLosses]:
     """Compute the losses of a matrix in each format; measure a part where predictions are inaccurate.
 
-    Where scales are too small for their dtype the whole matrix is rounded.
+    If scales are too small for their dtype, the whole matrix is rounded.
 
     Args:
         matrix: shape `(out, in)`.
         sensitivity: of the loss to its errors.
         formats: number formats.
-        corrections: from `losses_of_parts`, which takes less time for several matrices; made here if absent.
+        corrections: from `losses_of_parts`, which is faster for several matrices at once; computed if absent.
     """
     coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
@@ -453,8 +455,8 @@ def layer_formats(
 ) -> tuple[NumberFormat, ...]:
     """Choose the formats of one layer, or of layers that share a core, from those that may be planned.
 
-    Of the default ones those with 8-bit scales give way to those with 16-bit scales where theirs underflow.
-    Formats that were asked for stay, and cost what they lose.
+    Default formats whose 8-bit scales underflow are replaced by formats with 16-bit scales. Formats that the
+    user gave are kept, with the loss that the underflow causes.
     """
     found = tuple(formats)
     if tuple(x.name for x in formats) == DEFAULT_FORMATS:
@@ -504,8 +506,8 @@ def losses_of_parts(
 ) -> list[Corrections]:
     """Round a part of each matrix to formats of few bits, and predict the losses of the same part.
 
-    Parts of one shape are rounded in one stack: rounding goes column by column, and for parts a call takes
-    longer than its arithmetic.
+    Parts of one shape are rounded in one stack. Rounding makes many small calls, column by column, whose
+    overhead would exceed their arithmetic for a single part.
     """
     parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
     groups: dict[Hashable, list[int]] = {}
@@ -560,7 +562,7 @@ def _predicted(
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
     """Predict losses and errors of integer formats without rounding."""
-    known = sensitivity.choice  # the moments that this way of rounding knows
+    known = sensitivity.choice  # the moments that rounding uses
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
     weightings = [known, sensitivity.choice, sensitivity.forecast, Weighting()]
@@ -585,12 +587,12 @@ def _predicted(
 class Sizes:
     """Counts stored numbers and bytes, and predicts milliseconds, once for all layers of one shape.
 
-    Times are those of a forward pass by the fastest route without a kept matrix; 0 where no number of tokens
+    Times are those of a forward pass by the fastest route that does not cache the matrix; 0 if no token count
     is given.
 
     Args:
         tokens: of the forward pass.
-        device: whose constants are used.
+        device: the device whose constants the cost model uses.
     """
 
     def __init__(self, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -600,8 +602,8 @@ class Sizes:
     def of(
         self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
     ) -> list[tuple[int, int, float]]:
-        """Return `(stored numbers, bytes, milliseconds)` of topologies of one ladder, by increasing bond."""
-        # The first and the last topology tell ladders apart; to hash all of them takes long.
+        """Return `(stored numbers, bytes, milliseconds)` of each topology of a ladder, by increasing bond."""
+        # The first and the last topology identify a ladder; hashing all of them would be slow.
         key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
         if key not in self._known:
             counts = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
@@ -632,5 +634,5 @@ class Sizes:
         shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
         if number_format is not None and number_format.is_integer:
             return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
-        # A network of one core takes as long: the tie goes to the dense layer, whatever the rounding.
+        # A network of one core takes the same time: on a tie prefer the dense layer, whatever the rounding.
         return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

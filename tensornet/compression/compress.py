@@ -27,11 +27,11 @@ from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
 from tensornet.nn.targets import READ, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: What `compress` calibrates with: batches, batches with their name and loss, or statistics.
+#: Calibration data of `compress`: batches, batches with their name and loss, or statistics.
 Calibration = Iterable[BatchLike] | ProvidedData | CalibrationStats
 
 
-@torch.inference_mode(False)  # what is made there could not be trained
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 def compress(
     model: nn.Module,
     config: CompressionConfig | CompressionPlan,
@@ -44,24 +44,24 @@ def compress(
 
     Args:
         model: any module.
-        config: what to compress and how far; or a plan, which may have been edited or loaded and is applied
-            as it is.
+        config: the options; or a plan, which is applied unchanged and may have been edited or loaded.
         calibration: batches of the model's arguments (see `calibrate`); `ProvidedData`, which gives them a
-            name for reports, a loss, or statistics that were saved; or statistics alone. Without, a plugin
-            may offer text of its own; else the error of the weights decides. Either is said in a
-            `CalibrationWarning`. With batches, predicted losses of number formats are checked by measuring
-            (`CompressionConfig.verify`), and the loss is measured before and after on at most 2,048 tokens
-            of them, or of `validation` (`CompressionReport.measured`). A `CalibrationWarning` says so where
-            it is far above the prediction or what was allowed.
-        validation: batches like those of `calibrate`, best of another source, or `ProvidedData`. The loss is
-            measured on them at a few sizes before anything is replaced, which corrects predicted losses and
-            with them what a budget of `loss_increase` buys. Needs calibrated gradients.
+            name for reports, a loss, or statistics that were saved; or statistics alone. If absent, an
+            installed plugin may provide text; without any data, plans minimize the error of the weights. A
+            `CalibrationWarning` reports either case. With batches, predicted losses of number formats are
+            checked by measuring (`CompressionConfig.verify`), and the loss is measured before and after
+            compression on at most 2,048 tokens of them, or of `validation` (`CompressionReport.measured`). A
+            `CalibrationWarning` is given if it is far above the prediction or the allowed loss increase.
+        validation: batches like those of `calibrate`, preferably of another source, or `ProvidedData`. The
+            loss is measured on them at a few sizes before anything is replaced, to correct the predicted
+            losses. A budget of `loss_increase` then uses the corrected predictions. Needs calibrated
+            gradients.
         progress: show progress bars.
 
     Returns:
-        What was done to each layer, with certified errors, the plain-SVD baseline and the predicted loss.
-        After the replacement the model is run on one batch; a layer whose weight its code reads is put back
-        dense (`CompressionReport.put_back`).
+        A report of every layer, with certified errors, the plain-SVD baseline and the predicted loss. After
+        the replacement the model is run on one batch; a layer whose weight its code reads is put back dense
+        (`CompressionReport.put_back`).
 
     Raises:
         TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced, or with all
@@ -152,10 +152,11 @@ def gather(
 ) -> ProvidedData:
     """Collect the statistics that a configuration needs, and a few of the batches they were collected on.
 
-    Warns where it takes data that an extension provides, and where the error of the weights must decide.
+    Warns if an extension provides the data, and if there is no data, so that the error of the weights
+    decides.
 
     Returns:
-        Batches and loss to measure with. `statistics` is None if nothing needs them or there are no data.
+        Batches and loss to measure with. `statistics` is None if they are not needed or there is no data.
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source, statistics=calibration)
@@ -192,7 +193,7 @@ def gather(
             progress=progress,
         )
     else:
-        for _ in sample:  # keeps a few batches; a loader may be walked through only once
+        for _ in sample:  # keeps a few batches; some loaders can be iterated only once
             pass
     return _measurable(replace(data, batches=sample.kept, statistics=stats))
 
@@ -208,14 +209,14 @@ def prepare_checked(
     """Find the candidates of all layers, and correct their predicted losses by measuring.
 
     Args:
-        model: dense, left as it is.
+        model: the dense model, not changed.
         config: what to compress and how far.
-        data: from `gather`; without batches the loss check uses those of `validation`.
+        data: from `gather`; if it has no batches, the loss check uses those of `validation`.
         validation: see `compress`.
         progress: show progress bars.
 
     Raises:
-        TargetError: validation data, and nothing was predicted that they could correct.
+        TargetError: validation data is given, but there are no predicted losses to correct.
         BudgetError: as `Prepared.plan`.
     """
     stats = data.statistics
@@ -243,7 +244,7 @@ def prepare_checked(
 
 
 def observing(plan: CompressionPlan) -> CompressionConfig:
-    """Configure the calibration of the layers of a plan; the budget is never read."""
+    """Make the configuration to calibrate the layers of a plan; its budget is never used."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
 
@@ -254,7 +255,7 @@ def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedDat
 
 
 def _measurable(data: ProvidedData) -> ProvidedData:
-    """Drop a loss that draws random numbers: its gradients are of use, its value measures nothing."""
+    """Remove a loss function that draws random numbers, since its values cannot be compared."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 
@@ -275,7 +276,7 @@ def run_once(model: nn.Module, batch: Batch, *, training: bool = False) -> None:
 
 
 def _batch_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
-    """Choose a batch on which the dense model runs: one row of the data, all of it, or a batch made up."""
+    """Choose a batch on which the dense model runs: one row of a batch, the whole batch, or a made-up one."""
     kept = list(batches)
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     choices: list[Any] = []
@@ -298,22 +299,22 @@ def _put_back_readers(
     weights: Iterable[Any],
     dense: Mapping[str, nn.Module],
 ) -> dict[str, str]:
-    """Run a compressed model, and put the layers back dense whose weight its code reads.
+    """Run a compressed model, and put back the dense layers whose weight the model's code reads.
 
     Some code reads weights in training mode alone, so the model is run in both modes.
 
     Args:
         model: compressed.
-        batch: on which the dense model runs.
-        plan: that was applied.
+        batch: a batch on which the dense model runs.
+        plan: the plan that was applied.
         weights: all weights of the model, with all names of each.
-        dense: the modules that were replaced, by name.
+        dense: the replaced modules, by name.
 
     Returns:
         Names of the planned layers that were put back, with the reason.
 
     Raises:
-        Exception: the model runs on the batch no more; all layers are put back first.
+        Exception: the compressed model fails on the batch; all layers are put back first.
     """
     planned = {layer.name for layer in plan}
     names_of = {x: (target.names[0], target.names) for target in weights for x in target.names}
@@ -331,7 +332,7 @@ def _put_back_readers(
                     name, names = names_of[found[0]]
                     put_back(model, {x: dense[x] for x in names})
                     returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
-                elif training and isinstance(error, Exception):  # a model need not train on one row
+                elif training and isinstance(error, Exception):  # some models cannot train on one row
                     break
                 else:
                     put_back(model, dense)

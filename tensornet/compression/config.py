@@ -1,6 +1,6 @@
 """Options of `tensornet.compress`: targets, budgets, topology, objective.
 
-Every field carries its help and its kind as metadata, from which the command line is made.
+The metadata of every field has its help text and its kind; the command line is built from them.
 """
 
 # ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
@@ -23,12 +23,12 @@ Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 ROUNDINGS = get_args(Rounding)
 AUTO = "auto"
-#: Budgets of all layers together, which need the sensitivity of the loss to an error in each.
+#: Budgets of all layers together; they need the sensitivity of the loss to errors in each layer.
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
-#: Those among them that cap bytes.
+#: The budgets that cap bytes.
 BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
-#: Number formats that are tried where bits or a byte ratio are asked for and no formats are named. Groups of
-#: 32 with 8-bit scales take the same bytes as groups of 64 with 16-bit ones and round more accurately.
+#: Number formats that are tried if a budget of bits or a byte ratio is given without formats. Groups of 32
+#: with 8-bit scales take the same bytes as groups of 64 with 16-bit ones and round more accurately.
 DEFAULT_FORMATS = (
     "float",
     "int8",
@@ -46,13 +46,13 @@ def _option(
     """Describe an option once: the command line is made from these fields.
 
     Args:
-        default: if it is not given.
-        help: what it does, in a sentence or two.
+        default: default value.
+        help: description in a sentence or two.
         group: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
         kind: how its value is written: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
             `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"flag"`.
         choices: all values of a choice.
-        name: on the command line, where it is another one than that of the field.
+        name: name on the command line, if it differs from that of the field.
     """
     described = {"help": help, "group": group, "kind": kind, "choices": tuple(choices), "name": name}
     return field(default=default, metadata=described)
@@ -68,57 +68,57 @@ class CompressionConfig(LayerSelection):
             whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
             heads too.
         exclude_modules: patterns of module names to leave dense.
-        topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer
-            by its weight, low rank with calibration data (chains lose to it on pretrained layers). Or a
+        topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer by
+            its weight, low rank with calibration data (chains lose to it on pretrained layers). Or a
             `Topology`, or several for matrices of different shapes: every targeted layer becomes the one of
-            its shape, and no budget chooses.
+            its shape, without any budget.
         topology_options: options of the family's `build`, such as `{"sites": 4}` or `{"out_dims": (8, 96)}`.
-            Needs a `topology`. Values that do not fit a layer are refused when it is planned. With
-            calibration data the predicted loss chooses the leg sizes that are not given.
+            Needs a `topology`. Values that do not fit a layer are refused when the layer is planned. Leg
+            sizes that are not given are chosen by the predicted loss, if there is calibration data.
         sites: number of cores for families that can choose it.
         max_bond: cap on every bond.
         rel_error: largest relative Frobenius error of each layer.
         param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep, above 0 and at
-            most 1; of all together with the curvature objective, of each layer with the others.
+            most 1; of all layers together with the curvature objective, of each layer with other objectives.
         bits_per_weight: mean bits of a weight of the targeted layers, scales included. Like all budgets of
             bytes it needs calibrated gradients; without calibration data layers become int8, if that fits.
         byte_ratio: bytes of the whole model, embeddings and biases included, as a share of its bytes now.
         max_bytes: size in bytes: of the whole model where number formats are chosen, else of the targeted
             layers.
-        whole_model: True lets all three count the whole model, False the targeted layers alone; None is as
-            said above. Where the whole model counts, embeddings and heads are targets too unless
-            `target_modules` says otherwise.
+        whole_model: True makes `bits_per_weight`, `byte_ratio` and `max_bytes` count the whole model, False
+            the targeted layers alone; None is as described above. If the whole model counts, embeddings and
+            heads are targets too unless `target_modules` is given.
         formats: number formats that layers may be stored in, as names for `NumberFormat.parse`: `"float"` is
-            the model's own, `"int4"` has groups of 64. Dense layers take any of them, factors of networks
-            those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
+            the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
+            only those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
             `bits_per_weight` or `byte_ratio` is given, else the model's own alone. In layers whose weights
-            are too small for 8-bit scales those of `DEFAULT_FORMATS` have 16-bit ones at the same bytes.
-        loss_increase: predicted loss increase per token that all layers together may cause. Curvature
-            only; alone it asks for the smallest such model.
+            are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same
+            size with 16-bit scales.
+        loss_increase: predicted loss increase per token that all layers together may cause. Curvature only;
+            without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
             cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
         tokens: number of tokens of the forward pass that `max_milliseconds` is for: 1 for generating, the
             length of a text for reading it.
-        objective: what an error costs: `"weight"` (Frobenius norm of each layer), `"activation"` (squared
-            error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent
-            over all layers together, needs calibrated gradients), or `"auto"` (the last for which there is
-            calibration data).
-        rounding: how weights become integers: `"nearest"`; `"one_sided"`, with feedback along the inputs
-            under their moments, as GPTQ; `"two_sided"`, along inputs and outputs. With `objective="weight"`,
-            `topology` and `formats` the plain methods of the field are configurations: round to nearest is
-            `(objective="weight", formats=("int4",), rounding="nearest")`, the truncated SVD
-            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
-        damping: fraction of the mean diagonal that is added to gradient moments. Smaller trusts the
-            calibration text more; predictions then come out lower.
-        pivoted: leave out the numbers that only fix the gauge (`tensornet.nn.Storage`); with calibration
-            data if None.
+        objective: how errors are weighted: `"weight"` (Frobenius norm of each layer), `"activation"` (squared
+            error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent over
+            all layers together, needs calibrated gradients), or `"auto"` (the last of these for which there
+            is calibration data).
+        rounding: how weights are rounded to integers: `"nearest"`; `"one_sided"`, with error feedback along
+            the inputs, as in GPTQ; `"two_sided"`, along inputs and outputs. The usual baselines are
+            configurations as well: round to nearest is `(objective="weight", formats=("int4",),
+            rounding="nearest")`, the truncated SVD `(objective="weight", topology="low_rank",
+            param_ratio=0.5)`.
+        damping: fraction of the mean diagonal that is added to gradient moments. A smaller value trusts the
+            calibration text more; predictions are then lower.
+        pivoted: do not store the numbers that the gauge freedom of a network makes redundant
+            (`tensornet.nn.Storage`). None: True with calibration data.
         require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
         verify: measure the loss of layers with large errors on a few rows of the calibration batches before
-            anything is replaced, and plan again where the prediction was far too low
-            (`check_loss`). Where number formats are planned, and only with batches: statistics
-            alone do not allow it.
+            anything is replaced, and plan again where the prediction was far too low (`check_loss`). Only if
+            number formats are planned and batches are given; statistics alone are not enough.
 
     Raises:
         BudgetError: a cap is not a number, out of range, or in conflict with the objective.
@@ -286,7 +286,7 @@ class CompressionConfig(LayerSelection):
             if not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
         if self.param_ratio is not None and self.param_ratio > 1:
-            # `Budget` allows more, for a family may need more numbers than the matrix has.
+            # `Budget` allows ratios above 1, since some families need more numbers than the matrix has.
             raise BudgetError(
                 f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
                 "50 % is param_ratio=0.5."
@@ -309,12 +309,12 @@ class CompressionConfig(LayerSelection):
 
     @property
     def says_how_far(self) -> bool:
-        """True if a budget, number formats or a topology say how far to compress."""
+        """True if a budget, number formats or a topology determine the size of the compressed model."""
         budgets = not self.budget.unlimited or self.needs_curvature
         return budgets or self.plans_formats or self.topology != AUTO
 
     def check_says_how_far(self) -> None:
-        """Raise BudgetError without a budget: every candidate would be larger than the dense matrix.
+        """Raise BudgetError if no option determines the size of the compressed model.
 
         Example:
             >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
@@ -350,7 +350,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if one number format for all layers can keep the budgets, without calibration data."""
+        """True if the budgets can be kept without calibration data, by one number format for all layers."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
         return self.plans_formats and all(value is None for value in others)
 
@@ -379,10 +379,10 @@ class CompressionConfig(LayerSelection):
 
     @property
     def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families used with calibration data: low rank beats chains there, which are skipped.
+        """Names of the families used with calibration data; chains are not, since low rank is better there.
 
-        So are residual forms, whose losses are known only after rounding: planning would take six times as
-        long for a percent of the loss (`topology="residual"` asks for them).
+        Residual networks are skipped too: their losses are known only after rounding, so that planning would
+        take six times as long and lower the loss by one percent. Use `topology="residual"` for them.
         """
         return ("low_rank",) if self.topology == AUTO else self.families
 
@@ -419,7 +419,8 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
     """Name the family, or read the topologies of a configuration.
 
     Raises:
-        TopologyError: neither, an unknown family, or topologies together with options that would choose them.
+        TopologyError: an unknown family, another type, or topologies together with options that choose a
+            topology.
     """
     given = config.topology
     if isinstance(given, str | TopologyFamily):
@@ -438,7 +439,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
-    """Validate the names of formats; the default ones if bits are asked for, None if no formats are planned.
+    """Validate format names; return the default ones for a budget of bits, None if no formats are planned.
 
     Raises:
         FormatError: not a sequence of names, or an unknown name.

@@ -1,4 +1,4 @@
-"""Plan for one weight: its network and number format, sizes and predictions; and the place of its layer."""
+"""Plan for one weight: network, number format, sizes, predictions; and the place of its layer."""
 
 import math
 import os.path
@@ -25,15 +25,16 @@ class LayerPlan:
         shape: `(out_features, in_features)`.
         topology: the network that replaces it, bonds included; None keeps it dense.
         bound_by: the cap that decided, or `"dense"`.
-        error: relative Frobenius error: expected by a plan, certified in a report; None where the plan was
-            edited and it is not known yet.
+        error: relative Frobenius error: expected in a plan, certified in a report; None if it is unknown
+            because the plan was edited.
         baseline_error: error of the plain truncated SVD of the same size.
         singular_values: spectrum of the weight in descending order.
         storage: how the cores are stored.
-        loss_increase: predicted loss increase per token by this layer alone, before measurements of the
-            whole model correct it; None without calibrated gradients.
-        curve: `(parameters, predicted loss increase)`, likewise, on the convex hull of the candidates.
-        byte_curve: the same over bytes.
+        loss_increase: predicted loss increase per token by this layer alone, before it is corrected by
+            measurements of the whole model; None without calibrated gradients.
+        curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected
+            either.
+        byte_curve: the same, with bytes in place of parameters.
         milliseconds: predicted time of a forward pass, None where no token count was given.
         dtype: of the weight.
 
@@ -75,7 +76,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes as planned: packed integers, scales, zero points and row orders included."""
+        """Bytes as planned, including packed integers, scales, zero points and row orders."""
         if self.topology is None:
             return self.bytes_before
         return self.storage.num_bytes(self.topology, self.dtype)
@@ -92,13 +93,13 @@ class LayerPlan:
 
     @property
     def has_large_error(self) -> bool:
-        """True if a layer loses so much that its predicted loss increase is uncertain."""
+        """True if the error is so large that the predicted loss increase is uncertain."""
         return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
 
     def with_baseline(self) -> "LayerPlan":
         """Return the plan with the error of the plain SVD of the same size, from the spectrum.
 
-        The size is that in bytes where cores have number formats, and the SVD has the dtype of the model. The
+        If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model. The
         error is 0 for a dense layer.
         """
         if self.topology is None:
@@ -132,7 +133,7 @@ class LayerPlan:
         """Restore a plan from `to_dict`.
 
         Raises:
-            KeyError, TypeError, ValueError: not the plan of a layer.
+            KeyError, TypeError, ValueError: the data is not the plan of a layer.
         """
         topology, dtype = data["topology"], getattr(torch, data["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -151,7 +152,7 @@ class LayerPlan:
 
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
-    """Abbreviate number formats, family and bonds, without boundary bonds of 1.
+    """Describe number formats, family and bonds in short, without boundary bonds of 1.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
@@ -174,10 +175,10 @@ class LayerName:
     """Parts of the name of a layer: its block, and its name within the block.
 
     Args:
-        name: in the model.
+        name: name of the layer in the model.
         block: index of the block, None outside of blocks.
         place: name of the block, such as `"layers.3"`; the name up to its last dot outside of blocks.
-        kind: what follows, such as `"mlp.up_proj"`.
+        kind: the rest of the name, such as `"mlp.up_proj"`.
     """
 
     name: str
@@ -196,7 +197,7 @@ def layer_names(names: Sequence[str]) -> list[LayerName]:
         [('layers.0', 'mlp.up_proj'), ('layers.1', 'mlp.up_proj')]
     """
     parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # works on lists as on strings
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists as well as strings
     found = []
     for name, part in zip(names, parts, strict=True):
         at = next((k for k, word in enumerate(part) if word.isdigit()), None)

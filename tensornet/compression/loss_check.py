@@ -1,11 +1,11 @@
 """Check predicted losses by measuring, before anything is replaced.
 
 The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
-in all-MiniLM-L6-v2 an output channel in front of a layer norm has thousands of times the power of others, and
-an error of one percent of it drowns them, which no gradient at the dense weights knows. `check_loss`
-therefore rounds the layers with large errors and measures all such layers of a block at once. A block whose
-loss is far above the sum of its predictions is halved until the layers are found, their predictions are
-multiplied by what was measured, and the plan is made again.
+in all-MiniLM-L6-v2 one output channel in front of a layer norm has thousands of times the power of the
+others. An error of one percent in this channel is larger than all other channels, which no gradient at the
+dense weights can show. `check_loss` therefore rounds the layers with large errors and measures all such
+layers of a block at once. A block whose loss is far above the sum of its predictions is halved until the
+layers are found, their predictions are multiplied by what was measured, and the plan is made again.
 
 `correct_by_measuring` measures the loss of the whole model at a few sizes, which corrects all predictions by
 a factor that depends on the size.
@@ -43,24 +43,25 @@ from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import unfused
 
-#: Bits of a weight at which `correct_by_measuring` measures where number formats are planned, without those
-#: below what the formats allow; and shares of the parameters elsewhere.
+#: Sizes at which `correct_by_measuring` measures: bits per weight if number formats are planned (those that
+#: the formats can reach), else shares of the parameters.
 MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 MEASURED_SHARES = (0.9, 0.75, 0.6)
-#: Tokens that layers are measured on.
+#: Number of tokens on which layers are measured.
 TOKENS = 1024
-#: Times a plan is made again; groups of layers that are measured each time, at most (more blocks are joined);
-#: measurements that find the layers of groups whose loss is too high, at most, each time.
+#: Largest number of times that a plan is made again; of groups of layers measured each time (further blocks
+#: are merged); and of measurements each time to find the layers of a group whose loss is too high.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
-#: Measured over predicted from which on a prediction is raised; the least share of the loss increase of the
-#: whole plan by which it must be wrong; and the largest factor.
+#: A prediction is raised if the measured loss exceeds it by this factor, and by this share of the loss
+#: increase of the whole plan; `_MOST` is the largest factor by which it is raised.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
-#: Groups from which on their median ratio of measured to predicted counts as common to all layers.
+#: With at least this many groups, the median of measured over predicted loss is taken as common to all.
 _COMMON = 4
-#: Power of the strongest output over the median one, times the squared relative error of the weight, from
-#: which on the error of a single output may drown the others.
+#: Threshold for measuring a layer with an outlier: the power of the strongest output over the median one,
+#: times the squared relative error of the weight. Above it the error of one output may exceed all other
+#: outputs.
 _OUTLIER = 10.0
-#: Errors of models whose blocks cannot be skipped: they need what a block does besides its output.
+#: Exceptions of models whose blocks cannot be skipped, because they need more of a block than its output.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]
@@ -77,8 +78,8 @@ def check_loss(
 ) -> Prepared:
     """Measure the layers with large errors of a plan, and raise predictions that are far too low.
 
-    What is new in the plan that then comes out is measured as well, in a few rounds. The model is left as it
-    was. Plans without number formats or predicted losses are not checked.
+    The new plan is checked in the same way, for a few rounds. The model is not changed. Plans without number
+    formats or predicted losses are not checked.
 
     Args:
         prepared: for this model.
@@ -110,7 +111,7 @@ def check_loss(
     for _ in range(ROUNDS):
         prepared = replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
         plan = prepared.plan(**budget)
-        suspects = {raised.layer for raised in check.raised}  # whose other schemes may cost more as well
+        suspects = {raised.layer for raised in check.raised}  # their other schemes may cost more as well
         groups = _groups(plan, powers, suspects)
         groups = [x for x in groups if not all((layer.name, layer.scheme) in measured for layer in x)]
         if not groups:
@@ -160,18 +161,17 @@ def correct_by_measuring(
     Args:
         prepared: for this model.
         model: dense.
-        validation: batches as for `calibrate`: some ten thousand tokens, of another source than the
-            calibration text if predictions are to be right for other text.
+        validation: batches as for `calibrate`: some ten thousand tokens, preferably from another source than
+            the calibration text.
         loss_fn: see `tensornet.calibration.losses`, not one that draws labels; `losses_against(model)` if
             absent.
         budgets: sizes to measure at, as for `Prepared.plan`; if absent, `MEASURED_BITS` with number
             formats, else `MEASURED_SHARES`.
-        source: what the text is, for reports.
+        source: name of the text, for reports.
         progress: show a progress bar.
 
     Raises:
-        BudgetError: another objective, which predicts no losses, or no measured loss is higher than the dense
-            one.
+        BudgetError: the objective predicts no losses, or no measured loss is higher than the dense one.
 
     Example:
         >>> from tensornet.compression import correct_by_measuring, prepare
@@ -213,7 +213,7 @@ def correct_by_measuring(
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
-    """Group the layers of a plan whose predictions may be wrong by block, and blocks to at most `GROUPS`."""
+    """Group layers with uncertain predictions by block; blocks are merged into at most `GROUPS` groups."""
     blocks: dict[str, list[LayerPlan]] = {}
     for layer, name in zip(plan, layer_names([layer.name for layer in plan]), strict=True):
         error = layer.error or 0.0
@@ -246,7 +246,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Multiply the losses of the planned candidate and of smaller ones of its family."""
+    """Multiply the predicted losses of the planned candidate and of the smaller ones of its family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [
@@ -257,15 +257,15 @@ def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[
     ]
 
 
-#: Errors of models that cannot be copied.
+#: Exceptions of models that cannot be copied.
 _CANNOT_COPY = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError)
 
 
 class _Trial:
     """Dense model with the losses of a few rows, to compare partly compressed copies with.
 
-    Blocks in front of the first compressed layer return what they return in the dense model, which is kept.
-    So layers of the last block cost little more than that block and the head.
+    Blocks before the first compressed layer are skipped: their outputs in the dense model are stored. So
+    measuring a layer of the last block takes little more time than that block and the head.
     """
 
     @torch.no_grad()
@@ -276,13 +276,13 @@ class _Trial:
         loss_fn: TokenLosses | None,
         prepared: Prepared,
     ) -> None:
-        copied = light_copy(model)  # first, since a model that cannot be copied is not checked
+        copied = light_copy(model)  # before all else: a model that cannot be copied is not checked
         self.model, self.stats, self.made = model, prepared.stats, prepared.made
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
         self.batches: list[Batch] = some_rows(batches, model, TOKENS)
         with in_eval_mode(model):
-            self.loss_fn(model, self.batches[0])  # a model may be asked first where it scores labels
+            self.loss_fn(model, self.batches[0])  # the first call finds out how the model scores labels
             chains = find_chains(model, self.batches[0])
         self.blocks = max(chains.values(), key=len, default=())
         self.outputs: list[list[Any]] = [[None] * len(self.blocks) for _ in self.batches]
@@ -301,7 +301,7 @@ class _Trial:
         self.total = sum(layer.loss_increase or 0.0 for layer in plan)
         work = tqdm(groups, desc="checking the loss", disable=not progress, unit="group")
         increases = [self._increase(group) for group in work]
-        if len(groups) >= _COMMON:  # a ratio that is common to all layers does not change a plan
+        if len(groups) >= _COMMON:  # a factor common to all layers does not change a plan
             ratios = sorted(x.mean / _predicted(group) for x, group in zip(increases, groups, strict=True))
             middle = ratios[(len(ratios) - 1) // 2]
             self.common = max(1.0, middle) if math.isfinite(middle) else 1.0
@@ -312,7 +312,7 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers of a group whose loss is too high; all of them where only all together are."""
+        """Find the layers of a group whose loss is too high; all of them if only their sum is too high."""
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:
             self.left -= 2
@@ -345,7 +345,7 @@ class _Trial:
         )
         found = self._losses(compressed, first)
         increase = LossIncrease.of(found - self.dense)
-        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else it is certain already
+        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else decided
             with unfused(self.model), opposite_errors(self.model, compressed):
                 mirrored = self._losses(compressed, first)
             increase = LossIncrease.of((found + mirrored) / 2 - self.dense)

@@ -1,9 +1,10 @@
-"""The loss increase of a compressed model over its dense model: the one place where it is measured.
+"""Measure the loss increase of a compressed model over its dense model.
 
 Losses are compared token by token on the same text, with the Kullback-Leibler divergence of the predictions
 where a model predicts tokens. First-order effects dominate the change of a single token's loss, but cancel
-when losses with the errors +E and -E are averaged. So where the dense model is at hand, compressed layers run
-with the opposite error as well: twice the outputs of the dense layer, less those of the compressed one.
+when losses with the errors +E and -E are averaged. So if the dense model is available, compressed layers are
+also run with the opposite error: their outputs are then twice those of the dense layer minus those of the
+compressed layer.
 """
 
 import copy
@@ -24,14 +25,15 @@ from tensornet.calibration.losses import TokenLosses, field, losses_against
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
 
-#: Tokens, or rows of plain models, that a report is measured on, at most, and batches they are taken from.
+#: Largest number of tokens (rows for plain models) that a report is measured on, and of batches to take them
+#: from.
 TOKENS, BATCHES = 2048, 8
-#: Logits of the dense model that are kept for the divergence, at most (128 MB in float32).
+#: Largest number of logits of the dense model that are kept for the divergence (128 MB in float32).
 _LOGITS = 1 << 25
-#: A loss increase is far above its prediction if it is above this many times it, and above this value, by so
-#: many standard errors; of fewer losses no standard error is known.
+#: A loss increase, minus so many standard errors (`_ERRORS`), is far above its prediction if it exceeds
+#: `_TIMES` times the prediction and `_FLOOR`. Standard errors need at least `_LEAST` losses.
 _TIMES, _FLOOR, _ERRORS, _LEAST = 3.0, 0.02, 3.0, 8
-#: Errors of models that do not run on a part of a batch, or have no loss: then nothing is measured.
+#: Exceptions of models that do not run on a part of a batch or have no loss. Nothing is measured then.
 _NOT_MEASURED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
@@ -42,11 +44,11 @@ class LossIncrease:
     Args:
         mean: over all losses, in nats where they are cross entropies.
         stderr: standard error of that mean.
-        tokens: number of losses: of tokens, or of rows.
-        source: what they were measured on.
+        tokens: number of losses, one for each token (row for plain models).
+        source: name of the data.
         dense_loss: mean loss of the dense model; 0 where losses are distances from its outputs.
         kl_mean: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats;
-            None where a model predicts no tokens.
+            None if the model predicts no tokens.
         kl_stderr: standard error of that mean.
 
     Example:
@@ -85,7 +87,7 @@ class LossIncrease:
 
     @property
     def least(self) -> float:
-        """The mean less three standard errors; infinite for a model that broke down."""
+        """Mean minus three standard errors; infinite if the loss is not finite."""
         least = self.mean - _ERRORS * self.stderr
         return least if math.isfinite(least) else math.inf
 
@@ -96,13 +98,14 @@ class LossIncrease:
 
 @dataclass(frozen=True)
 class RecordedLosses:
-    """Losses of a dense model on a few rows, to compare it with once it is compressed in place.
+    """Losses of a dense model on a few rows, for a comparison after it was compressed in place.
 
     Args:
         batches: keyword arguments of the model.
-        loss_fn: losses of a batch; keeps what it needs of the dense model.
-        losses: of all batches, shape `(losses,)`.
-        log_probs: of the first tokens, by batch, shape `(tokens, vocabulary)`.
+        loss_fn: computes the losses of a batch; stores outputs of the dense model if it needs them.
+        losses: losses of all batches, shape `(losses,)`.
+        log_probs: log-probabilities of the first tokens, one tensor for each batch, shape `(tokens,
+            vocabulary)`.
         source: what the text is, for reports.
     """
 
@@ -128,10 +131,10 @@ def record_losses(
         batches: as for `calibrate`.
         loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
         source: what the text is, for reports.
-        tokens: take the first rows of a few batches, with about this number of tokens in all; None takes all.
+        tokens: use only the first rows of a few batches, about this number of tokens; None uses all batches.
 
     Returns:
-        None without batches, and where the model has no loss or does not run on a part of a batch.
+        None if there are no batches, or if the model has no loss or does not run on a part of a batch.
 
     Example:
         >>> from tensornet.compression.loss_increase import measure, record_losses
@@ -144,7 +147,7 @@ def record_losses(
     """
     sample = BatchSample(batches)
     every: list[BatchLike] = []
-    for batch in sample:  # a loader may be walked through only once
+    for batch in sample:  # some loaders can be iterated only once
         every += [batch] if tokens is None else []
     if not sample.kept:
         return None
@@ -169,13 +172,15 @@ def measure(
     loss_fn: TokenLosses | None = None,
     source: str = "validation data",
 ) -> LossIncrease:
-    """Measure by how much the loss of a compressed model is higher than that of its dense model.
+    """Measure the loss increase of a compressed model over its dense model.
 
     Args:
         model: compressed.
-        reference: the dense model, whose first-order noise is then removed as said above unless it exceeds
-            twice its own standard error; or what `record_losses` returned, with the batches it was run on.
-        batches: as for `calibrate`, all of which are used; not with recorded losses.
+        reference: the dense model, or the result of `record_losses`. With the dense model, first-order
+            effects are removed as described at the top of this module, unless they exceed twice their
+            standard error.
+        batches: as for `calibrate`; all of them are used. Not allowed with recorded losses, which have their
+            own.
         loss_fn: see `tensornet.calibration.losses`, not one that draws random numbers;
             `losses_against(reference)` if absent.
         source: what the text is, for reports.
@@ -222,7 +227,7 @@ def token_losses(model: nn.Module, recorded: RecordedLosses) -> tuple[Tensor, Te
     """Compute the losses of a model on recorded batches, and the divergences from the dense predictions.
 
     Returns:
-        Shapes `(losses,)` and `(tokens,)`; the second is empty where no predictions were recorded.
+        Shapes `(losses,)` and `(tokens,)`; the second is empty if no predictions were recorded.
     """
     losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
     found = [
@@ -259,7 +264,7 @@ def _run(
         if not seen and isinstance(logits, Tensor) and logits.ndim == 3:
             seen.append(logits)
 
-    # Calibration has said what there is to say of these batches; parts of them have odd sizes.
+    # Calibration has already given the warnings about these batches.
     with in_eval_mode(model), uncompiled(), without_cache(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         for batch in batches:
@@ -288,11 +293,11 @@ def _mean(values: Tensor) -> tuple[float, float]:
 
 @contextmanager
 def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
-    """Mirror the outputs of compressed layers at those of the dense ones inside the block.
+    """Flip the sign of the output errors of compressed layers inside the `with` block.
 
     Args:
-        model: the dense one.
-        compressed: the same with some layers replaced.
+        model: the dense model.
+        compressed: the same model with some layers replaced.
     """
     dense = dict(model.named_modules())
 
@@ -321,8 +326,8 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
     """Warn of a loss increase that is far above its prediction, or certainly above the one that was allowed.
 
     Args:
-        measured: on the compressed model.
-        predicted: by its plan; None if nothing was.
+        measured: loss increase of the compressed model.
+        predicted: loss increase predicted by its plan; None if it predicts none.
         allowed: the budget `loss_increase`; None if there is none.
     """
     few = measured.tokens < _LEAST and math.isfinite(measured.mean)
@@ -355,14 +360,14 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
 class Forecast:
     """Correction of predicted loss increases by measured ones, at a few sizes of the model.
 
-    Predictions are of second order, add up layers as if they were independent, and know the calibration text
-    alone. All three make them wrong by a factor, which depends on the size. Logarithms are interpolated
+    Predictions are of second order, treat layers as independent, and use the calibration text alone. Together
+    this makes them wrong by a factor that depends on the size of the model. Logarithms are interpolated
     linearly between the points; beyond the first and the last the factor is constant. Without points nothing
     is corrected.
 
     Args:
         points: `(predicted, measured)`, both above 0 and increasing.
-        source: what they were measured on.
+        source: name of the data.
 
     Raises:
         BudgetError: the points do not increase from above 0.
@@ -380,7 +385,7 @@ class Forecast:
     def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
         """Fit a correction through pairs of predicted and measured loss increase.
 
-        A measured value that is not above 0, or not above that of a smaller prediction, is noise and skipped.
+        A measured value is skipped as noise if it is not above 0, or not above that of a smaller prediction.
 
         Raises:
             BudgetError: no pair remains.
@@ -406,12 +411,12 @@ class Forecast:
         return _along([(b, a) for a, b in self.points], measured)
 
 
-#: Predictions stay as they are.
+#: The forecast that does not change predictions.
 UNMEASURED = Forecast()
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate through points linearly in logarithms, with a constant ratio beyond them."""
+    """Interpolate linearly in logarithms, with a constant ratio beyond the first and the last point."""
     if not points or x <= 0:
         return x
     below = [point for point in points if point[0] <= x]

@@ -34,7 +34,7 @@ class RaisedLoss:
 
     Args:
         layer: name of the layer.
-        scheme: number format and topology, as plans print them.
+        scheme: number format and topology, as printed in plans.
         factor: measured over predicted.
     """
 
@@ -49,8 +49,7 @@ class LossCheck:
 
     Args:
         layers: layers of the plan that were measured as planned.
-        raised: predicted losses that were multiplied before the plan was made, of schemes that it may no
-            longer contain.
+        raised: predicted losses that were multiplied; the final plan may no longer contain these schemes.
 
     Example:
         >>> from tensornet.compression.plan import LossCheck, RaisedLoss
@@ -73,23 +72,24 @@ class LossCheck:
 class CompressionPlan:
     """Plans of all targeted layers, in model order.
 
-    Iterate over it, look layers up by name, `replace_layer` to edit, `save`/`load` to keep.
+    Supports iteration and look-up by name; edit it with `replace_layer`, store it with `save` and `load`.
 
     Args:
         layers: the plans.
-        objective: what an error was taken to cost, see `CompressionConfig`. All but `"weight"` need the
-            calibration statistics again when the plan is applied.
-        damping: of the gradient moments.
+        objective: how errors were weighted, see `CompressionConfig`. Except for `"weight"`, the calibration
+            statistics are needed again to apply the plan.
+        damping: damping of the gradient moments.
         rounding: how integers are rounded, see `CompressionConfig`.
         dense_loss: mean loss of a token during calibration.
-        calibration: what the statistics were collected on.
-        tokens: for which `milliseconds` were predicted.
-        forecast: corrects the sum over layers, where loss increases were measured on validation data.
-        topology_options: options of the family that the topologies were built with.
-        of_tokens: `dense_loss` is the cross entropy of tokens, so that its exponential is a perplexity.
-        unseen: layers that were to be compressed and stay dense, because they never ran in calibration.
-        loss_check: layers with large errors whose loss was measured while planning; None where no batches
-            were at hand.
+        calibration: name of the data that the statistics were collected on.
+        tokens: token count for which `milliseconds` were predicted.
+        forecast: corrects the sum over layers by loss increases measured on validation data, if there were
+            any.
+        topology_options: options with which the family built the topologies.
+        of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
+        unseen: targeted layers that stay dense because they never ran in calibration.
+        loss_check: result of measuring layers with large errors while planning; None if there were no
+            batches.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -155,8 +155,8 @@ class CompressionPlan:
     def predicted_loss_increase(self) -> float | None:
         """Predicted increase of the loss of a token by all layers together; None without calibration.
 
-        Second order in the errors and without interplay between layers: close for small increases, low for
-        large ones, unless measurements corrected it.
+        The prediction is of second order in the errors and neglects interactions between layers. It is close
+        for small loss increases and too low for large ones, unless measurements corrected it.
         """
         total = _sum([layer.loss_increase for layer in self.layers])
         return None if total is None else self.forecast.corrected(total)
@@ -170,21 +170,21 @@ class CompressionPlan:
     def predicted_perplexity(self) -> float | None:
         """Predicted perplexity on the calibration text, or on the text of the measurements.
 
-        None where nothing was predicted, or the loss is not one of tokens.
+        None if nothing was predicted, or if the loss is not that of tokens.
         """
         increase = self.predicted_loss_increase
         known = increase is not None and self.dense_loss is not None and self.of_tokens
         return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
-        """Collect loss increase, perplexity and milliseconds, JSON-ready; None for those unknown."""
+        """Collect loss increase, perplexity and milliseconds in a JSON-ready form; unknown ones are None."""
         names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
         return {name: getattr(self, name) for name in names}
 
     def predicted_change(self) -> str:
-        """Describe the predicted change: of the perplexity, or of the loss where that is not of tokens.
+        """Describe the predicted change of the perplexity, or of the loss if it is not that of tokens.
 
-        Empty where the loss has no value, as the cosine of encoders.
+        Empty if the absolute loss has no meaning, as for the cosine distance of encoders.
 
         >>> tn.CompressionPlan(()).predicted_change()
         ''
@@ -203,7 +203,7 @@ class CompressionPlan:
         Empty without calibrated gradients.
 
         Args:
-            points: their number, at most.
+            points: largest number of points.
             unit: `"params"` or `"bytes"`.
 
         Raises:
@@ -223,18 +223,18 @@ class CompressionPlan:
     ) -> "CompressionPlan":
         """Return a plan in which one layer becomes `topology`, stored as `storage`.
 
-        Error and predicted loss increase of that layer are no longer known; both are 0 where it stays dense.
+        Its error and predicted loss increase become unknown, or 0 if the layer becomes dense.
 
         Args:
             name: of the layer.
             topology: the network; None is the dense matrix.
-            storage: how its cores are kept, or the name of a number format. If absent, cores are encoded as
-                before, as far as the family allows, and the dense matrix stays as it is in the model.
+            storage: storage of the cores, or the name of a number format. If absent, cores keep their
+                encoding as far as the family allows, and a dense matrix stays in the dtype of the model.
 
         Raises:
-            FormatError: an unknown number format, or formats for cores that are not there.
+            FormatError: an unknown number format, or formats for cores that do not exist.
             KeyError: no such layer.
-            TopologyError: not a topology, or for a matrix of another shape.
+            TopologyError: not a topology, or one for another shape.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -254,7 +254,7 @@ class CompressionPlan:
         else:
             _check_topology(old, topology)
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
-            kept.num_params(topology)  # formats of unknown cores are refused
+            kept.num_params(topology)  # raises for formats of unknown cores
             edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
             edited = replace(edited, loss_increase=None, milliseconds=None).with_baseline()
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
@@ -302,7 +302,7 @@ class CompressionPlan:
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
-        """Draw loss over bits of a weight, if it is predicted, and bits and ranks of all layers.
+        """Plot bits and ranks of all layers and, if the loss was predicted, the loss over bits per weight.
 
         Returns:
             A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
@@ -358,7 +358,7 @@ class CompressionPlan:
         """Restore a plan from `to_dict`.
 
         Raises:
-            FormatError: not a plan, of an unknown version, or edited to something else.
+            FormatError: not a plan, an unknown version, or an edit that made it inconsistent.
         """
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}; plan again.")
@@ -418,10 +418,10 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
 
 
 def _check(plan: CompressionPlan) -> None:
-    """Raise FormatError unless a plan that was read is consistent.
+    """Check that a plan read from a file is consistent.
 
     Raises:
-        ValueError, TopologyError: what does not fit.
+        ValueError, TopologyError: the plan is inconsistent; the message says where.
     """
     if plan.objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {plan.objective!r}, known are {', '.join(OBJECTIVES)}")

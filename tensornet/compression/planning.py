@@ -1,7 +1,7 @@
-"""From a model to its plan: find targets and their candidates once, then plan for any number of budgets.
+"""Make plans: find the targets of a model and their candidates once, then plan for any number of budgets.
 
-A plan is a function of targets, candidates and a budget. With calibrated gradients a budget is spent over all
-layers together; else every layer is planned alone, by the errors of its outputs or of its weight.
+A plan is a function of targets, candidates and a budget. With calibrated gradients all layers share one
+budget. Without them every layer is planned alone, by the error of its outputs or of its weight.
 """
 
 import warnings
@@ -33,7 +33,7 @@ from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
 from tensornet.topologies.registry import topology_of_shape
 
-#: Budgets that are spent after preparation.
+#: Budgets that may differ between plans of one preparation.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 
@@ -44,16 +44,17 @@ class Prepared:
     Made by `prepare`. It refers to the weights and copies none of them.
 
     Args:
-        config: what it was made with.
+        config: the configuration it was made with.
         weights: every weight of the model, most of them skipped for a reason, see `find_targets`.
-        targets: those to compress, in model order.
-        candidates: of each; empty where layers are planned one by one by the error of their weights.
+        targets: the weights to compress, in model order.
+        candidates: candidates of each target; empty if each layer is planned alone by the error of its
+            weight.
         spectra: singular values of each weight.
-        facts: plan without layers, which says what is known from calibration and from measuring.
-        stats: what calibration collected.
+        facts: plan without layers, with all that is known from calibration and from measuring.
+        stats: calibration statistics.
         rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
-        made: layers that were rounded to measure them, for `apply_plan`.
+        made: layers that were already rounded for measuring, to be reused by `apply_plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -86,7 +87,7 @@ class Prepared:
                 configuration's.
 
         Raises:
-            BudgetError: the budget cannot be met, or a cap was named that candidates depend on.
+            BudgetError: the budget cannot be met, or the cap is one that the candidates depend on.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
             raise BudgetError(
@@ -111,7 +112,7 @@ class Prepared:
         return self.planned(chosen, bound_by)
 
     def without(self, names: Collection[str], reason: str) -> "Prepared":
-        """Return the preparation without some targets, which stay dense and count as the rest of the model.
+        """Return the preparation without some targets; they stay dense and count as the rest of the model.
 
         Raises:
             TargetError: no target is left.
@@ -136,8 +137,8 @@ class Prepared:
         """Turn a candidate of each layer, by index, into a plan.
 
         Args:
-            chosen: of each layer.
-            bound_by: the budget that decided.
+            chosen: index of the candidate of each layer.
+            bound_by: name of the tightest budget.
         """
         predicts = self.facts.objective == "curvature"
         layers = []
@@ -179,13 +180,13 @@ def plan(
     Args:
         model: any module; targets are found by `find_targets`.
         config: what to compress and how far.
-        stats: from `calibrate`; what the objective may use.
+        stats: from `calibrate`, if the objective needs them.
         progress: show a progress bar.
 
     Raises:
-        TargetError: nothing matches, or the objective needs statistics that are not there.
+        TargetError: no layer matches, or the objective needs statistics that are missing.
         NonFiniteError: a weight contains NaN or infinity; the message names the layer.
-        BudgetError: nothing says how far to compress, or a layer cannot meet the budget.
+        BudgetError: no budget is given, or a layer cannot meet it.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -263,10 +264,10 @@ def prepare(
 def _seen(
     targets: tuple[Target, ...], config: CompressionConfig, objective: str, stats: CalibrationStats | None
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Separate the weights that calibration knows from those that never ran, which a warning names.
+    """Separate the weights that ran in calibration from those that never ran; warn of the latter.
 
     Raises:
-        TargetError: it ran none of them, or not all and the configuration requires all.
+        TargetError: none of them ran, or one did not and the configuration requires all.
     """
     if objective == "weight" or stats is None:
         return targets, ()
@@ -291,7 +292,7 @@ def _seen(
 def _plan_by_weight(
     targets: Sequence[Target], config: CompressionConfig, stats: CalibrationStats | None, *, progress: bool
 ) -> list[LayerPlan]:
-    """Plan every layer by the Frobenius error of its weight: the topology given, or the best family.
+    """Plan every layer by the Frobenius error of its weight, with the given topology or the best family.
 
     Raises:
         BudgetError: a layer cannot meet the budget; the message names it.
@@ -354,7 +355,7 @@ def _plan_by_weight(
 
 
 def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
-    """Return True if the new one is smaller under `rel_error`, or more accurate under a size cap."""
+    """Return True if the new plan is smaller (under `rel_error`) or more accurate (under a size cap)."""
     if rel_error is not None:
         kept_new, kept_old = new.error <= rel_error, old.error <= rel_error
         if kept_new and kept_old:
@@ -366,11 +367,11 @@ def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> 
 
 # --- time -------------------------------------------------------------------------------------------
 
-#: Work of planning, of rounding and of the plain networks for `m n (m + n)` of a layer, in multiply-adds.
+#: Multiply-adds of planning, of rounding and of networks without rounding, in units of `m n (m + n)`.
 _PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
-#: Forward passes that a token of calibration takes, with its gradients and the moments of inputs and outputs.
+#: Cost of calibrating on one token in forward passes, with gradients and moments of inputs and outputs.
 _CALIBRATION = 5.0
-#: Layers that the loss check measures for each one that it may, and tokens of each measurement.
+#: Typical number of measurements of the loss check, and tokens of each.
 _CHECKED, _CHECK_TOKENS = 12, 1024
 
 
@@ -384,7 +385,7 @@ def estimate_seconds(
     Args:
         model: dense; may be on the meta device.
         config: what to compress and how far.
-        tokens: of calibration.
+        tokens: number of calibration tokens.
 
     Returns:
         Seconds of `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum, `"total"`.
@@ -403,7 +404,7 @@ def estimate_seconds(
         targets = [x for x in find_targets(model, config) if not x.skip]
     peak = default_machine(targets[0].weight.device).peak
     shapes = [tuple(target.matrix.shape) for target in targets]
-    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)  # tables have many rows, one by one
+    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)  # rows of embeddings are independent
     forward = sum(p.numel() for p in model.parameters())
     steps = dict.fromkeys(("calibration", "planning", "loss check", "rounding"), 0.0)
     if config.objective != "weight":

@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Entry for the biases of layers whose matrices are covered or excluded.
+#: Key of the biases of layers whose matrices are covered or excluded.
 BIASES = "biases"
-#: Types named in one line; the others are added up.
+#: Largest number of types named in one line; the others are summed.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Parameters of a model by whether a compression covers them; tied ones count once.
+    """Count of the parameters that a compression covers, and of the others; tied ones count once.
 
     Args:
         total: elements of all parameters.
         covered: elements of the matrices that were planned, dense ones included.
-        excluded: elements of other matrices that could be compressed, by type of module: the configuration
-            excludes them.
+        excluded: elements of matrices that could be compressed but are excluded by the configuration, by type
+            of module.
         unknown: elements of parameters that cannot be compressed, by type of module, with the reason in
-            brackets unless it is that no kind of layer describes the type.
+            brackets. Without a reason, the type of layer is unknown.
 
     >>> print(Coverage(1000, 800, {"Embedding": 150}, {"LayerNorm": 50}))
     covers 80.0 % of 1.00k parameters; excluded: Embedding 150; skipped: LayerNorm 50
@@ -123,7 +123,7 @@ def _listed(sizes: Mapping[str, int]) -> str:
     return ", ".join(named)
 
 
-#: Largest loss whose exponential is a number.
+#: Largest loss whose exponential does not overflow.
 _MOST = 700.0
 
 
@@ -136,12 +136,12 @@ class CompressionReport:
             of parameters, codes of integers, scales and zero points.
         model_bytes_before, model_bytes_after: their size in memory.
         seconds: wall time.
-        plan: that was applied, with the certified error of each layer.
-        coverage: which share of the parameters the plan covers, and what the others are.
+        plan: the plan that was applied, with the certified error of each layer.
+        coverage: share of the parameters that the plan covers, and the types of the others.
         measured: loss increase, measured on a few rows of the data to compare with
-            `plan.predicted_loss_increase`; None where no batches were at hand or the model has no loss.
+            `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
         put_back: layers that were put back dense after a run of the compressed model, with the reason.
-        was_run: whether the compressed model was run on a batch, which shows code that reads the weight of a
+        was_run: whether the compressed model was run on a batch, to find code that reads the weight of a
             replaced layer.
 
     Example:
@@ -200,7 +200,7 @@ class CompressionReport:
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
-        """Draw bits and ranks of all layers, and the loss or the weight error of each.
+        """Plot bits and ranks of all layers, and the loss or the weight error of each.
 
         Returns:
             A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
@@ -259,7 +259,7 @@ class CompressionReport:
 def model_size(model: nn.Module) -> tuple[int, int]:
     """Count `(numbers, bytes)` of all distinct parameters, tied ones once.
 
-    Integers count as floats do: each packed code, scale and zero point is one number.
+    Each packed code, scale and zero point of integers counts as one number.
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():

@@ -1,7 +1,7 @@
 """Sensitivity of the loss to errors in one weight: Kronecker factors from calibration statistics, damped.
 
-`layer_weighting` is the answer to "which Fisher factors does this layer have": `1/2 tr(R E C E^T)` with the
-moments `R` of the gradients at its outputs and `C` of its inputs.
+The predicted loss increase of an error `E` is `1/2 tr(R E C E^T)`, with the moments `R` of the gradients at
+the outputs and `C` of the inputs. `layer_weighting` returns both for a layer.
 """
 
 from dataclasses import dataclass, replace
@@ -19,17 +19,17 @@ from tensornet.nn.layer_kinds import relatives
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
-#: Damping of the input moment, as a fraction of its mean diagonal: only against rounding and dead inputs.
+#: Damping of the input moment, as a fraction of its mean diagonal: only for stability and dead inputs.
 INPUT_DAMPING = 1e-4
-#: Damping of gradient moments for the forecast of the loss. Decomposing is best with little damping, but what
-#: it ignores then looks cheaper than it is: on another text, and with all layers compressed at once,
-#: errors also cost where this text's gradients are small. The trace is kept: errors of integers lie in all
-#: directions, and damping would double their cost.
+#: Damping of gradient moments for the forecast of the loss. Decompositions are best with little damping, but
+#: their predicted loss is then too low: on another text, and with all layers compressed at once, errors also
+#: cost where the gradients of this text are small. The trace is kept constant: errors of integers lie in all
+#: directions, and more trace would double their cost.
 FORECAST_DAMPING = 1.0
 #: Least damping of gradient moments: errors in directions without gradients must cost something.
 _LEAST_DAMPING = 1e-6
-#: Share of token frequencies that is spread over all rows. Other texts read other rows: with little of it a
-#: low rank of SmolLM2's embedding cost four times its forecast, relative to integers (docs/bytes.md).
+#: Share of token frequencies that is spread over all rows, since other texts read other rows. With a smaller
+#: share, low rank for SmolLM2's embedding cost four times its forecast, relative to integers (docs/bytes.md).
 FREQUENCY_SPREAD = 0.5
 
 
@@ -38,8 +38,8 @@ class Sensitivity:
     """Weightings of errors in one weight: for choosing a candidate, and for forecasting its loss.
 
     Args:
-        choice: little damped, for choosing and fitting.
-        forecast: further damped, for predicting the loss increase.
+        choice: with little damping, for choosing and fitting.
+        forecast: with more damping, for predicting the loss increase.
         rounding: how integers are rounded, see `CompressionConfig`.
     """
 
@@ -75,12 +75,12 @@ def layer_sensitivity(
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
-        forecast = replace(forecast, columns=known)  # one tensor, so that both are seen to be the same
+        forecast = replace(forecast, columns=known)  # the same object marks both as equal
     return Sensitivity(choice, forecast, rounding)
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Compute the rows of `forecast_weighting` from those of the choice, in one pass over a large matrix."""
+    """Compute `rows` of `forecast_weighting` from those of `choice` in one pass, since it is large."""
     least, most = max(damping, _LEAST_DAMPING), max(damping, FORECAST_DAMPING)
     further = moment / (1 + most)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
@@ -102,7 +102,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     found = layer_weighting(target, "curvature", stats, amount)
     if found is None:
         return None
-    assert found.rows is not None  # without gradients this objective is refused
+    assert found.rows is not None  # without gradients the objective was refused before
     return replace(found, rows=found.rows / (1 + amount))
 
 
@@ -115,7 +115,7 @@ def layer_weighting(
         None where errors cost nothing because no gradient arrives.
 
     Raises:
-        TargetError: nothing is known of the layer, or the statistics are of another model.
+        TargetError: the statistics do not contain the layer, or belong to another model.
     """
     if objective == "weight" or stats is None:
         return Weighting()
@@ -132,9 +132,9 @@ def layer_weighting(
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
-    """Weigh errors in one weight by the moment of its inputs alone, in the first of its uses that ran.
+    """Weigh errors in one weight by the moment of its inputs alone, of the first layer that ran with it.
 
-    If all inputs were zero, errors are weighed by the Frobenius norm.
+    If all inputs were zero, the weighting is the Frobenius norm.
 
     Raises:
         TargetError: the calibration text never ran any layer that uses this weight.
@@ -151,15 +151,15 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
-    """Weigh errors in one weight by damped gradient and input moments, summed over all its uses.
+    """Weigh errors in one weight by damped gradient and input moments, summed over all layers that use it.
 
     Args:
-        target: the weight; uses that the calibration did not reach are skipped.
+        target: the weight; layers that did not run in calibration are skipped.
         stats: what calibration collected.
         damping: fraction of the mean diagonal that is added to gradient moments.
 
     Returns:
-        None where no gradient or no input but zeros arrived: the weight has no influence on the loss.
+        None if all gradients or all inputs were zero: the weight has no influence on the loss.
 
     Raises:
         TargetError: the calibration text never ran any layer that uses this weight.
@@ -241,10 +241,10 @@ def never_ran(target: Target) -> TargetError:
 
 
 def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None) -> str:
-    """Resolve the objective `"auto"` by the statistics at hand.
+    """Replace the objective `"auto"` by the best one that the statistics allow.
 
     Raises:
-        TargetError: the objective needs statistics that are not there.
+        TargetError: the objective needs statistics that are missing.
     """
     known = "weight" if stats is None else "curvature" if stats.has_gradients else "activation"
     order = ("weight", "activation", "curvature")

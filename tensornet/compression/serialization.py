@@ -1,6 +1,6 @@
 """Files of compressed PyTorch models: weights, and descriptions of the tensor-network layers.
 
-Models of Hugging Face are saved by `tensornet_hf`, as folders that transformers loads.
+For Hugging Face models use `tensornet_hf`, which saves folders that transformers can load.
 """
 
 import json
@@ -27,15 +27,14 @@ FILE_VERSION = 1
 def save_model(model: nn.Module, path: str | Path) -> None:
     """Write the weights of a model with compressed layers, and their description, into one safetensors file.
 
-    Parameters that several places share are written once. A file that is there already is replaced when the
-    new one is complete.
+    Shared parameters are written once. An existing file is replaced when the new one is complete.
 
     Args:
         model: any module; `load_model` needs another instance of the same class.
         path: of the file.
 
     Raises:
-        TargetError: the model has no numbers yet (meta device), or its state has more than tensors.
+        TargetError: the model is on the meta device, or its state dict contains something other than tensors.
         DestinationError: the file cannot be written there.
 
     Example:
@@ -55,7 +54,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     for name in (x for x in state if x not in ties):
         tensor = state[name].detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        # Distinct tensors may still overlap in memory, which the format refuses.
+        # Distinct tensors may still overlap in memory, which safetensors refuses.
         tensors[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
     named = model.named_modules(remove_duplicate=False)
@@ -69,15 +68,15 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     """Load the compressed layers and weights of a file that `save_model` wrote into a dense model.
 
     Args:
-        model: a fresh instance of the class that was saved, in place of whose layers the compressed ones are
-            put, on its devices and in its dtypes. Its values are overwritten.
+        model: a new dense instance of the saved class. Compressed layers replace its layers, on the same
+            devices and in the same dtypes; all its values are overwritten.
         path: of the file.
 
     Returns:
         The same model.
 
     Raises:
-        FormatError: the file is missing, damaged, or of another model, which then is as it was.
+        FormatError: the file is missing, damaged, or of another model; `model` is then unchanged.
         TargetError: the model has no numbers (meta device).
 
     Example:
@@ -94,7 +93,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     apart = unfuse(model, inside=header["layers"])
     try:
         _fill(model, header, state, path)
-    finally:  # where it failed, the stock modules come back
+    finally:  # restores the stock modules after a failure
         fuse(model, apart)
     structure_changed(model)
     return model
@@ -102,7 +101,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
     """Insert the compressed layers into an unfused model, and load all tensors."""
-    made: dict[int, nn.Module] = {}  # by stock layer: one that has several names stays one
+    made: dict[int, nn.Module] = {}  # by stock layer, which may have several names
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
         try:
@@ -123,7 +122,7 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header, and all tensors under all their names."""
+    """Read the header and all tensors; tied ones are returned under each of their names."""
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("tensornet")

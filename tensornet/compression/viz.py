@@ -1,4 +1,4 @@
-"""Pictures of plans: loss over bits, bits and rank of every layer, predicted loss of every layer."""
+"""Plots of plans: loss over bits, bits and rank of every layer, predicted loss of every layer."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Colours by role: text, labels of axes, grid lines, this plan, the plain methods, the dense model. An HTML
-#: page replaces them by variables, so every role has a colour of its own.
+#: Colours by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. An HTML page
+#: replaces them by variables, so every role needs a different colour.
 COLORS = {
     "ink": "#1a1f2b",
     "muted": "#667085",
@@ -24,8 +24,7 @@ COLORS = {
     "svd": "#8b5cf6",
     "dense": "#98a2b3",
 }
-#: Smallest predicted loss increase that is drawn on a logarithmic axis, and the largest one, in nats: the
-#: model is useless above it.
+#: Limits of the logarithmic axis of predicted loss increases in nats; a model above the upper one is useless.
 _FLOOR, _USELESS = 1e-7, 12.0
 #: Width of a picture in inches.
 _WIDTH = 9.0
@@ -33,14 +32,14 @@ _WIDTH = 9.0
 
 @dataclass(frozen=True)
 class Mark:
-    """One model in the picture of loss over bits.
+    """One model in the plot of loss over bits.
 
     Args:
         label: its name.
-        bits: of a weight of the compressed layers.
-        loss_increase: over the dense model.
-        color: of the mark.
-        measured: filled, else a ring.
+        bits: bits per weight of the compressed layers.
+        loss_increase: loss increase over the dense model.
+        color: color of the mark.
+        measured: True draws a filled mark, False a ring.
     """
 
     label: str
@@ -56,7 +55,7 @@ class Mark:
 def plan_figure(
     layers: Sequence[LayerPlan], curve: Sequence[tuple[int, float]], loss_increase: float | None
 ) -> "Figure":
-    """Draw a plan: loss over bits if it is predicted, and bits and ranks of all layers.
+    """Plot a plan: loss over bits if it is predicted, and bits and ranks of all layers.
 
     Args:
         layers: of the plan.
@@ -78,7 +77,7 @@ def plan_figure(
 
 
 def report_figure(layers: Sequence[LayerPlan]) -> "Figure":
-    """Draw a finished compression: bits and ranks, and the loss or the weight error of every layer.
+    """Plot a finished compression: bits and ranks, and the loss or the weight error of every layer.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -104,11 +103,11 @@ def report_figure(layers: Sequence[LayerPlan]) -> "Figure":
 def losses_figure(
     layers: Sequence[LayerPlan], others: Mapping[str, Mapping[str, float]], *, width: float = _WIDTH
 ) -> "Figure":
-    """Draw the predicted loss increase of every layer, one panel for each kind, one line for each method.
+    """Plot the predicted loss increase of every layer, one panel for each kind, one line for each method.
 
     Args:
         layers: of a plan that predicts losses.
-        others: losses of the plain methods `"plain SVD"` and `"round to nearest"`, by layer.
+        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by layer.
         width: in inches.
 
     Raises:
@@ -214,14 +213,14 @@ def draw_loss_over_bits(
         if mark.loss_increase > _FLOOR:
             values.append(min(mark.loss_increase, _USELESS))
             axes.plot([mark.bits], values[-1:], "o", **style)
-        else:  # no increase has no place on a logarithmic axis: at its lower end
+        else:  # zero cannot be drawn on a logarithmic axis: use its lower end
             axes.plot([mark.bits], [0.03], "v", transform=axes.get_xaxis_transform(), **style)
     axes.set_yscale("log")
     axes.set_ylim(min(values, default=1e-3) / 2, max(values, default=1.0) * 2)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("loss increase")
-    # The horizontal axis, with the dense model at its end.
+    # The horizontal axis ends at the dense model.
     dense = 8 * sum(layer.bytes_before for layer in layers) / weights
     smallest = min([mark.bits for mark in marks] + [8 * size / weights for size, _ in curve] + [2.0])
     axes.axvline(dense, color=COLORS["dense"], linestyle="--", linewidth=1.1)
@@ -249,7 +248,7 @@ def draw_loss_over_bits(
 def draw_bits(axes: "Axes", layers: Sequence[LayerPlan]) -> None:
     """Draw bits of a weight as a map: blocks from left to right, layers of a block from top to bottom.
 
-    Ranks are written into the cells of networks, as far as they are wide enough.
+    Ranks are written into the cells of networks if the cells are wide enough.
     """
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
@@ -278,7 +277,7 @@ def draw_bits(axes: "Axes", layers: Sequence[LayerPlan]) -> None:
 
 
 def _plain(axes: "Axes", *, grid: str | None) -> None:
-    """Remove ticks, frames and other marks without data from axes."""
+    """Remove ticks, frames and other decoration from axes."""
     axes.tick_params(length=0, which="both", colors=COLORS["muted"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["grid"])
