@@ -1,8 +1,8 @@
 """The console script `tensornet`.
 
-It lives in the core because the script is installed even when the extras are not: importing the
-command line's own package would already fail there, with a traceback instead of advice. The plugin
-is named by a string and loaded only after its dependencies are known to be installed.
+It lives in the core because the script is installed even when the extras are not: without them, importing the
+plugin would fail with a traceback instead of advice. So the plugin is imported by name, after its
+dependencies were found.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib import import_module
 
 from tensornet._util import missing_hint
 
-# What the extra `cli` brings; an architecture test compares this with pyproject.toml.
+# The packages of the extra `cli`; an architecture test compares this list with pyproject.toml.
 CLI_MODULES = ("accelerate", "filelock", "jinja2", "matplotlib", "rich", "transformers", "typer")
 
 

@@ -1,4 +1,4 @@
-"""Helpers of several packages: checks of arguments, contexts, optional imports, tables, cached results."""
+"""Shared helpers: argument checks, context managers, optional imports, tables, cached results."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 # --- checks of arguments: messages state what was expected, what came, and the remedy ------------
 
-#: Numbers that can be decomposed.
+#: Dtypes that can be decomposed.
 FLOATING = (
     torch.float16,
     torch.bfloat16,
@@ -139,7 +139,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Disable autocast in a function, whose error bounds products in 16 bits would break."""
+    """Disable autocast in a function, since its error bounds do not hold for products in 16 bits."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -161,7 +161,7 @@ def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":  # inside the context every operation takes twice as long
+        if torch.get_default_device().type == "cpu":  # the context makes every operation twice as slow
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
@@ -190,18 +190,18 @@ def in_eval_mode(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run modules that `torch.compile` has wrapped eagerly, so that hooks on their parts are called."""
+    """Run compiled modules eagerly inside the block, so that hooks on their submodules are called."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the key/value cache of a model, which no pass over whole texts reads.
+    """Disable the key/value cache of a model inside the block; passes over whole texts do not need it.
 
-    Where blocks run several times on one batch, it would take every further run for new tokens.
+    If a block runs several times on one batch, the cache would take the later runs for new tokens.
     """
-    found = (getattr(module, "config", None) for module in model.modules())  # stacks may have copies
+    found = (getattr(module, "config", None) for module in model.modules())  # submodules may have copies
     configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
     flags = [config.use_cache for config in configs]
     for config in configs:
@@ -231,7 +231,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_exporting() -> bool:
     """Return True during `torch.export`, and False inside `torch.compile`.
 
-    `torch.compiler.is_exporting` reads the same flag, but compilers before torch 2.12 take it for True.
+    `torch.compiler.is_exporting` reads the same flag, but before torch 2.12 it is True in compiled code.
 
     Example:
         >>> from tensornet._util import is_exporting
@@ -299,7 +299,7 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-#: Rows of a table that are shown; a model has hundreds of layers.
+#: Largest number of table rows that are shown; a model has hundreds of layers.
 ROWS = 40
 
 
@@ -326,16 +326,16 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[obje
 
 # --- results computed once -----------------------------------------------------------------------
 
-#: Results of the innermost block with the arguments they belong to, which keeps these alive; None outside.
+#: Results of the innermost block, with their arguments, which are kept alive by this; None outside.
 _known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known", default=None)
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Compute what `remembered` functions return once for the same arguments; forget all after the block.
+    """Cache the results of `remembered` functions inside the block.
 
-    Candidates of one layer need the same decompositions several times. They are larger than the layer, so
-    that they must not outlive it.
+    Candidates of one layer need the same decompositions several times. Decompositions are larger than the
+    layer, so the cache is emptied when the block ends.
 
     Example:
         >>> import torch
@@ -357,10 +357,10 @@ def remembering() -> Iterator[None]:
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
-    """Return the result of an earlier call with the same arguments inside `remembering`.
+    """Cache the results of a function inside a `remembering` block.
 
-    Tensors are the same if they are one object that was not changed in between. Other arguments are compared.
-    Callers share the result and must not change it.
+    Two tensors count as equal if they are the same object and it was not changed in between; other arguments
+    are compared. Callers share the result and must not change it.
     """
 
     @wraps(function)
@@ -378,7 +378,7 @@ def remembered(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _key(value: Any) -> Hashable:
-    """Identify an argument: tensors by identity and version, tuples and dataclasses by what they hold."""
+    """Identify an argument: tensors by identity and version, tuples and dataclasses by their items."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, tuple):

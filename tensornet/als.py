@@ -1,9 +1,10 @@
 """Alternating least squares: fit the cores of any network to a matrix under a two-sided weighting.
 
 The weighted error is quadratic in each core. Each step lowers it over one core by conjugate gradients, which
-need only the contraction and its adjoint, so that a core of any size can be fitted. To explain how few steps
-do: the search directions are preconditioned by the Gram matrix of the core's environment (the network without
-that core). Without a weighting one step then solves for the core exactly, in any gauge and any topology.
+need only the contraction and its adjoint, so that a core of any size can be fitted. Few steps are enough,
+since the search directions are preconditioned by the Gram matrix of the core's environment (the network
+without that core). Without a weighting one step then solves for the core exactly, in any gauge and any
+topology.
 
 Reference:
     Holtz, Rohwedder, Schneider 2012, "The alternating linear scheme for tensor optimization in the tensor
@@ -28,14 +29,14 @@ from tensornet.topology import Topology
 
 #: A sweep that lowers the error by less than this fraction is the last.
 TOLERANCE = 1e-3
-#: Up to this many combined bond indices of a core its whole Gram matrix is inverted; beyond, one Gram matrix
-#: for each bond, whose Kronecker product is the whole one in networks without loops.
+#: Largest combined size of a core's bonds for which its whole Gram matrix is inverted. Above it one Gram
+#: matrix for each bond is inverted; in networks without loops their Kronecker product is the whole matrix.
 _WHOLE = 256
-#: Random starts that are tried, and the sweeps after which the best of them goes on alone.
+#: Number of random starts, and of sweeps after which only the best start is continued.
 _STARTS, _TRIAL_SWEEPS = 3, 5
-#: Steps for one core from a random start: the first solves for it where bonds are few.
+#: Steps for one core after a random start; the first step solves exactly if the core has few bonds.
 _STEPS = 2
-#: Directions of an environment with less than this fraction of the largest energy are left alone.
+#: Directions of an environment with less than this fraction of the largest energy are not changed.
 _CUTOFF = {torch.float32: 1e-9, torch.complex64: 1e-9, torch.float64: 1e-12, torch.complex128: 1e-12}
 
 
@@ -46,7 +47,7 @@ class Fit:
     Args:
         network: fitted cores, in the dtype of the given ones.
         cost: weighted error `1/2 tr(R E C E^T)` after fitting.
-        start: the same before.
+        start: weighted error before fitting.
         sweeps: sweeps over all cores.
         converged: whether the last sweep lowered the error by less than the tolerance.
     """
@@ -69,11 +70,11 @@ def fit_network(
     tolerance: float = TOLERANCE,
     only: Sequence[int] | None = None,
 ) -> Fit:
-    """Reduce the weighted error of a network by alternating least squares, monotonically.
+    """Reduce the weighted error of a network by alternating least squares; the error never increases.
 
     Args:
         matrix: the target, shape `(out, in)`.
-        network: the start; any topology, real or complex. Its dtype is the one of the arithmetic.
+        network: the start, of any topology, real or complex. Its dtype is used for all arithmetic.
         weighting: sensitivity of the loss to errors; `Weighting()` is the Frobenius norm.
         sweeps: largest number of rounds over all cores.
         steps: conjugate gradient steps for each core.
@@ -120,7 +121,7 @@ def fit_from_random(
         topology: any network of that shape.
         max_sweeps: limit of sweeps over all cores.
         tolerance: stop when a sweep lowers the error by less than this fraction.
-        seed: of the random starts.
+        seed: seed of the random starts.
 
     Returns:
         The fit, in double precision.
@@ -141,7 +142,7 @@ def fit_from_random(
         cores = random_cores(topology, generator=generator, dtype=torch.float64)
         trials.append(fit(TensorNetwork(topology, [core.to(target) for core in cores]), _TRIAL_SWEEPS, 0.0))
     best = min(trials, key=lambda trial: trial.cost)
-    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # of the error, whose square is fitted
+    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # the cost is the squared error
     return replace(rest, start=best.start, sweeps=best.sweeps + rest.sweeps)
 
 
@@ -171,7 +172,7 @@ def _improve(
     cost: float,
 ) -> float:
     """Run preconditioned conjugate gradients on one core, in place; return the new weighted error."""
-    if topology.terms:  # linear in the core is its own term alone; the others are subtracted
+    if topology.terms:  # only the core's own term is linear in it; the others are subtracted
         positions, part = next(x for x in topology.parts if index in x[0])
         own = [cores[k] for k in positions]
         rest = target - (_matrix(topology, cores) - _matrix(part, own))
@@ -185,14 +186,14 @@ def _improve(
 
     core = cores[index]
     linear: Any = torch.func.vjp(operator, core)
-    made, adjoint = linear  # the adjoint of a linear map is the same at every point
+    made, adjoint = linear  # the map is linear, so its adjoint is the same at every point
     precondition = preconditioner(topology, cores, index)
     error = target - made
     weighed = _weigh(weighting, error)
     (residual,) = adjoint(weighed)
     direction = precondition(residual)
     norm = _inner(residual, direction)
-    floor = torch.finfo(core.dtype).eps * norm  # below, the gradient is rounding: the core is solved for
+    floor = torch.finfo(core.dtype).eps * norm  # smaller gradients are rounding errors
     for remaining in range(steps - 1, -1, -1):
         if not norm > floor:
             break
@@ -201,7 +202,7 @@ def _improve(
         curvature = _inner(moved, pushed)
         if not curvature > 0:
             break
-        step = _inner(pushed, error) / curvature  # exact along the direction, whatever rounding did
+        step = _inner(pushed, error) / curvature  # exact line search, despite rounding
         candidate, error, weighed = core + step * direction, error - step * moved, weighed - step * pushed
         value = _inner(error, weighed) / 2
         if not value < cost:
@@ -221,12 +222,12 @@ def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> C
     """Build a solver for the Gram matrix of one core's environment, exact or bond by bond.
 
     Args:
-        topology: of the network.
+        topology: topology of the network.
         cores: all cores; the one at `index` is not read.
         index: the core to be fitted.
 
     Returns:
-        A function of a tensor shaped as the core, positive semi-definite.
+        A positive semi-definite linear function of a tensor with the shape of the core.
     """
     grams = plan_grams(topology, index)
     others = [core.to(working_dtype(core.dtype)) for k, core in enumerate(cores) if k != index]
@@ -256,7 +257,8 @@ class GramPlan:
     """Plan of the Gram matrix of a core's environment over some of its bonds, and its action on the core.
 
     Args:
-        plan: contraction of the conjugate other cores, then of the others; gives `(batch, size, size)`.
+        plan: contraction of the conjugates of the other cores, followed by the other cores; gives `(batch,
+            size, size)`.
         batch: combined size of the legs that the core has in common with others.
         size: combined size of the bonds.
         order: axes of the core: batch, bonds, the rest.
@@ -283,8 +285,8 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     doubled = {**sizes, **{f"{x}'": size for x, size in sizes.items()}}
     found = []
     for group in ([bonds] if whole else [[x] for x in bonds]) if bonds else []:
-        # The environment and its conjugate have all labels in common, legs and bonds of the other Gram
-        # matrices included, but for the bonds of this one and those inside of the environment.
+        # The environment and its conjugate share all labels (also legs, and bonds of the other Gram
+        # matrices), except the bonds of this Gram matrix and the bonds inside the environment.
         common = legs | {x for x in own if x not in group}
         plain = [tuple(x if x in common else f"{x}'" for x in labels) for labels in others]
         primed = tuple(f"{x}'" for x in group)

@@ -36,7 +36,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.max_bond is not None:
             bonds = check_max_bond(self.max_bond)
-            object.__setattr__(self, "max_bond", bonds)  # NumPy's integers become Python's
+            object.__setattr__(self, "max_bond", bonds)  # converts NumPy integers to int
         for name in ("rel_error", "param_ratio"):
             if (value := getattr(self, name)) is not None:
                 check_number(name, value)
@@ -116,20 +116,20 @@ def uniform_caps(
 ) -> tuple[list[int], str]:
     """Find the largest bonds within `max_bond` and `param_ratio`, and name the cap that decides.
 
-    `param_ratio` is turned into one cap for all bonds.
+    `param_ratio` is converted to one cap for all bonds.
 
     Args:
         budget: caps of the caller.
         shape: `(out_features, in_features)`, without padding.
         exact: bonds of the exact network.
-        params: parameters of the network at such bonds; need not be monotone.
+        params: returns the number of parameters for given bonds; need not be monotone.
         what: the network, for the error message.
 
     Returns:
         `(bonds, bound_by)`; `bound_by` is `"exact"` if no bond is truncated.
 
     Raises:
-        BudgetError: not even bonds of 1 fit `param_ratio`, or another number of caps than bonds.
+        BudgetError: even bonds of 1 exceed `param_ratio`, or the number of caps is not that of the bonds.
     """
     caps = budget.caps_of_bonds(len(exact))
     limits = [min(bond, cap or bond) for bond, cap in zip(exact, caps, strict=True)]

@@ -1,9 +1,9 @@
 """Certified errors of sums and products of operators, in logarithms so that no norm overflows.
 
-With origins `W0`, operators `W` and certificates `e` of `|W0 - W| <= e |W0|`, the absolute bound is
-`|W0 - W| <= e |W| / (1 - e)`, since `|W0| <= |W| / (1 - e)`. Absolute bounds of sums and products follow from
-the triangle inequality and are finite; relative to the origin they are finite where the bound is smaller than
-the norm of the result, because only then is the origin known not to be zero.
+A certificate `e` says that an operator `W` approximates its origin `W0` with `|W0 - W| <= e |W0|`. The
+absolute bound is `|W0 - W| <= e |W| / (1 - e)`, since `|W0| <= |W| / (1 - e)`. Absolute bounds of sums and
+products follow from the triangle inequality and are always finite. Relative bounds are finite if the absolute
+bound is smaller than the norm of the result, because only then the origin cannot be zero.
 """
 
 import math

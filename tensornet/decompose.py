@@ -30,14 +30,13 @@ def decompose(
 ) -> Decomposition:
     """Decompose a matrix into a network of any topology; the result carries no gradient.
 
-    The family of the topology decomposes, where it is registered. The cores of a topology of your own, whose
-    family no one has registered, are found by alternating least squares from random starts with a fixed seed:
-    a local minimum, whose error is measured.
+    A topology of a registered family is decomposed by its family. Any other topology is fitted by alternating
+    least squares from random starts with a fixed seed. This gives a local minimum, whose error is measured.
 
     Args:
         matrix: shape `(out_features, in_features)`, real or complex.
-        topology: the network itself, dims and bonds included, or a registered family or its name, which
-            chooses them within the budget.
+        topology: the topology, with all dims and bonds; or a registered family or its name, which chooses
+            them within the budget.
         max_bond: cap on every bond, or one for each; for names only.
         rel_error: largest relative Frobenius error; for names only.
         param_ratio: largest keep ratio, relative to the dense parameters; for names only.
@@ -82,7 +81,7 @@ def decompose(
     cores = balance_norms(found.network.cores)
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
     total, residual = frobenius(work), frobenius(work - kept.to(work.dtype).to_matrix())
-    factor = scale ** (1 / len(cores))  # every core takes an equal part of the scale
+    factor = scale ** (1 / len(cores))  # the scale is spread evenly over the cores
     return Decomposition(
         TensorNetwork(topology, [scaled_back(core, factor, dtype) for core in cores]),
         residual / total if total > 0 else 0.0,

@@ -1,4 +1,4 @@
-"""Files: written atomically, and safetensors headers read, mapped, and assembled without loading tensors."""
+"""Files: atomic writing, and safetensors files that are read and assembled without loading their tensors."""
 
 import hashlib
 import json
@@ -32,9 +32,9 @@ class Written:
     """Name, length and checksum of a finished file.
 
     Args:
-        name: of the file.
+        name: name of the file.
         nbytes: its length.
-        sha256: of its content.
+        sha256: checksum of its content.
     """
 
     name: str
@@ -46,7 +46,7 @@ def check_place(what: str, path: Path) -> None:
     """Raise DestinationError unless a file can be written to `path`.
 
     Args:
-        what: the file, as in a sentence: `"The checkpoint"`.
+        what: name of the file in error messages, such as `"The checkpoint"`.
         path: of the file.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
@@ -57,7 +57,7 @@ def check_place(what: str, path: Path) -> None:
 def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
     """Yield a path that replaces `path` when the block ends without an error.
 
-    An earlier file stays until then, and stays for good after an error.
+    An existing file is kept until then; after an error it is not replaced.
 
     Args:
         path: of the file.
@@ -127,7 +127,7 @@ def intact(path: Path, written: Written) -> bool:
 def new_folder(target: Path) -> Iterator[Path]:
     """Yield a folder that replaces `target` when the block ends without an error.
 
-    What was at `target` stays until then, and stays for good after an error.
+    An existing folder is kept until then; after an error it is not replaced.
 
     Raises:
         DestinationError: no folder can be made in the parent folder.
@@ -147,13 +147,14 @@ def new_folder(target: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~mask)
         take_place(folder, target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # gone already if it took its place
+        shutil.rmtree(folder, ignore_errors=True)  # was moved away if all went well
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination, and delete what was there.
+    """Rename a finished folder to its destination, and delete an earlier folder of that name.
 
-    What was there waits in a folder `.NAME.*.old` meanwhile; any failure, Ctrl-C included, renames it back.
+    The earlier folder is first renamed to `.NAME.*.old`; after any failure, Ctrl-C included, it is renamed
+    back.
 
     Raises:
         OSError: a rename failed.
@@ -166,7 +167,7 @@ def take_place(folder: Path, target: Path) -> None:
     try:
         target.rename(earlier)
         folder.rename(target)
-    finally:  # an interrupt may come before or after either rename
+    finally:  # Ctrl-C may come before or after either rename
         if earlier.exists() and not target.exists():
             earlier.rename(target)
         shutil.rmtree(old, ignore_errors=True)
@@ -188,7 +189,7 @@ MAPPED = FLOATS | {
     "BOOL": torch.bool,
 }
 
-# The package sorts the tensors of a file by dtype in this order, then by name.
+# The safetensors package sorts the tensors of a file by dtype in this order, then by name.
 _ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
@@ -225,7 +226,7 @@ class Slice:
 
 
 def read_header(path: Path) -> dict[str, Slice]:
-    """Locate all tensors of a safetensors file, by name; nothing but the header is read.
+    """Locate all tensors of a safetensors file, by name; only the header is read.
 
     Raises:
         FormatError: the file cannot be read, is truncated, its header contradicts itself or the file, or a
@@ -234,12 +235,12 @@ def read_header(path: Path) -> dict[str, Slice]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
-        if len(made) != len(pairs):  # the package would take the last one
+        if len(made) != len(pairs):  # a name occurs twice; JSON parsers would keep the last one
             raise ValueError("a name occurs twice in its header")
         return made
 
     try:
-        with path.open("rb") as file, safe_open(path, framework="np"):  # checks sizes and offsets
+        with path.open("rb") as file, safe_open(path, framework="np"):  # `safe_open` checks sizes and offsets
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length), object_pairs_hook=unique)
     except (SafetensorError, ValueError, RecursionError) as error:
@@ -259,7 +260,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
     """Locate all tensors of several files, by name.
 
     Raises:
-        FormatError: as `read_header`, or two files hold the same name.
+        FormatError: as `read_header`, or two files contain the same name.
     """
     tensors: dict[str, Slice] = {}
     for file in files:
@@ -271,12 +272,12 @@ def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
 
 
 def load_slice(part: Slice) -> Tensor:
-    """Map one tensor into memory: only the pages that are touched are ever resident.
+    """Map one tensor into memory; only the pages that are accessed are loaded.
 
     The mapping is private to the process and copy-on-write; the file is never changed.
 
     Raises:
-        FormatError: the file has become shorter, or holds a dtype that is not in `MAPPED`.
+        FormatError: the file was truncated, or the dtype is not in `MAPPED`.
     """
     if part.dtype not in MAPPED:
         raise FormatError(
@@ -290,7 +291,7 @@ def load_slice(part: Slice) -> Tensor:
     with part.file.open("rb") as file:
         try:
             mapped = mmap.mmap(file.fileno(), part.stop - page, access=mmap.ACCESS_COPY, offset=page)
-        except ValueError as error:  # beyond the end of the file
+        except ValueError as error:  # the slice exceeds the file
             raise FormatError(f"{part.file} has become shorter since its header was read.") from error
     flat = torch.frombuffer(mapped, dtype=dtype, count=part.numel, offset=part.start - page)
     return flat.reshape(part.shape)
@@ -307,7 +308,7 @@ def write_tensors(
 
     Args:
         path: of the file.
-        tensors: contiguous, no two in the same memory.
+        tensors: contiguous tensors that do not share memory.
         metadata: of the file.
         what: names the file in errors, see `tensornet.io.new_file`.
 
@@ -330,18 +331,19 @@ def write_tensors(
 
 
 def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str, str] = PYTORCH) -> Written:
-    """Copy tensors from other files, chunk by chunk, into the file that the safetensors package would write.
+    """Copy tensors from other files into a new safetensors file, chunk by chunk.
 
-    Bytes are copied so that memory holds one chunk, whatever the dtype: the package would need all tensors
-    of the file in memory, or mapped, and a mapped file that is cut short kills the process.
+    Only one chunk is in memory at a time. The safetensors package would need all tensors of the file in
+    memory or mapped, and the process is killed if a mapped file is truncated. The result has the same bytes
+    as a file of that package.
 
     Args:
         path: file to write.
-        tensors: where the content of each tensor lies now, by name.
+        tensors: location of each tensor in a source file, by name.
         metadata: of the file.
 
     Raises:
-        FormatError: a source file has become shorter.
+        FormatError: a source file was truncated.
         OSError: a file cannot be read or written.
     """
     rank = {dtype: place for place, dtype in enumerate(_ORDER)}
@@ -352,7 +354,7 @@ def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str,
         place = [end, end := end + part.nbytes]
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the buffer starts aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     return write_file(path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
 
 
@@ -360,7 +362,7 @@ def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
     """Yield the bytes of tensors one after another, in chunks.
 
     Raises:
-        FormatError: a file has become shorter.
+        FormatError: a file was truncated.
     """
     for part in parts:
         with part.file.open("rb") as file:

@@ -1,6 +1,6 @@
 """Matrix product operators as objects, with the operations that only chains support.
 
-The mathematics is in `tensornet.mpo_algebra`; nothing forms the matrix except `to_matrix` and `np.asarray`.
+The mathematics is in `tensornet.mpo_algebra`. Only `to_matrix` and `np.asarray` build the dense matrix.
 """
 
 import math
@@ -34,14 +34,14 @@ class MPO:
     """Matrix product operator: a matrix `(out_features, in_features)` as a chain of cores.
 
     `len(mpo)` is the number of sites and `mpo[k]` core `k`; `mpo @ x` takes vectors, matrices and other
-    operators, `mpo ** n` multiplies by itself, `np.asarray(mpo)` is the dense matrix. Everything is
-    differentiable except where a first line says otherwise.
+    operators, `mpo ** n` multiplies by itself, `np.asarray(mpo)` is the dense matrix. All methods are
+    differentiable unless their first line says otherwise.
 
     Args:
         cores: tensors, or NumPy arrays, of shape `(d_{k-1}, o_k, i_k, d_k)` with `d_0 = d_n = 1`.
         out_features: rows before padding, the product of the `o_k` if absent.
         in_features: columns before padding, the product of the `i_k` if absent.
-        error: certified relative Frobenius error against the matrix it was made from.
+        error: certified relative Frobenius error with respect to the matrix it was made from.
 
     Raises:
         ShapeError: neighbouring bonds differ, an end bond is not 1, a core is not a 4-dimensional tensor or
@@ -53,7 +53,7 @@ class MPO:
         ((8, 4), (3,), 2)
     """
 
-    #: NumPy's operators leave the work to ours: `array @ mpo` is one product, not one for each element.
+    #: Makes NumPy use the operators of this class: `array @ mpo` is one product, not one for each element.
     __array_ufunc__ = None
 
     def __init__(
@@ -66,7 +66,8 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
-        #: Logarithm of a bound of the absolute error where one is known that is better than from `error`.
+        #: Logarithm of a bound of the absolute error, if one is known that is tighter than the bound by
+        #: `error`.
         self._log_distance: float | None = None
         self._features = (
             _features("out_features", out_features, self.out_dims),
@@ -89,10 +90,11 @@ class MPO:
     ) -> "MPO":
         """Decompose a matrix by TT-SVD; the result carries no gradient.
 
-        With nothing asked for, bonds are the ranks up to a relative error of `eps^(3/4)`: 1.8e-12 in double
-        and 6.4e-6 in single precision, so that an exponential has bond 1. (quimb's `from_dense` truncates at
-        1e-10 of the largest singular value of each bond, torchTT's `TT` at a relative error of 1e-10, both in
-        every precision.) If no bond is truncated the result is exact, and some cores are identities.
+        Without a budget the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in single
+        precision. So bonds are numerical ranks; an exponential, for example, has bond 1. (quimb's
+        `from_dense` truncates at 1e-10 of the largest singular value of each bond, torchTT's `TT` at a
+        relative error of 1e-10, both in every precision.) If no bond is truncated the result is exact, and
+        some cores are identities.
 
         Args:
             w: shape `(out, in)`, real or complex, any size (padded where the dims need it).
@@ -189,7 +191,7 @@ class MPO:
 
         Args:
             out_dims: sizes of the out-legs.
-            in_dims: sizes of the in-legs, the same if absent. Others of the same product write the same
+            in_dims: sizes of the in-legs, the same if absent. Other dims with the same product give the same
                 matrix with larger bonds.
             features: rows and columns before padding, the smaller product of the dims if absent.
             dtype: dtype of the cores, torch's default if absent.
@@ -392,9 +394,9 @@ class MPO:
     def __matmul__(self, other: "MPO | Tensor | Array") -> "MPO | Tensor | Array":
         """Multiply by an operator (bonds multiply), or by a vector `(in,)` or matrices `(..., in, columns)`.
 
-        Padding of the contracted legs is removed exactly. Where the in-dims of the left are not the out-dims
-        of the right, an identity between the two takes the digits of the one to those of the other, at the
-        cost of larger bonds.
+        Padding of the contracted legs is removed exactly. If the in-dims of the left operator differ from the
+        out-dims of the right one, an identity that converts between the dims is inserted, which makes the
+        bonds larger.
 
         Raises:
             ShapeError: the shapes do not fit, or the operators have different numbers of sites.
@@ -489,7 +491,7 @@ class MPO:
         """Compute the Kronecker product: the sites of this operator, then those of the other, bond 1 between.
 
         Raises:
-            ShapeError: the other operator has padding, which would lie amid the rows of the product.
+            ShapeError: the other operator has padding, which would be in the middle of the product.
 
         Example:
             >>> tn.MPO.identity((2,)).kron(tn.MPO.identity((3,))).to_matrix().equal(torch.eye(6))
@@ -560,19 +562,19 @@ class MPO:
     def round(self, *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None) -> "MPO":
         """Truncate the bonds to a relative error of at most `rel_error`, with gradient.
 
-        The gradient is that of the truncation at the ranks chosen. It exists where at every bond the smallest
-        singular value kept differs from the largest one discarded; see `mpo_algebra.round_chain`.
+        The chosen ranks are treated as constants. The gradient exists if at every bond the smallest kept
+        singular value differs from the largest discarded one; see `mpo_algebra.round_chain`.
 
         Args:
             max_bond: cap on every bond, or a sequence with one for each.
             rel_error: largest relative Frobenius error; `eps^(3/4)` if absent, 1.8e-12 in double and 6.4e-6
                 in single precision, so that sums and products lose the bonds they do not need. (quimb's
                 `compress` cuts at 1e-10 of the largest singular value of each bond; torchTT's `round` at a
-                relative error of 1e-12.) 0 keeps everything that is not exactly zero.
+                relative error of 1e-12.) 0 discards exact zeros only.
 
         Returns:
-            A left-canonical MPO. Its `error` counts from the matrix this one was made from: with `e` the
-            certificate here and `d` of the cut, `e + d (1 + e)`.
+            A left-canonical MPO. Its `error` is relative to the matrix that this MPO was made from: `e + d (1
+            + e)`, with `e` the error of this MPO and `d` that of the truncation.
 
         Raises:
             BudgetError: a cap is out of range.
@@ -597,8 +599,8 @@ class MPO:
     def absolute_error(self) -> float:
         """Certified Frobenius distance `|W0 - W|` to the matrix that this operator approximates.
 
-        Finite for sums and products of certified operators; `error` is infinite where this bound does not
-        exclude that the sum or product of the origins is zero.
+        It is finite for sums and products of certified operators. `error` is infinite if, by this bound, the
+        exact sum or product may be zero.
         """
         return math.exp(bound) if (bound := self._log_bound()) < 709 else math.inf
 
@@ -656,14 +658,14 @@ class MPO:
 
     @property
     def _masked(self) -> tuple[Tensor, ...]:
-        """Cores of the operator with zeros in the padding, so that padding adds nothing to the norm."""
+        """Return the cores with zeros in the padding, so that padding adds nothing to the norm."""
         return algebra.mask_padding(self.cores, *self.shape)
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
-        """Wrap other cores of the same operator, with the same certificate."""
+        """Wrap other cores for the same operator, with the same certificate."""
         same = self._like(cores, error=self.error)
         same._log_distance = self._log_distance
         return same
@@ -717,7 +719,7 @@ class MPO:
 
 
 def _by_default(budget: Budget, stack: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Budget:
-    """Choose the default tolerance for an unlimited budget, unless it truncates no bond."""
+    """Set the default tolerance for a budget without caps, if it truncates any bond."""
     check_finite(stack, "The matrix")
     tolerance = default_tolerance(stack.dtype)
     if not budget.unlimited or has_full_bonds(stack, rows, columns, tolerance):

@@ -1,4 +1,4 @@
-"""Linear algebra on chains of cores `(left, out, in, right)`, without ever forming the matrix.
+"""Linear algebra on chains of cores `(left, out, in, right)`, without ever building the matrix.
 
 Pure functions on sequences of cores; `tensornet.MPO` is their object form. A chain is `n` cores whose end
 bonds are 1; bond `k` lies on the right of core `k`.
@@ -23,7 +23,7 @@ from tensornet.linalg.svd import check_finite, largest_element, result_dtype, tr
 
 Cores = tuple[Tensor, ...]
 
-#: Elements of double precision up to `2^+-100` are multiplied as they are.
+#: Double-precision elements between `2^-100` and `2^100` are multiplied without rescaling.
 _TAME = 100
 
 
@@ -49,11 +49,11 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
     """Multiply a chain by a number, in its last core."""
     last = cores[-1]
-    if not isinstance(factor, Tensor | int | float | complex):  # a fraction, or one of NumPy's numbers
+    if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
         factor = plain(factor)
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
-        last = last.to(torch.promote_types(last.dtype, torch.complex64))  # half of a complex has no products
+        last = last.to(torch.promote_types(last.dtype, torch.complex64))  # complex32 has no products
     scaled = last * factor
     return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
 
@@ -92,16 +92,16 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Contract to the Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor with gradient.
 
-    Half types are contracted in single precision. No intermediate result overflows; the product itself may.
+    16-bit types are contracted in single precision. Intermediate results cannot overflow; the product can.
     """
     left, right = _same_dtype(left, right)
-    dtype = result_dtype(left[0].dtype)  # a square overflows half precision from 256 on
+    dtype = result_dtype(left[0].dtype)  # in float16 squares from 256 on would overflow
     transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
     return times_power_of_two(transfer[0, 0], exponent)
 
 
 def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Contract two chains over all legs: `mantissa: (bond of left, bond of right)` and its exponent."""
+    """Contract two chains over all legs; return `mantissa: (bond of left, bond of right)` and exponent."""
     like = right[0]
     transfer = torch.ones(1, 1, dtype=like.dtype, device=like.device)
     exponent = torch.zeros((), dtype=torch.float64, device=like.device)
@@ -144,9 +144,9 @@ def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Co
 def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Tensor) -> Cores:
     """Build the identity as a chain; bonds are 1 if out- and in-dims are equal.
 
-    To explain how this works where the dims differ: after the digits of some sites the row index lies in an
-    interval that starts at `r`, the column index in one that starts at `c`. The bond values are the offsets
-    `r - c` for which the two intervals still have an index in common; at the end only offset 0 is left.
+    If the dims differ: after the digits of some sites the row index lies in an interval that starts at `r`,
+    the column index in one that starts at `c`. The bond values are the offsets `r - c` for which the two
+    intervals still have an index in common; at the end only offset 0 is left.
 
     Raises:
         ShapeError: different numbers of sites.
@@ -191,12 +191,12 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
     """Move the orthogonality center by QR, with gradient.
 
     Every core left of `center` becomes left-orthonormal, every core right of it right-orthonormal, and the
-    whole norm lies in the center. Bonds shrink to what a QR leaves. The diagonal of each triangular factor
-    is made real and positive, so the result is unique. Its gradient exists where the blocks that are
-    factorized have independent columns, as that of `torch.linalg.qr`.
+    whole norm lies in the center. QR may reduce the bonds. The diagonal of each triangular factor is made
+    real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists if the
+    factorized blocks have independent columns.
 
-    Where no number of the dtype holds the norm, all cores take equal powers of two of it and are orthonormal
-    up to that factor.
+    If the norm exceeds the range of the dtype, it is spread over all cores by equal powers of two, and cores
+    are orthonormal up to this factor.
 
     Args:
         cores: the chain.
@@ -238,13 +238,13 @@ def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tens
 
 
 def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Split off a power of two where later products could leave the range of double precision."""
+    """Split off a power of two if later products could leave the range of double precision."""
     size = largest_element(tensor)
     return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
-    """Multiply a canonical chain by `2^exponent`: its center, or all cores where that leaves the dtype."""
+    """Multiply a canonical chain by `2^exponent`: its center, or all cores if that would overflow."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
@@ -267,16 +267,16 @@ def round_chain(
 ) -> tuple[Cores, float]:
     """Truncate the bonds of a chain: canonical form, then one truncated SVD for each bond; with gradient.
 
-    The gradient is that of the truncation at the ranks that were chosen. It exists where at every bond the
-    smallest singular value kept is positive and differs from the largest discarded one. Functions of the
-    cores themselves also need distinct singular values among those kept; functions of the operator do not.
-    At other points it is finite and without meaning. It can be differentiated once.
+    The chosen ranks are treated as constants. The gradient exists if at every bond the smallest kept singular
+    value is positive and differs from the largest discarded one. For functions of the cores themselves the
+    kept singular values must also be distinct; for functions of the operator they need not. Elsewhere the
+    gradient is finite but meaningless. There are no second derivatives.
 
     Args:
         cores: the chain, core `k` of shape `(left, out, in, right)`.
         max_bond: cap on every bond, or one cap for each.
-        rel_error: largest Frobenius error relative to the norm of the chain. What one bond leaves over
-            goes to the next.
+        rel_error: largest Frobenius error relative to the norm of the chain. Error that one bond does not use
+            is available to the next bonds.
 
     Returns:
         The cores, left-canonical, and the certified relative error `sqrt(sum of discarded energies) / norm`.
@@ -308,7 +308,7 @@ def round_chain(
     error = math.sqrt(spent / total) if total > 0 else 0.0
     if _needs_gradient(cores):
         live = _rounded_with_gradient(cores, canonical, work, exponent)
-        # The value stays what was computed above; the difference is zero and has the gradient.
+        # The value is the one computed above; the added difference is zero but carries the gradient.
         work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
     return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
 
@@ -318,12 +318,12 @@ def _rounded_with_gradient(
 ) -> list[Tensor]:
     """Compute the rounded chain again, differentiably, from its canonical form and its result.
 
-    The left singular vectors of an unfolding `M` do not change to first order when `M` is replaced by
-    `M Q`, where the columns of `Q` are a constant orthonormal basis of the row space of `M`: what leaves
-    that space meets singular values of zero. So `Q`, the right-canonical cores, is a constant here, and no
-    QR is differentiated, which has no gradient where bonds are larger than ranks, as those of sums.
+    The left singular vectors of an unfolding `M` do not change to first order when `M` is replaced by `M Q`,
+    where the columns of `Q` are a constant orthonormal basis of the row space of `M`: components outside this
+    space have singular values of zero. So `Q`, the right-canonical cores, is treated as a constant, and no QR
+    is differentiated: QR has no gradient if bonds are larger than ranks, as in sums.
     """
-    live = [split_exponent(core) for core in _working(cores)]  # constant powers of two: all sizes near 1
+    live = [split_exponent(core) for core in _working(cores)]  # powers of two are constants
     ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)
     for (core, _), frozen in zip(reversed(live[1:]), reversed(canonical[1:]), strict=True):
         ends.append(split_exponent(torch.einsum("aoib,bd,coid->ac", core, ends[-1], frozen.conj()))[0])
@@ -346,10 +346,10 @@ def _rounded_with_gradient(
 class _LeadingVectors(torch.autograd.Function):
     """Left singular vectors of the largest singular values of a matrix `(m, n)`, shape `(m, rank)`.
 
-    With `M = U S V^H`, the change of a kept vector along another one is
-    `u_j^H du_i = (s_i u_j^H dM v_i + s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)`, and outside of all it is
-    `(1 - U U^H) dM v_i / s_i`. Along itself it is zero; the caller fixes the phase. Pairs of equal values
-    contribute nothing, which is right for functions that do not depend on the basis of their space.
+    With `M = U S V^H`, the change of a kept vector along another kept one is `u_j^H du_i = (s_i u_j^H dM v_i
+    + s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)`, and orthogonal to all of them it is `(1 - U U^H) dM v_i /
+    s_i`. Along itself it is zero; the caller fixes the phase. Pairs of equal singular values contribute
+    nothing, which is right for functions that do not depend on the basis of their space.
     """
 
     @staticmethod
@@ -385,7 +385,7 @@ def bond_tolerance(
     """Compute the relative error allowed at the next bond: an even part of the remaining energy.
 
     Args:
-        rel_error: promise for the whole chain, None for no promise.
+        rel_error: largest relative error of the whole chain, None for no limit.
         total: squared norm of the operator.
         spent: energy discarded at the bonds before.
         energy: squared norm of the block about to be truncated.
@@ -401,9 +401,8 @@ def bond_tolerance(
 def norm(cores: Sequence[Tensor]) -> Tensor:
     """Compute the Frobenius norm, with gradient, accurate even where the terms of the chain cancel.
 
-    Infinite or 0 where the norm leaves the range of the dtype; `log_norm` has no such limits. The gradient
-    exists wherever the norm is not 0 (it is 0 there) and can be differentiated once; `inner` can be
-    differentiated any number of times.
+    The result is infinite or 0 if the norm leaves the range of the dtype; `log_norm` has no such limits. The
+    gradient is 0 if the norm is 0. There are no second derivatives; use `inner` for them.
     """
     size, exponent = _norm(cores)
     return times_power_of_two(size, exponent).to(result_dtype(cores[0].dtype).to_real())
@@ -441,9 +440,9 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
     """Compute the singular values across a bond, descending, with gradient.
 
-    They are those of the matrix `(legs up to the bond, legs after it)`. The gradient can be differentiated
-    once; as that of `torch.linalg.svdvals` it is defined where values are distinct, and for functions that
-    do not distinguish equal values.
+    They are the singular values of the matrix `(legs up to the bond, legs after it)`. As for
+    `torch.linalg.svdvals`, the gradient is defined if the values are distinct, or for symmetric functions of
+    equal values. There are no second derivatives.
 
     Args:
         cores: the chain.
@@ -470,12 +469,12 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
 def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
     """Compute the von Neumann entropy `-sum p log p` in nats of `p = S^2 / sum S^2` across a bond.
 
-    0 for a product, `log(d)` for `d` equal singular values; the bond `exp(entropy)` is the effective one.
-    It has the gradient of `bond_spectrum`.
+    It is 0 for a product and `log(d)` for `d` equal singular values; `exp(entropy)` is the effective bond.
+    For the gradient see `bond_spectrum`.
     """
     energies = _spectrum(cores, bond)[0].square()
     p = energies / energies.sum() if float(energies.detach().sum()) > 0 else energies
-    return torch.special.entr(p[p > 0]).sum().abs()  # a product has 0, not -0
+    return torch.special.entr(p[p > 0]).sum().abs()  # 0 instead of -0 for a product
 
 
 def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
@@ -507,10 +506,10 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
 
 
 class _Projected(torch.autograd.Function):
-    """Autograd function: the value as given, with the gradient of `project`; no second derivatives.
+    """Autograd function that returns a given value, with the gradient of `project`; no second derivatives.
 
-    `once_differentiable` would let second derivatives through as zeros where the incoming gradient is a
-    constant, so they are refused by `_NoSecondDerivative` instead.
+    With `once_differentiable` second derivatives would silently be zero if the incoming gradient is a
+    constant, so `_NoSecondDerivative` is used to raise instead.
     """
 
     @staticmethod
@@ -585,13 +584,13 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- numbers as `mantissa * 2^exponent`, so that long products neither overflow nor underflow; exponents are
-# 0-dimensional float64 tensors without gradient, and a product with a power of two is exact.
+# Exponents are 0-dimensional float64 tensors without gradient; products with powers of two are exact.
 
 
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Split a tensor into one whose largest element lies in `[1/2, 1)`, and a power of two.
 
-    The exponent of zeros, and of a tensor with NaN or infinity in it, is 0. The first result has a gradient.
+    The exponent is 0 for zeros, and for a tensor with NaN or infinity. The first result has a gradient.
     """
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()
@@ -603,6 +602,6 @@ def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
     """Compute `tensor * 2^exponent` without an intermediate result outside the range of the dtype."""
     limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
     first = exponent.clamp(-limit, limit)
-    second = (exponent - first).clamp(-limit, limit)  # beyond, a mantissa becomes 0 or infinite anyhow
+    second = (exponent - first).clamp(-limit, limit)  # beyond it results are 0 or infinite anyway
     dtype = tensor.real.dtype
     return tensor * torch.exp2(first).to(dtype) * torch.exp2(second).to(dtype)

@@ -169,12 +169,12 @@ def random_cores(
     """Draw Gaussian cores such that each matrix element has mean 0 and variance `gain^2 / in_features`.
 
     An element of the matrix is a sum over `B = product of all bond sizes` products of `n` independent core
-    elements, so with standard deviation `s` for every core its variance is `B * s^(2n)`; hence
-    `s = (gain^2 / (in_features * B))^(1 / (2n))`. The terms of a sum have equal parts of the variance.
+    elements, so with standard deviation `s` for every core its variance is `B * s^(2n)`; hence `s = (gain^2 /
+    (in_features * B))^(1 / (2n))`. The terms of a sum have equal variances.
 
     Args:
         topology: describes the cores.
-        gain: factor on the standard deviation of the matrix, 1 keeps the variance of activations.
+        gain: factor of the standard deviation of the matrix; 1 preserves the variance of activations.
         generator: source of randomness; the global one if absent.
         dtype: dtype of the cores, torch's default if absent.
         device: device of the cores; that of the generator, or torch's default, if absent.
@@ -202,8 +202,8 @@ _CORE, _BOND, _OUT, _IN, _SHARED = "#2b5c8a", "#444444", "#b3541e", "#3a7d44", "
 def draw_topology(topology: Topology) -> "Figure":
     """Draw a topology with the size of every index; indices of size 1 are omitted.
 
-    The area of a disc grows with the logarithm of the parameters of its core. A leg that several cores
-    carry (block tensor trains) is drawn at each of them and tied together by a dashed line; so is a bond
+    The area of a disc grows with the logarithm of the parameters of its core. A leg that belongs to several
+    cores (block tensor trains) is drawn at each of them, joined by a dashed line; the same holds for a bond
     of more than two cores.
 
     Returns:
@@ -260,7 +260,7 @@ def _draw_bonds(axes: "Axes", topology: Topology, places: dict[str, Point]) -> N
         ends = [places[name] for name in names]
         middle = (sum(x for x, _ in ends) / len(ends), sum(y for _, y in ends) / len(ends))
         again = seen[tuple(sorted(names))] = seen.get(tuple(sorted(names)), -1) + 1
-        middle = (middle[0], middle[1] - 0.4 * again)  # two bonds between the same cores: the second sags
+        middle = (middle[0], middle[1] - 0.4 * again)  # a second bond between two cores is drawn lower
         style = "-" if len(names) == 2 else "--"
         for x, y in ends:
             axes.plot([x, middle[0]], [y, middle[1]], style, color=_BOND, linewidth=_width(size), zorder=1)
@@ -299,7 +299,7 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
 
 
 def _tilt(topology: Topology, places: dict[str, Point]) -> float:
-    """Choose the tilt of the legs: 0 for cores on a line, else the tilt farthest from the bonds."""
+    """Choose the angle of the legs: 0 for cores on a line, else the angle farthest from the bonds."""
     if len({y for _, y in places.values()}) == 1:
         return 0.0
     carriers = (_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1)

@@ -38,21 +38,21 @@ class Topology:
     of cores (einsum semantics), which is what block tensor trains need.
 
     The product of the out-legs may exceed `out_features`: the operator is then the leading block of the
-    padded one, and the padding counts as parameters. The same is true of the in-legs.
+    padded operator, and the padding counts as parameters. The same holds for the in-legs.
 
     An operator may also be a sum of networks, such as a matrix plus a low rank: `terms` then groups the
     cores. Each term carries every leg and has bonds of its own.
 
     Args:
         family: name of the builder that made it, for example `"mpo"`.
-        cores: the cores, in contraction order of the drawing.
+        cores: the cores, in the order in which they are drawn.
         sizes: `(label, size)` pairs, one for each label in use.
         out_labels: labels of the out-legs.
         in_labels: labels of the in-legs.
         out_features: rows of the operator, at most the product of the out-leg sizes.
         in_features: columns of the operator, at most the product of the in-leg sizes.
-        terms: of a sum, the family and the names of the cores of each term, in the order of the cores; empty
-            for one network.
+        terms: for a sum, the family and the core names of each term, in the order of the cores; empty for a
+            single network.
 
     Raises:
         TopologyError: a label has no size, a leg is missing, names repeat, features exceed the legs, or terms
@@ -83,7 +83,7 @@ class Topology:
     terms: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        # NumPy's integers become Python's, which files can hold.
+        # NumPy integers become Python integers, which can be written to files.
         sizes = tuple((label, check_size(f"The size of label {label!r}", size)) for label, size in self.sizes)
         object.__setattr__(self, "sizes", sizes)
         for name in ("out_features", "in_features"):
@@ -150,15 +150,15 @@ class Topology:
 
     @property
     def central_core(self) -> str:
-        """Name of the core with the most parameters (the first if several): the shared center of MPOE."""
+        """Name of the core with the most parameters (the first if several), which experts of MPOE share."""
         shapes = self.core_shapes
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a JSON-ready dictionary; `from_dict` restores it even if a writer sorted the keys.
 
-        transformers sorts the keys of config.json. The order of cores and bonds matters, so it is written
-        down where sorting would change it.
+        transformers sorts the keys of config.json. The order of cores and bonds matters, so it is stored
+        explicitly if sorting would change it.
         """
         labels = [label for label, _ in self.sizes]
         order = {"order": {"cores": list(self.core_names), "sizes": labels}}

@@ -1,4 +1,4 @@
-"""Batches: conversion of data to the arguments of a model, and a few rows of them to measure losses on."""
+"""Batches: conversion of data to the arguments of a model, and samples of rows to measure losses on."""
 
 import inspect
 import re
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from tensornet._util import unwrapped
 from tensornet.errors import TargetError
 
-#: Keyword arguments of a model. `"labels"` may be there for the loss alone.
+#: Keyword arguments of a model. `"labels"` may be present for the loss alone.
 Batch = Mapping[str, Any]
-#: What callers may pass for one: see `as_batch`.
+#: Forms in which callers may pass a batch, see `as_batch`.
 BatchLike = Batch | Tensor | Sequence[Any]
 
 #: Label of a position that has no loss.
 IGNORED = -100
-#: Dtypes of labels that no loss takes, though models take such indices of tokens.
+#: Dtypes of labels that losses refuse, although models accept them as token indices.
 _SHORT = (torch.int32, torch.int16, torch.int8, torch.uint8)
-#: First argument of a model that does not name it.
+#: Name of the first argument if the signature of the model does not show it.
 _FIRST = "input_ids"
-#: Annotations of an argument that is a mapping, as text.
+#: Annotations, as text, of arguments that are mappings.
 _MAPPINGS = re.compile(r"(typing\.|t\.)?(dict|Dict|Mapping|MutableMapping)\b")
 _FORMS = (
     "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "
@@ -49,11 +49,11 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     Args:
         given: keyword arguments (a Hugging Face batch); or a tensor, which is the model's first argument; or
             `(inputs, labels)`, with inputs in either form.
-        model: whose `forward` names the arguments.
+        model: the model; the signature of its `forward` names the arguments.
         device: where tensors go.
 
     Raises:
-        TargetError: it has another form, or token indices come without rows.
+        TargetError: it has another form, or token indices have only one dimension.
     """
     if isinstance(given, list | tuple) and len(given) in (1, 2) and isinstance(given[0], Tensor | Mapping):
         batch = dict(as_batch(given[0], model, device))
@@ -72,15 +72,15 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     else:
         raise TargetError(f"A batch is {_FORMS}; got {_described(given)}.")
     if isinstance(labels := batch.get("labels"), Tensor) and labels.dtype in _SHORT:
-        batch["labels"] = labels.long()  # losses take no other integers
+        batch["labels"] = labels.long()  # losses accept no other integers
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def run_model(model: nn.Module, batch: Batch) -> Any:
-    """Run the model on a batch, without the labels that its `forward` does not take.
+    """Run the model on a batch; labels are dropped if its `forward` does not take them.
 
-    A model whose first argument is annotated as a mapping (`features: dict[str, Tensor]`) is given the batch
-    as that one argument, a copy without labels.
+    If the first argument of the model is annotated as a mapping (`features: dict[str, Tensor]`), a copy of
+    the batch without labels is passed as this one argument.
 
     Raises:
         TargetError: the batch has another argument that `forward` does not take.
@@ -111,7 +111,7 @@ def _mapping_argument(model: nn.Module) -> str | None:
     if first is None or first.annotation is first.empty:
         return None
     kind = first.annotation
-    if isinstance(kind, str):  # of a module that puts off the evaluation of annotations
+    if isinstance(kind, str):  # annotations are strings under `from __future__ import annotations`
         return first.name if _MAPPINGS.match(kind) else None
     kind = get_origin(kind) or kind
     return first.name if isinstance(kind, type) and issubclass(kind, Mapping) else None
@@ -141,13 +141,14 @@ def _described(given: Any) -> str:
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
     """Return the mask of real tokens for a tensor with these leading dimensions; None without padding.
 
-    Padding is what `attention_mask` and `decoder_attention_mask` say; a position counts if either does. A
-    label of -100 is a token without a loss, as most are in a batch for masked language modelling. Only a
-    decoder that is given its tokens as labels reads padding after the last label of a row.
+    Padding is taken from `attention_mask` and `decoder_attention_mask`; a position counts as a token if
+    either is set. A label of -100 is not padding, only a token without a loss, like most tokens in masked
+    language modelling. The exception is a decoder that gets its tokens as labels: positions after the last
+    label of a row are padding.
 
     Dimensions are matched by size: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows, ...)` or
-    `(rows, heads, tokens)`, the first that fits. Other tensors, such as the tokens that a router picked for
-    an expert, have no mask: there padding counts.
+    `(rows, heads, tokens)`, the first that fits. Other tensors, such as the tokens that a router chose for an
+    expert, get no mask, and their padding counts.
 
     Args:
         batch: arguments of the model.
@@ -171,7 +172,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
 
 def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
-    """Broadcast a mask `(rows, tokens)` to a shape; None where it does not fit."""
+    """Broadcast a mask `(rows, tokens)` to a shape; None if it does not fit."""
     rows, tokens = mask.shape
     rest = [1] * (len(shape) - 2)
     if shape[:2] == (rows, tokens):
@@ -188,8 +189,7 @@ def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
 def _ended_labels(batch: Batch) -> Tensor | None:
     """Return the mask of decoder tokens up to the last label of each row; None for other labels.
 
-    Labels are a decoder's if no input of the batch but its own has their shape, and there is no mask of its
-    own.
+    Labels belong to a decoder if only decoder inputs have their shape, and there is no decoder mask.
     """
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
@@ -202,17 +202,17 @@ def _ended_labels(batch: Batch) -> Tensor | None:
     return real if bool(real.any()) else None
 
 
-#: Batches that rows are taken from, at most.
+#: Largest number of batches that rows are taken from.
 _PARTS = 4
-#: Tokens of a row whose arguments do not show them, as the patches of an image.
+#: Tokens per row if the arguments do not show their number, as for the patches of an image.
 _TOKENS_OF_IMAGE = 196
 
 
 class BatchSample:
-    """Iterable that hands batches on and remembers a few of them, evenly spaced.
+    """Iterable that yields batches and remembers a few of them, evenly spaced.
 
     Args:
-        batches: any iterable, even one that can be walked through only once.
+        batches: any iterable, even one that can be iterated only once.
 
     Example:
         >>> from tensornet.calibration.batches import BatchSample
@@ -242,15 +242,15 @@ class BatchSample:
 def some_rows(
     batches: Sequence[BatchLike], model: nn.Module, tokens: int, *, parts: int = _PARTS
 ) -> list[Batch]:
-    """Select the first rows of a few batches, of about so many tokens in all.
+    """Select the first rows of a few batches, with about a given number of tokens in all.
 
-    Batches with an argument that does not have one entry for each row are taken as a whole.
+    A batch with an argument that does not have one entry for each row is taken as a whole.
 
     Args:
         batches: as for `calibrate`.
-        model: whose arguments they are.
-        tokens: of all rows together; at least one row is taken.
-        parts: batches that rows are taken from, at most.
+        model: the model that the batches are for.
+        tokens: number of tokens of all rows together; at least one row is taken.
+        parts: largest number of batches that rows are taken from.
 
     Example:
         >>> from tensornet.calibration.batches import some_rows
@@ -268,7 +268,7 @@ def some_rows(
 
 
 def tokens_of(batch: Batch) -> int:
-    """Estimate how many tokens a batch has, padding left out.
+    """Estimate how many tokens a batch has, without padding.
 
     Example:
         >>> from tensornet.calibration.batches import tokens_of
@@ -280,7 +280,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch, of about so many tokens, and of long windows their beginning."""
+    """Select the first rows of a batch with about a given number of tokens; cut long windows."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]
@@ -294,7 +294,7 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:
-    """Return True if all arguments are integers `(rows, tokens)` without padding, so that tokens can go."""
+    """Return True if all arguments are integers `(rows, tokens)` without padding, so that rows can be cut."""
     shapes = {tuple(value.shape) for value in arrays.values()}
     integers = all(value.ndim == 2 and not value.is_floating_point() for value in arrays.values())
     mask = arrays.get("attention_mask")
@@ -302,7 +302,7 @@ def _is_one_window(arrays: dict[str, Tensor]) -> bool:
 
 
 def tokens_of_row(batch: Batch) -> float:
-    """Estimate how many tokens a row has, padding left out; 1 where a row is one vector."""
+    """Estimate how many tokens a row has, without padding; 1 if a row is one vector."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return max(1.0, float((mask != 0).sum()) / len(mask))

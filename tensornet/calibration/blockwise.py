@@ -1,8 +1,7 @@
 """Run models block by block, where each block reads the hidden state that the one before it returned.
 
-With the hidden states kept, all blocks together cost one forward pass; running the whole model for every
-block would cost as many passes as there are blocks. Chains are found by running the model once and watching
-the tensors.
+Hidden states are stored, so running all blocks costs one forward pass, not one for each block. Chains of
+blocks are found by running the model once and comparing the tensors that its modules receive and return.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ class Call:
     """Arguments of a block, and the position of the hidden state among them.
 
     Args:
-        args, kwargs: of the call.
+        args, kwargs: arguments of the call.
         slot: index among `args`, or name among `kwargs`.
     """
 
@@ -49,7 +48,7 @@ class Call:
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Mark the tensor at `slot` as the hidden state, if a tensor is there."""
+        """Mark the argument at `slot` as the hidden state if it is a tensor."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
@@ -77,11 +76,11 @@ def hidden_of(output: Any) -> Tensor:
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
     """Find stacks of modules that run as a chain; map their names to the names of the blocks.
 
-    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules; a chain is one
-    whose modules run once each, in order, each on the very tensor that the one before it has returned.
+    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules; in a chain every
+    module runs once, in order, on the same tensor object that the module before it returned.
 
     Args:
-        model: in eval mode.
+        model: the model, in eval mode.
         batch: keyword arguments of the model; it is run once.
     """
     stacks = outer_stacks(model)
@@ -130,13 +129,13 @@ class ChainRun:
     """Run the blocks of a chain one after the other, each on all batches.
 
     Args:
-        model: that the chain is part of.
-        names: its blocks.
+        model: the model that contains the chain.
+        names: names of its blocks.
         batches: keyword arguments of the model.
         states: hidden states, `states[k, n]` of batch `n` before block `k`: a dictionary, or anything that is
             indexed as one, such as a store on the disk.
-        position: block that comes next.
-        calls: by batch and block.
+        position: index of the next block.
+        calls: recorded calls, by batch and block.
     """
 
     model: nn.Module
@@ -162,8 +161,8 @@ class ChainRun:
         """Run the model up to the last block, to record the arguments of all blocks.
 
         Args:
-            skip: run the first block only, and hand its output on in place of the outputs of the others.
-                For models too large to be run as a whole; arguments that a later block computes are missed.
+            skip: run the first block only, and use its output in place of the outputs of the others. For
+                models too large to be run as a whole; arguments that a later block computes are missed.
 
         Raises:
             TargetError: a block does not read the hidden state that the one before it returned.
@@ -174,18 +173,18 @@ class ChainRun:
             step = partial(self._note, calls, outputs, skip)
             with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            if len(calls) > 1:  # the second call shows for certain where the hidden state is
+            if len(calls) > 1:  # only the second call shows with certainty where the hidden state is
                 calls[0] = calls[0].with_slot(calls[1].slot)
             self.states[0, number] = calls[0].hidden
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` for one batch and return its output; states stay as they are.
+        """Run the block at `position` for one batch and return its output; states are not changed.
 
         Args:
-            number: of the batch.
-            hidden: instead of the state that the block reads in this batch.
+            number: index of the batch.
+            hidden: hidden state to use in place of the stored one.
         """
         hidden = self.states[self.position, number] if hidden is None else hidden
         for extension in extensions():
@@ -194,10 +193,10 @@ class ChainRun:
 
     @torch.no_grad()
     def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:
-        """Run the block at `position` on all batches and go on to the next.
+        """Run the block at `position` on all batches and advance to the next block.
 
         Args:
-            keep: keep the states that the block has read.
+            keep: keep the states that the block read.
             before: called with each batch before the block runs on it.
         """
         for number, batch in enumerate(self.batches):
@@ -210,7 +209,7 @@ class ChainRun:
 
     @contextmanager
     def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """Skip the blocks inside the context, and continue the model with `hidden` behind them."""
+        """Skip the blocks inside the context; the model continues after them with `hidden`."""
         first = self._first[number]
         output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
         with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):

@@ -40,20 +40,20 @@ from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_mod
 from tensornet.nn.unfuse import unfused
 
 Fisher = Literal["labels", "sampled"]
-#: Calibration that is not told how many tokens to read stops at so many at the latest.
+#: Largest number of tokens that calibration reads if `tokens` is not given.
 MOST_TOKENS = 32768
-#: It stops before, but not before so many, once each full input moment has so many tokens a feature and the
-#: predicted loss increase of the reference scheme has at most this relative standard error.
+#: Conditions to stop earlier: least number of tokens; least number of tokens per feature of each full input
+#: moment; largest relative standard error of the predicted loss increase of the reference scheme.
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
-#: Elements of a weight from which on products in 16 bits are faster than the conversions they need.
+#: Number of elements of a weight above which products in 16 bits are faster, conversions included.
 _LARGE = 1 << 18
-#: Losses that first ask the model what it returns, which must not be observed.
+#: Losses that first run the model to see what it returns; this run must not be recorded.
 _OWN = (label_losses, own_losses, sampled_losses)
 #: Columns of a block of a Gram matrix.
 _BLOCK = 128
 
 
-@torch.inference_mode(False)  # inside it nothing can be differentiated
+@torch.inference_mode(False)  # gradients are needed
 def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
@@ -71,42 +71,42 @@ def calibrate(
 ) -> CalibrationStats:
     """Collect the second moments that predict the loss increase of an error in each weight.
 
-    Memory is that of the moments plus one batch; weights get no gradients. The model runs in eval mode on
-    the device its parameters are on, and is left as it was.
+    Needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on the
+    device of its parameters, and is not changed.
 
-    Unless `tokens` says how many to read, calibration stops once the moments have settled: every full moment
-    of inputs has at least 32 tokens a feature, and the predicted loss increase of a reference scheme (all
-    weights with the same relative error, `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each weight)
-    has a relative standard error of at most 2.5 %, estimated from batch to batch by the delta method. It
-    reads at least 4,096 tokens and at most 32,768.
+    If `tokens` is not given, calibration stops once the moments have converged: every full moment of inputs
+    has at least 32 tokens a feature, and the predicted loss increase of a reference scheme (all weights with
+    the same relative error, `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each weight) has a relative
+    standard error of at most 2.5 %, estimated from batch to batch by the delta method. It reads at least
+    4,096 tokens and at most 32,768.
 
-    The first condition bounds the sampling error of the moments: factors fitted to moments of `n` independent
-    tokens raise the loss by `(rows + columns) / n` more, relatively, than those fitted to exact moments. The
-    second notices batches that differ more than those of a random sample. Neither knows what has not been
-    read, so pass batches in random order. `docs/quality.md` has the measurements.
+    The first condition bounds the sampling error of the moments: with factors fitted to moments of `n`
+    independent tokens, the loss increase is larger by a fraction of `(rows + columns) / n` than with exact
+    moments. The second detects batches that differ more than random samples would. Neither can know about
+    batches that were not read, so pass batches in random order. `docs/quality.md` has the measurements.
 
     Args:
         model: any module; its layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
         batches: keyword arguments of the model (a Hugging Face batch); or tensors, which are its first
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.
-        config: observe the layers it selects; all if absent.
+        config: selects the layers to observe; all if absent.
         loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent,
             it is the cross entropy of the labels, of the next token for classes such as `*ForCausalLM`; or
             the model's own loss times its tokens; or, without both, the distance from the dense outputs.
         fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
-            `"sampled"` at labels drawn from the model (the true one).
-        tokens: how many tokens to read, padding left out, fewer if the batches have no more; the last batch
-            is cut. Where a model reads no tokens, rows count (an image as 196).
+            `"sampled"` at labels drawn from the model (the true Fisher matrix).
+        tokens: how many tokens to read, without padding; the last batch is cut. If the model does not read
+            tokens, rows are counted instead (an image counts as 196 tokens).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
             much as running the model; all if absent, 0 to collect inputs only.
         full_up_to: a side of a weight longer than this keeps only the diagonal of its moment.
         dtype: dtype of the accumulators.
-        autocast: run the model in this dtype where that is safe, and multiply the gradients of one batch in
-            it. `"auto"` takes `torch.bfloat16` for large float32 models on devices that multiply it faster
-            (`fast_dtype`); None leaves the caller's autocast as it is. Moments of inputs are always
-            multiplied in `dtype`, and all are summed in it.
-        source: what the data is, for reports.
+        autocast: run the model under autocast to this dtype, and compute the gradient moments of a batch in
+            it. `"auto"` is `torch.bfloat16` for large float32 models on devices where it is faster
+            (`fast_dtype`); None keeps the caller's autocast. Input moments are always computed in `dtype`,
+            and all moments are summed in it.
+        source: name of the data, for reports.
         progress: show a progress bar.
 
     Raises:
@@ -147,7 +147,7 @@ def calibrate(
                 batch = first_rows(batch, left)
             recorder.batch = batch
             with_gradients = gradient_batches is None or count < gradient_batches
-            # No cache of weights in 16 bits: nothing would clear it before the last batch.
+            # No cache of weights in 16 bits, since it would not be cleared before the last batch.
             lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
             with lower, torch.set_grad_enabled(with_gradients):
                 if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
@@ -161,7 +161,7 @@ def calibrate(
                     each.sum().backward()
                     total += float(each.detach().sum())
                     scored += each.numel()
-                elif loss_fn is not None:  # it knows how this model is called
+                elif loss_fn is not None:  # the loss calls the model itself
                     loss_fn(model, batch)
                 else:
                     run_model(model, batch)
@@ -181,8 +181,8 @@ def calibrate(
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
     """Return bfloat16 if a model runs faster under autocast to it on its device, else None.
 
-    That takes a float32 model with matrices of at least 2^18 elements, and a device that multiplies bfloat16
-    in hardware: a GPU from Ampere on, or a processor with AVX-512 BF16 or AMX.
+    This is so for a float32 model with matrices of at least 2^18 elements, on a device with bfloat16
+    arithmetic: a GPU from Ampere on, or a processor with AVX-512 BF16 or AMX.
 
     Example:
         >>> from tensornet.calibration.calibrate import fast_dtype
@@ -202,7 +202,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 class _Settling:
-    """Predicted loss increase of the reference scheme, batch by batch; see `calibrate`."""
+    """Predicted loss increase of the reference scheme for each batch; see `calibrate`."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         #: Mean square of each weight.
@@ -223,16 +223,16 @@ class _Settling:
         """Estimate the relative standard error of the predicted loss increase of the reference scheme."""
         names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
         scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
-        # shape: (batches, layers); a batch that does not reach a layer adds nothing to its traces
+        # shape: (batches, layers); zero if a batch does not reach a layer
         c, r = (
             torch.tensor([[x.get(name, 0.0) for name in names] for x in side], dtype=torch.float64)
             for side in zip(*self.batches, strict=True)
         )
-        if not bool(r.any()):  # inputs alone
+        if not bool(r.any()):  # only inputs were recorded
             r = torch.ones_like(r)
         mean_c, mean_r = c.mean(0), r.mean(0)
         total = float((scale * mean_c * mean_r).sum())
-        # First-order change of the total if a batch counted a little more.
+        # First-order change of the total when the weight of a batch increases.
         influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
         return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
@@ -241,7 +241,7 @@ def checked_losses(losses: Any) -> Tensor:
     """Validate the losses that a user-supplied function returns.
 
     Raises:
-        TargetError: they are not a tensor that requires gradients.
+        TargetError: the losses are not a tensor that requires gradients.
     """
     if isinstance(losses, Tensor) and losses.requires_grad:
         return losses
@@ -253,7 +253,7 @@ def checked_losses(losses: Any) -> Tensor:
 
 
 def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
-    """Return the mean loss of a token; NaN for random projections, whose value means nothing.
+    """Return the mean loss of a token; NaN for random projections, whose value has no meaning.
 
     Raises:
         TargetError: no token has a loss.
@@ -276,7 +276,7 @@ class MomentRecorder:
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.inputs: dict[str, _InputSum] = {}  # layer -> sum that it shares with those that read the same
+        self.inputs: dict[str, _InputSum] = {}  # layer -> sum, shared by layers with the same input
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
@@ -312,8 +312,8 @@ class MomentRecorder:
     def _settle(self) -> None:
         """Add the moment of the pending tensor to the sums of the layers that read it.
 
-        Layers share a sum as long as they have read the same tensors. A tensor that only some of them read
-        (an expert may get no token in a batch) splits the sum in two.
+        Layers share a sum as long as they read the same tensors. If only some of them read a tensor (an
+        expert may get no token in a batch), the sum is split in two.
         """
         if self._last is None:
             return
@@ -356,7 +356,8 @@ class MomentRecorder:
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=self.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
-            # Their damping hides the rounding of products in 16 bits, which inputs with outliers would not.
+            # Gradient moments may be computed in 16 bits, since damping exceeds the rounding error. Input
+            # moments may not, since inputs have outliers.
             add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
 
     def finish(
@@ -368,20 +369,20 @@ class MomentRecorder:
             scored: tokens that have a loss.
             loss: mean loss of a token.
             source: what the data is.
-            inputs: moments of inputs by layer that another recorder has collected.
+            inputs: input moments by layer, collected by another recorder.
         """
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
         for shared in {id(x): x for x in self.inputs.values()}.values():
-            if not self.counts[shared.layers[0]]:  # an expert that got nothing but padding never ran
+            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as never run
                 continue
             mean = mirrored(shared.total.div_(max(self.counts[shared.layers[0]], 1)))
             columns.update(dict.fromkeys(shared.layers, mean))
         for name, moment in self.gradients.items():
             (columns if name in self.frequencies else rows)[name] = mirrored(moment.div_(scored))
-        for name, moment in (*columns.items(), *rows.items()):  # inputs first: where it began
-            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # no element of a moment is larger
+        for name, moment in (*columns.items(), *rows.items()):  # inputs first: they show the first bad layer
+            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # it has the largest elements
             if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
                     f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
@@ -401,18 +402,18 @@ class MomentRecorder:
         )
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the coherence of each layer that has held tokens and both moments."""
+        """Compute the coherence of each layer for which tokens were kept and both moments are known."""
         readers: dict[int, list[str]] = {}
         for name in sorted(name for name in self._samples if name in rows and name in columns):
             readers.setdefault(id(columns[name]), []).append(name)
         ratios: dict[str, float | None] = {}
         for names in readers.values():
-            with remembering():  # the moment of a shared input is factorised once
+            with remembering():  # factorises the moment of a shared input once
                 ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
     def _moment(self, tokens: Tensor) -> Tensor:
-        # The model may run under autocast; sums of thousands of squares in 16 bits would be noise.
+        # The model may run under autocast, but sums of thousands of squares in 16 bits would be noise.
         with torch.autocast(tokens.device.type, enabled=False):
             if tokens.shape[1] <= self.full_up_to:
                 return upper_gram(tokens.to(self.dtype))
@@ -420,7 +421,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the rows of tokens, shape `(tokens, features)`; not a copy where all are tokens."""
+    """Select the rows of tokens, shape `(tokens, features)`; a view if there is no padding."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
@@ -452,7 +453,7 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Return True if a layer reads this tensor, unchanged, for the first time."""
+        """Return True if the layer reads the same unchanged tensor, and has not read it before."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
@@ -475,7 +476,8 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
     Args:
         total: shape `(features, features)`; elements below the diagonal are undefined afterwards.
-        x: shape `(tokens, features)`, perhaps in 16 bits: then the product of these tokens is, not the sum.
+        x: shape `(tokens, features)`. If it has 16 bits, its product is computed in 16 bits too, the sum is
+            not.
     """
     for rows, columns in _blocks(x.shape[1]):
         left, right = x[:, rows].T, x[:, columns]
@@ -508,7 +510,7 @@ def mirrored(moment: Tensor) -> Tensor:
 def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
-    """Record the chosen layers inside the block, in eval mode, with frozen weights and repeatable draws."""
+    """Record the chosen layers inside the block, in eval mode, with frozen weights and a fixed seed."""
     with unfused(model), in_eval_mode(model), uncompiled(), without_cache(model), seeded_draws():
         weights = find_targets(model, config or LayerSelection(target_modules="all"))
         targets = [x for x in weights if not x.skip]
@@ -518,7 +520,7 @@ def observed(
         handles = [
             x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
             for name, x in model.named_modules()
-            # Subclasses may read something else, such as a mask that they make positions of.
+            # Subclasses may read something else, such as a mask from which they compute positions.
             if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
         ]
         for name, module in layers.values():
@@ -552,7 +554,7 @@ def _index_hook(name: str) -> Any:
 
 def _input_hook(name: str, recorder: MomentRecorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        (given,) = (*args, *kwargs.values())  # some models name the only argument
+        (given,) = (*args, *kwargs.values())  # some models pass it by keyword
         kind = kind_of(module)
         if kind is not None and kind.name == "embedding":
             recorder.see_indices(name, given, kind.matrix(module).shape[0])
@@ -568,8 +570,9 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        if not output.requires_grad:  # the first layer: with frozen weights the graph starts here
-            # A copy, since the model may change its output in place, which no leaf of a graph allows.
+        if not output.requires_grad:  # weights are frozen, so the graph starts at the first layer
+            # A copy, since the model may change its output in place, which a leaf of the graph does not
+            # allow.
             output = output.detach().requires_grad_().clone()
         (given,) = (*args, *kwargs.values())
         paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]

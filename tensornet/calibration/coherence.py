@@ -1,13 +1,14 @@
-"""Coherence of the tokens of one row: by how much errors that rounding makes add up over them.
+"""Coherence of the tokens of one row: how far their first-order loss changes add up instead of canceling.
 
-The error `E` of a weight changes the loss of one row of a batch (a text, an image) by `sum_t e_t`, with
-`e_t = g_t^T E x_t` over its tokens, inputs `x_t` and gradients `g_t` of the outputs. K-FAC takes the tokens
-for independent, so that the mean square is that of `sum_t e_t^2`. Where a model pools its tokens, as encoders
-of sentences and images do, all `g_t` of its last layers are nearly equal, and an error costs many times more.
+The error `E` of a weight changes the loss of one row of a batch (a text, an image) by `sum_t e_t`, with `e_t
+= g_t^T E x_t` over its tokens, inputs `x_t` and gradients `g_t` of the outputs. K-FAC treats the tokens as
+independent, so that the mean square is that of `sum_t e_t^2`. If a model pools its tokens, as encoders of
+sentences and images do, all `g_t` of its last layers are nearly equal, and the true loss increase is many
+times larger.
 
-Rounding and truncation weighed by both moments `R = E[g g^T]` and `C = E[x x^T]` leave errors that are
-isotropic once both sides are whitened. So the ratio is that of whitened tokens: otherwise the few directions
-that all tokens share, and in which little error is left, would decide.
+Rounding and truncation are weighted by both moments `R = E[g g^T]` and `C = E[x x^T]`; their errors are
+isotropic after both sides are whitened. So the ratio is computed from whitened tokens. Without whitening, a
+few directions that all tokens share would dominate, although little error is left in them.
 """
 
 import random
@@ -21,24 +22,24 @@ from tensornet._util import remembered
 from tensornet.calibration.batches import Batch
 from tensornet.linalg.weighted_svd import cholesky, damped, root
 
-#: Rows of a layer that are kept, and how many tokens of each.
+#: Number of rows that are kept for a layer, and of tokens for each row.
 ROWS, TOKENS = 16, 32
 #: Shares of the mean diagonal that are added to moments of inputs and of gradients, as for rounding.
 COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
-#: No ratio is smaller: with tokens that cancel out, or few samples, it may come out near zero.
+#: Smallest ratio: the estimate may be near zero if tokens cancel or samples are few.
 _LEAST = 0.1
 
 
 @dataclass(frozen=True)
 class HeldTokens:
-    """Inputs of some tokens of one row, held until the gradients of their outputs arrive.
+    """Inputs of some tokens of one row, kept until the gradients of their outputs are known.
 
     Args:
-        slot: where they go among the rows that are kept.
-        row: of the batch.
-        places: of the tokens in their row, shape `(tokens,)`.
-        x: inputs, shape `(tokens, in)`.
-        count: tokens of the whole row.
+        slot: index among the rows that are kept.
+        row: index of the row in the batch.
+        places: positions of the tokens in their row, shape `(tokens,)`.
+        x: their inputs, shape `(tokens, in)`.
+        count: number of tokens of the whole row.
     """
 
     slot: int
@@ -59,7 +60,7 @@ class CoherenceSample:
     """Random tokens of random rows of one layer, kept until its moments are known.
 
     Args:
-        name: of the layer: equal names choose equally.
+        name: name of the layer, which seeds the random choice.
 
     Example:
         >>> from tensornet.calibration.coherence import CoherenceSample
@@ -76,15 +77,15 @@ class CoherenceSample:
         self._kept: dict[int, _Kept] = {}
 
     def hold(self, x: Tensor, mask: Tensor | None, batch: Batch) -> list[HeldTokens]:
-        """Choose rows of a run of the layer, and copy inputs of some of their tokens.
+        """Choose some rows of the input of a layer, and copy some of their tokens.
 
         Args:
             x: input, shape `(..., in)`.
-            mask: true at tokens, shape `(...)`; all if absent.
-            batch: that the model runs on.
+            mask: true at tokens that are not padding, shape `(...)`; all if absent.
+            batch: the batch on which the model runs.
 
         Returns:
-            Nothing where the sizes do not show the rows, and of rows of a single token.
+            The copied tokens; none if the sizes do not show the rows, or for rows of a single token.
         """
         by_row = by_rows(x.detach(), *row_sizes(batch))
         if by_row is None:
@@ -98,14 +99,14 @@ class CoherenceSample:
                 continue
             slot = self._seen if self._seen < ROWS else self._random.randrange(self._seen + 1)
             self._seen += 1
-            if slot < ROWS:  # every row seen so far is kept with the same probability
+            if slot < ROWS:  # reservoir sampling: every row is kept with the same probability
                 chosen = self._random.sample(range(count), min(count, TOKENS))
                 places = tokens[row].nonzero()[:, 0][chosen]
                 held[slot] = HeldTokens(slot, row, places, by_row[row, places], count)
         return list(held.values())
 
     def add(self, held: Sequence[HeldTokens], gradient: Tensor, batch: Batch) -> None:
-        """Keep tokens, now with the gradients of the outputs of that run, shape `(..., out)`."""
+        """Store the tokens together with the gradients of the layer's outputs, shape `(..., out)`."""
         by_row = by_rows(gradient.detach(), *row_sizes(batch)) if held else None
         if by_row is None:
             return
@@ -116,11 +117,12 @@ class CoherenceSample:
         """Compute the mean square of the changes of rows, relative to that of independent tokens.
 
         Args:
-            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; a factor does not matter.
+            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; its scale does not
+                matter.
             rows: moment of the gradients, shape `(out, out)` or `(out,)`.
 
         Returns:
-            None if nothing was kept, or nothing but zeros.
+            None if no tokens were kept, or all of them are zero.
         """
         kept = [self._kept[slot] for slot in sorted(self._kept)]
         if not kept or not (bool(columns.any()) and bool(rows.any())):
@@ -133,13 +135,13 @@ class CoherenceSample:
             pairs = (a @ a.mT).double() * (b @ b.mT).double()
             single, size = float(pairs.trace()), len(a)
             alone += single * one.count / size
-            others = (float(pairs.sum()) - single) / (size * (size - 1))  # mean over pairs of unlike tokens
+            others = (float(pairs.sum()) - single) / (size * (size - 1))  # mean over different tokens
             joint += single * one.count / size + others * one.count * (one.count - 1)
         return max(joint / alone, _LEAST) if alone > 0 else None
 
 
 def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
-    """Transform vectors so that their moment would be the identity, but for damping.
+    """Transform vectors so that their moment becomes the identity, up to damping.
 
     Args:
         x: shape `(tokens, features)`.
@@ -147,7 +149,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
         damping: fraction of the mean diagonal that is added to it.
 
     Returns:
-        In single precision where that loses nothing, else in double precision.
+        The vectors, in single precision if that is accurate enough, else in double precision.
 
     Example:
         >>> from tensornet.calibration.coherence import whitened
@@ -157,7 +159,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
     if moment.ndim == 1:
         return x.double() / damped(moment, damping).sqrt()
     lower = _root(moment, damping)
-    if lower is None:  # rounding of the sums outweighs the damping
+    if lower is None:  # rounding errors of the sums exceed the damping
         return x.double() @ root(damped(moment, damping))[1].mT
     found: Tensor = torch.linalg.solve_triangular(lower, x.to(lower.dtype).mT, upper=False)
     return found.mT
@@ -173,7 +175,7 @@ def _root(moment: Tensor, damping: float) -> Tensor | None:
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows of a batch, and how many tokens they may have.
+    """Return the number of rows of a batch, and the possible numbers of tokens in a row.
 
     Example:
         >>> from tensornet.calibration.coherence import row_sizes
@@ -186,16 +188,16 @@ def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
 
 
 def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
-    """Reshape what a layer reads to `(rows, tokens, features)`.
+    """Reshape the input of a layer to `(rows, tokens, features)`.
 
     Args:
-        x: shape `(rows, ..., features)`, `(tokens, rows, ..., features)`, or with rows and their parts in one
-            dimension: all tokens, or windows of an image.
-        rows: of the batch.
-        tokens: that a row may have.
+        x: shape `(rows, ..., features)` or `(tokens, rows, ..., features)`; or rows and tokens, or rows and
+            windows of an image, may be one dimension.
+        rows: number of rows of the batch.
+        tokens: possible numbers of tokens in a row.
 
     Returns:
-        None where the sizes do not show the rows, as for tokens that a router has gathered.
+        None if the sizes do not show the rows, as for tokens that a router selected.
 
     Example:
         >>> from tensornet.calibration.coherence import by_rows

@@ -1,8 +1,8 @@
 """Per-token losses whose gradients calibration collects.
 
-A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, padding
-left out. Any function of that form can be given to `calibrate`. Random numbers that those here draw are the
-same in every calibration; called alone, they take the global generator.
+A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, without
+padding. Any such function can be given to `calibrate`. Some losses of this module draw random numbers: with a
+fixed seed during calibration, otherwise with the global generator.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,15 +24,16 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits.
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`. Decoders of transformers are scored by the
-    label of the next position, other models by that in its place (`scores_next_token`); no token is scored
-    from padding. A model of an unknown class that computes a loss from labels of tokens is scored by that
-    (`own_losses`), and so is one whose labels and logits do not match token by token. Outputs are objects or
-    mappings with `logits` or `loss`, or one tensor `(..., classes)` for labels `(...)`. Labels that are
-    numbers of the shape of that tensor are predicted: the loss of each row is the mean squared difference.
+    label of the next position, other models by the label of the same position (`scores_next_token`); logits
+    of padding are not scored. The model's own loss is used (`own_losses`) if its class is unknown and it
+    computes a loss from token labels, or if labels and logits do not match token by token. Outputs are
+    objects or mappings with `logits` or `loss`, or one tensor `(..., classes)` for labels `(...)`. If labels
+    are floating-point numbers with the shape of that tensor, the loss of each row is the mean squared
+    difference.
 
     Raises:
-        TargetError: the model returns neither logits nor a loss, or one tensor that no labels fit; or its
-            labels are the tokens that it reads, and its class does not say that it predicts the next one.
+        TargetError: the model returns neither logits nor a loss, or a tensor that does not fit the labels; or
+            the labels are the input tokens, but the class is not known to predict the next token.
 
     Example:
         >>> from tensornet.calibration import label_losses
@@ -67,7 +68,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Tensor | None:
-    """Return the mean loss that a model computes from labels of tokens; None if it computes none."""
+    """Return the mean loss that a model computes from token labels; None if it does not."""
     if "labels" not in batch and takes_labels(model):
         output = run_model(model, {**batch, "labels": labels})
     loss: Tensor | None = field(output, "loss")
@@ -75,7 +76,7 @@ def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Te
 
 
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the model's own mean loss, once for each token that has a label, shape `(tokens,)`.
+    """Return the model's own mean loss, repeated for each token that has a label, shape `(tokens,)`.
 
     Labels are `batch["labels"]`, else the unpadded `input_ids`.
 
@@ -113,7 +114,7 @@ def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
 
 
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the cross entropy of labels sampled from the model: gradients then give the Fisher matrix.
+    """Compute the cross entropy of labels sampled from the model, whose gradients give the Fisher matrix.
 
     The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
     not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
@@ -171,7 +172,7 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
     return _projected(outputs) / outputs.detach().norm(dim=-1).clamp_min(_TINY)
 
 
-#: Losses that draw projections: curvature without a value that would mean something.
+#: Losses that draw random projections: only their gradients have a meaning, not their value.
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
@@ -179,14 +180,13 @@ PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 def default_losses(model: nn.Module, batch: Batch, fisher: str) -> tuple[TokenLosses, bool]:
     """Choose the loss for a model from its outputs for one batch.
 
-    Hidden states or sentence embeddings alone are judged by `cosine_losses`; labels by `label_losses`, or for
-    `fisher="sampled"` by `sampled_losses`; labels of tokens by the loss of the model (`own_losses`), if its
-    class does not say where they are scored; and outputs that have neither labels nor a loss of the model by
-    their distance (`output_losses`).
+    The choice is `cosine_losses` for outputs with only hidden states or sentence embeddings; `label_losses`,
+    or `sampled_losses` for `fisher="sampled"`, if there are labels; the model's own loss (`own_losses`) for
+    token labels if the class does not show which position they belong to; and the distance of the outputs
+    (`output_losses`) if there are neither labels nor a loss.
 
     Returns:
-        The loss, and True if it is the cross entropy of tokens that the model knows, so that its exponential
-        is a perplexity.
+        The loss, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
     """
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
@@ -209,8 +209,8 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> tuple[TokenLo
     return by_labels, False
 
 
-#: Endings of the names of classes whose logits at one position are scored by the next label, and of others
-#: that score labels in their place.
+#: Endings of class names: of models whose logits are scored by the next label, and of models whose logits are
+#: scored by the label of the same position.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _IN_PLACE = (
     "XLNetLMHeadModel",
@@ -222,10 +222,10 @@ _IN_PLACE = (
 
 
 def scores_next_token(model: nn.Module) -> bool | None:
-    """Return True if logits are scored by the label of the next position, False if by the label in its place.
+    """Return True if logits are scored by the next label, False if by the label of the same position.
 
-    Known of the classes of transformers: decoders by the end of their name, with listed exceptions; models
-    of an encoder and a decoder shift their labels themselves. None for any other class.
+    This is known for classes of transformers: decoders are recognized by the end of their name, with a list
+    of exceptions; encoder-decoder models shift their labels themselves. None for any other class.
 
     Example:
         >>> from tensornet.calibration.losses import scores_next_token
@@ -244,7 +244,7 @@ def scores_next_token(model: nn.Module) -> bool | None:
 def _has_table(model: nn.Module, classes: int) -> bool:
     """Return True if the classes are the tokens that a model reads: one for each row of its embedding.
 
-    Of a model that does not say which embedding that is, any will do.
+    If a model does not tell which embedding reads its tokens, all embeddings are compared.
     """
     getter = getattr(model, "get_input_embeddings", None)
     named = getter() if callable(getter) else None
@@ -255,14 +255,13 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
     """Build a loss that compares compressed models with their dense teacher.
 
-    Of labels, `label_losses` or `own_losses`. Without labels, the distance from the
-    dense model's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the
-    squared difference of other outputs relative to the dense ones.
+    With labels it is `label_losses` or `own_losses`. Without labels it is the distance from the dense model's
+    outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the squared
+    difference of other outputs relative to the dense ones.
 
     Args:
         teacher: the dense model.
-        remember: keep its outputs for each batch, for batches that are passed several times as the same
-            objects.
+        remember: keep its outputs for each batch, to reuse them when the same batch object is passed again.
 
     Example:
         >>> import copy
@@ -273,7 +272,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
         [0.0, 0.0, 0.0, 0.0, 0.0]
     """
     judged_by: TokenLosses | None = None
-    known: dict[int, tuple[Batch, Any]] = {}  # with the batch, whose number is then not given again
+    known: dict[int, tuple[Batch, Any]] = {}  # keeps the batch alive, so that its id stays unique
 
     def wanted_of(batch: Batch) -> Any:
         if id(batch) in known:
@@ -286,7 +285,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
-        if judged_by is None:  # from the first batch; the teacher of a language model then runs no more
+        if judged_by is None:  # decided by the first batch; with labels the teacher is not run again
             judged_by, _ = default_losses(teacher, batch, "labels")
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
@@ -299,11 +298,11 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the squared distances of output rows from another model's, relative to the latter's norms.
+    """Compute the squared distances of output rows from those of a reference model, relative to its norms.
 
     Args:
-        outputs: a tensor, or an object or mapping of tensors, the first dimension of each being rows.
-        wanted: the same of the model that is right.
+        outputs: a tensor, or an object or mapping of tensors, whose first dimensions are the rows.
+        wanted: outputs of the reference model.
         batch: the arguments of both models; padding in outputs of `(rows, tokens, ...)` does not count.
 
     Example:
@@ -316,12 +315,12 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
     return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)
 
 
-#: Least square of an output that a distance is relative to.
+#: Smallest squared norm that a distance is divided by.
 _TINY = 1e-30
 
 
 def _output_rows(output: Any, batch: Batch) -> Tensor:
-    """Concatenate all floating outputs of each row, padding set to zero, shape `(rows, numbers)`."""
+    """Concatenate all floating-point outputs of each row, with zero padding, shape `(rows, numbers)`."""
     parts = []
     for value in _tensors(output, batch):
         mask = token_mask(batch, value.shape[:2]) if value.ndim > 2 else None
@@ -356,7 +355,7 @@ def only_hidden(output: Any) -> bool:
     return hidden and not judged
 
 
-#: Where models that embed sentences return one vector for each row.
+#: Fields in which models that embed sentences return one vector for each row.
 SENTENCE = "sentence_embedding"
 
 
@@ -396,15 +395,15 @@ def _labels(batch: Batch) -> Tensor | None:
     """Return the labels of a batch, else its input tokens without padding."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
-        labels = batch["input_ids"].long()  # of 32 bits in some batches, which losses do not take
+        labels = batch["input_ids"].long()  # losses refuse 32-bit labels
         mask = batch.get("attention_mask")
-        if mask is not None and mask.shape == labels.shape:  # others say which tokens see which
+        if mask is not None and mask.shape == labels.shape:  # other shapes are attention patterns
             labels = labels.masked_fill(mask == 0, IGNORED)
     return labels
 
 
 def _scored(labels: Any, batch: Batch) -> int:
-    """Count the tokens that have a label; rows where labels are not classes of tokens."""
+    """Count the tokens that have a label, or the rows if labels are not classes of tokens."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
         return _rows(batch)
     return int((labels != IGNORED).sum())
@@ -416,7 +415,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}
     output = run_model(model, batch)
-    if isinstance(output, Tensor):  # it may be hidden states: only labels that were given make logits of it
+    if isinstance(output, Tensor):  # without given labels it may be hidden states
         labels = batch.get("labels")
     logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
@@ -429,17 +428,17 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and bool(scores_next_token(model))
     padded = causal and mask is not None and mask.shape == labels.shape
-    if causal:  # a position is scored by the next label
+    if causal:  # each position is scored by the next label
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     keep = labels != IGNORED
-    if padded:  # on the left: what padding says of the first token is not what the model says of a text
+    if padded:  # left padding: its logits for the first token are meaningless
         keep &= batch["attention_mask"] != 0
     places = keep.reshape(-1).nonzero().squeeze(1)
-    # Indices may be of 32 bits, classes may not.
+    # Token indices may have 32 bits, class labels may not.
     return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()
 
 
-#: Logits that are looked at together: on a CPU they stay in its cache.
+#: Number of logits processed at a time, so that they stay in the cache of a CPU.
 _CACHED, _CHUNK = 1 << 18, 1 << 27
 
 
@@ -448,7 +447,7 @@ def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: shape `(rows, classes)`.
-        places: rows that have a label, each at most once, shape `(tokens,)`.
+        places: indices of the rows that have a label, without repetition, shape `(tokens,)`.
         labels: their classes, shape `(tokens,)`.
 
     Returns:
@@ -481,7 +480,7 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
     drawn = torch.empty_like(places)
     for part in _parts(places, logits):
         sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)
-        # The first class whose sum exceeds the share of the total: none without probability.
+        # The first class whose cumulative sum exceeds the drawn number; classes of probability 0 never do.
         drawn[part] = torch.searchsorted(sums, shares[part] * sums[:, -1:], right=True)[:, 0]
     return drawn.clamp_max_(logits.shape[1] - 1)
 
@@ -501,7 +500,7 @@ class _TokenEntropies(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, places, labels, sums = ctx.saved_tensors
-        whole = len(places) == len(logits)  # each place is there at most once
+        whole = len(places) == len(logits)  # `places` has no repetitions
         found = torch.empty_like(logits) if whole else torch.zeros_like(logits)
         for part in _parts(places, logits):
             some = logits[places[part]].float().sub_(sums[part, None]).exp_()
@@ -511,7 +510,7 @@ class _TokenEntropies(torch.autograd.Function):
 
 
 def _parts(places: Tensor, logits: Tensor) -> list[slice]:
-    """Split the tokens into runs whose logits are looked at together."""
+    """Split the tokens into runs whose logits are processed together."""
     step = max(1, (_CACHED if logits.is_cpu else _CHUNK) // max(logits.shape[1], 1))
     return [slice(k, k + step) for k in range(0, len(places), step)]
 
@@ -522,9 +521,9 @@ _drawing: ContextVar[dict[torch.device, torch.Generator] | None] = ContextVar("d
 
 @contextmanager
 def seeded_draws() -> Iterator[None]:
-    """Let losses draw from generators of their own inside the block, which start at a fixed seed.
+    """Make losses draw from separate generators with a fixed seed inside the block.
 
-    One sequence runs through all batches, so that equal batches get different noise.
+    The generators are not reset between batches, so that equal batches get different noise.
 
     Example:
         >>> from tensornet.calibration.losses import draws_on, seeded_draws
@@ -543,7 +542,7 @@ def seeded_draws() -> Iterator[None]:
 
 
 def draws_on(device: torch.device) -> torch.Generator | None:
-    """Return the generator of a device; None outside of `seeded_draws`, where the global one draws."""
+    """Return the generator of a device; None (the global generator) outside of `seeded_draws`."""
     known = _drawing.get()
     if known is None:
         return None

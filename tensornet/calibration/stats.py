@@ -21,27 +21,26 @@ STATS_VERSION = 1
 class CalibrationStats:
     """Second moments of inputs and output gradients of every layer: the curvature of the loss.
 
-    A change `dW: (out, in)` of the weight of one layer raises the loss of a token by about
-    `1/2 tr(R dW C dW^T)`, with `R` from `rows` and `C` from `columns` (K-FAC's view of the Fisher matrix),
-    times its `coherence`.
-    For a linear layer `C = E[x x^T]` of its inputs and `R = E[g g^T]` of the gradients of the summed loss by
-    its outputs. For an embedding `R` has the frequencies of its rows and `C` the gradient moment.
+    A change `dW: (out, in)` of the weight of one layer increases the loss of a token by about `1/2 tr(R dW C
+    dW^T)`, with `R` from `rows` and `C` from `columns` (the K-FAC approximation of the Fisher matrix), times
+    its `coherence`. For a linear layer with inputs `x`, and gradients `g` of the summed loss with respect to
+    its outputs, `C = E[x x^T]` and `R = E[g g^T]`. For an embedding `R` has the frequencies of its rows, and
+    `C` is the gradient moment.
 
     Args:
         rows: by module name, shape `(out, out)`, or `(out,)` where only the diagonal is kept.
         columns: by module name, shape `(in, in)` or `(in,)`. Layers that read one input (q, k, v) share
             one tensor.
-        tokens: number of tokens the moments are means over, padding left out.
-        loss: mean loss of a token, None where no loss was computed.
+        tokens: number of tokens that the moments are averaged over, without padding.
+        loss: mean loss of a token, None if no loss was computed.
         source: where the text came from, for reports.
-        of_tokens: the loss is the cross entropy of tokens, so that its exponential is a perplexity.
-        coherence: by module name, factor of `R`: how far errors add up over the tokens of a row (a text, an
-            image), as a mean square relative to independent tokens, for errors that are isotropic
-            once `R` and `C` are whitened. Estimated from 32 tokens of each of 16 rows; 1 where
-            absent.
-        counts: by module name, tokens that reached the layer: fewer than `tokens` where a router chooses.
-        scored: tokens that have a loss.
-        fingerprint: by module name, four elements of the weight, which tell another model of the same shapes.
+        of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
+        coherence: by module name, a factor of `R`: the mean square of the first-order loss change of a row (a
+            text, an image), relative to independent tokens, for errors that are isotropic after `R` and `C`
+            are whitened. Estimated from 32 tokens of each of 16 rows; 1 if absent.
+        counts: by module name, number of tokens that reached the layer: fewer than `tokens` behind a router.
+        scored: number of tokens that have a loss.
+        fingerprint: by module name, four elements of the weight, to recognize the model.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -70,7 +69,7 @@ class CalibrationStats:
         """Raise TargetError if the statistics were collected on a model of other weights.
 
         Args:
-            targets: of the model at hand; those that the statistics do not know are passed over.
+            targets: targets of the model; those that are not in the statistics are ignored.
 
         Raises:
             TargetError: a weight differs by more than its rounding to 16 bits; the message names the layer.
@@ -99,7 +98,7 @@ class CalibrationStats:
 
     def _repr_html_(self) -> str:
         """Format as a table for notebooks."""
-        known = self.loss is not None and self.loss == self.loss  # NaN: batches had no loss of their own
+        known = self.loss is not None and self.loss == self.loss  # NaN: the loss has no meaning
         loss = f", loss {self.loss:.4f}" if known else ""
         caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
         rows = []
