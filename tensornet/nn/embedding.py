@@ -26,15 +26,14 @@ from tensornet.topology import Topology
 class MPOEmbedding(NetworkModule):
     """Embedding that looks up rows of `W: (num_embeddings, embedding_dim)` without building `W`.
 
-    A token's index is split into its digits over the out-legs; each core gives the slice of its digit and
-    the slices are contracted for all tokens at once. Any topology works whose out-legs each sit on one
-    or more cores.
+    A token's index is split into its digits over the out-legs; each core gives the slice of its digit and the
+    slices are contracted for all tokens at once. Works for any topology.
 
     Args:
         topology: out-legs carry the vocabulary, in-legs the embedding dimension.
-        padding_idx: kept for information; the row is an ordinary one.
-        strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` reads slices, `"reconstruct"`
-            builds the table, `"cached"` keeps it in eval, `"auto"` reads slices.
+        padding_idx: stored for information only; its row is treated like any other.
+        strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices,
+            `"reconstruct"` builds the table, `"cached"` keeps it in eval mode.
 
     Example:
         >>> table = torch.nn.Embedding(1000, 64)
@@ -73,9 +72,9 @@ class MPOEmbedding(NetworkModule):
         """Look up rows by slicing cores, shape `(*indices.shape, embedding_dim)`.
 
         Raises:
-            IndexError: an index lies outside the table. As in `nn.Embedding`, that is an assertion of the
-                device where it is not the CPU.
-            ShapeError: indices of another dtype than int64 or int32.
+            IndexError: an index lies outside the table. On other devices than the CPU it is a device-side
+                assertion, as in `nn.Embedding`.
+            ShapeError: the indices are neither int64 nor int32.
         """
         topology, dtype = self.topology, self.dtype
         if indices.dtype not in (torch.int64, torch.int32):
@@ -92,13 +91,13 @@ class MPOEmbedding(NetworkModule):
         for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
             digits[label] = rest % size
             rest = torch.div(rest, size, rounding_mode="floor")
-        # An index outside the table can still have valid digits. With an invalid one the core refuses it.
+        # An index outside the table can still have valid digits. Invalid digits raise an error in the core.
         first, size = topology.out_labels[0], topology.out_dims[0]
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of
         for spec, core in zip(topology.cores, self.stored_cores, strict=True):
             if spec.name in self._row_cores and isinstance(core, PackedCore):
-                # Only those rows of integers are unpacked that are asked for.
+                # Unpack only the requested rows of integers.
                 row = torch.zeros_like(flat)
                 for label in (x for x in spec.labels if x in digits):
                     row = row * sizes[label] + digits[label]
@@ -163,7 +162,7 @@ class MPOEmbedding(NetworkModule):
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
-    """Index every out-leg of a core with its digits: shape `(tokens, remaining labels)`."""
+    """Index the out-legs of a core by the digits of all tokens: shape `(tokens, remaining labels)`."""
     legs = [axis for axis, label in enumerate(labels) if label in digits]
     if not legs:
         return core
@@ -192,7 +191,7 @@ def embedding_from_network(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> MPOEmbedding:
-    """Build an embedding from cores, rounded by `weighting` where the storage is integer."""
+    """Build an embedding from cores; integer cores are rounded under `weighting`."""
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores, weighting, rounding)
     return layer

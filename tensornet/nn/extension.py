@@ -1,6 +1,6 @@
-"""Extensions: how a library with model classes of its own integrates with tensornet.
+"""Extensions: the interface for libraries with their own model classes.
 
-A model class may keep many matrices in one parameter, have its own way of saving, or come with text to
+A model class may store many matrices in one parameter, have its own file format, or come with text to
 calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
 """
 
@@ -19,11 +19,11 @@ from tensornet.nn.module import module_spec
 
 @dataclass(frozen=True)
 class ProvidedData:
-    """Calibration data with a name: of an extension, or as `tensornet.compress(calibration=...)`.
+    """Calibration data with a name, from an extension or given as `tensornet.compress(calibration=...)`.
 
     Args:
         batches: as for `tensornet.calibrate`; the loss is measured on a few of them.
-        source: a few words for reports that say what the data is.
+        source: name of the data, for reports.
         loss_fn: losses of a batch, see `tensornet.calibrate`; the model's own if absent.
         statistics: collected on these batches before; collected now if absent.
     """
@@ -48,10 +48,10 @@ class ModelExtension:
     """
 
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Expose weights that the model stores in another form as layers, inside the returned context.
+        """Return a context manager in which weights that the model stores in another form are layers.
 
-        Entered while a model is observed, planned or changed. On exit every layer that was not replaced
-        returns to the model's own form.
+        It is used while a model is calibrated, planned or changed. On exit every layer that was not replaced
+        is converted back to the model's own form.
 
         Args:
             model: changed in place inside the context.
@@ -61,7 +61,7 @@ class ModelExtension:
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
         """Pass information about a batch, such as its padding, to modules inside `block`.
 
-        Called where blocks of a model run one by one, without the model around them.
+        This is called when blocks of a model are run one by one, without the rest of the model.
 
         Args:
             block: part of a model that is unfused.
@@ -75,23 +75,23 @@ class ModelExtension:
             model: its layers are final; the method is called once after the last replacement.
 
         Returns:
-            True if the extension takes care of how the model is saved. If none does and the model has a
-            `save_pretrained`, a warning says that this method does not know the new layers.
+            True if the extension adapts how the model is saved. If no extension does and the model has a
+            `save_pretrained`, a warning says that this method cannot save the new layers.
         """
         return False
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return calibration data for a model compressed without any; None leaves it to other extensions.
+        """Return calibration data for a model that is compressed without any; None if there is none.
 
         Args:
-            model: dense, about to be compressed.
+            model: the dense model.
         """
         return None
 
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Return keyword arguments with which a model, or a part of one, can be called; None if unknown.
 
-        Compressed models are run on it once, which reveals code that reads the weight of a replaced layer.
+        Compressed models are run on it once, to find code that reads the weight of a replaced layer.
 
         Args:
             model: compressed or not.
@@ -103,7 +103,7 @@ _EXTENSIONS: list[ModelExtension] = []
 
 
 def register_extension(extension: ModelExtension) -> ModelExtension:
-    """Register an extension, which is then asked about every model.
+    """Register an extension; its methods are then called for every model.
 
     Args:
         extension: an instance, not a class.

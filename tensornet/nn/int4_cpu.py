@@ -4,13 +4,14 @@ The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. By
 `[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
 high half. Each group has a scale and an offset: `value = scale * (code - 8) + offset`.
 
-Codes of 2 or 3 bits become codes of 4. Codes of 5 to 8 bits are split into their 4 highest bits and the
-rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two products of the kernel
-with the same groups: the rows of the low part lie below those of the high part. A zero point is subtracted
-from the codes of its group, which takes one bit more and is exact as all of this is: scales and offsets are
+Codes of 2 or 3 bits are converted to 4 bits. Codes of 5 to 8 bits are split into their 4 highest bits and the
+rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two kernel products with
+the same groups. The rows of the low part are stored below those of the high part. A zero point is subtracted
+from the codes of its group, which takes one more bit. All conversions are exact, since scales and offsets are
 powers of two times the stored scales.
 
-The layout belongs to the processor and not to a file. Bits of a weight in groups of 64, stored and prepared:
+The layout depends on the processor and is not saved. Bits per weight for groups of 64, as stored and as
+prepared:
 
 | format | int2 | int3 | int4 | int5 | int6 | int8 |
 |---|---|---|---|---|---|---|
@@ -30,14 +31,14 @@ from tensornet._util import is_exporting
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import unpack
 
-#: Inputs that share a scale, as the kernel can have them.
+#: Group sizes that the kernel supports.
 _GROUPS = (128, 64, 32)
-#: Most tokens, over the number of products, for which the kernel is faster than unpacking the matrix. Units
-#: for matrices (AMX) make the product with the unpacked matrix three to four times as fast, not the kernel.
+#: Largest number of tokens, divided by the number of products, for which the kernel is faster than unpacking
+#: the matrix. AMX makes products with the unpacked matrix three to four times as fast, but not the kernel.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
-#: Largest layout that is made by default, in units of the stored bytes.
+#: Largest default size of the layout, in units of the stored bytes.
 MAX_GROWTH = 1.75
-#: Elements that are converted, or unpacked and multiplied, at a time: 8 MiB on the way.
+#: Number of elements that are converted, or unpacked and multiplied, at a time; they take 8 MiB.
 _BLOCK = 2**20
 _BITS = 4
 
@@ -47,10 +48,10 @@ class KernelMatrix:
     """Integer matrix `(out, in)` in the layout of the kernel.
 
     Args:
-        number_format: in which it is stored.
-        codes: shape `(products * out, in / 2)`, whose bytes lie as the module says.
+        number_format: format in which the matrix is stored.
+        codes: shape `(products * out, in / 2)`, bytes in the order described at the top of this module.
         scales: scale and offset of each group, `torch.bfloat16`, shape `(groups, products * out, 2)`.
-        block: rows of a block.
+        block: number of rows in a block.
     """
 
     number_format: NumberFormat
@@ -79,40 +80,40 @@ class KernelMatrix:
         return self.codes.nbytes + self.scales.nbytes
 
     def row_scales(self, dtype: torch.dtype) -> None:
-        """Return None: `blocks` leaves no scales out."""
+        """Return None: `blocks` applies all scales."""
 
     @property
     def kernel_tokens(self) -> int:
-        """Most tokens for which the kernel is the faster way."""
+        """Largest number of tokens for which the kernel is faster."""
         return KERNEL_TOKENS // self.products if self.codes.is_cpu else 0
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Return True if the kernel is the faster way for this input."""
+        """Return True if the kernel is faster for this input."""
         return x.dtype == torch.bfloat16 and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
+        """Multiply with the kernel: `(tokens, in)` to `(tokens, out)`."""
         multiply = multiply_int4 if self.products == 1 else multiply_int4_twice
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Unpack the rows, block by block; each is the transpose of a contiguous matrix."""
         rows, columns = self.shape
-        # Of numbers in 16 bits only bfloat16 has the range of the scales.
+        # bfloat16 is the only 16-bit dtype with the range of the scales.
         own = torch.float32 if dtype == torch.float16 else dtype
         factors = _in_order(self.scales, rows, self.block // 2).permute(2, 3, 0, 1, 4).to(own)
         factors = factors / _unit(self.number_format)
         for part in _parts(rows, columns, self.block):
             blocks = slice(part.start // self.block, part.stop // self.block)
-            # Codes are put in order while they are bytes; then the scales of a group lie side by side.
+            # Reorder codes while they are bytes, so that the scales of a group are contiguous.
             points = self._points(part).permute(2, 0, 1, 3)
             made = points.new_empty(points.shape, dtype=own).copy_(points)  # shape: (in, blocks, 2, half)
-            del points  # before the next ones are allocated
+            del points  # free them before the next ones are allocated
             made.view(-1, self.group, *made.shape[1:]).mul_(factors[:, :, blocks])
             yield part, made.view(columns, -1).to(dtype).T
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Unpack all values, in operations that a compiler fuses."""
+        """Unpack all values, with operations that a compiler can fuse."""
         (rows, columns), half = self.shape, self.block // 2
         low = _low_bits(self.number_format)
         parts = self.codes.view(self.products, -1, columns, half).unbind()
@@ -137,7 +138,7 @@ class KernelMatrix:
         )
         found = high.new_empty(len(high), 2, *high.shape[1:])
         if not low:
-            # The sign is the highest bit of a signed byte, and of codes whose highest bit is flipped.
+            # Codes with a flipped highest bit are signed bytes.
             flipped = high ^ 0x88
             torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
             torch.bitwise_and(flipped, 0xF0, out=found[:, 1])
@@ -157,14 +158,14 @@ def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
 
     Args:
         scales: as in `KernelMatrix`.
-        rows: of the matrix.
+        rows: number of rows of the matrix.
         half: number of rows in half a block.
     """
-    found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)  # those of the last product
+    found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)  # scales of the last product
     return found.permute(1, 2, 0, 3, 4)
 
 
-# Instead of making this small copy, a compiler would gather single numbers from the pairs for every code.
+# Without this small copy a compiler would gather single numbers from the pairs for every code.
 @torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
 def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     return _in_order(scales, rows, half).to(torch.float32).contiguous()
@@ -177,14 +178,14 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes and scales of a `KernelMatrix` with one product."""
+    """Multiply `x: (tokens, in)` by a `KernelMatrix` with one product."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by codes and scales of a `KernelMatrix` with two products."""
+    """Multiply `x: (tokens, in)` by a `KernelMatrix` with two products."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 
@@ -210,12 +211,12 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Count the kernel calls for one product with a matrix of this format; only where `has_layout`."""
+    """Count the kernel calls for one product with a matrix of this format; requires `has_layout`."""
     return 2 if _low_bits(number_format) else 1
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes of a matrix in the layout; only where `has_layout`.
+    """Count the bytes of a matrix in the layout; requires `has_layout`.
 
     Example:
         >>> from tensornet.nn.int4_cpu import layout_bytes
@@ -234,14 +235,14 @@ def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
 def to_kernel(
     number_format: NumberFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None, columns: int
 ) -> KernelMatrix:
-    """Convert from the stored packing; only where `has_layout`.
+    """Convert from the stored packing; requires `has_layout`.
 
     Args:
         number_format: of the matrix.
         codes: packed rows.
         scales: shape `(out, groups)`.
-        zeros: packed zero points, None without.
-        columns: `in`.
+        zeros: packed zero points, or None.
+        columns: number of columns, `in`.
     """
     block, group, low = _block_rows(), _kernel_group(number_format, columns), _low_bits(number_format)
     assert block is not None
@@ -276,7 +277,7 @@ def _centred(number_format: NumberFormat, codes: Tensor, zeros: Tensor | None, c
 
 
 def _origin(number_format: NumberFormat, zeros: Tensor | None, columns: int) -> Tensor | int:
-    """Return the codes whose points are 0: zero points for each input, or the centre, rounded up."""
+    """Return the codes of the value 0: zero points for each input, or the centre, rounded up."""
     assert number_format.bits is not None
     if zeros is None:
         return 2 ** (number_format.bits - 1)
@@ -286,7 +287,7 @@ def _origin(number_format: NumberFormat, zeros: Tensor | None, columns: int) -> 
 
 
 def _low_bits(number_format: NumberFormat) -> int | None:
-    """Count the bits beyond the 4 of the first product: 0 if it is enough, None if two are not."""
+    """Count the bits of the second product: 0 if one product is enough, None if two are not enough."""
     if number_format.bits is None:
         return None
     bits = number_format.bits + (1 if number_format.zero_point else 0)
@@ -304,20 +305,20 @@ def _unit(number_format: NumberFormat) -> int:
 
 
 def _by_input(codes: Tensor, block: int) -> Tensor:
-    """Order codes `(rows, in)` of 4 bits by inputs, two a byte, as rows of `in / 2` bytes."""
+    """Order 4-bit codes `(rows, in)` by inputs, two per byte, as rows of `in / 2` bytes."""
     low, high = codes.view(-1, block, codes.shape[1]).transpose(1, 2).split(block // 2, dim=2)
     return (low | (high << 4)).reshape(len(codes), -1)
 
 
 def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:
-    """Yield slices of whole blocks of the kernel, of few enough rows to bound the working memory."""
+    """Yield slices of whole kernel blocks, with few rows to bound the working memory."""
     step = max(1, _BLOCK // (block * columns)) * block
     for start, stop in pairwise((*range(0, rows, step), rows)):
         yield slice(start, stop)
 
 
 def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
-    """Return how many inputs share a scale in the kernel, None if it cannot have groups like these."""
+    """Return the group size for the kernel; None if the kernel does not support these groups."""
     if number_format.group is not None:
         return number_format.group if columns % number_format.group == 0 else None
     return next((group for group in _GROUPS if columns % group == 0), None)
@@ -325,7 +326,7 @@ def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
 
 @lru_cache(maxsize=1)
 def _block_rows() -> int | None:
-    """Measure how many rows the kernel takes at once; None if it is absent or has an unknown layout."""
+    """Find the number of rows in a kernel block; None if the kernel is missing or has an unknown layout."""
     convert = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     if convert is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None

@@ -1,7 +1,7 @@
 """Products with an integer matrix: by a kernel of torch that reads the codes, or unpacked block by block.
 
-A whole unpacked matrix would be written to memory and read again. A block of rows stays in the cache, and
-nothing larger is allocated except the output, in the backward pass as well.
+A whole unpacked matrix would be written to memory and read again; a block of rows stays in the cache. Nothing
+larger than a block is allocated except the output, also in the backward pass.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,12 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Elements that are unpacked at a time; of codes that need no scales, which are converted in one pass.
+#: Number of elements unpacked at a time: with scales, and for codes without scales.
 _BLOCK, _POINTS = 2**17, 2**20
-#: Most tokens for which torch's int8 kernel on the CPU is faster than unpacking.
+#: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24
 _KERNEL_STEP = 32
-#: Most tokens for which unpacking to float32, and multiplying there, is faster than in 16 bits.
+#: Largest number of tokens for which unpacking and multiplying in float32 is faster than in 16 bits.
 WIDE_TOKENS = 8
 
 
@@ -30,12 +30,12 @@ class IntegerMatrix:
     """Integer matrix `(out, in)` as it is stored.
 
     Args:
-        number_format: of its codes.
+        number_format: format of its codes.
         codes: packed rows.
-        scales: of its groups.
-        zeros: packed zero points, None without.
-        columns: `in`.
-        scale_bits: the stored scales, to tell whether they are still the same.
+        scales: scales of its groups.
+        zeros: packed zero points, or None.
+        columns: number of columns, `in`.
+        scale_bits: the stored scales, to detect whether they were replaced.
     """
 
     number_format: NumberFormat
@@ -57,10 +57,11 @@ class IntegerMatrix:
         return len(self.codes), self.columns
 
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the scales of rows, shape `(out,)`, if codes are points of the grid and a row has one scale.
+        """Return the scales of rows, shape `(out,)`, if they can be applied to the outputs; else None.
 
-        Integers of 8 bits are exact in bfloat16, and it is faster to scale outputs than weights. In
-        `torch.float16` products with integers may be too large.
+        They can if codes have 8 bits and a row has one scale: such codes are exact in bfloat16, and scaling
+        outputs is faster than scaling weights. In `torch.float16` products with unscaled integers may
+        overflow.
         """
         trained = self.codes.is_floating_point()
         if trained or dtype == torch.float16 or not scales_by_row(self.number_format, self.columns):
@@ -68,7 +69,7 @@ class IntegerMatrix:
         return self.scales[:, 0].to(dtype)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block, without `row_scales`."""
+        """Unpack the rows, block by block; `row_scales` are not applied."""
         if self.row_scales(dtype) is not None:
             for part in self._parts(_POINTS):
                 yield part, self.codes[part].view(torch.int8).to(dtype)
@@ -92,22 +93,22 @@ class IntegerMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Most tokens for which torch's int8 kernel is the faster way; 0 if it cannot read the codes."""
+        """Largest number of tokens for which torch's int8 kernel is faster; 0 if it cannot read the codes."""
         fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
         return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Return True if torch's int8 kernel can read the codes, and is the faster way for this input."""
+        """Return True if torch's int8 kernel can read the codes and is faster for this input."""
         return x.dtype == torch.bfloat16 and x.is_cpu and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        """Multiply by the kernel: `(tokens, in)` to `(tokens, out)`."""
+        """Multiply with the kernel: `(tokens, in)` to `(tokens, out)`."""
         codes, scales = self.codes.view(torch.int8), self.scales.reshape(-1)
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes, scales)
         return y
 
 
-#: Stored integers that multiply: as they are stored, or in the layout of torch's int4 kernel.
+#: Integer matrix as it is stored, or in the layout of torch's int4 kernel.
 IntegerProduct = IntegerMatrix | KernelMatrix
 
 
@@ -120,7 +121,7 @@ def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
     """Return True if torch's int8 kernel reads matrices of this format and shape as they are stored."""
     plain = scales_by_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
-    # With other sizes the kernel reads beyond its operands and crashes.
+    # With other sizes the kernel reads out of bounds and crashes.
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
@@ -129,7 +130,7 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
 
     Args:
         x: input.
-        matrix: integers, whose scales are not trained.
+        matrix: the integer matrix; its scales must not be trained.
         bias: shape `(out,)`, or None.
     """
     out_features, in_features = matrix.shape
@@ -146,7 +147,7 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
 
 
 def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
-    """Multiply by differentiable operations, for compilers, which cannot differentiate the kernel."""
+    """Multiply with differentiable operations, since compilers cannot differentiate the kernel."""
     if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
     if not isinstance(matrix, IntegerMatrix):
@@ -171,7 +172,7 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
 
 
 def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
-    """Compute the gradient by the input from the gradient `(tokens, out)` by the output."""
+    """Compute the gradient of the input from the gradient `(tokens, out)` of the output."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     scales = matrix.row_scales(gradient.dtype)
     gradient = gradient if scales is None else gradient * scales
@@ -191,7 +192,7 @@ class _Product(torch.autograd.Function):
         return _pulled_back(gradients[0], ctx.matrix), None
 
 
-# Compilers make slow code of unpacking: what they get is one operation that works as without them.
+# Compilers generate slow code for unpacking, so they see a single opaque operation.
 @torch.library.custom_op("tensornet::integer_product", mutates_args=())
 def integer_product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str

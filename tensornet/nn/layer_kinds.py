@@ -1,11 +1,11 @@
 """Stock modules that can be compressed: reading their matrices, and rebuilding them.
 
-A module that is one matrix has a `LayerKind`. A module that owns several, or one that is applied in another
-way than `x W^T`, has a `CompoundKind`: it makes an equivalent module whose matrices are layers of their own,
-and takes those back.
+A module with one matrix has a `LayerKind`. A module with several matrices, or with one that is not applied as
+`x W^T`, has a `CompoundKind`, which makes an equivalent module with one layer for each matrix, and converts
+it back.
 
-A layer kind is matched by its exact type. Subclasses are left alone on purpose: `nn.MultiheadAttention`,
-for example, reads `out_proj.weight` itself and would silently compute with a core.
+A layer kind is matched by its exact type. Subclasses are skipped on purpose, since their `forward` may
+differ.
 """
 
 import re
@@ -20,7 +20,7 @@ from tensornet.errors import TargetError
 
 
 class LayerKind(ABC):
-    """Abstract kind of stock layer; subclass and `register_layer_kind` to make another kind compressible.
+    """Abstract kind of stock layer; for a new kind, subclass this and call `register_layer_kind`.
 
     Example:
         >>> from tensornet.nn import LayerKind
@@ -58,15 +58,15 @@ class LayerKind(ABC):
         """Build a stock layer from a matrix and a bias, on their device and in their dtype."""
 
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
-        """Let a stock layer use this parameter as its weight: tied layers stay tied."""
+        """Let a stock layer use this parameter as its weight, so that tied layers stay tied."""
         module.weight = weight
 
 
 def relatives(name: str, others: Iterable[str]) -> list[str]:
-    """Select the layers whose statistics replace those of a layer that saw no data.
+    """Select the layers whose statistics may be used for a layer that saw no data.
 
-    Names that differ in the last number alone: other experts of the same mixture. Numbers are those of a
-    list, or at the end of a key such as `expert_3`.
+    These are layers whose names differ in the last number alone, such as other experts of the same mixture. A
+    number is an index of a list, or the end of a key such as `expert_3`.
 
     Example:
         >>> from tensornet.nn.layer_kinds import relatives
@@ -77,7 +77,7 @@ def relatives(name: str, others: Iterable[str]) -> list[str]:
     return [] if path is None else [other for other in others if _counted_path(other) == path]
 
 
-#: A part of a name that counts modules. Layers such as `w_1` and `w_2` are not relatives.
+#: A part of a name that is the index of a module. Layers such as `w_1` and `w_2` are not relatives.
 _COUNTED = re.compile(r"(.*_)?\d+")
 
 
@@ -93,7 +93,7 @@ def _counted_path(name: str) -> tuple[str, ...] | None:
 
 
 class CompoundKind(ABC):
-    """Abstract kind of module that owns several matrices; register it with `register_compound_kind`.
+    """Abstract kind of module with several matrices; register it with `register_compound_kind`.
 
     Example:
         >>> from tensornet.nn.layer_kinds import compound_of
@@ -112,7 +112,7 @@ class CompoundKind(ABC):
 
         Args:
             module: the stock module; its parameters are viewed, not copied.
-            shared: matrices of modules that were unfused before, so that tied parameters stay tied.
+            shared: matrices of modules that are already unfused, so that tied parameters stay tied.
         """
 
     def reason_against(self, module: nn.Module) -> str | None:
@@ -141,7 +141,7 @@ class _Conv1D(LayerKind):
     name = "conv1d"
 
     def matches(self, module: nn.Module) -> bool:
-        # By name, so that the core does not import transformers.
+        # Compared by name, so that the core does not import transformers.
         known = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
         return known and is_plain(module)
 
@@ -162,7 +162,7 @@ class _Conv1D(LayerKind):
 class _Embedding(LayerKind):
     """Layer kind of `nn.Embedding`: row `v` of the matrix is the vector of token `v`.
 
-    With `max_norm` it is not: `forward` shortens the rows that it reads.
+    Embeddings with `max_norm` are excluded, since `forward` changes the rows that it reads.
     """
 
     name = "embedding"
@@ -184,11 +184,11 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
     return layer
 
 
-#: Types whose weight a hook of `torch.nn.utils` may recompute before each pass.
+#: Types whose weight may be recomputed before each pass by a hook of `torch.nn.utils`.
 _STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Why a layer stays dense under weight_norm, spectral_norm or prune.
+#: Reason why a layer stays dense under weight_norm, spectral_norm or prune.
 RECOMPUTED = "weight recomputed by a hook"
-#: Why a layer stays dense that another `forward` was set on.
+#: Reason why a layer stays dense if its `forward` was replaced.
 OWN_FORWARD = "forward set on the layer itself"
 
 _KINDS: dict[str, LayerKind] = {}
@@ -217,7 +217,7 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
 
 
 def register_compound_kind(kind: CompoundKind) -> CompoundKind:
-    """Register another kind of module with several matrices, which takes precedence over earlier ones.
+    """Register another kind of module with several matrices; later kinds take precedence over earlier ones.
 
     >>> class Nothing(tn.nn.layer_kinds.CompoundKind):
     ...     def matches(self, module):
@@ -268,7 +268,7 @@ def compound_of(module: nn.Module) -> CompoundKind | None:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Explain briefly why a module of a known type is not compressed; None if its type is the reason.
+    """Explain briefly why a module of a known type is not compressed; None if its type is unknown.
 
     >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'
@@ -292,7 +292,7 @@ def type_and_reason(module: nn.Module) -> str:
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the parameters of a module that no parametrization or hook replaces."""
+    """Return the parameters of a module that are not replaced by a parametrization or hook."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
@@ -315,21 +315,21 @@ def layer_bias(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-#: Dictionaries of `nn.Module` with the hooks of its calls and gradients. They have no public name, and a
-#: layer that is replaced would lose its hooks without them.
+#: Dictionaries of `nn.Module` with its forward and backward hooks. They have no public name, but without
+#: copying them a replaced layer would lose its hooks.
 _DICTIONARIES = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_backward_pre_hooks", "_backward_hooks"),
 )
-#: Attributes in which accelerate keeps its hook, and the `forward` that it wraps.
+#: Attributes in which accelerate stores its hook, and the `forward` that it wraps.
 ACCELERATE = (HOOK, WRAPPED) = ("_hf_hook", "_old_forward")
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give a module the hooks of the module that it replaces.
+    """Copy the hooks of a module to the module that replaces it.
 
-    Both share the dictionaries, so that handles which registering returned still remove their hooks.
+    Both modules share the dictionaries, so that the handles of earlier hooks still remove them.
 
     >>> old, new = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
@@ -349,13 +349,13 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     if hook is None or vars(new).get(HOOK) is hook:
         return
     hooks = import_optional("accelerate.hooks", extra="hf", user="A layer with a hook of accelerate")
-    # An empty hook first: the real one would place the tensors anew, which are where they belong.
+    # An empty hook first, since the real one would move the tensors, which are already in the right place.
     hooks.add_hook_to_module(new, hooks.ModelHook())
     new._hf_hook = hook
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return True if another `forward` than that of its class is set on a module.
+    """Return True if the `forward` of a module was replaced by another one than that of its class.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> layer.forward = lambda x: torch.zeros(4)
@@ -366,7 +366,7 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = values.get(WRAPPED if HOOK in values else "forward")
     if forward is None:
         return False
-    # Wrappers that were taken off leave the bound method of the class.
+    # Wrappers that were removed leave the bound method of the class.
     bound_to, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
     return bound_to is not module or function is not type(module).forward
 

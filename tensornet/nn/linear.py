@@ -32,7 +32,7 @@ class TensorNetworkLinear(NetworkModule):
     Args:
         topology: describes `W`.
         bias: whether there is a bias of shape `(out_features,)`.
-        source: `"linear"` or `"conv1d"`, the stock layer that `to_linear` returns to.
+        source: `"linear"` or `"conv1d"`, the kind of stock layer that `to_linear` returns.
         strategy, optimize, storage: how to apply `W`; see `NetworkModule`.
         device, dtype: as in `nn.Linear`.
 
@@ -69,7 +69,7 @@ class TensorNetworkLinear(NetworkModule):
             dtype=dtype,
         )
         self.out_features, self.in_features = topology.shape
-        # Integers are multiplied as they are stored where they are the whole matrix or one term of a sum.
+        # Integers are multiplied in their stored form if they are the whole matrix or one term of a sum.
         (positions, _), *self._other_terms = topology.parts
         name = topology.core_names[positions[0]]
         whole = len(positions) == 1 and topology.shape == topology.padded_shape
@@ -80,14 +80,14 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
-        # 1. As the pass before: for few tokens choosing a route takes longer than multiplying.
+        # 1. Like the previous pass: for few tokens choosing a route takes longer than multiplying.
         if self._quick is not None and not is_compiling() and (y := self._quick(input)) is not None:
             return y
         check_input(input, self.in_features)
-        # 2. By the integers as they are stored.
+        # 2. With the integers in their stored form.
         if self._integer_name is not None and (y := self._by_integers(input)) is not None:
             return y
-        # 3. By the route of the strategy. An exported program has one route for all token counts.
+        # 3. With the route of the strategy. An exported program has one route for all token counts.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route == CACHED:
@@ -107,13 +107,14 @@ class TensorNetworkLinear(NetworkModule):
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
-        """Multiply by the matrix of integers, and add the other terms; None where that is not the way."""
+        """Multiply by the integer matrix and add the other terms; return None if another route is better."""
         if self.strategy in ("reconstruct", "cached"):
             return None
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]
         lowered = torch.is_autocast_enabled(device)
         if isinstance(core, PackedCore) and core.is_trained:
-            # Autocast would cast the values in another pass over memory, and their gradients in a third.
+            # Autocast would need another pass over memory to cast the values, and a third for their
+            # gradients.
             if self._other_terms or not lowered or input.dtype == torch.float64:
                 return None
             if not core.codes.is_floating_point():
@@ -138,7 +139,7 @@ class TensorNetworkLinear(NetworkModule):
         return y
 
     def _integers_of(self, core: nn.Module) -> IntegerProduct:
-        """Return the matrix of an integer core, which multiplies."""
+        """Return the integer matrix of a core."""
         if not isinstance(core, PackedCore):
             return core.integers  # type: ignore[return-value]
         known = self._integers
@@ -163,8 +164,8 @@ class TensorNetworkLinear(NetworkModule):
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`.
-            topology: a registered family or its name, which chooses dims and bonds; or a topology, which
-                leaves no choice.
+            topology: a registered family or its name, which chooses dims and bonds; or a topology with all
+                dims and bonds.
             max_bond, rel_error, param_ratio: budget, see `Budget`.
             strategy: how the new layer is applied, see `NetworkModule`.
             options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
@@ -214,7 +215,7 @@ class TensorNetworkLinear(NetworkModule):
         )
 
 
-# Shortcuts: closures that answer a pass like the one before, or return None if anything has changed. They
+# Shortcuts: closures that compute a pass like the previous one, or return None if anything has changed. They
 # read `_parameters` and `_buffers`, since attribute lookup in a module takes as long as a small product.
 
 
@@ -224,14 +225,14 @@ def _two_products(
     """Multiply by two cores in turn.
 
     Args:
-        layer: whose strategy takes this way for few tokens.
+        layer: a layer whose strategy multiplies by its cores in turn for few tokens.
         products: `ContractionPlan.matrices`: number and shape of each of the two cores.
-        most: token count up to which it does.
+        most: largest such token count.
     """
     (first, first_shape), (second, second_shape) = products
     first_name, second_name = layer._core_names[first - 1], layer._core_names[second - 1]
     strategy, in_features, most_elements = layer.strategy, layer.in_features, most * layer.in_features
-    # Reshaping takes as long as a small product: without gradients the reshaped parameters are remembered.
+    # Reshaping takes as long as a small product, so without gradients the reshaped parameters are cached.
     known: tuple[Any, ...] = (None,) * 6
 
     def answer(x: Tensor) -> Tensor | None:
@@ -239,13 +240,13 @@ def _two_products(
         parameters = layer._parameters
         a, b = parameters.get(first_name), parameters.get(second_name)
         if a is None or b is None or "bias" not in parameters or layer.strategy is not strategy:
-            return None  # one of them is parametrized, or the layer is to be applied otherwise
+            return None  # a core is parametrized, or the strategy has changed
         if x.ndim == 0 or x.shape[-1] != in_features or x.numel() > most_elements:
             return None
         if x.dtype is torch.float16 and x.is_cpu:  # contracted in float32
             return None
         if torch.is_grad_enabled() or transforms_active() or torch.jit.is_tracing():
-            known = (None,) * 6  # what was remembered may have moved meanwhile
+            known = (None,) * 6  # the cached tensors may be out of date
             return linear(linear(x, a.reshape(first_shape)), b.reshape(second_shape), parameters["bias"])
         if known[0] is not a or known[1] is not b or known[2:4] != (a.data_ptr(), b.data_ptr()):
             if type(a) is not nn.Parameter or not (a.is_contiguous() and b.is_contiguous()) or a.is_meta:
@@ -259,7 +260,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Multiply by a kernel of torch that reads the integers of the only core, without gradients."""
+    """Multiply with a kernel of torch that reads the integers of the only core, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")
@@ -294,7 +295,7 @@ class MPOLinear(TensorNetworkLinear):
         sites: number of cores where dims are absent, 3 by default.
         bond_dims: the inner bonds.
         max_bond: cap on every bond.
-        topology: an MPO topology, instead of the five above.
+        topology: an MPO topology, in place of the five arguments above.
         options: see `TensorNetworkLinear`.
 
     Raises:

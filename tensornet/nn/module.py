@@ -40,10 +40,10 @@ R = TypeVar("R")
 
 
 def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
-    """Let torch.compile run a function once and take its result as a constant, instead of tracing it.
+    """Make torch.compile run a function once and use its result as a constant, instead of tracing it.
 
-    This is `torch.compiler.assume_constant_result`, which imports the compiler: two seconds for everyone who
-    imports this package. Without it, planning would break the graph.
+    This does the same as `torch.compiler.assume_constant_result`, which would import the compiler and delay
+    the import of this package by two seconds. Without it, planning would break the graph.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -54,12 +54,12 @@ class NetworkModule(nn.Module):
 
     Args:
         topology: the operator `(out_features, in_features)`.
-        source: kind of stock layer that this replaces (see `layer_kinds`), to which `decompress` returns.
+        source: kind of stock layer that this module replaces (see `layer_kinds`); `decompress` returns one.
         strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
             each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
-            rebuilt matrix in eval while no gradient of a core is wanted (memory for speed). A plain
-            attribute; see `explain` and `set_strategy`.
-        optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or a name `opt_einsum` knows.
+            rebuilt matrix in eval mode while no core needs a gradient (faster, but needs memory). See
+            `explain` and `set_strategy`.
+        optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or an optimizer of `opt_einsum`.
         storage: how the cores are stored.
         device: where the cores are allocated; `"meta"` allocates nothing.
         dtype: dtype of the cores.
@@ -92,12 +92,12 @@ class NetworkModule(nn.Module):
         check_optimize(optimize)
         check_strategy(strategy)
         self.topology, self.source, self.storage = topology, source, storage
-        # Asked in every pass.
+        # Stored, since every pass needs it.
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
         self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
         self._optimize = optimize
         self._quick: Callable[[Tensor], Tensor | None] | None = None
-        # Contractions are planned at the first pass, so that loading a model plans nothing.
+        # Contractions are planned in the first pass, so that loading a model is fast.
         self._plan: OperatorPlan | None = None
         self._routes: dict[tuple[object, ...], Bounds] = {}
         self._core_names = tuple(f"core_{name}" for name in topology.core_names)
@@ -144,34 +144,34 @@ class NetworkModule(nn.Module):
             return first if isinstance(first, Tensor) else first.values
         like = self.compute_like
         device = first.device
-        # They differ where stored tensors took the place of those on the meta device.
+        # Devices differ if stored tensors replaced some tensors on the meta device.
         return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
 
     def set_cores(
         self, cores: Sequence[Tensor], weighting: Weighting | None = None, rounding: Rounding = "two_sided"
     ) -> None:
-        """Replace the cores by tensors, which keep their dtype and device, and store them.
+        """Encode tensors as the new cores of the layer; their dtype and device are kept.
 
-        Tensors that are parameters already are shared, not copied: that is how tied layers stay tied.
+        Tensors that are already parameters are shared, not copied, so that tied layers stay tied.
 
         Args:
             cores: in the order of the topology.
-            weighting: sensitivity of the loss, with which cores are rounded to integers.
+            weighting: sensitivity of the loss, for rounding cores to integers.
             rounding: as for `encode`.
 
         Raises:
-            ShapeError: a core does not have the shape its topology says.
+            ShapeError: a core does not have the shape of the topology.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        # Contiguous, as they come back from a file: a pass reads them without a copy, to the same bits.
+        # Contiguous, as after loading from a file, so that results are bitwise equal and need no copy.
         self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
     def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:
-        """Replace the stored cores; parameters and packed cores are shared with whoever has them.
+        """Replace the stored cores; the given parameters and packed cores are shared, not copied.
 
         Args:
             stored: all cores by the names of `encode`.
-            like: tensor in whose dtype and on whose device the layer computes.
+            like: tensor with the dtype and device in which the layer computes.
 
         Raises:
             ShapeError: a core is missing, or has another shape.
@@ -183,7 +183,7 @@ class NetworkModule(nn.Module):
         self._put(stored, like)
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Use the stored cores of another module of the same topology and storage: tied weights.
+        """Tie the weights to another module of the same topology and storage, by sharing its stored cores.
 
         Raises:
             ShapeError: topology or storage differ.
@@ -210,17 +210,17 @@ class NetworkModule(nn.Module):
 
     @property
     def num_params(self) -> int:
-        """Stored numbers, bias, scales and padding included; packed integers count one by one."""
+        """Count of stored numbers, including bias, scales and padding; each packed integer counts as one."""
         cores = sum(x.numel() if isinstance(x, Tensor) else sum(x.counts.values()) for x in self.stored_cores)
         bias = getattr(self, "bias", None)
         return cores + (bias.numel() if isinstance(bias, Tensor) else 0)
 
     @property
     def weight(self) -> Tensor:
-        """Placeholder with dtype, device and shape of the dense weight, for code that reads those.
+        """Placeholder with dtype, device and shape of the dense weight, for code that only reads these.
 
-        Any use of its numbers raises TargetError: the matrix would bring back what was compressed, and is
-        what `to_matrix` returns.
+        Any use of its values raises TargetError, since the dense matrix would undo the compression. Use
+        `to_matrix` to get it.
         """
         trained = [tensor for tensor in self._tensors() if isinstance(tensor, nn.Parameter)]
         return weight_facts(self._like(), self.topology.shape, trained, self)
@@ -237,7 +237,7 @@ class NetworkModule(nn.Module):
         return matrix.clone(memory_format=torch.contiguous_format)
 
     def kept_matrix(self) -> Tensor:
-        """Return the kept matrix, rebuilt if absent or out of date; only where `route` gives `CACHED`."""
+        """Return the cached matrix, rebuilt if absent or out of date; only for the route `CACHED`."""
         return self.kept.get(self._tensors(), self._like(), self.to_matrix)
 
     def _tensors(self) -> list[Tensor]:
@@ -248,14 +248,14 @@ class NetworkModule(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as in `nn.Module`; in training no matrix is kept."""
+        """Set the mode as in `nn.Module`; training mode drops the cached matrix."""
         self.kept.drop()
         self._quick = None
         return super().train(mode)
 
     @property
     def plan(self) -> OperatorPlan:
-        """Contractions of the operator; equal topologies share one plan."""
+        """Contraction plans of the operator, shared by equal topologies."""
         return self._planned()
 
     @_constant_in_traces
@@ -269,7 +269,7 @@ class NetworkModule(nn.Module):
 
         Args:
             tokens: number of input vectors.
-            on_cpu: whether it is done on the CPU; asks the cores if absent.
+            on_cpu: whether the pass runs on the CPU; that of the cores if absent.
 
         Returns:
             The position of a candidate in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
@@ -284,7 +284,7 @@ class NetworkModule(nn.Module):
 
     @_constant_in_traces
     def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
-        """Return the fastest route for every token count, without a kept matrix."""
+        """Return the fastest route for every token count, without a cached matrix."""
         itemsize = self._like().element_size()
         key = (on_cpu, rebuild, itemsize, self.machine)
         bounds = self._routes.get(key)
@@ -294,7 +294,7 @@ class NetworkModule(nn.Module):
         return bounds
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
-        """Report the cost of each strategy for a token count, and the strategy that the layer takes now.
+        """Report the cost of each strategy for a token count, and the strategy that the layer uses now.
 
         Raises:
             ValueError: `tokens` is not an integer of at least 1.
@@ -314,7 +314,7 @@ class NetworkModule(nn.Module):
 
     @property
     def seconds_saved(self) -> float:
-        """Predicted time that a kept matrix saves in a pass of one token."""
+        """Predicted time that a cached matrix saves in a pass of one token."""
         like = self._like()
         machine, itemsize = self.machine or default_machine(like.device), like.element_size()
         fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)

@@ -1,4 +1,4 @@
-"""The explicit step from a compressed model to one that only generates, with kernels of torch."""
+"""Prepare a compressed model for inference with the kernels of torch."""
 
 from dataclasses import replace
 
@@ -13,11 +13,11 @@ from tensornet.nn.storage import PackedCore
 
 
 class Int4Core(nn.Module):
-    """Integer matrix of a layer that was prepared for inference, in place of its `PackedCore`.
+    """Integer matrix of a layer that was prepared for inference; it replaces a `PackedCore`.
 
     Args:
-        matrix: in the layout of the kernel.
-        shape: of the core.
+        matrix: the matrix in the layout of the kernel.
+        shape: shape of the core.
     """
 
     codes: Tensor
@@ -27,7 +27,7 @@ class Int4Core(nn.Module):
         super().__init__()
         self.shape, self._matrix = shape, matrix
         self.register_buffer("codes", matrix.codes)
-        self.register_buffer("scales", matrix.scales.view(torch.int16))  # so that `.half()` leaves them
+        self.register_buffer("scales", matrix.scales.view(torch.int16))  # not changed by `.half()`
         self.register_state_dict_pre_hook(_refuse_saving)
         self.eval()
 
@@ -43,13 +43,13 @@ class Int4Core(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Numbers in each tensor, however packed."""
+        """Count of the numbers in each tensor."""
         rows, columns = self._matrix.shape
         return {"codes": rows * columns, "scales": rows * len(self.scales)}
 
     @property
     def integers(self) -> KernelMatrix:
-        """The matrix, which multiplies; see `tensornet.nn.integer_matmul.multiply`."""
+        """Matrix for `tensornet.nn.integer_matmul.multiply`."""
         if self._matrix.codes is not self.codes:
             self._matrix = replace(self._matrix, codes=self.codes, scales=self.scales.view(torch.bfloat16))
         return self._matrix
@@ -80,16 +80,15 @@ def _refuse_saving(module: nn.Module, *_: object) -> None:
 
 @torch.no_grad()
 def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -> nn.Module:
-    """Convert integer layers to the layout of torch's int4 kernel for the CPU, where it is faster.
+    """Convert integer layers to the layout of torch's int4 kernel for the CPU, if it is faster.
 
-    That is where a layer is one integer matrix, computes in bfloat16 on the CPU, and applies its cores by the
-    strategy `"auto"` or `"factorized"`. All other layers stay as they are. One token then takes about the
-    time of reading the weights.
+    A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
+    strategy `"auto"` or `"factorized"`. Other layers are not changed. A pass of one token then takes about as
+    long as reading the weights.
 
     Args:
-        model: changed in place, layer by layer, and put in eval mode. Training and saving are refused
-            afterwards.
-        max_growth: largest size of a converted layer, in units of the stored bytes; 2 includes `int2`.
+        model: changed in place and put in eval mode. Training and saving raise errors afterwards.
+        max_growth: largest size of a converted layer, in units of its stored bytes; 2 allows `int2`.
 
     Returns:
         The model.

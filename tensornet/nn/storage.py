@@ -1,17 +1,17 @@
 """How the cores of a layer are stored: as they are, pivoted, or in a number format.
 
-**Pivoted.** An operator does not determine the cores of its network: `G` and its inverse can be inserted at
-any bond of size `d` between two cores, so `d^2` of their numbers say nothing about the operator. Choosing `G`
-such that `d` rows of a core's matrix `(all else, bond)` become the identity leaves those rows out, without
-any change of the operator. The family says at which bonds (`TopologyFamily.gauge_bonds`). A plain low rank of
-`r` then takes `r (out + in - r)` numbers instead of `r (out + in)`.
+**Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
+of size `d` between two cores, so `d^2` of their numbers are redundant. `G` is chosen such that `d` rows of a
+core's matrix `(all else, bond)` become the identity, which need not be stored. The operator does not change.
+The family chooses the bonds (`TopologyFamily.gauge_bonds`). A plain low rank of `r` then takes `r (out + in -
+r)` numbers instead of `r (out + in)`.
 
 **Number formats.** Every core is stored in its format: the model's own dtype, bfloat16, or integers of 2 to 8
 bits with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds
 them with the moments of the loss (`TopologyFamily.round_cores`).
 
-A core in the model's dtype that is not pivoted is an `nn.Parameter` of its layer, `core_<name>`. Any other is
-a `PackedCore`, a submodule of that name.
+A core in the model's dtype that is not pivoted is the parameter `core_<name>` of its layer. Any other core is
+a submodule of this name, a `PackedCore`.
 
 Reference:
     Zhao et al. 2025, "Pivoting factorization" (low rank); Oseledets, Tyrtyshnikov 2010, "TT-cross
@@ -38,7 +38,7 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
-#: Integers of the same size, which `module.to(dtype)` leaves alone.
+#: Integer dtypes of the same size, which `module.to(dtype)` does not convert.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
 #: Bits of exponent and mantissa.
 _PARTS = {torch.bfloat16: (8, 7), torch.float16: (5, 10), torch.float8_e5m2: (5, 2)}
@@ -50,7 +50,7 @@ class Storage:
 
     Args:
         pivoted: fix the gauge of bonds by an identity block in one of their cores.
-        number_format: of all cores, or its name.
+        number_format: format of all cores, or its name.
         core_formats: `(name of a core, format)` pairs, or a mapping; they overrule `number_format`.
 
     Raises:
@@ -78,7 +78,7 @@ class Storage:
 
     @property
     def plain(self) -> bool:
-        """True if parameters are the cores themselves."""
+        """True if the cores themselves are the parameters."""
         return not self.pivoted and not self.own_dtypes
 
     @property
@@ -88,7 +88,7 @@ class Storage:
 
     @property
     def own_dtypes(self) -> bool:
-        """True if some cores are stored in a number format and not in the dtype of the model."""
+        """True if some cores are not stored in the dtype of the model."""
         return any(each != FLOAT for each in self._formats)
 
     @property
@@ -100,7 +100,7 @@ class Storage:
         return dict(self.core_formats).get(name, self.number_format)
 
     def for_topology(self, topology: Topology) -> "Storage":
-        """Adapt the encoding to a topology: not pivoted if no bond has a gauge to fix."""
+        """Adapt the encoding to a topology: without pivoting if no bond of it can be pivoted."""
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,20 +166,20 @@ PLAIN = Storage()
 
 
 class PackedCore(nn.Module):
-    """Core of a network that is not stored as itself: pivoted, in bfloat16, or as integers.
+    """Core that is stored in another form than a plain parameter: pivoted, in bfloat16, or as integers.
 
-    Its tensors are `codes`, `scales` and perhaps `zeros` of integers, `values` of other numbers, and the
-    `order` of the rows of a pivoted core. All are buffers of integers except values in the dtype of the
-    model, which are a parameter. Scales, and values in bfloat16, are kept as integers with the same bits: so
-    `.to()`, `.half()` and the like move them and leave their dtype, and tied layers share this module.
+    Integers are stored as `codes`, `scales` and possibly `zeros`, other numbers as `values`, and the row
+    order of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors
+    are integer buffers: scales, and values in bfloat16, are viewed as integers with the same bits, so that
+    `.to()`, `.half()` and the like do not convert them. Tied layers share this module.
 
     Args:
-        number_format: of the elements.
-        shape: of the core.
-        columns: of its matrix view.
-        tensors: by name, with shapes and dtypes of `layout`; there may be more dimensions in front, of a
-            stack of cores.
-        axis: of the bond that has the identity, where the core is pivoted.
+        number_format: format of the elements.
+        shape: shape of the core.
+        columns: number of columns of its matrix view.
+        tensors: stored tensors by name, with the shapes and dtypes of `layout`; a stack of cores has leading
+            dimensions.
+        axis: axis of the bond with the identity, if the core is pivoted.
 
     Example:
         >>> topology = tn.topologies.dense(out_features=2, in_features=64)
@@ -221,7 +221,7 @@ class PackedCore(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Numbers in each stored tensor: every code and zero point is one, however packed."""
+        """Count of the numbers in each stored tensor; each packed code and zero point counts as one."""
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
         if "codes" in found:
             found["codes"] = math.prod(self.codes.shape[:-1]) * self.columns
@@ -231,7 +231,7 @@ class PackedCore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """True if scales, codes, or values in bfloat16 are parameters now, see `unpack_for_training`."""
+        """True if scales, codes or bfloat16 values are currently parameters, see `unpack_for_training`."""
         own = self.number_format != FLOAT
         return own and any(isinstance(x, nn.Parameter) for x in self.tensors.values())
 
@@ -242,11 +242,11 @@ class PackedCore(nn.Module):
         return scales if scales.is_floating_point() else _floating(scales, self.number_format.scale_dtype)
 
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
-        """Return the core, differentiable by every floating-point tensor it is stored in.
+        """Return the core, differentiable with respect to its stored floating-point tensors.
 
         Args:
-            dtype: of the result; that of the values if absent, or float32 for integers.
-            index: of a stack of cores those to return, shape `(n,)`; all if absent.
+            dtype: dtype of the result; that of the values if absent, or float32 for integers.
+            index: for a stack of cores, the indices of those to return, shape `(n,)`; all if absent.
         """
         number_format = self.number_format
         if number_format.bits is not None:
@@ -270,11 +270,11 @@ class PackedCore(nn.Module):
 
         Args:
             dtype: of the values.
-            index: which rows, or matrices of a stack, shape `(n,)`; all if absent.
+            index: indices of rows, or of matrices of a stack, shape `(n,)`; all if absent.
         """
         codes, scales = self.codes, self.scales
         zeros = self.zeros if "zeros" in self.names else None
-        if index is not None:  # before the view as floats, whose operations some dtypes lack
+        if index is not None:  # before the view as floats: some float dtypes cannot be indexed
             codes, scales = codes.index_select(0, index), scales.index_select(0, index)
             zeros = None if zeros is None else zeros.index_select(0, index)
         if not scales.is_floating_point():
@@ -301,7 +301,7 @@ class PackedCore(nn.Module):
         return f"{self.number_format.name}, {self.shape}"
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        """Register a tensor: floating-point numbers are trained, so that they are a parameter."""
+        """Register a tensor: floating-point numbers as a parameter, others as a buffer."""
         if not tensor.is_floating_point():
             delattr(self, name) if hasattr(self, name) else None
             self.register_buffer(name, tensor)
@@ -310,12 +310,12 @@ class PackedCore(nn.Module):
 
 
 def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
-    """Register a stored core in a module, whatever was stored under its name before.
+    """Register a stored core in a module, replacing an earlier one of the same name.
 
     Args:
         module: a layer or bank.
         name: `core_<name>`.
-        core: a parameter and a packed core are shared; another tensor becomes a parameter.
+        core: parameters and packed cores are shared; another tensor becomes a parameter.
     """
     if isinstance(getattr(module, name, None), nn.Module) != isinstance(core, nn.Module) and hasattr(
         module, name
@@ -326,15 +326,15 @@ def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
 
 
 def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
-    """Make scales and cores in bfloat16 trainable parameters in float32.
+    """Convert scales and bfloat16 cores to trainable float32 parameters.
 
     Args:
-        model: with compressed layers or experts; cores that are trained already stay as they are.
+        model: a model with compressed layers or experts; cores that are already trained do not change.
         codes: whether integers become parameters too, `TrainedCodes` of 4 bytes each.
 
     Returns:
-        What was converted, for `pack_after_training`. Scales of 8 bits are not trained: rounding them again
-        would undo the steps.
+        The converted cores, for `pack_after_training`. 8-bit scales are not trained, since rounding them
+        again would undo the training steps.
     """
     found = [core for core in model.modules() if isinstance(core, PackedCore) and not core.is_trained]
     found = [core for core in found if core.number_format != FLOAT]
@@ -354,9 +354,10 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
 @torch.no_grad()
 def pack_after_training(cores: Iterable[PackedCore]) -> None:
-    """Store what `unpack_for_training` converted: scales in their dtype, codes rounded and packed.
+    """Undo `unpack_for_training`: store scales in their dtype, and round and pack codes.
 
-    Every process of FSDP2 gets the whole tensors, as buffers are: no collective operation takes their bits.
+    With FSDP2 every process gets whole tensors, as for buffers, since collective operations cannot process
+    views of their bits.
     """
 
     def whole(tensor: Tensor) -> Tensor:
@@ -379,12 +380,12 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
 def tie(model: nn.Module, target: str, source: str) -> None:
     """Tie a stored tensor of a model, such as `head.core_0`, to another.
 
-    A tensor of a `PackedCore` ties the whole core, which is what layers share.
+    For a tensor of a `PackedCore` the whole core is tied, since layers share whole cores.
 
     Args:
         model: changed in place.
         target: name of the tensor that is replaced.
-        source: name of the tensor that takes its place.
+        source: name of the tensor that replaces it.
     """
     (place, _, name), (first, _, key) = target.rpartition("."), source.rpartition(".")
     owner = model.get_submodule(first)
@@ -409,7 +410,7 @@ def storage_entry(storage: Storage) -> dict[str, Any]:
 def layout(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """List name, shape and dtype of every tensor that is stored for a topology, as in a state dict.
+    """List name, shape and dtype of every stored tensor of a topology, as in a state dict.
 
     Raises:
         FormatError: a number format for a core that the topology does not have.
@@ -433,9 +434,9 @@ def layout(
 def _stored_parts(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype, int]]:
-    """List the stored tensors: core, part, shape, dtype, and how many numbers they are, however packed.
+    """List the stored tensors: core, part, shape, dtype, and the count of numbers.
 
-    The part of a core that is stored as itself is empty.
+    The part is empty for a core that is stored as a plain tensor.
     """
     for name, kept, order in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
@@ -469,7 +470,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Map each core with an identity block to the bond whose gauge the family fixes.
+    """Map each core with an identity block to the bond that is pivoted.
 
     Raises:
         TopologyError: the family is not registered.
@@ -486,17 +487,17 @@ def encode(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> dict[str, Tensor | PackedCore]:
-    """Store cores, by name: tensors of the model's dtype, which stay as they are, or packed.
+    """Encode cores: return plain tensors or packed cores by name.
 
     Args:
         topology: of the network.
         storage: how its cores are stored.
         cores: in the order of the topology.
-        weighting: sensitivity of the loss to errors of the matrix, with which cores are rounded to integers.
-        rounding: the most feedback of errors, see `tensornet.quantization.round_weight`.
+        weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
+        rounding: largest amount of error feedback, see `tensornet.quantization.round_weight`.
 
     Returns:
-        By the names `core_<name>`.
+        The cores by the names `core_<name>`.
     """
     orders: dict[str, Tensor] = {}
     tensors = _pivot(topology, cores, orders) if storage.pivoted else list(cores)
@@ -524,10 +525,10 @@ def stored_core(
     Args:
         topology: of the network.
         storage: how its cores are stored.
-        name: of the core.
-        value: codes of its matrix view, or values.
+        name: name of the core.
+        value: integer codes of its matrix view, or values.
         dtype: of the model.
-        order: of the rows of a pivoted core.
+        order: order of the rows of a pivoted core.
     """
     shape, number_format = topology.core_shapes[name], storage.format_of(name)
     if isinstance(value, Tensor) and order is None:
@@ -558,7 +559,7 @@ def _packed(topology: Topology, storage: Storage, name: str, tensors: Mapping[st
 def empty(
     topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor | PackedCore]:
-    """Allocate stored cores without initializing them; names as for `encode`."""
+    """Allocate stored cores without initializing them; names are those of `encode`."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, (shape, kind) in layout(topology, storage, dtype or torch.get_default_dtype()).items():
         core, _, part = key.partition(".")
@@ -618,7 +619,7 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # The out-legs are all of the rows: no other label lies before the last of them.
+        # The out-legs are all of the rows: no other label precedes the last of them.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)
@@ -635,11 +636,11 @@ def unpacked(
     """Unpack integers to their values, shape `(..., rows, columns)`.
 
     Args:
-        number_format: of the integers.
-        codes: packed; floating-point and not packed while they are trained.
+        number_format: format of the integers.
+        codes: packed codes; while they are trained, unpacked floating-point numbers.
         scales: floating-point, shape `(..., rows, groups)`.
         zeros: packed zero points, None without.
-        columns: of the matrix.
+        columns: number of columns of the matrix.
         dtype: of the values.
     """
     if codes.is_floating_point():
@@ -658,13 +659,13 @@ def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of the given bits: the inverse of `_bits`."""
     if not is_exporting():
         return bits.view(dtype)
-    # ONNX has no view of bits: the number is computed from its sign, exponent and mantissa.
+    # ONNX cannot reinterpret bits, so numbers are computed from sign, exponent and mantissa.
     exponents, digits = _PARTS[dtype]
     whole = bits.to(torch.int32) & (2 ** (exponents + digits + 1) - 1)
     sign = 1 - 2 * (whole >> (exponents + digits)).float()
     exponent = ((whole >> digits) & (2**exponents - 1)).float()
     mantissa = (whole & (2**digits - 1)).float() / 2**digits
-    # Numbers with the smallest exponent have no leading one.
+    # Subnormal numbers have no leading one.
     leading = (exponent > 0).float()
     power = torch.exp2(exponent + (1 - leading) - (2 ** (exponents - 1) - 1))
     return (sign * (leading + mantissa) * power).to(dtype)
@@ -682,12 +683,12 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
         q, r = torch.linalg.qr(rows.reshape(-1, rows.shape[-1]))
         order, pivots = _choose_rows(q)
         top, rest = q[order[:pivots]], q[order[pivots:]]
-        # rest @ top^-1: bounded entries, since pivoted QR chose rows that span the others well
+        # rest @ top^-1 has bounded entries, since pivoted QR chose a well-conditioned top
         work[index] = torch.linalg.solve(top.T, rest.T).T
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device)
         orders[spec.name] = position.to(torch.int32)
-        # What is left of this core goes into the other one with this bond, which comes later.
+        # The factor `top` is absorbed into the other core of this bond, which comes later.
         other = next(k for k in range(index + 1, len(work)) if label in topology.cores[k].labels)
         axis = topology.cores[other].labels.index(label)
         work[other] = torch.tensordot(top @ r, work[other], ([1], [axis])).movedim(0, axis)

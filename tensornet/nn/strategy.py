@@ -1,4 +1,4 @@
-"""Strategies: how a layer is applied, by its cores or by a rebuilt matrix, and what each way costs."""
+"""Strategies: apply a layer through its cores or through the rebuilt matrix, and the cost of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# There is no public way to ask whether a torch.func transform is active; its tensors must not be kept.
+# There is no public way to ask whether a torch.func transform is active; its tensors must not be cached.
 from torch._C import _are_functorch_transforms_active as transforms_active
 
 from tensornet._util import check_size
@@ -25,7 +25,7 @@ from tensornet.topology import Topology
 #: How a layer is applied, see `tensornet.nn.module.NetworkModule`.
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
-#: The route with a kept matrix, in addition to those of `OperatorPlan.seconds`.
+#: The route with a cached matrix, in addition to those of `OperatorPlan.seconds`.
 CACHED = -2
 
 
@@ -47,7 +47,7 @@ class KeptMatrix:
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
         self.states: list[tuple[Tensor, int, int]] = []
-        self._aliases: list[Tensor] = []  # so that no other tensor gets the same address
+        self._aliases: list[Tensor] = []  # kept alive, so that no other tensor gets the same address
 
     @property
     def nbytes(self) -> int:
@@ -55,16 +55,16 @@ class KeptMatrix:
         return 0 if self.matrix is None else self.matrix.nbytes
 
     def drop(self) -> None:
-        """Free the matrix; the next pass that wants one builds it again."""
+        """Free the matrix; it is rebuilt in the next pass that needs it."""
         self.matrix, self.states, self._aliases = None, [], []
 
     def get(self, tensors: Sequence[Tensor], like: Tensor, build: Callable[[], Tensor]) -> Tensor:
-        """Return the matrix, rebuilt if it is absent or out of date. Call this only where `may_keep` is true.
+        """Return the matrix, rebuilt if it is absent or out of date. Call this only if `may_keep` is true.
 
         Args:
             tensors: from which the matrix is built.
             like: tensor with the dtype and device of the module; autocast may lower the dtype.
-            build: rebuilds the matrix.
+            build: function that rebuilds the matrix.
         """
         dtype = compute_dtype(like)
         matrix = self.matrix
@@ -75,7 +75,7 @@ class KeptMatrix:
             else:
                 return matrix
         self.drop()  # frees the old matrix before the new one is built
-        # An inference tensor could not serve a later pass that records gradients of its input.
+        # An inference tensor could not be used in a later pass that records gradients of its input.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             matrix = build().to(dtype).contiguous()
         self.matrix = matrix
@@ -88,10 +88,10 @@ class KeptMatrix:
 
 
 def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Return True if a module with the strategy "cached" may use a kept matrix now.
+    """Return True if a module with the strategy "cached" may use a cached matrix now.
 
-    That is in eval mode, while no gradients of the cores are recorded, and outside of traces and `torch.func`
-    transforms, whose tensors must not outlive them.
+    This is so in eval mode, while no gradients of the cores are recorded, and outside of traces and
+    `torch.func` transforms, whose tensors must not outlive them.
 
     Args:
         module: the layer or bank.
@@ -109,7 +109,7 @@ def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
 
 
 def compute_dtype(core: Tensor) -> torch.dtype:
-    """Return the dtype in which a product with this core is computed: autocast's where it is on."""
+    """Return the dtype in which a product with this core is computed: that of autocast if it is enabled."""
     kind = core.device.type
     if not torch.is_autocast_enabled(kind) or core.dtype == torch.float64 or core.is_complex():
         return core.dtype
@@ -135,17 +135,17 @@ def set_strategy(
 ) -> dict[str, int]:
     """Set strategy and machine of every tensor-network layer and bank of shared-core experts.
 
-    `"cached"` is memory for speed; all other strategies keep no more than the cores.
+    `"cached"` is faster but needs memory for the matrices; all other strategies store only the cores.
 
     Args:
         model: any module.
-        strategy: for all layers; None leaves each as it is.
-        cache_limit: total bytes of kept matrices under `"cached"`. Layers that save most time per byte on a
-            single token are cached first; those that no longer fit get `"auto"`. None sets no limit.
+        strategy: the strategy of all layers; None changes none.
+        cache_limit: total bytes of cached matrices. Layers that save most time per byte on a single token are
+            cached first; those that do not fit get `"auto"`. None sets no limit.
         machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`.
 
     Returns:
-        Bytes that each cached layer may keep, by name.
+        Bytes of the cached matrix of each layer, by name.
 
     Raises:
         TargetError: the model has no tensor-network layer.
@@ -185,7 +185,7 @@ def set_strategy(
 
 
 def cached_bytes(model: nn.Module) -> int:
-    """Count the bytes of all matrices kept by layers of a model; 0 unless `"cached"` was requested.
+    """Count the bytes of all cached matrices of a model; 0 unless the strategy is `"cached"`.
 
     Example:
         >>> tn.nn.cached_bytes(tn.nn.MPOLinear(64, 64, max_bond=4))
@@ -201,7 +201,7 @@ def _kept_by(module: nn.Module) -> KeptMatrix | None:
 
 # --- predicted time of products with integers: by a kernel of torch, or unpacked first ---------------
 
-#: Names of the kernels, those of the int4 kernel by its products.
+#: Names of the int4 kernel by the number of its products.
 INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
 INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 
@@ -215,7 +215,7 @@ def product_seconds(
     *,
     prepared: bool = True,
 ) -> tuple[str, float]:
-    """Predict how an integer matrix multiplies, as `tensornet.nn.integer_matmul` does it, and in what time.
+    """Predict the kernel and time of a product with an integer matrix, see `tensornet.nn.integer_matmul`.
 
     Args:
         number_format: of the matrix.
@@ -223,10 +223,10 @@ def product_seconds(
         tokens: number of input vectors.
         machine: whose constants count.
         itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
-        prepared: whether the layer is prepared for inference where that helps.
+        prepared: whether the layer is prepared for inference if this is faster.
 
     Returns:
-        One of `INT4_KERNELS`, `"int8 kernel"` or `"unpacked"`, and seconds.
+        One of `INT4_KERNELS`, `"int8 kernel"` or `"unpacked"`, and the time in seconds.
 
     Example:
         >>> from tensornet.contraction.cost import CPU
@@ -249,15 +249,15 @@ def product_seconds(
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
-        passes = unpack_passes(number_format, 4)  # scales multiply numbers of either size
+        passes = unpack_passes(number_format, 4)  # the same for both sizes of elements
     elif scales_by_row(number_format, shape[1]):
-        passes = 1.0  # codes are converted, and outputs scaled
+        passes = 1.0  # codes are converted, scales applied to outputs
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     return UNPACKED, seconds + dense_seconds(*shape, tokens, machine, wide, from_memory=False)
 
 
 def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> float:
-    """Predict the time to unpack the integer cores of a network before it is contracted; 0 without any.
+    """Predict the time to unpack the integer cores of a network before a contraction; 0 without such cores.
 
     Args:
         topology: the network.
@@ -275,7 +275,7 @@ def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, it
 
 
 def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
-    """Count the passes over elements of four bytes that unpacking takes; those over single bytes count half.
+    """Count the passes of unpacking over four-byte elements; passes over single bytes count half.
 
     Args:
         number_format: of the codes.
@@ -295,12 +295,12 @@ class StrategyCost:
 
     Args:
         strategy: `"factorized"`, `"reconstruct"` or `"cached"`.
-        milliseconds: by the cost model.
-        multiply_adds: arithmetic.
+        milliseconds: time by the cost model.
+        multiply_adds: number of multiply-adds.
         moved: elements copied by permutations.
-        memory_bytes: largest tensor made on the way, or the matrix that is kept.
-        refused: why the layer does not use it now; empty if it may.
-        integers: how integers are read, `"unpacked"` or the name of a kernel; empty without any.
+        memory_bytes: size of the largest intermediate tensor, or of the cached matrix.
+        refused: why the layer cannot use this strategy now; empty if it can.
+        integers: how integers are read, `"unpacked"` or the name of a kernel; empty without integers.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
@@ -320,15 +320,15 @@ class StrategyCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Predicted cost of every strategy of a layer, and the one it takes; `print` shows a table.
+    """Predicted cost of every strategy of a layer, and the one it uses; `print` shows a table.
 
     Args:
         description: shape and topology of the operator.
-        machine: whose constants were used.
-        tokens: for which it was asked.
+        machine: the machine whose constants were used.
+        tokens: the token count.
         costs: one for each strategy.
-        choice: the strategy the layer takes now.
-        dense_milliseconds: a dense layer of this shape, for comparison.
+        choice: the strategy that the layer uses now.
+        dense_milliseconds: time of a dense layer of this shape, for comparison.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
@@ -372,7 +372,7 @@ class Explanation:
 
 
 def explain(layer: Any, tokens: int) -> Explanation:
-    """Predict the cost of a layer by every strategy, see `tensornet.nn.module.NetworkModule.explain`.
+    """Predict the cost of every strategy of a layer, see `tensornet.nn.module.NetworkModule.explain`.
 
     Raises:
         ValueError: `tokens` is not an integer of at least 1.

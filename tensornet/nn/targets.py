@@ -37,7 +37,7 @@ class LayerSelection:
             a dot (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the
             whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
             heads too.
-        exclude_modules: patterns of module names to leave out.
+        exclude_modules: patterns of module names to skip.
 
     Raises:
         TargetError: a pattern is not a string.
@@ -52,9 +52,9 @@ class LayerSelection:
             _check_patterns(name, value)
 
 
-#: Reasons to skip a weight that could be compressed: the configuration decides.
+#: Reasons to skip a weight that could be compressed, which depend on the configuration.
 EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embedding"
-#: Reasons to skip a weight that cannot be compressed; `layer_kinds.reason_against` and ties give others.
+#: Reasons to skip a weight that cannot be compressed; more come from `layer_kinds.reason_against` and ties.
 ADAPTER = "of an adapter"
 READ = "weight read past the layer"
 UNSEEN = "never ran in calibration"
@@ -66,13 +66,13 @@ class Target:
     """Weight of a model, with all modules that use it.
 
     Args:
-        names: module names that use the weight; the first is its name in plans and reports. For a
-            weight that is no layer's matrix, the name of the parameter.
+        names: module names that use the weight; the first is its name in plans and reports. For a weight that
+            is not the matrix of a layer, the name of the parameter.
         modules: the modules, in the same order (one object may appear under several names).
-        kinds: the layer kind of each module; none for a weight that is no layer's matrix.
-        owners: unfused modules that the layers are part of, by name.
-        skip: why it is not compressed, in a few words; empty if it is to be compressed.
-        parameter: the weight, if it is no layer's matrix.
+        kinds: the layer kind of each module; empty for a weight that is not the matrix of a layer.
+        owners: unfused modules that contain the layers, by name.
+        skip: reason not to compress it, in a few words; empty if it will be compressed.
+        parameter: the weight, if it is not the matrix of a layer.
     """
 
     names: tuple[str, ...]
@@ -89,7 +89,7 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names that a pattern may match: of the layers, and of the modules they are part of."""
+        """Names that a pattern may match: of the layers, and of the modules that contain them."""
         return (*self.names, *self.owners)
 
     @property
@@ -101,7 +101,7 @@ class Target:
 
     @property
     def type_name(self) -> str:
-        """Type of the module that owns the weight, by which reports count parameters."""
+        """Type of the module that owns the weight; reports count parameters by type."""
         return next((x.type_name for x in self.owners.values()), type(self.modules[0]).__name__)
 
     @property
@@ -118,19 +118,19 @@ class Target:
 def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     """List every weight of a model once: those to compress, and all others with the reason to skip them.
 
-    Modules that share one weight form one target, whichever of them a pattern names: they stay tied. A
-    warning names the layers that the configuration selects and that have to be skipped.
+    Modules that share one weight are one target and stay tied, even if a pattern names only one of them. A
+    warning names the layers that the configuration selects but that cannot be compressed.
 
     Args:
-        model: any module, unfused (`tensornet.nn.unfuse.unfused`) if its stacks are to be seen as layers.
+        model: any module; unfuse it (`tensornet.nn.unfuse.unfused`) to find the matrices of stacks as layers.
         config: which layers to compress.
 
     Returns:
         Weights of layers in the order of the model, then all other parameters, each of which has a `skip`.
 
     Raises:
-        TargetError: a pattern matches no layer that can be compressed, nothing is left to compress, or a
-            selected layer lies under an adapter.
+        TargetError: a pattern matches no layer that can be compressed, no target is left, or a selected layer
+            is wrapped by an adapter.
 
     Example:
         >>> from tensornet.nn.targets import LayerSelection, find_targets
@@ -145,7 +145,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     head = output_head(model)
 
     def choice(names: Collection[str], modules: Collection[nn.Module]) -> str:
-        """Say why the configuration does not select modules; empty if it does."""
+        """Return the reason why the configuration does not select modules; empty if it does."""
         if included is None and any(x is head for x in modules):
             return HEAD
         if included is None and any(map(_embeds, modules)):
@@ -155,7 +155,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
     found = [replace(x, skip=x.skip or choice(x.all_names, x.modules)) for x in weights]
     selected = [x for x in found if not x.skip]
-    # Layers that are selected and cannot be compressed, each with the reason.
+    # Layers that are selected but cannot be compressed, each with the reason.
     dense = {x.name: x.skip for x in layers if x.skip and not choice(x.all_names, x.modules)}
     for name, module in model.named_modules():
         if (reason := reason_against(module)) in _REMEDIES and not choice([name], [module]):
@@ -173,7 +173,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
 
 def list_weights(model: nn.Module) -> list[Target]:
-    """List every weight of a model once; those that no configuration can compress have a `skip`.
+    """List every weight of a model once; weights that can never be compressed have a reason in `skip`.
 
     Args:
         model: see `find_targets`.
@@ -228,7 +228,7 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
         )
 
 
-#: What ends a reason to skip a layer.
+#: Remedies in messages, by the reason to skip a layer.
 _REMEDIES = {
     RECOMPUTED: "before each pass a hook recomputes it; make it an ordinary parameter by "
     "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
@@ -239,7 +239,7 @@ _TIED_REMEDY = "compressing would untie them; tensornet.nn.register_layer_kind m
 
 
 def _skipped(dense: Mapping[str, str]) -> str:
-    """Say why layers have to be skipped, and what can be done about it, given the reason for each name."""
+    """Compose a message that says why layers are skipped and what to do, from the reason for each name."""
     hint = ""
     for why in dict.fromkeys(dense.values()):
         names = shortened([name for name, reason in dense.items() if reason == why])
@@ -265,7 +265,7 @@ def check_loaded(targets: Sequence[Target]) -> None:
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head of a model that can name it (Hugging Face), else None."""
+    """Return the output head of a model that has `get_output_embeddings` (Hugging Face), else None."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
@@ -299,7 +299,7 @@ def _check_patterns(name: str, value: Any) -> None:
         )
 
 
-#: How patterns are matched, for errors.
+#: Explanation of patterns, for errors.
 PATTERN_RULES = (
     "Patterns match a whole name, a suffix after a dot, a glob such as '*.mlp.*', or, with the prefix "
     "'re:', a regular expression for the whole name, such as 're:.*\\.[0-9]\\.mlp\\..*'."
@@ -379,7 +379,7 @@ def check_holder(model: Any) -> None:
     """Raise TargetError for a model whose layers cannot be replaced.
 
     Raises:
-        TypeError: no module.
+        TypeError: `model` is not a module.
         TargetError: the model is a layer itself, which has no parent.
     """
     check_model(model)
@@ -408,7 +408,7 @@ def _compressed_before(model: nn.Module) -> str:
 
 
 def _unknown_layers(model: nn.Module) -> str:
-    """Compose a hint that names subclasses of stock layers: left alone, since their `forward` may differ."""
+    """Compose a hint that names subclasses of stock layers, which are skipped: `forward` may differ."""
     stock = (nn.Linear, nn.Embedding)
     left = [m for m in model.modules() if isinstance(m, stock) and kind_of(m) is None]
     kinds = {type(m).__name__ for m in left if reason_against(m) is None}
@@ -440,7 +440,7 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
-#: Name under which an adapter keeps the layer that it wraps.
+#: Name of the attribute in which an adapter stores the layer that it wraps.
 BASE = "base_layer"
 
 
@@ -457,13 +457,13 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Select layers that belong to adapters, and layers that adapters wrap and could not merge into cores.
+    """Select layers of adapters, and wrapped layers whose adapters cannot be merged into cores.
 
-    An adapter that merges into cores says so by a true class attribute `merges_into_cores`.
+    An adapter that can be merged into cores has a true class attribute `merges_into_cores`.
 
     Args:
         model: any module.
-        names: of layers inside it.
+        names: names of layers inside it.
 
     Returns:
         The names of both kinds of layers.
@@ -482,13 +482,13 @@ def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str],
 
 
 def refuse_wrapped(wrapped: Iterable[str]) -> None:
-    """Raise TargetError if layers to compress lie under adapters.
+    """Raise TargetError if layers to compress are wrapped by adapters.
 
     Args:
-        wrapped: their names.
+        wrapped: names of the wrapped layers.
 
     Raises:
-        TargetError: there are any.
+        TargetError: `wrapped` is not empty.
     """
     if names := sorted(wrapped):
         others = f" ({len(names) - 1} other layers too)" if len(names) > 1 else ""

@@ -1,9 +1,9 @@
 """Unfusing: modules that own several matrices become modules with one layer for each, and back.
 
-Recurrent layers, attention and stacks of experts keep several matrices in one parameter, none of which is a
-layer. A `Compound` computes the same as such a stock module, but has a `PartMatrix` for every matrix: a view
-of its rows of the parameter. Such a layer is observed, planned and replaced as an `nn.Linear` is.
-`Compound.fuse` gives the stock module back where nothing was replaced.
+Recurrent layers, attention and stacks of experts store several matrices in one parameter, so none of them is
+a layer. A `Compound` computes the same as such a stock module, but has a layer for every matrix: a
+`PartMatrix`, which views its rows of the parameter. This layer is calibrated, planned and replaced like an
+`nn.Linear`. `Compound.fuse` returns the stock module if nothing was replaced.
 """
 
 import inspect
@@ -37,18 +37,19 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.strategy import CACHED
 from tensornet.nn.weight_facts import weight_facts
 
-#: Matrices made so far, by the parameter they view and the rows of it.
+#: Matrices made so far, by the parameter and the rows that they view.
 Shared = dict[tuple[object, ...], nn.Parameter]
 
 
 class PartMatrix(nn.Module):
-    """One matrix `(out_features, in_features)` of a module that owns several.
+    """One matrix `(out_features, in_features)` of a module with several matrices.
 
-    Not an `nn.Linear`: loading would take a parameter called `weight` here for one of the stock module.
+    This is not an `nn.Linear`, since loading would mistake its parameter `weight` for one of the stock
+    module.
 
     Args:
-        matrix: the matrix; a parameter is taken as it is.
-        bias: shape `(out_features,)`; a parameter is taken as it is.
+        matrix: the matrix; a parameter is used without a copy.
+        bias: shape `(out_features,)`; a parameter is used without a copy.
 
     Example:
         >>> from tensornet.nn.unfuse import PartMatrix
@@ -101,7 +102,7 @@ class Stack:
         parameter: its dotted name.
         names: dotted names of the layers, in the order of the rows.
         columns: width of a row.
-        transposed: each matrix is stored as `(in_features, out_features)`.
+        transposed: True if each matrix is stored as `(in_features, out_features)`.
         bias: dotted name of a parameter that is the bias of the only layer.
 
     Example:
@@ -132,7 +133,7 @@ class Stack:
         ]
 
     def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
-        """Join matrices into one parameter; the same matrices give the same parameter."""
+        """Join matrices into one parameter; equal matrix objects give the same parameter object."""
         if self._is_whole(like):
             return matrices[0]
         rows = [x.detach().T if self.transposed else x.detach() for x in matrices]
@@ -144,13 +145,13 @@ class Stack:
 
 
 class Compound(nn.Module):
-    """Abstract replacement for a stock module, which computes the same from layers of single matrices.
+    """Abstract replacement for a stock module, which computes the same with one layer for each matrix.
 
     Subclasses define `forward` with the arguments of the stock module.
 
     Args:
-        stock: the module that it replaces, kept outside the tree of modules.
-        stacks: where the matrices lie in it.
+        stock: the replaced module; it is stored, but not as a submodule.
+        stacks: locations of the matrices in it.
         shared: see `CompoundKind.unfuse`.
 
     Example:
@@ -173,12 +174,12 @@ class Compound(nn.Module):
             views = stack.views(stock.get_parameter(stack.parameter), shared)
             for name, matrix in zip(stack.names, views, strict=True):
                 self._add(name, PartMatrix(matrix, bias))
-        self._stock, self._freed = (stock,), False  # last: what it has counts as an attribute of this module
+        self._stock, self._freed = (stock,), False  # set last, since `__getattr__` looks up in it
         self.train(stock.training)
 
     @property
     def type_name(self) -> str:
-        """Name of the stock module's type, by which reports count parameters."""
+        """Name of the stock module's type; reports count parameters by type."""
         return type(self._stock[0]).__name__
 
     @property
@@ -188,7 +189,7 @@ class Compound(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Stock weight for code that reads it; its numbers are refused once layers are replaced."""
+        """Stock weight, for code that reads it; a placeholder without values once layers are replaced."""
         stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
         if "weight" not in own_parameters(stock):
             return first.weight  # type: ignore[return-value]
@@ -209,11 +210,11 @@ class Compound(nn.Module):
         """Return the module to keep: the compound if a layer was compressed, else the stock module.
 
         Args:
-            shared: parameters that were put together before, so that tied ones stay tied.
+            shared: parameters that are already joined, so that tied ones stay tied.
 
         Returns:
-            This module, freed of the stock parameters, if some layer was replaced; else the stock module
-            with the matrices in its parameters.
+            This module, without the stock parameters, if a layer was replaced; else the stock module, with
+            the matrices in its parameters.
         """
         stock = self._stock[0]
         if self.compressed:
@@ -230,13 +231,13 @@ class Compound(nn.Module):
             for name, parameter in own_parameters(self).items():
                 _set_parameter(stock, name, parameter)
         mine = set(self.modules())
-        for module in stock.modules():  # those that both have are in the mode that they are in
+        for module in stock.modules():  # shared submodules already have the right mode
             if module not in mine:
                 module.training = self.training
         return stock
 
     def _free(self) -> None:
-        """Delete the stock parameters; dense layers get memory of their own."""
+        """Delete the stock parameters; dense layers get copies of their matrices."""
         stock = self._stock[0]
         for name in self.layer_names:
             if isinstance(layer := self.get_submodule(name), PartMatrix):
@@ -263,7 +264,7 @@ class Compound(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            # Methods would read the stock module, and hooks of accelerate belong to it alone.
+            # Methods would use the stock module as `self`, and hooks of accelerate belong to it alone.
             if stock is None or name in ACCELERATE:
                 raise
             if name not in vars(stock[0]) and hasattr(type(stock[0]), name):
@@ -272,12 +273,12 @@ class Compound(nn.Module):
 
 
 def is_observed(*layers: nn.Module) -> bool:
-    """Return True if a layer has hooks (there is no public way to ask), so that it must be called."""
+    """Return True if a layer has hooks, so that it must be called; torch has no public way to ask this."""
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the differentiable matrix of a layer of a compound, from the cache if its strategy keeps one."""
+    """Return the differentiable matrix of a layer of a compound; cached if its strategy is `"cached"`."""
     if isinstance(layer, NetworkModule):
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)
@@ -290,7 +291,7 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """Copy a matrix to contiguous memory of its own, if it shares memory."""
+    """Copy a matrix to contiguous memory if it shares its memory."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 
@@ -300,17 +301,18 @@ _STACKED: dict[str, Mapping[str, str]] = {}
 
 
 def register_stacked_matrices(type_name: str, layouts: Mapping[str, str]) -> None:
-    """Declare which parameters of a class are stacks of matrices, or one matrix with a split side.
+    """Declare which parameters of a class are stacks of matrices, or one matrix with a side split in two.
 
     Neither the names nor the shapes of parameters tell whether a stack of experts is `(experts, out, in)` or
-    `(experts, in, out)`, so it is said here. The code of the class may multiply by a stack with `torch.bmm`,
-    `torch.einsum` or `@`, or by one matrix of it, `stack[k]`, with `F.linear`, `torch.matmul` or `@`.
+    `(experts, in, out)`, so it is declared here. The code of the class may multiply by a stack with
+    `torch.bmm`, `torch.einsum` or `@`, or by one matrix of it, `stack[k]`, with `F.linear`, `torch.matmul` or
+    `@`.
 
     Args:
-        type_name: module and qualified name of the class, which need not be imported.
-        layouts: by dotted name of a parameter, what each of its dimensions is: `e` counts matrices, `i` are
-            inputs and `o` outputs. A stack whose parameter has two dimensions is stored with its
-            `num_experts` matrices one below the other.
+        type_name: full name of the class, with its module; it need not be imported.
+        layouts: for the dotted name of each parameter, a letter for each dimension: `e` for matrices, `i` for
+            inputs, `o` for outputs. A two-dimensional parameter contains `num_experts` matrices, one below
+            the other.
 
     Example:
         >>> from tensornet.nn.unfuse import register_stacked_matrices, unfuse
@@ -348,14 +350,14 @@ register_stacked_matrices(
 
 
 class StackedMatrices(Compound):
-    """Replacement for a module of a class known to `register_stacked_matrices`, run by the class's own code.
+    """Replacement for a module of a class in `register_stacked_matrices`; it runs the class's own code.
 
-    The code finds a placeholder where the parameter was, whose products are computed by layers; any other
-    operation on it raises. Parameters may be those of a child, which is then run in the same way.
+    The code sees a placeholder in place of the parameter. Products with the placeholder are computed by
+    layers; any other operation on it raises. Parameters of children are treated in the same way.
     """
 
     def __init__(self, stock: nn.Module, layouts: Mapping[str, str], shared: Shared) -> None:
-        self.__dict__["layouts"] = {}  # until the stacks are known, see `__getattr__`
+        self.__dict__["layouts"] = {}  # needed by `__getattr__` before the stacks are known
         self._shapes = {name: _shape(stock, name, layout) for name, layout in layouts.items()}
         stacks = {name: _stack(name, layouts[name], self._shapes[name]) for name in layouts}
         super().__init__(stock, tuple(stacks.values()), shared)
@@ -389,7 +391,7 @@ class StackedMatrices(Compound):
             method = inspect.getattr_static(kind, name, None)
             if not hasattr(method, "__get__"):
                 raise
-            return method.__get__(self, kind)  # bound to this module, unless it is static
+            return method.__get__(self, kind)  # binds it to this module unless it is static
 
     def _stacked(self, name: str) -> "_Stacked":
         layers = [self.get_submodule(x) for x in self._names[name]]
@@ -397,7 +399,7 @@ class StackedMatrices(Compound):
 
 
 class _Holder:
-    """Placeholder for a child that owns stacks: runs the child's code with placeholders for the stacks."""
+    """Placeholder for a child with stacks; it runs the child's code with placeholders for the stacks."""
 
     def __init__(self, owner: StackedMatrices, name: str) -> None:
         self._owner, self._name = owner, name
@@ -412,7 +414,7 @@ class _Holder:
 
 
 class _Stacked:
-    """Placeholder for a parameter in products; raises for any other operation."""
+    """Placeholder for a parameter; supports products and raises for any other operation."""
 
     def __init__(self, layers: Sequence[nn.Module], layout: str, shape: tuple[int, ...]) -> None:
         self.layers, self.layout, self.shape = layers, layout, torch.Size(shape)
@@ -426,7 +428,7 @@ class _Stacked:
         return self.layers[0].weight.device  # type: ignore[return-value]
 
     def view(self, *sizes: Any) -> "_Stacked":
-        """Return the stack itself, for a view of stacked rows in the shape of the stack."""
+        """Return the stack itself if the rows are viewed in the shape of the stack."""
         asked = tuple(sizes[0] if len(sizes) == 1 else sizes)
         if len(asked) != 3 or any(x not in (-1, known) for x, known in zip(asked, self.shape, strict=True)):
             raise TargetError(
@@ -539,11 +541,11 @@ class _StackedKind(CompoundKind):
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Show every weight of a model as a layer inside the block, where it can be observed and replaced.
+    """Make every weight of a model a layer inside the block, where it can be calibrated and replaced.
 
-    Modules that own several matrices (recurrent layers, stacks of experts) are replaced by equivalent ones
-    with a layer for each; extensions do the same for classes of their own. After the block every module whose
-    layers were not replaced is the stock module again. Blocks may be nested.
+    Modules with several matrices (recurrent layers, stacks of experts) are replaced by equivalent modules
+    with one layer for each matrix; extensions do the same for their own classes. After the block every module
+    whose layers were not replaced is the stock module again. Blocks may be nested.
 
     Example:
         >>> from tensornet.nn.unfuse import unfused
@@ -560,11 +562,11 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
-    """Replace modules that own several matrices by equivalent compounds, in place, without copies.
+    """Replace modules with several matrices by equivalent compounds, in place, without copies.
 
     Args:
-        model: any model; if it is such a module itself, it is left as it is.
-        inside: only modules that contain one of these names, which are those of layers in replaced modules.
+        model: any model; if it is such a module itself, it is not changed.
+        inside: names of layers; only modules that contain one of them are replaced.
 
     Returns:
         Names of the modules that were replaced.

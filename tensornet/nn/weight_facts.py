@@ -1,8 +1,8 @@
 """Placeholder for the dense weight of a compressed layer: it has dtype, device and shape, and no numbers.
 
-Code around a layer may ask for the dtype, device or shape of `layer.weight`, and may cast to it. The matrix
-itself is rebuilt by `layer.to_matrix()` alone, so any other use raises an error instead of computing with
-numbers that are not those of the weight.
+Code outside a layer may read the dtype, device or shape of `layer.weight`, and may cast other tensors to it.
+Any other use raises an error, since the placeholder has no values; `layer.to_matrix()` returns the dense
+matrix.
 """
 
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext  # the public `torch.compiler` does not tell when guards are made
+from torch._guards import TracingContext  # no public API tells when guards are made
 
 from tensornet.errors import TargetError
 
-#: Properties and calls that the placeholder answers as the dense weight would.
+#: Properties and calls for which the placeholder returns the same as the dense weight.
 _PROPERTIES = (
     *("dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "is_meta", "is_cpu"),
     *("is_cuda", "is_mps", "is_xpu", "is_quantized", "is_sparse", "is_nested", "shape", "ndim", "itemsize"),
@@ -28,18 +28,18 @@ FACTS = {
     *(Tensor.new_tensor, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *_FREEZING,
 }
-#: Calls that take dtype and device alone from another tensor.
+#: Calls that read only dtype and device of another tensor.
 LIKE = {Tensor.to, Tensor.type_as}
 
 
 class WeightReadError(TargetError):
-    """The numbers of a compressed layer's weight were asked for; `layer` is that layer."""
+    """The values of a compressed layer's weight were read; `layer` is that layer."""
 
     layer: nn.Module | None = None
 
 
 class WeightFacts(Tensor):
-    """Tensor that has dtype, device and shape of a weight, and no numbers.
+    """Tensor with the dtype, device and shape of a weight, but without values.
 
     >>> layer = tn.nn.MPOLinear(8, 4, max_bond=2)
     >>> layer.weight.dtype, tuple(layer.weight.shape), layer.weight.requires_grad
@@ -52,18 +52,18 @@ class WeightFacts(Tensor):
 
     _trained: tuple[Tensor, ...] = ()
     _layer: nn.Module | None = None
-    #: Transformers would initialize it when a model is loaded.
+    #: Tells transformers not to initialize it when a model is loaded.
     _is_hf_initialized = True
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what is known.
+        """Return what is known of the weight.
 
         Raises:
             WeightReadError: any other function.
         """
         known = function in FACTS or (function in LIKE and not isinstance(args[0], cls))
-        # torch.compile looks at the arguments of a function before it traces the function.
+        # torch.compile inspects the arguments of a function before it traces the function.
         inspected = not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
         if not known and not inspected:
             name = getattr(function, "__name__", str(function))
@@ -77,10 +77,10 @@ class WeightFacts(Tensor):
             flat = [y for x in values for y in (x if isinstance(x, list | tuple) else [x])]
             error.layer = next((x._layer for x in flat if isinstance(x, cls)), None)
             raise error
-        # As PyTorch's guide to subclasses does it: the name is private, but documented.
+        # A private name, but PyTorch's guide to tensor subclasses documents it.
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **(kwargs or {}))
-            if function in _FREEZING:  # a weight is frozen with what it is made of
+            if function in _FREEZING:  # freezing a weight freezes its cores
                 for tensor in args[0]._trained:
                     tensor.requires_grad_(args[0].requires_grad)
         return found
@@ -100,16 +100,16 @@ def weight_facts(
     """Make a placeholder for a weight, which takes the memory of one element.
 
     Args:
-        like: gives dtype and device.
-        shape: of the weight.
-        trained: parameters that it is made of.
-        layer: whose weight it is, for the error.
+        like: tensor with the dtype and device.
+        shape: shape of the weight.
+        trained: parameters of its cores.
+        layer: the layer that it belongs to, for the error.
     """
-    # NaN, since traces that record no subclasses compute with a plain tensor.
+    # NaN, since traces without support for subclasses compute with a plain tensor.
     made = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
     if torch.compiler.is_dynamo_compiling():
         return made.as_subclass(WeightFacts)
-    if type(made) is not Tensor:  # under the fake tensors of torch.export
+    if type(made) is not Tensor:  # with the fake tensors of torch.export
         return made
     facts = made.as_subclass(WeightFacts)
     with torch._C.DisableTorchFunctionSubclass():
