@@ -31,8 +31,9 @@ def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, s
     assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(130, 20), (20, 150), (140, 133)])
+@pytest.mark.parametrize(
+    "shape", [(130, 20), (20, 150), pytest.param((140, 133), marks=pytest.mark.slow)], ids=str
+)
 def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
     assert max(shape) > feedback.BLOCK
     matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3, zeros=False)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo  # imported within a process group, as DDP does, it would keep its threads
 import torch.distributed as dist
 from torch import Tensor, nn
 
