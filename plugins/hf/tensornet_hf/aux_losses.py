@@ -1,8 +1,8 @@
 """Add the auxiliary losses of mixtures to the loss of a Hugging Face model.
 
-Models like T5 and GPT-2 know nothing of routers. Hooks on the model tell its mixtures which tokens are
-padding before a forward, and add their losses to the model's after it. Every part that can be called alone
-(an encoder, a body without head) has them; only the outermost part that is being called acts.
+Models like T5 and GPT-2 have no code for routers. So hooks on the model pass the padding mask to its mixtures
+before a forward pass, and add their losses to the model's loss after it. Every part that can be called alone
+(an encoder, a body without head) has these hooks; only those of the outermost running part act.
 """
 
 import inspect
@@ -18,17 +18,17 @@ from tensornet_moe import SharedCoreMoE, collect_aux_losses
 IGNORED_LABEL = -100
 #: Inputs that are not tokens.
 FRAMES = ("input_features", "input_values", "pixel_values")
-#: Attribute of every part with hooks: True while an enclosing module runs, which then acts in its place.
+#: Attribute of every part with hooks: True while an enclosing module runs, whose hooks then act instead.
 _ENCLOSED = "_tensornet_enclosed"
 
 
 def join_aux_losses(model: PreTrainedModel) -> None:
     """Pass padding to the mixtures of a model, and add their auxiliary losses to its loss.
 
-    In training, where labels are given, the loss becomes task loss + `collect_aux_losses(model).total`; in
-    eval it stays the task loss, so that perplexities compare. When the trainer normalises the loss by the
-    number of labels in several micro-batches (`num_items_in_batch`), the auxiliary losses are weighted by
-    the share of this micro-batch. Calling it again changes nothing.
+    In training with labels the loss becomes task loss + `collect_aux_losses(model).total`; in eval mode it is
+    the task loss alone, so that perplexities can be compared. When the trainer normalises the loss by the
+    number of labels in several micro-batches (`num_items_in_batch`), the auxiliary losses are weighted by the
+    share of this micro-batch. Calling it again changes nothing.
 
     Args:
         model: with or without mixtures.
@@ -42,7 +42,7 @@ def join_aux_losses(model: PreTrainedModel) -> None:
 
 
 class _AuxLosses:
-    """Hooks of one part of a model; methods of a class, so that models can be pickled.
+    """Hooks of one part of a model, as methods of a class so that models can be pickled.
 
     Args:
         names: the parameters of the part's `forward`.
@@ -57,13 +57,14 @@ class _AuxLosses:
             return
         _mark_inner(part, True)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        # Sound and pictures have more frames than their encoder makes tokens of: a mask over them fits none.
+        # An encoder of sound or images makes fewer tokens than there are frames, so a mask of frames does not
+        # fit.
         frames = any(given.get(name) is not None for name in FRAMES)
         mask = None if frames else _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
         labels, decoder_mask = given.get("labels"), given.get("decoder_attention_mask")
         if decoder_mask is not None:
             decoder_mask = _fit(decoder_mask, given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
-        elif labels is not None:  # without a mask, what is not to be predicted is the padding of the decoder
+        elif labels is not None:  # without a mask, ignored labels are the padding of the decoder
             decoder_mask = labels != IGNORED_LABEL
         encoder_decoder = getattr(part.config, "is_encoder_decoder", False)
         reads_input = part.get_encoder() if encoder_decoder else part
@@ -100,8 +101,8 @@ def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
 
 
 def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
-    """Return the mask of this call's tokens; with a cache the attention mask covers earlier ones too."""
+    """Return the part of the attention mask for the tokens of this call, without those in the cache."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None  # masks of attention patterns say nothing of single tokens
+        return None  # a mask of attention patterns is not a padding mask
     called = next((given[name] for name in tokens if given.get(name) is not None), None)
     return mask if called is None else mask[:, -called.shape[1] :]

@@ -1,7 +1,7 @@
 """Model folders: read and check them, load a model from one, save a model as one.
 
-Folders come from strangers. Nothing is unpickled, sizes are bounded before anything is allocated, and what is
-missing, surplus or contradictory is refused with its name.
+Folders may come from untrusted sources. Nothing is unpickled, sizes are checked before anything is allocated,
+and the error for a missing, surplus or contradictory entry names it.
 """
 
 import json
@@ -48,25 +48,25 @@ from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Other forms of weights; a compressed model must not carry the dense ones along.
+#: Other formats of weights, which are not copied: a compressed model must not contain dense weights.
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
     ".npz", ".onnx_data", ".tflite", ".mlmodel",
 )  # fmt: skip
-#: No configuration and no index comes near this many bytes.
+#: Largest size of a configuration or index in bytes, far above all real ones.
 MAX_JSON = 256_000_000
-#: Addresses on the hub begin with this.
+#: Prefix of addresses on the hub.
 HUB = "hf://"
-#: What a model needs from the hub, and nothing that has to be unpickled.
+#: Files of a model to download from the hub; none of them has to be unpickled.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
-#: Options of `from_pretrained` that say which files on the hub are meant.
+#: Options of `from_pretrained` that select files on the hub.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-#: Copied from the source of a model: tokenizer, templates, license. Weights, pickles and code are not.
+#: Files copied from the source of a model: tokenizer, templates, license; not weights, pickles and code.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
-#: Written anew by `save_pretrained`, or about weights that are not copied.
+#: Files that are not copied: `save_pretrained` writes them, or they describe the old weights.
 NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
-#: Where sentence-transformers lists its modules and their folders.
+#: File in which sentence-transformers lists its modules and their folders.
 MODULES = "modules.json"
 CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -106,7 +106,7 @@ class Checkpoint:
     """Validated model folder: its configuration, description and tensor headers.
 
     Args:
-        folder: where it is.
+        folder: the folder.
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
         tensors: every stored tensor by name, without guards.
@@ -148,7 +148,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the object in a JSON file.
+    """Read a JSON file that contains an object.
 
     Raises:
         FormatError: absent, unreadable, too large, not JSON, nested without end, or not an object.
@@ -197,7 +197,8 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         The files, and the index `{tensor: file name}`, empty for a single file.
 
     Raises:
-        FormatError: no such file, one of the index is missing or lies elsewhere, or weights are pickled.
+        FormatError: there are no such files, a file of the index is missing or outside the folder, or weights
+            are pickled.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS], {}
@@ -230,17 +231,17 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrainedModel:
-    """Load a model, compressed or not, in the class it was saved as.
+    """Load a model, compressed or not, in the class that it was saved with.
 
-    Unlike `from_pretrained`, which only reports what is wrong with a checkpoint, this refuses it. Compressed
-    layers are never built dense. Pickled weights are refused.
+    Unlike `from_pretrained`, which only warns of missing or surplus tensors, this function raises errors.
+    Compressed layers are never allocated dense. Pickled weights are refused.
 
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
         inference: prepare integer layers for generating on the CPU, see `tensornet.nn.prepare_for_inference`;
             the model can then be neither trained nor saved.
         kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
-            `cache_dir`, `local_files_only` and `force_download` say which files on the hub are meant.
+            `cache_dir`, `local_files_only` and `force_download` select files on the hub.
 
     Raises:
         FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
@@ -260,8 +261,8 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
     except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:
-        # Model classes fail on nonsense in every way there is. Where the caller gave options, these may be at
-        # fault as well, and only a configuration that cannot be read is blamed on the folder.
+        # Model classes may raise any exception for invalid configurations. If the caller gave options, these
+        # may be the cause, so only a configuration that cannot be read is reported as an error of the folder.
         if kwargs and not isinstance(error, StrictDataclassError):
             raise
         raise FormatError(
@@ -277,7 +278,7 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
         message += f"{', '.join(surplus[:5])}."
         if checkpoint.compression is not None:
             raise FormatError(message)
-        # Usual for models of others: heads of the pre-training, masks of older versions.
+        # Usual for models from the hub: heads of the pre-training, masks of older versions.
         warnings.warn(message, stacklevel=2)
     if inference:
         prepare_for_inference(model)
@@ -285,20 +286,20 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Move a model to a device in place and return it; dtypes stay."""
+    """Move a model to a device in place and return it; dtypes do not change."""
     moving: Any = model  # transformers wraps `to` in a way that type checkers misread
     return moving.to(device=torch.device(device))
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
-    """Return a local folder for a path or hub id; files of the hub are downloaded or taken from its cache.
+    """Return a local folder for a path or hub id; files on the hub are downloaded or taken from the cache.
 
     Args:
-        path: a folder, or a hub id; a folder wins.
+        path: a folder, or a hub id if there is no such folder.
         hub: `revision`, `token` and the like, passed to `huggingface_hub.snapshot_download`.
 
     Raises:
-        FormatError: neither a folder nor a model that the hub or its cache has.
+        FormatError: neither a folder nor a model on the hub or in its cache.
     """
     if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
         return Path(path)
@@ -314,11 +315,11 @@ def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
     """Import the model class that the configuration names in `architectures`.
 
     Args:
-        checkpoint: what was read of the folder.
-        kwargs: `trust_remote_code=True` allows classes that the folder brings itself.
+        checkpoint: the checkpoint that was read.
+        kwargs: `trust_remote_code=True` allows classes defined in the folder.
 
     Raises:
-        FormatError: none is named, or transformers has no such class.
+        FormatError: no class is named, or transformers has no such class.
     """
     names = checkpoint.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -351,24 +352,25 @@ def save(
     """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
 
     `model.save_pretrained(folder)` writes the same weights and configuration, but no tokenizer and no model
-    card, and leaves a damaged folder behind where it fails. It also writes no description of layers that were
-    replaced by hand or in a part of the model alone; save such a model with this function.
+    card. If it fails, it leaves an incomplete folder. It also writes no description of layers that were
+    replaced by hand, or in a part of the model alone; save such a model with this function.
 
     Args:
-        model: of transformers; may be wrapped by `DataParallel`, `DistributedDataParallel`, `torch.compile`.
+        model: a transformers model; may be wrapped by `DataParallel`, `DistributedDataParallel`,
+            `torch.compile`.
         destination: the new folder, or `hf://owner/name` for a repository on the hub.
         source: the folder that the model came from; its tokenizer and other small files are copied.
-        force: replace a model folder that is at the destination; of a repository the weights, and files that
-            the new model has as well.
+        force: replace an existing model folder; in a repository, replace the weights and all files that the
+            new model has too.
 
     Returns:
         The destination.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written (full disk). What was there
-            stays, and nothing new is left; on the hub, an empty repository may be left.
-        TargetError: adapters of PEFT are attached.
-        TypeError: no model that can save itself as a folder.
+        DestinationError: it exists already, is the source, or cannot be written (full disk). An existing
+            folder is unchanged, and no new files are left; on the hub, an empty repository may be left.
+        TargetError: PEFT adapters are attached.
+        TypeError: not a transformers model.
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
@@ -384,7 +386,7 @@ def save(
             f"save takes a model of transformers, got {type(whole).__name__}, which has no method "
             "save_pretrained; tensornet.save_model writes models of plain PyTorch to a file."
         )
-    # PEFT sets `peft_config` on what it adapts; prompts are adapters without layers.
+    # PEFT sets `peft_config` on adapted models, also for prompts, which have no adapter layers.
     if adapter_names(whole) or getattr(whole, "peft_config", None):
         raise TargetError(
             f"Adapters are attached to this {type(whole).__name__}, and a folder holds the model or the "
@@ -397,12 +399,12 @@ def save(
     check_free(destination, force=force, sources=sources)
     if str(destination).startswith(HUB):
         name = _repository(str(destination))
-        # Weights of the old model would be loaded along with the new.
+        # Old weight files would be loaded together with the new ones.
         replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
             folder = save(whole, Path(parent) / "model", source=source)
             try:
-                name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # with its owner
+                name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # includes the owner
                 huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
             except Exception as error:  # of a dozen unrelated classes, httpx's among them
                 raise DestinationError(
@@ -421,15 +423,15 @@ def save(
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Replace compressed layers by stock ones, so that transformers alone can load the saved folder.
+    """Replace compressed layers by stock layers, so that the saved model does not need this library.
 
-    Same as `tensornet.decompress`, but refuses to leave anything behind that needs this library.
+    This does the same as `tensornet.decompress`, but raises if a module remains that needs this library.
 
     Returns:
         The same model.
 
     Raises:
-        TargetError: the model holds modules that have no dense form, such as experts.
+        TargetError: the model has modules that cannot be made dense, such as experts.
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
@@ -449,7 +451,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
-    """Write a model card into the folder of a compressed model, unless there is one."""
+    """Write a model card into the folder of a compressed model if there is none."""
     if not (card := Path(folder) / CARD).exists():
         card.write_text(_CARD_TEXT.format(architecture=architecture), encoding="utf-8")
 
@@ -460,12 +462,12 @@ def write_folder(
 ) -> Iterator[Path]:
     """Yield a new folder that becomes `destination` when the block ends without an error.
 
-    After an error, a full disk included, the new folder is removed, and `destination` is as it was.
+    After an error (such as a full disk) the new folder is removed, and `destination` is unchanged.
 
     Args: as `check_free`.
 
     Raises:
-        DestinationError: something is there already, or the place cannot be written.
+        DestinationError: the destination exists already, or cannot be written.
     """
     target = Path(destination).expanduser().absolute()
     check_free(target, force=force, sources=sources)
@@ -473,7 +475,7 @@ def write_folder(
         with new_folder(target) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        # Errors of reading pass; safetensors names no file if the disk is full.
+        # Errors of reading are not converted; safetensors does not name the file if the disk is full.
         names = [x for x in (getattr(error, "filename", None), getattr(error, "filename2", None)) if x]
         about = not names or any(str(name).startswith(str(target.parent)) for name in names)
         if isinstance(error, DestinationError) or not about:
@@ -487,12 +489,12 @@ def write_folder(
 def check_free(
     destination: str | os.PathLike[str], *, force: bool = False, sources: tuple[Path, ...] = ()
 ) -> None:
-    """Check that a destination may be written, before any work is done for it.
+    """Check that a destination may be written, before any work is done.
 
     Args:
-        destination: where the folder shall be, or `hf://owner/name`.
-        force: replace a model folder that is there; an empty folder is taken without it.
-        sources: folders that are being read and must not be replaced.
+        destination: the new folder, or `hf://owner/name`.
+        force: replace an existing model folder; not needed for an empty folder.
+        sources: folders that are read, which must not be replaced.
 
     Raises:
         DestinationError: it exists and `force` is not set, it is a source, or it is not an address.
@@ -534,10 +536,10 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
     """Copy tokenizer, templates, license and sentence-transformers modules, without overwriting files.
 
     Returns:
-        Names of the copied files, those of modules with their folders.
+        Names of the copied files, including the folders of modules.
 
     Raises:
-        FormatError: a list of modules that is damaged, or names one outside the folder.
+        FormatError: the list of modules is damaged, or names a path outside the folder.
     """
     wanted = []
     for file in sorted(source.iterdir()):

@@ -1,4 +1,4 @@
-"""Model folders side by side: bytes, bits, parameters, time of a token, loss and samples."""
+"""Compare model folders: bytes, bits, parameters, time per token, loss and samples."""
 
 import time
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ from tensornet_hf.report import display_name
 from tensornet_hf.text import continue_text, first_line, load_tokenizer
 
 DENSE = "dense"
-#: Tokens that are generated to take the time, and how often.
+#: Number of tokens generated for measuring time, and number of repetitions.
 _TIMED_TOKENS, _REPEATS = 16, 3
 _PROMPT_WORDS = 12
 
@@ -46,15 +46,15 @@ def compare_folders(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> list[ModelFacts]:
-    """Measure folders of language models one after another, each loaded by itself.
+    """Measure folders of language models, loading one at a time.
 
-    All read the tokens of the first, over which the loss increases are. Bits are those of a weight of the
-    whole model. Of quantizers that store codes of every weight, `params` counts the weights.
+    All models read the tokens of the first model, and loss increases are relative to it. Bits are per weight
+    of the whole model. For quantizers that store a code for every weight, `params` counts the weights.
 
     Args:
         paths: at least one folder or hub id: dense, compressed, or of another quantizer.
         text: to measure the loss on.
-        name: of the text, for reports.
+        name: name of the text, for reports.
         prompt: to continue greedily; the beginning of the text if absent.
         new_tokens: length of the continuation.
         device: where the models run.
@@ -63,7 +63,7 @@ def compare_folders(
     Raises:
         FormatError: a folder is not a model, or cannot be loaded.
         MissingDependencyError: the package of another quantizer is not installed.
-        TargetError: a model that writes no text.
+        TargetError: a model cannot generate text.
 
     Example:
         >>> from tensornet_hf.compare import compare_folders
@@ -72,7 +72,7 @@ def compare_folders(
         ('dense', 940800)
     """
     folders = [resolve_folder(path) for path in paths]
-    methods = [quantization_method(folder) for folder in folders]  # before anything takes long
+    methods = [quantization_method(folder) for folder in folders]  # fails early
     prompt = prompt_of(text) if prompt is None else prompt
     dense: RecordedLosses | None = None
     found: list[ModelFacts] = []
@@ -111,7 +111,7 @@ def prompt_of(text: str | None) -> str | None:
 
 
 def quantization_method(folder: Path) -> str:
-    """Return the method that a folder names in its configuration, `"dense"` without one.
+    """Return the quantization method in the configuration of a folder, `"dense"` if there is none.
 
     Raises:
         FormatError: the folder is not a model.
@@ -140,7 +140,7 @@ def load_any(folder: Path) -> PreTrainedModel:
     method = quantization_method(folder)
     if method in (DENSE, METHOD):
         return load(folder)
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load it, and leave weights random
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load random weights
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise FormatError(f"{folder} is quantized by {method!r}, which transformers does not know: {known}.")
     kind = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
@@ -153,7 +153,7 @@ def load_any(folder: Path) -> PreTrainedModel:
         raise MissingDependencyError(
             f"{folder} is quantized by {method!r}, whose package is not installed here: {first_line(error)}"
         ) from error
-    except Exception as error:  # of the packages of others, in all their ways
+    except Exception as error:  # packages of quantizers may raise anything
         raise FormatError(
             f"transformers cannot load {folder}, which is quantized by {method!r}: {type(error).__name__}: "
             f"{first_line(error)}"
@@ -167,7 +167,7 @@ def load_any(folder: Path) -> PreTrainedModel:
 
 
 def count_weights(folder: Path) -> int:
-    """Count the weights of the dense model that a folder describes, tied ones once; nothing is loaded.
+    """Count the weights of the dense model that a folder describes, tied ones once, without loading them.
 
     Example:
         >>> from tensornet_hf.compare import count_weights
@@ -185,7 +185,7 @@ def count_weights(folder: Path) -> int:
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Shorten the paths of folders to their names, with the parent folder where two are the same."""
+    """Shorten the paths of folders to their names; include the parent folder if two names are equal."""
     names = [display_name(path) for path in paths]
     twice = {name for name in names if names.count(name) > 1}
     return [

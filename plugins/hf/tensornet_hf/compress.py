@@ -1,4 +1,4 @@
-"""Folder in, folder out: load a model, compress it, save it. The functions behind `tensornet compress`."""
+"""Load a model folder, compress the model, save it: the functions behind `tensornet compress`."""
 
 # ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
 
@@ -47,15 +47,15 @@ from tensornet_hf.streaming import compress_checkpoint, digest, staging
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
-#: Name of the embedded text, as `--calibration default`.
+#: Name of the embedded text, as in `--calibration default`.
 DEFAULT = "default"
-#: Tokens of a validation text that are used: for the dense model and for each size that is measured.
+#: Largest number of tokens of a validation text: for the dense model and for each size that is measured.
 VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class OptionError(ValueError):
-    """Options that exclude or need one another.
+    """Raised for options that exclude or require one another.
 
     Args:
         template: message with the names of options in braces.
@@ -71,39 +71,40 @@ class OptionError(ValueError):
 
 
 def _option(default: Any, help: str, group: str, kind: str, **more: Any) -> Any:
-    """Describe an option, as the fields of `CompressionConfig` are: the command line is made from them."""
+    """Describe an option like the fields of `CompressionConfig`, for the command line."""
     return field(default=default, metadata={"help": help, "group": group, "kind": kind, "name": "", **more})
 
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Options of `compress_folder` that are not of the `CompressionConfig`: data, correction, files.
+    """Options of `compress_folder` besides `CompressionConfig`: data, refitting and healing, files.
 
     Args:
-        calibration: text files like what the model will read, of which pieces are taken by turns; `"default"`
-            is the embedded text (the King James Bible). Not needed with `objective="weight"`.
-        calibration_tokens: how many tokens of it to read; if absent until the moments have settled, at most
-            32,768 (see `tensornet.calibrate`).
-        statistics: file of the statistics of calibration: read if it exists, else written.
-        validation: text file of another source, on which the loss is measured at a few sizes, which corrects
-            the predicted loss increase. Not for classifiers.
-        held_out: text file on which the dense model, the compressed one and plain methods of the same bytes
-            are measured. For language models; needs memory for two of them.
+        calibration: text files similar to what the model will read; pieces of them alternate. `"default"` is
+            the embedded text (the King James Bible). Not needed with `objective="weight"`.
+        calibration_tokens: how many tokens of it to read; if absent, until the moments have converged, at
+            most 32,768 (see `tensornet.calibrate`).
+        statistics: file of the calibration statistics; read if it exists, else written.
+        validation: text file of another source. The loss is measured on it at a few sizes, to correct the
+            predicted loss increase. Not for classifiers.
+        held_out: text file on which the dense model, the compressed model and baselines of the same size are
+            measured. Only for language models; needs memory for two models.
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
-        heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
-        share_experts: let the experts of a mixture share cores where that predicts less loss.
-        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; as they are if absent.
+        heal: number of steps of training the cores afterwards to reproduce the dense model's outputs, on the
+            calibration text.
+        share_experts: let the experts of a mixture share cores if this lowers the predicted loss.
+        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; if absent, dtypes do not change.
         device: where the model runs.
         workers: compress shard by shard in this many processes, without loading the model as a whole.
         resume: continue an interrupted run of `workers` or `heal`.
         report: HTML page to write.
-        force: replace a destination that exists.
-        command: named on the page.
+        force: replace an existing destination.
+        command: command line, shown on the page.
         progress: show progress bars.
 
     Raises:
         OptionError: options exclude or need one another.
-        DestinationError: the report cannot be written there.
+        DestinationError: the report cannot be written.
         ValueError: an unknown dtype.
 
     Example:
@@ -220,7 +221,7 @@ class PlannedFolder:
     """Plan for a model folder.
 
     Args:
-        plan: can be edited, saved, and applied by `compress_folder`.
+        plan: the plan; it can be edited, saved, and applied by `compress_folder`.
         sizes: parameters and bytes of the whole model, before and after.
         coverage: which of the model's parameters the plan covers.
 
@@ -252,12 +253,12 @@ class FolderReport:
     """Result of `compress_folder`.
 
     Args:
-        source, destination: as they were given.
-        report: what was done to each layer.
+        source, destination: as given by the caller.
+        report: report of the compression.
         file_bytes_before, file_bytes_after: size of the weight files.
-        notes: results of refitting and healing, in words.
-        models: original, compressed and plain methods of the same bytes, where a report or a held-out text
-            was asked for.
+        notes: results of refitting and healing, as text.
+        models: the original model, the compressed model and baselines of the same size, if a report or a
+            held-out text was requested.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -325,15 +326,15 @@ def compress_folder(
     Args:
         source: model folder, or hub id if there is no folder of that name.
         destination: folder to write, or `hf://owner/name` to upload.
-        config: what to compress and how far, or a plan, which may have been edited or loaded.
-        options: calibration text, correction, files.
+        config: the options, or a plan, which may have been edited or loaded.
+        options: calibration text, refitting and healing, files.
 
     Returns:
-        What was done; printed, it is a short summary.
+        A report; `print` shows a short summary.
 
     Raises:
         FormatError: the source is not a model, or damaged.
-        TargetError: it is compressed already, or text says too little about models of its kind.
+        TargetError: it is already compressed, or text alone is not enough to calibrate a model of this kind.
         BudgetError: the budget cannot be met or needs calibration, or a plan was made with other data.
         DestinationError: the destination exists already, or cannot be written.
         OptionError: options exclude or need one another.
@@ -362,7 +363,7 @@ def compress_folder(
     started = time.perf_counter()
     model = on_device(open_dense(folder), options.device)
     if held_out is not None:
-        record_held_out(model, folder, held_out, tokens=2)  # refuses models that no loss can be measured of
+        record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
     _print_estimate(model, config, options)
     calibration = _calibration(model, folder, config, options, text)
     validation = _validation(model, folder, options)
@@ -374,7 +375,7 @@ def compress_folder(
     # Compress, refit and train.
     done: CompressionReport | ExpertsReport
     if options.share_experts:
-        assert isinstance(config, CompressionConfig)  # the options are checked
+        assert isinstance(config, CompressionConfig)  # checked with the options
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         done = tn.compress(
@@ -390,7 +391,7 @@ def compress_folder(
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
 
-    # Save, compare with plain methods, and write the page.
+    # Save, compare with the baselines, and write the page.
     save(stored, destination, source=folder, force=options.force)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
@@ -424,7 +425,7 @@ def plan_folder(
     Args:
         source: model folder, or hub id if there is no folder of that name.
         config: what to compress and how far.
-        options: of the calibration.
+        options: options of the calibration.
 
     Raises:
         OptionError: an option needs a compressed model.
@@ -492,14 +493,14 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def _check_data(
     config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> CompressionConfig | CompressionPlan:
-    """Check that what is asked for has the data that it needs, before anything takes long.
+    """Check before any slow step that the data for all options is given.
 
     Returns:
-        The configuration; without data one that decides by the error of the weights alone.
+        The configuration; without data its objective is the error of the weights.
 
     Raises:
-        BudgetError: it needs calibration data.
-        OptionError: a validation text without predicted losses.
+        BudgetError: the budget needs calibration data.
+        OptionError: a validation text is given, but no losses are predicted.
     """
     has_data = bool(options.calibration) or (
         options.statistics is not None and Path(options.statistics).exists()
@@ -548,13 +549,13 @@ def _calibration(
         folder: holds its tokenizer.
         config: what to compress and how far, or a plan.
         options: of the run.
-        text: to calibrate on; without it statistics are read, if there are any.
-        streamed_to: run the model block by block, and write this file of statistics; or read it, if an
-            interrupted run has written it.
+        text: calibration text; if absent, statistics are read if a file is given.
+        streamed_to: run the model block by block and write the statistics to this file; if an interrupted run
+            has written the file, read it.
 
     Raises:
-        BudgetError: statistics of another text.
-        TargetError: a model for which text alone says too little.
+        BudgetError: the statistics belong to another text.
+        TargetError: text alone is not enough to calibrate this model.
         ValueError: the text is too short.
     """
     file = streamed_to if options.statistics is None else Path(options.statistics)
@@ -599,7 +600,7 @@ def _calibration(
 
 
 def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
-    """Make batches of the validation text; raise TargetError for a model that has no loss on a text."""
+    """Make batches of the validation text; raise TargetError if the model has no loss on text."""
     if options.validation is None:
         return None
     file = Path(options.validation)
@@ -621,7 +622,7 @@ def _compress_streamed(
 ) -> CompressionReport:
     """Compress a folder shard by shard, without loading the model as a whole.
 
-    Statistics are kept in the staging folder of the destination: an interrupted run finds them there.
+    Statistics are stored in the staging folder of the destination, where a resumed run finds them.
     """
     plan = config if isinstance(config, CompressionPlan) else None
     observed = observing(config) if isinstance(config, CompressionPlan) else config
@@ -631,7 +632,7 @@ def _compress_streamed(
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
         with staging(destination.expanduser().absolute()) as work:
-            for left in work.glob(f"{SPILL}*"):  # by a run that was killed
+            for left in work.glob(f"{SPILL}*"):  # left by a run that was killed
                 shutil.rmtree(left)
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
@@ -656,13 +657,13 @@ def _compress_streamed(
 def _print_estimate(
     model: PreTrainedModel, config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> None:
-    """Print an estimate of the whole run on a terminal, before it starts."""
+    """Print an estimate of the duration of the whole run on a terminal, before it starts."""
     if options.progress and isinstance(config, CompressionConfig):
         sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
 
 
 def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
-    """Estimate in a line how long compression takes, plain methods of a report included.
+    """Estimate how long compression takes, including the baselines of a report; return one line.
 
     Args:
         model: dense; may be on the meta device.
@@ -680,7 +681,8 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
     steps = estimate_seconds(model, config, tokens=tokens)
     del steps["total"]
     if options.held_out is not None or options.report is not None:
-        # Three methods are rounded, and five models read the held-out text, at a fifth of calibrating on it.
+        # Three baselines are rounded; five models read the held-out text, each in a fifth of the time of
+        # calibration.
         steps["plain methods"] = 3 * steps["rounding"]
         if options.held_out is not None:
             steps["plain methods"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
@@ -714,7 +716,7 @@ def _correct(
     """
     notes = []
     if options.refine:
-        # Tokens spread over the text behind what calibration has seen, if enough is left there.
+        # Tokens from all parts of the text that calibration has not read, if enough is left.
         data = calibration_data(teacher, folder, text)
         each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
         fresh = data.batches[math.ceil(seen / each) :]
@@ -755,13 +757,14 @@ def _correct(
 
 
 def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, resume: bool) -> Path:
-    """Return the checkpoint of healing, `.NAME.heal-KEY.safetensors`, and delete those of other options.
+    """Return the path of the healing checkpoint, and delete checkpoints of other options.
 
     Args:
-        destination: of the model.
+        destination: destination of the model.
         folder: the dense model.
-        options: JSON-ready, everything that the healed model depends on: other options have another key.
-        resume: keep the checkpoint of these options.
+        options: everything that the healed model depends on, JSON-ready; the file name
+            `.NAME.heal-KEY.safetensors` has a hash of it.
+        resume: keep an existing checkpoint of these options.
     """
     target = destination.expanduser().absolute()
     marks = sorted(open_source(folder).marks.items())

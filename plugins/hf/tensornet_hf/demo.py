@@ -1,4 +1,4 @@
-"""The main job from end to end on a model that ships with the package, without network."""
+"""The whole workflow on a model that is part of the package, without network access."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +22,8 @@ class Demo:
     """Result of the demo.
 
     Args:
-        result: of the compression, with the plain methods of the same bytes.
-        sample: what the saved model writes after `PROMPT`, loaded by transformers.
+        result: result of the compression, with baselines of the same size.
+        sample: text generated after `PROMPT` by the saved model, loaded with transformers.
         folder: the saved model.
         report: the HTML page.
     """
@@ -49,22 +49,22 @@ def run_demo(
     command: str = "tensornet demo",
     progress: bool = False,
 ) -> Demo:
-    """Compress the embedded GPT-2, measure it, write `model/` and `report.html` below `output`, and load it.
+    """Compress the embedded GPT-2, measure it, write `model/` and `report.html` in `output`, and load it.
 
-    Rounding to nearest, GPTQ and the truncated SVD at the same bytes are measured too, on text that neither
-    training nor calibration saw.
+    Round to nearest, GPTQ and the truncated SVD of the same size are measured too, on text that was used
+    neither for training nor for calibration.
 
     Args:
-        output: folder, made if it is not there.
-        bits: of a weight of the linear layers, scales included.
-        seed: of the generated sample.
+        output: folder; created if it does not exist.
+        bits: bits per weight of the linear layers, scales included.
+        seed: seed of the generated sample.
         device: where the models run.
-        force: replace a model that is there.
-        command: named in the report.
+        force: replace an existing model.
+        command: command line, shown in the report.
         progress: show progress bars.
 
     Raises:
-        BudgetError: so few bits that no plan has them.
+        BudgetError: no plan has so few bits.
         DestinationError: `output/model` exists already.
     """
     output.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def run_demo(
         progress=progress,
     )
     result = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=bits), options)
-    # Users of the folder have only transformers and one import of tensornet_hf.
+    # Users load the folder with transformers, after importing tensornet_hf.
     model = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
     sample = continue_text(model, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
     return Demo(result, sample, folder, report)

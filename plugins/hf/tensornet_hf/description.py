@@ -1,8 +1,8 @@
 """The description of a compressed model in `config.json`, and its comparison with the stored tensors.
 
-The entry `quantization_config` describes every compressed module, and lists the tensors that several modules
-share and the file stores once. It determines the names, shapes and dtypes of all tensors of these modules.
-Only the headers of files are read here: no weight is allocated, and nothing is unpickled.
+The entry `quantization_config` describes every compressed module, and lists shared tensors, which the file
+stores once. It determines the names, shapes and dtypes of all tensors of these modules. Only the headers of
+files are read here: no weight is allocated, and nothing is unpickled.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -21,7 +21,7 @@ from tensornet.nn.storage import PackedCore
 METHOD = "tensornet"
 FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
-#: Shape of a guard, see `replaced_names`; weights are never empty.
+#: Shape of a guard, see `replaced_names`; real weights are never empty.
 GUARD_SHAPE = (0,)
 #: Names of dtypes as in torch, by their name in the header of a safetensors file.
 DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}
@@ -34,19 +34,19 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     To compress while loading, give the options of `tensornet.CompressionConfig`:
     `AutoModelForCausalLM.from_pretrained(folder, quantization_config=TensorNetworkConfig(param_ratio=0.5))`.
-    Everything else is written and read by the library.
+    All other arguments are written and read by the library.
 
     Args:
         layers: description of each compressed module by its name in the model (see `NetworkModule.spec`).
         ties: parameters stored under another name: `{name: name of the stored parameter}`.
         format_version: version of this description.
         quant_method: always `"tensornet"`.
-        load_with: for readers of the file.
+        load_with: a hint for people who read the file.
         compression: options of `CompressionConfig` as a mapping, as an alternative to `options`.
         options: options of `CompressionConfig`.
 
     Raises:
-        FormatError: an unknown version, or descriptions that are not what they should be.
+        FormatError: an unknown version, or invalid descriptions.
         ValueError, BudgetError, TopologyError: from the options.
 
     Example:
@@ -129,10 +129,10 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, base: str) -> dict[str, str]:
-    """Map every parameter or buffer of a compressed module that another name owns to that name.
+    """Map every shared tensor of a compressed module to the name under which it is stored.
 
-    The owner is the first name outside the compressed modules, or else the first inside. Names of the base
-    model come before those of a head, so that the base model finds its own tensors when it is loaded alone.
+    This is the first name outside the compressed modules, or else the first name inside. Names of the base
+    model come before those of a head, so that the base model finds its tensors when it is loaded alone.
 
     Args:
         tensors: state dict of the model, with the parameters themselves.
@@ -160,17 +160,18 @@ def is_inside(name: str, layers: Collection[str]) -> bool:
 
 
 def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterable[str]) -> list[str]:
-    """Return the names of the dense weights that compressed layers replace; each gets a *guard* in the file.
+    """Return the names of dense weights that compressed layers replace; each gets a *guard* in the file.
 
-    Without this library transformers only warns of an unknown quantization type, and fills dense weights that
-    it does not find with random numbers. But it refuses a tensor of another shape. So a saved folder contains
-    an empty tensor under the name of every weight that was replaced. Our own loading ignores these guards.
+    If this library is not imported, transformers only warns of an unknown quantization type, and initializes
+    missing dense weights with random numbers. But it raises an error for a tensor of another shape. So a
+    saved folder contains an empty tensor, the guard, under the name of every replaced weight. This library
+    ignores guards when loading.
 
     Args:
         dense: names of the tensors of the dense model.
         present: names of the tensors of the compressed model.
-        layers: names of the compressed layers, which may lie below the module that held a weight, as the
-            experts of a stack do.
+        layers: names of the compressed layers, which may be children of the module that had the weight, as
+            for stacks of experts.
     """
     layers = set(layers)
     around = {layer[:end] for layer in layers for end in range(len(layer)) if layer[end] == "."}
@@ -188,7 +189,7 @@ def without_guards(tensors: Mapping[str, _T]) -> dict[str, _T]:
 
 @dataclass(frozen=True)
 class PromisedTensor:
-    """Shape of a described tensor, its dtype where a number format fixes it, and the numbers it holds."""
+    """Shape of a described tensor, its dtype if a number format determines it, and its count of numbers."""
 
     shape: tuple[int, ...]
     dtype: str | None
@@ -199,10 +200,10 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
     """Return the tensors of all described modules by name; modules are built on the meta device.
 
     Raises:
-        FormatError: nothing can be built from a description.
+        FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: the layers of a model repeat a few
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description; many layers have the same
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:
@@ -229,15 +230,15 @@ def _tensors_of(module: nn.Module) -> dict[str, PromisedTensor]:
 
 
 def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice], *, where: str) -> None:
-    """Compare the tensors that a description promises with the stored headers.
+    """Compare the tensors of a description with the stored headers.
 
     Args:
         compression: the description.
         tensors: the headers, without guards.
-        where: folder, for messages.
+        where: name of the folder, for messages.
 
     Raises:
-        FormatError: a description that nothing can be built from, or a missing, surplus or wrong tensor.
+        FormatError: an invalid description, or a missing, surplus or wrong tensor.
     """
     expected = promised_tensors(compression.layers)
     stored = {name: tensor for name, tensor in expected.items() if name not in compression.ties}
@@ -254,7 +255,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
                 f"{where}: {name} is stored with shape {list(part.shape)}, its description says "
                 f"{list(tensor.shape)}."
             )
-        # Floating-point tensors have the dtype of the model, whatever it was when it was saved.
+        # Floating-point tensors may have any dtype: that of the model when it was saved.
         found = DTYPES.get(part.dtype, part.dtype)
         if part.dtype not in FLOATS if tensor.dtype is None else found != tensor.dtype:
             raise FormatError(
@@ -282,7 +283,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
 def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str], str]:
     """Return the map from names in the description to names in the files.
 
-    They differ by a prefix if one was written for a part of the model and the other for the whole.
+    They differ by a prefix if one is of a part of the model and the other of the whole model.
     """
     if not names or any(name in tensors for name in names):
         return str

@@ -1,8 +1,8 @@
 """Two small trained models that ship with the package, with calibration and held-out text.
 
-A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible; what they are,
-and how well they do, is in ``data/README.md`` and in the ``training.json`` of each folder. With them the demo
-and the tests need no model hub.
+A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
+``data/README.md`` and the ``training.json`` of each folder describe them and their quality. They let the demo
+and the tests run without network access.
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, re
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
-#: Tokens of a held-out text that are used.
+#: Largest number of tokens of a held-out text.
 HELD_OUT_TOKENS = 32_768
-#: Logits of one batch: 64 MB in float32, whatever the vocabulary.
+#: Largest number of logits of one batch: 64 MB in float32.
 MOST_LOGITS = 16_000_000
 
 
@@ -31,16 +31,16 @@ class ModelFacts:
     """One model of a comparison.
 
     Args:
-        name: how reports call it.
+        name: name in reports.
         params: stored numbers of the whole model, scales included.
-        bytes: of its weight files, or counted where nothing was saved; None if unknown.
-        bits: of a weight, scales included: of the compressed layers, or of the whole dense model in
-            `tensornet_hf.compare`; None if unknown.
+        bytes: size of its weight files, or of its tensors if nothing was saved; None if unknown.
+        bits: bits per weight, scales included, of the compressed layers (of the whole model in
+            `tensornet_hf.compare`); None if unknown.
         scheme: number format, ranks or quantization method, in a few characters.
         quality: loss on a text, and its increase over the first model; None if not measured.
         predicted: predicted loss increase, None if there is none.
         sample: generated text, if any.
-        milliseconds: for one token, None if not measured.
+        milliseconds: time of one token, None if not measured.
     """
 
     name: str
@@ -101,7 +101,8 @@ class Perplexity:
     Args:
         perplexity: `exp(loss)`.
         loss: mean negative log-likelihood of a scored token, in nats.
-        tokens: tokens scored. A token is scored once, in the first window that holds its predecessor too.
+        tokens: number of scored tokens. A token is scored once, in the first window that also contains its
+            predecessor.
         windows: number of windows.
         context: tokens in a window (the last window may be shorter).
         stride: tokens from the start of one window to the start of the next.
@@ -116,7 +117,7 @@ class Perplexity:
 
     @property
     def how(self) -> str:
-        """Measurement protocol in a few words."""
+        """Description of the measurement in a few words."""
         return (
             f"{self.tokens:,} tokens scored in {self.windows:,} window{'s' if self.windows > 1 else ''} "
             f"of {self.context}, stride {self.stride}"
@@ -128,7 +129,7 @@ def text_windows(
 ) -> list[Batch]:
     """Cut a text into windows that score each token once.
 
-    The first token of a window has no predecessor there, so windows without overlap leave one token each
+    The first token of a window has no predecessor in it, so each window without overlap leaves one token
     unscored. With a smaller stride every token but the first of the text is scored, most of them with at
     least `context - stride` tokens before them.
 
@@ -136,11 +137,11 @@ def text_windows(
         tokens: shape `(length,)`.
         context: tokens of a window, at least 2.
         stride: step between windows, from 1 to `context`; `context` if absent.
-        batch_size: most windows of a batch.
+        batch_size: largest number of windows in a batch.
 
     Returns:
-        Batches of `input_ids`, shape `(windows, at most context)`. Where windows overlap, `labels` say which
-        tokens are scored.
+        Batches of `input_ids`, shape `(windows, at most context)`. If windows overlap, `labels` select the
+        scored tokens.
 
     Raises:
         ShapeError: `tokens` is not a vector of at least two tokens.
@@ -191,7 +192,7 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a text, `exp(-1/N sum log p(token | tokens before it in its window))`.
 
-    No token is added; the model sees the windows as they are cut, each from position 0.
+    No special tokens are added; every window starts at position 0.
 
     Args:
         model: a causal language model; it may be any module with `logits` in its output whose class name ends
@@ -199,13 +200,14 @@ def perplexity(
         tokens: the text, shape `(length,)`, integers.
         context: tokens of a window.
         stride: step between windows; `context` (no overlap) if absent.
-        batch_size: most windows run at once; fewer where their logits would exceed 64 MB.
+        batch_size: largest number of windows in a batch; fewer if their logits would exceed 64 MB.
         progress: show a progress bar.
 
     Raises:
         ShapeError: `tokens` is not a vector of at least two tokens.
-        ValueError: context, stride or batch size out of range, or more context than the model has positions.
-        TargetError: the model's own loss scores a label at its own position, so the model may see it.
+        ValueError: context, stride or batch size is out of range, or `context` exceeds the positions of the
+            model.
+        TargetError: the model is scored by the label of the same position, which it may read as input.
         NonFiniteError: the model's loss is NaN or infinite.
     """
     if scores_next_token(model) is False:
@@ -244,14 +246,14 @@ def record_held_out(
     """Run a dense language model on a held-out text, for `tensornet.compression.measure`.
 
     Args:
-        model: causal, or an encoder-decoder.
+        model: a causal language model or an encoder-decoder.
         folder: holds its tokenizer.
-        text: neither seen in training nor in calibration.
-        name: of the text, for reports.
+        text: text used neither in training nor in calibration.
+        name: name of the text, for reports.
         tokens: how much of it to use; all if absent.
 
     Raises:
-        TargetError: a model of another kind, for which a text has no labels.
+        TargetError: a model of another kind, for which text has no labels.
         ValueError: the text is too short.
 
     Example:
@@ -293,7 +295,7 @@ _OFFLINE = (
 
 
 class TaskError(TensorNetError, ValueError):
-    """Unknown task, or a task whose data is not on this machine.
+    """Raised for an unknown task, or a task whose data is not on this machine.
 
     Example:
         >>> from tensornet_hf.evaluate import TaskError
@@ -309,7 +311,7 @@ class TaskScores:
     Args:
         scores: by task and metric, standard errors as `METRIC_stderr`.
         samples: number of examples of each task.
-        version: of lm-evaluation-harness.
+        version: version of lm-evaluation-harness.
     """
 
     scores: Mapping[str, Mapping[str, float]]
@@ -332,16 +334,16 @@ def run_tasks(
     Args:
         model: language model, causal or encoder-decoder.
         tokenizer: its tokenizer.
-        tasks: names, of the harness or of files in `task_path`.
-        task_path: folder of task files, or one such file.
-        shots: examples shown before each question; as the task says if absent.
+        tasks: names of tasks, of the harness or in `task_path`.
+        task_path: folder with task files, or one such file.
+        shots: number of examples before each question; the default of the task if absent.
         limit: use only so many examples of each task.
         batch_size: requests run at once.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
-        TargetError: the model writes no text.
-        TaskError: an unknown task, or one whose data is on the hub, which is not reached here.
+        TargetError: the model cannot generate text.
+        TaskError: an unknown task, or its data is not on this machine.
     """
     harness: Any = import_optional("lm_eval", extra="eval", user=_USER)
     if not model.can_generate():
@@ -373,7 +375,7 @@ def _load_tasks(names: Sequence[str], task_path: str | Path | None) -> Any:
     """Load tasks with their data.
 
     Raises:
-        TaskError: an unknown task, or data that cannot be had.
+        TaskError: an unknown task, or its data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 

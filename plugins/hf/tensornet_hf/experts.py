@@ -1,8 +1,8 @@
 """Split experts that transformers stores in stacks `(experts, ...)` into single matrices, and join them.
 
-A stack is one parameter, so nothing in it is a layer that could be observed, planned or compressed. Unfused,
-every expert has linear layers of its own, `experts.3.down_proj`, and what works for linear layers works for
-them. Experts none of whose matrices were replaced go back into their stacks.
+A stack is one parameter, so none of its matrices is a layer that could be calibrated, planned or compressed.
+After unfusing, every expert has its own linear layers, such as `experts.3.down_proj`, which are treated like
+any linear layer. If none of the matrices was replaced, the stack is restored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensornet.nn.layer_kinds import CompoundKind, register_compound_kind
 from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, unfuse
 
-#: What transformers' `use_experts_implementation` puts on the experts modules that follow its conventions.
+#: Attributes that transformers' `use_experts_implementation` sets on experts modules.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
@@ -23,7 +23,7 @@ class SplitExperts(Compound):
     """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
 
     Args:
-        stock: the module that it replaces; it computes what happens between the matrices.
+        stock: the replaced module; it still computes everything between the matrices.
         shared: see `CompoundKind.unfuse`.
     """
 
@@ -40,33 +40,33 @@ class SplitExperts(Compound):
             for name in names
         )
         super().__init__(stock, stacks, {} if shared is None else shared)
-        self.padding_mask: Tensor | None = None  # `(rows, tokens)`, while a model is observed
+        self.padding_mask: Tensor | None = None  # `(rows, tokens)`, during calibration
         self.num_experts = count
         self.names = names
 
     @property
     def experts(self) -> list[nn.Module]:
-        """Experts, each with one layer for every name in `names`."""
+        """Return the experts, each with one layer for every name in `names`."""
         return [self.get_submodule(str(number)) for number in range(self.num_experts)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Mix the experts that the router chose for each token.
+        """Sum the weighted outputs of the experts that the router chose for each token.
 
         Args:
             hidden_states: `(tokens, features)`.
-            top_k_index, top_k_weights: chosen experts and what each counts, `(tokens, top_k)`.
+            top_k_index, top_k_weights: chosen experts and their weights, `(tokens, top_k)`.
         """
         mask = self.padding_mask
-        if mask is not None and mask.numel() == len(hidden_states):  # calibration must not see padding
-            padded = mask.reshape(-1, 1).to(top_k_index.device) == 0  # of a batch, which may lie elsewhere
+        if mask is not None and mask.numel() == len(hidden_states):  # calibration must skip padding
+            padded = mask.reshape(-1, 1).to(top_k_index.device) == 0  # the mask may be on another device
             top_k_index = top_k_index.masked_fill(padded, self.num_experts)
         mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        if hidden_states.is_meta:  # without values to route by, every expert sees every token
+        if hidden_states.is_meta:  # without values every expert gets every token
             for number in range(self.num_experts):
                 mixed = mixed + self._run(number, hidden_states)
             return mixed.to(hidden_states.dtype)
         for number in top_k_index.unique().tolist():
-            if number < self.num_experts:  # beyond are slots that the router left empty
+            if number < self.num_experts:  # larger numbers mark empty slots
                 token, place = torch.where(top_k_index == number)
                 y = self._run(number, hidden_states[token]) * top_k_weights[token, place, None]
                 mixed = mixed.index_add(0, token, y.to(mixed.dtype))
@@ -80,7 +80,7 @@ class SplitExperts(Compound):
             if (bias := self._parameters.get(f"{name}_bias")) is not None:
                 x = x + bias[number]
             if step == 0:
-                # Private, and the one method that all these classes have for their gate.
+                # A private method, but the only one that all these classes have for their gate.
                 x = stock._apply_gate(x) if stock.has_gate else stock.act_fn(x)
         return x
 
@@ -88,7 +88,7 @@ class SplitExperts(Compound):
 def stack_names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the stacks of an experts module in order; empty if it cannot be split.
 
-    Only modules that consist of their matrices, their biases and an activation are split.
+    Only modules that consist of matrices, biases and an activation can be split.
     """
     if (
         not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
@@ -104,7 +104,7 @@ def stack_names(module: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Split the experts of a model inside the block; there they skip padding."""
+    """Split the experts of a model inside the block, where they also skip padding."""
     names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Pass the attention mask of a batch to experts, which see tokens without their positions."""
+    """Pass the attention mask of a batch to experts, which receive tokens without their positions."""
     mask = batch.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""How tensornet treats transformers models: an extension, and one kind of linear layer."""
+"""Support of transformers models in tensornet: an extension, and one kind of linear layer."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -16,10 +16,10 @@ from tensornet_hf.text import embedded_text
 
 
 class TransformersExtension(ModelExtension):
-    """Show stacked experts as layers, describe models for saving, and offer calibration text."""
+    """Expose stacked experts as layers, describe models for saving, and provide calibration text."""
 
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Show every matrix of stacked experts as a layer."""
+        """Expose every matrix of stacked experts as a layer."""
         return experts_apart(model)
 
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
@@ -27,11 +27,11 @@ class TransformersExtension(ModelExtension):
         tell_padding(block, batch)
 
     def layers_replaced(self, model: nn.Module) -> bool:
-        """Attach a transformers model for saving; return False for any other model."""
+        """Prepare a transformers model for saving; return False for any other model."""
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return the embedded text in the tokens of a causal language model."""
+        """Return the embedded text as tokens for a causal language model."""
         return embedded_text(model)
 
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
@@ -46,7 +46,7 @@ class _FalconLinear(LayerKind):
     _module = "transformers.models.falcon.modeling_falcon"
 
     def matches(self, module: nn.Module) -> bool:
-        # By name, so that the model's file is not imported for everybody.
+        # Compared by name, so that the module of Falcon need not be imported.
         known = type(module).__name__ == "FalconLinear" and type(module).__module__ == self._module
         return known and is_plain(module)
 

@@ -1,8 +1,9 @@
-"""Feed-forward networks of a model: find them, and check that they compute what their parts suggest.
+"""Find the feed-forward networks of a model, and check what they compute.
 
-Most are a module of their own, which is compared with its parts on random tokens. In BERT, BART and their
-relatives the two matrices and the activation are parts of a larger layer. For the classes listed in `INSIDE`
-a mixture replaces the first matrix, and modules that do nothing replace the activation and the second.
+Most feed-forward networks are separate modules; the output of the module is compared with that of its
+matrices and activation, on random tokens. In BERT, BART and similar models the two matrices and the
+activation are parts of a larger layer. For the classes in `INSIDE` a mixture replaces the first matrix, and
+identities replace the activation and the second matrix.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from tensornet_moe.ffn import ACTIVATIONS
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
-#: Names of the matrices in order (gate,) up, down, and where such a network drops out.
+#: Names of the matrices in the order (gate,) up, down, and the place of the dropout.
 FORMS: dict[tuple[str, ...], DropoutPlace] = {
     ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
     ("wi", "wo"): "hidden",  # T5
@@ -62,14 +63,14 @@ class FeedForward:
     """One network `W_down act(W_up x)`, gated `W_down (act(W_gate x) * W_up x)`.
 
     Args:
-        names: where the module is used in the model; the first stands for all.
+        names: names of the module in the model; reports use the first.
         module: the module that is the network, or contains it.
         paths: its layers inside the module, in order.
         activation: a name in `tensornet_moe.ffn.ACTIVATIONS`.
         dropout: probability.
         dropout_place: after the activation, on the output, or nowhere.
-        inside: None if the module is the network. Otherwise the paths inside that are to be replaced: the
-            first by the network, the others by modules that do nothing.
+        inside: None if the module is the network. Otherwise the paths of the submodules to replace: the first
+            by the network, the others by identities.
     """
 
     names: tuple[str, ...]
@@ -86,7 +87,7 @@ class FeedForward:
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def layer(self, name: str) -> nn.Module:
-        """Return one of its layers by the name of its matrix."""
+        """Return a layer by the name of its matrix."""
         return self.module.get_submodule(self.paths[self.matrices.index(name)])
 
     def matrix(self, name: str) -> Tensor:
@@ -113,14 +114,14 @@ class FeedForward:
         hidden = ACTIVATIONS[self.activation](nn.functional.linear(x, self.matrix(first), self.bias(first)))
         for name in between:
             hidden = hidden * nn.functional.linear(x, self.matrix(name), self.bias(name))
-        weight = self.matrix(last)  # T5 keeps it in float32
+        weight = self.matrix(last)  # float32 in T5
         return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias(last))
 
 
 class DoneBefore(nn.Module):
-    """Identity that replaces a part of a feed-forward network whose work an earlier mixture does.
+    """Identity in place of a part of a feed-forward network that a mixture before it already computes.
 
-    Unlike `nn.Identity` it has a description, so that a saved model is built again with it.
+    Unlike `nn.Identity` it has a description, so that it is restored when a saved model is loaded.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,11 +147,11 @@ def find_feed_forwards(
     Args:
         model: any model.
         target_modules: patterns as in `CompressionConfig.target_modules`; all that are recognized if absent.
-        matrices: names of the two or three layers inside, (gate,) up, down, for networks of another form.
+        matrices: names of the two or three layers, (gate,) up, down, for networks with other names.
 
     Raises:
-        TargetError: none is found, a pattern matches none, or a named module computes something else or is
-            an expert of a mixture.
+        TargetError: no network is found, a pattern matches none, or a named module computes something else or
+            is an expert of a mixture.
     """
     forms = FORMS if matrices is None else {tuple(matrices): FORMS.get(tuple(matrices), "output")}
     looked_for = (
@@ -206,7 +207,7 @@ def _recognize(
     """Recognize the network in a module.
 
     Raises:
-        TargetError: the module computes something else, or has an activation that experts do not.
+        TargetError: the module computes something else, or experts do not have its activation.
     """
     inside = (
         INSIDE.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
@@ -226,11 +227,11 @@ def _recognize(
     with in_eval_mode(module):
         try:
             got = module(x)
-        except Exception as error:  # whatever a module of unknown kind does with one tensor
+        except Exception as error:  # an unknown module may raise anything
             raise TargetError(f"it does not take tokens alone: {error}") from error
     wanted = network.compute(x)
     tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    # Not "smaller than": NaN differs from nothing here, and the decomposition names the matrix it is in.
+    # Not "smaller than", so that NaN passes here: the decomposition will name the matrix with NaN.
     if (
         not isinstance(got, Tensor)
         or got.shape != wanted.shape

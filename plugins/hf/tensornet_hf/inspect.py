@@ -1,4 +1,4 @@
-"""Inspection of a model folder from its file headers; no weight is loaded."""
+"""Inspect a model folder by its file headers; no weight is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ class StoredLayer:
     """One compressed module of a folder.
 
     Args:
-        name: in the model.
-        form: number formats, family and bonds, or the kind of module for others than single matrices.
-        shape: `(out_features, in_features)`, None for others than single matrices.
-        params: stored numbers, bias and scales included; 0 where another name owns the cores.
-        bytes: that these take in the file.
-        dense_params: elements of the dense weight (bias not counted), None for others.
-        dtype: of the cores, None where another name owns them.
+        name: name in the model.
+        form: number formats, family and bonds; for modules with several matrices, their kind.
+        shape: `(out_features, in_features)`, None for modules with several matrices.
+        params: stored numbers, bias and scales included; 0 if the cores are stored under another name.
+        bytes: size of these in the file.
+        dense_params: elements of the dense weight (bias not counted), None for modules with several matrices.
+        dtype: dtype of the cores, None if they are stored under another name.
     """
 
     name: str
@@ -42,10 +42,10 @@ class Inspection:
     """Contents of a model folder, as its file headers describe them.
 
     Args:
-        folder: where it is.
+        folder: the folder.
         architecture: class named in its configuration.
-        format_version: of the description of compressed modules, None for an ordinary model.
-        params: stored numbers of the whole model; packed integers count one by one.
+        format_version: version of the description of compressed modules, None for an ordinary model.
+        params: stored numbers of the whole model; each packed integer counts as one.
         bytes: size of the weight files.
         dtypes: stored numbers by dtype of their tensors; integers of fewer than 8 bits are packed in uint8.
         layers: the compressed modules.
@@ -67,7 +67,7 @@ class Inspection:
 
 
 def inspect_folder(folder: str | Path) -> Inspection:
-    """Describe a model folder from its headers; raise for every header that `tensornet_hf.load` would refuse.
+    """Describe a model folder by its headers, with the checks of `tensornet_hf.load`.
 
     Raises:
         FormatError: something is missing, surplus, damaged or contradictory; the message names it.
@@ -97,14 +97,14 @@ def inspect_folder(folder: str | Path) -> Inspection:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Sum the sizes of the safetensors files of a folder, or of its other weight files if it has none."""
+    """Sum the sizes of the safetensors files of a folder (of its other weight files if it has none)."""
     files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
     safe = [file for file in files if file.suffix == ".safetensors"]
     return sum(file.stat().st_size for file in safe or files)
 
 
 def _stored_numbers(checkpoint: Checkpoint) -> dict[str, int]:
-    """Count the numbers in every stored tensor, packed integers one by one."""
+    """Count the numbers in every stored tensor; each packed integer counts as one."""
     layers = {} if checkpoint.compression is None else checkpoint.compression.layers
     promised = promised_tensors(layers)
     return {
@@ -138,7 +138,7 @@ def _form(spec: Mapping[str, Any]) -> str:
 
 
 def _formats(spec: Mapping[str, Any]) -> list[str]:
-    """List the number formats of all cores below a module, each once."""
+    """List the number formats of all cores inside a module, without repetition."""
     storage = Storage.from_dict(spec.get("storage", {}))
     found = [storage.number_format.name, *(each.name for _, each in storage.core_formats)]
     for part in spec.values():

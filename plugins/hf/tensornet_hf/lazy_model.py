@@ -1,7 +1,7 @@
-"""Open a model folder lazily: the model of transformers, its weights memory-mapped from the files.
+"""Open a model folder lazily, as a transformers model with memory-mapped weights.
 
-Only pages that are touched are resident, so a model may be larger than memory. It is planned, calibrated and
-compressed by the functions that work on any model.
+Only accessed pages are loaded, so a model may be larger than memory. The usual functions plan, calibrate and
+compress it.
 """
 
 import json
@@ -36,7 +36,7 @@ from tensornet_hf.checkpoint import INDEX, WEIGHT_SUFFIXES, read_json, weight_fi
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
-#: No dimension of a model comes near this.
+#: Largest size of a dimension, far above all real ones.
 _LARGEST = 2**31
 
 
@@ -48,9 +48,9 @@ class Source:
         folder: where it is.
         config: content of `config.json`.
         tensors: every stored tensor by name.
-        others: relative paths of the files that are copied as they are.
-        marks: size and time of change of every file that is read, by relative path; they reveal a later
-            change.
+        others: relative paths of the files to copy.
+        marks: size and modification time of every file that is read, by relative path, to detect later
+            changes.
     """
 
     folder: Path
@@ -99,10 +99,10 @@ def open_source(folder: str | os.PathLike[str]) -> Source:
 
 
 def check_unchanged(source: Source, marks: Mapping[str, Any], *, since: str) -> None:
-    """Compare the marks of a source with earlier or later ones.
+    """Compare the marks of a source with those of another time.
 
     Raises:
-        FormatError: files differ; the message names them, and when they were first read.
+        FormatError: files differ; the message names the files and the time of the first reading.
     """
     names = sorted(source.marks.keys() | marks.keys())
     if changed := [x for x in names if source.marks.get(x) != marks.get(x)]:
@@ -122,10 +122,10 @@ class LazyModel:
     """Model whose weights are mapped from the files of its folder.
 
     Args:
-        model: in eval mode. Weights that the files store in another form are on the meta device.
-        stored: the stored tensors of each parameter and buffer. Several are the matrices of a stack of
-            experts, or go through another conversion.
-        renamed: names that are stored as they are: one stored tensor, in the shape of the model.
+        model: the model in eval mode. Weights that the files store in another form are on the meta device.
+        stored: names of the stored tensors of each parameter and buffer; several for a stack of experts, or
+            for another conversion.
+        renamed: parameters and buffers that are stored as one tensor of the same shape, with its stored name.
         surplus: stored tensors that the model does not have.
     """
 
@@ -140,18 +140,18 @@ def open_lazily(
 ) -> LazyModel:
     """Build the model of a folder; its weights are mapped from the files, in the dtype that is stored.
 
-    The class is that of transformers, so that kinds of layers, ties and renamings are those of loading. Code
-    that comes with a checkpoint is never run, and changing a mapped weight in place does not change the file.
+    The model has its transformers class, so that layers, ties and names are the same as after loading. Code
+    in the folder is never run, and in-place changes of a mapped weight do not change the file.
 
     Args:
         source: the folder.
         only: names of the parameters and buffers to map; the others stay on the meta device. All if absent.
-        spill: folder for stacks whose matrices are stored one by one: their bytes are joined there, in files
-            without a name that go with the model. The system's temporary folder if absent.
+        spill: folder for temporary files with the bytes of stacks whose matrices are stored one by one. The
+            files are deleted with the model. The system's temporary folder if absent.
 
     Raises:
-        FormatError: transformers lacks the class, or the values of the configuration are impossible or
-            contradict the stored tensors.
+        FormatError: transformers lacks the class, or the configuration is impossible or contradicts the
+            stored tensors.
     """
     check_values(source.config, tensors=len(source.tensors))
     model = _empty_model(source.config)
@@ -196,14 +196,14 @@ def open_lazily(
 
 
 def mapped_model(folder: str | os.PathLike[str], *, spill: str | Path | None = None) -> PreTrainedModel:
-    """Build a model that runs on mapped weights, at the speed of the disk where memory is small.
+    """Build a model that runs on mapped weights; with little memory, at the speed of the disk.
 
     Args:
-        folder: of the model.
+        folder: folder of the model.
         spill: see `open_lazily`.
 
     Raises:
-        FormatError: as `open_lazily`, or the folder keeps a weight in another form than the model.
+        FormatError: as `open_lazily`, or a weight is stored in another form than in the model.
     """
     model = open_lazily(open_source(folder), spill=spill).model
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
@@ -215,15 +215,15 @@ def mapped_model(folder: str | os.PathLike[str], *, spill: str | Path | None = N
         for key, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, key, torch.empty_like(buffer, device="cpu"))
-    model.initialize_weights()  # computes the buffers that are not stored, such as rotary frequencies
+    model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
     return model
 
 
 def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
-    """Raise FormatError for sizes so large that building even an empty model would not end.
+    """Raise FormatError for sizes so large that even an empty model could not be built.
 
     Args:
-        config: nested as it may be.
+        config: the configuration, possibly nested.
         tensors: number of stored tensors; a model has no more layers or experts than a small multiple.
     """
     open_entries: list[tuple[str, Any]] = list(config.items())
@@ -260,13 +260,13 @@ def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
         )
     plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
     try:
-        with tempfile.TemporaryDirectory() as folder:  # reading a file decodes infinities that JSON lacks
+        with tempfile.TemporaryDirectory() as folder:  # reading from a file decodes infinities
             Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
             read: PreTrainedConfig = CONFIG_MAPPING[str(kind)].from_pretrained(folder, local_files_only=True)
         read.name_or_path = ""
         with torch.device("meta"):
             return cls(read)
-    except Exception as error:  # model classes fail on nonsense in every way there is
+    except Exception as error:  # model classes may raise anything
         raise FormatError(
             f"config.json does not describe a {name}: {type(error).__name__}: {error!s:.300}"
         ) from error
@@ -279,10 +279,10 @@ def _stack_parts(
     converters: Sequence[WeightConverter],
     tensors: Mapping[str, Slice],
 ) -> list[Slice]:
-    """List the stored matrices whose bytes, one after another, are a stack of experts.
+    """List the stored matrices whose concatenated bytes are a stack of experts.
 
     Returns:
-        Nothing where loading does more than stack experts, each of one or more matrices joined by rows.
+        The names; empty if loading does more than stacking experts of one or more matrices joined by rows.
 
     Raises:
         FormatError: the number or the sizes of the stored matrices contradict the configuration.
@@ -320,7 +320,7 @@ def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -
 
 
 def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
-    """Join the bytes of stored matrices in a file without a name, and map it."""
+    """Join the bytes of stored matrices in an unnamed temporary file, and map it."""
     with tempfile.TemporaryFile(dir=spill) as file:
         for chunk in contents(parts):
             file.write(chunk)
@@ -332,7 +332,7 @@ def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None)
 def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
     """Untie tied layers whose stored weights differ.
 
-    A configuration may claim a tie that the weights do not have (T5 v1.1); loading decides as we do here.
+    A configuration may declare a tie although the weights differ (T5 v1.1); `from_pretrained` does the same.
     """
     for target, source in model.all_tied_weights_keys.items():
         if target in stored and source in stored and not _equal(stored[target], stored[source]):

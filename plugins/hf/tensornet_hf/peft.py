@@ -46,8 +46,8 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     """A compressed linear layer with low-rank adapters: `y = W x + b + s B A x`.
 
     Merging an adapter of rank `a` into a layer of rank `r` gives a layer of rank `r + a`, without loss. A
-    layer of a family without such a topology (`TopologyFamily.with_rank`) becomes dense. Integer cores are
-    rounded again, with a warning; of a sum only the last term changes.
+    layer becomes dense if its family has no such topology (`TopologyFamily.with_rank`). Integer cores are
+    rounded again, with a warning. If the topology is a sum, only the last term changes.
     """
 
     merges_into_cores = True  # see `tensornet.nn.targets`
@@ -69,7 +69,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         """Add an adapter.
 
         Raises:
-            TargetError: an option that needs the dense weight, or that `forward` does not support.
+            TargetError: an option needs the dense weight, or is not supported by `forward`.
         """
         if config.use_dora:
             raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
@@ -85,7 +85,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """Return both sizes, so that PEFT need not guess (and warn)."""
+        """Return both sizes, so that PEFT does not guess them with a warning."""
         assert isinstance(module, TensorNetworkLinear)
         return module.in_features, module.out_features
 
@@ -114,10 +114,10 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the layer; `unmerge` restores the old layer.
+        """Merge adapters into the layer; `unmerge` undoes it.
 
         Raises:
-            ValueError: an adapter holds NaN or infinity.
+            ValueError: an adapter contains NaN or infinity.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
@@ -143,11 +143,12 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 def lora_config(
     model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
 ) -> LoraConfig:
-    """Build a LoRA configuration that reaches compressed layers; files do not keep this property.
+    """Build a LoRA configuration that also adapts compressed layers; this is not saved in files.
 
     Args:
         model: compressed or not.
-        target_modules: as in PEFT; `"all-linear"` takes stock and compressed linear layers, no output head.
+        target_modules: as in PEFT; `"all-linear"` selects stock and compressed linear layers except the
+            output head.
         options: passed to `LoraConfig`.
 
     Raises:
@@ -163,7 +164,7 @@ def lora_config(
         >>> adapted.get_nb_trainable_parameters()[0] > 0
         True
     """
-    if target_modules == ALL_LINEAR:  # PEFT itself would find stock layers only
+    if target_modules == ALL_LINEAR:  # PEFT would find only stock layers
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         target_modules = []
         for name, module in model.named_modules():
@@ -178,7 +179,7 @@ def lora_config(
 
 def _registered(config: LoraConfig) -> LoraConfig:
     """Register compressed layers with a LoRA configuration and return it."""
-    # Private, and the only way that PEFT offers to reach layers of other libraries.
+    # A private method, but the only way to register layer classes with PEFT.
     config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
     return config
 
@@ -187,8 +188,8 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
     """Load adapters from a folder that PEFT wrote, onto a compressed model.
 
     Args:
-        model: of the same form as the one the adapters were trained on.
-        folder: from `PeftModel.save_pretrained`.
+        model: a model with the same layers as the one the adapters were trained on.
+        folder: folder written by `PeftModel.save_pretrained`.
         options: passed to `PeftModel.from_pretrained`, for example `is_trainable=True`.
 
     Example:
@@ -212,7 +213,7 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     """Merge the adapters into the model, ready to be saved as a compressed model.
 
     Raises:
-        TargetError: an adapter over cores that PEFT knows nothing of; nothing was merged.
+        TargetError: an adapter wraps cores but is not one of PEFT's; nothing was merged.
 
     Example:
         >>> from peft import get_peft_model
@@ -238,8 +239,8 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
-    """Build a layer like `base` whose matrix is larger by `delta`, of rank at most `added`."""
-    if (kind := kind_of(base)) is not None:  # an earlier merge made it dense
+    """Build a layer like `base` with `delta`, of rank at most `added`, added to its matrix."""
+    if (kind := kind_of(base)) is not None:  # dense since an earlier merge
         matrix = kind.matrix(base)
         return kind.build(matrix + delta.to(matrix), layer_bias(base))
     assert isinstance(base, TensorNetworkLinear)
@@ -267,7 +268,7 @@ def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
 
 
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
-    """Build a layer like `base` with `delta` added to its last term; the other terms stay as stored."""
+    """Build a layer like `base` with `delta` added to its last term; the other terms do not change."""
     (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
     cores, storage = base.cores, base.storage
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()

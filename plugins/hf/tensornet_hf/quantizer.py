@@ -1,9 +1,9 @@
 """The quantization method "tensornet": how transformers loads and saves compressed models.
 
-transformers asks the quantizer of a model three things. Before weights are loaded, it replaces layers of the
-skeleton by uninitialized compressed ones, so that nothing dense is ever allocated. After loading it checks
-that every core arrived, or compresses a model that was stored dense. When the model is saved, it gives the
-tensors to write, and their description for `config.json`.
+transformers calls the quantizer of a model at three points. Before weights are loaded, the quantizer replaces
+layers of the empty model by uninitialized compressed ones, so that nothing dense is allocated. After loading
+it checks that every core was loaded, or compresses a model that was stored dense. When the model is saved, it
+returns the tensors to write, and their description for `config.json`.
 """
 
 import copy
@@ -53,7 +53,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     Args:
         quantization_config: description of the compressed modules.
-        experts_spread: the experts of the model are spread over processes.
+        experts_spread: True if the experts of the model are distributed over processes.
         kwargs: passed by transformers.
     """
 
@@ -69,10 +69,10 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._tied_buffers: dict[str, str] = {}
 
     def is_serializable(self) -> bool:
-        """Return True: every compressed model can be saved.
+        """Return True, since every compressed model can be saved.
 
         Raises:
-            TargetError: experts are spread over processes, so that this one does not have them all.
+            TargetError: experts are distributed over processes, so this process does not have all of them.
         """
         if self.experts_spread:
             raise TargetError(
@@ -87,7 +87,7 @@ class TensorNetworkQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True, since cores are ordinary parameters.
 
-        `Trainer` asks before it trains, and writes checkpoints from one process.
+        `Trainer` reads this before training. It writes checkpoints from a single process.
 
         Raises:
             TargetError: as `is_serializable`.
@@ -96,12 +96,12 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True: otherwise `Trainer` demands an adapter."""
+        """True, since `Trainer` would otherwise require an adapter."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """True: contractions are plain tensor code, and a trace takes their plan as a constant."""
+        """True, since contractions are plain tensor operations whose plan is a constant in traces."""
         return True
 
     def _process_model_before_weight_loading(
@@ -111,11 +111,11 @@ class TensorNetworkQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Replace stock layers of a skeleton by uninitialized compressed ones, on the meta device.
+        """Replace stock layers of an empty model by uninitialized compressed ones, on the meta device.
 
         Raises:
             FormatError: the weights are pickles, or the description does not fit them or the model.
-            TargetError: the model is to be spread over devices in a way that cuts compressed layers.
+            TargetError: the model would be distributed in a way that splits compressed layers.
         """
         files = [Path(file) for file in checkpoint_files or []]
         if pickles := [file.name for file in files if file.suffix != ".safetensors"]:
@@ -132,7 +132,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._stored = tuple(stored)
         if files:
             check_layers(self.quantization_config, stored, where=str(files[0].parent))
-        # Private: transformers has no public list of names that are in the file but not in the model.
+        # A private attribute, but transformers has no public list of names that are only in the file.
         guards = {name.removeprefix(f"{model.base_model_prefix}.") for name in headers.keys() - stored.keys()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in guards}
@@ -148,19 +148,19 @@ class TensorNetworkQuantizer(HfQuantizer):
             path, _, key = name.rpartition(".")
             module = model.get_submodule(path)
             if key in dict(module.named_parameters(recurse=False)):
-                # transformers itself ties parameters that are listed here, and expects them in no file.
+                # transformers ties the parameters that are listed here, and does not expect them in the file.
                 model.all_tied_weights_keys[name] = owner
-            else:  # a buffer is expected nowhere once it is an ordinary attribute
+            else:  # an ordinary attribute, unlike a buffer, is not expected in the file
                 buffer = getattr(module, key)
                 delattr(module, key)
                 vars(module)[key] = buffer
                 self._tied_buffers[name] = owner
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Disable renaming for stored names that fit the model already: the renamings are for other folders.
+        """Disable renaming for stored names that already match the model.
 
-        A compressed model is saved under the names of its class. Those of Qwen2-VL, for one, would be taken
-        for names of an older version by the class without a head.
+        A compressed model is saved under the names of its class. Without this, the class without a head would
+        take the names of Qwen2-VL, for example, for those of an older version.
         """
         if not self.pre_quantized:
             return weight_conversions
@@ -178,7 +178,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         """Check that every core was loaded, or compress the model if its weights were stored dense.
 
         Raises:
-            FormatError: a core is missing, which transformers reports and fills with random numbers.
+            FormatError: a core is missing; transformers would fill it with random numbers.
             NonFiniteError: a core contains NaN or infinity.
         """
         compression = self.quantization_config.compression
@@ -193,7 +193,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not is_inside(name, layers):
                 continue
-            # Private, and the only mark that transformers leaves on what it loaded.
+            # A private attribute, but the only one that marks loaded parameters.
             if not getattr(tensor, "_is_hf_initialized", False):
                 raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
@@ -208,13 +208,13 @@ class TensorNetworkQuantizer(HfQuantizer):
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Return the tensors to save, each once, and guards; called before the configuration is written."""
+        """Return the tensors to save, shared ones once, and guards; called before config.json is written."""
         # Layers may have been replaced by hand since the model was described.
         prepare_for_saving(model)
-        if not hasattr(model, "hf_quantizer"):  # all layers are dense again
+        if not hasattr(model, "hf_quantizer"):  # all layers are dense now
             return None, {}
         config: TensorNetworkConfig = model.config.quantization_config
-        # Private: transformers would rename the tensors, and join experts, as in the files of dense models.
+        # Private: otherwise transformers would rename tensors and join experts as for dense models.
         model._weight_conversions = []  # type: ignore[assignment]
         tensors = {name: x for name, x in model.state_dict().items() if name not in config.ties}
         replaced = replaced_names(_dense_names(model, config), tensors | config.ties, config.layers)
@@ -232,9 +232,9 @@ register_quantizer(METHOD)(TensorNetworkQuantizer)
 
 
 def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> bool:
-    """Give the transformers models in a module a quantizer, or take it away if they are dense again.
+    """Set the quantizer of the transformers models in a module, or remove it from dense ones.
 
-    Everything of the library that replaces layers calls this, and `tensornet_hf.save` does. After it
+    All functions of the library that replace layers call this, and so does `tensornet_hf.save`. Afterwards
     `save_pretrained`, `Trainer` and the rest of transformers treat the models as quantized.
 
     Args:
@@ -247,7 +247,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # which cannot be described
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # these have no description
         quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
@@ -273,7 +273,7 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
     try:
         with torch.device("meta"), no_init_weights():
             return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
-    except Exception:  # classes that compute while they are built, or that take more than a configuration
+    except Exception:  # some classes need values or further arguments
         return tuple(f"{layer}.weight" for layer in config.layers)
 
 
@@ -283,16 +283,16 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
 def _place_layers(
     model: PreTrainedModel, layers: Mapping[str, Any], *, dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """Replace modules of a skeleton by uninitialized ones built from descriptions.
+    """Replace modules of an empty model by uninitialized ones built from descriptions.
 
     Args:
         model: on the meta device; changed in place.
-        layers: descriptions by the name in the model that was saved.
+        layers: descriptions by the name in the saved model.
         dtype: dtype of the new parameters.
 
     Returns:
-        Name in this model of each module, by its name in the saved one. Another class than the saved one
-        (with another head, or none) lacks some, which are then left out.
+        Name in this model of each module, by its name in the saved model. Modules that this class lacks,
+        because it has another head or none, are skipped.
 
     Raises:
         FormatError: a module has no place in the model, or does not fit there.
@@ -313,10 +313,9 @@ def _place_layers(
         if isinstance(made := built[layer], NetworkModule):
             _check_place(name, places[name], layers[layer], made)
     for layer, name in names.items():
-        # Every core is loaded, so the model's class has nothing to initialize: not in these modules, and not
-        # in one that contains them, no tensor of its own (Funnel's embeddings would cut a row out of the
-        # table) and no buffer further inside (Falcon-H1 computes those of its blocks there). The mark is
-        # private, and the only one that transformers looks for.
+        # Every core is loaded, so the model's class must not initialize anything in these modules or in
+        # modules that contain them: Funnel would change a row of its embeddings, and Falcon-H1 recomputes
+        # buffers of its blocks. The attribute is private, but it is the only one that transformers checks.
         parent = places[name.rpartition(".")[0]]
         bare = next(chain(parent.parameters(recurse=False), parent.buffers()), None) is None
         for part in (*built[layer].modules(), *([parent] if bare else [])):
@@ -327,7 +326,7 @@ def _place_layers(
 
 
 def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:
-    """Return a name as it is, with and without the prefix of the base model, which depends on the head."""
+    """Return a name, and the name with and without the prefix of the base model."""
     prefix = f"{model.base_model_prefix}."
     return layer, prefix + layer, layer.removeprefix(prefix)
 
@@ -357,10 +356,10 @@ def _renamed(tensor: str, names: Mapping[str, str], layers: Collection[str]) -> 
 
 
 def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
-    """Raise TargetError if a `DistributedConfig` would cut compressed layers.
+    """Raise TargetError if a `DistributedConfig` would split compressed layers.
 
-    FSDP shards any parameter. Tensor parallelism cuts weights into rows or columns, and expert parallelism
-    cuts stacks of experts; a layer of cores has neither.
+    FSDP can shard any parameter. But tensor parallelism splits weights into rows or columns, and expert
+    parallelism splits stacks of experts; a compressed layer has no such weight or stack.
     """
     config: Any = getattr(model.config, "distributed_config", None)
     if config is None:
@@ -382,19 +381,19 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
 def remove_dense_ties(
     model: PreTrainedModel, layers: Iterable[str], *, stored: Collection[str] | None = None
 ) -> None:
-    """Remove ties with weights of compressed modules from the lists of transformers, in place.
+    """Remove ties with weights of compressed modules from the tied keys of transformers, in place.
 
-    transformers keeps ties as pairs of names, `{target: source}`, in `all_tied_weights_keys`, and looks for
-    them again in `_tied_weights_keys` of every model inside when `tie_weights` is called. That attribute is
-    private, but a pair that stayed there would make `tie_weights` ask for a weight that no longer exists.
+    transformers stores ties as pairs of names, `{target: source}`, in `all_tied_weights_keys`. `tie_weights`
+    reads them again from `_tied_weights_keys` of every model inside. This attribute is private, but with a
+    stale pair `tie_weights` would look for a weight that no longer exists.
 
     Args:
-        model: compressed, or a skeleton about to be loaded.
+        model: a compressed model, or an empty model before loading.
         layers: names of the compressed modules.
-        stored: names of the stored tensors; only for a skeleton.
+        stored: names of the stored tensors; only for an empty model.
 
     Raises:
-        FormatError: a head would be tied to a compressed table, and is not stored.
+        FormatError: a head is tied to a compressed embedding but not stored.
     """
     names = set(layers)
     pairs = dict(model.all_tied_weights_keys)
@@ -414,11 +413,11 @@ def remove_dense_ties(
 
 
 def restore_dense_ties(model: PreTrainedModel) -> None:
-    """Restore the lists of ties of a model that is dense again."""
+    """Restore the tied keys of a model that is dense again."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             vars(part).pop("_tied_weights_keys", None)
     get = model.get_parameter_or_buffer
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    # A configuration may claim ties that the weights do not have (T5 v1.1).
+    # A configuration may declare ties although the weights differ (T5 v1.1).
     model.all_tied_weights_keys = {t: s for t, s in pairs.items() if get(t) is get(s)}

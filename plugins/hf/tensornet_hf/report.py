@@ -1,7 +1,7 @@
-"""HTML page about one compression: what it cost, plain methods at the same bytes, and every layer.
+"""HTML page about one compression: its loss, baselines of the same size, and every layer.
 
-The page is one file without scripts or requests. matplotlib cannot write CSS variables, so the colours of the
-finished SVG are replaced by them: one picture serves light and dark pages.
+The page is one file without scripts or requests. Colours in the SVG of matplotlib are replaced by CSS
+variables, so that one plot works in light and dark mode.
 """
 
 import copy
@@ -32,15 +32,15 @@ from tensornet.io import write_file
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.text import continue_text, load_tokenizer
 
-#: Words of the held-out text that samples continue, and the tokens they write.
+#: Number of words in the prompt of the samples, and of generated tokens.
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
-#: A loss increase smaller than this, in nats, is not told from none.
+#: A loss increase smaller than this, in nats, counts as zero.
 _NOTHING = 5e-5
-#: A method that takes so many times the bits still counts as one of the same bytes.
+#: A baseline may have this many times the bits and still counts as the same size.
 _SLACK = 1.02
-#: Tables of models with at most so many layers start unfolded.
+#: Tables with at most this many layers are shown expanded.
 _FEW = 8
-#: Width of pictures in inches; the page scales them to its own width.
+#: Width of plots in inches; the page scales them to its own width.
 _WIDTH = 10.0
 
 
@@ -51,11 +51,11 @@ class Page:
     Args:
         title: heading, for example the name of the model.
         report: of the compression.
-        models: the original first, then the compressed model, then plain methods of the same bytes.
-        losses: predicted losses of the plain methods, by method and layer.
-        made: rows of label and text that say how the page was made.
+        models: the original first, then the compressed model, then baselines of the same size.
+        losses: predicted losses of the baselines, by method and layer.
+        made: rows of label and text that describe how the page was made.
         notes: remarks shown below the comparison.
-        prompt: text that the samples continue, None without samples.
+        prompt: prompt of the samples, None without samples.
     """
 
     title: str
@@ -80,27 +80,27 @@ def compare_methods(
     predicted: bool = True,
     progress: bool = False,
 ) -> tuple[list[ModelFacts], dict[str, dict[str, float]], str | None]:
-    """Compare a compressed model with plain methods at the bytes of its plan.
+    """Compare a compressed model with baselines of the size of its plan.
 
     Args:
-        dense: left as it is.
-        compressed: made from it.
-        folder: holds the tokenizer.
+        dense: the dense model; not changed.
+        compressed: the compressed model.
+        folder: folder with the tokenizer.
         report: of the compression.
-        stats: the plan was made with them.
+        stats: the statistics that the plan was made with.
         sizes: bytes of the weight files before and after.
-        text: held out; without one losses are predicted only.
+        text: held-out text; if absent, losses are only predicted.
         name: of the text.
-        predicted: whether the prediction is of this model: not after refitting or healing.
+        predicted: whether the predicted loss holds for this model, which it does not after refitting or
+            healing.
         progress: show progress bars.
 
     Returns:
-        The original, the compressed model and the plain methods; predicted losses of plain methods, by method
-        and layer; and the beginning of the text that the first two models continued greedily, None where
-        there is nothing to continue.
+        The original, the compressed model and the baselines; predicted losses of the baselines, by method and
+        layer; and the prompt that the first two models continued greedily, None if there is none.
 
     Raises:
-        TargetError: a text has no labels for a model of this kind.
+        TargetError: text has no labels for a model of this kind.
         ValueError: the text is too short.
     """
     plan = report.plan
@@ -148,7 +148,7 @@ def compare_methods(
             few, many = min(ranks), max(ranks)
             scheme = f"rank {few}" if few == many else f"rank {few} to {many}"
         bytes_made = made.params_after * svd_itemsize(plan) if method == SVD else made.bytes_after
-        if made.predicted_loss_increase is not None and method != GPTQ:  # the page shows two by layer
+        if made.predicted_loss_increase is not None and method != GPTQ:  # the page shows two of them by layer
             losses[method] = {layer.name: layer.loss_increase or 0.0 for layer in made}
         models.append(
             ModelFacts(
@@ -165,10 +165,10 @@ def compare_methods(
 
 
 def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
-    """Return the plain method (third and later models) with the smallest loss; None without any.
+    """Return the baseline (third and later models) with the smallest loss; None if there is none.
 
-    A measured loss is not compared with a predicted one, and no method that takes more bits: the smallest
-    number format may take more than a very small plan.
+    Measured losses are not compared with predicted ones, and baselines with more bits are ignored: even the
+    smallest number format may have more bits than a very small plan.
     """
     ours = models[1]
     found = [
@@ -182,10 +182,10 @@ def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
 
 
 def verdict(models: Sequence[ModelFacts]) -> str:
-    """Summarize size, quality and the comparison with plain methods in two sentences.
+    """Summarize size, quality and the comparison with the baselines in two sentences.
 
     Args:
-        models: original, compressed, then plain methods.
+        models: original, compressed, then baselines.
     """
     original, compressed = models[0], models[1]
     size = ""
@@ -206,7 +206,7 @@ def verdict(models: Sequence[ModelFacts]) -> str:
 
 
 def write_report(page: Page, path: str | Path) -> Path:
-    """Write the page; an older file of that name is replaced only by a finished one.
+    """Write the page; an existing file is replaced only when the new one is complete.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -217,7 +217,7 @@ def write_report(page: Page, path: str | Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """Render the page as HTML with styles and pictures inside.
+    """Render the page as HTML with embedded styles and plots.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -279,7 +279,7 @@ def _pictures(page: Page) -> dict[str, str]:
     by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
         "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
-        "svg.hashsalt": "tensornet",  # the same picture gives the same bytes
+        "svg.hashsalt": "tensornet",  # equal plots give equal bytes
         "font.size": 9,
         "axes.edgecolor": colors["grid"],
         "axes.labelcolor": colors["muted"],
@@ -335,7 +335,7 @@ def _svg(figure: Any) -> str:
     text = text[text.index("<svg") :]  # no XML header inside HTML
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names in every picture of one page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat in the plots of one page
     for role, color in COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
@@ -357,7 +357,7 @@ def compact_bytes(value: float) -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id unchanged and a folder's name without its path, since pages are shown to others.
+    """Return a hub id unchanged, and a folder's name without its path, which pages must not reveal.
 
     Example:
         >>> from tensornet_hf.report import display_name
@@ -370,7 +370,7 @@ def display_name(source: str | Path) -> str:
 
 
 def display_command(words: Sequence[str]) -> str:
-    """Join the words of a command, each path shortened to its last part.
+    """Join the words of a command, with paths shortened to their last part.
 
     Example:
         >>> from tensornet_hf.report import display_command

@@ -14,18 +14,18 @@ SIDE = 224
 
 
 def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
-    """Make one row of inputs with which a model, or a part of one, can be called.
+    """Make one row of inputs with which a model, or a part of a model, can be called.
 
-    The values are arbitrary; only shapes and ranges fit the model. A multimodal model whose text says where
-    its images go gets text alone, because only its processor knows how the two fit together. Its vision tower
-    is a model of its own, for which this function makes an image.
+    The values are arbitrary; only shapes and ranges fit the model. A multimodal model with image placeholders
+    in its text gets text alone, because only its processor can match text and images. Its vision tower is a
+    separate model, for which this function makes an image.
 
     Args:
         model: of transformers.
 
     Returns:
-        Keyword arguments of `forward` on the model's device, or None if the model is not of transformers, or
-        takes inputs of another kind than text, images and sound.
+        Keyword arguments of `forward` on the model's device, or None if the model is not a transformers
+        model, or its inputs are not text, images or sound.
 
     Example:
         >>> {name: tuple(x.shape) for name, x in sample_batch(th.load(th.embedded.gpt2_path())).items()}
@@ -72,7 +72,7 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
     return placed or None
 
 
-#: Where Segment Anything looks: shapes of a point and of a box.
+#: Inputs of Segment Anything besides the image: shapes of a point and of a box.
 _PROMPTS = {"input_points": (1, 1, 1, 2), "input_boxes": (1, 1, 4)}
 
 

@@ -1,8 +1,8 @@
 """Calibrate a model that does not fit into memory: block by block, with activations on the disk.
 
-Forward, each block runs on all batches before the next does; backward, the same from the end, each block run
-once more from its input. So memory holds the weights and moments of one block, and the activations of one
-batch. The result is that of `tensornet.calibrate`.
+In the forward phase each block runs on all batches before the next block starts. In the backward phase blocks
+run in reverse order, each again from its stored input. So memory contains the weights and moments of one
+block, and the activations of one batch. The result is the same as that of `tensornet.calibrate`.
 """
 
 import json
@@ -29,9 +29,9 @@ from tensornet.errors import TargetError
 from tensornet.io import Slice, load_slice, read_header, write_shard, write_tensors
 from tensornet_hf.lazy_model import mapped_model
 
-#: Prefix of folders of activations, next to the statistics.
+#: Prefix of the folders with activations, which are next to the statistics.
 SPILL = ".calibration."
-#: Observes all linear layers but the head; nothing is compressed here, so the budget means nothing.
+#: Selects all linear layers except the head; the budget is not used.
 LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
 
@@ -48,20 +48,21 @@ def calibrate_checkpoint(
 ) -> CalibrationStats:
     """Collect second moments of inputs and gradients for every layer of the blocks of a model.
 
-    For models with one stack of blocks: decoders, or encoders; not both. Space on the disk, in the folder of
-    `path`: the moments, and for every token of the batches one hidden state for each block in float32.
+    This supports models with one stack of blocks: decoders or encoders, not both. The folder of `path` needs
+    disk space for the moments, and for one float32 hidden state for every token and block.
 
     Args:
         src: folder of the model.
         batches: as for `tensornet.calibrate`; all are differentiated.
-        path: the statistics are written there; the result reads them from there as they are needed.
+        path: file for the statistics; the result reads them from it as needed.
         config: observe the layers that it selects, which must lie inside blocks; all linear layers of the
             blocks if absent.
         loss_fn, full_up_to, source: as for `tensornet.calibrate`.
         progress: show a progress bar.
 
     Raises:
-        TargetError: no batch, a layer outside the blocks, no stack of blocks, or more than one.
+        TargetError: there is no batch, a selected layer is outside the blocks, or there is not exactly one
+            stack of blocks.
         FormatError: the folder is damaged.
         NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
 
@@ -94,7 +95,7 @@ def calibrate_blocks(
     source: str,
     progress: bool,
 ) -> CalibrationStats:
-    """Do what `calibrate_checkpoint` does, on a model whose weights are mapped."""
+    """Implement `calibrate_checkpoint` for a model with mapped weights."""
     stack, blocks = find_blocks(model)
     given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
     if not given:
@@ -193,7 +194,7 @@ class _PhaseRecorder(MomentRecorder):
         self.phase = "nothing"
 
     def start(self, phase: str) -> None:
-        """Forget what was recorded, and record `"inputs"`, `"gradients"` or `"nothing"` from now on."""
+        """Clear all records, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
         super().__init__(self.full_up_to, self.dtype)
         self.phase = phase
 
@@ -207,7 +208,7 @@ class _PhaseRecorder(MomentRecorder):
             super().see_input(name, x)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
-        """Ignore embeddings, which lie outside the blocks."""
+        """Ignore embeddings, which are outside the blocks."""
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
         """Copy some tokens of an input, in the backward phase."""
@@ -240,11 +241,11 @@ class _OnDisk:
 
 @contextmanager
 def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Hold the weights of modules in memory in single precision; outside they are mapped from the disk."""
+    """Load the weights of modules in single precision inside the block; outside of it they are mapped."""
     owners = [(module, *named) for module in modules for named in module.named_parameters(recurse=False)]
     held = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for _, _, p in owners}
     for module, name, parameter in owners:
-        setattr(module, name, held[id(parameter)])  # tied weights are held once
+        setattr(module, name, held[id(parameter)])  # tied weights are loaded once
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """Compress a checkpoint of any size: plan on a lazily loaded model, then loop over shards of the source.
 
-A shard is a run of stored tensors of at most `max_shard_bytes`. Each is compressed and written by itself,
-here or by the workers of an executor, and a finished one is skipped when an interrupted run goes on:
+A shard is a run of stored tensors of at most `max_shard_bytes`. Each shard is compressed and written
+separately, in this process or in workers. When an interrupted run is resumed, finished shards are skipped:
 
     .NAME.partial/lock           locked while a run writes here
     .NAME.partial/run.json       what the run depends on: source, options, versions
@@ -64,7 +64,7 @@ from tensornet_hf.description import GUARD_SHAPE, TensorNetworkConfig, describe,
 from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, open_lazily, open_source
 from tensornet_hf.sample_batch import sample_batch
 
-#: Bytes of the source that become one file; memory holds what they are compressed to.
+#: Bytes of the source for one file; the compressed tensors of one file must fit into memory.
 MAX_SHARD_BYTES = 2_000_000_000
 
 
@@ -96,39 +96,40 @@ def compress_checkpoint(
     """Compress a model folder into a new one, shard by shard, without loading the model as a whole.
 
     The new model is the one that `tensornet.compress` and `save_pretrained` would give. It appears at `dst`
-    when it is complete; until then everything is in `.NAME.partial`. A run that was interrupted is continued
-    by the same call: finished shards are skipped, and the bytes are those of a run without interruption.
+    when it is complete; until then all files are in `.NAME.partial`. To resume an interrupted run, repeat the
+    same call: finished shards are skipped, and the result has the same bytes as without interruption.
 
-    Memory: weights are mapped from the files, so each process needs room for the compressed layers of one
-    shard, and one weight in double precision a few times over. Stacks of experts that are stored matrix by
-    matrix are joined in the staging folder, which needs their bytes on the disk.
+    Weights are mapped from the files, so each process needs memory for the compressed layers of one shard,
+    and for a few copies of one weight in double precision. Stacks of experts that are stored matrix by matrix
+    are joined in the staging folder, which needs their size on the disk.
 
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
         dst: the new folder.
         config: options of the compression.
-        workers: processes that compress shards. With more than one, guard the code of a script by
-            `if __name__ == "__main__":`, as for everything that starts processes.
-        executor: runs the work instead: any `concurrent.futures.Executor` whose workers see the same file
-            system, for example `dask.distributed.Client(...).get_executor()`.
+        workers: number of processes that compress shards. With more than one, guard the code of a script by
+            `if __name__ == "__main__":`, as usual with multiprocessing.
+        executor: runs the work in place of `workers`: any `concurrent.futures.Executor` whose workers have
+            access to the same file system, for example `dask.distributed.Client(...).get_executor()`.
         device: where weights are compressed.
-        resume: continue an interrupted run; otherwise its work is thrown away.
-        plan: to apply, instead of planning; layers it does not name stay dense.
-        stats: from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of them.
-        max_shard_bytes: bytes of the source that become one file; one module may be larger.
-        force: replace a model folder that is at the destination, once the new one is complete.
+        resume: continue an interrupted run; otherwise its files are deleted.
+        plan: a plan to apply, in place of planning; layers that are not in it stay dense.
+        stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or their file.
+        max_shard_bytes: largest size in the source of the tensors in one file, unless a single module is
+            larger.
+        force: replace an existing model folder, once the new one is complete.
         progress: show progress bars.
 
     Returns:
-        The report of `tensornet.compress`. Layers whose weight the model's code reads outside of them stay
-        dense, and are named in `put_back` and in a warning.
+        The report of `tensornet.compress`. Layers whose weight is read by other code of the model stay dense,
+        and are named in `put_back` and in a warning.
 
     Raises:
         DestinationError: the destination exists, another run writes it, or writing failed (full disk);
-            what is finished is kept.
+            finished shards are kept.
         FormatError: the source is damaged or contradictory, or changed since the interrupted run.
-        TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed so; the message
-            names it.
+        TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed like this; the
+            message names it.
         WorkerError: a worker died, most likely because memory ran out.
         ValueError: `workers` or `max_shard_bytes` below 1.
 
@@ -144,13 +145,13 @@ def compress_checkpoint(
             f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
         )
     if executor is None:
-        torch.empty(0, device=device)  # refuses a device that is not there
+        torch.empty(0, device=device)  # raises if the device is not available
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} lies inside the source {folder}; choose another destination.")
     source = open_source(folder)
-    open_lazily(source, only=())  # refuses what cannot be a model before anything is written
+    open_lazily(source, only=())  # raises for an invalid model before anything is written
     with _reading_or_writing(folder, target), staging(target) as work:
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
@@ -165,7 +166,7 @@ def compress_checkpoint(
         }
         _begin(work, source, decisive, resume=resume)
 
-        # Make one plan for the whole model; an interrupted run has it already.
+        # Make one plan for the whole model, unless an interrupted run has already saved it.
         lazy = open_lazily(source, spill=work)
         targets = _mapped_targets(lazy, source, config if plan is None else observing(plan))
         readers = _layers_read(lazy.model, targets)
@@ -190,7 +191,7 @@ def compress_checkpoint(
         with unfused(lazy.model):
             weights = [replace(x, skip=READ) if x.name in readers else x for x in list_weights(lazy.model)]
 
-        # Compress every shard that is not finished: here, in worker processes, or by the executor.
+        # Compress every unfinished shard: in this process, in worker processes, or with the executor.
         shards = _cut(lazy, source, plan, max_shard_bytes)
         done: dict[str, Any] = {name: _finished(work, name) for name in shards}
         tasks = [
@@ -210,7 +211,7 @@ def compress_checkpoint(
                 done[made["file"]] = made
                 bar.update()
 
-        # Write the files that describe all shards; one rename makes them the new folder.
+        # Write the files that describe all shards, then rename the folder to its destination.
         parts = list(done.values())
         _finish(work, source, type(lazy.model).__name__, parts, config)
         check_unchanged(source, open_source(folder).marks, since="this run began")
@@ -240,9 +241,9 @@ def compress_checkpoint(
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
-    """Open the staging folder of a destination, made if absent, locked against other runs.
+    """Open and lock the staging folder of a destination; create it if absent.
 
-    The lock belongs to the process: the system drops it when the process ends, however it ends.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
         DestinationError: another run holds the lock.
@@ -304,7 +305,7 @@ def _begin(work: Path, source: Source, decisive: Mapping[str, Any], *, resume: b
 
 
 class _OnlyCalled(nn.Module):
-    """Layer that computes as the stock layer does, and whose weight cannot be read, as if compressed."""
+    """Layer that computes the same as the stock layer, but whose weight cannot be read."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -329,9 +330,9 @@ class _OnlyCalled(nn.Module):
 
 @torch.no_grad()
 def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]:
-    """Find the targets whose weight the code of a model reads, by running a copy of zeros on one batch.
+    """Find the targets whose weight is read by other code of the model, by running a copy on one batch.
 
-    Every weight of the copy takes the memory of one number.
+    All weights of the copy are zero and take the memory of one number.
     """
     zeros: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -360,17 +361,17 @@ def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]
                     found.append(read[0])
                     for name in read:
                         set_submodule(model, name, stock[name])
-                        for parameter in stock[name].parameters():  # it may be written into
+                        for parameter in stock[name].parameters():  # code may write into them
                             parameter.data = torch.zeros_like(parameter)
-                except Exception:  # its code asks for values, or takes no such batch
+                except Exception:  # the code needs values, or another kind of batch
                     break
     return found
 
 
 def _mapped_targets(lazy: LazyModel, source: Source, config: CompressionConfig) -> list[Target]:
-    """List the targets; raise TargetError for one that the files keep in another form than the model."""
+    """List the targets; raise TargetError for one that is stored in another form than in the model."""
     with unfused(lazy.model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # planning will say it
+        warnings.simplefilter("ignore")  # planning gives the same warnings
         targets = [x for x in find_targets(lazy.model, config) if not x.skip]
     for target in targets:
         if target.weight.is_meta:
@@ -391,7 +392,7 @@ def _cut(
     """Cut the stored tensors into shards, in the order of the files, without dividing a module.
 
     Returns:
-        By the name of the file to write: the parameters and buffers in it, and the plan of their layers.
+        For the name of each file to write, its parameters and buffers, and the plan of their layers.
     """
     places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
     units: dict[str, list[str]] = {}  # names of tensors, by module
@@ -406,11 +407,11 @@ def _cut(
         groups[-1].append(unit)
         filled += size
 
-    # A layer belongs to the shard that has its weight, under whichever of its tied names, or its stack.
+    # A layer belongs to the shard with its weight (under any of its tied names) or its stack.
     weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
     owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
     home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
-    for module in list(home):  # a stack may be a parameter of a child of the module that is unfused
+    for module in list(home):  # the stack may belong to a child of the unfused module
         home.setdefault(module.rpartition(".")[0], home[module])
     layers: dict[str, list[Any]] = {}
     for layer in plan:
@@ -437,19 +438,20 @@ def _compress_shard(
 ) -> dict[str, Any]:
     """Compress the layers of one shard and write its file; a worker runs this.
 
-    One thread computes: sums in another order would give other bits, and other workers need the processor.
+    Only one thread is used: other orders of summation would give other bits, and other workers need the
+    cores.
 
     Args:
         folder: the source.
         work: the staging folder.
         file: name of the file to write.
-        names: parameters and buffers of the model that are in it.
-        plan: of their layers alone.
+        names: parameters and buffers in this file.
+        plan: plan of their layers.
         stats: file of the statistics that the plan was made with.
         device: where to compute.
 
     Returns:
-        The description of the finished shard, which is written as well.
+        The description of the finished shard, which is also written to a file.
     """
     with one_thread(), tempfile.TemporaryDirectory(dir=work, prefix="cores.") as scratch:
         source = open_source(folder)
@@ -463,7 +465,8 @@ def _compress_shard(
         errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
         after, described = model.state_dict(keep_vars=True), describe(model)
 
-        # New are the tensors of compressed layers, and guards in place of the weights that they replace.
+        # The new tensors are those of compressed layers, and guards in place of the weights that they
+        # replace.
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)
@@ -490,7 +493,7 @@ def _compress_shard(
 
 
 def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read the description of a shard that an earlier run finished; None if its file is not as written."""
+    """Read the description of a shard finished by an earlier run; None if its file has changed."""
     record = work / "shards" / f"{file}.json"
     if not record.is_file():
         return None
@@ -501,11 +504,11 @@ def _finished(work: Path, file: str) -> dict[str, Any] | None:
 def _run(
     tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
 ) -> Iterator[dict[str, Any]]:
-    """Compress shards, in no particular order: here, in worker processes, or by the executor of the caller.
+    """Compress shards in any order: in this process, in worker processes, or with the given executor.
 
     Raises:
         WorkerError: a worker died.
-        Exception: the first that a shard raises; shards that have not begun are dropped.
+        Exception: the first exception of a shard; shards that have not started are cancelled.
     """
     if executor is None and (workers == 1 or len(tasks) <= 1):
         for task in tasks:
@@ -533,7 +536,7 @@ def _run(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has died, instead of waiting for tasks for ever."""
+    """End this process when its parent has died, since it would wait for tasks forever."""
     parent = parent_process()
     assert parent is not None
 
@@ -551,7 +554,7 @@ def _finish(
     out = work / "out"
     for file in out.rglob("*"):
         if file.is_file() and file.name not in {part["file"] for part in parts}:
-            file.unlink()  # of an earlier run that did not come to its end
+            file.unlink()  # left by an interrupted run
     for name in source.others:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with (source.folder / name).open("rb") as opened:
@@ -574,7 +577,7 @@ def _finish(
 
 @contextmanager
 def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
-    """Turn errors of the system inside the block into errors that say what failed, and what is kept."""
+    """Convert `OSError` inside the block to errors that say what failed and which files are kept."""
     try:
         yield
     except TensorNetError:

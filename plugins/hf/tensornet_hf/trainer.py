@@ -32,14 +32,14 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
     A run resumed from a checkpoint continues the draws of the interrupted one.
 
     Args:
-        p: probability of leaving a shared core alone in a step.
+        p: probability that a shared core is not updated in a step.
         granularity: `"core"` or `"element"`.
-        seed: of the draws.
-        fade_steps: fade `p` linearly to 0 over so many steps; constant if absent.
+        seed: seed of the random masks.
+        fade_steps: number of steps over which `p` decreases linearly to 0; constant if absent.
         compensate: see `GradientMask`.
 
     Raises (when training begins):
-        TargetError: there is no core that experts share.
+        TargetError: experts share no core.
 
     Example:
         >>> callback = th.GradientMaskCallback(p=0.8, fade_steps=1000)  # Trainer(..., callbacks=[callback])
@@ -65,7 +65,7 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attach a mask, with the state of the checkpoint that is resumed."""
-        self.on_train_end(args, state, control)  # of an earlier training that was interrupted
+        self.on_train_end(args, state, control)  # cleans up after an interrupted training
         self.mask = GradientMask(kwargs["model"], **self.options)
         self.mask.attach(kwargs["optimizer"])
         states = state.stateful_callbacks
@@ -91,16 +91,16 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
 class RouterStatsCallback(TrainerCallback):
     """Logs router statistics and the movement of cores at the logging steps of `Trainer`.
 
-    One row a logged step in `.history`, and in the logs, averaged over layers:
+    Each logged step adds one row to `.history` and to the logs, averaged over layers:
 
     - `moe/load_max`: largest share of the tokens that one expert gets; `1 / E` when even;
-    - `moe/load_entropy`: of the load, relative to `log E`: 1 when even, 0 when one expert gets all;
+    - `moe/load_entropy`: entropy of the load, relative to `log E`: 1 when even, 0 when one expert gets all;
     - `moe/dropped`: share of tokens that no expert computes;
     - `moe/balance_loss`, `moe/z_loss`: unweighted auxiliary losses;
     - `moe/update_shared`, `moe/update_private`: relative change of shared and private cores in this step,
-      `|new - old| / |old|` over all of them: the imbalance that the gradient mask is about.
+      `|new - old| / |old|` over all of them; the gradient mask is meant to balance them.
 
-    `.history` also holds `load`, the tokens of each expert by layer. The statistics are those of the last
+    `.history` also contains `load`, the tokens of each expert by layer. The statistics are those of the last
     micro-batch before the step, on this process.
 
     Raises (when training begins):
@@ -160,7 +160,7 @@ class RouterStatsCallback(TrainerCallback):
         self.history.append({"step": state.global_step + 1, **row, "load": loads})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the statistics to the logs and to the history of the trainer, which has copied them already."""
+        """Add the statistics to the logs, and to the history of the trainer, which has copied the logs."""
         if logs is not None and "loss" in logs:
             logs.update(self._latest)
             if state.log_history:
@@ -180,7 +180,8 @@ def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 # --- healing --------------------------------------------------------------------------------------------
 
-#: Arguments that suit cores: no decay (it would shrink products of cores twice), short warm-up, linear decay.
+#: Default training arguments for cores: no weight decay, which would act on every core of a product; a short
+#: warm-up; a linear schedule.
 DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
@@ -200,15 +201,15 @@ class HealingTrainer(Trainer):
         teacher: the dense model; kept in eval mode, moved to the device of the training model.
         relative: multiply the learning rate by the size of each parameter, as `tensornet.heal` does for
             cores.
-        kwargs: of `Trainer`. The model's parameters that require gradients are trained: the cores after
-            `freeze_all_but_cores`, or adapters.
+        kwargs: arguments of `Trainer`. All parameters of the model that require gradients are trained: the
+            cores after `freeze_all_but_cores`, or adapters.
     """
 
     def __init__(self, *, teacher: nn.Module, relative: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher.eval().requires_grad_(False)
         self.relative = relative
-        self.model_accepts_loss_kwargs = False  # our loss is a mean over each batch already
+        self.model_accepts_loss_kwargs = False  # our loss is already a mean over the batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Create the optimizer of `Trainer`, with one group for each parameter if rates are relative."""
@@ -251,22 +252,22 @@ def heal(
     resume: bool = False,
     **arguments: Any,
 ) -> float:
-    """Distil the dense model into the cores, through `Trainer`; of integer cores the scales are trained.
+    """Distil the dense model into the cores with `Trainer`; for integer cores the scales are trained.
 
-    For layer-wise steps before it call `tensornet.heal(model, teacher, batches, steps=0, layer_steps=...)`.
+    For layer-wise steps, call `tensornet.heal(model, teacher, batches, steps=0, layer_steps=...)` before.
 
     Args:
         model: compressed, changed in place.
-        teacher: the dense model; only moved to the device of the other.
-        data: of examples with `input_ids`, for example `TextWindows`.
+        teacher: the dense model; it is moved to the device of `model`, and not changed otherwise.
+        data: dataset of examples with `input_ids`.
         steps: end-to-end steps.
-        output_dir: for checkpoints.
-        collate: puts examples together; transformers' default if absent.
+        output_dir: folder for checkpoints.
+        collate: function that collates examples; the default of transformers if absent.
         parameters: what is trained, see `tensornet.healing.HealingConfig`.
         resume: resume from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
             50 steps.
-        arguments: of `TrainingArguments`, on top of `DEFAULTS`; `learning_rate` means the same as `lr` of
-            `tensornet.heal`.
+        arguments: arguments of `TrainingArguments` that override `DEFAULTS`; `learning_rate` means the same
+            as `lr` of `tensornet.heal`.
 
     Returns:
         The mean divergence over the steps of this call.

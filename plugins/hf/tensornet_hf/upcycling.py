@@ -30,7 +30,7 @@ from tensornet_moe import (
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
 from tensornet_moe.routers import COMBINE, Combine, router_kind
 
-#: Attribute of a model that holds the cores its layers share.
+#: Attribute of a model that contains the cores shared by its layers.
 OWNERS = "shared_cores"
 
 
@@ -39,38 +39,38 @@ class MoEConfig:
     """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
 
     The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
-    expert dense matrices of its own (Switch); `shared="none"` alone gives it all cores of its own;
+    expert dense matrices of its own (Switch); `shared="none"` alone gives every expert its own cores;
     `max_bond=` truncates.
 
     Args:
         num_experts: experts of each network.
         top_k: experts for each token.
-        router: `"switch"` (top-1), `"topk"`, `"expert_choice"` (encoders only: it looks at later tokens), or
-            one of your own, see `tensornet_moe.register_router`.
+        router: `"switch"` (top-1), `"topk"`, `"expert_choice"` (encoders only, since it uses later tokens),
+            or a custom router, see `tensornet_moe.register_router`.
         shared: which cores are shared: `"center"`, `"ends"`, `"none"`, `"all"`, or core names.
-        share_across_layers: one owner of the shared cores for all layers whose matrices have one name and
-            shape. The model then starts far from what it was, because one core cannot fit unrelated layers:
-            see `tensornet_moe.share_across_layers`, and train it.
-        topology: family of the decomposition, by name or itself; or topologies, one for each shape of matrix
-            in the networks.
+        share_across_layers: share cores between all layers whose matrices have the same name and shape. The
+            model then starts far from the dense model, because one core cannot fit unrelated layers, and must
+            be trained; see `tensornet_moe.share_across_layers`.
+        topology: family of the decomposition, or its name; or topologies, one for each shape of matrix in the
+            networks.
         sites: number of cores, 5 as in the paper if no dims are given.
         model_dims: factors of the model's width, the same for every matrix.
         hidden_dims: factors of the width of the hidden layer.
-        max_bond, rel_error, param_ratio: budget of each matrix, exact if absent.
+        max_bond, rel_error, param_ratio: budget of each matrix; decompositions are exact if absent.
         noise: relative noise on private cores, which breaks the symmetry between experts.
         aux_loss_coef: weight of the load-balancing loss (0.01 as in Switch).
         z_loss_coef: weight of the router z-loss.
-        capacity_factor: slots of an expert relative to an even load, None computes every token. For
+        capacity_factor: slots of an expert relative to an even load; None sets no limit. For
             `"expert_choice"`: average number of experts for each token, 1 if absent.
-        jitter: multiplicative noise on what the router sees, in training.
-        combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only the first computes at the
-            start what the dense network computed.
-        target_modules: patterns naming the networks; all that are recognised if absent.
-        matrices: names of the layers inside, for networks of another form than the known ones.
-        seed: of routers and noise.
+        jitter: multiplicative noise on the inputs of the router, in training.
+        combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only with the first the model
+            initially computes the same as the dense model.
+        target_modules: patterns of the names of networks; all recognized networks if absent.
+        matrices: names of the layers inside, for networks with other names than the known ones.
+        seed: seed of routers and noise.
 
     Raises:
-        ValueError, BudgetError: an option out of its range.
+        ValueError, BudgetError: an option is out of its range.
 
     Example:
         >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
@@ -165,10 +165,10 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class UpcycledLayer:
-    """Entry of the report: one network that became a mixture.
+    """Entry of the report for one network that was replaced by a mixture.
 
     Args:
-        name: of the module.
+        name: name of the module.
         dense_params: parameters before.
         params: parameters after, router included; without those that several layers share.
         shared_params: parameters that all experts share.
@@ -188,7 +188,7 @@ class UpcycleReport:
 
     Args:
         layers: one entry for each network.
-        num_experts: experts of each.
+        num_experts: experts of each network.
         across_params: parameters that several layers share.
 
     Example:
@@ -243,29 +243,29 @@ def upcycle(
 ) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
-    Every expert starts as the decomposition of its dense network, so that without truncation, capacity and
-    noise the model computes what it did, whatever the routers do (`"expert_choice"` excepted, where tokens
-    that no expert chooses pass through the residual). A Hugging Face model saves, loads and trains as before,
-    and the auxiliary losses join its loss in training; of other models collect them with
+    Every expert starts as the decomposition of its dense network. Without truncation, capacity and noise the
+    model therefore computes the same as before, for any routing (except `"expert_choice"`, where tokens that
+    no expert chooses pass through the residual). A Hugging Face model saves, loads and trains as before, and
+    the auxiliary losses are added to its loss in training. For other models collect them with
     `tensornet_moe.collect_aux_losses`.
 
-    Where a network has no module of its own (BERT, OPT, BART), the mixture replaces its first matrix, and
-    modules that do nothing replace the activation and the second. The dropout between them, in training, then
-    applies to the result.
+    If a network is not a separate module (BERT, OPT, BART), the mixture replaces its first matrix, and
+    identities replace the activation and the second matrix. In training, the dropout between them is then
+    applied to the output of the mixture.
 
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
-        config: what to make of them.
-        causal: whether a token of the model must not depend on later ones. It matters to a router that looks
-            at later tokens (`"expert_choice"`). If absent, encoders of encoder-decoder models, and classes
-            of which there are masked language models or image classifiers, are not causal; all others are.
+        config: options of the mixtures.
+        causal: whether a token must not depend on later ones. This matters for a router that uses later
+            tokens (`"expert_choice"`). If absent, a model is causal, except encoders of encoder-decoder
+            models, and classes with masked language models or image classifiers.
         progress: show a progress bar.
 
     Raises:
-        TargetError: no feed-forward network is found, one computes something else, or the router looks at
+        TargetError: no feed-forward network is found, a network computes something else, or the router uses
             later tokens and a network is, or may be, causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
-        TypeError: no model, or no configuration.
+        TypeError: `model` or `config` has another type.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -314,7 +314,7 @@ def upcycle(
     _put_owners(model, owners)
     for network, mixture in zip(networks, made, strict=True):
         for name, part in network.replacements(mixture).items():
-            if network.inside is None:  # otherwise a matrix gives way to the whole network
+            if network.inside is None:  # otherwise the mixture replaces a matrix
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)
@@ -325,7 +325,7 @@ def upcycle(
 def _refuse_causal(
     config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError unless every network may see later tokens, as the model declares."""
+    """Raise TargetError unless every network may use later tokens."""
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
@@ -367,8 +367,8 @@ def _mixture(
     for name, bias in biases.items():
         if bias is not None:
             getattr(experts, f"{name}_bias").copy_(bias.expand(config.num_experts, -1))
-    # A router that applies the capacity itself drops no token. Its experts choose and are balanced by
-    # construction, so that the loss would be a constant.
+    # With a router that applies the capacity itself, experts choose tokens. The load is balanced by
+    # construction, so the balancing loss would be a constant.
     choice = "capacity_factor" in router_kind(config.router).options
     mixture = SharedCoreMoE(
         config.make_router(first.shape[1], seed=seed).to(**where),
@@ -417,12 +417,12 @@ def _share_across(
     """Build banks whose shared cores serve all layers with a matrix of the same name and shape.
 
     Returns:
-        Owners of the shared cores by label, and the banks by number of the network and name of the matrix. A
-        matrix that no other layer matches has no bank among them.
+        Owners of the shared cores by label, and the banks by index of the network and name of the matrix. A
+        matrix without a match in another layer has no bank.
 
     Raises:
-        TargetError: the model has shared cores already or is a bare container, which would run the owner as
-            one of its layers; or layers that would share lie on different devices.
+        TargetError: the model already has shared cores; or it is a plain container, which would run the owner
+            as one of its layers; or layers that would share cores are on different devices.
     """
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if hasattr(place, OWNERS):
@@ -465,7 +465,7 @@ def _share_across(
 
 
 def _put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Register the owners of shared cores, by label, in the base model, with or without a head."""
+    """Register the owners of shared cores in the base model, by label."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if owners and not hasattr(place, OWNERS):
         place.add_module(OWNERS, nn.ModuleDict())
@@ -474,11 +474,11 @@ def _put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add empty owners of shared cores where a saved model had them, since no transformers class builds them.
+    """Add empty owners of shared cores to an empty model, since no transformers class builds them.
 
     Args:
-        model: a skeleton.
-        layers: names of described modules in the model that was saved.
+        model: an empty model.
+        layers: names of described modules in the saved model.
     """
     for layer in layers:
         parent, _, label = layer.rpartition(".")

@@ -1,4 +1,4 @@
-"""The program `tensornet`: one command for each file, a thin shell over functions of the library."""
+"""The program `tensornet`: thin commands over functions of the library."""
 
 from tensornet_hf.cli.main import app
 

@@ -1,4 +1,4 @@
-"""All commands but `compress`: a thin shell over functions of the library."""
+"""All commands except `compress`: thin commands over functions of the library."""
 
 import sys
 from dataclasses import asdict

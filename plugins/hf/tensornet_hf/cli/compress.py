@@ -71,7 +71,7 @@ def run(
         if destination is None:
             raise OptionError("Name a destination, or ask for {dry_run}.")
         done = compress_folder(source, destination, config, options)
-    except OptionError as error:  # options by their names on the command line
+    except OptionError as error:  # shows options as they are spelled on the command line
         raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
     shared.print_result(done, as_json)
     for line in done.notes:

@@ -34,7 +34,7 @@ REMOVED = {
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
-# typer carries its own copy of click or uses the installed one, depending on its version.
+# Depending on its version, typer has its own copy of click or uses the installed one.
 _click = sys.modules[typer.BadParameter.__module__]
 
 
@@ -77,7 +77,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Args:
-        arguments: without the name of the program. `--debug` is accepted in any place.
+        arguments: arguments without the name of the program. `--debug` is accepted in any place.
 
     Returns:
         0, or 1 (failed), 2 (wrong usage), 130 (interrupted).
@@ -95,10 +95,10 @@ def run(arguments: Sequence[str]) -> int:
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception as error:  # whatever it is, a user gets a line and a way to see more
+    except Exception as error:  # users get one line, and the option that shows more
         if debug:
             raise
         _say(_one_line(error))
@@ -114,10 +114,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _quiet(debug: bool) -> list[str]:
-    """Silence other libraries, which warn about things that a user of the program cannot change.
+    """Silence warnings of other libraries, which a user of the program cannot act on.
 
     Returns:
-        A list that fills with our own warnings, which are shown after a success; a failure is one line.
+        A list to which our own warnings are added. They are shown after a success; a failure prints one line.
     """
     notes: list[str] = []
     if debug:
@@ -127,7 +127,7 @@ def _quiet(debug: bool) -> list[str]:
         notes.append(" ".join(str(message).split()))
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # loading has bars of its own for each file
+    logging.disable_progress_bar()  # the bars of transformers, one for each file
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="tensornet")
     warnings.showwarning = keep
@@ -140,7 +140,7 @@ def _one_line(error: Exception) -> str:
     else:
         text = str(error)
     text = " ".join(text.split())
-    # Errors meant for users say what to do; for others, their class and the way to more is all there is.
+    # Our own errors say what to do; for others, print the class and the option that shows more.
     if type(error).__module__.startswith("tensornet") or isinstance(error, OSError | ValueError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text} (add --debug to see where)"

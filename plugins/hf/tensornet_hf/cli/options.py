@@ -25,8 +25,8 @@ def parse_size(text: str | int) -> int:
     """Convert a size such as `60MB`, `1.5 GiB` or `60000` to bytes.
 
     Args:
-        text: a number and a unit: B, KB, MB, GB, TB are powers of 1,000, KiB, MiB, GiB, TiB of 1,024; in
-            upper or lower case, the B may be left out.
+        text: a number and a unit: B, KB, MB, GB, TB are powers of 1,000; KiB, MiB, GiB, TiB are powers of
+            1,024. Case does not matter, and the B is optional.
 
     Raises:
         typer.BadParameter: not a size, or less than one byte.
@@ -51,7 +51,8 @@ def parse_share(text: str | float) -> float:
     """Parse a keep ratio in `(0, 1]`.
 
     Raises:
-        typer.BadParameter: not a number, or outside; above 1 it says how a percentage is written.
+        typer.BadParameter: not a number, or out of range; above 1 the message explains how to write a
+            percentage.
 
     Examples:
         >>> parse_share("0.5")
@@ -75,7 +76,7 @@ def parse_device(text: str | torch.device) -> torch.device:
     """Parse the name of a device that is available on this machine.
 
     Raises:
-        typer.BadParameter: torch knows no such device, or it is not there; lists those that are.
+        typer.BadParameter: the device is unknown or not available; the message lists the available ones.
 
     Examples:
         >>> parse_device("cpu")
@@ -97,14 +98,14 @@ def parse_device(text: str | torch.device) -> torch.device:
 
 
 def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
-    """Parse `KEY=VALUE` options, with values in JSON or else plain words.
+    """Parse `KEY=VALUE` options; values are JSON or, if they are not valid JSON, strings.
 
     Args:
-        option: as the user wrote it, for errors.
-        given: what came with it, once for each use.
+        option: name of the option, for errors.
+        given: the values of the option, one for each time it was given.
 
     Raises:
-        typer.BadParameter: no `=`, or a key twice.
+        typer.BadParameter: a value has no `=`, or a key is given twice.
 
     Example:
         >>> parse_pairs("--topology-option", ["out_dims=[8, 96]", "sites=2"])
@@ -142,7 +143,7 @@ Device = Annotated[
 ]
 CPU = torch.device("cpu")
 
-#: Titles of the groups that fields of configurations name, in the order in which help shows them.
+#: Titles of the option groups, in the order in which help shows them, by the `group` of a field.
 GROUPS = {
     "budget": "How far (budgets may be combined; the tightest decides)",
     "data": "Data that decide, and measure",
@@ -152,7 +153,7 @@ GROUPS = {
     "run": "How it runs",
     "advanced": "Advanced",
 }
-#: Type of an option, and more arguments of `typer.Option`, by the kind that a field names.
+#: Type of an option and further arguments of `typer.Option`, by the `kind` of a field.
 _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "number": (float, {"metavar": "NUMBER"}),
     "integer": (int, {"metavar": "N"}),
@@ -183,7 +184,7 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
     """Add an option to a command for every described field of some dataclasses.
 
     A field is described by its metadata: `help`, `group` (of `GROUPS`), `kind`, `choices` and `name`. The
-    command gets what was given as keyword arguments by the name of the field, for `collect`.
+    command receives the given values as keyword arguments, named as the fields, for `collect`.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -202,7 +203,7 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 
 
 def _parameter(described: Field[Any]) -> inspect.Parameter:
-    """Make the parameter of a command from a field; what is not given is None."""
+    """Make the parameter of a command from a field; its default is None."""
     facts, flag = described.metadata, spelled(described)
     kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
     text, default = facts["help"], described.default
@@ -225,13 +226,13 @@ def _parameter(described: Field[Any]) -> inspect.Parameter:
 
 
 def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the arguments of a dataclass from the options that were given."""
+    """Collect the arguments for a dataclass from the given options."""
     found = {}
     for described in fields(kind):
         value: Any = given.get(described.name)
         if "help" not in described.metadata or value is None or value == []:
             continue
-        if described.default is True:  # the command line has the negative alone
+        if described.default is True:  # the command line has only the negative form
             value = False
         if described.metadata["kind"] == "names":
             value = tuple(value.split(","))
@@ -253,7 +254,7 @@ def print_lines(*lines: str) -> None:
 
 
 def print_result(result: Any, as_json: bool) -> None:
-    """Print a result on stdout: its text, or what its `to_dict` returns."""
+    """Print a result on stdout, as text or as the JSON of its `to_dict`."""
     if as_json:
         print_json(result.to_dict())
     else:

@@ -1,4 +1,4 @@
-"""Export integer layers as a compressed-tensors checkpoint, which needs nothing of this library.
+"""Export integer layers as a compressed-tensors checkpoint, which can be loaded without this library.
 
 In that format the weight of an `nn.Linear` becomes three tensors: `weight_packed`, codes of 4 or 8 bits in
 32-bit words, lowest bits first; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The
@@ -29,7 +29,7 @@ from tensornet_hf.checkpoint import (
     write_folder,
 )
 
-#: Bits that `pack-quantized` readers such as vLLM have kernels for.
+#: Bits for which readers of `pack-quantized` such as vLLM have kernels.
 EXPORTED_BITS = (4, 8)
 
 
@@ -39,7 +39,7 @@ class ExportReport:
 
     Args:
         destination: the folder.
-        packed: number format of every layer that was written packed, by name.
+        packed: number format of every packed layer, by name.
         dense: reason for every compressed layer that was written dense, by name.
 
     Example:
@@ -67,22 +67,22 @@ def export_compressed_tensors(
 ) -> ExportReport:
     """Write a folder that transformers with `compressed-tensors` loads, without this library.
 
-    Packed are dense matrices of `nn.Linear` layers in symmetric integers of 4 or 8 bits, in groups that
-    divide the inputs or with one scale a row. All other layers are written dense, and the report lists them.
-    vLLM reads this format as well (not tested here) if the projections that it fuses, query, key and value or
-    gate and up, share a number format.
+    A layer is packed if it is an `nn.Linear` stored as one matrix of symmetric 4-bit or 8-bit integers, with
+    groups that divide the inputs or one scale per row. All other layers are written dense, and the report
+    lists them. vLLM reads this format as well (not tested here) if the projections that it fuses, query, key
+    and value or gate and up, share a number format.
 
     Args:
-        model_or_folder: a compressed model, which is left as it is, or its folder or hub id.
+        model_or_folder: a compressed model (not changed), or its folder or hub id.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied; by default the folder given.
-        force: replace a model folder that is at the destination.
+        force: replace an existing model folder.
 
     Returns:
         Which layers were packed, and why others were not.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written; nothing is left.
+        DestinationError: it exists already, is the source, or cannot be written; no new files are left.
         TargetError: no layer can be packed.
 
     Example:
@@ -192,7 +192,7 @@ def _packed(layer: NetworkModule, stock: nn.Module, *, tied_to: str | None) -> d
     rows, columns = stock.weight.shape
     if number_format.group is not None and columns % number_format.group:
         return f"groups of {number_format.group} do not divide {columns} inputs"
-    if tied_to is not None:  # loading would tie the other layer's matrix to a weight that is not there
+    if tied_to is not None:  # loading would tie the other layer to a missing weight
         return f"its tensors are tied to those of {tied_to}"
     packed = layer.get_submodule(f"core_{core}")
     assert isinstance(packed, PackedCore)
@@ -211,7 +211,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: `torch.uint8`, shape `(rows, columns)`.
-        bits: of a code.
+        bits: bits of a code.
 
     Example:
         >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
