@@ -24,15 +24,15 @@ from tensornet_moe.stacked import resolve_shared
 class ExpertBank(nn.Module, ABC):
     """Abstract bank of `num_experts` expert matrices of shape `(out_features, in_features)`.
 
-    Subclass it to invent experts; `ExpertFFN` and `SharedCoreMoE` need nothing else. Laws to keep: the
-    result is differentiable with respect to every parameter, *every* expert's parameters stay in the graph
-    whichever experts are asked for (data-parallel training needs a gradient for each),
-    `expert_matrices(experts)` equals `expert_matrices()[experts]`, unknown experts or none raise IndexError
-    (`check_experts` does), and `spec`, a registered builder and the state dict rebuild the bank.
-    `tensornet_moe.testing.BankLaws` tests them.
+    Subclass it to define new kinds of experts for `ExpertFFN` and `SharedCoreMoE`. A subclass must satisfy
+    these laws, which `tensornet_moe.testing.BankLaws` tests. Results are differentiable with respect to every
+    parameter. The parameters of *every* expert stay in the graph even if only some experts are requested,
+    since data-parallel training needs a gradient for each. `expert_matrices(experts)` equals
+    `expert_matrices()[experts]`. Unknown experts, or an empty selection, raise IndexError (`check_experts`
+    does this). `spec`, a registered builder and the state dict rebuild the bank.
 
     Args:
-        num_experts: at least 1.
+        num_experts: number of experts, at least 1.
         shape: `(out_features, in_features)` of each matrix.
 
     Raises:
@@ -72,7 +72,7 @@ class ExpertBank(nn.Module, ABC):
             experts: indices, repetition allowed; all experts in order if absent.
 
         Raises:
-            IndexError: an unknown expert, or none; see `check_experts`.
+            IndexError: an unknown expert, or an empty selection; see `check_experts`.
         """
 
     @abstractmethod
@@ -86,17 +86,17 @@ class ExpertBank(nn.Module, ABC):
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with the matrices of the active experts.
 
-        Override it where something cheaper than a matrix for each expert gives the same result.
+        Override it if the same result can be computed without a matrix for each expert.
 
         Args:
-            x: shape `(rows, in_features)`, in the dtype of computing.
+            x: shape `(rows, in_features)`, in the dtype of the computation.
             groups: how the rows are grouped.
 
         Returns:
             Shape `(rows, out_features)`.
         """
         active = groups.active
-        # Cached matrices need no copy of those of the active experts.
+        # Index cached matrices one by one, to avoid a copy for the active experts.
         selected = active is not None and len(active) < self.num_experts and not self.keeps_matrices()
         matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):
@@ -134,24 +134,24 @@ class ExpertBank(nn.Module, ABC):
 
     @property
     def num_params(self) -> int:
-        """Number of elements that this bank owns; borrowed cores count at their owner."""
+        """Number of elements that this bank owns; borrowed cores are counted by their owner."""
         return sum(p.numel() for p in self.parameters())
 
 
 class SharedCores(nn.Module):
     """Owner of cores that several banks share, for example one center for all layers.
 
-    A parameter must be owned once: state dicts, safetensors, optimizers and FSDP units then see it once.
-    Put the owner into the model that contains the layers (under FSDP: in the root unit).
+    A shared parameter must belong to one module, so that state dicts, safetensors, optimizers and FSDP units
+    contain it once. Put the owner into the model that contains the layers (with FSDP, into the root unit).
 
     Args:
-        topology: the operator; only the shared cores of it are stored here.
+        topology: the operator; only its shared cores are stored here.
         shared: which cores, see `resolve_shared`.
-        label: by which the descriptions of borrowers name it; give each owner in one model its own.
+        label: name of the owner in the descriptions of borrowers; it must be unique in a model.
         device, dtype: of the cores.
 
     Raises:
-        TopologyError: no core is chosen, or an unknown one.
+        TopologyError: no core is selected, or an unknown one.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 2, 2), max_bond=3)
@@ -189,7 +189,7 @@ class SharedCores(nn.Module):
         """Raise ShapeError unless a bank of this topology can borrow every core.
 
         Raises:
-            ShapeError: a core has another shape there.
+            ShapeError: a core has another shape in that topology.
         """
         for name in self.names:
             have, want = self.topology.core_shapes[name], topology.core_shapes.get(name)

@@ -1,4 +1,4 @@
-"""Argument checks that several modules share; messages name the argument as the caller wrote it."""
+"""Argument checks for several modules; messages contain the name of the argument."""
 
 import math
 from collections.abc import Sequence

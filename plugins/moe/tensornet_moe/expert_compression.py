@@ -1,10 +1,10 @@
 """Compression of a model whose stacks of experts may share a core.
 
 A stack is the same matrix of all experts of one mixture. Its networks may share a projection of the inputs, a
-basis of the outputs or a base matrix (`shared_low_rank.py`). In the allocation a stack is one item with its
-own candidates: the best separate networks of every total size, and the shared ones of every rank and number
-format. A choice takes one of them, so the two exclude each other, and what a stack saves by sharing goes to
-the layers for which it lowers the predicted loss most.
+basis of the outputs or a base matrix (`shared_low_rank.py`). For the allocation a stack is one layer. Its
+candidates are the best separate networks of every total size, and the shared networks of every rank and
+number format; one of them is chosen. What a stack saves by sharing is spent on the layers for which it lowers
+the predicted loss most.
 """
 
 import time
@@ -46,7 +46,7 @@ from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
 from tensornet_moe.shared_low_rank import PATTERNS, fit_stored, shared_candidates
 
-#: Separate networks stay where sharing saves no more of the predicted loss than rounding errors.
+#: Relative saving of predicted loss up to which separate networks are preferred to shared ones.
 _ROUNDING = 1e-9
 
 
@@ -60,9 +60,9 @@ class SharedStack:
         topology: network of one expert.
         storage: number formats of its cores.
         params_before, params_after: stored numbers of all experts; the shared core counts once.
-        bytes_before, bytes_after: their size.
-        loss_increase: predicted, before corrections of the forecast.
-        errors: relative Frobenius error of each expert, measured.
+        bytes_before, bytes_after: bytes of all experts.
+        loss_increase: predicted loss increase, before the forecast corrects it.
+        errors: measured relative Frobenius error of each expert.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=8, in_features=8, rank=2)
@@ -102,10 +102,10 @@ class ExpertsReport:
 
     Args:
         stacks: experts that share a core.
-        plan: of all other targeted weights, with their certified errors.
+        plan: plan of all other targeted weights, with their certified errors.
         model_params_before, model_params_after: stored numbers of the whole model.
         model_bytes_before, model_bytes_after: their size in memory.
-        predicted_loss_increase: of the loss of a token, by all layers and stacks together.
+        predicted_loss_increase: predicted increase of the loss per token by all layers and stacks together.
         seconds: wall time.
         measured: loss increase measured on a few rows of the calibration batches; None without batches.
 
@@ -174,7 +174,7 @@ class ExpertsReport:
         }
 
 
-@torch.inference_mode(False)  # what is made there could not be trained
+@torch.inference_mode(False)  # parameters made in inference mode could not be trained
 @torch.no_grad()
 def compress_experts(
     model: nn.Module,
@@ -183,21 +183,21 @@ def compress_experts(
     calibration: Calibration | None = None,
     progress: bool = True,
 ) -> ExpertsReport:
-    """Compress a model in place as `tensornet.compress` does, and let experts of a mixture share a core.
+    """Compress a model in place like `tensornet.compress`, and let the experts of a mixture share a core.
 
     Every stack of experts gets separate networks, or networks with a shared projection of the inputs, basis
-    of the outputs or base matrix: whichever predicts less loss, in one budget with all other layers. Stacks
-    with an expert that no gradient reached are compressed separately.
+    of the outputs or base matrix. The choice with the smaller predicted loss is taken, in one budget with all
+    other layers. A stack does not share if one of its experts got no gradient.
 
     Args:
-        model: contains mixtures that keep their experts as one parameter `(experts, out, in)`.
-        config: what to compress and how far, by parameters, bytes or the predicted loss.
+        model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
+        config: the options, with a budget of parameters, bytes or predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
         progress: show progress bars.
 
     Raises:
         TargetError: no targeted layer is an expert, or there are no calibrated gradients.
-        BudgetError: the budget cannot be kept, or the configuration limits what sharing does not keep.
+        BudgetError: the budget cannot be kept, or an option cannot be combined with sharing.
 
     Example:
         >>> import tensornet_hf  # knows the mixtures of transformers
@@ -232,12 +232,12 @@ def compress_experts(
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
         except BudgetError:
-            # Shared networks may keep a budget that separate ones cannot: check the smallest separate ones.
+            # Shared networks may fit a budget that separate ones exceed: check the smallest separate ones.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
 
-    # Add the shared candidates of every stack, and choose among all of them; plan what stays separate.
+    # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
     chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
@@ -286,10 +286,10 @@ def compress_experts(
 
 
 def _check_options(config: CompressionConfig) -> None:
-    """Raise BudgetError where the configuration limits what shared networks do not keep.
+    """Raise BudgetError for options that cannot be combined with shared networks.
 
     Raises:
-        BudgetError: always naming the options to drop.
+        BudgetError: there is such an option; the message names it.
     """
     check_config(config)
     apart = {
@@ -314,9 +314,9 @@ class SharedCandidate:
     """Networks of all experts of one stack that share one core.
 
     Args:
-        members: places of the experts among the targets.
+        members: indices of the experts in the list of targets.
         pattern: a key of `tensornet_moe.shared_low_rank.PATTERNS`.
-        candidate: topology and number formats of one expert, with size and predicted loss of all.
+        candidate: topology and number formats of one expert, with the size and predicted loss of all experts.
     """
 
     members: tuple[int, ...]
@@ -324,14 +324,14 @@ class SharedCandidate:
     candidate: Candidate
 
 
-#: All candidates of one stack that share a core; there is at least one.
+#: All shared candidates of one stack; not empty.
 Stack = tuple[SharedCandidate, ...]
 
 
 def find_stacks(
     targets: Sequence[Target], stats: CalibrationStats, config: CompressionConfig, *, progress: bool = False
 ) -> tuple[Stack, ...]:
-    """Group the experts of each mixture, and predict the losses of the ways in which they may share a core.
+    """Group the experts of each mixture, and predict the losses of all ways to share a core.
 
     Raises:
         TargetError: no target is an expert of a mixture.
@@ -353,7 +353,7 @@ def find_stacks(
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
         weights = [sensitivity for sensitivity in known if sensitivity is not None]
-        if len(weights) < len(group):  # errors of an expert without gradients cost nothing: it need not share
+        if len(weights) < len(group):  # an expert got no gradient: do not share
             continue
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
@@ -375,11 +375,11 @@ def find_stacks(
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
-    """Compute how many of some experts a token of calibration reached on average, at least 1.
+    """Compute how many of the given experts a calibration token reached on average, at least 1.
 
     Args:
-        names: of the experts.
-        stats: without counts of their tokens it is taken to be two.
+        names: names of the experts.
+        stats: calibration statistics; two experts per token are assumed if they have no token counts.
 
     Example:
         >>> counts = {"experts.0.up": 60, "experts.1.up": 90}
@@ -389,22 +389,22 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
     known = {name: stats.counts[name] for name in names if name in stats.counts}
     if not known:
         return float(min(2, len(names)))
-    tokens = max(stats.tokens, stats.scored, 1)  # where only experts are observed, none of them sees all
+    tokens = max(stats.tokens, stats.scored, 1)  # `stats.tokens` is too small if only experts were observed
     return max(1.0, sum(known.values()) / tokens)
 
 
 # --- one allocation over separate and shared networks ---------------------------------------------
 
-#: Index of a candidate of each target, or the shared networks of its stack.
+#: For each target, the index of its candidate, or the shared networks of its stack.
 Choice = list[int | SharedCandidate]
 
 
 def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice, str]:
     """Choose candidates of single layers and of stacks in one budget, and name the tightest cap.
 
-    With both kinds of candidates one allocation finds which stacks share. Then the budget is spent again with
-    these stacks shared and the layers of all others on their own, which is finer. No stack shared, and all of
-    them shared, are tried as well, so the joint choice never predicts a higher loss than the better of both.
+    A first allocation with both kinds of candidates finds which stacks share. Then the budget is allocated
+    again with these stacks shared and all other layers single, which is finer. Allocations with no stack
+    shared and with all stacks shared are tried as well, so the result is never worse than these two.
 
     Raises:
         BudgetError: the budget cannot be kept.
@@ -412,7 +412,7 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
-    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # for a given loss
+    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is given
 
     def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
         try:
@@ -438,12 +438,12 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
 def choose_sharing(
     prepared: Prepared, stacks: Sequence[Stack], *, or_separate: bool = False
 ) -> tuple[Choice, str]:
-    """Choose shared networks for some stacks, and candidates for all other layers one by one.
+    """Choose shared networks for the given stacks, and single candidates for all other layers.
 
     Args:
-        prepared: candidates of every layer.
-        stacks: with their shared candidates.
-        or_separate: whether these stacks may also be given separate networks, each stack as a whole.
+        prepared: the candidates of every layer.
+        stacks: the stacks with their shared candidates.
+        or_separate: whether these stacks may also get separate networks, each stack as a whole.
 
     Raises:
         BudgetError: the budget cannot be kept.
@@ -472,7 +472,7 @@ def choose_sharing(
 
 
 def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
-    """Compute the size of a choice in the unit of the allocation, and its predicted loss increase."""
+    """Compute the size of a choice, in the unit of the budget, and its predicted loss increase."""
     parts = [
         prepared.candidates[place][choice] if isinstance(choice, int) else choice.candidate
         for place, choice in enumerate(chosen)
@@ -482,14 +482,14 @@ def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
 
 
 def _unit(prepared: Prepared) -> str:
-    """Size that candidates are compared by."""
+    """Return the unit of size in which candidates are compared."""
     return "num_bytes" if prepared.config.plans_formats else "params"
 
 
 def _options(
     stack: Stack, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
-    """List candidates of a stack as a whole: with the candidate of each member, or shared networks."""
+    """List candidates of a whole stack: lists of separate candidates, or shared networks."""
     members = [prepared.candidates[place] for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 

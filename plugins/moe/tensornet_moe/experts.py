@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# `torch.func` has no public question for it, and its transforms refuse gradient checkpointing.
+# There is no public way to ask whether a `torch.func` transform is active, which refuses checkpointing.
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.utils.checkpoint import checkpoint
 
@@ -46,33 +46,35 @@ from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
-#: Matrices with at least this many elements are built and used one after another on CPUs: the working set of
-#: one fits the caches, and its memory is used again for the next.
+#: Number of elements from which matrices are built and used one at a time on CPUs, so that they fit the
+#: caches and their memory is reused.
 BUILT_ALONE = 2**18
 
 
 class SharedCoreExperts(ExpertBank):
     """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
-    A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. Where
-    the experts' bonds differ, a private core is stored for each expert at its true size
-    (`core_<name>_expert_<e>`), and an expert uses the leading block of a shared core that is larger than its
-    bonds: nothing is padded in storage, so parameters count honestly and a small expert stays small when
-    trained. Each is a parameter, or a `PackedCore` where its number format is another than the model's.
+    A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. If the
+    experts' bonds differ, each private core is stored with its true size as `core_<name>_expert_<e>`. An
+    expert with smaller bonds uses the leading block of a shared core. Nothing is padded in storage, so
+    parameter counts are exact and a small expert stays small in training. A core is a parameter, or a
+    `PackedCore` if its number format is not that of the model.
 
     Args:
-        topology: the operator of one expert, or a sequence of topologies, one for each expert, that differ
-            in their bonds only.
+        topology: the operator of one expert; or a sequence with a topology for each expert, which may differ
+            only in their bonds.
         num_experts: number of experts.
-        shared: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores` that owns them.
-        owner_label: of the `SharedCores` that owns the shared cores where it is not known yet, see `borrow`.
+        shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores`
+            that owns them.
+        owner_label: label of the `SharedCores` that owns the shared cores, if the owner will be set by
+            `borrow`.
         storage: number formats of the cores that the bank owns; see `quantize`.
         device, dtype: of the cores.
 
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
 
     Raises:
-        TopologyError: unknown cores, or topologies that differ in more than bonds.
+        TopologyError: unknown cores, or topologies that do not differ only in their bonds.
         ShapeError: a borrowed core has another shape.
         ValueError: `num_experts` is below 1 or is not the number of topologies.
 
@@ -109,7 +111,7 @@ class SharedCoreExperts(ExpertBank):
         self.topology, self.topologies = enclosing, topologies
         #: Label of the owner of borrowed cores, None if this bank owns all its cores.
         self.owner_label = owner_label
-        # In a tuple, so that the owner is not registered here as well.
+        # In a tuple, so that the owner is not registered as a submodule.
         self._owner: tuple[SharedCores, ...] = ()
         if isinstance(shared, SharedCores):
             shared.check_fits(enclosing)
@@ -119,10 +121,10 @@ class SharedCoreExperts(ExpertBank):
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
         self.kept = KeptMatrix()
-        #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
+        #: Relative Frobenius error with respect to the original matrices; None for a new bank.
         self.error: float | None = None
-        #: Multiplies rows by the matrices of their experts, or returns None to leave that to the bank: see
-        #: `tensornet_moe.experimental.chain_rows.use_chain_rows`.
+        #: Optional kernel that multiplies rows by the matrices of their experts, or returns None if it does
+        #: not support them; see `tensornet_moe.experimental.chain_rows.use_chain_rows`.
         self.kernel: Callable[[SharedCoreExperts, Tensor, Groups], Tensor | None] | None = None
         #: Result of the joint fit of `from_experts`.
         self.fit: JointFit | None = None
@@ -156,13 +158,13 @@ class SharedCoreExperts(ExpertBank):
         Args:
             weight: shape `(out, in)`.
             num_experts: number of experts.
-            topology: an explicit topology; one for each expert (bonds may differ: smaller ones keep the
-                leading part of each bond, for chains the largest singular values); or a family's name.
+            topology: a topology, a sequence with one for each expert, or a family's name. Bonds of experts
+                may differ: smaller bonds keep the leading part, for chains the largest singular values.
             shared: which cores are shared.
-            noise: standard deviation of the Gaussian added to each private core, relative to the root mean
-                square of that core; breaks the symmetry between experts (our addition to the paper).
-            seed: of the noise; the same on every device.
-            max_bond, rel_error, param_ratio: budget of the decomposition where `topology` is a name.
+            noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
+                of the core. It breaks the symmetry between experts (our addition to the paper).
+            seed: seed of the noise, which is the same on every device.
+            max_bond, rel_error, param_ratio: budget of the decomposition, if `topology` is a name.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Raises:
@@ -194,7 +196,7 @@ class SharedCoreExperts(ExpertBank):
             if name not in names:
                 pieces = [_leading(core, each.core_shapes[name]) for each in topologies]
                 cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
-        if topologies[0] != network.topology:  # the first expert has smaller bonds
+        if topologies[0] != network.topology:  # the first expert's bonds are smaller
             shapes = topologies[0].core_shapes.values()
             own = [_leading(core, shape) for core, shape in zip(network.cores, shapes, strict=True)]
             error = stack_error(weight[None], TensorNetwork(topologies[0], own).to_matrix()[None])
@@ -213,19 +215,20 @@ class SharedCoreExperts(ExpertBank):
     ) -> "SharedCoreExperts":
         """Decompose different experts jointly into shared and private cores (our addition).
 
-        The error is at most that of separate decompositions with the same total number of parameters: where
-        those have the smaller error they are returned, with nothing shared, and `.fit.fell_back` is True.
+        If separate decompositions with the same total number of parameters have a smaller error, these are
+        returned, without shared cores, and `.fit.fell_back` is True.
 
         Args:
             weights: shape `(num_experts, out, in)`.
             topology: an explicit topology, or a family's name.
             shared: which cores are shared.
-            max_bond: cap on the bonds where `topology` is a name.
+            max_bond: cap on the bonds, if `topology` is a name.
             max_sweeps: limit of alternating least squares.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Returns:
-            The bank; `.fit` is a `JointFit` with the errors of both ways, `.error` the one reached.
+            The bank; `.fit` is a `JointFit` with the errors of joint and separate fits, `.error` is the error
+            of the bank.
 
         Raises:
             ShapeError: `weights` is not a stack of matrices of the topology's shape.
@@ -249,7 +252,7 @@ class SharedCoreExperts(ExpertBank):
         error: float,
         dtype: torch.dtype,
     ) -> "SharedCoreExperts":
-        """Build a bank from its cores: a private one is `(E, *shape)`, or one tensor for each expert."""
+        """Build a bank from its cores; private cores are `(E, *shape)`, or one tensor for each expert."""
         bank = cls(topologies, len(topologies), shared=shared, device="meta")
         for name, core in cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
@@ -264,7 +267,7 @@ class SharedCoreExperts(ExpertBank):
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters of shared cores by name, borrowed ones included; see `ExpertBank`.
 
-        Of integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
+        For integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
         """
         if self.owner_label is not None:
             if not self._owner:
@@ -285,16 +288,16 @@ class SharedCoreExperts(ExpertBank):
 
     @property
     def owner(self) -> SharedCores | None:
-        """Owner of the shared cores; None if this bank owns them, or the owner is not known yet."""
+        """Owner of the shared cores; None if this bank owns them, or if the owner was not set yet."""
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: SharedCores) -> None:
-        """Replace the owner of the shared cores; for banks rebuilt from a description.
+        """Set the owner of the shared cores, for banks that were built from a description.
 
         Raises:
             RuntimeError: the bank owns its cores.
             TopologyError: the owner has other cores.
-            ShapeError: or of other shapes.
+            ShapeError: the owner's cores have other shapes.
         """
         if self.owner_label is None:
             raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
@@ -307,7 +310,7 @@ class SharedCoreExperts(ExpertBank):
         self._owner, self.owner_label = (owner,), owner.label
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build expert matrices, about `(l + r) * out * in` multiply-adds each, or read them from the cache.
+        """Build expert matrices (about `(l + r) * out * in` multiply-adds each), or read them from the cache.
 
         Raises:
             IndexError: an index outside `[0, num_experts)`, or no index at all.
@@ -319,12 +322,12 @@ class SharedCoreExperts(ExpertBank):
         return self._rebuild(index) if kept is None else kept.index_select(0, index)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r`, core by core where that is predicted to be faster; see `ExpertBank`."""
+        """Compute `y_r = W_e(r) x_r`, core by core if this is predicted to be faster; see `ExpertBank`."""
         if self.keeps_matrices():
             return super().apply_rows(x, groups)
         if len(self.shared) == len(self.topology.cores):
             return self._apply_to_all(x)
-        if groups.active is None or groups.sizes is None:  # compiled code, which does not know the sizes
+        if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
             return super().apply_rows(x, groups)
         rows = len(x) // len(groups.active)
         pieces = x.split([groups.sizes[e] for e in groups.active])
@@ -342,8 +345,8 @@ class SharedCoreExperts(ExpertBank):
         elements = self.out_features * self.in_features
         if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
             return super().apply_rows(x, groups)
-        # Keeping all matrices for the backward pass would take as much memory as dense experts do. They are
-        # built again instead, unless that costs a considerable part of the products with the rows.
+        # Keeping all matrices for the backward pass would take as much memory as dense experts. So they are
+        # rebuilt, unless this takes a considerable part of the time of the products with the rows.
         again = torch.is_grad_enabled() and 2 * self.plan.multiply_adds(1) <= rows * elements
         cores = self._cores_of_each()
         return torch.cat(
@@ -354,13 +357,14 @@ class SharedCoreExperts(ExpertBank):
         )
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
-        """Multiply the rows of one expert by its matrix, which backward builds again if asked."""
-        # One expert is a stack that shares everything: plain products, faster than batches of one.
+        """Multiply the rows of one expert by its matrix, which may be rebuilt in the backward pass."""
+        # A single expert is a stack whose cores are all shared: plain products are faster than batches of
+        # one.
         plan = plan_stack(self.topology, self.topology.core_names, 1)
 
         def product(x: Tensor, *cores: Tensor) -> Tensor:
             named = dict(zip(self.topology.core_names, cores, strict=True))
-            # squeeze and not [0], whose backward would copy the gradient into zeros
+            # `squeeze` instead of `[0]`, whose backward would copy the gradient into zeros
             return nn.functional.linear(x, build_matrices(plan, named, 1).squeeze(0).to(x.dtype))
 
         if not built_again:
@@ -369,11 +373,11 @@ class SharedCoreExperts(ExpertBank):
         return made
 
     def core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Return a core that the bank owns; a private one as a stack, padded with zeros where bonds differ.
+        """Return a core that the bank owns; a private core as a stack, zero-padded if bonds differ.
 
         Args:
             name: of the core.
-            index: of experts, for a part of a private core; all if absent.
+            index: indices of experts, for a part of a private core; all if absent.
         """
 
         def decoded(core: Tensor | PackedCore, index: Tensor | None) -> Tensor:
@@ -390,9 +394,9 @@ class SharedCoreExperts(ExpertBank):
         return stacked if index is None else stacked.index_select(0, index)
 
     def cores(self, index: Tensor | None = None) -> dict[str, Tensor]:
-        """Return all cores by name, borrowed ones included; private ones as stacks of the given experts."""
+        """Return all cores by name, borrowed ones included; private cores as stacks of the given experts."""
         borrowed = {} if self.owner_label is None else self.shared_parameters()
-        # A model that is spread over devices may hold the owner on another one than this layer.
+        # In a model on several devices, the owner may be on another device than this layer.
         device = self.stored_tensors()[0].device
         return {
             name: borrowed[name].to(device) if name in borrowed else self.core(name, index)
@@ -400,7 +404,7 @@ class SharedCoreExperts(ExpertBank):
         }
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
-        """Apply the single matrix of a bank whose cores are all shared."""
+        """Apply the only matrix of a bank whose cores are all shared."""
         # The number of rows is not a constant in compiled code.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
@@ -425,7 +429,7 @@ class SharedCoreExperts(ExpertBank):
         return [list(cores) for cores in zip(*columns, strict=True)]
 
     def keeps_matrices(self) -> bool:
-        """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
+        """Return True if the matrices are cached now, by the strategy "cached" in eval mode."""
         return self.strategy == "cached" and may_keep(self, self.stored_tensors())
 
     @property
@@ -458,12 +462,12 @@ class SharedCoreExperts(ExpertBank):
             put_core(self, f"core_{name}_expert_{expert}", encoded_core(kind, topology, name, piece))
 
     def _compute_like(self, like: Tensor) -> None:
-        """Set the dtype and device of products to those of a tensor; stored tensors may have others."""
+        """Set the dtype and device of products to those of a tensor; stored tensors may differ."""
         self.register_buffer("compute_like", like.new_empty(0), persistent=False)
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """Parameters and buffers in which the cores that the bank owns are stored, by name."""
+        """Parameters and buffers that store the cores of this bank (not borrowed ones), by name."""
         buffers = {name: x for name, x in self.named_buffers() if name != "compute_like"}
         return {**dict(self.named_parameters()), **buffers}
 
@@ -478,7 +482,7 @@ class SharedCoreExperts(ExpertBank):
 
     @property
     def num_params(self) -> int:
-        """Stored numbers that this bank owns, scales included; packed integers count one by one."""
+        """Count of the numbers that this bank stores, scales included; each packed integer counts as one."""
         packed = [core for core in self.modules() if isinstance(core, PackedCore)]
         plain = sum(x.numel() for x in self.parameters(recurse=False))
         return plain + sum(sum(core.counts.values()) for core in packed)
@@ -490,11 +494,11 @@ class SharedCoreExperts(ExpertBank):
 
     @torch.no_grad()
     def quantize(self, storage: Storage | str) -> float:
-        """Store the cores that the bank owns in number formats, in place.
+        """Store the cores of this bank in number formats, in place.
 
-        Cores are rounded to nearest, with scales searched group by group: in cores that a decomposition
-        made, errors of one element hardly couple to others. `"float"` unpacks them again. Borrowed cores stay
-        as their owner stores them.
+        Cores are rounded to nearest, with a search of the scale of each group; error feedback would gain
+        little, since the errors of the elements of a core are nearly independent. `"float"` undoes the
+        packing. Borrowed cores are not changed.
 
         Args:
             storage: the name of a format for all cores, or formats core by core.
@@ -503,7 +507,7 @@ class SharedCoreExperts(ExpertBank):
             Relative Frobenius error that rounding adds to the matrices of all experts.
 
         Raises:
-            FormatError: an unknown format, formats for cores that are not there, or another encoding.
+            FormatError: an unknown format, formats for cores that do not exist, or a pivoted storage.
 
         Example:
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
@@ -522,7 +526,7 @@ class SharedCoreExperts(ExpertBank):
         for name in owned:
             if name in whole:
                 self._store(name, values[name])
-            else:  # bonds differ: every expert's own core has scales of its own
+            else:  # bonds differ: each expert's core has its own scales
                 sizes = [topology.core_shapes[name] for topology in self.topologies]
                 pieces = zip(values[name], sizes, strict=True)
                 self._store(name, [core[tuple(map(slice, size))].contiguous() for core, size in pieces])
@@ -556,10 +560,10 @@ class SharedCoreExperts(ExpertBank):
 
 
 def _one_for_each(topology: Topology | Sequence[Topology], num_experts: int) -> tuple[Topology, ...]:
-    """Return the topology of each expert, from one for all or a sequence.
+    """Return the topology of each expert, from a single topology or a sequence.
 
     Raises:
-        ValueError: their number is not that of the experts.
+        ValueError: the sequence does not have one topology for each expert.
     """
     topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
     if len(topologies) != num_experts:
@@ -577,8 +581,8 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     """Add Gaussian noise of standard deviation `noise` relative to the root mean square of the core."""
     if noise == 0:
         return core
-    size = frobenius(core) / core.numel() ** 0.5  # no square vanishes, whatever the scale
-    # On the CPU, so that every device starts alike.
+    size = frobenius(core) / core.numel() ** 0.5  # squares do not underflow at any scale
+    # Drawn on the CPU, so that the noise is the same on every device.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
 
@@ -602,8 +606,8 @@ def initial_cores(
     count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
     common = draw(enclosing)
     experts = [draw(topology) for topology in topologies]
-    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). A smaller expert
-    # meets the shared cores of the enclosing network, and its private ones make up for the difference.
+    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). The shared cores
+    # are those of the enclosing network, so private cores of smaller experts are rescaled.
     gains = [
         (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
         for topology in topologies
@@ -620,10 +624,10 @@ def initial_cores(
 
 
 def check_storage(storage: Storage, topology: Topology) -> None:
-    """Raise FormatError unless a storage gives number formats to cores of this topology, and nothing else.
+    """Raise FormatError unless a storage only sets number formats of cores of this topology.
 
     Raises:
-        FormatError: gauges, or formats for cores that are not there.
+        FormatError: the storage is pivoted, or has formats for cores that do not exist.
     """
     if not isinstance(storage, Storage) or storage.pivoted:
         raise FormatError(
@@ -636,13 +640,13 @@ def check_storage(storage: Storage, topology: Topology) -> None:
 def encoded_core(
     number_format: NumberFormat, topology: Topology, name: str, core: Tensor
 ) -> Tensor | PackedCore:
-    """Store a core, or a stack of them, in a number format.
+    """Store a core, or a stack of cores, in a number format.
 
     Args:
-        number_format: of the elements.
-        topology: in which the core has its shape.
+        number_format: format of the elements.
+        topology: the topology that the core belongs to.
         name: of the core.
-        core: shape `(..., *shape)`; rounded to nearest where it is no point of the format yet.
+        core: shape `(..., *shape)`; rounded to nearest unless it is already a point of the format.
     """
     if number_format == FLOAT:
         return core

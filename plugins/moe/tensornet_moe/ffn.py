@@ -12,7 +12,7 @@ from tensornet.errors import ShapeError
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
 
-#: Activations by name; names of the common model configurations included.
+#: Activations by name, including the names in common model configurations.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -30,15 +30,15 @@ class ExpertFFN(nn.Module):
     """Expert feed-forward network `W_down act(W_up x)`, or gated `W_down (act(W_gate x) * W_up x)`.
 
     Args:
-        matrices: the banks by name, in order: `up, down`, or gated `gate, up, down`. The names become the
-            names of submodules, for example `{"wi": ..., "wo": ...}`.
+        matrices: the banks by name, in the order `up, down`, or `gate, up, down` if gated. The names become
+            the names of submodules, for example `{"wi": ..., "wo": ...}`.
         activation: a name in `ACTIVATIONS`.
         bias: whether each expert has a bias after each matrix, shape `(num_experts, out)`.
-        dropout: of the hidden layer, in training.
+        dropout: dropout probability of the hidden layer, in training.
         device, dtype: of the biases.
 
     Raises:
-        ValueError: unknown activation, or other than two or three banks.
+        ValueError: unknown activation, or not two or three banks.
         ShapeError: the banks do not fit each other.
 
     Example:
@@ -95,7 +95,7 @@ class ExpertFFN(nn.Module):
         return self.bank(self.names[-1]).out_features
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Map rows `(rows, in_features)`, sorted by expert as `groups` says, to `(rows, out_features)`."""
+        """Map rows `(rows, in_features)`, sorted by expert (see `groups`), to `(rows, out_features)`."""
         hidden = ACTIVATIONS[self.activation](self._linear(self.names[0], x, groups))
         if self.gated:
             hidden = hidden * self._linear(self.names[1], x, groups)
@@ -107,7 +107,7 @@ class ExpertFFN(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         else:
-            # Mixed storage, such as T5's output matrix that stays in float32 in a half-precision model.
+            # Mixed dtypes, such as T5's output matrix, which stays in float32 in a half-precision model.
             x = x.to(bank.dtype)
         if is_exporting():
             y = masked_linear(x, bank.expert_matrices().to(x.dtype), groups)
@@ -120,7 +120,7 @@ class ExpertFFN(nn.Module):
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         return {
             "type": "expert_ffn",
-            "names": list(self.names),  # the order of a mapping does not survive every JSON writer
+            "names": list(self.names),  # some JSON writers do not keep the order of mappings
             "matrices": {name: self.bank(name).spec() for name in self.names},
             "activation": self.activation,
             "bias": getattr(self, f"{self.names[0]}_bias") is not None,

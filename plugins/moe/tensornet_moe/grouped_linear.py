@@ -1,9 +1,10 @@
 """Grouped matrix products: rows sorted by expert, one matrix for each expert.
 
-Two ways. `grouped_mm` is one kernel, needs no sizes on the host and compiles whole; a loop calls matmul for
-each expert. Measured on one CPU core, forward and backward, 8 experts of 768 x 3072: at 2048 rows the loop
-takes 0.64 s and `grouped_mm` 0.80 s, at 64 rows 0.22 s and 0.15 s. So on CPUs the loop is used from
-`_LOOP_ROWS` rows an expert on; elsewhere `grouped_mm` wherever its kernel takes the shapes.
+There are two implementations. `grouped_mm` is one kernel that needs no sizes on the host and can be compiled;
+the other is a loop that calls matmul for each expert. On one CPU core, forward and backward with 8 experts of
+768 x 3072 take 0.64 s with the loop and 0.80 s with `grouped_mm` at 2048 rows, but 0.22 s and 0.15 s at 64
+rows. So on CPUs the loop is used from `_LOOP_ROWS` rows per expert on. On other devices `grouped_mm` is used
+if its kernel supports the shapes.
 """
 
 from collections.abc import Iterable
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 _LOOP_ROWS = 32
-_ALIGNMENT = 16  # bytes; the kernel wants every row to start at a multiple
+_ALIGNMENT = 16  # bytes; every row must start at a multiple
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +26,7 @@ class Groups:
     Args:
         counts: rows of each expert, shape `(E,)`, integer.
         expert_of_row: expert of each row, ascending, shape `(rows,)`.
-        sizes: `counts` as integers on the host; None in compiled code, where they are not known.
+        sizes: `counts` as integers on the host; None in compiled code, where they are unknown.
     """
 
     counts: Tensor
@@ -34,7 +35,7 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Experts with rows, None if unknown; `[0]` without any row, so that gradients stay defined."""
+        """Experts with rows, None if unknown; `[0]` if there are no rows, so that gradients are defined."""
         if self.sizes is None:
             return None
         return [e for e, size in enumerate(self.sizes) if size] or [0]
@@ -44,7 +45,7 @@ def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
     """Group rows that are sorted by expert."""
     experts = torch.arange(num_experts, device=expert_of_row.device)
     counts = (expert_of_row.unsqueeze(-1) == experts).sum(0)
-    # One synchronisation a layer on GPUs: it is what lets inactive experts go unbuilt.
+    # One synchronisation per layer on GPUs, which avoids building the matrices of inactive experts.
     sizes = None if torch.compiler.is_compiling() else tuple(counts.tolist())
     return Groups(counts, expert_of_row, sizes)
 
@@ -69,7 +70,7 @@ def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
     if any(size * x.element_size() % _ALIGNMENT for size in (x.shape[-1], out_features)):
         return False
     if groups.sizes is None:
-        return x.dtype is torch.bfloat16  # all that it compiles for
+        return x.dtype is torch.bfloat16  # the only dtype it compiles for
     if x.device.type == "cpu":
         return 0 < len(x) < _LOOP_ROWS * len(groups.sizes) and torch.is_grad_enabled()
     return len(x) > 0
@@ -80,7 +81,8 @@ def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
     Args:
         x: rows sorted by expert, shape `(rows, in_features)`.
-        matrices: of the active experts (all where that is unknown), shape `(active, out, in)`.
+        matrices: matrices of the active experts (of all experts if these are unknown), shape `(active, out,
+            in)`.
         groups: how the rows are grouped.
 
     Returns:
@@ -91,7 +93,7 @@ def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
     if active is not None and len(active) == len(matrices) < len(counts):
         counts = counts[torch.tensor(active, device=counts.device)]
     ends = counts.cumsum(0).to(torch.int32)
-    # The matrices of a padded topology are slices, whose rows start anywhere.
+    # The matrices of a padded topology are slices, whose rows may not be aligned.
     matrices = matrices.contiguous()
     return torch.nn.functional.grouped_mm(x, matrices.transpose(-1, -2), offs=ends)
 
@@ -101,7 +103,7 @@ def looped_linear(x: Tensor, matrices: Iterable[Tensor], groups: Groups) -> Tens
 
     Args:
         x: rows sorted by expert, shape `(rows, in_features)`.
-        matrices: of the active experts in order, each `(out, in)`.
+        matrices: matrices of the active experts in order, each `(out, in)`.
         groups: how the rows are grouped.
 
     Returns:
@@ -116,14 +118,14 @@ def looped_linear(x: Tensor, matrices: Iterable[Tensor], groups: Groups) -> Tens
 
 
 def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Compute `y_r = W_e(r) x_r` by sending all rows through every expert and keeping one result of each.
+    """Compute `y_r = W_e(r) x_r` by applying every expert to all rows and keeping one result for each row.
 
-    It costs as much as `E` dense layers, but consists of standard operations of fixed sizes: exported
-    programs run where neither Python nor an operator of this library exists.
+    It takes as long as `E` dense layers, but has only standard operations of fixed sizes, so that exported
+    programs run without Python and without custom operators.
 
     Args:
         x: rows in any order, shape `(rows, in_features)`.
-        matrices: of all experts, shape `(E, out, in)`.
+        matrices: matrices of all experts, shape `(E, out, in)`.
         groups: how the rows are grouped.
 
     Returns:
@@ -140,8 +142,8 @@ def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 def expert_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
     """Compute `y_r = W_e(r) x_r` for rows sorted by expert, in compiled code.
 
-    The row counts are known only at run time, and a loop over such sizes cannot be compiled. A custom
-    operator is opaque to the compiler, so a mixture compiles into one graph in every dtype; `grouped_mm`
+    The numbers of rows are known only at run time, so a loop over experts cannot be compiled. This custom
+    operator is opaque to the compiler, so that a mixture compiles to one graph in every dtype; `grouped_mm`
     compiles for bfloat16 only.
 
     Args:

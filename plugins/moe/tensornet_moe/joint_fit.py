@@ -1,8 +1,8 @@
 """Joint fit of different expert matrices by shared and private cores.
 
-The model `W_e ~ network(shared, private_e)` is one network with one more leg, which counts experts: private
-cores carry its label, shared ones do not. So `tensornet.als` fits it as it fits any other network. Low-rank
-networks that share one factor have a closed form (`shared_low_rank.py`), which is used for them.
+The model `W_e ~ network(shared, private_e)` is one network with an additional leg for the experts: private
+cores have this leg, shared cores do not. So `tensornet.als` can fit it like any other network. For low-rank
+networks that share one factor a closed form is used (`shared_low_rank.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,11 +25,11 @@ from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.topology import CoreSpec, Topology
 from tensornet_moe.shared_low_rank import fit_low_rank, pattern_of
 
-#: Label of the leg that counts experts.
+#: Label of the leg for the experts.
 EXPERTS = "expert"
-#: Conjugate gradient steps per core and sweep; the first is exact without padding and with small bonds.
+#: Conjugate gradient steps per core and sweep; without padding and with small bonds the first is exact.
 _STEPS = 2
-#: Sweeps after which only the better of the starts is continued.
+#: Number of sweeps after which only the better start is continued.
 _TRIAL_SWEEPS = 3
 
 
@@ -38,15 +38,15 @@ class JointFit:
     """Cores fitted to a stack of expert matrices, with the errors of joint and separate decompositions.
 
     Args:
-        topologies: one for each expert; they differ only where the fit fell back on separate experts.
+        topologies: one for each expert; they differ only if separate decompositions were better.
         shared: names of the shared cores, empty after falling back.
-        cores: shared cores by name, private ones `(E, *shape)`, or a list where the bonds differ.
-        error: relative Frobenius error over all experts, `|W - W'| / |W|`, measured.
-        alone_error: error of decomposing each expert alone at the same total number of parameters, the best
-            of the same family and plain low rank; None if neither fits that budget.
-        fell_back: whether `alone_error` was smaller, so that the separate decompositions are returned.
+        cores: cores by name; private cores are `(E, *shape)`, or a list if the bonds differ.
+        error: measured relative Frobenius error over all experts, `|W - W'| / |W|`.
+        alone_error: error of separate decompositions with the same total number of parameters, with the same
+            family or low rank, whichever is better; None if neither fits that budget.
+        fell_back: True if `alone_error` was smaller, so that the separate decompositions are returned.
         sweeps: sweeps of alternating least squares.
-        converged: whether the error settled before the sweep limit.
+        converged: whether the error converged within the largest number of sweeps.
 
     Example:
         >>> experts = torch.randn(8, 8).expand(4, 8, 8)
@@ -81,7 +81,7 @@ class SharedFit:
         cores: shared cores by name, private ones `(E, *shape)`.
         error: relative Frobenius error over the whole stack, measured.
         sweeps: sweeps of alternating least squares.
-        converged: whether the error settled before the sweep limit.
+        converged: whether the error converged within the largest number of sweeps.
     """
 
     cores: Mapping[str, Tensor]
@@ -99,10 +99,10 @@ def fit_jointly(
     max_sweeps: int = 30,
     tolerance: float = 1e-4,
 ) -> JointFit:
-    """Fit `weights: (E, out, in)` by shared and private cores, or separately where that error is smaller.
+    """Fit `weights: (E, out, in)` by shared and private cores, or separately if the error is then smaller.
 
     Args:
-        weights: given experts.
+        weights: the matrices of the experts.
         topology: the operator of one expert.
         shared: names of shared cores.
         max_sweeps: limit of alternating least squares.
@@ -136,14 +136,15 @@ def fit_shared(
 ) -> SharedFit:
     """Fit `weights: (E, out, in)` by shared and private cores.
 
-    Low ranks that share one factor are the best ones. For all other networks two starts are tried for a few
-    sweeps of alternating least squares, and the better one continues: the decomposition of the mean expert
-    (right where experts grew from one matrix), and each expert's own with the shared cores averaged. That
-    problem is not convex: for unrelated experts the result is a local minimum.
+    For low ranks that share one factor the fit is optimal. For all other networks two starts are tried for a
+    few sweeps of alternating least squares, and the better one is continued. One start is the decomposition
+    of the mean expert, which suits experts that were copied from one matrix; the other has the decomposition
+    of each expert, with the shared cores averaged. The problem is not convex: for unrelated experts the
+    result is a local minimum.
 
     Args:
-        weights: given matrices.
-        topology: the operator of one of them.
+        weights: the matrices.
+        topology: topology of one matrix.
         shared: names of shared cores.
         max_sweeps: limit of alternating least squares.
         tolerance: stop when a sweep lowers the relative error by less than this fraction of it.
@@ -158,21 +159,21 @@ def fit_shared(
             f"this topology, got {tuple(weights.shape)}."
         )
     check_finite(weights, "The stack of expert matrices")
-    scale = safe_scale(weights)  # squares of the target neither overflow nor vanish
+    scale = safe_scale(weights)  # so that squares neither overflow nor underflow
     target = weights.detach().to(working_dtype(weights.dtype)) / scale
     pattern = pattern_of(topology, shared[0]) if len(shared) == 1 and not target.is_complex() else None
     if pattern is not None:
         return _closed_form(pattern, target, topology, shared[0], scale)
     fitted = target
-    if len(shared) == len(topology.cores):  # nothing private: the mean is all that one network can fit
+    if len(shared) == len(topology.cores):  # no private cores: fit the mean
         fitted = target.mean(0, keepdim=True)
     stack = Stack.of(fitted, topology, shared)
     trials = [stack.fit(start, _TRIAL_SWEEPS, 0.0) for start in _starts(fitted, topology)]
     best = min(trials, key=lambda fit: fit.cost)
-    # The tolerance is relative to the error, whose square is fitted.
+    # The tolerance is for the error, but the fit minimizes its square.
     rest = stack.fit(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * tolerance)
     error = stack_error(target, stack.matrices(rest.network).expand_as(target))
-    part = scale ** (1 / len(topology.cores))  # every core takes an equal part of the scale
+    part = scale ** (1 / len(topology.cores))  # the scale is spread evenly over the cores
     cores = {name: core * part for name, core in stack.unstacked(rest.network).items()}
     return SharedFit(cores, error, best.sweeps + rest.sweeps, rest.converged)
 
@@ -181,7 +182,7 @@ def _closed_form(pattern: str, target: Tensor, topology: Topology, shared: str, 
     """Fit low ranks that share one factor, with columns and rows of equal norms on both sides of the bond."""
     rank = max(topology.bond_dims.values())
     fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
-    # Values, since no number format is asked for.
+    # Values, since no number format is given.
     left, right = (torch.stack([cores[x] for cores in fits]) for x in topology.core_names)  # type: ignore[misc]
     error = stack_error(target, left @ right)
     sizes = left.square().sum(1).mean(0).sqrt(), right.square().sum(2).mean(0).sqrt()
@@ -204,10 +205,10 @@ class Stack:
     """Stack of matrices written as one matrix `(experts * out, in)`, and the network that fits it.
 
     Args:
-        topology: of the whole stack, for matrices padded to the legs.
-        single: of one matrix.
-        matrix: all of them below each other, padded with zeros.
-        weighting: no weight on padding.
+        topology: topology of the whole stack, for matrices padded to the legs.
+        single: topology of one matrix.
+        matrix: all matrices, one below the other, padded with zeros.
+        weighting: weighting that ignores padding.
         count: number of matrices.
     """
 
@@ -238,14 +239,14 @@ class Stack:
         return cls(whole, topology, matrix, weighting, count)
 
     def fit(self, start: TensorNetwork | Sequence[TensorNetwork], sweeps: int, tolerance: float) -> Fit:
-        """Run alternating least squares from a network of the stack, or from one network for each matrix."""
+        """Run alternating least squares, starting from a network of the stack or from one for each matrix."""
         network = start if isinstance(start, TensorNetwork) else self._stacked(start)
         return fit_network(
             self.matrix, network, self.weighting, sweeps=sweeps, steps=_STEPS, tolerance=tolerance
         )
 
     def unstacked(self, network: TensorNetwork) -> dict[str, Tensor]:
-        """Split the network of the stack into cores by name, private ones as `(experts, *shape)`."""
+        """Return the cores of the network of the stack by name; private cores are `(experts, *shape)`."""
         return dict(zip(self.topology.core_names, network.cores, strict=True))
 
     def matrices(self, network: TensorNetwork) -> Tensor:
@@ -279,7 +280,7 @@ def stack_error(target: Tensor, made: Tensor) -> float:
 def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
     if topology.family in topology_names():
         return topology_family(topology.family).stack_starts(target, topology)
-    generator = torch.Generator().manual_seed(0)  # a hand-made topology has no decomposition to start from
+    generator = torch.Generator().manual_seed(0)  # without a family, start from random cores
     return [[TensorNetwork(topology, random_cores(topology, generator=generator)) for _ in target]]
 
 
@@ -293,7 +294,7 @@ def _alone(target: Tensor, topology: Topology, parameters: int) -> list[TensorNe
         rivals.append((family, family.options_of(topology)))
     found = []
     for family, options in rivals:
-        with suppress(BudgetError, TopologyError):  # does not fit
+        with suppress(BudgetError, TopologyError):  # the family cannot fit the budget
             found.append([family.decompose(matrix, budget, **options).network for matrix in target])
     return min(found, key=lambda networks: _error_of(target, networks), default=None)
 

@@ -19,7 +19,7 @@ class AuxLosses:
     """Auxiliary losses of one layer, or of all layers of a model.
 
     Args:
-        total: sum weighted by the coefficients of each layer, to be added to the loss. A scalar.
+        total: sum weighted by the coefficients of each layer, a scalar to add to the loss.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
     """
@@ -55,28 +55,30 @@ class RoutingStats:
 class SharedCoreMoE(nn.Module):
     """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
-    Each pass rebuilds the matrices of the active experts, or multiplies by their cores where that is faster.
-    After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are kept in eval without
-    gradients. The parts are replaceable: any `Router`, any `ExpertFFN` over any `ExpertBank`.
+    Each pass rebuilds the matrices of the active experts, or multiplies by their cores if this is faster.
+    After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are cached in eval mode
+    without gradients. Any `Router`, and any `ExpertFFN` with any `ExpertBank`, can be used.
 
     Args:
         router: chooses experts.
         experts: the feed-forward networks.
         shared_expert: a network of one expert that computes every token, with combine weight 1, in addition
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
-        capacity_factor: None computes every choice (dropless); a number drops the choices beyond
-            `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`: a dropped
-            token gets 0 here and passes through the residual connection alone.
+        capacity_factor: None computes every choice (dropless). A number drops the choices beyond
+            `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`; the output of a
+            dropped token is 0, so that only the residual connection remains.
         balance_coef: weight of `load_balancing_loss`.
         z_coef: weight of `router_z_loss`.
-        dropout: of the result, in training.
+        dropout: dropout probability of the result, in training.
 
     Raises:
-        ShapeError: router and experts do not fit, or the shared expert has other features or is not one.
+        ShapeError: router and experts do not fit each other, or the shared expert has other features or is
+            more than one expert.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
 
-    After a forward pass `.stats` is a `RoutingStats`, and `.aux_losses` is what `collect_aux_losses` gathers.
-    The next forward pass replaces both; the recomputation of gradient checkpointing does not touch them.
+    After a forward pass `.stats` is a `RoutingStats`, and `.aux_losses` has the losses for
+    `collect_aux_losses`. The next forward pass replaces both; the recomputation of gradient checkpointing
+    does not.
 
     Example:
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -112,8 +114,8 @@ class SharedCoreMoE(nn.Module):
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
         self.capacity_factor = capacity_factor
         self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout
-        #: Used where `forward` gets no mask: for callers that cannot pass one. It stays until replaced:
-        #: gradient checkpointing runs the forward again after the model's own has returned.
+        #: Mask for callers that cannot pass one to `forward`. It is kept until it is replaced, since gradient
+        #: checkpointing runs the layer again after the forward pass of the model.
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
@@ -128,26 +130,26 @@ class SharedCoreMoE(nn.Module):
 
         Args:
             x: tokens.
-            mask: shape `(...)`, False or 0 for padding: padding is computed too, but counts in no loss and
-                no statistic and never takes a real token's place in an expert.
+            mask: shape `(...)`, False or 0 for padding. Padding is computed too, but is ignored in losses and
+                statistics, and never takes the slot of a real token.
 
         Raises:
-            NonFiniteError: the router was fed NaN or infinity.
+            NonFiniteError: the router got NaN or infinity.
             ShapeError: the mask has another shape than the tokens.
         """
         if mask is None and self.token_mask is not None:
-            # The caller that set it may not know how the model lays its tokens out; their order is the same.
+            # The model may have reshaped its tokens, but their order is the same.
             fits = self.token_mask.numel() == x[..., 0].numel()
             mask = self.token_mask.reshape(x.shape[:-1]) if fits else self.token_mask
         if mask is not None:
             if mask.shape != x.shape[:-1]:
                 raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
-            mask = mask.reshape(-1).to(x.device, torch.bool)  # a model may be spread over devices
+            mask = mask.reshape(-1).to(x.device, torch.bool)  # the mask may be on another device
         flat = x.reshape(-1, x.shape[-1])
         routing = self.router(flat, mask)
         if self.capacity_factor is not None and routing.kept is None:
             routing = limit_capacity(routing, self.capacity_factor)
-        if not is_exporting():  # a program returns its output only
+        if not is_exporting():  # exported programs only return outputs
             self._remember(routing)
         y = dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
@@ -161,13 +163,13 @@ class SharedCoreMoE(nn.Module):
         )
         z = router_z_loss(routing.logits, routing.mask)
         total = self.balance_coef * balance + self.z_coef * z
-        if _is_recomputing():  # only here: the second forward must save the same tensors as the first
+        if _is_recomputing():  # only here, since both forward passes must save the same tensors
             return
         self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None])
         self.stats = routing_stats(routing, balance.detach(), z.detach())
 
     def __getstate__(self) -> dict[str, Any]:
-        # The losses refer to the graph of the last step, which can be neither copied nor pickled.
+        # The losses refer to the graph of the last step, which cannot be copied or pickled.
         return {**self.__dict__, "aux_losses": None, "stats": None, "token_mask": None}
 
     def spec(self) -> dict[str, Any]:
@@ -250,8 +252,8 @@ def routing_stats(routing: Routing, balance: Tensor, z: Tensor) -> RoutingStats:
 def collect_aux_losses(model: nn.Module) -> AuxLosses:
     """Collect and clear the auxiliary losses of the last forward pass of every mixture in a model.
 
-    Taking them out clears them, so that no step can count the losses of another: call it once after each
-    forward in training, and add `.total` to the loss.
+    Call this once after each forward pass in training, and add `.total` to the loss. The losses are cleared,
+    so that a step cannot count those of an earlier step.
 
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
@@ -294,10 +296,10 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
 def _is_recomputing() -> bool:
     """Return True inside the recomputation of gradient checkpointing, which runs during backward.
 
-    Its routing has been counted already, and its graph ends where the recomputation stops.
+    Its routing was already counted in the first forward pass, and its graph is not the one of the loss.
     """
-    # Private: no public function says that a backward pass is running. Without it the losses of a recomputed
-    # layer would be counted twice.
+    # A private function, since no public one tells that a backward pass is running. Without it the losses of
+    # a recomputed layer would be counted twice.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
@@ -332,7 +334,7 @@ def load_balancing_loss(
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
     counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))  # shape: (E,)
     fractions = counts / counts.sum().clamp_min(1)
-    # where, not a product: padding may be NaN, and 0 * NaN is NaN
+    # `where` instead of a product: padding may be NaN, and 0 * NaN is NaN
     probabilities = torch.where(real[:, None] > 0, router_probs, 0).sum(0) / real.sum().clamp_min(1)
     return num_experts * (fractions * probabilities).sum()
 

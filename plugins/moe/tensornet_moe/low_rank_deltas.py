@@ -22,15 +22,15 @@ from tensornet_moe.shared_low_rank import fit_low_rank
 
 
 class LowRankDeltaExperts(ExpertBank):
-    """Experts `W_e = base_e + left_e right_e`, a private low-rank delta on the matrices of a base bank.
+    """Experts `W_e = base_e + left_e right_e`, with private low-rank deltas added to a base bank.
 
-    With a base that shares everything this is the form of D2-MoE, `W_e = W_0 + left_e right_e`; with a chain
-    of cores as base, a bypass around a tensor network. New deltas are zero (`left` is), as in LoRA, so
-    the experts start as their base.
+    If all cores of the base are shared, this is D2-MoE, `W_e = W_0 + left_e right_e`. The base may also be a
+    chain of cores. New deltas are zero (because `left` is), as in LoRA, so the experts are initially those of
+    the base.
 
     Args:
         base: any bank; its cores are trained with the deltas.
-        rank: of the deltas, at most the shorter side of the matrices.
+        rank: rank of the deltas, at most the shorter side of the matrices.
         device, dtype: of the deltas.
 
     Raises:
@@ -73,7 +73,7 @@ class LowRankDeltaExperts(ExpertBank):
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
         self.kept = KeptMatrix()
-        #: Relative Frobenius error against the matrices the bank was built from; None for a new bank.
+        #: Relative Frobenius error with respect to the original matrices; None for a new bank.
         self.error: float | None = None
 
     @classmethod
@@ -94,9 +94,9 @@ class LowRankDeltaExperts(ExpertBank):
             weight: shape `(out, in)`.
             num_experts: number of experts.
             rank: of the deltas.
-            topology: of the base; `"dense"` keeps the matrix itself.
+            topology: topology of the base; `"dense"` keeps the matrix itself.
             shared: cores of the base that all experts share.
-            seed: of `right`; the same on every device.
+            seed: seed of the random `right`, which is the same on every device.
             options: further options of `SharedCoreExperts.from_dense`, for example `out_dims=`, `max_bond=`.
 
         Raises:
@@ -118,8 +118,9 @@ class LowRankDeltaExperts(ExpertBank):
     def from_experts(cls, weights: Tensor, *, rank: int) -> "LowRankDeltaExperts":
         """Fit different experts by one dense base and low-rank deltas.
 
-        The base is the mean of the matrices, or of what the deltas of an earlier base leave of them: the one
-        that fits best (`tensornet_moe.shared_low_rank`). The deltas are truncated SVDs of what it leaves.
+        Several bases are tried, and the one that fits best is taken: the mean of the matrices, or the mean of
+        the matrices minus the deltas for an earlier base (`tensornet_moe.shared_low_rank`). The deltas are
+        truncated SVDs of the differences from the base.
 
         Args:
             weights: shape `(num_experts, out, in)`.
@@ -136,7 +137,7 @@ class LowRankDeltaExperts(ExpertBank):
         topology = dense(out_features=rows, in_features=columns)
         base = SharedCoreExperts(topology, count, shared="all", **where)
         bank = cls(base, rank, **where)
-        scale = safe_scale(weights)  # squares neither overflow nor vanish
+        scale = safe_scale(weights)  # so that squares neither overflow nor underflow
         target = weights.detach().to(working_dtype(weights.dtype)) / scale
         fits = fit_low_rank("base", list(target), [Weighting()] * count, rank)
         cores = {name: torch.stack([fit[name] for fit in fits]) for name in ("base", "0", "1")}  # type: ignore[misc]
@@ -154,9 +155,9 @@ class LowRankDeltaExperts(ExpertBank):
         return self._rebuild(None if experts is None else self.check_experts(experts))
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = base_e x_r + left_e (right_e x_r)` where that is cheaper than the matrices.
+        """Compute `y_r = base_e x_r + left_e (right_e x_r)` if this is cheaper than building the matrices.
 
-        Above all where the base shares everything: it is then one matrix for all rows.
+        This is so especially if all cores of the base are shared: it is then one matrix for all rows.
         """
         built = self.num_experts if groups.active is None else len(groups.active)
         rows, columns = self.out_features, self.in_features
@@ -171,7 +172,7 @@ class LowRankDeltaExperts(ExpertBank):
         return y + looped_linear(inner, [left[e] for e in groups.active], groups)
 
     def keeps_matrices(self) -> bool:
-        """Return True if the matrices are cached: on request, in eval mode, without core gradients."""
+        """Return True if the matrices are cached now, by the strategy "cached" in eval mode."""
         return self.strategy == "cached" and may_keep(self, self.stored_tensors())
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
@@ -191,7 +192,7 @@ class LowRankDeltaExperts(ExpertBank):
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return the deltas and every tensor that the base stores or borrows."""
-        # Its parameters are also the originals of cores that are parametrized.
+        # `parameters()` also returns the originals of parametrized cores.
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
 
     def _rebuild(self, index: Tensor | None) -> Tensor:

@@ -16,45 +16,44 @@ GRANULARITIES = ("core", "element")
 class GradientMask:
     """Random gradient mask: at each optimizer step, skip each shared core with probability `p`.
 
-    In one step a shared core collects the gradients of all tokens, a private one only those routed to its
-    expert; masking evens out how much they move. For each core `b ~ Bernoulli(1 - p)` is drawn at each step:
+    In one step a shared core gets the gradients of all tokens, a private core only those of the tokens of its
+    expert; masking balances their updates. For each core `b ~ Bernoulli(1 - p)` is drawn at each step:
 
-    - `granularity="core"`: with `b = 0` its gradient is set to None, so that the step leaves it
-      **bit-identical**, momentum and weight decay included, under every optimizer that skips parameters
-      without a gradient, as all of torch do; with `b = 1` it gets its full gradient. `p=0` is exactly no
-      mask, `p=1` exactly a frozen core.
+    - `granularity="core"`: with `b = 0` its gradient is set to None, so that the optimizer does not change it
+      at all, not even by momentum or weight decay; all optimizers of torch skip parameters without a
+      gradient. With `b = 1` it gets its full gradient. `p=0` is exactly no mask, `p=1` exactly a frozen core.
     - `granularity="element"`: each element of the gradient is zeroed with probability `p`. Momentum and
       weight decay still act on the zeroed elements.
 
-    Draws come from an own generator on the CPU: one a core and step, the same on every rank (all ranks must
-    build the same model and take the same steps) and independent of the model's own randomness.
+    A separate generator on the CPU draws one number for each core and step. It is independent of other random
+    numbers and the same on every rank, if all ranks build the same model and take the same steps.
 
-    Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. Attached, it draws when
-    the optimizer really steps: once for many micro-batches under gradient accumulation, and not at all for a
-    step that `GradScaler` skips. Clip gradients before; the norm then counts the gradients that are masked.
-    A step with a closure computes its gradients too late to be masked, and is refused when attached.
-    Compile the model, not the optimizer's step: a compiled step is specialised to the gradients that exist.
-    Give each core one mask: the probabilities of two masks multiply. SGD with momentum needs `fused=False`,
-    since its fused step wants the momenta of all parameters or of none.
+    Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. An attached mask draws
+    when the optimizer really steps: once for all micro-batches of gradient accumulation, and not for a step
+    that `GradScaler` skips. Clip gradients before masking; the norm then includes the gradients that will be
+    masked. With an attached mask, a step with a closure raises an error, since it computes its gradients too
+    late. Compile the model, not the optimizer's step: a compiled step is specialised to the existing
+    gradients. Use only one mask for each core, since the probabilities of two masks multiply. SGD with
+    momentum needs `fused=False`, since its fused step requires the momenta of all parameters or of none.
 
     Args:
-        module_or_parameters: a module, whose banks' shared cores are masked (borrowed ones too, each once),
-            or parameters.
+        module_or_parameters: a module, to mask the shared cores of all its banks (also borrowed ones, each
+            once), or parameters.
         p: probability of skipping a core, in `[0, 1]`.
         granularity: `"core"` or `"element"`.
-        seed: of the generator.
-        schedule: factor on `p` by the number of steps taken before, for example `linear_fade(1000)`.
-        compensate: scale the *update* of a core that is not masked by `1 / (1 - p)`, so that it moves as far
-            on average as without a mask. (Scaling the gradient would do nothing under Adam.) Needs `attach`
-            and granularity `"core"`.
+        seed: seed of the generator.
+        schedule: maps the number of steps so far to a factor of `p`, for example `linear_fade(1000)`.
+        compensate: scale the *update* of a core that is not masked by `1 / (1 - p)`, so that the mean update
+            is the same as without a mask. (Scaling the gradient would have no effect with Adam.) Needs
+            `attach` and granularity `"core"`.
 
     Raises:
         TargetError: no core is shared, or a parameter is given twice.
-        ValueError: an option out of its range.
+        ValueError: an option is out of its range.
 
     Reference:
-        Gao et al. 2022, section 4.2, masks the gradient of the central core at random. The draw for each core
-        and step, bit-identity, the elementwise variant, schedules and compensation are our definition.
+        Gao et al. 2022, section 4.2, masks the gradient of the central core at random. Draws for each core
+        and step, exact skipping, the elementwise variant, schedules and compensation are our additions.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -98,7 +97,7 @@ class GradientMask:
             Number of cores skipped in this step (0 for elementwise masks).
 
         Raises:
-            RuntimeError: the mask is attached and draws by itself, or it compensates.
+            RuntimeError: the mask is attached, or has `compensate`.
         """
         if self._hooks:
             raise RuntimeError(
@@ -112,15 +111,15 @@ class GradientMask:
         """Draw and apply a mask before every `optimizer.step()`, until `detach` is called.
 
         Args:
-            optimizer: of torch, or what accelerate's `prepare` made of one.
+            optimizer: a torch optimizer, also one wrapped by accelerate's `prepare`.
 
         Raises:
             TargetError: the optimizer does not train all masked cores.
-            RuntimeError: the mask is attached already.
+            RuntimeError: the mask is already attached.
         """
         if self._hooks:
             raise RuntimeError("This mask is attached to an optimizer already; detach() it first.")
-        # Hooks belong on the optimizer that steps: a wrapper such as accelerate's calls it when it does.
+        # Hook the wrapped optimizer: wrappers such as accelerate's call it only when they really step.
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -147,7 +146,7 @@ class GradientMask:
         return self.p if self.schedule is None else min(max(self.p * self.schedule(self.steps), 0.0), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return generator state and step count, from which a resumed run draws the same masks."""
+        """Return generator state and step count, so that a resumed run draws the same masks."""
         state = {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
         return {**state, "granularity": self.granularity}
 
@@ -155,8 +154,8 @@ class GradientMask:
         """Restore the generator and step count that `state_dict` returned.
 
         Raises:
-            FormatError: the state is of a mask over another number of cores or of another granularity, or no
-                state of a mask.
+            FormatError: the state is not that of a mask, or of one with another number of cores or
+                granularity.
         """
         if state.keys() != {"generator", "steps", "cores", "granularity"}:
             raise FormatError(f"Not the state of a GradientMask: it has the entries {sorted(state)}.")
@@ -180,7 +179,7 @@ class GradientMask:
             for parameter in self.parameters:
                 self._mask_elements(parameter, p)
             return 0
-        # u is in [0, 1), so u < 0 is never true and u < 1 always is: both ends are exact.
+        # u is in [0, 1), so u < 0 is never true and u < 1 always: p=0 and p=1 are exact.
         masked = (
             torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64, device="cpu") < p
         ).tolist()
@@ -190,7 +189,7 @@ class GradientMask:
         return sum(masked)
 
     def _mask_elements(self, parameter: nn.Parameter, p: float) -> None:
-        # Drawn whether or not there is a gradient, so that the sequence does not depend on it.
+        # Drawn even without a gradient, so that the sequence does not depend on gradients.
         keep = torch.rand(parameter.shape, generator=self._generator, device="cpu") >= p
         if parameter.grad is not None:
             if type(parameter.grad) is not Tensor:
@@ -209,7 +208,7 @@ class GradientMask:
                 "optimizer.step(closure) computes the gradients again after they were masked. Compute them "
                 "before, and call optimizer.step() without a closure; LBFGS needs one and cannot be masked."
             )
-        # GradScaler calls fused optimizers for every step, and tells them which one not to take.
+        # GradScaler calls fused optimizers in every step, with a flag for steps to skip.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return

@@ -1,4 +1,4 @@
-"""Routers: experts and combine weights of every token, the registry of router classes, expert capacity."""
+"""Routers, which choose experts and combine weights for every token; their registry; expert capacity."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,8 +27,8 @@ class Routing:
         probs: softmax over experts, shape `(tokens, E)`, float32.
         logits: shape `(tokens, E)`, float32.
         mask: shape `(tokens,)`, False for padding; None without padding.
-        kept: shape `(tokens, k)`, False where a choice is not computed (over capacity, or not chosen by the
-            expert); None if all are.
+        kept: shape `(tokens, k)`, False if a choice is not computed (over capacity, or not chosen by the
+            expert); None if all are computed.
 
     Example:
         >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
@@ -65,31 +65,30 @@ class Routing:
 
 
 class Router(nn.Module, ABC):
-    """Abstract router with the shared part: jitter, float32 logits, softmax, check for NaN.
+    """Abstract router with the common part: jitter, float32 logits, softmax, check for NaN.
 
-    Subclasses define `select`, and name the arguments of their own in `options`; `register_router` makes them
-    known to configurations and checkpoints. One that looks at later tokens sets `causal = False`. None may
-    look at the place of a token in the batch, which depends on padding. `tensornet_moe.testing.RouterLaws`
-    tests them.
+    Subclasses define `select`, and list their additional arguments in `options`; `register_router` makes them
+    known to configurations and checkpoints. A router that uses later tokens must set `causal = False`. No
+    router may use the position of a token in the batch, which depends on padding.
+    `tensornet_moe.testing.RouterLaws` tests routers.
 
-    Logits are `x @ weight^T` in float32 whatever the model's dtype and autocast say: a router in half
-    precision is unstable (Switch, section 2.4).
+    Logits are `x @ weight^T`, always in float32 for any dtype and under autocast, since routers in half
+    precision are unstable (Switch, section 2.4).
 
     Args:
         num_features: size of a token.
         num_experts: number of experts.
-        jitter: in training, tokens are multiplied by uniform noise in `[1 - jitter, 1 + jitter]` before the
-            router sees them.
-        combine: `"unit"`: weights sum to one in value, so that experts that all compute the same function
-            compute it together (for one expert `p / stop_gradient(p)`); `"prob"`: the probabilities;
-            `"sigmoid"`: `2 sigmoid(logit)`, about 1 for each expert at the start, however many a token has
-            (Csordas et al. 2024, MoEUT, up to the factor 2): for training from scratch, where weights that
-            sum to one let experts learn `k` times more slowly than a dense network.
-        device, dtype: of the weight, shape `(num_experts, num_features)`; it starts at standard deviation
-            `0.1 / sqrt(num_features)`.
+        jitter: in training, the router's input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
+        combine: `"unit"`: weights that sum to one in value, so that equal experts give the output of one of
+            them (for one expert `p / stop_gradient(p)`). `"prob"`: the probabilities. `"sigmoid"`: `2
+            sigmoid(logit)`, initially about 1 for each expert (Csordas et al. 2024, MoEUT, up to the factor
+            2). Use it for training from scratch, where experts with weights that sum to one learn `k` times
+            more slowly than a dense network.
+        device, dtype: of the weight `(num_experts, num_features)`, which is initialized with standard
+            deviation `0.1 / sqrt(num_features)`.
 
     Raises:
-        ValueError: an option out of its range.
+        ValueError: an option is out of its range.
 
     Example:
         >>> class EveryExpertRouter(tm.Router):
@@ -101,9 +100,9 @@ class Router(nn.Module, ABC):
         tensor([6, 6, 6, 6])
     """
 
-    #: Arguments beyond those of this class, each kept as an attribute of the same name.
+    #: Names of additional arguments of a subclass; each is also an attribute of the same name.
     options: ClassVar[tuple[str, ...]] = ()
-    #: True if the experts of a token are independent of later tokens; other routers are for encoders only.
+    #: True if the experts of a token do not depend on later tokens; other routers are for encoders only.
     causal: ClassVar[bool] = True
 
     def __init__(
@@ -150,9 +149,9 @@ class Router(nn.Module, ABC):
         """Route tokens `x: (tokens, features)`; a False or 0 in `mask: (tokens,)` marks padding.
 
         Raises:
-            NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError when
-                compiled: compiled code cannot choose its exception.)
-            ShapeError: tokens of another size.
+            NonFiniteError: a token that is not padding has NaN or infinite logits. (RuntimeError in compiled
+                code, which cannot raise other exceptions.)
+            ShapeError: the tokens have another number of features.
         """
         if x.shape[-1] != self.num_features:
             raise ShapeError(
@@ -172,7 +171,7 @@ class Router(nn.Module, ABC):
         if mask is not None:
             finite = finite | ~mask
         if torch.compiler.is_compiling():
-            # Private: torch.compile has no other check of values that does not break the graph.
+            # A private function, but the only check of values that does not break the graph of torch.compile.
             torch._assert_async(finite.all(), "a router was fed NaN or infinity")
         elif not bool(finite.all()):
             raise NonFiniteError(
@@ -193,9 +192,9 @@ def register_router(name: str, kind: type[Router]) -> None:
     """Register a router class under the name that configurations and checkpoints use.
 
     Args:
-        name: for `MoEConfig(router=name)`.
+        name: name for `MoEConfig(router=name)`.
         kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
-            Options that a configuration has too (`top_k`, `capacity_factor`) are taken from there.
+            Options that are also fields of the configuration (`top_k`, `capacity_factor`) are taken from it.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -238,9 +237,9 @@ def router_kind(name: str) -> type[Router]:
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     """Drop the choices of each expert beyond its capacity `ceil(capacity_factor * k * tokens / E)`.
 
-    First choices of all tokens come before second choices, earlier tokens before later ones, padding last. A
-    dropped choice contributes nothing; weights of the others stay as they are, so that a token all of whose
-    choices are dropped passes through the residual connection alone.
+    First choices of all tokens are served before second choices, earlier tokens before later ones, padding
+    last. A dropped choice contributes nothing, and the weights of the other choices do not change. If all
+    choices of a token are dropped, its output is 0, so that only the residual connection remains.
 
     Args:
         routing: a decision without `kept`.
@@ -254,7 +253,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     chosen = routing.expert_indices.T.reshape(-1, 1) == experts  # shape: (k * tokens, E), first choices first
     real = None if routing.mask is None else routing.mask.repeat(k)
     counted = chosen if real is None else chosen & real[:, None]
-    position = (counted.cumsum(0) * chosen).sum(-1)  # 1-based place in the queue of its expert
+    position = (counted.cumsum(0) * chosen).sum(-1)  # 1-based position in the queue of its expert
     if real is not None:
         position = torch.where(real, position, (counted.sum(0) + (chosen & ~real[:, None]).cumsum(0))[chosen])
     count = tokens if routing.mask is None else int(routing.mask.sum())
@@ -265,8 +264,8 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
 class TopKRouter(Router):
     """Router that sends each token to its `top_k` most probable experts.
 
-    With `combine="unit"` the weights of the chosen are `p_i / sum_j p_j`; for `top_k=1`, where that would be
-    a constant without gradient, `p / stop_gradient(p)`.
+    With `combine="unit"` the weights of the chosen experts are `p_i / sum_j p_j`. For `top_k=1` this would be
+    a constant without gradient, so the weight is `p / stop_gradient(p)`.
 
     Args:
         top_k: experts for each token.
@@ -326,16 +325,16 @@ class SwitchRouter(TopKRouter):
 
 
 class ExpertChoiceRouter(Router):
-    """Router whose experts choose `ceil(capacity_factor * tokens / E)` tokens each: the load is even.
+    """Router whose experts choose `ceil(capacity_factor * tokens / E)` tokens each, so the load is even.
 
-    A token may be chosen by several experts or by none. Which tokens are chosen depends on the *other* tokens
-    of the batch, later ones included: right for encoders, not for autoregressive decoding, where the result
-    with a cache would differ from the one without.
+    A token may be chosen by several experts or by none. The choice depends on the *other* tokens of the
+    batch, including later ones. So this router is for encoders, not for autoregressive decoding, where
+    results with and without a cache would differ.
 
     Args:
-        capacity_factor: experts for each token on average.
-        num_features, num_experts, jitter, combine, device, dtype: see `Router`. `"unit"` divides by the
-            summed probability of the experts that chose a token, without gradient through the sum.
+        capacity_factor: mean number of experts for each token.
+        num_features, num_experts, jitter, combine, device, dtype: see `Router`. `"unit"` divides by the sum
+            of the probabilities of the experts that chose a token; the sum has no gradient.
 
     Raises:
         ValueError: `capacity_factor` is not in `(0, num_experts]`.
@@ -364,7 +363,7 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor = capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """List every expert for every token, and mark in `kept` the choices made; see `Router.select`."""
+        """List every expert for every token, and mark the choices in `kept`; see `Router.select`."""
         tokens = len(probs) if mask is None else int(mask.sum())
         slots = min(math.ceil(self.capacity_factor * tokens / self.num_experts), tokens)
         ranked = probs.detach() if mask is None else probs.detach().masked_fill(~mask[:, None], -1.0)

@@ -1,26 +1,26 @@
-"""Low-rank networks of several matrices that share one core: fitted, rounded, and their losses predicted.
+"""Low-rank networks of several matrices that share one core: fitting, rounding, and predicted losses.
 
-Three patterns, each fitted to the sum of the matrices' weighted errors `1/2 tr(R_e E_e C_e E_e^T)`, where the
-matrices have moments of their own, as the experts of a mixture do:
+There are three patterns of sharing. Each minimizes the sum of the weighted errors `1/2 tr(R_e E_e C_e
+E_e^T)`; every matrix, such as an expert of a mixture, has its own moments:
 
 - `inputs`: `W_e = A_e B`, one projection `B` of the inputs for all;
-- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all: `inputs` of the transposed matrices;
+- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all, which is `inputs` for the transposed
+  matrices;
 - `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low rank for each.
 
-The shared factor comes from one SVD of all matrices under pooled moments, which is exact where the moments
-are equal. Each private factor is then the least-squares optimum under the moments of its own matrix. The
-shared factors of all ranks are nested, so the losses of all ranks are predicted at once.
+The shared factor comes from one SVD of all matrices under pooled moments, which is optimal if the moments are
+equal. Each private factor is then the least-squares optimum under the moments of its matrix. The shared
+factors of all ranks are nested, so the losses of all ranks are predicted together.
 
 In number formats the shared core is rounded once, under moments pooled over the matrices: an error `E` of the
 shared `B` in `W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted
-again, so that they make up for a part of that rounding error, and are rounded under their own moments. What
-rounding adds is predicted without rounding: for factors at a few ranks, with interpolation between them. Only
-a base is rounded once for each format; the low ranks make up for a part of its error, which is computed
-exactly.
+again, which compensates a part of this rounding error, and are rounded under their own moments. The loss
+increase of rounding is predicted without rounding, at a few ranks, and interpolated. Only a base is really
+rounded, once for each format; the low ranks compensate a part of its error, which is computed exactly.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
-    moments of two sides are our extension.
+    two-sided moments are our extension.
 """
 
 import math
@@ -55,27 +55,27 @@ from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual
 from tensornet.topology import Topology
 
-#: The patterns, and the name of the core that each of them shares.
+#: The patterns, with the name of the shared core of each.
 PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
-#: Factor between the ranks at which a base is fitted, from 1 on. Starting from the base of the previous rank,
-#: one round at each rank comes closer than three rounds from the mean.
+#: Factor between the ranks at which a base is fitted, from 1 on. One round at each rank, starting from the
+#: base of the previous rank, is better than three rounds starting from the mean.
 _GROWTH = 4
-#: Directions below this share of the strongest one are rounding errors; no ranks are planned for them.
+#: Singular values below this fraction of the largest are rounding errors and limit the ranks.
 _LEAST_DIRECTION = 1e-7
 #: Fractions of the largest rank at which the losses of rounding are predicted.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Fewest bits of factors that are rounded, and of those that count as accurate.
+#: Smallest number of bits of factors, and of accurate factors.
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
-#: Rows of a factor from which the loss of rounding all of it is estimated.
+#: Number of sampled rows of a factor, from which the loss of rounding it is estimated.
 _SAMPLED_ROWS = 128
-#: Own format of the model.
+#: The model's own format.
 _FLOAT = NumberFormat()
 
-#: Matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
+#: A matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
 Factors = tuple[Tensor, Tensor, Tensor]
 #: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
 Cores = list[tuple[Tensor, ...]]
-#: Core of a network: codes, or values in floating point.
+#: Core of a network: integer codes, or floating-point values.
 Core = RoundedWeight | Tensor
 
 
@@ -86,7 +86,7 @@ def pattern_topology(pattern: str, rows: int, columns: int, rank: int) -> Topolo
 
 
 def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int) -> int:
-    """Count the numbers of `count` networks of a pattern; the shared core counts once."""
+    """Count the parameters of `count` networks of a pattern; the shared core counts once."""
     if pattern == "base":
         return rows * columns + count * rank * (rows + columns)
     shared, private = (columns, rows) if pattern == "inputs" else (rows, columns)
@@ -96,7 +96,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
 def pattern_of(topology: Topology, core: str) -> str | None:
     """Find the pattern to which a topology and its shared core belong, or None."""
 
-    def ordered(other: Topology) -> Topology:  # files do not keep the order of sizes
+    def ordered(other: Topology) -> Topology:  # the order of sizes is lost in files
         return replace(other, sizes=tuple(sorted(other.sizes)))
 
     rank = max(topology.bond_dims.values(), default=0)
@@ -122,13 +122,13 @@ def fit_low_rank(
     Args:
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
-        weightings: sensitivity of the loss to errors in each.
-        rank: of the factors.
+        weightings: sensitivity of the loss to errors in each matrix.
+        rank: rank of the factors.
         storage: number formats of the cores.
 
     Returns:
-        The cores of each network by name, as matrices: codes where the format is an integer one, else values.
-        The shared core is the same object in all of them.
+        The cores of each network by name, as matrices: codes for integer formats, else values. The shared
+        core is the same object in all networks.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -165,7 +165,7 @@ def fit_stored(
 
     Returns:
         Stored cores of each network, by the names of `tensornet.nn.storage.encode`. The shared core is the
-        same object for all: a parameter where it has the dtype of the matrices.
+        same object for all networks; it is a parameter if it has the dtype of the matrices.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -194,7 +194,7 @@ def _in_double(matrices: Sequence[Tensor]) -> list[Tensor]:
 def _transposed(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> tuple[list[Tensor], list[Weighting]]:
-    """Exchange the sides of matrices and moments."""
+    """Transpose matrices and exchange their moments."""
     return [matrix.T for matrix in matrices], [Weighting(x.columns, x.rows) for x in weightings]
 
 
@@ -219,7 +219,7 @@ def _fits(
     known = _shared_rows(matrices, weightings)
     for rank in ranks:
         shared = known[:rank].contiguous()
-        if len(shared) < rank:  # the matrices span no more directions
+        if len(shared) < rank:  # the rank of the matrices is smaller
             shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
         cores = []
         for w, x in zip(matrices, weightings, strict=True):
@@ -233,7 +233,7 @@ def _fits(
 def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[Factors]:
-    """Yield the least-squares factors of every rank: the shared rows, made orthonormal under each moment."""
+    """Yield the least-squares factors of every rank, with shared rows orthonormalized under each moment."""
     if pattern == "outputs":
         for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
             yield w.T, right.T, left.T
@@ -242,7 +242,7 @@ def _factors_of_all_ranks(
     for w, x in zip(matrices, weightings, strict=True):
         moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
         lower, info = torch.linalg.cholesky_ex(shared @ moved)
-        if int(info):  # the moment is singular in the span of the rows: fewer ranks
+        if int(info):  # the moment is singular on these rows: fewer ranks
             lower = lower[: int(info) - 1, : int(info) - 1]
         rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
         half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
@@ -250,7 +250,7 @@ def _factors_of_all_ranks(
 
 
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Return unit rows `(k, in)` whose leading ones span all matrices best under pooled input moments."""
+    """Return unit rows `(k, in)` whose leading rows span all matrices best under pooled input moments."""
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         size = matrices[0].shape[1]
@@ -275,7 +275,7 @@ def _bases(
 ) -> Iterator[tuple[Tensor, list[WeightedSVD]]]:
     """Yield bases, starting with the mean of the matrices, each with the SVDs of the remainders.
 
-    The next base is fitted to what the low ranks of the previous one leave; their rank grows.
+    Each base is the mean of the matrices minus the low ranks for the previous base, whose rank increases.
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
     largest = ((count - 1) * rows * columns - 1) // (count * (rows + columns))  # smaller than the matrices
@@ -300,7 +300,7 @@ def _round_factors(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the shared factor once, and fit and round the private ones to what it then is."""
+    """Round the shared factor once, then fit and round the private factors for the rounded one."""
     if pattern == "inputs":
         cores = _equal_columns(cores)
     core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
@@ -322,7 +322,7 @@ def _round_base(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the base once, and fit and round low ranks to what it leaves."""
+    """Round the base once, then fit and round low ranks to the remainders."""
     base, rank = cores[0][0], cores[0][1].shape[1]
     shared = _round_shared(base, formats[BASE], pooled(weightings, base))
     pairs: list[tuple[Core, Core]] = []
@@ -334,17 +334,17 @@ def _round_base(
         else:
             made = round_product(left, right, formats["0"], formats["1"], x, target=rest)
             pairs.append((made.left, made.right))
-    if formats[BASE] is None:  # it makes up for a part of the rounding errors of the factors
+    if formats[BASE] is None:  # an unrounded base compensates a part of the rounding errors
         rests = [w - _value(a) @ _value(b) for w, (a, b) in zip(matrices, pairs, strict=True)]
         shared = _mean(rests, weightings)
     return [{BASE: shared, "0": a, "1": b} for a, b in pairs]
 
 
 def _equal_columns(cores: Cores) -> Cores:
-    """Move the sizes of the columns of private left factors into the rows of the shared right one.
+    """Normalize the columns of private left factors; scale the rows of the shared right factor instead.
 
-    Groups of integers lie along the rows of a left factor, where small columns would be lost next to large
-    ones; each row of the right one has scales of its own.
+    The scales of a left factor are shared along its rows, where small columns would be lost to rounding next
+    to large ones. Each row of the right factor has its own scales.
     """
     size = torch.stack([left.square().sum(0) for left, _ in cores]).mean(0).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -353,14 +353,14 @@ def _equal_columns(cores: Cores) -> Cores:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the columns of the left factor and the rows of the right one to equal norms."""
+    """Scale the columns of the left factor and the rows of the right factor to equal norms."""
     size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
     return left * size, right / size[:, None]
 
 
 def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
-    """Round a shared core under pooled moments; without an integer format it stays as it is."""
+    """Round a shared core under pooled moments; return it unchanged without an integer format."""
     return matrix if number_format is None else round_dense(matrix, number_format, weighting)
 
 
@@ -372,7 +372,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Pool the moments that weigh errors of the shared factor of products."""
+    """Pool the moments that weight errors of the shared factor of products."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
@@ -415,11 +415,11 @@ def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
 def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
     """Approximate the sum of the weightings of a matrix by a single one with the same trace.
 
-    Each moment is the sum of those of its side, weighted by the traces of the other side.
+    The moment of each side is the sum over the weightings, weighted by the traces of the other side.
 
     Args:
-        weightings: each with moments of the sides of the matrix.
-        like: the matrix, or another of its shape.
+        weightings: the weightings to add.
+        like: a tensor with the shape of the matrix.
     """
     rows, columns = like.shape
     sizes = [(_trace(x.rows, rows), _trace(x.columns, columns)) for x in weightings]
@@ -435,7 +435,7 @@ def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
 
     left = total([x.rows for x in weightings], [b for _, b in sizes], rows)
     right = total([x.columns for x in weightings], [a for a, _ in sizes], columns)
-    if left is None or right is None:  # the identity on the other side has a trace of its own
+    if left is None or right is None:  # None is the identity, whose trace is needed
         return Weighting(None if left is None else left / columns, None if right is None else right / rows)
     return Weighting(left / max(sum(a * b for a, b in sizes), 1e-300), right)
 
@@ -453,21 +453,21 @@ def shared_candidates(
 ) -> list[Candidate]:
     """Predict the losses of one sharing pattern at all ranks, in each combination of number formats.
 
-    The rounding error of a shared core is the same in all experts, so it adds up over the experts that a
-    token reaches. The moments of single experts do not account for that: with equal combine weights the error
-    costs `per_token` times as much. In a trained mixture of 8 experts, two for each token, common errors cost
-    1.4 to 2.6 times as much as private ones of the same predicted loss.
+    The rounding error of a shared core is the same in all experts, so it adds up over the experts of a token.
+    The moments of single experts do not contain this effect: with equal combine weights the loss increase is
+    `per_token` times larger. In a trained mixture of 8 experts, two for each token, shared errors cost 1.4 to
+    2.6 times as much as private errors of the same predicted loss.
 
     Args:
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
-        sensitivities: of the loss to errors in each.
-        formats: number formats that cores may be stored in; only the model's own if there are none.
-        per_token: number of the matrices that a token reaches.
+        sensitivities: sensitivity of the loss to errors in each matrix.
+        formats: number formats that cores may be stored in; only the model's own if empty.
+        per_token: number of these matrices that process the same token.
 
     Returns:
-        Networks of one matrix, with the size and the predicted losses of all matrices together; `error` is
-        not predicted. For each combination of formats the ranks `1 ... k`.
+        Networks of one matrix, for each combination of formats and rank `1 ... k`, with the size and the
+        predicted losses of all matrices together; `error` is not predicted.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -496,7 +496,7 @@ def shared_candidates(
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
-        # A network is useful only if it is smaller than the matrices in the larger of its formats.
+        # Networks are useful only if they are smaller than the matrices in the larger of their formats.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
         limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
         costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
@@ -511,9 +511,9 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of number formats of the cores of a pattern, from the allowed formats.
 
-    Private factors, and projections and bases of outputs, have the formats that factors of networks have. A
-    shared core may have eight bits or more with private cores of four. A base has any format, with factors
-    in the same one or in the smallest of eight bits or more.
+    Private factors, and shared factors, have the formats of other low-rank networks. A shared factor may also
+    have eight bits or more if the private factors have four bits. A base may have any format, with factors in
+    the same format or in the smallest one of at least eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
@@ -523,7 +523,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     own = [x for x in formats if x == _FLOAT or x.is_integer]
     accurate = [x for x in own if x == _FLOAT or (x.bits or 0) >= _ACCURATE_BITS]
     best = min(accurate, key=lambda x: x.nbytes((64, 64)), default=None)
-    pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # private, shared
+    pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # (private, shared)
     if pattern == "base":
         for shared in own:
             if shared == _FLOAT or (shared.bits or 0) >= _LEAST_BITS:
@@ -533,7 +533,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     else:
         for private, _ in topology_family("low_rank").encodings(own):
             pairs += [(private, private), (private, best)]
-    # Private factors are most of the numbers: in the model's own format they are no match for eight bits.
+    # Most numbers are in private factors, which are better with eight bits than in the model's own format.
     useful = dict.fromkeys(
         (private, shared) for private, shared in pairs if shared and (private != _FLOAT or shared == _FLOAT)
     )
@@ -547,7 +547,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Compute the losses of the fits at all ranks, costs and forecasts: shape `(2, ranks)`."""
+    """Compute the losses of the fits at all ranks; row 0 for choosing, row 1 the forecast: `(2, ranks)`."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
@@ -565,7 +565,7 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the whitened SVD of a matrix, or its factors where a singular moment leaves out a part of it."""
+    """Return the whitened SVD of a matrix, or its factors if a moment is singular."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
@@ -585,7 +585,7 @@ def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: 
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
 ) -> list[tuple[Topology, int, int]]:
-    """Build the networks of all ranks, and count numbers and bytes of all matrices; the shared core once."""
+    """Build the networks of all ranks, and count parameters and bytes, with the shared core once."""
     found = []
     for rank in range(1, ranks + 1):
         topology = pattern_topology(pattern, rows, columns, rank)
@@ -608,7 +608,7 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict what rounding both factors adds, shape `(2, ranks)` for each storage."""
+    """Predict the loss increase of rounding both factors, shape `(2, ranks)` for each storage."""
     core = PATTERNS[pattern]
     kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
@@ -628,7 +628,7 @@ def _rounding_of_factors(
     ]
     of_private = torch.zeros(len(private), 2, len(tried), dtype=torch.float64)
     for place, sides in enumerate(zip(*kinds, strict=True)):
-        with remembering():  # the moments of a matrix are factorised once for all ranks
+        with remembering():  # factorises the moments of a matrix once for all ranks
             for at, cores in enumerate(fits):
                 left, right = cores[place]
                 if pattern == "inputs":
@@ -671,7 +671,7 @@ def _rounding_of_base(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict what rounding the base and the factors adds, shape `(2, ranks)` for each storage.
+    """Predict the loss increase of rounding base and factors, shape `(2, ranks)` for each storage.
 
     The mean of the matrices is used in place of the bases of all ranks.
     """

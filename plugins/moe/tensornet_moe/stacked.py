@@ -1,6 +1,6 @@
-"""Stack of operators that share cores: shared names, enclosing topology, one contraction for all matrices.
+"""Stacks of operators that share cores: build the matrices of all experts in one contraction.
 
-Pure functions; `experts.py` puts the tensors into a module.
+These are pure functions; `experts.py` has the module with the tensors.
 """
 
 import math
@@ -14,13 +14,13 @@ from tensornet.contraction.plan import TOKENS, ContractionPlan, find_path, plan_
 from tensornet.errors import TopologyError
 from tensornet.topology import Topology
 
-#: The label that counts experts: the one label of a plan whose size may change from call to call.
+#: Label of the expert index, the only label of a plan whose size may change between calls.
 EXPERTS = TOKENS
 
-#: Up to this many cores the best contraction order is found by trying all; beyond, by a heuristic.
+#: Largest number of cores for which all contraction orders are tried; a heuristic is used for more.
 _EXHAUSTIVE_CORES = 7
 
-#: A merged group of cores may hold this fraction of a matrix's elements: reordering it is almost free.
+#: Largest size of a merged group of cores, as a fraction of a matrix; reordering it is almost free.
 _SMALL = 1 / 8
 
 SHARED_KEYWORDS = ("center", "ends", "none", "all")
@@ -67,10 +67,10 @@ def _described(topology: Topology) -> str:
 
 
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
-    """Take the largest size of every bond, so that zero-padding fits every expert into one topology.
+    """Take the largest size of every bond, so that every expert can be zero-padded to one topology.
 
     Raises:
-        TopologyError: the topologies differ in more than their bonds.
+        TopologyError: the topologies do not differ only in their bonds.
     """
     first = topologies[0]
     for k, other in enumerate(topologies):
@@ -92,12 +92,12 @@ def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
 
 @dataclass(frozen=True)
 class Group:
-    """Cores that are contracted with one another before the rest.
+    """Cores that are contracted with one another first.
 
     Args:
         cores: their names.
-        merge: contracts them; None for a single core.
-        shape: of the result, experts (-1) first if any of the cores is private.
+        merge: contraction of these cores; None for a single core.
+        shape: shape of the result; it starts with the experts (-1) if a core is private.
     """
 
     cores: tuple[str, ...]
@@ -110,14 +110,14 @@ class StackPlan:
     """Planned contraction that builds the matrices of all experts at once.
 
     Small neighbours, such as the private cores on either side of a shared center, are merged first, with
-    their out-legs together and their in-legs together. The matrices then need one copy with long runs to
-    bring rows and columns into order, which otherwise takes as long as a tenth of the arithmetic.
+    adjacent out-legs and adjacent in-legs. The copy that brings rows and columns of the matrices into order
+    then has long runs; otherwise it would take a tenth of the time of the arithmetic.
 
     Args:
         topology: the operator of one expert.
         shared: names of the cores that all experts share.
-        groups: cores that are merged first.
-        contraction: builds the matrices from the groups.
+        groups: groups of cores that are merged first.
+        contraction: contraction of the groups to the matrices.
     """
 
     topology: Topology
@@ -174,7 +174,7 @@ def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: in
 
     Args:
         plan: the planned stack.
-        cores: by name; a shared core has its own shape, a private one `(num_experts, *shape)`.
+        cores: cores by name; a shared core has its own shape, a private core `(num_experts, *shape)`.
         num_experts: number of experts, at least 1.
     """
     topology = plan.topology
@@ -187,7 +187,7 @@ def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: in
     ]
     dense = run(plan.contraction, operands)
     if len(plan.shared) == len(topology.cores):
-        # expand(1, ...) would make the backward sum over that one expert, which is a copy
+        # With expand(1, ...) the backward pass would sum over this one expert, which makes a copy.
         dense = dense.unsqueeze(0) if num_experts == 1 else dense.expand(num_experts, *dense.shape)
     dense = dense.reshape(num_experts, rows, columns)
     if topology.padded_shape != topology.shape:
@@ -203,7 +203,7 @@ def _mergeable(
 ) -> list[tuple[str, ...]]:
     """Find the groups of cores that the contraction path merges into small tensors first."""
     limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERTS)
-    work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # names, still small
+    work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # (names, is small)
     groups: list[tuple[str, ...]] = []
     for a, b in path:
         (left, left_small), (right, right_small) = work[a], work[b]
@@ -220,7 +220,7 @@ def _mergeable(
 def _labels_left(
     names: Sequence[str], cores: Mapping[str, tuple[str, ...]], output: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Order the labels that merging leaves: experts, then legs as in the output, then bonds."""
+    """Order the labels of a merged group: experts, then legs as in the output, then bonds."""
     inside = {x for name in names for x in cores[name]}
     outside = {x for name, labels in cores.items() if name not in names for x in labels}
     legs = tuple(x for x in output if x in inside)
@@ -228,7 +228,7 @@ def _labels_left(
 
 
 def _fuse(own: set[str], legs: tuple[str, ...]) -> dict[str, str]:
-    """Map each run of adjacent output legs that only this group carries to one fused label."""
+    """Map each run of adjacent output legs that only this group has to one fused label."""
     runs: list[list[str]] = []
     for k, label in enumerate(legs):
         if label in own and k > 0 and legs[k - 1] in own:

@@ -1,11 +1,11 @@
-"""Laws that every router and every expert bank must satisfy, to be subclassed by their tests.
+"""Laws that every router and every expert bank must satisfy; subclass them in your tests.
 
     class TestMine(RouterLaws):
         def router(self, num_features, num_experts):
             return MyRouter(num_features, num_experts)
 
-They need pytest and fail by assertion. Set a law to None if it does not apply, for example
-`test_causal = None` for a router that looks at the whole batch.
+They need pytest. Set a law to None if it does not apply, for example `test_causal = None` for a router that
+uses the whole batch.
 """
 
 import json
@@ -47,7 +47,7 @@ class RouterLaws:
         assert int(routing.load().sum()) <= tokens * k
 
     def test_no_expert_twice(self) -> None:
-        """Check that a token names each expert at most once; duplicates would count its weight twice."""
+        """Check that a token has each expert at most once; duplicates would count its weight twice."""
         indices = self._made()(torch.randn(_TOKENS, _FEATURES)).expert_indices
         assert all(len(set(row)) == len(row) for row in indices.tolist())
 
@@ -67,7 +67,7 @@ class RouterLaws:
         assert float(router.weight.grad.norm()) > 0
 
     def test_padding_decides_nothing(self) -> None:
-        """Check that padding, whatever its values, changes no routing of real tokens."""
+        """Check that padding of any value does not change the routing of real tokens."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         mask = torch.arange(_TOKENS) % 3 != 1
         padded = x.masked_fill(~mask[:, None], 1e4)
@@ -106,9 +106,9 @@ class RouterLaws:
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
     def test_survives_a_checkpoint(self) -> None:
-        """Check that `spec` and the state dict rebuild router and arguments, as `register_router` does."""
+        """Check that `spec` and the state dict rebuild the router and its arguments."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
-        router.jitter = 0.25  # no default, so that a description without it is found out
+        router.jitter = 0.25  # not the default, to detect a description without it
         again = build_module(router.spec(), device=None, dtype=None)
         assert isinstance(again, Router)
         assert type(again) is type(router)
@@ -139,7 +139,7 @@ def _dense(routing: Routing) -> Tensor:
 class BankLaws:
     """Laws of expert banks: subclass as `class TestMine(BankLaws)` and define `bank` and `from_dense`.
 
-    Set `test_starts_as_the_dense_network = None` if a bank has no start from a dense matrix.
+    Set `test_starts_as_the_dense_network = None` if a bank cannot be made from a dense matrix.
     """
 
     #: Shape of the matrices in the laws.
@@ -150,11 +150,11 @@ class BankLaws:
         raise NotImplementedError(f"{type(self).__name__} must define bank(num_experts, shape).")
 
     def from_dense(self, weight: Tensor, num_experts: int) -> ExpertBank:
-        """Build a bank all of whose experts start as one dense matrix."""
+        """Build a bank whose experts all start as the same dense matrix."""
         raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
 
     def test_matrices(self) -> None:
-        """Check shapes, and that a selection, repeated indices included, equals the rows of the whole."""
+        """Check shapes, and that selected experts (also repeated ones) have the same matrices as in the whole."""
         bank = self._made()
         whole = bank.expert_matrices()
         assert whole.shape == (_EXPERTS, *self.shape)
@@ -165,12 +165,12 @@ class BankLaws:
 
     @pytest.mark.parametrize("experts", [[], [_EXPERTS], [-1]])
     def test_refuses_unknown_experts(self, experts: list[int]) -> None:
-        """Check that indices outside the bank, or none at all, raise IndexError."""
+        """Check that unknown indices, or an empty selection, raise IndexError."""
         with pytest.raises(IndexError, match=r"num_experts|indices"):
             self._made().expert_matrices(experts)
 
     def test_every_parameter_keeps_a_gradient(self) -> None:
-        """Check that all parameters stay in the graph whichever experts are asked for."""
+        """Check that all parameters stay in the graph for any selection of experts."""
         bank = self._made()
         bank.expert_matrices([1]).sum().backward()
         assert [name for name, p in bank.named_parameters() if p.grad is None] == []
@@ -193,7 +193,7 @@ class BankLaws:
             assert torch.allclose(mine, dense, atol=1e-9)
 
     def test_starts_as_the_dense_network(self) -> None:
-        """Check that the experts of `from_dense` equal the matrix up to the bank's `error`, and can part."""
+        """Check that the experts of `from_dense` equal the matrix up to `error`, and can become different."""
         weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         bank = self.from_dense(weight, _EXPERTS)
         error = getattr(bank, "error", None) or 0.0
@@ -204,7 +204,7 @@ class BankLaws:
         assert all(float((first - other).norm()) > 1e-3 * float(weight.norm()) for other in others)
 
     def test_parameters_grow_with_the_experts_alone(self) -> None:
-        """Check that shared parameters count once and each expert adds the same number of its own."""
+        """Check that each expert adds the same number of parameters, and shared ones count once."""
         counts = []
         for experts in (2, 3, 5):
             bank = self.bank(experts, self.shape)
@@ -232,7 +232,7 @@ class BankLaws:
         return []
 
     def test_a_mask_leaves_shared_parameters(self) -> None:
-        """Check that a mask with `p=1` keeps shared parameters bit-identical, and only those."""
+        """Check that a mask with `p=1` freezes exactly the shared parameters."""
         bank = self._made()
         shared = bank.shared_parameters()
         if not shared:

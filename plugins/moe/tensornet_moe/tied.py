@@ -1,4 +1,4 @@
-"""Experts and cores that several layers share: owners, and banks that borrow from them."""
+"""Experts and cores shared by several layers: owners, and banks that borrow from them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,18 +19,18 @@ from tensornet_moe.stacked import build_matrices, plan_stack
 
 
 class SharedExperts(nn.Module):
-    """Owner of banks that several layers use, each through a `TiedExperts`.
+    """Owner of banks that several layers share; each layer has a `TiedExperts`.
 
-    A parameter must be owned once: put the owner into the model that contains the layers (under FSDP: in the
-    root unit).
+    A shared parameter must belong to one module: put the owner into the model that contains the layers (with
+    FSDP, into the root unit).
 
     Args:
-        banks: by name, for example `{"up": ..., "down": ...}`.
-        label: by which the descriptions of borrowers name it; give each owner in one model its own.
+        banks: banks by name, for example `{"up": ..., "down": ...}`.
+        label: name of the owner in the descriptions of borrowers; it must be unique in a model.
 
     Raises:
         TypeError: a value is not an ExpertBank.
-        ValueError: no bank.
+        ValueError: `banks` is empty.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -75,12 +75,12 @@ class SharedExperts(nn.Module):
 
 
 class TiedExperts(ExpertBank):
-    """Bank that borrows all its matrices from a `SharedExperts`: experts tied over layers.
+    """Bank that borrows all its matrices from a `SharedExperts`, so that experts are tied over layers.
 
     Args:
-        owner: of the matrices; its label where it is not known yet, see `lend_shared_cores`.
-        name: of the bank there.
-        num_experts, shape: needed only with a label.
+        owner: owner of the matrices; or its label, if the owner is set later by `lend_shared_cores`.
+        name: name of the bank in the owner.
+        num_experts, shape: number and shape of the experts; needed only with a label.
 
     Raises:
         ShapeError: the owner has no such bank.
@@ -111,19 +111,19 @@ class TiedExperts(ExpertBank):
         super().__init__(num_experts, shape)
         self.name = name
         self.owner_label = owner.label if isinstance(owner, SharedExperts) else owner
-        # In a tuple, so that the owner is not registered here as well.
+        # In a tuple, so that the owner is not registered as a submodule.
         self._owner: tuple[SharedExperts, ...] = (owner,) if isinstance(owner, SharedExperts) else ()
 
     @property
     def owner(self) -> SharedExperts | None:
-        """Owner of the matrices, None if it is not known yet."""
+        """Owner of the matrices, None if it was not set yet."""
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: SharedExperts) -> None:
-        """Replace the owner; for banks rebuilt from a description.
+        """Set the owner, for banks that were built from a description.
 
         Raises:
-            ShapeError: the owner has no bank of this name, or one for other experts.
+            ShapeError: the owner has no bank of this name, or its bank has other experts.
         """
         bank = owner.bank(self.name)
         have = (bank.num_experts, bank.out_features, bank.in_features)
@@ -144,12 +144,12 @@ class TiedExperts(ExpertBank):
         return self._bank.apply_rows(x, groups)
 
     def keeps_matrices(self) -> bool:
-        """Return True if the owner's bank keeps its matrices."""
+        """Return True if the owner's bank caches its matrices."""
         return self._bank.keeps_matrices()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype in which the owner's bank computes, which is not that of cores stored as integers."""
+        """Dtype in which the owner's bank computes."""
         return self._bank.dtype
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
@@ -187,18 +187,18 @@ class TiedExperts(ExpertBank):
 
 
 def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> SharedExperts:
-    """Tie the expert matrices of several networks to those of the first; biases and routers stay separate.
+    """Tie the expert matrices of several networks to those of the first; biases and routers are not tied.
 
     Args:
-        networks: of neighbouring layers, with the same number, names and shapes of experts.
+        networks: networks of neighbouring layers, with the same number, names and shapes of experts.
         label: of the owner.
 
     Returns:
-        The owner of the matrices, which belongs into the model that contains the layers.
+        The owner of the matrices. Put it into the model that contains the layers.
 
     Raises:
         ValueError: fewer than two networks, or the same one twice.
-        ShapeError: experts of other number, names or shapes cannot be tied.
+        ShapeError: the networks have experts of different number, names or shapes.
 
     Example:
         >>> def network():
@@ -256,9 +256,9 @@ def share_across_layers(
 ) -> tuple[SharedCores, list[SharedCoreExperts]]:
     """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
 
-    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of one layer start as the
-    fit of its matrix. One center fits unrelated layers badly: `.error` of each bank measures this, and such
-    a model must be trained before use.
+    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of a layer start as the fit
+    of its matrix. Shared cores fit unrelated layers badly (see `.error` of each bank), so the model must be
+    trained before use.
 
     Args:
         weights: the dense matrix of each layer, shape `(layers, out, in)`.
@@ -267,19 +267,19 @@ def share_across_layers(
         topology: an explicit topology, or a family's name.
         shared: which cores are shared.
         noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
-        max_bond: cap on the bonds where `topology` is a name.
+        max_bond: cap on the bonds, if `topology` is a name.
         max_sweeps: limit of alternating least squares.
         options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
     Returns:
-        The owner, which belongs into the model beside the layers, and a bank for each layer, which borrows
-        from it. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
+        The owner, and a bank for each layer that borrows from it. Put the owner into the model that contains
+        the layers. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
 
     Raises:
         ShapeError: `weights` is not a stack of matrices of the topology's shape.
         NonFiniteError: NaN or infinity in `weights`.
-        TopologyError: `shared` chooses no core, or an unknown one.
-        ValueError: noise below 0, or no expert.
+        TopologyError: `shared` selects no core, or an unknown one.
+        ValueError: `noise` is below 0 or `num_experts` below 1.
 
     Example:
         >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
@@ -311,16 +311,16 @@ def share_across_layers(
 
 
 def lend_shared_cores(model: nn.Module) -> int:
-    """Connect banks rebuilt from descriptions with the owners of their cores or matrices, found by label.
+    """Connect banks that were built from descriptions with their owners, which are found by label.
 
     Args:
-        model: holds banks and owners.
+        model: a model with banks and owners.
 
     Returns:
-        Number of banks that were waiting for an owner.
+        Number of banks that were connected.
 
     Raises:
-        FormatError: the model has no owner of a label, or several.
+        FormatError: the model has no owner with some label, or several.
         TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
 
     Example:
@@ -348,7 +348,7 @@ _Owner = TypeVar("_Owner", SharedCores, SharedExperts)
 
 
 def _owner(model: nn.Module, kind: type[_Owner], label: str) -> _Owner:
-    """Return the one owner of a kind with this label."""
+    """Return the only owner of a class with this label."""
     owners = [m for m in model.modules() if isinstance(m, kind)]
     found = [owner for owner in owners if owner.label == label]
     if len(found) != 1:

@@ -1,16 +1,16 @@
-"""Networks for experts: each recombines, or rescales, a few matrices that all experts share."""
+"""Topologies for experts that recombine or rescale a few shared matrices."""
 
 from tensornet._util import check_size
 from tensornet.topology import CoreSpec, Topology
 
 
 def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: int | None = None) -> Topology:
-    """Build the network `W = A sum_k a_k B_k`; with shared `B_k` its experts are those of MoBE.
+    """Build the network `W = A sum_k a_k B_k`; with shared `B_k` these are the experts of MoBE.
 
-    The transform `A` is on the shorter side: `A: (out, rank)` where `out <= in`, else the product is
-    `(sum_k a_k B_k) A` with `A: (rank, in)`. In a `SharedCoreExperts` the default `shared="center"` shares
-    the core `basis`, usually the largest (`shared=("basis",)` does in any case), and each expert owns
-    `mix: (bases,)` and `transform`. MoBE has a nonlinearity behind the sum, which a tensor network has not.
+    The transform `A` is on the shorter side: `A: (out, rank)` if `out <= in`, else the product is `(sum_k a_k
+    B_k) A` with `A: (rank, in)`. In a `SharedCoreExperts` use `shared=("basis",)`; the default
+    `shared="center"` does the same if `basis` is the largest core. Each expert then owns `mix: (bases,)` and
+    `transform`. MoBE has a nonlinearity after the sum, which is not possible in a tensor network.
 
     Args:
         out_features, in_features: shape of the matrix.
@@ -50,10 +50,10 @@ def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: i
 def scaled_bases(*, out_features: int, in_features: int, bases: int = 1) -> Topology:
     """Build the network `W = sum_k diag(rows_k) B_k diag(columns_k)`.
 
-    In a `SharedCoreExperts` with `shared=("basis",)` (or the default, `"center"`, where the bases are the
-    largest core) an expert owns `bases * (out_features + in_features)` numbers. With one base the experts
-    are the members of a BatchEnsemble. Experts whose scales start with random signs compute different
-    functions from the first step on, which low-rank deltas that start at zero do not.
+    In a `SharedCoreExperts` with `shared=("basis",)` (or the default, `"center"`, if the bases are the
+    largest core) an expert owns `bases * (out_features + in_features)` numbers. With one base the experts are
+    the members of a BatchEnsemble. With random signs as initial scales, experts compute different functions
+    from the first step on, unlike low-rank deltas that start at zero.
 
     Args:
         out_features, in_features: shape of the matrix.

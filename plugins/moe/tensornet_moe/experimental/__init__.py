@@ -1,1 +1,1 @@
-"""Parts whose interface may change: expert parallelism, and chains multiplied slice by slice on CPUs."""
+"""Features whose interface may change: expert parallelism, and a faster kernel for chains on CPUs."""

@@ -1,13 +1,13 @@
-"""Rows times the matrices of chains with one shared middle core, slice by slice in reused memory.
+"""Product of rows with the matrices of chains that share their middle core, slice by slice on CPUs.
 
-A chain whose ends are merged is `W[(o p q), (i j k)] = sum_lr L[o, i, l] M[l, p, j, r] R[r, q, k]`: two thin
-products build it, `T = L M` and then `T R`, and one copy brings rows and columns into order. This
-is faster than the same operations recorded by autograd, because both products work on a slice of the middle
-that stays in the second-level cache, in memory that is used again for every slice and every expert; the copy
-moves whole runs of `k` as single words; backward adds each expert's gradient to that of the middle in place.
-Between forward and backward only the matrices themselves are kept, and those only if the rows need a
-gradient; `T`, which is as large, is computed again. Measured on one core, 8 experts of 768 x 3072 and 2,048
-tokens: building the matrices again as well makes the step slower by one part in twenty.
+A chain whose ends are merged is `W[(o p q), (i j k)] = sum_lr L[o, i, l] M[l, p, j, r] R[r, q, k]`: it is
+built by two thin products, `T = L M` and then `T R`, and one copy that brings rows and columns into order.
+This module is faster than the same operations recorded by autograd for three reasons. Both products work on a
+slice of the middle that fits the second-level cache, in memory that is reused for every slice and every
+expert. The copy moves whole runs of `k` as single words. The backward pass adds each expert's gradient to
+that of the middle in place. Only the matrices are kept for the backward pass, and only if the rows need a
+gradient; `T`, which is as large, is recomputed. With 8 experts of 768 x 3072 and 2,048 tokens on one core,
+recomputing the matrices as well would make a step 5 % slower.
 """
 
 import math
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# `torch.func` has no public question for it; under a transform the memory that is used again would be wrong.
+# There is no public way to ask whether a `torch.func` transform is active; reused memory would be wrong
+# there.
 from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
@@ -27,10 +28,10 @@ from tensornet.topology import Topology
 from tensornet_moe.experts import BUILT_ALONE, SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups
 
-#: Bytes of a slice of `T`: it and the same slice of the matrix are to stay in a second-level cache.
+#: Bytes of a slice of `T`; this slice and that of the matrix should fit into the second-level cache.
 _SLICE_BYTES = 2**20
 
-#: Merged ends may have this fraction of the elements of a matrix.
+#: Largest size of the merged ends, as a fraction of the elements of a matrix.
 _SMALL_ENDS = 1 / 8
 
 
@@ -49,7 +50,7 @@ class ChainLegs:
         outs: out-legs `(o, p, q)` of left end, middle and right end.
         ins: in-legs `(i, j, k)`.
         bonds: `(l, r)` on both sides of the middle.
-        middle: position of the middle among the cores of the topology.
+        middle: index of the middle core in the topology.
     """
 
     outs: tuple[int, int, int]
@@ -59,7 +60,7 @@ class ChainLegs:
 
 
 def chain_legs(topology: Topology, shared: Sequence[str]) -> ChainLegs | None:
-    """Return the sizes of a chain that shares one inner core, None for every other network.
+    """Return the sizes of a chain with one shared inner core; None for any other network.
 
     Args:
         topology: the operator of one expert.
@@ -95,11 +96,12 @@ def chain_legs(topology: Topology, shared: Sequence[str]) -> ChainLegs | None:
 
 
 def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
-    """Return True if rows and cores have one dtype, on the CPU, and nothing compiles or transforms the call.
+    """Return True if the kernel supports these rows and cores.
 
     Args:
         x: the rows.
-        cores: a tensor in the dtype in which the cores are contracted.
+        cores: a tensor with the dtype in which the cores are contracted. They need one dtype on the CPU,
+            outside of compilers and transforms.
     """
     if x.device.type != "cpu" or x.dtype != cores.dtype or x.dtype not in (torch.float32, torch.float64):
         return False
@@ -109,9 +111,9 @@ def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
 
 
 def use_chain_rows(model: nn.Module) -> int:
-    """Let the banks of a model multiply rows by their matrices slice by slice, where `chain_legs` allows it.
+    """Make the banks of a model use this kernel if their topology is a chain with one shared inner core.
 
-    A training step of a mixture with large experts gets faster on CPUs. Nothing changes on other devices, in
+    This makes training of mixtures with large experts faster on CPUs. Nothing changes on other devices, in
     compiled code, and for dtypes other than float32 and float64.
 
     Returns:
@@ -132,7 +134,7 @@ def use_chain_rows(model: nn.Module) -> int:
 
 
 def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor | None:
-    """Compute `y_r = W_e(r) x_r`; None where the usual way is to be taken. See `SharedCoreExperts.kernel`."""
+    """Compute `y_r = W_e(r) x_r`; None if the kernel cannot be used. See `SharedCoreExperts.kernel`."""
     legs = chain_legs(bank.topology, bank.shared)
     if legs is None or bank.out_features * bank.in_features < BUILT_ALONE:
         return None
@@ -147,7 +149,7 @@ def merge_ends(cores: Sequence[Tensor], legs: ChainLegs) -> tuple[Tensor, Tensor
     """Merge the private cores on each side of the middle, with gradient.
 
     Args:
-        cores: in the order of the chain; all but the middle have shape `(E, left, out, in, right)`.
+        cores: cores in the order of the chain; all except the middle have shape `(E, left, out, in, right)`.
         legs: sizes of the chain.
 
     Returns:
@@ -193,7 +195,7 @@ def chain_rows(
 
 
 class _Slices:
-    """Memory for one slice of `T` and of the matrix, used again for every slice and every expert."""
+    """Memory for one slice of `T` and of the matrix, reused for every slice and every expert."""
 
     def __init__(self, left: Tensor, middle: Tensor, right: Tensor) -> None:
         (_, o, i, _), (_, p, j, r), (_, _, q, k) = left.shape, middle.shape, right.shape
@@ -227,7 +229,7 @@ class _Slices:
         gradients: tuple[Tensor, Tensor | None, Tensor],
         of_matrix: Tensor,
     ) -> None:
-        """Add to the gradients of one expert's left end, the middle and the right end, given the matrix's."""
+        """Add the gradients of left end, middle and right end, computed from the gradient of the matrix."""
         left, middle, right = cores[0].flatten(0, 1), cores[1], cores[2].flatten(1)
         of_left, of_middle, of_right = gradients
         of_left, of_right = of_left.view_as(left), of_right.view_as(right)
@@ -250,7 +252,7 @@ def products(operands: Operands, groups: Active, *, keep: bool) -> list[Tensor]:
     Args:
         operands: rows, left ends, right ends and middle, see `chain_rows`.
         groups: the experts that have rows, and their numbers of rows.
-        keep: whether each expert gets memory of its own.
+        keep: whether to keep the matrix of each expert.
     """
     x, (left, right, middle) = operands[0], (core.contiguous() for core in operands[1:])
     slices = _Slices(left, middle, right)
@@ -270,7 +272,7 @@ def gradients(
     """Compute the gradients of the operands of `products` without recording.
 
     Args:
-        grad: of the result, shape `(rows, o * p * q)`.
+        grad: gradient of the result, shape `(rows, o * p * q)`.
         operands: rows, left ends, right ends and middle.
         groups: the experts that have rows, and their numbers of rows.
         kept: their matrices; unused if the rows need no gradient.
@@ -313,13 +315,13 @@ class _ChainRows(torch.autograd.Function):
 
 
 def _fewest_slices(size: int, bytes_each: int) -> int:
-    """Return the least number of equal slices of a leg whose slices fit the cache."""
+    """Return the smallest number of equal slices of a leg for which a slice fits the cache."""
     fitting = (n for n in range(1, size + 1) if size % n == 0 and size // n * bytes_each <= _SLICE_BYTES)
     return next(fitting, size)
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """View the last dimension as the widest words that divide it: copies then move 16 or 8 bytes at once."""
+    """View the last dimension as words of 16 or 8 bytes if possible, which makes copies faster."""
     run = tensor.shape[-1] * tensor.element_size()
     for word in (torch.complex128, torch.float64):
         if run % word.itemsize == 0:

@@ -1,8 +1,8 @@
 """Expert parallelism: each process stores the private cores of some experts; shared cores are replicated.
 
-Tokens travel to the process of their expert and back (two all-to-all exchanges a layer). The gradients of
-private cores then contain the tokens of all processes already; those of shared cores and of everything else
-are averaged over processes, as data parallelism does.
+Tokens are sent to the process of their expert and back (two all-to-all exchanges per layer). So the gradients
+of private cores already contain the tokens of all processes. All other gradients, also those of shared cores,
+are averaged over processes, as in data parallelism.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ class ParallelExperts(nn.Module):
     """Experts of one layer distributed over a process group; replaces their `ExpertFFN`.
 
     Process `r` of `R` stores experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
-    equally often, forward and backward, with or without tokens.
+    the same number of times, forward and backward, even without tokens.
 
     Args:
         local: the experts of this process.
@@ -39,7 +39,7 @@ class ParallelExperts(nn.Module):
     def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
         super().__init__()
         self.local, self.shared = local, shared
-        self._group = (group,)  # in a tuple: a group can be neither copied nor pickled
+        self._group = (group,)  # a group cannot be copied or pickled
         self.num_experts = local.num_experts * dist.get_world_size(group)
         self.in_features, self.out_features = local.in_features, local.out_features
 
@@ -51,14 +51,14 @@ class ParallelExperts(nn.Module):
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         """Map rows `(rows, in_features)`, sorted by expert, to `(rows, out_features)`."""
         ranks, here = dist.get_world_size(self.group), self.local.num_experts
-        # A matrix of counts: rows that each process sends to each of my experts.
+        # A matrix of counts: rows that each process sends to each local expert.
         counts = groups.counts.reshape(ranks, here)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
         sent, received = counts.sum(1).tolist(), arriving.sum(1).tolist()
         rows = _Exchange.apply(x, sent, received, self.group)
         expert = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving.reshape(-1))
-        order = expert.argsort(stable=True)  # they arrive by process, and within each by expert
+        order = expert.argsort(stable=True)  # received rows are sorted by process, then by expert
         y = self.local(rows[order], group_rows(expert[order], here))
         return _Exchange.apply(torch.empty_like(y).index_copy(0, order, y), received, sent, self.group)
 
@@ -87,12 +87,12 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         group: the processes; all if absent.
 
     Returns:
-        Names of the parameters that differ between processes, which `DistributedDataParallel` is told to
-        leave alone (this function does it for `module`).
+        Names of the parameters that differ between processes. `DistributedDataParallel` must ignore them;
+        this function arranges that for `module`.
 
     Raises:
-        TargetError: no process group or mixture exists, or its experts are not `SharedCoreExperts`, or are
-            distributed already.
+        TargetError: there is no process group or no mixture, or its experts are not `SharedCoreExperts`, or
+            they are already distributed.
         TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
 
     Example:
@@ -125,7 +125,8 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
-    # Private, but the way that torch documents to exclude parameters; else ranks would average their experts.
+    # A private attribute, but torch documents it for excluding parameters; ranks must not average their
+    # experts.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
@@ -151,15 +152,15 @@ def gather_experts(module: nn.Module) -> None:
 def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
     """Average the gradients of all parameters except private cores over the process group.
 
-    For training loops without `DistributedDataParallel`, which does the same during the backward pass. A
-    missing gradient on some process counts as zero.
+    Use this in training loops without `DistributedDataParallel`, which does the same during the backward
+    pass. A missing gradient on a process counts as zero.
     """
     own = {id(p) for p in _private_parameters(module)}
     replicated = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
     if not replicated:
         return
     there = [p.grad is not None for p in replicated]
-    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # where the group can send it
+    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # a device of the group
     dist.all_reduce(has, group=group)
     for parameter, count in zip(replicated, has.tolist(), strict=True):
         if count:
@@ -223,7 +224,7 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     local = _ffn_like(experts, banks, {k: b if b is None else b[here] for k, b in _biases(experts).items()})
     made = ParallelExperts(local, shared, group)
     for parameter in _private_of(made):
-        # They see the tokens of all processes: the average over processes is their gradient over R.
+        # Private cores see the tokens of all processes: divide by R to average over processes.
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
         parameter.requires_grad_(not frozen)
@@ -296,7 +297,7 @@ def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
 
 
 def _private_of(experts: ParallelExperts) -> Iterable[nn.Parameter]:
-    return experts.local.parameters()  # shared cores are borrowed: they are not among these
+    return experts.local.parameters()  # without shared cores, which are borrowed
 
 
 def _private_parameters(module: nn.Module) -> Sequence[nn.Parameter]:
