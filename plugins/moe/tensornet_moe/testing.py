@@ -154,7 +154,7 @@ class BankLaws:
         raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
 
     def test_matrices(self) -> None:
-        """Check shapes, and that selected experts (also repeated ones) have the same matrices as in the whole."""
+        """Check shapes, and that selected experts (also repeated) equal those among all matrices."""
         bank = self._made()
         whole = bank.expert_matrices()
         assert whole.shape == (_EXPERTS, *self.shape)
