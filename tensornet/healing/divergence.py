@@ -1,9 +1,9 @@
-"""Divergence of predicted distributions, in blocks of tokens and with its gradient written out.
+"""Divergence of predicted distributions, computed in blocks of tokens with an explicit gradient.
 
-Log probabilities of a whole vocabulary for some hundred tokens are far larger than a
-processor's cache, and automatic differentiation keeps several copies of them. The gradient by the student's
-logits is the difference of both distributions, so one pass over a block gives the value and the gradient, and
-nothing of the vocabulary's size is kept but that gradient, in the dtype of the logits.
+Log probabilities of a whole vocabulary for some hundred tokens are far larger than a processor's cache, and
+automatic differentiation keeps several copies of them. The gradient with respect to the student's logits is
+the difference of both distributions. So one pass over a block gives the value and the gradient, and only this
+gradient, in the dtype of the logits, is kept.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Logits handled at a time: on a processor, few enough that a block stays in its cache.
+#: Number of logits in a block, small enough for the cache of a CPU.
 _BLOCK, _BLOCK_ON_DEVICE = 2**18, 2**26
 
 
@@ -22,14 +22,14 @@ def divergence(
 ) -> Tensor:
     """Compute the mean of `KL(teacher || student)` over tokens in nats, times the squared temperature.
 
-    Differentiable once, by the student's logits; the teacher's are constants. Computed in float32, or in
-    float64 for logits in float64.
+    It is differentiable once with respect to the student's logits; the teacher's are constants. Computations
+    are in float32, or in float64 for logits in float64.
 
     Args:
         student: logits of the compressed model, shape `(..., classes)`.
         teacher: logits of the dense model, of the same shape.
         mask: the tokens that count, shape `(...)`; all if absent.
-        temperature: by which both logits are divided.
+        temperature: both logits are divided by it.
 
     Returns:
         Scalar; NaN if no token counts.
@@ -70,7 +70,8 @@ class _Divergence(torch.autograd.Function):
             if gap is not None:
                 gap[index] = difference.to(gap.dtype)
         ctx.save_for_backward(gap)
-        # Scaled in `backward`, where a scaler's factor comes in: in 16 bits a fraction would underflow.
+        # Scaled in `backward`, together with the factor of a gradient scaler: in 16 bits it could underflow
+        # here.
         ctx.factor = temperature / max(count, 1)
         return torch.stack(sums).sum() * (temperature**2 / count if count else math.nan)
 

@@ -27,7 +27,7 @@ from tensornet.nn.storage import pack_after_training, unpack_for_training
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization.trained_codes import TrainedCodes
 
-#: Distance between the outputs of the student and the teacher on a batch: a scalar.
+#: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
 #: Which parameters are trained.
 Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
@@ -38,30 +38,30 @@ class HealingConfig:
     """Options of `heal`.
 
     Args:
-        steps: end-to-end steps, one batch each.
-        layer_steps: layer-wise steps before them.
-        lr: largest learning rate. For cores relative to the root mean square of each core, 5e-4 if absent,
-            which suits some hundred steps of a pretrained model; models trained from scratch in an hour take
-            five times as much. Gains and biases take six times the rate of cores, integers forty times that
-            number of units a step (0.02). With `parameters="trainable"` absolute, and 1e-4 if absent.
-        temperature: of the softmax whose divergence is lowered.
-        distance: of the outputs of both models. If absent, the divergence of the logits; one minus the cosine
-            of mean-pooled hidden states for models without logits; the relative squared difference for
-            outputs that are tensors.
-        parameters: `"cores"`, with 16-bit scales of integers; `"vectors"`, these and the gains and biases of
-            the model, where scales of eight bits cannot be trained; `"codes"`, these and the integers
-            themselves, rounded in each pass with the gradient of the values (straight-through), which heals
-            more at two and three bits and takes 16 bytes a weight while it runs; `"trainable"` for all that
-            require gradients now, such as adapters on frozen cores. `"auto"` is `"cores"` where every
-            compressed layer has something to train, else `"vectors"`.
-        autocast: run both models in this dtype where that is safe; `torch.bfloat16` is twice as fast on
-            recent processors and changes the result little.
-        max_seconds: stop earlier; the learning rate then falls with time.
-        clock: measures `max_seconds` and the time of the report: wall time, or `time.process_time` for the
-            work of this process on a machine that is shared.
-        checkpoint: safetensors file for cores and optimizer. If it exists, healing resumes from it, so the
-            same call can be repeated after an interruption, with a model compressed anew the same way.
-        save_every: steps between two writes of the checkpoint.
+        steps: number of end-to-end steps, one batch each.
+        layer_steps: number of layer-wise steps before these.
+        lr: largest learning rate. For cores it is relative to the root mean square of each core; the default
+            5e-4 suits some hundred steps of a pretrained model, and small models trained from scratch need
+            five times as much. Gains and biases have six times this rate, integer codes forty times (0.02
+            units of the grid). With `parameters="trainable"` it is absolute, 1e-4 by default.
+        temperature: temperature of the softmax in the divergence.
+        distance: distance between the outputs of both models. If absent, the divergence of the logits; one
+            minus the cosine of mean-pooled hidden states for models without logits; the relative squared
+            difference for outputs that are tensors.
+        parameters: what is trained. `"cores"`: cores, and 16-bit scales of integer cores (8-bit scales cannot
+            be trained). `"vectors"`: these, and gains and biases of the model. `"codes"`: all of these and
+            the integers, which are rounded in each pass with a straight-through gradient; this helps most at
+            two and three bits and needs 16 bytes per weight in training. `"trainable"`: all parameters that
+            require gradients now, such as adapters on frozen cores. `"auto"`: `"cores"` if every compressed
+            layer then has something to train, else `"vectors"`.
+        autocast: run both models under autocast to this dtype; `torch.bfloat16` is twice as fast on recent
+            processors and changes the result little.
+        max_seconds: stop after this time; the learning rate then decreases with time.
+        clock: the clock for `max_seconds` and the time in the report: wall time by default; use
+            `time.process_time` on a shared machine.
+        checkpoint: safetensors file for cores and optimizer. If it exists, healing resumes from it. So after
+            an interruption compress the model again in the same way, and repeat the call.
+        save_every: number of steps between two checkpoints.
         progress: show a progress bar.
 
     Raises:
@@ -98,10 +98,10 @@ class HealingConfig:
 
     @property
     def selects_parameters(self) -> bool:
-        """True if `heal` selects what is trained, instead of taking what requires gradients.
+        """True if `heal` selects the parameters to train; False if all that require gradients are trained.
 
-        Where it does, scales of integers become trainable, learning rates are relative to the size of each
-        parameter, and checkpoints keep the order of rows with the cores.
+        If True, scales of integers are made trainable, learning rates are relative to the size of each
+        parameter, and checkpoints contain the row order of pivoted cores.
 
         Example:
             >>> tn.healing.HealingConfig().selects_parameters
@@ -113,7 +113,7 @@ class HealingConfig:
 
     @property
     def rate(self) -> float:
-        """Maximum learning rate; by default that of the trained parameters."""
+        """Maximum learning rate; the default depends on `parameters`."""
         if self.lr is not None:
             return self.lr
         return 5e-4 if self.selects_parameters else 1e-4
@@ -131,9 +131,9 @@ class HealReport:
     Args:
         losses: distance to the dense model at each end-to-end step made in this call.
         layer_losses: mean relative squared error of the layers' outputs at each layer-wise step.
-        steps: steps made in all, earlier calls that were resumed included.
+        steps: total number of steps, including those of earlier calls that were resumed.
         trained: number of parameters that were trained.
-        seconds: time of this call, by its clock.
+        seconds: time of this call by `clock`.
 
     Example:
         >>> import copy
@@ -152,7 +152,7 @@ class HealReport:
     seconds: float
 
 
-@torch.inference_mode(False)  # and with gradients, whatever a caller has switched off
+@torch.inference_mode(False)  # gradients are needed, even if the caller disabled them
 def heal(
     model: nn.Module,
     teacher: nn.Module,
@@ -162,23 +162,25 @@ def heal(
 ) -> HealReport:
     """Distil a dense model into the cores of its compressed student; matrices outside them stay frozen.
 
-    First layer by layer (each compressed layer learns the dense layer's outputs for the dense layer's inputs,
-    without a backward pass through the model), then end to end. AdamW without weight decay, gradients clipped
-    to norm 1; the learning rate grows for a twentieth of the steps and falls to zero.
+    Layers are trained first one by one (each compressed layer learns the dense layer's outputs for the dense
+    layer's inputs, without a backward pass through the model), then all together, end to end. The optimizer
+    is AdamW without weight decay, with gradients clipped to norm 1. The learning rate increases for a
+    twentieth of the steps, then decreases to zero.
 
     Args:
         model: compressed, changed in place.
         teacher: the dense model, on the same device; not changed.
-        data: batches as for `calibrate`; walked through again when they end. At least as varied as what the
-            model will see, and much of it: a few ten thousand tokens heal well, a hundred overfit.
-        config: options in one object; or
+        data: batches as for `calibrate`, which are repeated when they end. They should be as varied as the
+            later inputs of the model, and many: a few ten thousand tokens are enough, a hundred overfit.
+        config: options as one object; or
         options: fields of `HealingConfig` as keyword arguments, such as `steps=300`.
 
     Returns:
         Losses and the number of steps.
 
     Raises:
-        TargetError: nothing to train, no data, or a teacher that is trained itself or has other layers.
+        TargetError: nothing to train, no data, or a teacher that shares trained parameters or has other
+            layers.
         TypeError: an option that `HealingConfig` does not have, or both a config and options.
         ValueError: an option is out of its range.
         NonFiniteError: the distance became NaN or infinite; the checkpoint has an earlier state.
@@ -212,7 +214,7 @@ def heal(
         trained = trained_parameters(model, teacher, config.parameters, config.layer_steps)
         layers = compressed_layers(model)
         fixed = row_orders(layers) if chosen else {}
-        # One pass over memory in place of seven: on a CPU a step would spend a quarter of its time in them.
+        # Fused: one pass over memory in place of seven, which would take a quarter of a step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],
@@ -241,7 +243,7 @@ def heal(
             spent = 0.0
             if config.max_seconds is not None:
                 spent = (config.clock() - begun) / config.max_seconds
-            gone = max(done / config.total, spent)  # by steps or by time, whichever is larger
+            gone = max(done / config.total, spent)  # progress in steps or in time
             if gone >= 1:
                 break
             for group in optimizer.param_groups:
@@ -264,11 +266,11 @@ def heal(
                     f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
                     f"{config.rate}."
                 )
-            # Small gradients are not even written, as `clip_grad_norm_` would.
+            # Unlike `clip_grad_norm_`, this does not write gradients that need no clipping.
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             if norm > 1:
                 nn.utils.clip_grads_with_norm_(trained.values(), 1.0, norm)
-            with torch.device("cpu"):  # counters of Adam belong there, whatever the default device is
+            with torch.device("cpu"):  # counters of Adam must be on the CPU
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done += 1
@@ -283,7 +285,7 @@ def heal(
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Yield batches without end, from where an earlier run stopped."""
+    """Yield batches endlessly, starting where an earlier run stopped."""
     position = 0
     while True:
         before = position
@@ -302,21 +304,21 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
 
 
 def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: Batch) -> float:
-    """Accumulate gradients of the relative squared error of every layer's outputs.
+    """Accumulate the gradients of the relative squared errors of all layers' outputs.
 
     Every layer reads the dense layer's input, so no activations are kept for a backward pass through the
     model.
 
     Args:
-        layers: the student's, by name.
-        teacher: run on the batch.
+        layers: layers of the student, by name.
+        teacher: the dense model; it is run on the batch.
         batch: keyword arguments of the teacher.
 
     Returns:
         Mean error over the layers.
 
     Raises:
-        TargetError: the teacher has no layer of some name.
+        TargetError: the teacher has no layer of one of the names.
     """
     found: list[float] = []
     handles = []
@@ -325,7 +327,7 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
         def hook(
             module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
         ) -> None:
-            (given,) = (*args, *kwargs.values())  # some models name the only argument
+            (given,) = (*args, *kwargs.values())  # some models pass it by keyword
             mask = token_mask(batch, output.shape[:-1])
             with torch.enable_grad():
                 gap = layer(given.detach()) - output.detach()
@@ -337,11 +339,11 @@ def layer_step(layers: Mapping[str, NetworkModule], teacher: nn.Module, batch: B
         return hook
 
     for name, layer in layers.items():
-        if isinstance(layer, TensorNetworkLinear):  # embeddings have no inputs to learn from
+        if isinstance(layer, TensorNetworkLinear):  # embeddings have no input features
             stock = _counterpart(teacher, name)
             handles.append(stock.register_forward_hook(compare(layer), with_kwargs=True))
     try:
-        with torch.no_grad(), uncompiled():  # a compiled teacher would trace the backward passes of the hooks
+        with torch.no_grad(), uncompiled():  # a compiled teacher would trace the hooks
             run_model(teacher, batch)
     finally:
         for handle in handles:
@@ -368,15 +370,15 @@ def _counterpart(teacher: nn.Module, name: str) -> nn.Module:
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Compute the mean divergence of the predicted distributions of all tokens, in nats.
 
-    Without logits: one minus the cosine of each row's mean-pooled hidden states, or the squared difference of
-    other outputs relative to the teacher's square, as calibration measures them. Nothing is shifted: both
-    models are compared at every position.
+    For models without logits it is one minus the cosine of each row's mean-pooled hidden states, or the
+    squared difference of other outputs relative to the square of the teacher's, as in calibration. Both
+    models are compared at every position, without a shift of labels.
 
     Args:
         student: output of the compressed model.
         teacher: output of the dense model on the same batch.
-        batch: says which tokens are padding.
-        temperature: of the softmax; the divergence is multiplied by its square.
+        batch: the batch, whose mask marks the padding.
+        temperature: temperature of the softmax; the divergence is multiplied by its square.
 
     Returns:
         Scalar.
@@ -397,19 +399,20 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
 
 # --- what is trained ------------------------------------------------------------------------------
 
-#: Learning rates of gains and biases, and of codes in units of the grid, in units of that of cores. Gains
-#: would hardly move at the rate of cores in some hundred steps. Codes start in the middle of their cells, so
-#: that none changes before its movements add up to half a unit; at much larger rates many change at once.
+#: Factors on the learning rate of cores: for gains and biases, and for codes (in units of the grid). With the
+#: rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of their rounding
+#: intervals, so none changes before its updates add up to half a unit; at much larger rates many change at
+#: once.
 VECTOR_RATE, CODE_RATE = 6.0, 40.0
 
 
 def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
-    """Collect the tensor-network layers of a model by name; a layer with several names comes once."""
+    """Collect the tensor-network layers of a model by name; a layer with several names is listed once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, NetworkModule)}
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Collect the cores of layers that can be trained by name, tied ones once."""
+    """Collect the trainable cores of layers by name, tied ones once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, core in module.stored.items():
@@ -435,13 +438,13 @@ def trained_parameters(
 
     Args:
         model: the student.
-        teacher: shares no parameter with those that are trained.
+        teacher: the teacher, which must not share trained parameters.
         parameters: see `HealingConfig`.
-        layer_steps: number of layer-wise steps, which train cores alone.
+        layer_steps: number of layer-wise steps, which train only cores.
 
     Raises:
-        TargetError: nothing can be trained, the teacher would be trained too or lies on another device, or no
-            core takes part in the layer-wise steps.
+        TargetError: nothing can be trained, the teacher would be trained too or is on another device, or
+            there are layer-wise steps but no core to train.
     """
     layers = compressed_layers(model)
     cores, named = trainable_cores(layers), dict(model.named_parameters())
@@ -497,15 +500,15 @@ def trained_parameters(
 
 
 def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Build one optimizer group for each parameter, with what its learning rate is relative to as `size`.
+    """Build one optimizer group for each parameter; its learning rate will be multiplied by `size`.
 
-    That is the root mean square of the entries of a core, `VECTOR_RATE` times that of a gain or a bias, and
-    `CODE_RATE` units of the grid for codes.
+    The size is the root mean square of a core, `VECTOR_RATE` times that of a gain or bias, and `CODE_RATE`
+    for codes.
     """
     groups: list[dict[str, Any]] = []
     for parameter in trained:
         size = float(parameter.detach().float().square().mean().sqrt())
-        # A bias may start at zero and has to move all the same.
+        # A bias may start at zero but must be trained too.
         size = max(size, 1e-6) if parameter.dim() > 1 else VECTOR_RATE * max(size, 1e-2)
         size = CODE_RATE if isinstance(parameter, TrainedCodes) else size
         groups.append({"params": [parameter], "size": size})
@@ -514,7 +517,7 @@ def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 @contextmanager
 def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Require gradients of some parameters alone inside the block; restore the flags after it."""
+    """Require gradients only of the given parameters inside the block; restore the flags after it."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for parameter in trained:
@@ -531,11 +534,11 @@ def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterat
 def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
     """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
 
-    Inside another such block nothing changes: optimizers hold the parameters of the outer one.
+    A nested block has no effect, since optimizers refer to the parameters of the outer block.
 
     Args:
-        model: with compressed layers or experts; tied ones stay tied.
-        codes: whether the integers are parameters as well, see `quantization.trained_codes`.
+        model: a model with compressed layers or experts; tied ones stay tied.
+        codes: whether integers become parameters as well, see `quantization.trained_codes`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
@@ -555,7 +558,7 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
 # --- checkpoint -----------------------------------------------------------------------------------
 
-#: Moments of the gradients of a parameter in the state of AdamW.
+#: Names of the gradient moments in the state of AdamW.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -572,9 +575,9 @@ def save_state(
     Args:
         path: of the file.
         trained: trained parameters by name.
-        fixed: tensors that give them their meaning, by name.
-        optimizer: of the trained parameters.
-        done: steps made, layer-wise ones included.
+        fixed: tensors that are needed to interpret the trained ones, by name.
+        optimizer: optimizer of the trained parameters.
+        done: number of steps so far, including layer-wise ones.
         layer_steps: number of layer-wise steps of the run.
 
     Raises:
@@ -583,7 +586,7 @@ def save_state(
     tensors = {name: tensor.detach().contiguous() for name, tensor in fixed.items()}
     for name, parameter in trained.items():
         tensors[name] = parameter.detach().contiguous()
-        for key in _MOMENTS:  # absent if the parameter never had a gradient
+        for key in _MOMENTS:  # missing if the parameter never had a gradient
             if key in optimizer.state[parameter]:
                 tensors[f"{name}/{key}"] = optimizer.state[parameter][key].contiguous()
     header = json.dumps({"step": done, "layer_steps": layer_steps})
@@ -597,7 +600,7 @@ def load_state(
     optimizer: torch.optim.AdamW,
     layer_steps: int,
 ) -> int:
-    """Restore a run from its checkpoint and return the number of steps made; change nothing unless all fits.
+    """Restore a run from its checkpoint and return the number of steps; change nothing after an error.
 
     Raises:
         FormatError: the file is damaged, of another model, or of a run with other layer-wise steps.

@@ -1,16 +1,17 @@
 """Refitting in closed form: fit compressed layers to their real inputs, after errors of earlier layers.
 
-A layer was compressed for the inputs x that it had in the dense model. Behind other compressed layers it
-receives x' instead. Over calibration tokens, with `C` the moments of x that calibration collected,
+A layer was compressed for its inputs x in the dense model. After other compressed layers it gets x' instead.
+With means over calibration tokens, and the input moments `C` of calibration,
 
     M = W + correction W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + anchor C)^-1
 
-is a step from `W` towards the matrix whose outputs for x' come closest to the old outputs `W x`; its best
-network under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. Layers are refitted in the
-order in which they run, each behind all that were refitted before it: fitted at once, each would correct the
-same error in full. The whole step did harm at high compression (docs/quality.md).
+is a step from `W` towards the matrix whose outputs for x' are closest to the dense outputs `W x`. The best
+network for `M` under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. Layers are refitted in
+the order in which they run, each with inputs from the refitted layers before it; otherwise every layer would
+correct the same error. The full step (`correction=1`) increased the loss at high compression
+(docs/quality.md).
 
-Layers that share a core with other layers are not refitted, and a warning names them.
+Layers that share a core with other layers are not refitted; a warning names them.
 """
 
 import math
@@ -42,7 +43,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
 NEVER_REACHED = "the data never reached it"
-#: Fraction of the batches that are held back to judge whether refitting helped.
+#: Fraction of the batches that are not fitted, to check whether refitting helped.
 JUDGED = 1 / 8
 
 
@@ -51,12 +52,12 @@ class RefineReport:
     """Result of refitting.
 
     Args:
-        before, after: relative squared error of the outputs of each layer on the data, by name; both behind
-            the layers that were refitted before it.
-        left: layers that were not refitted, each with the reason.
-        distances: from the dense model's outputs, before and after, on batches that were not fitted (on all
-            if there was only one): divergence of the logits, or the other distances of `heal`.
-        kept: whether the model is the refitted one; False if the old one was closer to the dense model.
+        before, after: relative squared error of the outputs of each layer on the data, by name, both measured
+            after the layers before it were refitted.
+        left: reasons for the layers that were not refitted, by name.
+        distances: distances from the dense model's outputs, before and after, on batches that were not fitted
+            (on all if there was only one): divergence of the logits, or the other distances of `heal`.
+        kept: True if the refitted cores were kept; False if the old model was closer to the dense model.
 
     Example:
         >>> from tensornet.healing import RefineReport
@@ -87,22 +88,23 @@ def refine(
 ) -> RefineReport:
     """Refit the linear layers of a compressed model to the dense model's outputs, in order, in place.
 
-    Sizes and topologies stay. Blocks that pass one hidden state on (`find_chains`) are run once for every
-    group of layers that read one input, from hidden states of both models that are kept for all batches. For
-    a layer outside such a chain both models are run over all batches. An eighth of the batches is held back:
-    unless their outputs come closer to the dense model's, the old cores are restored.
+    Sizes and topologies do not change. If the blocks of the model form a chain (`find_chains`), hidden states
+    of both models are stored for all batches, and each block is run once for every group of layers with the
+    same input. For layers outside of chains both models are run completely. An eighth of the batches is not
+    used for fitting: if the outputs on them do not get closer to the dense model's, the old cores are
+    restored.
 
     Args:
         model: compressed.
         teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
-        stats: sensitivity to output errors, and moments of the dense inputs over more tokens than these
-            batches have. Without, all outputs count the same, and the moments are those of the batches.
-        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` to the real
-            inputs) to 1.
-        anchor: weight of the dense inputs' moments against the real ones; 0 trusts the batches alone.
-        damping: of the gradient moments.
-        autocast: run both models in this dtype where that is safe, as in `heal`.
+        stats: calibration statistics, for the sensitivity to output errors and for input moments over more
+            tokens. If absent, all outputs have equal weight, and moments are those of the batches.
+        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` for the inputs x')
+            to 1.
+        anchor: weight of the moments of x relative to those of x'; 0 uses the batches alone.
+        damping: damping of the gradient moments.
+        autocast: run both models under autocast to this dtype, as in `heal`.
         progress: show a progress bar.
 
     Returns:
@@ -146,7 +148,7 @@ def refine(
         )
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
-    # Models may run in 16 bits; computations on moments must not be rounded.
+    # Models may run in 16 bits, but computations with moments must not.
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
         stack.enter_context(unfused(teacher))
@@ -225,7 +227,7 @@ def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
 
     try:
         yield put_back
-    except BaseException:  # an interrupt too: half of the layers would be fitted to the other half
+    except BaseException:  # KeyboardInterrupt too, since a partly refitted model is useless
         put_back()
         raise
 
@@ -269,7 +271,7 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
 
 
 class PairedMoments(NamedTuple):
-    """Sums over tokens of `x x^T`, `x x'^T` and `x' x'^T`, with dense inputs x and compressed inputs x'."""
+    """Sums over tokens of `x x^T`, `x x'^T`, `x' x'^T`, with inputs x (dense model) and x' (compressed model)."""
 
     dense: Tensor
     mixed: Tensor
@@ -278,10 +280,10 @@ class PairedMoments(NamedTuple):
 
 
 class PairedRun:
-    """Runs of both models on the same batches, block by block where they are chains.
+    """Runs of both models on the same batches, block by block if the blocks form chains.
 
     Args:
-        model: compressed; its layers may change between two calls of `moments`.
+        model: the compressed model; its layers may change between two calls of `moments`.
         teacher: dense.
         batches: keyword arguments of the models.
     """
@@ -293,8 +295,8 @@ class PairedRun:
         self.at: tuple[str, list[ChainRun]] | None = None
 
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """List groups of layers in execution order; neighbours that read the same tensor form a group."""
-        seen: dict[str, Tensor] = {}  # the tensors are kept, so that no other takes their address
+        """List groups of layers in execution order; neighbours with the same input tensor form a group."""
+        seen: dict[str, Tensor] = {}  # keeps the tensors alive, so that their ids stay unique
         hooks = {self.models[0].get_submodule(name): partial(seen.setdefault, name) for name in names}
         with _hooked(hooks):
             run_model(self.models[0], self.batches[0])
@@ -317,7 +319,7 @@ class PairedRun:
                 return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
             if not len(real):
                 continue
-            # The step is a difference of two moments: rounded to 16 bits, it would be noise.
+            # The step is a difference of two moments, which would be noise in 16 bits.
             with torch.autocast(real.device.type, enabled=False):
                 found = [upper_gram(dense), dense.T @ real, upper_gram(real)]
             sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
@@ -332,11 +334,11 @@ class PairedRun:
         def keep(x: Tensor) -> None:
             mask = token_mask(batch, x.shape[:-1])
             found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
-            if place is not None:  # a block is run no further than needed
+            if place is not None:  # stop the block when the input is known
                 raise Stop
 
         run = None
-        if place is not None:  # this runs blocks, so before anything is hooked
+        if place is not None:  # before hooks are set, since this runs blocks
             chain, index = place
             if self.at is None or self.at[0] != chain:
                 self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]
@@ -351,7 +353,7 @@ class PairedRun:
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def _place(self, name: str) -> tuple[str, int] | None:
-        """Find the chain and block in which a layer lies, or None."""
+        """Find the chain and block that contain a layer, or None."""
         for chain, blocks in self.chains.items():
             for index, block in enumerate(blocks):
                 if name == block or name.startswith(f"{block}."):
@@ -361,11 +363,11 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Call a function with the inputs of each module inside the block."""
+    """Inside the block, call a function with the inputs of each module."""
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            (x,) = (*args, *kwargs.values())  # some models name the only argument
+            (x,) = (*args, *kwargs.values())  # some models pass it by keyword
             function(x)
 
         return hook

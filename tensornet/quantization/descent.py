@@ -1,13 +1,13 @@
 """Descent on the exact loss increase after rounding: codes column by column, scales group by group.
 
-Error feedback fixes an element once and for all. With `P = R E C` at hand, moving one element by `d` raises
-the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so that a sweep over the columns finds the elements that should
-move. Rows of one column are coupled by `R`: of all moves that help by themselves the best are taken, as many
-as together still keep half of their gains. Scales of one group column are coupled by `R` in the same way and
-solve a linear system. No step raises the loss increase. Where only the diagonal of `R` is known, as of a
-vocabulary, rows are independent: all moves that help are taken, and every scale has a closed form.
+Error feedback never changes an element again after rounding it. Given `P = R E C`, changing one element by
+`d` changes the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so a sweep over the columns finds the elements to
+change. The rows of a column are coupled by `R`: of all changes that lower the loss, the best are made
+together, as many as still keep half of the sum of their gains. The scales of a group column are coupled by
+`R` too and solve a linear system. No step increases the loss. If only the diagonal of `R` is known, as for a
+vocabulary, rows are independent: all changes that lower the loss are made, and every scale has a closed form.
 
-Small matrices are taken in stacks, since calls take longer there than arithmetic.
+Small matrices are processed in stacks, since for them calls take longer than arithmetic.
 
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).
@@ -18,11 +18,11 @@ from torch import Tensor
 
 from tensornet.quantization.formats import NumberFormat
 
-#: Columns whose updates of the gradient are collected into one matrix product.
+#: Number of columns whose updates of the gradient are collected into one matrix product.
 _BLOCK = 64
-#: Share of the gains of single moves that moves together must keep.
+#: Changes made together must keep this fraction of the sum of their single gains.
 _KEPT = 0.5
-#: A product reads single rows of a moment if at most one in so many is needed.
+#: A product gathers single rows of a moment if at most one in this many is needed.
 _FEW = 6
 #: Iterations of conjugate gradients for the scales of one group column.
 _STEPS = 6
@@ -38,22 +38,22 @@ def sweep_codes(
     columns: Tensor,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Move codes to lower the loss increase, in one pass over all columns.
+    """Change codes to lower the loss increase, in one pass over all columns.
 
     Args:
         weight: shape `(stack, out, in)`.
         codes: current codes, as floating-point numbers of the same shape.
-        scale: of every element.
-        zero: of every element, or one number.
+        scale: scale of every element.
+        zero: zero point of every element, or one number.
         top: largest code.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
         columns: `C`, shape `(stack, in, in)`.
-        gradient: `R E C` of the error of these codes, if it is known.
+        gradient: `R E C` for the error of these codes, if known.
 
     Returns:
         New codes.
     """
-    # Everything is transposed, `(in, stack, out)`: a column of the weights lies in one piece.
+    # Everything is transposed to `(in, stack, out)`, so that a column of the weights is contiguous.
     if gradient is None:
         gradient = times_rows(rows, (weight - (codes - zero) * scale) @ columns)
     codes, scale, gradient = _by_column(codes), _by_column(scale), _by_column(gradient)
@@ -90,7 +90,7 @@ def _by_column(x: Tensor) -> Tensor:
 
 
 def _times(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (n, stack, out)` by the moment of the rows of each matrix."""
+    """Multiply `x: (n, stack, out)` by the row moment of each matrix."""
     if rows.ndim == 2:
         return x * rows
     if len(rows) == 1:
@@ -108,10 +108,10 @@ def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
 def _compatible(
     gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Select moves of one column that together lower the loss increase of each matrix.
+    """Select changes of one column that together lower the loss increase of each matrix.
 
     Returns:
-        A mask of the moves, and `R` times them, shape `(stack, out)` each; None if no move helps.
+        A mask of the changes, and `R` times the changes, shape `(stack, out)` each; None if no change helps.
     """
     which = gain < -1e-12 * gain.abs().amax(1, keepdim=True)
     counts = which.sum(1)
@@ -138,7 +138,7 @@ def _compatible(
 
 
 def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tensor:
-    """Multiply the moves of each matrix by `R`, reading only the rows that count where these are few."""
+    """Multiply the changes of each matrix by `R`; read only the needed rows if they are few."""
     if len(rows) > 1:
         return torch.bmm(moves[:, None], rows)[:, 0]
     if most * _FEW > rows.shape[1]:
@@ -165,10 +165,10 @@ def sweep_scales(
         number_format: an integer format.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
         columns: `C`, shape `(stack, in, in)`.
-        product: `E C` of the error of these codes and scales, if it is known; overwritten.
+        product: `E C` for the error of these codes and scales, if known; it is overwritten.
 
     Returns:
-        New scales, not rounded to the dtype of scales yet.
+        New scales, not yet rounded to the dtype of scales.
     """
     scales = scales.clone()
     size = weight.shape[2]
@@ -237,15 +237,15 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Alternate `sweep_scales` and `sweep_codes`, with the same arguments.
 
-    Products of a moment and the error take most of the time where there are many rows: those of one step
-    give its loss increase and start the next one.
+    With many rows, products of a moment and the error take most of the time. So those that give the loss
+    increase of one step are reused in the next step.
 
     Args:
-        sweeps: how often both are done.
-        loss: loss increase of the codes, shape `(stack,)`, if it is known.
+        sweeps: number of alternations.
+        loss: loss increase of the codes, shape `(stack,)`, if known.
 
     Returns:
-        Codes, and scales in the dtype they are stored in.
+        Codes, and scales in the dtype in which they are stored.
     """
     size = weight.shape[2]
 
@@ -253,7 +253,7 @@ def descend(
         return number_format.spread(x.to(weight.dtype), size)
 
     def passed(points: Tensor, tried: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the error `E`, and `E C`."""
+        """Compute the error `E` and the product `E C`."""
         error = weight - points * spread(tried)
         return error, error @ columns
 

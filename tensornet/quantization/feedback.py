@@ -5,17 +5,17 @@ With `M = U D U^T` for both second moments (`U` unit upper triangular) the loss 
 
     1/2 tr(R E C E^T) = 1/2 || D_R^1/2 (U_R^T E U_C) D_C^1/2 ||_F^2.
 
-Going from the first row and column to the last, every element is rounded after the errors of all elements
-before it have been added to it, as `U_R^T E U_C` prescribes. What stays in the norm is the bare rounding
-residual of each element. With `U_R = 1` this is GPTQ, also known as LDLQ.
+From the first row and column to the last, the errors of all previous elements are added to an element before
+it is rounded, with the coefficients in `U_R^T E U_C`. Then only the rounding residual of each element
+contributes to the norm. With `U_R = 1` this is GPTQ, also known as LDLQ.
 
-To explain how the two-sided loop works: element `(i, j)` depends on all elements above and to the left. So
-tiles on one antidiagonal of the matrix are independent of each other, and so are elements on one antidiagonal
-of a tile: these are rounded at once, in all tiles together. Tiles exchange feedback by matrix products.
-Columns are kept in reverse order, which makes antidiagonals diagonals, so that torch has them as views.
+In the two-sided loop, element `(i, j)` depends on all elements above and to the left. So tiles on one
+antidiagonal of the matrix are independent of each other, and so are elements on one antidiagonal of a tile.
+These elements are rounded at once, in all tiles together. Tiles exchange feedback by matrix products. Columns
+are stored in reverse order, so that antidiagonals become diagonals, of which torch can make views.
 
-Each of these steps is small, so that calls cost as much as arithmetic: tiles are rounded in one buffer whose
-views are made once.
+Each of these steps is so small that calls take as long as arithmetic. So tiles are rounded in one buffer
+whose views are made only once.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from tensornet.quantization.moments import Moment
 
-#: Elements a side of a tile; within it antidiagonals are rounded one after another.
+#: Side of a tile in elements; its antidiagonals are rounded one after another.
 TILE = 32
-#: Elements a side of a block; blocks exchange feedback by matrix products.
+#: Side of a block in elements; blocks exchange feedback by matrix products.
 BLOCK = 128
 
 
@@ -41,8 +41,8 @@ class Grid:
     """Rounding grid `scale * (code - zero)` of every element, with `code` from 0 to `top`.
 
     Args:
-        scale: of every element, shape `(stack, out, in)`; where it is zero, zero is the only point.
-        zero: of every element, or one number for all.
+        scale: scale of every element, shape `(stack, out, in)`; a scale of zero makes zero the only point.
+        zero: zero point of every element, or one number for all.
         top: largest code.
     """
 
@@ -51,7 +51,7 @@ class Grid:
     top: int
 
     def codes(self, target: Tensor) -> Tensor:
-        """Compute the nearest codes, as floating-point numbers, of targets with the shape of the scales."""
+        """Compute the nearest codes of targets, as floating-point numbers."""
         return _round(target, self.divisor, self.zero, self.top)
 
     @property
@@ -74,7 +74,7 @@ def _round(target: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> T
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns: Moment | None) -> Tensor:
-    """Round a stack of matrices with feedback along the sides whose moments are given, both full.
+    """Round a stack of matrices with feedback along the sides with a given moment, which must be full.
 
     Args:
         weight: shape `(stack, out, in)`.
@@ -90,7 +90,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
     orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
 
     def sorted_by(x: Tensor, *, back: bool = False) -> Tensor:
-        """Sort rows and columns by the order of rounding, or undo it."""
+        """Permute rows and columns to the order of rounding, or undo this."""
         for order, axis in orders:
             order = order.argsort(1) if back else order
             if len(order) == 1:
@@ -127,7 +127,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
         Codes in the dtype of the weight, shape `(stack, out, in)`.
     """
     size = weight.shape[2]
-    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # a column lies in one piece
+    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # columns are contiguous
     divisor = Grid(scale, 0.0, 0).divisor
     zero = grid.zero.mT.contiguous() if isinstance(grid.zero, Tensor) else None
     codes, error = torch.empty_like(work), torch.zeros_like(work)
@@ -164,7 +164,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     Returns:
         Codes in the dtype of the weight, shape `(stack, out, in)`.
     """
-    # 1. Whole tiles, padded by zero scales, which keep errors at zero; the last column comes first.
+    # 1. Pad to whole tiles with scales of zero, so that errors are zero there; reverse the columns.
     stack, m, n = weight.shape
     tall, long = -m % TILE, -n % TILE
 
@@ -177,7 +177,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     size, width = w.shape[1:]
     down, across = size // TILE, width // TILE
 
-    # 2. What rounding reads, tile by tile: feedback from above, weights with that from the left, the grid.
+    # 2. The inputs of rounding in tiles: feedback from above, weights with feedback from the left, the grid.
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
@@ -191,7 +191,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     codes, error, half = solved
     buffer = _TileBuffer(grid, w)
 
-    for offset in range(across - 1, -down, -1):  # of the antidiagonal of tiles, whose columns are reversed
+    for offset in range(across - 1, -down, -1):  # antidiagonals of tiles; columns are reversed
         # 3. All tiles of an antidiagonal are rounded together.
         a, b = _diagonal(offset, down, across)
         count = a.stop - a.start
@@ -202,8 +202,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         _round_tiles(tiles, grid.top)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
-        # 4. Their errors go to the tiles below and, half-coupled, to those on the left (they come later): at
-        #    once inside of a block, and from a whole block in one large product.
+        # 4. Their errors are fed back to the tiles below and, half-coupled, to those on the left, which come
+        # later: at once inside a block, and for a whole block in one large product.
         for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
             r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
             start = r.start - r.start % BLOCK
@@ -222,18 +222,18 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
 
 
 #: Planes of a stack of tiles: feedback from above; weights with the feedback from the left; weights from
-#: which `code * scale` is subtracted; scales; divisors; and, where they differ by element, zeros.
+#: which `code * scale` is subtracted; scales; divisors; and zeros, if they are not one number.
 _ABOVE, _LEFT, _ZERO = 0, 1, 5
 
 
 def _diagonal(offset: int, rows: int, columns: int) -> tuple[slice, slice]:
-    """Find the rows and the columns of a diagonal of a matrix."""
+    """Return the row and column indices of a diagonal of a matrix."""
     start, stop = max(0, -offset), min(rows, columns - offset)
     return slice(start, stop), slice(start + offset, stop + offset)
 
 
 class _Step(NamedTuple):
-    """Views of one antidiagonal of a stack of tiles, shape `(elements, stack)` each, and what it acts on."""
+    """Views of one antidiagonal of a stack of tiles, shape `(elements, stack)`, and of its feedback."""
 
     above: Tensor
     target: Tensor
@@ -244,7 +244,7 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Feedback of the rows below, and of the columns before (they are reversed), with their couplings.
+    #: Feedback for the rows below and for the columns before (columns are reversed), with their couplings.
     below: Tensor
     row_couplings: Tensor
     further: Tensor
@@ -255,8 +255,8 @@ class _Step(NamedTuple):
 class _Tiles:
     """Planes of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of their antidiagonals.
 
-    The first planes are those that rounding reads. Three that it writes follow, of codes, errors and
-    half-coupled errors, and two with the couplings of the rows (transposed) and of the columns.
+    The first planes are the inputs of rounding. They are followed by its results (codes, errors and
+    half-coupled errors), and by the couplings of the rows (transposed) and of the columns.
     """
 
     values: Tensor
@@ -264,14 +264,14 @@ class _Tiles:
 
 
 class _TileBuffer:
-    """Memory for stacks of tiles, and the views of it, which take longer to make than to use.
+    """Memory for stacks of tiles, and cached views of it, which take longer to make than to use.
 
-    The place in the stack runs fastest: elements of an antidiagonal do not lie side by side, but those of
-    different tiles do.
+    The index of the tile is the innermost one: elements of an antidiagonal are not adjacent in memory, but
+    the same elements of different tiles are.
 
     Args:
-        grid: for the largest code and the zero that all elements share.
-        like: tensor of the dtype and the device.
+        grid: has the largest code, and the zero if it is one number.
+        like: tensor with the dtype and the device.
     """
 
     def __init__(self, grid: Grid, like: Tensor) -> None:
@@ -281,7 +281,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def of_size(self, count: int) -> _Tiles:
-        """Return room for a number of tiles, rounded up, so that few sizes occur."""
+        """Return memory for a number of tiles, which is rounded up so that few different sizes occur."""
         unit = max(8, 1 << max(count.bit_length() - 3, 0))
         count += -count % unit
         if count not in self._known:

@@ -1,11 +1,11 @@
-"""Number formats: name, rounding grid, conversion between values, codes and packed bytes, size in bytes.
+"""Number formats: names, rounding grids, conversion between values, codes and packed bytes, sizes.
 
-An integer format stores every element as a code of `bits` bits and every group of neighbouring inputs of one
-row as a scale, `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups. Scales
-have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with 16-bit
-ones and are more accurate, since codes are chosen after the scale has been rounded.
+An integer format stores a code of `bits` bits for every element and a scale for every group of neighbouring
+inputs of one row: `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups.
+Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
+16-bit ones and are more accurate, since codes are chosen after the scale has been rounded.
 
-Everything that depends on the format is a method of `NumberFormat`; the rest of the library asks it.
+Everything that depends on the format is a method of `NumberFormat`.
 """
 
 import math
@@ -23,7 +23,7 @@ from tensornet.errors import FormatError, ShapeError
 
 #: Bits of integer formats.
 BITS = (8, 7, 6, 5, 4, 3, 2)
-#: Sizes of groups along the inputs; None is one group a row.
+#: Sizes of groups along the inputs; None is one group per row.
 GROUPS = (32, 64, 128, None)
 DEFAULT_GROUP = 64
 #: Dtypes of scales by the suffix in the name of a format.
@@ -39,18 +39,18 @@ class NumberFormat:
     """Storage format of the elements of a core or matrix.
 
     Args:
-        bits: of an integer code, 2 to 8; None for floating-point formats.
-        group: neighbouring inputs of one row that share a scale; the last group of a row may be shorter.
-            None is one group a row.
-        zero_point: every group has a zero point of its own, an integer of `bits` bits. Otherwise codes are
-            centred: on a whole number from three bits on, so that zero is a point, and between two numbers
-            for two bits, where four points around zero fit a bell curve better than three and one more.
+        bits: bits of an integer code, 2 to 8; None for floating-point formats.
+        group: number of neighbouring inputs of one row that share a scale; the last group of a row may be
+            shorter. None is one group per row.
+        zero_point: True if every group has its own zero point, an integer of `bits` bits. Otherwise codes are
+            centred: at an integer from three bits on, so that 0 can be represented, and between two integers
+            for two bits, since four symmetric points fit a normal distribution better.
         scale_dtype: `torch.bfloat16`; `torch.float16`, which underflows below 6e-8; or `torch.float8_e5m2`,
             which underflows below 1.5e-5.
-        dtype: of the elements of a floating-point format; None is the model's own.
+        dtype: dtype of the elements of a floating-point format; None is that of the model.
 
     Raises:
-        FormatError: a combination that does not exist.
+        FormatError: the combination does not exist.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -140,7 +140,7 @@ class NumberFormat:
 
     @property
     def center(self) -> float:
-        """Code, possibly half-integer, whose value is 0 in formats without zero points."""
+        """Code (possibly half-integer) of the value 0 in formats without zero points."""
         half = 2.0 ** (self._integer_bits() - 1)
         return half - 0.5 if self.bits == 2 else half
 
@@ -152,10 +152,10 @@ class NumberFormat:
         return 1 if self.group is None else math.ceil(size / self.group)
 
     def grouped(self, x: Tensor) -> Tensor:
-        """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view where nothing is padded."""
+        """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view if no padding is needed."""
         size = x.shape[-1]
         groups, width = self.groups(size), self.group or max(size, 1)
-        if groups * width != size:  # padding by nothing copies
+        if groups * width != size:  # padding copies even if nothing is added
             x = torch.nn.functional.pad(x, (0, groups * width - size))
         return x.reshape(*x.shape[:-1], groups, width)
 
@@ -168,7 +168,7 @@ class NumberFormat:
     # --- values, codes, bytes --------------------------------------------------------------------
 
     def storable(self, scales: Tensor) -> Tensor:
-        """Round scales to the dtype they are stored in, clamped to its range."""
+        """Round scales to the dtype in which they are stored, clamped to its range."""
         limit = torch.finfo(self.scale_dtype).max
         return scales.clamp(-limit, limit).to(self.scale_dtype)
 
@@ -177,7 +177,7 @@ class NumberFormat:
 
         Args:
             values: shape `(..., out, in)`.
-            scales: shape `(..., out, groups)`; where a scale is zero, so are all values of its group.
+            scales: shape `(..., out, groups)`; a scale of zero makes all values of its group zero.
             zeros: `torch.uint8` of the same shape; None without zero points.
 
         Returns:
@@ -202,7 +202,7 @@ class NumberFormat:
         zeros: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Compute the values `scale * (code - zero)`, differentiable by the scales.
+        """Compute the values `scale * (code - zero)`, differentiable with respect to the scales.
 
         Args:
             codes: `torch.uint8`, shape `(..., out, in)`.
@@ -217,7 +217,7 @@ class NumberFormat:
             tensor([[-4.0000,  0.0000,  0.5000]])
         """
         grouped, halves = self.grouped(codes), False
-        # Differences of small integers are exact and fast in 8 bits; two bits count halves.
+        # Differences of small integers are exact and fast in 8 bits; for two bits they are in units of 1/2.
         if zeros is not None:
             kind = torch.int16 if self.bits == 8 else torch.int8
             points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
@@ -230,9 +230,9 @@ class NumberFormat:
         return _scaled(points, scales, dtype, halves=halves)[..., : codes.shape[-1]]
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Pack codes to the bytes that are stored, shape `(..., packed_bytes(in, bits))`.
+        """Pack codes to bytes for storage, shape `(..., packed_bytes(in, bits))`.
 
-        Codes of 8 bits are stored as signed integers around their center, which torch's kernels read.
+        8-bit codes are stored as signed integers around their center, as torch's kernels need them.
 
         Example:
             >>> from tensornet.quantization import NumberFormat
@@ -245,7 +245,7 @@ class NumberFormat:
         return packed ^ 128 if self.bits == 8 else packed
 
     def unpack(self, packed: Tensor, size: int) -> Tensor:
-        """Unpack `size` codes a row, the inverse of `pack`."""
+        """Unpack `size` codes per row, the inverse of `pack`."""
         codes = unpack(packed, self._integer_bits(), size)
         return codes ^ 128 if self.bits == 8 else codes
 
@@ -266,7 +266,7 @@ class NumberFormat:
             size: number of columns.
             dtype: of the values.
         """
-        if self.bits == 8 and zeros is None and not is_exporting():  # these bytes are the points of the grid
+        if self.bits == 8 and zeros is None and not is_exporting():  # signed bytes are `code - zero`
             return _scaled(self.grouped(packed).view(torch.int8), scales, dtype)[..., :size]
         if zeros is not None:
             zeros = unpack(zeros, self._integer_bits(), scales.shape[-1])
@@ -275,11 +275,11 @@ class NumberFormat:
     # --- size ------------------------------------------------------------------------------------
 
     def nbytes(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> int:
-        """Count the exact bytes of a tensor, including scales, zero points and padding.
+        """Compute the exact number of bytes of a tensor, including scales, zero points and padding.
 
         Args:
             shape: `(..., out, in)` of the tensor, groups along the last dimension.
-            dtype: the model's own dtype, which only the format `float` depends on.
+            dtype: dtype of the model, which matters only for the format `float`.
         """
         sizes = check_sizes("shape", shape)
         rows, size = math.prod(sizes[:-1]), sizes[-1]
@@ -311,33 +311,31 @@ def format_names() -> tuple[str, ...]:
 
 
 def _signed(codes: Tensor) -> Tensor:
-    """Convert codes below 128 to signed bytes, without a copy; ONNX cannot express that view."""
+    """Convert codes below 128 to signed bytes, without a copy unless for ONNX, which lacks such views."""
     return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
 
 
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
-    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`; products are rounded once."""
-    # In float16 scales of bfloat16 would be subnormal or zero.
+    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`, rounding products once."""
+    # bfloat16 scales could be subnormal or zero in float16.
     factor = scales.to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(-1)
     factor = factor / 2 if halves else factor
     if dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu):
-        # Processors have no arithmetic in 16 bits: operations in float32 take half the time.
+        # CPUs emulate 16-bit arithmetic, so float32 takes half the time.
         return (points * factor.float()).to(dtype).flatten(-2)
     return (points.to(dtype) * factor).flatten(-2)
 
 
 # --- packing of codes of 2 to 8 bits into bytes, row by row ----------------------------------------
-#
-# To explain the layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is split into 8 segments of
-# `ceil(n / 8)` codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and
-# unpacking are shifts of whole segments, which processors do many at a time, and rows can be sliced without
-# unpacking. Generally `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes. The last segment may be
-# short: at most one code short of a full set of segments is wasted a row, and nothing where the number of
-# segments divides the row.
+# Layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
+# codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and unpacking are
+# vectorized shifts of whole segments, and rows can be sliced without unpacking. In general `8 / gcd(8, bits)`
+# segments fill `bits / gcd(8, bits)` planes. If the number of segments does not divide the row, the last
+# segment is padded, with less than one code per segment.
 
 
 def packed_bytes(size: int, bits: int) -> int:
-    """Count the bytes of a packed row: `ceil(size / segments) * planes`.
+    """Compute the number of bytes of a packed row: `ceil(size / segments) * planes`.
 
     Example:
         >>> from tensornet.quantization.formats import packed_bytes
@@ -353,13 +351,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: `torch.uint8`, from 0 to `2**bits - 1`, shape `(..., size)`.
-        bits: of each code, 2 to 8.
+        bits: bits of each code, 2 to 8.
 
     Returns:
         `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
 
     Raises:
-        ShapeError: codes of another dtype, without a dimension, or too large.
+        ShapeError: the codes have another dtype, no dimension, or are too large.
 
     Example:
         >>> from tensornet.quantization.formats import pack, unpack
@@ -399,7 +397,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         `torch.uint8`, shape `(..., size)`.
 
     Raises:
-        ShapeError: bytes of another dtype or length.
+        ShapeError: the bytes have another dtype or length.
 
     Example:
         >>> from tensornet.quantization.formats import pack, unpack
@@ -417,7 +415,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         )
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
-    # ONNX exporters shift bytes as signed ones.
+    # ONNX exporters shift bytes as if they were signed.
     parts = parts.to(torch.int32) if is_exporting() else parts
     whole = _stacked if torch.compiler.is_compiling() else _shifted
     codes = whole(parts, bits).bitwise_and_(2**bits - 1).to(torch.uint8)
@@ -425,7 +423,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Shift the planes segment by segment, without constants and views to write into: for compilers."""
+    """Shift the planes segment by segment; for compilers, without constants and without writing to views."""
     found = []
     for segment in range(_layout(bits)[0]):
         plane, offset = divmod(segment * bits, 8)
@@ -437,7 +435,7 @@ def _stacked(parts: Tensor, bits: int) -> Tensor:
 
 
 def _shifted(parts: Tensor, bits: int) -> Tensor:
-    """Shift the planes of all segments at once, in few passes over memory."""
+    """Shift the planes of all segments at once, with few passes over memory."""
     first, down, up, runs = _shifts(bits, parts.device)
     if parts.shape[-2] == 1:
         return parts >> down
@@ -453,8 +451,9 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
     """Return the planes and shifts that `_shifted` uses.
 
     Returns:
-        The first plane and the shift of each segment; the shift of every plane but the first for the segment
-        that starts in the plane before and ends in it; and where those segments are, in evenly spaced runs.
+        The first plane and the shift of each segment; for every plane except the first, the shift of the
+        segment that starts in the plane before and ends in it; and the positions of these segments, in evenly
+        spaced runs.
     """
     segments, planes = _layout(bits)
     starts = [divmod(segment * bits, 8) for segment in range(segments)]
@@ -480,7 +479,7 @@ def _layout(bits: int) -> tuple[int, int]:
     """Return the numbers of segments and of byte planes.
 
     Raises:
-        ShapeError: other than 2 to 8 bits.
+        ShapeError: `bits` is not from 2 to 8.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise ShapeError(f"Codes have 2 to 8 bits, got {bits!r}.")

@@ -1,10 +1,10 @@
-"""Rounding of both factors of a low-rank product, each under the moments that it sees.
+"""Rounding of both factors of a low-rank product, each under its own moments.
 
-An error `F` of the right factor of `A B` is the error `A F` of the product, so that its loss increase is that
-under `(A^T R A, C)`. An error of the left factor is seen through `(R, B C B^T)`. After the right factor has
-been rounded the left one is fitted again, which compensates a part of the rounding error. Of a pivoted left
-factor, whose pivot rows are an identity, only the other rows are free: the error of the pivot rows couples to
-them through `R`.
+An error `F` of the right factor of `A B` is the error `A F` of the product, so it must be weighted by the
+moments `(A^T R A, C)`. An error of the left factor is weighted by `(R, B C B^T)`. After rounding the right
+factor the left one is fitted again, which compensates a part of the rounding error. In a pivoted left factor
+the pivot rows are an identity and only the other rows are free; the errors of pivot rows couple to them
+through `R`.
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,9 @@ class RoundedProduct:
     """Product `A B` with integers in one or both factors.
 
     Args:
-        left: codes or values of `A`, `(out, rank)`; of its free rows where it is pivoted.
+        left: codes or values of `A`, `(out, rank)`; only of its free rows if it is pivoted.
         right: codes or values of `B`, `(rank, in)`.
-        loss_increase: exact loss increase of the product against the target.
+        loss_increase: exact loss increase of the product with respect to the target.
 
     Example:
         >>> from tensornet.quantization import RoundedProduct
@@ -55,20 +55,21 @@ def round_product(
     order: Tensor | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedProduct:
-    """Round one factor of a product or both, and fit the other again.
+    """Round one factor of a product, or both, and refit the other one.
 
     Args:
         left: `A`, shape `(out, rank)`.
         right: `B`, shape `(rank, in)`.
         left_format: integer format of `A`; None leaves it in floating point.
-        right_format: integer format of `B`, likewise.
-        weighting: moments, damped as far as they should be.
+        right_format: integer format of `B`; None leaves it in floating point.
+        weighting: moments, already damped.
         target: matrix `(out, in)` that the product approximates; the product itself if absent.
         order: position of every row of `A` in an identity followed by its free rows; None if all are free.
         rounding: as for `round_weight`.
 
     Raises:
-        FormatError, NonFiniteError, ShapeError: as `round_weight`; also for factors that do not fit.
+        FormatError, NonFiniteError, ShapeError: as for `round_weight`, and if the factors do not fit each
+            other.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -116,15 +117,15 @@ def round_factor(
 ) -> RoundedWeight | Tensor:
     """Round one factor of a product and keep the other one as it is.
 
-    The factor is rounded as given and fitted again, and the result of smaller loss is returned.
+    The factor is rounded as given, and after a refit; the result of smaller loss is returned.
 
     Args:
         target: matrix `(out, in)` that the product approximates.
         left: `A`, shape `(out, rank)`.
         right: `B`, shape `(rank, in)`.
         side: the factor to round.
-        number_format: of it; None fits it without rounding.
-        weighting: moments, damped as far as they should be.
+        number_format: its format; None refits it without rounding.
+        weighting: moments, already damped.
         rounding: as for `round_weight`.
 
     Example:
@@ -177,7 +178,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the free rows of a left factor under the moments that they see."""
+        """Round the free rows of a left factor under their moments."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:
@@ -189,14 +190,14 @@ class _Product:
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a left factor as given, and fitted to the right one; return the cheaper with its loss."""
+        """Round a left factor as given, and after a refit; return the better one and its loss."""
         made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
         return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
 
     def best_right(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a right factor as given, and fitted to the left one; return the cheaper with its loss."""
+        """Round a right factor as given, and after a refit; return the better one and its loss."""
         made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
         if number_format is not None:
             seen = a.mT @ times(self.weighting.rows, a)
@@ -222,7 +223,7 @@ class _Product:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor under the moments that it sees."""
+        """Round a factor under its moments."""
         return round_weight(
             factor,
             number_format,

@@ -1,8 +1,8 @@
 """Second moments of a weight (inputs and output gradients): damping, factors for rounding, loss increase.
 
 The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`, with `R` the moment of the
-gradients by the outputs and `C` that of the inputs. Rounding damps both: it adds a share of the mean of their
-diagonal to that diagonal. All shares that rounding uses are listed here.
+gradients by the outputs and `C` that of the inputs. Rounding damps both: it adds a fraction of the mean of
+the diagonal to the diagonal. This module lists all such fractions for rounding.
 """
 
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import cholesky
 
-#: Raw moments, which nothing was added to: gradients of one text tell less about another than inputs do.
+#: Damping of raw moments, for gradients and inputs; gradients differ more between texts than inputs do.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Gradient moments of a dense matrix that are damped for decompositions already. Rounding moves errors into
-#: directions that cost little, and those where the calibration text had small gradients, but another text has
-#: larger ones, cost more than predicted. Without this share two-sided rounding halves the predicted loss of
-#: the integers of a language model, but hardly its loss (docs/bytes.md).
+#: Additional damping of gradient moments that are already damped for decompositions. Rounding moves errors
+#: into directions with small moments. If another text has larger gradients in these directions, the loss is
+#: higher than predicted. Without this damping, two-sided rounding halves the predicted loss increase of a
+#: language model, but hardly the measured one (docs/bytes.md).
 DENSE_ROW_DAMPING = 0.8
-#: Moments that a few random probes estimate: those of the cores of any network.
+#: Damping of moments that are estimated from a few random probes, for cores of any network.
 ESTIMATE_DAMPING = 0.1
-#: Moments that are damped as far as they should be: only against singular ones.
+#: Damping of moments that are already damped, only against singular matrices.
 LEAST_DAMPING = 1e-6
 
 
@@ -33,7 +33,7 @@ LEAST_DAMPING = 1e-6
 class Moment:
     """Damped second moments of one side, rows or columns, of a stack of matrices.
 
-    Factors are computed once, when they are first asked for.
+    Factors are computed when they are first needed, and then cached.
 
     Args:
         values: shape `(stack or 1, n, n)`, or `(1, n)` if only the diagonal is known.
@@ -48,7 +48,7 @@ class Moment:
 
     @property
     def full(self) -> bool:
-        """True if elements off the diagonal are known, along which errors are fed back."""
+        """True if off-diagonal elements are known, which error feedback needs."""
         return self.values.ndim == 3
 
     def times(self, matrix: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Moment:
     def order(self) -> Tensor:
         """Order of rounding: indices by descending diagonal, shape `(stack or 1, n)`.
 
-        The element rounded last absorbs the errors of all before it, and should have the least sensitivity.
+        The last element gets the errors of all elements before it, and should have the least sensitivity.
         """
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
@@ -67,13 +67,13 @@ class Moment:
     def feedback(self) -> tuple[Tensor, Tensor]:
         """Factors of `M = U D U^T`, with `U` unit upper triangular, in the order of rounding.
 
-        `U` less its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
+        Returns `U` minus its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
 
         Raises:
             ShapeError: the moment is not positive definite.
         """
         backward = self.order.flip(1)
-        # Whole rows are copied first: an index of single elements takes as long as the factorisation.
+        # Permute whole rows first: indexing single elements would take as long as the factorisation.
         chosen = zip(self.values, backward, strict=True)
         lower, positive = cholesky(
             torch.stack([x.index_select(0, places).index_select(1, places) for x, places in chosen])
@@ -89,7 +89,7 @@ class Moment:
 
     @cached_property
     def growth(self) -> Tensor:
-        """`D_i (M^-1)_ii`, by which the variance of an error exceeds that of its rounding residual.
+        """Ratio `D_i (M^-1)_ii` of the variance of an error to that of its rounding residual.
 
         Shape `(stack or 1, n)`, in the order of rounding.
         """
@@ -110,7 +110,7 @@ def damped_moment(
         lead: leading dimensions of the weight.
         damping: share of the mean diagonal that is added.
         like: tensor of the dtype and device to compute in.
-        name: `"rows"` or `"columns"`, for errors.
+        name: `"rows"` or `"columns"`, for error messages.
 
     Raises:
         ShapeError: another shape.
@@ -142,9 +142,9 @@ def _damped(
     if moment.ndim == 1:
         return Moment((moment + damping * moment.mean())[None])
     moment = moment.reshape(-1, size, size)
-    moment = (moment + moment.mT).mul_(0.5)  # accumulated in single precision: symmetric up to rounding
+    moment = (moment + moment.mT).mul_(0.5)  # symmetric only up to rounding
     mean = moment.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # a stack may hold experts that saw nothing
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # experts without tokens have zeros
     moment.diagonal(dim1=1, dim2=2).add_(damping * mean)
     return Moment(moment)
 

@@ -1,9 +1,9 @@
-"""Loss increase of rounding, predicted without rounding: of a matrix in many formats, and of factors.
+"""Predict the loss increase of rounding without rounding: for a matrix in many formats, and for factors.
 
-The bare formula `s^2/24 tr D_R tr D_C` takes every residual as uniform on one step. Feedback also moves
-targets out of the range of few bits, where they are clamped; at 4 bits that adds a fifth. So the squared
-residual of every element is predicted with its own chance to be clamped. Losses of all rows are estimated
-from a sample.
+The formula `s^2/24 tr D_R tr D_C` assumes that every residual is uniform in one rounding interval. But
+feedback also moves elements out of the range of the grid, where they are clamped; at 4 bits this increases
+the loss by a fifth. So the squared residual of every element is predicted with its probability of being
+clamped. The sum over all rows is estimated from a sample.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from tensornet.quantization.moments import COLUMN_DAMPING, LEAST_DAMPING, Moment
 from tensornet.quantization.rounding import Rounding, fed_back, possible_roundings
 from tensornet.quantization.scales import group_ranges, search_scales
 
-#: Standard deviations beyond which a normal distribution counts as zero.
+#: Number of standard deviations beyond which a normal distribution is treated as zero.
 _FAR = 12.0
-#: Up to these bits feedback may push so many elements out of range that rounding with less of it is cheaper.
+#: Largest number of bits for which rounding with less feedback may be better, because of clamping.
 _CLAMPED_BITS = 4
-#: Rows of each factor whose residuals are predicted one by one; the others are scaled from them.
+#: Number of sampled rows of a factor, from which the residuals of all rows are estimated.
 SAMPLED_ROWS = 128
 
 
@@ -41,19 +41,19 @@ def predict_losses(
     rounding: Rounding = "two_sided",
     sample: Tensor | None = None,
 ) -> Tensor:
-    """Predict losses of `round_weight` with the first weighting under all of them, for several formats.
+    """Predict the losses of `round_weight`, rounding with the first weighting, under all weightings.
 
-    On the layers of a trained language model predictions were 1 to 15 % high from 4 bits on; at 2 bits they
-    were off by up to a third.
+    On the layers of a trained language model predictions were 1 to 15 % too high from 4 bits on, and wrong by
+    up to a third at 2 bits.
 
     Args:
         weight: shape `(out, in)`.
         number_formats: integer formats or their names.
-        weightings: of the loss; moments of one side are multiples of each other, but for the diagonal.
-        row_damping: as for `round_weight`; the losses are those of the moments without it.
-        column_damping: likewise.
+        weightings: weightings of the loss; off-diagonal moments of one side must be proportional.
+        row_damping: as for `round_weight`; losses are predicted for the moments without damping.
+        column_damping: the same for `C`.
         rounding: as for `round_weight`.
-        sample: indices of rows from which the losses of all are estimated; all rows if absent.
+        sample: indices of the rows from which losses are estimated; all rows if absent.
 
     Returns:
         Shape `(formats, weightings)`.
@@ -73,7 +73,7 @@ def predict_losses(
     formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
     if not formats:
         return work.new_zeros(0, len(weightings))
-    # 1. The moments, factorised once for all formats.
+    # 1. Factorise the moments once for all formats.
     rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, work, "rows")
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
     ways = possible_roundings(rounding, rows, columns)
@@ -81,13 +81,13 @@ def predict_losses(
     importance = None if columns is None else columns.diagonal[:, None, :]
     losses = []
     for number_format in formats:
-        # 2. Scales as they will be, and with them the residuals of each way to round that may be the best.
+        # 2. Compute the scales, and the residuals for each rounding method that may be the best.
         scales, zeros = search_scales(part, number_format, importance)
         tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         found = []
         for way in reversed(tried):
             expected = expect(work, number_format, scales, zeros, rows, columns, way, sample)
-            # 3. Their losses under every weighting.
+            # 3. Compute their losses under every weighting.
             found.append(
                 torch.cat(
                     [
@@ -116,18 +116,18 @@ def predict_product_losses(
 ) -> Tensor:
     """Predict the loss increase of `round_product` for all leading parts of a sum of rank-one terms.
 
-    To explain how this works: `sum_k a_k b_k^T` of a whitened SVD is nested, and its terms do not meet in the
-    loss. An error of `b_k` costs by the norm of `a_k` and the input moment, an error of `a_k` by that of
-    `b_k` and the gradient moment. So the expected losses of single terms add up. Factors are rounded with
-    the first weighting; under another one errors also cost by the difference of the diagonals.
+    The sum `sum_k a_k b_k^T` of a whitened SVD is nested in the rank, and its terms are orthogonal in the
+    loss. An error of `b_k` is weighted by the norm of `a_k` and the input moment, an error of `a_k` by the
+    norm of `b_k` and the gradient moment. So the expected losses of single terms add up. Factors are rounded
+    with the first weighting; for other weightings the difference of the diagonals is taken into account.
 
     Args:
         left: shape `(out, rank)`.
         right: shape `(rank, in)`.
         number_format: integer format of both factors, or its name.
-        weightings: of the loss; the first one is rounded with.
+        weightings: weightings of the loss; rounding uses the first.
         rounding: as for `round_weight`.
-        rank: only so many of the first terms are stored; all if absent.
+        rank: number of leading terms that are stored; all if absent.
 
     Returns:
         Shape `(weightings, rank)`.
@@ -140,7 +140,7 @@ def predict_product_losses(
         torch.Size([1, 4])
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    # Norms of all terms, which other number formats share, whatever their rank.
+    # Norms of all terms, which are cached for other number formats and ranks.
     seen = [
         (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
         for each in weightings
@@ -163,10 +163,10 @@ def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | Non
 
     Args:
         factor: matrix.
-        axis: that the norms sum over.
-        moment: of that axis.
-        known: moment that norms are needed of anyway: where they differ by a factor and on the diagonal
-            alone, no other product of matrices is computed.
+        axis: axis of the sums.
+        moment: moment of that axis.
+        known: another moment for which norms are cached. If `moment` is a multiple of it plus a diagonal, no
+            further matrix product is needed.
     """
     vectors = factor if axis == 0 else factor.mT
     if moment is not known and moment is not None and known is not None and moment.ndim == known.ndim == 2:
@@ -183,9 +183,9 @@ def _expect_factor(
     columns: Tensor | None,
     rounding: Rounding,
 ) -> "ExpectedResiduals":
-    """Predict the residuals of one factor with all feedback that its moments allow."""
+    """Predict the residuals of one factor, rounded with the most feedback that its moments allow."""
     work = factor.float()[None]
-    # Damped as for the dense matrix, so that both share one factorisation.
+    # The same damping as for the dense matrix, so that both share one factorisation.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")
     sample = spaced_rows(factor, SAMPLED_ROWS)
@@ -202,17 +202,17 @@ def _expect_factor(
 class ExpectedResiduals:
     """Expected squared residuals of rounding a stack of matrices with feedback.
 
-    To explain how a sample gives the sums over all rows: residuals of a group are about proportional to its
-    squared range, at any number of bits. So sums over the sample are scaled by the ratio of the same sums of
-    ranges over all rows and over the sample.
+    Sums over all rows are estimated from a sample: squared residuals of a group are about proportional to its
+    squared range, at any number of bits. So sums over the sample are scaled by the ratio of the sums of
+    squared ranges over all rows and over the sample.
 
     Args:
         squares: shape `(stack, out, in)`, or `(stack, sampled, in)`.
-        rows: `D` of the gradient moment and the growth of errors over residuals, each `(stack or 1, out)`.
-        columns: the same of the input moment, each `(stack or 1, in)`.
-        format: that is rounded to.
-        sample: indices of the sampled rows; None if all are there.
-        ranges: squared, of all groups, if there is a sample.
+        rows: `D` of the gradient moment, and its `Moment.growth`, each `(stack or 1, out)`.
+        columns: the same for the input moment, each `(stack or 1, in)`.
+        format: the number format.
+        sample: indices of the sampled rows; None for all rows.
+        ranges: squared ranges of all groups, if there is a sample.
     """
 
     squares: Tensor
@@ -223,7 +223,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum the losses of all residuals, shape `(stack,)`, by weights `(stack or 1, n)` of both sides."""
+        """Sum the residuals, with weights `(stack or 1, n)` for both sides, to losses `(stack,)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -271,13 +271,13 @@ def expect(
     Args:
         weight: shape `(stack, out, in)`.
         number_format: an integer format.
-        scales: of all rows, or of those of the sample.
-        zeros: likewise.
+        scales: scales of all rows, or of the sampled rows.
+        zeros: zero points of the same rows.
         rows: moment of the gradients.
         columns: moment of the inputs.
-        way: to round.
-        sample: indices of the rows whose residuals are predicted; those of the others are scaled from
-            them by the ranges of their groups. All rows if absent.
+        way: rounding method.
+        sample: indices of the rows whose residuals are predicted, see `ExpectedResiduals`; all rows if
+            absent.
     """
     size, part = weight.shape[2], weight if sample is None else weight[:, sample]
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(weight.dtype), size)
@@ -294,7 +294,7 @@ def expect(
         spread = growth[:, :, None] * by_column[1][:, None, :] - 1
         square = expected_residuals(part, grid, spread.clamp_min_(0))
     ranges = None
-    if sample is not None:  # squared residuals of a group are about proportional to its squared range
+    if sample is not None:  # see `ExpectedResiduals`
         ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
@@ -302,9 +302,9 @@ def expect(
 def _residual_weights(
     moment: Moment | None, feedback: bool, like: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute the weights of the residuals of one side in the loss, and the growth of errors over residuals.
+    """Compute the weights of the residuals of one side in the loss, and `Moment.growth`.
 
-    Both have shape `(stack or 1, size)`.
+    Both have the shape `(stack or 1, size)`.
     """
     if moment is not None and feedback:
         back = moment.order.argsort(1)
@@ -314,12 +314,12 @@ def _residual_weights(
 
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals with feedback: `s^2/12` inside the grid, more beyond its ends.
+    """Predict squared rounding residuals with feedback: `s^2/12` inside the grid, more outside of it.
 
     Args:
         weight: shape `(stack, out, in)`.
-        grid: of its elements.
-        spread: variance of the feedback that is added to each element, in units of `s^2/12`.
+        grid: rounding grid of its elements.
+        spread: variance of the feedback of each element, in units of `s^2/12`.
 
     Returns:
         `s^2/12 P(inside) + E[(t - end)^2; t outside]` for normally distributed targets `t` around the weight.
@@ -330,7 +330,7 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     ends = grid.points(torch.zeros_like(weight)), grid.points(torch.full_like(weight, grid.top))
     expected = variance.clone()
     for beyond in (weight - torch.maximum(*ends), torch.minimum(*ends) - weight):
-        # Farther out nothing changes, but numbers too small to be normal ones take very long.
+        # Larger values change nothing, but would give subnormal numbers, which are very slow.
         start = ((step / 2 - beyond) / sigma).clamp_(-_FAR, _FAR)
         tail = torch.special.erfc(start / 2**0.5) / 2
         density = torch.exp(-start.square() / 2) / (2 * torch.pi) ** 0.5
@@ -351,7 +351,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 
     Args:
         weight: shape `(out, in)`.
-        count: of rows; None is returned if the weight has no more.
+        count: number of rows; the result is None if the weight has no more.
 
     Returns:
         Indices in ascending order, shape `(count,)`.
@@ -366,14 +366,13 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Predict the loss of a unit residual at every position, under a moment other than the rounding's.
+    """Predict the loss of a unit residual at every position, under another moment than that of rounding.
 
     Args:
-        kept: `D` and error growth of one side, each `(1, n)`.
-        chosen: moment that is rounded with, before damping, `(n, n)`, `(n,)` or None for the identity.
-        moment: moment that errors cost by; of two full ones it is taken to be a multiple of the other, but
-            for the diagonal.
-        damping: fraction of the mean diagonal that was added to round, but costs nothing.
+        kept: `D` and `Moment.growth` of one side, each `(1, n)`.
+        chosen: moment used for rounding, before damping, `(n, n)`, `(n,)` or None for the identity.
+        moment: moment of the loss. If both are full, off-diagonal elements are assumed to be proportional.
+        damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.
 
     Returns:
         Shape `(1, n)`.

@@ -1,8 +1,8 @@
 """Rounding of a matrix to a number format at little loss increase: nearest, one-sided, two-sided.
 
-To explain the choice: feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`,
-but pushes some elements out of the range of their grid, where they are clamped. So rounding with less
-feedback is tried as well, and the result of least loss is kept, matrix by matrix.
+Error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`, but moves some
+elements out of the range of their grid, where they are clamped. So rounding with less feedback is tried as
+well, and for each matrix the result with the smallest loss is kept.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ from tensornet.quantization.scales import refit_scales, search_scales
 
 #: How much of the error of an element is fed back to those that are rounded after it.
 Rounding = Literal["nearest", "one_sided", "two_sided"]
-#: The words, from the least feedback to the most.
+#: The values of `Rounding`, from the least feedback to the most.
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-#: Rows from which on one-sided rounding is compared by the diagonal of R alone.
+#: Number of rows above which one-sided rounding is compared by the diagonal of R alone.
 _ESTIMATED_ROWS = 256
-#: Rows of all matrices of a stack at which arithmetic takes as long as calls in descent.
+#: Total number of rows of a stack for which arithmetic takes as long as calls in descent.
 _DESCENT_ROWS = 2048
 
 
@@ -46,8 +46,8 @@ class RoundedWeight:
         codes: `torch.uint8`, shape `(..., out, in)`.
         scales: in the dtype of the format, shape `(..., out, groups)`.
         zeros: `torch.uint8` of the same shape; None without zero points.
-        number_format: of all of them.
-        rounding: the feedback that was best for each matrix of the stack, in order.
+        number_format: format of all of them.
+        rounding: the best rounding method for each matrix of the stack.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
 
     Example:
@@ -78,7 +78,7 @@ class _Solution(NamedTuple):
     """Rounded stack of matrices.
 
     Args:
-        codes: floating-point whole numbers, shape `(stack, out, in)`.
+        codes: codes as floating-point numbers, shape `(stack, out, in)`.
         scales: shape `(stack, out, groups)`.
         loss: loss increase, shape `(stack,)`.
         way: index in `ROUNDINGS`, shape `(stack,)`.
@@ -107,25 +107,25 @@ def round_weight(
     """Round a weight to an integer format with little loss increase `1/2 tr(R E C E^T)`.
 
     Args:
-        weight: shape `(out, in)`, or `(..., out, in)` for a stack. Computed in float64 if it is that,
-            else in float32.
+        weight: shape `(out, in)`, or `(..., out, in)` for a stack. Computations are in float64 for float64
+            weights, else in float32.
         number_format: an integer format or its name.
         rows: moment `R` of the gradients by the outputs, `(out, out)` or `(out,)`, or one for each matrix of
-            the stack, `(..., out, out)`. Missing or all zero means the identity, and no feedback between
+            the stack, `(..., out, out)`. If absent or all zero, it is the identity, without feedback between
             rows.
-        columns: moment `C` of the inputs, likewise.
-        rounding: the most feedback that is tried: `"nearest"` has none; `"one_sided"` (GPTQ, LDLQ) follows
-            the inputs, or the outputs where only their moment is full; `"two_sided"` follows both. A side
-            without a full moment has no feedback.
-        row_damping: share of the mean diagonal of `R` that is added to it; 0 if it is damped already.
+        columns: moment `C` of the inputs, in the same forms.
+        rounding: the most feedback that is tried: `"nearest"` has none; `"one_sided"` (GPTQ, LDLQ) has
+            feedback along the inputs, or along the outputs if only their moment is full; `"two_sided"` along
+            both. There is no feedback along a side without a full moment.
+        row_damping: fraction of the mean diagonal of `R` that is added to it; 0 if it is already damped.
         column_damping: the same for `C`.
-        refits: how often scales are refitted to the codes and codes rounded again.
+        refits: how often scales are refitted to the codes, and codes are rounded again.
         sweeps: rounds of descent on the exact loss increase afterwards.
 
     Raises:
         FormatError: not an integer format.
         NonFiniteError: the weight or a moment contains NaN or infinity.
-        ShapeError: moments that do not fit, or another word for `rounding`.
+        ShapeError: the moments do not fit, or `rounding` has another value.
 
     Reference:
         Frantar et al. 2023, "GPTQ"; Tseng et al. 2025, "Model-preserving adaptive rounding" (both sides).
@@ -137,7 +137,7 @@ def round_weight(
         >>> rounded.rounding, rounded.nbytes, rounded.dequantize().shape
         (('one_sided',), 272, torch.Size([8, 64]))
     """
-    # 1. One stack of matrices, in single or double precision, and the damped moments of both sides.
+    # 1. Make one stack of matrices, in single or double precision, and damp the moments of both sides.
     number_format = NumberFormat.parse(number_format)
     if weight.ndim < 2:
         raise ShapeError(f"round_weight needs a matrix (..., out, in), got shape {tuple(weight.shape)}.")
@@ -151,7 +151,7 @@ def round_weight(
     c = damped_moment(columns, size, lead, column_damping, work, "columns")
     ways = possible_roundings(rounding, r, c)
 
-    # 2. Scales and zero points that fit each group by itself, its elements weighed by the diagonal of C.
+    # 2. Find scales and zero points for each group, with elements weighted by the diagonal of C.
     start, zeros = search_scales(work, number_format, None if c is None else c.diagonal[:, None, :])
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
 
@@ -164,26 +164,27 @@ def round_weight(
         loss = loss_increase(work - points.points(codes), seen, c)
         return _Solution(codes, scales, loss, torch.full((stack,), ROUNDINGS.index(way), device=work.device))
 
-    # 3. Codes with each amount of feedback; of each matrix the solution of least loss is kept. Two-sided
-    #    rounding takes most of the time, and one-sided codes fix the scales as well: it waits for these.
-    #    Until then no product with all of R is needed: rows without feedback have independent errors.
+    # 3. Round with each amount of feedback, except two-sided, and keep the solution with the smallest loss
+    # for each matrix. Two-sided rounding is the slowest; it is tried after the scales are refitted to
+    # one-sided codes. Until then no product with the full R is needed, since rows without feedback have
+    # independent errors.
     later = refits > 0 and ways[-1] == "two_sided"
     estimates = later and r is not None and out >= _ESTIMATED_ROWS
     seen = Moment(r.diagonal) if estimates and r is not None else r
     best = _best([rounded(start, way, seen) for way in (ways[:-1] if later else ways)])
 
-    # 4. Scales that suit these codes, by least squares under C, and codes for these scales.
+    # 4. Refit the scales to these codes by least squares under C, and round again with these scales.
     for k in range(refits):
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         fitted = refit_scales(work, best.codes - zero, number_format, moment)
         scales = number_format.storable(fitted)
-        # Where less feedback was better it usually stays so.
+        # If less feedback was better for a matrix, it usually stays better.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
         best = _best([best, *(rounded(scales, way) for way in (*before, ways[-1]))])
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
 
-    # 5. Descent on the exact loss from there, a few matrices of the stack at a time.
+    # 5. Descend on the exact loss, a few matrices of the stack at a time.
     if sweeps:
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
     groups = (*weight.shape[:-1], number_format.groups(size))
@@ -198,10 +199,10 @@ def round_weight(
 
 
 def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | None) -> list[Rounding]:
-    """List the ways to round that the moments allow, the one with most feedback last.
+    """List the rounding methods that the moments allow, the one with the most feedback last.
 
     Raises:
-        ShapeError: another word than those of `Rounding`.
+        ShapeError: not a value of `Rounding`.
     """
     if most not in ROUNDINGS:
         raise ShapeError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {most!r}.")
@@ -212,7 +213,7 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
 def fed_back(
     way: Rounding, rows: Moment | None, columns: Moment | None
 ) -> tuple[Moment | None, Moment | None]:
-    """Select the moments along which errors are fed back; one-sided rounding prefers the inputs."""
+    """Select the moments used for feedback; one-sided rounding prefers the inputs."""
     if way == "nearest":
         return None, None
     if way == "two_sided":
@@ -244,11 +245,11 @@ def _descended(
     columns: Moment | None,
     sweeps: int,
 ) -> _Solution:
-    """Descend on the exact loss increase, a stack of small matrices at once."""
+    """Descend on the exact loss increase, for stacks of small matrices at once."""
     stack, out, size = weight.shape
 
     def moments(moment: Moment | None, some: slice, n: int) -> Tensor:
-        """Select the moments of a part of the stack, diagonals as vectors."""
+        """Select the moments of a part of the stack; diagonals are vectors."""
         values = weight.new_ones(1, n) if moment is None else moment.values
         return values[some] if len(values) > 1 else values.expand(len(weight[some]), *values.shape[1:])
 

@@ -1,8 +1,8 @@
-"""Scales and zero points of groups: search by weighted error, refit by least squares, and underflow.
+"""Scales and zero points of groups: search by weighted error, least-squares refit, and underflow.
 
-The search minimises `sum_j C_jj (w_j - q_j)^2` in every group over shrunken ranges, since a few clamped
-elements often cost less than a coarse grid. The refit takes the codes as given and minimises
-`(w - q) C (w - q)^T` over all scales of a row at once, correlations between groups included.
+The search minimises `sum_j C_jj (w_j - q_j)^2` for every group over several smaller ranges, since clamping a
+few elements is often better than a coarse grid. The refit takes the codes as given and minimises `(w - q) C
+(w - q)^T` over all scales of a row at once, correlations between groups included.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,18 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat
 
-#: Ranges tried, as shares of the largest element: from the first for few bits up to the last.
+#: Ranges that are tried, as fractions of the largest element.
 _WIDEST = 1.1
 _TRIED = 24
-#: Alternations of rounding and weighted least squares that follow the search.
+#: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
-#: Elements searched at a time: on a CPU they stay in its cache, elsewhere memory is bounded.
+#: Number of elements searched at a time, to fit the cache of a CPU, and to bound memory elsewhere.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Largest share of the weighted energy that groups with underflowing scales may have. If all of it is lost,
-#: the relative error is that of rounding to 8 bits.
+#: Largest fraction of the weighted energy in groups with underflowing scales. Losing all of it would cause
+#: the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Sizes of groups with 16-bit scales for those with 8-bit scales: twice as large
-#: ones take the same number of bytes.
+#: Group sizes with 16-bit scales that replace group sizes with 8-bit scales. A group twice as large takes the
+#: same number of bytes.
 _WIDER = {32: 64, 64: 128}
 
 
@@ -41,8 +41,8 @@ def search_scales(
     Args:
         weight: shape `(..., out, in)`.
         number_format: an integer format.
-        importance: weight of the squared error of every element, broadcastable to the weight: usually the
-            diagonal of the input moment, shape `(in,)`. Equal weights if absent.
+        importance: weight of the squared error of every element, broadcastable to the weight; usually the
+            diagonal of the input moment, shape `(in,)`. If absent, all weights are equal.
 
     Returns:
         Scales in the dtype of the format, and zero points as `torch.uint8` or None, `(..., out, groups)`.
@@ -66,13 +66,13 @@ def search_scales(
     if importance is None:
         importance = grouped.new_ones(1)
     check_finite(importance, "The importance of the elements")
-    # Padding has no importance: not every grid has a zero.
+    # Padding gets no importance, since not every grid can represent zero.
     importance = number_format.grouped(importance.to(grouped).expand(weight.shape)).reshape(flat.shape)
     step = max(1, (_CACHED if flat.is_cpu else _CHUNK) // flat.shape[1])
     scales, zeros = [], []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        # One group a column: sums over groups of 32 and products with scales run along all groups.
+        # One group per column, so that sums over groups and products with scales are vectorized over groups.
         scale, zero = _search(flat[part].T.contiguous(), number_format, importance[part].T.contiguous())
         scales.append(scale)
         zeros.append(zero)
@@ -91,18 +91,18 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     best_cost = (flat * flat).mul_(importance).sum(0)
 
     def points(scale: Tensor, zero: Tensor) -> Tensor:
-        """Compute the nearest codes less their zeros."""
+        """Compute the nearest codes minus their zeros."""
         found = flat / torch.where(scale == 0, torch.ones_like(scale), scale)
         if number_format.zero_point:
             return found.add_(zero).round_().clamp_(0, top).sub_(zero)
-        if center % 1:  # points lie between whole numbers
+        if center % 1:  # points are half-integers
             found.sub_(0.5).round_().add_(0.5)
         else:
             found.round_()
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """Keep a scale and a zero, as they are stored, in the groups in which they are better."""
+        """Update the best scale and zero of every group in which these, rounded for storage, are better."""
         nonlocal best_scale, best_zero, best_cost
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)
@@ -114,7 +114,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
     for scale, zero in _candidates(flat, number_format):
         offer(scale, zero)
-    for _ in range(_POLISHED):  # the scale of least squares for the codes found
+    for _ in range(_POLISHED):  # least-squares scale for the codes
         found = points(best_scale, best_zero)
         weighed = found * importance
         size = (weighed * found).sum(0)
@@ -124,13 +124,13 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype they are stored in; zero where they leave its range."""
+    """Round scales to the dtype in which they are stored; zero if they are out of its range."""
     kept = scale.to(number_format.scale_dtype).to(scale.dtype)
     return torch.where(kept.isfinite(), kept, torch.zeros_like(kept))
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
-    """List scales and zeros that fit shares of the range of every group into the grid."""
+    """List scales and zeros that map fractions of the range of every group to the grid."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     top, center = number_format.top, number_format.center
     if number_format.zero_point:
@@ -138,7 +138,7 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
         middle = (-low / torch.where(whole == 0, torch.ones_like(whole), whole)).round()
         others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
     else:
-        whole = -torch.where(high > -low, high, low) / center  # code 0 lies farthest from the center
+        whole = -torch.where(high > -low, high, low) / center  # code 0 is farthest from the center
         others = [(sign, torch.full_like(low, center)) for sign in ((1,) if center % 1 else (1, -1))]
     narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
     shares = torch.linspace(narrowest, _WIDEST, _TRIED, device=flat.device)
@@ -148,13 +148,13 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
 
 
 def _distinct(scales: Tensor) -> Tensor:
-    """Drop scales that are the same once stored: of 24 those with 8 bits leave two or three, or eight.
+    """Drop scales that are equal after rounding for storage; of 24 scales few are distinct in 8 bits.
 
     Args:
         scales: shape `(tried, groups)`, sorted in every group.
 
     Returns:
-        Shape `(kept, groups)`; a group with fewer than others repeats its last one.
+        Shape `(kept, groups)`; a group with fewer distinct scales repeats its last one.
     """
     place = torch.zeros(scales.shape, dtype=torch.int64, device=scales.device)
     torch.cumsum(scales[1:] != scales[:-1], 0, out=place[1:])
@@ -173,12 +173,12 @@ def refit_scales(
 
     Args:
         weight: shape `(..., out, in)`.
-        points: codes less their zeros, of the shape of the weight.
+        points: codes minus their zeros, in the shape of the weight.
         number_format: an integer format.
         columns: input moment `(..., in, in)`, or `(in,)` if diagonal; identity if absent.
 
     Returns:
-        Scales in the dtype of the weight, shape `(..., out, groups)`; zero where all points of a group are.
+        Scales in the dtype of the weight, shape `(..., out, groups)`; zero if all points of a group are zero.
 
     Raises:
         NonFiniteError: the weight, the points or the moment contains NaN or infinity.
@@ -209,7 +209,7 @@ def refit_scales(
     normal = torch.stack(normals, -2)  # shape: (..., out, groups, groups)
     right = number_format.grouped((weight @ columns).mul_(points)).sum(-1)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    # Groups without a point and groups that others determine need a finite answer.
+    # Regularize, so that groups of zeros and linearly dependent groups get finite scales.
     shift = torch.where(diagonal > 0, 8 * torch.finfo(normal.dtype).eps * diagonal, 1.0)
     solved = torch.linalg.solve(normal + torch.diag_embed(shift), right)
     return torch.where(diagonal > 0, solved, 0.0)
@@ -217,15 +217,15 @@ def refit_scales(
 
 @torch.no_grad()
 def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Weighting | None = None) -> bool:
-    """Return True if scales that matter for the loss are too small to be stored with two bits of precision.
+    """Return True if scales that matter for the loss are too small for their dtype.
 
-    Smaller ones become coarse, and in the end zero, with all weights of their groups.
+    Such scales have less than two bits of precision or become zero, with all weights of their groups.
 
     Args:
         weight: shape `(out, in)`.
         number_format: any format; only integer ones have scales.
-        weighting: sensitivity of the loss to errors of the weight, by whose diagonals groups are weighed;
-            equal weights if absent.
+        weighting: sensitivity of the loss to errors of the weight; its diagonals weight the groups. If
+            absent, all weights are equal.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -234,7 +234,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
         >>> scales_underflow(weight, number_format), scales_underflow(1e-5 * weight, number_format)
         (False, True)
     """
-    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # the range of float32
+    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # large range
         return False
     limits = torch.finfo(number_format.scale_dtype)
     smallest = 4 * limits.smallest_normal * limits.eps
@@ -253,15 +253,15 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
 
 @remembered
 def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
-    """Compute the range of every group, `(..., out, groups)`, which formats of all bits share."""
+    """Compute the range of every group, `(..., out, groups)`, for formats of any number of bits."""
     groups = NumberFormat(8, group).grouped(weight)
     return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
-    """Return the format with 16-bit scales that takes as many bytes, for scales of 8 bits.
+    """Return the format with 16-bit scales that replaces one with 8-bit scales at the same size.
 
-    Groups are twice as large where larger ones exist.
+    Groups are twice as large if such a size exists.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -280,5 +280,5 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
 def storable_formats(
     weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
 ) -> tuple[NumberFormat, ...]:
-    """Replace the formats whose scales underflow in a matrix by those with 16-bit scales."""
+    """Replace formats whose scales underflow in a matrix by formats with 16-bit scales."""
     return tuple(with_wide_scales(x) if scales_underflow(weight, x, weighting) else x for x in number_formats)

@@ -1,6 +1,6 @@
-"""Integer codes that are trained: floating-point numbers, rounded in each pass.
+"""Training of integer codes, as floating-point numbers that are rounded in each pass.
 
-The gradient of a code is that of its value, as if it were not rounded.
+The gradient of a code is computed as if it were not rounded.
 
 Reference:
     Bengio, Leonard, Courville 2013, "Estimating or Propagating Gradients Through Stochastic Neurons"
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from tensornet.quantization.formats import NumberFormat
 
-#: Elements that are rounded at a time on a processor.
+#: Number of elements that are rounded at a time on a CPU.
 _CACHED = 1 << 16
 
 
@@ -39,7 +39,7 @@ def rounded_values(
         codes: floating-point, shape `(..., out, in)`.
         scales: shape `(..., out, groups)`.
         zeros: integers of the same shape; None without zero points.
-        number_format: of the codes.
+        number_format: format of the codes.
         dtype: of the result.
 
     Example:
@@ -86,7 +86,7 @@ class _Rounded(torch.autograd.Function):
         zero = None if zeros is None else zeros.flatten(0, -2)
         needs_code, needs_scale, *_ = ctx.needs_input_grad
         for rows in _blocks(code):
-            values = to_code[rows].copy_(arriving[rows])  # in 16 bits they would be cast in each product
+            values = to_code[rows].copy_(arriving[rows])  # cast once, not in each product
             if needs_scale:
                 points = _points(code[rows], None if zero is None else zero[rows], ctx.number_format)
                 to_scale[rows] = ctx.number_format.grouped(points.mul_(values)).sum(-1)
@@ -96,10 +96,9 @@ class _Rounded(torch.autograd.Function):
 
 
 def _blocks(matrix: Tensor) -> Iterator[slice]:
-    """List blocks of rows, small enough for the cache of a processor.
+    """List blocks of rows, small enough for the cache of a CPU.
 
-    To explain the gain: a step of healing passes over every code several times, and memory takes longer than
-    arithmetic.
+    A step of healing passes over every code several times, and memory accesses take longer than arithmetic.
     """
     step = max(1, _CACHED // max(matrix.shape[1], 1)) if matrix.is_cpu else max(1, len(matrix))
     return (slice(start, start + step) for start in range(0, len(matrix), step))
@@ -116,7 +115,7 @@ def _points(codes: Tensor, zeros: Tensor | None, number_format: NumberFormat) ->
 def _scale(x: Tensor, scales: Tensor, number_format: NumberFormat) -> Tensor:
     """Multiply the elements of every group by its scale, in place, shape `(rows, in)`."""
     width = number_format.group or max(x.shape[1], 1)
-    if x.shape[1] % width:  # else scales need not be repeated, which takes as long as the product
+    if x.shape[1] % width:  # otherwise broadcasting avoids repeating the scales
         return x.mul_(number_format.spread(scales.to(x), x.shape[1]))
     x.unflatten(1, (-1, width)).mul_(scales.to(x).unsqueeze(-1))
     return x
