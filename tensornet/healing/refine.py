@@ -271,7 +271,7 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
 
 
 class PairedMoments(NamedTuple):
-    """Sums over tokens of `x x^T`, `x x'^T`, `x' x'^T`, with inputs x (dense model) and x' (compressed model)."""
+    """Sums over tokens of `x x^T`, `x x'^T`, `x' x'^T`, for inputs x (dense) and x' (compressed model)."""
 
     dense: Tensor
     mixed: Tensor

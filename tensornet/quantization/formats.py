@@ -327,6 +327,7 @@ def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool 
 
 
 # --- packing of codes of 2 to 8 bits into bytes, row by row ----------------------------------------
+#
 # Layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
 # codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and unpacking are
 # vectorized shifts of whole segments, and rows can be sliced without unpacking. In general `8 / gcd(8, bits)`
