@@ -1,9 +1,9 @@
 """Predicted time of a planned contraction on a machine.
 
-Cores and weights come from memory once. A matrix product takes its arithmetic, at a rate that falls for small
-sizes; a permuting copy costs by the element and by the contiguous run; each operation has a fixed overhead.
-Counting floating-point operations alone would be wrong by more than an order of magnitude for few tokens,
-where memory, copies and overheads decide.
+Cores and weights are read from memory once. The time of a matrix product is that of its arithmetic, at a rate
+that is lower for small sizes. The time of a permuting copy is a sum over its elements and contiguous runs.
+Each operation has a fixed overhead. Counting only floating-point operations would be wrong by more than an
+order of magnitude for few tokens, where memory, copies and overheads matter most.
 """
 
 import time
@@ -21,17 +21,18 @@ class Machine:
     """Machine constants of the cost model, in seconds and single-precision elements unless stated otherwise.
 
     Args:
-        name: for reports.
+        name: name in reports.
         peak: multiply-adds per second of a large matrix product.
         half_peak: the same in a 16-bit dtype.
-        bandwidth: bytes per second at which weights arrive from memory; in a model of many layers they are
-            never in a cache when they are needed.
-        overhead: per operation, a matrix product or a permuting copy.
-        copy_element: per element of a permuting copy.
-        copy_run: more for each contiguous run of a copy: for each element if the innermost index changes.
-        copy_far: more for each element of a copy that the cache of a core does not hold.
+        bandwidth: bytes per second for reading weights from memory; in a model of many layers weights are
+            never in a cache.
+        overhead: time per operation (a matrix product or a permuting copy).
+        copy_element: time per element of a permuting copy.
+        copy_run: additional time per contiguous run of a copy; a run is one element if the innermost index
+            changes.
+        copy_far: additional time per element of a copy that does not fit the cache of a core.
         half_size: rows, columns or summed indices at which a product reaches half of its peak.
-        unpack_pass: per element of one pass over a block of a matrix of integers that is unpacked.
+        unpack_pass: time per element of one pass over a block of integers in unpacking.
         kernel_peak: multiply-adds per second of torch's kernels that read integer codes; 0 without them.
 
     Example:
@@ -56,7 +57,7 @@ class Machine:
 
     def efficiency(self, rows: int, inner: int, columns: int) -> float:
         """Compute the fraction of the peak that a matrix product of this size can reach."""
-        # A vector times a matrix takes the time to read the matrix, which is counted apart.
+        # A vector-matrix product takes the time to read the matrix, which is counted separately.
         sizes = (inner,) if rows == 1 else (rows, inner, columns)
         reached = 1.0
         for size in sizes:
@@ -64,9 +65,9 @@ class Machine:
         return reached
 
 
-#: One thread of a server processor of 2023 (AVX-512): `benchmarks/fit_machine.py`, timings of every way to
-#: apply 27 layers to 1 to 1024 tokens. Constants of 16-bit and integer products: one of 2024, whose AVX-512
-#: multiplies bfloat16, layers of four shapes in seven formats.
+#: One thread of a server CPU of 2023 (AVX-512), fitted by `benchmarks/fit_machine.py` to timings of every
+#: route for 27 layers and 1 to 1024 tokens. Constants of 16-bit and integer products are from a CPU of 2024
+#: with bfloat16 in AVX-512, for layers of four shapes in seven formats.
 CPU = Machine(
     name="cpu",
     peak=50e9,
@@ -81,7 +82,7 @@ CPU = Machine(
     kernel_peak=80e9,
 )
 
-#: A data-centre GPU of the class of an A100, from its data sheet; not measured.
+#: A data-centre GPU similar to an A100, from its data sheet; not measured.
 GPU = Machine(
     name="gpu",
     peak=8e12,
@@ -96,10 +97,10 @@ GPU = Machine(
     kernel_peak=0.0,
 )
 
-#: Speed that a second thread adds to products and to copies, relative to the first: copies share the memory.
+#: Speed that each further thread adds to products and to copies, relative to the first.
 _PRODUCT_GAIN, _COPY_GAIN = 0.9, 0.5
 
-#: More seconds for every operation that threads share, to start and to wait for each other.
+#: Additional seconds for every multi-threaded operation, for synchronization.
 _SYNCHRONIZE = 8e-6
 
 
@@ -137,7 +138,7 @@ def check_machine(machine: object) -> None:
 
 
 def default_machine(device: torch.device | str) -> Machine:
-    """Return shipped constants for a device: `CPU` with the current number of threads, else `GPU`."""
+    """Return the built-in constants for a device: `CPU` with the current number of threads, else `GPU`."""
     if torch.device(device).type in ("cpu", "meta"):
         return machine_with_threads(CPU, torch.get_num_threads())
     return GPU
@@ -147,13 +148,12 @@ def default_machine(device: torch.device | str) -> Machine:
 def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> Machine:
     """Measure the machine constants of a device with the current number of threads, in about a second.
 
-    Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size`,
-    `unpack_pass` and `kernel_peak` are those of the shipped machine: they belong to the kernels, not to the
-    clock.
+    Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size`, `unpack_pass` and
+    `kernel_peak` are not measured but taken from the built-in machine, since they depend on the kernels.
 
     Args:
         device: where to measure.
-        repeats: of each measurement; the fastest counts.
+        repeats: number of repetitions of each measurement; the fastest counts.
 
     Example:
         >>> tn.contraction.cost.measure_machine(repeats=1).peak > 1e6
@@ -188,10 +188,10 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         return max(whole - overhead, 1e-9) / operand.numel()
 
     small, vector, large = ones(8, 8), ones(1, 4096), ones(1024, 1024)
-    tall = ones(4096, 8192)  # 128 MiB: no cache holds it
+    tall = ones(4096, 8192)  # 128 MiB: larger than any cache
     half = ones(1024, 1024, dtype=torch.bfloat16)
     overhead = fastest(lambda: (small @ small.reshape(8, 8)).reshape(64), calls=50)
-    # The shipped efficiency says how far this product stays below the peak.
+    # Divide by the built-in efficiency of this product to get the peak.
     volume = 1024**3 / base.efficiency(1024, 1024, 1024)
     element, strided, far = copying(4, 1024), copying(4096, 1), copying(64, 1024)
     return replace(
@@ -209,7 +209,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
 
 # --- times ----------------------------------------------------------------------------------------
 
-#: Larger operands than this, in bytes, are not all in the cache of one core.
+#: Operands larger than this, in bytes, do not fit the cache of one core.
 _FAR = 2**20
 
 
@@ -220,7 +220,7 @@ class Copy:
     Args:
         elements: elements moved, for each token if `per_token`.
         run: elements that stay together; 1 if the innermost index changes.
-        per_token: whether the operand carries the token index.
+        per_token: whether the operand has the token index.
     """
 
     elements: int
@@ -233,8 +233,8 @@ class Product:
     """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
 
     Args:
-        batch, rows, inner, columns: sizes; the group that carries the token index counts without it.
-        tokens_in: `"batch"`, `"rows"`, `"inner"`, `"columns"`, or None if no operand carries tokens.
+        batch, rows, inner, columns: sizes, without the token index.
+        tokens_in: the group with the token index: `"batch"`, `"rows"`, `"inner"`, `"columns"`, or None.
     """
 
     batch: int
@@ -245,7 +245,7 @@ class Product:
 
     @property
     def is_linear(self) -> bool:
-        """True for a plain product of tokens and a matrix, as `torch.nn.functional.linear` computes it."""
+        """True for a product of tokens and a matrix as in `torch.nn.functional.linear`."""
         return (self.batch, self.rows, self.tokens_in) == (1, 1, "rows")
 
     def at(self, tokens: int) -> tuple[int, int, int, int]:
@@ -285,7 +285,7 @@ def dense_seconds(
     *,
     from_memory: bool = True,
 ) -> float:
-    """Predict the time of `nn.Linear`; a weight that was just rebuilt is read from a cache."""
+    """Predict the time of `nn.Linear`; a weight that was just rebuilt is assumed to be in a cache."""
     product = Product(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0
     return read + product_seconds(product, tokens, machine, itemsize)

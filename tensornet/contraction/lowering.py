@@ -1,8 +1,8 @@
 """Lower a contraction path to permutations, reshapes and matrix products, with few copies.
 
-A path says which operands meet; it leaves open which of the two comes first and in which order the indices of
-each product are written. Those choices decide how much is copied, which for small bonds costs more than the
-arithmetic. A beam search over them keeps the cheapest few by the cost model.
+A path determines which operands are contracted. It does not determine which of the two comes first, nor the
+order of the indices of each product. These choices determine how much is copied, which for small bonds takes
+longer than the arithmetic. A beam search keeps the few choices with the smallest predicted time.
 """
 
 import math
@@ -23,12 +23,12 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Permutation and reshape of a tensor; shapes hold -1 for the token index.
+    """Permutation and reshape of a tensor; the token index has size -1 in shapes.
 
     Args:
         permutation: the new order of the dimensions; None if the order is unchanged.
         view: one dimension for each index, before the permutation.
-        shape: the shape in the end.
+        shape: the final shape.
     """
 
     permutation: tuple[int, ...] | None
@@ -43,7 +43,7 @@ class PairStep:
     Args:
         left, right: positions in the working list; the result is appended to what remains.
         arrange_left: to `(batch, rows, inner)`, without a batch dimension if the batch is empty.
-        arrange_right: to `(batch, inner, columns)`, likewise.
+        arrange_right: to `(batch, inner, columns)`, in the same way.
         product: sizes of the matrix product, for the cost model.
         copies: copies before the product, for the cost model.
     """
@@ -61,18 +61,18 @@ class ContractionPlan:
     """Lowered contraction: pairwise products in order, and the arrangement of the output.
 
     Args:
-        stored_shapes: full shapes of the operands that carry no token index.
+        stored_shapes: full shapes of the operands without the token index.
         steps: pairwise products in order.
         output: brings the last result into the requested order and shape, size-1 indices restored.
-        adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and gives the output as it
-            is, so that it can add a bias at no cost.
-        output_copy: what writing the output out costs, if its permutation is not a view.
+        adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and is the output without
+            a permutation, so that it can add a bias at no cost.
+        output_copy: the copy of the output, if its permutation is not a view.
         path: the contraction order, as `opt_einsum` writes it.
-        matrices: operands that multiply operand 0 one after the other as plain matrices, if nothing else
-            happens: position, and shape `(out, in)` in which `torch.nn.functional.linear` takes it. A low
-            rank is of this form, `y = (x B^T) A^T` with the cores as they are stored.
-        terms: of a sum: the positions of the operands of each term, and its plan. `steps` then holds those of
-            all terms, for the cost model alone.
+        matrices: if the plan only multiplies operand 0 by one matrix after the other, the position of each
+            matrix and its shape `(out, in)` for `torch.nn.functional.linear`. For example, low rank is `y =
+            (x B^T) A^T` with the stored cores.
+        terms: for a sum, the positions of the operands of each term, and its plan. `steps` then contains the
+            steps of all terms, for the cost model only.
     """
 
     stored_shapes: tuple[tuple[int, ...], ...]
@@ -93,11 +93,11 @@ class ContractionPlan:
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the time for a token count, with operands that carry no tokens read from memory.
+        """Predict the time for a token count; operands without the token index are read from memory.
 
         Args:
             tokens: token count.
-            machine: whose time counts.
+            machine: the machine.
             itemsize: bytes of an element.
         """
         read = sum(math.prod(shape) for shape in self.stored_shapes) * itemsize / machine.bandwidth
@@ -130,9 +130,9 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
 
     Args:
         plan: from `plan_contraction`.
-        operands: tensors of the shapes and in the order they were planned with.
-        bias: added to the output, shape of its last dimensions flattened: `(columns of the output,)`.
-            Free where the last product can add it.
+        operands: tensors with the planned shapes, in the planned order.
+        bias: added to the output, shape `(columns of the output,)`. It takes no time if the last product can
+            add it.
 
     Returns:
         The output, shape `plan.output.shape`.
@@ -155,8 +155,8 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     work, last = list(operands), len(plan.steps) - 1
     fused = bias if plan.adds_bias else None
     for k, step in enumerate(plan.steps):
-        # An operand leaves the list before it is copied: nothing is kept longer than it is needed, and
-        # the allocator need not ask the system for fresh pages, which costs more than the copy.
+        # Operands are removed from the list before they are copied, so that their memory can be reused: new
+        # pages from the system would take longer than the copy.
         first, second = max(step.left, step.right), min(step.left, step.right)
         popped = work.pop(first), work.pop(second)
         left, right = popped if step.left == first else popped[::-1]
@@ -171,7 +171,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
 
 
 def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> ContractionPlan:
-    """Join the plans of the terms of a sum, whose outputs have one shape.
+    """Join the plans of the terms of a sum, whose outputs have the same shape.
 
     Args:
         terms: the positions of the operands of each term in the working list of the sum, and its plan.
@@ -191,7 +191,7 @@ def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> Contra
 
 
 def is_slow(tensor: Tensor) -> bool:
-    """Return True for float16 on the CPU, whose products are 10 to 50 times faster in float32."""
+    """Return True for float16 on the CPU, where products in float32 are 10 to 50 times faster."""
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
@@ -205,7 +205,7 @@ def _arrange(x: Tensor, to: Arrangement) -> Tensor:
 
 Labels = tuple[str, ...]
 
-#: Partial lowerings kept after each step.
+#: Number of partial lowerings that are kept after each step.
 _BEAM = 4
 
 
@@ -226,7 +226,7 @@ def lower_path(
     squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
     kept, tokens = _squeeze(output, size_of), size_of.get(TOKENS, 1)
 
-    # The beam: the predicted time of the steps so far, the operands that are left, and the steps.
+    # The beam: predicted time of the steps so far, remaining operands, steps.
     beam: list[tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = [(0.0, squeezed, ())]
     for first, second in path:
         extended = []
@@ -242,7 +242,7 @@ def lower_path(
             cheapest.setdefault(partial[1], partial)
         beam = list(cheapest.values())[:_BEAM]
 
-    # The best at the end is the one that is fastest with the copy that writes its result out.
+    # The best plan is the fastest one including the copy of its output.
     def whole(partial: tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]) -> float:
         (result,) = partial[1]
         return partial[0] + (
@@ -263,12 +263,12 @@ def lower_path(
 
 
 def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """List the right operands of a path of plain matrix products, else nothing; see `ContractionPlan`."""
+    """List the right operands if all steps are plain matrix products, else nothing; see `ContractionPlan`."""
     operands, found = list(range(len(steps) + 1)), []
     for step in steps:
         product = step.product
         moved, weight = step.arrange_left.permutation, step.arrange_right
-        # Two indices that are both summed are transposed as well, but are no matrix `(columns, inner)`.
+        # If both indices are summed, the operand is also transposed, but not a matrix `(columns, inner)`.
         shape = (product.columns, product.inner)
         if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()
@@ -287,18 +287,18 @@ def _ways(
     output: Labels,
     size_of: Mapping[str, int],
 ) -> Iterator[tuple[PairStep, Labels]]:
-    """List the ways to multiply two operands, by their order and the orders of indices, with the results.
+    """List the ways to multiply two operands (order of operands, orders of indices) with their results.
 
     Args:
-        operands: labels of the working list.
-        first, second: positions of the two.
-        wanted: labels that the other operands or the output carry; the rest is summed.
+        operands: labels of each operand in the working list.
+        first, second: positions of the two operands.
+        wanted: labels of the other operands or the output; all other labels are summed.
         output: labels of the result of the whole path.
         size_of: size of each label.
     """
     pairs = [(first, second), (second, first)]
     if TOKENS in operands[first] or TOKENS in operands[second]:
-        # The token operand goes left: its result then keeps tokens first and stays contiguous.
+        # The operand with tokens is on the left, so that tokens stay first and the result is contiguous.
         pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
     shared = set(operands[first]) & set(operands[second])
     for a, b in pairs:
@@ -327,15 +327,15 @@ def _ways(
 
 
 def _orders(labels: Labels, output: Labels) -> list[Labels]:
-    """List the index orders to try: the present order, and the order of the output."""
+    """List the index orders to try: the current order, and the order of the output."""
     by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
     return list(dict.fromkeys((labels, by_output)))
 
 
 def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
-    """Describe the copy that groups `labels`, None if every group is contiguous already.
+    """Describe the copy that groups `labels`; None if every group is already contiguous.
 
-    A matrix product reads a transposed operand as it is, but not one whose innermost index counts batches.
+    A matrix product can read transposed operands without a copy, unless the innermost index is a batch index.
     """
     filled = [group for group in groups if group]
     starts = [labels.index(group[0]) for group in filled]

@@ -1,6 +1,6 @@
 """Plan a contraction once, and run it as pairwise matrix products.
 
-`opt_einsum` finds the order, `lowering` writes it as permutations, reshapes and (batched) matrix products.
+`opt_einsum` finds the order, `lowering` converts it to permutations, reshapes and (batched) matrix products.
 Calling opt_einsum inside `forward` would break `torch.compile(fullgraph=True)` and autocast; the lowered
 steps do not. Indices of size 1 are removed before planning, so a low-rank layer is exactly two matmuls.
 """
@@ -26,8 +26,8 @@ from tensornet.topology import Topology
 
 # --- one contraction ------------------------------------------------------------------------------
 
-#: How the order is found: a name `opt_einsum.contract_path` knows, `"cotengra"`, a path optimizer of
-#: `opt_einsum`'s protocol, or an explicit pairwise path.
+#: How the order is found: a name for `opt_einsum.contract_path`, `"cotengra"`, a path optimizer of
+#: `opt_einsum`, or an explicit pairwise path.
 Optimize = str | Sequence[tuple[int, int]] | Callable[..., Any]
 
 
@@ -43,8 +43,8 @@ def plan_contraction(
     Args:
         operands: labels of each operand.
         output: labels of the result; every other label is summed.
-        size_of: size of each label; `TOKENS` holds the expected number of tokens.
-        optimize: see `Optimize`. `"auto"` tries all orders up to 4 operands, fewer beyond.
+        size_of: size of each label; that of `TOKENS` is the expected number of tokens.
+        optimize: see `Optimize`. `"auto"` tries all orders for up to 4 operands, and fewer for more.
 
     Returns:
         A plan for `run`.
@@ -80,7 +80,7 @@ def find_path(
     shapes = [tuple(size_of[x] for x in labels) for labels in squeezed]
     try:
         path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
-    except KeyError as error:  # how opt_einsum says that it has no optimizer of this name
+    except KeyError as error:  # opt_einsum has no optimizer of this name
         if not isinstance(optimize, str):
             raise
         raise TopologyError(
@@ -91,7 +91,7 @@ def find_path(
 
 
 def check_optimize(optimize: Optimize) -> None:
-    """Raise early unless `optimize` can find paths, since planning waits for the first forward pass.
+    """Raise early if `optimize` is invalid, since planning is delayed until the first forward pass.
 
     Raises:
         TopologyError: no optimizer has this name.
@@ -109,17 +109,17 @@ def _pairs(path: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
 
 # --- a linear operator: applied core by core, or with the matrix rebuilt first --------------------
 
-#: Token count assumed where the actual one is not known, as in an exported program.
+#: Token count that is assumed if the actual one is unknown, as in an exported program.
 PLANNED_TOKENS = 256
 
-#: Token counts for which the cheapest order is looked for; sweeps over the cores are tried besides.
+#: Token counts for which orders are optimized; sweeps over the cores are tried as well.
 _PATH_TOKENS = (1, 16, 256, 4096)
 
-#: A matrix is rebuilt in blocks of rows, each of about this part of it and, to stay in a cache, of
-#: at most so many elements.
+#: A matrix is rebuilt in blocks of rows. Size of a block: about this fraction of the matrix, and at most this
+#: number of elements, to fit a cache.
 _BLOCK_PART, _BLOCK = 1 / 8, 2**18
 
-#: Smaller matrices than this, in elements, are rebuilt at once.
+#: Matrices with fewer elements are rebuilt in one block.
 _SMALL = 2**16
 
 #: The route that rebuilds the matrix; the others are positions in `OperatorPlan.applies`.
@@ -135,14 +135,16 @@ class OperatorPlan:
 
     Args:
         topology: the operator.
-        applies: candidates for `x: (tokens, padded in) -> (tokens, padded out)`; operands are x, then the
-            cores. None builds the whole matrix. Which is fastest depends on the tokens and the machine.
-        matrix: the padded matrix; operands are the cores.
-        blocked: leading out-legs and how many of their indices a block of rows takes at once.
-        rows: one such block; operands are the cores at these indices.
+        applies: candidate plans for `x: (tokens, padded in) -> (tokens, padded out)` that do not build the
+            whole matrix; operands are x, then the cores. The fastest depends on the token count and the
+            machine.
+        matrix: plan of the padded matrix; operands are the cores.
+        blocked: leading out-legs that are split into blocks, and how many of their indices are in a block.
+        rows: plan of one block of rows; operands are the cores at these indices.
         shape: `(out_features, in_features)`.
-        padded_shape: of the matrix including padding.
-        is_padded: whether the two differ; compilers before torch 2.13 cannot compare tuples for inequality.
+        padded_shape: shape of the matrix including padding.
+        is_padded: whether the two shapes differ (torch.compile before 2.13 cannot compare tuples for
+            inequality).
     """
 
     topology: Topology
@@ -203,7 +205,7 @@ def _applies(topology: Topology, optimize: str) -> Iterator[ContractionPlan]:
 
 
 def _applies_sum(topology: Topology, optimize: str) -> tuple[ContractionPlan, ...]:
-    """Plan the application of a sum: for each token count each term in its cheapest order."""
+    """Plan the application of a sum; for each token count every term has its cheapest order."""
     found: dict[tuple[int, ...], ContractionPlan] = {}
     terms = [(positions, list(_applies(part, optimize))) for positions, part in topology.parts]
     places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input
@@ -222,7 +224,7 @@ def plan_matrix(topology: Topology, optimize: str = "auto") -> ContractionPlan:
 
 
 def _plan_matrix(topology: Topology, widths: Mapping[str, int], optimize: str) -> ContractionPlan:
-    """Plan the contraction to the padded matrix, for some leading out-legs only over a block of indices."""
+    """Plan the contraction to the padded matrix, with some leading out-legs restricted to a block."""
     if topology.terms:
         parts = [(places, _plan_matrix(part, widths, optimize)) for places, part in topology.parts]
         return plan_sum(parts)
@@ -240,7 +242,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Choose blocks of leading out-legs that are just small enough, none if the matrix needs no copy."""
+    """Choose blocks of leading out-legs that are just small enough; none if the matrix needs no copy."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []
@@ -255,7 +257,7 @@ def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[st
 
 
 def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
-    """List the paths that start at the first operand and absorb the others in order or in reverse."""
+    """List the paths that start at the first operand and contract the others in order, or in reverse."""
     if count == 1:
         return ([],)
     forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
@@ -265,13 +267,13 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """Tabulate the fastest route by token count; crossover counts are exact to a tenth.
+    """Tabulate the fastest route by token count; the limits between routes are accurate to a tenth.
 
     Args:
         plan: the operator.
         machine: whose time counts.
         itemsize: bytes of an element.
-        rebuild: whether the matrix may be rebuilt.
+        rebuild: whether rebuilding the matrix is allowed.
     """
 
     def fastest(tokens: int) -> int:
@@ -288,7 +290,7 @@ def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebui
     return (*bounds, (math.inf, fastest(_GRID[-1])))
 
 
-#: Token counts between which the fastest route is taken to change once at most.
+#: Token counts between which the fastest route is assumed to change at most once.
 _GRID = tuple(4**k for k in range(9))
 
 
@@ -303,8 +305,8 @@ def choose(bounds: Bounds, tokens: int) -> int:
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     """Contract the cores to the dense matrix, shape `(out_features, in_features)`, with gradient.
 
-    Where nothing records gradients of the cores it is written block by block of rows, so that
-    memory has the matrix and one block.
+    If no gradients of the cores are recorded, it is built in blocks of rows, so that memory is needed only
+    for the matrix and one block.
     """
     dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
     if plan.is_padded:
@@ -323,7 +325,7 @@ def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
             for core, spec in zip(cores, plan.topology.cores, strict=True)
         ]
         rows = run(plan.rows, parts)
-        if dense is None:  # made here: autocast decides on its dtype
+        if dense is None:  # allocated here, since autocast determines the dtype
             dense = rows.new_empty(math.prod(map(len, starts)), *rows.shape)
         dense[block] = rows
     assert dense is not None
@@ -352,14 +354,14 @@ def contract_with_input(
         plan: the planned operator.
         cores: tensors in the order of its topology.
         x: input, shape `(..., in_features)`.
-        candidate: which of `plan.applies` to run.
+        candidate: index of the plan in `plan.applies`.
         bias: shape `(out_features,)`.
 
     Returns:
         Output of shape `(..., out_features)`.
 
     Raises:
-        ShapeError: the last dimension of `x` is another.
+        ShapeError: the last dimension of `x` is not `in_features`.
     """
     (out_features, in_features), (padded_out, padded_in) = plan.shape, plan.padded_shape
     check_input(x, in_features)

@@ -1,1 +1,1 @@
-"""Parts built on the core: more kinds of layers, topology search, exchange with other libraries."""
+"""Features built on the core: more kinds of layers, topology search, exchange with other libraries."""

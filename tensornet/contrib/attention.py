@@ -85,7 +85,7 @@ class MatrixAttention(Compound):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         found = []
         for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):
-            y = self.get_submodule(name)(x)  # before it is transposed: layers share the inputs of the owner
+            y = self.get_submodule(name)(x)  # before transposing, so that layers share their inputs
             y = y if bias is None else y + bias
             y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
             found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
@@ -122,7 +122,7 @@ class MatrixAttention(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask to one that is added to scores: minus infinity where a boolean mask is true."""
+    """Convert a mask to an additive one: minus infinity where a boolean mask is true."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -18,9 +18,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class MatrixConvolution(Compound):
     """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` that multiplies by matrices.
 
-    A matrix of low rank `U V` is applied as two convolutions: `V` with the kernel, then `U` at every point.
-    From any other network the kernel is rebuilt. While a layer is observed it is called with the unfolded
-    input `(batch, points, in_channels * kernel)`.
+    A low-rank matrix `U V` is applied as two convolutions: `V` with the kernel, then `U` at every point. For
+    any other network the kernel is rebuilt. During calibration the layer is called with the unfolded input
+    `(batch, points, in_channels * kernel)`.
 
     >>> from tensornet.contrib.convolution import MatrixConvolution
     >>> stock = torch.nn.Conv2d(8, 4, 3, stride=2)
@@ -36,7 +36,7 @@ class MatrixConvolution(Compound):
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
-        # Of the last dimension first, as F.pad wants it; `padding="same"` may differ at the two ends.
+        # Last dimension first, as in F.pad; with `padding="same"` both ends may differ.
         self.pads = tuple(stock._reversed_padding_repeated_twice)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class MatrixConvolution(Compound):
 
 
 def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
-    """Return torch's function for kernels of that many dimensions."""
+    """Return torch's function for kernels with this number of dimensions."""
     return getattr(F, f"conv{len(kernel_size)}d")
 
 
@@ -94,7 +94,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 class _ConvolutionKind(CompoundKind):
-    """Compound kind of convolutions, depthwise ones excluded: each of their channels has a kernel alone."""
+    """Compound kind of convolutions, except depthwise ones, which have a single kernel per channel."""
 
     def matches(self, module: nn.Module) -> bool:
         return type(module) in _CONVOLUTIONS and is_plain(module) and self._can_shrink(module)

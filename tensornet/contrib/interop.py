@@ -1,7 +1,7 @@
 """Conversion of matrix product operators to and from quimb and TensorLy.
 
-Both store a chain of the same cores; they differ in the order of the indices and in what they do with the
-end bonds, and neither knows padding. Converting a padded operator gives the padded one.
+Both libraries store a chain of the same cores, with another order of the indices and other end bonds. Neither
+supports padding, so a padded operator is converted including its padding.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tensornet.errors import ShapeError
 def to_quimb(cores: Sequence[Tensor]) -> Any:
     """Convert to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
-    Sites may be rectangular; `to_dense` then takes the two lists of legs. Arrays are copies, in NumPy;
+    Sites may be rectangular; `to_dense` then needs the two lists of legs. The arrays are copies in NumPy;
     bfloat16, which NumPy lacks, becomes float32.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
@@ -58,7 +58,7 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
         ]
         order = [*bonds[: 1 if site > 0 else 0], *legs, *bonds[1 if site > 0 else 0 :]]
         data = tensor.transpose(*order).data
-        data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # some are read-only
+        data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # may be read-only
         data = data if site > 0 else data.unsqueeze(0)
         cores.append(data if site < operator.L - 1 else data.unsqueeze(-1))
     return tuple(cores)
@@ -67,7 +67,7 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
 def to_tensorly(cores: Sequence[Tensor]) -> Any:
     """Convert to a `tensorly.tt_matrix.TTMatrix`, whose factors also are `(left, out, in, right)`.
 
-    TensorLy computes with them if its backend is set to PyTorch.
+    TensorLy can compute with them if its backend is PyTorch.
     """
     tensorly = import_optional("tensorly.tt_matrix", extra="interop", user="to_tensorly")
     return tensorly.TTMatrix(list(cores))

@@ -12,7 +12,7 @@ from tensornet.errors import ShapeError
 from tensornet.nn.layer_kinds import CompoundKind, own_parameters, register_compound_kind
 from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
 
-#: The states of one direction: hidden alone, or hidden and cell.
+#: The states of one direction: hidden state, or hidden and cell state.
 State = tuple[Tensor, ...]
 
 _FUSED: dict[str, Callable[..., Any]] = {
@@ -26,8 +26,9 @@ _FUSED: dict[str, Callable[..., Any]] = {
 class MatrixRecurrence(Compound):
     """Replacement for `nn.RNN`, `nn.LSTM` or `nn.GRU` with the same arguments and results.
 
-    The matrices are rebuilt for each call and given to PyTorch's fused operation: step by step, factors would
-    be far slower. While a layer is observed, the steps are taken one by one and call it.
+    The matrices are rebuilt for each call and passed to PyTorch's fused operation; multiplying by cores step
+    by step would be much slower. During calibration the steps are computed one by one, with calls of the
+    layers.
 
     >>> from tensornet.contrib.recurrent import MatrixRecurrence
     >>> stock = torch.nn.LSTM(6, 5, num_layers=2, bidirectional=True)
@@ -53,7 +54,7 @@ class MatrixRecurrence(Compound):
         """Run over sequences; see `nn.LSTM.forward`.
 
         Raises:
-            ShapeError: the input or a state has another shape than these layers take.
+            ShapeError: the input or a state has the wrong shape.
         """
         packed = input if isinstance(input, PackedSequence) else None
         x = input.data if isinstance(input, PackedSequence) else input
@@ -154,16 +155,16 @@ class MatrixRecurrence(Compound):
         """Run one layer in one direction.
 
         Args:
-            rows: inputs of all steps one below the other, `(sum(counts), in)`.
-            counts: how many sequences take part in each step, never growing.
-            state: before the first step, each `(batch, size)`.
-            suffix: of the names of the layers.
+            rows: inputs of all steps, concatenated, `(sum(counts), in)`.
+            counts: number of sequences in each step, not increasing.
+            state: states before the first step, each `(batch, size)`.
+            suffix: suffix of the names of the layers.
         """
         given = self._applied("ih", suffix, rows).split(counts)
         steps = range(len(counts))
         outputs: list[Tensor] = [rows] * len(counts)
         for step in reversed(steps) if suffix.endswith("_reverse") else steps:
-            # Sequences that have ended, or in reverse have not begun, keep their state.
+            # Sequences that have ended (in reverse: not begun) keep their state.
             now = tuple(each[: counts[step]] for each in state)
             new = self._cell(given[step], now, suffix)
             state = tuple(torch.cat([x, each[counts[step] :]]) for x, each in zip(new, state, strict=True))
@@ -192,7 +193,7 @@ class MatrixRecurrence(Compound):
 
 
 def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors into one chunk of memory, matrices first: cuDNN would copy and warn otherwise."""
+    """Copy tensors to one block of memory, matrices first; otherwise cuDNN would copy them with a warning."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
     parts = chunk.split([tensors[k].numel() for k in order])

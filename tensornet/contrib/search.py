@@ -23,7 +23,7 @@ OBJECTIVES = ("error", "time", "params")
 #: Families that are compared by default.
 FAMILIES = ("low_rank", "mpo", "block_tt")
 
-#: Fractions of the parameter budget at which every form is decomposed, so that the front has several points.
+#: Fractions of the parameter budget for which every topology is decomposed, to get several points.
 LEVELS = (1.0, 0.7, 0.5, 0.35)
 
 #: The objective "time" accepts this multiple of the smallest error.
@@ -38,7 +38,8 @@ class SearchPoint:
         topology: the network.
         params: stored numbers.
         error: certified relative Frobenius error.
-        milliseconds: predicted for one forward pass; the geometric mean over the token counts of the search.
+        milliseconds: predicted time of one forward pass; the geometric mean over the token counts of the
+            search.
 
     Example:
         >>> from tensornet.contrib.search import search_topology
@@ -54,7 +55,7 @@ class SearchPoint:
 
     @property
     def form(self) -> str:
-        """Family, dims and bonds in short; dims that follow from the shape are omitted."""
+        """Short description: family, dims and bonds; dims that follow from the shape are omitted."""
         topology = self.topology
         bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
         if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
@@ -71,8 +72,8 @@ class TopologySearch:
         shape: `(out_features, in_features)`.
         tokens: token counts of the predicted times.
         max_params: the budget.
-        dense_milliseconds: prediction for a dense layer.
-        points: everything that was decomposed, by parameters.
+        dense_milliseconds: predicted time of a dense layer.
+        points: all decompositions, sorted by parameters.
 
     Example:
         >>> from tensornet.contrib.search import search_topology
@@ -89,7 +90,7 @@ class TopologySearch:
 
     @property
     def front(self) -> tuple[SearchPoint, ...]:
-        """Points that no other point beats in parameters, error and time at once, by parameters."""
+        """Pareto front: points for which no other point is better in parameters, error and time."""
         front: list[tuple[tuple[float, float, float], SearchPoint]] = []
         keys = [(point.params, point.error, point.milliseconds) for point in self.points]
         for key, point in sorted(zip(keys, self.points, strict=True), key=lambda entry: entry[0]):
@@ -116,8 +117,8 @@ class TopologySearch:
         """Select the best point within the limits.
 
         Args:
-            objective: `"error"`: smallest error. `"params"`: fewest parameters. `"time"`: fastest among those
-                whose error is at most 1.25 times the smallest, or, with `max_error`, at most that.
+            objective: `"error"`: smallest error. `"params"`: fewest parameters. `"time"`: the fastest one
+                with an error of at most `max_error` or, if absent, 1.25 times the smallest error.
             max_error: largest error to accept.
             max_ms: largest predicted time to accept.
 
@@ -165,24 +166,24 @@ def search_topology(
     """Decompose a matrix by several families, numbers of sites and sizes, and compare the results.
 
     Families with the option `sites` are decomposed with 2 to `max_sites` sites of balanced dims. Times are
-    predicted by the cost model for the faster of contracting and rebuilding; a matrix kept in eval takes the
-    time of a dense layer whatever the topology.
+    predicted by the cost model for the faster of contracting and rebuilding. With the strategy `"cached"`
+    every topology takes the time of a dense layer in eval mode.
 
     Args:
         matrix: shape `(out_features, in_features)`.
         param_ratio: largest keep ratio, relative to the dense parameters.
-        max_params: largest number of parameters; the tighter of the two decides.
-        tokens: token count for which times are predicted, or several: then times are geometric means, so
-            that every count weighs the same.
+        max_params: largest number of parameters; the tighter of the two limits applies.
+        tokens: token count for which times are predicted. Several counts give geometric means, so that every
+            count has the same weight.
         families: names of registered families, or one name.
-        max_sites: most sites.
-        machine: constants for the prediction; those shipped for the device if absent.
+        max_sites: largest number of sites.
+        machine: constants for the prediction; the built-in ones for the device if absent.
 
     Returns:
         The Pareto front in parameters, error and milliseconds; see `TopologySearch.best`.
 
     Raises:
-        BudgetError: no limit given, a limit out of range, or no network fits.
+        BudgetError: no limit is given, a limit is out of range, or no network fits.
         NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: not a matrix.
         TopologyError: unknown family, or no family given.
@@ -223,10 +224,10 @@ def search_topology(
     for family in map(topology_family, names):
         for options in _forms(family, max_sites):
             for level in LEVELS:
-                allowed = (int(level * budget) + 0.5) / matrix.numel()  # no parameter is lost to rounding
+                allowed = (int(level * budget) + 0.5) / matrix.numel()  # rounding loses no parameter
                 try:
                     made = family.decompose(matrix, Budget(param_ratio=allowed), **options)
-                except (BudgetError, TopologyError):  # too small a budget, or sites that the family refuses
+                except (BudgetError, TopologyError):  # too small a budget, or invalid sites
                     continue
                 topology = made.network.topology
                 if topology not in found:

@@ -1,9 +1,9 @@
 """Truncated singular value decomposition, exact, by Gram matrix, or randomized, with certified error.
 
-Everything is computed in double precision and returned in the dtype of the input (float32 for half
-types). For float32 input that makes the Gram route *more* accurate than a float32 SVD: squaring the
-condition number costs half of the 16 digits and float32 only ever had 7. What a route cannot resolve it
-notices, and hands over to the exact one.
+Everything is computed in double precision and returned in the dtype of the input (float32 for half types). So
+for float32 input the Gram route is *more* accurate than a float32 SVD: squaring the condition number loses
+half of the 16 digits, while float32 has only 7. If a route detects that its accuracy is not sufficient, the
+exact route is used.
 
 Reference:
     Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
@@ -27,9 +27,9 @@ MIN_SIZE = 256
 #: Above this fraction of the smaller dimension an eigendecomposition is as fast.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
-#: Singular values converge later than the energy: factor on the number of iterations if they are wanted.
+#: Factor on the number of iterations if singular values are needed, which converge later than the energy.
 _PATIENCE = 2
-#: Forming the Gram matrix costs size/width iterations of the direct product; six are typical.
+#: Typical number of iterations; computing the Gram matrix takes as long as size/width direct iterations.
 _GRAM_PAYS_BELOW = 12
 
 
@@ -52,16 +52,16 @@ def iterated_basis(
         block: shape `(*batch, m, n)` with `m <= n`.
         total: energy of the blocks, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
-        slack: stop when an iteration lowers the energy left outside by less than this fraction of it.
-        kept_slack: and by less than this fraction of the energy inside, for accurate singular values
-            themselves: next to a large rest they may be far off while the rest hardly changes.
+        slack: stop when an iteration lowers the energy outside of the basis by less than this fraction of it,
+        kept_slack: and by less than this fraction of the energy inside, for accurate singular values. These
+            may still be wrong when a large energy outside hardly changes.
 
     Returns:
-        Basis of shape `(*batch, m, rank)`, or None if the energy has not settled.
+        Basis of shape `(*batch, m, rank)`, or None if the energy has not converged.
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
     gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
-    generator = torch.Generator(device="cpu").manual_seed(0)  # the same numbers on every device
+    generator = torch.Generator(device="cpu").manual_seed(0)  # equal numbers on every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
     before = torch.zeros_like(total)
@@ -93,7 +93,7 @@ METHODS = ("auto", "exact", "gram", "randomized")
 
 #: Blocks longer than this many times their width are reduced by QR before the SVD.
 _TALL = 2
-#: Elements outside this range are rescaled, so that squares neither overflow nor vanish.
+#: Elements outside this range are rescaled, so that squares neither overflow nor underflow.
 _SAFE_RANGE = (1e-8, 1e8)
 
 
@@ -106,7 +106,7 @@ class TruncatedSVD:
         S: singular values in descending order, shape `(rank,)`.
         Vh: right singular vectors, shape `(rank, n)`.
         error: certified relative Frobenius error of the truncation, `sqrt(sum discarded S^2) / |matrix|`.
-        method: the route that produced it: `"exact"`, `"gram"` or `"randomized"`.
+        method: the route that was used: `"exact"`, `"gram"` or `"randomized"`.
 
     Example:
         >>> found = tn.truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 0.0])), max_rank=1)
@@ -124,8 +124,8 @@ class TruncatedSVD:
 class Factors(NamedTuple):
     """Truncated SVD of a stack of blocks in double precision, before signs are fixed.
 
-    `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`, and the discarded energy
-    `sum of discarded S^2: (*batch)`.
+    Shapes: `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`; the discarded energy `sum of
+    discarded S^2` is `(*batch)`.
     """
 
     U: Tensor
@@ -151,10 +151,10 @@ def is_single(dtype: torch.dtype) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if the tensor holds NaN or infinity.
+    """Raise NonFiniteError if the tensor contains NaN or infinity.
 
     Raises:
-        NonFiniteError: with the count of offending elements and what to do.
+        NonFiniteError: the message has the count of such elements and what to do.
     """
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
@@ -165,28 +165,28 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def largest_element(tensor: Tensor) -> float:
-    """Find the largest absolute real or imaginary part in one fast pass; NaN if the tensor holds one."""
+    """Find the largest absolute real or imaginary part in one fast pass; NaN if the tensor contains NaN."""
     parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     low, high = torch.aminmax(parts.detach())
     return max(abs(float(low)), abs(float(high))) if not math.isnan(float(low)) else math.nan
 
 
 def safe_scale(tensor: Tensor) -> float:
-    """Choose a divisor after which squares neither overflow nor underflow, mostly 1."""
+    """Choose a divisor so that squares neither overflow nor underflow; it is mostly 1."""
     size = largest_element(tensor)
     return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
 
 
 def safe_scales(stack: Tensor) -> Tensor | None:
     """Compute `safe_scale` of every item of a finite stack, shape `(items,)`; None if all are 1."""
-    scales = [safe_scale(item) for item in stack]  # a reduction over all but one axis takes ten times as long
+    scales = [safe_scale(item) for item in stack]  # ten times as fast as one reduction over two axes
     if all(scale == 1 for scale in scales):
         return None
     return torch.tensor(scales, dtype=result_dtype(stack.dtype).to_real(), device=stack.device)
 
 
 def scaled_work(matrix: Tensor, scale: float) -> Tensor:
-    """Convert to double precision and divide by a `safe_scale`; the matrix itself if it stays the same."""
+    """Convert to double precision and divide by a `safe_scale`; without a copy if nothing changes."""
     work = matrix.detach().to(working_dtype(matrix.dtype))
     return work if scale == 1 else work / scale
 
@@ -195,7 +195,7 @@ def scaled_back(tensor: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Te
     """Undo a division by `safe_scale`.
 
     Raises:
-        NonFiniteError: the numbers of the matrix fit its dtype, those of its factors do not.
+        NonFiniteError: elements of the factors exceed the range of the dtype.
     """
     scaled = (tensor * scale).to(dtype)
     if not math.isfinite(largest_element(scaled)):
@@ -215,25 +215,24 @@ def truncated_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Truncate a singular value decomposition, with a certified error; the result carries no gradient.
+    """Compute a truncated SVD with a certified error; the result carries no gradient.
 
-    The best low-rank approximation in the Frobenius norm (Eckart-Young).
-
-    The rank is the smallest that satisfies `rel_error`, capped at `max_rank`.
+    This is the best low-rank approximation in the Frobenius norm (Eckart-Young). The rank is the smallest
+    that satisfies `rel_error`, capped at `max_rank`.
 
     Args:
         matrix: shape `(m, n)`, real or complex, any floating dtype.
         max_rank: largest rank to keep, at least 1; values above `min(m, n)` are clipped.
         rel_error: keep the relative Frobenius error at or below this, in `[0, 1)`.
         method: `"exact"` (LAPACK, after a QR of tall blocks), `"gram"` (eigenvectors of the smaller Gram
-            matrix in double precision; redone exactly if it cannot resolve the smallest singular value
-            kept, so that factors of a double-precision matrix are orthonormal to 1e-10), `"randomized"`
-            (subspace iteration, for ranks far below the size; checked a posteriori and redone by Gram or
-            exactly if the captured energy has not settled, if `rel_error` is missed, or if what double
-            precision leaves out is too small for an iteration to see), or `"auto"`: randomized for ranks
-            below an eighth of a dimension of at least 256, else Gram for single and half precision and
-            exact for double. Randomized singular values hold to about 1e-4 of the largest in single
-            precision and 1e-9 in double, all others to rounding.
+            matrix in double precision; repeated with `"exact"` if it cannot resolve the smallest kept
+            singular value, so that factors of a double-precision matrix are orthonormal to 1e-10),
+            `"randomized"` (subspace iteration, for ranks far below the size; repeated with `"gram"` or
+            `"exact"` if the captured energy has not converged, if `rel_error` is exceeded, or if the
+            discarded energy of a double-precision matrix is too small to be resolved), or `"auto"`:
+            randomized for ranks below an eighth of a dimension of at least 256, else Gram for single and half
+            precision and exact for double. Randomized singular values are accurate to about 1e-4 of the
+            largest in single precision and 1e-9 in double, all others up to rounding.
 
     Returns:
         Factors in the input's dtype (float32 for half types) and on its device. The same input gives the
@@ -291,9 +290,10 @@ def factorize(
     Args:
         work: shape `(*batch, m, n)`.
         cap: largest rank.
-        allowed: energy that may be discarded, shape `(*batch)`; the largest rank needed is kept for all.
+        allowed: energy that may be discarded, shape `(*batch)`; all blocks get the largest rank that one of
+            them needs.
         method: see `truncated_svd`.
-        single: whether the numbers carry single precision only.
+        single: whether the numbers are only accurate to single precision.
     """
     size = min(work.shape[-2:])
     cap = min(cap, size)
@@ -306,7 +306,7 @@ def factorize(
 
 
 def allowed_energy(rel_error: float, total: Tensor) -> Tensor:
-    """Compute the energy that a relative error may discard, less the rounding of the energies compared."""
+    """Compute the energy that may be discarded for a relative error, minus a margin for rounding."""
     return (1 - 1e-12) * rel_error**2 * total
 
 
@@ -320,14 +320,14 @@ def keep_rank(energies: Tensor, cap: int, allowed: Tensor | None) -> int:
     """
     if allowed is None:
         return cap
-    # tail[r] = energy discarded when r values are kept, summed from the small end for accuracy
+    # tail[r] = discarded energy with r kept values, summed from the smallest for accuracy
     tail = energies.flip(-1).cumsum(-1).flip(-1)
     rank = int((tail > allowed[..., None]).sum(-1).max())
     return max(1, min(rank, cap))
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest element of each left vector real and positive, so every device agrees."""
+    """Make the largest element of each left vector real and positive, so that signs are unique."""
     pivot = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))  # shape: (*batch, 1, rank)
     phase = torch.where(pivot == 0, torch.ones_like(pivot), pivot / pivot.abs())
     return U * phase.conj(), Vh * phase.transpose(-1, -2)
@@ -373,7 +373,7 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return U, S, Vh
     except torch.linalg.LinAlgError:
         pass
-    import scipy.linalg  # slower but convergent driver, wanted only here
+    import scipy.linalg  # has a slower driver that converges
 
     blocks = work.reshape(-1, *work.shape[-2:]).cpu().numpy()
     parts = [scipy.linalg.svd(block, full_matrices=False, lapack_driver="gesvd") for block in blocks]
@@ -389,8 +389,8 @@ def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Facto
     energies = values.flip(-1).clamp_min(0)
     rank = keep_rank(energies, cap, allowed)
     found = _project(work, vectors.flip(-1)[..., :rank], "gram")
-    # A Gram matrix knows S^2 to eps * S_max^2, so vectors of small S are orthogonal to eps * (S_max / S)^2
-    # only. Asked for: 1e-6 in single precision, 1e-10 in double.
+    # The S^2 of a Gram matrix are accurate to eps * S_max^2, so vectors of small S are orthogonal only up to
+    # eps * (S_max / S)^2. Required are 1e-6 in single precision and 1e-10 in double.
     resolution = math.sqrt(torch.finfo(torch.float64).eps / (1e-6 if single else 1e-10))
     unresolved = bool((found.S[..., -1] < resolution * found.S[..., 0]).any()) or bool(
         (found.S[..., 0] == 0).any()
@@ -409,12 +409,12 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
     if basis is None:
         return None
     sketch = basis.mH @ work
-    # Energy outside the sketch counts as discarded whatever rank is kept.
+    # Energy outside the sketch is discarded at any rank.
     outside = (total - energy(sketch)).clamp_min(0)
-    if bool((outside < 1e-6 * total).any()):  # a difference without digits: measure it
+    if bool((outside < 1e-6 * total).any()):  # the difference is inaccurate: compute it directly
         outside = energy(work - basis @ sketch)
-    # An iteration compares squares, so a rest below 1e-5 is settled by rounding alone. That is less than
-    # single precision asks for; in double precision it must be measured.
+    # Iterations compare squares, so below 1e-5 the rest is only rounding errors. Single precision does not
+    # need more accuracy, double precision does.
     if not single and bool(((outside < 1e-10 * total) & (outside > 1e-26 * total)).any()):
         return None
     inside = None if allowed is None else (allowed - outside).clamp_min(0)
@@ -435,7 +435,7 @@ def _project(work: Tensor, U: Tensor, method: str) -> Factors:
     Vh = projected / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None]
     total = energy(work)
     discarded = total - S.square().sum(-1)
-    if bool((discarded < 1e-6 * total).any()):  # a difference without digits: measure it
+    if bool((discarded < 1e-6 * total).any()):  # the difference is inaccurate: compute it directly
         discarded = energy(work - U @ projected)
     return Factors(U, S, Vh, discarded, method)
 

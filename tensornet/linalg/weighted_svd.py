@@ -4,9 +4,8 @@ The weighted error of an approximation `W'` of `W: (out, in)` is
 
     1/2 tr(R (W - W') C (W - W')^T) = 1/2 || Lr^T (W - W') Lc ||_F^2,    R = Lr Lr^T,    C = Lc Lc^T,
 
-so its best approximation of a given rank is the truncated SVD of `Lr^T W Lc` with both factors undone. With
-`R = C = 1` that is the plain truncated SVD. A weight that is None is the identity, a vector is a diagonal
-matrix.
+so its best approximation of a given rank is the truncated SVD of `Lr^T W Lc`, transformed back. With `R = C =
+1` this is the plain truncated SVD. A moment of None is the identity, a vector is a diagonal matrix.
 
 Reference:
     Wang et al. 2024, "SVD-LLM" (one side, inputs); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
@@ -21,7 +20,7 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, fix_signs, working_dtype
 
-#: Eigenvalues below this fraction of the largest count as zero where Cholesky fails.
+#: If Cholesky fails, eigenvalues below this fraction of the largest count as zero.
 _EIGEN_FLOOR = 1e-12
 
 
@@ -39,7 +38,7 @@ class Weighting:
 
     def cost(self, error: Tensor) -> float:
         """Compute the predicted loss increase `1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
-        # Products of moments and errors need no more digits than the error has; their sum does.
+        # Products can be computed in the precision of the error, the sum needs double precision.
         weighed = times(self.rows, error) * times(self.columns, error.T).T.conj()
         return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)).real)
 
@@ -49,10 +48,10 @@ class WeightedSVD:
     """SVD of the whitened matrix, with factors in the coordinates of the matrix.
 
     Args:
-        values: in descending order, shape `(min(out, in),)`.
+        values: singular values in descending order, shape `(min(out, in),)`.
         error: `error[r]` is the weighted error `1/2 sum of the squares of values[r:]`, shape `(k + 1,)`.
         left: `Lr^-T U`, shape `(out, k)`.
-        right: `V^T Lc^-1`-side factor such that `W = left @ right`, shape `(k, in)`.
+        right: factor such that `W = left @ right`, shape `(k, in)`.
     """
 
     values: Tensor
@@ -71,7 +70,7 @@ def damped(moment: Tensor, amount: float) -> Tensor:
     moment = moment.to(working_dtype(moment.dtype))
     if moment.ndim == 1:
         return moment + amount * moment.mean()
-    shifted = (moment + moment.T).mul_(0.5)  # accumulated in single precision: symmetric only up to rounding
+    shifted = (moment + moment.T).mul_(0.5)  # symmetric only up to rounding
     shifted.diagonal().add_(amount * moment.diagonal().mean())
     return shifted
 
@@ -83,7 +82,7 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
         moment: symmetric positive semi-definite `(n, n)`, or the diagonal `(n,)` of such a matrix.
 
     Returns:
-        `L: (n, r)` and its pseudo-inverse `(r, n)`, `r = n` for Cholesky; two vectors for a diagonal.
+        `L: (n, r)` and its pseudo-inverse `(r, n)`, with `r = n` for Cholesky; two vectors for a diagonal.
     """
     check_finite(moment, "A second moment")
     if moment.ndim == 1:
@@ -105,7 +104,7 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 @remembered
 @torch.no_grad()
 def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
-    """Compute the SVD of the whitened matrix, which holds the best approximations of all ranks.
+    """Compute the SVD of the whitened matrix, which gives the best approximations of all ranks.
 
     Only the moment on the shorter side is factorised: with `m <= n` the left singular vectors come from the
     Gram matrix `Lr^T W C W^T Lr`, and `W' = Lr^-T U U^T Lr^T W` needs no root of `C`, which may be singular.
@@ -113,7 +112,7 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
     Args:
         matrix: shape `(out, in)`.
         weighting: sensitivity of the loss to errors; the moment on the shorter side should have full rank.
-        factors: also compute the factors, else both are empty.
+        factors: whether to compute the factors; both are empty otherwise.
 
     Raises:
         NonFiniteError: the matrix or a moment contains NaN or infinity.
@@ -137,8 +136,8 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
     """Compute the relative Frobenius error at every rank from 0 on, shape `(k + 1,)`.
 
-    A singular moment gives fewer values than the full rank: the part of the matrix in its null space, which
-    is orthogonal to the rest, is discarded at every rank.
+    With a singular moment there are fewer values than the full rank: the part of the matrix in its null
+    space, which is orthogonal to the rest, is discarded at every rank.
     """
     squares = 2 * tail_costs(result, Weighting())
     total = squares[0]
@@ -151,8 +150,8 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     """Compute the predicted loss increase of every rank under any weighting, shape `(k + 1,)`.
 
-    Rank `r` discards `L_> Q_>`, the product of the trailing columns and rows, whose loss is half the sum of
-    the trailing block of `(L^T R L) * (Q C Q^T)`, elementwise.
+    Rank `r` discards the product of the trailing columns of `L` and rows of `Q`. Its loss is half the sum of
+    the trailing block of the elementwise product `(L^T R L) * (Q C Q^T)`.
     """
     left, right = result.left, result.right
     overlaps = left.T @ times(weighting.rows, left) * (right @ times(weighting.columns, right.T))
@@ -164,12 +163,12 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
     """Compute `tail_costs` under another weighting than that of the SVD.
 
-    Where both have one moment of the columns, the same tensor, and the moments of the rows are related by
-    `R' = a R + diag(v)`, no product with a moment is needed: terms of a whitened SVD do not meet in its own
-    loss, nor in what the diagonal adds while the other side stays as it is, so that their losses add up.
+    No product with a moment is needed if the column moments of both weightings are the same tensor and the
+    row moments satisfy `R' = a R + diag(v)` (or the other way round). Then the terms of the whitened SVD are
+    orthogonal in both losses, so that their losses add up.
 
     Args:
-        result: with factors.
+        result: an SVD with factors.
         own: the weighting of the SVD.
         other: the weighting of the losses.
 
@@ -186,7 +185,7 @@ def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> T
     if not exact:
         return tail_costs(result, other)
     left, energies = result.left, result.values.square()
-    tall = left.shape[0] > result.right.shape[1]  # then right vectors are orthonormal under their moment
+    tall = left.shape[0] > result.right.shape[1]  # right vectors are then orthonormal
     added = shift.to(left) @ left.square()
     terms = factor * energies + (added if tall else energies * added)
     return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
@@ -228,8 +227,8 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
         other: `M'`, of the same shape.
 
     Returns:
-        `a`, by least squares over elements off the diagonal; `v`, exact on it; and True if the rest is no
-        more than rounding.
+        `a`, by least squares over off-diagonal elements; `v`, exact on the diagonal; and True if the
+        approximation is exact up to rounding.
 
     Example:
         >>> factor, shift, exact = closest_shift(torch.ones(2, 2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
@@ -268,7 +267,7 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 
 
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
-    """Compute the whitened SVD of `work: (m, n)` with `m <= n`; `near` weighs its rows."""
+    """Compute the whitened SVD of `work: (m, n)` with `m <= n`; `near` is the moment of its rows."""
     lower, inverse = (None, None) if near is None else root(near)
     half = work if lower is None else times(transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ times(far, half.T))
@@ -302,10 +301,10 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Approximate a sum of Kronecker products by one, for a weight that is used in several places.
+    """Approximate a sum of Kronecker products by one product, for a weight with several uses.
 
-    Minimises `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C` in the span of the terms, where the best
-    pair lies. All moments of one side must have the same form (a diagonal joins as a diagonal).
+    Minimises `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C` in the span of the terms, which contains the
+    best pair. The moments of one side must be all full or all diagonal.
 
     Reference:
         Van Loan, Pitsianis 1993, "Approximation with Kronecker products".
@@ -326,24 +325,25 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     row, column = q_left @ u[:, 0] * s[0], q_right @ vh[0]
-    sign = torch.sign(row.sum())  # both sides of a product of positive matrices can be taken positive
+    sign = torch.sign(row.sum())  # both sides can be chosen positive
     return Weighting((sign * row).reshape(rows[0].shape), (sign * column).reshape(columns[0].shape))
 
 
-#: Least pivots, as shares of the diagonal, of which single precision leaves four digits or so.
+#: Smallest pivot, as a fraction of the diagonal, that has about four correct digits in single precision.
 _LEAST_PIVOT = 1e-3
 
 
 def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     """Factorise `M = L L^T`, in single precision unless a pivot is small compared with the diagonal.
 
-    To explain why: a pivot is a diagonal element less a sum of squares, so that a small one has lost digits.
+    A pivot is a diagonal element minus a sum of squares, so a small pivot has lost digits.
 
     Args:
         moments: shape `(..., n, n)`; the lower triangle is read.
 
     Returns:
-        `L`, in the dtype of the moments or in double precision; and False if one is not positive definite.
+        `L`, in the dtype of the moments or in double precision; and False if a moment is not positive
+        definite.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import cholesky

@@ -1,8 +1,8 @@
 """Laws of decompositions and networks, as functions to call and classes to subclass.
 
-Every law is a function `check_...` that raises `AssertionError` with the numbers in the message. The
-classes at the end draw examples by hypothesis and call them: subclass one, say how your decomposition is
-called, and pytest collects the laws.
+Every law is a function `check_...` that raises `AssertionError` with the numbers in the message. The classes
+at the end draw examples with hypothesis and call these functions: subclass one, define how to call your
+decomposition, and pytest collects the laws.
 
 A decomposition is a callable `(matrix, budget) -> Outcome`.
 """
@@ -45,9 +45,9 @@ class Outcome:
         params: stored elements, None if `param_ratio` is not supported.
         bonds: bond sizes.
         tensors: stored tensors, for the checks of dtype and device.
-        topology: the network, for the law of quality. Without it one bond is taken for the rank of two
-            factors `(out, rank)` and `(rank, in)`; with other bonds the law only refuses results that are as
-            far away as the zero matrix.
+        topology: the network, for the law of quality. If absent, a single bond is taken as the rank of two
+            factors `(out, rank)` and `(rank, in)`; for other bonds the law only requires that the error is
+            smaller than that of the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -79,7 +79,7 @@ class Outcome:
 
 Decompose = Callable[[Tensor, Budget], Outcome]
 
-#: Examples for the law that compresses, saves and loads; one takes as long as a hundred decompositions.
+#: Number of examples for the slow law that compresses, saves and loads.
 _RENAMED = 3
 
 
@@ -115,7 +115,7 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
 def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """Check that the certificate bounds the true error and respects `rel_error`.
 
-    Certificates above 1, infinite ones included, promise little but are allowed.
+    Certificates above 1, even infinite ones, are useless but allowed.
 
     Example:
         >>> from tensornet.testing import laws
@@ -130,7 +130,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
     assert outcome.error >= 0, f"certificate {outcome.error} is not a number of at least 0"
-    if budget.rel_error is not None:  # a promise where no other cap forces a larger error
+    if budget.rel_error is not None:  # must hold if no other cap forces a larger error
         alone = Budget(rel_error=budget.rel_error)
         kept = outcome if alone == budget else _within(decompose, matrix, alone)
         assert kept.error <= budget.rel_error + slack, (
@@ -162,7 +162,7 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
 
 
 def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = tuple(range(1, 9))) -> None:
-    """Check that a larger `max_bond` never increases the error, neither certified nor true.
+    """Check that a larger `max_bond` never increases the certified or the true error.
 
     Example:
         >>> from tensornet.testing import laws
@@ -186,12 +186,12 @@ def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = t
 
 
 def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that the error is near the best of the same bonds.
+    """Check that the error is close to the best error for the same bonds.
 
-    The true error is at most `sqrt(number of cuts)` times the best error of networks with the same bonds, and
-    where the bonds separate rows from columns at most that of the truncated SVD of the same rank; one percent
-    is allowed for iterative methods. See `reference.error_bound`, which also says what is compared. For
-    networks with loops no such bound is known; these must come closer than the zero matrix.
+    The true error must be at most `sqrt(number of cuts)` times the best error of networks with the same
+    bonds. If the bonds separate rows from columns, it must be at most that of the truncated SVD of the same
+    rank. One percent is allowed for iterative methods. See `reference.error_bound` for details. For networks
+    with loops no such bound is known; their error must be smaller than that of the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -206,7 +206,8 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         topology = low_rank(out_features=matrix.shape[0], in_features=matrix.shape[1], rank=rank)
     bound = None if topology is None else reference.error_bound(matrix, topology)
     if bound is None and bool(matrix.any()):
-        # Leading singular vectors of each unfolding keep at least this much, one cut after the other.
+        # Projecting on the leading singular vectors of one unfolding after the other keeps at least this
+        # much.
         bound = math.sqrt(1 - 0.5 / matrix.numel())
         assert bool(outcome.matrix.any()), f"the result is the zero matrix under {budget}"
     assert error <= 1.01 * (bound or 0.0) + tolerance(matrix.dtype), (
@@ -297,12 +298,12 @@ def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
 
 def _true_error(matrix: Tensor, outcome: Outcome) -> float:
     got = tuple(outcome.matrix.shape)
-    assert got == matrix.shape, f"got {got} for {tuple(matrix.shape)}"  # NumPy would broadcast the one
+    assert got == matrix.shape, f"got {got} for {tuple(matrix.shape)}"  # NumPy would broadcast
     return reference.relative_error(matrix, outcome.matrix)
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return True if the storages overlap; judged by addresses, since tensors may repeat elements."""
+    """Return True if the address ranges of the two tensors overlap."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last
@@ -312,7 +313,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def check_matrix(network: TensorNetwork) -> None:
-    """Check that `to_matrix` equals the explicit sum over all bonds.
+    """Check that `to_matrix` equals an explicit sum over all bonds.
 
     Example:
         >>> from tensornet.testing import laws
@@ -418,7 +419,7 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 # --- families ------------------------------------------------------------------------------------
 
-#: Ways to plan: by the weight alone, by calibrated sensitivities, and with another storage of the cores.
+#: Plans to compare: by the weight alone, by calibrated sensitivities, and with another storage of the cores.
 _CONFIGS: tuple[dict[str, Any], ...] = (
     {"objective": "weight"},
     {"objective": "curvature", "pivoted": True},
@@ -433,11 +434,11 @@ def check_name_does_not_matter(
     param_ratio: float = 0.6,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a subclass under another name is planned, predicted and stored as its parent.
+    """Check that a subclass under another name is planned, predicted and stored like its parent.
 
     Args:
-        family: registered or not.
-        matrix: weight of the layer that is compressed; scaled to entries of at most 1.
+        family: the family, registered or not.
+        matrix: weight of the layer that is compressed; it is scaled to entries of at most 1.
         param_ratio: budget.
         options: see `CompressionConfig.topology_options`.
 
@@ -494,10 +495,10 @@ class Law(NamedTuple):
     """Check together with the hypothesis strategies of its arguments.
 
     Args:
-        check: raises `AssertionError`.
-        drawn: strategies of its keyword arguments.
-        subject: leading arguments from the class of laws; its own `subject()` if absent.
-        examples: most examples, for a check that is slow; those of the hypothesis profile if absent.
+        check: function that raises `AssertionError`.
+        drawn: strategies for its keyword arguments.
+        subject: returns the leading arguments for an instance of the class of laws; `subject()` if absent.
+        examples: largest number of examples, for slow checks; that of the hypothesis profile if absent.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -516,13 +517,14 @@ Laws = dict[str, Law]
 
 
 class _Laws:
-    """Base class that adds laws to a subclass as test methods drawing from its strategies."""
+    """Base class that adds laws to a subclass, as test methods that draw from its strategies."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, entry in cls._laws().items():
             law = Law(*entry)
-            # Drawn from the strategies of this class; laws that a base class defines or disables stay so.
+            # Laws draw from the strategies of this class; laws that a base class overrides or disables are
+            # kept.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
                 setattr(cls, name, _test(law, cls.deadline))
@@ -531,8 +533,8 @@ class _Laws:
     def _laws(cls) -> Laws:
         return {}
 
-    #: Milliseconds that one example of a law may take, None for no limit; set another in a subclass. It is
-    #: that long because the first call of an operation plans or compiles.
+    #: Milliseconds that one example of a law may take, None for no limit. The default is large because the
+    #: first call of an operation plans or compiles.
     deadline: ClassVar[float | None] = 20_000
 
     def subject(self) -> tuple[Any, ...]:
@@ -556,8 +558,8 @@ def _test(law: Law, deadline: float | None) -> Callable[..., None]:
 class DecompositionLaws(_Laws):
     """Laws of decompositions: subclass, define `decompose`, and narrow the strategies.
 
-    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; a law that
-    a subclass disables, or defines itself, stays so in its own subclasses.
+    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; a law that a
+    subclass disables or overrides is inherited in that form.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -613,7 +615,7 @@ class FamilyLaws(DecompositionLaws):
     """
 
     family: TopologyFamily
-    #: Passed to `decompose`.
+    #: Options that are passed to `decompose`.
     options: ClassVar[dict[str, Any]] = {}
 
     def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
@@ -628,7 +630,7 @@ class FamilyLaws(DecompositionLaws):
 
 
 class NetworkLaws(_Laws):
-    """Laws of networks from the strategy `networks`: matrix, application, gradients.
+    """Laws of networks that are drawn from the strategy `networks`: matrix, application, gradients.
 
     Example:
         >>> from tensornet.testing import laws, strategies

@@ -1,7 +1,7 @@
 """Slow reference implementations in NumPy and double precision, correct by inspection.
 
-Everything the library computes cleverly is here computed by one `numpy.einsum` over all indices at once,
-or by a dense SVD. Meant for small operators.
+Every result is computed by one `numpy.einsum` over all indices at once, or by a dense SVD. This is meant for
+small operators.
 """
 
 from collections.abc import Sequence
@@ -75,8 +75,8 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
 def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
     """Compute the gradient of every core from the gradient of the dense matrix (real networks).
 
-    The derivative of the matrix for one core is the network without that core, so the gradient is that
-    network contracted with the gradient of the matrix. In a sum the other terms are constants.
+    The derivative of the matrix with respect to one core is the network without that core, so the gradient is
+    this network contracted with the gradient of the matrix. In a sum the other terms are constants.
 
     Example:
         >>> from tensornet.testing import reference
@@ -95,7 +95,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # Bonds of size 1 may end at this core alone; a factor of ones carries every label of it.
+        # A bond of size 1 may belong to this core alone, so a factor of ones is added with all its labels.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:
@@ -134,21 +134,22 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
 
 
 def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
-    """Compute the relative error that a good decomposition with these bonds does not exceed.
+    """Compute an upper bound of the relative error of a good decomposition with these bonds.
 
-    A bond of `r` whose removal splits a network in two is a cut: the matrix, unfolded into the legs on both
-    sides, is approximated with rank `r`, and no network with that bond has a smaller error than its
-    discarded singular values `e`. Truncating cut by cut reaches `sqrt(sum of e^2)`, hence at most
-    `sqrt(number of cuts)` times the best error of the same bonds. Where all bonds that truncate separate rows
-    from columns the network contains the truncated SVD, and the bound is its error. A leg on both sides of a
-    cut numbers blocks, which are truncated one by one. In a sum of networks one term may do it all.
+    A bond of size `r` whose removal splits a network in two is a cut. The unfolding of the matrix into the
+    legs on both sides is approximated with rank `r`, so the error is at least that of the discarded singular
+    values, `e`. Truncating one cut after the other gives the error `sqrt(sum of e^2)`, which is at most
+    `sqrt(number of cuts)` times the best error for the same bonds. If all truncating bonds separate rows from
+    columns, the network contains the truncated SVD, and the bound is its error. A leg on both sides of a cut
+    is an index of blocks, which are truncated one by one. For a sum of networks the smallest bound of its
+    terms is used.
 
     Args:
         matrix: shape `(out_features, in_features)`.
         topology: the network, with the bonds that were chosen.
 
     Returns:
-        The bound, relative to the norm of the matrix; None where bonds form a loop.
+        The bound, relative to the norm of the matrix; None if bonds form a loop.
 
     Reference:
         Oseledets 2011, "Tensor-Train Decomposition", theorem 2.2 and corollary 2.4; Grasedyck 2010,
@@ -195,12 +196,12 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
 def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
     """List the edges `(core, core, rank)` of a tree over all cores; None if the bonds form a loop.
 
-    Parts that no bond joins form a product, which is an edge of rank 1.
+    Parts that are not joined by a bond form a product, which is an edge of rank 1.
     """
     sizes: dict[tuple[int, ...], int] = {}
     for label, size in topology.bond_dims.items():
         ends = tuple(k for k, core in enumerate(topology.cores) if label in core.labels)
-        sizes[ends] = sizes.get(ends, 1) * size  # several bonds between the same cores are one
+        sizes[ends] = sizes.get(ends, 1) * size  # merges bonds between the same cores
     edges: list[tuple[int, int, int]] = []
     for ends, size in sizes.items():
         if len(ends) > 2 or (len(ends) == 2 and ends[1] in _reachable(ends[0], edges)):
@@ -214,7 +215,7 @@ def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
 
 
 def _reachable(start: int, edges: Sequence[tuple[int, int, int]]) -> set[int]:
-    """Collect the cores that edges connect with one."""
+    """Collect the cores that are connected with a given one by edges."""
     found, before = {start}, 0
     while len(found) > before:
         before = len(found)

@@ -1,7 +1,7 @@
 """Hypothesis strategies for matrices, budgets, topologies and networks, and profiles.
 
-Numbers come from a seeded generator rather than from hypothesis itself: hypothesis chooses shapes, kinds,
-dtypes and seeds, which it can shrink, and not thousands of floats, which it cannot.
+Hypothesis draws shapes, kinds, dtypes and seeds, which it can shrink. The thousands of matrix elements, which
+it could not shrink, come from a seeded generator.
 """
 
 import math
@@ -19,7 +19,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: Shapes of the singular spectrum of a generated matrix. The last two have a rank of their own, 0 and 1.
+#: Kinds of singular spectra of a generated matrix. The last two have the fixed ranks 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
@@ -70,12 +70,12 @@ def matrices(
     """Draw a matrix of chosen or random shape, dtype, spectrum, rank and scale.
 
     Args:
-        shape: `(out, in)`; any up to `max_size` if absent, one row or one column included.
-        max_size: largest size where the shape is free.
+        shape: `(out, in)`; if absent any shape up to `max_size`, including one row or one column.
+        max_size: largest size if `shape` is absent.
         dtype: a dtype or a strategy; real and complex ones if absent.
-        spectrum: one of `SPECTRA`; any if absent, but with a `rank` none that has a rank of its own.
+        spectrum: one of `SPECTRA`; any if absent, but with `rank` none with a fixed rank.
         rank: exact rank, capped at the smaller size; full if absent, except for `"low_rank"`.
-        scales: whether magnitudes from 1e-12 to 1e12 occur (half types excepted).
+        scales: whether magnitudes from 1e-12 to 1e12 occur (except for 16-bit types).
 
     Example:
         >>> from hypothesis import given
@@ -244,11 +244,11 @@ _default_dims = dims()
 def register_profiles() -> None:
     """Register the profiles `default`, `ci` and `nightly` with hypothesis.
 
-    Select one with `settings.load_profile(name)`; this project's own tests read the name from the
+    Select one with `settings.load_profile(name)`; the tests of this project read the name from the
     environment variable `HYPOTHESIS_PROFILE`.
 
-    - `default`: 50 random examples, for work at the desk.
-    - `ci`: 25 examples, derandomised, so that the same commit always gives the same verdict.
+    - `default`: 50 random examples, for development.
+    - `ci`: 25 examples, derandomised, so that the same commit always gives the same result.
     - `nightly`: 1000 random examples, to find rare failures.
 
     No profile has a deadline: the first call of an operation plans or compiles and is slower than the rest.
@@ -260,7 +260,7 @@ def register_profiles() -> None:
         >>> settings.get_profile("ci").max_examples
         25
     """
-    # Each option is written out: on a CI machine hypothesis changes the defaults it would inherit.
+    # All options are explicit, since hypothesis changes its defaults on a CI machine.
     common: dict[str, Any] = {
         "deadline": None,
         "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -1,4 +1,4 @@
-"""Topology families: the base class, with answers that are right for any network, and its results."""
+"""Base class of topology families, with default methods that work for any network; and result types."""
 
 import inspect
 import math
@@ -21,15 +21,15 @@ from tensornet.topologies.fit import fit_weighted, leading, legs_of, structured_
 from tensornet.topologies.rounded_cores import StoredCores, round_in_turn
 from tensornet.topology import Topology
 
-#: Sweeps of alternating least squares that `fit` makes.
+#: Sweeps of alternating least squares in `fit`.
 _SWEEPS = 3
-#: Bits of integer cores of candidates.
+#: Numbers of bits of integer cores in candidates.
 _CORE_BITS = (8, 4)
-#: Fractions of the largest bond at which candidates are decomposed; between them losses are interpolated.
+#: Fractions of the largest bond at which candidates are decomposed; losses in between are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
-#: Candidates made between bond 1 and the largest.
+#: Number of candidates between bond 1 and the largest.
 _RUNGS = 400
-#: Partial traces of a moment name two indices for each leg, with letters.
+#: Largest number of legs: partial traces of a moment need two letters for each leg.
 _MAX_LEGS = 25
 
 
@@ -42,8 +42,8 @@ class Decomposition:
         error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
         bound_by: the cap that decided the bonds: `"max_bond"`, `"rel_error"`, `"param_ratio"`, or
             `"exact"` if no bond was truncated.
-        iterations: sweeps of alternating least squares, 0 where the decomposition has a closed form.
-        converged: whether alternating least squares settled before its sweep limit.
+        iterations: sweeps of alternating least squares, 0 if the decomposition has a closed form.
+        converged: whether alternating least squares converged within the largest number of sweeps.
 
     Example:
         >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
@@ -60,10 +60,10 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Encode and decode the cores of a network, as they will be kept.
+    """Encode and decode the cores of a network, to get the cores that will be stored.
 
     Args:
-        run: encodes and decodes.
+        run: function that encodes and decodes.
         number_format: integer format of all cores, from which a family may predict losses without rounding;
             None for other encodings.
     """
@@ -81,10 +81,10 @@ class Ladder:
     """Candidates of one family for one matrix, by increasing bond.
 
     Args:
-        topologies: of the candidates, by rising bond.
-        losses: `1/2 tr(R E C E^T)` of each under each weighting that was asked for, shape
-            `(weightings, candidates)`.
-        errors: relative Frobenius error of each, shape `(candidates,)`.
+        topologies: topologies of the candidates, by increasing bond.
+        losses: `1/2 tr(R E C E^T)` of each candidate under each of the weightings, shape `(weightings,
+            candidates)`.
+        errors: relative Frobenius error of each candidate, shape `(candidates,)`.
         complete: whether the last candidate has the bonds of an exact network.
 
     Example:
@@ -104,18 +104,17 @@ class Ladder:
 class TopologyFamily(ABC):
     """Topology family: subclass it and pass an instance to `register_topology`.
 
-    A family must implement `build` and `decompose_to`. The rest of the library calls the other methods
-    instead of checking for names of families; their defaults are right for any network. Override one where
-    the family has a better answer (docs/guides/topologies.md).
+    A family must implement `build` and `decompose_to`. The defaults of all other methods work for any
+    network; override those for which the family has a better method (docs/guides/topologies.md).
 
-    Laws an implementation must keep (`tensornet.testing.laws` checks them):
-    `build` accepts every shape of at least `(1, 1)`, padding where it must; `decompose(w, Budget())` is
-    exact to rounding where the family can be exact; `error` bounds the true error; no cap of the budget is
-    exceeded; a larger budget never gives a larger error; the input is not changed; a subclass under another
-    name behaves as its parent.
+    An implementation must satisfy these laws (`tensornet.testing.laws` checks them): `build` accepts every
+    shape of at least `(1, 1)`, with padding if necessary; `decompose(w, Budget())` is exact up to rounding if
+    the family can be exact; `error` bounds the true error; no cap of the budget is exceeded; a larger budget
+    never gives a larger error; the input is not changed; a subclass under another name behaves like its
+    parent.
 
-    The decompositions of a subclass run outside the caller's autocast, whose products in 16 bits would
-    break the bound, and record no gradients; a subclass has nothing to do for that.
+    Decompositions of a subclass automatically run without gradients and outside of autocast, whose 16-bit
+    products would violate the error bound.
 
     Example:
         >>> family = tn.topologies.topology_family("low_rank")
@@ -126,11 +125,11 @@ class TopologyFamily(ABC):
 
     #: Name used in configurations and files.
     name: str
-    #: Options of `build` that mixtures of experts pass where their configuration leaves them open.
+    #: Options of `build` that mixtures of experts use by default.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
-    #: Whether `gauge_bonds` fixes gauges even where the row order takes more numbers than that saves.
+    #: Whether `gauge_bonds` pivots even if the row order takes more numbers than pivoting saves.
     always_pivots: ClassVar[bool] = False
-    #: Whether the leading part of every core of an exact decomposition decomposes for smaller bonds.
+    #: Whether slicing the cores of an exact decomposition to smaller bonds gives good decompositions.
     nested: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -152,8 +151,8 @@ class TopologyFamily(ABC):
     ) -> Topology:
         """Build the topology of a matrix `(out_features, in_features)` with bonds at most `max_bond`.
 
-        It records `self.name` as its family. `max_bond` is one cap for all bonds, or a sequence with one for
-        each; by default bonds are as large as an exact network needs.
+        The family of the topology must be `self.name`. `max_bond` is one cap for all bonds, or a sequence
+        with one for each; by default bonds are as large as an exact network needs.
 
         Raises:
             TopologyError: the options do not fit the shape.
@@ -163,9 +162,9 @@ class TopologyFamily(ABC):
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose `matrix` into a network of exactly this topology, including dims and bonds.
 
-        A plan fixes topologies first and decomposes later; bonds the matrix does not need are filled
-        with zeros, so that shapes are those of the plan. Cores come back in `result_dtype(matrix.dtype)` on
-        the matrix's device. Start with `check_topology(self.name, topology, matrix)`.
+        Plans choose topologies before matrices are decomposed. If the matrix needs smaller bonds, cores are
+        zero-padded to the shapes of the topology. The cores have the dtype `result_dtype(matrix.dtype)` and
+        the matrix's device. Implementations should first call `check_topology(self.name, topology, matrix)`.
 
         Raises:
             NonFiniteError: the matrix contains NaN or infinity.
@@ -186,7 +185,7 @@ class TopologyFamily(ABC):
     def options_of(self, topology: Topology) -> dict[str, Any]:
         """Return the options with which `build` and `decompose` reproduce the legs of a topology.
 
-        By default none. Override it if the family has options that choose the legs.
+        The default is no options. Override it if the family has options for the legs.
         """
         return {}
 
@@ -195,11 +194,11 @@ class TopologyFamily(ABC):
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
         """Choose the number formats of the cores of candidates among the allowed formats.
 
-        By default one format for all cores, floating-point or with 8 or 4 bits: those between would hardly
-        differ from their neighbours, and with fewer bits networks lose to the dense matrix.
+        By default there is one format for all cores, floating-point or with 8 or 4 bits. Other numbers of
+        bits would differ little from these, and with fewer bits the dense matrix is better.
 
         Returns:
-            For each encoding the format of all cores, and that of single cores that differ, by name.
+            For each encoding, the format of all cores, and exceptions by the name of the core.
         """
         return [(x, {}) for x in formats if x.bits is None or x.bits in _CORE_BITS]
 
@@ -210,15 +209,15 @@ class TopologyFamily(ABC):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Choose options of `build` whose legs suit a matrix; by default the given options.
+        """Choose options of `build` with good legs for a matrix; by default the given options.
 
-        Override it if the sizes of the legs are free and a cheap bound tells good ones from bad ones.
+        Override it if the sizes of the legs are free and a fast bound can compare them.
 
         Args:
             matrix: shape `(out, in)`.
             weighting: sensitivity of the loss to errors.
-            num_params: counts the numbers that a network will store.
-            options: of `build`, as far as the caller chose them.
+            num_params: function that counts the numbers that a network will store.
+            options: options of `build` that the caller gave.
         """
         return options
 
@@ -228,11 +227,11 @@ class TopologyFamily(ABC):
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
         """Decompose `matrix: (out_features, in_features)` into a network within the budget.
 
-        By default all bonds share the largest cap that `max_bond` and `param_ratio` allow, and under
-        `rel_error` the smallest that keeps it, found by bisection with `decompose_to`.
+        By default all bonds have the largest common cap within `max_bond` and `param_ratio`. With `rel_error`
+        it is the smallest sufficient one, found by bisection with `decompose_to`.
 
         Raises:
-            BudgetError: not even the smallest network of this family fits the budget.
+            BudgetError: even the smallest network of this family exceeds the budget.
             NonFiniteError: the matrix contains NaN or infinity.
             TopologyError: the options do not fit the shape.
         """
@@ -261,18 +260,18 @@ class TopologyFamily(ABC):
 
     @outside_autocast
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Fit a network of this topology to `matrix` at little weighted error.
+        """Fit a network of this topology to `matrix` with small weighted error.
 
-        By default alternating least squares from a structured start (`tensornet.als`), which needs nothing
-        of the family but `decompose_to`. Override it if the weighted problem has a closed form.
+        The default is alternating least squares from a structured start (`tensornet.als`), which uses only
+        `decompose_to`. Override it if the weighted problem has a closed form.
 
         Args:
             matrix: shape `(out, in)`.
             topology: of this family.
-            weighting: sensitivity of the loss to errors; `Weighting()` asks for `decompose_to`.
+            weighting: sensitivity of the loss to errors; `Weighting()` gives the result of `decompose_to`.
 
         Returns:
-            Its `error` is the relative Frobenius error, as of every decomposition.
+            The decomposition; its `error` is the relative Frobenius error, as always.
         """
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
@@ -293,14 +292,15 @@ class TopologyFamily(ABC):
     ) -> Ladder:
         """List candidates for one matrix with the predicted loss increase of each.
 
-        By default up to 400 bond sizes, of which ten are decomposed and the others interpolated; losses are
-        lowered by as much as fitting one in the middle gains. Override it if all of them have a closed form.
+        By default there are up to 400 bond sizes, of which ten are decomposed and the others interpolated.
+        The effect of fitting is estimated from one fit at a middle bond. Override it if there is a closed
+        form.
 
         Args:
             matrix: shape `(out, in)`.
             weightings: sensitivities under which losses are predicted; candidates are fitted to the first.
             max_bond: largest bond.
-            round_trip: encodes and decodes the cores; None if the encoding is exact.
+            round_trip: function that encodes and decodes the cores; None if the encoding is exact.
             options: of `build`.
 
         Raises:
@@ -314,7 +314,7 @@ class TopologyFamily(ABC):
                 f"With calibration data a network has at most {_MAX_LEGS} out-legs and as many in-legs, got "
                 f"{len(full.out_dims)} and {len(full.in_dims)}; take fewer sites, or objective='weight'."
             )
-        legs = (*full.out_dims, *full.in_dims)  # bonds of a Tucker network, which exactly is one core
+        legs = (*full.out_dims, *full.in_dims)  # largest bonds of a Tucker network, which then is one core
         largest = max(full.bond_dims.values() or legs)
         top = min(largest, max_bond or largest)
         tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})
@@ -324,7 +324,7 @@ class TopologyFamily(ABC):
         def gap(network: TensorNetwork) -> Tensor:
             return matrix - (network if round_trip is None else round_trip(network)).to_matrix()
 
-        # 1. Decompositions at a few bonds.
+        # 1. Decompose at a few bonds.
         chosen = [topologies[caps.index(cap)] for cap in tried]
         if self.nested:
             exact = legs_of(full, weightings[0]).decompose(self._network_of, matrix, full)
@@ -333,7 +333,7 @@ class TopologyFamily(ABC):
             starts = [structured_start(self._network_of, matrix, x, weightings[0]) for x in chosen]
         gaps = [gap(start) for start in starts]
         losses = [[weighting.cost(x) for x in gaps] for weighting in weightings]
-        # 2. Fitting lowers their losses, by about as much as it does in the middle.
+        # 2. Lower their losses by the factor that fitting gains at a middle bond.
         if weightings[0] != Weighting():
             middle = len(tried) // 2
             fitted = gap(self.fit(matrix, topologies[caps.index(tried[middle])], weightings[0]).network)
@@ -341,7 +341,7 @@ class TopologyFamily(ABC):
                 _scaled(tried, values, middle, weighting.cost(fitted))
                 for values, weighting in zip(losses, weightings, strict=True)
             ]
-        # 3. All other bonds, between them.
+        # 3. Interpolate to all other bonds.
         norm = max(float(matrix.norm()), 1e-300)
         errors = _interpolated(caps, tried, [float(x.norm()) / norm for x in gaps])
         return Ladder(
@@ -352,34 +352,35 @@ class TopologyFamily(ABC):
         )
 
     def stack_starts(self, weights: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
-        """Initialise the joint fit of a stack of matrices by networks that share cores.
+        """Make starting points for the joint fit of a stack of matrices by networks that share cores.
 
-        By default two starts: the decomposition of the mean matrix for all of them (right where they grew
-        from one matrix), and each matrix's own. Shared cores are averaged, then all are fitted together.
+        By default there are two starts: the decomposition of the mean matrix for all (which suits copies of
+        one matrix), and the decomposition of each matrix. Shared cores are averaged, then all cores are
+        fitted together.
 
         Args:
             weights: shape `(experts, out, in)`.
-            topology: of this family, for one of them.
+            topology: topology of one matrix, of this family.
 
         Returns:
-            For each start one network for each matrix.
+            A list of networks, one for each matrix, for each start.
         """
         mean = self.decompose_to(weights.mean(0), topology).network
         return [[mean] * len(weights), [self.decompose_to(x, topology).network for x in weights]]
 
     @outside_autocast
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round cores to integers with little weighted error of the matrix.
+        """Round cores to integers with small weighted error of the matrix.
 
-        By default one core after the other with estimated moments, the rest refitted. Override it if the
-        moments that cores see have a closed form.
+        By default one core after the other is rounded with estimated moments, and the others are refitted.
+        Override it if the moments for each core have a closed form.
 
         Args:
-            stored: the cores, and number formats of those that become integers.
+            stored: the cores, and number formats of those that will be integers.
             weighting: sensitivity of the loss to errors of the matrix.
 
         Returns:
-            By name the rounded cores, and other cores where they were refitted.
+            The rounded cores, and other cores that were refitted, by name.
         """
         return round_in_turn(stored, weighting)
 
@@ -389,13 +390,13 @@ class TopologyFamily(ABC):
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Map each core that holds an identity block to the bond whose gauge the pivoted encoding fixes.
+        """Map each core that gets an identity block in the pivoted encoding to the bond of this block.
 
-        Only a bond that exactly two cores share has a gauge: an invertible matrix and its inverse put into it
-        change the cores, not the operator. By default each core but the last fixes its largest bond to a
-        later core, if it has as many other index values as the bond, and if that saves more numbers than the
-        row order of the core takes. Never change the answer of a family whose models have been saved: it
-        decides the shapes in their files.
+        An invertible matrix and its inverse can be inserted at any bond between exactly two cores, without
+        changing the operator. By default each core except the last pivots its largest bond to a later core,
+        if its other indices have at least as many values as the bond, and if this saves more numbers than the
+        row order takes. Never change the result for a family with saved models, since it determines the
+        shapes in their files.
 
         Example:
             >>> family = tn.topologies.topology_family("mpo")
@@ -419,9 +420,9 @@ class TopologyFamily(ABC):
         return found
 
     def with_rank(self, topology: Topology, rank: int) -> Topology | None:
-        """Build the topology that holds this operator plus a matrix of rank `rank`, such as a LoRA adapter.
+        """Build a topology for the sum of this operator and a matrix of a given rank, such as a LoRA adapter.
 
-        By default None: no small topology is known, and a layer that merges an adapter becomes dense.
+        The default is None: a layer becomes dense when an adapter is merged.
         """
         return None
 
@@ -430,7 +431,7 @@ def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int
     """Check the arguments of `decompose`, and return the shape of the matrix.
 
     Raises:
-        BudgetError: not a budget.
+        BudgetError: `budget` is not a Budget.
         ShapeError: not a dense floating matrix.
     """
     if not isinstance(budget, Budget):
@@ -442,7 +443,7 @@ def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
-    """Raise unless the topology has this family and the shape of a dense matrix.
+    """Raise an error unless the topology has this family and the shape of a dense matrix.
 
     Raises:
         ShapeError: not a dense floating matrix.
@@ -463,14 +464,14 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
-    """Raise TopologyError unless all options are known to the family; the message lists those that are."""
+    """Raise TopologyError unless the family has all these options; the message lists the known ones."""
     if unknown := sorted(str(key) for key in options if key not in known):
         exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
         raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Rescale a curve through one exact point; the smallest cap stays unscaled."""
+    """Rescale a curve to pass through one exact point; the smallest cap is not rescaled."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)

@@ -1,4 +1,4 @@
-"""Block tensor trains: chains whose cores also carry legs that they do not contract."""
+"""Block tensor trains: chains whose cores also have legs that they do not contract."""
 
 import math
 from collections.abc import Sequence
@@ -45,22 +45,21 @@ def block_tt(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Build a block tensor train; core `k` carries `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
+    """Build a block tensor train; core `k` has `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
 
-    `W[o, i] = sum over bonds of prod_k core_k[b_k, o_k.., ..i_k, b_{k+1}]`, `b_0 = b_n = 1`. Of these legs
-    core `k` maps `i_k` to `o_k`; the others only select which matrix it uses. Applying it costs as many
-    multiply-adds for each token as the network has parameters. Two cores with bond 1 are a Monarch
-    matrix.
+    `W[o, i] = sum over bonds of prod_k core_k[b_k, o_k.., ..i_k, b_{k+1}]`, `b_0 = b_n = 1`. Core `k` maps
+    `i_k` to `o_k`; its other legs only select which of its matrices is used. Applying the network to a token
+    takes one multiply-add per parameter. Two cores with bond 1 are a Monarch matrix.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: the `n - 1` inner bonds; exact ones where absent, larger ones are clipped to those.
+        bond_dims: the `n - 1` inner bonds; the exact ones if absent. Larger values are clipped to these.
         max_bond: cap on every bond, or one for each.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features, or another number of bonds.
+        TopologyError: the dims do not fit each other or the features, or the number of bonds is wrong.
 
     Reference:
         Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, "Compute Better Spent: Replacing Dense Layers
@@ -85,9 +84,9 @@ def block_tt(
 class BlockTTFamily(FactoredFamily):
     """Block tensor trains, decomposed by one truncated SVD for each block of each bond.
 
-    For fixed selecting legs the two sides of a bond are a plain low-rank product, so the leading singular
-    pairs of every block are optimal for two cores; more cores are split off from the right one by one.
-    Right factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
+    For fixed values of the selecting legs, the two sides of a bond are a plain low-rank product, so for two
+    cores the leading singular pairs of every block are optimal. More cores are split off one by one from the
+    right. Right factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
 
@@ -168,7 +167,7 @@ def _block_svd(
     spent, right = torch.zeros_like(total), 1
     for k in range(sites - 1, 0, -1):
         left, mine = math.prod(out_dims[:k]), in_dims[k]
-        # rows: out-legs before k; columns: in-leg k and the bond; blocks: all other legs that are left
+        # rows: out-legs before k; columns: in-leg k and the bond; blocks: all other remaining legs
         blocks = rest.reshape(left, -1, math.prod(in_dims[:k]), mine * right).permute(1, 2, 0, 3)
         full = min(blocks.shape[-2:])
         found = factorize(blocks, full, None, method=method, single=is_single(dtype))

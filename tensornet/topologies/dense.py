@@ -1,4 +1,4 @@
-"""Dense family: the matrix itself as a network of one core, which plain quantization rounds."""
+"""Dense family: the matrix itself as a network of one core, for plain quantization."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +56,7 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Sweeps of descent after rounding, by bits: with few bits scales and clamping leave much to gain.
+#: Sweeps of descent after rounding, by bits; with few bits descent gains more.
 _SWEEPS = {3: 2, 2: 4}
 
 
@@ -67,16 +67,16 @@ def round_dense(
     most_sweeps: int | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight:
-    """Round a matrix with further damped moments, and descend on the loss where few bits are left.
+    """Round a matrix with additional damping of its moments, and descend on the loss for few bits.
 
-    The plain methods know no more than they do elsewhere: rounding to nearest no moments, one-sided rounding
-    (GPTQ) the moment of the inputs alone; neither descends.
+    The baselines are as in the literature: round to nearest uses no moments, one-sided rounding (GPTQ) uses
+    the moment of the inputs alone, and neither is followed by descent.
 
     Args:
         matrix: shape `(out, in)`, or a stack `(stack, out, in)`.
         number_format: an integer format.
         weighting: sensitivity of the loss to errors; its full moments may be stacks as well.
-        most_sweeps: of descent, where fewer than usual will do.
+        most_sweeps: largest number of sweeps of descent, to use fewer than usual.
         rounding: as for `round_weight`.
     """
     if rounding == "nearest":
@@ -95,7 +95,7 @@ def round_dense(
 
 
 class DenseFamily(TopologyFamily):
-    """Family of one dense core, which only a number format makes smaller.
+    """Family of one dense core, whose size depends only on the number format.
 
     Example:
         >>> found = tn.decompose(torch.randn(12, 8), "dense")
@@ -123,7 +123,7 @@ class DenseFamily(TopologyFamily):
         """Copy the matrix.
 
         Raises:
-            BudgetError: fewer parameters than the matrix has are allowed.
+            BudgetError: the budget allows fewer parameters than the matrix has.
         """
         check_options(self.name, options)
         shape = check_request(self.name, matrix, budget)

@@ -1,4 +1,4 @@
-"""Families that factor both feature dimensions into legs: their options, leg sizes, and helpers for cores."""
+"""Families that factor both feature dimensions into legs: options, leg sizes, and helpers for cores."""
 
 import math
 import warnings
@@ -21,10 +21,10 @@ from tensornet.topologies.base import Decomposition, TopologyFamily, check_optio
 from tensornet.topology import CoreSpec, Topology
 
 DEFAULT_SITES = 3
-#: A padded size may exceed the true one by this share. More padding would cost more parameters than
-#: a slightly less balanced factorisation does.
+#: Largest padding, as a fraction of the true size. More padding would need more parameters than a slightly
+#: less balanced factorisation.
 MAX_PADDING = 0.05
-#: Padding at all costs a copy of the input and one of the output, so exact factors win unless they are
+#: Penalty for padding, which needs copies of input and output: exact factors are preferred unless they are
 #: clearly less balanced.
 _ANY_PADDING = 0.5
 #: Options of all factored families.
@@ -36,8 +36,8 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 class FactoredFamily(TopologyFamily):
     """Family with the options `out_dims`, `in_dims` and `sites`; dims default to balanced factors.
 
-    A subclass names its builder and implements `decompose_at` and `decompose_to`; options of its own are
-    named in `build_options` and `decompose_options` and passed on as keywords.
+    A subclass sets its builder and implements `decompose_at` and `decompose_to`. Its additional options are
+    listed in `build_options` and `decompose_options` and passed on as keywords.
 
     Example:
         >>> family = tn.topologies.topology_family("mpo")
@@ -45,7 +45,7 @@ class FactoredFamily(TopologyFamily):
         (True, ('bond_dims', 'in_dims', 'out_dims', 'sites'))
     """
 
-    #: Sites where neither dims nor `sites` are given.
+    #: Number of sites if neither dims nor `sites` are given.
     default_sites: ClassVar[int] = DEFAULT_SITES
     #: Builder with keywords `out_dims, in_dims, max_bond, out_features, in_features` and `build_options`.
     builder: ClassVar[Callable[..., Topology]]
@@ -121,7 +121,7 @@ class FactoredFamily(TopologyFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Complete missing dims; families with a fixed number of sites reject others here."""
+        """Complete missing dims; families with a fixed number of sites reject other numbers here."""
         return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
 
 
@@ -132,9 +132,9 @@ def choose_dims(
     sites: int | None,
     default_sites: int = DEFAULT_SITES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Complete missing dims with balanced factors, out ascending and in descending.
+    """Complete missing dims with balanced factors, out-dims ascending and in-dims descending.
 
-    Opposite orders keep the legs of each site, and so the bonds, balanced.
+    The opposite orders balance the legs of each site, and so the bonds.
 
     Raises:
         TopologyError: `sites` contradicts the given dims, or the dims do not fit.
@@ -159,10 +159,10 @@ def choose_dims(
 def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
     """Split `size` into `sites` factors of similar magnitude, in ascending order.
 
-    The product of the factors is `size` where it has balanced divisors, else the nearest larger number
-    that has (50257 = 29 * 1733 becomes 36 * 37 * 38 - the excess rows are zero and are counted).
-    Minimises `log(max/min) + 8 * log(product/size) + (0.5 where product > size)` over all products up to
-    5 % above `size`.
+    The product of the factors is `size` if it has balanced divisors, else the nearest larger number that has
+    (50257 = 29 * 1733 becomes 36 * 37 * 38; the additional rows are zero and count as parameters). Minimises
+    `log(max/min) + 8 * log(product/size) + (0.5 where product > size)` over all products up to 5 % above
+    `size`.
 
     Args:
         size: the dimension to split, at least 1.
@@ -201,7 +201,7 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
             rest //= factors[-1]
         return tuple(sorted([*factors, rest]))
 
-    # Small sizes need room for at least one balanced product, whatever the percentage says.
+    # Small sizes need room for at least one balanced product, even above the percentage.
     ceiling = max(math.floor(size * (1 + MAX_PADDING)), size + 1)
     return min(map(exact_factors, range(size, ceiling + 1)), key=imbalance)
 
@@ -239,8 +239,8 @@ def site_topology(
     """Build a topology with an out-leg `o<k>` and an in-leg `i<k>` for each site `k`.
 
     Args:
-        family: name that is recorded.
-        cores: labels of each core; cores are named by their positions.
+        family: name of the family.
+        cores: labels of each core; the names of the cores are their positions.
         bonds: sizes of the bonds `b0`, `b1`, ...
         out_dims: sizes of the out-legs.
         in_dims: sizes of the in-legs.
@@ -272,17 +272,17 @@ def check_bonds(
     """Check the bonds and caps passed to a builder.
 
     Args:
-        name: the argument that holds the bonds.
-        bonds: one for each of `each`, or None.
-        count: how many there must be.
-        each: the things that have one of them, for the message.
-        max_bond: cap on all of them, one cap for each, or None.
+        name: name of the argument with the bonds.
+        bonds: the bonds, or None.
+        count: required number of bonds.
+        each: what each bond belongs to, for the message.
+        max_bond: cap on all bonds, one cap for each, or None.
 
     Returns:
         One cap for each bond; None leaves a bond uncapped.
 
     Raises:
-        TopologyError: not `count` integers of at least 1.
+        TopologyError: the bonds are not `count` integers of at least 1.
     """
     caps = caps_of_bonds(max_bond, count, TopologyError)
     if bonds is not None and len(check_sizes(name, bonds)) != count:
@@ -291,7 +291,7 @@ def check_bonds(
 
 
 def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:
-    """Clip `wanted` bonds to `useful` ones, with a warning where they differ.
+    """Clip `wanted` bonds to `useful` ones, with a warning if they differ.
 
     Args:
         name: the argument of the builder, for the warning.
@@ -308,9 +308,9 @@ def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[
 
 
 def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
-    """Build a network of exactly this topology from smaller cores: zero padding, balanced norms.
+    """Build a network of exactly this topology from smaller cores, with zero padding and balanced norms.
 
-    Decompositions return smaller bonds where an earlier truncation left a block of smaller rank.
+    Decompositions return smaller bonds if a block has a smaller rank after an earlier truncation.
     """
     shapes = topology.core_shapes.values()
     padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]
@@ -326,7 +326,7 @@ def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
 def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Rescale the cores to equal root-mean-square elements without changing the operator.
 
-    A chain from TT-SVD keeps the whole norm in its last core; one learning rate would then not suit all.
+    After TT-SVD the whole norm is in the last core, so that no learning rate would suit all cores.
     """
     scales = [frobenius(core) / core.numel() ** 0.5 for core in cores]
     if min(scales) == 0:

@@ -14,12 +14,12 @@ from tensornet.linalg.weighted_svd import Weighting, damped, root, transposed
 from tensornet.network import TensorNetwork
 from tensornet.topology import Topology
 
-#: How a family writes a matrix as a network of a given topology.
+#: Function that decomposes a matrix into a network of a given topology.
 Decompose = Callable[[Tensor, Topology], TensorNetwork]
 
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _STEPS = 6
-#: Damping of the factors of a moment: partial traces of a singular moment may be singular.
+#: Damping of the factors of a moment, since partial traces of a singular moment may be singular.
 _FACTOR_DAMPING = 1e-4
 
 
@@ -27,19 +27,19 @@ _FACTOR_DAMPING = 1e-4
 def fit_weighted(
     decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int
 ) -> TensorNetwork:
-    """Fit cores of a given topology at little weighted error, at most that of the plain decomposition.
+    """Fit cores of a given topology; the weighted error is at most that of the plain decomposition.
 
-    The start is the decomposition that is optimal (as far as the family's own is) for moments replaced by
-    Kronecker products over the legs. It is fitted to the full weighting in coordinates in which those
-    products are identities, where a few steps go as far as hundreds would in the coordinates of the matrix.
-    If the plain decomposition still has less weighted error, it is fitted instead.
+    The start is the family's decomposition in coordinates in which the moments, approximated by Kronecker
+    products over the legs, are identities. It is fitted to the full weighting in these coordinates, where a
+    few steps do as much as hundreds in the coordinates of the matrix. If the plain decomposition has a
+    smaller weighted error, it is the start instead.
 
     Args:
-        decompose: writes a matrix as a network of the family.
+        decompose: decomposes a matrix into a network of the family.
         matrix: shape `(out, in)`.
-        topology: of that family.
+        topology: topology of that family.
         weighting: sensitivity of the loss to errors.
-        sweeps: rounds of alternating least squares; 0 returns the start.
+        sweeps: number of sweeps of alternating least squares; 0 returns the start.
     """
     legs = legs_of(topology, weighting)
     plain = decompose(matrix, topology)
@@ -69,7 +69,7 @@ def structured_start(
 
 
 def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """Slice a network to smaller bonds, for bonds sorted by importance as after TT-SVD."""
+    """Slice a network to smaller bonds; the bonds must be sorted by importance, as after TT-SVD."""
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
     return TensorNetwork(topology, [core.contiguous() for core in cut])
@@ -80,8 +80,8 @@ class Legs:
     """Leg-whitened coordinates, in which the moment of every leg is the identity.
 
     Args:
-        roots: by label, `L` and its inverse with `L L^T` the moment of the leg; vectors where that is
-            diagonal. Legs of a side without a moment are missing.
+        roots: by label, `L` and its inverse, with `L L^T` the moment of the leg; vectors for a diagonal
+            moment. Legs of a side without a moment are absent.
         sides: labels of the out-legs and of the in-legs.
         dims: their sizes.
     """
@@ -98,7 +98,7 @@ class Legs:
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
     ) -> tuple[Tensor, TensorNetwork, Weighting]:
-        """Transform a matrix, its network and the weighting to whitened coordinates at equal loss."""
+        """Transform a matrix, its network and the weighting to whitened coordinates, with the same loss."""
         topology = network.topology
         cores = self._on_cores(topology, network.cores, inverse=False)
         moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
@@ -157,7 +157,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Compute whitening roots for a topology; none without a weighting or if cores share a leg."""
+    """Compute whitening roots for a topology; none if there is no weighting, or if cores share a leg."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     labels_of = [core.labels for core in topology.cores]
@@ -169,7 +169,7 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
 
 
 def _unpadded(topology: Topology) -> Topology:
-    """Describe the same network without padding: its features are the products of its legs."""
+    """Return the topology without padding, whose features are the products of its legs."""
     rows, columns = topology.padded_shape
     return replace(topology, out_features=rows, in_features=columns)
 
@@ -182,10 +182,10 @@ def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
 
 
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Split a moment `(n, n)` or `(n,)` into one for each leg by partial traces, mean diagonal 1.
+    """Split a moment `(n, n)` or `(n,)` into one for each leg by partial traces, with mean diagonal 1.
 
-    Their Kronecker product is proportional to the moment where the moment is such a product. Legs may hold
-    more than `n` indices; what exceeds it has no weight.
+    If the moment is a Kronecker product, it is proportional to that of the results. The product of the leg
+    sizes may exceed `n`; padding has no weight.
     """
     size = math.prod(dims)
     count = len(dims)

@@ -37,12 +37,12 @@ def kronecker(
     Args:
         out_dims: rows of `A` and of `B`.
         in_dims: columns of `A` and of `B`.
-        terms: number of products; as many as an exact sum needs if absent, more are clipped to that.
-        max_bond: another cap on the number of terms.
+        terms: number of products; if absent, that of an exact sum. Larger values are clipped to this.
+        max_bond: an additional cap on the number of terms.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
-        TopologyError: not two dims each, or they do not fit the features.
+        TopologyError: there are not two out-dims and two in-dims, or they do not fit the features.
 
     Example:
         >>> tn.topologies.kronecker(out_dims=(3, 4), in_dims=(2, 4), terms=2).core_shapes
@@ -76,8 +76,8 @@ def kronecker(
 class KroneckerFamily(FactoredFamily):
     """Sums of Kronecker products, decomposed optimally by an SVD of Van Loan's rearrangement.
 
-    Rearranged to `(o_0 i_0, o_1 i_1)` a Kronecker product is a matrix of rank 1, so the best `t` terms are
-    the `t` leading singular pairs, and the certificate is the exact error.
+    If its elements are rearranged to `(o_0 i_0, o_1 i_1)`, a Kronecker product has rank 1. So the best `t`
+    terms are the `t` leading singular pairs, and the certificate is the exact error.
 
     Reference: Van Loan, Pitsianis 1993, "Approximation with Kronecker Products".
 
@@ -102,7 +102,7 @@ class KroneckerFamily(FactoredFamily):
         """Complete missing dims, two for each side.
 
         Raises:
-            TopologyError: `sites` is another number.
+            TopologyError: `sites` is not 2.
         """
         if sites not in (None, 2):
             raise TopologyError(f"A Kronecker product has two factors, got sites={sites}; leave sites out.")

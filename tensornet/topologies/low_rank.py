@@ -42,7 +42,7 @@ from tensornet.topologies.registry import register_topology
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import Topology
 
-#: Fractions of the largest rank at which a lossy encoding is tried; between them its cost is interpolated.
+#: Fractions of the largest rank at which a lossy encoding is tried; losses in between are interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 
 
@@ -136,9 +136,9 @@ class LowRankFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List every rank with its loss in closed form, from the tails of the whitened singular values.
+        """List every rank with its loss in closed form: sums of the discarded whitened singular values.
 
-        Rounding errors of a lossy encoding are independent of the truncation error, so that their losses add.
+        Rounding errors of a lossy encoding are independent of the truncation error, so their losses add up.
         """
         check_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
@@ -157,7 +157,7 @@ class LowRankFamily(TopologyFamily):
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Split the whitened SVD into factors of one rank, with columns and rows of equal norm."""
+        """Split the whitened SVD into factors of a given rank, with columns and rows of equal norm."""
         left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
         cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
@@ -208,7 +208,7 @@ class LowRankFamily(TopologyFamily):
         weightings: Sequence[Weighting],
         most: int,
     ) -> list[Tensor]:
-        """Predict the loss that encoding the factors adds, for every rank under each weighting.
+        """Predict the additional loss of encoding the factors, for every rank and weighting.
 
         Losses of integers are predicted from moments; other encodings are tried at ranks up to `most`.
         """

@@ -25,7 +25,7 @@ from tensornet.topologies.fit import legs_of
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
-#: Sizes of the small legs.
+#: Sizes of the small legs that are tried.
 _SMALL = (2, 3)
 #: Fractions of the parameters at which splits are compared.
 _FRACTIONS = (0.8, 0.5)
@@ -46,11 +46,11 @@ def mpo(
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: the `n - 1` inner bonds; the exact ones if absent. Values above them are clipped.
+        bond_dims: the `n - 1` inner bonds; the exact ones if absent. Larger values are clipped to these.
         max_bond: cap on every bond, or one for each.
         out_features: rows before padding, the product of `out_dims` if absent.
         in_features: columns before padding, the product of `in_dims` if absent.
-        family: name of the family that records itself as the builder.
+        family: name of the family of the topology.
 
     Raises:
         TopologyError: the dims do not fit each other or the features.
@@ -75,9 +75,9 @@ def chain(
     *,
     family: str = "mpo",
 ) -> Topology:
-    """Describe an existing chain: as `mpo`, but without clipping bonds.
+    """Describe an existing chain, like `mpo` but without clipping bonds.
 
-    Sums and products of chains have bonds above the largest useful ones until they are rounded.
+    Until they are rounded, sums and products of chains may have bonds above the largest useful ones.
     """
     cores = [(f"b{k}", f"o{k}", f"i{k}", f"b{k + 1}") for k in range(len(out_dims))]
     return site_topology(family, cores, [1, *bond_dims, 1], out_dims, in_dims, shape)
@@ -134,10 +134,10 @@ class MPOFamily(FactoredFamily):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Compare balanced legs with splits that keep one large leg together, unless dims are given.
+        """Choose between balanced legs and splits with one large leg, unless dims are given.
 
-        Compared by the geometric mean, over two sizes, of what truncating the widest bond loses in
-        leg-whitened coordinates.
+        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, as the geometric
+        mean over two sizes.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
@@ -146,8 +146,8 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Multiply the whitened energy fractions that truncating the widest bond discards."""
-            # 1. The energies of the unfolding at the widest bond.
+            """Multiply the fractions of whitened energy that truncating the widest bond discards."""
+            # 1. Compute the energies of the unfolding at the widest bond.
             outs, ins = dims
             sites, bonds = len(outs), max_bonds(outs, ins)
             widest = max(range(len(bonds)), key=bonds.__getitem__)
@@ -160,7 +160,7 @@ class MPOFamily(FactoredFamily):
             gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
             tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
-            # 2. What the widest bond that fits discards of them, for each number of parameters.
+            # 2. For each number of parameters, sum the energies that the largest possible bond discards.
             result = 1.0
             for fraction in _FRACTIONS:
                 low, high = 0, bonds[widest]

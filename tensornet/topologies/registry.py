@@ -1,6 +1,6 @@
 """Registry of topology families, filled by calls and by entry points of installed packages.
 
-A configuration names a family of the registry, or fixes one topology for every shape of matrix.
+A configuration has the name of a family, or one topology for every shape of matrix.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from tensornet.errors import TopologyError
 from tensornet.topologies.base import TopologyFamily
 from tensornet.topology import Topology
 
-#: Group of entry points by which an installed package offers families: each names an instance.
+#: Group of the entry points with which packages provide families; each points to an instance.
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: dict[str, TopologyFamily] = {}
@@ -30,7 +30,8 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         replace: allow a name that is already taken.
 
     Raises:
-        TopologyError: not such an instance, it has no name, or the name is taken and `replace` is false.
+        TopologyError: not an instance of a family, it has no name, or the name is taken and `replace` is
+            False.
 
     Example:
         >>> from tensornet.topologies.mpo import MPOFamily
@@ -60,11 +61,11 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
     """Look up a family by name; entry points of installed packages are searched last.
 
     Args:
-        name: of a registered family; a registered family itself is returned.
+        name: name of a registered family; or a registered family, which is returned.
 
     Raises:
-        TopologyError: no such name, listing those that exist; or a family that is not registered, whose
-            layers could not be saved.
+        TopologyError: an unknown name (the message lists the known ones), or a family that is not registered,
+            whose layers could not be saved.
 
     Example:
         >>> tn.topologies.topology_family("mpo").name
@@ -91,7 +92,7 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
 
 
 def topology_names() -> tuple[str, ...]:
-    """List the names of all families in order, including those of installed packages.
+    """List the names of all families, sorted, including those of installed packages.
 
     Example:
         >>> "mpo" in tn.topologies.topology_names()
@@ -129,26 +130,26 @@ def _load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             family = entry.load()
-            if family not in _FAMILIES.values():  # its module may have registered it already
+            if family not in _FAMILIES.values():  # importing its module may have registered it
                 register_topology(family)
-        except (Exception, SystemExit) as error:  # whatever a foreign package does must not break this one
+        except (Exception, SystemExit) as error:  # errors of another package must not break this one
             package = entry.dist.name if entry.dist is not None else "an unknown package"
             _BROKEN[entry.name] = (
                 f"The topology {entry.name!r} of {package} could not be loaded from {entry.value!r}: "
                 f"{type(error).__name__}: {error}"
             )
-    for trouble in _BROKEN.values():  # after the last one: a warning may be an error here
+    for trouble in _BROKEN.values():  # after all are loaded, since warnings may be errors
         warnings.warn(trouble, RuntimeWarning, stacklevel=2)
 
 
 def fixed_topologies(value: Any) -> tuple[Topology, ...]:
-    """Read the topologies of a configuration; empty for other values, such as the name of a family.
+    """Read the topologies of a configuration; return an empty result for other values, such as a name.
 
     Args:
         value: a topology or its `to_dict`, or a sequence of these.
 
     Raises:
-        TopologyError: a family that is not registered, or two topologies for one shape.
+        TopologyError: a family is not registered, or there are two topologies for one shape.
 
     Example:
         >>> from tensornet.topologies import low_rank
@@ -163,7 +164,7 @@ def fixed_topologies(value: Any) -> tuple[Topology, ...]:
         return ()
     found = tuple(each if isinstance(each, Topology) else Topology.from_dict(each) for each in values)
     for topology in found:
-        topology_family(topology.family)  # layers of families that are not registered could not be loaded
+        topology_family(topology.family)  # raises for unregistered families, whose layers could not be loaded
     shapes = [topology.shape for topology in found]
     if twice := next((shape for shape in shapes if shapes.count(shape) > 1), None):
         raise TopologyError(f"Two topologies are for matrices of shape {twice}; give one for each shape.")
@@ -175,11 +176,11 @@ def topology_of_shape(topologies: Sequence[Topology], shape: tuple[int, int], wh
 
     Args:
         topologies: see `fixed_topologies`.
-        shape: of the matrix, `(out_features, in_features)`.
+        shape: shape of the matrix, `(out_features, in_features)`.
         what: the matrix, for the error.
 
     Raises:
-        TopologyError: none is for that shape.
+        TopologyError: there is no topology for this shape.
 
     Example:
         >>> from tensornet.topologies import mpo

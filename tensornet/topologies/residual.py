@@ -1,9 +1,9 @@
-"""Residual form: a dense matrix, meant for integers, plus a low rank fitted to its rounding error.
+"""Residual networks: a dense matrix, usually of integers, plus a low rank fitted to its rounding error.
 
-To explain why the sum pays: rounding leaves an error whose largest singular values, whitened by the moments
-of the loss, stand out of the rest. A few ranks in eight bits or more take them for less than one more bit
-would cost. Both are fitted alternately: the matrix is rounded without the part of the low rank, then the low
-rank is fitted to the rounding error.
+After whitening by the moments of the loss, a few singular values of the rounding error are much larger than
+the others. A low rank with factors of eight bits or more removes these with fewer bytes than one more bit for
+the matrix would take. Matrix and low rank are fitted alternately: the difference from the low rank is
+rounded, then the low rank is fitted to the rounding error.
 
 Reference:
     Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (one side, alternated).
@@ -37,15 +37,15 @@ from tensornet.topologies.registry import register_topology
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import CoreSpec, Topology
 
-#: Name of the core that holds the dense matrix.
+#: Name of the core with the dense matrix.
 BASE = "base"
-#: A low rank is tried only for matrices of at most so many bits, with factors of at least so many.
+#: A low rank is tried only for matrices of at most this many bits, with factors of at least this many.
 _BASE_BITS, _FACTOR_BITS = 4, 8
-#: Ranks of candidates are multiples of this, up to this part of the shorter side.
+#: Step between the ranks of candidates, and the largest rank as a fraction of the shorter side.
 _STEP, _PART = 8, 4
-#: Rank at which candidates are rounded; the others are predicted from the rounding error that it leaves.
+#: Rank at which a candidate is really rounded; losses of other ranks are predicted from its rounding error.
 _TRIED = 16
-#: How often the matrix is rounded and the low rank fitted.
+#: Number of alternations of rounding the matrix and fitting the low rank.
 _ALTERNATIONS = 2
 
 _LOW_RANK = LowRankFamily()
@@ -57,7 +57,7 @@ def residual(*, out_features: int, in_features: int, rank: int | None = None) ->
     Args:
         out_features: rows.
         in_features: columns.
-        rank: of the second term; full if absent or larger.
+        rank: rank of the second term; full if absent or larger.
 
     Raises:
         TopologyError: a size is not an integer of at least 1.
@@ -77,7 +77,7 @@ def residual(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class ResidualFamily(TopologyFamily):
-    """Dense matrix plus a low rank: worth its bytes where the matrix is stored in few bits.
+    """Dense matrix plus a low rank, useful if the matrix is stored in few bits.
 
     Example:
         >>> topology = tn.topologies.topology_family("residual").build(6, 4, max_bond=2)
@@ -105,7 +105,7 @@ class ResidualFamily(TopologyFamily):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Pair each integer format of at most four bits with the smallest accurate one for the factors."""
+        """Pair each integer format of at most four bits with the smallest accurate format for the factors."""
         accurate = [x for x in formats if x.bits is None or x.bits >= _FACTOR_BITS]
         if not accurate:
             return []
@@ -113,10 +113,10 @@ class ResidualFamily(TopologyFamily):
         return [(factors, {BASE: x}) for x in formats if x.bits is not None and x.bits <= _BASE_BITS]
 
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Copy the matrix, and add a low rank that is zero yet, of the largest rank that fits.
+        """Copy the matrix, and add a low-rank term of zeros, of the largest rank that fits.
 
         Raises:
-            BudgetError: fewer parameters than those of the matrix and of rank 1 are allowed.
+            BudgetError: the budget allows fewer parameters than the matrix with rank 1 has.
         """
         check_options(self.name, options)
         shape = check_request(self.name, matrix, budget)
@@ -126,12 +126,12 @@ class ResidualFamily(TopologyFamily):
 
         what = f"a network of the family {self.name!r}"
         caps, bound_by = uniform_caps(budget, shape, [min(shape)], params, what)
-        if budget.rel_error is not None:  # nothing is lost at any rank: the smallest keeps a relative error
+        if budget.rel_error is not None:  # every rank is exact, so take the smallest
             caps, bound_by = [1], "rel_error"
         return replace(self.decompose_to(matrix, self.build(*shape, max_bond=caps)), bound_by=bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Copy the matrix, and add a low rank with a right factor of zero: an adapter before its training."""
+        """Copy the matrix, and add a low-rank term with a right factor of zero, like an untrained adapter."""
         check_topology(self.name, topology, matrix)
         check_finite(matrix, "The matrix")
         _, part = topology.parts[1]
@@ -141,7 +141,7 @@ class ResidualFamily(TopologyFamily):
         return Decomposition(TensorNetwork(topology, cores), 0.0, "exact")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Copy the matrix, whatever the weighting: the low rank is fitted when the matrix is rounded."""
+        """Copy the matrix, for any weighting; the low rank is fitted when the matrix is rounded."""
         return self.decompose_to(matrix, topology)
 
     def ladder(
@@ -155,8 +155,9 @@ class ResidualFamily(TopologyFamily):
     ) -> Ladder:
         """List ranks in steps of eight, with losses predicted from the rounding error of a single rank.
 
-        The candidates of low rank for that error tell what each rank takes of it. Rounding the factors, and a
-        matrix rounded for another rank, add to that: losses are rescaled through the one that was measured.
+        The ladder of low ranks for this error gives the loss at each rank. It neglects that the factors are
+        rounded, and that the matrix would be rounded differently for another rank. So all losses are rescaled
+        to match the loss measured at the one rank.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])
@@ -180,7 +181,7 @@ class ResidualFamily(TopologyFamily):
         return Ladder(topologies, torch.stack(rows[:-1]), (2 * rows[-1] / energy).sqrt(), complete=False)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix and fit the low rank to its rounding error, alternately; keep the best turn."""
+        """Round the matrix and fit the low rank to its rounding error, alternately; keep the best result."""
         target, formats = stored.matrix(), stored.formats
         _, part = stored.topology.parts[1]
         left, right = part.core_names
@@ -207,12 +208,12 @@ class ResidualFamily(TopologyFamily):
             factors = {name: as_stored(name, x) for name, x in zip((left, right), made, strict=True)}
             return factors, values[0].to(target) @ values[1].to(target)
 
-        if BASE not in formats:  # in floating point it takes what rounding the factors leaves
+        if BASE not in formats:  # a floating-point matrix can compensate the rounding of the factors
             factors, product = rounded(stored.tensors[left], stored.tensors[right])
             return {**factors, BASE: as_stored(BASE, target - product)}
 
-        # The matrix is rounded without the low rank's part, then the low rank is fitted to what is left. The
-        # turn of least loss is kept: rounding the factors may undo what fitting them gained.
+        # Round the difference from the low rank, then fit the low rank to the rounding error. Keep the best
+        # result, since rounding the factors may increase the loss again.
         best: tuple[float, dict[str, Tensor | RoundedWeight]] | None = None
         product = torch.zeros_like(target)
         for _ in range(_ALTERNATIONS):
@@ -226,11 +227,11 @@ class ResidualFamily(TopologyFamily):
         return best[1]
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Fix no gauge: the factors are small, and made after the matrix has been rounded."""
+        """Return no bonds: the factors are small, and are made after the matrix is rounded."""
         return {}
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Build the topology whose low rank holds the added rank; the matrix stays as it is."""
+        """Build the topology with the rank added to that of the low rank; the matrix is not changed."""
         return self.build(*topology.shape, max_bond=topology.bond_dims["b1"] + rank)
 
 

@@ -1,10 +1,10 @@
-"""Round the cores of any network to integers, each with the moments that it sees.
+"""Round the cores of any network to integers, each with its own moments.
 
-To explain how a core of any network is rounded: the matrix of a network is linear in each core, so that the
-loss increase is quadratic in the error of a core. Its curvature is the covariance of the gradients that
-random errors of the matrix send to the core, `J^T vec(L_R Z L_C^T)` with white `Z`. A few of them give the
-moments of the rows and columns of the core, seen as a matrix. After a core has been rounded, those that have
-not been are refitted, which compensates a part of the rounding error.
+The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. Its
+curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)` of the core, for random `Z` with
+independent elements. A few such gradients give estimates of the row and column moments of the core, viewed as
+a matrix. After a core is rounded, the remaining cores are refitted, which compensates a part of the rounding
+error.
 """
 
 import math
@@ -25,16 +25,17 @@ from tensornet.quantization.moments import ESTIMATE_DAMPING
 from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 from tensornet.topology import Topology
 
-#: Random errors that estimate the moments of a core.
+#: Number of random gradients for estimating the moments of a core.
 _PROBES = 6
 #: Conjugate gradient steps for each core that is refitted.
 _STEPS = 4
 
 
 def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
-    """View a core as a matrix whose rows are groups along the inputs, which share scales.
+    """View a core as a matrix; return its shape. Groups with one scale lie along the rows.
 
-    Columns are the axes from the first in-leg on; the last axis alone where no axis comes before an in-leg.
+    The columns are the axes from the first in-leg on, or only the last axis if an in-leg comes first or there
+    is none.
 
     Example:
         >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
@@ -53,12 +54,12 @@ class StoredCores:
 
     Args:
         topology: of the network.
-        tensors: by name of the core: a matrix `(rows, columns)` where it will be integers, else the tensor
+        tensors: by the name of the core, a matrix `(rows, columns)` if it will be integers, else the tensor
             that will be stored.
-        formats: of the cores that will be integers, by name.
-        orders: of pivoted cores the position of every row in the identity followed by the stored rows.
-        assemble: full cores, in the order of the topology, from such tensors.
-        rounding: the most feedback of errors, see `round_weight`.
+        formats: formats of the cores that will be integers, by name.
+        orders: for pivoted cores, the position of every row in the identity followed by the stored rows.
+        assemble: returns the full cores, in the order of the topology, for such tensors.
+        rounding: largest amount of error feedback, see `round_weight`.
     """
 
     topology: Topology
@@ -69,17 +70,17 @@ class StoredCores:
     rounding: Rounding = "two_sided"
 
     def matrix(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Contract the network with these tensors, by default its own, to the matrix `(out, in)`."""
+        """Contract the network to the matrix `(out, in)`, with its tensors or the given ones."""
         cores = self.assemble(self.tensors if tensors is None else tensors)
         dense = run(plan_matrix(self.topology), cores)
         return dense[: self.topology.out_features, : self.topology.in_features]
 
 
 def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-    """Round one integer core after the other, with estimated moments, and refit the cores that are left.
+    """Round one integer core after the other, with estimated moments, and refit the remaining cores.
 
     Args:
-        stored: cores of any network.
+        stored: the cores of any network.
         weighting: sensitivity of the loss to errors of its matrix.
     """
     target, tensors, names = stored.matrix(), dict(stored.tensors), stored.topology.core_names
@@ -92,7 +93,8 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         return weighting.cost(target - made)
 
     while waiting:
-        # 1. Round the next core with estimated moments and to nearest; keep the result of smaller exact loss.
+        # 1. Round the next core with estimated moments, and to nearest; keep the one with the smaller exact
+        # loss.
         name = waiting.pop(0)
         number_format, matrix = stored.formats[name], tensors[name]
         moments: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
@@ -113,7 +115,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         losses = [cost(name, rounded) for rounded in tried]
         best = tried[losses.index(min(losses))]
         done[name], tensors[name] = best, best.dequantize(target.dtype)
-        # 2. Refit those that are not integers yet. Of pivoted cores only some rows are free.
+        # 2. Refit the cores that are not yet integers. In pivoted cores only some rows are free.
         left = [k for k, other in enumerate(names) if other in floating or other in waiting]
         if left and not stored.orders:
             start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
@@ -126,10 +128,10 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
 def seen_moments(
     stored: StoredCores, tensors: Mapping[str, Tensor], name: str, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the row and column moments that errors of one core see, scaled to a mean diagonal of 1.
+    """Estimate the row and column moments for errors of one core, scaled to a mean diagonal of 1.
 
     Returns:
-        Shapes `(rows, rows)` and `(columns, columns)`.
+        The moments, of shapes `(rows, rows)` and `(columns, columns)`.
     """
 
     def matrix(core: Tensor) -> Tensor:  # affine in the core

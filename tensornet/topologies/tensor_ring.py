@@ -40,11 +40,11 @@ from tensornet.topologies.factored import (
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
-#: Without weighting the first step solves for a core whose bonds are few, the second comes close for others.
+#: Conjugate gradient steps per core. Without a weighting the first solves exactly for cores with few bonds.
 _STEPS = 2
 #: A sweep that lowers the squared error by less than this fraction is the last.
 _SETTLED = 2e-4
-#: Closing bonds that are tried where the caller does not fix one; 1 is the open chain.
+#: Closing bonds that are tried if `ring_bond` is absent; 1 is the open chain.
 RING_BONDS = (1, 2, 4, 8)
 
 
@@ -63,12 +63,13 @@ def tensor_ring(
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
         bond_dims: the `n` bonds on the right of each core, the closing one last. If absent, all are
-            `max_bond`, clipped to what a chain could use; without that the exact open chain.
+            `max_bond`, clipped to the exact bonds of a chain; without `max_bond` the ring is the exact open
+            chain.
         max_bond: cap on every bond, or one for each, the closing one last.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
-        TopologyError: fewer than two sites, dims that do not fit, or another number of bonds.
+        TopologyError: fewer than two sites, dims that do not fit, or a wrong number of bonds.
 
     Example:
         >>> tn.topologies.tensor_ring(out_dims=(3, 4), in_dims=(2, 4), max_bond=3).core_shapes
@@ -82,7 +83,7 @@ def tensor_ring(
     caps = check_bonds("bond_dims", bond_dims, sites, "the closing bond last", max_bond)
     if bond_dims is None:
         bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
-    # The closing bond is of use up to what the two cores that it joins can tell apart.
+    # A closing bond larger than the other sizes of the two cores that it joins is useless.
     ends = out_dims[0] * in_dims[0] * bond_dims[0], out_dims[-1] * in_dims[-1] * bond_dims[-2]
     closing = min(bond_dims[-1], *ends)
     bonds = clip_bonds("bond_dims", bond_dims, [*(f * closing for f in full), closing])
@@ -94,7 +95,7 @@ def tensor_ring(
 def _ring(
     out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int], shape: tuple[int, int]
 ) -> Topology:
-    """Describe existing cores: as `tensor_ring`, but without clipping bonds."""
+    """Describe existing cores, like `tensor_ring` but without clipping bonds."""
     sites = len(out_dims)
     cores = [(f"b{(k - 1) % sites}", f"o{k}", f"i{k}", f"b{k}") for k in range(sites)]
     return site_topology("tensor_ring", cores, bonds, out_dims, in_dims, shape)
@@ -103,14 +104,13 @@ def _ring(
 class TensorRingFamily(FactoredFamily):
     """Tensor rings, decomposed by sequential SVD.
 
-    The first SVD is truncated at `ring_bond * bond`, and its index split into the two; the rest is TT-SVD.
-    All left factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`. Where
-    `ring_bond` is not given several are tried and the best is kept: the closing bond is 1, an open
-    chain, where a ring does not pay.
+    The first SVD is truncated at `ring_bond * bond`, and its index is split into these two bonds; the rest is
+    TT-SVD. All left factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
+    If `ring_bond` is not given, several values are tried and the best is kept, often 1, an open chain.
 
-    No closed form is optimal. With `sweeps=` alternating least squares starts from it:
-    the error is then measured, never larger, and `iterations` and `converged` of the result say how it
-    went. Refined errors need not fall monotonically with the budget.
+    This decomposition is not optimal. With `sweeps=` it is improved by alternating least squares: the error
+    is then measured and never larger; see `iterations` and `converged` of the result. Such errors need not
+    decrease monotonically with the budget.
 
     Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithms 1 and 2.
 
@@ -136,16 +136,16 @@ class TensorRingFamily(FactoredFamily):
         ring_bond: int | None = None,
         sweeps: int = 0,
     ) -> Decomposition:
-        """Decompose to the least error within the caps or, under `rel_error`, to the fewest parameters.
+        """Decompose with the smallest error within the caps or, with `rel_error`, with the fewest parameters.
 
         Args:
             matrix: shape `(out_features, in_features)`.
             out_dims, in_dims: sizes of the legs.
             budget: caps.
             method: see `truncated_svd`.
-            ring_bond: the closing bond, at most `max_bond`; several are tried if absent. More than the first
-                SVD can use is clipped, with a warning.
-            sweeps: most sweeps of alternating least squares, each time over all cores.
+            ring_bond: the closing bond, at most `max_bond`; several are tried if absent. Values that are too
+                large for the first SVD are clipped, with a warning.
+            sweeps: largest number of sweeps of alternating least squares over all cores.
         """
         rows, columns = out_dims, in_dims
         if len(rows) < 2:
@@ -199,7 +199,7 @@ def _decompose(
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
     def ranks(caps: Sequence[int]) -> list[int]:
-        """Compute the bonds of the sequential SVD under these caps, without an allowed error."""
+        """Compute the bonds of the sequential SVD under these caps, without `rel_error`."""
         right = math.prod(legs[1:])
         found = [min(caps[0], -(-min(legs[0], right) // closing))]
         for k in range(1, len(legs) - 1):
@@ -246,8 +246,8 @@ def _tr_svd(
         allowed = None
         if rel_error is not None:
             allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
-        # Which columns go to which place of the closing bond decides what later cuts cost: in the order of
-        # singular vectors a larger cap only adds to what a smaller one keeps.
+        # The order of the columns in the closing bond affects later truncations. With singular vectors in
+        # descending order, a larger cap only adds to the columns of a smaller one.
         ordered = k == 0 and closing > 1
         split = split_block(
             block, inside, cap, allowed, method=method, single=is_single(dtype), ordered=ordered

@@ -1,4 +1,4 @@
-"""Tucker networks: one small factor matrix for every leg, and a core tensor that joins them."""
+"""Tucker networks: a factor matrix for every leg, and a core tensor that joins them."""
 
 import math
 from collections.abc import Sequence
@@ -45,17 +45,18 @@ def tucker(
     """Build a Tucker network: a core `(r_0, ..., r_{2n-1})` and a factor `(leg, rank)` for truncated legs.
 
     `W[o_0.., i_0..] = sum over ranks of core[...] * prod_k out_k[o_k, p_k] * prod_k in_k[i_k, q_k]`. A leg
-    whose rank is its full size sits on the core itself, without a factor.
+    with full rank has no factor and belongs to the core itself.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        ranks: one for each out-leg, then one for each in-leg; full where absent, clipped to the leg.
+        ranks: one for each out-leg, then one for each in-leg; full if absent. They are clipped to the leg
+            sizes.
         max_bond: cap on every rank, or one for each leg.
         out_features, in_features: shape before padding, the products of the dims if absent.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features, or another number of ranks.
+        TopologyError: the dims do not fit each other or the features, or the number of ranks is wrong.
 
     Example:
         >>> tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2).core_shapes
@@ -87,7 +88,7 @@ def tucker(
 class TuckerFamily(FactoredFamily):
     """Tucker networks, decomposed by sequentially truncated higher-order SVD.
 
-    Each leg in turn is projected on its leading subspace; the discarded parts are orthogonal, so that the
+    One leg after the other is projected to its leading subspace. The discarded parts are orthogonal, so the
     certificate `sqrt(sum of discarded energies) / |W|` is the exact error.
 
     Reference: Vannieuwenhoven, Vandebril, Meerbergen 2012, "A New Truncation Strategy for the
@@ -126,10 +127,11 @@ class TuckerFamily(FactoredFamily):
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
-        # A lower rank can cost more than it saves, by its factor; the second choice never exceeds the caps.
+        # With a lower rank the new factor can take more than the rank saves; the second choice keeps the
+        # caps.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
         topology = at(ranks)
-        if at(whole).num_params < topology.num_params:  # legs without a factor lose nothing then
+        if at(whole).num_params < topology.num_params:  # legs without a factor are exact
             topology = at(whole)
             core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole, None, method)
         return Decomposition(_network(topology, core, factors), error, bound_by)
@@ -158,7 +160,7 @@ def st_hosvd(
         matrix: shape `(out, in)`, padded with zeros to the product of the dims.
         out_dims, in_dims: sizes of the legs.
         caps: largest rank of each leg, out-legs first.
-        rel_error: promise, spent leg by leg.
+        rel_error: largest relative error, spent leg by leg.
         method: see `truncated_svd`.
 
     Raises:
@@ -176,7 +178,7 @@ def st_hosvd(
         allowed = None
         if rel_error is not None:
             allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (len(caps) - axis)
-        # Above this rank the other legs cannot tell the rows apart; the family still keeps the cap.
+        # The rank of the unfolding cannot be larger; the family still keeps the cap.
         split = split_block(block, inside, min(cap, *block.shape), allowed, method=method, single=single)
         spent, inside = spent + split.discarded, split.kept
         rank = split.left.shape[1] if rel_error is not None else cap
@@ -188,7 +190,7 @@ def st_hosvd(
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
-    """Absorb into the core the factors that the topology does not have."""
+    """Contract factors that the topology does not have into the core."""
     kept = []
     for axis, (label, factor) in enumerate(
         zip((*topology.out_labels, *topology.in_labels), factors, strict=True)
