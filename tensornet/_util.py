@@ -153,10 +153,10 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
-    """Create new tensors on the CPU in a function, whatever `torch.set_default_device` says.
+    """Create new tensors on the CPU in a function, for any `torch.set_default_device`.
 
-    Sensitivities and ranks are computed on the CPU, whatever the device of the weights. Not for functions
-    that run a model, which may rely on the default.
+    Sensitivities and ranks are computed on the CPU for weights on any device. Do not use this for functions
+    that run a model, which may rely on the default device.
     """
 
     @wraps(function)

@@ -35,7 +35,7 @@ def log_distance(error: float, log_norm: float) -> float:
 
 
 def relative_error(log_distance: float, log_norm: float) -> float:
-    """Bound `|W0 - W| / |W0|` by `log |W0 - W|` and `log |W|`; infinite where `W0` may be zero.
+    """Bound `|W0 - W| / |W0|` by `log |W0 - W|` and `log |W|`; infinite if `W0` may be zero.
 
     Example:
         >>> round(relative_error(math.log(1), math.log(3)), 9)

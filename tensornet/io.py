@@ -47,7 +47,7 @@ def check_place(what: str, path: Path) -> None:
 
     Args:
         what: name of the file in error messages, such as `"The checkpoint"`.
-        path: of the file.
+        path: path of the file.
     """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
@@ -60,7 +60,7 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
     An existing file is kept until then; after an error it is not replaced.
 
     Args:
-        path: of the file.
+        path: path of the file.
         what: names the file in errors, see `check_place`.
 
     Raises:
@@ -140,7 +140,7 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise DestinationError(f"Cannot write {target}: {error}.") from error
     try:
         yield folder
-        os.umask(mask := os.umask(0))  # the only way to read it
+        os.umask(mask := os.umask(0))  # it can only be read by setting it
         folder.chmod(0o777 & ~mask)  # mkdtemp makes folders, and safetensors files, for the owner alone
         for file in folder.rglob("*"):
             if file.is_file():
@@ -203,7 +203,7 @@ class Slice:
     Args:
         file: the safetensors file.
         dtype: as named in the header, such as `"BF16"`.
-        shape: of the tensor.
+        shape: shape of the tensor.
         start: first byte, counted from the start of the file.
         stop: end, exclusive.
     """
@@ -307,9 +307,9 @@ def write_tensors(
     """Write tensors that are in memory into one file, atomically.
 
     Args:
-        path: of the file.
+        path: path of the file.
         tensors: contiguous tensors that do not share memory.
-        metadata: of the file.
+        metadata: metadata of the file.
         what: names the file in errors, see `tensornet.io.new_file`.
 
     Raises:
@@ -340,7 +340,7 @@ def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str,
     Args:
         path: file to write.
         tensors: location of each tensor in a source file, by name.
-        metadata: of the file.
+        metadata: metadata of the file.
 
     Raises:
         FormatError: a source file was truncated.

@@ -132,8 +132,8 @@ class ChainRun:
         model: the model that contains the chain.
         names: names of its blocks.
         batches: keyword arguments of the model.
-        states: hidden states, `states[k, n]` of batch `n` before block `k`: a dictionary, or anything that is
-            indexed as one, such as a store on the disk.
+        states: hidden states: `states[k, n]` is that of batch `n` before block `k`. A dictionary, or another
+            mapping, for example one that stores tensors on the disk.
         position: index of the next block.
         calls: recorded calls, by batch and block.
     """

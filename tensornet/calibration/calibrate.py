@@ -368,7 +368,7 @@ class MomentRecorder:
         Args:
             scored: tokens that have a loss.
             loss: mean loss of a token.
-            source: what the data is.
+            source: name of the data.
             inputs: input moments by layer, collected by another recorder.
         """
         self._settle()

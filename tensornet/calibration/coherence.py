@@ -145,7 +145,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
 
     Args:
         x: shape `(tokens, features)`.
-        moment: not zero, shape `(features, features)` or its diagonal `(features,)`.
+        moment: nonzero moment, shape `(features, features)` or its diagonal `(features,)`.
         damping: fraction of the mean diagonal that is added to it.
 
     Returns:

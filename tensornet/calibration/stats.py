@@ -33,7 +33,7 @@ class CalibrationStats:
             one tensor.
         tokens: number of tokens that the moments are averaged over, without padding.
         loss: mean loss of a token, None if no loss was computed.
-        source: where the text came from, for reports.
+        source: name of the data, for reports.
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
         coherence: by module name, a factor of `R`: the mean square of the first-order loss change of a row (a
             text, an image), relative to independent tokens, for errors that are isotropic after `R` and `C`

@@ -61,7 +61,7 @@ def find_candidates(
 
     Args:
         targets: the layers.
-        config: what to compress and how far.
+        config: the options.
         objective: see `CompressionConfig`.
         stats: calibration statistics.
 
@@ -219,7 +219,7 @@ def network_candidates(
 
     Args:
         matrix: shape `(out, in)`.
-        sensitivity: of the loss to errors.
+        sensitivity: sensitivity of the loss to errors.
         storage: encoding of the cores.
         family: a registered one.
         config: caps, and options of the family. If `max_bond` excludes some networks, the dense matrix is not
@@ -307,7 +307,7 @@ def keep_promise(
     size until one keeps the bound; smaller ones are dropped.
 
     Args:
-        candidates: of one layer, whose estimated errors are small enough.
+        candidates: candidates of one layer, whose estimated errors are small enough.
         matrix: its weight.
         weighting: the weighting with which plans are applied.
         rel_error: largest relative error.
@@ -428,7 +428,7 @@ def format_losses(
 
     Args:
         matrix: shape `(out, in)`.
-        sensitivity: of the loss to its errors.
+        sensitivity: sensitivity of the loss to its errors.
         formats: number formats.
         corrections: from `losses_of_parts`, which is faster for several matrices at once; computed if absent.
     """
@@ -591,7 +591,7 @@ class Sizes:
     is given.
 
     Args:
-        tokens: of the forward pass.
+        tokens: number of tokens of the forward pass.
         device: the device whose constants the cost model uses.
     """
 

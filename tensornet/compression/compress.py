@@ -210,7 +210,7 @@ def prepare_checked(
 
     Args:
         model: the dense model, not changed.
-        config: what to compress and how far.
+        config: the options.
         data: from `gather`; if it has no batches, the loss check uses those of `validation`.
         validation: see `compress`.
         progress: show progress bars.
@@ -304,7 +304,7 @@ def _put_back_readers(
     Some code reads weights in training mode alone, so the model is run in both modes.
 
     Args:
-        model: compressed.
+        model: the compressed model.
         batch: a batch on which the dense model runs.
         plan: the plan that was applied.
         weights: all weights of the model, with all names of each.

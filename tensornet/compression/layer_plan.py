@@ -36,7 +36,7 @@ class LayerPlan:
             either.
         byte_curve: the same, with bytes in place of parameters.
         milliseconds: predicted time of a forward pass, None where no token count was given.
-        dtype: of the weight.
+        dtype: dtype of the weight.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))

@@ -76,14 +76,14 @@ def check_loss(
     progress: bool = False,
     **budget: Any,
 ) -> Prepared:
-    """Measure the layers with large errors of a plan, and raise predictions that are far too low.
+    """Measure the loss of layers with large errors in a plan; correct predictions that are far too low.
 
     The new plan is checked in the same way, for a few rounds. The model is not changed. Plans without number
     formats or predicted losses are not checked.
 
     Args:
-        prepared: for this model.
-        model: dense.
+        prepared: the preparation of this model.
+        model: the dense model.
         batches: as for `calibrate`; about a thousand tokens of them are used.
         loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
         progress: show a progress bar.
@@ -159,8 +159,8 @@ def correct_by_measuring(
     over the text. Loss increases below twice their standard error are skipped.
 
     Args:
-        prepared: for this model.
-        model: dense.
+        prepared: the preparation of this model.
+        model: the dense model.
         validation: batches as for `calibrate`: some ten thousand tokens, preferably from another source than
             the calibration text.
         loss_fn: see `tensornet.calibration.losses`, not one that draws labels; `losses_against(model)` if
@@ -345,7 +345,7 @@ class _Trial:
         )
         found = self._losses(compressed, first)
         increase = LossIncrease.of(found - self.dense)
-        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else decided
+        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else clear
             with unfused(self.model), opposite_errors(self.model, compressed):
                 mirrored = self._losses(compressed, first)
             increase = LossIncrease.of((found + mirrored) / 2 - self.dense)

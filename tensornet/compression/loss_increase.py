@@ -106,7 +106,7 @@ class RecordedLosses:
         losses: losses of all batches, shape `(losses,)`.
         log_probs: log-probabilities of the first tokens, one tensor for each batch, shape `(tokens,
             vocabulary)`.
-        source: what the text is, for reports.
+        source: name of the text, for reports.
     """
 
     batches: Sequence[Batch]
@@ -127,10 +127,10 @@ def record_losses(
     """Run a dense model on a few rows before it is compressed in place; `measure` compares with them.
 
     Args:
-        model: dense.
+        model: the dense model.
         batches: as for `calibrate`.
         loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
-        source: what the text is, for reports.
+        source: name of the text, for reports.
         tokens: use only the first rows of a few batches, about this number of tokens; None uses all batches.
 
     Returns:
@@ -175,7 +175,7 @@ def measure(
     """Measure the loss increase of a compressed model over its dense model.
 
     Args:
-        model: compressed.
+        model: the compressed model.
         reference: the dense model, or the result of `record_losses`. With the dense model, first-order
             effects are removed as described at the top of this module, unless they exceed twice their
             standard error.
@@ -183,7 +183,7 @@ def measure(
             own.
         loss_fn: see `tensornet.calibration.losses`, not one that draws random numbers;
             `losses_against(reference)` if absent.
-        source: what the text is, for reports.
+        source: name of the text, for reports.
 
     Raises:
         TargetError: no token is scored.

@@ -226,7 +226,7 @@ class CompressionPlan:
         Its error and predicted loss increase become unknown, or 0 if the layer becomes dense.
 
         Args:
-            name: of the layer.
+            name: name of the layer.
             topology: the network; None is the dense matrix.
             storage: storage of the cores, or the name of a number format. If absent, cores keep their
                 encoding as far as the family allows, and a dense matrix stays in the dtype of the model.

@@ -179,8 +179,8 @@ def plan(
 
     Args:
         model: any module; targets are found by `find_targets`.
-        config: what to compress and how far.
-        stats: from `calibrate`, if the objective needs them.
+        config: the options.
+        stats: statistics from `calibrate`, if the objective needs them.
         progress: show a progress bar.
 
     Raises:
@@ -207,7 +207,7 @@ def prepare(
     *,
     progress: bool = False,
 ) -> Prepared:
-    """Find the candidates of every targeted layer, once for all budgets; arguments and errors of `plan`.
+    """Find the candidates of every targeted layer, once for all budgets. Arguments and errors: see `plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -383,8 +383,8 @@ def estimate_seconds(
     The estimate is right within a factor of two on an idle machine.
 
     Args:
-        model: dense; may be on the meta device.
-        config: what to compress and how far.
+        model: the dense model; may be on the meta device.
+        config: the options.
         tokens: number of calibration tokens.
 
     Returns:

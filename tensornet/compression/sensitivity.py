@@ -155,7 +155,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
 
     Args:
         target: the weight; layers that did not run in calibration are skipped.
-        stats: what calibration collected.
+        stats: calibration statistics.
         damping: fraction of the mean diagonal that is added to gradient moments.
 
     Returns:

@@ -31,7 +31,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: any module; `load_model` needs another instance of the same class.
-        path: of the file.
+        path: path of the file.
 
     Raises:
         TargetError: the model is on the meta device, or its state dict contains something other than tensors.
@@ -70,7 +70,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     Args:
         model: a new dense instance of the saved class. Compressed layers replace its layers, on the same
             devices and in the same dtypes; all its values are overwritten.
-        path: of the file.
+        path: path of the file.
 
     Returns:
         The same model.

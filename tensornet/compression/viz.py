@@ -58,7 +58,7 @@ def plan_figure(
     """Plot a plan: loss over bits if it is predicted, and bits and ranks of all layers.
 
     Args:
-        layers: of the plan.
+        layers: layers of the plan.
         curve: `(bytes of all layers, predicted loss increase)`; empty without a prediction.
         loss_increase: predicted for the plan.
 
@@ -106,9 +106,9 @@ def losses_figure(
     """Plot the predicted loss increase of every layer, one panel for each kind, one line for each method.
 
     Args:
-        layers: of a plan that predicts losses.
+        layers: layers of a plan that predicts losses.
         others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by layer.
-        width: in inches.
+        width: width in inches.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -195,8 +195,8 @@ def draw_loss_over_bits(
 
     Args:
         axes: to draw on.
-        layers: as planned.
-        curve: of the plan, `(bytes of all layers, predicted loss increase)`.
+        layers: the planned layers.
+        curve: curve of the plan, `(bytes of all layers, predicted loss increase)`.
         marks: models.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-# --- machine constants, shipped or measured on request --------------------------------------------
+# --- machine constants, built in or measured ------------------------------------------------------
 
 
 @dataclass(frozen=True)

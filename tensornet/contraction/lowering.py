@@ -129,7 +129,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     """Execute a contraction plan.
 
     Args:
-        plan: from `plan_contraction`.
+        plan: plan from `plan_contraction`.
         operands: tensors with the planned shapes, in the planned order.
         bias: added to the output, shape `(columns of the output,)`. It takes no time if the last product can
             add it.

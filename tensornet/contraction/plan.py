@@ -271,7 +271,7 @@ def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebui
 
     Args:
         plan: the operator.
-        machine: whose time counts.
+        machine: the machine to predict for.
         itemsize: bytes of an element.
         rebuild: whether rebuilding the matrix is allowed.
     """

@@ -83,7 +83,7 @@ class MatrixRecurrence(Compound):
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), after
 
     def flatten_parameters(self) -> None:
-        """Do nothing: matrices are laid out for each call."""
+        """Do nothing, since weights are flattened in each call."""
 
     def _states(self, x: Tensor, hx: Any, batch: int, order: Tensor | None, alone: bool) -> State:
         """Prepare initial states `(layers * directions, batch, size)`, sorted like the batch."""

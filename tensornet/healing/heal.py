@@ -573,7 +573,7 @@ def save_state(
     """Write the checkpoint, replacing an earlier one.
 
     Args:
-        path: of the file.
+        path: path of the file.
         trained: trained parameters by name.
         fixed: tensors that are needed to interpret the trained ones, by name.
         optimizer: optimizer of the trained parameters.

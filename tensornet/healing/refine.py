@@ -95,7 +95,7 @@ def refine(
     restored.
 
     Args:
-        model: compressed.
+        model: the compressed model.
         teacher: the dense model, on the same device; not changed.
         batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
         stats: calibration statistics, for the sensitivity to output errors and for input moments over more
@@ -284,7 +284,7 @@ class PairedRun:
 
     Args:
         model: the compressed model; its layers may change between two calls of `moments`.
-        teacher: dense.
+        teacher: the dense model.
         batches: keyword arguments of the models.
     """
 

@@ -143,7 +143,7 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
 
 
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
-    """Raise TopologyError unless the leg sizes can hold a matrix of this shape.
+    """Raise TopologyError if the leg sizes are too small for a matrix of this shape.
 
     Raises:
         TopologyError: dims are not integers of at least 1, their numbers differ, or a product is too small.

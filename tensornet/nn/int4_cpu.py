@@ -195,7 +195,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
     """Return True if the kernel on this processor supports matrices of this format and shape.
 
     Args:
-        number_format: of the matrix.
+        number_format: format of the matrix.
         shape: `(out, in)`.
         max_growth: largest size of the layout, in units of the stored bytes.
     """
@@ -238,7 +238,7 @@ def to_kernel(
     """Convert from the stored packing; requires `has_layout`.
 
     Args:
-        number_format: of the matrix.
+        number_format: format of the matrix.
         codes: packed rows.
         scales: shape `(out, groups)`.
         zeros: packed zero points, or None.

@@ -155,7 +155,7 @@ class NetworkModule(nn.Module):
         Tensors that are already parameters are shared, not copied, so that tied layers stay tied.
 
         Args:
-            cores: in the order of the topology.
+            cores: cores in the order of the topology.
             weighting: sensitivity of the loss, for rounding cores to integers.
             rounding: as for `encode`.
 

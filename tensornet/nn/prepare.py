@@ -43,7 +43,7 @@ class Int4Core(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Count of the numbers in each tensor."""
+        """Number of elements in each tensor, before packing."""
         rows, columns = self._matrix.shape
         return {"codes": rows * columns, "scales": rows * len(self.scales)}
 

@@ -269,7 +269,7 @@ class PackedCore(nn.Module):
         """Unpack integers to the matrix of their values, `(..., rows, columns)`.
 
         Args:
-            dtype: of the values.
+            dtype: dtype of the values.
             index: indices of rows, or of matrices of a stack, shape `(n,)`; all if absent.
         """
         codes, scales = self.codes, self.scales
@@ -285,7 +285,7 @@ class PackedCore(nn.Module):
         """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
 
         Args:
-            name: of this module in its model, for the message.
+            name: name of this module in its model, for the message.
 
         Raises:
             FormatError: see above.
@@ -490,9 +490,9 @@ def encode(
     """Encode cores: return plain tensors or packed cores by name.
 
     Args:
-        topology: of the network.
+        topology: topology of the network.
         storage: how its cores are stored.
-        cores: in the order of the topology.
+        cores: cores in the order of the topology.
         weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
         rounding: largest amount of error feedback, see `tensornet.quantization.round_weight`.
 
@@ -523,11 +523,11 @@ def stored_core(
     """Store one core from its codes or its values.
 
     Args:
-        topology: of the network.
+        topology: topology of the network.
         storage: how its cores are stored.
         name: name of the core.
         value: integer codes of its matrix view, or values.
-        dtype: of the model.
+        dtype: dtype of the model.
         order: order of the rows of a pivoted core.
     """
     shape, number_format = topology.core_shapes[name], storage.format_of(name)
@@ -641,7 +641,7 @@ def unpacked(
         scales: floating-point, shape `(..., rows, groups)`.
         zeros: packed zero points, None without.
         columns: number of columns of the matrix.
-        dtype: of the values.
+        dtype: dtype of the values.
     """
     if codes.is_floating_point():
         assert number_format.bits is not None

@@ -62,7 +62,7 @@ class KeptMatrix:
         """Return the matrix, rebuilt if it is absent or out of date. Call this only if `may_keep` is true.
 
         Args:
-            tensors: from which the matrix is built.
+            tensors: tensors from which the matrix is built.
             like: tensor with the dtype and device of the module; autocast may lower the dtype.
             build: function that rebuilds the matrix.
         """
@@ -95,7 +95,7 @@ def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
 
     Args:
         module: the layer or bank.
-        tensors: from which the matrix is built.
+        tensors: tensors from which the matrix is built.
     """
     if module.training or torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
         return False
@@ -218,10 +218,10 @@ def product_seconds(
     """Predict the kernel and time of a product with an integer matrix, see `tensornet.nn.integer_matmul`.
 
     Args:
-        number_format: of the matrix.
+        number_format: format of the matrix.
         shape: `(out, in)`.
         tokens: number of input vectors.
-        machine: whose constants count.
+        machine: the machine to predict for.
         itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
         prepared: whether the layer is prepared for inference if this is faster.
 
@@ -262,7 +262,7 @@ def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, it
     Args:
         topology: the network.
         storage: how its cores are stored.
-        machine: whose constants count.
+        machine: the machine to predict for.
         itemsize: bytes of an element of the unpacked cores.
     """
     seconds = 0.0
@@ -278,7 +278,7 @@ def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
     """Count the passes of unpacking over four-byte elements; passes over single bytes count half.
 
     Args:
-        number_format: of the codes.
+        number_format: format of the codes.
         itemsize: bytes of an unpacked element.
     """
     bits = number_format.bits or 8

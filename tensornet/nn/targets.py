@@ -123,7 +123,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
     Args:
         model: any module; unfuse it (`tensornet.nn.unfuse.unfused`) to find the matrices of stacks as layers.
-        config: which layers to compress.
+        config: selects the layers to compress.
 
     Returns:
         Weights of layers in the order of the model, then all other parameters, each of which has a `skip`.

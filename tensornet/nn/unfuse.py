@@ -597,7 +597,7 @@ def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
     Args:
         model: any model.
-        names: look at these modules only.
+        names: names of the modules to restore; all if absent.
     """
     found = {
         name: module

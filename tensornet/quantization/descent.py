@@ -160,7 +160,7 @@ def sweep_scales(
 
     Args:
         weight: shape `(stack, out, in)`.
-        points: codes less their zeros, of the same shape.
+        points: codes minus their zeros, in the same shape.
         scales: current scales, shape `(stack, out, groups)`.
         number_format: an integer format.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.

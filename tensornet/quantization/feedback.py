@@ -78,7 +78,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
 
     Args:
         weight: shape `(stack, out, in)`.
-        grid: points to round to.
+        grid: the rounding grid.
         rows: moment of the gradients; None rounds rows independently.
         columns: moment of the inputs; None rounds columns independently.
 
@@ -120,8 +120,8 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
 
     Args:
         weight: shape `(stack, out, in)`.
-        grid: points to round to.
-        columns: `U_C` less its diagonal, strictly upper triangular, shape `(stack, in, in)`.
+        grid: the rounding grid.
+        columns: `U_C` minus its diagonal, strictly upper triangular, shape `(stack, in, in)`.
 
     Returns:
         Codes in the dtype of the weight, shape `(stack, out, in)`.
@@ -157,9 +157,9 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
 
     Args:
         weight: shape `(stack, out, in)`.
-        grid: points to round to.
-        rows: `U_R` less its diagonal, strictly upper triangular, shape `(stack, out, out)`.
-        columns: `U_C` less its diagonal, shape `(stack, in, in)`.
+        grid: the rounding grid.
+        rows: `U_R` minus its diagonal, strictly upper triangular, shape `(stack, out, out)`.
+        columns: `U_C` minus its diagonal, shape `(stack, in, in)`.
 
     Returns:
         Codes in the dtype of the weight, shape `(stack, out, in)`.

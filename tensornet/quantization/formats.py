@@ -208,7 +208,7 @@ class NumberFormat:
             codes: `torch.uint8`, shape `(..., out, in)`.
             scales: shape `(..., out, groups)`.
             zeros: `torch.uint8` of the same shape; None without zero points.
-            dtype: of the values.
+            dtype: dtype of the values.
 
         Example:
             >>> from tensornet.quantization import NumberFormat
@@ -264,7 +264,7 @@ class NumberFormat:
             scales: shape `(..., out, groups)`.
             zeros: zero points, packed by `tensornet.quantization.formats.pack`; None without them.
             size: number of columns.
-            dtype: of the values.
+            dtype: dtype of the values.
         """
         if self.bits == 8 and zeros is None and not is_exporting():  # signed bytes are `code - zero`
             return _scaled(self.grouped(packed).view(torch.int8), scales, dtype)[..., :size]
@@ -391,7 +391,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
     Args:
         packed: `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
-        bits: of each code.
+        bits: bits of each code.
         size: number of codes in a row.
 
     Returns:

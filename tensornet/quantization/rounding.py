@@ -1,4 +1,4 @@
-"""Rounding of a matrix to a number format at little loss increase: nearest, one-sided, two-sided.
+"""Rounding of a matrix to a number format with small loss increase: nearest, one-sided, two-sided.
 
 Error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`, but moves some
 elements out of the range of their grid, where they are clamped. So rounding with less feedback is tried as
@@ -44,7 +44,7 @@ class RoundedWeight:
 
     Args:
         codes: `torch.uint8`, shape `(..., out, in)`.
-        scales: in the dtype of the format, shape `(..., out, groups)`.
+        scales: scales in the dtype of the format, shape `(..., out, groups)`.
         zeros: `torch.uint8` of the same shape; None without zero points.
         number_format: format of all of them.
         rounding: the best rounding method for each matrix of the stack.

@@ -36,11 +36,11 @@ def rounded_values(
     """Compute the values of codes rounded to whole numbers, differentiable as if they were not rounded.
 
     Args:
-        codes: floating-point, shape `(..., out, in)`.
+        codes: floating-point codes, shape `(..., out, in)`.
         scales: shape `(..., out, groups)`.
         zeros: integers of the same shape; None without zero points.
         number_format: format of the codes.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Example:
         >>> from tensornet.quantization import NumberFormat

@@ -267,7 +267,7 @@ class TopologyFamily(ABC):
 
         Args:
             matrix: shape `(out, in)`.
-            topology: of this family.
+            topology: topology of this family.
             weighting: sensitivity of the loss to errors; `Weighting()` gives the result of `decompose_to`.
 
         Returns:
@@ -301,7 +301,7 @@ class TopologyFamily(ABC):
             weightings: sensitivities under which losses are predicted; candidates are fitted to the first.
             max_bond: largest bond.
             round_trip: function that encodes and decodes the cores; None if the encoding is exact.
-            options: of `build`.
+            options: options of `build`.
 
         Raises:
             TopologyError: the options do not fit the shape, or the topology has more legs than a moment can

@@ -53,7 +53,7 @@ class StoredCores:
     """Cores during encoding, with the weighting of their matrix.
 
     Args:
-        topology: of the network.
+        topology: topology of the network.
         tensors: by the name of the core, a matrix `(rows, columns)` if it will be integers, else the tensor
             that will be stored.
         formats: formats of the cores that will be integers, by name.

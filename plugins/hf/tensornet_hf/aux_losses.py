@@ -31,7 +31,7 @@ def join_aux_losses(model: PreTrainedModel) -> None:
     share of this micro-batch. Calling it again changes nothing.
 
     Args:
-        model: with or without mixtures.
+        model: any model, with or without mixtures.
     """
     for part in model.modules():
         if isinstance(part, PreTrainedModel) and _mixtures(part) and not hasattr(part, _ENCLOSED):

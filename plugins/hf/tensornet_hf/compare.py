@@ -53,11 +53,11 @@ def compare_folders(
 
     Args:
         paths: at least one folder or hub id: dense, compressed, or of another quantizer.
-        text: to measure the loss on.
+        text: text to measure the loss on.
         name: name of the text, for reports.
-        prompt: to continue greedily; the beginning of the text if absent.
+        prompt: prompt to continue greedily; the beginning of the text if absent.
         new_tokens: length of the continuation.
-        device: where the models run.
+        device: device where the models run.
         progress: show a progress bar.
 
     Raises:
@@ -106,7 +106,7 @@ def compare_folders(
 
 
 def prompt_of(text: str | None) -> str | None:
-    """Return the first words of a text; None without one."""
+    """Return the first words of a text; None if there is no text."""
     return None if text is None else " ".join(text.split()[:_PROMPT_WORDS])
 
 

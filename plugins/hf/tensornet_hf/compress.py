@@ -94,7 +94,7 @@ class CompressOptions:
             calibration text.
         share_experts: let the experts of a mixture share cores if this lowers the predicted loss.
         dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; if absent, dtypes do not change.
-        device: where the model runs.
+        device: device where the model runs.
         workers: compress shard by shard in this many processes, without loading the model as a whole.
         resume: continue an interrupted run of `workers` or `heal`.
         report: HTML page to write.
@@ -223,7 +223,7 @@ class PlannedFolder:
     Args:
         plan: the plan; it can be edited, saved, and applied by `compress_folder`.
         sizes: parameters and bytes of the whole model, before and after.
-        coverage: which of the model's parameters the plan covers.
+        coverage: parameters of the model that the plan covers, and the others.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -424,7 +424,7 @@ def plan_folder(
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        config: what to compress and how far.
+        config: the options.
         options: options of the calibration.
 
     Raises:
@@ -545,10 +545,10 @@ def _calibration(
     """Make batches of the calibration text, and collect or read the statistics.
 
     Args:
-        model: dense.
-        folder: holds its tokenizer.
-        config: what to compress and how far, or a plan.
-        options: of the run.
+        model: the dense model.
+        folder: folder with its tokenizer.
+        config: the options, or a plan.
+        options: options of the run.
         text: calibration text; if absent, statistics are read if a file is given.
         streamed_to: run the model block by block and write the statistics to this file; if an interrupted run
             has written the file, read it.
@@ -666,9 +666,9 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
     """Estimate how long compression takes, including the baselines of a report; return one line.
 
     Args:
-        model: dense; may be on the meta device.
-        config: what to compress and how far.
-        options: of the run.
+        model: the dense model; may be on the meta device.
+        config: the options.
+        options: options of the run.
 
     Example:
         >>> from tensornet_hf.compress import estimate

@@ -58,7 +58,7 @@ def run_demo(
         output: folder; created if it does not exist.
         bits: bits per weight of the linear layers, scales included.
         seed: seed of the generated sample.
-        device: where the models run.
+        device: device where the models run.
         force: replace an existing model.
         command: command line, shown in the report.
         progress: show progress bars.

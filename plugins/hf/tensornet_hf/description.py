@@ -150,7 +150,7 @@ def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, ba
 
 
 def is_inside(name: str, layers: Collection[str]) -> bool:
-    """Return True if a dotted name lies below one of the named modules; fast if these are a set or dict."""
+    """Return True if a dotted name is inside one of the named modules; fast if these are a set or dict."""
     end = name.rfind(".")
     while end > 0:
         if name[:end] in layers:

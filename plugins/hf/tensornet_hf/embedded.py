@@ -1,4 +1,4 @@
-"""Two small trained models that ship with the package, with calibration and held-out text.
+"""Two small trained models that are part of the package, with calibration and held-out text.
 
 A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
 ``data/README.md`` and the ``training.json`` of each folder describe them and their quality. They let the demo

@@ -247,7 +247,7 @@ def record_held_out(
 
     Args:
         model: a causal language model or an encoder-decoder.
-        folder: holds its tokenizer.
+        folder: folder with its tokenizer.
         text: text used neither in training nor in calibration.
         name: name of the text, for reports.
         tokens: how much of it to use; all if absent.
@@ -309,7 +309,7 @@ class TaskScores:
     """Scores of tasks.
 
     Args:
-        scores: by task and metric, standard errors as `METRIC_stderr`.
+        scores: scores by task and metric; standard errors are called `METRIC_stderr`.
         samples: number of examples of each task.
         version: version of lm-evaluation-harness.
     """

@@ -45,7 +45,7 @@ class Source:
     """Model folder that is read without loading its weights.
 
     Args:
-        folder: where it is.
+        folder: the folder.
         config: content of `config.json`.
         tensors: every stored tensor by name.
         others: relative paths of the files to copy.

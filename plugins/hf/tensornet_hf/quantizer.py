@@ -286,7 +286,7 @@ def _place_layers(
     """Replace modules of an empty model by uninitialized ones built from descriptions.
 
     Args:
-        model: on the meta device; changed in place.
+        model: a model on the meta device; changed in place.
         layers: descriptions by the name in the saved model.
         dtype: dtype of the new parameters.
 

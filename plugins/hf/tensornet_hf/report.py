@@ -50,7 +50,7 @@ class Page:
 
     Args:
         title: heading, for example the name of the model.
-        report: of the compression.
+        report: report of the compression.
         models: the original first, then the compressed model, then baselines of the same size.
         losses: predicted losses of the baselines, by method and layer.
         made: rows of label and text that describe how the page was made.
@@ -86,11 +86,11 @@ def compare_methods(
         dense: the dense model; not changed.
         compressed: the compressed model.
         folder: folder with the tokenizer.
-        report: of the compression.
+        report: report of the compression.
         stats: the statistics that the plan was made with.
         sizes: bytes of the weight files before and after.
         text: held-out text; if absent, losses are only predicted.
-        name: of the text.
+        name: name of the text.
         predicted: whether the predicted loss holds for this model, which it does not after refitting or
             healing.
         progress: show progress bars.

@@ -21,7 +21,7 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
     separate model, for which this function makes an image.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
 
     Returns:
         Keyword arguments of `forward` on the model's device, or None if the model is not a transformers

@@ -111,7 +111,7 @@ def compress_checkpoint(
             `if __name__ == "__main__":`, as usual with multiprocessing.
         executor: runs the work in place of `workers`: any `concurrent.futures.Executor` whose workers have
             access to the same file system, for example `dask.distributed.Client(...).get_executor()`.
-        device: where weights are compressed.
+        device: device where weights are compressed.
         resume: continue an interrupted run; otherwise its files are deleted.
         plan: a plan to apply, in place of planning; layers that are not in it stay dense.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or their file.
@@ -270,7 +270,7 @@ def staging_folder(destination: Path) -> Path:
 
 
 def digest(content: Any) -> str:
-    """Return the SHA-256 of JSON-ready content, whatever the order of its keys."""
+    """Return the SHA-256 of JSON-ready content, for any order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -448,7 +448,7 @@ def _compress_shard(
         names: parameters and buffers in this file.
         plan: plan of their layers.
         stats: file of the statistics that the plan was made with.
-        device: where to compute.
+        device: device where to compute.
 
     Returns:
         The description of the finished shard, which is also written to a file.

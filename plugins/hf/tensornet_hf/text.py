@@ -211,8 +211,8 @@ def calibration_data(
     """Make batches of a text for a model: random windows for causal models, else its beginning.
 
     Args:
-        model: dense.
-        folder: holds its tokenizer.
+        model: the dense model.
+        folder: folder with its tokenizer.
         text: similar to what the model will read.
         tokens: about how many tokens of it to use; all if absent.
         window: largest window of a causal model.

@@ -146,9 +146,9 @@ class SharedCores(nn.Module):
 
     Args:
         topology: the operator; only its shared cores are stored here.
-        shared: which cores, see `resolve_shared`.
+        shared: the cores to share, see `resolve_shared`.
         label: name of the owner in the descriptions of borrowers; it must be unique in a model.
-        device, dtype: of the cores.
+        device, dtype: device and dtype of the cores.
 
     Raises:
         TopologyError: no core is selected, or an unknown one.

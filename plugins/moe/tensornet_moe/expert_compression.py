@@ -55,7 +55,7 @@ class SharedStack:
     """Experts whose networks share one core.
 
     Args:
-        names: of the experts' layers.
+        names: names of the experts' layers.
         pattern: `"inputs"`, `"outputs"` or `"base"`.
         topology: network of one expert.
         storage: number formats of its cores.

@@ -69,7 +69,7 @@ class SharedCoreExperts(ExpertBank):
         owner_label: label of the `SharedCores` that owns the shared cores, if the owner will be set by
             `borrow`.
         storage: number formats of the cores that the bank owns; see `quantize`.
-        device, dtype: of the cores.
+        device, dtype: device and dtype of the cores.
 
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
 
@@ -160,7 +160,7 @@ class SharedCoreExperts(ExpertBank):
             num_experts: number of experts.
             topology: a topology, a sequence with one for each expert, or a family's name. Bonds of experts
                 may differ: smaller bonds keep the leading part, for chains the largest singular values.
-            shared: which cores are shared.
+            shared: the cores to share.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
                 of the core. It breaks the symmetry between experts (our addition to the paper).
             seed: seed of the noise, which is the same on every device.
@@ -221,7 +221,7 @@ class SharedCoreExperts(ExpertBank):
         Args:
             weights: shape `(num_experts, out, in)`.
             topology: an explicit topology, or a family's name.
-            shared: which cores are shared.
+            shared: the cores to share.
             max_bond: cap on the bonds, if `topology` is a name.
             max_sweeps: limit of alternating least squares.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
@@ -376,7 +376,7 @@ class SharedCoreExperts(ExpertBank):
         """Return a core that the bank owns; a private core as a stack, zero-padded if bonds differ.
 
         Args:
-            name: of the core.
+            name: name of the core.
             index: indices of experts, for a part of a private core; all if absent.
         """
 
@@ -645,7 +645,7 @@ def encoded_core(
     Args:
         number_format: format of the elements.
         topology: the topology that the core belongs to.
-        name: of the core.
+        name: name of the core.
         core: shape `(..., *shape)`; rounded to nearest unless it is already a point of the format.
     """
     if number_format == FLOAT:

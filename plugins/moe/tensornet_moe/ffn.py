@@ -35,7 +35,7 @@ class ExpertFFN(nn.Module):
         activation: a name in `ACTIVATIONS`.
         bias: whether each expert has a bias after each matrix, shape `(num_experts, out)`.
         dropout: dropout probability of the hidden layer, in training.
-        device, dtype: of the biases.
+        device, dtype: device and dtype of the biases.
 
     Raises:
         ValueError: unknown activation, or not two or three banks.

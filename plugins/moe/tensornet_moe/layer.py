@@ -209,7 +209,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
 
     Args:
         x: tokens, shape `(tokens, in_features)`.
-        routing: which expert computes which token.
+        routing: the experts of each token.
         experts: the networks.
 
     Returns:

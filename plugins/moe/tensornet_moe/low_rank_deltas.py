@@ -31,7 +31,7 @@ class LowRankDeltaExperts(ExpertBank):
     Args:
         base: any bank; its cores are trained with the deltas.
         rank: rank of the deltas, at most the shorter side of the matrices.
-        device, dtype: of the deltas.
+        device, dtype: device and dtype of the deltas.
 
     Raises:
         TypeError: `base` is not an ExpertBank.
@@ -93,7 +93,7 @@ class LowRankDeltaExperts(ExpertBank):
         Args:
             weight: shape `(out, in)`.
             num_experts: number of experts.
-            rank: of the deltas.
+            rank: rank of the deltas.
             topology: topology of the base; `"dense"` keeps the matrix itself.
             shared: cores of the base that all experts share.
             seed: seed of the random `right`, which is the same on every device.
@@ -124,7 +124,7 @@ class LowRankDeltaExperts(ExpertBank):
 
         Args:
             weights: shape `(num_experts, out, in)`.
-            rank: of the deltas.
+            rank: rank of the deltas.
 
         Raises:
             ShapeError: `weights` is not a stack of matrices, or `rank` exceeds their shorter side.

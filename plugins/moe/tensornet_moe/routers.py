@@ -84,8 +84,8 @@ class Router(nn.Module, ABC):
             sigmoid(logit)`, initially about 1 for each expert (Csordas et al. 2024, MoEUT, up to the factor
             2). Use it for training from scratch, where experts with weights that sum to one learn `k` times
             more slowly than a dense network.
-        device, dtype: of the weight `(num_experts, num_features)`, which is initialized with standard
-            deviation `0.1 / sqrt(num_features)`.
+        device, dtype: device and dtype of the weight `(num_experts, num_features)`, whose initial standard
+            deviation is `0.1 / sqrt(num_features)`.
 
     Raises:
         ValueError: an option is out of its range.

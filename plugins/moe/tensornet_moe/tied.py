@@ -191,7 +191,7 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
 
     Args:
         networks: networks of neighbouring layers, with the same number, names and shapes of experts.
-        label: of the owner.
+        label: label of the owner.
 
     Returns:
         The owner of the matrices. Put it into the model that contains the layers.
@@ -263,9 +263,9 @@ def share_across_layers(
     Args:
         weights: the dense matrix of each layer, shape `(layers, out, in)`.
         num_experts: experts of each layer.
-        label: of the owner.
+        label: label of the owner.
         topology: an explicit topology, or a family's name.
-        shared: which cores are shared.
+        shared: the cores to share.
         noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
         max_bond: cap on the bonds, if `topology` is a name.
         max_sweeps: limit of alternating least squares.

@@ -246,7 +246,7 @@ def decompress(
 ) -> None:
     """Multiply all cores out and save an ordinary model, which loads without this library.
 
-    What compression cut away does not come back.
+    This does not undo the errors of compression.
     """
     stored = dtype_of(dtype)
     folder = resolve_folder(source)
