@@ -21,7 +21,7 @@ from tensornet.errors import BudgetError, MissingDependencyError, ShapeError, To
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# --- checks of arguments: messages state what was expected, what came, and the remedy ------------
+# --- checks of arguments: messages have the expected value, the given value and the remedy -------
 
 #: Dtypes that can be decomposed.
 FLOATING = (

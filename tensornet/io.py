@@ -141,7 +141,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         os.umask(mask := os.umask(0))  # it can only be read by setting it
-        folder.chmod(0o777 & ~mask)  # mkdtemp makes folders, and safetensors files, for the owner alone
+        folder.chmod(0o777 & ~mask)  # mkdtemp and safetensors set permissions for the owner alone
         for file in folder.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)

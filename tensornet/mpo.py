@@ -97,10 +97,10 @@ class MPO:
         some cores are identities.
 
         Args:
-            w: shape `(out, in)`, real or complex, any size (padded where the dims need it).
+            w: shape `(out, in)`, real or complex, any size (padded if the dims require it).
             out_dims: sizes of the out-legs; balanced factors if absent.
             in_dims: sizes of the in-legs; balanced factors if absent.
-            sites: number of cores where dims are absent, 3 by default.
+            sites: number of cores if dims are absent, 3 by default.
             max_bond: cap on every bond, or a sequence with one for each.
             rel_error: largest relative Frobenius error.
             param_ratio: largest keep ratio, relative to the dense parameters.
@@ -187,7 +187,7 @@ class MPO:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "MPO":
-        """Build the identity; its bonds are 1 where in- and out-dims are equal.
+        """Build the identity; its bonds are 1 if in- and out-dims are equal.
 
         Args:
             out_dims: sizes of the out-legs.
@@ -270,7 +270,7 @@ class MPO:
         return self._copy([core.clone() for core in self.cores])
 
     def detach(self) -> "MPO":
-        """Share the cores, without their gradients."""
+        """Return an MPO that shares the cores, but without gradients."""
         return self._copy([core.detach() for core in self.cores])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -609,7 +609,7 @@ class MPO:
         return algebra.norm(self._masked)
 
     def log_norm(self) -> Tensor:
-        """Compute the logarithm of the Frobenius norm, also where the norm itself overflows or underflows.
+        """Compute the logarithm of the Frobenius norm, even if the norm itself overflows or underflows.
 
         Example:
             >>> tn.MPO([torch.ones(1, 2, 2, 1)] * 2000).log_norm()

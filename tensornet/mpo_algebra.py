@@ -399,7 +399,7 @@ def bond_tolerance(
 
 @outside_autocast
 def norm(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the Frobenius norm, with gradient, accurate even where the terms of the chain cancel.
+    """Compute the Frobenius norm, with gradient, accurate even if the terms of the chain cancel.
 
     The result is infinite or 0 if the norm leaves the range of the dtype; `log_norm` has no such limits. The
     gradient is 0 if the norm is 0. There are no second derivatives; use `inner` for them.

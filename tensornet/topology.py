@@ -41,7 +41,7 @@ class Topology:
     padded operator, and the padding counts as parameters. The same holds for the in-legs.
 
     An operator may also be a sum of networks, such as a matrix plus a low rank: `terms` then groups the
-    cores. Each term carries every leg and has bonds of its own.
+    cores. Each term has every leg, and its own bonds.
 
     Args:
         family: name of the builder that made it, for example `"mpo"`.

@@ -50,7 +50,7 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
         given: keyword arguments (a Hugging Face batch); or a tensor, which is the model's first argument; or
             `(inputs, labels)`, with inputs in either form.
         model: the model; the signature of its `forward` names the arguments.
-        device: where tensors go.
+        device: device for the tensors.
 
     Raises:
         TargetError: it has another form, or token indices have only one dimension.

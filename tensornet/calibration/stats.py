@@ -28,7 +28,7 @@ class CalibrationStats:
     `C` is the gradient moment.
 
     Args:
-        rows: by module name, shape `(out, out)`, or `(out,)` where only the diagonal is kept.
+        rows: by module name, shape `(out, out)`, or `(out,)` if only the diagonal is kept.
         columns: by module name, shape `(in, in)` or `(in,)`. Layers that read one input (q, k, v) share
             one tensor.
         tokens: number of tokens that the moments are averaged over, without padding.

@@ -264,8 +264,9 @@ def _walk(
 ) -> list[int]:
     """Take steps in order while they fit; a layer whose step does not fit takes none of its later steps.
 
-    A larger budget never costs more. Where the walks of two budgets differ first, the larger budget takes a
-    step that the smaller one cannot; all later steps of the smaller one save less per unit of size.
+    A larger budget never costs more. At the first step where the walks of two budgets differ, the larger
+    budget takes a step that the smaller one cannot; all later steps of the smaller one save less per unit of
+    size.
     """
     chosen, blocked = list(start), set()
     left = budget - total_size(curves, start)
@@ -399,7 +400,7 @@ class Cap:
     layers: Sequence[str] = ()
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Compute the fraction of the cap that a choice uses; at most 1 keeps the cap."""
+        """Compute the fraction of the cap that a choice uses, at most 1 if the cap is kept."""
         return total_size(self.curves, chosen) / self.allowed
 
 

@@ -47,6 +47,6 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
 
 
 def svd_itemsize(plan: CompressionPlan) -> int:
-    """Bytes of a number in the factors of the plain SVD: 2 where the plan has number formats."""
+    """Bytes of a number in the factors of the plain SVD: 2 if the plan has number formats."""
     integers = any(layer.storage.own_dtypes for layer in plan)
     return 2 if integers else plan.layers[0].dtype.itemsize

@@ -60,12 +60,12 @@ def compress(
 
     Returns:
         A report of every layer, with certified errors, the plain-SVD baseline and the predicted loss. After
-        the replacement the model is run on one batch; a layer whose weight its code reads is put back dense
-        (`CompressionReport.put_back`).
+        the replacement the model is run on one batch. If other code of the model reads the weight of a layer,
+        this layer is put back dense (`CompressionReport.put_back`).
 
     Raises:
-        TargetError, BudgetError, NonFiniteError, TopologyError: before anything is replaced, or with all
-            layers put back.
+        TargetError, BudgetError, NonFiniteError, TopologyError: raised before any layer is replaced, or after
+            all layers are put back.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
@@ -105,8 +105,8 @@ def compress(
         with unfused(model):
             weights = list_weights(model)
 
-    # Plan, apply the plan, and run one batch. Layers whose weights the model's code reads are put back dense,
-    # and the budget is spent on the others again.
+    # Plan, apply the plan, and run one batch. Layers whose weight is read by other code are put back dense,
+    # and the budget is allocated to the other layers again.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     batch = _batch_to_run(model, data.batches)

@@ -83,17 +83,17 @@ class CompressionConfig(LayerSelection):
         bits_per_weight: mean bits of a weight of the targeted layers, scales included. Like all budgets of
             bytes it needs calibrated gradients; without calibration data layers become int8, if that fits.
         byte_ratio: bytes of the whole model, embeddings and biases included, as a share of its bytes now.
-        max_bytes: size in bytes: of the whole model where number formats are chosen, else of the targeted
-            layers.
+        max_bytes: largest size in bytes, of the whole model if number formats are planned, else of the
+            targeted layers.
         whole_model: True makes `bits_per_weight`, `byte_ratio` and `max_bytes` count the whole model, False
             the targeted layers alone; None is as described above. If the whole model counts, embeddings and
             heads are targets too unless `target_modules` is given.
         formats: number formats that layers may be stored in, as names for `NumberFormat.parse`: `"float"` is
             the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
-            only those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` where
-            `bits_per_weight` or `byte_ratio` is given, else the model's own alone. In layers whose weights
-            are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same
-            size with 16-bit scales.
+            only those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` if
+            `bits_per_weight` or `byte_ratio` is given, else only the model's own. In layers whose weights are
+            too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size
+            with 16-bit scales.
         loss_increase: predicted loss increase per token that all layers together may cause. Curvature only;
             without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
@@ -117,7 +117,7 @@ class CompressionConfig(LayerSelection):
             that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
             and names them in one warning.
         verify: measure the loss of layers with large errors on a few rows of the calibration batches before
-            anything is replaced, and plan again where the prediction was far too low (`check_loss`). Only if
+            anything is replaced, and plan again if a prediction was far too low (`check_loss`). Only if
             number formats are planned and batches are given; statistics alone are not enough.
 
     Raises:
@@ -366,7 +366,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def fixed(self) -> tuple[Topology, ...]:
-        """Topologies that leave the planner no choice, one for each shape; empty where a family is given."""
+        """Topologies that leave the planner no choice, one for each shape; empty if a family is given."""
         return self.topology if isinstance(self.topology, tuple) else ()
 
     @property

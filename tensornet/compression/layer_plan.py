@@ -35,7 +35,7 @@ class LayerPlan:
         curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected
             either.
         byte_curve: the same, with bytes in place of parameters.
-        milliseconds: predicted time of a forward pass, None where no token count was given.
+        milliseconds: predicted time of a forward pass, None if no token count was given.
         dtype: dtype of the weight.
 
     Example:

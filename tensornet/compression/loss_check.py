@@ -155,8 +155,8 @@ def correct_by_measuring(
     """Correct predicted losses by loss increases measured at a few sizes.
 
     A copy of the model that shares its weights is compressed to each size and run on the text; nothing is
-    trained, and the model is left as it was. Takes one compression for each size and three forward passes
-    over the text. Loss increases below twice their standard error are skipped.
+    trained, and the model is not changed. Takes one compression for each size and three forward passes over
+    the text. Loss increases below twice their standard error are skipped.
 
     Args:
         prepared: the preparation of this model.
@@ -230,7 +230,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
     """Compute the power of the strongest output over the median one, of each weight.
 
     The power of an output is the sum of squared weights times those of the inputs, as if inputs were
-    independent. It is 1 for tables, and where most outputs are zero.
+    independent. It is 1 for embeddings, and if most outputs are zero.
     """
     found = {}
     for target in targets:
@@ -353,7 +353,7 @@ class _Trial:
         return increase if known else replace(increase, mean=math.inf, stderr=0.0)
 
     def _losses(self, model: nn.Module, first: int = 0, *, record: bool = False) -> Tensor:
-        """Collect the losses of all rows, shape `(tokens,)`, with the blocks before one skipped."""
+        """Collect the losses of all rows, shape `(tokens,)`; blocks before the given one are skipped."""
         found = []
         with in_eval_mode(model):
             for batch, outputs in zip(self.batches, self.outputs, strict=True):

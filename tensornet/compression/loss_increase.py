@@ -1,9 +1,9 @@
 """Measure the loss increase of a compressed model over its dense model.
 
-Losses are compared token by token on the same text, with the Kullback-Leibler divergence of the predictions
-where a model predicts tokens. First-order effects dominate the change of a single token's loss, but cancel
-when losses with the errors +E and -E are averaged. So if the dense model is available, compressed layers are
-also run with the opposite error: their outputs are then twice those of the dense layer minus those of the
+Losses are compared token by token on the same text, and by the Kullback-Leibler divergence of the predictions
+if a model predicts tokens. First-order effects dominate the change of a single token's loss, but cancel when
+losses with the errors +E and -E are averaged. So if the dense model is available, compressed layers are also
+run with the opposite error: their outputs are then twice those of the dense layer minus those of the
 compressed layer.
 """
 
@@ -42,11 +42,11 @@ class LossIncrease:
     """Measured loss increase of a compressed model.
 
     Args:
-        mean: over all losses, in nats where they are cross entropies.
+        mean: mean over all losses, in nats if they are cross entropies.
         stderr: standard error of that mean.
         tokens: number of losses, one for each token (row for plain models).
         source: name of the data.
-        dense_loss: mean loss of the dense model; 0 where losses are distances from its outputs.
+        dense_loss: mean loss of the dense model; 0 if losses are distances from its outputs.
         kl_mean: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats;
             None if the model predicts no tokens.
         kl_stderr: standard error of that mean.

@@ -383,7 +383,7 @@ class CompressionPlan:
             raise FormatError(f"Bad compression plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; an earlier file stays until the new one is complete.
+        """Write the plan as JSON; an existing file is replaced when the new one is complete.
 
         Raises:
             DestinationError: the file cannot be written there.

@@ -81,7 +81,7 @@ class Prepared:
         """Compute the plan of least predicted loss for one budget.
 
         Args:
-            progress: show a progress bar where layers are decomposed one by one.
+            progress: show a progress bar if layers are decomposed one by one.
             budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes`, `loss_increase` and
                 `max_milliseconds` (for the token count of the configuration), in place of the
                 configuration's.

@@ -152,7 +152,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
     `kernel_peak` are not measured but taken from the built-in machine, since they depend on the kernels.
 
     Args:
-        device: where to measure.
+        device: the device to measure.
         repeats: number of repetitions of each measurement; the fastest counts.
 
     Example:

@@ -366,7 +366,7 @@ def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a thin SVD, with a second LAPACK driver where divide and conquer fails to converge."""
+    """Compute a thin SVD; use a second LAPACK driver if divide and conquer does not converge."""
     try:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
         if bool(torch.isfinite(S).all() & torch.isfinite(U).all() & torch.isfinite(Vh).all()):

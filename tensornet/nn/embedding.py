@@ -120,7 +120,7 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose a stock embedding, which stays unchanged; arguments as for `from_linear`.
+        """Decompose a stock embedding, which is not changed; for the arguments see `from_linear`.
 
         Raises:
             TargetError: the layer is of another type.

@@ -204,7 +204,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
         return False  # too many bits, or scales that bfloat16 would round
     plain = not number_format.zero_point and number_format.scale_dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
-        return False  # torch's int8 kernel reads the codes as they are stored
+        return False  # torch's int8 kernel can read the stored codes
     if block is None or group is None or shape[0] == 0 or shape[0] % block:
         return False
     return layout_bytes(number_format, shape) <= max_growth * number_format.nbytes(shape)

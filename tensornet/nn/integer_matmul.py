@@ -27,7 +27,7 @@ WIDE_TOKENS = 8
 
 @dataclass(frozen=True)
 class IntegerMatrix:
-    """Integer matrix `(out, in)` as it is stored.
+    """Integer matrix `(out, in)` in its stored form.
 
     Args:
         number_format: format of its codes.
@@ -119,7 +119,7 @@ def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
 
 
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
-    """Return True if torch's int8 kernel reads matrices of this format and shape as they are stored."""
+    """Return True if torch's int8 kernel can read stored matrices of this format and shape."""
     plain = scales_by_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
     # With other sizes the kernel reads out of bounds and crashes.
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)

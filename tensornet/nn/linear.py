@@ -160,7 +160,7 @@ class TensorNetworkLinear(NetworkModule):
         strategy: Strategy = "auto",
         **options: Any,
     ) -> "TensorNetworkLinear":
-        """Decompose a stock layer, which stays unchanged; the result shares no memory with it.
+        """Decompose a stock layer, which is not changed; the result shares no memory with it.
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`.
@@ -292,7 +292,7 @@ class MPOLinear(TensorNetworkLinear):
         out_features: size of each output.
         bias: whether there is a bias.
         out_dims, in_dims: leg sizes; balanced factors if absent.
-        sites: number of cores where dims are absent, 3 by default.
+        sites: number of cores if dims are absent, 3 by default.
         bond_dims: the inner bonds.
         max_bond: cap on every bond.
         topology: an MPO topology, in place of the five arguments above.

@@ -61,7 +61,7 @@ class NetworkModule(nn.Module):
             `explain` and `set_strategy`.
         optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or an optimizer of `opt_einsum`.
         storage: how the cores are stored.
-        device: where the cores are allocated; `"meta"` allocates nothing.
+        device: device of the cores; `"meta"` allocates nothing.
         dtype: dtype of the cores.
 
     Raises:
@@ -111,7 +111,7 @@ class NetworkModule(nn.Module):
 
     @property
     def stored_cores(self) -> tuple[Tensor | PackedCore, ...]:
-        """Cores as they are stored, in the order of the topology."""
+        """Stored form of the cores, in the order of the topology."""
         return tuple(getattr(self, name) for name in self._core_names)
 
     @property
@@ -230,7 +230,7 @@ class NetworkModule(nn.Module):
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
-        """Contract to a contiguous matrix with memory of its own; `to_matrix` may return a view of a core."""
+        """Contract to a contiguous matrix that shares no memory; `to_matrix` may return a view of a core."""
         matrix = self.to_matrix()
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()

@@ -1,4 +1,4 @@
-"""How the cores of a layer are stored: as they are, pivoted, or in a number format.
+"""How the cores of a layer are stored: as plain tensors, pivoted, or in a number format.
 
 **Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
 of size `d` between two cores, so `d^2` of their numbers are redundant. `G` is chosen such that `d` rows of a
@@ -161,7 +161,7 @@ class Storage:
         return sum(count for *_, count in parts), size
 
 
-#: The parameters are the cores.
+#: Storage in which the cores themselves are the parameters.
 PLAIN = Storage()
 
 

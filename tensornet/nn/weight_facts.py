@@ -57,7 +57,7 @@ class WeightFacts(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return what is known of the weight.
+        """Return the attribute of the dense weight if the placeholder has it.
 
         Raises:
             WeightReadError: any other function.

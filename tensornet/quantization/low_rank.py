@@ -115,7 +115,7 @@ def round_factor(
     weighting: Weighting,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight | Tensor:
-    """Round one factor of a product and keep the other one as it is.
+    """Round one factor of a product; the other one does not change.
 
     The factor is rounded as given, and after a refit; the result of smaller loss is returned.
 

@@ -1,8 +1,8 @@
 """Second moments of a weight (inputs and output gradients): damping, factors for rounding, loss increase.
 
 The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`, with `R` the moment of the
-gradients by the outputs and `C` that of the inputs. Rounding damps both: it adds a fraction of the mean of
-the diagonal to the diagonal. This module lists all such fractions for rounding.
+gradients with respect to the outputs and `C` the moment of the inputs. Rounding damps both: it adds a
+fraction of the mean of the diagonal to the diagonal. This module lists all such fractions for rounding.
 """
 
 from dataclasses import dataclass

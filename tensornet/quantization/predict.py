@@ -341,7 +341,7 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
 
 
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
-    """Divide the sums of two stacks of vectors, shape `(stack,)`; 0 where the second is 0."""
+    """Divide the sums of two stacks of vectors, shape `(stack,)`; 0 if the second is 0."""
     total = known.sum(1)
     return torch.where(total > 0, found.sum(1) / torch.where(total > 0, total, 1.0), 0.0)
 

@@ -492,7 +492,7 @@ def check_name_does_not_matter(
 
 
 class Law(NamedTuple):
-    """Check together with the hypothesis strategies of its arguments.
+    """A check, together with hypothesis strategies for its arguments.
 
     Args:
         check: function that raises `AssertionError`.

@@ -246,7 +246,7 @@ def render(page: Page) -> str:
 
 
 def _short_loss(value: float | None) -> str:
-    """Format a predicted loss increase with two digits; a dash where it is unknown."""
+    """Format a predicted loss increase with two digits; a dash if it is unknown."""
     return "–" if value is None else f"{value:.2g}"
 
 

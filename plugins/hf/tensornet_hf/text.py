@@ -213,7 +213,7 @@ def calibration_data(
     Args:
         model: the dense model.
         folder: folder with its tokenizer.
-        text: similar to what the model will read.
+        text: text similar to what the model will read.
         tokens: about how many tokens of it to use; all if absent.
         window: largest window of a causal model.
         window_batch: number of tokens in a batch of a causal model.

@@ -39,7 +39,7 @@ class MoEConfig:
     """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
 
     The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
-    expert dense matrices of its own (Switch); `shared="none"` alone gives every expert its own cores;
+    expert its own dense matrices (Switch); `shared="none"` alone gives every expert its own cores;
     `max_bond=` truncates.
 
     Args:

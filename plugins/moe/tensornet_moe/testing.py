@@ -193,7 +193,7 @@ class BankLaws:
             assert torch.allclose(mine, dense, atol=1e-9)
 
     def test_starts_as_the_dense_network(self) -> None:
-        """Check that the experts of `from_dense` equal the matrix up to `error`, and can become different."""
+        """Check that the experts of `from_dense` equal the matrix up to `error`, and can be trained apart."""
         weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         bank = self.from_dense(weight, _EXPERTS)
         error = getattr(bank, "error", None) or 0.0

@@ -337,7 +337,7 @@ def upcycle(
 ) -> None:
     """Turn a dense model into a mixture of experts that share cores, ready to be trained.
 
-    Every expert starts as the dense network, so that the new model computes what the old one did.
+    Every expert starts as the dense network, so the new model initially computes the same as the old one.
     """
     names = share or ["center"]
     keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
