@@ -281,7 +281,7 @@ def load_slice(part: Slice) -> Tensor:
     """
     if part.dtype not in MAPPED:
         raise FormatError(
-            f"{part.file} holds a tensor of dtype {part.dtype}, which cannot be mapped; mapped are "
+            f"{part.file} contains a tensor of dtype {part.dtype}, which cannot be mapped; possible are "
             f"{', '.join(MAPPED)}. Load the model and save it in one of these."
         )
     dtype = MAPPED[part.dtype]

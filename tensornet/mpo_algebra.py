@@ -570,7 +570,7 @@ def _is_place(value: int, first: int, end: int) -> bool:
 def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Cores, Cores]:
     if left[0].device != right[0].device:
         raise ShapeError(
-            f"One operator lies on {left[0].device}, the other on {right[0].device}; move the cores of one."
+            f"One operator is on {left[0].device}, the other on {right[0].device}; move the cores of one."
         )
     dtype = torch.promote_types(left[0].dtype, right[0].dtype)
     return tuple(core.to(dtype) for core in left), tuple(core.to(dtype) for core in right)

@@ -250,7 +250,7 @@ def _validate(topology: Topology) -> None:
         raise TopologyError(f"Labels that no core carries: {sorted(unused)}.")
     for label, size in topology.bond_dims.items():
         if size > 1 and sum(label in core.labels for core in topology.cores) < 2:
-            raise TopologyError(f"Bond {label!r} of size {size} ends in nothing: only one core carries it.")
+            raise TopologyError(f"Bond {label!r} of size {size} is open: it belongs to only one core.")
     for what, features, dims in (
         ("out_features", topology.out_features, topology.out_dims),
         ("in_features", topology.in_features, topology.in_dims),

@@ -540,7 +540,7 @@ def _largest(cap: Cap) -> str:
         f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no gradient "
         "reaches in calibration: exclude them, or choose objective='activation', which needs none."
     )
-    return f"{text if fixed else ''} Most room is taken by {shown}." if shown else ""
+    return f"{text if fixed else ''} The largest are {shown}." if shown else ""
 
 
 def _choose_alone(

@@ -170,12 +170,12 @@ def gather(
     elif data is None and needed and config.objective == "auto" and config.one_format_keeps:
         warning = (
             f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
-            f"nearest. {advice} for fewer bits at less loss, or objective='weight' if this is meant."
+            f"nearest. {advice} for fewer bits at less loss, or objective='weight' to confirm."
         )
     elif data is None and needed and config.objective == "auto" and not config.needs_curvature:
         warning = (
-            f"{name} is compressed by the error of its weights alone, which keeps far less of what it can "
-            f"do. {advice}, or objective='weight' if this is meant."
+            f"{name} is compressed by the error of its weights alone, which loses much more of its quality "
+            f"than necessary. {advice}, or objective='weight' to confirm."
         )
     if warning:
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)

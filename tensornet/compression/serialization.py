@@ -128,8 +128,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get("tensornet")
             if text is None:
                 raise FormatError(
-                    f"{path} was not written by tensornet.save_model: it does not say which layers are made "
-                    "of cores."
+                    f"{path} was not written by tensornet.save_model: it has no list of layers made of cores."
                 )
             header = json.loads(text)
             if header["version"] != FILE_VERSION:

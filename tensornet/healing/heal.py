@@ -488,7 +488,7 @@ def trained_parameters(
     devices = [next(iter(each.parameters())).device for each in (model, teacher)]
     if devices[0] != devices[1]:
         raise TargetError(
-            f"The model lies on {devices[0]} and its teacher on {devices[1]}, and each batch runs "
+            f"The model is on {devices[0]} and its teacher on {devices[1]}, and each batch runs "
             f'through both; move one, as by teacher.to("{devices[0]}").'
         )
     stored = {id(tensor) for layer in layers.values() for tensor in layer.stored.values()}

@@ -163,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if size > MAX_JSON:
         raise FormatError(f"{path} has {size:,} bytes; at most {MAX_JSON:,} are read of a JSON file.")
     if not isinstance(content, dict):
-        raise FormatError(f"{path} must hold a JSON object, it holds a {type(content).__name__}.")
+        raise FormatError(f"{path} must contain a JSON object, it contains a {type(content).__name__}.")
     return content
 
 
@@ -207,7 +207,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
         if not other:
             raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
         raise FormatError(
-            f"{folder} holds no {WEIGHTS} and no {INDEX}, only {', '.join(other)}. Pickles can run code and "
+            f"{folder} has no {WEIGHTS} and no {INDEX}, only {', '.join(other)}. Pickles can run code and "
             "are never opened: convert them where you trust them, with model.save_pretrained(folder)."
         )
     index = read_json(folder / INDEX).get("weight_map")
@@ -217,7 +217,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     for name in names:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise FormatError(
-                f"{folder / INDEX} names {name!r:.200}: only safetensors files beside the index are read, "
+                f"{folder / INDEX} names {name!r:.200}: only safetensors files next to the index are read, "
                 "nothing outside the folder."
             )
     if missing := [name for name in names if not (folder / name).is_file()]:
@@ -389,7 +389,7 @@ def save(
     # PEFT sets `peft_config` on adapted models, also for prompts, which have no adapter layers.
     if adapter_names(whole) or getattr(whole, "peft_config", None):
         raise TargetError(
-            f"Adapters are attached to this {type(whole).__name__}, and a folder holds the model or the "
+            f"Adapters are attached to this {type(whole).__name__}, and a folder has either the model or the "
             "adapters. Save them apart: model.save_pretrained(adapters) in PEFT, then "
             "tensornet_hf.save(model.unload(), folder), and put them together by "
             "tensornet_hf.peft.load_adapters(load(folder), adapters); or save what "

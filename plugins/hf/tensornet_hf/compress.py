@@ -194,7 +194,7 @@ class CompressOptions:
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
-                f"{{share_experts}} does not go with {' and '.join(asked)}, which look at layers one by one."
+                f"{{share_experts}} does not go with {' and '.join(asked)}, which process layers one by one."
             )
         whole = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts")
         if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
@@ -529,7 +529,7 @@ def _check_data(
     raise BudgetError(
         "What an error costs has to be measured on text: give --calibration FILE, text like what the model "
         "will read (calibration= in Python), or --calibration default for the embedded one. --objective "
-        "weight goes by the weights alone, which keeps far less of what the model can do."
+        "weight goes by the weights alone, which loses more quality than necessary."
     )
 
 

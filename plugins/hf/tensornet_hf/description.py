@@ -247,7 +247,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
         part = tensors.get(in_file(name))
         if part is None:
             raise FormatError(
-                f"{where}: {name} is missing. config.json promises it, the weight files do not hold it: they "
+                f"{where}: {name} is missing. config.json lists it, the weight files do not: they "
                 "belong to another save, or one is incomplete."
             )
         if part.shape != tensor.shape:

@@ -277,7 +277,7 @@ def record_held_out(
     else:
         ids, context = token_ids(load_tokenizer(folder), text)[:tokens], usual_context(model)
         if len(ids) < 2:
-            raise ValueError(f"{name} holds {len(ids)} tokens; give more text.")
+            raise ValueError(f"{name} has only {len(ids)} tokens; give more text.")
         batches = text_windows(ids, context=context, batch_size=max(1, 1024 // context))
         how = f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
     recorded = record_losses(model, batches, loss_fn=label_losses, source=how, tokens=None)

@@ -368,7 +368,7 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
         single, mixture = spec["type"] in ("linear", "embedding"), spec["type"].startswith("shared_core")
         if (single and config.tp_size > 1) or (mixture and config.ep_size > 1):
             raise TargetError(
-                f"{name} is made of cores, which neither tensor nor expert parallelism of transformers can "
+                f"{name} is made of cores, which tensor and expert parallelism of transformers cannot "
                 "cut. Spread the model with DistributedConfig(fsdp_size=...) instead, or load it whole and "
                 "spread experts that share cores with shard_experts(model) of "
                 "tensornet_moe.experimental.parallel (docs/guides/scale.md)."

@@ -76,7 +76,7 @@ class GradientMask:
         compensate: bool = False,
     ) -> None:
         if not 0 <= p <= 1:
-            raise ValueError(f"p must lie in [0, 1], got {p}: it is the probability of leaving a core alone.")
+            raise ValueError(f"p must lie in [0, 1], got {p}: it is the probability of skipping a core.")
         if granularity not in GRANULARITIES:
             raise ValueError(
                 f"Unknown granularity {granularity!r}; choose one of {', '.join(GRANULARITIES)}."
