@@ -101,7 +101,7 @@ class DestinationError(TensorNetError, OSError):
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration data are missing or say too little; the message names the replacement or what to do.
+    """Calibration data are missing or not sufficient; the message says what is used instead or what to do.
 
     Example:
         >>> import warnings

@@ -94,7 +94,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into runs whose moments need little memory; a large layer is a run of its own."""
+    """Split layers into runs whose moments need little memory; a large layer is a separate run."""
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -134,7 +134,7 @@ def _of_layer(
             corrections = None  # they belong to other formats
         found = dense_candidates(matrix, sensitivity, formats, sizes, corrections, config.number_formats)
         other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # other caps: not bytes alone
+        rivals = found if other_caps == (None, None, None) else []  # other caps: bytes do not decide
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))

@@ -58,7 +58,7 @@ def layer_sensitivity(
     """Weigh errors in one layer with little damping for the choice, and with more for the forecast.
 
     Returns:
-        None where errors cost nothing because no gradient arrives.
+        None if no gradient arrived, so that errors do not change the loss.
 
     Raises:
         TargetError: see `layer_weighting`.
@@ -93,7 +93,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     """Weigh errors in one layer for the forecast of their loss: half of the gradients spread evenly.
 
     Returns:
-        None where errors cost nothing because no gradient arrives.
+        None if no gradient arrived, so that errors do not change the loss.
 
     Raises:
         TargetError: see `layer_weighting`.
@@ -112,7 +112,7 @@ def layer_weighting(
     """Weigh errors in one layer by an objective of `CompressionConfig`.
 
     Returns:
-        None where errors cost nothing because no gradient arrives.
+        None if no gradient arrived, so that errors do not change the loss.
 
     Raises:
         TargetError: the statistics do not contain the layer, or belong to another model.

@@ -194,10 +194,10 @@ def draw_loss_over_bits(
     """Draw the predicted loss increase over bits of a weight, and models as marks.
 
     Args:
-        axes: to draw on.
+        axes: axes to draw on.
         layers: the planned layers.
         curve: curve of the plan, `(bytes of all layers, predicted loss increase)`.
-        marks: models.
+        marks: models to draw as marks.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
 

@@ -222,7 +222,7 @@ def tt_svd(
     bonds: Sequence[int] | None = None,
     method: Method = "auto",
 ) -> tuple[list[Tensor], float, str]:
-    """Decompose one matrix `(out, in)` into a chain; arguments, results and errors as of `tt_svd_stack`."""
+    """Decompose one matrix `(out, in)` into a chain; for arguments, results and errors see `tt_svd_stack`."""
     cores, errors, bound_by = tt_svd_stack(
         matrix[None], out_dims, in_dims, budget, bonds=bonds, method=method
     )

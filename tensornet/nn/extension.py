@@ -25,7 +25,7 @@ class ProvidedData:
         batches: as for `tensornet.calibrate`; the loss is measured on a few of them.
         source: name of the data, for reports.
         loss_fn: losses of a batch, see `tensornet.calibrate`; the model's own if absent.
-        statistics: collected on these batches before; collected now if absent.
+        statistics: statistics that were collected on these batches; collected now if absent.
     """
 
     batches: Iterable[Any]

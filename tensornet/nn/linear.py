@@ -30,7 +30,7 @@ class TensorNetworkLinear(NetworkModule):
     """Linear layer `y = x W^T + b` whose matrix `W: (out_features, in_features)` is a tensor network.
 
     Args:
-        topology: describes `W`.
+        topology: topology of `W`.
         bias: whether there is a bias of shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the kind of stock layer that `to_linear` returns.
         strategy, optimize, storage: how to apply `W`; see `NetworkModule`.

@@ -278,7 +278,8 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
         message += f"{', '.join(surplus[:5])}."
         if checkpoint.compression is not None:
             raise FormatError(message)
-        # Usual for models from the hub: heads of the pre-training, masks of older versions.
+        # Surplus tensors are usual for models from the hub: heads of the pre-training, masks of older
+        # versions.
         warnings.warn(message, stacklevel=2)
     if inference:
         prepare_for_inference(model)
@@ -406,7 +407,7 @@ def save(
             try:
                 name = huggingface_hub.create_repo(name, exist_ok=force).repo_id  # includes the owner
                 huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
-            except Exception as error:  # of a dozen unrelated classes, httpx's among them
+            except Exception as error:  # huggingface_hub raises many unrelated classes
                 raise DestinationError(
                     f"Cannot upload to {destination}: {first_line(error)}. If the repository is new and "
                     "empty now, repeat with force=True (--force)."
@@ -503,7 +504,7 @@ def check_free(
         name = _repository(str(destination))
         try:
             taken = huggingface_hub.repo_exists(name)
-        except Exception as error:  # of a dozen unrelated classes, httpx's among them
+        except Exception as error:  # huggingface_hub raises many unrelated classes
             raise DestinationError(f"Cannot ask the hub about {destination}: {first_line(error)}") from error
         if taken and not force:
             raise DestinationError(

@@ -716,7 +716,7 @@ def _correct(
     """
     notes = []
     if options.refine:
-        # Tokens from all parts of the text that calibration has not read, if enough is left.
+        # Use tokens from all parts of the text that calibration has not read, if enough text is left.
         data = calibration_data(teacher, folder, text)
         each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
         fresh = data.batches[math.ceil(seen / each) :]

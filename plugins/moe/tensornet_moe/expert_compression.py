@@ -507,7 +507,7 @@ def _options(
         )
 
     if or_separate:
-        # The separate networks of every total size, along the convex hulls of the members.
+        # List the separate networks of every total size along the convex hulls of the members.
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))

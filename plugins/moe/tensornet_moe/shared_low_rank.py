@@ -640,7 +640,7 @@ def _rounding_of_factors(
     for storage in storages:
         first, second = shared.index(storage.format_of(core)), private.index(storage.number_format)
         once = torch.stack([found[first] for found in of_shared], dim=-1)  # shape: (2, tried)
-        # Interpolated to all ranks, log-linearly.
+        # Interpolate to all ranks, log-linearly.
         logs = np.log(np.maximum((per_token * once + of_private[second]).numpy(), 1e-300))
         every = np.log(np.arange(1, ranks + 1))
         rows = [np.interp(every, np.log(tried), row) for row in logs]

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch._dynamo  # imported within a process group, as DDP does, it would keep its threads
+import torch._dynamo  # here, since an import inside a process group keeps its threads alive
 import torch.distributed as dist
 from torch import Tensor, nn
 
