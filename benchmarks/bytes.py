@@ -125,6 +125,7 @@ class Bench:
             else:
                 options = {"config": self.subject.layers, "loss_fn": self.subject.losses}
                 batches = self.subject.calibration(seed)
+                options["tokens"] = tokens_of(batches)  # all of them, whether or not the moments have settled
                 stats = tn.calibrate(self.dense, batches, autocast=torch.bfloat16, **options)
                 if path is not None:
                     stats.save(path)

@@ -15,6 +15,7 @@ import random
 import resource
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -180,7 +181,12 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECOR
 
     Returns:
         The file written.
+
+    Raises:
+        SystemExit: a toy run would replace the record of a real one.
     """
+    if "--toy" in sys.argv and folder.resolve() == RECORDS.resolve():
+        raise SystemExit(f"A toy run does not replace {name}.json: name another folder by --records FOLDER.")
     where = {key: meta.pop(key) for key in ("device", "dtype") if key in meta}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
