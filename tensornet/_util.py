@@ -228,6 +228,19 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def transforms_active() -> bool:
+    """Return True inside a `torch.func` transform, whose tensors must not be kept for another call.
+
+    There is no public way to ask.
+
+    Example:
+        >>> from tensornet._util import transforms_active
+        >>> transforms_active()
+        False
+    """
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def is_exporting() -> bool:
     """Return True during `torch.export`, and False inside `torch.compile`.
 

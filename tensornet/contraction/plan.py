@@ -15,10 +15,9 @@ from typing import Any
 import opt_einsum
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 
-from tensornet._util import check_input, import_optional
+from tensornet._util import check_input, import_optional, transforms_active
 from tensornet.contraction.cost import CPU, Machine, dense_seconds
 from tensornet.contraction.lowering import TOKENS, ContractionPlan, lower_path, plan_sum, run
 from tensornet.errors import TopologyError

@@ -81,7 +81,7 @@ class ModelExtension:
         return False
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return calibration data for a model that is compressed without any; None if there is none.
+        """Return default calibration data for a model, or None if the extension has none.
 
         Args:
             model: the dense model.

@@ -9,10 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-# There is no public way to ask whether a torch.func transform is active; its tensors must not be cached.
-from torch._C import _are_functorch_transforms_active as transforms_active
-
-from tensornet._util import check_size
+from tensornet._util import check_size, transforms_active
 from tensornet.contraction.cost import Machine, check_machine, default_machine, dense_seconds
 from tensornet.contraction.plan import RECONSTRUCT
 from tensornet.errors import TargetError
@@ -51,7 +48,7 @@ class KeptMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Size of the matrix, 0 if there is none."""
+        """Bytes of the kept matrix, or 0."""
         return 0 if self.matrix is None else self.matrix.nbytes
 
     def drop(self) -> None:

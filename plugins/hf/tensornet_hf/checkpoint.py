@@ -452,7 +452,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
-    """Write a model card into the folder of a compressed model if there is none."""
+    """Write a model card into the folder of a compressed model, unless the folder has one."""
     if not (card := Path(folder) / CARD).exists():
         card.write_text(_CARD_TEXT.format(architecture=architecture), encoding="utf-8")
 

@@ -111,7 +111,7 @@ def prompt_of(text: str | None) -> str | None:
 
 
 def quantization_method(folder: Path) -> str:
-    """Return the quantization method in the configuration of a folder, `"dense"` if there is none.
+    """Return the quantization method that a folder's configuration names, or `"dense"`.
 
     Raises:
         FormatError: the folder is not a model.

@@ -165,7 +165,7 @@ def compare_methods(
 
 
 def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
-    """Return the baseline (third and later models) with the smallest loss; None if there is none.
+    """Return the baseline with the smallest loss, or None without baselines (the third and later models).
 
     Measured losses are not compared with predicted ones, and baselines with more bits are ignored: even the
     smallest number format may have more bits than a very small plan.

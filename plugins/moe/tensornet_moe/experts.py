@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# There is no public way to ask whether a `torch.func` transform is active, which refuses checkpointing.
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.utils.checkpoint import checkpoint
 
+from tensornet._util import transforms_active
 from tensornet.budget import Budget
 from tensornet.contraction.cost import Machine, default_machine
 from tensornet.contraction.plan import (

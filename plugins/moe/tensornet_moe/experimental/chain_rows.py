@@ -17,13 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-# There is no public way to ask whether a `torch.func` transform is active; reused memory would be wrong
-# there.
-from torch._C import _are_functorch_transforms_active as transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from tensornet._util import transforms_active
 from tensornet.topology import Topology
 from tensornet_moe.experts import BUILT_ALONE, SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups
