@@ -40,8 +40,9 @@ from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_mod
 from tensornet.nn.unfuse import unfused
 
 Fisher = Literal["labels", "sampled"]
-#: Largest number of tokens that calibration reads if `tokens` is not given.
-MOST_TOKENS = 32768
+#: Numbers of tokens and of losses after which calibration ends if `tokens` is absent. Both must be reached:
+#: a model with one loss for each row, such as an encoder, has few independent gradients among its tokens.
+MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
 #: Conditions to stop earlier: least number of tokens; least number of tokens per feature of each full input
 #: moment; largest relative standard error of the predicted loss increase of the reference scheme.
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
@@ -78,7 +79,8 @@ def calibrate(
     has at least 32 tokens a feature, and the predicted loss increase of a reference scheme (all weights with
     the same relative error, `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each weight) has a relative
     standard error of at most 2.5 %, estimated from batch to batch by the delta method. It reads at least
-    4,096 tokens and at most 32,768.
+    4,096 tokens, and ends after 32,768 tokens with 1,024 losses, which only a model with one loss for each
+    row reaches later.
 
     The first condition bounds the sampling error of the moments: with factors fitted to moments of `n`
     independent tokens, the loss increase is larger by a fraction of `(rows + columns) / n` than with exact
@@ -135,16 +137,15 @@ def calibrate(
     if autocast == "auto":
         autocast = fast_dtype(model)
     recorder = MomentRecorder(full_up_to, dtype, autocast)
-    left = MOST_TOKENS if tokens is None else tokens
-    total, scored, count, of_tokens = 0.0, 0, 0, False
+    total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
         device = next(model.parameters()).device
         settling = _Settling(targets)
         for given in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
             batch = as_batch(given, model, device)
-            if tokens_of(batch) > left:
-                batch = first_rows(batch, left)
+            if tokens is not None and tokens_of(batch) > tokens - read:
+                batch = first_rows(batch, tokens - read)
             recorder.batch = batch
             with_gradients = gradient_batches is None or count < gradient_batches
             # No cache of weights in 16 bits, since it would not be cleared before the last batch.
@@ -166,9 +167,13 @@ def calibrate(
                 else:
                     run_model(model, batch)
             count += 1
-            left -= tokens_of(batch)
+            read += tokens_of(batch)
             settling.batches.append(recorder.take_traces())
-            if left <= 0 or (tokens is None and settling.settled(recorder)):
+            if tokens is None:
+                most = read >= MOST_TOKENS and (scored >= ENOUGH_LOSSES or not with_gradients)
+                if most or settling.settled(recorder):
+                    break
+            elif read >= tokens:
                 break
         fingerprint = weight_samples(targets)
     if count == 0:

@@ -373,6 +373,26 @@ def test_calibration_reads_32_tokens_for_each_feature() -> None:
     assert tn.calibrate(nn.Sequential(nn.Linear(150, 4)), batches).tokens == 5 * 1024  # 4,800 and more
 
 
+def test_models_with_one_loss_a_row_read_more_tokens() -> None:
+    """Rows of 256 tokens: 32,768 tokens have 128 losses; 1,024 losses are 262,144 tokens."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.layer(nn.functional.one_hot(input_ids, 4).float()).mean(1)
+
+    def loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (model(**batch) * torch.randn(len(batch["input_ids"]), 4)).pow(8).sum(1)  # heavy tails
+
+    batches = [{"input_ids": torch.randint(4, (32, 256))} for _ in range(40)]
+    assert tn.calibrate(Encoder(), batches, loss_fn=loss).tokens == 1024 * 256
+    assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradient_batches=0).tokens == 32768
+    assert tn.calibrate(Encoder(), batches, loss_fn=loss, tokens=512).tokens == 512
+
+
 def test_the_standard_error_is_that_of_the_reference_scheme() -> None:
     """Against the spread of independent estimates of sum s^2 tr R tr C."""
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 import tensornet as tn
-from tensornet.calibration.calibrate import MOST_TOKENS, calibrate
+from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
 from tensornet.compression.config import CompressionConfig
@@ -83,7 +83,7 @@ class CompressOptions:
         calibration: text files similar to what the model will read; pieces of them alternate. `"default"` is
             the embedded text (the King James Bible). Not needed with `objective="weight"`.
         calibration_tokens: how many tokens of it to read; if absent, until the moments have converged, at
-            most 32,768 (see `tensornet.calibrate`).
+            most 32,768 or 1,024 passages (see `tensornet.calibrate`).
         statistics: file of the calibration statistics; read if it exists, else written.
         validation: text file of another source. The loss is measured on it at a few sizes, to correct the
             predicted loss increase. Not for classifiers.
@@ -567,7 +567,9 @@ def _calibration(
             f"{file} was collected on {known.source}, and the calibration text is {options.source}. Name "
             "another file, or leave out the text."
         )
-    data = calibration_data(model, folder, text, tokens=options.calibration_tokens or MOST_TOKENS)
+    asked = options.calibration_tokens
+    rows = 0 if asked else ENOUGH_LOSSES
+    data = calibration_data(model, folder, text, tokens=asked or MOST_TOKENS, rows=rows)
     source = f"{data.tokens:,} tokens of {options.source}"
     if known is None and config.objective != "weight":
         observed = observing(config) if isinstance(config, CompressionPlan) else config

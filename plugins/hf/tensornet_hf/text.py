@@ -205,6 +205,7 @@ def calibration_data(
     text: str,
     *,
     tokens: int | None = None,
+    rows: int = 0,
     window: int = 512,
     window_batch: int = 1024,
 ) -> CalibrationData:
@@ -215,6 +216,7 @@ def calibration_data(
         folder: folder with its tokenizer.
         text: text similar to what the model will read.
         tokens: about how many tokens of it to use; all if absent.
+        rows: least number of passages to use if the model is not causal.
         window: largest window of a causal model.
         window_batch: number of tokens in a batch of a causal model.
 
@@ -240,7 +242,7 @@ def calibration_data(
     for batch in _passages(model, tokenizer, text):
         kept.append(batch)
         count += int(batch["attention_mask"].sum())
-        if tokens is not None and count >= tokens:
+        if tokens is not None and count >= tokens and len(kept) * ROWS >= rows:
             break
     if not kept:
         raise ValueError("The text holds no line that the model can read; give more text.")
