@@ -1,9 +1,9 @@
 """Options of `tensornet.compress`: targets, budgets, topology, objective.
 
-The metadata of every field has its help text and its kind; the command line is built from them.
+The command line is built from the fields and their docstring.
 """
 
-# ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
+# ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -40,22 +40,20 @@ DEFAULT_FORMATS = (
 )
 
 
-def _option(
-    default: Any, help: str, group: str, *, kind: str = "choice", choices: Sequence[str] = (), name: str = ""
+def option(
+    default: Any, group: str, kind: str = "choice", *, choices: Sequence[str] = (), name: str = ""
 ) -> Any:
-    """Describe an option once: the command line is made from these fields.
+    """Make a field an option of the command line; its help is the first sentence about it in the docstring.
 
     Args:
         default: default value.
-        help: description in a sentence or two.
         group: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
         kind: how its value is written: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
             `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"flag"`.
         choices: all values of a choice.
         name: name on the command line, if it differs from that of the field.
     """
-    described = {"help": help, "group": group, "kind": kind, "choices": tuple(choices), "name": name}
-    return field(default=default, metadata=described)
+    return field(default=default, metadata={"group": group, "kind": kind, "choices": choices, "name": name})
 
 
 @dataclass(frozen=True)
@@ -63,62 +61,62 @@ class CompressionConfig(LayerSelection):
     """Options of `compress`. The caps may be combined; the tightest wins for each layer.
 
     Args:
-        target_modules: patterns of module names to compress. A pattern matches a whole name, a suffix after
-            a dot (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the
-            whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
-            heads too.
-        exclude_modules: patterns of module names to leave dense.
-        topology: a registered family or its name, or `"auto"`: the best of low rank and MPO for each layer by
-            its weight, low rank with calibration data (chains lose to it on pretrained layers). Or a
+        target_modules: layers to compress: a name, the end of a name, a glob, or re:REGEX (default: all
+            linear layers but the output head). A pattern matches a whole module name, a suffix after a dot
+            (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the whole
+            name; `"all"` takes embeddings and heads too.
+        exclude_modules: layers to leave dense, named likewise.
+        topology: family of tensor networks, such as low_rank or mpo; auto takes the best one for each layer.
+            With calibration data that is low rank, since chains lose to it on pretrained layers. Or a
             `Topology`, or several for matrices of different shapes: every targeted layer becomes the one of
             its shape, without any budget.
-        topology_options: options of the family's `build`, such as `{"sites": 4}` or `{"out_dims": (8, 96)}`.
-            Needs a `topology`. Values that do not fit a layer are refused when the layer is planned. Leg
-            sizes that are not given are chosen by the predicted loss, if there is calibration data.
-        sites: number of cores for families that can choose it.
-        max_bond: cap on every bond.
-        rel_error: largest relative Frobenius error of each layer.
-        param_ratio: keep ratio: fraction of the parameters of the targeted layers to keep, above 0 and at
-            most 1; of all layers together with the curvature objective, of each layer with other objectives.
-        bits_per_weight: mean bits of a weight of the targeted layers, scales included. Like all budgets of
-            bytes it needs calibrated gradients; without calibration data layers become int8, if that fits.
-        byte_ratio: bytes of the whole model, embeddings and biases included, as a share of its bytes now.
-        max_bytes: largest size in bytes, of the whole model if number formats are planned, else of the
-            targeted layers.
-        whole_model: True makes `bits_per_weight`, `byte_ratio` and `max_bytes` count the whole model, False
-            the targeted layers alone; None is as described above. If the whole model counts, embeddings and
-            heads are targets too unless `target_modules` is given.
-        formats: number formats that layers may be stored in, as names for `NumberFormat.parse`: `"float"` is
+        topology_options: option of that family, such as sites=4. A dictionary of options of the family's
+            `build`, such as `{"out_dims": (8, 96)}`. Values that do not fit a layer are refused when the
+            layer is planned. Leg sizes that are not given are chosen by the predicted loss, if there is
+            calibration data.
+        sites: number of cores of a chain.
+        max_bond: largest bond of every network.
+        rel_error: largest relative error of each weight (Frobenius norm).
+        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. Of all layers
+            together with the curvature objective, of each layer with other objectives.
+        bits_per_weight: mean bits of a weight of the targeted layers, scales included, such as 4.25. Like all
+            budgets of bytes it needs calibrated gradients; without calibration data layers become int8, if
+            that fits.
+        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings and biases count.
+        max_bytes: largest size in bytes, such as 60MB: of the whole model if number formats are planned, else
+            of the targeted layers.
+        whole_model: whether budgets of bytes count the whole model or the targeted layers alone. None is as
+            described above. If the whole model counts, embeddings and heads are targets too unless
+            `target_modules` is given.
+        formats: number formats that layers may have, as float,int8,int4 (default with bits or a byte ratio:
+            the float of the model and integers of 8 to 2 bits). Names for `NumberFormat.parse`: `"float"` is
             the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
-            only those that are floating-point or have at least four bits. Default: `DEFAULT_FORMATS` if
-            `bits_per_weight` or `byte_ratio` is given, else only the model's own. In layers whose weights are
-            too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size
-            with 16-bit scales.
-        loss_increase: predicted loss increase per token that all layers together may cause. Curvature only;
-            without another budget the smallest such model is planned.
-        max_milliseconds: predicted time of one forward pass through the targeted layers together, by the
-            cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
-        tokens: number of tokens of the forward pass that `max_milliseconds` is for: 1 for generating, the
-            length of a text for reading it.
-        objective: how errors are weighted: `"weight"` (Frobenius norm of each layer), `"activation"` (squared
-            error of each layer's outputs, needs calibrated inputs), `"curvature"` (predicted loss, spent over
-            all layers together, needs calibrated gradients), or `"auto"` (the last of these for which there
-            is calibration data).
-        rounding: how weights are rounded to integers: `"nearest"`; `"one_sided"`, with error feedback along
-            the inputs, as in GPTQ; `"two_sided"`, along inputs and outputs. The usual baselines are
-            configurations as well: round to nearest is `(objective="weight", formats=("int4",),
-            rounding="nearest")`, the truncated SVD `(objective="weight", topology="low_rank",
-            param_ratio=0.5)`.
-        damping: fraction of the mean diagonal that is added to gradient moments. A smaller value trusts the
+            only those that are floating-point or have at least four bits. In layers whose weights are too
+            small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
+            16-bit scales.
+        loss_increase: predicted loss increase per token that all layers together may cause, in nats.
+            Curvature only; without another budget the smallest such model is planned.
+        max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
+            By the cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
+        tokens: tokens of that forward pass: 1 for generating, the length of a text for reading it.
+        objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
+            the predicted loss increase; auto takes the last one that the calibration data allow.
+            `"activation"` needs calibrated inputs, `"curvature"` calibrated gradients, and spends budgets
+            over all layers together.
+        rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as GPTQ), or
+            along inputs and outputs. The usual baselines are configurations as well: round to nearest is
+            `(objective="weight", formats=("int4",), rounding="nearest")`, the truncated SVD
+            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
+        damping: share of the mean diagonal that is added to gradient moments. A smaller value trusts the
             calibration text more; predictions are then lower.
-        pivoted: do not store the numbers that the gauge freedom of a network makes redundant
-            (`tensornet.nn.Storage`). None: True with calibration data.
-        require_calibrated: refuse layers that never ran in calibration, such as the vision tower of a model
-            that was calibrated on text. False leaves them dense, out of all budgets of the targeted layers,
-            and names them in one warning.
-        verify: measure the loss of layers with large errors on a few rows of the calibration batches before
-            anything is replaced, and plan again if a prediction was far too low (`check_loss`). Only if
-            number formats are planned and batches are given; statistics alone are not enough.
+        pivoted: whether to leave out the numbers that only fix the gauge of a network. See
+            `tensornet.nn.Storage`. None: True with calibration data.
+        require_calibrated: refuse layers that never ran in calibration instead of leaving them dense. An
+            example is the vision tower of a model that was calibrated on text. Dense ones are out of all
+            budgets of the targeted layers, and one warning names them.
+        verify: measure the loss of layers with large errors before anything is replaced, and plan again if a
+            prediction was far too low. See `check_loss`. Only if number formats are planned and batches are
+            given; statistics alone are not enough.
 
     Raises:
         BudgetError: a cap is not a number, out of range, or in conflict with the objective.
@@ -133,116 +131,28 @@ class CompressionConfig(LayerSelection):
         64
     """
 
-    target_modules: str | Sequence[str] | None = _option(
-        None,
-        "Layers to compress: a name, the end of a name, a glob, or re:REGEX; repeatable. Default: all linear "
-        "layers but the output head.",
-        "layers",
-        kind="patterns",
-        name="target",
-    )
-    exclude_modules: str | Sequence[str] | None = _option(
-        None, "Layers to leave dense, named likewise; repeatable.", "layers", kind="patterns", name="exclude"
-    )
-    topology: str | TopologyFamily | Topology | Sequence[Topology] = _option(
-        AUTO,
-        "Family of tensor networks, such as low_rank or mpo; auto takes the best one for each layer.",
-        "advanced",
-        kind="text",
-    )
-    topology_options: Mapping[str, Any] | None = _option(
-        None,
-        "Option of that family, as sites=4; repeatable.",
-        "advanced",
-        kind="pairs",
-        name="topology_option",
-    )
-    sites: int | None = _option(None, "Number of cores of a chain.", "advanced", kind="integer")
-    max_bond: int | None = _option(None, "Largest bond of every network.", "budget", kind="integer")
-    rel_error: float | None = _option(
-        None, "Largest relative error of each weight (Frobenius norm).", "budget", kind="number"
-    )
-    param_ratio: float | None = _option(
-        None, "Share of the parameters of these layers to keep, such as 0.5.", "budget", kind="share"
-    )
-    bits_per_weight: float | None = _option(
-        None,
-        "Mean bits of a weight of these layers, scales included, such as 4.25.",
-        "budget",
-        kind="number",
-        name="bits",
-    )
-    byte_ratio: float | None = _option(
-        None, "Share of the bytes of the whole model to keep, such as 0.25.", "budget", kind="share"
-    )
-    max_bytes: int | None = _option(
-        None,
-        "Size in bytes, such as 60MB: of the whole model where number formats are planned, else of these "
-        "layers.",
-        "budget",
-        kind="size",
-    )
-    whole_model: bool | None = _option(
-        None,
-        "Whether budgets of bytes count the whole model or these layers alone.",
-        "advanced",
-        kind="flag",
-    )
-    formats: Sequence[str] | None = _option(
-        None,
-        "Number formats that layers may have, as float,int8,int4. Default with a budget of bits or bytes: "
-        "the float of the model and integers of 8 to 2 bits.",
-        "advanced",
-        kind="names",
-    )
-    loss_increase: float | None = _option(
-        None, "Predicted loss increase per token to allow, in nats.", "budget", kind="number"
-    )
-    max_milliseconds: float | None = _option(
-        None,
-        "Predicted time of one forward pass of --tokens tokens through these layers.",
-        "budget",
-        kind="number",
-    )
-    tokens: int | None = _option(
-        None, "Tokens of that forward pass: 1 for generating, more for reading.", "advanced", kind="integer"
-    )
-    objective: Objective = _option(
-        "auto",
-        "What an error costs: its Frobenius norm, the error of the layer's outputs, or the predicted loss "
-        "increase; auto takes the last one that the calibration data allow.",
-        "data",
-        choices=OBJECTIVES,
-    )
-    rounding: Rounding = _option(
-        "two_sided",
-        "How integers are rounded: to the nearest, with feedback along the inputs (as GPTQ), or along inputs "
-        "and outputs.",
-        "advanced",
-        choices=ROUNDINGS,
-    )
-    damping: float = _option(
-        0.1, "Share of the mean diagonal that is added to gradient moments.", "advanced", kind="number"
-    )
-    pivoted: bool | None = _option(
-        None,
-        "Whether to leave out the numbers of a network that only fix its gauge.",
-        "advanced",
-        kind="flag",
-    )
-    require_calibrated: bool = _option(
-        False,
-        "Refuse layers that never ran in calibration instead of leaving them dense.",
-        "data",
-        kind="flag",
-    )
-    verify: bool = _option(
-        True,
-        "Measure the loss of layers with large errors before anything is replaced, and plan again where the "
-        "prediction was far too low.",
-        "data",
-        kind="flag",
-    )
+    target_modules: str | Sequence[str] | None = option(None, "layers", "patterns", name="target")
+    exclude_modules: str | Sequence[str] | None = option(None, "layers", "patterns", name="exclude")
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = option(AUTO, "advanced", "text")
+    topology_options: Mapping[str, Any] | None = option(None, "advanced", "pairs", name="topology_option")
+    sites: int | None = option(None, "advanced", "integer")
+    max_bond: int | None = option(None, "budget", "integer")
+    rel_error: float | None = option(None, "budget", "number")
+    param_ratio: float | None = option(None, "budget", "share")
+    bits_per_weight: float | None = option(None, "budget", "number", name="bits")
+    byte_ratio: float | None = option(None, "budget", "share")
+    max_bytes: int | None = option(None, "budget", "size")
+    whole_model: bool | None = option(None, "advanced", "flag")
+    formats: Sequence[str] | None = option(None, "advanced", "names")
+    loss_increase: float | None = option(None, "budget", "number")
+    max_milliseconds: float | None = option(None, "budget", "number")
+    tokens: int | None = option(None, "advanced", "integer")
+    objective: Objective = option("auto", "data", choices=OBJECTIVES)
+    rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
+    damping: float = option(0.1, "advanced", "number")
+    pivoted: bool | None = option(None, "advanced", "flag")
+    require_calibrated: bool = option(False, "data", "flag")
+    verify: bool = option(True, "data", "flag")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,17 +168,11 @@ class CompressionConfig(LayerSelection):
         for name in ("max_bond", "sites", "tokens"):
             if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
-        for name, more in (
-            ("pivoted", (None,)),
-            ("whole_model", (None,)),
-            ("require_calibrated", ()),
-            ("verify", ()),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, bool) and value not in more:
-                raise ValueError(
-                    f"{name} must be {'True, False or None' if more else 'True or False'}, got {value!r}."
-                )
+        for name in ("pivoted", "whole_model", "require_calibrated", "verify"):
+            value, maybe = getattr(self, name), name in ("pivoted", "whole_model")
+            if not isinstance(value, bool) and not (maybe and value is None):
+                allowed = "True, False or None" if maybe else "True or False"
+                raise ValueError(f"{name} must be {allowed}, got {value!r}.")
         self._check_budgets()
 
     def _check_budgets(self) -> None:
@@ -307,19 +211,14 @@ class CompressionConfig(LayerSelection):
         if not 0 <= self.damping < float("inf"):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
 
-    @property
-    def says_how_far(self) -> bool:
-        """True if a budget, number formats or a topology determine the size of the compressed model."""
-        budgets = not self.budget.unlimited or self.needs_curvature
-        return budgets or self.plans_formats or self.topology != AUTO
-
     def check_says_how_far(self) -> None:
         """Raise BudgetError if no option determines the size of the compressed model.
 
         Example:
             >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
         """
-        if not self.says_how_far:
+        budgets = not self.budget.unlimited or self.needs_curvature
+        if not (budgets or self.plans_formats or self.topology != AUTO):
             raise BudgetError(
                 "Nothing says how far to compress: give a budget, bits_per_weight=4.25, byte_ratio=0.25, "
                 "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=; or "

@@ -1,6 +1,6 @@
 """Load a model folder, compress the model, save it: the functions behind `tensornet compress`."""
 
-# ruff: noqa: RUF009 (`_option` returns a `dataclasses.field`)
+# ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
 import copy
 import math
@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
-from tensornet.compression.config import CompressionConfig
+from tensornet.compression.config import CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import estimate_seconds
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
@@ -70,35 +70,29 @@ class OptionError(ValueError):
         super().__init__(template.replace("{", "").replace("}", ""))
 
 
-def _option(default: Any, help: str, group: str, kind: str, **more: Any) -> Any:
-    """Describe an option like the fields of `CompressionConfig`, for the command line."""
-    return field(default=default, metadata={"help": help, "group": group, "kind": kind, "name": "", **more})
-
-
 @dataclass(frozen=True)
 class CompressOptions:
     """Options of `compress_folder` besides `CompressionConfig`: data, refitting and healing, files.
 
     Args:
-        calibration: text files similar to what the model will read; pieces of them alternate. `"default"` is
-            the embedded text (the King James Bible). Not needed with `objective="weight"`.
-        calibration_tokens: how many tokens of it to read; if absent, until the moments have converged, at
-            most 32,768 or 1,024 passages (see `tensornet.calibrate`).
-        statistics: file of the calibration statistics; read if it exists, else written.
-        validation: text file of another source. The loss is measured on it at a few sizes, to correct the
-            predicted loss increase. Not for classifiers.
-        held_out: text file on which the dense model, the compressed model and baselines of the same size are
-            measured. Only for language models; needs memory for two models.
+        calibration: text like what the model will read; pieces of several texts alternate, and 'default' is
+            the embedded text, the King James Bible. Not needed with `objective="weight"`.
+        calibration_tokens: tokens of it to read (default: until the moments have settled, at most
+            32,768 or 1,024 passages).
+        statistics: file of the statistics of calibration: read if it exists, else written.
+        validation: text of another source: the loss is measured on it at a few sizes, which corrects
+            predictions. Not for classifiers.
+        held_out: text that the model has not seen: measures the loss of the original, of the result, and of
+            plain methods of the same bytes. Only for language models; needs memory for two models.
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
-        heal: number of steps of training the cores afterwards to reproduce the dense model's outputs, on the
-            calibration text.
-        share_experts: let the experts of a mixture share cores if this lowers the predicted loss.
-        dtype: store weights as `"float32"`, `"bfloat16"` or `"float16"`; if absent, dtypes do not change.
-        device: device where the model runs.
-        workers: compress shard by shard in this many processes, without loading the model as a whole.
+        heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
+        share_experts: let experts of a mixture share cores where that predicts less loss.
+        dtype: store weights in this dtype (default: as they are).
+        device: where the model runs: cpu, cuda, cuda:1, mps.
+        workers: never load the model as a whole: compress shard by shard in this many processes; resumable.
         resume: continue an interrupted run of `workers` or `heal`.
-        report: HTML page to write.
-        force: replace an existing destination.
+        report: write an HTML page about it.
+        force: replace a destination that exists.
         command: command line, shown on the page.
         progress: show progress bars.
 
@@ -112,67 +106,20 @@ class CompressOptions:
         ('text.txt',)
     """
 
-    calibration: str | Path | Sequence[str | Path] = _option(
-        (),
-        "Text like what the model will read; repeatable: pieces of several texts are taken by turns. "
-        "'default' is the embedded text, the King James Bible.",
-        "data",
-        "paths",
-    )
-    calibration_tokens: int | None = _option(
-        None,
-        "Tokens of it to read. Default: until the moments have settled, at most 32,768.",
-        "data",
-        "integer",
-    )
-    statistics: str | Path | None = _option(
-        None, "File of the statistics of calibration: read if it exists, else written.", "data", "path"
-    )
-    validation: str | Path | None = _option(
-        None,
-        "Text of another source: the loss is measured on it at a few sizes, which corrects predictions.",
-        "data",
-        "path",
-    )
-    held_out: str | Path | None = _option(
-        None,
-        "Text that the model has not seen: measures the loss of the original, the result, and plain methods "
-        "of the same bytes.",
-        "data",
-        "path",
-    )
-    refine: bool = _option(
-        False,
-        "Refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.",
-        "after",
-        "flag",
-    )
-    heal: int = _option(
-        0,
-        "Steps of training the cores to the dense model's outputs afterwards; an interrupted run goes on.",
-        "after",
-        "integer",
-    )
-    share_experts: bool = _option(
-        False, "Let experts of a mixture share cores where that predicts less loss.", "layers", "flag"
-    )
-    dtype: str | None = _option(
-        None, "Store weights in this dtype. Default: as they are.", "output", "choice", choices=tuple(DTYPES)
-    )
-    device: torch.device | str = _option(
-        "cpu", "Where the model runs: cpu, cuda, cuda:1, mps.", "run", "device"
-    )
-    workers: int | None = _option(
-        None,
-        "Never load the model as a whole: compress shard by shard in this many processes; resumable.",
-        "run",
-        "integer",
-    )
-    resume: bool = _option(
-        True, "Continue an interrupted run of --workers or --heal; start again instead.", "run", "flag"
-    )
-    report: str | Path | None = _option(None, "Write an HTML page about it.", "output", "path")
-    force: bool = _option(False, "Replace a destination that exists.", "output", "flag")
+    calibration: str | Path | Sequence[str | Path] = option((), "data", "paths")
+    calibration_tokens: int | None = option(None, "data", "integer")
+    statistics: str | Path | None = option(None, "data", "path")
+    validation: str | Path | None = option(None, "data", "path")
+    held_out: str | Path | None = option(None, "data", "path")
+    refine: bool = option(False, "after", "flag")
+    heal: int = option(0, "after", "integer")
+    share_experts: bool = option(False, "layers", "flag")
+    dtype: str | None = option(None, "output", choices=tuple(DTYPES))
+    device: torch.device | str = option("cpu", "run", "device")
+    workers: int | None = option(None, "run", "integer")
+    resume: bool = option(True, "run", "flag")
+    report: str | Path | None = option(None, "output", "path")
+    force: bool = option(False, "output", "flag")
     command: str = "tensornet_hf.compress_folder"
     progress: bool = False
 

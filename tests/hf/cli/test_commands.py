@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,8 @@ from transformers import (
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet.errors import FormatError
-from tensornet_hf import load
+from tensornet_hf import CompressOptions, load
+from tensornet_hf.cli.options import help_of
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer, mix_texts
 
@@ -374,6 +376,8 @@ def test_help_lists_every_command(tensornet: Run) -> None:
     for name in ("compress", "inspect", "eval", "generate", "decompress", "demo"):
         assert name in out
         assert tensornet(name, "--help")[0] == 0
+    described = [(kind, x) for kind in (tn.CompressionConfig, CompressOptions) for x in fields(kind)]
+    assert [x.name for kind, x in described if x.metadata and len(help_of(kind, x.name)) < 10] == []
 
 
 def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,17 +183,17 @@ def spelled(described: Field[Any]) -> str:
 def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add an option to a command for every described field of some dataclasses.
 
-    A field is described by its metadata: `help`, `group` (of `GROUPS`), `kind`, `choices` and `name`. The
-    command receives the given values as keyword arguments, named as the fields, for `collect`.
+    A field is described by its metadata (see `tensornet.compression.config.option`) and by the docstring of
+    its class. The command receives the given values as keyword arguments, named as the fields, for `collect`.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function)
         given = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
         own = [x for x in given if x.kind is not inspect.Parameter.KEYWORD_ONLY]
-        described = [x for kind in classes for x in fields(kind) if "help" in x.metadata]
-        described.sort(key=lambda x: list(GROUPS).index(x.metadata["group"]))
-        own += [_parameter(x) for x in described]
+        described = [(x, help_of(kind, x.name)) for kind in classes for x in fields(kind) if x.metadata]
+        described.sort(key=lambda pair: list(GROUPS).index(pair[0].metadata["group"]))
+        own += [_parameter(*pair) for pair in described]
         own += [x for x in given if x.kind is inspect.Parameter.KEYWORD_ONLY]
         function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         function.__annotations__ = {x.name: x.annotation for x in own} | {"return": None}
@@ -202,17 +202,33 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
     return wrap
 
 
-def _parameter(described: Field[Any]) -> inspect.Parameter:
+def help_of(kind: type, name: str) -> str:
+    """Read the first sentence about an argument in the docstring of a class.
+
+    Example:
+        >>> help_of(tn.CompressionConfig, "max_bond")
+        'Largest bond of every network.'
+    """
+    _, _, entry = (inspect.getdoc(kind) or "").partition(f"\n    {name}: ")
+    entry, _, _ = re.sub(r"\n {8}", " ", entry).partition("\n")
+    text = entry.partition(". ")[0].rstrip(".")
+    text = re.sub(r"`(\w+)`", lambda x: f"--{x[1].replace('_', '-')}", text)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
     """Make the parameter of a command from a field; its default is None."""
     facts, flag = described.metadata, spelled(described)
     kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
-    text, default = facts["help"], described.default
+    default = described.default
     if facts["kind"] == "flag":
         off = flag.replace("--", "--no-", 1)
         flag = f"{flag}/{off}" if default is None else off if default else flag
         kind, more = bool, {"metavar": " "}
         text = f"Do not {text[0].lower()}{text[1:]}" if default is True else text
-    if facts.get("choices"):
+    if kind == list[str]:
+        text += " Repeatable."
+    if facts["choices"]:
         text += f" One of {', '.join(facts['choices'])}."
     if type(default) in (int, float, str) and default not in (0, ""):
         text += f" (default: {default})"
@@ -230,7 +246,7 @@ def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for described in fields(kind):
         value: Any = given.get(described.name)
-        if "help" not in described.metadata or value is None or value == []:
+        if not described.metadata or value is None or value == []:
             continue
         if described.default is True:  # the command line has only the negative form
             value = False
