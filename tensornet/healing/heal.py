@@ -23,9 +23,8 @@ from tensornet.healing.divergence import divergence
 from tensornet.io import check_place, write_tensors
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import pack_after_training, unpack_for_training
+from tensornet.nn.storage import TrainedCodes, pack_after_training, unpack_for_training
 from tensornet.nn.unfuse import unfused
-from tensornet.quantization.trained_codes import TrainedCodes
 
 #: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
@@ -538,7 +537,7 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
     Args:
         model: a model with compressed layers or experts; tied ones stay tied.
-        codes: whether integers become parameters as well, see `quantization.trained_codes`.
+        codes: whether integers become parameters as well, see `NumberFormat.decode`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))

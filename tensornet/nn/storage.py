@@ -31,7 +31,6 @@ from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
 from tensornet.quantization.formats import pack, packed_bytes, unpack
-from tensornet.quantization.trained_codes import TrainedCodes, rounded_values
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
@@ -323,6 +322,10 @@ def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
         delattr(module, name)
     plain = isinstance(core, Tensor) and not isinstance(core, nn.Parameter)
     setattr(module, name, nn.Parameter(core) if plain else core)  # type: ignore[arg-type]
+
+
+class TrainedCodes(nn.Parameter):
+    """Floating-point codes of an integer matrix while they are trained; see `NumberFormat.decode`."""
 
 
 def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
@@ -646,7 +649,7 @@ def unpacked(
     if codes.is_floating_point():
         assert number_format.bits is not None
         zeros = zeros if zeros is None else unpack(zeros, number_format.bits, scales.shape[-1])
-        return rounded_values(codes, scales, zeros, number_format, dtype)
+        return number_format.decode(codes, scales, zeros, dtype)
     return number_format.decode_packed(codes, scales, zeros, columns, dtype)
 
 

@@ -204,8 +204,11 @@ class NumberFormat:
     ) -> Tensor:
         """Compute the values `scale * (code - zero)`, differentiable with respect to the scales.
 
+        Codes are trained as floating-point numbers. They are rounded here, and their gradient is computed as
+        if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013).
+
         Args:
-            codes: `torch.uint8`, shape `(..., out, in)`.
+            codes: `torch.uint8`, or floating-point while they are trained, shape `(..., out, in)`.
             scales: shape `(..., out, groups)`.
             zeros: `torch.uint8` of the same shape; None without zero points.
             dtype: dtype of the values.
@@ -216,6 +219,11 @@ class NumberFormat:
             >>> NumberFormat.parse("int4").decode(codes, torch.tensor([[0.5]]))
             tensor([[-4.0000,  0.0000,  0.5000]])
         """
+        if codes.is_floating_point():
+            whole = codes + (codes.round().clamp_(0, self.top) - codes).detach()
+            zero = self.center if zeros is None else zeros.to(codes).unsqueeze(-1)
+            values = (self.grouped(whole) - zero) * scales.to(codes).unsqueeze(-1)
+            return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
         grouped, halves = self.grouped(codes), False
         # Differences of small integers are exact and fast in 8 bits; for two bits they are in units of 1/2.
         if zeros is not None:
