@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tensornet.contraction.lowering import ContractionPlan, run
-from tensornet.contraction.plan import plan_contraction, plan_matrix
+from tensornet.contraction.plan import ContractionPlan, plan_contraction, plan_matrix, run
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, times
 from tensornet.network import TensorNetwork, random_cores

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tensornet._util import check_size, html_table, import_optional
 from tensornet.contraction.cost import default_machine
-from tensornet.contraction.lowering import run
-from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator
+from tensornet.contraction.plan import contract_with_input, plan_matrix, plan_operator, run
 from tensornet.errors import ShapeError, TopologyError
 from tensornet.topology import Topology
 

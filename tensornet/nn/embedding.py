@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from tensornet.contraction.lowering import plan_sum
-from tensornet.contraction.plan import TOKENS, ContractionPlan, plan_contraction, run
+from tensornet.contraction.plan import TOKENS, ContractionPlan, plan_contraction, plan_sum, run
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting

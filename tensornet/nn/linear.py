@@ -33,7 +33,7 @@ class TensorNetworkLinear(NetworkModule):
         topology: topology of `W`.
         bias: whether there is a bias of shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the kind of stock layer that `to_linear` returns.
-        strategy, optimize, storage: how to apply `W`; see `NetworkModule`.
+        strategy, storage: how to apply `W`; see `NetworkModule`.
         device, dtype: as in `nn.Linear`.
 
     A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
@@ -54,7 +54,6 @@ class TensorNetworkLinear(NetworkModule):
         bias: bool = True,
         source: str = "linear",
         strategy: Strategy = "auto",
-        optimize: str = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -63,7 +62,6 @@ class TensorNetworkLinear(NetworkModule):
             topology,
             source=source,
             strategy=strategy,
-            optimize=optimize,
             storage=storage,
             device=device,
             dtype=dtype,
@@ -132,7 +130,7 @@ class TensorNetworkLinear(NetworkModule):
             return y
         machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
         for positions, part in self._other_terms:
-            plan = plan_operator(part, self._optimize)
+            plan = plan_operator(part)
             route = plan.fastest(max(tokens, 1), machine, input.element_size(), rebuild=False)
             cores = decode((getattr(self, self._core_names[k]) for k in positions), input.dtype)
             y = y + contract_with_input(plan, cores, input, candidate=route)

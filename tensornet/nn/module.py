@@ -13,7 +13,6 @@ from tensornet.contraction.plan import (
     RECONSTRUCT,
     Bounds,
     OperatorPlan,
-    check_optimize,
     choose,
     contract_to_matrix,
     fastest_routes,
@@ -59,7 +58,6 @@ class NetworkModule(nn.Module):
             each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
             rebuilt matrix in eval mode while no core needs a gradient (faster, but needs memory). See
             `explain` and `set_strategy`.
-        optimize: how contraction orders are found: `"auto"`, `"cotengra"`, or an optimizer of `opt_einsum`.
         storage: how the cores are stored.
         device: device of the cores; `"meta"` allocates nothing.
         dtype: dtype of the cores.
@@ -83,19 +81,16 @@ class NetworkModule(nn.Module):
         *,
         source: str,
         strategy: Strategy = "auto",
-        optimize: str = "auto",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_optimize(optimize)
         check_strategy(strategy)
         self.topology, self.source, self.storage = topology, source, storage
         # Stored, since every pass needs it.
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
         self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
-        self._optimize = optimize
         self._quick: Callable[[Tensor], Tensor | None] | None = None
         # Contractions are planned in the first pass, so that loading a model is fast.
         self._plan: OperatorPlan | None = None
@@ -261,7 +256,7 @@ class NetworkModule(nn.Module):
     @_constant_in_traces
     def _planned(self) -> OperatorPlan:
         if self._plan is None:
-            self._plan = plan_operator(self.topology, self._optimize)
+            self._plan = plan_operator(self.topology)
         return self._plan
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from tensornet.als import fit_network
-from tensornet.contraction.lowering import run
-from tensornet.contraction.plan import plan_matrix
+from tensornet.contraction.plan import plan_matrix, run
 from tensornet.linalg.weighted_svd import Weighting, root, times
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tensornet.contraction.plan import TOKENS, plan_contraction, run
-from tensornet.errors import TopologyError
 from tensornet.testing import reference
 
 Labels = tuple[str, ...]
@@ -49,15 +47,3 @@ def test_plan_is_the_einsum(example: Example) -> None:
         result = run(plan, tensors)
         assert result.numel() == expected.size
         np.testing.assert_allclose(result.reshape(expected.shape).numpy(), expected, rtol=1e-10, atol=1e-10)
-
-
-def test_path_that_is_not_pairwise_is_refused() -> None:
-    with pytest.raises(TopologyError, match="must be pairwise"):
-        plan_contraction([("a",), ("a", "b"), ("b",)], (), {"a": 2, "b": 2}, optimize=[(0, 1, 2)])
-
-
-def test_explicit_path_is_followed() -> None:
-    plan = plan_contraction(
-        [("a", "b"), ("b", "c"), ("c", "d")], ("a", "d"), dict.fromkeys("abcd", 2), optimize=[(1, 2), (0, 1)]
-    )
-    assert plan.path == ((1, 2), (0, 1))

@@ -25,7 +25,7 @@ from tensornet.contraction.plan import (
     plan_operator,
     run,
 )
-from tensornet.errors import TargetError, TopologyError
+from tensornet.errors import TargetError
 from tensornet.nn.strategy import CACHED, STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
@@ -178,14 +178,6 @@ class _Twice(nn.Module):
         return 2 * core
 
 
-def test_cotengra_finds_a_path() -> None:
-    pytest.importorskip("cotengra")
-    topology = mpo(out_dims=(2, 2, 2, 2), in_dims=(2, 2, 2, 2), max_bond=4)
-    layer = tn.nn.TensorNetworkLinear(topology, optimize="cotengra", strategy="factorized")
-    x = torch.randn(5, 16)
-    torch.testing.assert_close(layer(x), x @ layer.to_matrix().T, rtol=1e-4, atol=1e-5)
-
-
 # --- strategies ---------------------------------------------------------------------------------
 
 
@@ -212,8 +204,6 @@ def test_unknown_options_are_refused() -> None:
             tn.nn.set_strategy(small(), "cached", cache_limit=limit)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown strategy 'fast'"):
         tn.nn.set_strategy(small(), "fast")  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match=r"Unknown optimize='nonsense'; choose 'auto'.*'cotengra'"):
-        tn.nn.TensorNetworkLinear(mpo(out_dims=(2, 3, 4), in_dims=(2, 3, 4)), optimize="nonsense")
 
 
 def test_embedding_strategies_agree() -> None:
