@@ -10,8 +10,8 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
-from tensornet_hf.description import TensorNetworkConfig
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
+from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback

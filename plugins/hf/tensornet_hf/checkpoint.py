@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import tensornet as tn
@@ -36,15 +36,15 @@ from tensornet.errors import DestinationError, FormatError, TargetError, TensorN
 from tensornet.io import Slice, new_folder, read_headers
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
-from tensornet_hf.description import (
+from tensornet_hf.quantizer import (
     METHOD,
     TensorNetworkConfig,
     check_layers,
     layer_descriptions,
     names_a_core,
+    prepare_for_saving,
     without_guards,
 )
-from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -133,8 +133,15 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             f"{folder} is not a model folder: it {why}. Give a folder of save_pretrained, or a hub id."
         )
     config = read_json(folder / "config.json")
-    tensors = read_headers(weight_files(folder)[0])
     compression = read_compression(config)
+    files, index = weight_files(folder)
+    tensors = read_headers(files)
+    for name, file in index.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise FormatError(
+                f"{folder / INDEX} says that {file} holds {name!r}, and it does not: the index belongs to "
+                "other files, or a file is incomplete. Copy or download the folder again."
+            )
     if compression is not None:
         tensors = without_guards(tensors)
         check_layers(compression, tensors, where=str(folder))
@@ -145,6 +152,21 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
             "or save the model again, after import tensornet_hf."
         )
     return Checkpoint(folder, config, compression, tensors)
+
+
+def read_dense(folder: str | Path) -> Checkpoint:
+    """Read and check the folder of a model that is to be compressed.
+
+    Raises:
+        FormatError: as `read_checkpoint`.
+        TargetError: the model is compressed already.
+    """
+    checkpoint = read_checkpoint(folder)
+    if checkpoint.compression is not None:
+        raise TargetError(
+            f"{folder} is compressed already. Compress the original again, or run tensornet decompress first."
+        )
+    return checkpoint
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -338,6 +360,26 @@ def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
         "with the AutoModel class that fits (after import tensornet_hf); a class that the folder brings "
         "itself needs trust_remote_code=True."
     )
+
+
+def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """Build the dense model of a folder on the meta device. Code in the folder is never run.
+
+    Raises:
+        FormatError: transformers does not have the class, or the configuration is impossible.
+    """
+    kind = model_class(checkpoint)
+    try:
+        config: Any = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        vars(config).pop("quantization_config", None)
+        config.name_or_path = ""
+        with torch.device("meta"):
+            return kind(config)
+    except Exception as error:  # model classes may raise anything
+        raise FormatError(
+            f"{checkpoint.folder}: config.json does not describe a {kind.__name__} that can be built: "
+            f"{type(error).__name__}: {error!s:.300}"
+        ) from error
 
 
 # --- saving ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -18,15 +18,16 @@ from tensornet.compression.report import model_size
 from tensornet.errors import FormatError, MissingDependencyError, TargetError
 from tensornet_hf.checkpoint import (
     Checkpoint,
+    empty_model,
     load,
     model_class,
     on_device,
     read_json,
     resolve_folder,
 )
-from tensornet_hf.description import METHOD
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.inspect import weight_bytes
+from tensornet_hf.quantizer import METHOD
 from tensornet_hf.report import display_name
 from tensornet_hf.text import continue_text, first_line, load_tokenizer
 
@@ -174,12 +175,7 @@ def count_weights(folder: Path) -> int:
         >>> count_weights(th.embedded.gpt2_path())
         940800
     """
-    config: Any = AutoConfig.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    kind = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
-    with torch.device("meta"):
-        model = kind(config)
+    model = empty_model(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 

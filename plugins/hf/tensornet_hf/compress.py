@@ -33,17 +33,17 @@ from tensornet_hf.checkpoint import (
     check_free,
     load,
     on_device,
-    read_checkpoint,
+    read_dense,
     resolve_folder,
     save,
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
 from tensornet_hf.inspect import weight_bytes
-from tensornet_hf.lazy_model import mapped_model, open_lazily, open_source
+from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.streamed_calibration import SPILL, calibrate_blocks
-from tensornet_hf.streaming import compress_checkpoint, digest, staging
+from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, staging
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
@@ -419,10 +419,7 @@ def open_dense(folder: Path) -> PreTrainedModel:
         FormatError: the folder is not a model, or damaged.
         TargetError: it is compressed already.
     """
-    if read_checkpoint(folder).compression is not None:
-        raise TargetError(
-            f"{folder} is compressed already. Compress the original again, or run tensornet decompress first."
-        )
+    read_dense(folder)
     return load(folder)
 
 
@@ -573,11 +570,10 @@ def _compress_streamed(
 
     Statistics are stored in the staging folder of the destination, where a resumed run finds them.
     """
-    plan = config if isinstance(config, CompressionPlan) else None
-    observed = observing(config) if isinstance(config, CompressionPlan) else config
-    _print_estimate(open_lazily(open_source(folder), only=()).model, config, options)
+    _print_estimate(open_lazily(read_dense(folder), only=()).model, config, options)
     statistics = None if options.statistics is None else Path(options.statistics)
     if text is not None:
+        observed = observing(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
         with staging(destination.expanduser().absolute()) as work:
@@ -592,11 +588,10 @@ def _compress_streamed(
     return compress_checkpoint(
         folder,
         destination,
-        observed,
+        config,
         workers=1 if options.workers is None else options.workers,
         device=str(options.device),
         resume=options.resume,
-        plan=plan,
         stats=statistics,
         force=options.force,
         progress=options.progress,
@@ -716,7 +711,7 @@ def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, re
         resume: keep an existing checkpoint of these options.
     """
     target = destination.expanduser().absolute()
-    marks = sorted(open_source(folder).marks.items())
+    marks = sorted(file_marks(folder).items())
     key = digest([marks, *options, tn.__version__, torch.__version__])[:16]
     path = target.with_name(f".{target.name}.heal-{key}.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,25 @@
-"""Support of transformers models in tensornet: an extension, and one kind of linear layer."""
+"""Support of transformers models in tensornet: an extension, a batch for any model, one kind of layer."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tensornet.nn.extension import ModelExtension, ProvidedData, register_extension
 from tensornet.nn.layer_kinds import LayerKind, is_plain, register_layer_kind
 from tensornet_hf.experts import experts_apart, tell_padding
 from tensornet_hf.quantizer import prepare_for_saving
-from tensornet_hf.sample_batch import sample_batch
 from tensornet_hf.text import embedded_text
+
+#: Number of tokens in a made-up batch, and side of an image for models that take any size.
+TOKENS, SIDE = 8, 224
+#: Inputs of Segment Anything besides the image: shapes of a point and of a box.
+_PROMPTS = {"input_points": (1, 1, 1, 2), "input_boxes": (1, 1, 4)}
 
 
 class TransformersExtension(ModelExtension):
@@ -37,6 +44,80 @@ class TransformersExtension(ModelExtension):
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
         """Make a small batch from the configuration of a transformers model."""
         return sample_batch(model)
+
+
+def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
+    """Make one row of inputs with which a model, or a part of a model, can be called.
+
+    The values are arbitrary; only shapes and ranges fit the model. A multimodal model with image placeholders
+    in its text gets text alone, because only its processor can match text and images. Its vision tower is a
+    separate model, for which this function makes an image.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        Keyword arguments of `forward` on the model's device, or None if the model is not a transformers
+        model, or its inputs are not text, images or sound.
+
+    Example:
+        >>> {name: tuple(x.shape) for name, x in sample_batch(th.load(th.embedded.gpt2_path())).items()}
+        {'input_ids': (1, 8)}
+    """
+    if not isinstance(model, PreTrainedModel):
+        return None
+    names = inspect.signature(model.forward).parameters
+    config, text = model.config, model.config.get_text_config()
+    vision = getattr(config, "vision_config", None) or config
+    batch: dict[str, Tensor] = {}
+
+    vocabulary = getattr(text, "vocab_size", None)
+    if isinstance(vocabulary, int):
+        ids = torch.arange(TOKENS)[None] % vocabulary
+        tokens = ["input_ids", *(["decoder_input_ids"] if config.is_encoder_decoder else [])]
+        batch |= {name: ids for name in tokens if name in names}
+
+    placed_by_text = any(hasattr(config, f"image_token_{which}") for which in ("id", "index"))
+    if "pixel_values" in names and not ("input_ids" in batch and placed_by_text):
+        batch |= _image(vision, names)
+        batch |= {name: torch.zeros(shape) for name, shape in _PROMPTS.items() if name in names}
+
+    bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
+    if "input_features" in names and bins is not None:
+        # Whisper reads spectra `(bins, frames)` of one length; Speech2Text and others read `(frames, bins)`.
+        length = getattr(config, "max_source_positions", None)
+        if length is not None and not hasattr(config, "input_feat_per_channel"):
+            batch["input_features"] = torch.zeros(1, bins, 2 * length)
+        else:
+            batch["input_features"] = torch.zeros(1, 64, bins)
+    if "input_values" in names and hasattr(config, "conv_stride"):  # a sound wave
+        length = 1
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            length = length * stride + kernel
+        batch["input_values"] = torch.zeros(1, 16 * length)
+    elif "input_values" in names and bins is not None:  # the image of a spectrum
+        batch["input_values"] = torch.zeros(1, config.max_length, bins)
+
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    placed = {
+        name: x.to(model.device, dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()
+    }
+    return placed or None
+
+
+def _image(config: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Make an image, or the patches of one for models that take a list of patches (SigLIP 2)."""
+    channels = getattr(config, "num_channels", 3)
+    if "spatial_shapes" in names:
+        count, patch = config.num_patches, config.patch_size
+        return {
+            "pixel_values": torch.zeros(1, count, channels * patch**2),
+            "pixel_attention_mask": torch.ones(1, count, dtype=torch.long),
+            "spatial_shapes": torch.tensor([[1, count]]),
+        }
+    size = getattr(config, "image_size", None) or SIDE
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return {"pixel_values": torch.zeros(1, channels, height, width)}
 
 
 class _FalconLinear(LayerKind):

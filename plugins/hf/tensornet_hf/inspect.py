@@ -11,7 +11,7 @@ from tensornet.io import Slice
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import WEIGHT_SUFFIXES, Checkpoint, read_checkpoint
-from tensornet_hf.description import DTYPES, promised_tensors
+from tensornet_hf.quantizer import DTYPES, promised_tensors
 
 
 @dataclass(frozen=True)

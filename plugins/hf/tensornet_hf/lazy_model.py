@@ -4,7 +4,6 @@ Only accessed pages are loaded, so a model may be larger than memory. The usual 
 compress it.
 """
 
-import json
 import mmap
 import os
 import re
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
@@ -31,90 +29,13 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
-from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_headers
-from tensornet_hf.checkpoint import INDEX, WEIGHT_SUFFIXES, read_json, weight_files
+from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice
+from tensornet_hf.checkpoint import Checkpoint, empty_model, read_dense
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
 #: Largest size of a dimension, far above all real ones.
 _LARGEST = 2**31
-
-
-@dataclass(frozen=True)
-class Source:
-    """Model folder that is read without loading its weights.
-
-    Args:
-        folder: the folder.
-        config: content of `config.json`.
-        tensors: every stored tensor by name.
-        others: relative paths of the files to copy.
-        marks: size and modification time of every file that is read, by relative path, to detect later
-            changes.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    tensors: dict[str, Slice]
-    others: tuple[str, ...]
-    marks: dict[str, str]
-
-
-def open_source(folder: str | os.PathLike[str]) -> Source:
-    """Read configuration, index and headers of a model folder.
-
-    Raises:
-        FormatError: something is missing, damaged, contradictory or quantized; the message names it.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FormatError(
-            f"{folder} is not a model folder: there is no config.json. Give one that save_pretrained wrote."
-        )
-    config = read_json(folder / "config.json")
-    if (entry := config.get("quantization_config")) is not None:
-        method = entry.get("quant_method") if isinstance(entry, dict) else entry
-        raise FormatError(
-            f"{folder} is quantized or compressed already (by {method!r:.80}). Use the original model, with "
-            "weights in floating point."
-        )
-    files, index = weight_files(folder)
-    tensors = read_headers(files)
-    for tensor, name in index.items():
-        if tensor not in tensors or tensors[tensor].file.name != name:
-            raise FormatError(
-                f"{folder / INDEX} says that {name} holds {tensor!r}, and it does not: the index belongs to "
-                "other files, or a file is incomplete. Copy or download the folder again."
-            )
-    others = []  # neither hidden files nor weights in other formats
-    for path in sorted(folder.rglob("*")):
-        relative = path.relative_to(folder)
-        written = (path.name == "config.json" and len(relative.parts) == 1) or path.name.endswith(INDEX)
-        if any(part.startswith(".") for part in relative.parts) or written or path.suffix in WEIGHT_SUFFIXES:
-            continue
-        if path.is_file():
-            others.append(relative.as_posix())
-    used = ["config.json", *(file.name for file in files), *others]
-    return Source(folder, config, tensors, tuple(others), {name: _mark(folder / name) for name in used})
-
-
-def check_unchanged(source: Source, marks: Mapping[str, Any], *, since: str) -> None:
-    """Compare the marks of a source with those of another time.
-
-    Raises:
-        FormatError: files differ; the message names the files and the time of the first reading.
-    """
-    names = sorted(source.marks.keys() | marks.keys())
-    if changed := [x for x in names if source.marks.get(x) != marks.get(x)]:
-        raise FormatError(
-            f"{', '.join(changed)} in {source.folder} changed since {since}: what is finished belongs to the "
-            "old content. Put the old files back, or start again with resume=False (--no-resume)."
-        )
-
-
-def _mark(path: Path) -> str:
-    stat = path.stat()
-    return f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
 
 
 @dataclass(frozen=True)
@@ -136,7 +57,7 @@ class LazyModel:
 
 
 def open_lazily(
-    source: Source, *, only: Collection[str] | None = None, spill: str | Path | None = None
+    source: Checkpoint, *, only: Collection[str] | None = None, spill: str | Path | None = None
 ) -> LazyModel:
     """Build the model of a folder; its weights are mapped from the files, in the dtype that is stored.
 
@@ -144,7 +65,7 @@ def open_lazily(
     in the folder is never run, and in-place changes of a mapped weight do not change the file.
 
     Args:
-        source: the folder.
+        source: the folder of a dense model, see `read_dense`.
         only: names of the parameters and buffers to map; the others stay on the meta device. All if absent.
         spill: folder for temporary files with the bytes of stacks whose matrices are stored one by one. The
             files are deleted with the model. The system's temporary folder if absent.
@@ -154,7 +75,7 @@ def open_lazily(
             stored tensors.
     """
     check_values(source.config, tensors=len(source.tensors))
-    model = _empty_model(source.config)
+    model = empty_model(source)
     state = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
     renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
@@ -203,9 +124,10 @@ def mapped_model(folder: str | os.PathLike[str], *, spill: str | Path | None = N
         spill: see `open_lazily`.
 
     Raises:
-        FormatError: as `open_lazily`, or a weight is stored in another form than in the model.
+        FormatError, TargetError: as `read_dense` and `open_lazily`, or a weight is stored in another form
+            than in the model.
     """
-    model = open_lazily(open_source(folder), spill=spill).model
+    model = open_lazily(read_dense(folder), spill=spill).model
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise FormatError(
             f"{folder} does not store {absent[0]} as the model uses it, so the weight cannot be mapped. Load "
@@ -242,34 +164,6 @@ def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
                     f"config.json sets {key} to {value!r:.40}; a checkpoint of {tensors} tensors has values "
                     f"from 0 to {limit} there. It is damaged or hostile."
                 )
-
-
-def _empty_model(config: Mapping[str, Any]) -> PreTrainedModel:
-    """Build the model of a configuration on the meta device."""
-    kind, names = config.get("model_type"), config.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    cls = getattr(transformers, name, None) if isinstance(name, str) else None
-    known = isinstance(kind, str) and kind in CONFIG_MAPPING
-    if not (known and isinstance(cls, type) and issubclass(cls, PreTrainedModel)):
-        code = " It names code to run (auto_map), which is never run here." if "auto_map" in config else ""
-        raise FormatError(
-            f"config.json names the class {name!r:.80} (architectures) of the model type {kind!r:.80}, which "
-            f"transformers {transformers.__version__} does not have.{code} Update transformers, convert the "
-            "checkpoint to a class that it has, or load the model with its own code and use "
-            "tensornet.compress and tensornet.save_model."
-        )
-    plain = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    try:
-        with tempfile.TemporaryDirectory() as folder:  # reading from a file decodes infinities
-            Path(folder, "config.json").write_text(json.dumps(plain), encoding="utf-8")
-            read: PreTrainedConfig = CONFIG_MAPPING[str(kind)].from_pretrained(folder, local_files_only=True)
-        read.name_or_path = ""
-        with torch.device("meta"):
-            return cls(read)
-    except Exception as error:  # model classes may raise anything
-        raise FormatError(
-            f"config.json does not describe a {name}: {type(error).__name__}: {error!s:.300}"
-        ) from error
 
 
 def _stack_parts(

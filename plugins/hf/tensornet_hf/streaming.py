@@ -56,13 +56,24 @@ from tensornet.io import (
     write_shard,
     write_tensors,
 )
+from tensornet.nn.extension import sample_batch
 from tensornet.nn.targets import READ, Target, find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.nn.weight_facts import WeightReadError, weight_facts
-from tensornet_hf.checkpoint import CARD, INDEX, WEIGHTS, check_free, read_json, write_card
-from tensornet_hf.description import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
-from tensornet_hf.lazy_model import LazyModel, Source, check_unchanged, open_lazily, open_source
-from tensornet_hf.sample_batch import sample_batch
+from tensornet_hf.checkpoint import (
+    CARD,
+    INDEX,
+    WEIGHT_SUFFIXES,
+    WEIGHTS,
+    Checkpoint,
+    check_free,
+    read_dense,
+    read_json,
+    weight_files,
+    write_card,
+)
+from tensornet_hf.lazy_model import LazyModel, open_lazily
+from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
 
 #: Bytes of the source for one file; the compressed tensors of one file must fit into memory.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -81,13 +92,12 @@ class WorkerError(TensorNetError, RuntimeError):
 def compress_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    config: CompressionConfig,
+    config: CompressionConfig | CompressionPlan,
     *,
     workers: int = 1,
     executor: Executor | None = None,
     device: str = "cpu",
     resume: bool = True,
-    plan: CompressionPlan | None = None,
     stats: str | os.PathLike[str] | CalibrationStats | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
@@ -106,14 +116,14 @@ def compress_checkpoint(
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
         dst: the new folder.
-        config: options of the compression.
+        config: the options; or a plan, which may have been edited or loaded. Layers that are not in it stay
+            dense.
         workers: number of processes that compress shards. With more than one, guard the code of a script by
             `if __name__ == "__main__":`, as usual with multiprocessing.
         executor: runs the work in place of `workers`: any `concurrent.futures.Executor` whose workers have
             access to the same file system, for example `dask.distributed.Client(...).get_executor()`.
         device: device where weights are compressed.
         resume: continue an interrupted run; otherwise its files are deleted.
-        plan: a plan to apply, in place of planning; layers that are not in it stay dense.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or their file.
         max_shard_bytes: largest size in the source of the tensors in one file, unless a single module is
             larger.
@@ -128,6 +138,7 @@ def compress_checkpoint(
         DestinationError: the destination exists, another run writes it, or writing failed (full disk);
             finished shards are kept.
         FormatError: the source is damaged or contradictory, or changed since the interrupted run.
+        TargetError: the source is compressed already.
         TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed like this; the
             message names it.
         WorkerError: a worker died, most likely because memory ran out.
@@ -150,8 +161,11 @@ def compress_checkpoint(
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} lies inside the source {folder}; choose another destination.")
-    source = open_source(folder)
+    source = read_dense(folder)
+    marks = file_marks(folder)
     open_lazily(source, only=())  # raises for an invalid model before anything is written
+    plan = config if isinstance(config, CompressionPlan) else None
+    options = observing(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
@@ -161,14 +175,13 @@ def compress_checkpoint(
             "config": config.to_dict(),
             "device": device,
             "bytes": max_shard_bytes,
-            "plan": None if plan is None else plan.to_dict(),
             "stats": None if stats_file is None else file_digest(stats_file).sha256,
         }
-        _begin(work, source, decisive, resume=resume)
+        _begin(work, folder, marks, decisive, resume=resume)
 
         # Make one plan for the whole model, unless an interrupted run has already saved it.
         lazy = open_lazily(source, spill=work)
-        targets = _mapped_targets(lazy, source, config if plan is None else observing(plan))
+        targets = _mapped_targets(lazy, source, options)
         readers = _layers_read(lazy.model, targets)
         if plan is not None:
             if read := [x.name for x in plan if x.topology is not None and x.name in readers]:
@@ -178,15 +191,15 @@ def compress_checkpoint(
                 )
             readers = []
         if readers:
-            excluded = config.exclude_modules or ()
+            excluded = options.exclude_modules or ()
             excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
-            config = replace(config, exclude_modules=(*excluded, *readers))
+            options = replace(options, exclude_modules=(*excluded, *readers))
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
             with one_thread():
                 loaded = None if stats_file is None else CalibrationStats.load(stats_file)
-                plan = tensornet.plan(lazy.model, config, loaded, progress=progress)
+                plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
             weights = [replace(x, skip=READ) if x.name in readers else x for x in list_weights(lazy.model)]
@@ -213,8 +226,8 @@ def compress_checkpoint(
 
         # Write the files that describe all shards, then rename the folder to its destination.
         parts = list(done.values())
-        _finish(work, source, type(lazy.model).__name__, parts, config)
-        check_unchanged(source, open_source(folder).marks, since="this run began")
+        _finish(work, source, type(lazy.model).__name__, parts)
+        _check_unchanged(folder, marks, file_marks(folder), since="this run began")
         take_place(work / "out", target)
         shutil.rmtree(work)
     if readers:
@@ -274,7 +287,41 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _begin(work: Path, source: Source, decisive: Mapping[str, Any], *, resume: bool) -> None:
+def file_marks(folder: Path) -> dict[str, str]:
+    """Return size and modification time of every file of a model that is read, by relative path.
+
+    A resumed run compares them with those of the interrupted run.
+    """
+    marks = {}
+    for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *_other_files(folder)]:
+        stat = (folder / name).stat()
+        marks[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
+    return marks
+
+
+def _other_files(folder: Path) -> list[str]:
+    """List the files to copy, by relative path: neither hidden ones nor weights in other formats."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        written = name == "config.json" or name.endswith(INDEX) or path.suffix in WEIGHT_SUFFIXES
+        if path.is_file() and not written and not any(x.startswith(".") for x in name.split("/")):
+            found.append(name)
+    return found
+
+
+def _check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, since: str) -> None:
+    """Raise FormatError if the marks of files differ; `since` names the time of the first reading."""
+    if changed := sorted(x for x in before.keys() | now.keys() if before.get(x) != now.get(x)):
+        raise FormatError(
+            f"{', '.join(changed)} in {folder} changed since {since}: what is finished belongs to the old "
+            "content. Put the old files back, or start again with resume=False (--no-resume)."
+        )
+
+
+def _begin(
+    work: Path, folder: Path, marks: Mapping[str, str], decisive: Mapping[str, Any], *, resume: bool
+) -> None:
     """Record what the run depends on, or compare it with the record of the interrupted run.
 
     Raises:
@@ -283,12 +330,12 @@ def _begin(work: Path, source: Source, decisive: Mapping[str, Any], *, resume: b
     record = {
         "library": f"tensornet {tn.__version__}, torch {torch.__version__}",
         "options": digest(decisive),
-        "marks": source.marks,
+        "marks": dict(marks),
     }
     path = work / "run.json"
     if resume and path.is_file():
         earlier = read_json(path)
-        check_unchanged(source, earlier.get("marks") or {}, since="the interrupted run")
+        _check_unchanged(folder, earlier.get("marks") or {}, marks, since="the interrupted run")
         for key, what in (("options", "other options"), ("library", "other versions of the library")):
             if earlier.get(key) != record[key]:
                 raise FormatError(
@@ -368,7 +415,7 @@ def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]
     return found
 
 
-def _mapped_targets(lazy: LazyModel, source: Source, config: CompressionConfig) -> list[Target]:
+def _mapped_targets(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> list[Target]:
     """List the targets; raise TargetError for one that is stored in another form than in the model."""
     with unfused(lazy.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # planning gives the same warnings
@@ -387,7 +434,7 @@ def _mapped_targets(lazy: LazyModel, source: Source, config: CompressionConfig) 
 
 
 def _cut(
-    lazy: LazyModel, source: Source, plan: CompressionPlan, max_bytes: int
+    lazy: LazyModel, source: Checkpoint, plan: CompressionPlan, max_bytes: int
 ) -> dict[str, tuple[list[str], CompressionPlan]]:
     """Cut the stored tensors into shards, in the order of the files, without dividing a module.
 
@@ -454,7 +501,7 @@ def _compress_shard(
         The description of the finished shard, which is also written to a file.
     """
     with one_thread(), tempfile.TemporaryDirectory(dir=work, prefix="cores.") as scratch:
-        source = open_source(folder)
+        source = read_dense(folder)
         lazy = open_lazily(source, only=names, spill=scratch)
         model = lazy.model
         if torch.device(device).type != "cpu":
@@ -547,22 +594,20 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _finish(
-    work: Path, source: Source, architecture: str, parts: list[dict[str, Any]], config: CompressionConfig
-) -> None:
+def _finish(work: Path, source: Checkpoint, architecture: str, parts: list[dict[str, Any]]) -> None:
     """Write configuration, index and model card, and copy all other files."""
     out = work / "out"
     for file in out.rglob("*"):
         if file.is_file() and file.name not in {part["file"] for part in parts}:
             file.unlink()  # left by an interrupted run
-    for name in source.others:
+    others = _other_files(source.folder)
+    for name in others:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with (source.folder / name).open("rb") as opened:
             write_file(out / name, iter(partial(opened.read, CHUNK), b""))
     described = TensorNetworkConfig(
         layers={name: spec for part in parts for name, spec in part["layers"].items()},
         ties={name: owner for part in parts for name, owner in part["ties"].items()},
-        compression=config.to_dict(),
     )
     content = {**source.config, "quantization_config": described.to_dict()}
     write_file(out / "config.json", [json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"])
@@ -571,7 +616,7 @@ def _finish(
         total = sum(size for part in parts for size in part["tensors"].values())
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_file(out / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
-    if CARD not in source.others:
+    if CARD not in others:
         write_card(out, architecture)
 
 

@@ -1,24 +1,33 @@
-"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores."""
+"""Upcycling: replace dense feed-forward networks by mixtures of experts that share cores.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+Most feed-forward networks are separate modules; the output of the module is compared with that of its
+matrices and activation, on random tokens. In BERT, BART and similar models the two matrices and the
+activation are parts of a larger layer. For the classes in `INSIDE` a mixture replaces the first matrix, and
+identities replace the activation and the second matrix.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
+from tensornet._util import in_eval_mode
 from tensornet.budget import Budget
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
+from tensornet.nn import register_module_type
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.layer_kinds import carry_hooks
+from tensornet.nn.layer_kinds import carry_hooks, kind_of, layer_bias
+from tensornet.nn.targets import PATTERN_RULES, matches
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.registry import fixed_topologies, topology_of_shape
 from tensornet.topology import Topology
-from tensornet_hf.feed_forward import FeedForward, find_feed_forwards
+from tensornet_hf.quantizer import OWNERS, put_owners
 from tensornet_moe import (
     ExpertFFN,
     Router,
@@ -28,10 +37,44 @@ from tensornet_moe import (
     share_across_layers,
 )
 from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
+from tensornet_moe.ffn import ACTIVATIONS
 from tensornet_moe.routers import COMBINE, Combine, router_kind
 
-#: Attribute of a model that contains the cores shared by its layers.
-OWNERS = "shared_cores"
+DropoutPlace = Literal["hidden", "output", "none"]
+
+#: Names of the matrices in the order (gate,) up, down, and the place of the dropout.
+FORMS: dict[tuple[str, ...], DropoutPlace] = {
+    ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
+    ("wi", "wo"): "hidden",  # T5
+    ("c_fc", "c_proj"): "output",  # GPT-2
+    ("gate_proj", "up_proj", "down_proj"): "none",  # Llama and its relatives
+    ("fc1", "fc2"): "none",  # CLIP, SigLIP, ViT; BART and its relatives
+    ("up_proj", "down_proj"): "none",
+    ("dense_h_to_4h", "dense_4h_to_h"): "none",  # GPT-NeoX, BLOOM
+    ("intermediate.dense", "output.dense"): "none",  # BERT and its relatives
+}
+_BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
+_BART = ("fc1", "activation_fn", "fc2")
+#: Classes of transformers with such a network inside: paths of its first matrix, activation, second matrix.
+INSIDE: dict[str, tuple[str, str, str]] = {
+    "BertLayer": _BERT,
+    "RobertaLayer": _BERT,
+    "XLMRobertaLayer": _BERT,
+    "CamembertLayer": _BERT,
+    "ElectraLayer": _BERT,
+    "BartEncoderLayer": _BART,
+    "BartDecoderLayer": _BART,
+    "MBartEncoderLayer": _BART,
+    "MBartDecoderLayer": _BART,
+    "MarianEncoderLayer": _BART,
+    "MarianDecoderLayer": _BART,
+    "WhisperEncoderLayer": _BART,
+    "WhisperDecoderLayer": _BART,
+    "OPTDecoderLayer": _BART,
+    "BloomMLP": ("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),
+}
+_ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
+_PROBE_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -233,6 +276,208 @@ class UpcycleReport:
         )
 
 
+# --- recognizing feed-forward networks ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One network `W_down act(W_up x)`, gated `W_down (act(W_gate x) * W_up x)`.
+
+    Args:
+        names: names of the module in the model; reports use the first.
+        module: the module that is the network, or contains it.
+        paths: its layers inside the module, in order.
+        activation: a name in `tensornet_moe.ffn.ACTIVATIONS`.
+        dropout: probability.
+        dropout_place: after the activation, on the output, or nowhere.
+        inside: None if the module is the network. Otherwise the paths of the submodules to replace: the first
+            by the network, the others by identities.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    paths: tuple[str, ...]
+    activation: str
+    dropout: float = 0.0
+    dropout_place: DropoutPlace = "none"
+    inside: tuple[str, ...] | None = None
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices of the network, in order, with `_` in place of dots."""
+        return tuple(path.replace(".", "_") for path in self.paths)
+
+    def layer(self, name: str) -> nn.Module:
+        """Return a layer by the name of its matrix."""
+        return self.module.get_submodule(self.paths[self.matrices.index(name)])
+
+    def matrix(self, name: str) -> Tensor:
+        """Return one weight, shape `(out_features, in_features)`."""
+        kind = kind_of(self.layer(name))
+        assert kind is not None
+        return kind.matrix(self.layer(name)).detach()
+
+    def bias(self, name: str) -> Tensor | None:
+        """Return one bias, shape `(out_features,)`."""
+        return layer_bias(self.layer(name))
+
+    def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
+        """Return the modules that replace the network, by name in the model."""
+        if self.inside is None:
+            return dict.fromkeys(self.names, mixture)
+        first, *others = self.inside
+        parts = {first: mixture, **{path: DoneBefore() for path in others}}
+        return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Compute the network from its matrices, `x: (..., features)`."""
+        first, *between, last = self.matrices
+        hidden = ACTIVATIONS[self.activation](nn.functional.linear(x, self.matrix(first), self.bias(first)))
+        for name in between:
+            hidden = hidden * nn.functional.linear(x, self.matrix(name), self.bias(name))
+        weight = self.matrix(last)  # float32 in T5
+        return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias(last))
+
+
+class DoneBefore(nn.Module):
+    """Identity in place of a part of a feed-forward network that a mixture before it already computes.
+
+    Unlike `nn.Identity` it has a description, so that it is restored when a saved model is loaded.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
+    def spec(self) -> dict[str, Any]:
+        """Return the JSON-ready description, see `tensornet.nn.register_module_type`."""
+        return {"type": "done_before"}
+
+
+register_module_type("done_before", lambda spec, device, dtype: DoneBefore())
+
+
+def find_feed_forwards(
+    model: nn.Module,
+    *,
+    target_modules: Sequence[str] | None = None,
+    matrices: Sequence[str] | None = None,
+) -> list[FeedForward]:
+    """Find the feed-forward networks of a model, and check each.
+
+    Args:
+        model: any model.
+        target_modules: patterns as in `CompressionConfig.target_modules`; all that are recognized if absent.
+        matrices: names of the two or three layers, (gate,) up, down, for networks with other names.
+
+    Raises:
+        TargetError: no network is found, a pattern matches none, or a named module computes something else or
+            is an expert of a mixture.
+    """
+    forms = FORMS if matrices is None else {tuple(matrices): FORMS.get(tuple(matrices), "output")}
+    looked_for = (
+        f"Looked for modules with linear layers {', '.join('/'.join(form) for form in forms)} and an "
+        "activation. For another form name the module with target_modules=[...] and its layers with "
+        'matrices=("up", "down").'
+    )
+    linear = {
+        name
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if (kind := kind_of(layer)) is not None and kind.name != "embedding"
+    }
+    candidates: dict[nn.Module, tuple[list[str], tuple[str, ...]]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        form = next((x for x in forms if all(f"{prefix}{path}" in linear for path in x)), None)
+        if form is not None:
+            candidates.setdefault(module, ([], form))[0].append(name)
+    known = [name for names, _ in candidates.values() for name in names]
+    for pattern in target_modules or ():
+        if not any(matches(name, pattern) for name in known):
+            raise TargetError(
+                f"Pattern {pattern!r} matches no feed-forward network. {PATTERN_RULES} {looked_for}"
+            )
+    found, refused = [], []
+    for module, (names, form) in candidates.items():
+        if target_modules is not None and not any(matches(n, p) for n in names for p in target_modules):
+            continue
+        try:
+            if "expert" in names[0].lower():
+                raise TargetError(f"{names[0]} is an expert of a mixture already")
+            found.append(_recognize(tuple(names), module, form, forms[form]))
+        except TargetError as error:
+            if target_modules is not None:
+                raise
+            refused.append(f"{names[0]} ({error})")
+    if not found:
+        tried = f" Looked at, and not such a network: {'; '.join(refused[:3])}." if refused else ""
+        if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
+            tried += (
+                f" {len(mixtures)} are mixtures already, the first is {mixtures[0] or 'the model itself'}."
+            )
+        raise TargetError(
+            f"{type(model).__name__} has no feed-forward network that can become experts.{tried} {looked_for}"
+        )
+    return found
+
+
+@torch.no_grad()
+def _recognize(
+    names: tuple[str, ...], module: nn.Module, paths: tuple[str, ...], place: DropoutPlace
+) -> FeedForward:
+    """Recognize the network in a module.
+
+    Raises:
+        TargetError: the module computes something else, or experts do not have its activation.
+    """
+    inside = (
+        INSIDE.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
+    )
+    if inside is not None and (inside[0], inside[2]) == paths:
+        activation = _activation_name(module, module.get_submodule(inside[1]))
+        return FeedForward(names, module, paths, activation, inside=(paths[0], inside[1], paths[1]))
+    function = next((f for x in _ACTIVATION_NAMES if callable(f := getattr(module, x, None))), None)
+    if function is None:
+        raise TargetError(f"it has no activation named {', '.join(_ACTIVATION_NAMES)}")
+    rate = getattr(module, "dropout", 0.0)
+    rate = float(rate.p if isinstance(rate, nn.Dropout) else rate) if place != "none" else 0.0
+    network = FeedForward(names, module, paths, _activation_name(module, function), rate, place)
+    first = network.matrix(network.matrices[0])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _PROBE_TOKENS, first.shape[1], generator=generator, device="cpu").to(first)
+    with in_eval_mode(module):
+        try:
+            got = module(x)
+        except Exception as error:  # an unknown module may raise anything
+            raise TargetError(f"it does not take tokens alone: {error}") from error
+    wanted = network.compute(x)
+    tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
+    # Not "smaller than", so that NaN passes here: the decomposition will name the matrix with NaN.
+    if (
+        not isinstance(got, Tensor)
+        or got.shape != wanted.shape
+        or float((got - wanted).norm()) > tolerance * float(wanted.norm())
+    ):
+        raise TargetError(
+            f"{names[0]} computes something else than {' and '.join(paths)} alone, and no network inside a "
+            f"{type(module).__name__} is known"
+        )
+    return network
+
+
+def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) -> str:
+    """Recognize an activation by its values."""
+    grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
+    values = function(grid)
+    for name, known in ACTIVATIONS.items():
+        if torch.allclose(values, known(grid), atol=1e-6):
+            return name
+    raise TargetError(f"its activation is none of {', '.join(ACTIVATIONS)}")
+
+
+# --- upcycling -------------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
 def upcycle(
     model: nn.Module,
@@ -311,7 +556,7 @@ def upcycle(
                 error=max(bank.error or 0.0 for bank in own.values()),
             )
         )
-    _put_owners(model, owners)
+    put_owners(model, owners)
     for network, mixture in zip(networks, made, strict=True):
         for name, part in network.replacements(mixture).items():
             if network.inside is None:  # otherwise the mixture replaces a matrix
@@ -462,28 +707,6 @@ def _share_across(
             )
         banks |= {(index, name): bank for index, bank in zip(users, made, strict=True)}
     return owners, banks
-
-
-def _put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Register the owners of shared cores in the base model, by label."""
-    place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if owners and not hasattr(place, OWNERS):
-        place.add_module(OWNERS, nn.ModuleDict())
-    for label, owner in owners.items():
-        place.get_submodule(OWNERS).add_module(label, owner)
-
-
-def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add empty owners of shared cores to an empty model, since no transformers class builds them.
-
-    Args:
-        model: an empty model.
-        layers: names of described modules in the saved model.
-    """
-    for layer in layers:
-        parent, _, label = layer.rpartition(".")
-        if parent.rpartition(".")[2] == OWNERS:
-            _put_owners(model, {label: nn.Module()})
 
 
 @contextmanager

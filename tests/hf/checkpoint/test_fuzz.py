@@ -25,9 +25,9 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import TensorNetError
 from tensornet.io import read_header, read_headers, write_tensors
-from tensornet_hf.checkpoint import read_checkpoint, read_compression
-from tensornet_hf.description import check_layers
-from tensornet_hf.lazy_model import Source, open_lazily
+from tensornet_hf.checkpoint import Checkpoint, read_checkpoint, read_compression
+from tensornet_hf.lazy_model import open_lazily
+from tensornet_hf.quantizer import check_layers
 
 HEADERS, DESCRIPTIONS, PLANS, FOLDERS = 1_500, 1_000, 600, 150
 #: Room for what a process of this size needs to read small files.
@@ -163,14 +163,17 @@ def test_safetensors_headers(folder: Path) -> None:
     assert accepted > 50  # the mutations are not all nonsense
 
 
-def test_configurations_of_whole_models(compressed: Path) -> None:
+def test_configurations_of_whole_models(compressed: Path, folder: Path) -> None:
     """The class of the model is built from the numbers, on the meta device."""
     draw, tensors = random.Random(8), read_header(compressed.parent / "dense" / "model.safetensors")
     whole = json.loads((compressed.parent / "dense" / "config.json").read_text())
-    accepted, refused = attack(
-        lambda content: open_lazily(Source(compressed, content, tensors, (), {}), only=()),
-        (mutate_json(whole, draw) for _ in range(250)),
-    )
+
+    def read(content: Any) -> None:
+        (folder / "config.json").write_text(json.dumps(content))
+        open_lazily(Checkpoint(folder, content, None, tensors), only=())
+
+    dicts = (made for _ in range(250) if isinstance(made := mutate_json(whole, draw), dict))
+    accepted, refused = attack(read, dicts)
     assert refused > 50
     assert accepted > 50
 
@@ -210,7 +213,8 @@ def test_names_of_tensors(compressed: Path, folder: Path) -> None:
     for _ in range(100):
         names = {".".join(draw.choices(parts, k=draw.randint(1, 5))) for _ in range(4)}
         write_tensors(path, {name: torch.ones(2, 2) for name in names})
-        attack(lambda x: open_lazily(Source(folder, config, x, (), {}), only=()), iter([read_header(path)]))
+        checkpoint = Checkpoint(compressed.parent / "dense", config, None, read_header(path))
+        attack(lambda x: open_lazily(x, only=()), iter([checkpoint]))
 
 
 @pytest.mark.slow

@@ -193,9 +193,8 @@ def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> N
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())
     model.save_pretrained(source)
     plan = plan_of(model, names_of(model))
-    config = tn.CompressionConfig(target_modules="all", param_ratio=0.9)
     for workers in (1, 2):
-        th.compress_checkpoint(source, tmp_path / f"by{workers}", config, workers=workers, plan=plan)
+        th.compress_checkpoint(source, tmp_path / f"by{workers}", plan, workers=workers)
     one, two = (tmp_path / f"by{workers}" / "model.safetensors" for workers in (1, 2))
     assert one.read_bytes() == two.read_bytes()
     expected = quantized().state_dict()

@@ -15,7 +15,7 @@ from torch import nn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import TargetError
-from tensornet_hf.feed_forward import INSIDE, DoneBefore
+from tensornet_hf.upcycling import INSIDE, DoneBefore
 
 CONFIG = th.MoEConfig(num_experts=3, sites=3)
 SMALL: dict[str, Any] = {

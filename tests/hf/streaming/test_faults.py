@@ -127,8 +127,8 @@ def test_not_a_number(source: Path) -> None:
         ("num_attention_heads", 0, "does not describe"),
         ("hidden_act", "os.system", "does not describe"),
         ("rope_scaling", {"num_layers": 10**12}, "num_layers"),
-        ("quantization_config", {"quant_method": "fp8"}, "quantized or compressed already"),
-        ("model_type", "of_tomorrow", "does not have"),
+        ("quantization_config", {"quant_method": "fp8"}, "quantized by 'fp8'"),
+        ("model_type", "of_tomorrow", "of_tomorrow"),
         ("architectures", ["LlamaConfig"], "does not have"),
     ],
 )
@@ -142,7 +142,7 @@ def test_code_is_never_run_and_pickles_are_not_opened(source: Path) -> None:
     (source / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: ...\n")
     auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
     edit_json(source / "config.json", lambda x: x.update(model_type="evil", auto_map=auto_map))
-    refused(source, "names code to run.*never run here")
+    refused(source, "custom code")
     for file in [*source.glob("*.safetensors"), source / INDEX]:
         file.unlink()
     (source / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
@@ -175,7 +175,7 @@ def test_destinations_and_options_that_are_refused(source: Path, tmp_path: Path)
     with pytest.raises(RuntimeError, match="nonsense"):
         th.compress_checkpoint(source, tmp_path / "none", CONFIG, device="nonsense")
     th.compress_checkpoint(source, tmp_path / "taken", CONFIG, force=True)
-    with pytest.raises(FormatError, match="compressed already"):
+    with pytest.raises(TargetError, match="compressed already"):
         th.compress_checkpoint(tmp_path / "taken", tmp_path / "again", CONFIG)
 
 

@@ -153,11 +153,11 @@ def test_a_given_plan_is_applied(tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense")
     config = tn.CompressionConfig(target_modules="*.mlp.*", topology="mpo", max_bond=4)
     plan = tn.plan(th.load(source), config)
-    report = th.compress_checkpoint(source, tmp_path / "ours", LINEARS, plan=plan)
+    report = th.compress_checkpoint(source, tmp_path / "ours", plan)
     assert [(x.name, x.topology) for x in report.plan] == [(x.name, x.topology) for x in plan]
     other = tn.plan(ARCHITECTURES["gpt2"].dense, LINEARS)
     with pytest.raises(TargetError, match=r"h\.0\.attn\.c_attn"):
-        th.compress_checkpoint(source, tmp_path / "other", LINEARS, plan=other)
+        th.compress_checkpoint(source, tmp_path / "other", other)
 
 
 @pytest.mark.parametrize("how", ["threads", pytest.param("processes", marks=pytest.mark.slow)])
@@ -337,7 +337,7 @@ def test_layers_whose_weight_is_read_stay_dense(tmp_path: Path, monkeypatch: pyt
     assert not th.compress_checkpoint(source, tmp_path / "again", excluded).put_back
     plan = tn.plan(th.load(source), LINEARS)
     with pytest.raises(TargetError, match=r"attn\.c_proj"):
-        th.compress_checkpoint(source, tmp_path / "planned", LINEARS, plan=plan)
+        th.compress_checkpoint(source, tmp_path / "planned", plan)
     for k in range(2):
         plan = plan.replace_layer(f"transformer.h.{k}.attn.c_proj", None)
-    th.compress_checkpoint(source, tmp_path / "mended", LINEARS, plan=plan, resume=False)
+    th.compress_checkpoint(source, tmp_path / "mended", plan)
