@@ -1,22 +1,56 @@
-"""All commands except `compress`: thin commands over functions of the library."""
+"""The commands of the program: thin functions over those of the library.
 
+The options of `compress` are the fields of two dataclasses; see `with_options`.
+"""
+
+import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import AutoModelForCausalLM
 
+from tensornet.compression.config import CompressionConfig
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
 from tensornet.errors import TargetError
 from tensornet.nn import prepare_for_inference
 from tensornet_hf.checkpoint import HUB, check_free, load, on_device, read_checkpoint, resolve_folder, save
 from tensornet_hf.checkpoint import decompress as make_dense
-from tensornet_hf.cli import options as shared
+from tensornet_hf.cli.options import (
+    CPU,
+    GROUPS,
+    Destination,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    NewFolder,
+    Source,
+    collect,
+    note,
+    parse_share,
+    print_json,
+    print_lines,
+    print_result,
+    print_table,
+    spelled,
+    with_options,
+)
 from tensornet_hf.compare import compare_folders, prompt_of
-from tensornet_hf.compress import dtype_of, open_dense
-from tensornet_hf.demo import PROMPT, run_demo
+from tensornet_hf.compress import (
+    DEFAULT,
+    CompressOptions,
+    OptionError,
+    compress_folder,
+    dtype_of,
+    open_dense,
+    plan_folder,
+)
+from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import perplexity, run_tasks
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
 from tensornet_hf.inspect import inspect_folder, weight_bytes
@@ -32,16 +66,86 @@ from tensornet_hf.text import (
 from tensornet_hf.upcycling import MoEConfig
 from tensornet_hf.upcycling import upcycle as upcycle_model
 
+#: Beginning of the text that the model of the demo continues.
+PROMPT = "And it came to pass in those days, that"
+_FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
-def inspect(path: shared.Source, as_json: shared.Json = False) -> None:
+
+@with_options(CompressionConfig, CompressOptions)
+def compress(
+    source: Source,
+    destination: NewFolder = None,
+    *,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            help="Apply this plan (the output of --dry-run --json, edited or not).",
+            metavar="FILE",
+            rich_help_panel=GROUPS["budget"],
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show the plan and the sizes, write nothing.",
+            metavar=" ",
+            rich_help_panel=GROUPS["output"],
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print JSON, and nothing else, on stdout.",
+            metavar=" ",
+            rich_help_panel=GROUPS["output"],
+        ),
+    ] = False,
+    **given: Any,
+) -> None:
+    """Compress a model: replace its linear layers within a budget, and save the result.
+
+    For example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
+    """
+    try:
+        command = display_command(["tensornet", *sys.argv[1:]])
+        chosen = collect(CompressOptions, given)
+        options = CompressOptions(**chosen, command=command, progress=sys.stderr.isatty())
+        wanted = collect(CompressionConfig, given)
+        if plan is not None and wanted:
+            names = " and ".join(spelled(_FIELDS[name]) for name in wanted)
+            raise OptionError(f"{{plan}} says already what every layer becomes; leave out {names}.")
+        config = CompressionConfig(**wanted) if plan is None else CompressionPlan.load(plan)
+        if dry_run:
+            if isinstance(config, CompressionPlan):
+                raise OptionError("{dry_run} makes a plan; leave out {plan}.")
+            print_result(plan_folder(source, config, options), as_json)
+            return
+        if destination is None:
+            raise OptionError("Name a destination, or ask for {dry_run}.")
+        done = compress_folder(source, destination, config, options)
+    except OptionError as error:  # shows options as they are spelled on the command line
+        raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
+    print_result(done, as_json)
+    for line in done.notes:
+        note(f"note: {line}")
+
+
+def _spelled(match: re.Match[str]) -> str:
+    name = match[1]
+    return spelled(_FIELDS[name]) if name in _FIELDS else f"--{name.replace('_', '-')}"
+
+
+def inspect(path: Source, as_json: Json = False) -> None:
     """Show the layers of a saved model, their topologies and sizes, from file headers alone."""
     found = inspect_folder(resolve_folder(path))
     if as_json:
-        shared.print_json(found.to_dict())
+        print_json(found.to_dict())
         return
     form = "not compressed" if found.format_version is None else f"tensornet format {found.format_version}"
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
-    shared.print_lines(
+    print_lines(
         f"{found.architecture}, {form}",
         f"whole model: {found.params:,} parameters ({dtypes}), {compact_bytes(found.bytes)} of weight files",
     )
@@ -63,13 +167,13 @@ def inspect(path: shared.Source, as_json: shared.Json = False) -> None:
             )
         )
     if rows:
-        shared.print_lines("")
+        print_lines("")
         header = ("layer", "scheme", "shape", "bytes", "bits a weight", "parameters", "dtype")
-        shared.print_table(header, rows)
+        print_table(header, rows)
 
 
 def evaluate(
-    path: shared.Source,
+    path: Source,
     text: Annotated[Path | None, typer.Option(help="Text file, UTF-8: perplexity.")] = None,
     tasks: Annotated[
         str | None,
@@ -92,8 +196,8 @@ def evaluate(
         int | None, typer.Option(help="Tokens from window to window. [default: the context, no overlap]")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Most windows or examples run at once.")] = 16,
-    device: shared.Device = shared.CPU,
-    as_json: shared.Json = False,
+    device: Device = CPU,
+    as_json: Json = False,
 ) -> None:
     """Measure a language model: perplexity of a text, tasks, or both."""
     if text is None and tasks is None:
@@ -125,10 +229,10 @@ def evaluate(
         )
         found["tasks"] = asdict(scores)
     if as_json:
-        shared.print_json({"model": path, **found})
+        print_json({"model": path, **found})
         return
     if "perplexity" in found:
-        shared.print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}", found["how"])
+        print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}", found["how"])
     if tasks is not None:
         rows = []
         for task, values in scores.scores.items():
@@ -138,8 +242,8 @@ def evaluate(
                     error = values.get(f"{name}_stderr{comma}{rest}")
                     shown = "" if error is None else f"{error:.4f}"
                     rows.append((task, metric, f"{value:.4f}", shown, f"{scores.samples.get(task, 0):,}"))
-        shared.print_table(("task", "metric", "score", "standard error", "examples"), rows)
-        shared.print_lines(f"lm-evaluation-harness {scores.version}")
+        print_table(("task", "metric", "score", "standard error", "examples"), rows)
+        print_lines(f"lm-evaluation-harness {scores.version}")
 
 
 def compare(
@@ -154,8 +258,8 @@ def compare(
         str | None, typer.Option(help="To continue greedily. [default: the beginning of the text]")
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 40,
-    device: shared.Device = shared.CPU,
-    as_json: shared.Json = False,
+    device: Device = CPU,
+    as_json: Json = False,
 ) -> None:
     """Compare models: bytes on disk, bits a weight, time of a token, loss and samples."""
     content = None if text is None else read_text(text)
@@ -171,7 +275,7 @@ def compare(
         progress=sys.stderr.isatty(),
     )
     if as_json:
-        shared.print_json({"prompt": prompt, "models": [model.to_dict() for model in found]})
+        print_json({"prompt": prompt, "models": [model.to_dict() for model in found]})
         return
     header = ["", "method", "bytes", "bits a weight", "parameters", "ms a token"]
     header += [] if text is None else ["perplexity", "loss increase", "KL"]
@@ -185,18 +289,18 @@ def compare(
             row.append("" if model is found[0] else f"{quality.mean:+.4f}")
             row.append(f"{quality.kl_mean:.4f}" if known else "")
         rows.append(row)
-    shared.print_table(header, rows)
-    shared.print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
+    print_table(header, rows)
+    print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
     if (quality := found[0].quality) is not None:
-        shared.print_lines(f"Loss: {quality.tokens:,} tokens scored on {quality.source}.")
+        print_lines(f"Loss: {quality.tokens:,} tokens scored on {quality.source}.")
     for model in found:
         if model.sample is not None:
             written = f"{prompt}{model.sample}".replace("\n", "\n  ")
-            shared.print_lines("", f"{model.name} writes:", f"  {written}")
+            print_lines("", f"{model.name} writes:", f"  {written}")
 
 
 def generate(
-    path: shared.Source,
+    path: Source,
     prompt: Annotated[str, typer.Option(help="What to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
@@ -209,8 +313,8 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    device: shared.Device = shared.CPU,
-    as_json: shared.Json = False,
+    device: Device = CPU,
+    as_json: Json = False,
 ) -> None:
     """Let a model continue a prompt (or answer it, if it is an encoder-decoder or a chat model)."""
     folder = resolve_folder(path)
@@ -229,20 +333,20 @@ def generate(
     )
     if as_json:
         options = {"chat": chat, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        shared.print_json({"model": path, "prompt": prompt, "text": text, **options})
+        print_json({"model": path, "prompt": prompt, "text": text, **options})
     elif chat or model.config.is_encoder_decoder:
-        shared.print_lines(text)
+        print_lines(text)
     else:
-        shared.print_lines(prompt + text)
+        print_lines(prompt + text)
 
 
 def decompress(
-    source: shared.Source,
-    destination: shared.Destination,
-    dtype: shared.Dtype = None,
-    device: shared.Device = shared.CPU,
-    force: shared.Force = False,
-    as_json: shared.Json = False,
+    source: Source,
+    destination: Destination,
+    dtype: Dtype = None,
+    device: Device = CPU,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Multiply all cores out and save an ordinary model, which loads without this library.
 
@@ -263,19 +367,19 @@ def decompress(
     size = None if destination.startswith(HUB) else weight_bytes(destination)
     if as_json:
         numbers = {"params_before": before, "params_after": after, "file_bytes_after": size}
-        shared.print_json({"source": source, "destination": destination, **numbers})
+        print_json({"source": source, "destination": destination, **numbers})
     else:
         files = "" if size is None else f", {compact_bytes(size)} of weight files"
-        shared.print_lines(
+        print_lines(
             f"{before:,} -> {after:,} parameters of the whole model{files}", f"written to {destination}"
         )
 
 
 def export(
-    source: shared.Source,
+    source: Source,
     destination: Annotated[Path, typer.Argument(help="Folder to write.")],
-    force: shared.Force = False,
-    as_json: shared.Json = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Export int4 and int8 layers for transformers with compressed-tensors, or vLLM.
 
@@ -283,14 +387,14 @@ def export(
     """
     report = export_compressed_tensors(resolve_folder(source), destination, force=force)
     if as_json:
-        shared.print_json({"destination": str(destination), "packed": report.packed, "dense": report.dense})
+        print_json({"destination": str(destination), "packed": report.packed, "dense": report.dense})
     else:
-        shared.print_lines(str(report))
+        print_lines(str(report))
 
 
 def upcycle(
-    source: shared.Source,
-    destination: shared.NewFolder = None,
+    source: Source,
+    destination: NewFolder = None,
     experts: Annotated[int, typer.Option(help="Experts of each network.")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts for each token, with --router topk.")] = 1,
     router: Annotated[str, typer.Option(help="switch, topk or expert_choice (encoders only).")] = "switch",
@@ -312,7 +416,7 @@ def upcycle(
     param_ratio: Annotated[
         float | None,
         typer.Option(
-            parser=shared.parse_share,
+            parser=parse_share,
             metavar="SHARE",
             help="Share of a weight's parameters that one expert has.",
         ),
@@ -329,11 +433,11 @@ def upcycle(
         typer.Option(help="Networks to change: name, end of a name, glob, or re:REGEX; repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
-    dtype: shared.Dtype = None,
-    device: shared.Device = shared.CPU,
+    dtype: Dtype = None,
+    device: Device = CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
-    force: shared.Force = False,
-    as_json: shared.Json = False,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Turn a dense model into a mixture of experts that share cores, ready to be trained.
 
@@ -373,14 +477,14 @@ def upcycle(
             torch.nn.Module.to(model, dtype=stored)
         save(model, written, source=folder, force=force)
     if as_json:
-        shared.print_json({"source": source, "destination": written, **report.to_dict()})
+        print_json({"source": source, "destination": written, **report.to_dict()})
         return
     rows = [
         (x.name, f"{x.dense_params:,}", f"{x.params:,}", f"{x.shared_params:,}", f"{x.error:.1e}")
         for x in report.layers
     ]
-    shared.print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
-    shared.print_lines(str(report), *([] if written is None else [f"written to {written}"]))
+    print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
+    print_lines(str(report), *([] if written is None else [f"written to {written}"]))
 
 
 def demo(
@@ -389,25 +493,33 @@ def demo(
         float, typer.Option(help="Bits of a weight of the linear layers, scales included.")
     ] = 4.25,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
-    device: shared.Device = shared.CPU,
-    force: shared.Force = False,
-    as_json: shared.Json = False,
+    device: Device = CPU,
+    force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Compress a small trained GPT-2, measure it, save it, load it again, and write a report."""
-    done = run_demo(
-        output,
-        bits=bits,
-        seed=seed,
+    output.mkdir(parents=True, exist_ok=True)
+    folder, report = output / "model", output / "report.html"
+    options = CompressOptions(
+        calibration=DEFAULT,
+        calibration_tokens=16_384,
+        held_out=data_path("heldout.txt"),  # read neither in training nor in calibration
         device=device,
+        report=report,
         force=force,
         command=display_command(["tensornet", *sys.argv[1:]]),
         progress=sys.stderr.isatty(),
     )
+    done = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=bits), options)
+    # Users load the folder with transformers, after importing tensornet_hf.
+    model = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
+    sample = continue_text(model, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
     if as_json:
-        shared.print_json(done.to_dict())
+        files = {"folder": str(folder), "report": str(report)}
+        print_json({**done.to_dict(), **files, "prompt": PROMPT, "sample": sample})
         return
     rows: list[tuple[str, ...]] = []
-    for model in done.result.models:
+    for model in done.models:
         quality = model.quality
         assert quality is not None  # the demo measures every model
         rows.append(
@@ -420,17 +532,17 @@ def demo(
                 f"{quality.mean:+.4f}" if rows else "",
             )
         )
-    shared.print_table(("", "bytes", "bits a weight", "parameters", "perplexity", "loss increase"), rows)
+    print_table(("", "bytes", "bits a weight", "parameters", "perplexity", "loss increase"), rows)
     assert quality is not None
-    shared.print_lines(
+    print_lines(
         "",
         f"Measured on text that nobody saw, lower is better: {quality.tokens:,} tokens scored on "
         f"{quality.source}.",
         "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
         "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
         "",
-        f"The saved model writes: {PROMPT}{done.sample}".replace("\n", "\n  "),
+        f"The saved model writes: {PROMPT}{sample}".replace("\n", "\n  "),
         "",
-        f"Model:  {done.folder} (import tensornet_hf, then AutoModelForCausalLM.from_pretrained)",
-        f"Report: {done.report} (open it in a browser)",
+        f"Model:  {folder} (import tensornet_hf, then AutoModelForCausalLM.from_pretrained)",
+        f"Report: {report} (open it in a browser)",
     )

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from transformers.utils import logging
 
-from tensornet_hf.cli import commands, compress
+from tensornet_hf.cli import commands
 from tensornet_hf.report import versions
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "compress": compress.run,
+    "compress": commands.compress,
     "inspect": commands.inspect,
     "eval": commands.evaluate,
     "compare": commands.compare,
