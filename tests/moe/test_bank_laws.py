@@ -228,51 +228,6 @@ def test_deltas_fit_at_any_scale(scale: float) -> None:
     assert float((made - weights / scale).norm() / (weights / scale).norm()) < 0.5
 
 
-# --- kept matrices -------------------------------------------------------------------------------
-
-
-def test_deltas_keep_matrices_only_on_request() -> None:
-    bank = tm.LowRankDeltaExperts.from_dense(torch.randn(OUT, IN), num_experts=E, rank=2).eval()
-    with torch.no_grad():
-        assert not bank.keeps_matrices()
-        tn.nn.set_strategy(bank, "cached")
-        assert bank.keeps_matrices()
-        before = bank.expert_matrices()
-        assert bank.expert_matrices() is before
-        bank.base.shared_parameters()["matrix"].mul_(2)
-        assert torch.allclose(bank.expert_matrices(), 2 * before)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("part", ["core_0", "core_1", "core_0.scales", "core_1.scales"])
-def test_kept_matrices_of_deltas_follow_every_tensor_of_the_base(part: str, tied: bool) -> None:
-    cores = tm.SharedCoreExperts(chain((OUT, IN), 3), E)
-    packed = "." in part
-    if packed:
-        cores.quantize("int4")
-    base = tm.tied.TiedExperts(tm.tied.SharedExperts({"up": cores}), "up") if tied else cores
-    bank = tm.LowRankDeltaExperts(base, 2).eval()
-    bank.strategy = "cached"
-    tensor = cores.stored[part]
-    assert any(x is tensor for x in bank.stored_tensors())
-    with torch.no_grad():
-        before = bank.expert_matrices()
-        assert bank.expert_matrices() is before
-        scales = tensor.view(torch.bfloat16) if packed else tensor
-        tensor.copy_((scales * 2).view(torch.int16) if packed else scales * 2)
-        torch.testing.assert_close(bank.expert_matrices(), 2 * before)
-
-
-@pytest.mark.parametrize(("first", "then"), [("float", "int4"), ("int4", "float"), ("int4", "int4:zero")])
-def test_kept_matrices_of_deltas_follow_the_format_of_the_base(first: str, then: str) -> None:
-    bank = tm.LowRankDeltaExperts.from_dense(torch.randn(OUT, IN), num_experts=E, rank=2).eval()
-    bank.strategy = "cached"
-    with torch.no_grad():
-        for name in (first, then):
-            bank.base.quantize(name)
-            torch.testing.assert_close(bank.expert_matrices(), bank.base.expert_matrices())
-
-
 # --- tied layers ---------------------------------------------------------------------------------
 
 
@@ -323,16 +278,16 @@ def test_tied_experts_are_rebuilt_and_lent() -> None:
     twin = nn.Module()
     twin.experts = build_module(model.experts.spec(), device=None, dtype=None)
     twin.layers = nn.ModuleList(build_module(x.spec(), device=None, dtype=None) for x in model.layers)
-    with pytest.raises(RuntimeError, match=r"'up' from the SharedExperts labelled 'experts'.*lend_shared"):
+    with pytest.raises(RuntimeError, match=r"from the SharedExperts labelled 'experts'.*lend_shared"):
         twin.layers[0](torch.randn(3, IN))
-    assert tm.tied.lend_shared_cores(twin) == 4
+    assert tm.bank.lend_shared_cores(twin) == 4
     twin.load_state_dict(model.state_dict())
     x = torch.randn(5, IN)
     assert torch.equal(twin.layers[1](x), model.layers[1](x))
     del twin.experts
     lonely = nn.ModuleList([build_module(model.layers[0].spec(), device=None, dtype=None)])
     with pytest.raises(FormatError, match=r"SharedExperts labelled 'experts', of which ModuleList has 0"):
-        tm.tied.lend_shared_cores(lonely)
+        tm.bank.lend_shared_cores(lonely)
 
 
 # --- bad input -----------------------------------------------------------------------------------

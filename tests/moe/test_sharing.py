@@ -134,8 +134,8 @@ def test_borrowing_banks_are_built_again_with_their_owner() -> None:
     model = Layers()
     twin = twin_of(model)
     assert list(twin.state_dict()) == list(model.state_dict())
-    assert tm.tied.lend_shared_cores(twin) == 2
-    assert tm.tied.lend_shared_cores(twin) == 0
+    assert tm.bank.lend_shared_cores(twin) == 2
+    assert tm.bank.lend_shared_cores(twin) == 0
     twin.load_state_dict(model.state_dict())
     assert twin.layers[1].owner is twin.center
     for ours, theirs in zip(model.layers, twin.layers, strict=True):
@@ -146,17 +146,17 @@ def test_borrowing_banks_are_built_again_with_their_owner() -> None:
 def test_a_bank_without_its_owner_says_whom_it_misses() -> None:
     twin = twin_of(Layers())
     with pytest.raises(
-        RuntimeError, match=r"borrow cores 1 from the SharedCores labelled 'shared'.*lend_shared_cores"
+        RuntimeError, match=r"borrow from the SharedCores labelled 'shared'.*lend_shared_cores"
     ):
         twin.layers[0].expert_matrices()
     twin.second = tm.SharedCores(CHAIN)
     with pytest.raises(
         FormatError, match=r"labelled 'shared', of which Module has 2; its labels are \['shared'\]"
     ):
-        tm.tied.lend_shared_cores(twin)
+        tm.bank.lend_shared_cores(twin)
     twin.center.label = twin.second.label = "other"
     with pytest.raises(FormatError, match=r"has 0; its labels are \['other'\]"):
-        tm.tied.lend_shared_cores(twin)
+        tm.bank.lend_shared_cores(twin)
     for owner, error, message in (
         (
             tm.SharedCores(CHAIN, "ends"),

@@ -37,8 +37,8 @@ from tensornet.nn.module import NetworkModule, build_module, module_spec
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses
+from tensornet_moe.bank import lend_shared_cores
 from tensornet_moe.experimental.parallel import ParallelExperts
-from tensornet_moe.tied import lend_shared_cores
 
 METHOD = "tensornet"
 FORMAT_VERSION = 1

@@ -1,9 +1,8 @@
 """Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
-import tensornet_moe.serialization  # noqa: F401  (registers what checkpoints describe)
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.expert_compression import ExpertsReport, compress_experts
-from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.experts import SharedCoreExperts, share_across_layers
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
@@ -16,7 +15,7 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
-from tensornet_moe.tied import share_across_layers, tie_experts
+from tensornet_moe.tied import tie_experts
 from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [

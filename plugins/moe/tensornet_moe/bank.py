@@ -1,14 +1,15 @@
 """Abstract bank of expert matrices, and the owner of cores that several banks share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import ShapeError, TopologyError
+from tensornet.errors import FormatError, ShapeError, TopologyError
 from tensornet.network import random_cores
+from tensornet.nn import register_module_type
 from tensornet.topology import Topology
 from tensornet_moe.checks import check_whole
 from tensornet_moe.grouped_linear import (
@@ -58,11 +59,18 @@ class ExpertBank(nn.Module, ABC):
         torch.Size([2, 16, 8])
     """
 
+    #: Class of the module from which banks of this class can borrow, see `borrow`.
+    owner_kind: ClassVar[type[nn.Module] | None] = None
+
     def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
         super().__init__()
         check_whole(num_experts=num_experts)
         self.num_experts = num_experts
         self.out_features, self.in_features = shape
+        #: Label of the owner of what this bank borrows; None if it borrows nothing.
+        self.owner_label: str | None = None
+        # In a tuple, so that the owner is not registered as a submodule.
+        self._owner: tuple[Any, ...] = ()
 
     @abstractmethod
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -105,6 +113,41 @@ class ExpertBank(nn.Module, ABC):
             return expert_linear(x, matrices, groups.counts)
         each = matrices.unbind(0)
         return looped_linear(x, each if selected else [each[e] for e in active], groups)
+
+    @property
+    def owner(self) -> Any:
+        """Owner of what this bank borrows; None if it borrows nothing, or if the owner was not set yet."""
+        return self._owner[0] if self._owner else None
+
+    def borrow(self, owner: Any) -> None:
+        """Set the owner of what this bank borrows; a bank built from a description has only its label.
+
+        Args:
+            owner: a module of the class `owner_kind`.
+
+        Raises:
+            RuntimeError: the bank borrows nothing.
+            TopologyError, ShapeError: the owner has other cores or experts than this bank needs.
+        """
+        if self.owner_label is None:
+            raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
+        owner.check_fits(self)
+        self._owner, self.owner_label = (owner,), owner.label
+
+    def lender(self) -> Any:
+        """Return the owner.
+
+        Raises:
+            RuntimeError: it was not set yet.
+        """
+        if not self._owner:
+            assert self.owner_kind is not None
+            raise RuntimeError(
+                f"These experts borrow from the {self.owner_kind.__name__} labelled {self.owner_label!r}, "
+                "which they were not given: call tensornet_moe.bank.lend_shared_cores(model) on the model "
+                "that contains both, or bank.borrow(owner)."
+            )
+        return self._owner[0]
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every parameter that the matrices are built from, borrowed ones included."""
@@ -185,14 +228,20 @@ class SharedCores(nn.Module):
         """Return the parameter of one shared core."""
         return getattr(self, f"core_{name}")
 
-    def check_fits(self, topology: Topology) -> None:
-        """Raise ShapeError unless a bank of this topology can borrow every core.
+    def check_fits(self, bank: Any) -> None:
+        """Raise unless a bank of shared-core experts can borrow every core.
 
         Raises:
-            ShapeError: a core has another shape in that topology.
+            TopologyError: the bank shares other cores.
+            ShapeError: a core has another shape in the topology of the bank.
         """
+        if bank.shared != self.names:
+            raise TopologyError(
+                f"The owner {self.label!r} has the cores {list(self.names)}, these experts share "
+                f"{list(bank.shared)}."
+            )
         for name in self.names:
-            have, want = self.topology.core_shapes[name], topology.core_shapes.get(name)
+            have, want = self.topology.core_shapes[name], bank.topology.core_shapes[name]
             if have != want:
                 raise ShapeError(
                     f"The borrowed core {name!r} has shape {have}, the topology says {want}: layers that "
@@ -211,3 +260,50 @@ class SharedCores(nn.Module):
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
         return f"label={self.label!r}, cores={list(self.names)}, topology={self.topology.family}"
+
+
+def _build_shared_cores(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> SharedCores:
+    topology = Topology.from_dict(spec["topology"])
+    return SharedCores(topology, spec["shared"], label=spec["label"], device=device, dtype=dtype)
+
+
+register_module_type("shared_cores", _build_shared_cores)
+
+
+def lend_shared_cores(model: nn.Module) -> int:
+    """Connect banks that were built from descriptions with their owners, which are found by label.
+
+    Args:
+        model: a model with banks and owners.
+
+    Returns:
+        Number of banks that were connected.
+
+    Raises:
+        FormatError: the model has no owner with some label, or several.
+        TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
+
+    Example:
+        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
+        >>> specs = [part.spec() for part in (owner, *banks)]
+        >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)
+        >>> tm.bank.lend_shared_cores(model)
+        2
+    """
+    banks = [bank for bank in model.modules() if isinstance(bank, ExpertBank)]
+    waiting = [bank for bank in banks if bank.owner_label is not None and bank.owner is None]
+    for bank in waiting:
+        assert bank.owner_kind is not None
+        owners: list[Any] = [module for module in model.modules() if isinstance(module, bank.owner_kind)]
+        found = [owner for owner in owners if owner.label == bank.owner_label]
+        if len(found) != 1:
+            raise FormatError(
+                f"Experts borrow from the {bank.owner_kind.__name__} labelled {bank.owner_label!r}, of which "
+                f"{type(model).__name__} has {len(found)}; its labels are "
+                f"{sorted({owner.label for owner in owners}) or 'none'}. Put the owner into the model, and "
+                "give every owner a label of its own."
+            )
+        bank.borrow(found[0])
+    return len(waiting)

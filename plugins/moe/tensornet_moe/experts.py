@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from tensornet.decompose import decompose
 from tensornet.errors import FormatError, TopologyError
 from tensornet.linalg.svd import frobenius
 from tensornet.network import TensorNetwork, random_cores
+from tensornet.nn import register_module_type
 from tensornet.nn.storage import (
     FLOAT,
     PLAIN,
@@ -41,7 +42,7 @@ from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.checks import check_noise, check_weights, check_whole
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
-from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
+from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
 #: Number of elements from which matrices are built and used one at a time on CPUs, so that they fit the
@@ -89,6 +90,7 @@ class SharedCoreExperts(ExpertBank):
         ['1']
     """
 
+    owner_kind: ClassVar[type[nn.Module] | None] = SharedCores
     compute_like: Tensor
 
     def __init__(
@@ -107,14 +109,11 @@ class SharedCoreExperts(ExpertBank):
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
-        #: Label of the owner of borrowed cores, None if this bank owns all its cores.
+        self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
         self.owner_label = owner_label
-        # In a tuple, so that the owner is not registered as a submodule.
-        self._owner: tuple[SharedCores, ...] = ()
         if isinstance(shared, SharedCores):
-            shared.check_fits(enclosing)
-            self._owner, self.owner_label, shared = (shared,), shared.label, shared.names
-        self.shared = resolve_shared(enclosing, shared)
+            self.owner_label = shared.label
+            self.borrow(shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
@@ -268,14 +267,8 @@ class SharedCoreExperts(ExpertBank):
         For integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
         """
         if self.owner_label is not None:
-            if not self._owner:
-                raise RuntimeError(
-                    f"These experts borrow cores {', '.join(self.shared)} from the SharedCores labelled "
-                    f"{self.owner_label!r}, which they were not given: call "
-                    "tensornet_moe.tied.lend_shared_cores(model) on the model that contains both, or "
-                    "bank.borrow(owner)."
-                )
-            return {name: self._owner[0].core(name) for name in self.shared}
+            owner: SharedCores = self.lender()
+            return {name: owner.core(name) for name in self.shared}
         found: dict[str, nn.Parameter] = {}
         for name in self.shared:
             core = getattr(self, f"core_{name}")
@@ -283,29 +276,6 @@ class SharedCoreExperts(ExpertBank):
             trained = [part for part in parts if isinstance(part, nn.Parameter)]
             found |= {name: trained[0]} if trained else {}
         return found
-
-    @property
-    def owner(self) -> SharedCores | None:
-        """Owner of the shared cores; None if this bank owns them, or if the owner was not set yet."""
-        return self._owner[0] if self._owner else None
-
-    def borrow(self, owner: SharedCores) -> None:
-        """Set the owner of the shared cores, for banks that were built from a description.
-
-        Raises:
-            RuntimeError: the bank owns its cores.
-            TopologyError: the owner has other cores.
-            ShapeError: the owner's cores have other shapes.
-        """
-        if self.owner_label is None:
-            raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
-        if owner.names != self.shared:
-            raise TopologyError(
-                f"The owner {owner.label!r} has the cores {list(owner.names)}, these experts share "
-                f"{list(self.shared)}."
-            )
-        owner.check_fits(self.topology)
-        self._owner, self.owner_label = (owner,), owner.label
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Build expert matrices (about `(l + r) * out * in` multiply-adds each), or read them from the cache.
@@ -415,7 +385,8 @@ class SharedCoreExperts(ExpertBank):
         """Return the fastest way to apply the network of one expert to a number of rows."""
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
-        bounds = fastest_routes(plan_operator(self.topology), default_machine(x.device), x.element_size())
+        machine = self.machine or default_machine(x.device)
+        bounds = fastest_routes(plan_operator(self.topology), machine, x.element_size())
         return choose(bounds, rows)
 
     def _cores_of_each(self) -> list[list[Tensor]]:
@@ -552,6 +523,95 @@ class SharedCoreExperts(ExpertBank):
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
             f"shared={list(self.shared)}{f' of {self.owner_label!r}' if self.owner_label else ''}"
         )
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> SharedCoreExperts:
+    topologies = [Topology.from_dict(data) for data in spec["topologies"]]
+    return SharedCoreExperts(
+        topologies[0] if len(topologies) == 1 else topologies,
+        spec["num_experts"],
+        shared=spec["shared"],
+        owner_label=spec["owner"],
+        storage=Storage.from_dict(spec.get("storage", {})),
+        device=device,
+        dtype=dtype,
+    )
+
+
+register_module_type("shared_core_experts", _build)
+
+
+@torch.no_grad()
+def share_across_layers(
+    weights: Tensor,
+    *,
+    num_experts: int,
+    label: str = "shared",
+    topology: Topology | str | TopologyFamily = "mpo",
+    shared: str | Sequence[str] = "center",
+    noise: float = 0.0,
+    seed: int = 0,
+    max_bond: int | None = None,
+    max_sweeps: int = 10,
+    **options: Any,
+) -> tuple[SharedCores, list[SharedCoreExperts]]:
+    """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
+
+    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of a layer start as the fit
+    of its matrix. Shared cores fit unrelated layers badly (see `.error` of each bank), so the model must be
+    trained before use.
+
+    Args:
+        weights: the dense matrix of each layer, shape `(layers, out, in)`.
+        num_experts: experts of each layer.
+        label: label of the owner.
+        topology: an explicit topology, or a family's name.
+        shared: the cores to share.
+        noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
+        max_bond: cap on the bonds, if `topology` is a name.
+        max_sweeps: limit of alternating least squares.
+        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
+
+    Returns:
+        The owner, and a bank for each layer that borrows from it. Put the owner into the model that contains
+        the layers. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
+
+    Raises:
+        ShapeError: `weights` is not a stack of matrices of the topology's shape.
+        NonFiniteError: NaN or infinity in `weights`.
+        TopologyError: `shared` selects no core, or an unknown one.
+        ValueError: `noise` is below 0 or `num_experts` below 1.
+
+    Example:
+        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
+        >>> owner.names, len(banks), banks[0].owner is owner
+        (('1',), 2, True)
+    """
+    check_weights(weights, "layers", "out", "in")
+    check_noise(noise)
+    check_whole(num_experts=num_experts)
+    if isinstance(topology, str | TopologyFamily):
+        topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
+    owner = SharedCores(topology, shared, label=label, device="meta")
+    fit = fit_shared(weights, topology, owner.names, max_sweeps=max_sweeps)
+    for name in owner.names:
+        core = fit.cores[name].to(weights.dtype).contiguous()
+        owner.register_parameter(f"core_{name}", nn.Parameter(core, requires_grad=True))
+    banks = []
+    for layer, weight in enumerate(weights):
+        generator = torch.Generator().manual_seed(seed + layer)
+        own = {n: core[layer] for n, core in fit.cores.items() if n not in owner.names}
+        cores = {
+            name: [with_noise(core, noise, generator) for _ in range(num_experts)]
+            for name, core in own.items()
+        }
+        plan = plan_stack(topology, topology.core_names, 1)
+        error = stack_error(weight[None], build_matrices(plan, {**fit.cores, **own}, 1))
+        bank = SharedCoreExperts._from_cores((topology,) * num_experts, owner, cores, error, weights.dtype)
+        banks.append(bank)
+    return owner, banks
 
 
 # --- initial cores ---------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet._util import is_exporting
+from tensornet._util import check_type, is_exporting
 from tensornet.errors import ShapeError
+from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
 
@@ -38,6 +39,7 @@ class ExpertFFN(nn.Module):
         device, dtype: device and dtype of the biases.
 
     Raises:
+        TypeError: a value is not an ExpertBank.
         ValueError: unknown activation, or not two or three banks.
         ShapeError: the banks do not fit each other.
 
@@ -66,6 +68,8 @@ class ExpertFFN(nn.Module):
             )
         if len(matrices) not in (2, 3):
             raise ValueError(f"An expert has two matrices, or three if gated; got {list(matrices)}.")
+        for name, bank in matrices.items():
+            check_type(f"The bank {name!r}", bank, ExpertBank, "an expert's matrix is one of a bank")
         _check_fit(matrices)
         self.names = tuple(matrices)
         self.activation, self.dropout = activation, dropout
@@ -141,3 +145,16 @@ def _check_fit(matrices: Mapping[str, ExpertBank]) -> None:
             f"The matrices do not fit each other: (experts, out, in) are {shapes}. All but the last map a "
             "token to the hidden layer, the last maps back, and the number of experts is the same."
         )
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> ExpertFFN:
+    banks: dict[str, Any] = {
+        name: build_module(spec["matrices"][name], device=device, dtype=dtype) for name in spec["names"]
+    }
+    options = {name: spec[name] for name in ("activation", "bias", "dropout")}
+    return ExpertFFN(banks, **options, device=device, dtype=dtype)
+
+
+register_module_type("expert_ffn", _build)

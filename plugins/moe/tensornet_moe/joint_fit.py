@@ -7,7 +7,7 @@ networks that share one factor a closed form is used (`shared_low_rank.py`).
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from tensornet_moe.shared_low_rank import fit_low_rank, pattern_of
 EXPERTS = "expert"
 #: Conjugate gradient steps per core and sweep; without padding and with small bonds the first is exact.
 _STEPS = 2
+#: A sweep that lowers the relative error by less than this fraction of it is the last.
+_TOLERANCE = 1e-4
 #: Number of sweeps after which only the better start is continued.
 _TRIAL_SWEEPS = 3
 
@@ -57,7 +59,7 @@ class JointFit:
 
     topologies: tuple[Topology, ...]
     shared: tuple[str, ...]
-    cores: Mapping[str, Tensor | list[Tensor]]
+    cores: Mapping[str, Any]
     error: float
     alone_error: float | None
     fell_back: bool
@@ -73,31 +75,9 @@ class JointFit:
         )
 
 
-@dataclass(frozen=True)
-class SharedFit:
-    """Shared and private cores fitted by alternating least squares.
-
-    Args:
-        cores: shared cores by name, private ones `(E, *shape)`.
-        error: relative Frobenius error over the whole stack, measured.
-        sweeps: sweeps of alternating least squares.
-        converged: whether the error converged within the largest number of sweeps.
-    """
-
-    cores: Mapping[str, Tensor]
-    error: float
-    sweeps: int
-    converged: bool
-
-
 @torch.no_grad()
 def fit_jointly(
-    weights: Tensor,
-    topology: Topology,
-    shared: tuple[str, ...],
-    *,
-    max_sweeps: int = 30,
-    tolerance: float = 1e-4,
+    weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
 ) -> JointFit:
     """Fit `weights: (E, out, in)` by shared and private cores, or separately if the error is then smaller.
 
@@ -106,52 +86,42 @@ def fit_jointly(
         topology: the operator of one expert.
         shared: names of shared cores.
         max_sweeps: limit of alternating least squares.
-        tolerance: see `fit_shared`.
 
     Raises:
         ShapeError: `weights` is not a stack of matrices of the topology's shape.
         NonFiniteError: NaN or infinity in `weights`.
     """
-    fit = fit_shared(weights, topology, shared, max_sweeps=max_sweeps, tolerance=tolerance)
+    fit = fit_shared(weights, topology, shared, max_sweeps=max_sweeps)
     target = weights.detach().to(working_dtype(weights.dtype))
     alone = _alone(target, topology, sum(core.numel() for core in fit.cores.values()))
-    alone_error = None if alone is None else _error_of(target, alone)
-    how: dict[str, Any] = {"alone_error": alone_error, "sweeps": fit.sweeps, "converged": fit.converged}
-    if alone is not None and alone_error is not None and alone_error < fit.error:
-        columns = zip(*(network.cores for network in alone), strict=True)
-        cores = dict(zip(alone[0].topology.core_names, map(list, columns), strict=True))
-        topologies = tuple(network.topology for network in alone)
-        return JointFit(topologies, (), cores, alone_error, fell_back=True, **how)
-    return JointFit((topology,) * len(weights), shared, fit.cores, fit.error, fell_back=False, **how)
+    if alone is None:
+        return fit
+    error = _error_of(target, alone)
+    if error >= fit.error:
+        return replace(fit, alone_error=error)
+    columns = zip(*(network.cores for network in alone), strict=True)
+    return replace(
+        fit,
+        topologies=tuple(network.topology for network in alone),
+        shared=(),
+        cores=dict(zip(alone[0].topology.core_names, map(list, columns), strict=True)),
+        error=error,
+        alone_error=error,
+        fell_back=True,
+    )
 
 
 @torch.no_grad()
 def fit_shared(
-    weights: Tensor,
-    topology: Topology,
-    shared: tuple[str, ...],
-    *,
-    max_sweeps: int = 30,
-    tolerance: float = 1e-4,
-) -> SharedFit:
-    """Fit `weights: (E, out, in)` by shared and private cores.
+    weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
+) -> JointFit:
+    """Fit `weights: (E, out, in)` by shared and private cores; for arguments and errors see `fit_jointly`.
 
     For low ranks that share one factor the fit is optimal. For all other networks two starts are tried for a
     few sweeps of alternating least squares, and the better one is continued. One start is the decomposition
     of the mean expert, which suits experts that were copied from one matrix; the other has the decomposition
     of each expert, with the shared cores averaged. The problem is not convex: for unrelated experts the
     result is a local minimum.
-
-    Args:
-        weights: the matrices.
-        topology: topology of one matrix.
-        shared: names of shared cores.
-        max_sweeps: limit of alternating least squares.
-        tolerance: stop when a sweep lowers the relative error by less than this fraction of it.
-
-    Raises:
-        ShapeError: `weights` is not a stack of matrices of the topology's shape.
-        NonFiniteError: NaN or infinity in `weights`.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(
@@ -161,24 +131,49 @@ def fit_shared(
     check_finite(weights, "The stack of expert matrices")
     scale = safe_scale(weights)  # so that squares neither overflow nor underflow
     target = weights.detach().to(working_dtype(weights.dtype)) / scale
+    names, sweeps, converged = topology.core_names, 0, True
     pattern = pattern_of(topology, shared[0]) if len(shared) == 1 and not target.is_complex() else None
     if pattern is not None:
-        return _closed_form(pattern, target, topology, shared[0], scale)
-    fitted = target
-    if len(shared) == len(topology.cores):  # no private cores: fit the mean
-        fitted = target.mean(0, keepdim=True)
-    stack = Stack.of(fitted, topology, shared)
-    trials = [stack.fit(start, _TRIAL_SWEEPS, 0.0) for start in _starts(fitted, topology)]
-    best = min(trials, key=lambda fit: fit.cost)
-    # The tolerance is for the error, but the fit minimizes its square.
-    rest = stack.fit(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * tolerance)
-    error = stack_error(target, stack.matrices(rest.network).expand_as(target))
-    part = scale ** (1 / len(topology.cores))  # the scale is spread evenly over the cores
-    cores = {name: core * part for name, core in stack.unstacked(rest.network).items()}
-    return SharedFit(cores, error, best.sweeps + rest.sweeps, rest.converged)
+        cores, error = _closed_form(pattern, target, topology, shared[0])
+    else:
+        # Below one another the matrices are one network, with one more output leg for the experts.
+        fitted = target if len(shared) < len(names) else target.mean(0, keepdim=True)  # no private core
+        whole = _stacked_topology(topology, shared, len(fitted))
+        (rows, columns), padding = topology.padded_shape, Weighting()
+        matrix = pad_matrix(fitted, rows, columns).reshape(-1, columns)
+        if (rows, columns) != topology.shape:
+            near, far = (torch.zeros(n).to(fitted) for n in (rows, columns))
+            near[: topology.out_features] = far[: topology.in_features] = 1
+            padding = Weighting(near.repeat(len(fitted)), far)
+
+        def sweep(start: TensorNetwork, count: int, tolerance: float) -> Fit:
+            return fit_network(matrix, start, padding, sweeps=count, steps=_STEPS, tolerance=tolerance)
+
+        starts = [_stacked_network(whole, start, matrix) for start in _starts(fitted, topology)]
+        best = min((sweep(start, _TRIAL_SWEEPS, 0.0) for start in starts), key=lambda fit: fit.cost)
+        # The tolerance is for the error, but the fit minimizes its square.
+        rest = sweep(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * _TOLERANCE)
+        made = rest.network.to_matrix().reshape(len(fitted), rows, columns)
+        made = made[:, : topology.out_features, : topology.in_features]
+        error = stack_error(target, made.expand_as(target))
+        cores = dict(zip(names, rest.network.cores, strict=True))
+        sweeps, converged = best.sweeps + rest.sweeps, rest.converged
+    part = scale ** (1 / len(names))  # the scale is spread evenly over the cores
+    return JointFit(
+        topologies=(topology,) * len(target),
+        shared=shared,
+        cores={name: core * part for name, core in cores.items()},
+        error=error,
+        alone_error=None,
+        fell_back=False,
+        sweeps=sweeps,
+        converged=converged,
+    )
 
 
-def _closed_form(pattern: str, target: Tensor, topology: Topology, shared: str, scale: float) -> SharedFit:
+def _closed_form(
+    pattern: str, target: Tensor, topology: Topology, shared: str
+) -> tuple[dict[str, Tensor], float]:
     """Fit low ranks that share one factor, with columns and rows of equal norms on both sides of the bond."""
     rank = max(topology.bond_dims.values())
     fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
@@ -188,80 +183,33 @@ def _closed_form(pattern: str, target: Tensor, topology: Topology, shared: str, 
     sizes = left.square().sum(1).mean(0).sqrt(), right.square().sum(2).mean(0).sqrt()
     gauge = (sizes[1] / sizes[0].clamp_min(1e-300)).sqrt()
     gauge = torch.where(gauge > 0, gauge, torch.ones_like(gauge))
-    parts = zip(topology.core_names, (left * gauge, right / gauge[:, None]), strict=True)
+    parts = dict(zip(topology.core_names, (left * gauge, right / gauge[:, None]), strict=True))
     shapes = topology.core_shapes
-    cores = {
-        name: (part[0] if name == shared else part).reshape(
-            shapes[name] if name == shared else (len(target), *shapes[name])
-        )
-        * scale**0.5
-        for name, part in parts
-    }
-    return SharedFit(cores, error, 0, converged=True)
+    cores = {name: part.reshape(len(target), *shapes[name]) for name, part in parts.items()}
+    return {**cores, shared: cores[shared][0]}, error
 
 
-@dataclass(frozen=True)
-class Stack:
-    """Stack of matrices written as one matrix `(experts * out, in)`, and the network that fits it.
+def _stacked_topology(topology: Topology, shared: Sequence[str], count: int) -> Topology:
+    """Build the topology of matrices below one another, whose private cores have a leg for the experts."""
+    outs, sizes = topology.out_labels, topology.sizes
+    if len(shared) < len(topology.cores):
+        outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)
+    cores = tuple(
+        core if core.name in shared else CoreSpec(core.name, (EXPERTS, *core.labels))
+        for core in topology.cores
+    )
+    rows, columns = topology.padded_shape
+    return Topology("", cores, sizes, outs, topology.in_labels, count * rows, columns)
 
-    Args:
-        topology: topology of the whole stack, for matrices padded to the legs.
-        single: topology of one matrix.
-        matrix: all matrices, one below the other, padded with zeros.
-        weighting: weighting that ignores padding.
-        count: number of matrices.
-    """
 
-    topology: Topology
-    single: Topology
-    matrix: Tensor
-    weighting: Weighting
-    count: int
-
-    @classmethod
-    def of(cls, target: Tensor, topology: Topology, shared: Sequence[str]) -> "Stack":
-        """Stack `target: (experts, out, in)` for a fit with the given shared cores."""
-        count, (rows, columns) = len(target), topology.padded_shape
-        outs, sizes = topology.out_labels, topology.sizes
-        private = [core.name for core in topology.cores if core.name not in shared]
-        if private:
-            outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)
-        cores = tuple(
-            CoreSpec(x.name, (EXPERTS, *x.labels)) if x.name in private else x for x in topology.cores
-        )
-        whole = Topology("", cores, sizes, outs, topology.in_labels, count * rows, columns)
-        matrix = pad_matrix(target, rows, columns).reshape(count * rows, columns)
-        weighting = Weighting()
-        if (rows, columns) != topology.shape:
-            near, far = (torch.zeros(n).to(target) for n in (rows, columns))
-            near[: topology.out_features] = far[: topology.in_features] = 1
-            weighting = Weighting(near.repeat(count), far)
-        return cls(whole, topology, matrix, weighting, count)
-
-    def fit(self, start: TensorNetwork | Sequence[TensorNetwork], sweeps: int, tolerance: float) -> Fit:
-        """Run alternating least squares, starting from a network of the stack or from one for each matrix."""
-        network = start if isinstance(start, TensorNetwork) else self._stacked(start)
-        return fit_network(
-            self.matrix, network, self.weighting, sweeps=sweeps, steps=_STEPS, tolerance=tolerance
-        )
-
-    def unstacked(self, network: TensorNetwork) -> dict[str, Tensor]:
-        """Return the cores of the network of the stack by name; private cores are `(experts, *shape)`."""
-        return dict(zip(self.topology.core_names, network.cores, strict=True))
-
-    def matrices(self, network: TensorNetwork) -> Tensor:
-        """Contract the network to the matrices, shape `(experts, out, in)`."""
-        made = network.to_matrix().reshape(self.count, *self.single.padded_shape)
-        return made[:, : self.single.out_features, : self.single.in_features]
-
-    def _stacked(self, networks: Sequence[TensorNetwork]) -> TensorNetwork:
-        """Average the shared cores of several networks, and stack their private cores."""
-        stacks = [torch.stack(cores) for cores in zip(*(x.cores for x in networks), strict=True)]
-        cores = [
-            stack if EXPERTS in spec.labels else stack.mean(0)
-            for spec, stack in zip(self.topology.cores, stacks, strict=True)
-        ]
-        return TensorNetwork(self.topology, [core.to(self.matrix) for core in cores])
+def _stacked_network(whole: Topology, networks: Sequence[TensorNetwork], like: Tensor) -> TensorNetwork:
+    """Average the shared cores of several networks, and stack their private cores."""
+    stacks = [torch.stack(cores) for cores in zip(*(x.cores for x in networks), strict=True)]
+    cores = [
+        stack if EXPERTS in spec.labels else stack.mean(0)
+        for spec, stack in zip(whole.cores, stacks, strict=True)
+    ]
+    return TensorNetwork(whole, [core.to(like) for core in cores])
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:

@@ -1,13 +1,15 @@
 """Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet._util import is_exporting
+from tensornet._util import check_type, is_exporting
 from tensornet.errors import ShapeError
+from tensornet.nn import build_module, register_module_type
 from tensornet_moe.checks import check_capacity, check_not_negative
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows, one_group
@@ -72,6 +74,7 @@ class SharedCoreMoE(nn.Module):
         dropout: dropout probability of the result, in training.
 
     Raises:
+        TypeError: a part is not of the class above.
         ShapeError: router and experts do not fit each other, or the shared expert has other features or is
             more than one expert.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
@@ -102,6 +105,10 @@ class SharedCoreMoE(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        check_type("router", router, Router, "for example tensornet_moe.TopKRouter(d_model, num_experts)")
+        check_type("experts", experts, ExpertFFN, "make one of two or three banks")
+        if shared_expert is not None:
+            check_type("shared_expert", shared_expert, ExpertFFN, "make one of banks of one expert")
         have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
         if have != want:
             raise ShapeError(
@@ -190,6 +197,20 @@ class SharedCoreMoE(nn.Module):
         return (
             f"capacity_factor={self.capacity_factor}, balance_coef={self.balance_coef}, z_coef={self.z_coef}"
         )
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> SharedCoreMoE:
+    parts: dict[str, Any] = {
+        name: None if spec[name] is None else build_module(spec[name], device=device, dtype=dtype)
+        for name in ("router", "experts", "shared_expert")
+    }
+    names = ("capacity_factor", "balance_coef", "z_coef", "dropout")
+    return SharedCoreMoE(**parts, **{name: spec[name] for name in names})
+
+
+register_module_type("shared_core_moe", _build)
 
 
 def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN) -> None:

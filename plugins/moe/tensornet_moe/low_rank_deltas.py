@@ -1,16 +1,15 @@
 """Experts that add private low-rank corrections to the matrices of another bank."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.contraction.cost import Machine, default_machine
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale, working_dtype
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
+from tensornet.nn import build_module, register_module_type
 from tensornet.topologies import TopologyFamily, dense
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank
@@ -70,9 +69,6 @@ class LowRankDeltaExperts(ExpertBank):
         left = torch.zeros(self.num_experts, rows, rank, device=device, dtype=dtype)
         right = torch.randn(self.num_experts, rank, columns, device=device, dtype=dtype) / columns**0.5
         self.left, self.right = nn.Parameter(left), nn.Parameter(right)
-        self.strategy: Strategy = "auto"
-        self.machine: Machine | None = None
-        self.kept = KeptMatrix()
         #: Relative Frobenius error with respect to the original matrices; None for a new bank.
         self.error: float | None = None
 
@@ -148,11 +144,13 @@ class LowRankDeltaExperts(ExpertBank):
         return bank
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build the matrices of the given experts, or read them from the cache; see `ExpertBank`."""
-        if self.keeps_matrices():
-            kept = self.kept.get(self.stored_tensors(), self.left, lambda: self._rebuild(None))
-            return kept if experts is None else kept.index_select(0, self.check_experts(experts))
-        return self._rebuild(None if experts is None else self.check_experts(experts))
+        """Build the matrices of the given experts; see `ExpertBank`."""
+        left: Tensor = self.left
+        right: Tensor = self.right
+        if experts is not None:
+            experts = self.check_experts(experts)
+            left, right = left.index_select(0, experts), right.index_select(0, experts)
+        return torch.baddbmm(self.base.expert_matrices(experts).to(left.dtype), left, right)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute `y_r = base_e x_r + left_e (right_e x_r)` if this is cheaper than building the matrices.
@@ -161,7 +159,7 @@ class LowRankDeltaExperts(ExpertBank):
         """
         built = self.num_experts if groups.active is None else len(groups.active)
         rows, columns = self.out_features, self.in_features
-        if self.keeps_matrices() or len(x) * (rows + columns) >= built * rows * columns:
+        if len(x) * (rows + columns) >= built * rows * columns:
             return super().apply_rows(x, groups)
         y = self.base.apply_rows(x, groups)
         if groups.active is None:
@@ -171,36 +169,14 @@ class LowRankDeltaExperts(ExpertBank):
         inner = looped_linear(x, [right[e] for e in groups.active], groups)
         return y + looped_linear(inner, [left[e] for e in groups.active], groups)
 
-    def keeps_matrices(self) -> bool:
-        """Return True if the matrices are cached now, by the strategy "cached" in eval mode."""
-        return self.strategy == "cached" and may_keep(self, self.stored_tensors())
-
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores of the base."""
         return self.base.shared_parameters()
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of the matrices of all experts in the dtype of the deltas."""
-        return self.num_experts * self.out_features * self.in_features * self.left.element_size()
-
-    @property
-    def seconds_saved(self) -> float:
-        """Predicted seconds that cached matrices save in a forward pass of one token."""
-        peak = default_machine(self.left.device).peak
-        return self.rank * self.out_features * self.in_features / peak
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return the deltas and every tensor that the base stores or borrows."""
         # `parameters()` also returns the originals of parametrized cores.
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
-
-    def _rebuild(self, index: Tensor | None) -> Tensor:
-        left: Tensor = self.left
-        right: Tensor = self.right
-        if index is not None:
-            left, right = left.index_select(0, index), right.index_select(0, index)
-        return torch.baddbmm(self.base.expert_matrices(index).to(left.dtype), left, right)
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
@@ -209,3 +185,13 @@ class LowRankDeltaExperts(ExpertBank):
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
         return f"{self.num_experts} x ({self.out_features}, {self.in_features}), rank={self.rank}"
+
+
+def _build(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> LowRankDeltaExperts:
+    base: Any = build_module(spec["base"], device=device, dtype=dtype)
+    return LowRankDeltaExperts(base, spec["rank"], device=device, dtype=dtype)
+
+
+register_module_type("low_rank_delta_experts", _build)

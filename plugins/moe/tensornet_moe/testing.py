@@ -16,12 +16,12 @@ from torch import Tensor
 
 from tensornet.errors import NonFiniteError
 from tensornet.nn import build_module
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank, SharedCores, lend_shared_cores
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.mask import GradientMask
 from tensornet_moe.routers import Router, Routing
-from tensornet_moe.tied import SharedExperts, lend_shared_cores
+from tensornet_moe.tied import SharedExperts
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 

@@ -1,21 +1,16 @@
-"""Experts and cores shared by several layers: owners, and banks that borrow from them."""
+"""Whole experts shared by several layers: their owner, and the banks that borrow from it."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tensornet.errors import FormatError, ShapeError
-from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.checks import check_noise, check_weights, check_whole
-from tensornet_moe.experts import SharedCoreExperts, with_noise
+from tensornet.errors import ShapeError
+from tensornet.nn import build_module, register_module_type
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups
-from tensornet_moe.joint_fit import fit_shared, stack_error
-from tensornet_moe.stacked import build_matrices, plan_stack
 
 
 class SharedExperts(nn.Module):
@@ -64,6 +59,19 @@ class SharedExperts(nn.Module):
         assert isinstance(found, ExpertBank)
         return found
 
+    def check_fits(self, bank: Any) -> None:
+        """Raise unless a `TiedExperts` can borrow its matrices.
+
+        Raises:
+            ShapeError: no bank has its name, or that bank has other experts.
+        """
+        have, want = _shape_of(self.bank(bank.name)), _shape_of(bank)
+        if have != want:
+            raise ShapeError(
+                f"The bank {bank.name!r} of {self.label!r} has (experts, out, in) = {have}, the experts tied "
+                f"to it need {want}."
+            )
+
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         banks = [self.bank(name).spec() for name in self.banks]
@@ -95,6 +103,8 @@ class TiedExperts(ExpertBank):
         "Expert Tying" (arXiv 2606.16825): neighbouring layers use the same experts with routers of their own.
     """
 
+    owner_kind: ClassVar[type[nn.Module] | None] = SharedExperts
+
     def __init__(
         self,
         owner: SharedExperts | str,
@@ -104,36 +114,15 @@ class TiedExperts(ExpertBank):
         shape: tuple[int, int] | None = None,
     ) -> None:
         if isinstance(owner, SharedExperts):
-            bank = owner.bank(name)
-            num_experts, shape = bank.num_experts, (bank.out_features, bank.in_features)
+            num_experts, rows, columns = _shape_of(owner.bank(name))
+            shape = (rows, columns)
         elif num_experts is None or shape is None:
             raise ShapeError("With the label of an owner give num_experts= and shape=(out, in) as well.")
         super().__init__(num_experts, shape)
         self.name = name
-        self.owner_label = owner.label if isinstance(owner, SharedExperts) else owner
-        # In a tuple, so that the owner is not registered as a submodule.
-        self._owner: tuple[SharedExperts, ...] = (owner,) if isinstance(owner, SharedExperts) else ()
-
-    @property
-    def owner(self) -> SharedExperts | None:
-        """Owner of the matrices, None if it was not set yet."""
-        return self._owner[0] if self._owner else None
-
-    def borrow(self, owner: SharedExperts) -> None:
-        """Set the owner, for banks that were built from a description.
-
-        Raises:
-            ShapeError: the owner has no bank of this name, or its bank has other experts.
-        """
-        bank = owner.bank(self.name)
-        have = (bank.num_experts, bank.out_features, bank.in_features)
-        want = (self.num_experts, self.out_features, self.in_features)
-        if have != want:
-            raise ShapeError(
-                f"The bank {self.name!r} of {owner.label!r} has (experts, out, in) = {have}, the experts "
-                f"tied to it need {want}."
-            )
-        self._owner, self.owner_label = (owner,), owner.label
+        self.owner_label = owner if isinstance(owner, str) else owner.label
+        if isinstance(owner, SharedExperts):
+            self.borrow(owner)
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
         """Return the matrices of the owner's bank; see `ExpertBank`."""
@@ -176,14 +165,8 @@ class TiedExperts(ExpertBank):
 
     @property
     def _bank(self) -> ExpertBank:
-        if not self._owner:
-            raise RuntimeError(
-                f"These experts borrow the bank {self.name!r} from the SharedExperts labelled "
-                f"{self.owner_label!r}, which they were not given: call "
-                "tensornet_moe.tied.lend_shared_cores(model) on the model that contains both, or "
-                "bank.borrow(owner)."
-            )
-        return self._owner[0].bank(self.name)
+        bank: ExpertBank = self.lender().bank(self.name)
+        return bank
 
 
 def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> SharedExperts:
@@ -218,7 +201,7 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
                 f"Network {position} to tie must be an ExpertFFN, got a {type(network).__name__}; that of a "
                 "SharedCoreMoE is its attribute experts."
             )
-    shapes = [_shapes(network) for network in networks]
+    shapes = [{name: _shape_of(network.bank(name)) for name in network.names} for network in networks]
     for position, found in enumerate(shapes):
         if found != shapes[0]:
             raise ShapeError(
@@ -232,135 +215,26 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
     return owner
 
 
-def _shapes(network: ExpertFFN) -> dict[str, tuple[int, int, int]]:
-    banks = {name: network.bank(name) for name in network.names}
-    return {name: (b.num_experts, b.out_features, b.in_features) for name, b in banks.items()}
+def _shape_of(bank: ExpertBank) -> tuple[int, int, int]:
+    return bank.num_experts, bank.out_features, bank.in_features
 
 
-# --- cores of several layers ----------------------------------------------------------------------
+def _build_shared_experts(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> SharedExperts:
+    banks: dict[str, Any] = {
+        name: build_module(bank, device=device, dtype=dtype)
+        for name, bank in zip(spec["names"], spec["banks"], strict=True)
+    }
+    return SharedExperts(banks, label=spec["label"])
 
 
-@torch.no_grad()
-def share_across_layers(
-    weights: Tensor,
-    *,
-    num_experts: int,
-    label: str = "shared",
-    topology: Topology | str | TopologyFamily = "mpo",
-    shared: str | Sequence[str] = "center",
-    noise: float = 0.0,
-    seed: int = 0,
-    max_bond: int | None = None,
-    max_sweeps: int = 10,
-    **options: Any,
-) -> tuple[SharedCores, list[SharedCoreExperts]]:
-    """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
-
-    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of a layer start as the fit
-    of its matrix. Shared cores fit unrelated layers badly (see `.error` of each bank), so the model must be
-    trained before use.
-
-    Args:
-        weights: the dense matrix of each layer, shape `(layers, out, in)`.
-        num_experts: experts of each layer.
-        label: label of the owner.
-        topology: an explicit topology, or a family's name.
-        shared: the cores to share.
-        noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
-        max_bond: cap on the bonds, if `topology` is a name.
-        max_sweeps: limit of alternating least squares.
-        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
-
-    Returns:
-        The owner, and a bank for each layer that borrows from it. Put the owner into the model that contains
-        the layers. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
-
-    Raises:
-        ShapeError: `weights` is not a stack of matrices of the topology's shape.
-        NonFiniteError: NaN or infinity in `weights`.
-        TopologyError: `shared` selects no core, or an unknown one.
-        ValueError: `noise` is below 0 or `num_experts` below 1.
-
-    Example:
-        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
-        >>> owner.names, len(banks), banks[0].owner is owner
-        (('1',), 2, True)
-    """
-    check_weights(weights, "layers", "out", "in")
-    check_noise(noise)
-    check_whole(num_experts=num_experts)
-    if isinstance(topology, str | TopologyFamily):
-        topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
-    owner = SharedCores(topology, shared, label=label, device="meta")
-    fit = fit_shared(weights, topology, owner.names, max_sweeps=max_sweeps)
-    for name in owner.names:
-        core = fit.cores[name].to(weights.dtype).contiguous()
-        owner.register_parameter(f"core_{name}", nn.Parameter(core, requires_grad=True))
-    banks = []
-    for layer, weight in enumerate(weights):
-        generator = torch.Generator().manual_seed(seed + layer)
-        own = {n: core[layer] for n, core in fit.cores.items() if n not in owner.names}
-        cores = {
-            name: [with_noise(core, noise, generator) for _ in range(num_experts)]
-            for name, core in own.items()
-        }
-        error = _error(weight, topology, {**fit.cores, **own})
-        bank = SharedCoreExperts._from_cores((topology,) * num_experts, owner, cores, error, weights.dtype)
-        banks.append(bank)
-    return owner, banks
+def _build_tied_experts(
+    spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
+) -> TiedExperts:
+    rows, columns = spec["shape"]
+    return TiedExperts(spec["owner"], spec["name"], num_experts=spec["num_experts"], shape=(rows, columns))
 
 
-def lend_shared_cores(model: nn.Module) -> int:
-    """Connect banks that were built from descriptions with their owners, which are found by label.
-
-    Args:
-        model: a model with banks and owners.
-
-    Returns:
-        Number of banks that were connected.
-
-    Raises:
-        FormatError: the model has no owner with some label, or several.
-        TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
-
-    Example:
-        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
-        >>> specs = [part.spec() for part in (owner, *banks)]
-        >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)
-        >>> tm.tied.lend_shared_cores(model)
-        2
-    """
-    waiting = [
-        module
-        for module in model.modules()
-        if isinstance(module, SharedCoreExperts | TiedExperts) and module.owner_label and not module.owner
-    ]
-    for bank in waiting:
-        assert bank.owner_label is not None
-        if isinstance(bank, TiedExperts):
-            bank.borrow(_owner(model, SharedExperts, bank.owner_label))
-        else:
-            bank.borrow(_owner(model, SharedCores, bank.owner_label))
-    return len(waiting)
-
-
-_Owner = TypeVar("_Owner", SharedCores, SharedExperts)
-
-
-def _owner(model: nn.Module, kind: type[_Owner], label: str) -> _Owner:
-    """Return the only owner of a class with this label."""
-    owners = [m for m in model.modules() if isinstance(m, kind)]
-    found = [owner for owner in owners if owner.label == label]
-    if len(found) != 1:
-        raise FormatError(
-            f"Experts borrow from the {kind.__name__} labelled {label!r}, of which "
-            f"{type(model).__name__} has {len(found)}; its labels are "
-            f"{sorted({owner.label for owner in owners}) or 'none'}. Put the owner into the model, and give "
-            "every owner a label of its own."
-        )
-    return found[0]
-
-
-def _error(weight: Tensor, topology: Topology, cores: Mapping[str, Tensor]) -> float:
-    made = build_matrices(plan_stack(topology, topology.core_names, 1), cores, 1)
-    return stack_error(weight[None], made)
+register_module_type("shared_experts", _build_shared_experts)
+register_module_type("tied_experts", _build_tied_experts)
