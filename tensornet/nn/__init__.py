@@ -7,7 +7,6 @@ from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import build_module, module_spec, register_module_type
 from tensornet.nn.prepare import prepare_for_inference
 from tensornet.nn.strategy import cached_bytes, set_strategy
-from tensornet.nn.unfuse import register_stacked_matrices
 
 __all__ = [
     "LayerKind",
@@ -22,6 +21,5 @@ __all__ = [
     "register_extension",
     "register_layer_kind",
     "register_module_type",
-    "register_stacked_matrices",
     "set_strategy",
 ]

@@ -6,9 +6,7 @@ a layer. A `Compound` computes the same as such a stock module, but has a layer 
 `nn.Linear`. `Compound.fuse` returns the stock module if nothing was replaced.
 """
 
-import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,18 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.contraction.plan import PLANNED_TOKENS
-from tensornet.errors import TargetError
 from tensornet.nn.extension import extensions
 from tensornet.nn.layer_kinds import (
     ACCELERATE,
-    CompoundKind,
     LayerKind,
     carry_hooks,
     compound_of,
     has_own_forward,
     layer_bias,
     own_parameters,
-    register_compound_kind,
     register_layer_kind,
 )
 from tensornet.nn.module import NetworkModule
@@ -296,249 +291,6 @@ def _own(matrix: Tensor) -> Tensor:
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 
 
-#: Parameters that are stacks of matrices, by class and dotted name; see `register_stacked_matrices`.
-_STACKED: dict[str, Mapping[str, str]] = {}
-
-
-def register_stacked_matrices(type_name: str, layouts: Mapping[str, str]) -> None:
-    """Declare which parameters of a class are stacks of matrices, or one matrix with a side split in two.
-
-    Neither the names nor the shapes of parameters tell whether a stack of experts is `(experts, out, in)` or
-    `(experts, in, out)`, so it is declared here. The code of the class may multiply by a stack with
-    `torch.bmm`, `torch.einsum` or `@`, or by one matrix of it, `stack[k]`, with `F.linear`, `torch.matmul` or
-    `@`.
-
-    Args:
-        type_name: full name of the class, with its module; it need not be imported.
-        layouts: for the dotted name of each parameter, a letter for each dimension: `e` for matrices, `i` for
-            inputs, `o` for outputs. A two-dimensional parameter contains `num_experts` matrices, one below
-            the other.
-
-    Example:
-        >>> from tensornet.nn.unfuse import register_stacked_matrices, unfuse
-        >>> class Experts(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.w = torch.nn.Parameter(torch.randn(3, 4, 5))
-        ...     def forward(self, x):
-        ...         return torch.bmm(x, self.w)
-        >>> register_stacked_matrices(f"{Experts.__module__}.{Experts.__qualname__}", {"w": "eio"})
-        >>> model = torch.nn.Sequential(Experts())
-        >>> unfuse(model), model[0].layer_names
-        (['0'], ('0.w', '1.w', '2.w'))
-    """
-    wrong = {name: layout for name, layout in layouts.items() if layout not in _LAYOUTS}
-    if wrong or not layouts:
-        raise TargetError(f"Layouts of stacked matrices are {', '.join(_LAYOUTS)}; got {wrong or layouts}.")
-    _STACKED[type_name] = dict(layouts)
-
-
-_LAYOUTS = ("eio", "eoi", "ioo", "oii", "iio", "ooi")
-
-_TRANSFORMERS = "transformers.models"
-register_stacked_matrices(
-    f"{_TRANSFORMERS}.llama4.modeling_llama4.Llama4TextExperts", {"gate_up_proj": "eio", "down_proj": "eio"}
-)
-register_stacked_matrices(f"{_TRANSFORMERS}.jetmoe.modeling_jetmoe.JetMoeParallelExperts", {"weight": "eoi"})
-register_stacked_matrices(
-    f"{_TRANSFORMERS}.dbrx.modeling_dbrx.DbrxExperts", {"mlp.w1": "eoi", "mlp.v1": "eoi", "mlp.w2": "eio"}
-)
-register_stacked_matrices(
-    f"{_TRANSFORMERS}.xlnet.modeling_xlnet.XLNetRelativeAttention",
-    {"q": "ioo", "k": "ioo", "v": "ioo", "r": "ioo", "o": "oii"},
-)
-
-
-class StackedMatrices(Compound):
-    """Replacement for a module of a class in `register_stacked_matrices`; it runs the class's own code.
-
-    The code sees a placeholder in place of the parameter. Products with the placeholder are computed by
-    layers; any other operation on it raises. Parameters of children are treated in the same way.
-    """
-
-    def __init__(self, stock: nn.Module, layouts: Mapping[str, str], shared: Shared) -> None:
-        self.__dict__["layouts"] = {}  # needed by `__getattr__` before the stacks are known
-        self._shapes = {name: _shape(stock, name, layout) for name, layout in layouts.items()}
-        stacks = {name: _stack(name, layouts[name], self._shapes[name]) for name in layouts}
-        super().__init__(stock, tuple(stacks.values()), shared)
-        self._names = {name: stack.names for name, stack in stacks.items()}
-        self.layouts = dict(layouts)
-        self.holders = frozenset(name.partition(".")[0] for name in layouts if "." in name)
-        for name, child in stock.named_children():
-            if name not in self.holders:
-                setattr(self, name, child)
-
-    @property
-    def weight(self) -> Any:
-        """Placeholder for a stack named `weight`; otherwise see `Compound.weight`."""
-        return self._stacked("weight") if "weight" in self.layouts else super().weight
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the code of the stock module."""
-        return type(self._stock[0]).forward(self, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up placeholders for the stacks, and other attributes in the stock module."""
-        layouts = self.__dict__.get("layouts", {})
-        if name in layouts:
-            return self._stacked(name)
-        if name in self.__dict__.get("holders", ()):
-            return _Holder(self, name)
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            kind = type(self._stock[0]) if layouts else nn.Module
-            method = inspect.getattr_static(kind, name, None)
-            if not hasattr(method, "__get__"):
-                raise
-            return method.__get__(self, kind)  # binds it to this module unless it is static
-
-    def _stacked(self, name: str) -> "_Stacked":
-        layers = [self.get_submodule(x) for x in self._names[name]]
-        return _Stacked(layers, self.layouts[name], self._shapes[name])
-
-
-class _Holder:
-    """Placeholder for a child with stacks; it runs the child's code with placeholders for the stacks."""
-
-    def __init__(self, owner: StackedMatrices, name: str) -> None:
-        self._owner, self._name = owner, name
-        self._child = owner._stock[0].get_submodule(name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self._child).forward(self, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        full = f"{self._name}.{name}"
-        return self._owner._stacked(full) if full in self._owner.layouts else getattr(self._child, name)
-
-
-class _Stacked:
-    """Placeholder for a parameter; supports products and raises for any other operation."""
-
-    def __init__(self, layers: Sequence[nn.Module], layout: str, shape: tuple[int, ...]) -> None:
-        self.layers, self.layout, self.shape = layers, layout, torch.Size(shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layers[0].weight.dtype  # type: ignore[return-value]
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].weight.device  # type: ignore[return-value]
-
-    def view(self, *sizes: Any) -> "_Stacked":
-        """Return the stack itself if the rows are viewed in the shape of the stack."""
-        asked = tuple(sizes[0] if len(sizes) == 1 else sizes)
-        if len(asked) != 3 or any(x not in (-1, known) for x, known in zip(asked, self.shape, strict=True)):
-            raise TargetError(
-                f"An unfused stack of matrices cannot be viewed as {asked}, only as {tuple(self.shape)}."
-            )
-        return self
-
-    def __getitem__(self, index: Any) -> "_One":
-        if self.layout[0] != "e" or (isinstance(index, Tensor) and index.numel() != 1):
-            raise TargetError(
-                "An unfused stack gives one matrix at a time; got an index of "
-                f"{tuple(index.shape) if isinstance(index, Tensor) else index}."
-            )
-        return _One(self.layers[int(index)])
-
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        return self._product(x)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func in (torch.bmm, torch.matmul, Tensor.__matmul__, Tensor.matmul) and not kwargs:
-            x, stack = args
-            return stack._product(x)
-        if func is torch.einsum and not kwargs:
-            equation, x, stack = args
-            return stack._einsum(equation, x)
-        raise TargetError(
-            f"{getattr(func, '__name__', func)} cannot compute with an unfused stack of matrices, only "
-            "bmm, einsum, and products with one matrix of it."
-        )
-
-    def _product(self, x: Tensor) -> Tensor:
-        """Multiply `x: (matrices, tokens, in)` by each matrix."""
-        return torch.stack([layer(part) for layer, part in zip(self.layers, x.unbind(), strict=True)])
-
-    def _einsum(self, equation: str, x: Tensor) -> Tensor:
-        """Compute an einsum that sums over the inputs of the stack and keeps its outputs."""
-        given, _, after = equation.replace(" ", "").partition("->")
-        before, _, weight = given.partition(",")
-        role = dict(zip(weight, self.layout, strict=True))
-        summed = [letter for letter in weight if role[letter] == "i"]
-        made = [letter for letter in weight if role[letter] == "o"]
-        kept = [letter for letter in before if letter not in summed]
-        if self.layout[0] == "e":
-            kept = [weight[0], *(letter for letter in kept if letter != weight[0])]
-        x = x.permute([before.index(letter) for letter in (*kept, *summed)]).flatten(len(kept))
-        y = self._product(x) if self.layout[0] == "e" else self.layers[0](x)
-        y = y.unflatten(-1, [self.shape[weight.index(letter)] for letter in made])
-        order = [*kept, *made]
-        return y.permute([order.index(letter) for letter in after])
-
-
-class _One:
-    """Placeholder for one matrix of a stack, in either orientation."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
-
-    @property
-    def T(self) -> "_One":
-        return self
-
-    mT = T
-
-    def __rmatmul__(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        known = (F.linear, torch.matmul, Tensor.__matmul__, Tensor.matmul)
-        if func in known and len(args) == 2 and not kwargs:
-            return args[1].layer(args[0])
-        raise TargetError(
-            f"{getattr(func, '__name__', func)} cannot compute with one matrix of an unfused stack, only "
-            "linear and matmul."
-        )
-
-
-def _shape(stock: nn.Module, name: str, layout: str) -> tuple[int, ...]:
-    """Return the shape of a stack with one dimension for each letter of its layout."""
-    shape = tuple(stock.get_parameter(name).shape)
-    if len(shape) == len(layout):
-        return shape
-    count: int = stock.num_experts  # type: ignore[assignment]
-    return (count, shape[0] // count, shape[1])
-
-
-def _stack(name: str, layout: str, shape: tuple[int, ...]) -> Stack:
-    layer, transposed = name.replace(".", "_"), layout.index("i") < layout.index("o")
-    if layout[0] == "e":
-        return Stack(name, tuple(f"{k}.{layer}" for k in range(shape[0])), shape[2], transposed)
-    last = [size for size, letter in zip(shape, layout, strict=True) if letter == layout[-1]]
-    return Stack(name, (f"{layer}_matrix",), math.prod(last), transposed)
-
-
-class _StackedKind(CompoundKind):
-    def matches(self, module: nn.Module) -> bool:
-        layouts = _STACKED.get(f"{type(module).__module__}.{type(module).__qualname__}")
-        names = {name for name, _ in module.named_parameters()} if layouts else set()
-        return layouts is not None and layouts.keys() <= names
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        kind = type(module)
-        return StackedMatrices(module, _STACKED[f"{kind.__module__}.{kind.__qualname__}"], shared)
-
-
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Make every weight of a model a layer inside the block, where it can be calibrated and replaced.
@@ -623,4 +375,3 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 register_layer_kind(_PartKind())
-register_compound_kind(_StackedKind())

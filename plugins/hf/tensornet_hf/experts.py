@@ -28,21 +28,21 @@ class SplitExperts(Compound):
     """
 
     def __init__(self, stock: nn.Module, shared: Shared | None = None) -> None:
-        names = stack_names(stock)
+        layouts = stack_layouts(stock)
         count: int = stock.num_experts  # type: ignore[assignment]
+        self.names = tuple(name.replace(".", "_") for name in layouts)
         stacks = tuple(
             Stack(
-                name,
+                parameter,
                 tuple(f"{number}.{name}" for number in range(count)),
-                stock.get_parameter(name).shape[-1],
-                bool(stock.is_transposed),
+                stock.get_parameter(parameter).shape[-1],
+                transposed,
             )
-            for name in names
+            for name, (parameter, transposed) in zip(self.names, layouts.items(), strict=True)
         )
         super().__init__(stock, stacks, {} if shared is None else shared)
         self.padding_mask: Tensor | None = None  # `(rows, tokens)`, during calibration
         self.num_experts = count
-        self.names = names
 
     @property
     def experts(self) -> list[nn.Module]:
@@ -85,21 +85,80 @@ class SplitExperts(Compound):
         return x
 
 
-def stack_names(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of the stacks of an experts module in order; empty if it cannot be split.
+class SplitDbrx(SplitExperts):
+    """Replacement for the experts of DBRX, whose matrices belong to a child and are stored as rows."""
 
-    Only modules that consist of matrices, biases and an activation can be split.
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Sum the outputs of the chosen experts, see `SplitExperts.forward`."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        mixed = super().forward(flat, top_k_index, top_k_weights)
+        return mixed.view(len(hidden_states), -1, hidden_states.shape[-1])
+
+    def _run(self, number: int, x: Tensor) -> Tensor:
+        stock: Any = self._stock[0]
+        gate, up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
+        y: Tensor = down(stock.mlp.activation_fn(gate(x)) * up(x))
+        return y
+
+
+class SplitLlama4(SplitExperts):
+    """Replacement for the experts of Llama 4, each of which reads every token."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """Map `(experts * tokens, features)`, which repeats the tokens for each expert."""
+        parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
+        return torch.cat([self._run(number, part) for number, part in enumerate(parts)])
+
+    def _run(self, number: int, x: Tensor) -> Tensor:
+        stock: Any = self._stock[0]
+        gate_up, down = (self.get_submodule(f"{number}.{name}") for name in self.names)
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        y: Tensor = down(up * stock.act_fn(gate))
+        return y
+
+
+class SplitJetMoe(SplitExperts):
+    """Replacement for one stack of JetMoE, whose tokens are sorted by expert."""
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
+        """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the tokens of each expert."""
+        parts = inputs.split(expert_size)
+        return torch.cat([self.get_submodule(f"{k}.weight")(part) for k, part in enumerate(parts)])
+
+
+#: Classes with code of their own, by name: the replacement, and for each stack whether it is transposed.
+_OWN: dict[str, tuple[type[SplitExperts], dict[str, bool]]] = {
+    "dbrx.modeling_dbrx.DbrxExperts": (SplitDbrx, {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}),
+    "llama4.modeling_llama4.Llama4TextExperts": (SplitLlama4, {"gate_up_proj": True, "down_proj": True}),
+    "jetmoe.modeling_jetmoe.JetMoeParallelExperts": (SplitJetMoe, {"weight": False}),
+}
+
+
+def _own(module: nn.Module) -> tuple[type[SplitExperts], dict[str, bool]] | None:
+    kind = type(module)
+    return _OWN.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
+
+
+def stack_layouts(module: nn.Module) -> dict[str, bool]:
+    """Map the stacks of an experts module, in order, to whether their matrices are `(in, out)`.
+
+    The result is empty if the module cannot be split: apart from classes in `_OWN`, only modules that consist
+    of matrices, biases and an activation can be.
     """
+    if (own := _own(module)) is not None:
+        return own[1]
     if (
         not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
         or module.has_post_expert_norm
     ):
-        return ()
+        return {}
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     biases = [f"{name}_bias" for name in names] if module.has_bias else []
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter is not None}
     known = parameters.keys() == {*names, *biases} and next(module.buffers(), None) is None
-    return names if known and all(parameters[name].ndim == 3 for name in names) else ()
+    if not known or any(parameters[name].ndim != 3 for name in names):
+        return {}
+    return dict.fromkeys(names, bool(module.is_transposed))
 
 
 @contextmanager
@@ -130,10 +189,11 @@ def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
 
 class _ExpertsKind(CompoundKind):
     def matches(self, module: nn.Module) -> bool:
-        return bool(stack_names(module))
+        return bool(stack_layouts(module))
 
     def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        return SplitExperts(module, shared)
+        own = _own(module)
+        return (SplitExperts if own is None else own[0])(module, shared)
 
 
 register_compound_kind(_ExpertsKind())
