@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from tensornet_hf.embedded import gpt2_path, t5_path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from embedded_text import sample_phrases, strip_vowels, verse_words
+from train_embedded import sample_phrases, strip_vowels, verse_words
 
 CONTEXT = 128
 PICTURES = ("art", "ascii-art", "translate-me")  # drawings and other languages

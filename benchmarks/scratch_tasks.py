@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from embedded_text import read_chapters
 from mpoe_tasks import read_quotations
 from scratch_rows import KINDS, Row, Sizes
 from subjects import plain_text
+from train_embedded import read_chapters
 
 END = "<|end|>"
 #: Folders of pages under `usr/share/doc`; subfolders of other languages are left out.
