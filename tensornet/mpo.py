@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tensornet import certificates
 from tensornet import mpo_algebra as algebra
 from tensornet._util import check_dense, check_size, check_sizes, html_table, outside_autocast
 from tensornet.budget import Budget
@@ -347,7 +346,7 @@ class MPO:
         self._check_same_dims(other, "added")
         total = self._like(algebra.add(self.cores, other.cores))
         if self.error or other.error:
-            total._certify(certificates.log_add(self._log_bound(), other._log_bound()))
+            total._certify(_log_add(self._log_bound(), other._log_bound()))
         return total
 
     def __sub__(self, other: "MPO") -> "MPO":
@@ -592,7 +591,7 @@ class MPO:
         rounded = self._like(cores, error=_plus(self.error, cut, self.error * cut if cut else 0.0))
         if rounded.error:
             own = math.log(cut) + self._log_norm() if cut else -math.inf
-            rounded._log_distance = certificates.log_add(self._log_bound(), own)
+            rounded._log_distance = _log_add(self._log_bound(), own)
         return rounded
 
     @property
@@ -677,20 +676,32 @@ class MPO:
     def _log_norm(self) -> float:
         return float(self.log_norm().detach())
 
+    # A certificate `e` of an operator `W` says that its origin `W0` has `|W0 - W| <= e |W0|`. Absolute bounds
+    # of sums and products follow from the triangle inequality and are always finite. A relative bound is
+    # finite if the absolute one is below `|W|`, since only then `W0` cannot be zero.
+
     def _log_bound(self) -> float:
         """Compute the logarithm of the certified absolute error."""
         if self._log_distance is not None or self.error == 0:
             return -math.inf if self._log_distance is None else self._log_distance
-        return certificates.log_distance(self.error, self._log_norm())
+        if self.error >= 1:
+            return math.inf
+        # |W0 - W| <= e |W| / (1 - e), since |W0| <= |W| / (1 - e)
+        return math.log(self.error) - math.log1p(-self.error) + self._log_norm()
 
     def _log_bound_of_product(self, other: "MPO") -> float:
-        return certificates.log_product(
-            (self._log_norm(), other._log_norm()), (self._log_bound(), other._log_bound())
-        )
+        """Bound `log |A0 * B0 - A * B|` for a product with `|A * B| <= |A| |B|` in the Frobenius norm."""
+        # |A0 * B0 - A * B| <= |A0 - A| |B0| + |A| |B0 - B| with |B0| <= |B| + |B0 - B|
+        mine, theirs = self._log_bound(), other._log_bound()
+        return _log_add(mine + _log_add(other._log_norm(), theirs), self._log_norm() + theirs)
 
     def _certify(self, log_distance: float) -> None:
-        self._log_distance = log_distance
-        self.error = certificates.relative_error(log_distance, self._log_norm())
+        """Set the certificate for `log |W0 - W|`."""
+        log_norm = self._log_norm()
+        self._log_distance, self.error = log_distance, 0.0
+        if log_distance > -math.inf:
+            ratio = math.exp(log_distance - log_norm) if log_distance < log_norm else 1.0
+            self.error = ratio / (1 - ratio) if ratio < 1 else math.inf
 
     def _certify_product(self, left: "MPO", right: "MPO") -> None:
         if left.error or right.error:
@@ -725,11 +736,6 @@ def _by_default(budget: Budget, stack: Tensor, rows: Sequence[int], columns: Seq
     if not budget.unlimited or has_full_bonds(stack, rows, columns, tolerance):
         return budget
     return Budget(rel_error=tolerance)
-
-
-def _plus(*errors: float) -> float:
-    """Add certificates; NaN, from infinity times zero, becomes infinity."""
-    return math.fsum(errors) if all(map(math.isfinite, errors)) else math.inf
 
 
 def _from_numpy(value: Any) -> Any:
@@ -776,3 +782,16 @@ def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if bond != 1:
         raise ShapeError(f"The last core ends in a bond of {bond}; both ends of an MPO have bond 1.")
     return cores
+
+
+def _log_add(*logarithms: float) -> float:
+    """Compute `log(sum(exp(x)))`."""
+    top = max(logarithms)
+    if math.isinf(top):
+        return top
+    return top + math.log(math.fsum(math.exp(x - top) for x in logarithms))
+
+
+def _plus(*errors: float) -> float:
+    """Add certificates; NaN, from infinity times zero, becomes infinity."""
+    return math.fsum(errors) if all(map(math.isfinite, errors)) else math.inf

@@ -3,7 +3,7 @@
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tensornet._util import check_dense, outside_autocast
+from tensornet.als import fit_weighted, leading, legs_of
 from tensornet.budget import Budget, uniform_caps
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight
-from tensornet.topologies.fit import fit_weighted, leading, legs_of, structured_start
 from tensornet.topologies.rounded_cores import StoredCores, round_in_turn
 from tensornet.topology import Topology
 
@@ -29,6 +29,8 @@ _CORE_BITS = (8, 4)
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 #: Number of candidates between bond 1 and the largest.
 _RUNGS = 400
+#: Keywords that are not options of a family.
+_NO_OPTIONS = ("max_bond", "method", "out_features", "in_features", "family")
 #: Largest number of legs: partial traces of a moment need two letters for each leg.
 _MAX_LEGS = 25
 
@@ -176,11 +178,7 @@ class TopologyFamily(ABC):
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the options of `build` and `decompose`, by default those in their signatures."""
-        found = set()
-        for method in (self.build, self.decompose):
-            parameters = inspect.signature(method).parameters.values()
-            found |= {x.name for x in parameters if x.kind is x.KEYWORD_ONLY}
-        return tuple(sorted(found - {"max_bond", "method"}))
+        return tuple(sorted({*keywords(self.build), *keywords(self.decompose)}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
         """Return the options with which `build` and `decompose` reproduce the legs of a topology.
@@ -330,7 +328,7 @@ class TopologyFamily(ABC):
             exact = legs_of(full, weightings[0]).decompose(self._network_of, matrix, full)
             starts = [leading(exact, topology) for topology in chosen]
         else:
-            starts = [structured_start(self._network_of, matrix, x, weightings[0]) for x in chosen]
+            starts = [fit_weighted(self._network_of, matrix, x, weightings[0], sweeps=0) for x in chosen]
         gaps = [gap(start) for start in starts]
         losses = [[weighting.cost(x) for x in gaps] for weighting in weightings]
         # 2. Lower their losses by the factor that fitting gains at a middle bond.
@@ -463,7 +461,13 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
         )
 
 
-def check_options(name: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+def keywords(function: Callable[..., Any]) -> list[str]:
+    """List the options in the signature of a builder or a decomposition."""
+    parameters = inspect.signature(function).parameters.values()
+    return [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name not in _NO_OPTIONS]
+
+
+def check_options(name: str, options: Mapping[str, Any], known: Collection[str] = ()) -> None:
     """Raise TopologyError unless the family has all these options; the message lists the known ones."""
     if unknown := sorted(str(key) for key in options if key not in known):
         exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"

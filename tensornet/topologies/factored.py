@@ -17,7 +17,7 @@ from tensornet.errors import TopologyError
 from tensornet.linalg.svd import Method, frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
-from tensornet.topologies.base import Decomposition, TopologyFamily, check_options, check_request
+from tensornet.topologies.base import Decomposition, TopologyFamily, check_options, check_request, keywords
 from tensornet.topology import CoreSpec, Topology
 
 DEFAULT_SITES = 3
@@ -36,8 +36,8 @@ Dims = tuple[tuple[int, ...], tuple[int, ...]]
 class FactoredFamily(TopologyFamily):
     """Family with the options `out_dims`, `in_dims` and `sites`; dims default to balanced factors.
 
-    A subclass sets its builder and implements `decompose_at` and `decompose_to`. Its additional options are
-    listed in `build_options` and `decompose_options` and passed on as keywords.
+    A subclass sets its builder and implements `decompose_at` and `decompose_to`. Other keywords in their
+    signatures are further options.
 
     Example:
         >>> family = tn.topologies.topology_family("mpo")
@@ -47,10 +47,8 @@ class FactoredFamily(TopologyFamily):
 
     #: Number of sites if neither dims nor `sites` are given.
     default_sites: ClassVar[int] = DEFAULT_SITES
-    #: Builder with keywords `out_dims, in_dims, max_bond, out_features, in_features` and `build_options`.
+    #: Builder with keywords `out_dims, in_dims, max_bond, out_features, in_features`.
     builder: ClassVar[Callable[..., Topology]]
-    build_options: ClassVar[tuple[str, ...]] = ("bond_dims",)
-    decompose_options: ClassVar[tuple[str, ...]] = ()
 
     def build(
         self,
@@ -64,7 +62,7 @@ class FactoredFamily(TopologyFamily):
         **options: Any,
     ) -> Topology:
         """Build the topology at the chosen dims."""
-        check_options(self.name, options, (*self.build_options, *_DIMS))
+        check_options(self.name, options, {*keywords(type(self).builder), *_DIMS})
         rows, columns = self.choose_dims((out_features, in_features), out_dims, in_dims, sites)
         topology = type(self).builder(
             out_dims=rows,
@@ -88,7 +86,7 @@ class FactoredFamily(TopologyFamily):
         **options: Any,
     ) -> Decomposition:
         """Decompose a matrix at the chosen dims; see `decompose_at`."""
-        check_options(self.name, options, (*self.decompose_options, *_DIMS))
+        check_options(self.name, options, {*keywords(self.decompose_at), *_DIMS})
         shape = check_request(self.name, matrix, budget)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
         return self.decompose_at(matrix, rows, columns, budget, method=method, **options)
@@ -107,8 +105,8 @@ class FactoredFamily(TopologyFamily):
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of all options: dims, sites, and those of the subclass."""
-        return tuple(sorted({*_DIMS, *self.build_options, *self.decompose_options}))
+        """Names of all options: dims, sites, and those of the builder and the decomposition."""
+        return tuple(sorted({*_DIMS, *keywords(type(self).builder), *keywords(self.decompose_at)}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
         """Return the leg sizes of a topology as options."""

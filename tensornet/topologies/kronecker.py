@@ -90,7 +90,6 @@ class KroneckerFamily(FactoredFamily):
 
     name = "kronecker"
     builder = kronecker
-    build_options = ("terms",)
 
     def choose_dims(
         self,

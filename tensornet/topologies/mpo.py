@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tensornet.als import legs_of
 from tensornet.budget import Budget
 from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import max_bonds, tt_svd
@@ -21,7 +22,6 @@ from tensornet.topologies.factored import (
     padded_shape,
     site_topology,
 )
-from tensornet.topologies.fit import legs_of
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
@@ -94,7 +94,6 @@ class MPOFamily(FactoredFamily):
 
     name = "mpo"
     builder = mpo
-    decompose_options = ("bond_dims",)
     nested = True
     always_pivots = True
     #: Five cores, as in Gao et al. 2022.

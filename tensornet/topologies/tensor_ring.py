@@ -123,7 +123,6 @@ class TensorRingFamily(FactoredFamily):
 
     name = "tensor_ring"
     builder = tensor_ring
-    decompose_options = ("ring_bond", "sweeps")
 
     def decompose_at(
         self,

@@ -103,7 +103,6 @@ class TuckerFamily(FactoredFamily):
     name = "tucker"
     default_sites = 2
     builder = tucker
-    build_options = ("ranks",)
 
     def decompose_at(
         self,

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.als import _improve, _matrix, fit_network, plan_grams
+from tensornet.als import (
+    _improve,
+    _matrix,
+    fit_network,
+    fit_weighted,
+    leg_moments,
+    plan_grams,
+)
 from tensornet.compression.candidates import network_candidates
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity
@@ -17,7 +24,6 @@ from tensornet.linalg.weighted_svd import Weighting, weighted_svd
 from tensornet.network import random_cores
 from tensornet.nn.storage import Storage
 from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topologies.fit import fit_weighted, leg_moments, structured_start
 
 CHAINS = [("mpo", {"sites": 2}), ("mpo", {"sites": 3}), ("low_rank", {})]
 FAMILIES = [*CHAINS, ("tensor_ring", {}), ("tucker", {})]
@@ -99,7 +105,7 @@ def test_product_moments_make_the_start_optimal_for_two_sites() -> None:
     legs = [moment(3), moment(4, seed=1), moment(4, seed=2), moment(3, seed=3)]
     weighting = Weighting(torch.kron(legs[0], legs[1]), torch.kron(legs[2], legs[3]))
     topology = topology_family("mpo").build(12, 12, out_dims=(3, 4), in_dims=(4, 3), max_bond=4)
-    start = structured_start(topology_family("mpo")._network_of, matrix, topology, weighting)
+    start = fit_weighted(topology_family("mpo")._network_of, matrix, topology, weighting, sweeps=0)
     fitted = fit_network(matrix, start, weighting, sweeps=5, steps=20)
     plain = topology_family("mpo").decompose_to(matrix, topology).network
     cost = weighting.cost(matrix - start.to_matrix())

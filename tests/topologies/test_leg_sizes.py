@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.als import fit_network
+from tensornet.als import fit_network, legs_of
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies import topology_family
-from tensornet.topologies.fit import legs_of
 from tensornet.topologies.mpo import unbalanced_dims
 from tensornet.topology import Topology
 
