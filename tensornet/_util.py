@@ -66,11 +66,7 @@ def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
 
 
 def check_input(x: Tensor, in_features: int) -> None:
-    """Raise ShapeError unless the last dimension of the input is `in_features`.
-
-    Raises:
-        ShapeError: another size; the message shows both.
-    """
+    """Raise ShapeError unless the last dimension of the input is `in_features`."""
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ShapeError(
             f"The input has shape {tuple(x.shape)}; its last dimension must be in_features={in_features}."
@@ -107,28 +103,14 @@ def check_sizes(name: str, values: Any) -> tuple[int, ...]:
 
 
 def check_type(name: str, value: Any, kind: type, advice: str) -> None:
-    """Raise TypeError unless `value` is an instance of `kind`.
-
-    Args:
-        name: the argument as the caller wrote it.
-        value: the argument.
-        kind: the expected class.
-        advice: the remedy, for the message.
-
-    Raises:
-        TypeError: another type; the message shows it.
-    """
+    """Raise TypeError, with the remedy `advice`, unless the argument `name` is an instance of `kind`."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}; {advice}.")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise BudgetError unless `value` is a real number.
-
-    Raises:
-        BudgetError: another type; the message shows the value.
-    """
+    """Raise BudgetError unless `value` is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise BudgetError(f"{name} must be a number, got {value!r}.")
 
@@ -232,11 +214,6 @@ def transforms_active() -> bool:
     """Return True inside a `torch.func` transform, whose tensors must not be kept for another call.
 
     There is no public way to ask.
-
-    Example:
-        >>> from tensornet._util import transforms_active
-        >>> transforms_active()
-        False
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -245,11 +222,6 @@ def is_exporting() -> bool:
     """Return True during `torch.export`, and False inside `torch.compile`.
 
     `torch.compiler.is_exporting` reads the same flag, but before torch 2.12 it is True in compiled code.
-
-    Example:
-        >>> from tensornet._util import is_exporting
-        >>> is_exporting()
-        False
     """
     return bool(torch.compiler._is_exporting_flag)
 
@@ -279,32 +251,14 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
 
 
 def require(modules: Sequence[str], *, extra: str, user: str) -> None:
-    """Raise an error with the pip command when one of ``modules`` is not installed.
-
-    Args:
-        modules: top-level module names, as imported.
-        extra: the extra of this distribution that brings them.
-        user: the part of the library that needs them, as the reader knows it.
-
-    Raises:
-        MissingDependencyError: names the missing modules and the extra that brings them.
-    """
+    """Raise MissingDependencyError with the `missing_hint` unless every module is installed."""
     hint = missing_hint(modules, extra=extra, user=user)
     if hint is not None:
         raise MissingDependencyError(hint)
 
 
 def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
-    """Import and return a dotted module of an optional package.
-
-    Args:
-        module: dotted name of the module.
-        extra: the extra of this distribution that brings it.
-        user: the part of the library that needs it, as the reader knows it.
-
-    Raises:
-        MissingDependencyError: the package is not installed.
-    """
+    """Import a dotted module of an optional package; arguments and errors as for `require`."""
     require((module.partition(".")[0],), extra=extra, user=user)
     return import_module(module)
 
@@ -317,18 +271,7 @@ ROWS = 40
 
 
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table as HTML, with at most `ROWS` rows and a count of the others.
-
-    Args:
-        caption: line above the table.
-        header: names of the columns.
-        rows: cells, converted by `str`.
-
-    Example:
-        >>> from tensornet._util import html_table
-        >>> html_table("a < b", ["x"], [[1]])
-        '<p>a &lt; b</p><table><thead><tr><th>x</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>'
-    """
+    """Format a table as HTML, with at most `ROWS` rows and a count of the others."""
     lines = [[escape(str(cell)) for cell in row] for row in rows]
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:ROWS])

@@ -93,14 +93,6 @@ def fit_network(
 
     Raises:
         ShapeError: the weighting does not fit the matrix.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> matrix = torch.randn(12, 12)
-        >>> start = tn.decompose(matrix, "tensor_ring", max_bond=2)
-        >>> fit = fit_network(matrix, start.network, Weighting(), sweeps=3)
-        >>> fit.cost <= fit.start
-        True
     """
     check_weighting(matrix, weighting)
     cores = list(network.cores)
@@ -135,11 +127,6 @@ def fit_from_random(
 
     Returns:
         The fit, in double precision.
-
-    Example:
-        >>> topology = tn.topologies.tensor_ring(out_dims=(2, 2, 2), in_dims=(2, 2, 2), max_bond=2)
-        >>> fit_from_random(torch.ones(8, 8), topology).cost < 1e-12
-        True
     """
     target = matrix.detach().to(working_dtype(matrix.dtype))
     generator = torch.Generator().manual_seed(seed)

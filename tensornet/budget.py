@@ -88,11 +88,6 @@ def caps_of_bonds(
 
     Raises:
         BudgetError: not integers of at least 1, or a sequence of another length.
-
-    Example:
-        >>> from tensornet.budget import caps_of_bonds
-        >>> caps_of_bonds(4, 3)
-        (4, 4, 4)
     """
     if max_bond is None:
         return (None,) * count

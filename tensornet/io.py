@@ -43,12 +43,7 @@ class Written:
 
 
 def check_place(what: str, path: Path) -> None:
-    """Raise DestinationError unless a file can be written to `path`.
-
-    Args:
-        what: name of the file in error messages, such as `"The checkpoint"`.
-        path: path of the file.
-    """
+    """Raise DestinationError unless `what`, such as `"The checkpoint"`, can be written to the file `path`."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 
@@ -66,13 +61,6 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
     Raises:
         DestinationError: `what` is given, and the file cannot be written.
         OSError: it cannot be written otherwise.
-
-    Example:
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> with new_file(folder / "x") as made:
-        ...     _ = made.write_text("done")
-        >>> (folder / "x").read_text()
-        'done'
     """
     if what is not None:
         check_place(what, path)
@@ -91,12 +79,7 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
-    """Write chunks of bytes into one file; arguments and errors as for `new_file`.
-
-    Example:
-        >>> write_file(Path(tempfile.mkdtemp(), "x"), [b"a", b"b"]).nbytes
-        2
-    """
+    """Write chunks of bytes into one file; arguments and errors as for `new_file`."""
     total, checksum = 0, hashlib.sha256()
     with new_file(path, what=what) as made, made.open("wb") as file:
         for chunk in chunks:
@@ -304,25 +287,7 @@ def write_tensors(
     *,
     what: str | None = None,
 ) -> None:
-    """Write tensors that are in memory into one file, atomically.
-
-    Args:
-        path: path of the file.
-        tensors: contiguous tensors that do not share memory.
-        metadata: metadata of the file.
-        what: names the file in errors, see `tensornet.io.new_file`.
-
-    Raises:
-        DestinationError: `what` is given, and the file cannot be written.
-        OSError: it cannot be written otherwise.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp(), "x.safetensors")
-        >>> write_tensors(path, {"x": torch.ones(2, 3)})
-        >>> read_header(path)["x"].shape
-        (2, 3)
-    """
+    """Write contiguous tensors that do not share memory into one file; errors as for `new_file`."""
     with new_file(Path(path), what=what) as made:
         try:
             save_file(dict(tensors), made, dict(metadata))

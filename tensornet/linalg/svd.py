@@ -450,11 +450,6 @@ def singular_values(matrix: Tensor) -> Tensor:
 
     Args:
         matrix: shape `(m, n)`, finite.
-
-    Example:
-        >>> from tensornet.linalg.svd import singular_values
-        >>> singular_values(torch.diag(torch.tensor([4.0, 3.0, 0.0])))
-        tensor([4., 3., 0.], dtype=torch.float64)
     """
     scale = safe_scale(matrix)
     work = scaled_work(matrix, scale)

@@ -179,10 +179,6 @@ def default_tolerance(dtype: torch.dtype) -> float:
 
     It is 1.8e-12 in double and 6.4e-6 in single precision. This is above the rounding errors of a matrix
     computed in that dtype, so that exact ranks are found, and small enough for any purpose.
-
-    Example:
-        >>> f"{default_tolerance(torch.float64):.1e}"
-        '1.8e-12'
     """
     return torch.finfo(result_dtype(dtype)).eps ** 0.75
 

@@ -171,12 +171,6 @@ def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> T
         result: an SVD with factors.
         own: the weighting of the SVD.
         other: the weighting of the losses.
-
-    Example:
-        >>> matrix, own, other = torch.randn(6, 4), Weighting(torch.eye(6)), Weighting(2 * torch.eye(6))
-        >>> found = weighted_svd(matrix, own)
-        >>> bool(torch.allclose(other_tail_costs(found, own, other), 2 * found.error))
-        True
     """
     first, second = own.rows, other.rows
     if own.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
@@ -202,13 +196,6 @@ def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weight
 
     Returns:
         Shape `(k + 1,)`.
-
-    Example:
-        >>> matrix = torch.randn(6, 4, dtype=torch.float64)
-        >>> found = weighted_svd(matrix, Weighting())
-        >>> costs = leading_costs(matrix, found.left, found.right, Weighting())
-        >>> bool(torch.allclose(costs, found.error, atol=1e-9))
-        True
     """
     moved, passed = times(weighting.rows, left), times(weighting.columns, right.T)
     whole = 2 * weighting.cost(matrix)
@@ -229,11 +216,6 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
     Returns:
         `a`, by least squares over off-diagonal elements; `v`, exact on the diagonal; and True if the
         approximation is exact up to rounding.
-
-    Example:
-        >>> factor, shift, exact = closest_shift(torch.ones(2, 2), torch.tensor([[2.0, 0.5], [0.5, 1.0]]))
-        >>> factor, shift.tolist(), exact
-        (0.5, [1.5, 0.5], True)
     """
     if moment.ndim == 1:
         return 1.0, other - moment, True
@@ -344,12 +326,6 @@ def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     Returns:
         `L`, in the dtype of the moments or in double precision; and False if a moment is not positive
         definite.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import cholesky
-        >>> lower, positive = cholesky(4 * torch.eye(2))
-        >>> lower.tolist(), positive
-        ([[2.0, 0.0], [0.0, 2.0]], True)
     """
     lower, info = torch.linalg.cholesky_ex(moments)
     positive = not bool(info.any())

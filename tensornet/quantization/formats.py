@@ -308,13 +308,7 @@ class NumberFormat:
 
 
 def format_names() -> tuple[str, ...]:
-    """List the names of all formats with their default groups, largest first.
-
-    Example:
-        >>> from tensornet.quantization.formats import format_names
-        >>> format_names()[:3]
-        ('float', 'bf16', 'int8')
-    """
+    """List the names of all formats with their default groups, largest first."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS))
 
 
@@ -344,13 +338,7 @@ def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool 
 
 
 def packed_bytes(size: int, bits: int) -> int:
-    """Compute the number of bytes of a packed row: `ceil(size / segments) * planes`.
-
-    Example:
-        >>> from tensornet.quantization.formats import packed_bytes
-        >>> packed_bytes(64, 3), packed_bytes(65, 3)
-        (24, 27)
-    """
+    """Compute the number of bytes of a packed row: `ceil(size / segments) * planes`."""
     segments, planes = _layout(bits)
     return math.ceil(size / segments) * planes
 
@@ -367,12 +355,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Raises:
         ShapeError: the codes have another dtype, no dimension, or are too large.
-
-    Example:
-        >>> from tensornet.quantization.formats import pack, unpack
-        >>> packed = pack(torch.tensor([1, 2, 3, 0, 1], dtype=torch.uint8), 2)
-        >>> packed.shape, unpack(packed, 2, 5).tolist()
-        (torch.Size([2]), [1, 2, 3, 0, 1])
     """
     segments, planes = _layout(bits)
     if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.ndim == 0:
@@ -407,12 +389,6 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
     Raises:
         ShapeError: the bytes have another dtype or length.
-
-    Example:
-        >>> from tensornet.quantization.formats import pack, unpack
-        >>> codes = torch.tensor([[3, 0, 15, 7]], dtype=torch.uint8)
-        >>> unpack(pack(codes, 4), 4, size=4).tolist()
-        [[3, 0, 15, 7]]
     """
     segments, planes = _layout(bits)
     expected = packed_bytes(size, bits)

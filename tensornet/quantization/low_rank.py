@@ -127,14 +127,6 @@ def round_factor(
         number_format: its format; None refits it without rounding.
         weighting: moments, already damped.
         rounding: as for `round_weight`.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> from tensornet.quantization.formats import NumberFormat
-        >>> from tensornet.quantization.low_rank import round_factor
-        >>> a, b = torch.randn(16, 4), torch.randn(4, 64)
-        >>> round_factor(a @ b, a, b, "left", NumberFormat.parse("int8"), Weighting()).codes.shape
-        torch.Size([16, 4])
     """
     a, b, wanted = left.double(), right.double(), target.double()
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))

@@ -131,13 +131,6 @@ def predict_product_losses(
 
     Returns:
         Shape `(weightings, rank)`.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> from tensornet.quantization.predict import predict_product_losses
-        >>> left, right = torch.randn(16, 4), torch.randn(4, 64)
-        >>> predict_product_losses(left, right, "int4", [Weighting()]).shape
-        torch.Size([1, 4])
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
     # Norms of all terms, which are cached for other number formats and ranks.

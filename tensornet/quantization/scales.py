@@ -51,12 +51,6 @@ def search_scales(
     Raises:
         NonFiniteError: the weight or the importance contains NaN or infinity.
         ShapeError: the weight is neither a matrix nor a stack of matrices.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat
-        >>> from tensornet.quantization.scales import search_scales
-        >>> search_scales(torch.randn(4, 128), NumberFormat.parse("int4"))[0].shape
-        torch.Size([4, 2])
     """
     if weight.ndim < 2:
         raise ShapeError(f"Scales are searched for matrices (..., out, in), got shape {tuple(weight.shape)}.")
@@ -182,14 +176,6 @@ def refit_scales(
 
     Raises:
         NonFiniteError: the weight, the points or the moment contains NaN or infinity.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat
-        >>> from tensornet.quantization.scales import refit_scales
-        >>> points = torch.randint(-7, 8, (4, 64)).double()
-        >>> scales = refit_scales(0.5 * points, points, NumberFormat.parse("int4"))
-        >>> bool(torch.allclose(scales.double(), torch.tensor(0.5).double()))
-        True
     """
     for tensor, name in ((weight, "The weight"), (points, "The points"), (columns, "The input moment")):
         if tensor is not None:
@@ -226,13 +212,6 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
         number_format: any format; only integer ones have scales.
         weighting: sensitivity of the loss to errors of the weight; its diagonals weight the groups. If
             absent, all weights are equal.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat
-        >>> from tensornet.quantization.scales import scales_underflow
-        >>> number_format, weight = NumberFormat.parse("int4:g32:float8"), torch.randn(8, 64)
-        >>> scales_underflow(weight, number_format), scales_underflow(1e-5 * weight, number_format)
-        (False, True)
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # large range
         return False
@@ -262,12 +241,6 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
     """Return the format with 16-bit scales that replaces one with 8-bit scales at the same size.
 
     Groups are twice as large if such a size exists.
-
-    Example:
-        >>> from tensornet.quantization import NumberFormat
-        >>> from tensornet.quantization.scales import with_wide_scales
-        >>> with_wide_scales(NumberFormat.parse("int4:g32:float8")).name
-        'int4'
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format

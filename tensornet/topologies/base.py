@@ -395,11 +395,6 @@ class TopologyFamily(ABC):
         if its other indices have at least as many values as the bond, and if this saves more numbers than the
         row order takes. Never change the result for a family with saved models, since it determines the
         shapes in their files.
-
-        Example:
-            >>> family = tn.topologies.topology_family("mpo")
-            >>> family.gauge_bonds(family.build(16, 16, sites=2, max_bond=6))
-            {'0': 'b1'}
         """
         legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
         found = {}
@@ -426,12 +421,7 @@ class TopologyFamily(ABC):
 
 
 def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int]:
-    """Check the arguments of `decompose`, and return the shape of the matrix.
-
-    Raises:
-        BudgetError: `budget` is not a Budget.
-        ShapeError: not a dense floating matrix.
-    """
+    """Check the arguments of `decompose`, and return the shape of the matrix."""
     if not isinstance(budget, Budget):
         raise BudgetError(
             f"Expected a Budget, got {budget!r}; write Budget(max_bond=8), or Budget() for no cap."

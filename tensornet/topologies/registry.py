@@ -150,12 +150,6 @@ def fixed_topologies(value: Any) -> tuple[Topology, ...]:
 
     Raises:
         TopologyError: a family is not registered, or there are two topologies for one shape.
-
-    Example:
-        >>> from tensornet.topologies import low_rank
-        >>> made = low_rank(out_features=8, in_features=6, rank=2)
-        >>> fixed_topologies(made) == fixed_topologies([made.to_dict()]) == (made,), fixed_topologies("mpo")
-        (True, ())
     """
     values = [value] if isinstance(value, Topology | Mapping) else value
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -172,20 +166,10 @@ def fixed_topologies(value: Any) -> tuple[Topology, ...]:
 
 
 def topology_of_shape(topologies: Sequence[Topology], shape: tuple[int, int], what: str) -> Topology:
-    """Select the topology for a matrix.
-
-    Args:
-        topologies: see `fixed_topologies`.
-        shape: shape of the matrix, `(out_features, in_features)`.
-        what: the matrix, for the error.
+    """Select the topology for the matrix `what` of shape `(out, in)`.
 
     Raises:
         TopologyError: there is no topology for this shape.
-
-    Example:
-        >>> from tensornet.topologies import mpo
-        >>> topology_of_shape([mpo(out_dims=(2, 3), in_dims=(2, 2))], (6, 4), "Layer 'up'").shape
-        (6, 4)
     """
     for topology in topologies:
         if topology.shape == shape:

@@ -35,10 +35,6 @@ def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
 
     The columns are the axes from the first in-leg on, or only the last axis if an in-leg comes first or there
     is none.
-
-    Example:
-        >>> matrix_view(tn.topologies.low_rank(out_features=6, in_features=4, rank=2), "1")
-        (2, 4)
     """
     labels = next(core.labels for core in topology.cores if core.name == name)
     legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
