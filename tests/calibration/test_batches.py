@@ -76,7 +76,7 @@ def test_wrapped_models(wrap: Any) -> None:
     teacher = copy.deepcopy(model)
     tn.compress(wrapped, tn.CompressionConfig(param_ratio=0.5), calibration=stats, progress=False)
     refine(wrapped, wrap(teacher), pairs)
-    tn.heal(wrapped, wrap(teacher), pairs, steps=2, layer_steps=1)
+    tn.heal(wrapped, wrap(teacher), pairs, steps=2)
     torch.testing.assert_close(wrapped(X), model(X))
 
 

@@ -330,4 +330,4 @@ def test_models_that_map_a_mapping_to_a_mapping() -> None:
     config = tn.CompressionConfig(target_modules=["first", "second"], param_ratio=0.6)
     report = tn.compress(model, config, calibration=[batch] * 4, validation=[batch], progress=False)
     assert report.plan.predicted_loss_increase > 0  # type: ignore[operator]
-    tn.heal(model, teacher, [batch], steps=2, layer_steps=1)
+    tn.heal(model, teacher, [batch], steps=2)

@@ -19,7 +19,6 @@ from tensornet.errors import NonFiniteError, TargetError
 from tensornet.healing.heal import (
     VECTOR_RATE,
     compressed_layers,
-    layer_step,
     output_distance,
     trainable_cores,
 )
@@ -31,7 +30,6 @@ def test_end_to_end_healing_brings_the_models_together() -> None:
     report = tn.heal(student, teacher, batches(), steps=40, lr=3e-3)
     assert divergence(student, teacher) < 0.7 * before
     assert report.steps == len(report.losses) == 40
-    assert report.layer_losses == ()
 
 
 def test_steps_do_not_depend_on_which_core_holds_the_size() -> None:
@@ -68,37 +66,12 @@ def test_gains_and_biases_move_at_a_rate_of_their_own() -> None:
         assert moved == pytest.approx(rate, rel=1e-3), name
 
 
-def test_layer_wise_healing_helps_without_an_end_to_end_pass() -> None:
-    teacher, student = pair()
-    before = divergence(student, teacher)
-    report = tn.heal(student, teacher, batches(), steps=0, layer_steps=40, lr=3e-3)
-    assert report.layer_losses[-1] < 0.9 * report.layer_losses[0]
-    assert divergence(student, teacher) < before
-
-
-def test_layer_step_has_the_gradient_of_each_layer_alone() -> None:
-    teacher, student = pair()
-    layers = compressed_layers(student)
-    batch = {"input_ids": batches()[0]}
-    name = "transformer.h.1.mlp.c_fc"
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = teacher.get_submodule(name).register_forward_hook(lambda m, args, y: seen.append((args[0], y)))
-    with torch.no_grad():
-        teacher(**batch)
-    handle.remove()
-    (x, y) = seen[0]
-    loss = (layers[name](x) - y).square().mean() / y.square().mean()
-    (expected,) = torch.autograd.grad(loss, layers[name].core_0.values)
-    layer_step(layers, teacher, batch)
-    torch.testing.assert_close(layers[name].core_0.values.grad, expected)
-
-
 def test_only_cores_move() -> None:
     teacher, student = pair()
     cores = set(trainable_cores(compressed_layers(student)))
     before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
     dense = copy.deepcopy(teacher.state_dict())
-    report = tn.heal(student, teacher, batches(), steps=3, layer_steps=2)
+    report = tn.heal(student, teacher, batches(), steps=3)
     for name, parameter in student.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in cores), name
         assert parameter.grad is None
@@ -155,7 +128,7 @@ def test_padding_has_no_distance() -> None:
 def test_encoder_decoder() -> None:
     teacher, student = pair(t5_relu)
     batch = {"input_ids": batches()[0], "labels": batches()[1][:, :5].contiguous()}
-    report = tn.heal(student, teacher, [batch], steps=10, layer_steps=2, lr=3e-3)
+    report = tn.heal(student, teacher, [batch], steps=10, lr=3e-3)
     assert report.losses[-1] < report.losses[0]
 
 
@@ -204,7 +177,6 @@ def test_a_distance_that_is_not_finite() -> None:
     [
         {"steps": -1},
         {"steps": 2.5},
-        {"layer_steps": -1},
         {"save_every": 0},
         {"parameters": "all"},
         {"lr": -1e-3},
@@ -232,27 +204,15 @@ def test_a_teacher_that_learns_nothing_itself() -> None:
         tn.heal(student, student, batches(), steps=1)
 
 
-def test_layer_wise_steps_need_the_layers_by_name() -> None:
-    teacher, student = pair()
-    wrapped = nn.Sequential(teacher)
-    with pytest.raises(TargetError, match=r"Sequential has no 'transformer\.h\.0.*layer_steps=0"):
-        tn.heal(student, wrapped, batches(), steps=1, layer_steps=1)
-    for layer in compressed_layers(student).values():
-        layer.requires_grad_(False)
-    with pytest.raises(TargetError, match="none of them requires gradients; use layer_steps=0"):
-        tn.heal(student, teacher, batches(), steps=1, layer_steps=1, parameters="trainable")
-
-
 @pytest.mark.parametrize("outside", [torch.no_grad, torch.inference_mode])
 def test_gradients_that_the_caller_switched_off(outside: type) -> None:
     teacher, student = pair()
     _, again = pair()
-    expected = tn.heal(student, teacher, batches(), steps=2, layer_steps=2)
+    expected = tn.heal(student, teacher, batches(), steps=2)
     with outside():
-        report = tn.heal(again, teacher, batches(), steps=2, layer_steps=2)
+        report = tn.heal(again, teacher, batches(), steps=2)
         assert not torch.is_grad_enabled()
     assert report.losses == pytest.approx(expected.losses)
-    assert report.layer_losses == pytest.approx(expected.layer_losses)
 
 
 @pytest.mark.parametrize("size", [0.2, 30.0])

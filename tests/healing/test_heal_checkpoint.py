@@ -23,7 +23,7 @@ from tensornet.healing.heal import compressed_layers, output_distance
 def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
     teacher, whole = pair()
     halves = copy.deepcopy(whole)
-    tn.heal(whole, teacher, batches(), steps=8, layer_steps=4)
+    tn.heal(whole, teacher, batches(), steps=8)
     path = tmp_path / "heal.safetensors"
 
     class StopError(Exception):
@@ -36,13 +36,13 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
         return output_distance(student, wanted, batch)  # type: ignore[arg-type]
 
     stopping.calls = 0  # type: ignore[attr-defined]
-    options = {"steps": 8, "layer_steps": 4, "checkpoint": path, "save_every": 2}
+    options = {"steps": 8, "checkpoint": path, "save_every": 2}
     with pytest.raises(StopError):
         tn.heal(halves, teacher, batches(), distance=stopping, **options)  # type: ignore[arg-type]
     _, fresh = pair()
     report = tn.heal(fresh, teacher, batches(), **options)  # type: ignore[arg-type]
-    assert len(report.losses) == 4  # 8 steps were on file
-    assert report.steps == 12
+    assert len(report.losses) == 4  # 4 steps were on file
+    assert report.steps == 8
     for (name, a), (_, b) in zip(whole.named_parameters(), fresh.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
@@ -120,8 +120,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "heal.safetensors"
     _, other = pair()
     tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
-    with pytest.raises(FormatError, match="of a run with layer_steps=0, not 3"):
-        tn.heal(student, teacher, batches(), steps=2, layer_steps=3, checkpoint=path)
     with safetensors.safe_open(str(path), framework="pt") as file:
         tensors, header = {x: file.get_tensor(x) for x in file.keys()}, file.metadata()  # noqa: SIM118
     last = list(compressed_layers(student))[-1]

@@ -71,8 +71,7 @@ def test_healing_lowers_the_loss_and_trains_a_shared_core_once(tmp_path: Path) -
     dense, small, batches, _ = shared_mixture()
     core = shared_core(small)[0]
     before, own = core.detach().clone(), len({id(p) for p in small.parameters()})
-    report = tn.heal(small, dense, batches, layer_steps=10, steps=40, lr=3e-2)
-    assert report.layer_losses[-1] < 0.9 * report.layer_losses[0]
+    report = tn.heal(small, dense, batches, steps=40, lr=3e-2)
     assert sum(report.losses[-8:]) < 0.7 * sum(report.losses[:8])
     layers = compressed_layers(small).values()
     cores = {

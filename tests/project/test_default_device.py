@@ -49,7 +49,7 @@ def test_what_comes_after() -> None:
     before = (model(X) - teacher(X)).square().sum().item()
     with torch.device("meta"):
         refine(model, teacher, [(X, Y)])
-        tn.heal(model, teacher, [(X, Y)], steps=20, layer_steps=5, lr=1e-2)
+        tn.heal(model, teacher, [(X, Y)], steps=20, lr=1e-2)
         tn.nn.set_strategy(model, "cached", cache_limit=1000)
         model.eval()(X)
     assert (model(X) - teacher(X)).square().sum().item() < before

@@ -14,9 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from tensornet._util import in_eval_mode
 from tensornet.errors import TargetError
-from tensornet.healing import HealingConfig, trained_scales
+from tensornet.healing import trained_scales
 from tensornet.healing.heal import (
     Parameters,
+    default_rate,
     only_training,
     output_distance,
     relative_groups,
@@ -254,16 +255,14 @@ def heal(
 ) -> float:
     """Distil the dense model into the cores with `Trainer`; for integer cores the scales are trained.
 
-    For layer-wise steps, call `tensornet.heal(model, teacher, batches, steps=0, layer_steps=...)` before.
-
     Args:
         model: compressed, changed in place.
         teacher: the dense model; it is moved to the device of `model`, and not changed otherwise.
         data: dataset of examples with `input_ids`.
-        steps: end-to-end steps.
+        steps: number of steps.
         output_dir: folder for checkpoints.
         collate: function that collates examples; the default of transformers if absent.
-        parameters: what is trained, see `tensornet.healing.HealingConfig`.
+        parameters: what is trained, see `tensornet.heal`.
         resume: resume from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
             50 steps.
         arguments: arguments of `TrainingArguments` that override `DEFAULTS`; `learning_rate` means the same
@@ -276,20 +275,22 @@ def heal(
         TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
     """
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
-    config = HealingConfig(parameters=parameters)
+    chosen = parameters != "trainable"
     options = TrainingArguments(
-        output_dir=output_dir, max_steps=steps, **{**DEFAULTS, "learning_rate": config.rate, **arguments}
+        output_dir=output_dir,
+        max_steps=steps,
+        **{**DEFAULTS, "learning_rate": default_rate(parameters), **arguments},
     )
     with (
-        trained_scales(model, codes=parameters == "codes") if config.selects_parameters else nullcontext(),
+        trained_scales(model, codes=parameters == "codes") if chosen else nullcontext(),
         in_eval_mode(teacher),
         only_training(teacher, ()),
-        only_training(model, trained_parameters(model, teacher, parameters, 0).values()),
+        only_training(model, trained_parameters(model, teacher, parameters).values()),
     ):
         trainer = HealingTrainer(
             model=model,
             teacher=teacher,
-            relative=config.selects_parameters,
+            relative=chosen,
             args=options,
             train_dataset=data,
             data_collator=collate,
