@@ -1,25 +1,142 @@
-"""Folders of sentence encoders, wrapped models, layers replaced by hand, models compressed in part."""
+"""Folders and repositories are written completely or not at all, and nothing that was there is lost."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import huggingface_hub
 import pytest
-import torch
 from hf_models import ARCHITECTURES, logits
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import FormatError
+from tensornet.errors import DestinationError, FormatError
+from tensornet_hf.checkpoint import check_free, save, write_folder
 
 GPT2 = ARCHITECTURES["gpt2"]
-CONFIG = tn.CompressionConfig(max_bond=4, topology="low_rank", objective="weight")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_and_fail(target: Path, failure: Exception, *, force: bool = False) -> None:
+    with write_folder(target, force=force) as folder:
+        (folder / "half").write_text("half")
+        raise failure
+
+
+@pytest.fixture
+def old_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "old").write_text("old")
+    return folder
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_error_leaves_nothing_and_loses_nothing(tmp_path: Path, old_model: Path, force: bool) -> None:
+    target = old_model if force else tmp_path / "new"
+    before = contents(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail(target, ZeroDivisionError(), force=force)
+    assert contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_existing_destination_is_refused_unless_forced(old_model: Path) -> None:
+    for refuse in (check_free, lambda path: write_folder(path).__enter__()):
+        with pytest.raises(DestinationError, match=r"exists already.*force"):
+            refuse(old_model)
+    assert contents(old_model).keys() == {"config.json", "old"}
+    with write_folder(old_model, force=True) as folder:
+        (folder / "a").write_text("a")
+    assert contents(old_model.parent) == {"model/a": b"a"}
+
+
+def test_what_is_no_model_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DestinationError, match="not a model folder"):
+        check_free(tmp_path / "home", force=True)
+    with pytest.raises(DestinationError, match="is a file"):
+        check_free(tmp_path / "file", force=True)
+    (tmp_path / "empty").mkdir()
+    check_free(tmp_path / "empty")  # as `mkdtemp` leaves it
+
+
+def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old_model)
+    for target in (old_model, link, tmp_path):
+        with pytest.raises(DestinationError, match="is or holds the source"):
+            check_free(target, force=True, sources=(old_model,))
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    failure = SafetensorError("I/O error: No space left on device")  # which names no file
+    with pytest.raises(DestinationError, match=r"Writing .*model failed: .*No space left.*Nothing was left"):
+        write_and_fail(tmp_path / "model", failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_full_disk_while_a_model_is_saved(tmp_path: Path) -> None:
+    """A limit on the size of files makes the write of the weights fail for real."""
+    ARCHITECTURES["gpt2"].compressed.save_pretrained(tmp_path / "source")
+    before = contents(tmp_path)
+    code = f"""
+import resource, tensornet as tn, tensornet_hf as th
+model = th.load({str(tmp_path / "source")!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    th.save(model, {str(tmp_path / "small")!r}, source={str(tmp_path / "source")!r})
+except tn.errors.DestinationError as error:
+    raise SystemExit(0 if "failed" in str(error) else f"unclear: {{error}}")
+raise SystemExit("no error")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DestinationError, match="Cannot write"), write_folder(tmp_path / "file" / "model"):
+        pass
+
+
+def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
+    architecture = ARCHITECTURES["gpt2"]
+    source = tmp_path / "source"
+    architecture.dense.save_pretrained(source)
+    kept, left = {"tokenizer.json", "vocab.txt", "LICENSE", "chat_template.jinja"}, {"code.py", "README.md"}
+    for name in kept | left | {"pytorch_model.bin", "model.safetensors.index.json"}:
+        (source / name).write_text(name)
+    before = contents(source)
+    model = architecture.compressed
+    assert th.save(model, tmp_path / "small", source=source) == tmp_path / "small"
+    assert contents(source) == before
+    got = contents(tmp_path / "small")
+    written = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    assert got.keys() == kept | written
+    assert b"import tensornet_hf" in got["README.md"]
+    assert logits(th.load(tmp_path / "small"), architecture).equal(logits(model, architecture))
+    with pytest.raises(DestinationError, match="exists already"):
+        th.save(model, tmp_path / "small", source=source)
+    th.save(th.decompress(model), tmp_path / "small", source=source, force=True)
+    assert "README.md" not in contents(tmp_path / "small")  # an ordinary model again
+
+
+# --- folders of sentence encoders ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -49,57 +166,78 @@ def test_modules_of_sentence_encoders_are_copied(encoder: Path, tmp_path: Path) 
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda x: torch.compile(x, backend="eager")])
-def test_wrapped_models_are_saved_without_the_wrapper(wrap: Any, tmp_path: Path) -> None:
-    model = GPT2.dense
-    wrapped = nn.DataParallel(wrap(model))
-    tn.compress(wrapped, CONFIG, progress=False)
-    loaded = th.load(th.save(wrapped, tmp_path / "made"))
-    assert torch.equal(logits(loaded, GPT2), logits(model, GPT2))
+# --- the hub ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [nn.Linear(3, 3), nn.DataParallel(nn.Linear(3, 3)), "folder"])
-def test_what_is_no_model_of_transformers_is_not_saved(value: Any, tmp_path: Path) -> None:
-    kind = "str" if isinstance(value, str) else "Linear"
-    with pytest.raises(TypeError, match=kind):
-        th.save(value, tmp_path / "made")
+@dataclass
+class Hub:
+    """The functions of the hub's client that are used; a name without an owner belongs to `me`."""
+
+    files: dict[str, set[str]] = field(default_factory=dict)
+    upload_error: Exception | None = None
+
+    def repo_exists(self, repo_id: str) -> bool:
+        return repo_id in self.files
+
+    def create_repo(self, repo_id: str, *, exist_ok: bool = False) -> huggingface_hub.RepoUrl:
+        name = repo_id if "/" in repo_id else f"me/{repo_id}"
+        if name in self.files and not exist_ok:
+            raise RuntimeError("409 Conflict: You already created this model repo")
+        self.files.setdefault(name, set())
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, delete_patterns: list[str] | None = None
+    ) -> None:
+        if self.upload_error is not None:
+            raise self.upload_error
+        there = self.files[repo_id]
+        if delete_patterns is not None:
+            there -= set(filter_repo_objects(list(there), allow_patterns=delete_patterns))
+        there |= {path.name for path in folder_path.iterdir()}
 
 
-def replace_by_hand(model: PreTrainedModel) -> None:
-    mlp = model.transformer.h[0].mlp
-    mlp.c_fc = tn.nn.TensorNetworkLinear.from_linear(mlp.c_fc, topology="low_rank", max_bond=4)
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    hub = Hub()
+    for name in ("repo_exists", "create_repo", "upload_folder"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
+    return hub
 
 
-def replace_the_tied_table(model: PreTrainedModel) -> None:
-    table = model.transformer.wte
-    model.transformer.wte = tn.nn.MPOEmbedding.from_embedding(table, max_bond=4)
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return ARCHITECTURES["gpt2"].dense
 
 
-def compress_part(name: str) -> Callable[[PreTrainedModel], object]:
-    return lambda model: tn.compress(model.get_submodule(name), CONFIG, progress=False)
+def test_a_failed_upload_can_be_repeated(hub: Hub, model: PreTrainedModel, tmp_path: Path) -> None:
+    hub.upload_error = OSError("network down\nand much more")
+    with pytest.raises(DestinationError, match=r"^Cannot upload to hf://new: network down\. .*force=True"):
+        save(model, "hf://new", source=tmp_path)
+    assert hub.files == {"me/new": set()}
+    hub.upload_error = None
+    save(model, "hf://new", source=tmp_path, force=True)
+    assert hub.files["me/new"] >= {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        replace_by_hand,
-        replace_the_tied_table,
-        *map(compress_part, ("transformer", "transformer.h", "transformer.h.0.mlp")),
-    ],
-)
-def test_layers_replaced_by_hand_or_in_a_part(
-    change: Callable[[PreTrainedModel], object], tmp_path: Path
+@pytest.mark.parametrize("name", ["me/old", "old"])
+def test_a_repository_that_exists_is_not_replaced_unasked(
+    hub: Hub, model: PreTrainedModel, tmp_path: Path, name: str
 ) -> None:
-    model = GPT2.dense
-    change(model)
-    th.save(model, tmp_path / "made")
-    for load in (AutoModelForCausalLM.from_pretrained, th.load):
-        assert torch.equal(logits(load(tmp_path / "made").eval(), GPT2), logits(model.eval(), GPT2))
+    """Nor where the name of its owner is left out and the first look does not find it."""
+    hub.files["me/old"] = {"config.json"}
+    hub.upload_error = OSError("network down")
+    with pytest.raises(DestinationError, match=r"exists already|409 Conflict"):
+        save(model, f"hf://{name}", source=tmp_path)
+    with pytest.raises(DestinationError, match="network down"):
+        save(model, f"hf://{name}", source=tmp_path, force=True)
+    assert hub.files == {"me/old": {"config.json"}}
 
 
-def test_a_part_is_compressed_after_the_model(tmp_path: Path) -> None:
-    model = GPT2.dense
-    tn.compress(model, dataclasses.replace(CONFIG, target_modules="*.mlp.*"), progress=False)
-    tn.compress(model.transformer.h[0].attn, CONFIG, progress=False)
-    model.save_pretrained(tmp_path / "model")
-    assert torch.equal(logits(th.load(tmp_path / "model"), GPT2), logits(model, GPT2))
+def test_weights_of_the_model_before_are_replaced(hub: Hub, model: PreTrainedModel, tmp_path: Path) -> None:
+    shards = {f"model-0000{k}-of-00002.safetensors" for k in (1, 2)} | {"model.safetensors.index.json"}
+    others = {"pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "onnx/model.onnx"}
+    kept = {".gitattributes", "LICENSE", "README.md", "tokenizer.json"}
+    hub.files["me/old"] = shards | others | kept
+    save(model, "hf://me/old", source=tmp_path, force=True)
+    assert hub.files["me/old"] == kept | {"config.json", "generation_config.json", "model.safetensors"}
