@@ -89,10 +89,26 @@ def _cut(keep: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:keep]
 
 
+def _entry(**changed: Any) -> Callable[[bytes], bytes]:
+    """Change the header entry of the first tensor."""
+
+    def damage(data: bytes) -> bytes:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        next(entry for name, entry in header.items() if name != "__metadata__").update(changed)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         *(_cut(keep) for keep in (0, 100, -1)),
+        *(_entry(shape=x) for x in ([2**40, 2**40], [-1, -24])),
+        _entry(data_offsets=[4, 4 + 24]),  # overlaps
+        lambda data: data + b"surplus",
         lambda data: data[:20] + bytes(20) + data[40:],
         lambda data: (2**62).to_bytes(8, "little") + data[8:],  # a header that claims to be huge
     ],

@@ -82,12 +82,6 @@ def test_same_folder_as_compressing_the_model(
         torch.testing.assert_close(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_same_folder_for_every_architecture(name: str, tmp_path: Path) -> None:
-    same_folder(save(name, tmp_path / "dense"), LINEARS, tmp_path)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes_are_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     source = save("llama", tmp_path / "dense", dtype=dtype)

@@ -68,6 +68,12 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
     assert contents(Path("one")) == contents(Path("two"))
     assert not staging_folder(Path("one").absolute()).exists()
     assert described("one") == described("whole")
+    Path("plan.json").write_text(call("compress", sharded, "--dry-run", "--json", *HALF)[1])
+    status, _, err = call("compress", sharded, "out", "--plan", "plan.json", "--workers", 1)
+    assert status == 1
+    assert "tokens of text.txt, on which the cores depend" in err
+    assert call("compress", sharded, "out", "--plan", "plan.json", *HALF[2:], "--workers", 1)[0] == 0
+    assert described("out") == described("whole")
     blind = (*HALF[:2], "--objective", "weight")
     assert call("compress", sharded, "blind", *blind, "--workers", 1)[0] == 0
     assert described("blind") != described("whole")
@@ -99,20 +105,6 @@ def test_statistics_survive_an_interruption(
     assert len(counted) == 2
     assert contents(Path("out")) == contents(Path("reference"))
     assert not work.exists()
-
-
-@pytest.mark.slow
-def test_a_plan_and_its_statistics_belong_together(call: Call, sharded: Path) -> None:
-    status, out, _ = call("compress", sharded, "--dry-run", "--json", *HALF)
-    assert status == 0
-    Path("plan.json").write_text(out)
-    status, _, err = call("compress", sharded, "out", "--plan", "plan.json", "--workers", 1)
-    assert status == 1
-    assert "tokens of text.txt, on which the cores depend" in err
-    assert not Path("out").exists()
-    assert call("compress", sharded, "out", "--plan", "plan.json", *HALF[2:], "--workers", 1)[0] == 0
-    assert call("compress", sharded, "whole", *HALF)[0] == 0
-    assert described("out") == described("whole")
 
 
 @pytest.mark.slow

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from hf_models import ARCHITECTURES, GENERATING, Architecture
+from hf_models import ARCHITECTURES, Architecture
 from transformers import PreTrainedModel
-
-import tensornet_hf as th
-
-each = pytest.mark.parametrize("architecture", GENERATING, ids=lambda a: a.name)
 
 
 def generate(model: PreTrainedModel, architecture: Architecture, **options: object) -> list[list[int]]:
@@ -21,22 +15,13 @@ def generate(model: PreTrainedModel, architecture: Architecture, **options: obje
     return model.generate(**asked, **fixed, **options).tolist()
 
 
-@pytest.mark.slow
-@each
-def test_with_and_without_cache_and_after_loading(architecture: Architecture, tmp_path: Path) -> None:
-    model = architecture.compressed.to(
-        torch.float64
-    )  # ties of float32 rounding would say nothing of the cache
-    expected = generate(model, architecture)
-    assert generate(model, architecture, use_cache=False) == expected
-    assert generate(architecture.dense.to(torch.float64), architecture) == expected
-    model.save_pretrained(tmp_path)
-    assert generate(th.load(tmp_path), architecture) == expected
-
-
-def test_beams_and_sampling() -> None:
-    architecture = ARCHITECTURES["gpt2"]
+@pytest.mark.parametrize("name", ["gpt2", "t5_gated", "llama"])
+def test_with_and_without_cache_by_beams_and_sampling(name: str) -> None:
+    architecture = ARCHITECTURES[name]
+    # In float32 ties of rounding would say nothing of the cache.
     model, dense = architecture.compressed.double(), architecture.dense.double()
+    expected = generate(dense, architecture)
+    assert generate(model, architecture) == generate(model, architecture, use_cache=False) == expected
     assert generate(model, architecture, num_beams=3) == generate(dense, architecture, num_beams=3)
     drawn = []
     for each_model in (model, dense):
