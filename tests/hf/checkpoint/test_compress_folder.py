@@ -17,6 +17,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import BudgetError
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.text import mix_texts
 
 GPT2 = ARCHITECTURES["gpt2"]
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
@@ -90,3 +91,14 @@ def test_a_classifier_has_no_perplexity() -> None:
     assert "predicted   loss increase" in str(told)
     assert "perplexity" not in f"{told}{report}"
     assert report.plan.predicted_perplexity is None
+
+
+def test_several_texts_are_mixed(tmp_path: Path) -> None:
+    texts = {name: f"{name}\n" * 3_000 for name in ("one", "other")}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    options = th.CompressOptions(calibration=[tmp_path / f"{name}.txt" for name in texts])
+    assert options.text == mix_texts(list(texts.values()))
+    assert options.source == "one.txt and other.txt"
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*absent\.txt"):
+        _ = th.CompressOptions(calibration=tmp_path / "absent.txt").text

@@ -15,9 +15,11 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
+import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError
 from tensornet_hf.checkpoint import check_free, save, write_folder
+from tensornet_hf.embedded import gpt2_path
 
 GPT2 = ARCHITECTURES["gpt2"]
 
@@ -241,3 +243,14 @@ def test_weights_of_the_model_before_are_replaced(hub: Hub, model: PreTrainedMod
     hub.files["me/old"] = shards | others | kept
     save(model, "hf://me/old", source=tmp_path, force=True)
     assert hub.files["me/old"] == kept | {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_a_compressed_folder_is_uploaded_complete(hub: Hub, tmp_path: Path) -> None:
+    config = tn.CompressionConfig(max_bond=4, objective="weight", target_modules="c_fc")
+    done = th.compress_folder(gpt2_path(), "hf://me/new", config)
+    assert done.file_bytes_after == done.report.model_bytes_after
+    assert hub.files["me/new"] >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    with pytest.raises(DestinationError, match="me/new exists already"):
+        th.compress_folder(gpt2_path(), "hf://me/new", config)
+    with pytest.raises(DestinationError, match="not an address"):
+        th.compress_folder(gpt2_path(), "hf://a/b/c", config)

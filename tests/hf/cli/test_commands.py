@@ -9,9 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 from hf_architectures import PAGE_ARCHITECTURES
@@ -29,7 +27,7 @@ from tensornet.errors import FormatError
 from tensornet_hf import CompressOptions, load
 from tensornet_hf.cli.options import help_of
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
-from tensornet_hf.text import load_tokenizer, mix_texts
+from tensornet_hf.text import load_tokenizer
 
 FEW = ("--calibration-tokens", 2_000)
 TWO_LAYERS = ("--target", "h.0.mlp.c_fc", "--target", "h.2.attn.c_attn")
@@ -231,41 +229,6 @@ def test_experts_share_cores(tensornet: Run) -> None:
     assert "--share-experts does not go with --refine" in err
 
 
-@pytest.mark.slow
-def test_several_calibration_texts_are_read_by_turns(tensornet: Run) -> None:
-    one, other = heldout_text()[:30_000], heldout_text()[30_000:60_000]
-    Path("one.txt").write_text(one)
-    Path("other.txt").write_text(other)
-    Path("both.txt").write_text(mix_texts([one, other]))
-    how = ("compress", gpt2_path(), "--bits", 3.25, "--target", "h.0.mlp.c_fc", "--dry-run", "--json")
-    how = (*how, "--calibration-tokens", 4_000)
-    plans = []
-    for texts in (("one.txt", "other.txt"), ("both.txt",), ("one.txt",)):
-        status, out, _ = tensornet(*how, *(x for text in texts for x in ("--calibration", text)))
-        assert status == 0
-        plans.append(json.loads(out))
-    assert "tokens of one.txt and other.txt" in plans[0]["calibration"]
-    losses = [plan["layers"][0]["loss_increase"] for plan in plans]
-    assert losses[0] == losses[1] != losses[2]
-    status, _, err = tensornet(*how, "--calibration", "one.txt", "--calibration", "absent.txt")
-    assert status == 1
-    assert "There is no file absent.txt" in err
-
-
-def test_upcycle_writes_a_mixture(tensornet: Run) -> None:
-    arguments = ("upcycle", gpt2_path(), "mixture", "--experts", 2, "--target", "h.0.mlp", "--json")
-    status, out, _ = tensornet(*arguments, "--dry-run")
-    assert (status, list(Path().iterdir())) == (0, [])
-    assert tensornet(*arguments)[0] == 0
-    dense, mixture = load(gpt2_path()), load("mixture")
-    grown = mixture.num_parameters() - dense.num_parameters()
-    assert grown == json.loads(out)["params"] - json.loads(out)["dense_params"]
-    assert torch.allclose(logits(mixture), logits(dense), atol=1e-4)
-    status, _, err = tensornet(*arguments)
-    assert status == 1
-    assert "exists already" in err
-
-
 def test_eval_states_its_windows_and_agrees_with_transformers(tensornet: Run) -> None:
     text = heldout_text()[:3000]
     Path("text.txt").write_text(text)
@@ -378,34 +341,6 @@ def test_help_lists_every_command(tensornet: Run) -> None:
         assert tensornet(name, "--help")[0] == 0
     described = [(kind, x) for kind in (tn.CompressionConfig, CompressOptions) for x in fields(kind)]
     assert [x.name for kind, x in described if x.metadata and len(help_of(kind, x.name)) < 10] == []
-
-
-def test_a_hub_destination_is_uploaded_complete(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    uploaded: dict[str, set[str]] = {}
-
-    def upload(repo_id: str, folder_path: Path, delete_patterns: object) -> None:
-        uploaded[repo_id] = {path.name for path in Path(folder_path).iterdir()}
-
-    monkeypatch.setattr(huggingface_hub, "repo_exists", lambda name: name == "me/taken")
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **_: SimpleNamespace(repo_id=name))
-    monkeypatch.setattr(huggingface_hub, "delete_repo", uploaded.pop)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
-    arguments = ("--max-bond", 4, "--objective", "weight", *TWO_LAYERS)
-    assert tensornet("compress", gpt2_path(), "hf://me/new", *arguments)[0] == 0
-    assert uploaded["me/new"] >= {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
-    status, _, err = tensornet("compress", gpt2_path(), "hf://me/taken", *arguments)
-    assert status == 1
-    assert "hf://me/taken exists already" in err
-    assert tensornet("compress", gpt2_path(), "hf://me/taken", *arguments, "--force")[0] == 0
-
-    def refuse(**_: object) -> None:
-        raise RuntimeError("403 Forbidden\nand much more")
-
-    monkeypatch.setattr(huggingface_hub, "upload_folder", refuse)
-    status, _, err = tensornet("compress", gpt2_path(), "hf://me/new", *arguments)
-    assert status == 1
-    assert "Cannot upload to hf://me/new: 403 Forbidden" in err
-    assert list(Path().iterdir()) == []
 
 
 def test_options_of_a_family(tensornet: Run) -> None:

@@ -70,20 +70,12 @@ def test_prints_bytes_first_and_baselines_of_the_same_bytes(done: tuple[Path, st
     assert "tokens scored on heldout.txt in 256 windows of 128" in printed
 
 
-def test_shows_what_the_saved_model_writes(done: tuple[Path, str]) -> None:
-    _, printed = done
+def test_saved_model_loads_through_transformers_and_writes(done: tuple[Path, str]) -> None:
+    folder, printed = done
     assert len(printed.partition("The saved model writes: ")[2].partition("\n\n")[0].split()) > 20
-
-
-def test_model_loads_through_transformers(done: tuple[Path, str]) -> None:
-    folder, _ = done
     assert tensornet_hf.TensorNetworkConfig  # the import is what registers the method
     model = AutoModelForCausalLM.from_pretrained(folder / "model")
     assert any(isinstance(module, tn.nn.TensorNetworkLinear) for module in model.modules())
-    share = (folder / "model" / "model.safetensors").stat().st_size / (
-        gpt2_path() / "model.safetensors"
-    ).stat().st_size
-    assert 0.25 < share < 0.29  # 4.25 of 32 bits for the linear layers, all of the embeddings
 
 
 def test_report_says_the_same(done: tuple[Path, str]) -> None:

@@ -175,6 +175,8 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         sum(p.numel() for m in model.modules() if isinstance(m, tm.SharedCoreMoE) for p in m.parameters())
         == report["params"]
     )
+    x = torch.arange(40)[None]
+    torch.testing.assert_close(model(x).logits, th.load(gpt2_path())(x).logits, atol=1e-4, rtol=1e-4)
     assert (destination / "tokenizer.json").is_file()
     assert run(command) == 1
     assert "exists" in capsys.readouterr().err
