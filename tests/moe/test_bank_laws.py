@@ -308,16 +308,7 @@ def test_what_is_no_network_of_experts_cannot_be_tied() -> None:
         tm.tie_experts([network(), nn.Linear(2, 2)])  # type: ignore[list-item]
 
 
-def test_experts_of_unequal_shapes_are_named() -> None:
-    unequal = [torch.randn(OUT, IN), torch.randn(OUT, IN), torch.randn(OUT, IN + 1)]
-    for fit in (
-        lambda given: tm.SharedCoreExperts.from_experts(given, shared="center"),
-        lambda given: tm.LowRankDeltaExperts.from_experts(given, rank=1),
-    ):
-        with pytest.raises(ShapeError, match=r"number 0 has shape \(12, 8\) and number 2 \(12, 9\)"):
-            fit(unequal)
-        with pytest.raises(ShapeError, match=r"got a list of tensors: pass torch.stack"):
-            fit(unequal[:2])
+def test_topologies_of_unequal_shapes_are_named() -> None:
     with pytest.raises(TopologyError, match=r"experts 0 and 1 .*\(12, 8\) with legs .* and 'mpo' of shape"):
         tm.SharedCoreExperts([chain((OUT, IN)), chain((IN, OUT))], 2)
 

@@ -36,7 +36,7 @@ from tensornet_moe import (
     SharedCores,
     share_across_layers,
 )
-from tensornet_moe.checks import check_capacity, check_noise, check_not_negative, check_whole
+from tensornet_moe.checks import check_capacity, check_not_negative, check_whole
 from tensornet_moe.ffn import ACTIVATIONS
 from tensornet_moe.routers import COMBINE, Combine, router_kind
 
@@ -170,11 +170,10 @@ class MoEConfig:
             )
         if self.top_k != 1 and "top_k" not in kind.options:
             raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
-        check_not_negative(aux_loss_coef=self.aux_loss_coef, z_loss_coef=self.z_loss_coef)
+        check_not_negative(aux_loss_coef=self.aux_loss_coef, z_loss_coef=self.z_loss_coef, noise=self.noise)
         check_capacity(self.capacity_factor)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
-        check_noise(self.noise)
         lists = ("model_dims", "hidden_dims", "matrices", "target_modules")
         for name in lists:
             given = getattr(self, name)

@@ -40,7 +40,7 @@ from tensornet.topologies.factored import pad_core
 from tensornet.topologies.rounded_cores import matrix_view
 from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.checks import check_noise, check_weights, check_whole
+from tensornet_moe.checks import check_not_negative, check_weights, check_whole
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
@@ -170,7 +170,7 @@ class SharedCoreExperts(ExpertBank):
             ValueError: noise below 0.
         """
         check_weights(weight, "out", "in")
-        check_noise(noise)
+        check_not_negative(noise=noise)
         check_whole(num_experts=num_experts)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         if isinstance(topology, str | TopologyFamily):
@@ -246,7 +246,7 @@ class SharedCoreExperts(ExpertBank):
         topologies: Sequence[Topology],
         shared: Sequence[str] | SharedCores,
         cores: Mapping[str, Tensor | Sequence[Tensor]],
-        error: float,
+        error: float | None,
         dtype: torch.dtype,
     ) -> "SharedCoreExperts":
         """Build a bank from its cores; private cores are `(E, *shape)`, or one tensor for each expert."""
@@ -590,7 +590,7 @@ def share_across_layers(
         (('1',), 2, True)
     """
     check_weights(weights, "layers", "out", "in")
-    check_noise(noise)
+    check_not_negative(noise=noise)
     check_whole(num_experts=num_experts)
     if isinstance(topology, str | TopologyFamily):
         topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)

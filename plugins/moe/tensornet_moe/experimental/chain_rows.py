@@ -12,7 +12,7 @@ recomputing the matrices as well would make a step 5 % slower.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,81 +32,6 @@ _SLICE_BYTES = 2**20
 _SMALL_ENDS = 1 / 8
 
 
-#: Rows, left ends, right ends and middle.
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]
-
-#: Experts that have rows, and their numbers of rows.
-Active = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class ChainLegs:
-    """Sizes of a chain of three cores.
-
-    Args:
-        outs: out-legs `(o, p, q)` of left end, middle and right end.
-        ins: in-legs `(i, j, k)`.
-        bonds: `(l, r)` on both sides of the middle.
-        middle: index of the middle core in the topology.
-    """
-
-    outs: tuple[int, int, int]
-    ins: tuple[int, int, int]
-    bonds: tuple[int, int]
-    middle: int
-
-
-def chain_legs(topology: Topology, shared: Sequence[str]) -> ChainLegs | None:
-    """Return the sizes of a chain with one shared inner core; None for any other network.
-
-    Args:
-        topology: the operator of one expert.
-        shared: names of the shared cores.
-
-    Example:
-        >>> topology = tn.topologies.mpo(out_dims=(4, 192, 4), in_dims=(4, 48, 4))
-        >>> chain_legs(topology, ("1",))
-        ChainLegs(outs=(4, 192, 4), ins=(4, 48, 4), bonds=(16, 16), middle=1)
-        >>> chain_legs(topology, ("0", "2")) is None
-        True
-    """
-    names, count = topology.core_names, len(topology.cores)
-    if len(shared) != 1 or topology.terms or topology.padded_shape != topology.shape:
-        return None
-    middle = names.index(shared[0])
-    bonds = [topology.cores[0].labels[0], *(core.labels[-1] for core in topology.cores)]
-    legs = zip(topology.out_labels, topology.in_labels, strict=False)
-    chain = [(bonds[n], out, into, bonds[n + 1]) for n, (out, into) in enumerate(legs) if n < count]
-    if [core.labels for core in topology.cores] != chain or not 0 < middle < count - 1:
-        return None
-    size = topology.size_of
-    if len(topology.out_labels) != count or size[bonds[0]] * size[bonds[-1]] != 1 or len(set(bonds)) <= count:
-        return None
-    outs, ins = ([size[x] for x in labels] for labels in (topology.out_labels, topology.in_labels))
-    left, right = size[bonds[middle]], size[bonds[middle + 1]]
-    (o, p, q), (i, j, k) = (
-        (math.prod(dims[:middle]), dims[middle], math.prod(dims[middle + 1 :])) for dims in (outs, ins)
-    )
-    if max(o * i * left, right * q * k) > _SMALL_ENDS * math.prod(topology.shape):
-        return None
-    return ChainLegs((o, p, q), (i, j, k), (left, right), middle)
-
-
-def takes_chain_rows(x: Tensor, cores: Tensor) -> bool:
-    """Return True if the kernel supports these rows and cores.
-
-    Args:
-        x: the rows.
-        cores: a tensor with the dtype in which the cores are contracted. They need one dtype on the CPU,
-            outside of compilers and transforms.
-    """
-    if x.device.type != "cpu" or x.dtype != cores.dtype or x.dtype not in (torch.float32, torch.float64):
-        return False
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    return not (torch.jit.is_tracing() or transforms_active() or forward_ad._current_level >= 0)
-
-
 def use_chain_rows(model: nn.Module) -> int:
     """Make the banks of a model use this kernel if their topology is a chain with one shared inner core.
 
@@ -124,71 +49,132 @@ def use_chain_rows(model: nn.Module) -> int:
     """
     found = 0
     for bank in model.modules():
-        if isinstance(bank, SharedCoreExperts) and chain_legs(bank.topology, bank.shared) is not None:
+        if isinstance(bank, SharedCoreExperts) and middle_of(bank.topology, bank.shared) is not None:
             bank.kernel = chain_kernel
             found += 1
     return found
 
 
-def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor | None:
-    """Compute `y_r = W_e(r) x_r`; None if the kernel cannot be used. See `SharedCoreExperts.kernel`."""
-    legs = chain_legs(bank.topology, bank.shared)
-    if legs is None or bank.out_features * bank.in_features < BUILT_ALONE:
-        return None
-    if groups.active is None or groups.sizes is None or not takes_chain_rows(x, bank.compute_like):
-        return None
-    cores = list(bank.cores().values())
-    ends, middle = merge_ends(cores, legs), cores[legs.middle]
-    return chain_rows(x, ends, middle, (groups.active, [groups.sizes[e] for e in groups.active]))
-
-
-def merge_ends(cores: Sequence[Tensor], legs: ChainLegs) -> tuple[Tensor, Tensor]:
-    """Merge the private cores on each side of the middle, with gradient.
+def middle_of(topology: Topology, shared: Sequence[str]) -> int | None:
+    """Return the index of the only shared core of a chain with small ends; None for any other network.
 
     Args:
-        cores: cores in the order of the chain; all except the middle have shape `(E, left, out, in, right)`.
-        legs: sizes of the chain.
+        topology: the operator of one expert.
+        shared: names of the shared cores.
 
-    Returns:
-        Left ends `(E, o, i, l)` and right ends `(E, r, q, k)`.
+    Example:
+        >>> topology = tn.topologies.mpo(out_dims=(4, 192, 4), in_dims=(4, 48, 4))
+        >>> middle_of(topology, ("1",)), middle_of(topology, ("0", "2"))
+        (1, None)
     """
+    names, count, size = topology.core_names, len(topology.cores), topology.size_of
+    if len(shared) != 1 or topology.terms or topology.padded_shape != topology.shape:
+        return None
+    middle = names.index(shared[0])
+    bonds = [topology.cores[0].labels[0], *(core.labels[-1] for core in topology.cores)]
+    legs = list(zip(topology.out_labels, topology.in_labels, strict=False))
+    chain = [(bonds[n], *pair, bonds[n + 1]) for n, pair in enumerate(legs) if n < count]
+    if [core.labels for core in topology.cores] != chain or not 0 < middle < count - 1:
+        return None
+    if len(topology.out_labels) != count or size[bonds[0]] * size[bonds[-1]] != 1 or len(set(bonds)) <= count:
+        return None
+    left = size[bonds[middle]] * math.prod(size[x] for pair in legs[:middle] for x in pair)
+    right = size[bonds[middle + 1]] * math.prod(size[x] for pair in legs[middle + 1 :] for x in pair)
+    return middle if max(left, right) <= _SMALL_ENDS * math.prod(topology.shape) else None
+
+
+def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor | None:
+    """Compute `y_r = W_e(r) x_r`; None if the kernel cannot be used. See `SharedCoreExperts.kernel`."""
+    middle = middle_of(bank.topology, bank.shared)
+    if middle is None or bank.out_features * bank.in_features < BUILT_ALONE or groups.sizes is None:
+        return None
+    if x.device.type != "cpu" or x.dtype != bank.dtype or x.dtype not in (torch.float32, torch.float64):
+        return None
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if transforms_active() or forward_ad._current_level >= 0:
+        return None
+    cores = list(bank.cores().values())
 
     def merged(part: Sequence[Tensor]) -> Tensor:
-        whole = part[0]
-        for core in part[1:]:
-            both = torch.einsum("eaoib,ebpjc->eaopijc", whole, core)
-            whole = both.flatten(2, 3).flatten(3, 4)
-        return whole
+        """Merge private cores `(E, left, out, in, right)` into one."""
 
-    left, right = merged(cores[: legs.middle]), merged(cores[legs.middle + 1 :])
-    return left.squeeze(1), right.squeeze(-1)
+        def pair(left: Tensor, right: Tensor) -> Tensor:
+            return torch.einsum("eaoib,ebpjc->eaopijc", left, right).flatten(2, 3).flatten(3, 4)
+
+        return reduce(pair, part)
+
+    ends = merged(cores[:middle]).squeeze(1), merged(cores[middle + 1 :]).squeeze(-1)
+    return chain_rows(x, ends, cores[middle], groups.sizes)
 
 
-def chain_rows(
-    x: Tensor,
-    ends: tuple[Tensor, Tensor],
-    middle: Tensor,
-    groups: tuple[Sequence[int], Sequence[int]],
-) -> Tensor:
+def chain_rows(x: Tensor, ends: tuple[Tensor, Tensor], middle: Tensor, sizes: Sequence[int]) -> Tensor:
     """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with first derivatives.
 
     Args:
         x: shape `(rows, i * j * k)`.
         ends: left ends `(E, o, i, l)` and right ends `(E, r, q, k)`.
         middle: the shared core, `(l, p, j, r)`.
-        groups: the experts that have rows, and their numbers of rows.
+        sizes: number of rows of each expert.
 
     Returns:
         Shape `(rows, o * p * q)`.
 
     Example:
         >>> ends = torch.randn(2, 2, 3, 6), torch.randn(2, 4, 2, 2)
-        >>> y = chain_rows(torch.randn(5, 3 * 4 * 2), ends, torch.randn(6, 5, 4, 4), ([1], [5]))
+        >>> y = chain_rows(torch.randn(5, 3 * 4 * 2), ends, torch.randn(6, 5, 4, 4), (0, 5))
         >>> y.shape
         torch.Size([5, 20])
     """
     keep = torch.is_grad_enabled() and x.requires_grad
-    return _ChainRows.apply(x, *ends, middle, (tuple(groups[0]), tuple(groups[1])), keep)
+    return _ChainRows.apply(x, *ends, middle, [(e, n) for e, n in enumerate(sizes) if n], keep)
+
+
+class _ChainRows(torch.autograd.Function):
+    """`groups` lists the experts that have rows, with the numbers of their rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        left: Tensor,
+        right: Tensor,
+        middle: Tensor,
+        groups: list[tuple[int, int]],
+        keep: bool,
+    ) -> Tensor:
+        saved = (x, left, right, middle)
+        left, right, middle = left.contiguous(), right.contiguous(), middle.contiguous()
+        slices = _Slices(left, middle, right)
+        matrices = [middle.new_empty(slices.shape) for _ in range(len(groups) if keep else 1)]
+        y, start = x.new_empty(len(x), slices.shape[0]), 0
+        for n, (e, size) in enumerate(groups):
+            matrix, rows = matrices[n if keep else 0], slice(start, start := start + size)
+            slices.build(left[e], middle, right[e], matrix)
+            torch.mm(x[rows], matrix.T, out=y[rows])
+        ctx.groups = groups
+        ctx.save_for_backward(*saved, *(matrices if keep else ()))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, left, right, middle, *kept = (tensor.contiguous() for tensor in ctx.saved_tensors)
+        grad, needed = grad.contiguous(), ctx.needs_input_grad[:4]
+        of_x = torch.empty_like(x) if needed[0] else None
+        of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
+        of_middle = torch.zeros_like(middle) if needed[3] else None
+        slices, start = _Slices(left, middle, right), 0
+        of_matrix = middle.new_empty(slices.shape)
+        for n, (e, size) in enumerate(ctx.groups):
+            rows = slice(start, start := start + size)
+            if of_x is not None:
+                torch.mm(grad[rows], kept[n], out=of_x[rows])
+            if any(needed[1:]):
+                torch.mm(grad[rows].T, x[rows], out=of_matrix)
+                cores, gradients = (left[e], middle, right[e]), (of_left[e], of_middle, of_right[e])
+                slices.add_gradients(cores, gradients, of_matrix)
+        return of_x, of_left, of_right, of_middle, None, None
 
 
 class _Slices:
@@ -196,7 +182,10 @@ class _Slices:
 
     def __init__(self, left: Tensor, middle: Tensor, right: Tensor) -> None:
         (_, o, i, _), (_, p, j, r), (_, _, q, k) = left.shape, middle.shape, right.shape
-        self.count = _fewest_slices(p, o * i * j * r * middle.element_size())
+        # The fewest equal slices of `p` that fit the cache.
+        each = o * i * j * r * middle.element_size()
+        fitting = (n for n in range(1, p + 1) if p % n == 0 and p // n * each <= _SLICE_BYTES)
+        self.count = next(fitting, p)
         width = p // self.count
         self.shape, self.legs = (o * p * q, i * j * k), (o, self.count, width, q, i, j, k)
         self.half = middle.new_empty(o * i, width * j * r)
@@ -211,14 +200,13 @@ class _Slices:
         """View the slices of the middle core, each `(l, width * j * r)`."""
         return middle.view(len(middle), self.count, -1).unbind(1)
 
-    def build(self, left: Tensor, middle: Tensor, right: Tensor, matrix: Tensor) -> Tensor:
+    def build(self, left: Tensor, middle: Tensor, right: Tensor, matrix: Tensor) -> None:
         """Write one expert's matrix, shape `(o * p * q, i * j * k)`, into `matrix`."""
         left, right = left.flatten(0, 1), right.flatten(1)
         for piece, place in zip(self.of_middle(middle), self.of_matrix(matrix), strict=True):
             torch.mm(left, piece, out=self.half)
             torch.mm(self.half.view(-1, len(right)), right, out=self.whole)
             place.copy_(self.ordered)
-        return matrix
 
     def add_gradients(
         self,
@@ -241,80 +229,6 @@ class _Slices:
             of_left.addmm_(of_half, piece.T)
             if of_piece is not None:
                 of_piece.addmm_(left.T, of_half)
-
-
-def products(operands: Operands, groups: Active, *, keep: bool) -> list[Tensor]:
-    """Compute `chain_rows` without autograd; return the result, followed by the matrices if they are kept.
-
-    Args:
-        operands: rows, left ends, right ends and middle, see `chain_rows`.
-        groups: the experts that have rows, and their numbers of rows.
-        keep: whether to keep the matrix of each expert.
-    """
-    x, (left, right, middle) = operands[0], (core.contiguous() for core in operands[1:])
-    slices = _Slices(left, middle, right)
-    matrices = [middle.new_empty(slices.shape) for _ in range(len(groups[0]) if keep else 1)]
-    y = x.new_empty(len(x), slices.shape[0])
-    experts, sizes = groups
-    for n, (rows, of_rows) in enumerate(zip(x.split(sizes), y.split(sizes), strict=True)):
-        e = experts[n]
-        matrix = slices.build(left[e], middle, right[e], matrices[n if keep else 0])
-        torch.mm(rows, matrix.T, out=of_rows)
-    return [y, *(matrices if keep else ())]
-
-
-def gradients(
-    grad: Tensor, operands: Operands, groups: Active, kept: Sequence[Tensor], needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of the operands of `products` without recording.
-
-    Args:
-        grad: gradient of the result, shape `(rows, o * p * q)`.
-        operands: rows, left ends, right ends and middle.
-        groups: the experts that have rows, and their numbers of rows.
-        kept: their matrices; unused if the rows need no gradient.
-        needed: which operands need a gradient.
-    """
-    grad, x, left, right, middle = (tensor.contiguous() for tensor in (grad, *operands))
-    experts, sizes = groups
-    of_x = torch.empty_like(x) if needed[0] else None
-    if of_x is not None:
-        for part, of_rows, matrix in zip(of_x.split(sizes), grad.split(sizes), kept, strict=True):
-            torch.mm(of_rows, matrix, out=part)
-    if not any(needed[1:]):
-        return of_x, None, None, None
-    of_left, of_right = torch.zeros_like(left), torch.zeros_like(right)
-    of_middle = torch.zeros_like(middle) if needed[3] else None
-    slices = _Slices(left, middle, right)
-    of_matrix = middle.new_empty(slices.shape)
-    for e, rows, of_rows in zip(experts, x.split(sizes), grad.split(sizes), strict=True):
-        torch.mm(of_rows.T, rows, out=of_matrix)
-        slices.add_gradients((left[e], middle, right[e]), (of_left[e], of_middle, of_right[e]), of_matrix)
-    return of_x, of_left, of_right, of_middle
-
-
-class _ChainRows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, left: Tensor, right: Tensor, middle: Tensor, groups: Active, keep: bool
-    ) -> Tensor:
-        ctx.groups = groups
-        y, *kept = products((x, left, right, middle), groups, keep=keep)
-        ctx.save_for_backward(x, left, right, middle, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, left, right, middle, *kept = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        return (*gradients(grad, (x, left, right, middle), ctx.groups, kept, needed), None, None)
-
-
-def _fewest_slices(size: int, bytes_each: int) -> int:
-    """Return the smallest number of equal slices of a leg for which a slice fits the cache."""
-    fitting = (n for n in range(1, size + 1) if size % n == 0 and size // n * bytes_each <= _SLICE_BYTES)
-    return next(fitting, size)
 
 
 def _words(tensor: Tensor) -> Tensor:

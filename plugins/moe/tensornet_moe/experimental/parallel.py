@@ -5,7 +5,7 @@ of private cores already contain the tokens of all processes. All other gradient
 are averaged over processes, as in data parallelism.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -197,7 +197,7 @@ def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
             f"{moe.num_experts} experts of {name!r} cannot be spread evenly over {ranks} processes; use a "
             "number of processes that divides them, or a smaller group."
         )
-    for bank in _banks(moe.experts).values():
+    for bank in map(moe.experts.bank, moe.experts.names):
         if not isinstance(bank, SharedCoreExperts):
             raise TargetError(
                 f"{name!r} has experts of type {type(bank).__name__}; only SharedCoreExperts spread."
@@ -214,16 +214,19 @@ def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
 def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     here = slice(rank * experts.num_experts // ranks, (rank + 1) * experts.num_experts // ranks)
-    shared = nn.ModuleDict()
-    banks = {}
-    for name, bank in _banks(experts).items():
-        assert isinstance(bank, SharedCoreExperts)
-        banks[name], owner = _slice_bank(bank, here)
-        if owner is not None:
-            shared[name] = owner
-    local = _ffn_like(experts, banks, {k: b if b is None else b[here] for k, b in _biases(experts).items()})
-    made = ParallelExperts(local, shared, group)
-    for parameter in _private_of(made):
+    shared, banks = nn.ModuleDict(), {}
+    for name in experts.names:
+        bank: Any = experts.bank(name)
+        owner = bank.owner
+        if bank.shared and owner is None:  # shared cores become replicated ones, outside of the experts
+            shared[name] = owner = SharedCores(bank.topology, bank.shared, device="meta")
+            for core, parameter in bank.shared_parameters().items():
+                owner.register_parameter(f"core_{core}", parameter)
+        cores = {core: bank.core(core)[here].clone() for core in _private(bank)}
+        banks[name] = _bank_like(bank, here.stop - here.start, bank.shared if owner is None else owner, cores)
+    biases = {name: bias if bias is None else bias[here] for name, bias in _biases(experts).items()}
+    made = ParallelExperts(_ffn_like(experts, banks, biases), shared, group)
+    for parameter in made.local.parameters():
         # Private cores see the tokens of all processes: divide by R to average over processes.
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
@@ -233,47 +236,36 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
 
 def _gather(experts: ParallelExperts) -> ExpertFFN:
     group, local = experts.group, experts.local
-    banks: dict[str, ExpertBank] = {}
-    for name, bank in _banks(local).items():
-        assert isinstance(bank, SharedCoreExperts)
-        own = name in experts.shared
-        whole = SharedCoreExperts(
-            bank.topology,
-            experts.num_experts,
-            shared=bank.owner if bank.owner is not None and not own else bank.shared,
-            device="meta",
-        )
-        whole._compute_like(bank.compute_like)
-        cores = {core: bank.core(core) for core in bank.topology.core_names if core not in bank.shared}
-        for core, part in cores.items():
-            whole._store(core, _gather_rows(part, group))
-            whole.get_parameter(f"core_{core}").requires_grad_(part.requires_grad)
-        if own:
-            for core, parameter in bank.shared_parameters().items():
-                whole.register_parameter(f"core_{core}", parameter)
-        banks[name] = whole
+    banks = {}
+    for name in local.names:
+        bank: Any = local.bank(name)
+        own = bank.owner is None or name in experts.shared
+        cores = {core: _gather_rows(bank.core(core), group) for core in _private(bank)}
+        banks[name] = _bank_like(bank, experts.num_experts, bank.shared if own else bank.owner, cores)
+        for core, parameter in bank.shared_parameters().items() if own else ():
+            banks[name].register_parameter(f"core_{core}", parameter)
     biases = {name: b if b is None else _gather_rows(b, group) for name, b in _biases(local).items()}
     return _ffn_like(local, banks, biases)
 
 
-def _slice_bank(bank: SharedCoreExperts, here: slice) -> tuple[SharedCoreExperts, SharedCores | None]:
-    """Select some experts of a bank, with a new owner of its shared cores (None if they are borrowed)."""
-    owner = None
-    shared: Any = bank.shared if bank.owner is None else bank.owner
-    if bank.shared and bank.owner is None:
-        shared = owner = SharedCores(bank.topology, bank.shared, device="meta")
-        for core, parameter in bank.shared_parameters().items():
-            owner.register_parameter(f"core_{core}", parameter)
-    part = SharedCoreExperts(bank.topology, here.stop - here.start, shared=shared, device="meta")
-    part._compute_like(bank.compute_like)
-    for core in bank.topology.core_names:
-        if core not in bank.shared:
-            part._store(core, bank.core(core).detach()[here].clone())
-            part.get_parameter(f"core_{core}").requires_grad_(bank.core(core).requires_grad)
-    return part, owner
+def _bank_like(
+    bank: SharedCoreExperts, count: int, shared: Any, cores: Mapping[str, Tensor]
+) -> SharedCoreExperts:
+    """Build a bank of `count` experts from private cores, which are frozen as those of another bank."""
+    made = SharedCoreExperts._from_cores((bank.topology,) * count, shared, cores, bank.error, bank.dtype)
+    made._compute_like(bank.compute_like)
+    for core in cores:
+        made.get_parameter(f"core_{core}").requires_grad_(bank.get_parameter(f"core_{core}").requires_grad)
+    return made
 
 
-def _ffn_like(like: ExpertFFN, banks: dict[str, Any], biases: dict[str, Tensor | None]) -> ExpertFFN:
+def _private(bank: SharedCoreExperts) -> list[str]:
+    return [core for core in bank.topology.core_names if core not in bank.shared]
+
+
+def _ffn_like(
+    like: ExpertFFN, banks: Mapping[str, ExpertBank], biases: Mapping[str, Tensor | None]
+) -> ExpertFFN:
     has_bias = any(bias is not None for bias in biases.values())
     made = ExpertFFN(banks, activation=like.activation, bias=has_bias, dropout=like.dropout, device="meta")
     for name, bias in biases.items():
@@ -288,17 +280,12 @@ def _gather_rows(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.cat(parts)
 
 
-def _banks(experts: ExpertFFN) -> dict[str, ExpertBank]:
-    return {name: experts.bank(name) for name in experts.names}
-
-
 def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
     return {name: getattr(experts, f"{name}_bias") for name in experts.names}
 
 
-def _private_of(experts: ParallelExperts) -> Iterable[nn.Parameter]:
-    return experts.local.parameters()  # without shared cores, which are borrowed
-
-
-def _private_parameters(module: nn.Module) -> Sequence[nn.Parameter]:
-    return [p for part in module.modules() if isinstance(part, ParallelExperts) for p in _private_of(part)]
+def _private_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Collect the parameters that differ between processes; shared cores are borrowed, so not among them."""
+    return [
+        p for part in module.modules() if isinstance(part, ParallelExperts) for p in part.local.parameters()
+    ]
