@@ -1,8 +1,8 @@
 """Compression of whole models: candidates of every layer, one plan, one report."""
 
-from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
+from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import Prepared, prepare
 
 __all__ = [

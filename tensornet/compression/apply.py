@@ -12,8 +12,7 @@ from tqdm.auto import tqdm
 from tensornet._util import check_type
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import relative_gap
-from tensornet.compression.layer_plan import LayerPlan
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting

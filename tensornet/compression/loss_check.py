@@ -28,7 +28,6 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import apply_plan
-from tensornet.compression.layer_plan import LayerPlan, layer_names
 from tensornet.compression.loss_increase import (
     UNMEASURED,
     Forecast,
@@ -37,7 +36,7 @@ from tensornet.compression.loss_increase import (
     measure,
     opposite_errors,
 )
-from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss
+from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss, layer_names
 from tensornet.compression.planning import Prepared
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target

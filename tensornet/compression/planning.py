@@ -19,8 +19,7 @@ from tensornet.compression.allocate import Candidate, choose_candidates, decide_
 from tensornet.compression.apply import MadeLayers, check_stats
 from tensornet.compression.candidates import find_candidates, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
-from tensornet.compression.layer_plan import LayerPlan
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.contraction.cost import default_machine

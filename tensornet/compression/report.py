@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from tensornet._util import html_table
-from tensornet.compression.layer_plan import LayerPlan
 from tensornet.compression.loss_increase import LossIncrease
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.nn.storage import PackedCore
 from tensornet.nn.targets import BIAS, UNKNOWN, UNSEEN, Target
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tensornet._util import import_optional
-from tensornet.compression.layer_plan import LayerName, LayerPlan, layer_names
+from tensornet.compression.plan import LayerPlan, layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -125,7 +125,7 @@ def losses_figure(
     values = [x for known in losses.values() for x in known.values() if x > _FLOOR]
     low, high = min(values, default=_FLOOR) / 2, max(values, default=1.0) * 2
     # Kinds of layers over blocks; without blocks all layers are in one panel.
-    kinds, blocks, cells = grid_of(layer_names([layer.name for layer in layers]))
+    kinds, blocks, cells = grid_of([layer.name for layer in layers])
     panels = [
         (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
     ]
@@ -171,7 +171,7 @@ def _figure(
 ) -> tuple["Figure", Any]:
     """Create a figure with a panel for the map of `draw_bits`, and others of the given heights."""
     module = import_optional("matplotlib.figure", extra="viz", user=user)
-    rows, columns, _ = grid_of(layer_names([layer.name for layer in layers]))
+    rows, columns, _ = grid_of([layer.name for layer in layers])
     heights = [*above, 1.1 + 0.32 * len(rows), *below]
     width = min(24.0, max(_WIDTH, 0.42 * len(columns)))
     figure: Figure = module.Figure(figsize=(width, sum(heights)), layout="constrained")
@@ -253,7 +253,7 @@ def draw_bits(axes: "Axes", layers: Sequence[LayerPlan]) -> None:
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    rows, columns, cells = grid_of(layer_names([layer.name for layer in layers]))
+    rows, columns, cells = grid_of([layer.name for layer in layers])
     most = max(layer.bits_per_weight for layer in layers)
     for layer in layers:
         row, column = cells[layer.name]
@@ -288,26 +288,25 @@ def _plain(axes: "Axes", *, grid: str | None) -> None:
         axes.grid(axis=grid, color=COLORS["grid"])  # type: ignore[arg-type]  # "x", "y" or "both"
 
 
-def grid_of(names: Sequence[LayerName]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
+def grid_of(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
     """Arrange layers in a table: kinds as rows, blocks as columns.
 
     Returns:
         Labels of rows and of columns, and `(row, column)` of each layer by its name.
 
     Example:
-        >>> from tensornet.compression.layer_plan import layer_names
         >>> from tensornet.compression.viz import grid_of
-        >>> grid_of(layer_names(["h.0.up", "h.0.down", "h.1.up"]))
+        >>> grid_of(["h.0.up", "h.0.down", "h.1.up"])
         (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
     """
     rows: dict[str, int] = {}
     columns: dict[tuple[str, int], int] = {}
     cells = {}
-    for name in names:
-        stack = re.sub(r"\d+$", "", name.place) if name.block is not None else ""
-        row = name.kind if name.block is not None else name.name
-        column = columns.setdefault((stack, name.block or 0), len(columns)) if name.block is not None else 0
-        cells[name.name] = (rows.setdefault(row, len(rows)), column)
+    for name, (block, place, kind) in zip(names, layer_names(names), strict=True):
+        row, column = name, 0
+        if block is not None:
+            row, column = kind, columns.setdefault((re.sub(r"\d+$", "", place), block), len(columns))
+        cells[name] = (rows.setdefault(row, len(rows)), column)
     several = len({stack for stack, _ in columns}) > 1  # encoder and decoder: their first letters
     labels = [f"{stack[:3]}{block}" if several else str(block) for stack, block in columns]
     return list(rows), labels or [""], cells

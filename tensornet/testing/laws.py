@@ -24,7 +24,7 @@ from tensornet.budget import Budget
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.plan import LayerPlan
 from tensornet.compression.planning import plan
 from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.linalg.svd import result_dtype

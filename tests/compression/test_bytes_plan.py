@@ -28,7 +28,7 @@ from tensornet.compression.allocate import (
     uniform,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.layer_plan import describe
+from tensornet.compression.plan import describe
 from tensornet.compression.report import model_size
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat

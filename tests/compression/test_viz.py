@@ -13,8 +13,6 @@ from torch import nn
 
 import tensornet as tn
 from tensornet._util import ROWS, html_table
-from tensornet.compression.baselines import NEAREST, SVD
-from tensornet.compression.layer_plan import layer_names
 from tensornet.compression.viz import grid_of, losses_figure
 
 Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport]
@@ -95,10 +93,14 @@ def test_report_draws(made: Made) -> None:
 
 def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method(made: Made) -> None:
     layers = list(made[0])
-    others = {x: {layer.name: 0.5 for layer in layers} for x in (SVD, NEAREST)}
+    others = {x: {layer.name: 0.5 for layer in layers} for x in ("plain SVD", "round to nearest")}
     figure = losses_figure(layers, others)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
-    assert [line.get_label() for line in figure.axes[0].lines] == [SVD, NEAREST, "this plan"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "plain SVD",
+        "round to nearest",
+        "this plan",
+    ]
     expected = [layer.loss_increase for layer in layers if layer.name.endswith("up")]
     assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx(expected)
     alone = [replace(layer, name=str(k)) for k, layer in enumerate(layers[:2])]  # without blocks: one panel
@@ -110,14 +112,14 @@ def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method(made: 
 def test_names_fall_into_blocks_and_kinds(count: int) -> None:
     kinds = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.up_proj"]
     names = [f"model.layers.{k}.{kind}" for k in range(count) for kind in kinds]
-    rows, columns, cells = grid_of(layer_names([*names, "lm_head"]))
+    rows, columns, cells = grid_of([*names, "lm_head"])
     assert rows == [*kinds, "lm_head"]
     assert columns == [str(k) for k in range(count)]
     assert len(set(cells.values())) == len(names) + 1
-    rows, columns, cells = grid_of(layer_names(["0", "2"]))
+    rows, columns, cells = grid_of(["0", "2"])
     assert (rows, columns, len(set(cells.values()))) == (["0", "2"], [""], 2)
     two = ["encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q"]
-    assert len(set(grid_of(layer_names(two))[2].values())) == 3
+    assert len(set(grid_of(two)[2].values())) == 3
 
 
 def test_notebook_tables_are_small_and_escaped(made: Made) -> None:

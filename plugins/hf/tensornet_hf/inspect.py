@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tensornet.compression.layer_plan import describe
+from tensornet.compression.plan import describe
 from tensornet.io import Slice
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology

@@ -23,15 +23,19 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.baselines import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
-from tensornet.compression.layer_plan import layer_names
+from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import measure
+from tensornet.compression.plan import CompressionPlan, layer_names
 from tensornet.compression.report import CompressionReport, compact_count, model_size
 from tensornet.compression.viz import COLORS
 from tensornet.io import write_file
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.formats import BITS
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.text import continue_text, load_tokenizer
 
+#: Baselines: each is a configuration of the same pipeline.
+NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 #: Number of words in the prompt of the samples, and of generated tokens.
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
 #: A loss increase smaller than this, in nats, counts as zero.
@@ -65,6 +69,41 @@ class Page:
     made: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = ()
     prompt: str | None = None
+
+
+def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:
+    """Configure the baselines with about the bytes of a plan, by name; GPTQ needs moments of inputs.
+
+    Example:
+        >>> from tensornet_hf.report import baseline_configs
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
+        >>> nearest = tn.plan(model, baseline_configs(plan, None)["round to nearest"])
+        >>> nearest["0"].scheme, nearest.bytes_after == plan.bytes_after
+        ('int4 dense', True)
+    """
+    names = [layer.name for layer in plan]
+    formats = [NumberFormat(bits, group) for bits in BITS for group in (64, 32, 128)]  # with 16-bit scales
+    sizes = {x: sum(x.nbytes(layer.shape) for layer in plan) for x in formats}
+    fitting = [x for x in formats if sizes[x] <= 1.01 * plan.bytes_after]
+    largest = max(fitting, key=sizes.__getitem__) if fitting else min(formats, key=sizes.__getitem__)
+    integers = CompressionConfig(target_modules=names, formats=(largest.name,), verify=False)
+    low_rank = CompressionConfig(
+        target_modules=names,
+        topology="low_rank",
+        objective="weight",
+        param_ratio=min(1.0, plan.bytes_after / (svd_itemsize(plan) * plan.params_before)),
+    )
+    found = {NEAREST: replace(integers, rounding="nearest")}
+    if stats is not None:
+        found[GPTQ] = replace(integers, rounding="one_sided")
+    return {**found, SVD: low_rank}
+
+
+def svd_itemsize(plan: CompressionPlan) -> int:
+    """Bytes of a number in the factors of the plain SVD: 2 if the plan has number formats."""
+    integers = any(layer.storage.own_dtypes for layer in plan)
+    return 2 if integers else plan.layers[0].dtype.itemsize
 
 
 def compare_methods(
@@ -321,7 +360,7 @@ def _pictures(page: Page) -> dict[str, str]:
             found["loss"] = _svg(figure)
         if all(layer.loss_increase is not None for layer in layers):
             found["layers"] = _svg(viz.losses_figure(layers, page.losses, width=_WIDTH))
-        names, _, _ = viz.grid_of(layer_names([layer.name for layer in layers]))
+        names, _, _ = viz.grid_of([layer.name for layer in layers])
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(names)), layout="constrained")
         viz.draw_bits(figure.subplots(), layers)
         found["bits"] = _svg(figure)

@@ -29,10 +29,9 @@ from tensornet.compression.apply import apply_plan, replaced
 from tensornet.compression.candidates import layer_formats, relative_gap
 from tensornet.compression.compress import Calibration, gather
 from tensornet.compression.config import CompressionConfig, check_config
-from tensornet.compression.layer_plan import LayerPlan, describe
 from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan, describe
 from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression.layer_plan import LayerPlan
+from tensornet.compression.plan import LayerPlan
 from tensornet.errors import FormatError, TargetError
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat

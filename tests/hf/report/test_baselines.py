@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import tensornet as tn
-from tensornet.compression.baselines import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
 from tensornet.compression.sensitivity import forecast_weighting
 from tensornet.nn.targets import all_targets
 from tensornet.quantization import round_weight
+from tensornet_hf.report import GPTQ, NEAREST, SVD, baseline_configs, svd_itemsize
 
 Made = tuple[nn.Sequential, tn.CompressionPlan, tn.CalibrationStats]
 
