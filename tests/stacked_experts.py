@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tensornet.nn.layer_kinds import CompoundKind, register_compound_kind
-from tensornet.nn.unfuse import Compound, Shared, Stack
+from tensornet.nn.unfuse import Compound, Shared, Stack, register_compound
 
 
 class Experts(nn.Module):
@@ -20,6 +19,7 @@ class Experts(nn.Module):
         return torch.einsum("eti,eoi->eto", x, self.w)
 
 
+@register_compound
 class SplitExperts(Compound):
     """The same experts, one layer each."""
 
@@ -27,20 +27,13 @@ class SplitExperts(Compound):
         names = tuple(f"{k}.w" for k in range(len(stock.w)))
         super().__init__(stock, (Stack("w", names, stock.w.shape[-1]),), shared)
 
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return type(module) is Experts
+
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.get_submodule(name) for name in self.layer_names)
         return torch.stack([layer(part) for layer, part in zip(layers, x.unbind(), strict=True)])
-
-
-class _Kind(CompoundKind):
-    def matches(self, module: nn.Module) -> bool:
-        return type(module) is Experts
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        return SplitExperts(module, shared)
-
-
-register_compound_kind(_Kind())
 
 
 def gaussian(*shape: int, seed: int = 0) -> Tensor:

@@ -18,7 +18,7 @@ from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.extension import structure_changed
-from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind, reason_against
+from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage
@@ -31,7 +31,7 @@ from tensornet.nn.targets import (
     shortened,
     split_by_adapters,
 )
-from tensornet.nn.unfuse import fuse, unfused
+from tensornet.nn.unfuse import fuse, reason_against, unfused
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import Decomposition, topology_family

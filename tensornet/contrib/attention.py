@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
-from tensornet.nn.layer_kinds import CompoundKind, own_parameters, register_compound_kind
-from tensornet.nn.unfuse import Compound, Shared, Stack
+from tensornet.nn.layer_kinds import own_parameters
+from tensornet.nn.unfuse import Compound, Shared, Stack, register_compound
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
+@register_compound
 class MatrixAttention(Compound):
     """Replacement for `nn.MultiheadAttention` with the same arguments, masks and results.
 
@@ -36,6 +37,16 @@ class MatrixAttention(Compound):
         self.embed_dim, self.num_heads, self.head_dim = width, stock.num_heads, stock.head_dim
         self.dropout, self.batch_first = stock.dropout, stock.batch_first
         self.add_zero_attn = stock.add_zero_attn
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True for attention whose projections are parameters."""
+        if type(module) is not nn.MultiheadAttention:
+            return False
+        projections = [own_parameters(module), own_parameters(module.out_proj)]
+        packed = "in_proj_weight" in projections[0]
+        plain = packed or {f"{name}_weight" for name in _INPUTS} <= projections[0].keys()
+        return plain and "weight" in projections[1]
 
     def forward(
         self,
@@ -126,20 +137,3 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-
-
-class _AttentionKind(CompoundKind):
-    def matches(self, module: nn.Module) -> bool:
-        if type(module) is not nn.MultiheadAttention:
-            return False
-        projections = [own_parameters(module), own_parameters(module.out_proj)]
-        packed = "in_proj_weight" in projections[0]
-        plain = packed or {f"{name}_weight" for name in _INPUTS} <= projections[0].keys()
-        return plain and "weight" in projections[1]
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        assert isinstance(module, nn.MultiheadAttention)
-        return MatrixAttention(module, shared)
-
-
-register_compound_kind(_AttentionKind())

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.nn.layer_kinds import CompoundKind, is_plain, register_compound_kind
+from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
+from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed, register_compound
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+@register_compound
 class MatrixConvolution(Compound):
     """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` that multiplies by matrices.
 
@@ -38,6 +39,18 @@ class MatrixConvolution(Compound):
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
         # Last dimension first, as in F.pad; with `padding="same"` both ends may differ.
         self.pads = tuple(stock._reversed_padding_repeated_twice)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True for convolutions that low rank makes smaller, so not for depthwise ones."""
+        return type(module) in _CONVOLUTIONS and is_plain(module) and _can_shrink(module)
+
+    @classmethod
+    def reason_against(cls, module: nn.Module) -> str | None:
+        """Name the reason for other convolutions."""
+        if type(module) in _CONVOLUTIONS and is_plain(module) and not _can_shrink(module):
+            return "groups too small for low rank"
+        return None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(batch, in_channels, *points)` to `(batch, out_channels, *points)`; batch may be absent."""
@@ -93,26 +106,8 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
     return left.reshape(rows, -1), right.reshape(-1, columns)
 
 
-class _ConvolutionKind(CompoundKind):
-    """Compound kind of convolutions, except depthwise ones, which have a single kernel per channel."""
-
-    def matches(self, module: nn.Module) -> bool:
-        return type(module) in _CONVOLUTIONS and is_plain(module) and self._can_shrink(module)
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        assert isinstance(module, _CONVOLUTIONS)
-        return MatrixConvolution(module, shared)
-
-    def reason_against(self, module: nn.Module) -> str | None:
-        if type(module) in _CONVOLUTIONS and is_plain(module) and not self._can_shrink(module):
-            return "groups too small for low rank"
-        return None
-
-    def _can_shrink(self, module: Any) -> bool:
-        """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
-        rows = module.out_channels // module.groups
-        columns = module.in_channels // module.groups * math.prod(module.kernel_size)
-        return module.groups == 1 or rows + columns < rows * columns
-
-
-register_compound_kind(_ConvolutionKind())
+def _can_shrink(module: Any) -> bool:
+    """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
+    rows = module.out_channels // module.groups
+    columns = module.in_channels // module.groups * math.prod(module.kernel_size)
+    return module.groups == 1 or rows + columns < rows * columns

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from tensornet.errors import ShapeError
-from tensornet.nn.layer_kinds import CompoundKind, own_parameters, register_compound_kind
-from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed
+from tensornet.nn.layer_kinds import own_parameters
+from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed, register_compound
 
 #: The states of one direction: hidden state, or hidden and cell state.
 State = tuple[Tensor, ...]
@@ -23,6 +23,7 @@ _FUSED: dict[str, Callable[..., Any]] = {
 }
 
 
+@register_compound
 class MatrixRecurrence(Compound):
     """Replacement for `nn.RNN`, `nn.LSTM` or `nn.GRU` with the same arguments and results.
 
@@ -47,6 +48,14 @@ class MatrixRecurrence(Compound):
         self.hidden_size, self.proj_size = stock.hidden_size, stock.proj_size
         self.input_size, self.batch_first = stock.input_size, stock.batch_first
         self.dropout, self.bidirectional = stock.dropout, stock.bidirectional
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True for recurrent layers whose weights are parameters."""
+        if type(module) not in (nn.RNN, nn.LSTM, nn.GRU):
+            return False
+        assert isinstance(module, nn.RNNBase)
+        return own_parameters(module).keys() == set(module._flat_weights_names)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None
@@ -199,18 +208,3 @@ def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
     parts = chunk.split([tensors[k].numel() for k in order])
     placed = {k: part.view(tensors[k].shape) for k, part in zip(order, parts, strict=True)}
     return [placed[k] for k in range(len(tensors))]
-
-
-class _RecurrenceKind(CompoundKind):
-    def matches(self, module: nn.Module) -> bool:
-        if type(module) not in (nn.RNN, nn.LSTM, nn.GRU):
-            return False
-        assert isinstance(module, nn.RNNBase)
-        return own_parameters(module).keys() == set(module._flat_weights_names)
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        assert isinstance(module, nn.RNNBase)
-        return MatrixRecurrence(module, shared)
-
-
-register_compound_kind(_RecurrenceKind())

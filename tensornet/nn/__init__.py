@@ -2,10 +2,10 @@
 
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import ModelExtension, register_extension
+from tensornet.nn.int4_cpu import prepare_for_inference
 from tensornet.nn.layer_kinds import LayerKind, register_layer_kind
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import build_module, module_spec, register_module_type
-from tensornet.nn.prepare import prepare_for_inference
 from tensornet.nn.strategy import cached_bytes, set_strategy
 
 __all__ = [

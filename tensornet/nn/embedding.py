@@ -13,10 +13,11 @@ from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.layer_kinds import kind_of, layer_kind, type_and_reason
+from tensornet.nn.layer_kinds import kind_of, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, row_cores, storage_entry
 from tensornet.nn.strategy import CACHED, Strategy, transforms_active
+from tensornet.nn.unfuse import type_and_reason
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
 from tensornet.topology import Topology

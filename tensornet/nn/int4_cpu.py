@@ -1,4 +1,4 @@
-"""Integer matrices in the layout of torch's int4 kernel on the CPU, see `prepare_for_inference`.
+"""Models prepared for inference: integer matrices in the layout of torch's int4 kernel on the CPU.
 
 The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
 `[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
@@ -6,9 +6,9 @@ high half. Each group has a scale and an offset: `value = scale * (code - 8) + o
 
 Codes of 2 or 3 bits are converted to 4 bits. Codes of 5 to 8 bits are split into their 4 highest bits and the
 rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two kernel products with
-the same groups. The rows of the low part are stored below those of the high part. A zero point is subtracted
-from the codes of its group, which takes one more bit. All conversions are exact, since scales and offsets are
-powers of two times the stored scales.
+the same groups. The rows of the low part are stored below those of the high part. All conversions are exact,
+since scales and offsets are powers of two times the stored scales. Matrices with zero points are not
+converted.
 
 The layout depends on the processor and is not saved. Bits per weight for groups of 64, as stored and as
 prepared:
@@ -20,16 +20,19 @@ prepared:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import Self
 
 from tensornet._util import is_exporting
+from tensornet.errors import TargetError
+from tensornet.nn.storage import PackedCore
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.formats import unpack
 
 #: Group sizes that the kernel supports.
 _GROUPS = (128, 64, 32)
@@ -200,9 +203,9 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
         max_growth: largest size of the layout, in units of the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
-    if _low_bits(number_format) is None or number_format.scale_dtype == torch.float16:
-        return False  # too many bits, or scales that bfloat16 would round
-    plain = not number_format.zero_point and number_format.scale_dtype == torch.bfloat16
+    if number_format.bits is None or number_format.zero_point or number_format.scale_dtype == torch.float16:
+        return False  # bfloat16 would round float16 scales
+    plain = number_format.scale_dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
         return False  # torch's int8 kernel can read the stored codes
     if block is None or group is None or shape[0] == 0 or shape[0] % block:
@@ -232,26 +235,23 @@ def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
 
 
 @torch.no_grad()
-def to_kernel(
-    number_format: NumberFormat, codes: Tensor, scales: Tensor, zeros: Tensor | None, columns: int
-) -> KernelMatrix:
+def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, columns: int) -> KernelMatrix:
     """Convert from the stored packing; requires `has_layout`.
 
     Args:
         number_format: format of the matrix.
         codes: packed rows.
         scales: shape `(out, groups)`.
-        zeros: packed zero points, or None.
         columns: number of columns, `in`.
     """
     block, group, low = _block_rows(), _kernel_group(number_format, columns), _low_bits(number_format)
     assert block is not None
     assert group is not None
-    assert low is not None
+    assert number_format.bits is not None
     rows, products = len(codes), products_of(number_format)
     made = codes.new_empty(products, rows, columns // 2)
     for part in _parts(rows, columns, block):
-        points = _centred(number_format, codes[part], None if zeros is None else zeros[part], columns)
+        points = number_format.unpack(codes[part], columns).to(torch.int16) - 2 ** (number_format.bits - 1)
         if low:
             whole = points + 2 ** (low + 3)
             nibbles = [whole >> low, (whole & (2**low - 1)) + (8 - 2 ** (low - 1))]
@@ -270,33 +270,15 @@ def to_kernel(
     return KernelMatrix(number_format, made.view(products * rows, -1), held, block)
 
 
-def _centred(number_format: NumberFormat, codes: Tensor, zeros: Tensor | None, columns: int) -> Tensor:
-    """Unpack `code - origin`, `torch.int16` of shape `(rows, in)`."""
-    found = number_format.unpack(codes, columns).to(torch.int16)
-    return found.sub_(_origin(number_format, zeros, columns))
-
-
-def _origin(number_format: NumberFormat, zeros: Tensor | None, columns: int) -> Tensor | int:
-    """Return the codes of the value 0: zero points for each input, or the centre, rounded up."""
+def _low_bits(number_format: NumberFormat) -> int:
+    """Count the bits of the second product: 0 if one product is enough."""
     assert number_format.bits is not None
-    if zeros is None:
-        return 2 ** (number_format.bits - 1)
-    groups = number_format.groups(columns)
-    found = unpack(zeros, number_format.bits, groups).to(torch.int16)
-    return found.repeat_interleave(columns // groups, dim=1)
-
-
-def _low_bits(number_format: NumberFormat) -> int | None:
-    """Count the bits of the second product: 0 if one product is enough, None if two are not enough."""
-    if number_format.bits is None:
-        return None
-    bits = number_format.bits + (1 if number_format.zero_point else 0)
-    return None if bits > 2 * _BITS else max(bits - _BITS, 0)
+    return max(number_format.bits - _BITS, 0)
 
 
 def _between_points(number_format: NumberFormat) -> bool:
     """Return True if 0 lies between two codes."""
-    return number_format.center % 1 != 0 and not number_format.zero_point
+    return number_format.center % 1 != 0
 
 
 def _unit(number_format: NumberFormat) -> int:
@@ -338,3 +320,117 @@ def _block_rows() -> int | None:
             if torch.equal(found, (low | (high << 4)).flatten()):
                 return block
     return None
+
+
+class Int4Core(nn.Module):
+    """Integer matrix of a layer that was prepared for inference; it replaces a `PackedCore`.
+
+    Args:
+        matrix: the matrix in the layout of the kernel.
+        shape: shape of the core.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, matrix: KernelMatrix, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self._matrix = shape, matrix
+        self.register_buffer("codes", matrix.codes)
+        self.register_buffer("scales", matrix.scales.view(torch.int16))  # not changed by `.half()`
+        self.register_state_dict_pre_hook(_refuse_saving)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+        return self.codes.device
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name."""
+        return {"codes": self.codes, "scales": self.scales}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of elements in each tensor, before packing."""
+        rows, columns = self._matrix.shape
+        return {"codes": rows * columns, "scales": rows * len(self.scales)}
+
+    @property
+    def integers(self) -> KernelMatrix:
+        """Matrix for `tensornet.nn.integer_matmul.multiply`."""
+        if self._matrix.codes is not self.codes:
+            self._matrix = replace(self._matrix, codes=self.codes, scales=self.scales.view(torch.bfloat16))
+        return self._matrix
+
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Unpack the core."""
+        return self.integers.dense(dtype or torch.float32).reshape(self.shape)
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training.
+
+        Raises:
+            TargetError: the mode is training.
+        """
+        if mode:
+            raise TargetError(
+                "A model that was prepared for inference cannot be trained: load or compress it again."
+            )
+        return super().train(mode)
+
+
+def _refuse_saving(module: nn.Module, *_: object) -> None:
+    raise TargetError(
+        "A model that was prepared for inference cannot be saved: its layout belongs to this processor. Save "
+        "the model before prepare_for_inference, or load it again."
+    )
+
+
+@torch.no_grad()
+def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -> nn.Module:
+    """Convert integer layers to the layout of torch's int4 kernel for the CPU, if it is faster.
+
+    A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
+    strategy `"auto"` or `"factorized"`. Other layers are not changed. A pass of one token then takes about as
+    long as reading the weights.
+
+    Args:
+        model: changed in place and put in eval mode. Training and saving raise errors afterwards.
+        max_growth: largest size of a converted layer, in units of its stored bytes; 2 allows `int2`.
+
+    Returns:
+        The model.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
+        >>> config = tn.CompressionConfig(formats=("int4",), objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> tn.nn.prepare_for_inference(model)(torch.ones(1, 64).bfloat16()).shape
+        torch.Size([1, 64])
+    """
+    model.eval()
+    users: dict[PackedCore, list[tuple[Any, str]]] = {}
+    for module in model.modules():
+        for name, core in module.named_children():
+            if isinstance(core, PackedCore):
+                users.setdefault(core, []).append((module, name))
+    for core, places in users.items():
+        # Only layers that multiply by this core have it as `integer_core`; embeddings read its rows.
+        fits = all(
+            getattr(layer, "integer_core", None) is core
+            and layer.dtype == torch.bfloat16
+            and layer.strategy in ("auto", "factorized")
+            for layer, _ in places
+        )
+        if not fits or core.is_trained or core.device.type != "cpu":
+            continue
+        if not has_layout(core.number_format, (len(core.codes), core.columns), max_growth):
+            continue
+        made = Int4Core(
+            to_kernel(core.number_format, core.codes, core.scale_values, core.columns), core.shape
+        )
+        for layer, name in places:
+            setattr(layer, name, made)
+    return model

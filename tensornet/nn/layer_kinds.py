@@ -1,8 +1,7 @@
 """Stock modules that can be compressed: reading their matrices, and rebuilding them.
 
-A module with one matrix has a `LayerKind`. A module with several matrices, or with one that is not applied as
-`x W^T`, has a `CompoundKind`, which makes an equivalent module with one layer for each matrix, and converts
-it back.
+A module with one matrix that is applied as `x W^T` has a `LayerKind`; for other modules see
+`tensornet.nn.unfuse`.
 
 A layer kind is matched by its exact type. Subclasses are skipped on purpose, since their `forward` may
 differ.
@@ -92,34 +91,6 @@ def _counted_path(name: str) -> tuple[str, ...] | None:
     return None
 
 
-class CompoundKind(ABC):
-    """Abstract kind of module with several matrices; register it with `register_compound_kind`.
-
-    Example:
-        >>> from tensornet.nn.layer_kinds import compound_of
-        >>> kind = tn.nn.layer_kinds.compound_of(torch.nn.LSTM(8, 16))
-        >>> kind.matches(torch.nn.GRU(8, 16)), tn.nn.layer_kinds.compound_of(torch.nn.Linear(8, 8))
-        (True, None)
-    """
-
-    @abstractmethod
-    def matches(self, module: nn.Module) -> bool:
-        """Return True if this kind describes the module."""
-
-    @abstractmethod
-    def unfuse(self, module: nn.Module, shared: dict[tuple[object, ...], nn.Parameter]) -> nn.Module:
-        """Build a `tensornet.nn.unfuse.Compound` that computes the same from the same parameters.
-
-        Args:
-            module: the stock module; its parameters are viewed, not copied.
-            shared: matrices of modules that are already unfused, so that tied parameters stay tied.
-        """
-
-    def reason_against(self, module: nn.Module) -> str | None:
-        """Explain briefly, for reports, why a module of a known type cannot be unfused; None if it can."""
-        return None
-
-
 class _Linear(LayerKind):
     name = "linear"
 
@@ -184,15 +155,7 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
     return layer
 
 
-#: Types whose weight may be recomputed before each pass by a hook of `torch.nn.utils`.
-_STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Reason why a layer stays dense under weight_norm, spectral_norm or prune.
-RECOMPUTED = "weight recomputed by a hook"
-#: Reason why a layer stays dense if its `forward` was replaced.
-OWN_FORWARD = "forward set on the layer itself"
-
 _KINDS: dict[str, LayerKind] = {}
-_COMPOUNDS: list[CompoundKind] = []
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
@@ -213,21 +176,6 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
     if kind.name in _KINDS:
         raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
     _KINDS[kind.name] = kind
-    return kind
-
-
-def register_compound_kind(kind: CompoundKind) -> CompoundKind:
-    """Register another kind of module with several matrices; later kinds take precedence over earlier ones.
-
-    >>> class Nothing(tn.nn.layer_kinds.CompoundKind):
-    ...     def matches(self, module):
-    ...         return False
-    ...     def unfuse(self, module, shared):
-    ...         raise NotImplementedError
-    >>> tn.nn.layer_kinds.compound_of(torch.nn.ReLU()) is tn.nn.layer_kinds.register_compound_kind(Nothing())
-    False
-    """
-    _COMPOUNDS.insert(0, kind)
     return kind
 
 
@@ -256,39 +204,6 @@ def kind_of(module: nn.Module) -> LayerKind | None:
         ('linear', None)
     """
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
-
-
-def compound_of(module: nn.Module) -> CompoundKind | None:
-    """Find the kind of a module that owns several matrices; None for any other module.
-
-    >>> tn.nn.layer_kinds.compound_of(torch.nn.LSTM(4, 4)) is None
-    False
-    """
-    return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
-
-
-def reason_against(module: nn.Module) -> str | None:
-    """Explain briefly why a module of a known type is not compressed; None if its type is unknown.
-
-    >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
-    'groups too small for low rank'
-    """
-    if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
-        return RECOMPUTED
-    if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
-        return OWN_FORWARD
-    reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
-    return next((reason for reason in reasons if reason is not None), None)
-
-
-def type_and_reason(module: nn.Module) -> str:
-    """Name the type of a module, with the reason why it is not compressed in brackets, if there is one.
-
-    >>> type_and_reason(torch.nn.Conv1d(8, 8, 3, groups=8)), type_and_reason(torch.nn.LayerNorm(4))
-    ('Conv1d (groups too small for low rank)', 'LayerNorm')
-    """
-    reason = reason_against(module)
-    return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:

@@ -16,10 +16,11 @@ from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
-from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind, type_and_reason
+from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
 from tensornet.nn.strategy import CACHED, Strategy, transforms_active
+from tensornet.nn.unfuse import type_and_reason
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
 from tensornet.topologies.mpo import MPOFamily

@@ -12,18 +12,14 @@ from torch import Tensor, nn
 from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.layer_kinds import (
-    OWN_FORWARD,
-    RECOMPUTED,
     LayerKind,
-    compound_of,
     has_own_forward,
     kind_of,
     layer_bias,
     own_parameters,
-    reason_against,
 )
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.unfuse import Compound
+from tensornet.nn.unfuse import OWN_FORWARD, RECOMPUTED, Compound, compound_of, reason_against
 
 ALL = "all"
 
@@ -54,7 +50,7 @@ class LayerSelection:
 
 #: Reasons to skip a weight that could be compressed, which depend on the configuration.
 EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embedding"
-#: Reasons to skip a weight that cannot be compressed; more come from `layer_kinds.reason_against` and ties.
+#: Reasons to skip a weight that cannot be compressed; more come from `unfuse.reason_against` and ties.
 ADAPTER = "of an adapter"
 READ = "weight read past the layer"
 UNSEEN = "never ran in calibration"

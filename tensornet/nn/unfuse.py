@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ from tensornet.nn.layer_kinds import (
     ACCELERATE,
     LayerKind,
     carry_hooks,
-    compound_of,
     has_own_forward,
+    kind_of,
     layer_bias,
     own_parameters,
     register_layer_kind,
@@ -31,6 +31,13 @@ from tensornet.nn.layer_kinds import (
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.strategy import CACHED
 from tensornet.nn.weight_facts import weight_facts
+
+#: Types whose weight may be recomputed before each pass by a hook of `torch.nn.utils`.
+_STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+#: Reason why a layer stays dense under weight_norm, spectral_norm or prune.
+RECOMPUTED = "weight recomputed by a hook"
+#: Reason why a layer stays dense if its `forward` was replaced.
+OWN_FORWARD = "forward set on the layer itself"
 
 #: Matrices made so far, by the parameter and the rows that they view.
 Shared = dict[tuple[object, ...], nn.Parameter]
@@ -142,17 +149,19 @@ class Stack:
 class Compound(nn.Module):
     """Abstract replacement for a stock module, which computes the same with one layer for each matrix.
 
-    Subclasses define `forward` with the arguments of the stock module.
+    Subclasses define `matches`, `forward` with the arguments of the stock module, and `__init__(stock,
+    shared)`; `register_compound` makes them known.
 
     Args:
-        stock: the replaced module; it is stored, but not as a submodule.
+        stock: the replaced module; it is stored, but not as a submodule. Its parameters are viewed, not
+            copied.
         stacks: locations of the matrices in it.
-        shared: see `CompoundKind.unfuse`.
+        shared: matrices of modules that are already unfused, so that tied parameters stay tied.
 
     Example:
-        >>> from tensornet.nn.layer_kinds import compound_of
+        >>> from tensornet.nn.unfuse import compound_of
         >>> attention = torch.nn.MultiheadAttention(16, 2)
-        >>> compound = compound_of(attention).unfuse(attention, {})
+        >>> compound = compound_of(attention)(attention, {})
         >>> compound.type_name, compound.layer_names
         ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
@@ -171,6 +180,16 @@ class Compound(nn.Module):
                 self._add(name, PartMatrix(matrix, bias))
         self._stock, self._freed = (stock,), False  # set last, since `__getattr__` looks up in it
         self.train(stock.training)
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True if this class replaces the module."""
+        raise NotImplementedError
+
+    @classmethod
+    def reason_against(cls, module: nn.Module) -> str | None:
+        """Explain briefly, for reports, why a module of a known type cannot be unfused; None if it can."""
+        return None
 
     @property
     def type_name(self) -> str:
@@ -267,6 +286,50 @@ class Compound(nn.Module):
             return getattr(stock[0], name)
 
 
+_COMPOUNDS: list[type[Compound]] = []
+C = TypeVar("C", bound=type[Compound])
+
+
+def register_compound(kind: C) -> C:
+    """Register a class of compounds; later ones take precedence over earlier ones."""
+    _COMPOUNDS.insert(0, kind)
+    return kind
+
+
+def compound_of(module: nn.Module) -> Any:
+    """Find the class of compounds that replaces a module, `(stock, shared) -> Compound`; None if none does.
+
+    >>> from tensornet.nn.unfuse import compound_of
+    >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))
+    ('MatrixRecurrence', None)
+    """
+    return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """Explain briefly why a module of a known type is not compressed; None if its type is unknown.
+
+    >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
+    'groups too small for low rank'
+    """
+    if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
+        return RECOMPUTED
+    if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
+        return OWN_FORWARD
+    reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def type_and_reason(module: nn.Module) -> str:
+    """Name the type of a module, with the reason why it is not compressed in brackets, if there is one.
+
+    >>> type_and_reason(torch.nn.Conv1d(8, 8, 3, groups=8)), type_and_reason(torch.nn.LayerNorm(4))
+    ('Conv1d (groups too small for low rank)', 'LayerNorm')
+    """
+    reason = reason_against(module)
+    return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
+
+
 def is_observed(*layers: nn.Module) -> bool:
     """Return True if a layer has hooks, so that it must be called; torch has no public way to ask this."""
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
@@ -338,7 +401,7 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
         kind = None if has_own_forward(module) else compound_of(module)
         if kind is not None:
             if id(module) not in made:
-                made[id(module)] = kind.unfuse(module, shared)
+                made[id(module)] = kind(module, shared)
             _put(model, name, made[id(module)])
             found.append(name)
     return found

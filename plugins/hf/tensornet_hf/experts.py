@@ -12,23 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.nn.layer_kinds import CompoundKind, register_compound_kind
-from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, unfuse
+from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, register_compound, unfuse
 
 #: Attributes that transformers' `use_experts_implementation` sets on experts modules.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
+def _is(module: nn.Module, name: str) -> bool:
+    """Return True if a module is of the class of transformers with this name."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" == f"transformers.models.{name}"
+
+
+@register_compound
 class SplitExperts(Compound):
     """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
 
     Args:
         stock: the replaced module; it still computes everything between the matrices.
-        shared: see `CompoundKind.unfuse`.
+        shared: see `Compound`.
     """
 
     def __init__(self, stock: nn.Module, shared: Shared | None = None) -> None:
-        layouts = stack_layouts(stock)
+        layouts = self.layouts(stock)
         count: int = stock.num_experts  # type: ignore[assignment]
         self.names = tuple(name.replace(".", "_") for name in layouts)
         stacks = tuple(
@@ -43,6 +49,31 @@ class SplitExperts(Compound):
         super().__init__(stock, stacks, {} if shared is None else shared)
         self.padding_mask: Tensor | None = None  # `(rows, tokens)`, during calibration
         self.num_experts = count
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Return True for experts modules whose stacks are known."""
+        return bool(cls.layouts(module))
+
+    @classmethod
+    def layouts(cls, module: nn.Module) -> dict[str, bool]:
+        """Map the stacks of an experts module, in order, to whether their matrices are `(in, out)`.
+
+        The result is empty if the module cannot be split: only modules that consist of matrices, biases and
+        an activation can be.
+        """
+        if (
+            not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
+            or module.has_post_expert_norm
+        ):
+            return {}
+        names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+        biases = [f"{name}_bias" for name in names] if module.has_bias else []
+        parameters = dict(module.named_parameters())
+        known = parameters.keys() == {*names, *biases} and next(module.buffers(), None) is None
+        if not known or any(parameters[name].ndim != 3 for name in names):
+            return {}
+        return dict.fromkeys(names, bool(module.is_transposed))
 
     @property
     def experts(self) -> list[nn.Module]:
@@ -85,8 +116,15 @@ class SplitExperts(Compound):
         return x
 
 
+@register_compound
 class SplitDbrx(SplitExperts):
     """Replacement for the experts of DBRX, whose matrices belong to a child and are stored as rows."""
+
+    @classmethod
+    def layouts(cls, module: nn.Module) -> dict[str, bool]:
+        """Name the stacks if the module is of this class."""
+        known = _is(module, "dbrx.modeling_dbrx.DbrxExperts")
+        return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True} if known else {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum the outputs of the chosen experts, see `SplitExperts.forward`."""
@@ -101,8 +139,15 @@ class SplitDbrx(SplitExperts):
         return y
 
 
+@register_compound
 class SplitLlama4(SplitExperts):
     """Replacement for the experts of Llama 4, each of which reads every token."""
+
+    @classmethod
+    def layouts(cls, module: nn.Module) -> dict[str, bool]:
+        """Name the stacks if the module is of this class."""
+        known = _is(module, "llama4.modeling_llama4.Llama4TextExperts")
+        return {"gate_up_proj": True, "down_proj": True} if known else {}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Map `(experts * tokens, features)`, which repeats the tokens for each expert."""
@@ -117,48 +162,20 @@ class SplitLlama4(SplitExperts):
         return y
 
 
+@register_compound
 class SplitJetMoe(SplitExperts):
     """Replacement for one stack of JetMoE, whose tokens are sorted by expert."""
+
+    @classmethod
+    def layouts(cls, module: nn.Module) -> dict[str, bool]:
+        """Name the stacks if the module is of this class."""
+        known = _is(module, "jetmoe.modeling_jetmoe.JetMoeParallelExperts")
+        return {"weight": False} if known else {}
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
         """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the tokens of each expert."""
         parts = inputs.split(expert_size)
         return torch.cat([self.get_submodule(f"{k}.weight")(part) for k, part in enumerate(parts)])
-
-
-#: Classes with code of their own, by name: the replacement, and for each stack whether it is transposed.
-_OWN: dict[str, tuple[type[SplitExperts], dict[str, bool]]] = {
-    "dbrx.modeling_dbrx.DbrxExperts": (SplitDbrx, {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}),
-    "llama4.modeling_llama4.Llama4TextExperts": (SplitLlama4, {"gate_up_proj": True, "down_proj": True}),
-    "jetmoe.modeling_jetmoe.JetMoeParallelExperts": (SplitJetMoe, {"weight": False}),
-}
-
-
-def _own(module: nn.Module) -> tuple[type[SplitExperts], dict[str, bool]] | None:
-    kind = type(module)
-    return _OWN.get(f"{kind.__module__}.{kind.__qualname__}".removeprefix("transformers.models."))
-
-
-def stack_layouts(module: nn.Module) -> dict[str, bool]:
-    """Map the stacks of an experts module, in order, to whether their matrices are `(in, out)`.
-
-    The result is empty if the module cannot be split: apart from classes in `_OWN`, only modules that consist
-    of matrices, biases and an activation can be.
-    """
-    if (own := _own(module)) is not None:
-        return own[1]
-    if (
-        not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
-        or module.has_post_expert_norm
-    ):
-        return {}
-    names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
-    biases = [f"{name}_bias" for name in names] if module.has_bias else []
-    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter is not None}
-    known = parameters.keys() == {*names, *biases} and next(module.buffers(), None) is None
-    if not known or any(parameters[name].ndim != 3 for name in names):
-        return {}
-    return dict.fromkeys(names, bool(module.is_transposed))
 
 
 @contextmanager
@@ -185,15 +202,3 @@ def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
     for module in model.modules():
         if isinstance(module, SplitExperts):
             module.padding_mask = mask
-
-
-class _ExpertsKind(CompoundKind):
-    def matches(self, module: nn.Module) -> bool:
-        return bool(stack_layouts(module))
-
-    def unfuse(self, module: nn.Module, shared: Shared) -> nn.Module:
-        own = _own(module)
-        return (SplitExperts if own is None else own[0])(module, shared)
-
-
-register_compound_kind(_ExpertsKind())
