@@ -699,7 +699,7 @@ class MPO:
         """Set the certificate for `log |W0 - W|`."""
         log_norm = self._log_norm()
         self._log_distance, self.error = log_distance, 0.0
-        if log_distance > -math.inf:
+        if log_distance != -math.inf:  # NaN, of an unknown certificate times zero, certifies nothing
             ratio = math.exp(log_distance - log_norm) if log_distance < log_norm else 1.0
             self.error = ratio / (1 - ratio) if ratio < 1 else math.inf
 

@@ -527,30 +527,25 @@ class _Laws:
             # kept.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
-                setattr(cls, name, _test(law, cls.deadline))
+                setattr(cls, name, _test(law))
 
     @classmethod
     def _laws(cls) -> Laws:
         return {}
-
-    #: Milliseconds that one example of a law may take, None for no limit. The default is large because the
-    #: first call of an operation plans or compiles.
-    deadline: ClassVar[float | None] = 20_000
 
     def subject(self) -> tuple[Any, ...]:
         """Return the leading arguments of every law."""
         return ()
 
 
-def _test(law: Law, deadline: float | None) -> Callable[..., None]:
+def _test(law: Law) -> Callable[..., None]:
     def test(self: _Laws, **example: Any) -> None:
         subject = self.subject() if law.subject is None else law.subject(self)
         law.check(*subject, **example)
 
     test.__doc__ = law.check.__doc__
-    profile = settings(deadline=deadline)
-    limited = profile if law.examples is None else settings(deadline=None, max_examples=law.examples)
-    made = limited(given(**law.drawn)(test))
+    few = {} if law.examples is None else {"max_examples": law.examples}
+    made = settings(deadline=None, **few)(given(**law.drawn)(test))
     made.is_law = True  # type: ignore[attr-defined]
     return made
 

@@ -349,23 +349,6 @@ class TopologyFamily(ABC):
             complete=top == largest,
         )
 
-    def stack_starts(self, weights: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
-        """Make starting points for the joint fit of a stack of matrices by networks that share cores.
-
-        By default there are two starts: the decomposition of the mean matrix for all (which suits copies of
-        one matrix), and the decomposition of each matrix. Shared cores are averaged, then all cores are
-        fitted together.
-
-        Args:
-            weights: shape `(experts, out, in)`.
-            topology: topology of one matrix, of this family.
-
-        Returns:
-            A list of networks, one for each matrix, for each start.
-        """
-        mean = self.decompose_to(weights.mean(0), topology).network
-        return [[mean] * len(weights), [self.decompose_to(x, topology).network for x in weights]]
-
     @outside_autocast
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
         """Round cores to integers with small weighted error of the matrix.

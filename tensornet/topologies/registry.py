@@ -18,8 +18,6 @@ from tensornet.topology import Topology
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: dict[str, TopologyFamily] = {}
-#: Errors of the entry points that could not be loaded, by name.
-_BROKEN: dict[str, str] = {}
 
 
 def register_topology(family: TopologyFamily, *, replace: bool = False) -> TopologyFamily:
@@ -83,11 +81,7 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
         _load_entry_points()
     if not known or name not in _FAMILIES:
         exist = f"registered are {', '.join(sorted(_FAMILIES))}"
-        raise TopologyError(
-            f"{_BROKEN[name]}; {exist}."
-            if known and name in _BROKEN
-            else f"Unknown topology {name!r}; {exist}."
-        )
+        raise TopologyError(f"Unknown topology {name!r}; {exist}.")
     return _FAMILIES[name]
 
 
@@ -133,13 +127,8 @@ def _load_entry_points() -> None:
             if family not in _FAMILIES.values():  # importing its module may have registered it
                 register_topology(family)
         except (Exception, SystemExit) as error:  # errors of another package must not break this one
-            package = entry.dist.name if entry.dist is not None else "an unknown package"
-            _BROKEN[entry.name] = (
-                f"The topology {entry.name!r} of {package} could not be loaded from {entry.value!r}: "
-                f"{type(error).__name__}: {error}"
-            )
-    for trouble in _BROKEN.values():  # after all are loaded, since warnings may be errors
-        warnings.warn(trouble, RuntimeWarning, stacklevel=2)
+            trouble = f"could not be loaded from {entry.value!r}: {type(error).__name__}: {error}"
+            warnings.warn(f"The topology {entry.name!r} {trouble}", RuntimeWarning, stacklevel=2)
 
 
 def fixed_topologies(value: Any) -> tuple[Topology, ...]:

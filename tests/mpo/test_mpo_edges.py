@@ -22,13 +22,6 @@ def operator(rows: int = 7, columns: int = 11, **options: object) -> tn.MPO:
     return tn.MPO.from_matrix(torch.randn(rows, columns, generator=generator), **options)  # type: ignore[arg-type]
 
 
-def test_places_of_numpy_are_places() -> None:
-    chain = operator()
-    assert torch.equal(chain.bond_spectrum(np.int64(1)), chain.bond_spectrum(1))  # type: ignore[arg-type]
-    moved = chain.canonicalize(center=np.int64(1))  # type: ignore[arg-type]
-    assert all(map(torch.equal, moved.cores, chain.canonicalize(center=1).cores))
-
-
 @pytest.mark.parametrize(
     "factor", [2, 2.0, Fraction(2), Decimal("2"), np.float32(2), torch.tensor(2.0), torch.tensor([2.0])]
 )

@@ -141,13 +141,6 @@ def test_trace(operator: tn.MPO) -> None:
     close(operator.trace(), np.array(np.trace(dense(operator))), operator.dtype)
 
 
-def test_trace_has_a_gradient() -> None:
-    cores = [torch.randn(1, 2, 3, 2).double(), torch.randn(2, 3, 2, 1).double()]
-    assert torch.autograd.gradcheck(
-        lambda *cores: tn.MPO(cores).trace(), [core.requires_grad_() for core in cores]
-    )
-
-
 @given(dims=strategies.dims(max_sites=4, max_dim=4), data=st.data())
 def test_identity_of_any_dims(dims: tuple[tuple[int, ...], tuple[int, ...]], data: st.DataObject) -> None:
     rows, columns = dims
@@ -311,10 +304,3 @@ def test_exponentials_have_rank_one_without_asking(dtype: torch.dtype, rate: flo
         + [torch.cat([operator.cores[1]] * 2, 0), operator.cores[2]]
     )
     assert exact.round().bond_dims == (1, 1)
-
-
-def test_sums_of_exponentials_have_as_many_bonds_as_terms() -> None:
-    x = torch.arange(64, dtype=torch.float64) / 8
-    matrix = sum(torch.exp(-k * x)[:, None] * torch.exp(-k * x / 3) for k in (1, 2))
-    assert isinstance(matrix, Tensor)
-    assert tn.MPO.from_matrix(matrix, sites=3).bond_dims == (2, 2)

@@ -32,12 +32,6 @@ def test_norms_beyond_every_number_have_a_logarithm(factor: float, dtype: torch.
     assert float(operator.inner(operator)) == (math.inf if 2 * factor > 1 else 0.0)
 
 
-def test_long_operators_of_ones_round_to_bond_one() -> None:
-    operator = tn.MPO([torch.ones(1, 2, 2, 1, dtype=torch.float64)] * 1100)
-    assert float(operator.norm()) == math.inf
-    assert operator.round(rel_error=1e-6).bond_dims == (1,) * 1099
-
-
 @pytest.mark.parametrize("factor", [0.5, 1e4, 1e-4])
 def test_rounding_finds_the_rank_of_what_has_no_norm(factor: float) -> None:
     operator = uniform(factor, bond=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.errors import DeadlineExceeded
 from torch import Tensor
 
 import tensornet as tn
@@ -81,26 +78,6 @@ def test_what_a_suite_switched_off_or_replaced_stays_so_in_its_subclasses() -> N
 @given(matrix=strategies.matrices(rank=2, shape=(6, 5), dtype=torch.float64, scales=False))
 def test_rank_asked_for_leaves_out_spectra_with_a_rank_of_their_own(matrix: Tensor) -> None:
     assert int(torch.linalg.matrix_rank(matrix)) == 2
-
-
-def test_laws_have_a_deadline_that_a_subclass_moves() -> None:
-    def slow(matrix: Tensor, budget: Budget) -> laws.Outcome:
-        time.sleep(0.005)
-        return honest(matrix, budget)
-
-    class Patient(laws.DecompositionLaws):
-        matrices = strategies.matrices(max_size=4)
-        budgets = st.just(Budget())
-
-        def decompose(self, matrix: Tensor, budget: Budget) -> laws.Outcome:
-            return slow(matrix, budget)
-
-    class Impatient(Patient):
-        deadline = 1
-
-    Patient().test_exact()
-    with pytest.raises(DeadlineExceeded):
-        Impatient().test_exact()
 
 
 def test_unknown_spectrum_lists_those_that_exist() -> None:
@@ -223,11 +200,6 @@ def test_wrong_norm_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- strategies and references -------------------------------------------------------------------
 
 
-@given(matrix=strategies.matrices(spectrum="low_rank", rank=2, dtype=torch.float64, scales=False))
-def test_matrices_have_the_rank_asked_for(matrix: Tensor) -> None:
-    assert int(torch.linalg.matrix_rank(matrix)) == min(2, *matrix.shape)
-
-
 @given(matrix=strategies.matrices(shape=(3, 4), dtype=strategies.dtypes(complex=False, half=True)))
 def test_matrices_have_the_shape_and_dtype_asked_for(matrix: Tensor) -> None:
     assert matrix.shape == (3, 4)
@@ -249,18 +221,6 @@ def test_spectra_are_what_they_are_called(spectrum: str) -> None:
         torch.testing.assert_close(S, expected[spectrum].double(), rtol=1e-6, atol=1e-6)
     elif spectrum == "low_rank":
         assert int((S > 1e-9).sum()) == 2
-
-
-@given(operator=strategies.mpos(max_bond=3))
-def test_operators_are_chains(operator: tn.MPO) -> None:
-    assert max(operator.bond_dims, default=1) <= 3
-    assert operator.shape[0] <= int(np.prod(operator.out_dims))
-
-
-@given(topology=strategies.topologies(families=("mpo", "tucker"), max_bond=2))
-def test_topologies_are_of_the_families_asked_for(topology: tn.Topology) -> None:
-    assert topology.family in ("mpo", "tucker")
-    assert max(topology.bond_dims.values(), default=1) <= 2
 
 
 def test_references_agree_with_each_other() -> None:

@@ -85,50 +85,20 @@ def test_installed_package_adds_a_topology(tmp_path: Path) -> None:
         ("raise ImportError('no such compiler')", "ImportError: no such compiler"),
         ("family = 3", "got 3"),
         ("raise SystemExit('wrong machine')", "SystemExit: wrong machine"),
+        (PLUGIN.replace("fancy", "mpo"), "'mpo' is already registered"),
     ],
-    ids=["import", "type", "exit"],
+    ids=["import", "type", "exit", "taken"],
 )
 def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, trouble: str) -> None:
     install(tmp_path, "broken_networks", code, "broken = broken_networks:family")
     said = run(
         tmp_path,
         "import tensornet as tn\nprint(tn.topologies.topology_names())\n"
-        "try:\n    tn.topologies.topology_family('broken')\n"
-        "except tn.errors.TopologyError as error:\n    print('asked for:', error)",
-    )
-    assert "RuntimeWarning: The topology 'broken' of broken_networks could not be loaded" in said
-    assert said.count(trouble) == 2  # in the warning, and to who asks for it by name
-    assert "asked for: The topology 'broken' of broken_networks could not be loaded" in said
-    assert "'mpo'" in said
-
-
-@pytest.mark.slow
-def test_broken_package_cannot_replace_a_builtin(tmp_path: Path) -> None:
-    code = PLUGIN.replace('"fancy"', '"mpo"')
-    install(tmp_path, "rude_networks", code, "mpo = rude_networks:family")
-    said = run(
-        tmp_path,
-        "import tensornet as tn\ntn.topologies.topology_names()\n"
         "print(type(tn.topologies.topology_family('mpo')))",
     )
-    assert "already registered" in said
+    assert "RuntimeWarning: The topology 'broken' could not be loaded from 'broken_networks:family'" in said
+    assert trouble in said
     assert "MPOFamily" in said
-
-
-@pytest.mark.slow
-def test_broken_package_is_all_that_warnings_made_errors_complain_of(tmp_path: Path) -> None:
-    install(tmp_path, "broken_networks", "family = 3", "broken = broken_networks:family")
-    install(tmp_path, "fancy_networks", PLUGIN, "fancy = fancy_networks:family")
-    said = run(
-        tmp_path,
-        "import warnings\nwarnings.simplefilter('error', RuntimeWarning)\n"
-        "import tensornet as tn\n"
-        "for name in ('fancy', 'fancy', 'broken'):\n"
-        "    try:\n        print(tn.topologies.topology_family(name).build(4, 3).shape)\n"
-        "    except Exception as error:\n        print(type(error).__name__, error)",
-    )
-    assert "TopologyError The topology 'fancy'" not in said
-    assert said.count("(4, 3)") >= 1
 
 
 def test_a_family_stands_for_its_name() -> None:

@@ -226,8 +226,11 @@ def stack_error(target: Tensor, made: Tensor) -> float:
 
 
 def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
+    """Decompose the mean matrix for all, which suits copies of one matrix, and each matrix on its own."""
     if topology.family in topology_names():
-        return topology_family(topology.family).stack_starts(target, topology)
+        decompose = topology_family(topology.family).decompose_to
+        mean = decompose(target.mean(0), topology).network
+        return [[mean] * len(target), [decompose(x, topology).network for x in target]]
     generator = torch.Generator().manual_seed(0)  # without a family, start from random cores
     return [[TensorNetwork(topology, random_cores(topology, generator=generator)) for _ in target]]
 
