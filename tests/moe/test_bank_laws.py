@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.errors import FormatError, NonFiniteError, ShapeError, TopologyError
-from tensornet.nn import build_module
+from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
@@ -263,33 +262,6 @@ def test_tied_experts_are_owned_once() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_tied_experts_compute_with_quantized_cores() -> None:
-    model, x = TwoLayers(), torch.randn(5, IN)
-    before = model(x).detach()
-    owned = [bank for bank in model.experts.modules() if isinstance(bank, tm.SharedCoreExperts)]
-    added = [bank.quantize("int8") for bank in owned]
-    assert len(owned) == 2
-    assert all(0 < error < 0.02 for error in added)
-    assert 0 < float((model(x).detach() - before).norm() / before.norm()) < 0.05
-
-
-def test_tied_experts_are_rebuilt_and_lent() -> None:
-    model = TwoLayers()
-    twin = nn.Module()
-    twin.experts = build_module(model.experts.spec(), device=None, dtype=None)
-    twin.layers = nn.ModuleList(build_module(x.spec(), device=None, dtype=None) for x in model.layers)
-    with pytest.raises(RuntimeError, match=r"from the SharedExperts labelled 'experts'.*lend_shared"):
-        twin.layers[0](torch.randn(3, IN))
-    assert tm.bank.lend_shared_cores(twin) == 4
-    twin.load_state_dict(model.state_dict())
-    x = torch.randn(5, IN)
-    assert torch.equal(twin.layers[1](x), model.layers[1](x))
-    del twin.experts
-    lonely = nn.ModuleList([build_module(model.layers[0].spec(), device=None, dtype=None)])
-    with pytest.raises(FormatError, match=r"SharedExperts labelled 'experts', of which ModuleList has 0"):
-        tm.bank.lend_shared_cores(lonely)
-
-
 # --- bad input -----------------------------------------------------------------------------------
 
 
@@ -328,12 +300,6 @@ def test_a_tied_bank_refuses_another_owner() -> None:
         tm.tied.SharedExperts({"up": nn.Linear(2, 2)})  # type: ignore[dict-item]
 
 
-def test_a_shared_core_refuses_banks_of_other_shapes() -> None:
-    owner = tm.SharedCores(tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=3), ("basis",))
-    with pytest.raises(ShapeError, match=r"core 'basis' has shape \(12, 8, 3\).*\(12, 8, 2\)"):
-        tm.SharedCoreExperts(tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=2), E, shared=owner)
-
-
 def test_deltas_refuse_what_they_cannot_be() -> None:
     base = tm.SharedCoreExperts(chain((OUT, IN), 3), E)
     with pytest.raises(ShapeError, match="rank=9 exceeds the shorter side of 12 x 8"):
@@ -348,45 +314,9 @@ def test_deltas_refuse_what_they_cannot_be() -> None:
         tm.LowRankDeltaExperts.from_experts(torch.full((2, OUT, IN), torch.nan), rank=1)
 
 
-@pytest.mark.parametrize("option", ["bases", "rank", "out_features"])
-def test_bases_refuse_sizes_below_one(option: str) -> None:
-    with pytest.raises(TopologyError, match=option):
-        tm.mixture_of_bases(**{"out_features": 4, "in_features": 4, "bases": 2, option: 0})
-
-
-@pytest.mark.parametrize("option", ["bases", "in_features", "out_features"])
-def test_scaled_bases_refuse_sizes_below_one(option: str) -> None:
-    with pytest.raises(TopologyError, match=option):
-        tm.scaled_bases(**{"out_features": 4, "in_features": 4, option: 0})
-
-
-# --- the always-on expert ------------------------------------------------------------------------
-
-
-def with_shared_expert() -> tm.SharedCoreMoE:
-    torch.manual_seed(0)
-    return tm.SharedCoreMoE(tm.TopKRouter(IN, E), network(), shared_expert=network(experts=1))
-
-
-def test_the_shared_expert_computes_every_token() -> None:
-    moe, x = with_shared_expert(), torch.randn(2, 5, IN)
-    assert moe.shared_expert is not None
-    alone = tm.SharedCoreMoE(moe.router, moe.experts)
-    up, down = (moe.shared_expert.bank(name).expert_matrices()[0] for name in ("up", "down"))
-    want = alone(x) + nn.functional.gelu(x @ up.T) @ down.T
-    assert torch.allclose(moe(x), want, atol=1e-6)
-    moe(x).square().sum().backward()
-    assert all(p.grad is not None for p in moe.shared_expert.parameters())
-
-
-def test_the_shared_expert_survives_a_checkpoint() -> None:
-    moe, x = with_shared_expert(), torch.randn(5, IN)
-    twin = build_module(moe.spec(), device=None, dtype=None)
-    twin.load_state_dict(moe.state_dict())
-    assert torch.equal(twin(x), moe(x))
-
-
-def test_a_shared_expert_is_one_network_over_the_same_features() -> None:
-    for wrong in (network(experts=2), network(shape=(IN, OUT), experts=1)):
-        with pytest.raises(ShapeError, match=r"shared expert has .* = .* expected \(1, 8, 8\)"):
-            tm.SharedCoreMoE(tm.TopKRouter(IN, E), network(), shared_expert=wrong)
+@pytest.mark.parametrize("option", ["bases", "rank", "in_features", "out_features"])
+@pytest.mark.parametrize("build", [tm.mixture_of_bases, tm.scaled_bases])
+def test_bases_refuse_sizes_below_one(build: Any, option: str) -> None:
+    if option != "rank" or build is tm.mixture_of_bases:
+        with pytest.raises(TopologyError, match=option):
+            build(**{"out_features": 4, "in_features": 4, "bases": 2, option: 0})

@@ -36,17 +36,22 @@ def make_moe(
     router: str = "switch",
     *,
     gated: bool = False,
-    bias: bool = True,
+    always: bool = False,
     dtype: torch.dtype = torch.float64,
     **options: object,
 ) -> tm.SharedCoreMoE:
     names = {"wi_0": UP, "wi_1": UP, "wo": DOWN} if gated else {"wi": UP, "wo": DOWN}
-    banks = {name: tm.SharedCoreExperts(t, E, dtype=dtype) for name, t in names.items()}
-    experts = tm.ExpertFFN(banks, activation="gelu", bias=bias, dtype=dtype)
-    for name, parameter in experts.named_parameters():
-        if name.endswith("_bias"):
-            nn.init.normal_(parameter)
-    return tm.SharedCoreMoE(make_router(router, dtype), experts, **options)  # type: ignore[arg-type]
+
+    def network(experts: int) -> tm.ExpertFFN:
+        banks = {name: tm.SharedCoreExperts(t, experts, dtype=dtype) for name, t in names.items()}
+        made = tm.ExpertFFN(banks, activation="gelu", bias=True, dtype=dtype)
+        for name, parameter in made.named_parameters():
+            if name.endswith("_bias"):
+                nn.init.normal_(parameter)
+        return made
+
+    options["shared_expert"] = network(1) if always else None
+    return tm.SharedCoreMoE(make_router(router, dtype), network(E), **options)  # type: ignore[arg-type]
 
 
 def by_hand(moe: tm.SharedCoreMoE, x: Tensor) -> Tensor:
@@ -56,23 +61,24 @@ def by_hand(moe: tm.SharedCoreMoE, x: Tensor) -> Tensor:
     kept = torch.ones_like(routing.weights) if routing.kept is None else routing.kept
     weights = weights.scatter_add(1, routing.expert_indices, (routing.weights * kept).to(x.dtype))
 
-    def linear(name: str, value: Tensor, expert: int) -> Tensor:
-        bias = getattr(moe.experts, f"{name}_bias")
-        return F.linear(value, moe.experts.bank(name).expert_matrices()[expert], bias[expert])
+    def run(network: tm.ExpertFFN, expert: int) -> Tensor:
+        def linear(name: str, value: Tensor) -> Tensor:
+            bias = getattr(network, f"{name}_bias")
+            return F.linear(value, network.bank(name).expert_matrices()[expert], bias[expert])
 
-    total = torch.zeros_like(x)
-    for e in range(E):
-        hidden = F.gelu(linear(moe.experts.names[0], x, e))
-        if moe.experts.gated:
-            hidden = hidden * linear(moe.experts.names[1], x, e)
-        total = total + weights[:, e, None] * linear(moe.experts.names[-1], hidden, e)
-    return total
+        hidden = F.gelu(linear(network.names[0], x))
+        if network.gated:
+            hidden = hidden * linear(network.names[1], x)
+        return linear(network.names[-1], hidden)
+
+    routed = sum(weights[:, e, None] * run(moe.experts, e) for e in range(E))
+    return routed if moe.shared_expert is None else routed + run(moe.shared_expert, 0)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_output_and_gradients_are_those_of_every_expert_on_every_token(router: str, gated: bool) -> None:
-    moe = make_moe(router, gated=gated)
+    moe = make_moe(router, gated=gated, always=gated)
     x = torch.randn(3, 5, FEATURES, dtype=torch.float64, requires_grad=True)
     probe = torch.randn_like(x)
     wanted = by_hand(moe, x.reshape(-1, FEATURES)).reshape(x.shape)
@@ -291,7 +297,7 @@ def test_a_used_mixture_can_be_copied_and_pickled() -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_a_description_makes_an_empty_twin(router: str) -> None:
-    moe = make_moe(router, gated=True, dropout=0.1, z_coef=0.5)
+    moe = make_moe(router, gated=True, always=True, dropout=0.1, z_coef=0.5)
     twin = build_module(moe.spec(), device="meta", dtype=torch.float64)
     twin.to_empty(device="cpu").load_state_dict(moe.state_dict())
     assert twin.spec() == moe.spec()
@@ -311,5 +317,12 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         tm.ExpertFFN({"wi": banks["wi"]})
     with pytest.raises(ShapeError, match="router is for 3 experts and tokens of size 8"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 3), tm.ExpertFFN(banks))
+    with pytest.raises(TypeError, match="router must be a Router, got Linear"):
+        tm.SharedCoreMoE(nn.Linear(2, 2), tm.ExpertFFN(banks))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'wi' must be an ExpertBank, got Linear"):
+        tm.ExpertFFN({"wi": nn.Linear(2, 2), "wo": banks["wo"]})  # type: ignore[dict-item]
+    experts = tm.ExpertFFN(banks)
+    with pytest.raises(ShapeError, match=r"shared expert has .* = .* expected \(1, 8, 8\)"):
+        tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), experts, shared_expert=experts)
     with pytest.raises(ValueError, match="capacity_factor must be above 0"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), tm.ExpertFFN(banks), capacity_factor=0)

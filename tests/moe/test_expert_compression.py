@@ -215,15 +215,6 @@ def test_rounding_errors_of_a_shared_core_count_for_every_expert_of_a_token(patt
     assert third - second == pytest.approx(second - first, rel=0.1)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_only_the_tensors_of_the_shared_core_are_common(pattern: str) -> None:
-    core = PATTERNS[pattern]
-    storage = Storage(number_format="int4", core_formats={core: "int8"})  # type: ignore[arg-type]
-    first, *others = fit_stored(pattern, list(PLANTED[pattern](3)), [Weighting()] * E, 5, storage)
-    for stored in others:
-        assert {part for part in stored if stored[part] is first[part]} == {f"core_{core}"}
-
-
 def test_encodings_are_among_the_allowed_formats() -> None:
     for names in (("int4",), ("int8", "int4"), ("float", "int8", "int6", "int3", "bf16")):
         allowed = [NumberFormat.parse(x) for x in names]

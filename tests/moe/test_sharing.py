@@ -113,34 +113,12 @@ def test_a_borrowed_center_that_changes_drops_kept_matrices() -> None:
 # --- storage -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("topologies", [CHAIN, RING, [CHAIN, SMALL, CHAIN]])
-def test_a_description_makes_an_empty_twin(topologies: tn.Topology | list[tn.Topology]) -> None:
-    bank = tm.SharedCoreExperts(topologies, E, shared="ends")
-    twin = build_module(bank.spec(), device="meta")
-    assert {p.device.type for p in twin.parameters()} == {"meta"}
-    twin.to_empty(device="cpu").load_state_dict(bank.state_dict())
-    assert torch.equal(twin.expert_matrices(), bank.expert_matrices())
-
-
 def twin_of(model: nn.Module) -> nn.Module:
     """The model built again from the descriptions of its parts."""
     twin = nn.Module()
     twin.center = build_module(model.center.spec())
     twin.layers = nn.ModuleList(build_module(layer.spec()) for layer in model.layers)
     return twin
-
-
-def test_borrowing_banks_are_built_again_with_their_owner() -> None:
-    model = Layers()
-    twin = twin_of(model)
-    assert list(twin.state_dict()) == list(model.state_dict())
-    assert tm.bank.lend_shared_cores(twin) == 2
-    assert tm.bank.lend_shared_cores(twin) == 0
-    twin.load_state_dict(model.state_dict())
-    assert twin.layers[1].owner is twin.center
-    for ours, theirs in zip(model.layers, twin.layers, strict=True):
-        assert ours.spec() == theirs.spec()
-        assert torch.equal(ours.expert_matrices(), theirs.expert_matrices())
 
 
 def test_a_bank_without_its_owner_says_whom_it_misses() -> None:
