@@ -11,23 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import ARCHITECTURES, logits
-from safetensors import safe_open
+from hf_models import ARCHITECTURES
 from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PreTrainedModel,
-    Trainer,
-    TrainingArguments,
 )
 
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import FormatError, TargetError
-from tensornet_hf.cli.main import run
-from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.upcycling import _share_across
 
 CONFIG = th.MoEConfig(num_experts=3, sites=3, share_across_layers=True, noise=0.1)
@@ -71,25 +65,6 @@ def test_each_center_is_owned_and_counted_once() -> None:
     assert max(layer.error for layer in report.layers) == worst > 0.1
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
-def test_saved_once_and_loaded_by_both_doors(name: str, tmp_path: Path) -> None:
-    architecture = ARCHITECTURES[name]
-    model = upcycled(name)
-    model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        stored = [key for key in file.keys() if key.endswith("core_1")]  # noqa: SIM118
-    assert stored == sorted(f"{owner}.core_1" for owner in owners(model))
-    auto = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
-    for loaded in (th.load(tmp_path), auto.from_pretrained(tmp_path)):
-        torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
-        assert {k: b.spec() for k, b in banks(loaded).items()} == {
-            k: b.spec() for k, b in banks(model).items()
-        }
-        assert len(tm.shared_parameters(loaded)) == len(stored)
-        # Owned once, there is nothing to tie: transformers is told of its own pairs only.
-        assert loaded.all_tied_weights_keys == ARCHITECTURES[name].dense.all_tied_weights_keys
-
-
 def test_classes_with_and_without_a_head_share_checkpoints(tmp_path: Path) -> None:
     model = upcycled("gpt2")
     model.save_pretrained(tmp_path / "head")
@@ -116,35 +91,6 @@ def test_copies_share_their_own_center() -> None:
     assert not torch.equal(twin(**inputs).logits, before)
 
 
-@pytest.mark.slow
-def test_trainer_moves_the_center_and_a_mask_freezes_it(tmp_path: Path) -> None:
-    columns = ARCHITECTURES["gpt2"].inputs(labels=True, rows=8)
-    rows = [{key: value[index] for key, value in columns.items()} for index in range(8)]
-    for p in (0.0, 1.0):
-        model, stats = upcycled("gpt2"), th.RouterStatsCallback()
-        before = [core.detach().clone() for core in tm.shared_parameters(model)]
-        arguments = TrainingArguments(
-            str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            max_steps=3,
-            logging_steps=1,
-            learning_rate=1e-2,
-            save_strategy="no",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        Trainer(model, arguments, train_dataset=rows, callbacks=[th.GradientMaskCallback(p), stats]).train()
-        same = [torch.equal(a, b) for a, b in zip(before, tm.shared_parameters(model), strict=True)]
-        assert same == [p == 1.0] * 2
-        assert all((row["moe/update_shared"] == 0) is (p == 1.0) for row in stats.history)
-        assert all(row["moe/update_private"] > 0 for row in stats.history)
-        model.save_pretrained(tmp_path / str(p))
-        inputs = ARCHITECTURES["gpt2"].inputs(labels=False)
-        loaded = th.load(tmp_path / str(p))
-        assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
-
-
 def test_a_shape_that_stands_alone_is_not_shared(tmp_path: Path) -> None:
     model = ARCHITECTURES["gpt2"].dense
     model.transformer.h = model.transformer.h[:1]
@@ -169,12 +115,6 @@ def test_a_container_is_refused() -> None:
         th.upcycle(nn.Sequential(part, copy.deepcopy(part)), CONFIG)
 
 
-@pytest.mark.parametrize("options", [{"shared": "none"}, {"rel_error": 0.1}, {"param_ratio": 0.5}])
-def test_bad_options_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"shares nothing|limit them with max_bond"):
-        th.MoEConfig(share_across_layers=True, **options)
-
-
 def test_a_checkpoint_without_its_owner_is_one_clear_error(tmp_path: Path) -> None:
     upcycled("gpt2").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -183,11 +123,3 @@ def test_a_checkpoint_without_its_owner_is_one_clear_error(tmp_path: Path) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match=r"shared_cores.c_fc_96x24.core_1 stored, but not described"):
         th.load(tmp_path)
-
-
-def test_the_command_shares_across_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["upcycle", str(gpt2_path()), str(tmp_path / "moe"), "--experts", "2", "--sites", "3"]
-    assert run([*command, "--share-across-layers", "--max-bond", "4", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    model = th.load(tmp_path / "moe")
-    assert report["across_params"] == sum(p.numel() for p in tm.shared_parameters(model)) > 0

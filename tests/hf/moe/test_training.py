@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,10 @@ class Watch(TrainerCallback):
         self.left.append([torch.equal(a, b) for a, b in zip(self.before, now, strict=True)])
 
 
-def model_of(name: str = "gpt2") -> nn.Module:
+def model_of(*, across: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    model = ARCHITECTURES[name].dense
-    th.upcycle(model, CONFIG)
+    model = ARCHITECTURES["gpt2"].dense
+    th.upcycle(model, replace(CONFIG, share_across_layers=across))
     return model
 
 
@@ -78,14 +79,14 @@ def trainer_of(
     return Trainer(model, arguments, train_dataset=Sentences("gpt2"), callbacks=callbacks)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_the_callback_masks_one_draw_a_step(accumulation: int, tmp_path: Path) -> None:
-    model, watch = model_of(), Watch()
+@pytest.mark.parametrize(("accumulation", "across"), [(1, False), (2, False), (1, True)])
+def test_the_callback_masks_one_draw_a_step(accumulation: int, across: bool, tmp_path: Path) -> None:
+    model, watch = model_of(across=across), Watch()
     callback = th.GradientMaskCallback(0.5, seed=4)
     trainer_of(model, tmp_path, [callback, watch], gradient_accumulation_steps=accumulation).train()
     twin = torch.Generator().manual_seed(4)
     assert watch.left == [
-        (torch.rand(4, generator=twin, dtype=torch.float64) < 0.5).tolist() for _ in range(6)
+        (torch.rand(2 if across else 4, generator=twin, dtype=torch.float64) < 0.5).tolist() for _ in range(6)
     ]
     assert callback.mask is not None
     tm.GradientMask(model, p=0.5)  # taken off when training ended
@@ -180,6 +181,10 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (destination / "tokenizer.json").is_file()
     assert run(command) == 1
     assert "exists" in capsys.readouterr().err
+    assert run([*command, "--force", "--sites", "3", "--share-across-layers", "--max-bond", "4"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    shared = sum(p.numel() for p in tm.shared_parameters(th.load(destination)))
+    assert report["across_params"] == shared > 0
     assert run([*command[:3], "--force", "--experts", "2", "--top-k", "3", "--router", "topk"]) == 1
     assert "top_k=3 with num_experts=2" in capsys.readouterr().err
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hf_models import ARCHITECTURES, enable_checkpointing, logits
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, TopologyError
+from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.upcycling import INSIDE, DoneBefore
 
 CONFIG = th.MoEConfig(num_experts=4, sites=3)
-MODELS = ("gpt2", "t5_relu", "t5_gated", "llama")
+THREE = th.MoEConfig(num_experts=3, sites=3)
 
 
 def upcycled(name: str, config: th.MoEConfig = CONFIG) -> PreTrainedModel:
@@ -35,35 +39,31 @@ def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
 # --- the same function ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_upcycled_model_computes_what_the_dense_one_did(name: str) -> None:
+TOPK = th.MoEConfig(num_experts=4, sites=3, router="topk", top_k=2)
+NOISY = replace(TOPK, noise=0.1)
+CHOICE = replace(CONFIG, router="expert_choice", capacity_factor=4.0)
+ACROSS = replace(CONFIG, share_across_layers=True, noise=0.1)
+#: Models and options after which a model computes what it did before, for any routing.
+SAME = [
+    *((name, CONFIG) for name in ("gpt2", "t5_relu", "t5_gated", "llama")),
+    ("gpt2", TOPK),
+    ("gpt2", replace(CONFIG, shared="none", sites=1)),  # Switch: dense experts
+    *(("gpt2", replace(CONFIG, shared=shared)) for shared in ("none", "ends", "all")),
+    ("gpt2", replace(CONFIG, capacity_factor=4.0)),
+    ("gpt2", replace(CONFIG, model_dims=(2, 3, 4), hidden_dims=(4, 4, 6), sites=None)),
+    ("bert", CHOICE),
+    ("vit", replace(CHOICE, matrices=("fc1", "fc2"))),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), SAME)
+def test_upcycled_model_computes_what_the_dense_one_did(name: str, config: th.MoEConfig) -> None:
     architecture = ARCHITECTURES[name]
-    model = upcycled(name)
-    torch.testing.assert_close(
-        logits(model, architecture), logits(architecture.dense, architecture), atol=1e-4, rtol=1e-4
-    )
+    model = upcycled(name, config)
+    expected = logits(architecture.dense, architecture)
+    torch.testing.assert_close(logits(model, architecture), expected, atol=1e-4, rtol=1e-4)
     assert len(mixtures(model)) == (4 if name.startswith("t5") else 2)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"router": "topk", "top_k": 2},
-        {"shared": "none", "sites": 1},  # Switch: dense experts
-        {"shared": "none"},
-        {"shared": "ends"},
-        {"shared": "all"},
-        {"capacity_factor": 4.0},
-        {"combine": "unit", "model_dims": (2, 3, 4), "hidden_dims": (4, 4, 6), "sites": None},
-    ],
-)
-def test_every_variant_computes_what_the_dense_one_did(options: dict[str, Any]) -> None:
-    architecture = ARCHITECTURES["gpt2"]
-    config = th.MoEConfig(**{"num_experts": 4, "sites": 3, **options})
-    model = upcycled("gpt2", config)
-    torch.testing.assert_close(
-        logits(model, architecture), logits(architecture.dense, architecture), atol=1e-4, rtol=1e-4
-    )
+    assert all(type(m.router).causal == (config.router != "expert_choice") for m in mixtures(model))
 
 
 def test_biases_and_dropout_come_along() -> None:
@@ -118,19 +118,29 @@ def test_a_shared_network_stays_shared() -> None:
 # --- saving, loading, generating -----------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["gpt2", "t5_relu", "t5_gated", "llama"])
-def test_saved_and_loaded_by_both_doors(name: str, tmp_path: Path) -> None:
-    architecture = ARCHITECTURES[name]
-    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.1, top_k=2, router="topk"))
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("gpt2", ACROSS),
+        ("t5_relu", ACROSS),
+        ("bert", ACROSS),
+        *(pytest.param(x, NOISY, marks=pytest.mark.slow) for x in ("gpt2", "t5_relu", "t5_gated", "llama")),
+    ],
+)
+def test_saved_and_loaded_by_both_doors(name: str, config: th.MoEConfig, tmp_path: Path) -> None:
+    architecture, model = ARCHITECTURES[name], upcycled(name, config)
     model.save_pretrained(tmp_path)
-    auto = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
-    for loaded in (th.load(tmp_path), auto.from_pretrained(tmp_path)):
+    owned = {f"{n}.core_1" for n, m in model.named_modules() if isinstance(m, tm.SharedCores)}
+    if config.share_across_layers:  # stored once, under their owner
+        assert owned == {n for n in read_checkpoint(tmp_path).tensors if n.endswith("core_1")} != set()
+    for loaded in (th.load(tmp_path), type(model).from_pretrained(tmp_path)):
         torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
         assert [m.spec() for m in mixtures(loaded)] == [m.spec() for m in mixtures(model)]
-        loaded.train()
+        assert len(tm.shared_parameters(loaded)) == len(tm.shared_parameters(model))
+        # Owned once, there is nothing to tie: transformers is told of its own pairs only.
+        assert loaded.all_tied_weights_keys == architecture.dense.all_tied_weights_keys
         inputs = architecture.inputs(labels=True)
-        loaded(**inputs).loss.backward()
+        loaded.train()(**inputs).loss.backward()
         assert float(mixtures(loaded)[0].router.weight.grad.abs().sum()) > 0
 
 
@@ -277,6 +287,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         ({"max_bond": 0}, BudgetError, "max_bond"),
         ({"combine": "x"}, ValueError, "combine"),
         ({"topology": 3}, TopologyError, "topology must be the name"),
+        ({"share_across_layers": True, "shared": "none"}, ValueError, "shares nothing"),
+        ({"share_across_layers": True, "rel_error": 0.1}, ValueError, "limit them with max_bond"),
+        ({"share_across_layers": True, "param_ratio": 0.5}, ValueError, "limit them with max_bond"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -334,3 +347,259 @@ def test_five_sites_by_default() -> None:
         torch.testing.assert_close(model(ids).logits, before, atol=1e-3, rtol=1e-3)
     assert report.layers[0].error < 1e-5
     assert len(model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names) == 5
+
+
+# --- which networks may use later tokens ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "opt"])
+def test_expert_choice_is_refused_where_tokens_see_only_earlier_ones(name: str) -> None:
+    model = ARCHITECTURES[name].dense
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(TargetError, match=r"looks at later tokens, but 2 of 2 .* are causal"):
+        th.upcycle(model, CHOICE)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_expert_choice_in_an_encoder_decoder_is_for_the_encoder() -> None:
+    model = ARCHITECTURES["t5_relu"].dense
+    with pytest.raises(TargetError, match=r"2 of 4 .* is decoder\.block\.0.*such as encoder\.block"):
+        th.upcycle(model, CHOICE)
+    th.upcycle(model, replace(CHOICE, target_modules=["encoder.block.*.DenseReluDense"]))
+    assert len(mixtures(model)) == len(mixtures(model.get_encoder())) == 2
+
+
+class Network(nn.Module):
+    """A model that declares nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.act, self.down_proj = nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+@pytest.mark.parametrize("causal", [None, True])
+def test_other_models_are_refused_unless_the_caller_declares_them(causal: bool | None) -> None:
+    with pytest.raises(TargetError, match="causal=False"):
+        th.upcycle(nn.ModuleDict({"ffn": Network()}), CHOICE, causal=causal)
+    model = nn.ModuleDict({"ffn": Network()})
+    assert len(th.upcycle(model, CHOICE, causal=False).layers) == 1
+
+
+def switch_transformers() -> PreTrainedModel:
+    """One dense and one sparse block in the encoder and in the decoder."""
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 44, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+    sparse = {"num_experts": 3, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = transformers.SwitchTransformersConfig(
+        **sizes, **sparse, vocab_size=101, decoder_start_token_id=0, pad_token_id=0
+    )
+    return transformers.SwitchTransformersForConditionalGeneration(config).eval()
+
+
+def test_experts_of_a_model_are_not_upcycled() -> None:
+    model = switch_transformers()
+    report = th.upcycle(model, CONFIG)
+    assert [layer.name for layer in report.layers] == [
+        "encoder.block.0.layer.1.mlp",
+        "decoder.block.0.layer.2.mlp",
+    ]
+    with pytest.raises(TargetError, match=r"expert_0 is an expert of a mixture"):
+        th.upcycle(model, replace(CONFIG, target_modules=["encoder.*.expert_0"]))
+    with pytest.raises(TargetError, match=r"no feed-forward network.*expert_0 is an expert of"):
+        th.upcycle(model, CONFIG)
+
+
+# --- networks with other names, and without a module of their own ------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 40,
+    "d_model": 16,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
+
+
+ENCODER: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+}
+WHISPER = {"max_source_positions": 20, "suppress_tokens": None, "begin_suppress_tokens": None}
+BLOOM = {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+OPT = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "word_embed_proj_dim": 16,
+    "ffn_dim": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 1,
+}
+#: Models whose networks lie inside larger layers, by the name of their configuration.
+LARGER = {
+    "Bert": ("BertForMaskedLM", ENCODER),
+    "Roberta": ("RobertaForMaskedLM", ENCODER),
+    "XLMRoberta": ("XLMRobertaForMaskedLM", ENCODER),
+    "Camembert": ("CamembertForMaskedLM", ENCODER),
+    "Electra": ("ElectraForMaskedLM", ENCODER),
+    "Bart": ("BartForConditionalGeneration", SMALL),
+    "MBart": ("MBartForConditionalGeneration", SMALL),
+    "Marian": ("MarianMTModel", SMALL),
+    "Whisper": ("WhisperForConditionalGeneration", SMALL | WHISPER),
+    "OPT": ("OPTForCausalLM", OPT),
+    "Bloom": ("BloomForCausalLM", BLOOM),
+}
+
+
+def larger(name: str) -> transformers.PreTrainedModel:
+    kind, options = LARGER[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**options)
+    return getattr(transformers, kind)(config).eval()
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    ids = torch.tensor([[5, 9, 3, 7], [4, 8, 6, 2]])
+    sound = {"input_features": torch.linspace(-1, 1, 6400).reshape(2, 80, 40), "decoder_input_ids": ids}
+    with torch.no_grad():
+        if "Whisper" in type(model).__name__:
+            return model(**sound).logits
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        return model(ids, **decoder).logits
+
+
+# --- named by the caller -------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    def __init__(self, *, between: float = 1.0) -> None:
+        super().__init__()
+        self.expand, self.shrink, self.activation = nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU()
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shrink(self.between * self.activation(self.expand(x)))
+
+
+def test_a_network_that_the_caller_names() -> None:
+    model = nn.Sequential(Own(), Own())
+    x = torch.randn(5, 8)
+    wanted = model(x)
+    config = th.MoEConfig(num_experts=2, sites=2, target_modules=["0"], matrices=("expand", "shrink"))
+    th.upcycle(model, config)
+    assert isinstance(model[0], tm.SharedCoreMoE)
+    assert isinstance(model[1], Own)
+    torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=1e-4)
+    tm.collect_aux_losses(model).total.backward()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(4, 4)),
+            {},
+            "no feed-forward network that can become experts.*Looked for modules",
+        ),
+        (nn.Sequential(Own()), {"target_modules": ["mlp"]}, "Pattern 'mlp' matches no feed-forward network"),
+        (
+            nn.Sequential(Own(between=2.0)),
+            {"matrices": ("expand", "shrink"), "target_modules": ["0"]},
+            "0 computes something else than expand and shrink alone, and no network inside a Own is known",
+        ),
+        (
+            nn.Sequential(Own(between=2.0)),
+            {"matrices": ("expand", "shrink")},
+            "Looked at, and not such a network: 0",
+        ),
+        (
+            nn.Sequential(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)})),
+            {"matrices": ("up", "down"), "target_modules": ["0"]},
+            "it has no activation named act, ",
+        ),
+    ],
+)
+def test_no_expert_network_is_one_clear_error(
+    model: nn.Module, options: dict[str, Any], message: str
+) -> None:
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TargetError, match=message):
+        th.upcycle(model, th.MoEConfig(num_experts=2, **options))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert not any(isinstance(module, DoneBefore | tm.SharedCoreMoE) for module in model.modules())
+
+
+@pytest.mark.parametrize("arguments", [("gpt2", THREE), (nn.Linear(2, 2), {"num_experts": 3})])
+def test_what_is_no_model_or_no_configuration_is_refused(arguments: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="upcycle takes a model and a MoEConfig, got a"):
+        th.upcycle(*arguments)
+
+
+def test_looking_leaves_a_model_as_it_was() -> None:
+    model = nn.Sequential(Own(between=2.0)).train()
+    model[0].activation.eval()
+    with pytest.raises(TargetError, match="Looked at"):
+        th.upcycle(model, th.MoEConfig(num_experts=2, matrices=("expand", "shrink")))
+    assert [m.training for m in model[0].children()] == [True, True, False]
+    assert [type(m) for m in model[0].children()] == [nn.Linear, nn.Linear, nn.SiLU]
+
+
+# --- without a module of their own ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LARGER)
+def test_networks_inside_larger_layers(name: str) -> None:
+    model = larger(name)
+    wanted, before = outputs(model), sum(p.numel() for p in model.parameters())
+    report = th.upcycle(model, THREE)
+    assert 2 * len(mixtures(model)) == sum(isinstance(m, DoneBefore) for m in model.modules()) > 0
+    torch.testing.assert_close(outputs(model), wanted, atol=1e-4, rtol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == before - report.dense_params + report.params
+
+
+def test_every_class_that_is_listed_is_tested() -> None:
+    found = {type(module).__name__ for name in LARGER for module in larger(name).modules()}
+    assert INSIDE.keys() <= found
+
+
+def test_bert_is_found_by_the_dotted_names_of_its_layers() -> None:
+    architecture = ARCHITECTURES["bert"]
+    model = architecture.dense
+    config = th.MoEConfig(
+        num_experts=2,
+        sites=3,
+        target_modules=["*.layer.1"],
+        matrices=("intermediate.dense", "output.dense"),
+        share_across_layers=True,
+    )
+    report = th.upcycle(model, config)
+    assert [layer.name for layer in report.layers] == ["bert.encoder.layer.1"]
+    torch.testing.assert_close(
+        logits(model, architecture), logits(architecture.dense, architecture), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_mask_over_sound_is_no_mask_over_tokens() -> None:
+    model = larger("Whisper")
+    th.upcycle(model, THREE)
+    sound = torch.randn(2, 80, 40)
+    mask = torch.ones(2, 40)
+    mask[0, 20:] = 0
+    labels = torch.tensor([[5, 6, 7], [8, 9, -100]])
+    model.train()(input_features=sound, attention_mask=mask, labels=labels).loss.backward()
+    encoder, decoder = mixtures(model)
+    assert encoder.stats.tokens == 2 * 20
+    assert decoder.stats.tokens == 5

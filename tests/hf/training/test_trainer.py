@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import tensornet_hf as th
-from tensornet.nn.module import NetworkModule
 
 
 class Sentences(torch.utils.data.Dataset):
@@ -81,24 +80,3 @@ def test_resuming_gives_the_same_model(tmp_path: Path) -> None:
         results.append(model)
     for a, b in zip(results[0].parameters(), results[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
-    model = ARCHITECTURES["gpt2"].compressed
-    options = {
-        "max_steps": 4,
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-    }
-    data = Sentences("gpt2")
-    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=data, eval_dataset=data)
-    trainer.train()
-    best = th.load(trainer.state.best_model_checkpoint)
-    model.eval()
-    architecture = ARCHITECTURES["gpt2"]
-    torch.testing.assert_close(logits(model, architecture), logits(best, architecture), atol=0, rtol=0)
-    assert all(isinstance(model.get_submodule(n), NetworkModule) for n in ("lm_head", "transformer.wte"))
