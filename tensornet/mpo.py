@@ -20,7 +20,7 @@ from tensornet.budget import Budget
 from tensornet.contrib import interop
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, frobenius
-from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd, tt_svd_stack
+from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd_stack
 from tensornet.network import TensorNetwork
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
@@ -125,13 +125,16 @@ class MPO:
         """
         matrix: Tensor = _from_numpy(w)
         check_dense(matrix, "MPO.from_matrix", "a matrix of shape (out, in)", 2)
-        rows, columns = choose_dims((matrix.shape[0], matrix.shape[1]), out_dims, in_dims, sites)
-        budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        budget = _by_default(budget, matrix[None], rows, columns)
-        cores, error, _ = tt_svd(matrix, rows, columns, budget, method=method)
-        operator = cls(cores, out_features=matrix.shape[0], in_features=matrix.shape[1], error=error)
-        if error > 0:
-            operator._log_distance = math.log(error) + math.log(frobenius(matrix))
+        (operator,) = cls.from_matrices(
+            matrix[None],
+            out_dims=out_dims,
+            in_dims=in_dims,
+            sites=sites,
+            max_bond=max_bond,
+            rel_error=rel_error,
+            param_ratio=param_ratio,
+            method=method,
+        )
         return operator
 
     @classmethod
@@ -169,12 +172,18 @@ class MPO:
         shape = (stacked.shape[1], stacked.shape[2])
         rows, columns = choose_dims(shape, out_dims, in_dims, sites)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
-        budget = _by_default(budget, stacked, rows, columns)
+        check_finite(stacked, "The matrix")
+        tolerance = default_tolerance(stacked.dtype)
+        if budget.unlimited and not has_full_bonds(stacked, rows, columns, tolerance):
+            budget = Budget(rel_error=tolerance)
         cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
-        return [
-            cls([core[item] for core in cores], out_features=shape[0], in_features=shape[1], error=error)
-            for item, error in enumerate(errors)
-        ]
+        found = []
+        for item, error in enumerate(errors):
+            chosen = [core[item] for core in cores]
+            found.append(cls(chosen, out_features=shape[0], in_features=shape[1], error=error))
+            if error > 0:
+                found[-1]._log_distance = math.log(error) + math.log(frobenius(stacked[item]))
+        return found
 
     @classmethod
     def identity(
@@ -684,7 +693,7 @@ class MPO:
         """Compute the logarithm of the certified absolute error."""
         if self._log_distance is not None or self.error == 0:
             return -math.inf if self._log_distance is None else self._log_distance
-        if self.error >= 1:
+        if not self.error < 1:
             return math.inf
         # |W0 - W| <= e |W| / (1 - e), since |W0| <= |W| / (1 - e)
         return math.log(self.error) - math.log1p(-self.error) + self._log_norm()
@@ -727,15 +736,6 @@ class MPO:
             raise ShapeError(
                 f"Only MPOs with equal shape, out_dims and in_dims can be {what}: {mine} and {theirs}."
             )
-
-
-def _by_default(budget: Budget, stack: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Budget:
-    """Set the default tolerance for a budget without caps, if it truncates any bond."""
-    check_finite(stack, "The matrix")
-    tolerance = default_tolerance(stack.dtype)
-    if not budget.unlimited or has_full_bonds(stack, rows, columns, tolerance):
-        return budget
-    return Budget(rel_error=tolerance)
 
 
 def _from_numpy(value: Any) -> Any:
