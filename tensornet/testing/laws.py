@@ -544,8 +544,10 @@ def _test(law: Law) -> Callable[..., None]:
         law.check(*subject, **example)
 
     test.__doc__ = law.check.__doc__
-    few = {} if law.examples is None else {"max_examples": law.examples}
-    made = settings(deadline=None, **few)(given(**law.drawn)(test))
+    limits = settings(deadline=None)
+    if law.examples is not None:
+        limits = settings(limits, max_examples=law.examples)
+    made = limits(given(**law.drawn)(test))
     made.is_law = True  # type: ignore[attr-defined]
     return made
 
