@@ -14,7 +14,7 @@ Reference:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,17 +68,10 @@ class Candidate:
         return replace(self, cost=factor * self.cost, predicted_loss=factor * self.predicted_loss)
 
 
-#: Candidates of one layer.
-_Candidates = Sequence[Candidate]
+class CostCurve(NamedTuple):
+    """Sizes (parameters, bytes or milliseconds) and costs of the candidates of one layer.
 
-
-@dataclass(frozen=True)
-class CostCurve:
-    """Sizes and costs of the candidates of one layer.
-
-    Args:
-        sizes: parameters or bytes of each candidate, shape `(candidates,)`.
-        costs: cost of each candidate, in any unit that adds over layers, shape `(candidates,)`.
+    Both have shape `(candidates,)`; costs have any unit that adds over layers.
     """
 
     sizes: Tensor
@@ -102,8 +95,33 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             "raise the budget or choose fewer layers."
         )
     start, steps = hull_steps(curves)
-    ways = [_walk(curves, start, steps, budget), _one_more(curves, start, steps, budget)]
-    return min(ways, key=lambda chosen: total_cost(curves, chosen))
+    # Take steps in order while they fit; a layer whose step does not fit takes none of its later steps. So a
+    # larger budget never costs more: at the first step where the walks of two budgets differ, the larger one
+    # takes a step that the smaller one cannot, and all later steps save less per unit of size.
+    walk, blocked = list(start), set()
+    left = budget - total_size(curves, start)
+    for layer, candidate, growth in steps:
+        if layer in blocked:
+            continue
+        if growth <= left:
+            walk[layer], left = candidate, left - growth
+        else:
+            blocked.add(layer)
+    # Or stop at the first step that does not fit, and replace the one candidate that then saves most.
+    other, left = list(start), budget - total_size(curves, start)
+    for layer, candidate, growth in steps:
+        if growth > left:
+            break
+        other[layer], left = candidate, left - growth
+    best, place = 0.0, None
+    for layer, (curve, index) in enumerate(zip(curves, other, strict=True)):
+        saving = curve.costs[index] - curve.costs
+        saving = torch.where(curve.sizes - curve.sizes[index] <= left, saving, 0.0)
+        if float(saving.max()) > best:
+            best, place = float(saving.max()), (layer, int(saving.argmax()))
+    if place is not None:
+        other[place[0]] = place[1]
+    return min((walk, other), key=lambda chosen: total_cost(curves, chosen))
 
 
 def spend_cost(
@@ -193,8 +211,11 @@ def decide_alone(
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
     """Compute `(total size, total cost)` along the optimal allocations, by decreasing size."""
-    low, high = _multiplier_range(curves)
-    multipliers = [0.0, *torch.logspace(low, high, points - 1, base=10, dtype=torch.float64).tolist()]
+    steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
+    steepest = max(max(float(step) for step in steps), 1e-300)
+    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # multipliers that change the allocation
+    exponents = torch.logspace(top - 8, top + 3, points - 1, base=10, dtype=torch.float64)
+    multipliers = [0.0, *exponents.tolist()]
     allocations = [[curve.best(multiplier) for curve in curves] for multiplier in multipliers]
     pairs = {(total_size(curves, chosen), total_cost(curves, chosen)) for chosen in allocations}
     return sorted(pairs, reverse=True)
@@ -256,61 +277,6 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
     return hull
 
 
-def _walk(
-    curves: Sequence[CostCurve],
-    start: Sequence[int],
-    steps: Sequence[tuple[int, int, float]],
-    budget: float,
-) -> list[int]:
-    """Take steps in order while they fit; a layer whose step does not fit takes none of its later steps.
-
-    A larger budget never costs more. At the first step where the walks of two budgets differ, the larger
-    budget takes a step that the smaller one cannot; all later steps of the smaller one save less per unit of
-    size.
-    """
-    chosen, blocked = list(start), set()
-    left = budget - total_size(curves, start)
-    for layer, candidate, growth in steps:
-        if layer in blocked:
-            continue
-        if growth <= left:
-            chosen[layer], left = candidate, left - growth
-        else:
-            blocked.add(layer)
-    return chosen
-
-
-def _one_more(
-    curves: Sequence[CostCurve],
-    start: Sequence[int],
-    steps: Sequence[tuple[int, int, float]],
-    budget: float,
-) -> list[int]:
-    """Take steps while they fit, then replace one layer's candidate by the one that saves most."""
-    chosen, left = list(start), budget - total_size(curves, start)
-    for layer, candidate, growth in steps:
-        if growth > left:
-            break
-        chosen[layer], left = candidate, left - growth
-    best, place = 0.0, None
-    for layer, (curve, index) in enumerate(zip(curves, chosen, strict=True)):
-        saving = curve.costs[index] - curve.costs
-        saving = torch.where(curve.sizes - curve.sizes[index] <= left, saving, 0.0)
-        if float(saving.max()) > best:
-            best, place = float(saving.max()), (layer, int(saving.argmax()))
-    if place is not None:
-        chosen[place[0]] = place[1]
-    return chosen
-
-
-def _multiplier_range(curves: Sequence[CostCurve]) -> tuple[float, float]:
-    """Compute the range of multipliers that change the allocation, as exponents of ten."""
-    steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
-    top = max(max(float(step) for step in steps), 1e-300)
-    exponent = float(torch.tensor(top, dtype=torch.float64).log10())
-    return exponent - 8, exponent + 3
-
-
 # --- all caps of a configuration --------------------------------------------------------------------
 
 #: Format of all layers without calibration data.
@@ -321,7 +287,7 @@ _NAMED = 4
 _ROUNDS = 80
 
 
-def curve_of(candidates: _Candidates, unit: str) -> CostCurve:
+def curve_of(candidates: Sequence[Candidate], unit: str) -> CostCurve:
     """Build the cost curve of a layer over `"params"`, `"num_bytes"` or `"milliseconds"`."""
     sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
     return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
@@ -329,7 +295,7 @@ def curve_of(candidates: _Candidates, unit: str) -> CostCurve:
 
 def choose_candidates(
     targets: Sequence[Target],
-    candidates: Sequence[_Candidates],
+    candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     objective: str,
     *,
@@ -356,10 +322,11 @@ def choose_candidates(
             return one_format(targets, candidates, config, rest)
         capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
         return _choose_alone(targets, candidates, config), next(capping, "exact")
-    caps, names = [], names or [target.name for target in targets]
+    caps: list[Cap] = []
+    names = names or [target.name for target in targets]
 
     def add(name: str, unit: str, allowed: float) -> None:
-        caps.append(Cap(name, [curve_of(found, unit) for found in candidates], allowed, names))
+        caps.append(Cap(name, [curve_of(found, unit) for found in candidates], allowed))
 
     if config.param_ratio is not None:
         add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
@@ -372,7 +339,12 @@ def choose_candidates(
         curves = [curve_of(found, "num_bytes" if config.plans_formats else "params") for found in candidates]
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
         return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
-    chosen, bound_by = _or_one_format(spend_all(caps), candidates, caps)
+    chosen, bound_by = spend_all(caps, names)
+    for name in _common_formats(candidates):  # or one format for all layers, if that costs less
+        same = [uniform(found)[name] for found in candidates]
+        curves = caps[0].curves
+        if all(cap.use(same) <= 1 for cap in caps) and total_cost(curves, same) < total_cost(curves, chosen):
+            chosen, bound_by = same, max(caps, key=lambda cap: cap.use(same)).name
     if config.loss_increase is not None:
         loss = sum(found[k].predicted_loss for found, k in zip(candidates, chosen, strict=True))
         if (predicted := forecast.corrected(loss)) > config.loss_increase:
@@ -383,43 +355,59 @@ def choose_candidates(
     return chosen, bound_by
 
 
-@dataclass(frozen=True)
-class Cap:
+class Cap(NamedTuple):
     """Cap on the sum of one size over all layers.
 
     Args:
         name: name of the budget, for errors and reports.
         curves: the cost curve of each layer over this size; the costs are the same for all caps.
         allowed: largest sum that is allowed.
-        layers: names of the layers, for errors.
     """
 
     name: str
     curves: Sequence[CostCurve]
     allowed: float
-    layers: Sequence[str] = ()
 
     def use(self, chosen: Sequence[int]) -> float:
         """Compute the fraction of the cap that a choice uses, at most 1 if the cap is kept."""
         return total_size(self.curves, chosen) / self.allowed
 
 
-def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
+def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
     """Choose the candidates of least total cost that keep all caps, and name the tightest one.
 
     The caps are combined into one cap by a weighted mean, which any choice within all caps keeps as well. The
-    weights of exceeded caps are raised until all caps are kept.
+    weights of exceeded caps are raised until all caps are kept. `names` are those of the layers, for errors.
 
     Raises:
         BudgetError: a cap cannot be kept, or they cannot be kept together.
     """
-    alone = [_spend(cap) for cap in caps]
+    alone = []
+    for cap in caps:
+        try:
+            alone.append(spend_size(cap.curves, cap.allowed))
+        except BudgetError as error:
+            # Layers that cannot shrink at all come first, then those with the largest smallest candidate.
+            least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
+            fixed = [size for only, size in least if only]
+            text = (
+                f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no "
+                "gradient reaches in calibration: exclude them, or choose objective='activation', which "
+                "needs none."
+            )
+            order = sorted(range(len(names)), key=lambda k: least[k], reverse=True)
+            shown = ", ".join(f"{names[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
+            more = f"{text if fixed else ''} The largest are {shown}." if shown else ""
+            raise BudgetError(f"{cap.name}: {error}{more}") from error
     kept = [chosen for chosen in alone if all(cap.use(chosen) <= 1 for cap in caps)]
     weights, allowed = torch.full((len(caps),), 1 / len(caps), dtype=torch.float64), 1.0
     for round_ in range(0 if kept or len(caps) == 1 else _ROUNDS):
-        mixed = [_mixed(caps, layer, weights) for layer in range(len(caps[0].curves))]
-        least = sum(float(curve.sizes.min()) for curve in mixed)
-        chosen = spend_size(mixed, max(least * (1 + 1e-12), allowed))
+        mixed = []
+        for layer, curve in enumerate(caps[0].curves):  # all sizes of a layer, each relative to its cap
+            sizes = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
+            mixed.append(CostCurve(weights @ sizes, curve.costs))
+        least_use = sum(float(curve.sizes.min()) for curve in mixed)
+        chosen = spend_size(mixed, max(least_use * (1 + 1e-12), allowed))
         use = torch.tensor([cap.use(chosen) for cap in caps], dtype=torch.float64)
         if bool((use <= 1).all()):
             kept.append(chosen)
@@ -435,12 +423,6 @@ def spend_all(caps: Sequence[Cap]) -> tuple[list[int], str]:
         )
     best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
     return best, max(caps, key=lambda cap: cap.use(best)).name
-
-
-def _mixed(caps: Sequence[Cap], layer: int, weights: Tensor) -> CostCurve:
-    """Combine all sizes of one layer, each relative to its cap, by a weighted mean; the costs stay."""
-    parts = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
-    return CostCurve(weights @ parts, caps[0].curves[layer].costs)
 
 
 def allowed_bytes(
@@ -470,22 +452,9 @@ def allowed_bytes(
     return found
 
 
-def _or_one_format(
-    planned: tuple[list[int], str], candidates: Sequence[_Candidates], caps: Sequence[Cap]
-) -> tuple[list[int], str]:
-    """Replace the planned choice by one format for all layers if that has the smaller predicted loss."""
-    best = planned
-    for name in _common_formats(candidates):
-        chosen = [uniform(found)[name] for found in candidates]
-        fits = all(cap.use(chosen) <= 1 for cap in caps)
-        if fits and total_cost(caps[0].curves, chosen) < total_cost(caps[0].curves, best[0]):
-            best = chosen, max(caps, key=lambda cap: cap.use(chosen)).name
-    return best
-
-
 def one_format(
     targets: Sequence[Target],
-    candidates: Sequence[_Candidates],
+    candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     rest: tuple[int, int],
 ) -> tuple[list[int], str]:
@@ -512,39 +481,18 @@ def one_format(
     )
 
 
-def _common_formats(candidates: Sequence[_Candidates]) -> list[str]:
+def _common_formats(candidates: Sequence[Sequence[Candidate]]) -> list[str]:
     """List the formats in which every layer has a dense candidate."""
     return [x for x in uniform(candidates[0]) if all(x in uniform(found) for found in candidates)]
 
 
-def uniform(candidates: _Candidates) -> dict[str, int]:
+def uniform(candidates: Sequence[Candidate]) -> dict[str, int]:
     """Map number formats to the index of the dense matrix in that format."""
     return {x.number_format: k for k, x in enumerate(candidates) if x.number_format}
 
 
-def _spend(cap: Cap) -> list[int]:
-    """Call `spend_size`, with errors that name the budget."""
-    try:
-        return spend_size(cap.curves, cap.allowed)
-    except BudgetError as error:
-        raise BudgetError(f"{cap.name}: {error}{_largest(cap)}") from error
-
-
-def _largest(cap: Cap) -> str:
-    """Name the layers with the largest smallest candidates, those that cannot shrink at all first."""
-    least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
-    order = sorted(range(len(cap.layers)), key=lambda k: least[k], reverse=True)
-    shown = ", ".join(f"{cap.layers[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
-    fixed = [size for alone, size in least if alone]
-    text = (
-        f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no gradient "
-        "reaches in calibration: exclude them, or choose objective='activation', which needs none."
-    )
-    return f"{text if fixed else ''} The largest are {shown}." if shown else ""
-
-
 def _choose_alone(
-    targets: Sequence[Target], candidates: Sequence[_Candidates], config: CompressionConfig
+    targets: Sequence[Target], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
 ) -> list[int]:
     """Choose the best candidate of each layer under the caps on single layers."""
     if config.param_ratio is not None:
