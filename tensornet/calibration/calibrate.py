@@ -39,7 +39,6 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
 
-Fisher = Literal["labels", "sampled"]
 #: Numbers of tokens and of losses after which calibration ends if `tokens` is absent. Both must be reached:
 #: a model with one loss for each row, such as an encoder, has few independent gradients among its tokens.
 MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
@@ -61,7 +60,6 @@ def calibrate(
     *,
     config: LayerSelection | None = None,
     loss_fn: TokenLosses | None = None,
-    fisher: Fisher = "labels",
     tokens: int | None = None,
     gradient_batches: int | None = None,
     full_up_to: int = 8192,
@@ -93,11 +91,10 @@ def calibrate(
             argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
             `DataLoader` gives them.
         config: selects the layers to observe; all if absent.
-        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; overrules `fisher`. If absent,
-            it is the cross entropy of the labels, of the next token for classes such as `*ForCausalLM`; or
-            the model's own loss times its tokens; or, without both, the distance from the dense outputs.
-        fisher: `"labels"` takes gradients at the labels of the text (the empirical Fisher matrix),
-            `"sampled"` at labels drawn from the model (the true Fisher matrix).
+        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; `sampled_losses` gives the true
+            instead of the empirical Fisher matrix. If absent, it is the cross entropy of the labels, of the
+            next token for classes such as `*ForCausalLM`; or the model's own loss times its tokens; or,
+            without both, the distance from the dense outputs.
         tokens: how many tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
@@ -128,8 +125,6 @@ def calibrate(
         advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
-    if fisher not in ("labels", "sampled"):
-        raise ValueError(f"fisher must be 'labels' or 'sampled', got {fisher!r}.")
     if gradient_batches is not None and gradient_batches < 0:
         raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
     if tokens is not None and tokens < 1:
@@ -153,7 +148,7 @@ def calibrate(
             with lower, torch.set_grad_enabled(with_gradients):
                 if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
                     with recorder.paused():
-                        default, entropies = default_losses(model, batch, fisher)
+                        default, entropies = default_losses(model, batch)
                     loss_fn = loss_fn or default
                     of_tokens = loss_fn in _OWN and entropies
                 if with_gradients:

@@ -177,13 +177,13 @@ PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
 @torch.no_grad()
-def default_losses(model: nn.Module, batch: Batch, fisher: str) -> tuple[TokenLosses, bool]:
+def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
     """Choose the loss for a model from its outputs for one batch.
 
-    The choice is `cosine_losses` for outputs with only hidden states or sentence embeddings; `label_losses`,
-    or `sampled_losses` for `fisher="sampled"`, if there are labels; the model's own loss (`own_losses`) for
-    token labels if the class does not show which position they belong to; and the distance of the outputs
-    (`output_losses`) if there are neither labels nor a loss.
+    The choice is `cosine_losses` for outputs with only hidden states or sentence embeddings; `label_losses`
+    if there are labels; the model's own loss (`own_losses`) for token labels if the class does not show which
+    position they belong to; and the distance of the outputs (`output_losses`) if there are neither labels nor
+    a loss.
 
     Returns:
         The loss, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
@@ -191,22 +191,17 @@ def default_losses(model: nn.Module, batch: Batch, fisher: str) -> tuple[TokenLo
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
         return cosine_losses, False
-    by_labels = sampled_losses if fisher == "sampled" else label_losses
     given = "labels" in batch
     if logits is not None and labels is not None:
-        known = labels.ndim != 2 or scores_next_token(model) is not None
-        if not known and fisher == "labels":
+        if labels.ndim == 2 and scores_next_token(model) is None:
             if _own_loss(model, batch, labels, output) is not None:
                 return own_losses, False
             if not given:
                 return output_losses, False
-        return by_labels, logits.ndim == 3 and _has_table(model, logits.shape[-1])
-    if not given and field(output, "loss") is None:
-        classes = _logits(output)
-        drawn = classes is not None and classes.ndim == 2 and classes.shape[1] > 1
-        if not (drawn and fisher == "sampled") and _tensors(output, batch):
-            return output_losses, False
-    return by_labels, False
+        return label_losses, logits.ndim == 3 and _has_table(model, logits.shape[-1])
+    if not given and field(output, "loss") is None and _tensors(output, batch):
+        return output_losses, False
+    return label_losses, False
 
 
 #: Endings of class names: of models whose logits are scored by the next label, and of models whose logits are
@@ -286,7 +281,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
         if judged_by is None:  # decided by the first batch; with labels the teacher is not run again
-            judged_by, _ = default_losses(teacher, batch, "labels")
+            judged_by, _ = default_losses(teacher, batch)
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
         wanted, found = wanted_of(batch), run_model(model, batch)

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.batches import token_mask
-from tensornet.calibration.losses import label_losses, losses_against, output_losses, own_losses
+from tensornet.calibration.losses import (
+    label_losses,
+    losses_against,
+    output_losses,
+    own_losses,
+    sampled_losses,
+)
 from tensornet.errors import TargetError
 
 X, Y = torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 4
@@ -287,7 +293,7 @@ def test_outputs_without_labels_are_judged_by_their_distance(form: str) -> None:
     assert losses_against(model)(twin, {"x": X}).mean().item() < before
 
 
-@pytest.mark.parametrize("options", [{}, {"fisher": "sampled"}], ids=["projected", "sampled"])
+@pytest.mark.parametrize("options", [{}, {"loss_fn": sampled_losses}], ids=["projected", "sampled"])
 def test_draws_are_the_same_in_every_run(options: dict[str, Any]) -> None:
     model = Projector("tensor") if options else Projector("mapping")
     runs = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -192,12 +191,6 @@ def test_large_inputs_do_not_overflow_under_float16() -> None:
 
 def test_inputs_alone_have_none() -> None:
     assert not tn.calibrate(Pooled(), data(), loss_fn=losses, gradient_batches=0).coherence
-
-
-def test_it_is_saved(tmp_path: Path) -> None:
-    stats = tn.calibrate(Pooled(), data(), loss_fn=losses)
-    stats.save(tmp_path / "stats.safetensors")
-    assert tn.CalibrationStats.load(tmp_path / "stats.safetensors").coherence == stats.coherence
 
 
 @given(st.integers(1, 5), st.integers(2, 9))

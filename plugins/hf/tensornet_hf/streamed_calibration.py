@@ -140,7 +140,7 @@ def calibrate_blocks(
             hidden = states[chain.position, number].requires_grad_()
             with chain.leaving(number, hidden), _in_memory(rest):
                 if number == 0 and loss_fn in (label_losses, sampled_losses):
-                    of_tokens = default_losses(model, batch, "labels")[1]
+                    of_tokens = default_losses(model, batch)[1]
                 each = checked_losses(loss_fn(model, batch))
                 each.sum().backward()
             assert hidden.grad is not None
