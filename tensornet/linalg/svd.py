@@ -282,8 +282,8 @@ def factorize(
     cap: int,
     allowed: Tensor | None,
     *,
-    method: Method,
     single: bool,
+    method: Method = "auto",
 ) -> Factors:
     """Truncate the SVD of a stack of double-precision blocks, all at the same rank.
 
@@ -292,8 +292,8 @@ def factorize(
         cap: largest rank.
         allowed: energy that may be discarded, shape `(*batch)`; all blocks get the largest rank that one of
             them needs.
-        method: see `truncated_svd`.
         single: whether the numbers are only accurate to single precision.
+        method: see `truncated_svd`.
     """
     size = min(work.shape[-2:])
     cap = min(cap, size)

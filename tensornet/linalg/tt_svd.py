@@ -66,8 +66,8 @@ def split_block(
     cap: int,
     allowed: Tensor | None,
     *,
-    method: Method,
     single: bool,
+    method: Method = "auto",
     last: bool = False,
     ordered: bool = False,
 ) -> Split:
@@ -78,8 +78,8 @@ def split_block(
         total: energy of the blocks, shape `(*batch)`, double precision.
         cap: largest rank.
         allowed: energy that may be discarded, shape `(*batch)`, or None.
-        method: see `truncated_svd`.
         single: whether the numbers are only accurate to single precision, for any dtype.
+        method: see `truncated_svd`.
         last: True if no step follows, so that the norm may be in `left` if this saves a QR.
         ordered: True if the columns of `left` must be singular vectors in descending order, not just a basis.
     """
@@ -216,12 +216,9 @@ def tt_svd(
     budget: Budget,
     *,
     bonds: Sequence[int] | None = None,
-    method: Method = "auto",
 ) -> tuple[list[Tensor], float, str]:
     """Decompose one matrix `(out, in)` into a chain; for arguments, results and errors see `tt_svd_stack`."""
-    cores, errors, bound_by = tt_svd_stack(
-        matrix[None], out_dims, in_dims, budget, bonds=bonds, method=method
-    )
+    cores, errors, bound_by = tt_svd_stack(matrix[None], out_dims, in_dims, budget, bonds=bonds)
     return [core[0] for core in cores], errors[0], bound_by
 
 

@@ -30,7 +30,7 @@ _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 #: Number of candidates between bond 1 and the largest.
 _RUNGS = 400
 #: Keywords that are not options of a family.
-_NO_OPTIONS = ("max_bond", "method", "out_features", "in_features", "family")
+_NO_OPTIONS = ("max_bond", "out_features", "in_features", "family")
 #: Largest number of legs: partial traces of a moment need two letters for each leg.
 _MAX_LEGS = 25
 

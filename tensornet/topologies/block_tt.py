@@ -8,10 +8,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget, uniform_caps
 from tensornet.linalg.svd import (
-    Method,
     allowed_energy,
     check_finite,
-    check_method,
     energy,
     factorize,
     fix_signs,
@@ -106,8 +104,6 @@ class BlockTTFamily(FactoredFamily):
         out_dims: tuple[int, ...],
         in_dims: tuple[int, ...],
         budget: Budget,
-        *,
-        method: Method,
     ) -> Decomposition:
         """Decompose with the same rank for all blocks of a bond."""
         shape = (matrix.shape[0], matrix.shape[1])
@@ -123,7 +119,7 @@ class BlockTTFamily(FactoredFamily):
             f"a block tensor train {shape}",
         )
         caps = _ranks(out_dims, in_dims, wanted)
-        cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
+        cores, error = _block_svd(matrix, out_dims, in_dims, caps, budget.rel_error)
         bonds = [core.shape[0] for core in cores[1:]]
         network = fitted_network(at(bonds), cores)
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
@@ -155,10 +151,8 @@ def _block_svd(
     in_dims: Sequence[int],
     caps: Sequence[int],
     rel_error: float | None = None,
-    method: Method = "auto",
 ) -> tuple[list[Tensor], float]:
     check_finite(matrix, "The matrix")
-    check_method(method)
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
     work = matrix.detach().to(working_dtype(matrix.dtype)) / scale
     rest = pad_matrix(work, math.prod(out_dims), math.prod(in_dims))
@@ -170,7 +164,7 @@ def _block_svd(
         # rows: out-legs before k; columns: in-leg k and the bond; blocks: all other remaining legs
         blocks = rest.reshape(left, -1, math.prod(in_dims[:k]), mine * right).permute(1, 2, 0, 3)
         full = min(blocks.shape[-2:])
-        found = factorize(blocks, full, None, method=method, single=is_single(dtype))
+        found = factorize(blocks, full, None, single=is_single(dtype))
         energies = found.S.square().sum((0, 1))
         allowed = None
         if rel_error is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tensornet._util import check_size, check_sizes
 from tensornet.budget import Budget, caps_of_bonds
 from tensornet.errors import TopologyError
-from tensornet.linalg.svd import Method, frobenius
+from tensornet.linalg.svd import frobenius
 from tensornet.linalg.tt_svd import check_dims
 from tensornet.network import TensorNetwork
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_options, check_request, keywords
@@ -82,14 +82,13 @@ class FactoredFamily(TopologyFamily):
         out_dims: Sequence[int] | None = None,
         in_dims: Sequence[int] | None = None,
         sites: int | None = None,
-        method: Method = "auto",
         **options: Any,
     ) -> Decomposition:
         """Decompose a matrix at the chosen dims; see `decompose_at`."""
         check_options(self.name, options, {*keywords(self.decompose_at), *_DIMS})
         shape = check_request(self.name, matrix, budget)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
-        return self.decompose_at(matrix, rows, columns, budget, method=method, **options)
+        return self.decompose_at(matrix, rows, columns, budget, **options)
 
     @abstractmethod
     def decompose_at(
@@ -98,8 +97,6 @@ class FactoredFamily(TopologyFamily):
         out_dims: tuple[int, ...],
         in_dims: tuple[int, ...],
         budget: Budget,
-        *,
-        method: Method,
     ) -> Decomposition:
         """Decompose `matrix: (out_features, in_features)` with these legs; see `decompose`."""
 

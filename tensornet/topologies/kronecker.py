@@ -7,7 +7,6 @@ from torch import Tensor
 from tensornet._util import check_sizes
 from tensornet.budget import Budget
 from tensornet.errors import TopologyError
-from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import max_bonds, tt_svd
 from tensornet.network import TensorNetwork
 from tensornet.topologies.base import Decomposition, check_topology
@@ -113,11 +112,9 @@ class KroneckerFamily(FactoredFamily):
         out_dims: tuple[int, ...],
         in_dims: tuple[int, ...],
         budget: Budget,
-        *,
-        method: Method,
     ) -> Decomposition:
         """Decompose with `max_bond` as a cap on the number of terms."""
-        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget, method=method)
+        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget)
         topology = self.build(*matrix.shape, out_dims=out_dims, in_dims=in_dims, terms=cores[0].shape[3])
         return Decomposition(_network(topology, cores), error, bound_by)
 

@@ -13,7 +13,6 @@ from tensornet._util import check_size, remembered
 from tensornet.budget import Budget, caps_of_bonds, uniform_caps
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import (
-    Method,
     TruncatedSVD,
     result_dtype,
     truncated_svd,
@@ -93,16 +92,14 @@ class LowRankFamily(TopologyFamily):
         topology = low_rank(out_features=out_features, in_features=in_features, rank=rank)
         return replace(topology, family=self.name)
 
-    def decompose(
-        self, matrix: Tensor, budget: Budget, *, method: Method = "auto", **options: Any
-    ) -> Decomposition:
+    def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
         """Truncate the SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
         check_options(self.name, options)
         rows, columns = check_request(self.name, matrix, budget)
         shape, exact = (rows, columns), [min(rows, columns)]
         what = f"a network of the family {self.name!r}"
         caps, bound_by = uniform_caps(budget, shape, exact, lambda bonds: bonds[0] * (rows + columns), what)
-        result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error, method=method)
+        result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error)
         rank = result.S.numel()
         if rank < caps[0]:
             bound_by = "rel_error"

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tensornet.als import legs_of
 from tensornet.budget import Budget
-from tensornet.linalg.svd import Method
 from tensornet.linalg.tt_svd import max_bonds, tt_svd
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.topologies.base import Decomposition, check_topology
@@ -106,7 +105,6 @@ class MPOFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        method: Method,
         bond_dims: Sequence[int] | None = None,
     ) -> Decomposition:
         """Decompose by TT-SVD, with the norm spread evenly over the cores, which eases training."""
@@ -114,7 +112,7 @@ class MPOFamily(FactoredFamily):
             full = max_bonds(out_dims, in_dims)
             check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
             bond_dims = clip_bonds("bond_dims", bond_dims, full)
-        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget, bonds=bond_dims, method=method)
+        cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget, bonds=bond_dims)
         bonds = [core.shape[-1] for core in cores[:-1]]
         topology = chain(out_dims, in_dims, bonds, (matrix.shape[0], matrix.shape[1]), family=self.name)
         return Decomposition(fitted_network(topology, cores), error, bound_by)

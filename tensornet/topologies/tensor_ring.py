@@ -12,10 +12,8 @@ from tensornet.als import fit_network
 from tensornet.budget import Budget, uniform_caps
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import (
-    Method,
     allowed_energy,
     check_finite,
-    check_method,
     energy,
     frobenius,
     is_single,
@@ -131,7 +129,6 @@ class TensorRingFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
         *,
-        method: Method,
         ring_bond: int | None = None,
         sweeps: int = 0,
     ) -> Decomposition:
@@ -141,7 +138,6 @@ class TensorRingFamily(FactoredFamily):
             matrix: shape `(out_features, in_features)`.
             out_dims, in_dims: sizes of the legs.
             budget: caps.
-            method: see `truncated_svd`.
             ring_bond: the closing bond, at most `max_bond`; several are tried if absent. Values that are too
                 large for the first SVD are clipped, with a warning.
             sweeps: largest number of sweeps of alternating least squares over all cores.
@@ -164,7 +160,7 @@ class TensorRingFamily(FactoredFamily):
             if ring_bond is None and bond > min(closing_cap or bond, *max_bonds(rows, columns)):
                 break
             try:
-                made = _decompose(matrix, rows, columns, bond, budget, method)
+                made = _decompose(matrix, rows, columns, bond, budget)
                 found.append(_refined(matrix, made, sweeps))
             except BudgetError as error:
                 refused = refused or error
@@ -192,7 +188,6 @@ def _decompose(
     columns: Sequence[int],
     closing: int,
     budget: Budget,
-    method: Method,
 ) -> Decomposition:
     """Decompose within the budget at a given closing bond."""
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
@@ -215,7 +210,7 @@ def _decompose(
         budget, max_bond=budget.max_bond[:-1] if isinstance(budget.max_bond, tuple) else budget.max_bond
     )
     caps, bound_by = uniform_caps(open_bonds, shape, exact, params, f"a ring closed by a bond of {closing}")
-    made = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error, method)
+    made = _tr_svd(matrix, rows, columns, closing, caps, budget.rel_error)
     return made if made.bound_by == "rel_error" else replace(made, bound_by=bound_by)
 
 
@@ -227,11 +222,9 @@ def _tr_svd(
     closing: int,
     caps: Sequence[int],
     rel_error: float | None = None,
-    method: Method = "auto",
 ) -> Decomposition:
     """Decompose by sequential SVD, with the norm in the last core."""
     check_finite(matrix, "The matrix")
-    check_method(method)
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
     rest = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
     pairs = [axis for k in range(sites) for axis in (k, sites + k)]
@@ -248,9 +241,7 @@ def _tr_svd(
         # The order of the columns in the closing bond affects later truncations. With singular vectors in
         # descending order, a larger cap only adds to the columns of a smaller one.
         ordered = k == 0 and closing > 1
-        split = split_block(
-            block, inside, cap, allowed, method=method, single=is_single(dtype), ordered=ordered
-        )
+        split = split_block(block, inside, cap, allowed, single=is_single(dtype), ordered=ordered)
         bound_by = "rel_error" if split.left.shape[1] < cap else bound_by
         spent, inside = spent + split.discarded, split.kept
         U, rest = split.left, split.rest

@@ -8,10 +8,8 @@ from torch import Tensor
 
 from tensornet.budget import Budget, uniform_caps
 from tensornet.linalg.svd import (
-    Method,
     allowed_energy,
     check_finite,
-    check_method,
     energy,
     is_single,
     result_dtype,
@@ -110,8 +108,6 @@ class TuckerFamily(FactoredFamily):
         out_dims: tuple[int, ...],
         in_dims: tuple[int, ...],
         budget: Budget,
-        *,
-        method: Method,
     ) -> Decomposition:
         """Decompose with a common cap on all ranks if `param_ratio` is given."""
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
@@ -122,7 +118,7 @@ class TuckerFamily(FactoredFamily):
         caps, bound_by = uniform_caps(
             budget, shape, legs, lambda ranks: at(ranks).num_params, f"a Tucker network {shape}"
         )
-        core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, budget.rel_error, method)
+        core, factors, error = st_hosvd(matrix, out_dims, in_dims, caps, budget.rel_error)
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
@@ -132,7 +128,7 @@ class TuckerFamily(FactoredFamily):
         topology = at(ranks)
         if at(whole).num_params < topology.num_params:  # legs without a factor are exact
             topology = at(whole)
-            core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole, None, method)
+            core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
@@ -151,7 +147,6 @@ def st_hosvd(
     in_dims: Sequence[int],
     caps: Sequence[int],
     rel_error: float | None = None,
-    method: Method = "auto",
 ) -> tuple[Tensor, list[Tensor], float]:
     """Compute the core tensor, one orthonormal factor `(leg, rank)` per leg, and the certified error.
 
@@ -160,13 +155,11 @@ def st_hosvd(
         out_dims, in_dims: sizes of the legs.
         caps: largest rank of each leg, out-legs first.
         rel_error: largest relative error, spent leg by leg.
-        method: see `truncated_svd`.
 
     Raises:
         NonFiniteError: the matrix contains NaN or infinity.
     """
     check_finite(matrix, "The matrix")
-    check_method(method)
     dtype, scale = result_dtype(matrix.dtype), safe_scale(matrix)
     core = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
     core = core.reshape(*out_dims, *in_dims)
@@ -178,7 +171,7 @@ def st_hosvd(
         if rel_error is not None:
             allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (len(caps) - axis)
         # The rank of the unfolding cannot be larger; the family still keeps the cap.
-        split = split_block(block, inside, min(cap, *block.shape), allowed, method=method, single=single)
+        split = split_block(block, inside, min(cap, *block.shape), allowed, single=single)
         spent, inside = spent + split.discarded, split.kept
         rank = split.left.shape[1] if rel_error is not None else cap
         factors.append(pad_core(split.left, (block.shape[0], rank)))

@@ -225,7 +225,7 @@ def test_diverging_driver_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("last", [False, True])
 def test_split_measures_what_it_cuts(shape: tuple[int, int], dtype: torch.dtype, last: bool) -> None:
     blocks = torch.randn(3, *shape, dtype=dtype)
-    split = split_block(blocks, energy(blocks), 6, None, method="auto", single=True, last=last)
+    split = split_block(blocks, energy(blocks), 6, None, single=True, last=last)
     left_over = energy(blocks.to(torch.complex128) - (split.left @ split.rest).to(torch.complex128))
     torch.testing.assert_close(split.discarded, left_over, rtol=1e-5, atol=0)
     frame = split.rest.mH if split.centered else split.left
@@ -240,7 +240,7 @@ def test_split_measures_what_it_cuts(shape: tuple[int, int], dtype: torch.dtype,
 def test_split_goes_to_double_where_little_is_cut() -> None:
     """In single precision the Gram matrix cannot see singular values below 3e-4 of the largest."""
     block = graded(24, torch.float32)
-    split = split_block(block, energy(block), 18, None, method="auto", single=True)
+    split = split_block(block, energy(block), 18, None, single=True)
     cut = math.sqrt(float(split.discarded) / float(energy(block)))
     assert split.left.dtype == torch.float64
     assert cut == pytest.approx(reference.best_error(block, 18), rel=1e-3)
