@@ -152,8 +152,8 @@ def test_a_mixture_in_integers_saves_loads_and_trains(tmp_path: Path) -> None:
     assert 0 < float((expected - dense).abs().max()) < 0.3 * float(dense.abs().max())
     model.save_pretrained(tmp_path)
     seen = inspect_folder(tmp_path)
-    assert seen.dtypes["uint8"] > 0
-    assert all(layer.form == "int8 shared_core_moe" for layer in seen.layers)
+    assert seen["dtypes"]["uint8"] > 0
+    assert all(layer["form"] == "int8 shared_core_moe" for layer in seen["layers"])
     again = th.load(tmp_path)
     torch.testing.assert_close(logits(again.eval()), expected)
     with trained_scales(again):

@@ -249,6 +249,13 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     return [folder / name for name in names], index
 
 
+def weight_bytes(folder: str | Path) -> int:
+    """Sum the sizes of the safetensors files of a folder (of its other weight files if it has none)."""
+    files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    return sum(file.stat().st_size for file in safe or files)
+
+
 # --- loading --------------------------------------------------------------------------------------------
 
 

@@ -24,9 +24,9 @@ from tensornet_hf.checkpoint import (
     on_device,
     read_json,
     resolve_folder,
+    weight_bytes,
 )
 from tensornet_hf.evaluate import ModelFacts, record_held_out
-from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.quantizer import METHOD
 from tensornet_hf.report import display_name
 from tensornet_hf.text import continue_text, first_line, load_tokenizer

@@ -36,13 +36,13 @@ from tensornet_hf.checkpoint import (
     read_dense,
     resolve_folder,
     save,
+    weight_bytes,
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
-from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
-from tensornet_hf.streamed_calibration import SPILL, calibrate_blocks
+from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, staging
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
@@ -518,7 +518,7 @@ def _calibration(
     if known is None and config.objective != "weight":
         observed = observing(config) if isinstance(config, CompressionPlan) else config
         if streamed_to is not None and file is not None:
-            known = calibrate_blocks(
+            known = calibrate_checkpoint(
                 model,
                 data.batches,
                 file,

@@ -36,7 +36,7 @@ LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
 
 def calibrate_checkpoint(
-    src: str | Path,
+    src: str | Path | PreTrainedModel,
     batches: Iterable[BatchLike],
     path: str | Path,
     *,
@@ -52,7 +52,7 @@ def calibrate_checkpoint(
     disk space for the moments, and for one float32 hidden state for every token and block.
 
     Args:
-        src: folder of the model.
+        src: folder of the model, or a model whose weights are mapped from one, see `mapped_model`.
         batches: as for `tensornet.calibrate`; all are differentiated.
         path: file for the statistics; the result reads them from it as needed.
         config: observe the layers that it selects, which must lie inside blocks; all linear layers of the
@@ -72,30 +72,8 @@ def calibrate_checkpoint(
         >>> tn.CalibrationStats.load("stats.safetensors").tokens
         256
     """
-    return calibrate_blocks(
-        mapped_model(src, spill=Path(path).parent),
-        batches,
-        Path(path),
-        config=config,
-        loss_fn=loss_fn,
-        full_up_to=full_up_to,
-        source=source,
-        progress=progress,
-    )
-
-
-def calibrate_blocks(
-    model: PreTrainedModel,
-    batches: Iterable[BatchLike],
-    path: Path,
-    *,
-    config: CompressionConfig | None,
-    loss_fn: TokenLosses,
-    full_up_to: int = 8192,
-    source: str,
-    progress: bool,
-) -> CalibrationStats:
-    """Implement `calibrate_checkpoint` for a model with mapped weights."""
+    path = Path(path)
+    model = src if isinstance(src, PreTrainedModel) else mapped_model(src, spill=path.parent)
     stack, blocks = find_blocks(model)
     given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
     if not given:

@@ -31,9 +31,9 @@ def test_one_folder_has_one_number_of_parameters(name: str, tmp_path: Path) -> N
     model = th.load(folder)
     assert model_size(model)[0] == count
     found = inspect_folder(folder)
-    assert found.params == sum(found.dtypes.values()) == count
-    for layer in found.layers:
-        assert layer.params == model.get_submodule(layer.name).num_params
+    assert found["params"] == sum(found["dtypes"].values()) == count
+    for layer in found["layers"]:
+        assert layer["params"] == model.get_submodule(layer["name"]).num_params
     assert compare_folders([folder])[0].params == count
     streamed = th.compress_checkpoint(gpt2_path(), tmp_path / "streamed", config)
     assert streamed.model_params_after == count

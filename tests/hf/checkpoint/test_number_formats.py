@@ -104,7 +104,7 @@ def test_counted_bytes_are_those_on_the_disk(folder: Path) -> None:
         if isinstance(layer, tn.nn.module.NetworkModule):
             held = sum(x.nbytes for x in layer.stored.values())
             assert held == layer.storage.num_bytes(layer.topology, torch.float32)
-    assert {x.dtype for x in inspect_folder(folder).layers} >= {"uint8"}
+    assert {x["dtype"] for x in inspect_folder(folder)["layers"]} >= {"uint8"}
 
 
 def test_sharded_and_decompressed(folder: Path, tmp_path: Path) -> None:

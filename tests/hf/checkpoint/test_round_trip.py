@@ -89,7 +89,7 @@ def test_saved_once_and_loaded_as_the_same_model(architecture: Architecture, tmp
     model.save_pretrained(tmp_path / "a")
     stored, entry = read_checkpoint(tmp_path / "a").tensors, model.config.quantization_config
     assert sum(x.numel for x in stored.values()) == sum(p.numel() for p in model.parameters())
-    assert inspect_folder(tmp_path / "a").params == sum(p.numel() for p in model.parameters())
+    assert inspect_folder(tmp_path / "a")["params"] == sum(p.numel() for p in model.parameters())
     # The matrix of a convolution lies in a layer of its own, under the name of the stock kernel.
     assert guards_of(tmp_path / "a") == {f"{name.removesuffix('.matrix')}.weight" for name in entry.layers}
     assert not guards_of(tmp_path / "a") & stored.keys()

@@ -17,9 +17,9 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet_hf.checkpoint import weight_bytes
 from tensornet_hf.compare import compare_folders, count_weights, load_any, quantization_method
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
-from tensornet_hf.inspect import weight_bytes
 from tensornet_hf.text import load_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]

@@ -56,6 +56,7 @@ def sharded(tmp_path: Path) -> Path:
 @pytest.mark.slow
 def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("compress", sharded, "whole", *HALF)[0] == 0
+    Path("plan.json").write_text(call("compress", sharded, "--dry-run", "--json", *HALF)[1])
 
     def never(*_: Any) -> None:
         raise AssertionError("the model was loaded")
@@ -68,7 +69,6 @@ def test_same_plan_as_a_loaded_model(call: Call, sharded: Path, monkeypatch: pyt
     assert contents(Path("one")) == contents(Path("two"))
     assert not staging_folder(Path("one").absolute()).exists()
     assert described("one") == described("whole")
-    Path("plan.json").write_text(call("compress", sharded, "--dry-run", "--json", *HALF)[1])
     status, _, err = call("compress", sharded, "out", "--plan", "plan.json", "--workers", 1)
     assert status == 1
     assert "tokens of text.txt, on which the cores depend" in err
@@ -87,13 +87,13 @@ def test_statistics_survive_an_interruption(
     call: Call, sharded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = []
-    original = conversion.calibrate_blocks
+    original = conversion.calibrate_checkpoint
 
     def counting(*arguments: Any, **options: Any) -> Any:
         counted.append(arguments)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(conversion, "calibrate_blocks", counting)
+    monkeypatch.setattr(conversion, "calibrate_checkpoint", counting)
     assert call("compress", sharded, "reference", *HALF, "--workers", 1)[0] == 0
     (work := staging_folder(Path("out").absolute())).mkdir()
     (work / ".calibration.of-a-killed-run").mkdir()

@@ -18,7 +18,16 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
 from tensornet.errors import TargetError
 from tensornet.nn import prepare_for_inference
-from tensornet_hf.checkpoint import HUB, check_free, load, on_device, read_checkpoint, resolve_folder, save
+from tensornet_hf.checkpoint import (
+    HUB,
+    check_free,
+    load,
+    on_device,
+    read_checkpoint,
+    resolve_folder,
+    save,
+    weight_bytes,
+)
 from tensornet_hf.checkpoint import decompress as make_dense
 from tensornet_hf.cli.options import (
     CPU,
@@ -53,7 +62,7 @@ from tensornet_hf.compress import (
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import perplexity, run_tasks
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
-from tensornet_hf.inspect import inspect_folder, weight_bytes
+from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.text import (
     continue_text,
@@ -141,29 +150,30 @@ def inspect(path: Source, as_json: Json = False) -> None:
     """Show the layers of a saved model, their topologies and sizes, from file headers alone."""
     found = inspect_folder(resolve_folder(path))
     if as_json:
-        print_json(found.to_dict())
+        print_json(found)
         return
-    form = "not compressed" if found.format_version is None else f"tensornet format {found.format_version}"
-    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found.dtypes.items())
+    version, size = found["format_version"], compact_bytes(found["bytes"])
+    form = "not compressed" if version is None else f"tensornet format {version}"
+    dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     print_lines(
-        f"{found.architecture}, {form}",
-        f"whole model: {found.params:,} parameters ({dtypes}), {compact_bytes(found.bytes)} of weight files",
+        f"{found['architecture']}, {form}",
+        f"whole model: {found['params']:,} parameters ({dtypes}), {size} of weight files",
     )
     rows = []
-    for layer in found.layers:
-        dense, stored = layer.dense_params, f"{layer.params:,}"
-        if not layer.params:  # its cores are stored under another name
-            owners = (owner for name, owner in found.ties.items() if name.startswith(f"{layer.name}."))
+    for layer in found["layers"]:
+        dense, stored = layer["dense_params"], f"{layer['params']:,}"
+        if not layer["params"]:  # its cores are stored under another name
+            owners = (owner for name, owner in found["ties"].items() if name.startswith(f"{layer['name']}."))
             stored = f"as {next(owners, 'another layer').rpartition('.')[0] or 'another layer'}"
         rows.append(
             (
-                layer.name,
-                layer.form,
-                "" if layer.shape is None else f"{layer.shape[0]} x {layer.shape[1]}",
-                f"{layer.bytes:,}" if layer.params else "",
-                f"{8 * layer.bytes / dense:.2f}" if dense and layer.params else "",
+                layer["name"],
+                layer["form"],
+                "" if layer["shape"] is None else f"{layer['shape'][0]} x {layer['shape'][1]}",
+                f"{layer['bytes']:,}" if layer["params"] else "",
+                f"{8 * layer['bytes'] / dense:.2f}" if dense and layer["params"] else "",
                 stored,
-                layer.dtype or "",
+                layer["dtype"] or "",
             )
         )
     if rows:
