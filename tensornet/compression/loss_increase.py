@@ -196,59 +196,37 @@ def measure(
         >>> measure(copy.deepcopy(dense), dense, batches).mean
         0.0
     """
+    recorded: RecordedLosses | None
     if isinstance(reference, RecordedLosses):
-        dense, found, source = reference, token_losses(model, reference), reference.source
+        recorded = reference
     else:
         recorded = record_losses(reference, batches, loss_fn=loss_fn, source=source, tokens=None)
-        if recorded is None:
-            raise TargetError(
-                "No loss can be measured: pass a list of batches or another collection that can be walked "
-                "again, on which the model has a loss."
-            )
-        dense, found = recorded, token_losses(model, recorded)
+    if recorded is None:
+        raise TargetError(
+            "No loss can be measured: pass a list of batches or another collection that can be walked "
+            "again, on which the model has a loss."
+        )
+    losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
+    if isinstance(reference, nn.Module):
         with opposite_errors(reference, model):
-            mirrored, _ = _run(model, dense.batches, dense.loss_fn, 0)
-        odd = (found[0] - mirrored) / 2
+            mirrored, _ = _run(model, recorded.batches, recorded.loss_fn, 0)
+        odd = (losses - mirrored) / 2
         mean, error = _mean(odd)
         if abs(mean) <= 2 * error:
-            found = found[0] - odd, found[1]
-    losses, divergences = found
-    kl = _mean(divergences) if len(divergences) else (None, None)
-    return LossIncrease.of(
-        losses - dense.losses,
-        source=source,
-        dense_loss=float(dense.losses.mean()),
-        kl_mean=kl[0],
-        kl_stderr=kl[1],
-    )
-
-
-def token_losses(model: nn.Module, recorded: RecordedLosses) -> tuple[Tensor, Tensor]:
-    """Compute the losses of a model on recorded batches, and the divergences from the dense predictions.
-
-    Returns:
-        Shapes `(losses,)` and `(tokens,)`; the second is empty if no predictions were recorded.
-    """
-    losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
-    found = [
+            losses = losses - odd
+    divergences = [
         (p.exp() * (p - q)).sum(-1).double().cpu()
         for p, q in zip(recorded.log_probs, log_probs, strict=False)
         if p.shape == q.shape
     ]
-    return losses, torch.cat(found) if found else losses.new_zeros(0)
-
-
-def mean_loss(model: nn.Module, batches: Iterable[BatchLike], loss_fn: TokenLosses) -> float:
-    """Compute the mean loss of a model over all batches.
-
-    Raises:
-        TargetError: no token is scored.
-    """
-    device = next(model.parameters()).device
-    losses, _ = _run(model, [as_batch(batch, model, device) for batch in batches], loss_fn, 0)
-    if not len(losses):
-        raise TargetError("No token of the batches has a loss: pass a list of batches, not an iterator.")
-    return float(losses.mean())
+    kl = _mean(torch.cat(divergences)) if divergences else (None, None)
+    return LossIncrease.of(
+        losses - recorded.losses,
+        source=recorded.source,
+        dense_loss=float(recorded.losses.mean()),
+        kl_mean=kl[0],
+        kl_stderr=kl[1],
+    )
 
 
 @torch.no_grad()

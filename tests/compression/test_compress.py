@@ -286,6 +286,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"param_ratio": 0}, "param_ratio must be above 0"),
         ({"rel_error": 1.5}, r"rel_error must lie in \[0, 1\)"),
         ({"max_bond": 0}, "max_bond must be an integer of at least 1"),
+        ({"max_milliseconds": 1.0}, "give tokens=1 for generating"),
         ({"sites": 0}, "sites must be an integer of at least 1"),
         ({"max_bytes": 0}, "max_bytes must be above 0"),
         ({"loss_increase": -1.0}, "loss_increase must be above 0"),

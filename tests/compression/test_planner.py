@@ -300,13 +300,6 @@ def test_predicted_times_know_how_integers_are_read(tokens: int) -> None:
     assert times["int8:row"][0] < times["int2"][0]
 
 
-def test_milliseconds_need_a_token_count() -> None:
-    with pytest.raises(tn.errors.BudgetError, match="give tokens=1 for generating"):
-        CompressionConfig(max_milliseconds=1.0)
-    with pytest.raises(tn.errors.BudgetError, match="tokens must be an integer of at least 1, got 0"):
-        CompressionConfig(param_ratio=0.5, tokens=0)
-
-
 def test_tokens_that_were_not_read_are_not_given_up() -> None:
     """Rows that calibration never looked up lie elsewhere: a low rank must not make them worse than zero."""
     generator = torch.Generator().manual_seed(0)

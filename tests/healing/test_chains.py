@@ -7,19 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import bert, gpt2, llama, t5_relu, vit
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTModel,
-)
 
 import tensornet as tn
 import tensornet_hf  # noqa: F401 - describes compressed models of transformers
@@ -37,64 +26,27 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 50, (3, 9)), "attention_mask": MASK}
 
 
-def llama() -> tuple[nn.Module, Any]:
-    config = LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=50,
-    )
-    return LlamaForCausalLM(config), tokens
-
-
-def gpt2() -> tuple[nn.Module, Any]:
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=50, n_positions=16)), tokens
-
-
-def t5() -> tuple[nn.Module, Any]:
-    config = T5Config(
-        d_model=16, d_ff=24, num_layers=3, num_heads=2, d_kv=8, vocab_size=50, decoder_start_token_id=0
-    )
-    return T5ForConditionalGeneration(config), lambda: {**tokens(), "labels": torch.randint(0, 50, (3, 5))}
-
-
-def bert() -> tuple[nn.Module, Any]:
-    config = BertConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24, vocab_size=50
-    )
-    return BertModel(config), tokens
-
-
-def vit() -> tuple[nn.Module, Any]:
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=24,
-        image_size=8,
-        patch_size=4,
-    )
-    return ViTModel(config), lambda: {"pixel_values": torch.randn(3, 3, 8, 8)}
-
-
 FOUND = {
     llama: ["model.layers"],
     gpt2: ["transformer.h"],
-    t5: ["encoder.block", "decoder.block"],
-    bert: ["encoder.layer"],
-    vit: ["layers"],
+    t5_relu: ["encoder.block", "decoder.block"],
+    bert: ["bert.encoder.layer"],
+    vit: ["vit.layers"],
 }
+
+
+def batch_of(make: Any) -> dict[str, Tensor]:
+    if make is vit:
+        return {"pixel_values": torch.randn(3, 3, 16, 16)}
+    return {**tokens(), "labels": torch.randint(0, 50, (3, 5))} if make is t5_relu else tokens()
 
 
 @pytest.mark.parametrize("make", FOUND, ids=lambda make: make.__name__)
 @torch.no_grad()
 def test_blocks_one_by_one_do_what_the_model_does(make: Any) -> None:
     torch.manual_seed(0)
-    model, batch_of = make()
-    model.eval()
-    batches = [batch_of(), batch_of()]
+    model = make().eval()
+    batches = [batch_of(make), batch_of(make)]
     chains = find_chains(model, batches[0])
     assert list(chains) == FOUND[make]
     for blocks in chains.values():
@@ -117,18 +69,17 @@ def test_blocks_one_by_one_do_what_the_model_does(make: Any) -> None:
             torch.testing.assert_close(made, expected)
 
 
-@pytest.mark.parametrize("make", [gpt2, pytest.param(t5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [gpt2, pytest.param(t5_relu, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_moments_are_those_of_the_whole_models(make: Any) -> None:
     torch.manual_seed(1)
-    teacher, batch_of = make()
-    teacher.eval()
+    teacher = make().eval()
     model = copy.deepcopy(teacher)
     tn.compress(
         model, tn.CompressionConfig(param_ratio=0.5, objective="weight", topology="low_rank"), progress=False
     )
     names = [name for name, x in model.named_modules() if isinstance(x, tn.nn.TensorNetworkLinear)]
-    batches = [batch_of(), batch_of()]
+    batches = [batch_of(make), batch_of(make)]
     with without_cache(model), without_cache(teacher), unfused(teacher):
         run, whole = PairedRun(model, teacher, batches), PairedRun(model, teacher, batches)
         whole.chains = {}
@@ -145,13 +96,12 @@ def test_moments_are_those_of_the_whole_models(make: Any) -> None:
 
 
 def test_layers_that_share_an_input_are_one_group() -> None:
-    model, batch_of = llama()
-    model.eval()
+    model = llama().eval()
     names = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
     small = copy.deepcopy(model)
     tn.compress(small, tn.CompressionConfig(target_modules="*_proj", max_bond=2), progress=False)
     with without_cache(small), without_cache(model), torch.no_grad():
-        run = PairedRun(small, model, [batch_of()])
+        run = PairedRun(small, model, [tokens()])
         groups = run.groups([f"model.layers.0.{x}" for x in ("self_attn.o_proj", "mlp.up_proj")] + names)
     assert groups == [
         tuple(names),
