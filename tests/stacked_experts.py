@@ -23,13 +23,11 @@ class Experts(nn.Module):
 class SplitExperts(Compound):
     """The same experts, one layer each."""
 
+    replaces = (Experts,)
+
     def __init__(self, stock: Experts, shared: Shared) -> None:
         names = tuple(f"{k}.w" for k in range(len(stock.w)))
         super().__init__(stock, (Stack("w", names, stock.w.shape[-1]),), shared)
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return type(module) is Experts
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.get_submodule(name) for name in self.layer_names)

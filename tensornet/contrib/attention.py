@@ -24,6 +24,8 @@ class MatrixAttention(Compound):
     True
     """
 
+    replaces = (nn.MultiheadAttention,)
+
     def __init__(self, stock: nn.MultiheadAttention, shared: Shared) -> None:
         width = stock.embed_dim
         if stock._qkv_same_embed_dim:
@@ -40,9 +42,8 @@ class MatrixAttention(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True for attention whose projections are parameters."""
-        if type(module) is not nn.MultiheadAttention:
-            return False
+        """Return True if all projections are parameters."""
+        assert isinstance(module, nn.MultiheadAttention)
         projections = [own_parameters(module), own_parameters(module.out_proj)]
         packed = "in_proj_weight" in projections[0]
         plain = packed or {f"{name}_weight" for name in _INPUTS} <= projections[0].keys()

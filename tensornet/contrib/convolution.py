@@ -12,8 +12,6 @@ from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed, register_compound
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
 
 @register_compound
 class MatrixConvolution(Compound):
@@ -30,6 +28,8 @@ class MatrixConvolution(Compound):
     True
     """
 
+    replaces = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
     def __init__(self, stock: nn.Conv1d | nn.Conv2d | nn.Conv3d, shared: Shared) -> None:
         columns = stock.in_channels // stock.groups * math.prod(stock.kernel_size)
         names = ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
@@ -42,15 +42,13 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True for convolutions that low rank makes smaller, so not for depthwise ones."""
-        return type(module) in _CONVOLUTIONS and is_plain(module) and _can_shrink(module)
+        """Return True if low rank makes the convolution smaller, so not if it is depthwise."""
+        return is_plain(module) and _can_shrink(module)
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
         """Name the reason for other convolutions."""
-        if type(module) in _CONVOLUTIONS and is_plain(module) and not _can_shrink(module):
-            return "groups too small for low rank"
-        return None
+        return "groups too small for low rank" if is_plain(module) and not _can_shrink(module) else None
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `(batch, in_channels, *points)` to `(batch, out_channels, *points)`; batch may be absent."""

@@ -38,6 +38,8 @@ class MatrixRecurrence(Compound):
     True
     """
 
+    replaces = (nn.RNN, nn.LSTM, nn.GRU)
+
     def __init__(self, stock: nn.RNNBase, shared: Shared) -> None:
         matrices = {n: p for n, p in own_parameters(stock).items() if n.startswith("weight_")}
         stacks = tuple(
@@ -51,9 +53,7 @@ class MatrixRecurrence(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True for recurrent layers whose weights are parameters."""
-        if type(module) not in (nn.RNN, nn.LSTM, nn.GRU):
-            return False
+        """Return True if all weights are parameters."""
         assert isinstance(module, nn.RNNBase)
         return own_parameters(module).keys() == set(module._flat_weights_names)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -149,7 +149,7 @@ class Stack:
 class Compound(nn.Module):
     """Abstract replacement for a stock module, which computes the same with one layer for each matrix.
 
-    Subclasses define `matches`, `forward` with the arguments of the stock module, and `__init__(stock,
+    Subclasses define `replaces`, `forward` with the arguments of the stock module, and `__init__(stock,
     shared)`; `register_compound` makes them known.
 
     Args:
@@ -165,6 +165,9 @@ class Compound(nn.Module):
         >>> compound.type_name, compound.layer_names
         ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
+
+    #: Types that the class replaces, or their names with modules; if empty, `matches` decides for every type.
+    replaces: ClassVar[tuple[type[nn.Module] | str, ...]] = ()
 
     def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
         super().__init__()
@@ -183,12 +186,12 @@ class Compound(nn.Module):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if this class replaces the module."""
-        raise NotImplementedError
+        """Return True if a module of one of the types in `replaces` can be replaced."""
+        return True
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Explain briefly, for reports, why a module of a known type cannot be unfused; None if it can."""
+        """Explain briefly, for reports, why such a module cannot be replaced; None if it can."""
         return None
 
     @property
@@ -303,7 +306,13 @@ def compound_of(module: nn.Module) -> Any:
     >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))
     ('MatrixRecurrence', None)
     """
-    return next((kind for kind in _COMPOUNDS if kind.matches(module)), None)
+    return next((kind for kind in _compounds_for(module) if kind.matches(module)), None)
+
+
+def _compounds_for(module: nn.Module) -> Iterator[type[Compound]]:
+    kind = type(module)
+    names = kind, f"{kind.__module__}.{kind.__qualname__}"
+    return (x for x in _COMPOUNDS if not x.replaces or any(name in x.replaces for name in names))
 
 
 def reason_against(module: nn.Module) -> str | None:
@@ -316,7 +325,7 @@ def reason_against(module: nn.Module) -> str | None:
         return RECOMPUTED
     if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
         return OWN_FORWARD
-    reasons = (kind.reason_against(module) for kind in _COMPOUNDS)
+    reasons = (kind.reason_against(module) for kind in _compounds_for(module))
     return next((reason for reason in reasons if reason is not None), None)
 
 

@@ -69,7 +69,7 @@ def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
         (registry, "_FAMILIES"),
         (nn_module, "_BUILDERS"),
         (layer_kinds, "_KINDS"),
-        (unfuse, "_STACKED"),
+        (unfuse, "_COMPOUNDS"),
         (tensornet_moe.routers, "_ROUTERS"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name).copy())

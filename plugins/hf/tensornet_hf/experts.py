@@ -18,12 +18,6 @@ from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, register_compound
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 
-def _is(module: nn.Module, name: str) -> bool:
-    """Return True if a module is of the class of transformers with this name."""
-    kind = type(module)
-    return f"{kind.__module__}.{kind.__qualname__}" == f"transformers.models.{name}"
-
-
 @register_compound
 class SplitExperts(Compound):
     """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
@@ -120,11 +114,12 @@ class SplitExperts(Compound):
 class SplitDbrx(SplitExperts):
     """Replacement for the experts of DBRX, whose matrices belong to a child and are stored as rows."""
 
+    replaces = ("transformers.models.dbrx.modeling_dbrx.DbrxExperts",)
+
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks if the module is of this class."""
-        known = _is(module, "dbrx.modeling_dbrx.DbrxExperts")
-        return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True} if known else {}
+        """Name the stacks."""
+        return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Sum the outputs of the chosen experts, see `SplitExperts.forward`."""
@@ -143,11 +138,12 @@ class SplitDbrx(SplitExperts):
 class SplitLlama4(SplitExperts):
     """Replacement for the experts of Llama 4, each of which reads every token."""
 
+    replaces = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
+
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks if the module is of this class."""
-        known = _is(module, "llama4.modeling_llama4.Llama4TextExperts")
-        return {"gate_up_proj": True, "down_proj": True} if known else {}
+        """Name the stacks."""
+        return {"gate_up_proj": True, "down_proj": True}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """Map `(experts * tokens, features)`, which repeats the tokens for each expert."""
@@ -166,11 +162,12 @@ class SplitLlama4(SplitExperts):
 class SplitJetMoe(SplitExperts):
     """Replacement for one stack of JetMoE, whose tokens are sorted by expert."""
 
+    replaces = ("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts",)
+
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks if the module is of this class."""
-        known = _is(module, "jetmoe.modeling_jetmoe.JetMoeParallelExperts")
-        return {"weight": False} if known else {}
+        """Name the stacks."""
+        return {"weight": False}
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
         """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the tokens of each expert."""
