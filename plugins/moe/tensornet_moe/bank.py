@@ -14,9 +14,9 @@ from tensornet.topology import Topology
 from tensornet_moe.checks import check_whole
 from tensornet_moe.grouped_linear import (
     Groups,
-    expert_linear,
     grouped_linear,
     looped_linear,
+    rows_linear,
     takes_grouped_mm,
 )
 from tensornet_moe.stacked import resolve_shared
@@ -109,10 +109,7 @@ class ExpertBank(nn.Module, ABC):
         matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):
             return grouped_linear(x, matrices, groups)
-        if active is None:
-            return expert_linear(x, matrices, groups.counts)
-        each = matrices.unbind(0)
-        return looped_linear(x, each if selected else [each[e] for e in active], groups)
+        return looped_linear(x, matrices, groups) if selected else rows_linear(x, matrices, groups)
 
     @property
     def owner(self) -> Any:

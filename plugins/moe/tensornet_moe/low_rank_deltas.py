@@ -15,7 +15,7 @@ from tensornet.topology import Topology
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.checks import check_weights, check_whole
 from tensornet_moe.experts import SharedCoreExperts
-from tensornet_moe.grouped_linear import Groups, expert_linear, looped_linear
+from tensornet_moe.grouped_linear import Groups, rows_linear
 from tensornet_moe.joint_fit import stack_error
 from tensornet_moe.shared_low_rank import fit_low_rank
 
@@ -162,12 +162,8 @@ class LowRankDeltaExperts(ExpertBank):
         if len(x) * (rows + columns) >= built * rows * columns:
             return super().apply_rows(x, groups)
         y = self.base.apply_rows(x, groups)
-        if groups.active is None:
-            inner = expert_linear(x, self.right.to(x.dtype), groups.counts)
-            return y + expert_linear(inner, self.left.to(x.dtype), groups.counts)
-        left, right = self.left.unbind(), self.right.unbind()
-        inner = looped_linear(x, [right[e] for e in groups.active], groups)
-        return y + looped_linear(inner, [left[e] for e in groups.active], groups)
+        inner = rows_linear(x, self.right.to(x.dtype), groups)
+        return y + rows_linear(inner, self.left.to(x.dtype), groups)
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores of the base."""
