@@ -298,7 +298,7 @@ def test_what_is_no_matrix_is_refused(weight: Tensor, message: str) -> None:
 
 @pytest.mark.parametrize("count", [0, 2.0, "2", True])
 def test_what_is_no_number_of_experts_is_refused(count: object) -> None:
-    message = f"num_experts must be a whole number of at least 1, got {count!r}"
+    message = f"num_experts must be an integer of at least 1, got {count!r}"
     with pytest.raises(ValueError, match=message):
         tm.SharedCoreExperts.from_dense(torch.ones(4, 4), num_experts=count)
     with pytest.raises(ValueError, match=message):
@@ -310,7 +310,7 @@ def test_unknown_shared_cores_are_refused() -> None:
         make("chain", "middle")
     with pytest.raises(TopologyError, match=r"No core is named \['7'\]"):
         make("chain", ["7"])
-    with pytest.raises(ValueError, match="num_experts must be a whole number of at least 1"):
+    with pytest.raises(ValueError, match="num_experts must be an integer of at least 1"):
         tm.SharedCoreExperts(CHAIN, 0)
     with pytest.raises(IndexError, match=r"in \[0, 3\)"):
         make("chain").expert_matrices([3])

@@ -186,7 +186,7 @@ def test_unrelated_layers_have_the_error_that_is_reported() -> None:
     [
         ({"shared": "none"}, TopologyError, "chooses no core"),
         ({"noise": -1.0}, ValueError, "noise must be at least 0"),
-        ({"num_experts": 0}, ValueError, "num_experts must be a whole number of at least 1"),
+        ({"num_experts": 0}, ValueError, "num_experts must be an integer of at least 1"),
         (
             {"topology": tn.topologies.mpo(out_dims=(2, 2), in_dims=(2, 2))},
             ShapeError,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
-from tensornet._util import in_eval_mode
+from tensornet._util import check_size, in_eval_mode
 from tensornet.budget import Budget
 from tensornet.compression.apply import set_submodule
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
@@ -36,9 +36,9 @@ from tensornet_moe import (
     SharedCores,
     share_across_layers,
 )
-from tensornet_moe.checks import check_capacity, check_not_negative, check_whole
+from tensornet_moe.bank import check_not_negative
 from tensornet_moe.ffn import ACTIVATIONS
-from tensornet_moe.routers import COMBINE, Combine, router_kind
+from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
@@ -144,7 +144,9 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
-        check_whole(num_experts=self.num_experts, top_k=self.top_k, sites=self.sites)
+        for name in ("num_experts", "top_k", "sites"):
+            if (size := getattr(self, name)) is not None:
+                check_size(name, size, error=ValueError)
         if isinstance(self.topology, TopologyFamily):
             object.__setattr__(self, "topology", topology_family(self.topology).name)
         elif not isinstance(self.topology, str):

@@ -1,5 +1,6 @@
 """Abstract bank of expert matrices, and the owner of cores that several banks share."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -7,11 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_size
 from tensornet.errors import FormatError, ShapeError, TopologyError
 from tensornet.network import random_cores
 from tensornet.nn import register_module_type
 from tensornet.topology import Topology
-from tensornet_moe.checks import check_whole
 from tensornet_moe.grouped_linear import (
     Groups,
     grouped_linear,
@@ -64,7 +65,7 @@ class ExpertBank(nn.Module, ABC):
 
     def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
         super().__init__()
-        check_whole(num_experts=num_experts)
+        check_size("num_experts", num_experts, error=ValueError)
         self.num_experts = num_experts
         self.out_features, self.in_features = shape
         #: Label of the owner of what this bank borrows; None if it borrows nothing.
@@ -304,3 +305,23 @@ def lend_shared_cores(model: nn.Module) -> int:
             )
         bank.borrow(found[0])
     return len(waiting)
+
+
+# --- arguments of several modules ---------------------------------------------------------------------
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise ValueError unless each value is a finite number of at least 0."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be at least 0 and finite, got {value!r}.")
+
+
+def check_weights(weights: object, *shape: str) -> None:
+    """Raise ShapeError unless `weights` is a floating tensor with one dimension for each name in `shape`."""
+    expected = f"Expected a floating tensor of shape ({', '.join(shape)})"
+    if not isinstance(weights, Tensor):
+        raise ShapeError(f"{expected}, got a {type(weights).__name__}; stack matrices of one shape.")
+    floating = weights.is_floating_point() or weights.is_complex()
+    if weights.ndim != len(shape) or not floating or weights.numel() == 0:
+        raise ShapeError(f"{expected}, got {tuple(weights.shape)}, {weights.dtype}.")

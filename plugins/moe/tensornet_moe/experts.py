@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tensornet._util import transforms_active
+from tensornet._util import check_size, transforms_active
 from tensornet.budget import Budget
 from tensornet.contraction.cost import Machine, default_machine
 from tensornet.contraction.plan import (
@@ -39,8 +39,7 @@ from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topologies.rounded_cores import matrix_view
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank, SharedCores
-from tensornet_moe.checks import check_not_negative, check_weights, check_whole
+from tensornet_moe.bank import ExpertBank, SharedCores, check_not_negative, check_weights
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
@@ -104,7 +103,7 @@ class SharedCoreExperts(ExpertBank):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        check_whole(num_experts=num_experts)
+        check_size("num_experts", num_experts, error=ValueError)
         topologies = _one_for_each(topology, num_experts)
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
@@ -171,7 +170,7 @@ class SharedCoreExperts(ExpertBank):
         """
         check_weights(weight, "out", "in")
         check_not_negative(noise=noise)
-        check_whole(num_experts=num_experts)
+        check_size("num_experts", num_experts, error=ValueError)
         budget = Budget(max_bond=max_bond, rel_error=rel_error, param_ratio=param_ratio)
         if isinstance(topology, str | TopologyFamily):
             result = topology_family(topology).decompose(weight, budget, **options)
@@ -591,7 +590,7 @@ def share_across_layers(
     """
     check_weights(weights, "layers", "out", "in")
     check_not_negative(noise=noise)
-    check_whole(num_experts=num_experts)
+    check_size("num_experts", num_experts, error=ValueError)
     if isinstance(topology, str | TopologyFamily):
         topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
     owner = SharedCores(topology, shared, label=label, device="meta")

@@ -1,6 +1,6 @@
 """Grouped matrix products `y_r = W_e(r) x_r`: rows sorted by expert, one matrix for each expert.
 
-In all of them `x` has shape `(rows, in)` and the dtype of the product, and the result has shape `(rows, out)`.
+In all of them `x: (rows, in)` has the dtype of the product, and the result has shape `(rows, out)`.
 There are two implementations. `grouped_mm` is one kernel that needs no sizes on the host and can be compiled;
 the other is a loop that calls matmul for each expert. On one CPU core, forward and backward with 8 experts of
 768 x 3072 take 0.64 s with the loop and 0.80 s with `grouped_mm` at 2048 rows, but 0.22 s and 0.15 s at 64

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tensornet._util import check_type, is_exporting
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module, register_module_type
-from tensornet_moe.checks import check_capacity, check_not_negative
+from tensornet_moe.bank import check_not_negative
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows, one_group
-from tensornet_moe.routers import Router, Routing, limit_capacity
+from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacity
 
 
 @dataclass(frozen=True)

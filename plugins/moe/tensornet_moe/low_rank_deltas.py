@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, safe_scale, working_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn import build_module, register_module_type
 from tensornet.topologies import TopologyFamily, dense
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank
-from tensornet_moe.checks import check_weights, check_whole
+from tensornet_moe.bank import ExpertBank, check_weights
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups, rows_linear
 from tensornet_moe.joint_fit import stack_error
@@ -35,7 +35,7 @@ class LowRankDeltaExperts(ExpertBank):
     Raises:
         TypeError: `base` is not an ExpertBank.
         ShapeError: `rank` exceeds the shorter side.
-        ValueError: `rank` is not a whole number of at least 1.
+        ValueError: `rank` is not an integer of at least 1.
 
     Reference:
         Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression", section 3; the tensor-network
@@ -58,9 +58,8 @@ class LowRankDeltaExperts(ExpertBank):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if not isinstance(base, ExpertBank):
-            raise TypeError(f"base must be an ExpertBank, got a {type(base).__name__}.")
-        check_whole(rank=rank)
+        check_type("base", base, ExpertBank, "for example a SharedCoreExperts")
+        check_size("rank", rank, error=ValueError)
         rows, columns = base.out_features, base.in_features
         if rank > min(rows, columns):
             raise ShapeError(f"rank={rank} exceeds the shorter side of {rows} x {columns} matrices.")

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_size
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
-from tensornet_moe.checks import check_whole
 
 Combine = Literal["unit", "prob", "sigmoid"]
 COMBINE = ("unit", "prob", "sigmoid")
@@ -116,7 +116,8 @@ class Router(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_whole(num_features=num_features, num_experts=num_experts)
+        check_size("num_features", num_features, error=ValueError)
+        check_size("num_experts", num_experts, error=ValueError)
         if not 0 <= jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {jitter}.")
         if combine not in COMBINE:
@@ -234,6 +235,12 @@ def router_kind(name: str) -> type[Router]:
     return _ROUTERS[name]
 
 
+def check_capacity(factor: float | None) -> None:
+    """Raise ValueError unless the capacity factor is None or a finite number above 0."""
+    if factor is not None and not (isinstance(factor, int | float) and 0 < factor < math.inf):
+        raise ValueError(f"capacity_factor must be above 0, got {factor!r}; None computes every token.")
+
+
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     """Drop the choices of each expert beyond its capacity `ceil(capacity_factor * k * tokens / E)`.
 
@@ -286,7 +293,8 @@ class TopKRouter(Router):
     options: ClassVar[tuple[str, ...]] = ("top_k",)
 
     def __init__(self, num_features: int, num_experts: int, *, top_k: int = 2, **common: Any) -> None:
-        check_whole(num_experts=num_experts, top_k=top_k)
+        check_size("num_experts", num_experts, error=ValueError)
+        check_size("top_k", top_k, error=ValueError)
         if top_k > num_experts:
             raise ValueError(
                 f"top_k={top_k} with num_experts={num_experts}: a token can go to at least 1 and at most "
@@ -353,7 +361,7 @@ class ExpertChoiceRouter(Router):
     def __init__(
         self, num_features: int, num_experts: int, *, capacity_factor: float = 1.0, **common: Any
     ) -> None:
-        check_whole(num_experts=num_experts)
+        check_size("num_experts", num_experts, error=ValueError)
         if not 0 < capacity_factor <= num_experts:
             raise ValueError(
                 f"capacity_factor must lie in (0, num_experts={num_experts}], got {capacity_factor}: it is "

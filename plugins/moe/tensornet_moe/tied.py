@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tensornet._util import check_type
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import ExpertBank
@@ -40,8 +41,7 @@ class SharedExperts(nn.Module):
         if not banks:
             raise ValueError("SharedExperts got no bank: there is nothing to own.")
         for name, bank in banks.items():
-            if not isinstance(bank, ExpertBank):
-                raise TypeError(f"The bank {name!r} must be an ExpertBank, got a {type(bank).__name__}.")
+            check_type(f"The bank {name!r}", bank, ExpertBank, "for example a SharedCoreExperts")
         self.banks, self.label = nn.ModuleDict(banks), label
 
     def bank(self, name: str) -> ExpertBank:
@@ -196,11 +196,8 @@ def tie_experts(networks: Sequence[ExpertFFN], *, label: str = "experts") -> Sha
     if len({id(network) for network in networks}) != len(networks) or len(networks) < 2:
         raise ValueError(f"Expected at least two different networks to tie, got {len(networks)}.")
     for position, network in enumerate(networks):
-        if not isinstance(network, ExpertFFN):
-            raise TypeError(
-                f"Network {position} to tie must be an ExpertFFN, got a {type(network).__name__}; that of a "
-                "SharedCoreMoE is its attribute experts."
-            )
+        advice = "that of a SharedCoreMoE is its attribute experts"
+        check_type(f"Network {position} to tie", network, ExpertFFN, advice)
     shapes = [{name: _shape_of(network.bank(name)) for name in network.names} for network in networks]
     for position, found in enumerate(shapes):
         if found != shapes[0]:

@@ -18,7 +18,7 @@ def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: i
         rank: inner dimension; the shorter side if absent or larger.
 
     Raises:
-        TopologyError: a size is not a whole number of at least 1.
+        TopologyError: a size is not an integer of at least 1.
 
     Reference:
         Chen et al. 2025, "MoBE: Mixture-of-Basis-Experts for Compressing MoE-based LLMs", equation 2.
@@ -60,7 +60,7 @@ def scaled_bases(*, out_features: int, in_features: int, bases: int = 1) -> Topo
         bases: number of matrices `B_k`.
 
     Raises:
-        TopologyError: a size is not a whole number of at least 1.
+        TopologyError: a size is not an integer of at least 1.
 
     Reference:
         Wen, Tran, Ba 2020, "BatchEnsemble: An Alternative Approach to Efficient Ensemble and Lifelong
