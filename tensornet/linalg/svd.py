@@ -261,7 +261,7 @@ def truncated_svd(
     scale = safe_scale(matrix)
     work = scaled_work(matrix, scale)
     total = energy(work)
-    allowed = None if rel_error is None else allowed_energy(rel_error, total)
+    allowed = allowed_energy(rel_error, total)
     single = is_single(matrix.dtype)
     found = factorize(work, max_rank or min(matrix.shape), allowed, method=method, single=single)
     U, Vh = fix_signs(found.U, found.Vh)
@@ -305,9 +305,20 @@ def factorize(
     return _exact(work, cap, allowed)
 
 
-def allowed_energy(rel_error: float, total: Tensor) -> Tensor:
-    """Compute the energy that may be discarded for a relative error, minus a margin for rounding."""
-    return (1 - 1e-12) * rel_error**2 * total
+def allowed_energy(
+    rel_error: float | None, total: Tensor, spent: Tensor | float = 0.0, steps: int = 1
+) -> Tensor | None:
+    """Compute the energy that the next of `steps` truncations may discard, minus a margin for rounding.
+
+    Args:
+        rel_error: largest relative error after all truncations; the result is None without one.
+        total: squared norm of the operator.
+        spent: energy that was discarded before; what is left of the allowed energy is shared evenly.
+        steps: number of truncations to come.
+    """
+    if rel_error is None:
+        return None
+    return ((1 - 1e-12) * rel_error**2 * total - spent).clamp_min(0) / steps
 
 
 def keep_rank(energies: Tensor, cap: int, allowed: Tensor | None) -> int:

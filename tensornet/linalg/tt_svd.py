@@ -305,9 +305,7 @@ def tt_svd_stack(
     cores = [identity(math.prod(sizes[: k + 1]), (math.prod(sizes[:k]), *dims[k], -1)) for k in range(first)]
     for k in range(first, last):
         block = rest.reshape(len(rest), left * sizes[k], -1)
-        allowed = None
-        if budget.rel_error is not None:
-            allowed = (allowed_energy(budget.rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
+        allowed = allowed_energy(budget.rel_error, total, spent, sites - 1 - k)
         split = split_block(
             block, inside, caps[k], allowed, method=method, single=is_single(dtype), last=k == last - 1
         )

@@ -166,10 +166,7 @@ def _block_svd(
         full = min(blocks.shape[-2:])
         found = factorize(blocks, full, None, single=is_single(dtype))
         energies = found.S.square().sum((0, 1))
-        allowed = None
-        if rel_error is not None:
-            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / k
-        rank = keep_rank(energies, min(caps[k - 1], full), allowed)
+        rank = keep_rank(energies, min(caps[k - 1], full), allowed_energy(rel_error, total, spent, k))
         spent = spent + energies[rank:].sum()
         U, Vh = fix_signs(found.U[..., :rank], found.Vh[..., :rank, :])
         # shape: (bond k, out-legs from k, in-legs up to k - 1, in-leg k, bond k + 1)

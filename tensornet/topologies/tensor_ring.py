@@ -235,9 +235,7 @@ def _tr_svd(
         block = rest.reshape(left * out_dims[k] * in_dims[k], -1)
         cap = min(caps[k] * (closing if k == 0 else 1), *block.shape)
         bound_by = "max_bond" if cap < min(block.shape) and bound_by == "exact" else bound_by
-        allowed = None
-        if rel_error is not None:
-            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (sites - 1 - k)
+        allowed = allowed_energy(rel_error, total, spent, sites - 1 - k)
         # The order of the columns in the closing bond affects later truncations. With singular vectors in
         # descending order, a larger cap only adds to the columns of a smaller one.
         ordered = k == 0 and closing > 1

@@ -167,9 +167,7 @@ def st_hosvd(
     spent, factors, single = torch.zeros_like(total), [], is_single(dtype)
     for axis, cap in enumerate(caps):
         block = core.movedim(axis, 0).flatten(1)
-        allowed = None
-        if rel_error is not None:
-            allowed = (allowed_energy(rel_error, total) - spent).clamp_min(0) / (len(caps) - axis)
+        allowed = allowed_energy(rel_error, total, spent, len(caps) - axis)
         # The rank of the unfolding cannot be larger; the family still keeps the cap.
         split = split_block(block, inside, min(cap, *block.shape), allowed, single=single)
         spent, inside = spent + split.discarded, split.kept
