@@ -5,7 +5,6 @@ compress it.
 """
 
 import mmap
-import os
 import re
 import tempfile
 from collections import defaultdict
@@ -116,7 +115,7 @@ def open_lazily(
     return LazyModel(model.eval(), stored, frozenset(renamed) & state.keys(), surplus)
 
 
-def mapped_model(folder: str | os.PathLike[str], *, spill: str | Path | None = None) -> PreTrainedModel:
+def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreTrainedModel:
     """Build a model that runs on mapped weights; with little memory, at the speed of the disk.
 
     Args:

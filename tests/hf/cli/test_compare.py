@@ -83,13 +83,6 @@ def test_a_quantizer_that_is_not_installed(tensornet: Run, tmp_path: Path) -> No
     assert "not installed" in err
 
 
-def test_a_quantizer_that_nobody_knows(tensornet: Run, tmp_path: Path) -> None:
-    folder = quantized_by(tmp_path / "theirs", "magic")
-    status, _, err = tensornet("compare", gpt2_path(), folder)
-    assert status == 1
-    assert "quantized by 'magic', which transformers does not know" in err
-
-
 @pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 def test_a_folder_of_torchao(tensornet: Run, tmp_path: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
@@ -151,16 +144,6 @@ def test_a_gptq_folder_gives_the_logits_of_its_writer(tensornet: Run) -> None:
     assert 8 < facts["bits_per_weight"] < 16  # embeddings and scales in float32, and 4 bits
 
 
-def test_bad_input(tensornet: Run, tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    status, _, err = tensornet("compare", gpt2_path(), "./empty")
-    assert status == 1
-    assert "config.json" in err
-    status, _, err = tensornet("compare", gpt2_path(), "--text", "no.txt")
-    assert status == 1
-    assert "There is no file no.txt" in err
-
-
 def test_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         shutil.copytree(gpt2_path(), tmp_path / parent / "model")
@@ -187,17 +170,6 @@ def test_held_out_text_measures_plain_methods_of_the_same_bytes(tensornet: Run) 
     dense = float(json.loads(tensornet("eval", gpt2_path(), "--text", "held.txt", "--json")[1])["loss"])
     increase = float(measured["compressed"].partition("loss increase ")[2].split(",")[0])
     assert loss - dense == pytest.approx(increase, abs=2e-4)
-
-
-def test_held_out_text_must_be_another_one(tensornet: Run) -> None:
-    Path("cal.txt").write_text(calibration_text()[:8_000])
-    how = ("--bits", 4.25, "--calibration", "cal.txt", "--held-out", "cal.txt")
-    status, _, err = tensornet("compress", gpt2_path(), "small", *how)
-    assert status == 2
-    assert "--held-out is the text of --calibration" in err
-    status, _, err = tensornet("compress", gpt2_path(), "--bits", 4.25, "--held-out", "cal.txt", "--dry-run")
-    assert status == 2
-    assert "--dry-run compresses nothing, which --held-out would need" in err
 
 
 @pytest.mark.parametrize("kind", ["encoder", "classifier"])

@@ -115,12 +115,3 @@ def test_without_the_harness_the_pip_line_is_named(tensornet: Run, monkeypatch: 
     assert (status, out) == (1, "")
     assert "tensornet eval --tasks needs lm_eval" in err
     assert "pip install 'tensornet-torch[eval]'" in err
-
-
-def test_something_must_be_measured(tensornet: Run, tmp_path: Path) -> None:
-    status, _, err = tensornet("eval", gpt2_path())
-    assert status == 2
-    assert "Say what to measure: --text FILE" in err
-    status, _, err = tensornet("eval", gpt2_path(), "--text", "x", "--task-path", tmp_path)
-    assert status == 2
-    assert "--task-path belongs to --tasks" in err

@@ -185,20 +185,7 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = json.loads(capsys.readouterr().out)
     shared = sum(p.numel() for p in tm.shared_parameters(th.load(destination)))
     assert report["across_params"] == shared > 0
-    assert run([*command[:3], "--force", "--experts", "2", "--top-k", "3", "--router", "topk"]) == 1
-    assert "top_k=3 with num_experts=2" in capsys.readouterr().err
-
-
-def test_upcycle_command_refuses_routers_that_leak(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     choice = ["--experts", "2", "--router", "expert_choice", "--dry-run"]
-    assert run(["upcycle", str(gpt2_path()), *choice]) == 1
-    error = capsys.readouterr().err
-    assert "router='expert_choice' looks at later tokens" in error
-    assert error.count("\n") == 1
-    assert run(["upcycle", str(t5_path()), *choice]) == 1
-    assert "name them with target_modules=[...] (--target)" in capsys.readouterr().err
     assert run(["upcycle", str(t5_path()), *choice, "--target", "encoder.*.DenseReluDense"]) == 0
 
 

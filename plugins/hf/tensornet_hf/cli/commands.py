@@ -522,8 +522,8 @@ def demo(
     )
     done = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=bits), options)
     # Users load the folder with transformers, after importing tensornet_hf.
-    model = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
-    sample = continue_text(model, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
+    loaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
+    sample = continue_text(loaded, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
     if as_json:
         files = {"folder": str(folder), "report": str(report)}
         print_json({**done.to_dict(), **files, "prompt": PROMPT, "sample": sample})

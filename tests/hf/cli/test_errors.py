@@ -1,0 +1,238 @@
+"""The program fails in one line on stderr, with a status; nothing is printed, changed or half written."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from sharded_folders import contents
+
+import tensornet as tn
+from tensornet.errors import FormatError
+from tensornet_hf import CompressOptions, load
+from tensornet_hf.compress import estimate
+from tensornet_hf.embedded import gpt2_path, t5_path
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.mlp.c_fc.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def scribbled(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(40)
+        file.write(b"\xff" * 30)
+
+
+def cut(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 1_000_000)
+
+
+def bare(folder: Path) -> None:
+    for file in folder.glob("token*"):
+        file.unlink()
+
+
+def magic(folder: Path) -> None:
+    text = (folder / "config.json").read_text()
+    entry = '{"quantization_config": {"quant_method": "magic"}, '
+    (folder / "config.json").write_text(entry + text.strip()[1:])
+
+
+#: Copies of the embedded GPT-2, each with what is wrong in it.
+SPOILED = (nan, scribbled, cut, bare, magic)
+TEXTS = {"text": "In the beginning God created the heaven and the earth. " * 30, "short": "In", "empty": "\n"}
+TEXTS["other"] = TEXTS["text"]
+#: Command lines that fail (GPT2 and T5 are the embedded models), and the decisive words.
+FAILED = [
+    ("compress GPT2 taken HALF", "taken exists already"),
+    ("compress taken out HALF", r"has no config\.json"),
+    ("compress nan out HALF", r"'transformer\.h\.1\.mlp\.c_fc' holds 1 NaN"),
+    ("compress cut out HALF", r"model\.safetensors is truncated or damaged"),
+    ("compress scribbled out HALF", r"model\.safetensors is truncated or damaged"),
+    ("compress GPT2 out --rel-error 0.5 --target nosuch", "'nosuch' matches no layer"),
+    ("compress GPT2 out --rel-error 0.5 --target re:(", "not a regular expression"),
+    ("compress GPT2 out --bits 4.25", "give --calibration FILE.*--calibration default"),
+    ("compress GPT2 out", "says how far"),
+    ("compress GPT2 out --rel-error 0.5 --workers 0", "workers.* must be at least 1"),
+    (
+        "compress GPT2 out --param-ratio 0.0001 --objective weight",
+        r"'transformer\.h\.0\.attn\.c_attn'.*budget",
+    ),
+    ("compress GPT2 out --rel-error 0.5 --dtype int3", "Unknown dtype 'int3'"),
+    ("compress GPT2 out --rel-error 0.5 --topology x", "x.*low_rank.*mpo"),
+    ("compress GPT2 out CHAIN --sites 30 --calibration text.txt", "at most 25 out-legs"),
+    ("compress GPT2 out CHAIN --topology-option colour=red", "does not know the options colour.*in_dims"),
+    ("compress GPT2 out --bits 4 --formats int9", "Unknown number format 'int9'"),
+    ("compress GPT2 out --rel-error 0.5 --report no/r.html", "report cannot be written"),
+    ("compress GPT2 out --plan empty.txt", "Cannot read a compression plan"),
+    ("compress GPT2 out --max-bond 4 --calibration short.txt", "less than one window"),
+    ("compress bare out --max-bond 4 --calibration text.txt", "has no tokenizer"),
+    ("compress GPT2 hf://a/b/c --rel-error 0.5", "not an address on the hub"),
+    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation absent.txt", "There is no file"),
+    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation empty.txt", "holds no text"),
+    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation short.txt", "less than one window"),
+    ("decompress GPT2 out", "nothing to decompress"),
+    ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "top_k=3 with num_experts=2"),
+    ("upcycle GPT2 --experts 2 --router expert_choice --dry-run", "'expert_choice' looks at later tokens"),
+    ("upcycle T5 --experts 2 --router expert_choice --dry-run", r"target_modules=\[\.\.\.\] \(--target\)"),
+    ("upcycle GPT2 taken", "taken exists already"),
+    ("eval T5 --text text.txt", "not a causal language model"),
+    ("eval GPT2 --text text.txt --context 500", "more than the 128 positions"),
+    ("eval GPT2 --text text.txt --stride 500", "stride must lie between 1 and"),
+    ("eval GPT2 --text absent.txt", r"There is no file absent\.txt"),
+    ("eval GPT2 --text empty.txt", r"empty\.txt holds no text"),
+    ("eval GPT2 --text latin.txt", r"latin\.txt is not UTF-8 text"),
+    ("generate GPT2 --prompt ''", "prompt is empty"),
+    ("generate GPT2 --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
+    ("generate GPT2 --prompt a --max-new-tokens 500", "has 128 positions"),
+    ("generate GPT2 --prompt a --temperature -1", "temperature must be at least 0"),
+    ("generate GPT2 --prompt a --chat", r"no chat template, which chat=True \(--chat\) needs"),
+    ("compare GPT2 taken", r"config\.json"),
+    ("compare GPT2 --text absent.txt", r"There is no file absent\.txt"),
+    ("compare GPT2 magic", "quantized by 'magic', which transformers does not know"),
+]
+#: Command lines that ask for what does not go together.
+WRONG = [
+    ("frobnicate", "frobnicate"),
+    ("compress", "source"),
+    ("inspect x --what", "--what"),
+    ("compress x --max-bond y", "y"),
+    ("compress GPT2 --rel-error 0.5", "--dry-run"),
+    ("compress GPT2 out --int8", "No such option.*--formats int8"),
+    ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
+    ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report would need"),
+    ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "compresses nothing, which --held-out would"),
+    (
+        "compress GPT2 out --bits 4 --calibration text.txt --held-out text.txt",
+        "--held-out is the text of --cal",
+    ),
+    (
+        "compress GPT2 out --bits 4 --calibration text.txt --validation text.txt",
+        "is the text of --calibration",
+    ),
+    ("compress GPT2 out HALF --validation other.txt", "which needs --calibration"),
+    (
+        "compress GPT2 out --bits 4 --calibration text.txt --validation other.txt --workers 1",
+        "--validation would",
+    ),
+    ("compress GPT2 out HALF --workers 1 --dtype bfloat16", "--dtype would need"),
+    ("compress GPT2 out HALF --workers 1 --report x", "--report would need"),
+    ("compress GPT2 out HALF --heal 3", "--heal trains on the text of --calibration; give one"),
+    ("compress GPT2 out HALF --refine", "--refine fits layers on the text of --calibration; give one"),
+    ("compress GPT2 out HALF --refine --calibration text.txt --share-experts", "does not go with --refine"),
+    ("compress x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
+    ("upcycle x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
+    ("compress x y --max-bytes 60XB", "'60XB' is not a size"),
+    ("compress GPT2 out CHAIN --topology-option sites", "takes KEY=VALUE, such as sites=3; got 'sites'"),
+    ("compress GPT2 out CHAIN --topology-option a=2 --topology-option a=3", "gives a twice"),
+    ("eval GPT2", "Say what to measure: --text FILE"),
+    ("eval GPT2 --text x --task-path .", "--task-path belongs to --tasks"),
+    *(
+        (f"{command} --device nothing", "nothing cannot be used here")
+        for command in ("compress x y", "upcycle x y", "decompress x y", "eval x", "generate x", "demo")
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "wanted"), [*((*x, 1) for x in FAILED), *((*x, 2) for x in WRONG)], ids=str
+)
+def test_one_line_a_status_and_nothing_else(
+    line: str, message: str, wanted: int, tensornet: Run, tmp_path: Path
+) -> None:
+    for name, text in TEXTS.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious.txt").write_text("mine")
+    for spoil in SPOILED:
+        if spoil.__name__ in line.split():
+            spoil(shutil.copytree(gpt2_path(), tmp_path / spoil.__name__))
+    before = contents(tmp_path)
+    chain = "--param-ratio 0.5 --topology mpo --target h.0.mlp.c_fc"
+    given = line.replace("HALF", "--param-ratio 0.5 --objective weight").replace("CHAIN", chain)
+    paths = {"GPT2": gpt2_path(), "T5": t5_path()}
+    status, out, err = tensornet(*(paths.get(word, word) for word in shlex.split(given)))
+    assert (status, out) == (wanted, "")
+    (said,) = err.splitlines()
+    assert said.startswith("tensornet: ")
+    assert re.search(message, said)
+    assert contents(tmp_path) == before  # no hidden partial folder either
+
+
+def test_debug_lets_the_error_through(tensornet: Run) -> None:
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        tensornet("inspect", "--debug", ".")
+
+
+def test_the_estimate_counts_every_step() -> None:
+    model, options = load(gpt2_path()), CompressOptions(calibration="a.txt", held_out="b.txt", heal=3)
+    text = estimate(model, tn.CompressionConfig(bits_per_weight=4.25), options)
+    for step in ("calibration", "planning", "loss check", "rounding", "plain methods", "without --heal"):
+        assert step in text
+
+
+def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Interrupted in the middle of its work, with and without something to keep."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
+    monkeypatch.setattr("tensornet_hf.compress.load", stop)
+    assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
+    monkeypatch.setattr("tensornet_hf.streaming._compress_shard", stop)
+    status, _, err = tensornet(*plain, "--workers", 1)
+    assert status == 130
+    assert "what is finished is kept: run the same command again" in err
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+
+
+# As the console script does, in a process that cannot reach a network.
+PROGRAM = """
+for name in ("torchao", "torch.utils._pytree"):  # it logs which kernels do not load here
+    logging.getLogger(name).disabled = True
+import socket, sys
+def offline(*args): raise RuntimeError("the program must not reach for the network")
+socket.socket.connect = offline
+{before}
+from tensornet._entry import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "before", "message"),
+    [
+        (
+            str(gpt2_path()),
+            "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))",
+            "tensornet: Writing .*out failed: .*[Nn]othing was left",
+        ),
+        ("nobody/nothing", "", "tensornet: nobody/nothing is not a folder here"),
+    ],
+    ids=["full disk", "hub id"],
+)
+def test_in_a_process_of_its_own(source: str, before: str, message: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = ["compress", source, "out", "--param-ratio", "0.5", "--objective", "weight"]
+    command = [sys.executable, "-c", PROGRAM.format(before=before), *command]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert re.match(message, line)
+    assert list(tmp_path.iterdir()) == []
