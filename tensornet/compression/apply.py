@@ -34,7 +34,7 @@ from tensornet.nn.targets import (
 from tensornet.nn.unfuse import fuse, reason_against, unfused
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.scales import scales_underflow, with_wide_scales
-from tensornet.topologies import Decomposition, topology_family
+from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
 #: For the name of a layer and its scheme: the replacing modules, one for each name, and their relative error.
@@ -111,8 +111,7 @@ def apply_plan(
                         module.bias = layer_bias(old)
             else:
                 weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-                found = _decomposed(target, layer, weighting)
-                new, errors[layer.name] = _compressed(target, layer, found, weighting, plan.rounding)
+                new, errors[layer.name] = _compressed(target, layer, weighting, plan.rounding)
                 if made is not None:
                     made[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
@@ -179,17 +178,20 @@ def decompress(model: nn.Module) -> nn.Module:
             "decompress replaces layers inside a model; for a layer alone take what its "
             "to_linear() or to_embedding() returns."
         )
-    _check_forwards(model)
+    names = compressed_names(model)
+    if odd := [name for name in names if has_own_forward(model.get_submodule(name))]:
+        raise TargetError(
+            f"Another forward was set on {shortened(odd)}, which a stock layer would lose: delete it "
+            "first (`del layer.forward`), and set it again afterwards."
+        )
     dense: dict[tuple[int, ...], nn.Module] = {}  # by all stored tensors: tied layers share every one
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
         stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
         stored = list(module.stored.values())
-        cores = [
-            tensor for tensor in stored if isinstance(tensor, nn.Parameter)
-        ]  # empty if all stored tensors are integers
-        stock.weight.requires_grad_(not cores or any(tensor.requires_grad for tensor in cores))
+        cores = [x for x in stored if isinstance(x, nn.Parameter)]  # empty if all are integers
+        stock.weight.requires_grad_(not cores or any(x.requires_grad for x in cores))
         copy = dense.setdefault(tuple(map(id, stored)), stock)
         if copy is not stock:
             layer_kind(module.source).share(stock, copy.weight)  # type: ignore[arg-type]
@@ -211,17 +213,6 @@ def check_stats(stats: Any) -> None:
     advice = "collect them by tensornet.calibrate(model, batches), or read a file by CalibrationStats.load"
     if stats is not None:
         check_type("stats", stats, CalibrationStats, advice)
-
-
-def _check_forwards(model: nn.Module) -> None:
-    """Raise TargetError if a tensor-network layer has a replaced `forward`, which would be lost."""
-    layers = [model.get_submodule(name) for name in compressed_names(model)]
-    named = zip(compressed_names(model), layers, strict=True)
-    if names := [name for name, layer in named if has_own_forward(layer)]:
-        raise TargetError(
-            f"Another forward was set on {shortened(names)}, which a stock layer would lose: delete it "
-            "first (`del layer.forward`), and set it again afterwards."
-        )
 
 
 def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> None:
@@ -277,14 +268,20 @@ def _warn_of_underflow(
         )
 
 
-def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decomposition:
-    """Decompose one layer under the weighting of the plan."""
+def _compressed(
+    target: Target, layer: LayerPlan, weighting: Weighting, rounding: Rounding
+) -> tuple[list[nn.Module], float]:
+    """Decompose a weight and build one module for each of its names, with shared cores; return the error too.
+
+    Raises:
+        TopologyError: the planned topology is not one of its family.
+    """
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
     try:
-        made = family.fit(target.matrix, layer.topology, weighting)
-        if made.network.topology.core_shapes != layer.topology.core_shapes:
-            raise ValueError(f"it makes cores of shapes {made.network.topology.core_shapes}")
+        result = family.fit(target.matrix, layer.topology, weighting)
+        if result.network.topology.core_shapes != layer.topology.core_shapes:
+            raise ValueError(f"it makes cores of shapes {result.network.topology.core_shapes}")
     except NonFiniteError:
         raise
     except (ValueError, KeyError, IndexError) as error:  # plans are files that people edit
@@ -293,17 +290,6 @@ def _decomposed(target: Target, layer: LayerPlan, weighting: Weighting) -> Decom
             f"{layer.topology.core_shapes} ({error}). Edit plans by plan.replace_layer(name, topology), with "
             "a topology of tensornet.topologies."
         ) from error
-    return made
-
-
-def _compressed(
-    target: Target,
-    layer: LayerPlan,
-    result: Decomposition,
-    weighting: Weighting,
-    rounding: Rounding,
-) -> tuple[list[nn.Module], float]:
-    """Build one tensor-network module for each name of a target, with shared cores; return the error too."""
     matrix = target.matrix
     trainable = target.weight.requires_grad
     made: dict[int, nn.Module] = {}  # one object used under several names stays one object

@@ -37,8 +37,7 @@ from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.linalg.weighted_svd import Weighting, damped
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.linear import TensorNetworkLinear
-from tensornet.nn.module import NetworkModule
-from tensornet.nn.storage import PackedCore, encode
+from tensornet.nn.storage import encode
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
@@ -141,7 +140,16 @@ def refine(
     given = [as_batch(batch, model, device) for batch in batches]
     if not layers or not given:
         raise TargetError("refine needs a model with compressed linear layers, and at least one batch.")
-    left = {name: why for name, why in _sharing(model).items() if name in layers}
+    users: dict[int, list[str]] = {}
+    for name, layer in compressed_layers(model).items():
+        for tensor in layer.stored.values():
+            users.setdefault(id(tensor), []).append(name)
+    left = {
+        name: f"its cores are those of {', '.join(others)} as well"
+        for names in users.values()
+        for name in names
+        if name in layers and (others := [other for other in names if other != name])
+    }
     if left:
         warnings.warn(
             f"Not refitted, because they share cores with other layers: {', '.join(left)}.", stacklevel=2
@@ -158,7 +166,15 @@ def refine(
             stack.enter_context(context)
         with reduced():
             distance = _distance(model, teacher, judges)
-        put_back = stack.enter_context(_restoring([*layers.values()]))
+        old = [(tensor, tensor.clone()) for layer in layers.values() for tensor in layer.stored.values()]
+        kept = False
+
+        def restore() -> None:
+            """Restore the old cores unless the new ones are better, after an interruption as well."""
+            for tensor, value in () if kept else old:
+                tensor.copy_(value)
+
+        stack.callback(restore)
         before, after = dict[str, float](), dict[str, float]()
         with reduced():
             run = PairedRun(model, teacher, fitted)
@@ -186,13 +202,17 @@ def refine(
                 weighting = Weighting(None if rows is None else damped(rows, damping), metric)
                 made = topology_family(layer.topology.family).fit(wanted, layer.topology, weighting)
                 cores = [core.to(layer.weight.dtype) for core in made.network.cores]
-                _copy(layer, encode(layer.topology, layer.storage, cores, weighting))
+                for core, new in encode(layer.topology, layer.storage, cores, weighting).items():
+                    stored: Any = getattr(layer, core)
+                    if isinstance(new, Tensor):
+                        stored.copy_(new)
+                        continue
+                    for part, tensor in new.tensors.items():  # of a packed core
+                        getattr(stored, part).copy_(tensor)
             after |= {name: _output_error(layers[name], stocks[name], moments) for name in names}
         with reduced():
             distances = (distance, _distance(model, teacher, judges))
         kept = distances[1] <= distances[0]
-        if not kept:
-            put_back()
     return RefineReport(before, after, left, distances, kept)
 
 
@@ -203,47 +223,6 @@ def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMom
     full = float((weight @ dense * weight).sum())
     cross, own = float((weight @ mixed * matrix).sum()), float((matrix @ real * matrix).sum())
     return (full - 2 * cross + own) / max(full, 1e-300)
-
-
-def _copy(layer: NetworkModule, kept: Mapping[str, Tensor | PackedCore]) -> None:
-    """Write stored cores into those of a layer."""
-    for name, new in kept.items():
-        old = getattr(layer, name)
-        if isinstance(new, Tensor):
-            old.copy_(new)
-        else:
-            for part, tensor in new.tensors.items():
-                getattr(old, part).copy_(tensor)
-
-
-@contextmanager
-def _restoring(layers: Sequence[NetworkModule]) -> Iterator[Callable[[], None]]:
-    """Yield a function that restores the old cores; restore them if the block raises."""
-    old = [(parameter, parameter.clone()) for layer in layers for parameter in layer.stored.values()]
-
-    def put_back() -> None:
-        for parameter, value in old:
-            parameter.copy_(value)
-
-    try:
-        yield put_back
-    except BaseException:  # KeyboardInterrupt too, since a partly refitted model is useless
-        put_back()
-        raise
-
-
-def _sharing(model: nn.Module) -> dict[str, str]:
-    """List layers that share cores with others, with the reason why each is not refitted."""
-    users: dict[int, list[str]] = {}
-    for name, module in compressed_layers(model).items():
-        for parameter in module.stored.values():
-            users.setdefault(id(parameter), []).append(name)
-    found: dict[str, str] = {}
-    for names in users.values():
-        for name in names:
-            if others := [other for other in names if other != name]:
-                found[name] = f"its cores are those of {', '.join(others)} as well"
-    return found
 
 
 def _stock(teacher: nn.Module, name: str) -> Tensor:
