@@ -107,7 +107,7 @@ WRONG = [
     ("frobnicate", "frobnicate"),
     ("compress", "source"),
     ("inspect x --what", "--what"),
-    ("compress x --max-bond y", "y"),
+    ("compress x --max-bond y", "--max-bond"),
     ("compress GPT2 --rel-error 0.5", "--dry-run"),
     ("compress GPT2 out --int8", "No such option.*--formats int8"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
