@@ -36,8 +36,9 @@ from tensornet.compression.loss_increase import (
     measure,
     opposite_errors,
 )
-from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss, layer_names
+from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss
 from tensornet.compression.planning import Prepared
+from tensornet.compression.viz import layer_names
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import unfused

@@ -2,12 +2,11 @@
 
 import json
 import math
-import os.path
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -183,39 +182,6 @@ def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
     formats = "+".join(dict.fromkeys(name for name in names if name != "float"))
     parts = [formats, topology.family, "x".join(map(str, bonds))]
     return " ".join(part for part in parts if part)
-
-
-class LayerName(NamedTuple):
-    """Parts of the name of a layer: the index and the name of its block, and its name within the block.
-
-    The index is None outside of blocks, and the name of the block then ends at the last dot.
-    """
-
-    block: int | None
-    place: str
-    kind: str
-
-
-def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Split the names of layers at the number of their block.
-
-    Example:
-        >>> from tensornet.compression.plan import layer_names
-        >>> layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])[0]
-        LayerName(block=0, place='layers.0', kind='mlp.up_proj')
-    """
-    parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists as well as strings
-    found = []
-    for part in parts:
-        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
-        if at is None or at == len(part) - 1:
-            block, cut = None, len(part) - 1
-        else:
-            block, cut = int(part[at]), at + 1
-        first = max(0, min(shared - 1, cut - 2))
-        found.append(LayerName(block, ".".join(part[first:cut]), ".".join(part[cut:])))
-    return found
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """Plots of plans: loss over bits, bits and rank of every layer, predicted loss of every layer."""
 
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tensornet._util import import_optional
-from tensornet.compression.plan import LayerPlan, layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+#: Layers of a plan, each a `LayerPlan`, whose module imports this one to plot itself.
+Layers = Sequence[Any]
 
 #: Colours by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. An HTML page
 #: replaces them by variables, so every role needs a different colour.
@@ -52,9 +55,40 @@ class Mark:
 # --- whole figures ----------------------------------------------------------------------------------
 
 
-def plan_figure(
-    layers: Sequence[LayerPlan], curve: Sequence[tuple[int, float]], loss_increase: float | None
-) -> "Figure":
+class LayerName(NamedTuple):
+    """Parts of the name of a layer: the index and the name of its block, and its name within the block.
+
+    The index is None outside of blocks, and the name of the block then ends at the last dot.
+    """
+
+    block: int | None
+    place: str
+    kind: str
+
+
+def layer_names(names: Sequence[str]) -> list[LayerName]:
+    """Split the names of layers at the number of their block.
+
+    Example:
+        >>> from tensornet.compression.viz import layer_names
+        >>> layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])[0]
+        LayerName(block=0, place='layers.0', kind='mlp.up_proj')
+    """
+    parts = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists as well as strings
+    found = []
+    for part in parts:
+        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
+        if at is None or at == len(part) - 1:
+            block, cut = None, len(part) - 1
+        else:
+            block, cut = int(part[at]), at + 1
+        first = max(0, min(shared - 1, cut - 2))
+        found.append(LayerName(block, ".".join(part[first:cut]), ".".join(part[cut:])))
+    return found
+
+
+def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increase: float | None) -> "Figure":
     """Plot a plan: loss over bits if it is predicted, and bits and ranks of all layers.
 
     Args:
@@ -76,7 +110,7 @@ def plan_figure(
     return figure
 
 
-def report_figure(layers: Sequence[LayerPlan]) -> "Figure":
+def report_figure(layers: Layers) -> "Figure":
     """Plot a finished compression: bits and ranks, and the loss or the weight error of every layer.
 
     Raises:
@@ -101,7 +135,7 @@ def report_figure(layers: Sequence[LayerPlan]) -> "Figure":
 
 
 def losses_figure(
-    layers: Sequence[LayerPlan], others: Mapping[str, Mapping[str, float]], *, width: float = _WIDTH
+    layers: Layers, others: Mapping[str, Mapping[str, float]], *, width: float = _WIDTH
 ) -> "Figure":
     """Plot the predicted loss increase of every layer, one panel for each kind, one line for each method.
 
@@ -167,7 +201,7 @@ def losses_figure(
 
 
 def _figure(
-    layers: Sequence[LayerPlan], user: str, *, above: Sequence[float] = (), below: Sequence[float] = ()
+    layers: Layers, user: str, *, above: Sequence[float] = (), below: Sequence[float] = ()
 ) -> tuple["Figure", Any]:
     """Create a figure with a panel for the map of `draw_bits`, and others of the given heights."""
     module = import_optional("matplotlib.figure", extra="viz", user=user)
@@ -178,7 +212,7 @@ def _figure(
     return figure, figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
 
 
-def _mean_bits(layers: Sequence[LayerPlan]) -> float:
+def _mean_bits(layers: Layers) -> float:
     return 8 * sum(layer.bytes_after for layer in layers) / sum(layer.params_before for layer in layers)
 
 
@@ -187,7 +221,7 @@ def _mean_bits(layers: Sequence[LayerPlan]) -> float:
 
 def draw_loss_over_bits(
     axes: "Axes",
-    layers: Sequence[LayerPlan],
+    layers: Layers,
     curve: Sequence[tuple[int, float]],
     marks: Sequence[Mark],
 ) -> None:
@@ -245,7 +279,7 @@ def draw_loss_over_bits(
     _plain(axes, grid="both")
 
 
-def draw_bits(axes: "Axes", layers: Sequence[LayerPlan]) -> None:
+def draw_bits(axes: "Axes", layers: Layers) -> None:
     """Draw bits of a weight as a map: blocks from left to right, layers of a block from top to bottom.
 
     Ranks are written into the cells of networks if the cells are wide enough.

@@ -25,9 +25,9 @@ from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import measure
-from tensornet.compression.plan import CompressionPlan, layer_names
+from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, compact_count, model_size
-from tensornet.compression.viz import COLORS
+from tensornet.compression.viz import COLORS, layer_names
 from tensornet.io import write_file
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
