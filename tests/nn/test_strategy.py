@@ -100,15 +100,6 @@ def test_every_candidate_gives_the_dense_result(name: str) -> None:
         torch.testing.assert_close(y, expected)
 
 
-SWEPT = {
-    **TOPOLOGIES,
-    "one sided": mpo(out_dims=(12, 1), in_dims=(2, 4), max_bond=2),
-    "four sites": mpo(out_dims=(2, 3, 2, 2), in_dims=(3, 2, 2, 2), max_bond=3),
-    "block tt": tn.topologies.block_tt(out_dims=(4, 3), in_dims=(2, 4), max_bond=2),
-    "tucker": tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2),
-}
-
-
 BLOCKED = {
     "mpo": mpo(out_dims=(8, 8, 12), in_dims=(12, 8, 8), max_bond=6),
     "two legs": mpo(out_dims=(3, 4, 64), in_dims=(4, 4, 64), max_bond=3),
@@ -129,22 +120,6 @@ def test_a_matrix_rebuilt_in_blocks_is_the_matrix(name: str) -> None:
     )
     tracked = [core.requires_grad_() for core in cores]
     assert contract_to_matrix(plan, tracked).requires_grad, "with gradients it is built at once"
-
-
-@pytest.mark.parametrize("name", SWEPT)
-def test_the_second_pass_gives_what_the_first_gave(name: str) -> None:
-    layer = tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64, strategy="factorized")
-    nn.init.normal_(layer.bias)
-    with torch.no_grad():
-        for shape in ((), (1,), (7,), (2, 3), (0,)):
-            x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
-            expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
-            for _ in range(2):
-                torch.testing.assert_close(layer(x), expected)
-            with pytest.raises((ValueError, RuntimeError), match="shape"):
-                layer(torch.randn(6, layer.in_features * 2, dtype=torch.float64))
-        layer.load_state_dict(tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64).state_dict())
-        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -181,19 +156,36 @@ class _Twice(nn.Module):
 # --- strategies ---------------------------------------------------------------------------------
 
 
+SWEPT = {
+    **TOPOLOGIES,
+    "one sided": mpo(out_dims=(12, 1), in_dims=(2, 4), max_bond=2),
+    "four sites": mpo(out_dims=(2, 3, 2, 2), in_dims=(3, 2, 2, 2), max_bond=3),
+    "block tt": tn.topologies.block_tt(out_dims=(4, 3), in_dims=(2, 4), max_bond=2),
+    "tucker": tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2),
+    "ring": tn.topologies.tensor_ring(out_dims=(4, 3), in_dims=(2, 4), max_bond=2),
+    "kronecker": tn.topologies.kronecker(out_dims=(3, 4), in_dims=(2, 4)),
+}
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_strategies_agree_with_the_dense_layer(name: str, strategy: str, training: bool) -> None:
-    layer = layer_for(name, dtype=torch.float64, strategy=strategy)
+    """In the first pass and in later ones, which may take a shortcut; also after other cores are loaded."""
+    layer = tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64, strategy=strategy).train(training)  # type: ignore[arg-type]
     nn.init.normal_(layer.bias)
-    layer.train(training)
     for shape in ((), (1,), (7,), (2, 3), (0,)):
         x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
         expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
-        torch.testing.assert_close(layer(x), expected)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), expected)
+        for recording in (True, False, False):
+            with torch.set_grad_enabled(recording):
+                torch.testing.assert_close(layer(x), expected)
+    with torch.no_grad():
+        with pytest.raises((ValueError, RuntimeError), match="shape"):
+            layer(torch.randn(6, layer.in_features * 2, dtype=torch.float64))
+        layer.load_state_dict(tn.nn.TensorNetworkLinear(SWEPT[name], dtype=torch.float64).state_dict())
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
 
 
 def test_unknown_options_are_refused() -> None:
