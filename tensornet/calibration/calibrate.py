@@ -49,6 +49,8 @@ FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 _LARGE = 1 << 18
 #: Losses that first run the model to see what it returns; this run must not be recorded.
 _OWN = (label_losses, own_losses, sampled_losses)
+#: A side of a weight longer than this keeps only the diagonal of its moment.
+FULL_UP_TO = 8192
 #: Columns of a block of a Gram matrix.
 _BLOCK = 128
 
@@ -62,8 +64,6 @@ def calibrate(
     loss_fn: TokenLosses | None = None,
     tokens: int | None = None,
     gradient_batches: int | None = None,
-    full_up_to: int = 8192,
-    dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | Literal["auto"] | None = "auto",
     source: str = "calibration data",
     progress: bool = False,
@@ -99,11 +99,9 @@ def calibrate(
             tokens, rows are counted instead (an image counts as 196 tokens).
         gradient_batches: number of first batches that are also differentiated, which costs three times as
             much as running the model; all if absent, 0 to collect inputs only.
-        full_up_to: a side of a weight longer than this keeps only the diagonal of its moment.
-        dtype: dtype of the accumulators.
         autocast: run the model under autocast to this dtype, and compute the gradient moments of a batch in
             it. `"auto"` is `torch.bfloat16` for large float32 models on devices where it is faster
-            (`fast_dtype`); None keeps the caller's autocast. Input moments are always computed in `dtype`,
+            (`fast_dtype`); None keeps the caller's autocast. Input moments are always computed in float32,
             and all moments are summed in it.
         source: name of the data, for reports.
         progress: show a progress bar.
@@ -131,7 +129,7 @@ def calibrate(
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
         autocast = fast_dtype(model)
-    recorder = MomentRecorder(full_up_to, dtype, autocast)
+    recorder = MomentRecorder(autocast)
     total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
@@ -269,8 +267,8 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
 class MomentRecorder:
     """Running sums of one calibration: hooks add to them, `finish` divides."""
 
-    def __init__(self, full_up_to: int, dtype: torch.dtype, autocast: torch.dtype | None = None) -> None:
-        self.full_up_to, self.dtype, self.autocast = full_up_to, dtype, autocast
+    def __init__(self, autocast: torch.dtype | None = None) -> None:
+        self.autocast = autocast
         self.batch: Batch = {}
         self.seeing = True
         self.frequencies: dict[str, Tensor] = {}
@@ -335,7 +333,7 @@ class MomentRecorder:
         mask = token_mask(self.batch, indices.shape)
         chosen = (indices if mask is None else indices[mask]).reshape(-1)
         self.counts[name] = self.counts.get(name, 0) + chosen.numel()
-        _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).to(self.dtype))
+        _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).float())
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
         """Copy some tokens of the input of a layer, for its coherence, until the gradients arrive."""
@@ -350,15 +348,15 @@ class MomentRecorder:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
         _accumulate(self._traces[1], name, tokens.float().square().sum())
-        if tokens.shape[1] > self.full_up_to:
+        if tokens.shape[1] > FULL_UP_TO:
             _accumulate(self.gradients, name, self._moment(tokens))
             return
         if name not in self.gradients:
-            self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=self.dtype)
+            self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
             # Gradient moments may be computed in 16 bits, since damping exceeds the rounding error. Input
             # moments may not, since inputs have outliers.
-            add_gram(self.gradients[name], tokens.to(self.autocast or self.dtype))
+            add_gram(self.gradients[name], tokens.to(self.autocast or torch.float32))
 
     def finish(
         self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
@@ -415,9 +413,9 @@ class MomentRecorder:
     def _moment(self, tokens: Tensor) -> Tensor:
         # The model may run under autocast, but sums of thousands of squares in 16 bits would be noise.
         with torch.autocast(tokens.device.type, enabled=False):
-            if tokens.shape[1] <= self.full_up_to:
-                return upper_gram(tokens.to(self.dtype))
-            return tokens.to(self.dtype).square().sum(0)
+            if tokens.shape[1] <= FULL_UP_TO:
+                return upper_gram(tokens.float())
+            return tokens.float().square().sum(0)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -42,7 +42,6 @@ def calibrate_checkpoint(
     *,
     config: CompressionConfig | None = None,
     loss_fn: TokenLosses = label_losses,
-    full_up_to: int = 8192,
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
@@ -57,7 +56,7 @@ def calibrate_checkpoint(
         path: file for the statistics; the result reads them from it as needed.
         config: observe the layers that it selects, which must lie inside blocks; all linear layers of the
             blocks if absent.
-        loss_fn, full_up_to, source: as for `tensornet.calibrate`.
+        loss_fn, source: as for `tensornet.calibrate`.
         progress: show a progress bar.
 
     Raises:
@@ -78,7 +77,7 @@ def calibrate_checkpoint(
     given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
     if not given:
         raise TargetError("Calibration got no batches; pass at least one, better 30 of 1,000 tokens.")
-    recorder = _PhaseRecorder(full_up_to)
+    recorder = _PhaseRecorder()
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=SPILL) as folder,
         observed(model, recorder, config or LINEAR_LAYERS) as targets,
@@ -167,13 +166,11 @@ def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
 class _PhaseRecorder(MomentRecorder):
     """Recorder of inputs in the forward phase, and of gradients in the backward phase."""
 
-    def __init__(self, full_up_to: int) -> None:
-        super().__init__(full_up_to, torch.float32)
-        self.phase = "nothing"
+    phase = "nothing"
 
     def start(self, phase: str) -> None:
         """Clear all records, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
-        super().__init__(self.full_up_to, self.dtype)
+        super().__init__()
         self.phase = phase
 
     def expect(self, batch: Mapping[str, Any]) -> None:
