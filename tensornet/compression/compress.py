@@ -160,7 +160,7 @@ def gather(
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source, statistics=calibration)
-    bounded = config.needs_curvature or config.plans_formats or not config.budget.unlimited
+    bounded = config.needs_curvature or config.formats or not config.budget.unlimited
     needed = config.objective != "weight" and bool(bounded or config.fixed)
     data = None if calibration is None else _named(calibration, "calibration data")
     name, advice = type(model).__name__, "Pass calibration=batches (about 30 of 1,000 tokens)"

@@ -218,7 +218,7 @@ class CompressionConfig(LayerSelection):
             >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
         """
         budgets = not self.budget.unlimited or self.needs_curvature
-        if not (budgets or self.plans_formats or self.topology != AUTO):
+        if not (budgets or self.formats or self.topology != AUTO):
             raise BudgetError(
                 "Nothing says how far to compress: give a budget, bits_per_weight=4.25, byte_ratio=0.25, "
                 "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=; or "
@@ -235,7 +235,7 @@ class CompressionConfig(LayerSelection):
         """
         if self.whole_model is not None:
             return self.whole_model
-        return budget == "byte_ratio" or (budget == "max_bytes" and self.plans_formats)
+        return budget == "byte_ratio" or (budget == "max_bytes" and self.formats is not None)
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
@@ -243,15 +243,10 @@ class CompressionConfig(LayerSelection):
         return tuple(NumberFormat.parse(name) for name in self.formats or ())
 
     @property
-    def plans_formats(self) -> bool:
-        """True if number formats are planned along with topologies."""
-        return bool(self.formats)
-
-    @property
     def one_format_keeps(self) -> bool:
         """True if the budgets can be kept without calibration data, by one number format for all layers."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
-        return self.plans_formats and all(value is None for value in others)
+        return self.formats is not None and all(value is None for value in others)
 
     @property
     def needs_curvature(self) -> bool:
@@ -275,15 +270,6 @@ class CompressionConfig(LayerSelection):
             return tuple(dict.fromkeys(topology.family for topology in self.fixed))
         assert isinstance(self.topology, str)
         return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
-
-    @property
-    def calibrated_families(self) -> tuple[str, ...]:
-        """Names of the families used with calibration data; chains are not, since low rank is better there.
-
-        Residual networks are skipped too: their losses are known only after rounding, so that planning would
-        take six times as long and lower the loss by one percent. Use `topology="residual"` for them.
-        """
-        return ("low_rank",) if self.topology == AUTO else self.families
 
     def family_options(self, name: str) -> dict[str, Any]:
         """Select the options for `build` of a family: `topology_options`, and `sites` if supported."""

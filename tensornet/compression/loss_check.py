@@ -101,7 +101,7 @@ def check_loss(
         >>> check_loss(prepared, model, batches).plan().loss_check.layers > 0
         True
     """
-    if prepared.facts.objective != "curvature" or not prepared.config.plans_formats or not len(batches):
+    if prepared.facts.objective != "curvature" or not prepared.config.formats or not len(batches):
         return prepared
     given, trial = prepared, None
     check = prepared.facts.loss_check or LossCheck(0)
@@ -189,7 +189,7 @@ def correct_by_measuring(
             f"Only objective='curvature' predicts losses, which measurements can correct, not "
             f"{prepared.facts.objective!r}."
         )
-    if budgets is None and prepared.config.plans_formats:
+    if budgets is None and prepared.config.formats:
         least = 8 * sum(min(x.num_bytes for x in found) for found in prepared.candidates)
         smallest = least / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
         bits = [x for x in MEASURED_BITS if x >= smallest] or [smallest]

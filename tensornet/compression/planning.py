@@ -248,7 +248,7 @@ def prepare(
         params - sum(x.matrix.numel() for x in targets),
         size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
     )
-    alone = objective == "weight" and not config.plans_formats and not config.pivoted
+    alone = objective == "weight" and not config.formats and not config.pivoted
     if alone or config.fixed:
         return Prepared(config, weights, targets, (), (), facts, stats, rest)
     found = find_candidates(targets, config, objective, stats)
@@ -409,9 +409,9 @@ def estimate_seconds(
     if config.objective != "weight":
         moments = sum(m * m + n * n for m, n in shapes)
         steps["calibration"] = tokens * (_CALIBRATION * forward + moments)
-    steps["planning"] = work * (_PLANNING if config.plans_formats else _NETWORKS)
-    steps["rounding"] = work * (_ROUNDING if config.plans_formats else _NETWORKS)
-    if config.plans_formats and config.verify and config.objective != "weight":
+    steps["planning"] = work * (_PLANNING if config.formats else _NETWORKS)
+    steps["rounding"] = work * (_ROUNDING if config.formats else _NETWORKS)
+    if config.formats and config.verify and config.objective != "weight":
         steps["loss check"] = _CHECKED * _CHECK_TOKENS * forward
     seconds = {name: amount / peak for name, amount in steps.items()}
     return {**seconds, "total": sum(seconds.values())}

@@ -11,7 +11,6 @@ import torch
 from mixture_models import logits, mixture
 from stacked_experts import gaussian
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 import tensornet as tn
@@ -19,7 +18,6 @@ import tensornet_hf as th
 import tensornet_moe as tm
 from tensornet.healing import refine
 from tensornet.healing.heal import compressed_layers
-from tensornet_hf.trainer import heal
 
 E = 4
 CONFIG = tn.CompressionConfig(target_modules="*experts*", param_ratio=0.45)
@@ -86,30 +84,3 @@ def test_healing_lowers_the_loss_and_trains_a_shared_core_once(tmp_path: Path) -
     again = th.load(tmp_path / "small").eval()
     assert torch.equal(logits(again), want)
     assert len(shared_core(again)) == len(shared_core(small))
-
-
-class Examples(Dataset[dict[str, Tensor]]):
-    def __init__(self, batches: list[dict[str, Tensor]]) -> None:
-        self.rows = torch.cat([batch["input_ids"] for batch in batches])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
-
-
-@pytest.mark.slow
-def test_the_trainer_heals_a_shared_core(tmp_path: Path) -> None:
-    dense, small, batches, _ = shared_mixture()
-    core = shared_core(small)[0]
-    before = core.detach().clone()
-    trainer = {"output_dir": str(tmp_path), "dataloader_pin_memory": False, "disable_tqdm": True}
-    first = heal(small, dense, Examples(batches), steps=4, learning_rate=1e-8, **trainer)
-    heal(small, dense, Examples(batches), steps=60, learning_rate=1e-2, **trainer)
-    last = heal(small, dense, Examples(batches), steps=4, learning_rate=1e-8, **trainer)
-    assert last < 0.8 * first
-    assert shared_core(small)[0] is core
-    assert not torch.equal(core, before)
-    th.save(small, tmp_path / "small")
-    assert torch.equal(logits(th.load(tmp_path / "small").eval()), logits(small))

@@ -482,7 +482,7 @@ def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
 
 def _unit(prepared: Prepared) -> str:
     """Return the unit of size in which candidates are compared."""
-    return "num_bytes" if prepared.config.plans_formats else "params"
+    return "num_bytes" if prepared.config.formats else "params"
 
 
 def _options(
