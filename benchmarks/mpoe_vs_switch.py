@@ -63,10 +63,8 @@ class Row:
         ends: `(out, in)` legs of the first and the last of three cores; None: an expert is one dense matrix.
         max_bond: cap on both bonds; None keeps the matrix exact.
         shared: which cores the experts share.
-        private_rate: learning rate of the cores that are not shared, in units of the common one.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
         mask: further options of `GradientMask`; `("fade", share)` fades it out over that share of the steps.
-        noise: relative noise by which the experts differ at the start.
         across: whether all layers share one center.
     """
 
@@ -75,10 +73,8 @@ class Row:
     ends: tuple[int, int] | None = (4, 4)
     max_bond: int | None = None
     shared: str | tuple[str, ...] = "center"
-    private_rate: float = 1.0
     mask_p: float = 0.0
     mask: tuple[tuple[str, Any], ...] = ()
-    noise: float = 0.0
     across: bool = False
 
 
@@ -169,7 +165,7 @@ def build(task: Task, row: Row, *, seed: int) -> nn.Module:
 
 def moe_config(row: Row, task: Task) -> th.MoEConfig:
     """Build the upcycling options: a long middle core between two small ends; plain matrices for Switch."""
-    common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": BALANCE, "noise": row.noise}
+    common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": BALANCE}
     if row.ends is None:
         return th.MoEConfig(**common, sites=1, shared="none")
     a, b = row.ends
@@ -200,19 +196,12 @@ def expert_parameters(model: nn.Module) -> int:
 def optimizer_of(
     model: nn.Module, row: Row, rate: float, steps: int, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Build the optimizer without frozen cores, with a rate for private cores; attach the mask."""
-    banks = [m for m in model.modules() if isinstance(m, tm.SharedCoreExperts)]
-    shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
-    private = [p for bank in banks for p in bank.parameters() if id(p) not in shared]
-    apart = {id(p) for p in private}
+    """Build the optimizer without frozen cores, and attach the mask."""
     if row.mask_p == 1:
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) not in shared)
-    rest = [p for p in model.parameters() if id(p) not in apart and p.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": rest}]
-    if private:
-        groups.append({"params": private, "lr": rate * row.private_rate})
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
+        for core in tm.shared_parameters(model):
+            core.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
     if 0 < row.mask_p < 1:
         options = dict(row.mask)
         if fade := options.pop("fade", None):

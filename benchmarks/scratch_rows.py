@@ -57,7 +57,6 @@ class Row:
         private_rate: learning rate of what each expert owns, in units of the common one.
         shared_rate: learning rate of what the experts share.
         combine: combine weights of the router, see `tensornet_moe.Router`.
-        balance: coefficient of the load-balancing loss.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Row:
     private_rate: float = 1.0
     shared_rate: float = 1.0
     combine: Combine = "unit"
-    balance: float = 0.01
 
 
 class Dense(nn.Module):
@@ -240,7 +238,6 @@ def mixture(
         router,
         tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
         shared_expert=always,
-        balance_coef=row.balance,
     )
 
 

@@ -68,8 +68,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
 
 def test_refuses_to_resume_with_another_configuration(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
     train(start(bench, corpus, "Switch", tmp_path), 1)
-    with pytest.raises(SystemExit, match=r"(?s)another configuration.*'row'.*0.01.*0.1"):
-        start(bench, corpus, "Switch", tmp_path, balance=0.1)
+    with pytest.raises(SystemExit, match=r"(?s)another configuration.*'row'.*'unit'.*'prob'"):
+        start(bench, corpus, "Switch", tmp_path, combine="prob")
     other = bench.corpus_of(TEXT.read_text(encoding="utf-8")[:20_000], vocabulary=300)
     with pytest.raises(SystemExit, match="corpus"):
         start(bench, other, "Switch", tmp_path)
