@@ -63,7 +63,7 @@ def calibrate(
     config: LayerSelection | None = None,
     loss_fn: TokenLosses | None = None,
     tokens: int | None = None,
-    gradient_batches: int | None = None,
+    gradients: bool = True,
     autocast: torch.dtype | Literal["auto"] | None = "auto",
     source: str = "calibration data",
     progress: bool = False,
@@ -97,8 +97,8 @@ def calibrate(
             without both, the distance from the dense outputs.
         tokens: how many tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
-        gradient_batches: number of first batches that are also differentiated, which costs three times as
-            much as running the model; all if absent, 0 to collect inputs only.
+        gradients: whether to differentiate the loss, which costs three times as much as running the model;
+            without it only inputs are collected.
         autocast: run the model under autocast to this dtype, and compute the gradient moments of a batch in
             it. `"auto"` is `torch.bfloat16` for large float32 models on devices where it is faster
             (`fast_dtype`); None keeps the caller's autocast. Input moments are always computed in float32,
@@ -123,8 +123,6 @@ def calibrate(
         advice = "a CompressionConfig, or LayerSelection(target_modules=...)"
         check_type("config", config, LayerSelection, advice)
     check_batches(batches, "calibrate")
-    if gradient_batches is not None and gradient_batches < 0:
-        raise ValueError(f"gradient_batches must be at least 0, got {gradient_batches}.")
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
@@ -140,16 +138,15 @@ def calibrate(
             if tokens is not None and tokens_of(batch) > tokens - read:
                 batch = first_rows(batch, tokens - read)
             recorder.batch = batch
-            with_gradients = gradient_batches is None or count < gradient_batches
             # No cache of weights in 16 bits, since it would not be cleared before the last batch.
             lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
-            with lower, torch.set_grad_enabled(with_gradients):
-                if count == 0 and with_gradients and (loss_fn is None or loss_fn in _OWN):
+            with lower, torch.set_grad_enabled(gradients):
+                if count == 0 and gradients and (loss_fn is None or loss_fn in _OWN):
                     with recorder.paused():
                         default, entropies = default_losses(model, batch)
                     loss_fn = loss_fn or default
                     of_tokens = loss_fn in _OWN and entropies
-                if with_gradients:
+                if gradients:
                     assert loss_fn is not None
                     each = checked_losses(loss_fn(model, batch))
                     each.sum().backward()
@@ -163,7 +160,7 @@ def calibrate(
             read += tokens_of(batch)
             settling.batches.append(recorder.take_traces())
             if tokens is None:
-                most = read >= MOST_TOKENS and (scored >= ENOUGH_LOSSES or not with_gradients)
+                most = read >= MOST_TOKENS and (scored >= ENOUGH_LOSSES or not gradients)
                 if most or settling.settled(recorder):
                     break
             elif read >= tokens:
@@ -171,7 +168,7 @@ def calibrate(
         fingerprint = weight_samples(targets)
     if count == 0:
         raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
-    loss = None if gradient_batches == 0 else mean_loss(total, scored, loss_fn)
+    loss = mean_loss(total, scored, loss_fn) if gradients else None
     stats = recorder.finish(scored, loss, source)
     return replace(stats, of_tokens=of_tokens, fingerprint=fingerprint)
 
@@ -259,7 +256,7 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
     if scored == 0:
         raise TargetError(
             "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
-            "ignored labels. Pass longer rows, or gradient_batches=0 to collect inputs alone."
+            "ignored labels. Pass longer rows, or gradients=False to collect inputs alone."
         )
     return math.nan if loss_fn in PROJECTIONS else total / scored
 

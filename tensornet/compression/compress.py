@@ -188,7 +188,7 @@ def gather(
             sample,
             config=config,
             loss_fn=data.loss_fn,
-            gradient_batches=0 if config.objective == "activation" else None,
+            gradients=config.objective != "activation",
             source=data.source,
             progress=progress,
         )

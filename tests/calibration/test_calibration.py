@@ -65,14 +65,6 @@ def test_moments_are_means_over_single_samples() -> None:
     assert stats.tokens == 12
 
 
-def test_gradients_of_the_first_batches_only() -> None:
-    model, data = Classifier(), vectors()
-    stats = tn.calibrate(model, [data, vectors()], loss_fn=class_losses, gradient_batches=1)
-    alone = tn.calibrate(model, [data], loss_fn=class_losses)
-    torch.testing.assert_close(stats.rows["first"], alone.rows["first"])
-    assert not torch.allclose(stats.columns["first"], alone.columns["first"])
-
-
 def on_the_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The batch with its padding before the text, which keeps its positions."""
     ids, mask = (torch.stack([x[0], x[1].roll(2)]) for x in (batch["input_ids"], batch["attention_mask"]))
@@ -337,7 +329,7 @@ def many(batches: int, rows: int = 1024, spread: float = 0.0) -> list[tuple[torc
         (many(40, spread=1.0), {}, 32768),
         (many(9), {"tokens": 8000}, 8000),
         (many(2), {"tokens": 8000}, 2048),
-        (many(9), {"gradient_batches": 0}, 4096),
+        (many(9), {"gradients": False}, 4096),
     ],
 )
 def test_calibration_stops_once_the_moments_have_settled(
@@ -370,7 +362,7 @@ def test_models_with_one_loss_a_row_read_more_tokens() -> None:
 
     batches = [{"input_ids": torch.randint(4, (32, 256))} for _ in range(40)]
     assert tn.calibrate(Encoder(), batches, loss_fn=loss).tokens == 1024 * 256
-    assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradient_batches=0).tokens == 32768
+    assert tn.calibrate(Encoder(), batches, loss_fn=loss, gradients=False).tokens == 32768
     assert tn.calibrate(Encoder(), batches, loss_fn=loss, tokens=512).tokens == 512
 
 

@@ -190,7 +190,7 @@ def test_large_inputs_do_not_overflow_under_float16() -> None:
 
 
 def test_inputs_alone_have_none() -> None:
-    assert not tn.calibrate(Pooled(), data(), loss_fn=losses, gradient_batches=0).coherence
+    assert not tn.calibrate(Pooled(), data(), loss_fn=losses, gradients=False).coherence
 
 
 @given(st.integers(1, 5), st.integers(2, 9))

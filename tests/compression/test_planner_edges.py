@@ -86,7 +86,7 @@ def test_statistics_of_another_model() -> None:
     model, _ = gpt2_stats()
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
     with pytest.raises(TargetError, match="made with gradients, which these statistics are without"):
-        tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradient_batches=0))
+        tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradients=False))
 
 
 @pytest.mark.parametrize("pivoted", [True, False])

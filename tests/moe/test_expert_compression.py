@@ -432,7 +432,7 @@ def test_refuses_models_without_stacks_and_without_gradients() -> None:
     options = tn.CompressionConfig("*", param_ratio=0.5)
     with pytest.raises(TargetError, match="no stack of experts"):
         tm.compress_experts(model, options, calibration=batches, progress=False)
-    stats = tn.calibrate(model, batches, gradient_batches=0)
+    stats = tn.calibrate(model, batches, gradients=False)
     with pytest.raises(TargetError, match="gradients"):
         tm.compress_experts(model, options, calibration=stats, progress=False)
     assert isinstance(model[0], nn.Linear)

@@ -534,7 +534,7 @@ def _calibration(
                 config=observed,
                 loss_fn=data.loss_fn,
                 tokens=options.calibration_tokens,
-                gradient_batches=0 if config.objective == "activation" else None,
+                gradients=config.objective != "activation",
                 progress=options.progress,
             )
             known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
