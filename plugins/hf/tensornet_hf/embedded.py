@@ -1,11 +1,10 @@
 """Two small trained models that are part of the package, with calibration and held-out text.
 
 A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
-``data/README.md`` and the ``training.json`` of each folder describe them and their quality. They let the demo
-and the tests run without network access.
+`data/README.md` and the `training.json` of each folder describe them and their quality. They let the demo and
+the tests run without network access. Every function raises FileNotFoundError if the package was installed
+without its data.
 """
-
-from __future__ import annotations
 
 import json
 from importlib.resources import files
@@ -16,6 +15,7 @@ __all__ = ["calibration_text", "gpt2_path", "heldout_text", "t5_pairs", "t5_path
 
 
 def data_path(name: str) -> Path:
+    """Return the path of a file or folder of the data."""
     path = Path(str(files("tensornet_hf") / "data" / name))
     if not path.exists():
         raise FileNotFoundError(
@@ -26,12 +26,9 @@ def data_path(name: str) -> Path:
 
 
 def gpt2_path() -> Path:
-    """Return the folder of the embedded GPT-2, for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+    """Return the folder of the embedded GPT-2, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     The context is 128 tokens; the language model head is tied to the embedding.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data.
 
     Example:
         >>> from transformers import AutoTokenizer
@@ -42,12 +39,9 @@ def gpt2_path() -> Path:
 
 
 def t5_path() -> Path:
-    """Return the folder of the embedded T5, for ``AutoModelForSeq2SeqLM`` and ``AutoTokenizer``.
+    """Return the folder of the embedded T5, for `AutoModelForSeq2SeqLM` and `AutoTokenizer`.
 
     It restores the vowels of phrases of one to three words, one token per character.
-
-    Raises:
-        FileNotFoundError: the package was installed without its data.
 
     Example:
         >>> from transformers import AutoModelForSeq2SeqLM
@@ -60,9 +54,6 @@ def t5_path() -> Path:
 def calibration_text() -> str:
     """Return about 215 kB of the chapters the models were trained on, to calibrate a compression with.
 
-    Raises:
-        FileNotFoundError: the package was installed without its data.
-
     Example:
         >>> len(th.embedded.calibration_text()) > 200_000
         True
@@ -73,9 +64,6 @@ def calibration_text() -> str:
 def heldout_text() -> str:
     """Return about 100 kB of chapters neither trained nor calibrated on, to measure perplexity with.
 
-    Raises:
-        FileNotFoundError: the package was installed without its data.
-
     Example:
         >>> len(th.embedded.heldout_text()) > 90_000
         True
@@ -84,14 +72,13 @@ def heldout_text() -> str:
 
 
 def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
-    """Return 400 pairs ``(source, target)`` for the T5, such as ``("sstr nd", "sister and")``.
+    """Return 400 pairs `(source, target)` for the T5, such as `("sstr nd", "sister and")`.
 
     Args:
-        split: ``"calibration"`` (from chapters trained on) or ``"heldout"`` (from the others).
+        split: `"calibration"` (from chapters trained on) or `"heldout"` (from the others).
 
     Raises:
         ValueError: another split.
-        FileNotFoundError: the package was installed without its data.
 
     Example:
         >>> th.embedded.t5_pairs("heldout")[0]
