@@ -41,7 +41,6 @@ class LayerPlan:
         bound_by: the cap that decided, or `"dense"`.
         error: relative Frobenius error: expected in a plan, certified in a report; None if it is unknown
             because the plan was edited.
-        baseline_error: error of the plain truncated SVD of the same size.
         singular_values: spectrum of the weight in descending order.
         storage: how the cores are stored.
         loss_increase: predicted loss increase per token by this layer alone, before it is corrected by
@@ -64,7 +63,6 @@ class LayerPlan:
     topology: Topology | None
     bound_by: str
     error: float | None
-    baseline_error: float
     singular_values: tuple[float, ...] = ()
     storage: Storage = PLAIN
     loss_increase: float | None = None
@@ -110,19 +108,18 @@ class LayerPlan:
         """True if the error is so large that the predicted loss increase is uncertain."""
         return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
 
-    def with_baseline(self) -> "LayerPlan":
-        """Return the plan with the error of the plain SVD of the same size, from the spectrum.
+    @property
+    def baseline_error(self) -> float:
+        """Error of the plain truncated SVD of the same size, from the spectrum; 0 for a dense layer.
 
-        If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model. The
-        error is 0 for a dense layer.
+        If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model.
         """
         if self.topology is None:
-            return self
+            return 0.0
         size = self.bytes_after // self.dtype.itemsize if self.storage.own_dtypes else self.params_after
         energies = torch.tensor(self.singular_values, dtype=torch.float64).square()
         rank, total = max(1, size // sum(self.shape)), float(energies.sum())
-        error = math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
-        return replace(self, baseline_error=error)
+        return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
 
     def summary(self) -> dict[str, Any]:
         """Return name, scheme, sizes and errors in a JSON-ready form, for reports."""
@@ -134,6 +131,7 @@ class LayerPlan:
         return {
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "shape": list(self.shape),
+            "baseline_error": self.baseline_error,
             "topology": None if self.topology is None else self.topology.to_dict(),
             "singular_values": list(self.singular_values),
             "storage": self.storage.to_dict(),
@@ -405,14 +403,18 @@ class CompressionPlan:
             topology = dense(out_features=old.shape[0], in_features=old.shape[1])
         if topology is None:
             loss = None if old.loss_increase is None else 0.0
-            edited = replace(old, topology=None, bound_by="dense", error=0.0, baseline_error=0.0)
-            edited = replace(edited, storage=PLAIN, loss_increase=loss, milliseconds=None)
+            made: dict[str, Any] = {
+                "bound_by": "dense",
+                "error": 0.0,
+                "storage": PLAIN,
+                "loss_increase": loss,
+            }
         else:
             _check_topology(old, topology)
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
             kept.num_params(topology)  # raises for formats of unknown cores
-            edited = replace(old, topology=topology, bound_by="edited", error=None, storage=kept)
-            edited = replace(edited, loss_increase=None, milliseconds=None).with_baseline()
+            made = {"bound_by": "edited", "error": None, "storage": kept, "loss_increase": None}
+        edited = replace(old, topology=topology, milliseconds=None, **made)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def with_errors(self, errors: Mapping[str, float]) -> "CompressionPlan":

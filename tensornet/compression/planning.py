@@ -145,13 +145,12 @@ class Prepared:
             self.targets, self.candidates, chosen, self.spectra, strict=True
         ):
             candidate = found[index]
-            made = LayerPlan(
+            layer = LayerPlan(
                 name=target.name,
                 shape=(target.matrix.shape[0], target.matrix.shape[1]),
                 topology=candidate.topology,
                 bound_by="dense" if candidate.topology is None else bound_by,
                 error=candidate.error,
-                baseline_error=0.0,
                 singular_values=spectrum,
                 storage=candidate.storage,
                 loss_increase=candidate.predicted_loss if predicts else None,
@@ -160,7 +159,7 @@ class Prepared:
                 milliseconds=candidate.milliseconds if self.config.tokens is not None else None,
                 dtype=target.matrix.dtype,
             )
-            layers.append(made.with_baseline())
+            layers.append(layer)
         check = self.facts.loss_check
         if check is not None and self.measured is not None:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
@@ -306,7 +305,6 @@ def _plan_by_weight(
             topology=None,
             bound_by="dense",
             error=0.0,
-            baseline_error=0.0,
             singular_values=tuple(singular_values(target.matrix).tolist()),
             loss_increase=None if stats is None or not stats.has_gradients else 0.0,
             dtype=target.matrix.dtype,
@@ -319,7 +317,7 @@ def _plan_by_weight(
             topology = topology_of_shape(config.fixed, stays.shape, f"Layer {target.name!r}")
             storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
             made = replace(stays, topology=topology, bound_by="topology", error=None, storage=storage)
-            return replace(made, loss_increase=None).with_baseline()
+            return replace(made, loss_increase=None)
         budget = replace(config.budget, param_ratio=ratio)
         best: Decomposition | None = None
         refusals = []
@@ -343,8 +341,7 @@ def _plan_by_weight(
             forecast = forecast_weighting(target, stats, config.damping)
             gap = target.matrix - best.network.to_matrix()
             loss = 0.0 if forecast is None else forecast.cost(gap)
-        made = replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)
-        return made.with_baseline()
+        return replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)
 
     with bar:
         if config.param_ratio is None:

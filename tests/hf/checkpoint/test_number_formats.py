@@ -44,7 +44,7 @@ def plan_of(model: nn.Module, names: list[str]) -> tn.CompressionPlan:
             storage = Storage(
                 number_format=NumberFormat.parse("int8"), core_formats=(("base", NumberFormat.parse("int3")),)
             )
-        layers.append(LayerPlan(name, shape, topology, "edited", None, 0.0, storage=storage))
+        layers.append(LayerPlan(name, shape, topology, "edited", None, storage=storage))
     return tn.CompressionPlan(tuple(layers))
 
 
@@ -165,7 +165,7 @@ def test_a_file_of_a_plain_model(tmp_path: Path) -> None:
     model = fresh()
     topology = topology_family("dense").build(24, 40)
     storage = Storage(number_format=NumberFormat.parse("int3:g32:zero"))
-    plan = tn.CompressionPlan((LayerPlan("0", (24, 40), topology, "edited", None, 0.0, storage=storage),))
+    plan = tn.CompressionPlan((LayerPlan("0", (24, 40), topology, "edited", None, storage=storage),))
     plan.save(tmp_path / "plan.json")
     assert tn.CompressionPlan.load(tmp_path / "plan.json") == plan
     tn.apply_plan(model, plan)
