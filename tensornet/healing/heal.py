@@ -39,6 +39,11 @@ class HealReport:
         steps: total number of steps, including those of earlier calls that were resumed.
         trained: number of parameters that were trained.
         seconds: time of this call by `clock`.
+
+    Example:
+        >>> from tensornet.healing import HealReport
+        >>> HealReport(losses=(0.4, 0.3), steps=2, trained=1_000, seconds=1.5).losses[-1]
+        0.3
     """
 
     losses: tuple[float, ...]
