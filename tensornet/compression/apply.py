@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._util import check_type
@@ -158,8 +158,12 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def decompress(model: nn.Module) -> nn.Module:
+def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Replace every tensor-network layer by a stock layer; tied layers stay tied.
+
+    Args:
+        model: the compressed model.
+        matrices: weights of the stock layers, by name, in place of those that the layers have.
 
     Returns:
         The same model; frozen parameters stay frozen.
@@ -188,7 +192,9 @@ def decompress(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
-        stock = module.to_embedding() if isinstance(module, MPOEmbedding) else module.to_linear()
+        matrix = None if matrices is None else matrices.get(name)
+        made = module.to_embedding if isinstance(module, MPOEmbedding) else module.to_linear
+        stock = made(matrix)
         stored = list(module.stored.values())
         cores = [x for x in stored if isinstance(x, nn.Parameter)]  # empty if all are integers
         stock.weight.requires_grad_(not cores or any(x.requires_grad for x in cores))

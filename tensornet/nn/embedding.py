@@ -137,10 +137,10 @@ class MPOEmbedding(NetworkModule):
         )
         return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
 
-    def to_embedding(self) -> nn.Embedding:
-        """Convert to `nn.Embedding` with the rebuilt table."""
+    def to_embedding(self, matrix: Tensor | None = None) -> nn.Embedding:
+        """Convert to `nn.Embedding` with the rebuilt table, or with another one of its shape."""
         with torch.no_grad():
-            layer = layer_kind("embedding").build(self.own_matrix(), None)
+            layer = layer_kind("embedding").build(self.own_matrix() if matrix is None else matrix, None)
         assert isinstance(layer, nn.Embedding)
         layer.padding_idx = self.padding_idx
         return layer

@@ -186,11 +186,11 @@ class TensorNetworkLinear(NetworkModule):
         network = result.network.to(matrix.dtype)
         return linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
 
-    def to_linear(self) -> nn.Module:
-        """Convert to the stock layer this layer was made from, with the rebuilt dense weight."""
+    def to_linear(self, matrix: Tensor | None = None) -> nn.Module:
+        """Convert to the stock layer this layer was made from, with the rebuilt weight or another one."""
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
-            return layer_kind(self.source).build(self.own_matrix(), bias)
+            return layer_kind(self.source).build(self.own_matrix() if matrix is None else matrix, bias)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_integers": None}

@@ -10,7 +10,8 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
-from tensornet_hf.export.compressed_tensors import export_compressed_tensors
+from tensornet_hf.export.base import ExportReport
+from tensornet_hf.export.export import export
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
@@ -19,6 +20,7 @@ from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
 __all__ = [
     "CompressOptions",
+    "ExportReport",
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
@@ -29,7 +31,7 @@ __all__ = [
     "compress_checkpoint",
     "compress_folder",
     "decompress",
-    "export_compressed_tensors",
+    "export",
     "load",
     "plan_folder",
     "save",

@@ -1,0 +1,90 @@
+"""`export`: write a model for another runtime, in the format of its file name or of a given target."""
+
+import os
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tensornet.errors import DestinationError
+from tensornet_hf.checkpoint import load, resolve_folder
+from tensornet_hf.export.base import ExportReport
+from tensornet_hf.export.compressed_tensors import export_compressed_tensors
+from tensornet_hf.export.gguf import export_gguf
+
+#: Exporters by the name of their target: functions of a model and a destination, with the keywords `source`
+#: (folder of the tokenizer, or None), `force` and options of their own. A new target is one entry.
+TARGETS: dict[str, Callable[..., ExportReport]] = {
+    "gguf": export_gguf,
+    "compressed-tensors": export_compressed_tensors,
+}
+
+
+def export(
+    model_or_folder: PreTrainedModel | str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    target: str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    force: bool = False,
+    **options: Any,
+) -> ExportReport:
+    """Write a model in the format of another runtime, with exactly the same weights.
+
+    | target | written | read by |
+    |---|---|---|
+    | `"gguf"` | one file, `.gguf` | llama.cpp, Ollama, LM Studio; transformers (`gguf_file=`) |
+    | `"compressed-tensors"` | a folder | transformers with `compressed-tensors`, vLLM |
+
+    A layer that the target cannot store as it is (a network of several cores, a number format that the
+    target does not have) is written dense, and the report lists it. Plans made with
+    `CompressionConfig(formats=target)` contain only what the target stores.
+
+    Args:
+        model_or_folder: a model, compressed or not (it is not changed), or its folder or hub id.
+        destination: file or folder to write.
+        target: name of the target; by default that of the suffix `.gguf`.
+        source: folder whose tokenizer is written; by default the folder given.
+        force: replace a destination that exists.
+        options: of the target. `"gguf"` has `networks="dense"` or `"refuse"`, and `skeleton=`, a GGUF file
+            of the dense model from which everything but the compressed weights is taken.
+
+    Returns:
+        What was packed, and why the rest was not.
+
+    Raises:
+        DestinationError: it exists already, is the source, or cannot be written; nothing is left there.
+        TargetError: the target cannot store this model.
+        ValueError: an unknown target or option.
+        ImportError: a package that the target needs is not installed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> config = tn.CompressionConfig(bits_per_weight=4.25, formats=("int4",), objective="weight")
+        >>> _ = tn.compress(model, config, progress=False)
+        >>> report = th.export(model, "exported", target="compressed-tensors")
+        >>> len(report.packed), report.dense
+        (7, {})
+    """
+    suffix = Path(destination).suffix
+    name = target or suffix.removeprefix(".")
+    if name not in TARGETS:
+        raise ValueError(
+            f"Unknown export target {name!r}; known are {', '.join(TARGETS)}. Name one (target=, --target), "
+            "or end the destination in .gguf."
+        )
+    if (name == "gguf") != (suffix == ".gguf"):
+        raise DestinationError(f"{destination}: files of llama.cpp, and only these, end in .gguf.")
+    exporter = TARGETS[name]
+    if unknown := options.keys() - signature(exporter).parameters.keys():
+        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(unknown))}.")
+    origin = (
+        None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
+    )
+    model = model_or_folder if origin is None else load(origin)
+    folder = origin if source is None else Path(source)
+    return exporter(model, Path(destination), source=folder, force=force, **options)

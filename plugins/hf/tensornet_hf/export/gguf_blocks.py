@@ -1,0 +1,231 @@
+"""Types of GGUF: write an integer matrix as the bytes of one of them, exactly or not at all.
+
+A type stores 32 weights under one 16-bit scale (`Q4_0`, `Q8_0`, ...), or 256 weights under one 16-bit scale
+and small integer scales for 16 or 32 of them (K types, `IQ4_XS`). Codes are offset by half their range, or
+the block stores a minimum (`Q4_1`, `Q4_K`, ...), or they are places in a table of 16 levels (`IQ4_NL`).
+Whether a type can hold a matrix is a question of its numbers; `write_blocks` answers it.
+
+Reference: the layout of `ggml-common.h` of llama.cpp; the package `gguf` has a decoder of every type.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tensornet.errors import FormatError
+
+Array = NDArray[Any]
+#: Weights of a block, and of a super-block.
+BLOCK, SUPER_BLOCK = 32, 256
+#: The 16 levels of `IQ4_NL` and `IQ4_XS`.
+LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+class BlockType(NamedTuple):
+    """Type of GGUF for integers.
+
+    Args:
+        bits: bits of a code.
+        offset: code of zero if it is fixed; None for blocks with a minimum, and for places in a table.
+        write: writes codes (and integer scales) to the parts of a block.
+        sub: of super-blocks: the number of weights under one integer scale, its least and largest value.
+        table: True if codes are places in `LEVELS`.
+    """
+
+    bits: int
+    offset: int | None
+    write: Callable[..., list[Array]]
+    sub: tuple[int, int, int] | None = None
+    table: bool = False
+
+    @property
+    def block(self) -> int:
+        """Weights of a block: columns must be a multiple of it."""
+        return BLOCK if self.sub is None else SUPER_BLOCK
+
+
+def write_blocks(kind: str, points: Array, scales: Array) -> Array:
+    """Write a matrix `scale * point` as bytes of a type.
+
+    Args:
+        kind: name of the type, see `TYPES`.
+        points: integers of both signs, or halves of odd ones, shape `(rows, columns)`.
+        scales: float32, shape `(rows, columns / 32)`.
+
+    Returns:
+        uint8, shape `(rows, bytes of a row)`.
+
+    Raises:
+        FormatError: the type cannot hold this matrix exactly; the message says why.
+
+    Example:
+        >>> import numpy as np
+        >>> from tensornet_hf.export.gguf_blocks import write_blocks
+        >>> write_blocks("Q4_0", np.ones((2, 64)), np.ones((2, 2), np.float32)).shape  # 18 bytes a block
+        (2, 36)
+    """
+    found, rows = TYPES[kind], points.shape[0]
+    if points.shape[1] % found.block:
+        raise FormatError(f"{kind} needs rows of a multiple of {found.block} weights, got {points.shape[1]}.")
+    points, steps = points.reshape(-1, BLOCK), scales.astype(np.float32).reshape(-1, 1)
+    minima = None
+    if found.table:
+        codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)
+        if not np.array_equal(LEVELS[codes], points):
+            raise FormatError(f"{kind} has a table of 16 levels, and these weights are not multiples of it.")
+    else:
+        if found.offset is not None and np.any(points % 1):  # odd numbers of half steps
+            points, steps = 2 * points, steps / 2
+        zeros: Array | float
+        if found.offset is not None:
+            zeros = found.offset
+        else:  # one minimum for all blocks where that is enough, so that scales and minima have one step
+            lowest = points.min(axis=1, keepdims=True)
+            zeros = -lowest.min() if points.max() - lowest.min() < 2**found.bits else -lowest
+            minima = steps * zeros
+        codes = points + zeros
+        if codes.min() < 0 or codes.max() >= 2**found.bits:
+            raise FormatError(f"{kind} has codes of {found.bits} bits, which is too few for these weights.")
+    codes = codes.astype(np.uint8).reshape(-1, found.block)
+    parts = [codes]
+    if found.sub is None:
+        parts.append(_half(kind, steps))
+        if minima is not None:
+            parts.append(_half(kind, -minima))
+    else:
+        width, least, most = found.sub
+        for values in (steps,) if minima is None else (steps, minima):
+            step, integers = _common_step(kind, values.reshape(-1, SUPER_BLOCK // BLOCK), least, most)
+            parts += [integers.repeat(BLOCK // width, axis=-1), _half(kind, step)]
+    return np.concatenate(found.write(*parts), axis=-1).reshape(rows, -1)
+
+
+def _half(kind: str, values: Array) -> Array:
+    """Store numbers as float16, two bytes each, shape `(blocks, 2)`; refuse any that would be rounded."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.array_equal(half.astype(np.float32), values):
+        raise FormatError(f"{kind} has scales in float16, and some of these are not exact there.")
+    return half.reshape(-1, 1).view(np.uint8)
+
+
+def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array, Array]:
+    """Factor the steps of each super-block into integers times one step.
+
+    Args:
+        kind: name of the type, for errors.
+        steps: float32, shape `(super-blocks, 8)`.
+        least, most: range of the integers.
+
+    Returns:
+        Steps of shape `(super-blocks, 1)`, and integers of the shape of the argument.
+    """
+    mantissa, exponent = np.frexp(steps)
+    whole, exponent = (mantissa * 2**24).astype(np.int64), exponent.astype(np.int64) - 24
+    # Bring all numbers of a super-block to the smallest exponent; then their greatest common divisor is the
+    # largest step of which all of them are multiples.
+    used = whole != 0
+    lowest = np.where(used, exponent, 1 << 40).min(axis=1, keepdims=True)
+    lowest = np.where(used.any(axis=1, keepdims=True), lowest, 0)
+    shift = np.where(used, exponent - lowest, 0)
+    if shift.max(initial=0) > 30:
+        raise FormatError(f"{kind}: the scales of {SUPER_BLOCK} weights differ too much.")
+    whole <<= shift
+    common = np.gcd.reduce(whole, axis=1, keepdims=True)
+    common = np.where(common == 0, 1, common)
+    integers = whole // common
+    if integers.min(initial=0) < least or integers.max(initial=0) > most:
+        raise FormatError(
+            f"{kind} has scales that are integers from {least} to {most} times one step in each "
+            f"{SUPER_BLOCK} weights, and some of these are not."
+        )
+    return np.ldexp(common.astype(np.float64), lowest).astype(np.float32), integers
+
+
+# --- layouts: each writer gets codes `(blocks, block)`, then pairs of integer scales and 16-bit steps -------
+
+
+def _nibbles(codes: Array, run: int) -> Array:
+    """Put pairs of runs of codes into the low and high halves of bytes."""
+    pairs = codes.reshape(len(codes), -1, 2, run)
+    return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
+
+
+def _planes(codes: Array, count: int, run: int, bits: int) -> Array:
+    """Put `count` runs of codes of a few bits into the bits of `run` bytes."""
+    planes = codes.reshape(len(codes), -1, count, run)
+    found = np.zeros((len(codes), planes.shape[1], run), np.uint8)
+    for number in range(count):
+        found |= planes[:, :, number] << np.uint8(bits * number)
+    return found.reshape(len(codes), -1)
+
+
+def _q4(codes: Array, *halves: Array) -> list[Array]:
+    return [*halves, _nibbles(codes, 16)]
+
+
+def _q5(codes: Array, *halves: Array) -> list[Array]:
+    return [*halves, np.packbits(codes >> 4, axis=-1, bitorder="little"), _nibbles(codes & 15, 16)]
+
+
+def _q8(codes: Array, step: Array) -> list[Array]:
+    return [step, codes ^ 128]
+
+
+def _q2_k(codes: Array, scales: Array, step: Array, minima: Array, least: Array) -> list[Array]:
+    return [(scales | (minima << 4)).astype(np.uint8), _planes(codes, 4, 32, 2), step, least]
+
+
+def _q3_k(codes: Array, scales: Array, step: Array) -> list[Array]:
+    shifted = (scales + 32).astype(np.uint8)
+    low, high = shifted & 15, shifted >> 4
+    packed = np.concatenate([low[:, :8] | (low[:, 8:] << 4), _planes(high, 4, 4, 2)], axis=-1)
+    return [_planes(codes >> 2, 8, 32, 1), _planes(codes & 3, 4, 32, 2), packed, step]
+
+
+def _k_scales(scales: Array, minima: Array) -> Array:
+    """Pack eight scales and eight minima of six bits into twelve bytes."""
+    s, m = scales.astype(np.uint8), minima.astype(np.uint8)
+    first = s[:, :4] | ((s[:, 4:] >> 4) << 6)
+    second = m[:, :4] | ((m[:, 4:] >> 4) << 6)
+    return np.concatenate([first, second, (s[:, 4:] & 15) | ((m[:, 4:] & 15) << 4)], axis=-1)
+
+
+def _q4_k(codes: Array, scales: Array, step: Array, minima: Array, least: Array) -> list[Array]:
+    return [step, least, _k_scales(scales, minima), _nibbles(codes, 32)]
+
+
+def _q5_k(codes: Array, scales: Array, step: Array, minima: Array, least: Array) -> list[Array]:
+    high = _planes(codes >> 4, 8, 32, 1)
+    return [step, least, _k_scales(scales, minima), high, _nibbles(codes & 15, 32)]
+
+
+def _q6_k(codes: Array, scales: Array, step: Array) -> list[Array]:
+    high = _planes(codes >> 4, 4, 32, 2)
+    return [_nibbles(codes & 15, 64), high, scales.astype(np.int8).view(np.uint8), step]
+
+
+def _iq4_xs(codes: Array, scales: Array, step: Array) -> list[Array]:
+    shifted = (scales + 32).astype(np.uint16)  # shape: (super-blocks, 8)
+    high = ((shifted >> 4) << (2 * np.arange(8, dtype=np.uint16))).sum(axis=1, dtype=np.uint16)
+    low = _planes((shifted & 15).astype(np.uint8).reshape(-1, 4, 2).swapaxes(1, 2).reshape(-1, 8), 2, 4, 4)
+    return [step, high.reshape(-1, 1).view(np.uint8), low, _nibbles(codes, 16)]
+
+
+#: All types, by increasing size.
+TYPES: dict[str, BlockType] = {
+    "Q2_K": BlockType(2, None, _q2_k, (16, 0, 15)),
+    "Q3_K": BlockType(3, 4, _q3_k, (16, -32, 31)),
+    "IQ4_XS": BlockType(4, None, _iq4_xs, (32, -32, 31), table=True),
+    "Q4_0": BlockType(4, 8, _q4),
+    "IQ4_NL": BlockType(4, None, _q4, table=True),
+    "Q4_K": BlockType(4, None, _q4_k, (32, 0, 63)),
+    "Q4_1": BlockType(4, None, _q4),
+    "Q5_0": BlockType(5, 16, _q5),
+    "Q5_K": BlockType(5, None, _q5_k, (32, 0, 63)),
+    "Q5_1": BlockType(5, None, _q5),
+    "Q6_K": BlockType(6, 32, _q6_k, (16, -128, 127)),
+    "Q8_0": BlockType(8, 128, _q8),
+}

@@ -1,0 +1,194 @@
+"""GGUF files hold the same weights bit for bit, and llama.cpp computes the same logits from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertTokenizerFast,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import DestinationError, TargetError
+
+pytestmark = [
+    pytest.mark.slow,  # needs the extra `gguf`
+    pytest.mark.filterwarnings("ignore:Left dense"),  # the scaled embedding of Gemma, and its head
+]
+
+WORDS = 96
+SIZES = {
+    "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HEADS = {**SIZES, "head_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "mistral": SIZES,
+    "qwen2": SIZES,
+    "qwen3": HEADS,
+    "gemma": HEADS,
+    "gemma2": {**HEADS, "query_pre_attn_scalar": 16},
+    "phi": {**SIZES, "num_key_value_heads": 4, "intermediate_size": 256},
+    "phi3": SIZES,
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **SIZES},
+    "gpt_neox": SIZES,
+    "mixtral": {**SIZES, "num_local_experts": 4},
+    "qwen2_moe": {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "shared_expert_intermediate_size": 64},
+    "qwen3_moe": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                  "norm_topk_prob": True},
+    "bert": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+}  # fmt: skip
+#: What transformers itself reads of these.
+READ_BACK = ("llama", "qwen2", "gemma2", "phi3", "gpt2")
+
+
+def model_of(name: str, **more: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **{**MODELS[name], **more})
+    kinds = MODEL_MAPPING if name == "bert" else MODEL_FOR_CAUSAL_LM_MAPPING
+    return kinds[type(config)](config).eval()
+
+
+def compressed(name: str, *formats: str, **more: Any) -> PreTrainedModel:
+    """Model in the formats by turns."""
+    model = model_of(name, **more)
+    config = tn.CompressionConfig(
+        bits_per_weight=9, formats=("int8:g32:float16",), objective="weight", rounding="nearest",
+        target_modules="all",
+    )  # fmt: skip
+    data = tn.plan(model, config).to_dict()
+    for k, layer in enumerate(data["layers"]):
+        layer["storage"] = {"number_format": formats[k % len(formats)]}
+    tn.compress(model, tn.CompressionPlan.from_dict(data), progress=False)
+    return model
+
+
+def tokenizer(folder: Path) -> Path:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{k}" for k in range(WORDS - 5))]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
+    from tests.hf.export.llama_cpp import logits
+
+    model = compressed(name, "int8:g32:float16", "int8:g32:float8", "int5:g32:float16")
+    source = tokenizer(tmp_path / "words") if name == "bert" else None
+    report = th.export(model, tmp_path / "model.gguf", source=source)
+    assert {"Q8_0", "Q5_0"} <= set(report.packed.values())
+    ids = torch.randint(5, WORDS, (12,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = model(ids[None])
+    ours = found.last_hidden_state[0] if name == "bert" else found.logits[0]
+    theirs = logits(tmp_path / "model.gguf", ids)  # products with activations of 8 bits
+    assert float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)) > 0.998
+
+
+@pytest.mark.parametrize("name", READ_BACK)
+def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
+    model = compressed(name, "int4:g32:float16", "int5:g64", "int8:g32:float8", "int6:row", "int4:g32:zero")
+    plain = model_of(name).config  # without the entry of this library
+    th.export(model, tmp_path / "model.gguf")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", config=plain)
+    dense = th.decompress(model).state_dict()
+    for key, tensor in back.state_dict().items():
+        assert torch.equal(tensor, dense[key]), key
+
+
+def test_networks_are_written_dense_or_refused(tmp_path: Path) -> None:
+    model = model_of("llama")
+    tn.compress(
+        model, tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight"), progress=False
+    )
+    report = th.export(model, tmp_path / "model.gguf")
+    assert not report.packed
+    assert all("low_rank" in why for why in report.dense.values())
+    with pytest.raises(TargetError, match="low_rank"):
+        th.export(model, tmp_path / "other.gguf", networks="refuse")
+    assert [x.name for x in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_trained_tokenizer_of_bytes_and_metadata(tmp_path: Path) -> None:
+    import gguf
+
+    th.export(th.embedded.gpt2_path(), tmp_path / "model.gguf")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
+    vocabulary = json.loads((Path(th.embedded.gpt2_path()) / "tokenizer.json").read_text())["model"]["vocab"]
+    assert set(vocabulary) <= set(fields["tokenizer.ggml.tokens"].contents())
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "phi3", "gemma"]
+)  # permuted, transposed, fused, shifted norms
+def test_skeleton_gives_the_same_file(name: str, tmp_path: Path) -> None:
+    import gguf
+
+    th.export(model_of(name).half(), tmp_path / "base.gguf")
+    model = compressed(name, "int8:g32:float16", "int4:g32:float16")
+    first = th.export(model, tmp_path / "converter.gguf")
+    second = th.export(model, tmp_path / "skeleton.gguf", skeleton=tmp_path / "base.gguf")
+    assert first.packed == second.packed
+    files = [gguf.GGUFReader(tmp_path / f"{x}.gguf") for x in ("converter", "skeleton")]
+    tensors = [{x.name: x.data.tobytes() for x in f.tensors if x.name in first.packed} for f in files]
+    assert tensors[0] == tensors[1]
+    assert [x.name for x in files[0].tensors] == [x.name for x in files[1].tensors]
+    kept = [{k: v.contents() for k, v in file.fields.items() if "general.name" not in k} for file in files]
+    assert {k: v for k, v in kept[0].items() if k[:5] != "GGUF."} == {
+        k: v for k, v in kept[1].items() if k[:5] != "GGUF."
+    }
+
+
+def test_skeleton_of_another_model_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    other = model_of("llama")
+    other.init_weights()
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter)
+    th.export(other, tmp_path / "base.gguf")
+    model = compressed("llama", "int8:g32:float16")
+    with pytest.raises(TargetError, match="another model"):
+        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "base.gguf")
+    (tmp_path / "bad.gguf").write_text("no")
+    with pytest.raises(TargetError, match="GGUF"):
+        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "bad.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_what_the_converter_lacks_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("opt", vocab_size=32, hidden_size=32, ffn_dim=32, num_hidden_layers=1,
+                                  num_attention_heads=2, word_embed_proj_dim=32)  # fmt: skip
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    with pytest.raises(TargetError, match="OPTForCausalLM"):
+        th.export(model, tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_destinations(tmp_path: Path) -> None:
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="gguf"):
+        th.export(model, tmp_path / "model")
+    with pytest.raises(DestinationError, match="gguf"):
+        th.export(model, tmp_path / "model.bin", target="gguf")
+    with pytest.raises(ValueError, match="skelton"):
+        th.export(model, tmp_path / "model.gguf", skelton="x")
+    (tmp_path / "model.gguf").write_text("mine")
+    with pytest.raises(DestinationError, match="exists"):
+        th.export(model, tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_text() == "mine"
+    th.export(model, tmp_path / "model.gguf", force=True)

@@ -1,0 +1,90 @@
+"""Every type of GGUF that is written is read back bit for bit by the decoder of the package `gguf`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensornet.errors import FormatError
+from tensornet_hf.export.gguf_blocks import LEVELS, TYPES, write_blocks
+
+pytestmark = pytest.mark.slow  # needs the extra `gguf`
+
+
+def spread(x: np.ndarray) -> np.ndarray:
+    return np.repeat(x, 32, axis=1)
+
+
+def decoded(kind: str, points: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    import gguf
+
+    data = write_blocks(kind, points, scales)
+    return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
+
+
+def matrix(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points that fill the range of a type, and scales that it stores."""
+    rng, found = np.random.default_rng(seed), TYPES[kind]
+    shape = (6, 512)
+    codes = rng.integers(0, 2**found.bits, shape)
+    if found.sub is None:
+        scales = rng.normal(size=(6, 16)).astype(np.float16).astype(np.float32)
+    else:  # integers times one step in 256 weights
+        least, most = found.sub[1:]
+        steps = np.abs(rng.normal(size=(6, 2))).astype(np.float16).astype(np.float32)
+        steps = np.ldexp(np.frexp(steps)[0].astype(np.float16).astype(np.float32), -6)
+        scales = np.repeat(steps, 8, axis=1) * rng.integers(least, most + 1, (6, 16))
+    if found.table:
+        return LEVELS[codes], scales.astype(np.float32)
+    if found.offset is not None:
+        return codes - found.offset, scales.astype(np.float32)
+    if found.sub is None:  # small integers, so that scale times zero fits float16
+        scales = (rng.integers(1, 8, scales.shape) * 2.0 ** rng.integers(-9, 3, scales.shape)).astype(
+            np.float32
+        )
+        return codes - spread(rng.integers(0, 2**found.bits, scales.shape)), scales
+    return codes - (1.5 if found.bits == 2 else 2 ** (found.bits - 1)), np.abs(scales).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", TYPES)
+def test_decoder_of_gguf_gives_back_the_matrix(kind: str, seed: int) -> None:
+    points, scales = matrix(kind, seed)
+    if kind in ("Q4_K", "Q5_K", "Q2_K"):  # both factors of a minimum must fit
+        scales = np.ldexp(
+            np.float32(1), np.floor(np.log2(np.maximum(scales, 2.0**-8))).astype(int).clip(-8, -6)
+        )
+    np.testing.assert_array_equal(decoded(kind, points, scales), (points * spread(scales)).astype(np.float32))
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "Q4_0", "Q5_0", "Q8_0"])
+def test_half_steps_are_odd_numbers_of_half_scales(kind: str) -> None:
+    points = np.random.default_rng(0).integers(0, 4, (2, 256)) - 1.5
+    scales = np.full((2, 8), 0.25, np.float32)
+    np.testing.assert_array_equal(decoded(kind, points, scales), points * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "points", "scale", "word"),
+    [
+        ("Q4_0", np.full((1, 48), 1), 1.0, "multiple"),
+        ("Q4_K", np.full((1, 288), 1), 1.0, "multiple"),
+        ("Q4_0", np.full((1, 256), 8), 1.0, "bits"),
+        ("Q8_0", np.full((1, 256), 1), 1e-9, "float16"),
+        ("Q8_0", np.full((1, 256), 1), 1 + 2.0**-12, "float16"),
+        ("IQ4_NL", np.full((1, 256), 2), 1.0, "levels"),
+    ],
+)
+def test_what_a_type_cannot_hold_is_refused(kind: str, points: np.ndarray, scale: float, word: str) -> None:
+    scales = np.full((1, points.shape[1] // 32), scale, np.float32)
+    with pytest.raises(FormatError, match=word):
+        write_blocks(kind, points, scales)
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "IQ4_XS", "Q6_K", "Q4_K"])
+def test_scales_that_differ_too_much_are_refused(kind: str) -> None:
+    points = np.full((1, 256), LEVELS[9] if TYPES[kind].table else 1)
+    for last in (2.0**-10, 2.0**-40):
+        scales = np.array([[1.0] * 7 + [last]], np.float32)
+        with pytest.raises(FormatError, match="256"):
+            write_blocks(kind, points, scales)
