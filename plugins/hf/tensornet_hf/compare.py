@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import logging
 
@@ -32,6 +32,7 @@ from tensornet_hf.report import display_name
 from tensornet_hf.text import continue_text, first_line, load_tokenizer
 
 DENSE = "dense"
+GGUF = ".gguf"
 #: Number of tokens generated for measuring time, and number of repetitions.
 _TIMED_TOKENS, _REPEATS = 16, 3
 _PROMPT_WORDS = 12
@@ -53,7 +54,8 @@ def compare_folders(
     of the whole model. For quantizers that store a code for every weight, `params` counts the weights.
 
     Args:
-        paths: at least one folder or hub id: dense, compressed, or of another quantizer.
+        paths: at least one folder, hub id or GGUF file: dense, compressed, or of another quantizer. GGUF
+            files are dequantized to float32, so that their time is not that of llama.cpp.
         text: text to measure the loss on.
         name: name of the text, for reports.
         prompt: prompt to continue greedily; the beginning of the text if absent.
@@ -88,7 +90,10 @@ def compare_folders(
             )
         if text is not None and dense is None:
             dense = record_held_out(model, folder, text, name=name)
-        weights, size = count_weights(folder), weight_bytes(folder)
+        if method == "gguf":
+            weights, size = model_size(model)[0], folder.stat().st_size
+        else:
+            weights, size = count_weights(folder), weight_bytes(folder)
         sample = None
         if prompt is not None:
             sample = continue_text(model, load_tokenizer(folder), prompt, max_new_tokens=new_tokens)
@@ -122,6 +127,8 @@ def quantization_method(folder: Path) -> str:
         >>> quantization_method(th.embedded.gpt2_path())
         'dense'
     """
+    if folder.suffix == GGUF and folder.is_file():
+        return "gguf"
     if not (folder / "config.json").is_file():
         raise FormatError(f"{folder} is not a model folder: it has no config.json.")
     entry = read_json(folder / "config.json").get("quantization_config")
@@ -132,7 +139,7 @@ def quantization_method(folder: Path) -> str:
 
 
 def load_any(folder: Path) -> PreTrainedModel:
-    """Load a dense or compressed model, or one that another quantizer wrote.
+    """Load a dense or compressed model, one that another quantizer wrote, or a GGUF file (dequantized).
 
     Raises:
         FormatError: the folder is not a model, or cannot be loaded.
@@ -141,6 +148,8 @@ def load_any(folder: Path) -> PreTrainedModel:
     method = quantization_method(folder)
     if method in (DENSE, METHOD):
         return load(folder)
+    if method == "gguf":
+        return _load_gguf(folder)
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load random weights
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise FormatError(f"{folder} is quantized by {method!r}, which transformers does not know: {known}.")
@@ -164,6 +173,34 @@ def load_any(folder: Path) -> PreTrainedModel:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{folder} lacks weights that a {method!r} model has: {', '.join(missing[:5])}.")
+    return model
+
+
+def _load_gguf(file: Path) -> PreTrainedModel:
+    """Load a GGUF file with dequantized weights."""
+    verbosity = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if config.model_type == "gpt2":  # transformers puts the number of positions elsewhere
+            config.n_positions = config.n_ctx
+        options = {"dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, **options
+        )
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Reading {file} needs the package gguf: pip install 'tensornet-torch[gguf]'."
+        ) from error
+    except Exception as error:  # readers of GGUF may raise anything
+        raise FormatError(
+            f"transformers cannot load {file}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(f"transformers does not find these weights in {file}: {', '.join(missing[:5])}.")
     return model
 
 

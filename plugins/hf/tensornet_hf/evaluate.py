@@ -235,6 +235,118 @@ def perplexity(
     return Perplexity(math.exp(min(mean, 700.0)), mean, count, windows, context, stride or context)
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far the predictions of a model are from those of a reference, over all tokens of a text.
+
+    Args:
+        mean, median, percentile_99: of the Kullback-Leibler divergence `KL(reference || model)` of the next
+            token, in nats, each with its standard error.
+        same_top: share of tokens for which both models prefer the same next token, with its standard error.
+        loss_increase: mean difference of the losses, with its standard error.
+        tokens: number of predictions. Standard errors treat them as independent.
+    """
+
+    mean: tuple[float, float]
+    median: tuple[float, float]
+    percentile_99: tuple[float, float]
+    same_top: tuple[float, float]
+    loss_increase: tuple[float, float]
+    tokens: int
+
+    def __str__(self) -> str:
+        kl = ", ".join(
+            f"{name} {value:.4f} +- {error:.4f}"
+            for name, (value, error) in (
+                ("mean", self.mean),
+                ("median", self.median),
+                ("99th percentile", self.percentile_99),
+            )
+        )
+        share, error = self.same_top
+        return (
+            f"KL divergence {kl}\nsame top token {100 * share:.2f} +- {100 * error:.2f} %\n"
+            f"loss increase {self.loss_increase[0]:+.4f} +- {self.loss_increase[1]:.4f}"
+        )
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    reference: nn.Module,
+    tokens: Tensor,
+    *,
+    context: int,
+    stride: int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Divergence:
+    """Compare the predictions of two causal language models on a text, window by window.
+
+    Both models run on the same windows as in `perplexity`, so that no predictions are kept.
+
+    Args: as for `perplexity`, and the model to compare with.
+
+    Raises:
+        TargetError: the vocabularies differ.
+        NonFiniteError: a prediction is NaN.
+
+    Example:
+        >>> from tensornet_hf.evaluate import divergence
+        >>> model = th.load(th.embedded.gpt2_path())
+        >>> divergence(model, model, torch.arange(64), context=32).mean
+        (0.0, 0.0)
+    """
+    device = next(model.parameters()).device
+    rows = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
+    batches = text_windows(tokens.to(device), context=context, stride=stride, batch_size=rows)
+    divergences, same, increases = [], [], []
+    with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):
+        for batch in tqdm(batches, desc="divergence", unit="batch", disable=not progress):
+            ids = batch["input_ids"]
+            labels = batch.get("labels", ids)[:, 1:]
+            ours, dense = (
+                x(input_ids=ids.to(next(x.parameters()).device)).logits[:, :-1].float().to(device)
+                for x in (model, reference)
+            )
+            if ours.shape != dense.shape:
+                raise TargetError(
+                    f"The models have vocabularies of {ours.shape[-1]} and {dense.shape[-1]} tokens; compare "
+                    "a model with the one that it was made from."
+                )
+            scored = labels != IGNORED
+            q, p, labels = ours[scored].log_softmax(-1), dense[scored].log_softmax(-1), labels[scored]
+            divergences.append((p.exp() * (p - q)).sum(-1).double().cpu())
+            same.append((p.argmax(-1) == q.argmax(-1)).double().cpu())
+            increases.append((p - q).gather(1, labels[:, None])[:, 0].double().cpu())
+    found, agreed, increase = (torch.cat(x) for x in (divergences, same, increases))
+    if not bool(found.isfinite().all()):
+        raise NonFiniteError("A prediction is NaN or infinite: the weights or dtype of a model are broken.")
+    return Divergence(
+        _mean(found),
+        _quantile(found, 0.5),
+        _quantile(found, 0.99),
+        _mean(agreed),
+        _mean(increase),
+        len(found),
+    )
+
+
+def _mean(values: Tensor) -> tuple[float, float]:
+    """Compute a mean and its standard error."""
+    return float(values.mean()), float(values.std(correction=0)) / len(values) ** 0.5
+
+
+def _quantile(values: Tensor, q: float) -> tuple[float, float]:
+    """Compute a quantile and its standard error, from the order statistics one binomial deviation away."""
+    count = len(values)
+    spread = (q * (1 - q) / count) ** 0.5
+    low, middle, high = values.quantile(
+        torch.tensor([max(q - spread, 0.0), q, min(q + spread, 1.0)], dtype=values.dtype)
+    ).tolist()
+    return middle, (high - low) / 2
+
+
 def record_held_out(
     model: PreTrainedModel,
     folder: Path,

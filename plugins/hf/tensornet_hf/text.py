@@ -44,13 +44,16 @@ def read_text(path: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model folder or a GGUF file.
 
     Raises:
         FormatError: transformers cannot read a tokenizer from the folder.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if folder.suffix == ".gguf":
+            tokenizer = AutoTokenizer.from_pretrained(folder.parent, gguf_file=folder.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise FormatError(
             f"{folder} has no tokenizer that can be read: {first_line(error)}. "

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tensornet.calibration.losses import IGNORED
-from tensornet.errors import NonFiniteError, ShapeError
-from tensornet_hf.evaluate import perplexity, text_windows
+from tensornet.errors import NonFiniteError, ShapeError, TargetError
+from tensornet_hf.evaluate import _quantile, divergence, perplexity, text_windows
 
 VOCABULARY = 11
 
@@ -102,3 +102,47 @@ def test_bad_input(model: TinyForCausalLM) -> None:
     nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(NonFiniteError, match="loss over this text is nan"):
         perplexity(model, tokens, context=4)
+
+
+@pytest.mark.parametrize(("context", "stride"), [(8, None), (8, 3)])
+def test_divergence_of_every_prediction(model: TinyForCausalLM, context: int, stride: int | None) -> None:
+    torch.manual_seed(2)
+    other, tokens = TinyForCausalLM(), torch.randint(VOCABULARY, (41,))
+    found = divergence(other, model, tokens, context=context, stride=stride, batch_size=2)
+    divergences, same, increases = [], [], []
+    with torch.no_grad():
+        for batch in text_windows(tokens, context=context, stride=stride, batch_size=1):
+            ids = batch["input_ids"]
+            labels = batch.get("labels", ids)[0]
+            for k in range(1, ids.shape[1]):
+                if labels[k] != IGNORED:
+                    p, q = (x(ids[:, :k]).logits[0, -1].double().softmax(-1) for x in (model, other))
+                    divergences.append(float((p * (p / q).log()).sum()))
+                    same.append(float(p.argmax() == q.argmax()))
+                    increases.append(float((p[labels[k]] / q[labels[k]]).log()))
+    truth = torch.tensor(divergences)
+    assert found.tokens == len(truth)
+    assert found.mean[0] == pytest.approx(float(truth.mean()), rel=1e-4)
+    assert found.mean[1] == pytest.approx(float(truth.std()) / len(truth) ** 0.5, rel=0.05)
+    assert found.median[0] == pytest.approx(float(truth.quantile(0.5)), rel=1e-4)
+    assert found.percentile_99[0] == pytest.approx(float(truth.quantile(0.99)), rel=1e-4)
+    assert found.same_top[0] == pytest.approx(sum(same) / len(same))
+    assert found.loss_increase[0] == pytest.approx(sum(increases) / len(increases), abs=1e-5)
+
+
+def test_standard_error_of_a_quantile_is_its_spread() -> None:
+    """Against the spread of independent medians."""
+    generator = torch.Generator().manual_seed(0)
+    found = [_quantile(torch.randn(400, generator=generator), 0.5) for _ in range(300)]
+    spread = float(torch.tensor([value for value, _ in found]).std())
+    assert sum(error for _, error in found) / 300 == pytest.approx(spread, rel=0.15)
+
+
+def test_divergence_needs_one_vocabulary(model: TinyForCausalLM) -> None:
+    other = TinyForCausalLM()
+    other.head = nn.Linear(6, VOCABULARY + 1)
+    with pytest.raises(TargetError, match="vocabular"):
+        divergence(other, model, torch.arange(10), context=4)
+    torch.nn.init.constant_(other.head.weight, float("nan"))
+    with pytest.raises(NonFiniteError):
+        divergence(other, other, torch.arange(10), context=4)
