@@ -125,14 +125,14 @@ def _of_layer(
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
     # Low rank is better than chains with calibration data. Losses of residual networks are known only after
     # rounding: planning would take six times as long and lower the loss by one percent.
-    names = ("low_rank",) if config.topology == AUTO else config.families
-    families = [topology_family(name) for name in names]
+    chains = ("mpo",) if config.topology == AUTO else ()
+    families = [topology_family(x) for x in config.families if x not in chains]
     found: list[Candidate] = []
     if not config.formats:
         for family in families:
             found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, sizes)
     else:
-        formats = layer_formats([matrix], [sensitivity], config.number_formats)
+        formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
             corrections = None  # they belong to other formats
         found = dense_candidates(matrix, sensitivity, formats, sizes, corrections, config.number_formats)
@@ -454,15 +454,18 @@ def format_losses(
 
 
 def layer_formats(
-    matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], formats: Sequence[NumberFormat]
+    matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], config: CompressionConfig
 ) -> tuple[NumberFormat, ...]:
-    """Choose the formats of one layer, or of layers that share a core, from those that may be planned.
+    """Choose the formats of one layer, or of layers that share a core, in the order of the configuration.
 
-    Default formats whose 8-bit scales underflow are replaced by formats with 16-bit scales. Formats that the
-    user gave are kept, with the loss that the underflow causes.
+    Default formats whose 8-bit scales underflow are replaced by formats with 16-bit scales. Formats of a
+    target whose groups do not divide the inputs are replaced by the model's own. Formats that the user gave
+    are kept.
     """
-    found = tuple(formats)
-    if tuple(x.name for x in formats) == DEFAULT_FORMATS:
+    found = config.number_formats
+    if config.menu is not None:
+        return tuple(x if all(x.divides(w.shape[1]) for w in matrices) else NumberFormat() for x in found)
+    if config.formats == DEFAULT_FORMATS:
         for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
             found = storable_formats(matrix, found, sensitivity.choice)
     return found

@@ -14,6 +14,7 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
+from tensornet.quantization.formats import MENUS
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
 from tensornet.topologies.registry import fixed_topologies
@@ -93,7 +94,8 @@ class CompressionConfig(LayerSelection):
             the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
             only those that are floating-point or have at least four bits. In layers whose weights are too
             small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
-            16-bit scales.
+            16-bit scales. Or the target of an export, `"gguf"` or `"compressed-tensors"`: what its files
+            store, at their bytes, for embeddings and heads too, and no networks.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats.
             Curvature only; without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
@@ -143,7 +145,7 @@ class CompressionConfig(LayerSelection):
     byte_ratio: float | None = option(None, "budget", "share")
     max_bytes: int | None = option(None, "budget", "size")
     whole_model: bool | None = option(None, "advanced", "flag")
-    formats: Sequence[str] | None = option(None, "advanced", "names")
+    formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
     max_milliseconds: float | None = option(None, "budget", "number")
     tokens: int | None = option(None, "advanced", "integer")
@@ -158,7 +160,8 @@ class CompressionConfig(LayerSelection):
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
-        if self.target_modules is None and any(self.counts_model(name) for name in counted):
+        whole = self.menu is not None or any(self.counts_model(name) for name in counted)
+        if self.target_modules is None and whole:
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
@@ -240,7 +243,13 @@ class CompressionConfig(LayerSelection):
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
         """Number formats in which layers may be stored; empty for floating-point networks alone."""
-        return tuple(NumberFormat.parse(name) for name in self.formats or ())
+        names = MENUS[self.menu] if self.menu is not None else self.formats
+        return tuple(NumberFormat.parse(name) for name in names or ())
+
+    @property
+    def menu(self) -> str | None:
+        """Name of the target in `MENUS` whose formats are planned; None if the formats are given by name."""
+        return self.formats if isinstance(self.formats, str) else None
 
     @property
     def one_format_keeps(self) -> bool:
@@ -265,7 +274,9 @@ class CompressionConfig(LayerSelection):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the families the planner may use."""
+        """Names of the families the planner may use; none for a menu, which has no networks."""
+        if self.menu is not None:
+            return ()
         if self.fixed:
             return tuple(dict.fromkeys(topology.family for topology in self.fixed))
         assert isinstance(self.topology, str)
@@ -323,8 +334,11 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
     return found
 
 
-def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
-    """Validate format names; return the default ones for a budget of bits, None if no formats are planned.
+def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
+    """Validate format names, or the name of a menu.
+
+    Returns:
+        They; the default ones for a budget of bits; None if no formats are planned.
 
     Raises:
         FormatError: not a sequence of names, or an unknown name.
@@ -334,10 +348,16 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | None:
         if config.bits_per_weight is None and config.byte_ratio is None:
             return None
         formats = DEFAULT_FORMATS
+    if isinstance(formats, Sequence) and len(formats) == 1 and formats[0] in MENUS:  # a command line
+        (formats,) = formats
+    if formats in MENUS:
+        if config.topology != AUTO:
+            raise FormatError(f"formats={formats!r} has no networks; leave out topology={config.topology!r}.")
+        return str(formats)
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
-            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, got {formats!r}; 'int4' alone is "
-            "written ('int4',)."
+            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the target of an export "
+            f"({', '.join(MENUS)}); got {formats!r}. 'int4' alone is written ('int4',)."
         )
     return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
 

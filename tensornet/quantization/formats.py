@@ -29,6 +29,22 @@ DEFAULT_GROUP = 64
 #: Dtypes of scales by the suffix in the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
 _FLOATS = ("float", "bf16")
+#: Formats that another file format stores as they are, with exactly their bytes, by the name of that target.
+#: `tensornet_hf.export` writes them; groups must divide the inputs of a layer.
+MENUS: dict[str, tuple[str, ...]] = {
+    "gguf": ("float", "int8:g32:float16", "int5:g32:float16", "int4:g32:float16"),
+    "compressed-tensors": (
+        "float",
+        "int8",
+        "int8:g128",
+        "int6",
+        "int5",
+        "int4:g32",
+        "int4",
+        "int4:g128",
+        "int3:g32",
+    ),
+}
 _PATTERN = re.compile(
     r"int(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16|float8))?"
 )
@@ -145,6 +161,10 @@ class NumberFormat:
         return half - 0.5 if self.bits == 2 else half
 
     # --- groups ----------------------------------------------------------------------------------
+
+    def divides(self, size: int) -> bool:
+        """Return True if a row of `size` elements has no shorter last group."""
+        return self.group is None or size % self.group == 0
 
     def groups(self, size: int) -> int:
         """Count the groups in a row of `size` elements."""

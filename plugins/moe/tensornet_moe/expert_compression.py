@@ -356,7 +356,7 @@ def find_stacks(
             continue
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
-        formats = layer_formats(matrices, weights, config.number_formats)
+        formats = layer_formats(matrices, weights, config)
         pairs = [
             (pattern, candidate)
             for pattern in PATTERNS
