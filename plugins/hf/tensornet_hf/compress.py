@@ -19,7 +19,7 @@ import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
-from tensornet.compression.config import CompressionConfig, option
+from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import estimate_seconds
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
@@ -40,6 +40,9 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
+from tensornet_hf.export.base import GGUF, check_new_file
+from tensornet_hf.export.export import export
+from tensornet_hf.export.gguf import file_facts
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
@@ -272,7 +275,9 @@ def compress_folder(
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        destination: folder to write, or `hf://owner/name` to upload.
+        destination: folder to write, `hf://owner/name` to upload, or a file that ends in `.gguf`. For such a
+            file formats are those of GGUF (unless others are given), embeddings and heads are planned too,
+            and `max_bytes` is the size of the file.
         config: the options, or a plan, which may have been edited or loaded.
         options: calibration text, refitting and healing, files.
 
@@ -300,7 +305,13 @@ def compress_folder(
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
-    check_free(destination, force=options.force, sources=(folder,))
+    as_gguf = Path(destination).suffix == GGUF
+    if as_gguf:
+        if options.workers is not None:
+            raise OptionError("{workers} writes a model folder; a GGUF file is made of a whole model.")
+        check_new_file(Path(destination), force=options.force)
+    else:
+        check_free(destination, force=options.force, sources=(folder,))
     if options.workers is not None:
         streamed = _compress_streamed(folder, Path(destination), config, options, text)
         sizes = weight_bytes(folder), weight_bytes(destination)
@@ -309,6 +320,8 @@ def compress_folder(
     # Load, and collect statistics on the text.
     started = time.perf_counter()
     model = on_device(open_dense(folder), options.device)
+    if as_gguf and isinstance(config, CompressionConfig):
+        config = for_gguf(config, model, folder)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
     _print_estimate(model, config, options)
@@ -339,10 +352,16 @@ def compress_folder(
     done = replace(done, seconds=time.perf_counter() - started)
 
     # Save, compare with the baselines, and write the page.
-    save(stored, destination, source=folder, force=options.force)
+    if as_gguf:
+        exported = export(stored, destination, source=folder, force=options.force)
+        notes += tuple(f"{name} is dense in the file: {why}" for name, why in exported.dense.items())
+        written = exported.num_bytes
+    else:
+        save(stored, destination, source=folder, force=options.force)
+        written = done.model_bytes_after if uploaded else weight_bytes(destination)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    sizes = weight_bytes(folder), done.model_bytes_after if uploaded else weight_bytes(destination)
+    sizes = weight_bytes(folder), written
     models: list[ModelFacts] = []
     if (options.report or held_out) and teacher is not None and isinstance(done, CompressionReport):
         models, losses, prompt = compare_methods(
@@ -362,6 +381,37 @@ def compress_folder(
             title = f"{display_name(source)}, compressed"
             write_report(Page(title, done, models, losses, made, notes, prompt), options.report)
     return FolderReport(str(source), str(destination), done, *sizes, notes, tuple(models))
+
+
+def for_gguf(config: CompressionConfig, model: PreTrainedModel, folder: Path) -> CompressionConfig:
+    """Adapt a configuration to a GGUF file: its formats, what stays in float32, and the size of the file.
+
+    Args:
+        config: the options; formats that were given by name are kept.
+        model: the dense model.
+        folder: its folder.
+
+    Raises:
+        BudgetError: `max_bytes` is less than what the file needs without any weight.
+        TargetError: the converter does not know this model or tokenizer.
+    """
+    overhead, full = file_facts(model, folder)
+    changes: dict[str, Any] = {}
+    if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):
+        changes["formats"] = "gguf"
+        taken = config.target_modules
+        changes["target_modules"] = None if taken == "all" else taken
+    if full:
+        given = config.exclude_modules or ()
+        changes["exclude_modules"] = (*((given,) if isinstance(given, str) else given), *full)
+    if config.max_bytes is not None:
+        if config.max_bytes <= overhead:
+            raise BudgetError(
+                f"max_bytes={config.max_bytes:,}: vocabulary and metadata of the file alone take "
+                f"{overhead:,} bytes."
+            )
+        changes["max_bytes"] = config.max_bytes - overhead
+    return replace(config, **changes)
 
 
 def plan_folder(

@@ -49,7 +49,7 @@ from tensornet_hf.cli.options import (
     spelled,
     with_options,
 )
-from tensornet_hf.compare import compare_folders, prompt_of
+from tensornet_hf.compare import compare_folders, load_any, prompt_of
 from tensornet_hf.compress import (
     DEFAULT,
     CompressOptions,
@@ -60,8 +60,9 @@ from tensornet_hf.compress import (
     plan_folder,
 )
 from tensornet_hf.embedded import data_path, gpt2_path
-from tensornet_hf.evaluate import perplexity, run_tasks
-from tensornet_hf.export.compressed_tensors import export_compressed_tensors
+from tensornet_hf.evaluate import divergence, perplexity, run_tasks
+from tensornet_hf.export.export import TARGETS
+from tensornet_hf.export.export import export as export_model
 from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.text import (
@@ -185,6 +186,10 @@ def inspect(path: Source, as_json: Json = False) -> None:
 def evaluate(
     path: Source,
     text: Annotated[Path | None, typer.Option(help="Text file, UTF-8: perplexity.")] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The dense model: Kullback-Leibler divergence of the predictions on --text."),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,hellaswag."),
@@ -216,22 +221,23 @@ def evaluate(
         )
     if task_path is not None and tasks is None:
         raise typer.BadParameter("--task-path belongs to --tasks, which is not given.")
+    if reference is not None and text is None:
+        raise typer.BadParameter("--reference compares predictions on a text; give --text FILE.")
     content = None if text is None else read_text(text)
-    folder = resolve_folder(path)
-    model = on_device(load(folder), device)
+    folder, other = resolve_folder(path), None if reference is None else resolve_folder(reference)
+    model = on_device(load_any(folder), device)
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
     if text is not None and content is not None:
         require_causal(model)
-        measured = perplexity(
-            model,
-            token_ids(tokenizer, content),
-            context=usual_context(model) if context is None else context,
-            stride=stride,
-            batch_size=batch,
-            progress=sys.stderr.isatty(),
-        )
+        ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
+        windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
+        windows["context"] = usual_context(model) if context is None else context
+        measured = perplexity(model, ids, **windows)
         found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
+        if other is not None:
+            dense = on_device(load_any(other), device)
+            found["divergence"] = divergence(model, dense, ids, **windows)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_tasks(
@@ -239,10 +245,13 @@ def evaluate(
         )
         found["tasks"] = asdict(scores)
     if as_json:
+        if "divergence" in found:
+            found["divergence"] = {"reference": reference, **asdict(found["divergence"])}
         print_json({"model": path, **found})
         return
     if "perplexity" in found:
-        print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}", found["how"])
+        print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}")
+        print_lines(*str(found.get("divergence", "")).splitlines(), found["how"])
     if tasks is not None:
         rows = []
         for task, values in scores.scores.items():
@@ -260,7 +269,8 @@ def compare(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Model folders or hub ids, the dense one first: dense, ours, or of another quantizer."
+            help="Model folders, hub ids or GGUF files, the dense one first: dense, ours, or of another "
+            "quantizer."
         ),
     ],
     text: Annotated[Path | None, typer.Option(help="Text to measure the loss on, UTF-8.")] = None,
@@ -387,17 +397,30 @@ def decompress(
 
 def export(
     source: Source,
-    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    destination: Annotated[Path, typer.Argument(help="File (.gguf) or folder to write.")],
+    target: Annotated[
+        str | None, typer.Option(help=f"{', '.join(TARGETS)}. [default: that of the suffix .gguf]")
+    ] = None,
+    skeleton: Annotated[
+        Path | None,
+        typer.Option(help="GGUF file of the dense model: take names, tokenizer and metadata from it."),
+    ] = None,
+    networks: Annotated[
+        str | None,
+        typer.Option(help="Layers that are networks: write them dense, or refuse. [default: dense]"),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Export int4 and int8 layers for transformers with compressed-tensors, or vLLM.
+    """Write a model for another runtime, with exactly the same weights.
 
-    Layers of other forms are written dense and listed.
+    What the target cannot store is written dense and listed.
     """
-    report = export_compressed_tensors(resolve_folder(source), destination, force=force)
+    given = {"skeleton": skeleton, "networks": networks}
+    options = {name: value for name, value in given.items() if value is not None}
+    report = export_model(source, destination, target=target, force=force, **options)
     if as_json:
-        print_json({"destination": str(destination), "packed": report.packed, "dense": report.dense})
+        print_json({**asdict(report), "destination": str(destination)})
     else:
         print_lines(str(report))
 

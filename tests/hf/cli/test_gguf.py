@@ -1,0 +1,72 @@
+"""From a folder to a GGUF file and back to a number: compress, export, eval and compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
+
+pytestmark = pytest.mark.slow  # needs the extra `gguf`
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def texts(tensornet: Run) -> None:
+    """Files with a calibration and a held-out text in the folder of the run."""
+    Path("text.txt").write_text(calibration_text()[:40_000])
+    Path("held.txt").write_text(heldout_text()[:20_000])
+
+
+def test_compress_to_a_file_of_a_given_size(tensornet: Run, texts: None) -> None:
+    data = ("--calibration", "text.txt", "--calibration-tokens", 4096)
+    status, out, err = tensornet("compress", gpt2_path(), "small.gguf", "--max-bytes", "0.7MB", *data)
+    assert status == 0, err
+    assert Path("small.gguf").stat().st_size == pytest.approx(700_000, rel=0.01)
+    assert "small.gguf" in out
+    status, out, err = tensornet(
+        "eval", "small.gguf", "--reference", gpt2_path(), "--text", "held.txt", "--json"
+    )
+    assert status == 0, err
+    found = json.loads(out)["divergence"]
+    assert 0 < found["median"][0] < found["mean"][0] < found["percentile_99"][0] < 0.2
+    assert 0.8 < found["same_top"][0] < 1
+    assert all(value[1] > 0 for name, value in found.items() if isinstance(value, list))
+
+
+def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
+    how = ("--bits", 5.5, "--formats", "gguf", "--objective", "weight", "--exclude", "transformer.wpe")
+    assert tensornet("compress", gpt2_path(), "small", *how)[0] == 0
+    status, out, err = tensornet("export", "small", "small.gguf", "--json")
+    assert status == 0, err
+    assert json.loads(out)["dense"] == {}
+    status, out, err = tensornet(
+        "compare", gpt2_path(), "small", "small.gguf", "--text", "held.txt", "--json"
+    )
+    assert status == 0, err
+    dense, ours, theirs = json.loads(out)["models"]
+    for name in ("loss", "kl"):
+        assert theirs["quality"][name] == pytest.approx(ours["quality"][name], rel=1e-4)
+    assert theirs["bytes"] == Path("small.gguf").stat().st_size
+    assert dense["quality"]["kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_bad_requests(tensornet: Run, texts: None) -> None:
+    for arguments, word in (
+        (("compress", gpt2_path(), "x.gguf", "--max-bytes", "20kB", "--calibration", "text.txt"), "vocabulary"),
+        (
+            ("compress", gpt2_path(), "x.gguf", "--bits", 5, "--objective", "weight", "--workers", 1),
+            "--workers",
+        ),
+        (("export", gpt2_path(), "x"), "gguf"),
+        (("export", gpt2_path(), "x.gguf", "--networks", "keep"), "refuse"),
+        (("eval", gpt2_path(), "--reference", gpt2_path()), "--text"),
+        (("eval", "text.txt", "--text", "held.txt"), "text.txt"),
+    ):
+        status, out, err = tensornet(*arguments)
+        assert (status != 0, out) == (True, ""), arguments
+        assert word in err
+    assert not Path("x.gguf").exists()
