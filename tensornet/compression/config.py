@@ -95,7 +95,7 @@ class CompressionConfig(LayerSelection):
             only those that are floating-point or have at least four bits. In layers whose weights are too
             small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
             16-bit scales. Or the target of an export, `"gguf"` or `"compressed-tensors"`: what its files
-            store, at their bytes, for embeddings and heads too, and no networks.
+            store, at their bytes, and no networks. `"gguf"` plans embeddings and heads too.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats.
             Curvature only; without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
@@ -160,7 +160,7 @@ class CompressionConfig(LayerSelection):
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
-        whole = self.menu is not None or any(self.counts_model(name) for name in counted)
+        whole = self.menu == "gguf" or any(self.counts_model(name) for name in counted)
         if self.target_modules is None and whole:
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))

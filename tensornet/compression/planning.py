@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone
+from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone, uniform
 from tensornet.compression.apply import MadeLayers, check_stats
 from tensornet.compression.candidates import find_candidates, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
@@ -100,14 +100,23 @@ class Prepared:
         objective = self.facts.objective
         if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
-        chosen, bound_by = choose_candidates(
+        # Layers that a kernel of the target fuses are planned as one.
+        names = [target.name for target in self.targets]
+        groups = fused_groups(names) if config.menu in FUSING else [[k] for k in range(len(names))]
+        joined = [_joined([self.candidates[k] for k in group]) for group in groups]
+        found, bound_by = choose_candidates(
             self.targets,
-            self.candidates,
+            [candidates for candidates, _ in joined],
             config,
             objective,
             forecast=self.facts.forecast,
             rest=self.rest,
+            names=[", ".join(names[k] for k in group) for group in groups],
         )
+        chosen = [0] * len(names)
+        for group, (_, places), index in zip(groups, joined, found, strict=True):
+            for k, place in zip(group, places[index], strict=True):
+                chosen[k] = place
         return self.planned(chosen, bound_by)
 
     def without(self, names: Collection[str], reason: str) -> "Prepared":
@@ -164,6 +173,45 @@ class Prepared:
         if check is not None and self.measured is not None:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
         return replace(self.facts, layers=tuple(layers), loss_check=check)
+
+
+#: Targets whose kernels compute the layers of one of these sets as one product, with one number format.
+FUSING = ("compressed-tensors",)
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def fused_groups(names: Sequence[str]) -> list[list[int]]:
+    """Group layers that servers such as vLLM fuse: siblings of one of the sets in `FUSED`.
+
+    Example:
+        >>> from tensornet.compression.planning import fused_groups
+        >>> fused_groups(["0.attn.q_proj", "0.attn.k_proj", "0.attn.o_proj", "1.attn.q_proj"])
+        [[0, 1], [2], [3]]
+    """
+    groups: dict[tuple[str, Any], list[int]] = {}
+    for k, name in enumerate(names):
+        parent, _, child = name.rpartition(".")
+        fused = next((x for x in FUSED if child in x), child)
+        groups.setdefault((parent, fused), []).append(k)
+    return list(groups.values())
+
+
+def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
+    """Add up the candidates of layers that get one number format; a single layer keeps its own.
+
+    Returns:
+        The sums, and the index of each summand in the list of its layer.
+    """
+    if len(group) == 1:
+        return list(group[0]), [(k,) for k in range(len(group[0]))]
+    by_format = [uniform(found) for found in group]
+    places = [tuple(x[name] for x in by_format) for name in by_format[0] if all(name in x for x in by_format)]
+    sums = []
+    for place in places:
+        same = [found[k] for found, k in zip(group, place, strict=True)]
+        parts = ("num_bytes", "params", "predicted_loss", "cost", "milliseconds")
+        sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
+    return sums, places
 
 
 def plan(

@@ -1,0 +1,75 @@
+"""Plans for the target of an export: its formats, its bytes, and one format for layers that it fuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tensornet as tn
+from tensornet.calibration import sampled_losses
+from tensornet.compression import prepare
+from tensornet.errors import FormatError
+from tensornet.quantization.formats import MENUS
+
+
+def llama(hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=hidden, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
+    batches = torch.randint(3, 96, (4, 8, 32), generator=torch.Generator().manual_seed(1))
+    return tn.calibrate(model, list(batches), loss_fn=sampled_losses)
+
+
+@pytest.mark.parametrize("target", MENUS)
+def test_plan_takes_only_what_the_target_stores(target: str) -> None:
+    model = llama()
+    config = tn.CompressionConfig(bits_per_weight=5, formats=target)
+    plan = prepare(model, config, stats_of(model)).plan()
+    assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target == "gguf")
+    for layer in plan:
+        assert layer.topology is None or layer.topology.family == "dense"
+        assert layer.storage.number_format.name in MENUS[target]
+    assert len({layer.storage.number_format for layer in plan}) > 1
+    assert 4.5 < 8 * plan.bytes_after / plan.params_before <= 5
+
+
+def test_fused_layers_share_a_format_and_cost_no_less() -> None:
+    model = llama()
+    stats, size = stats_of(model), {"bits_per_weight": 4.6}
+    config = tn.CompressionConfig(formats="compressed-tensors", **size)  # type: ignore[arg-type]
+    names = MENUS["compressed-tensors"]
+    free = tn.CompressionConfig(formats=names, topology="low_rank", max_bond=1, **size)  # type: ignore[arg-type]
+    plan, other = (prepare(model, x, stats).plan() for x in (config, free))
+    formats = {layer.name: layer.storage.number_format for layer in plan}
+    for block in ("model.layers.0", "model.layers.1"):
+        assert len({formats[f"{block}.self_attn.{x}_proj"] for x in "qkv"}) == 1
+        assert len({formats[f"{block}.mlp.{x}_proj"] for x in ("gate", "up")}) == 1
+    assert 8 * plan.bytes_after / plan.params_before <= 4.6
+    assert other.predicted_loss_increase is not None
+    assert plan.predicted_loss_increase is not None
+    assert other.predicted_loss_increase <= plan.predicted_loss_increase * (1 + 1e-9)
+
+
+def test_rows_that_groups_do_not_divide_stay_as_they_are() -> None:
+    model = llama(hidden=48)
+    plan = tn.plan(model, tn.CompressionConfig(bits_per_weight=28, formats="gguf"), stats_of(model))
+    for layer in plan:
+        if layer.shape[1] == 48:
+            assert layer.storage.number_format.name == "float"
+        else:
+            assert layer.storage.number_format.is_integer
+
+
+def test_menus_have_no_networks() -> None:
+    with pytest.raises(FormatError, match="networks"):
+        tn.CompressionConfig(bits_per_weight=5, formats="gguf", topology="low_rank")
+    with pytest.raises(FormatError, match="compressed-tensors"):
+        tn.CompressionConfig(bits_per_weight=5, formats="onnx")
+    assert tn.CompressionConfig(bits_per_weight=5, formats=("gguf",)).menu == "gguf"
