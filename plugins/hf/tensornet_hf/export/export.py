@@ -13,12 +13,14 @@ from tensornet_hf.checkpoint import load, resolve_folder
 from tensornet_hf.export.base import ExportReport
 from tensornet_hf.export.compressed_tensors import export_compressed_tensors
 from tensornet_hf.export.gguf import export_gguf
+from tensornet_hf.export.mlx import export_mlx
 
 #: Exporters by the name of their target: functions of a model and a destination, with the keywords `source`
 #: (folder of the tokenizer, or None), `force` and options of their own. A new target is one entry.
 TARGETS: dict[str, Callable[..., ExportReport]] = {
     "gguf": export_gguf,
     "compressed-tensors": export_compressed_tensors,
+    "mlx": export_mlx,
 }
 
 
@@ -37,6 +39,7 @@ def export(
     |---|---|---|
     | `"gguf"` | one file, `.gguf` | llama.cpp, Ollama, LM Studio; transformers (`gguf_file=`) |
     | `"compressed-tensors"` | a folder | transformers with `compressed-tensors`, vLLM |
+    | `"mlx"` | a folder | `mlx-lm` |
 
     A layer that the target cannot store as it is (a network of several cores, a number format that the
     target does not have) is written dense, and the report lists it. Plans made with
