@@ -110,7 +110,7 @@ def test_a_folder_of_compressed_tensors(tensornet: Run) -> None:
     load_tokenizer(gpt2_path()).save_pretrained("dense")
     how = ("--bits", 5, "--formats", "int4", "--objective", "weight")
     assert tensornet("compress", "dense", "small", *how)[0] == 0
-    assert tensornet("export", "small", "theirs")[0] == 0
+    assert tensornet("export", "small", "theirs", "--target", "compressed-tensors")[0] == 0
     Path("text.txt").write_text(heldout_text()[:3_000])
     status, out, _ = tensornet("compare", "small", "./theirs", "--text", "text.txt", "--json")
     assert status == 0

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint import check_free, weight_bytes
 from tensornet_hf.export.base import ExportReport, IntegerMatrix
@@ -40,10 +41,15 @@ def export_compressed_tensors(
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written; no new files are left.
-        TargetError: no layer can be packed.
+        TargetError: no layer can be packed, or the model has experts.
     """
     check_free(destination, force=force, sources=() if source is None else (source,))
     stock, state, packed, dense = packed_model(model, _pack, kinds=("linear",), packs_tied=False)
+    if stacks := [name for name, x in stock.named_parameters() if x.ndim == 3 and "experts" in name]:
+        raise TargetError(
+            f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder only "
+            "if they are packed too, which is not done here. Export to mlx or gguf."
+        )
     stock.config.quantization_config = quantization_entry(packed)
     with model_folder(stock, state, destination, source=source, force=force):
         pass

@@ -69,6 +69,8 @@ def packed_model(
         found: Packed | str
         if isinstance(matrix, str):
             found = matrix
+        elif layer.source == "part":
+            found = "one of several matrices that the model stores as one tensor, such as those of experts"
         elif layer.source not in kinds:
             found = f"a layer of the kind {layer.source!r}; this target packs {' and '.join(kinds)}"
         elif name in tied and not packs_tied:  # loading would tie the other layer to a missing weight

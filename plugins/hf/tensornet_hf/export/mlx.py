@@ -107,6 +107,8 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in full:
             entries[name] = full[name]
+    if "rope_theta" in full:
+        entries["rotary_emb_base"] = full["rope_theta"]  # the name in GPT-NeoX
     if full.get("rope_type", "default") != "default":
         entries["rope_scaling"] = {**full, "type": full["rope_type"]}
     if "sliding_attention" in rope:
