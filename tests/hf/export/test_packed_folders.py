@@ -97,9 +97,7 @@ def mixed(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Llama with every layer in the format that `LAYERS` gives."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(dtype).eval()
-    config = tn.CompressionConfig(
-        max_bond=4, topology="low_rank", target_modules="all", objective="weight"
-    )
+    config = tn.CompressionConfig(max_bond=4, topology="low_rank", target_modules="all", objective="weight")
     plan = tn.plan(model, config)
     for name, (number_format, *_) in LAYERS.items():
         if number_format != "low_rank":

@@ -1,11 +1,12 @@
 """Export integer layers as a compressed-tensors checkpoint, which transformers and vLLM load.
 
-In that format the weight of an `nn.Linear` becomes `weight_packed`, codes of 2 to 8 bits as one stream of bits
-for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The configuration has one group of
-layers for each number format.
+In that format the weight of a linear layer becomes `weight_packed`, codes of 2 to 8 bits as one stream of bits
+for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The configuration has one
+group of layers for each number format. transformers cannot load packed embeddings.
 
-Zero is the middle code of every format here. The format itself has zero points as well, but transformers 5.24 cannot
-load them with any compressed-tensors up to 0.20.1. So layers with zero points get codes of more bits where necessary.
+Zero is the middle code of every layer here. The format has zero points as well, but transformers (5.24, with
+compressed-tensors 0.18 to 0.20) fails to load them. So layers with zero points get codes of more bits where
+necessary.
 """
 
 from collections.abc import Mapping
@@ -29,9 +30,9 @@ def export_compressed_tensors(
     """Write a folder that transformers with `compressed-tensors` loads; see `tensornet_hf.export`.
 
     A layer is packed if it is an `nn.Linear` stored as one matrix of integers, with groups that divide the
-    inputs or one scale per row, and scales that are exact in the dtype of the model. vLLM reads this format as
-    well (not tested here) if the projections that it fuses, query, key and value or gate and up, share a number
-    format.
+    inputs or one scale per row, and scales that are exact in the dtype of the model. vLLM reads this format
+    as well (not tested here) if the projections that it fuses, query, key and value or gate and up, share a
+    number format.
 
     Args:
         model: a compressed model; it is not changed.
@@ -47,8 +48,8 @@ def export_compressed_tensors(
     stock, state, packed, dense = packed_model(model, _pack, kinds=("linear",), packs_tied=False)
     if stacks := [name for name, x in stock.named_parameters() if x.ndim == 3 and "experts" in name]:
         raise TargetError(
-            f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder only "
-            "if they are packed too, which is not done here. Export to mlx or gguf."
+            f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder "
+            "only if they are packed too, which is not done here. Export to mlx or gguf."
         )
     stock.config.quantization_config = quantization_entry(packed)
     with model_folder(stock, state, destination, source=source, force=force):

@@ -1,6 +1,6 @@
 """Folders of safetensors whose integer matrices are packed into 32-bit words: compressed-tensors and MLX.
 
-These targets differ in the tensors that they make of one matrix and in what they say about them in config.json.
+These targets differ in the tensors that they make of one matrix and in what config.json says about them.
 """
 
 import copy
@@ -37,10 +37,10 @@ def packed_model(
 
     Args:
         model: a compressed model; it is not changed.
-        pack_matrix: packs a matrix for a layer that computes in the given dtype, or says why it has to be written dense.
+        pack_matrix: packs a matrix for a layer that computes in the given dtype, or says why it cannot.
         kinds: kinds of layers that can be packed, see `tensornet.nn.layer_kinds`.
-        packs_tied: whether a head that is tied to a packed embedding needs no tensors of its own. If not, both
-            are written dense.
+        packs_tied: whether a head that is tied to a packed embedding needs no tensors of its own. If not,
+            both are written dense.
 
     Returns:
         A copy of stock layers, for `save_pretrained`; its tensors by name; the number format of every packed

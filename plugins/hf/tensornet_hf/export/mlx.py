@@ -1,9 +1,9 @@
 """Export integer layers as a folder that `mlx-lm` loads.
 
-In that format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as one stream of
-bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight is
-`scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and groups of
-each layer are in config.json.
+In that format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as one
+stream of bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight is
+`scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and
+groups of each layer are in config.json.
 """
 
 import importlib.metadata
@@ -28,8 +28,8 @@ from tensornet_hf.export.gguf import RENAMED
 
 #: Bits of codes and sizes of groups that MLX has.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-#: Loads names and shapes of a folder, as mlx-lm does, without reading the numbers. This is a process of its own,
-#: because mlx-lm lowers the number of files that a process may open.
+#: Loads names and shapes of a folder, as mlx-lm does, without reading the numbers. It runs in a process of
+#: its own, because mlx-lm lowers the number of files that a process may open.
 CHECK = """
 import pathlib, sys
 from mlx_lm.utils import load_model
@@ -46,9 +46,9 @@ def export_mlx(
 ) -> ExportReport:
     """Write a folder that `mlx-lm` loads; see `tensornet_hf.export`.
 
-    A layer is packed if it is a linear layer or an embedding that is stored as one matrix of integers of 2, 3, 4, 5, 6
-    or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of the model if
-    that is exact, else float32; MLX then computes in float32 from this layer on.
+    A layer is packed if it is a linear layer or an embedding that is stored as one matrix of integers of 2,
+    3, 4, 5, 6 or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of
+    the model if that is exact, else float32; MLX then computes in float32 from this layer on.
 
     Args:
         model: a compressed model; it is not changed.
