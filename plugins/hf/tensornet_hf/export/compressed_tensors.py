@@ -1,8 +1,8 @@
 """Export integer layers as a compressed-tensors checkpoint, which transformers and vLLM load.
 
-In that format the weight of a linear layer becomes `weight_packed`, codes of 2 to 8 bits as one stream of bits
-for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The configuration has one
-group of layers for each number format. transformers cannot load packed embeddings.
+In that format the weight of a linear layer becomes `weight_packed`, codes of 2 to 8 bits as one stream of
+bits for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The configuration
+has one group of layers for each number format. transformers cannot load packed embeddings.
 
 Zero is the middle code of every layer here. The format has zero points as well, but transformers (5.24, with
 compressed-tensors 0.18 to 0.20) fails to load them. So layers with zero points get codes of more bits where

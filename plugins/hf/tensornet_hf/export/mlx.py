@@ -1,8 +1,8 @@
 """Export integer layers as a folder that `mlx-lm` loads.
 
 In that format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as one
-stream of bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight is
-`scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and
+stream of bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight
+is `scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and
 groups of each layer are in config.json.
 """
 
@@ -47,8 +47,8 @@ def export_mlx(
     """Write a folder that `mlx-lm` loads; see `tensornet_hf.export`.
 
     A layer is packed if it is a linear layer or an embedding that is stored as one matrix of integers of 2,
-    3, 4, 5, 6 or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of
-    the model if that is exact, else float32; MLX then computes in float32 from this layer on.
+    3, 4, 5, 6 or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype
+    of the model if that is exact, else float32; MLX then computes in float32 from this layer on.
 
     Args:
         model: a compressed model; it is not changed.
