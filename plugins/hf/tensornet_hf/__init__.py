@@ -10,8 +10,8 @@ require(("transformers", "accelerate"), extra="hf", user="tensornet_hf")
 import tensornet_hf.extension  # noqa: F401  (registers itself)
 from tensornet_hf.checkpoint import decompress, load, save
 from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder, plan_folder
-from tensornet_hf.export.base import ExportReport
-from tensornet_hf.export.export import export
+from tensornet_hf.exporters.base import ExportReport
+from tensornet_hf.exporters.export import export
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint

@@ -40,9 +40,9 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
-from tensornet_hf.export.base import GGUF, check_new_file
-from tensornet_hf.export.export import export
-from tensornet_hf.export.gguf import file_facts
+from tensornet_hf.exporters.base import GGUF, check_new_file
+from tensornet_hf.exporters.export import export
+from tensornet_hf.exporters.gguf import file_facts
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint

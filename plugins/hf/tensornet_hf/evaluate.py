@@ -298,7 +298,8 @@ def divergence(
         (0.0, 0.0)
     """
     device = next(model.parameters()).device
-    rows = max(1, min(batch_size, MOST_LOGITS // (context * model.config.vocab_size)))
+    config: Any = model.config
+    rows = max(1, min(batch_size, MOST_LOGITS // (context * config.vocab_size)))
     batches = text_windows(tokens.to(device), context=context, stride=stride, batch_size=rows)
     divergences, same, increases = [], [], []
     with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):

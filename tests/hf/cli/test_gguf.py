@@ -56,7 +56,10 @@ def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
 
 def test_bad_requests(tensornet: Run, texts: None) -> None:
     for arguments, word in (
-        (("compress", gpt2_path(), "x.gguf", "--max-bytes", "20kB", "--calibration", "text.txt"), "vocabulary"),
+        (
+            ("compress", gpt2_path(), "x.gguf", "--max-bytes", "20kB", "--calibration", "text.txt"),
+            "vocabulary",
+        ),
         (
             ("compress", gpt2_path(), "x.gguf", "--bits", 5, "--objective", "weight", "--workers", 1),
             "--workers",

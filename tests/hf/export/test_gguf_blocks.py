@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tensornet.errors import FormatError
-from tensornet_hf.export.gguf_blocks import LEVELS, TYPES, write_blocks
+from tensornet_hf.exporters.gguf_blocks import LEVELS, TYPES, write_blocks
 
 pytestmark = pytest.mark.slow  # needs the extra `gguf`
 

@@ -30,7 +30,7 @@ import tensornet_hf as th
 from tensornet.errors import DestinationError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.export.folder import words
+from tensornet_hf.exporters.folder import words
 
 TARGETS = ("compressed-tensors", "mlx")
 #: Layer of a model, its format, and what becomes of it in both targets: a format, or a word of the reason.

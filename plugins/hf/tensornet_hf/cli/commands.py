@@ -61,8 +61,8 @@ from tensornet_hf.compress import (
 )
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
-from tensornet_hf.export.export import TARGETS
-from tensornet_hf.export.export import export as export_model
+from tensornet_hf.exporters.export import TARGETS
+from tensornet_hf.exporters.export import export as export_model
 from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.report import compact_bytes, display_command
 from tensornet_hf.text import (

@@ -20,7 +20,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import pack
 from tensornet_hf.checkpoint import copy_small_files, write_folder
-from tensornet_hf.export.base import IntegerMatrix, integer_matrix
+from tensornet_hf.exporters.base import IntegerMatrix, integer_matrix
 
 #: Number format in the folder, and the packed tensors by their names in the layer.
 Packed = tuple[NumberFormat, dict[str, Tensor]]
@@ -141,7 +141,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
         `torch.int32`, shape `(rows, ceil(columns * bits / 32))`.
 
     Example:
-        >>> from tensornet_hf.export.folder import words
+        >>> from tensornet_hf.exporters.folder import words
         >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist()  # 0b011_010_001
         [[209]]
     """

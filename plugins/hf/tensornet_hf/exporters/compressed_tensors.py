@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint import check_free, weight_bytes
-from tensornet_hf.export.base import ExportReport, IntegerMatrix
-from tensornet_hf.export.folder import Packed, model_folder, packed_model, words
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix
+from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import unpack
+from tensornet_hf.report import compact_bytes
 
 #: Suffix of the files of llama.cpp.
 GGUF = ".gguf"
@@ -42,9 +43,10 @@ class ExportReport:
         num_bytes: size of the weight files.
 
     Example:
-        >>> from tensornet_hf.export.base import ExportReport
+        >>> from pathlib import Path
+        >>> from tensornet_hf.exporters.base import ExportReport
         >>> print(ExportReport(Path("out"), packed={"lm_head": "int8"}, dense={}, num_bytes=1000))
-        1 tensors packed (1 int8), 0 written dense, 1000 B: out
+        1 tensors packed (1 int8), 0 written dense, 1.00 kB: out
     """
 
     destination: Path
@@ -53,8 +55,6 @@ class ExportReport:
     num_bytes: int
 
     def __str__(self) -> str:
-        from tensornet_hf.report import compact_bytes
-
         kinds: dict[str, int] = {}
         for kind in self.packed.values():
             kinds[kind] = kinds.get(kind, 0) + 1
@@ -96,7 +96,7 @@ def integer_matrix(layer: NetworkModule) -> IntegerMatrix | str:
     """Return the integers of a layer, or in a few words why it is not one matrix of integers.
 
     Example:
-        >>> from tensornet_hf.export.base import integer_matrix
+        >>> from tensornet_hf.exporters.base import integer_matrix
         >>> integer_matrix(tn.nn.MPOLinear(16, 16, max_bond=2))
         "a network of the family 'mpo', not one matrix"
     """

@@ -62,14 +62,15 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
 
     Example:
         >>> import numpy as np
-        >>> from tensornet_hf.export.gguf_blocks import write_blocks
+        >>> from tensornet_hf.exporters.gguf_blocks import write_blocks
         >>> write_blocks("Q4_0", np.ones((2, 64)), np.ones((2, 2), np.float32)).shape  # 18 bytes a block
         (2, 36)
     """
     found, rows = TYPES[kind], points.shape[0]
     if points.shape[1] % found.block:
         raise FormatError(f"{kind} needs rows of a multiple of {found.block} weights, got {points.shape[1]}.")
-    points, steps = points.reshape(-1, BLOCK), scales.astype(np.float32).reshape(-1, 1)
+    points = points.reshape(-1, BLOCK)
+    steps: Array = scales.astype(np.float32).reshape(-1, 1)
     minima = None
     if found.table:
         codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)

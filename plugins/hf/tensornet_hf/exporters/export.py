@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
 from tensornet_hf.checkpoint import load, resolve_folder
-from tensornet_hf.export.base import ExportReport
-from tensornet_hf.export.compressed_tensors import export_compressed_tensors
-from tensornet_hf.export.gguf import export_gguf
-from tensornet_hf.export.mlx import export_mlx
+from tensornet_hf.exporters.base import ExportReport
+from tensornet_hf.exporters.compressed_tensors import export_compressed_tensors
+from tensornet_hf.exporters.gguf import export_gguf
+from tensornet_hf.exporters.mlx import export_mlx
 
 #: Exporters by the name of their target: functions of a model and a destination, with the keywords `source`
 #: (folder of the tokenizer, or None), `force` and options of their own. A new target is one entry.
