@@ -38,6 +38,7 @@ from tensornet_hf.cli.options import (
     Force,
     Json,
     NewFolder,
+    NewModel,
     Source,
     collect,
     note,
@@ -84,7 +85,7 @@ _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in f
 @with_options(CompressionConfig, CompressOptions)
 def compress(
     source: Source,
-    destination: NewFolder = None,
+    destination: NewModel = None,
     *,
     plan: Annotated[
         Path | None,
@@ -117,6 +118,8 @@ def compress(
     """Compress a model: replace its linear layers within a budget, and save the result.
 
     For example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
+
+    For llama.cpp: tensornet compress MODEL model.gguf --bits 5 --calibration text.txt
     """
     try:
         command = display_command(["tensornet", *sys.argv[1:]])

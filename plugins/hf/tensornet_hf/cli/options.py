@@ -127,6 +127,12 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
 
 Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
+NewModel = Annotated[
+    str | None,
+    typer.Argument(
+        help="Folder or GGUF file (.gguf) to write, or hf://owner/name; not needed for --dry-run."
+    ),
+]
 NewFolder = Annotated[
     str | None,
     typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
