@@ -201,9 +201,9 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
 
 # As the console script does, in a process that cannot reach a network.
 PROGRAM = """
+import logging, socket, sys
 for name in ("torchao", "torch.utils._pytree"):  # it logs which kernels do not load here
     logging.getLogger(name).disabled = True
-import socket, sys
 def offline(*args): raise RuntimeError("the program must not reach for the network")
 socket.socket.connect = offline
 {before}
