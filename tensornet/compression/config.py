@@ -350,10 +350,10 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         formats = DEFAULT_FORMATS
     if isinstance(formats, Sequence) and len(formats) == 1 and formats[0] in MENUS:  # a command line
         (formats,) = formats
-    if formats in MENUS:
+    if isinstance(formats, str) and formats in MENUS:
         if config.topology != AUTO:
             raise FormatError(f"formats={formats!r} has no networks; leave out topology={config.topology!r}.")
-        return str(formats)
+        return formats
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
             f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the target of an export "
