@@ -203,8 +203,10 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
         max_growth: largest size of the layout, in units of the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
-    if number_format.bits is None or number_format.zero_point or number_format.scale_dtype == torch.float16:
-        return False  # bfloat16 would round float16 scales
+    if number_format.bits is None or number_format.zero_point or number_format.table:
+        return False
+    if number_format.scale_dtype == torch.float16:
+        return False  # bfloat16 would round these scales
     plain = number_format.scale_dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
         return False  # torch's int8 kernel can read the stored codes

@@ -16,6 +16,7 @@ Reference:
 import torch
 from torch import Tensor
 
+from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 
 #: Number of columns whose updates of the gradient are collected into one matrix product.
@@ -31,9 +32,7 @@ _STEPS = 6
 def sweep_codes(
     weight: Tensor,
     codes: Tensor,
-    scale: Tensor,
-    zero: Tensor | float,
-    top: int,
+    grid: Grid,
     rows: Tensor,
     columns: Tensor,
     gradient: Tensor | None = None,
@@ -42,10 +41,8 @@ def sweep_codes(
 
     Args:
         weight: shape `(stack, out, in)`.
-        codes: current codes, as floating-point numbers of the same shape.
-        scale: scale of every element.
-        zero: zero point of every element, or one number.
-        top: largest code.
+        codes: current codes (or levels), as floating-point numbers of the same shape.
+        grid: rounding grid.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
         columns: `C`, shape `(stack, in, in)`.
         gradient: `R E C` for the error of these codes, if known.
@@ -55,8 +52,8 @@ def sweep_codes(
     """
     # Everything is transposed to `(in, stack, out)`, so that a column of the weights is contiguous.
     if gradient is None:
-        gradient = times_rows(rows, (weight - (codes - zero) * scale) @ columns)
-    codes, scale, gradient = _by_column(codes), _by_column(scale), _by_column(gradient)
+        gradient = times_rows(rows, (weight - grid.points(codes)) @ columns)
+    codes, scale, gradient = _by_column(codes), _by_column(grid.scale), _by_column(gradient)
     curvature = rows if rows.ndim == 2 else rows.diagonal(dim1=1, dim2=2)
     couplings = columns.transpose(0, 1)[..., None]  # shape: (in, stack, in, 1)
     own = columns.diagonal(dim1=1, dim2=2).mT[..., None]  # shape: (in, stack, 1)
@@ -68,7 +65,7 @@ def sweep_codes(
         moved = torch.zeros_like(here)
         for k in range(len(here)):
             column = codes[start + k]
-            steps = torch.addcmul(column, here[k], pull[k]).round_().clamp_(0, top).sub_(column)
+            steps = grid.nearest(torch.addcmul(column, here[k], pull[k])).sub_(column)
             change = (steps * s[k]).neg_()
             gain = change * torch.addcmul(here[k], bend[k], change, value=0.5)
             chosen = _compatible(gain, change, here[k], rows, own[start + k, :, 0])
@@ -160,7 +157,7 @@ def sweep_scales(
 
     Args:
         weight: shape `(stack, out, in)`.
-        points: codes minus their zeros, in the same shape.
+        points: codes minus their zeros, or levels, in the same shape.
         scales: current scales, shape `(stack, out, groups)`.
         number_format: an integer format.
         rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
@@ -245,7 +242,7 @@ def descend(
         loss: loss increase of the codes, shape `(stack,)`, if known.
 
     Returns:
-        Codes, and scales in the dtype in which they are stored.
+        Codes (or levels), and scales in the dtype in which they are stored.
     """
     size = weight.shape[2]
 
@@ -280,6 +277,6 @@ def descend(
             scales = torch.where(better[:, None, None], moved, scales)
         else:
             scales = moved
-        top = number_format.top
-        codes = sweep_codes(weight, codes, spread(scales), zero, top, rows, columns, gradient)
+        grid = Grid(spread(scales), zero, number_format.top, number_format.levels(weight))
+        codes = sweep_codes(weight, codes, grid, rows, columns, gradient)
     return codes, scales

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tensornet.quantization.formats import Levels, nearest
 from tensornet.quantization.moments import Moment
 
 #: Side of a tile in elements; its antidiagonals are rounded one after another.
@@ -38,21 +39,29 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Grid:
-    """Rounding grid `scale * (code - zero)` of every element, with `code` from 0 to `top`.
+    """Rounding grid of every element: `scale * (code - zero)` with codes from 0 to `top`, or `scale * level`.
+
+    Rounding loops need not know which: with a table the zero is 0, and they return levels in place of codes.
 
     Args:
         scale: scale of every element, shape `(stack, out, in)`; a scale of zero makes zero the only point.
         zero: zero point of every element, or one number for all.
         top: largest code.
+        levels: table of levels; None if points are equally spaced.
     """
 
     scale: Tensor
     zero: Tensor | float
     top: int
+    levels: Levels | None = None
 
     def codes(self, target: Tensor) -> Tensor:
-        """Compute the nearest codes of targets, as floating-point numbers."""
-        return _round(target, self.divisor, self.zero, self.top)
+        """Compute the nearest codes (or levels) of targets, as floating-point numbers."""
+        return self.nearest((target / self.divisor).add_(self.zero))
+
+    def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """Round targets in units of the scale, `target / scale + zero`, which may be overwritten."""
+        return nearest(x, self.top, self.levels, out)
 
     @property
     def divisor(self) -> Tensor:
@@ -62,15 +71,11 @@ class Grid:
     def transposed(self) -> "Grid":
         """Transpose the grid."""
         zero = self.zero.mT if isinstance(self.zero, Tensor) else self.zero
-        return Grid(self.scale.mT, zero, self.top)
+        return Grid(self.scale.mT, zero, self.top, self.levels)
 
     def points(self, codes: Tensor) -> Tensor:
-        """Convert codes to values."""
+        """Convert codes (or levels) to values."""
         return (codes - self.zero) * self.scale
-
-
-def _round(target: Tensor, divisor: Tensor, zero: Tensor | float, top: int) -> Tensor:
-    return (target / divisor).add_(zero).round_().clamp_(0, top)
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns: Moment | None) -> Tensor:
@@ -83,7 +88,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
         columns: moment of the inputs; None rounds columns independently.
 
     Returns:
-        Codes in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
     if rows is None and columns is None:
         return grid.codes(weight)
@@ -100,7 +105,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
         return x
 
     zero = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
-    work, points = sorted_by(weight), Grid(sorted_by(grid.scale), zero, grid.top)
+    work, points = sorted_by(weight), Grid(sorted_by(grid.scale), zero, grid.top, grid.levels)
     couplings = [
         None if moment is None else moment.feedback[0].expand(len(weight), -1, -1)
         for moment in (rows, columns)
@@ -124,7 +129,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
         columns: `U_C` minus its diagonal, strictly upper triangular, shape `(stack, in, in)`.
 
     Returns:
-        Codes in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
     size = weight.shape[2]
     work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # columns are contiguous
@@ -140,7 +145,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
             last = min(first + TILE, stop)
             for k in range(first, last):
                 z = grid.zero if zero is None else zero[:, k]
-                code = _round(target[:, k - start], divisor[:, k], z, grid.top)
+                code = grid.nearest((target[:, k - start] / divisor[:, k]).add_(z))
                 codes[:, k] = code
                 e = torch.sub(work[:, k], (code - z).mul_(scale[:, k]), out=error[:, k])
                 if k + 1 < last:
@@ -162,7 +167,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         columns: `U_C` minus its diagonal, shape `(stack, in, in)`.
 
     Returns:
-        Codes in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
     # 1. Pad to whole tiles with scales of zero, so that errors are zero there; reverse the columns.
     stack, m, n = weight.shape
@@ -199,7 +204,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         values = tiles.values.narrow(-1, 0, count * stack).unflatten(-1, (stack, count))
         values[: len(planes)] = by_tile.diagonal(offset, 2, 4).permute(0, 2, 3, 1, 4)
         values[-2], values[-1] = row_tiles[..., a], column_tiles[..., b]
-        _round_tiles(tiles, grid.top)
+        _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
         # 4. Their errors are fed back to the tiles below and, half-coupled, to those on the left, which come
@@ -270,12 +275,11 @@ class _TileBuffer:
     the same elements of different tiles are.
 
     Args:
-        grid: has the largest code, and the zero if it is one number.
+        grid: has the zero if it is one number.
         like: tensor with the dtype and the device.
     """
 
     def __init__(self, grid: Grid, like: Tensor) -> None:
-        self.top = grid.top
         self.zero = grid.zero
         self.storage = like.new_empty(0)
         self._known: dict[int, _Tiles] = {}
@@ -306,11 +310,10 @@ class _TileBuffer:
         return _Step._make([*views, *targets])
 
 
-def _round_tiles(tiles: _Tiles, top: int) -> None:
+def _round_tiles(tiles: _Tiles, grid: Grid) -> None:
     """Round a stack of tiles in place, one antidiagonal after another."""
     for x in tiles.steps:
-        nearest = torch.addcdiv(x.zero, x.target + x.above, x.divisor).round_()
-        torch.clamp(nearest, 0, top, out=x.code)
+        grid.nearest(torch.addcdiv(x.zero, x.target + x.above, x.divisor), out=x.code)
         torch.addcmul(x.weight, x.code, x.scale, value=-1, out=x.error)
         torch.add(x.error, x.above, out=x.half)
         x.below.addcmul_(x.row_couplings, x.error)

@@ -2,6 +2,9 @@
 
 An integer format stores a code of `bits` bits for every element and a scale for every group of neighbouring
 inputs of one row: `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups.
+Codes may also be places in a table of unequally spaced levels: `value = scale * level[code]`. Weights are
+dense around zero, so that 16 such levels have a sixth less squared error than 16 equal steps.
+
 Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
 16-bit ones and are more accurate, since codes are chosen after the scale has been rounded.
 
@@ -13,6 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,11 +32,14 @@ GROUPS = (32, 64, 128, None)
 DEFAULT_GROUP = 64
 #: Dtypes of scales by the suffix in the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
+#: Levels of the formats `nl<bits>` by their bits, in ascending order: multiples of the scale. These 16 are
+#: those of the types IQ4_NL and IQ4_XS of GGUF.
+LEVELS = {4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)}
 _FLOATS = ("float", "bf16")
 #: Formats that another file format stores as they are, with exactly their bytes, by the name of that target.
 #: `tensornet_hf.export` writes them; groups must divide the inputs of a layer.
 MENUS: dict[str, tuple[str, ...]] = {
-    "gguf": ("float", "int8:g32:float16", "int5:g32:float16", "int4:g32:float16"),
+    "gguf": ("float", "int8:g32:float16", "int5:g32:float16", "int4:g32:float16", "nl4:g32:float16"),
     "compressed-tensors": (
         "float",
         "int8",
@@ -46,8 +53,18 @@ MENUS: dict[str, tuple[str, ...]] = {
     ),
 }
 _PATTERN = re.compile(
-    r"int(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16|float8))?"
+    r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16|float8))?"
 )
+
+
+class Levels(NamedTuple):
+    """Table of levels as floating-point numbers, and the nearest level to every interval of 1/2.
+
+    Intervals start at the lowest level. Levels are integers, so that no middle of two is inside an interval.
+    """
+
+    values: Tensor
+    nearest: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +81,7 @@ class NumberFormat:
         scale_dtype: `torch.bfloat16`; `torch.float16`, which underflows below 6e-8; or `torch.float8_e5m2`,
             which underflows below 1.5e-5.
         dtype: dtype of the elements of a floating-point format; None is that of the model.
+        table: True if codes are places in the table of `LEVELS` of so many bits, without zero points.
 
     Raises:
         FormatError: the combination does not exist.
@@ -80,10 +98,12 @@ class NumberFormat:
     zero_point: bool = False
     scale_dtype: torch.dtype = torch.bfloat16
     dtype: torch.dtype | None = None
+    table: bool = False
 
     def __post_init__(self) -> None:
         if self.bits is None:
-            if self.group is not None or self.zero_point or self.dtype not in (None, torch.bfloat16):
+            other = self.group is not None or self.zero_point or self.table
+            if other or self.dtype not in (None, torch.bfloat16):
                 raise FormatError(
                     f"A floating-point format is one of {', '.join(_FLOATS)}, without groups and zero "
                     f"points; got {self!r}."
@@ -91,6 +111,9 @@ class NumberFormat:
             return
         if self.bits not in BITS or self.dtype is not None:
             raise FormatError(f"An integer format has 2 to 8 bits and no dtype, got {self.bits!r} bits.")
+        if self.table and (self.bits not in LEVELS or self.zero_point):
+            known = " or ".join(map(str, LEVELS))
+            raise FormatError(f"Tables of levels have {known} bits and no zero points; got {self!r}.")
         if self.group not in GROUPS:
             raise FormatError(
                 f"Groups have 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
@@ -104,8 +127,8 @@ class NumberFormat:
         """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"`, `"int3:g64:zero"`.
 
         Args:
-            name: `"float"`, `"bf16"`, or `int2` ... `int8`, then optionally `:g32`, `:g64` (if left out),
-                `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8` for the
+            name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl4`, then optionally `:g32`, `:g64` (if left
+                out), `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8` for the
                 dtype of the scales.
 
         Raises:
@@ -118,7 +141,7 @@ class NumberFormat:
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
-        if found is None or int(found["bits"]) not in BITS:
+        if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
             raise FormatError(
                 f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
                 "a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', 'int3:g64:zero', "
@@ -126,14 +149,15 @@ class NumberFormat:
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
         scale_dtype = SCALE_DTYPES[found["dtype"] or ""]
-        return cls(int(found["bits"]), group, found["zero"] is not None, scale_dtype)
+        table = found["kind"] == "nl"
+        return cls(int(found["bits"]), group, found["zero"] is not None, scale_dtype, table=table)
 
     @property
     def name(self) -> str:
         """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
-        parts = [f"int{self.bits}"]
+        parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
         if self.group != DEFAULT_GROUP:
             parts.append("row" if self.group is None else f"g{self.group}")
         if self.zero_point:
@@ -156,9 +180,20 @@ class NumberFormat:
 
     @property
     def center(self) -> float:
-        """Code (possibly half-integer) of the value 0 in formats without zero points."""
+        """Code (possibly half-integer) of the value 0 in formats without zero points; 0 for levels."""
+        if self.table:
+            return 0.0
         half = 2.0 ** (self._integer_bits() - 1)
         return half - 0.5 if self.bits == 2 else half
+
+    @property
+    def lowest(self) -> float:
+        """Code 0 in units of the scale, the farthest from 0, in formats without zero points."""
+        return float(LEVELS[self._integer_bits()][0]) if self.table else -self.center
+
+    def levels(self, like: Tensor) -> Levels | None:
+        """Return the table of levels in the dtype and on the device of a tensor; None without a table."""
+        return _levels(self._integer_bits(), like.dtype, like.device) if self.table else None
 
     # --- groups ----------------------------------------------------------------------------------
 
@@ -213,7 +248,14 @@ class NumberFormat:
         spread = self.spread(scales.to(values.dtype), size)
         zero = self.center if zeros is None else self.spread(zeros.to(values.dtype), size)
         found = values / torch.where(spread == 0, torch.ones_like(spread), spread) + zero
-        return found.round_().clamp_(0, self.top).to(torch.uint8)
+        return self.to_codes(nearest(found, self.top, self.levels(found)))
+
+    def to_codes(self, found: Tensor) -> Tensor:
+        """Convert the results of `nearest`, codes or levels, to codes in `torch.uint8`."""
+        levels = self.levels(found)
+        return (found if levels is None else torch.bucketize(found.contiguous(), levels.values)).to(
+            torch.uint8
+        )
 
     def decode(
         self,
@@ -222,10 +264,11 @@ class NumberFormat:
         zeros: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Compute the values `scale * (code - zero)`, differentiable with respect to the scales.
+        """Compute `scale * (code - zero)` or `scale * level[code]`, differentiable by the scales.
 
         Codes are trained as floating-point numbers. They are rounded here, and their gradient is computed as
-        if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013).
+        if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The gradient of
+        a level is the mean distance to its neighbours.
 
         Args:
             codes: `torch.uint8`, or floating-point while they are trained, shape `(..., out, in)`.
@@ -240,10 +283,19 @@ class NumberFormat:
             tensor([[-4.0000,  0.0000,  0.5000]])
         """
         if codes.is_floating_point():
-            whole = codes + (codes.round().clamp_(0, self.top) - codes).detach()
+            whole, slope = codes.detach().round().clamp_(0, self.top), None
+            if (levels := self.levels(codes)) is not None:
+                places = whole.long()
+                whole, slope = levels.values[places], torch.gradient(levels.values)[0][places]
+            moved = codes - codes.detach()
+            whole = whole + (moved if slope is None else moved * slope)
             zero = self.center if zeros is None else zeros.to(codes).unsqueeze(-1)
             values = (self.grouped(whole) - zero) * scales.to(codes).unsqueeze(-1)
             return values.flatten(-2)[..., : codes.shape[-1]].to(dtype)
+        if self.table:
+            table = torch.tensor(LEVELS[self._integer_bits()], dtype=torch.int8, device=codes.device)
+            points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
+            return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
         # Differences of small integers are exact and fast in 8 bits; for two bits they are in units of 1/2.
         if zeros is not None:
@@ -323,13 +375,30 @@ class NumberFormat:
 
     def _integer_bits(self) -> int:
         if self.bits is None:
-            raise FormatError(f"The format {self.name!r} has no codes; use one of int2 ... int8.")
+            raise FormatError(f"The format {self.name!r} has no codes; use one of int2 ... int8 or nl4.")
         return self.bits
 
 
 def format_names() -> tuple[str, ...]:
     """List the names of all formats with their default groups, largest first."""
-    return (*_FLOATS, *(f"int{bits}" for bits in BITS))
+    return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
+
+
+def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = None) -> Tensor:
+    """Round numbers, which may be overwritten, to the nearest codes from 0 to `top`, or levels of a table."""
+    if levels is None:
+        return torch.clamp(x.round_(), 0, top, out=out)
+    places = x.mul_(2).floor_().sub_(2 * levels.values[0]).clamp_(0, len(levels.nearest) - 1).long()
+    found = levels.nearest.index_select(0, places.reshape(-1)).view(x.shape)
+    return found if out is None else out.copy_(found)
+
+
+@lru_cache(maxsize=64)
+def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Levels:
+    with torch.inference_mode(False):
+        values = torch.tensor(LEVELS[bits], dtype=dtype, device=device)
+        inside = torch.arange(2 * LEVELS[bits][0], 2 * LEVELS[bits][-1] + 1, device=device) / 2 + 0.25
+        return Levels(values, values[(inside[:, None] - values).abs().argmin(1)])
 
 
 def _signed(codes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ clamped. The sum over all rows is estimated from a sample.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from tensornet.quantization.scales import group_ranges, search_scales
 
 #: Number of standard deviations beyond which a normal distribution is treated as zero.
 _FAR = 12.0
+#: Nodes of the quadrature over feedback for tables of levels.
+_NODES = 9
 #: Largest number of bits for which rounding with less feedback may be better, because of clamping.
 _CLAMPED_BITS = 4
 #: Number of sampled rows of a factor, from which the residuals of all rows are estimated.
@@ -274,7 +277,8 @@ def expect(
     """
     size, part = weight.shape[2], weight if sample is None else weight[:, sample]
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(weight.dtype), size)
-    grid = Grid(number_format.spread(scales.to(weight.dtype), size), zero, number_format.top)
+    spread_scales = number_format.spread(scales.to(weight.dtype), size)
+    grid = Grid(spread_scales, zero, number_format.top, number_format.levels(weight))
     along = fed_back(way, rows, columns)
     by_row, by_column = (
         _residual_weights(moment, moment is not None and moment is fed, weight, n)
@@ -285,7 +289,10 @@ def expect(
     else:
         growth = by_row[1] if sample is None else by_row[1][:, sample]
         spread = growth[:, :, None] * by_column[1][:, None, :] - 1
-        square = expected_residuals(part, grid, spread.clamp_min_(0))
+        if grid.levels is None:
+            square = expected_residuals(part, grid, spread.clamp_min_(0))
+        else:
+            square = _expected_on_levels(part, grid, number_format, spread.clamp_min_(0))
     ranges = None
     if sample is not None:  # see `ExpectedResiduals`
         ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
@@ -330,6 +337,24 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
         outside = (beyond.square() + sigma.square()) * tail
         outside += (2 * beyond + sigma * start) * sigma * density
         expected += outside - variance * tail
+    return expected
+
+
+def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat, spread: Tensor) -> Tensor:
+    """Predict squared rounding residuals with feedback into a table, whose cells differ in width.
+
+    The residual of a normally distributed target is integrated by Gauss-Hermite quadrature. The unit of
+    `spread` is the mean squared residual of a group without feedback.
+    """
+    own = (weight - grid.points(grid.codes(weight))).square_()
+    counts = number_format.grouped(torch.ones_like(own[:1, :1])).sum(-1)
+    means = number_format.grouped(own).sum(-1) / counts
+    sigma = (number_format.spread(means, weight.shape[2]) * spread).sqrt_()
+    expected = torch.zeros_like(weight)
+    nodes, shares = np.polynomial.hermite_e.hermegauss(_NODES)
+    for node, share in zip(nodes.tolist(), (shares / shares.sum()).tolist(), strict=True):
+        target = weight + node * sigma
+        expected.add_((target - grid.points(grid.codes(target))).square_(), alpha=share)
     return expected
 
 

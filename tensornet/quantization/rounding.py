@@ -78,7 +78,7 @@ class _Solution(NamedTuple):
     """Rounded stack of matrices.
 
     Args:
-        codes: codes as floating-point numbers, shape `(stack, out, in)`.
+        codes: codes (or levels) as floating-point numbers, shape `(stack, out, in)`.
         scales: shape `(stack, out, groups)`.
         loss: loss increase, shape `(stack,)`.
         way: index in `ROUNDINGS`, shape `(stack,)`.
@@ -156,7 +156,8 @@ def round_weight(
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
 
     def grid(scales: Tensor) -> Grid:
-        return Grid(number_format.spread(scales.to(dtype), size), zero, number_format.top)
+        spread = number_format.spread(scales.to(dtype), size)
+        return Grid(spread, zero, number_format.top, number_format.levels(work))
 
     def rounded(scales: Tensor, way: Rounding, seen: Moment | None = r) -> _Solution:
         points = grid(scales)
@@ -189,7 +190,7 @@ def round_weight(
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
     groups = (*weight.shape[:-1], number_format.groups(size))
     return RoundedWeight(
-        best.codes.to(torch.uint8).reshape(weight.shape),
+        number_format.to_codes(best.codes).reshape(weight.shape),
         best.scales.reshape(groups),
         None if zeros is None else zeros.reshape(groups),
         number_format,

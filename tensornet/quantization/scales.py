@@ -15,7 +15,7 @@ from tensornet._util import remembered
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.formats import NumberFormat, nearest
 
 #: Ranges that are tried, as fractions of the largest element.
 _WIDEST = 1.1
@@ -80,13 +80,16 @@ def search_scales(
 def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Find the best scale and zero, shape `(groups,)` each, for groups `(width, groups)`."""
     center, top, against = number_format.center, number_format.top, -flat
+    levels = number_format.levels(flat)
     best_scale = flat.new_zeros(flat.shape[1])
     best_zero = torch.full_like(best_scale, 0.0 if number_format.zero_point else center)
     best_cost = (flat * flat).mul_(importance).sum(0)
 
     def points(scale: Tensor, zero: Tensor) -> Tensor:
-        """Compute the nearest codes minus their zeros."""
+        """Compute the nearest codes minus their zeros, or levels."""
         found = flat / torch.where(scale == 0, torch.ones_like(scale), scale)
+        if levels is not None:
+            return nearest(found, top, levels)
         if number_format.zero_point:
             return found.add_(zero).round_().clamp_(0, top).sub_(zero)
         if center % 1:  # points are half-integers
@@ -132,7 +135,7 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
         middle = (-low / torch.where(whole == 0, torch.ones_like(whole), whole)).round()
         others = [(1, (middle + shift).clamp(0, top)) for shift in (-1, 0, 1)]
     else:
-        whole = -torch.where(high > -low, high, low) / center  # code 0 is farthest from the center
+        whole = torch.where(high > -low, high, low) / number_format.lowest
         others = [(sign, torch.full_like(low, center)) for sign in ((1,) if center % 1 else (1, -1))]
     narrowest = 1 - 1.6 / top**0.7 if top > 3 else 0.3
     shares = torch.linspace(narrowest, _WIDEST, _TRIED, device=flat.device)
@@ -167,7 +170,7 @@ def refit_scales(
 
     Args:
         weight: shape `(..., out, in)`.
-        points: codes minus their zeros, in the shape of the weight.
+        points: codes minus their zeros, or levels, in the shape of the weight.
         number_format: an integer format.
         columns: input moment `(..., in, in)`, or `(in,)` if diagonal; identity if absent.
 
@@ -218,7 +221,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     limits = torch.finfo(number_format.scale_dtype)
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
-    steps = ranges / (number_format.top if number_format.zero_point else number_format.center)
+    steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
     small = steps < smallest
     if not bool(small.any()):
         return False

@@ -193,12 +193,13 @@ class TopologyFamily(ABC):
         """Choose the number formats of the cores of candidates among the allowed formats.
 
         By default there is one format for all cores, floating-point or with 8 or 4 bits. Other numbers of
-        bits would differ little from these, and with fewer bits the dense matrix is better.
+        bits would differ little from these, and with fewer bits the dense matrix is better. Only dense
+        matrices have tables of levels.
 
         Returns:
             For each encoding, the format of all cores, and exceptions by the name of the core.
         """
-        return [(x, {}) for x in formats if x.bits is None or x.bits in _CORE_BITS]
+        return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and not x.table)]
 
     def search_legs(
         self,

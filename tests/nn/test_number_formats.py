@@ -25,8 +25,8 @@ from tensornet.quantization import NumberFormat, formats
 from tensornet.topologies import Budget, topology_family
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
-FORMATS = ["bf16", "int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8"]
-INTEGERS = [name for name in FORMATS if name != "bf16"]
+INTEGERS = ["int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8", "nl4:g32:float16"]
+FORMATS = ["bf16", *INTEGERS]
 SHAPE = (20, 36)
 
 
@@ -293,7 +293,7 @@ def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tok
     torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.2)
 
 
-@pytest.mark.parametrize("name", ["int8:row", "int4:g32", "int3:g32:zero"])
+@pytest.mark.parametrize("name", ["int8:row", "int4:g32", "int3:g32:zero", "nl4:g32:float16"])
 @pytest.mark.parametrize(
     "family",
     ["dense", *(pytest.param(x, marks=pytest.mark.slow) for x in ("low_rank", "residual"))],

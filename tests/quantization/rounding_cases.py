@@ -35,6 +35,13 @@ def unit_upper(matrix: Tensor) -> Tensor:
     return (lower / lower.diagonal()).flip(0, 1)
 
 
+def slow_nearest(target: Tensor, grid: Grid) -> Tensor:
+    """Code, or level, of the nearest point, against all of them."""
+    if grid.levels is None:
+        return target.round().clamp(0, grid.top)
+    return grid.levels.values[(target[..., None] - grid.levels.values).abs().argmin(-1)]
+
+
 def slow_codes(matrix: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
     """Two-sided rounding by its definition: each element is `w + (U_R^T E U_C - E)` over what came before."""
     error, codes = torch.zeros_like(matrix), torch.zeros_like(matrix)
@@ -44,7 +51,7 @@ def slow_codes(matrix: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Ten
             coupled = rows[: i + 1, i] @ error[: i + 1, : j + 1] @ columns[: j + 1, j]  # E_ij is still 0
             divisor = scale[i, j] if scale[i, j] != 0 else torch.ones(())
             zero = grid.zero[0, i, j] if isinstance(grid.zero, Tensor) else grid.zero
-            codes[i, j] = ((matrix[i, j] + coupled) / divisor + zero).round().clamp(0, grid.top)
+            codes[i, j] = slow_nearest((matrix[i, j] + coupled) / divisor + zero, grid)
             error[i, j] = matrix[i, j] - (codes[i, j] - zero) * scale[i, j]
     return codes
 
@@ -56,7 +63,7 @@ def gptq(matrix: Tensor, grid: Grid, columns: Tensor) -> Tensor:
     scale = grid.scale[0]
     for j in range(matrix.shape[1]):
         zero = grid.zero[0, :, j] if isinstance(grid.zero, Tensor) else grid.zero
-        codes[:, j] = (work[:, j] / scale[:, j] + zero).round().clamp(0, grid.top)
+        codes[:, j] = slow_nearest(work[:, j] / scale[:, j] + zero, grid)
         gone = (work[:, j] - (codes[:, j] - zero) * scale[:, j]) / upper[j, j]
         work[:, j:] -= gone[:, None] * upper[j, j:]
     return codes

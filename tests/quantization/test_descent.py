@@ -10,6 +10,7 @@ from quantization.rounding_cases import moment, price, weight
 
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.descent import descend, sweep_codes, sweep_scales
+from tensornet.quantization.feedback import Grid
 
 
 @given(st.integers(1, 16), st.integers(1, 80), st.integers(0, 1000), st.integers(2, 4))
@@ -30,24 +31,29 @@ def test_sweeps_never_raise_the_price(m: int, n: int, seed: int, bits: int) -> N
     )[0]
     between = cost(codes, refitted)
     assert between <= before * (1 + 1e-9) + 1e-12
-    spread = refitted.repeat_interleave(32, 1)[:, :n]
-    moved = sweep_codes(matrix[None], codes[None], spread[None], zero, top, rows[None], columns[None])[0]
+    grid = Grid(refitted.repeat_interleave(32, 1)[None, :, :n], zero, top)
+    moved = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0]
     assert cost(moved, refitted) <= between * (1 + 1e-9) + 1e-12
     assert 0 <= float(moved.min()) <= float(moved.max()) <= top
 
 
-def test_no_single_move_helps_in_the_end() -> None:
+@pytest.mark.parametrize("name", ["int2", "nl4"])
+def test_no_single_move_helps_in_the_end(name: str) -> None:
     matrix, rows, columns = weight(6, 12, 0), moment(6, 0), moment(12, 1)
-    scale, codes = torch.full_like(matrix, 0.8), torch.full_like(matrix, 2.0)
-    for _ in range(30):
-        codes = sweep_codes(matrix[None], codes[None], scale[None], 2.0, 3, rows[None], columns[None])[0]
-    best = price(matrix - (codes - 2) * scale, rows, columns)
+    grid = Grid(torch.full_like(matrix, 0.8)[None], 2.0, 3)
+    if name == "nl4":
+        grid = Grid(grid.scale / 30, 0.0, 15, NumberFormat.parse(name).levels(matrix))
+    units = torch.arange(4.0) if grid.levels is None else grid.levels.values
+    codes = torch.full_like(matrix, float(units[2]))
+    for _ in range(60):
+        codes = sweep_codes(matrix[None], codes[None], grid, rows[None], columns[None])[0]
+    best = price(matrix - grid.points(codes)[0], rows, columns)
     for i in range(6):
         for j in range(12):
-            for code in range(4):
+            for code in units:
                 other = codes.clone()
                 other[i, j] = code
-                assert price(matrix - (other - 2) * scale, rows, columns) >= best - 1e-9
+                assert price(matrix - grid.points(other)[0], rows, columns) >= best - 1e-9
 
 
 def test_one_group_of_scales_is_solved_exactly() -> None:

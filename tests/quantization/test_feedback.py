@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from quantization.rounding_cases import gptq, moment, slow_codes, unit_upper, weight
 
-from tensornet.quantization import feedback
+from tensornet.quantization import NumberFormat, feedback
 from tensornet.quantization.feedback import Grid, one_sided, two_sided
 
+#: Zeros of grids: one for all, one for each element, or none, with a table of levels.
+KINDS = st.sampled_from(["one", "each", "table"])
 
-def grid_for(shape: tuple[int, int], seed: int, bits: int, *, zeros: bool) -> Grid:
+
+def grid_for(shape: tuple[int, int], seed: int, bits: int, kind: str = "one") -> Grid:
     generator = torch.Generator().manual_seed(seed)
     scale = torch.rand(1, *shape, generator=generator, dtype=torch.float64) + 0.2
     scale[0, seed % shape[0], seed % shape[1]] = 0
     zero: torch.Tensor | float = 2 ** (bits - 1) - 0.5
-    if zeros:
+    if kind == "table":
+        return Grid(scale / 32, 0.0, 15, NumberFormat.parse("nl4").levels(scale))
+    if kind == "each":
         zero = torch.randint(0, 2**bits, (1, *shape), generator=generator).double()
     return Grid(scale, zero, 2**bits - 1)
 
 
 @pytest.mark.slow
-@given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 5), st.booleans(), st.integers(0, 1000))
-def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, seed: int) -> None:
-    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, zeros=zeros)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(2, 5), KINDS, st.integers(0, 1000))
+def test_both_sides_element_by_element(m: int, n: int, bits: int, kind: str, seed: int) -> None:
+    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, kind)
     rows, columns = unit_upper(moment(m, seed)), unit_upper(moment(n, seed + 1))
     codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
     assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
@@ -36,16 +43,16 @@ def test_both_sides_element_by_element(m: int, n: int, bits: int, zeros: bool, s
 )
 def test_blocks_exchange_feedback(shape: tuple[int, int]) -> None:
     assert max(shape) > feedback.BLOCK
-    matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3, zeros=False)
+    matrix, grid = weight(*shape, 0), grid_for(shape, 0, 3)
     rows, columns = unit_upper(moment(shape[0], 0)), unit_upper(moment(shape[1], 1))
     codes = two_sided(matrix[None], grid, rows.triu(1)[None], columns.triu(1)[None])[0]
     assert torch.equal(codes, slow_codes(matrix, grid, rows, columns))
 
 
-@given(st.integers(1, 20), st.integers(1, 150), st.integers(2, 5), st.booleans(), st.integers(0, 1000))
-def test_one_side_is_gptq(m: int, n: int, bits: int, zeros: bool, seed: int) -> None:
-    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, zeros=zeros)
-    grid = Grid(grid.scale + 0.01, grid.zero, grid.top)  # published GPTQ knows no empty group
+@given(st.integers(1, 20), st.integers(1, 150), st.integers(2, 5), KINDS, st.integers(0, 1000))
+def test_one_side_is_gptq(m: int, n: int, bits: int, kind: str, seed: int) -> None:
+    matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, kind)
+    grid = replace(grid, scale=grid.scale + 0.01)  # published GPTQ knows no empty group
     columns = moment(n, seed) + 0.1 * torch.eye(n, dtype=torch.float64)
     upper = unit_upper(columns).triu(1)[None]
     codes = one_sided(matrix[None], grid, upper)

@@ -14,13 +14,16 @@ from tensornet.errors import FormatError, ShapeError, TopologyError
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.quantization.formats import format_names, pack, packed_bytes, unpack
 
-INTEGERS = st.builds(
-    NumberFormat,
-    bits=st.integers(2, 8),
-    group=st.sampled_from([32, 64, 128, None]),
-    zero_point=st.booleans(),
-    scale_dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float8_e5m2]),
+CHOICES = {
+    "group": st.sampled_from([32, 64, 128, None]),
+    "scale_dtype": st.sampled_from([torch.bfloat16, torch.float16, torch.float8_e5m2]),
+}
+INTEGERS = st.builds(NumberFormat, bits=st.integers(2, 8), zero_point=st.booleans(), **CHOICES) | st.builds(
+    NumberFormat, bits=st.just(4), table=st.just(True), **CHOICES
 )
+
+#: The levels of IQ4_NL in llama.cpp.
+LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 
 
 @given(st.one_of(INTEGERS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
@@ -37,15 +40,16 @@ def test_names_are_read_back(number_format: NumberFormat) -> None:
         ("int4:g128", 4, 128, False),
         ("int8:row", 8, None, False),
         ("int3:zero", 3, 64, True),
+        ("nl4:g32", 4, 32, False),
     ],
 )
 def test_names_of_integers(name: str, bits: int, group: int | None, zero: bool) -> None:
-    assert NumberFormat.parse(name) == NumberFormat(bits, group, zero)
+    assert NumberFormat.parse(name) == NumberFormat(bits, group, zero, table=name.startswith("nl"))
 
 
-@pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", 4, None])
+@pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", "nl5", 4, None])
 def test_unknown_names_list_the_known(name: object) -> None:
-    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2|Groups have 32, 64 or 128"):
+    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2, nl4|Groups have 32, 64 or 128"):
         NumberFormat.parse(name)  # type: ignore[arg-type]
 
 
@@ -54,6 +58,10 @@ def test_combinations_that_do_not_exist() -> None:
         NumberFormat(group=64)
     with pytest.raises(FormatError, match="2 to 8 bits and no dtype"):
         NumberFormat(16)
+    with pytest.raises(FormatError, match="no zero points"):
+        NumberFormat.parse("nl4:zero")
+    with pytest.raises(FormatError, match="4 bits"):
+        NumberFormat(3, table=True)
     with pytest.raises(FormatError, match=r"one of torch\.bfloat16, torch\.float16, torch\.float8_e5m2"):
         NumberFormat(4, scale_dtype=torch.float32)
     with pytest.raises(FormatError, match="'bf16' has no codes"):
@@ -79,7 +87,8 @@ def test_bytes_of_the_usual_cases() -> None:
     assert NumberFormat.parse("float").nbytes((3, 5), torch.bfloat16) == 30
     assert NumberFormat.parse("bf16").nbytes((3, 5)) == 30
     assert NumberFormat.parse("int4").nbytes((2, 3, 65)) == 6 * (33 + 4)
-    assert len(format_names()) == 9
+    assert NumberFormat.parse("nl4:g32:float16").bits_per_weight((128, 512)) == 4.5
+    assert len(format_names()) == 10
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 
@@ -94,7 +103,9 @@ def test_two_bits_have_four_points_around_zero() -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e-6])
-@pytest.mark.parametrize("name", ["int8:row", "int8:g32:zero", "int5:g32", "int4:zero", "int2:float8"])
+@pytest.mark.parametrize(
+    "name", ["int8:row", "int8:g32:zero", "int5:g32", "int4:zero", "int2:float8", "nl4:g32"]
+)
 def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: float, device: str) -> None:
     """Whatever the scales are, which float16 may hold with fewer digits or not at all."""
     made = round_weight(torch.randn(5, 70) * size, name)
@@ -105,6 +116,16 @@ def test_values_in_float16_are_the_exact_ones_rounded_once(name: str, size: floa
     values = made.number_format.decode(parts[0], parts[1], parts[2], torch.float16)
     assert torch.equal(values.cpu(), exact.to(torch.float16))
     assert bool(exact.any()) or "float8" in name
+
+
+def test_trained_codes_of_a_table_have_the_slope_of_their_neighbours() -> None:
+    number_format, scales = NumberFormat.parse("nl4"), torch.tensor([[0.5]])
+    codes = torch.tensor([[0.0, 7.4, 8.0, 15.3]], requires_grad=True)
+    values = number_format.decode(codes, scales)
+    assert values.tolist() == [[-63.5, -5.0, 0.5, 56.5]]
+    values.sum().backward()
+    assert codes.grad is not None
+    assert codes.grad.tolist() == [[11.5, 5.75, 5.75, 12.0]]
 
 
 @given(INTEGERS, st.integers(1, 4), st.integers(1, 150), st.integers(0, 1000))
@@ -129,7 +150,8 @@ def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, 
     zero = (
         number_format.center if zeros is None else zeros.float().repeat_interleave(width, 1)[:, :size, None]
     )
-    points = (torch.arange(top + 1) - zero) * spread
+    units = torch.tensor(LEVELS) if number_format.table else torch.arange(top + 1) - zero
+    points = units * spread
     best = (points - wanted[..., None]).abs().amin(-1)
     made = number_format.decode(number_format.encode(wanted, scales, zeros), scales, zeros)
     torch.testing.assert_close((made - wanted).abs(), best, rtol=1e-5, atol=1e-5)

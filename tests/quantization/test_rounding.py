@@ -17,7 +17,9 @@ from tensornet.quantization.moments import Moment
 from tensornet.quantization.rounding import ROUNDINGS, Rounding
 
 SIZES = {"m": st.integers(1, 24), "n": st.integers(1, 80), "seed": st.integers(0, 1000)}
-NAMES = st.sampled_from(["int2", "int3:zero", "int4:g32", "int5:row", "int3:g32:float8", "int8"])
+NAMES = st.sampled_from(
+    ["int2", "int3:zero", "int4:g32", "int5:row", "int3:g32:float8", "int8", "nl4:g32:float16"]
+)
 
 
 def damped(matrix: torch.Tensor, amount: float) -> torch.Tensor:
@@ -105,16 +107,16 @@ def test_identity_on_one_side_is_the_other_side_alone(m: int, n: int, seed: int,
     assert same(both, round_weight(matrix, name, rows=rows, refits=0))
 
 
-@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("name", ["int4", "int6", "int8", "nl4:g32"])
 @pytest.mark.parametrize("way", ROUNDINGS)
-def test_prediction(bits: int, way: Rounding) -> None:
+def test_prediction(name: str, way: Rounding) -> None:
     rows, columns = damped(moment(96, 0), 0.1), damped(moment(128, 1), 0.01)
     exact, predicted = 0.0, 0.0
     for k in range(6):
         matrix = weight(96, 128, k)
         made = round_weight(
             matrix,
-            f"int{bits}",
+            name,
             rows=rows,
             columns=columns,
             rounding=way,
@@ -126,7 +128,7 @@ def test_prediction(bits: int, way: Rounding) -> None:
         seen = [Weighting(rows, columns)]
         exact += float(made.loss_increase)
         predicted += float(
-            predict_losses(matrix, [f"int{bits}"], seen, rounding=way, row_damping=0, column_damping=0)
+            predict_losses(matrix, [name], seen, rounding=way, row_damping=0, column_damping=0)
         )
     assert predicted == pytest.approx(exact, rel=0.1)
 
@@ -147,7 +149,7 @@ def test_missing_moments_fall_back_and_say_so() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["int3", "int3:zero"])
+@pytest.mark.parametrize("name", ["int3", "int3:zero", "nl4"])
 def test_a_stack_is_its_matrices(name: str) -> None:
     matrices = torch.stack([weight(12, 70, k) for k in range(4)]).reshape(2, 2, 12, 70)
     rows = torch.stack([moment(12, k) for k in range(4)]).reshape(2, 2, 12, 12)
@@ -166,7 +168,7 @@ def test_zero_groups_stay_zero_and_half_types_are_computed_in_single() -> None:
     matrix = weight(4, 128, 0).float()
     matrix[1, :64] = 0
     matrix[2] = 0
-    for name in ("int2", "int4", "int3:zero"):
+    for name in ("int2", "int4", "int3:zero", "nl4"):
         got = round_weight(matrix, name, columns=moment(128, 0).float(), sweeps=1)
         assert not got.dequantize()[2].any()
     half = matrix.bfloat16()

@@ -84,10 +84,11 @@ def test_refit_leaves_empty_groups_at_zero() -> None:
     assert not scales[1].any()
 
 
-def test_an_exact_grid_is_found() -> None:
+@pytest.mark.parametrize("name", ["int4", "nl4"])
+def test_an_exact_grid_is_found(name: str) -> None:
     codes = torch.randint(0, 16, (6, 128), dtype=torch.uint8)
     codes[:, ::64] = 0  # the widest point is there
-    number_format = NumberFormat.parse("int4")
+    number_format = NumberFormat.parse(name)
     scales = (torch.rand(6, 2) + 0.5).bfloat16()
     matrix = number_format.decode(codes, scales)
     assert float(round_weight(matrix, number_format).loss_increase) < 1e-6 * float(matrix.square().sum())
@@ -105,7 +106,9 @@ def test_bad_input() -> None:
         search_scales(torch.ones(3), number_format)
 
 
-@pytest.mark.parametrize("name", ["int2:g32:float8", "int4:g32:float8", "int3", "int4:zero:float8"])
+@pytest.mark.parametrize(
+    "name", ["int2:g32:float8", "int4:g32:float8", "int3", "int4:zero:float8", "nl4:g32:float8"]
+)
 def test_scales_that_are_stored_alike_are_tried_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All 24 shares of the range, each tried: nothing is missed, and with eight bits few are left."""
     number_format, matrix = NumberFormat.parse(name), weight(40, 96, 0)
@@ -130,7 +133,14 @@ def test_groups_are_searched_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
 
 # --- scales below the range of their dtype ---
 
-NAMES = ["int8:g64:float8", "int6:g32:float8", "int4:g32:float8", "int4:g32:zero:float8", "int2:g32:float8"]
+NAMES = [
+    "int8:g64:float8",
+    "int6:g32:float8",
+    "int4:g32:float8",
+    "int4:g32:zero:float8",
+    "int2:g32:float8",
+    "nl4:g32:float8",
+]
 
 
 def narrow(seed: int = 0) -> torch.Tensor:
@@ -179,7 +189,8 @@ def test_groups_count_by_what_they_cost() -> None:
 def test_formats_with_16_bit_scales_take_as_many_bytes(name: str) -> None:
     number_format = NumberFormat.parse(name)
     wide = with_wide_scales(number_format)
-    assert (wide.bits, wide.zero_point) == (number_format.bits, number_format.zero_point)
+    kept = [(x.bits, x.zero_point, x.table) for x in (wide, number_format)]
+    assert kept[0] == kept[1]
     assert wide.scale_dtype == torch.bfloat16
     larger = 0 if number_format.group in (32, 64) or not name.endswith("float8") else 24 * wide.groups(256)
     assert wide.nbytes((24, 256)) <= number_format.nbytes((24, 256)) + larger

@@ -101,13 +101,34 @@ def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", READ_BACK)
 def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
-    model = compressed(name, "int4:g32:float16", "int5:g64", "int8:g32:float8", "int6:row", "int4:g32:zero")
+    model = compressed(
+        name,
+        "int4:g32:float16",
+        "int5:g64",
+        "int8:g32:float8",
+        "int6:row",
+        "int4:g32:zero",
+        "nl4:g32:float16",
+    )
     plain = model_of(name).config  # without the entry of this library
     th.export(model, tmp_path / "model.gguf")
     back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", config=plain)
     dense = th.decompress(model).state_dict()
     for key, tensor in back.state_dict().items():
         assert torch.equal(tensor, dense[key]), key
+
+
+def test_tables_of_levels(tmp_path: Path) -> None:
+    from tests.hf.export.llama_cpp import logits
+
+    model = compressed("llama", "nl4:g32:float16", "nl4:g32:float16", "nl4:g32:float8", "nl4:row:float16")
+    report = th.export(model, tmp_path / "model.gguf")
+    assert set(report.packed.values()) == {"IQ4_NL"}
+    ids = torch.randint(5, WORDS, (12,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = model(ids[None]).logits[0]
+    theirs = logits(tmp_path / "model.gguf", ids)
+    assert float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)) > 0.998
 
 
 def test_networks_are_written_dense_or_refused(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class ExportReport:
 
 
 class IntegerMatrix(NamedTuple):
-    """Weight of a layer, stored as one matrix of integers: `scale * (code - zero)`.
+    """Weight of a layer, stored as one matrix of integers: `scale * (code - zero)` or `scale * level[code]`.
 
     Args:
         codes: uint8, shape `(out, in)`.
@@ -83,7 +83,9 @@ class IntegerMatrix(NamedTuple):
 
     @property
     def points(self) -> Tensor:
-        """Multiples of the scales, `code - zero`, float32, shape `(out, in)`."""
+        """Multiples of the scales, `code - zero` or levels, float32, shape `(out, in)`."""
+        if (levels := self.number_format.levels(self.scales)) is not None:
+            return levels.values[self.codes.long()]
         return self.codes.float() - self.number_format.spread(self.zeros, self.codes.shape[1])
 
     @property

@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tensornet.errors import FormatError
+from tensornet.quantization import formats
 
 Array = NDArray[Any]
 #: Weights of a block, and of a super-block.
 BLOCK, SUPER_BLOCK = 32, 256
 #: The 16 levels of `IQ4_NL` and `IQ4_XS`.
-LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+LEVELS = np.array(formats.LEVELS[4])
 
 
 class BlockType(NamedTuple):
