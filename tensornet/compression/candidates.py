@@ -459,12 +459,13 @@ def layer_formats(
     """Choose the formats of one layer, or of layers that share a core, in the order of the configuration.
 
     Default formats whose 8-bit scales underflow are replaced by formats with 16-bit scales. Formats of a
-    target whose groups do not divide the inputs are replaced by the model's own. Formats that the user gave
-    are kept.
+    target whose groups do not divide the inputs are replaced by the model's own, and so are all formats whose
+    super-blocks do not. Other formats that the user gave are kept.
     """
-    found = config.number_formats
-    if config.menu is not None:
-        return tuple(x if all(x.divides(w.shape[1]) for w in matrices) else NumberFormat() for x in found)
+    fits = NumberFormat.fits if config.menu is None else NumberFormat.divides
+    found = tuple(
+        x if all(fits(x, w.shape[1]) for w in matrices) else NumberFormat() for x in config.number_formats
+    )
     if config.formats == DEFAULT_FORMATS:
         for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
             found = storable_formats(matrix, found, sensitivity.choice)
@@ -488,7 +489,7 @@ def part_of(
     if rows is None:
         rows = torch.arange(len(matrix), device=matrix.device)
     size = matrix.shape[1]
-    width = max(x.group or size for x in formats)
+    width = max(x.span or size for x in formats)
     columns, count = torch.arange(size, device=matrix.device), max(1, SAMPLED_COLUMNS // width)
     if -(-size // width) > count:
         kept = torch.linspace(0, size // width - 1, count).long().tolist()
@@ -513,7 +514,7 @@ def losses_of_parts(
     """Round a part of each matrix to formats of few bits, and predict the losses of the same part.
 
     Parts of one shape are rounded in one stack. Rounding makes many small calls, column by column, whose
-    overhead would exceed their arithmetic for a single part.
+    overhead would exceed their arithmetic for a single part. Formats that do not fit a matrix are left out.
     """
     parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
     groups: dict[Hashable, list[int]] = {}
@@ -537,7 +538,7 @@ def losses_of_parts(
             weighting = Weighting(rows, columns)
         sweeps = None if some[0][0].shape == layers[places[0]][0].shape else _SWEEPS
         with remembering():  # moments are factorised once for all formats
-            for number_format in formats:
+            for number_format in (x for x in formats if x.fits(weights.shape[-1])):
                 made = round_dense(weights, number_format, weighting, sweeps, seen.rounding)
                 kept = made.dequantize(weights.dtype)
                 for k, (part, each), matrix in zip(
@@ -546,7 +547,7 @@ def losses_of_parts(
                     measured[k][number_format] = _losses(part, matrix, each)
     found: list[Corrections] = []
     for (part, seen), known in zip(parts, measured, strict=True):
-        told = zip(formats, _predicted(part, seen, formats), strict=True)
+        told = zip(known, _predicted(part, seen, list(known)), strict=True)
         found.append({x: (known[x], losses) for x, losses in told})
     return found
 

@@ -199,8 +199,9 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
         number_format = module.number_format
         if not number_format.is_integer:
             continue
-        if not bool(state[f"{name}.scales"].view(number_format.scale_dtype).float().isfinite().all()):
+        part = module.trained_scales
+        if not bool(state[f"{name}.{part}"].view(number_format.scale_dtype).float().isfinite().all()):
             raise FormatError(
-                f"{path} is damaged: {name}.scales contains NaN or infinity. Copy it again, or save the "
+                f"{path} is damaged: {name}.{part} contains NaN or infinity. Copy it again, or save the "
                 "model again."
             )

@@ -304,7 +304,8 @@ def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:
 def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
     """Return the group size for the kernel; None if the kernel does not support these groups."""
     if number_format.group is not None:
-        return number_format.group if columns % number_format.group == 0 else None
+        fits = number_format.group in _GROUPS and columns % number_format.group == 0
+        return number_format.group if fits else None
     return next((group for group in _GROUPS if columns % group == 0), None)
 
 

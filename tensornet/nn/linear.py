@@ -144,7 +144,8 @@ class TensorNetworkLinear(NetworkModule):
         known = self._integers
         if known is None or known.codes is not core.codes or known.scale_bits is not core.scales:
             known = IntegerMatrix.of(core)
-            self._integers = None if is_compiling() else known
+            computed = core.number_format.scale_bits is not None  # not a view of the stored scales
+            self._integers = None if computed or is_compiling() else known
         return known
 
     @classmethod

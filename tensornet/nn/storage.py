@@ -30,7 +30,7 @@ from tensornet._util import is_exporting, outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
-from tensornet.quantization.formats import pack, packed_bytes, unpack
+from tensornet.quantization.formats import SUPER_BLOCK, pack, packed_bytes, unpack
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import Topology
@@ -167,10 +167,10 @@ PLAIN = Storage()
 class PackedCore(nn.Module):
     """Core that is stored in another form than a plain parameter: pivoted, in bfloat16, or as integers.
 
-    Integers are stored as `codes`, `scales` and possibly `zeros`, other numbers as `values`, and the row
-    order of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors
-    are integer buffers: scales, and values in bfloat16, are viewed as integers with the same bits, so that
-    `.to()`, `.half()` and the like do not convert them. Tied layers share this module.
+    Integers are stored as `codes`, `scales` and possibly `zeros` or `steps`, other numbers as `values`, and
+    the row order of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other
+    tensors are integer buffers: scales, steps, and values in bfloat16, are viewed as integers with the same
+    bits, so that `.to()`, `.half()` and the like do not convert them. Tied layers share this module.
 
     Args:
         number_format: format of the elements.
@@ -191,6 +191,7 @@ class PackedCore(nn.Module):
     scales: Tensor
     values: Tensor
     zeros: Tensor
+    steps: Tensor
     order: Tensor
 
     def __init__(
@@ -224,6 +225,8 @@ class PackedCore(nn.Module):
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
         if "codes" in found:
             found["codes"] = math.prod(self.codes.shape[:-1]) * self.columns
+        if "steps" in found:
+            found["scales"] = math.prod(self.codes.shape[:-1]) * self.number_format.groups(self.columns)
         if "zeros" in found:
             found["zeros"] = found["scales"]
         return found
@@ -235,10 +238,23 @@ class PackedCore(nn.Module):
         return own and any(isinstance(x, nn.Parameter) for x in self.tensors.values())
 
     @property
+    def trained_scales(self) -> str:
+        """Name of the floating-point scales: `scales`, or `steps` if scales are integers."""
+        return "steps" if "steps" in self.names else "scales"
+
+    @property
     def scale_values(self) -> Tensor:
         """Scales as floating-point numbers, shape `(..., rows, groups)`."""
-        scales: Tensor = self.scales
-        return scales if scales.is_floating_point() else _floating(scales, self.number_format.scale_dtype)
+        return self._scale_values(self.tensors)
+
+    def _scale_values(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        number_format, scales = self.number_format, tensors[self.trained_scales]
+        if not scales.is_floating_point():
+            scales = _floating(scales, number_format.scale_dtype)
+        if number_format.scale_bits is None:
+            return scales
+        groups = number_format.groups(self.columns)
+        return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
         """Return the core, differentiable with respect to its stored floating-point tensors.
@@ -271,14 +287,11 @@ class PackedCore(nn.Module):
             dtype: dtype of the values.
             index: indices of rows, or of matrices of a stack, shape `(n,)`; all if absent.
         """
-        codes, scales = self.codes, self.scales
-        zeros = self.zeros if "zeros" in self.names else None
+        parts = self.tensors
         if index is not None:  # before the view as floats: some float dtypes cannot be indexed
-            codes, scales = codes.index_select(0, index), scales.index_select(0, index)
-            zeros = None if zeros is None else zeros.index_select(0, index)
-        if not scales.is_floating_point():
-            scales = _floating(scales, self.number_format.scale_dtype)
-        return unpacked(self.number_format, codes, scales, zeros, self.columns, dtype)
+            parts = {name: tensor.index_select(0, index) for name, tensor in parts.items() if name != "order"}
+        scales = self._scale_values(parts)
+        return unpacked(self.number_format, parts["codes"], scales, parts.get("zeros"), self.columns, dtype)
 
     def check_finite(self, name: str) -> None:
         """Raise FormatError if a scale is NaN or infinite, as in a damaged file.
@@ -291,8 +304,8 @@ class PackedCore(nn.Module):
         """
         if "scales" in self.names and not bool(self.scale_values.float().isfinite().all()):
             raise FormatError(
-                f"{name}.scales has NaN or infinite scales, so that the weight has no value. The file is "
-                "damaged: copy or download it again, or compress the model again."
+                f"{name}.{self.trained_scales} has NaN or infinite scales, so that the weight has no "
+                "value. The file is damaged: copy or download it again, or compress the model again."
             )
 
     def extra_repr(self) -> str:
@@ -337,7 +350,7 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
     Returns:
         The converted cores, for `pack_after_training`. 8-bit scales are not trained, since rounding them
-        again would undo the training steps.
+        again would undo the training steps, and of integer scales only the steps are.
     """
     found = [core for core in model.modules() if isinstance(core, PackedCore) and not core.is_trained]
     found = [core for core in found if core.number_format != FLOAT]
@@ -348,7 +361,8 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
             core._put("values", _floating(core.values, number_format.dtype).float())
             continue
         if number_format.scale_dtype.itemsize > 1:
-            core._put("scales", core.scale_values.float())
+            name = core.trained_scales
+            core._put(name, _floating(getattr(core, name), number_format.scale_dtype).float())
         if codes:
             made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
             core._put("codes", made)
@@ -373,8 +387,8 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
             core._put("values", _bits(whole(core.values), number_format.dtype))
         if number_format.bits is None:
             continue
-        if core.scales.is_floating_point():
-            core._put("scales", _bits(whole(core.scales), number_format.scale_dtype))
+        if (scales := getattr(core, core.trained_scales)).is_floating_point():
+            core._put(core.trained_scales, _bits(whole(scales), number_format.scale_dtype))
         if core.codes.is_floating_point():
             codes = whole(core.codes).round().clamp(0, number_format.top).to(torch.uint8)
             core._put("codes", number_format.pack(codes))
@@ -453,7 +467,12 @@ def _stored_parts(
         rows, columns = kept
         groups, bits = number_format.groups(columns), number_format.bits
         yield name, "codes", (rows, packed_bytes(columns, bits)), torch.uint8, rows * columns
-        yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
+        if number_format.scale_bits is None:
+            yield name, "scales", (rows, groups), _BITS[number_format.scale_dtype], rows * groups
+        else:
+            packed, blocks = packed_bytes(groups, number_format.scale_bits), columns // SUPER_BLOCK
+            yield name, "scales", (rows, packed), torch.uint8, rows * groups
+            yield name, "steps", (rows, blocks), _BITS[number_format.scale_dtype], rows * blocks
         if number_format.zero_point:
             yield name, "zeros", (rows, packed_bytes(groups, bits)), torch.uint8, rows * groups
 
@@ -542,7 +561,12 @@ def stored_core(
     if isinstance(value, RoundedWeight):
         assert number_format.bits is not None
         tensors["codes"] = number_format.pack(value.codes)
-        tensors["scales"] = _bits(value.scales, number_format.scale_dtype)
+        if number_format.scale_bits is None:
+            tensors["scales"] = _bits(value.scales, number_format.scale_dtype)
+        else:
+            integers, steps = number_format.factored(value.scales)
+            tensors["scales"] = pack(integers, number_format.scale_bits)
+            tensors["steps"] = _bits(steps, number_format.scale_dtype)
         if value.zeros is not None:
             tensors["zeros"] = pack(value.zeros, number_format.bits)
     else:

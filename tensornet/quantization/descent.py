@@ -259,7 +259,6 @@ def descend(
         gradient = times_rows(rows, product)
         return gradient, 0.5 * (error * gradient).sum((1, 2), dtype=torch.float64)
 
-    limit = torch.finfo(scales.dtype).max
     for k in range(sweeps):
         points = codes - zero
         error, product = passed(points, scales)
@@ -268,7 +267,7 @@ def descend(
             before, loss = weighed(error, product)
         own = scales.to(weight.dtype)
         exact = sweep_scales(weight, points, own, number_format, rows, columns, product.clone())
-        moved = exact.clamp(-limit, limit).to(scales.dtype)
+        moved = number_format.storable(exact)
         gradient, found = weighed(*passed(points, moved))
         better = found < loss
         if not bool(better.all()):

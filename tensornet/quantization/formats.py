@@ -5,6 +5,9 @@ inputs of one row: `value = scale * (code - zero)`. Without zero points `zero` i
 Codes may also be places in a table of unequally spaced levels: `value = scale * level[code]`. Weights are
 dense around zero, so that 16 such levels have a sixth less squared error than 16 equal steps.
 
+Scales of groups may be integers of 6 or 8 bits times one step in float16 for 256 weights of a row. That is
+accurate enough, since the largest scale of the 256 is never far from the range of the integers.
+
 Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
 16-bit ones and are more accurate, since codes are chosen after the scale has been rounded.
 
@@ -14,7 +17,7 @@ Everything that depends on the format is a method of `NumberFormat`.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -28,18 +31,29 @@ from tensornet.errors import FormatError, ShapeError
 #: Bits of integer formats.
 BITS = (8, 7, 6, 5, 4, 3, 2)
 #: Sizes of groups along the inputs; None is one group per row.
-GROUPS = (32, 64, 128, None)
+GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64
 #: Dtypes of scales by the suffix in the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
 #: Levels of the formats `nl<bits>` by their bits, in ascending order: multiples of the scale. These 16 are
 #: those of the types IQ4_NL and IQ4_XS of GGUF.
 LEVELS = {4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)}
+#: Bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights with one step.
+SCALE_BITS, SUPER_BLOCK = (6, 8), 256
 _FLOATS = ("float", "bf16")
 #: Formats that another file format stores as they are, with exactly their bytes, by the name of that target.
 #: `tensornet_hf.export` writes them; groups must divide the inputs of a layer.
 MENUS: dict[str, tuple[str, ...]] = {
-    "gguf": ("float", "int8:g32:float16", "int5:g32:float16", "int4:g32:float16", "nl4:g32:float16"),
+    "gguf": (
+        "float",
+        "int8:g32:float16",
+        "int6:g16:s8",
+        "int5:g32:float16",
+        "int4:g32:float16",
+        "nl4:g32:float16",
+        "nl4:g32:s6",
+        "int3:g16:s6",
+    ),
     "compressed-tensors": (
         "float",
         "int8",
@@ -53,7 +67,8 @@ MENUS: dict[str, tuple[str, ...]] = {
     ),
 }
 _PATTERN = re.compile(
-    r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?(:(?P<dtype>float16|float8))?"
+    r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
+    r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)))?"
 )
 
 
@@ -82,6 +97,8 @@ class NumberFormat:
             which underflows below 1.5e-5.
         dtype: dtype of the elements of a floating-point format; None is that of the model.
         table: True if codes are places in the table of `LEVELS` of so many bits, without zero points.
+        scale_bits: 6 or 8 if scales are signed integers of so many bits times a step in `torch.float16`, the
+            `scale_dtype`, for `SUPER_BLOCK` weights of a row, which must divide the row.
 
     Raises:
         FormatError: the combination does not exist.
@@ -99,10 +116,11 @@ class NumberFormat:
     scale_dtype: torch.dtype = torch.bfloat16
     dtype: torch.dtype | None = None
     table: bool = False
+    scale_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits is None:
-            other = self.group is not None or self.zero_point or self.table
+            other = self.group is not None or self.zero_point or self.table or self.scale_bits
             if other or self.dtype not in (None, torch.bfloat16):
                 raise FormatError(
                     f"A floating-point format is one of {', '.join(_FLOATS)}, without groups and zero "
@@ -116,11 +134,21 @@ class NumberFormat:
             raise FormatError(f"Tables of levels have {known} bits and no zero points; got {self!r}.")
         if self.group not in GROUPS:
             raise FormatError(
-                f"Groups have 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
+                f"Groups have 16, 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
             )
         if self.scale_dtype not in SCALE_DTYPES.values():
             names = ", ".join(map(str, SCALE_DTYPES.values()))
             raise FormatError(f"Scales are one of {names}; got {self.scale_dtype}.")
+        if self.scale_bits is not None and (
+            self.scale_bits not in SCALE_BITS
+            or self.group is None
+            or self.zero_point
+            or self.scale_dtype != torch.float16
+        ):
+            raise FormatError(
+                "Integer scales have 6 or 8 bits, steps in torch.float16, and groups without zero points; "
+                f"got {self!r}."
+            )
 
     @classmethod
     def parse(cls, name: "str | NumberFormat") -> "NumberFormat":
@@ -128,8 +156,8 @@ class NumberFormat:
 
         Args:
             name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl4`, then optionally `:g32`, `:g64` (if left
-                out), `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8` for the
-                dtype of the scales.
+                out), `:g16`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8`
+                for the dtype of the scales, or `:s6` or `:s8` for scales of 6 or 8 bits under one of 16 bits.
 
         Raises:
             FormatError: an unknown name; the message lists the known ones.
@@ -148,9 +176,15 @@ class NumberFormat:
                 "'int4:g32:float8'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
-        scale_dtype = SCALE_DTYPES[found["dtype"] or ""]
-        table = found["kind"] == "nl"
-        return cls(int(found["bits"]), group, found["zero"] is not None, scale_dtype, table=table)
+        scale_bits = int(found["scale"]) if found["scale"] else None
+        return cls(
+            int(found["bits"]),
+            group,
+            found["zero"] is not None,
+            torch.float16 if scale_bits else SCALE_DTYPES[found["dtype"] or ""],
+            table=found["kind"] == "nl",
+            scale_bits=scale_bits,
+        )
 
     @property
     def name(self) -> str:
@@ -162,6 +196,8 @@ class NumberFormat:
             parts.append("row" if self.group is None else f"g{self.group}")
         if self.zero_point:
             parts.append("zero")
+        if self.scale_bits is not None:
+            return ":".join([*parts, f"s{self.scale_bits}"])
         parts += [suffix for suffix, dtype in SCALE_DTYPES.items() if suffix and dtype == self.scale_dtype]
         return ":".join(parts)
 
@@ -172,6 +208,16 @@ class NumberFormat:
     def is_integer(self) -> bool:
         """True if elements are stored as integer codes with scales."""
         return self.bits is not None
+
+    @property
+    def for_networks(self) -> bool:
+        """True if plans use this format for cores of networks too, not for dense matrices alone."""
+        return not self.table and self.scale_bits is None
+
+    @property
+    def span(self) -> int | None:
+        """Number of neighbouring inputs of one row that share a scale or step; None is the whole row."""
+        return self.group if self.scale_bits is None else SUPER_BLOCK
 
     @property
     def top(self) -> int:
@@ -198,12 +244,25 @@ class NumberFormat:
     # --- groups ----------------------------------------------------------------------------------
 
     def divides(self, size: int) -> bool:
-        """Return True if a row of `size` elements has no shorter last group."""
-        return self.group is None or size % self.group == 0
+        """Return True if a row of `size` elements has no shorter last group, or super-block."""
+        return self.span is None or size % self.span == 0
+
+    def fits(self, size: int) -> bool:
+        """Return True if rows of `size` elements can be stored: there is no shorter last super-block."""
+        return self.scale_bits is None or self.divides(size)
 
     def groups(self, size: int) -> int:
-        """Count the groups in a row of `size` elements."""
+        """Count the groups in a row of `size` elements.
+
+        Raises:
+            FormatError: scales share a step for `SUPER_BLOCK` weights, which do not divide the row.
+        """
         self._integer_bits()
+        if not self.fits(size):
+            raise FormatError(
+                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, and {size} inputs are no "
+                f"multiple of that; use {replace(self, scale_bits=None).name!r}."
+            )
         return 1 if self.group is None else math.ceil(size / self.group)
 
     def grouped(self, x: Tensor) -> Tensor:
@@ -222,10 +281,58 @@ class NumberFormat:
 
     # --- values, codes, bytes --------------------------------------------------------------------
 
-    def storable(self, scales: Tensor) -> Tensor:
-        """Round scales to the dtype in which they are stored, clamped to its range."""
+    def storable(self, scales: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Round scales to those that can be stored, in their dtype; to integers times steps in float32.
+
+        Args:
+            scales: shape `(..., groups)`.
+            importance: weights of their squared errors, which integer scales minimize; equal if absent.
+        """
+        if self.scale_bits is not None:
+            return self.scales_of(*self.factored(scales, importance))
         limit = torch.finfo(self.scale_dtype).max
         return scales.clamp(-limit, limit).to(self.scale_dtype)
+
+    def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Approximate scales by signed integers times steps; exact for products of these.
+
+        Several steps are tried, for which the largest scale of a super-block becomes a large integer.
+
+        Args:
+            scales, importance: see `storable`.
+
+        Returns:
+            Integers as `torch.uint8` with an offset of half their range, `(..., groups)`, and steps in
+            `torch.float16`, `(..., groups * group / SUPER_BLOCK)`.
+        """
+        assert self.scale_bits is not None
+        assert self.group is not None
+        half, each = 2 ** (self.scale_bits - 1), SUPER_BLOCK // self.group
+        blocks = scales.reshape(*scales.shape[:-1], scales.shape[-1] // each, each)
+        blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+        weights = (
+            torch.ones_like(blocks) if importance is None else importance.to(blocks).reshape(blocks.shape)
+        )
+        largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+        limit = torch.finfo(torch.float16).max
+        step, integers = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(blocks)
+        least = (weights * blocks.square()).sum(-1)
+        for number in range(-half, -half * 3 // 4 + 1):
+            tried = (largest / number).clamp(-limit, limit).half()
+            divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
+            found = (blocks / divisor).round_().clamp_(-half, half - 1)
+            error = (weights * (blocks - found * tried.to(blocks)[..., None]).square_()).sum(-1)
+            better = error < least
+            least, step = torch.where(better, error, least), torch.where(better, tried, step)
+            integers = torch.where(better[..., None], found, integers)
+        return (integers + half).to(torch.uint8).reshape(scales.shape), step
+
+    def scales_of(self, integers: Tensor, steps: Tensor) -> Tensor:
+        """Multiply integers and steps as `factored` returns them, in float32, shape `(..., groups)`."""
+        assert self.scale_bits is not None
+        blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
+        values = (blocks.float() - 2 ** (self.scale_bits - 1)) * steps.float().unsqueeze(-1)
+        return values.reshape(integers.shape)
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Round values to the nearest codes on given scales.
@@ -366,7 +473,11 @@ class NumberFormat:
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize
         groups = self.groups(size)
-        each = packed_bytes(size, self.bits) + groups * self.scale_dtype.itemsize
+        each = packed_bytes(size, self.bits)
+        if self.scale_bits is None:
+            each += groups * self.scale_dtype.itemsize
+        else:
+            each += packed_bytes(groups, self.scale_bits) + size // SUPER_BLOCK * self.scale_dtype.itemsize
         return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
@@ -409,12 +520,11 @@ def _signed(codes: Tensor) -> Tensor:
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
     """Multiply small integers `(..., groups, group)` by scales `(..., groups)`, rounding products once."""
     # bfloat16 scales could be subnormal or zero in float16.
-    factor = scales.to(torch.float32 if dtype == torch.float16 else dtype).unsqueeze(-1)
+    # CPUs emulate 16-bit arithmetic, so float32 takes half the time.
+    wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
+    factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)
     factor = factor / 2 if halves else factor
-    if dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu):
-        # CPUs emulate 16-bit arithmetic, so float32 takes half the time.
-        return (points * factor.float()).to(dtype).flatten(-2)
-    return (points.to(dtype) * factor).flatten(-2)
+    return ((points if wide else points.to(dtype)) * factor).to(dtype).flatten(-2)
 
 
 # --- packing of codes of 2 to 8 bits into bytes, row by row ----------------------------------------

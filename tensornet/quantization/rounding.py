@@ -44,7 +44,8 @@ class RoundedWeight:
 
     Args:
         codes: `torch.uint8`, shape `(..., out, in)`.
-        scales: scales in the dtype of the format, shape `(..., out, groups)`.
+        scales: scales in the dtype of the format, shape `(..., out, groups)`; in float32 if they are integers
+            times steps.
         zeros: `torch.uint8` of the same shape; None without zero points.
         number_format: format of all of them.
         rounding: the best rounding method for each matrix of the stack.
@@ -279,6 +280,6 @@ def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:
     groups = (*weight.shape[:-1], number_format.groups(weight.shape[-1]))
     codes = weight.new_zeros(weight.shape, dtype=torch.uint8)
     zeros = codes.new_zeros(groups) if number_format.zero_point else None
-    scales = weight.new_zeros(groups).to(number_format.scale_dtype)
+    scales = number_format.storable(weight.new_zeros(groups))
     nothing = weight.new_zeros(weight.shape[:-2], dtype=torch.float64)
     return RoundedWeight(codes, scales, zeros, number_format, ROUNDINGS[:1] * nothing.numel(), nothing)

@@ -27,9 +27,9 @@ _CACHED, _CHUNK = 1 << 16, 1 << 22
 #: Largest fraction of the weighted energy in groups with underflowing scales. Losing all of it would cause
 #: the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group sizes with 16-bit scales that replace group sizes with 8-bit scales. A group twice as large takes the
-#: same number of bytes.
-_WIDER = {32: 64, 64: 128}
+#: Group sizes with 16-bit scales that replace group sizes with scales of fewer bits. A group twice as large
+#: takes about as many bytes.
+_WIDER = {16: 32, 32: 64, 64: 128}
 
 
 @torch.no_grad()
@@ -71,7 +71,10 @@ def search_scales(
         scales.append(scale)
         zeros.append(zero)
     shape = grouped.shape[:-1]
-    found = torch.cat(scales).reshape(shape).to(number_format.scale_dtype)
+    found = torch.cat(scales).reshape(shape)
+    if number_format.scale_bits is not None:
+        return number_format.storable(found, importance.sum(-1).reshape(shape)), None
+    found = found.to(number_format.scale_dtype)
     if not number_format.zero_point:
         return found, None
     return found, torch.cat(zeros).reshape(shape).to(torch.uint8)
@@ -121,7 +124,12 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype in which they are stored; zero if they are out of its range."""
+    """Round scales to the dtype in which they are stored; zero if they are out of its range.
+
+    Integer scales are rounded later, together with the others of their super-block.
+    """
+    if number_format.scale_bits is not None:
+        return scale
     kept = scale.to(number_format.scale_dtype).to(scale.dtype)
     return torch.where(kept.isfinite(), kept, torch.zeros_like(kept))
 
@@ -222,6 +230,8 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
+    if number_format.scale_bits is not None:  # digits that integer scales need beyond two bits
+        steps = steps / 2 ** (number_format.scale_bits - 4)
     small = steps < smallest
     if not bool(small.any()):
         return False
@@ -241,16 +251,17 @@ def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
-    """Return the format with 16-bit scales that replaces one with 8-bit scales at the same size.
+    """Return the format with 16-bit scales that replaces one with scales of fewer bits, at about its size.
 
     Groups are twice as large if such a size exists.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format
     group = number_format.group
-    if number_format.scale_dtype.itemsize == 1 and group is not None:
+    few = number_format.scale_dtype.itemsize == 1 or number_format.scale_bits is not None
+    if few and group is not None:
         group = _WIDER.get(group, group)
-    return replace(number_format, group=group, scale_dtype=torch.bfloat16)
+    return replace(number_format, group=group, scale_dtype=torch.bfloat16, scale_bits=None)
 
 
 def storable_formats(

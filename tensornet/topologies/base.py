@@ -194,12 +194,12 @@ class TopologyFamily(ABC):
 
         By default there is one format for all cores, floating-point or with 8 or 4 bits. Other numbers of
         bits would differ little from these, and with fewer bits the dense matrix is better. Only dense
-        matrices have tables of levels.
+        matrices have tables of levels or integer scales.
 
         Returns:
             For each encoding, the format of all cores, and exceptions by the name of the core.
         """
-        return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and not x.table)]
+        return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and x.for_networks)]
 
     def search_legs(
         self,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from quantization.rounding_cases import moment, weight
 
+import tensornet as tn
 from tensornet.compression import candidates
-from tensornet.compression.candidates import format_losses
+from tensornet.compression.candidates import format_losses, layer_formats, losses_of_parts
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
 from tensornet.quantization import NumberFormat, predict, predict_losses
@@ -113,3 +114,16 @@ def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
     made = round_dense(matrix, number_format, sensitivity.choice).dequantize()
     exact = sensitivity.choice.cost(matrix - made)
     assert found.choice == pytest.approx(exact, rel=0.12)  # without it a sixth too low
+
+
+def test_formats_that_do_not_fit_a_matrix_are_left_out() -> None:
+    """A row of 320 weights has no whole number of super-blocks; such a layer keeps its own format instead."""
+    formats = [NumberFormat.parse(name) for name in ("int3:g16:s6", "int3:g32")]
+    layers = [(torch.randn(8, size), Sensitivity(Weighting(), Weighting())) for size in (256, 320)]
+    assert [list(x) for x in losses_of_parts(layers, formats)] == [formats, formats[1:]]
+    config = tn.CompressionConfig(bits_per_weight=4, formats=tuple(x.name for x in formats))
+    chosen = [layer_formats([matrix], [seen], config) for matrix, seen in layers]
+    assert chosen == [tuple(formats), (NumberFormat(), formats[1])]
+    menu = tn.CompressionConfig(bits_per_weight=4, formats="gguf")
+    assert NumberFormat.parse("nl4:g32:s6") in layer_formats([layers[0][0]], [layers[0][1]], menu)
+    assert all(x.divides(320) for x in layer_formats([layers[1][0]], [layers[1][1]], menu))

@@ -21,8 +21,9 @@ from tensornet.nn import integer_matmul, storage
 from tensornet.nn.embedding import embedding_from_network
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.storage import PackedCore, Storage, decode, encode, layout, unpack_for_training
-from tensornet.quantization import NumberFormat, formats
+from tensornet.quantization import NumberFormat, formats, round_weight
 from tensornet.topologies import Budget, topology_family
+from tensornet.topologies.dense import round_dense
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
 INTEGERS = ["int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8", "nl4:g32:float16"]
@@ -115,6 +116,58 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
         assert all(p.grad is not None for p in trained.values())
     assert [key for key, _ in made.named_parameters()] == ["bias"]
     assert all(torch.equal(x, before[key]) for key, x in cores_of(made).items())
+
+
+@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8"])
+def test_integer_scales_under_steps(name: str) -> None:
+    """Stored, moved, copied, described, compiled, exported, read by rows, loaded in place, and trained."""
+    number_format, shape = NumberFormat.parse(name), (20, 512)
+    stored, matrix = Storage(number_format=number_format), network("dense", shape)
+    made = linear_from_network(matrix, bias=None, source="linear", storage=stored)
+    topology, tensors = made.topology, cores_of(made)
+    kinds = {key: (tuple(x.shape), x.dtype) for key, x in tensors.items()}
+    assert kinds == layout(topology, stored, torch.float32)
+    size = number_format.nbytes(shape)
+    assert sum(x.nbytes for x in tensors.values()) == size == stored.num_bytes(topology, torch.float32)
+    assert made.num_params == stored.num_params(topology) == model_size(made)[0]
+    expected = round_dense(matrix.to_matrix(), number_format, Weighting()).dequantize()
+    assert not torch.equal(expected, matrix.to_matrix())
+    assert torch.equal(made.to_matrix(), expected)
+
+    spec = json.loads(json.dumps(tn.nn.module_spec(made)))
+    built = tn.nn.build_module(spec, device="meta", dtype=torch.float32)
+    built.load_state_dict(made.state_dict(), assign=True)
+    x = torch.randn(3, shape[1], requires_grad=True)
+    torch._dynamo.reset()  # it counts the compilations of a function over all layers of a process
+    compiled = torch.compile(made, fullgraph=True, backend="eager")
+    exported = torch.export.export(made, (x.detach(),)).module()
+    moved = copy.deepcopy(made).bfloat16().float()
+    for run in (made, built, compiled, exported, moved, pickle.loads(pickle.dumps(made))):
+        torch.testing.assert_close(run(x), x @ expected.mT, rtol=1e-4, atol=1e-4)
+    made(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected.sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    table = embedding_from_network(matrix, storage=stored)
+    assert torch.equal(table(torch.tensor([3, 3, 7])), expected[[3, 3, 7]])
+    other = round_weight(2 * torch.rand(shape), number_format)  # loaded in place, after a product
+    given = storage.stored_core(topology, stored, "matrix", other, torch.float32)
+    made.load_state_dict({f"core_matrix.{key}": value for key, value in given.state_dict().items()})
+    torch.testing.assert_close(made(x), x @ other.dequantize().mT, rtol=1e-4, atol=1e-4)
+
+    before = {key: value.clone() for key, value in cores_of(moved).items()}
+    with trained_scales(moved, codes=True):
+        assert torch.equal(moved.to_matrix(), expected)
+        assert moved.num_params == made.num_params
+        moved(x.detach()).square().sum().backward()
+        assert sorted(key for key, _ in moved.named_parameters()) == [
+            "core_matrix.codes",
+            "core_matrix.steps",
+        ]
+        assert all(bool(p.grad.abs().sum() > 0) for p in moved.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in cores_of(moved).items())
+    core = next(each for each in moved.modules() if isinstance(each, PackedCore))
+    core.steps[0, 0] = torch.tensor([torch.nan], dtype=torch.float16).view(torch.int16)[0]
+    with pytest.raises(FormatError, match=r"layer\.steps .*NaN"):
+        core.check_finite("layer")
 
 
 def test_gradients_of_scales_are_those_of_the_matrix() -> None:

@@ -21,12 +21,22 @@ CHOICES = {
 INTEGERS = st.builds(NumberFormat, bits=st.integers(2, 8), zero_point=st.booleans(), **CHOICES) | st.builds(
     NumberFormat, bits=st.just(4), table=st.just(True), **CHOICES
 )
+#: Formats with integer scales, for rows of a multiple of 256.
+SUPER_BLOCKS = st.sampled_from(
+    [NumberFormat.parse(x) for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g64:s8", "int8:s6")]
+)
+FORMATS = INTEGERS | SUPER_BLOCKS
 
 #: The levels of IQ4_NL in llama.cpp.
 LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 
 
-@given(st.one_of(INTEGERS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
+def fitting(number_format: NumberFormat, size: int) -> int:
+    """Size of a row that a format can store."""
+    return size if number_format.scale_bits is None else 256 * (1 + size % 2)
+
+
+@given(st.one_of(FORMATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
 def test_names_are_read_back(number_format: NumberFormat) -> None:
     assert NumberFormat.parse(number_format.name) == number_format
     assert NumberFormat.parse(number_format) is number_format
@@ -41,6 +51,7 @@ def test_names_are_read_back(number_format: NumberFormat) -> None:
         ("int8:row", 8, None, False),
         ("int3:zero", 3, 64, True),
         ("nl4:g32", 4, 32, False),
+        ("int4:g16", 4, 16, False),
     ],
 )
 def test_names_of_integers(name: str, bits: int, group: int | None, zero: bool) -> None:
@@ -49,7 +60,7 @@ def test_names_of_integers(name: str, bits: int, group: int | None, zero: bool) 
 
 @pytest.mark.parametrize("name", ["int9", "int1", "int4:g48", "fp8", "", "int4:g64:", "INT4", "nl5", 4, None])
 def test_unknown_names_list_the_known(name: object) -> None:
-    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2, nl4|Groups have 32, 64 or 128"):
+    with pytest.raises(FormatError, match=r"float, bf16, int8.*int2, nl4|Groups have 16, 32, 64 or 128"):
         NumberFormat.parse(name)  # type: ignore[arg-type]
 
 
@@ -62,17 +73,30 @@ def test_combinations_that_do_not_exist() -> None:
         NumberFormat.parse("nl4:zero")
     with pytest.raises(FormatError, match="4 bits"):
         NumberFormat(3, table=True)
+    for name in ("int4:s6", "int4:g32:s6"):
+        with pytest.raises(FormatError, match="multiple"):
+            round_weight(torch.randn(2, 320), name)
+    for name in ("int4:row:s6", "int4:g32:zero:s6", "int4:g32:s5"):
+        with pytest.raises(FormatError, match="Integer scales"):
+            NumberFormat.parse(name)
+    with pytest.raises(FormatError, match="Integer scales"):
+        NumberFormat(4, 32, scale_bits=6)
     with pytest.raises(FormatError, match=r"one of torch\.bfloat16, torch\.float16, torch\.float8_e5m2"):
         NumberFormat(4, scale_dtype=torch.float32)
     with pytest.raises(FormatError, match="'bf16' has no codes"):
         _ = NumberFormat(dtype=torch.bfloat16).top
 
 
-@given(INTEGERS, st.integers(1, 5), st.integers(1, 200))
+@given(FORMATS, st.integers(1, 5), st.integers(1, 200))
 def test_bytes_are_those_of_the_stored_tensors(number_format: NumberFormat, rows: int, size: int) -> None:
+    size = fitting(number_format, size)
     rounded = round_weight(torch.randn(rows, size), number_format, refits=0)
     assert number_format.bits is not None
     stored = [pack(rounded.codes, number_format.bits), rounded.scales]
+    if number_format.scale_bits is not None:
+        integers, steps = number_format.factored(rounded.scales)
+        stored[1:] = [pack(integers, number_format.scale_bits), steps]
+        assert torch.equal(number_format.scales_of(integers, steps), rounded.scales)
     if rounded.zeros is not None:
         stored.append(pack(rounded.zeros, number_format.bits))
     assert rounded.nbytes == number_format.nbytes((rows, size)) == sum(x.nbytes for x in stored)
@@ -87,7 +111,9 @@ def test_bytes_of_the_usual_cases() -> None:
     assert NumberFormat.parse("float").nbytes((3, 5), torch.bfloat16) == 30
     assert NumberFormat.parse("bf16").nbytes((3, 5)) == 30
     assert NumberFormat.parse("int4").nbytes((2, 3, 65)) == 6 * (33 + 4)
-    assert NumberFormat.parse("nl4:g32:float16").bits_per_weight((128, 512)) == 4.5
+    sizes = {"nl4:g32:float16": 4.5, "nl4:g32:s6": 4.25, "int3:g16:s6": 3.4375, "int6:g16:s8": 6.5625}
+    for name, bits_per_weight in sizes.items():  # of IQ4_NL, IQ4_XS, Q3_K and Q6_K in GGUF
+        assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
     assert len(format_names()) == 10
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
@@ -128,14 +154,35 @@ def test_trained_codes_of_a_table_have_the_slope_of_their_neighbours() -> None:
     assert codes.grad.tolist() == [[11.5, 5.75, 5.75, 12.0]]
 
 
-@given(INTEGERS, st.integers(1, 4), st.integers(1, 150), st.integers(0, 1000))
+@given(SUPER_BLOCKS, st.integers(0, 1000), st.integers(-30, 15))
+def test_integer_scales_are_close_and_stay_as_they_are(
+    number_format: NumberFormat, seed: int, power: int
+) -> None:
+    """Also with subnormal steps; the largest scale keeps its digits, and the others half a step."""
+    assert number_format.group is not None
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.randn(3, 512 // number_format.group, generator=generator) * 2.0**power
+    scales[1] = 0
+    scales[2, :2] = torch.tensor([4.0, -4.0]) * 2.0**power  # only one of both is the lowest integer
+    stored = number_format.storable(scales)
+    assert number_format.scale_bits is not None
+    assert int(number_format.factored(scales)[0].max()) < 2**number_format.scale_bits
+    assert torch.equal(number_format.storable(stored), stored)
+    largest = scales.reshape(3, 2, -1).abs().amax(-1, keepdim=True)
+    room = (2.0**-11 + 0.5 / 24) * largest + 40 * 2.0**-24
+    assert bool(((stored - scales).reshape(3, 2, -1).abs() <= room).all())
+    assert not stored[1].any()
+
+
+@given(FORMATS, st.integers(1, 4), st.integers(1, 150), st.integers(0, 1000))
 def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, size: int, seed: int) -> None:
     """Codes come back from values and from bytes; any value becomes the nearest point of its grid."""
     torch.manual_seed(seed)
     assert number_format.bits is not None
+    size = fitting(number_format, size)
     top, groups = number_format.top, (rows, number_format.groups(size))
     codes = torch.randint(0, top + 1, (rows, size), dtype=torch.uint8)
-    scales = (torch.rand(groups) + 0.5).to(number_format.scale_dtype)
+    scales = number_format.storable(torch.rand(groups) + 0.5)
     zeros = torch.randint(0, top + 1, groups, dtype=torch.uint8) if number_format.zero_point else None
     values = number_format.decode(codes, scales, zeros)
     assert torch.equal(number_format.encode(values, scales, zeros), codes)

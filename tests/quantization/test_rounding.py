@@ -107,13 +107,14 @@ def test_identity_on_one_side_is_the_other_side_alone(m: int, n: int, seed: int,
     assert same(both, round_weight(matrix, name, rows=rows, refits=0))
 
 
-@pytest.mark.parametrize("name", ["int4", "int6", "int8", "nl4:g32"])
+@pytest.mark.parametrize("name", ["int4", "int6", "int8", "nl4:g32", "nl4:g32:s6", "int6:g16:s8"])
 @pytest.mark.parametrize("way", ROUNDINGS)
 def test_prediction(name: str, way: Rounding) -> None:
-    rows, columns = damped(moment(96, 0), 0.1), damped(moment(128, 1), 0.01)
+    n = 256 if name.endswith(("s6", "s8")) else 128
+    rows, columns = damped(moment(96, 0), 0.1), damped(moment(n, 1), 0.01)
     exact, predicted = 0.0, 0.0
     for k in range(6):
-        matrix = weight(96, 128, k)
+        matrix = weight(96, n, k)
         made = round_weight(
             matrix,
             name,
@@ -130,7 +131,29 @@ def test_prediction(name: str, way: Rounding) -> None:
         predicted += float(
             predict_losses(matrix, [name], seen, rounding=way, row_damping=0, column_damping=0)
         )
-    assert predicted == pytest.approx(exact, rel=0.1)
+    assert predicted == pytest.approx(exact, rel=0.2 if ":g16" in name else 0.1)
+
+
+@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8"])
+def test_integer_scales_round_and_descend(name: str) -> None:
+    """Every step lowers the exact loss, and the scales of all of them can be stored."""
+    matrix, rows, columns = weight(20, 256, 0), moment(20, 0), moment(256, 1)
+    increases = []
+    methods: list[tuple[Rounding, int, int]] = [
+        ("nearest", 0, 0),
+        ("one_sided", 0, 0),
+        ("two_sided", 1, 0),
+        ("two_sided", 1, 2),
+    ]
+    for method, refits, sweeps in methods:
+        options = {"rows": rows, "columns": columns, "refits": refits, "sweeps": sweeps}
+        made = round_weight(matrix, name, rounding=method, **options)  # type: ignore[arg-type]
+        assert torch.equal(made.number_format.storable(made.scales), made.scales)
+        error = matrix - made.dequantize(torch.float64)
+        increases.append(price(error, damped(rows, 0.1), damped(columns, 0.01)))
+        assert float(made.loss_increase) == pytest.approx(increases[-1], rel=1e-9)
+    assert increases == sorted(increases, reverse=True)
+    assert len(set(increases)) == len(increases)
 
 
 def test_missing_moments_fall_back_and_say_so() -> None:
@@ -188,6 +211,7 @@ def test_values_are_differentiable_by_the_scales() -> None:
 @pytest.mark.parametrize("shape", [(0, 40), (3, 0), (2, 0, 40)])
 def test_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
     """Such as the free rows of a pivoted factor of full rank."""
+    assert round_weight(torch.zeros(3, 0), "nl4:g32:s6").scales.shape == (3, 0)
     made = round_weight(torch.zeros(shape), "int4:g32:zero", columns=torch.ones(shape[-1]))
     assert made.codes.shape == made.dequantize().shape == shape
     assert made.scales.shape == made.zeros.shape == (*shape[:-1], made.number_format.groups(shape[-1]))  # type: ignore[union-attr]

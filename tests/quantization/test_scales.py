@@ -140,11 +140,13 @@ NAMES = [
     "int4:g32:zero:float8",
     "int2:g32:float8",
     "nl4:g32:float8",
+    "int6:g16:s8",
+    "nl4:g32:s6",
 ]
 
 
 def narrow(seed: int = 0) -> torch.Tensor:
-    return 0.05 * torch.randn(24, 128, generator=torch.Generator().manual_seed(seed))
+    return 0.05 * torch.randn(24, 256, generator=torch.Generator().manual_seed(seed))
 
 
 def rounding_error(matrix: torch.Tensor, number_format: NumberFormat) -> float:
@@ -177,7 +179,7 @@ def test_groups_count_by_what_they_cost() -> None:
     rows[3] = 1e12  # all of the loss
     assert scales_underflow(matrix, number_format, Weighting(rows))
     assert scales_underflow(matrix, number_format, Weighting(torch.diag(rows)))
-    columns = torch.ones(128)
+    columns = torch.ones(256)
     assert scales_underflow(matrix, number_format, Weighting(rows, columns))
     assert not scales_underflow(torch.zeros(4, 64), number_format)
     assert not scales_underflow(1e-9 * matrix, NumberFormat())
@@ -192,7 +194,9 @@ def test_formats_with_16_bit_scales_take_as_many_bytes(name: str) -> None:
     kept = [(x.bits, x.zero_point, x.table) for x in (wide, number_format)]
     assert kept[0] == kept[1]
     assert wide.scale_dtype == torch.bfloat16
-    larger = 0 if number_format.group in (32, 64) or not name.endswith("float8") else 24 * wide.groups(256)
+    larger = (
+        0 if number_format.group in (16, 32, 64) or not name.endswith("float8") else 24 * wide.groups(256)
+    )
     assert wide.nbytes((24, 256)) <= number_format.nbytes((24, 256)) + larger
     assert not scales_underflow(2.0**-40 * narrow(), wide)
     assert storable_formats(2.0**-40 * narrow(), [number_format]) == (wide,)

@@ -520,7 +520,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
         >>> [sorted(x.to_dict().get("core_formats", {})) for x in encodings("inputs", allowed)]
         [[], [], ['1']]
     """
-    own = [x for x in formats if x == _FLOAT or x.is_integer]
+    own = [x for x in formats if (x == _FLOAT or x.is_integer) and x.for_networks]
     accurate = [x for x in own if x == _FLOAT or (x.bits or 0) >= _ACCURATE_BITS]
     best = min(accurate, key=lambda x: x.nbytes((64, 64)), default=None)
     pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # (private, shared)

@@ -118,12 +118,25 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, dense[key]), key
 
 
-def test_tables_of_levels(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "formats"),
+    [
+        ({"IQ4_NL", "IQ4_XS"}, ("nl4:g32:float16", "nl4:g32:float16", "nl4:g32:float8", "nl4:row:float16")),
+        (
+            {"IQ4_NL", "IQ4_XS", "Q3_K", "Q6_K"},
+            ("nl4:g32:float16", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
+        ),
+    ],
+)
+def test_tables_of_levels_and_integer_scales(
+    kinds: set[str], formats: tuple[str, ...], tmp_path: Path
+) -> None:
     from tests.hf.export.llama_cpp import logits
 
-    model = compressed("llama", "nl4:g32:float16", "nl4:g32:float16", "nl4:g32:float8", "nl4:row:float16")
+    model = compressed("llama", *formats, hidden_size=256, intermediate_size=512)
     report = th.export(model, tmp_path / "model.gguf")
-    assert set(report.packed.values()) == {"IQ4_NL"}
+    assert set(report.packed.values()) == kinds
+    assert not report.dense
     ids = torch.randint(5, WORDS, (12,), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = model(ids[None]).logits[0]

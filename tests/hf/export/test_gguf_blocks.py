@@ -88,3 +88,18 @@ def test_scales_that_differ_too_much_are_refused(kind: str) -> None:
         scales = np.array([[1.0] * 7 + [last]], np.float32)
         with pytest.raises(FormatError, match="256"):
             write_blocks(kind, points, scales)
+
+
+@pytest.mark.parametrize("kind", ["Q3_K", "Q6_K", "Q4_0"])
+def test_scales_of_16_weights(kind: str) -> None:
+    """Whose greatest common divisor has more digits than the step that float16 holds."""
+    rng, steps = np.random.default_rng(0), np.array([[2047.0], [1023.0 / 64]], np.float32)
+    scales = steps * 6 * rng.integers(-5, 5, (2, 16))
+    points = rng.integers(-4, 4, (2, 256))
+    if kind == "Q4_0":
+        with pytest.raises(FormatError, match="32"):
+            write_blocks(kind, points, scales)
+        return
+    powers = np.ldexp(np.float32(1), np.arange(16) % (6 if kind == "Q3_K" else 8))  # 32 is stored as -32
+    for each in (scales, powers[None].repeat(2, axis=0)):
+        np.testing.assert_array_equal(decoded(kind, points, each), points * each.repeat(16, axis=1))

