@@ -35,9 +35,14 @@ GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64
 #: Dtypes of scales by the suffix in the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
-#: Levels of the formats `nl<bits>` by their bits, in ascending order: multiples of the scale. These 16 are
-#: those of the types IQ4_NL and IQ4_XS of GGUF.
-LEVELS = {4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)}
+#: Levels of the formats `nl<bits>` by their bits, in ascending order: multiples of the scale. The 16 levels
+#: are those of the types IQ4_NL and IQ4_XS of GGUF. The others are fitted by Lloyd's algorithm to weights of
+#: a language model, in groups of 32 with the scales that `search_scales` finds.
+LEVELS = {
+    4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    3: (-127, -76, -44, -17, 9, 35, 65, 105),
+    2: (-127, -41, 21, 92),
+}
 #: Bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights with one step.
 SCALE_BITS, SUPER_BLOCK = (6, 8), 256
 _FLOATS = ("float", "bf16")
@@ -130,8 +135,7 @@ class NumberFormat:
         if self.bits not in BITS or self.dtype is not None:
             raise FormatError(f"An integer format has 2 to 8 bits and no dtype, got {self.bits!r} bits.")
         if self.table and (self.bits not in LEVELS or self.zero_point):
-            known = " or ".join(map(str, LEVELS))
-            raise FormatError(f"Tables of levels have {known} bits and no zero points; got {self!r}.")
+            raise FormatError(f"Tables of levels have 2 to 4 bits and no zero points; got {self!r}.")
         if self.group not in GROUPS:
             raise FormatError(
                 f"Groups have 16, 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
@@ -155,9 +159,10 @@ class NumberFormat:
         """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"`, `"int3:g64:zero"`.
 
         Args:
-            name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl4`, then optionally `:g32`, `:g64` (if left
-                out), `:g16`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or `:float8`
-                for the dtype of the scales, or `:s6` or `:s8` for scales of 6 or 8 bits under one of 16 bits.
+            name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl2` ... `nl4`, then optionally `:g64` (if
+                left out), `:g16`, `:g32`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or
+                `:float8` for the dtype of the scales, or `:s6` or `:s8` for scales of 6 or 8 bits under one
+                of 16 bits.
 
         Raises:
             FormatError: an unknown name; the message lists the known ones.
@@ -486,7 +491,9 @@ class NumberFormat:
 
     def _integer_bits(self) -> int:
         if self.bits is None:
-            raise FormatError(f"The format {self.name!r} has no codes; use one of int2 ... int8 or nl4.")
+            raise FormatError(
+                f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4."
+            )
         return self.bits
 
 

@@ -19,7 +19,7 @@ CHOICES = {
     "scale_dtype": st.sampled_from([torch.bfloat16, torch.float16, torch.float8_e5m2]),
 }
 INTEGERS = st.builds(NumberFormat, bits=st.integers(2, 8), zero_point=st.booleans(), **CHOICES) | st.builds(
-    NumberFormat, bits=st.just(4), table=st.just(True), **CHOICES
+    NumberFormat, bits=st.integers(2, 4), table=st.just(True), **CHOICES
 )
 #: Formats with integer scales, for rows of a multiple of 256.
 SUPER_BLOCKS = st.sampled_from(
@@ -27,8 +27,12 @@ SUPER_BLOCKS = st.sampled_from(
 )
 FORMATS = INTEGERS | SUPER_BLOCKS
 
-#: The levels of IQ4_NL in llama.cpp.
-LEVELS = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+#: 16 levels as in IQ4_NL of llama.cpp, eight, and four.
+LEVELS = {
+    4: [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    3: [-127, -76, -44, -17, 9, 35, 65, 105],
+    2: [-127, -41, 21, 92],
+}
 
 
 def fitting(number_format: NumberFormat, size: int) -> int:
@@ -72,7 +76,7 @@ def test_combinations_that_do_not_exist() -> None:
     with pytest.raises(FormatError, match="no zero points"):
         NumberFormat.parse("nl4:zero")
     with pytest.raises(FormatError, match="4 bits"):
-        NumberFormat(3, table=True)
+        NumberFormat(5, table=True)
     for name in ("int4:s6", "int4:g32:s6"):
         with pytest.raises(FormatError, match="multiple"):
             round_weight(torch.randn(2, 320), name)
@@ -114,7 +118,7 @@ def test_bytes_of_the_usual_cases() -> None:
     sizes = {"nl4:g32:float16": 4.5, "nl4:g32:s6": 4.25, "int3:g16:s6": 3.4375, "int6:g16:s8": 6.5625}
     for name, bits_per_weight in sizes.items():  # of IQ4_NL, IQ4_XS, Q3_K and Q6_K in GGUF
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
-    assert len(format_names()) == 10
+    assert len(format_names()) == 12
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 
@@ -197,7 +201,7 @@ def test_values_codes_and_bytes_convert(number_format: NumberFormat, rows: int, 
     zero = (
         number_format.center if zeros is None else zeros.float().repeat_interleave(width, 1)[:, :size, None]
     )
-    units = torch.tensor(LEVELS) if number_format.table else torch.arange(top + 1) - zero
+    units = torch.tensor(LEVELS[number_format.bits]) if number_format.table else torch.arange(top + 1) - zero
     points = units * spread
     best = (points - wanted[..., None]).abs().amin(-1)
     made = number_format.decode(number_format.encode(wanted, scales, zeros), scales, zeros)

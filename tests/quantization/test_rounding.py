@@ -156,6 +156,17 @@ def test_integer_scales_round_and_descend(name: str) -> None:
     assert len(set(increases)) == len(increases)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tables_cost_less_than_equal_steps(bits: int) -> None:
+    """Of Gaussian weights, in the same bytes, with feedback along both sides and descent."""
+    rows, columns, costs = moment(48, 0), moment(128, 1), dict.fromkeys(("int", "nl"), 0.0)
+    for k in range(3):
+        for kind in costs:
+            made = round_weight(weight(48, 128, k), f"{kind}{bits}:g32", rows=rows, columns=columns, sweeps=1)
+            costs[kind] += float(made.loss_increase)
+    assert costs["nl"] < 0.95 * costs["int"]
+
+
 def test_missing_moments_fall_back_and_say_so() -> None:
     matrix, rows, columns = weight(8, 64, 0), moment(8, 0), moment(64, 1)
     assert round_weight(matrix, "int4").rounding == ("nearest",)
