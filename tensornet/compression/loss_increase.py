@@ -68,7 +68,7 @@ class LossIncrease:
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
         """Average the loss increases of single tokens, shape `(tokens,)`."""
-        return cls(*_mean(increases), len(increases), **facts)
+        return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:
         noise = f"standard error {self.stderr:.2g}, {self.tokens:,} losses on {self.source}"
@@ -211,7 +211,7 @@ def measure(
         with opposite_errors(reference, model):
             mirrored, _ = _run(model, recorded.batches, recorded.loss_fn, 0)
         odd = (losses - mirrored) / 2
-        mean, error = _mean(odd)
+        mean, error = mean_and_error(odd)
         if abs(mean) <= 2 * error:
             losses = losses - odd
     divergences = [
@@ -219,7 +219,7 @@ def measure(
         for p, q in zip(recorded.log_probs, log_probs, strict=False)
         if p.shape == q.shape
     ]
-    kl = _mean(torch.cat(divergences)) if divergences else (None, None)
+    kl = mean_and_error(torch.cat(divergences)) if divergences else (None, None)
     return LossIncrease.of(
         losses - recorded.losses,
         source=recorded.source,
@@ -263,7 +263,7 @@ def _run(
     return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64), log_probs
 
 
-def _mean(values: Tensor) -> tuple[float, float]:
+def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Compute a mean and its standard error."""
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(values.mean()), error

@@ -561,6 +561,10 @@ def check_free(
             )
         return
     target = Path(destination).expanduser().absolute()
+    if target.suffix == ".gguf":
+        raise DestinationError(
+            f"{target} would be a folder. GGUF files are written by `tensornet compress` and `export`."
+        )
     real = target.resolve()
     for source in sources:
         if source.exists() and (real == source.resolve() or real in source.resolve().parents):

@@ -148,17 +148,31 @@ def load_any(folder: Path) -> PreTrainedModel:
     method = quantization_method(folder)
     if method in (DENSE, METHOD):
         return load(folder)
-    if method == "gguf":
-        return _load_gguf(folder)
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # transformers would load random weights
+    if method not in ("gguf", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load random weights
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise FormatError(f"{folder} is quantized by {method!r}, which transformers does not know: {known}.")
-    kind = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()
-        options: dict[str, Any] = {"dtype": "auto", "use_safetensors": True, "output_loading_info": True}
-        loaded: Any = kind.from_pretrained(folder, **options)
+        loaded: Any
+        if method == "gguf":
+            config = AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
+            if config.model_type == "gpt2":  # transformers puts the number of positions elsewhere
+                config.n_positions = config.n_ctx
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder.parent,
+                gguf_file=folder.name,
+                config=config,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        else:
+            kind: Any = model_class(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
+            loaded = kind.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, output_loading_info=True
+            )
+    except FormatError:
+        raise
     except ImportError as error:
         raise MissingDependencyError(
             f"{folder} is quantized by {method!r}, whose package is not installed here: {first_line(error)}"
@@ -173,34 +187,6 @@ def load_any(folder: Path) -> PreTrainedModel:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise FormatError(f"{folder} lacks weights that a {method!r} model has: {', '.join(missing[:5])}.")
-    return model
-
-
-def _load_gguf(file: Path) -> PreTrainedModel:
-    """Load a GGUF file with dequantized weights."""
-    verbosity = logging.get_verbosity()
-    try:
-        logging.set_verbosity_error()
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-        if config.model_type == "gpt2":  # transformers puts the number of positions elsewhere
-            config.n_positions = config.n_ctx
-        options = {"dtype": torch.float32, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, config=config, **options
-        )
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Reading {file} needs the package gguf: pip install 'tensornet-torch[gguf]'."
-        ) from error
-    except Exception as error:  # readers of GGUF may raise anything
-        raise FormatError(
-            f"transformers cannot load {file}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise FormatError(f"transformers does not find these weights in {file}: {', '.join(missing[:5])}.")
     return model
 
 

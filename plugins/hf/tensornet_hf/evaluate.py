@@ -16,7 +16,12 @@ from tensornet._util import import_optional, in_eval_mode, without_cache
 from tensornet.calibration import label_losses
 from tensornet.calibration.batches import IGNORED, Batch
 from tensornet.calibration.losses import scores_next_token
-from tensornet.compression.loss_increase import LossIncrease, RecordedLosses, record_losses
+from tensornet.compression.loss_increase import (
+    LossIncrease,
+    RecordedLosses,
+    mean_and_error,
+    record_losses,
+)
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
@@ -210,6 +215,22 @@ def perplexity(
         TargetError: the model is scored by the label of the same position, which it may read as input.
         NonFiniteError: the model's loss is NaN or infinite.
     """
+    batches = _windows(model, tokens, context, stride, batch_size)
+    total, count = 0.0, 0
+    with in_eval_mode(model), without_cache(model):
+        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
+            losses = label_losses(model, batch).double()
+            total += float(losses.sum())
+            count += len(losses)
+    if not math.isfinite(total):
+        raise NonFiniteError(f"The model's loss over this text is {total}: its weights or dtype are broken.")
+    return _perplexity(total / count, count, batches, context, stride)
+
+
+def _windows(
+    model: nn.Module, tokens: Tensor, context: int, stride: int | None, batch_size: int
+) -> list[Batch]:
+    """Cut a text into batches of windows for a causal language model, see `perplexity`."""
     if scores_next_token(model) is False:
         raise TargetError(
             f"The loss of {type(model).__name__} scores each label at its own position, so its logits are no "
@@ -222,17 +243,14 @@ def perplexity(
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     batch_size = min(batch_size, max(1, MOST_LOGITS // (context * vocabulary)))
     device = next(model.parameters()).device
-    batches = text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size)
-    total, count = 0.0, 0
-    with in_eval_mode(model), without_cache(model):
-        for batch in tqdm(batches, desc="perplexity", unit="batch", disable=not progress):
-            losses = label_losses(model, batch).double()
-            total += float(losses.sum())
-            count += len(losses)
-    if not math.isfinite(total):
-        raise NonFiniteError(f"The model's loss over this text is {total}: its weights or dtype are broken.")
-    mean, windows = total / count, sum(len(batch["input_ids"]) for batch in batches)
-    return Perplexity(math.exp(min(mean, 700.0)), mean, count, windows, context, stride or context)
+    return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size)
+
+
+def _perplexity(
+    loss: float, count: int, batches: Sequence[Batch], context: int, stride: int | None
+) -> Perplexity:
+    windows = sum(len(batch["input_ids"]) for batch in batches)
+    return Perplexity(math.exp(min(loss, 700.0)), loss, count, windows, context, stride or context)
 
 
 @dataclass(frozen=True)
@@ -244,7 +262,7 @@ class Divergence:
             token, in nats, each with its standard error.
         same_top: share of tokens for which both models prefer the same next token, with its standard error.
         loss_increase: mean difference of the losses, with its standard error.
-        tokens: number of predictions. Standard errors treat them as independent.
+        perplexity: of the model on this text. Standard errors treat its tokens as independent.
     """
 
     mean: tuple[float, float]
@@ -252,7 +270,7 @@ class Divergence:
     percentile_99: tuple[float, float]
     same_top: tuple[float, float]
     loss_increase: tuple[float, float]
-    tokens: int
+    perplexity: Perplexity
 
     def __str__(self) -> str:
         kl = ", ".join(
@@ -288,8 +306,9 @@ def divergence(
     Args: as for `perplexity`, and the model to compare with.
 
     Raises:
-        TargetError: the vocabularies differ.
-        NonFiniteError: a prediction is NaN.
+        ShapeError, ValueError: as for `perplexity`.
+        TargetError: as for `perplexity`, or the vocabularies differ.
+        NonFiniteError: a prediction is NaN or infinite.
 
     Example:
         >>> from tensornet_hf.evaluate import divergence
@@ -298,9 +317,8 @@ def divergence(
         (0.0, 0.0)
     """
     device = next(model.parameters()).device
-    config: Any = model.config
-    rows = max(1, min(batch_size, MOST_LOGITS // (context * config.vocab_size)))
-    batches = text_windows(tokens.to(device), context=context, stride=stride, batch_size=rows)
+    batches = _windows(model, tokens, context, stride, batch_size)
+    losses: list[Tensor] = []
     divergences, same, increases = [], [], []
     with in_eval_mode(model), in_eval_mode(reference), without_cache(model), without_cache(reference):
         for batch in tqdm(batches, desc="divergence", unit="batch", disable=not progress):
@@ -319,23 +337,20 @@ def divergence(
             q, p, labels = ours[scored].log_softmax(-1), dense[scored].log_softmax(-1), labels[scored]
             divergences.append((p.exp() * (p - q)).sum(-1).double().cpu())
             same.append((p.argmax(-1) == q.argmax(-1)).double().cpu())
-            increases.append((p - q).gather(1, labels[:, None])[:, 0].double().cpu())
-    found, agreed, increase = (torch.cat(x) for x in (divergences, same, increases))
+            chosen = labels[:, None]
+            losses.append(-q.gather(1, chosen)[:, 0].double().cpu())
+            increases.append((p - q).gather(1, chosen)[:, 0].double().cpu())
+    found, agreed, increase, loss = (torch.cat(x) for x in (divergences, same, increases, losses))
     if not bool(found.isfinite().all()):
         raise NonFiniteError("A prediction is NaN or infinite: the weights or dtype of a model are broken.")
     return Divergence(
-        _mean(found),
+        mean_and_error(found),
         _quantile(found, 0.5),
         _quantile(found, 0.99),
-        _mean(agreed),
-        _mean(increase),
-        len(found),
+        mean_and_error(agreed),
+        mean_and_error(increase),
+        _perplexity(float(loss.mean()), len(loss), batches, context, stride),
     )
-
-
-def _mean(values: Tensor) -> tuple[float, float]:
-    """Compute a mean and its standard error."""
-    return float(values.mean()), float(values.std(correction=0)) / len(values) ** 0.5
 
 
 def _quantile(values: Tensor, q: float) -> tuple[float, float]:

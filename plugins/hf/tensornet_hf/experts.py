@@ -136,7 +136,7 @@ class SplitDbrx(SplitExperts):
 
 @register_compound
 class SplitLlama4(SplitExperts):
-    """Replacement for the experts of Llama 4, each of which reads every token."""
+    """Replacement for the experts of Llama 4; every expert processes all tokens."""
 
     replaces = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
 

@@ -65,6 +65,7 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             "--workers",
         ),
         (("export", gpt2_path(), "x"), "gguf"),
+        (("upcycle", gpt2_path(), "x.gguf"), "folder"),
         (("export", gpt2_path(), "x.gguf", "--networks", "keep"), "refuse"),
         (("eval", gpt2_path(), "--reference", gpt2_path()), "--text"),
         (("eval", "text.txt", "--text", "held.txt"), "text.txt"),

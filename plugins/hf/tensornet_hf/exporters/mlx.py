@@ -11,7 +11,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint import check_free, read_json, weight_bytes
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, renamed_entries
 from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
-from tensornet_hf.exporters.gguf import RENAMED
 
 #: Bits of codes and sizes of groups that MLX has.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -113,10 +111,7 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
         entries["rope_scaling"] = {**full, "type": full["rope_type"]}
     if "sliding_attention" in rope:
         entries["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    for name, value in RENAMED.items():
-        with suppress(AttributeError, KeyError, TypeError):  # another kind of model
-            entries[name] = value(config)
-    return entries
+    return entries | renamed_entries(config)
 
 
 def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
