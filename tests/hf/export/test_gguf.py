@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, TargetError
+from tensornet_hf.exporters.gguf import _smallest
 
 pytestmark = [
     pytest.mark.slow,  # needs the extra `gguf`
@@ -202,6 +203,17 @@ def test_skeleton_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="GGUF"):
         th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "bad.gguf")
     assert not (tmp_path / "model.gguf").exists()
+
+
+def test_weights_that_are_no_products_of_these_integers_are_dense() -> None:
+    """As after a converter that adds to a weight; the decoder has the last word."""
+    import gguf
+    import numpy as np
+
+    points, scales = np.ones((4, 64), np.float32), np.full((4, 64), 0.5, np.float32)
+    assert _smallest(gguf, points * scales, points, scales)[0] == "Q4_0"
+    assert _smallest(gguf, points * scales + 1, points, scales)[0] == "F16"
+    assert _smallest(gguf, points * scales + 2.0**-12, points, scales)[0] == "F32"
 
 
 def test_what_the_converter_lacks_is_refused(tmp_path: Path) -> None:

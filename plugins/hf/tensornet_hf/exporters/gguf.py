@@ -479,7 +479,7 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
     Returns:
         Name of the type and bytes or numbers.
     """
-    if points.any() and np.array_equal(points * scales, values):
+    if points.any():
         rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::SMALL_BLOCK]
         for kind in TYPES:
             try:
