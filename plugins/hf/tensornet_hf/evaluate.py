@@ -274,7 +274,7 @@ class Divergence:
 
     def __str__(self) -> str:
         kl = ", ".join(
-            f"{name} {value:.4f} +- {error:.4f}"
+            f"{name} {value:.4f} +- {error:.1g}"
             for name, (value, error) in (
                 ("mean", self.mean),
                 ("median", self.median),
@@ -283,8 +283,8 @@ class Divergence:
         )
         share, error = self.same_top
         return (
-            f"KL divergence {kl}\nsame top token {100 * share:.2f} +- {100 * error:.2f} %\n"
-            f"loss increase {self.loss_increase[0]:+.4f} +- {self.loss_increase[1]:.4f}"
+            f"KL divergence {kl}\nsame top token {100 * share:.2f} +- {100 * error:.1g} %\n"
+            f"loss increase {self.loss_increase[0]:+.4f} +- {self.loss_increase[1]:.1g}"
         )
 
 

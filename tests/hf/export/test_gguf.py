@@ -227,8 +227,10 @@ def test_what_the_converter_lacks_is_refused(tmp_path: Path) -> None:
 
 def test_bad_destinations(tmp_path: Path) -> None:
     model = model_of("llama")
-    with pytest.raises(ValueError, match="gguf"):
+    with pytest.raises(ValueError, match="No export target"):
         th.export(model, tmp_path / "model")
+    with pytest.raises(ValueError, match="onnx"):
+        th.export(model, tmp_path / "model", target="onnx")
     with pytest.raises(DestinationError, match="gguf"):
         th.export(model, tmp_path / "model.bin", target="gguf")
     with pytest.raises(ValueError, match="skelton"):

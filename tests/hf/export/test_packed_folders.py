@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from transformers import (
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import DestinationError, TargetError
+from tensornet.errors import DestinationError, MissingDependencyError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.exporters.folder import words
@@ -252,8 +251,8 @@ def test_experts_cannot_go_to_compressed_tensors(tmp_path: Path) -> None:
 
 
 def test_mlx_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="mlx-lm"):
+    monkeypatch.setitem(sys.modules, "mlx_lm", None)
+    with pytest.raises(MissingDependencyError, match=r"mlx_lm.*\[export\]"):
         th.export(mixed(), tmp_path / "out", target="mlx")
 
 

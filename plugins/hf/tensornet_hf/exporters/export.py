@@ -61,7 +61,7 @@ def export(
         DestinationError: it exists already, is the source, or cannot be written; nothing is left there.
         TargetError: the target cannot store this model.
         ValueError: an unknown target or option.
-        ImportError: a package that the target needs is not installed.
+        MissingDependencyError: a package that the target needs is not installed.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -76,15 +76,15 @@ def export(
     suffix = Path(destination).suffix
     name = target or suffix.removeprefix(".")
     if name not in TARGETS:
+        said = f"Unknown export target {name!r}" if name else "No export target is named"
         raise ValueError(
-            f"Unknown export target {name!r}; known are {', '.join(TARGETS)}. Name one (target=, --target), "
-            "or end the destination in .gguf."
+            f"{said}; known are {', '.join(TARGETS)}. Name one (target=, --target), or end the file in .gguf."
         )
     if (name == "gguf") != (suffix == ".gguf"):
         raise DestinationError(f"{destination}: files of llama.cpp, and only these, end in .gguf.")
     exporter = TARGETS[name]
-    if unknown := options.keys() - signature(exporter).parameters.keys():
-        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(unknown))}.")
+    if rest := options.keys() - signature(exporter).parameters.keys():
+        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(rest))}.")
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
     )

@@ -9,7 +9,6 @@ weight, and the tensor is written dense.
 """
 
 import copy
-import importlib
 import importlib.metadata
 import logging
 import math
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tensornet._util import import_optional
 from tensornet.compression.apply import decompress
 from tensornet.compression.loss_increase import light_copy
 from tensornet.errors import FormatError, TargetError
@@ -90,7 +90,7 @@ def export_gguf(
         TargetError: the converter does not know this model or tokenizer, a network is refused, or the
             skeleton belongs to another model.
         DestinationError: the file cannot be written.
-        ImportError: the converter is not installed.
+        MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = _packages()
     if networks not in ("dense", "refuse"):
@@ -310,7 +310,7 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
 
     Raises:
         TargetError: the converter does not know this model or tokenizer.
-        ImportError: the converter is not installed.
+        MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = _packages()
     with tempfile.TemporaryDirectory() as work, _refusals(type(model).__name__):
@@ -370,17 +370,11 @@ def stock_copy(
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:
-    """Import `gguf` and `conversion`, which come with the converter.
-
-    Raises:
-        ImportError: the converter is not installed.
-    """
-    try:
-        return importlib.import_module("gguf"), importlib.import_module("conversion")
-    except ImportError as error:
-        raise ImportError(
-            f"Writing GGUF needs {CONVERTER} ({error}): pip install 'tensornet-torch[gguf]'."
-        ) from error
+    """Import `gguf` and `conversion`, which come with the converter."""
+    gguf, conversion = (
+        import_optional(x, extra="gguf", user="Writing GGUF files") for x in ("gguf", "conversion")
+    )
+    return gguf, conversion
 
 
 @contextmanager

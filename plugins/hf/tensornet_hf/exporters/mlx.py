@@ -7,7 +7,6 @@ groups of each layer are in config.json.
 """
 
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from tensornet._util import require
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
 from tensornet_hf.checkpoint import check_free, read_json, weight_bytes
@@ -57,10 +57,9 @@ def export_mlx(
     Raises:
         DestinationError: it exists already, is the source, or cannot be written; no new files are left.
         TargetError: no layer can be packed, or mlx-lm cannot load this architecture.
-        ImportError: mlx-lm is not installed.
+        MissingDependencyError: mlx-lm is not installed.
     """
-    if not all(map(importlib.util.find_spec, ("mlx_lm", "mlx", "mlx.core"))):
-        raise ImportError("Writing for MLX needs mlx-lm: pip install 'tensornet-torch[export]'.")
+    require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
     check_free(destination, force=force, sources=() if source is None else (source,))
     is_gpt2 = isinstance(model, GPT2LMHeadModel)
     kinds = ("linear", "embedding", *(["conv1d"] if is_gpt2 else []))
