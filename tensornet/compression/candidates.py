@@ -30,6 +30,7 @@ from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.strategy import product_seconds, unpacking_seconds
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
+from tensornet.quantization.formats import bytes_for
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.predict import spaced_rows
 from tensornet.quantization.scales import scales_underflow, storable_formats
@@ -135,7 +136,9 @@ def _of_layer(
         formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
             corrections = None  # they belong to other formats
-        found = dense_candidates(matrix, sensitivity, formats, sizes, corrections, config.number_formats)
+        found = dense_candidates(
+            matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
+        )
         other_caps = config.rel_error, config.param_ratio, config.tokens
         rivals = found if other_caps == (None, None, None) else []  # other caps: bytes do not decide
         for family in families if objective != "weight" else []:
@@ -391,10 +394,12 @@ def dense_candidates(
     sizes: "Sizes | None" = None,
     corrections: Corrections | None = None,
     names: Sequence[NumberFormat] | None = None,
+    target: str | None = None,
 ) -> list[Candidate]:
     """Build one candidate of the dense matrix for each format, in their order; see `format_losses`.
 
-    `names` are the formats that the user gave; in this layer they are replaced by `formats`.
+    `names` are the formats that the user gave; in this layer they are replaced by `formats`. Bytes are those
+    in a file of the target.
     """
     sizes = sizes or Sizes()
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
@@ -407,7 +412,7 @@ def dense_candidates(
             Candidate(
                 None if stays else topology,
                 storage,
-                storage.num_bytes(topology, matrix.dtype),
+                bytes_for(target, number_format, topology.shape, matrix.dtype),
                 storage.num_params(topology),
                 loss.forecast,
                 loss.error,

@@ -160,7 +160,7 @@ class CompressionConfig(LayerSelection):
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
-        whole = self.menu == "gguf" or any(self.counts_model(name) for name in counted)
+        whole = self.menu in ("gguf", "mlx") or any(self.counts_model(name) for name in counted)
         if self.target_modules is None and whole:
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))

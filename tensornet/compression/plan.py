@@ -18,6 +18,7 @@ from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.quantization import NumberFormat, Rounding
+from tensornet.quantization.formats import bytes_for
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
@@ -50,6 +51,7 @@ class LayerPlan:
         byte_curve: the same, with bytes in place of parameters.
         milliseconds: predicted time of a forward pass, None if no token count was given.
         dtype: dtype of the weight.
+        target: target of an export whose files the bytes are counted in; None for our own.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -70,6 +72,7 @@ class LayerPlan:
     byte_curve: tuple[tuple[int, float], ...] = ()
     milliseconds: float | None = None
     dtype: torch.dtype = torch.float32
+    target: str | None = None
 
     @property
     def params_before(self) -> int:
@@ -91,6 +94,8 @@ class LayerPlan:
         """Bytes as planned, including packed integers, scales, zero points and row orders."""
         if self.topology is None:
             return self.bytes_before
+        if self.target is not None:  # menus have no networks
+            return bytes_for(self.target, self.storage.number_format, self.shape, self.dtype)
         return self.storage.num_bytes(self.topology, self.dtype)
 
     @property

@@ -167,6 +167,7 @@ class Prepared:
                 byte_curve=hull_of(found, "num_bytes") if predicts else (),
                 milliseconds=candidate.milliseconds if self.config.tokens is not None else None,
                 dtype=target.matrix.dtype,
+                target=self.config.menu,
             )
             layers.append(layer)
         check = self.facts.loss_check

@@ -46,8 +46,8 @@ LEVELS = {
 #: Bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights with one step.
 SCALE_BITS, SUPER_BLOCK = (6, 8), 256
 _FLOATS = ("float", "bf16")
-#: Formats that another file format stores as they are, with exactly their bytes, by the name of that target.
-#: `tensornet_hf.export` writes them; groups must divide the inputs of a layer.
+#: Formats that another file format stores as they are, by the name of that target. `tensornet_hf.export`
+#: writes them; groups must divide the inputs of a layer. Those of MLX are exact in models of 16 bits.
 MENUS: dict[str, tuple[str, ...]] = {
     "gguf": (
         "float",
@@ -69,6 +69,20 @@ MENUS: dict[str, tuple[str, ...]] = {
         "int4",
         "int4:g128",
         "int3:g32",
+    ),
+    "mlx": (
+        "float",
+        "int8",
+        "int6",
+        "int5",
+        "int4:g32",
+        "int4",
+        "int4:g128",
+        "int3:g32",
+        "int3",
+        "int3:g128",
+        "int2:g32:float8",
+        "int2:float8",
     ),
 }
 _PATTERN = re.compile(
@@ -495,6 +509,34 @@ class NumberFormat:
                 f"The format {self.name!r} has no codes; use one of int2 ... int8, nl2 ... nl4."
             )
         return self.bits
+
+
+def bytes_for(
+    target: str | None, number_format: NumberFormat, shape: tuple[int, int], dtype: torch.dtype
+) -> int:
+    """Compute the bytes of a matrix in a file of a target of `MENUS`, or of ours.
+
+    They differ for MLX alone, which stores a scale and a bias for each group in the dtype of the model, and
+    rows of 32-bit words.
+
+    Args:
+        target: name of the target, None for our own files.
+        number_format: of the matrix.
+        shape: `(out, in)`.
+        dtype: dtype of the model.
+
+    Example:
+        >>> from tensornet.quantization.formats import bytes_for
+        >>> int4 = tn.quantization.NumberFormat.parse("int4")
+        >>> [bytes_for(target, int4, (8, 64), torch.bfloat16) for target in (None, "mlx")]
+        [272, 288]
+    """
+    if target != "mlx" or number_format.bits is None:
+        return number_format.nbytes(shape, dtype)
+    rows, size = shape
+    return rows * (
+        4 * math.ceil(size * number_format.bits / 32) + 2 * number_format.groups(size) * dtype.itemsize
+    )
 
 
 def format_names() -> tuple[str, ...]:

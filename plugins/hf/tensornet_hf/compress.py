@@ -40,9 +40,12 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
-from tensornet_hf.exporters.base import GGUF, check_new_file
-from tensornet_hf.exporters.export import export
+from tensornet_hf.exporters.base import check_new_file
+from tensornet_hf.exporters.compressed_tensors import KINDS
+from tensornet_hf.exporters.export import TARGETS, export, find_target
+from tensornet_hf.exporters.folder import folder_facts
 from tensornet_hf.exporters.gguf import file_facts
+from tensornet_hf.exporters.mlx import packed_kinds
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
@@ -94,6 +97,8 @@ class CompressOptions:
         device: where the model runs: cpu, cuda, cuda:1, mps.
         workers: never load the model as a whole: compress shard by shard in this many processes; resumable.
         resume: continue an interrupted run of `workers` or `heal`.
+        export: write it for another runtime: gguf, mlx or compressed-tensors (default: gguf if the
+            destination ends in .gguf). Only number formats of that target are planned.
         report: write an HTML page about it.
         force: replace a destination that exists.
         command: command line, shown on the page.
@@ -121,6 +126,7 @@ class CompressOptions:
     device: torch.device | str = option("cpu", "run", "device")
     workers: int | None = option(None, "run", "integer")
     resume: bool = option(True, "run", "flag")
+    export: str | None = option(None, "output", choices=tuple(TARGETS))
     report: str | Path | None = option(None, "output", "path")
     force: bool = option(False, "output", "flag")
     command: str = "tensornet_hf.compress_folder"
@@ -146,7 +152,7 @@ class CompressOptions:
             raise OptionError(
                 f"{{share_experts}} does not go with {' and '.join(asked)}, which process layers one by one."
             )
-        whole = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts")
+        whole = ("dtype", "export", "report", "refine", "heal", "validation", "held_out", "share_experts")
         if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
             raise OptionError(
                 f"{{workers}} never loads the model as a whole, which {' and '.join(asked)} would need; "
@@ -275,9 +281,9 @@ def compress_folder(
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        destination: folder to write, `hf://owner/name` to upload, or a file that ends in `.gguf`. For such a
-            file formats are those of GGUF (unless others are given), embeddings and heads are planned too,
-            and `max_bytes` is the size of the file.
+        destination: folder to write, `hf://owner/name` to upload, or a file that ends in `.gguf`. With the
+            target of an export only its number formats are planned (unless others are given), and
+            `max_bytes` is the size of the weight files.
         config: the options, or a plan, which may have been edited or loaded.
         options: calibration text, refitting and healing, files.
 
@@ -298,15 +304,17 @@ def compress_folder(
         (0.5, True)
     """
     options = options or CompressOptions()
-    config = _check_data(config, options)
     uploaded = str(destination).startswith(HUB)
+    target = find_target(destination, options.export)
+    if uploaded and target is not None:
+        raise OptionError("{export} writes local files; name a folder, and upload it afterwards.")
+    config = _check_data(config, options)
     if options.workers is not None and uploaded:
         raise OptionError("{workers} writes to a local folder; name one.")
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
-    as_gguf = Path(destination).suffix == GGUF
-    if as_gguf:
+    if target == "gguf":
         if options.workers is not None:
             raise OptionError("{workers} writes a model folder; a GGUF file is made of a whole model.")
         check_new_file(Path(destination), force=options.force)
@@ -320,8 +328,8 @@ def compress_folder(
     # Load, and collect statistics on the text.
     started = time.perf_counter()
     model = on_device(open_dense(folder), options.device)
-    if as_gguf and isinstance(config, CompressionConfig):
-        config = for_gguf(config, model, folder)
+    if target is not None and isinstance(config, CompressionConfig):
+        config = for_target(target, config, model, folder)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
     _print_estimate(model, config, options)
@@ -352,8 +360,8 @@ def compress_folder(
     done = replace(done, seconds=time.perf_counter() - started)
 
     # Save, compare with the baselines, and write the page.
-    if as_gguf:
-        exported = export(stored, destination, source=folder, force=options.force)
+    if target is not None:
+        exported = export(stored, destination, target=target, source=folder, force=options.force)
         notes += tuple(f"{name} is dense in the file: {why}" for name, why in exported.dense.items())
         written = exported.num_bytes
     else:
@@ -383,10 +391,13 @@ def compress_folder(
     return FolderReport(str(source), str(destination), done, *sizes, notes, tuple(models))
 
 
-def for_gguf(config: CompressionConfig, model: PreTrainedModel, folder: Path) -> CompressionConfig:
-    """Adapt a configuration to a GGUF file: its formats, what stays in float32, and the size of the file.
+def for_target(
+    target: str, config: CompressionConfig, model: PreTrainedModel, folder: Path
+) -> CompressionConfig:
+    """Adapt a configuration to an export: its formats, layers that stay dense, and the size of the files.
 
     Args:
+        target: name of the target.
         config: the options; formats that were given by name are kept.
         model: the dense model.
         folder: its folder.
@@ -395,10 +406,13 @@ def for_gguf(config: CompressionConfig, model: PreTrainedModel, folder: Path) ->
         BudgetError: `max_bytes` is less than what the file needs without any weight.
         TargetError: the converter does not know this model or tokenizer.
     """
-    overhead, full = file_facts(model, folder)
+    if target == "gguf":
+        overhead, full = file_facts(model, folder)
+    else:
+        overhead, full = folder_facts(model, KINDS if target == "compressed-tensors" else packed_kinds(model))
     changes: dict[str, Any] = {}
     if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):
-        changes["formats"] = "gguf"
+        changes["formats"] = target
         taken = config.target_modules
         changes["target_modules"] = None if taken == "all" else taken
     if full:
@@ -407,7 +421,7 @@ def for_gguf(config: CompressionConfig, model: PreTrainedModel, folder: Path) ->
     if config.max_bytes is not None:
         if config.max_bytes <= overhead:
             raise BudgetError(
-                f"max_bytes={config.max_bytes:,}: vocabulary and metadata of the file alone take "
+                f"max_bytes={config.max_bytes:,}: names, vocabulary and metadata alone take "
                 f"{overhead:,} bytes."
             )
         changes["max_bytes"] = config.max_bytes - overhead
@@ -443,6 +457,8 @@ def plan_folder(
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
     model = on_device(open_dense(folder), options.device)
+    if options.export is not None:
+        checked = for_target(options.export, checked, model, folder)
     _print_estimate(model, checked, options)
     calibration = _calibration(model, folder, checked, options, options.text)
     validation = _validation(model, folder, options)

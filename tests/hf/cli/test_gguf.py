@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 
@@ -37,6 +39,25 @@ def test_compress_to_a_file_of_a_given_size(tensornet: Run, texts: None) -> None
     assert all(value[1] > 0 for name, value in found.items() if isinstance(value, list))
 
 
+@pytest.mark.parametrize("target", ["mlx", "compressed-tensors"])
+def test_compress_to_a_folder_of_a_given_size(tensornet: Run, texts: None, target: str) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).to(torch.bfloat16)
+    model.save_pretrained("dense")
+    AutoTokenizer.from_pretrained(gpt2_path()).save_pretrained("dense")
+    how = ("--export", target, "--calibration", "text.txt", "--calibration-tokens", 2048)
+    size = 300_000 if target == "mlx" else 700_000
+    status, out, err = tensornet("compress", "dense", "small", "--max-bytes", size, *how)
+    assert status == 0, err
+    assert "is dense in the file" not in out + err
+    assert Path("small/model.safetensors").stat().st_size == pytest.approx(size, rel=0.01)
+    assert target in json.dumps(json.loads(Path("small/config.json").read_text())) or target == "mlx"
+    status, out, err = tensornet("compress", "dense", "--dry-run", "--json", "--bits", 4.3, *how)
+    assert status == 0, err
+    assert {layer["target"] for layer in json.loads(out)["layers"]} == {target}
+
+
 def test_exported_folder_predicts_the_same(tensornet: Run, texts: None) -> None:
     how = ("--bits", 5.5, "--formats", "gguf", "--objective", "weight", "--exclude", "transformer.wpe")
     assert tensornet("compress", gpt2_path(), "small", *how)[0] == 0
@@ -65,6 +86,9 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             "--workers",
         ),
         (("export", gpt2_path(), "x"), "gguf"),
+        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "llama.cpp"),
+        (("compress", gpt2_path(), "x", "--bits", 5, "--export", "onnx"), "onnx"),
+        (("compress", gpt2_path(), "hf://a/b", "--bits", 5, "--export", "mlx"), "--export"),
         (("upcycle", gpt2_path(), "x.gguf"), "folder"),
         (("export", gpt2_path(), "x.gguf", "--networks", "keep"), "refuse"),
         (("eval", gpt2_path(), "--reference", gpt2_path()), "--text"),

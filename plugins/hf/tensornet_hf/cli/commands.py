@@ -5,7 +5,7 @@ The options of `compress` are the fields of two dataclasses; see `with_options`.
 
 import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,7 +62,7 @@ from tensornet_hf.compress import (
 )
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
-from tensornet_hf.exporters.export import TARGETS
+from tensornet_hf.exporters.export import TARGETS, find_target
 from tensornet_hf.exporters.export import export as export_model
 from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.report import compact_bytes, display_command
@@ -133,6 +133,8 @@ def compress(
         if dry_run:
             if isinstance(config, CompressionPlan):
                 raise OptionError("{dry_run} makes a plan; leave out {plan}.")
+            if destination is not None:
+                options = replace(options, export=find_target(destination, options.export))
             print_result(plan_folder(source, config, options), as_json)
             return
         if destination is None:

@@ -22,6 +22,9 @@ from tensornet_hf.checkpoint import check_free, weight_bytes
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix
 from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
 
+#: Kinds of layers that are packed, see `tensornet.nn.layer_kinds`.
+KINDS = ("linear",)
+
 
 @torch.no_grad()
 def export_compressed_tensors(
@@ -45,7 +48,7 @@ def export_compressed_tensors(
         TargetError: no layer can be packed, or the model has experts.
     """
     check_free(destination, force=force, sources=() if source is None else (source,))
-    stock, state, packed, dense = packed_model(model, _pack, kinds=("linear",), packs_tied=False)
+    stock, state, packed, dense = packed_model(model, _pack, kinds=KINDS, packs_tied=False)
     if stacks := [name for name, x in stock.named_parameters() if x.ndim == 3 and "experts" in name]:
         raise TargetError(
             f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder "

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
 from tensornet_hf.checkpoint import load, resolve_folder
-from tensornet_hf.exporters.base import ExportReport
+from tensornet_hf.exporters.base import GGUF, ExportReport
 from tensornet_hf.exporters.compressed_tensors import export_compressed_tensors
 from tensornet_hf.exporters.gguf import export_gguf
 from tensornet_hf.exporters.mlx import export_mlx
@@ -22,6 +22,22 @@ TARGETS: dict[str, Callable[..., ExportReport]] = {
     "compressed-tensors": export_compressed_tensors,
     "mlx": export_mlx,
 }
+
+
+def find_target(destination: str | os.PathLike[str], target: str | None = None) -> str | None:
+    """Return the target that is given, or that of the suffix of a destination; None without any.
+
+    Raises:
+        DestinationError: the suffix belongs to another target.
+        ValueError: an unknown target.
+    """
+    is_gguf = Path(destination).suffix == GGUF
+    name = target or ("gguf" if is_gguf else None)
+    if name is not None and name not in TARGETS:
+        raise ValueError(f"Unknown export target {name!r}; known are {', '.join(TARGETS)}.")
+    if is_gguf != (name == "gguf"):
+        raise DestinationError(f"{destination}: files of llama.cpp, and only these, end in .gguf.")
+    return name
 
 
 def export(
@@ -73,15 +89,12 @@ def export(
         >>> len(report.packed), report.dense
         (7, {})
     """
-    suffix = Path(destination).suffix
-    name = target or suffix.removeprefix(".")
-    if name not in TARGETS:
-        said = f"Unknown export target {name!r}" if name else "No export target is named"
+    name = find_target(destination, target)
+    if name is None:
         raise ValueError(
-            f"{said}; known are {', '.join(TARGETS)}. Name one (target=, --target), or end the file in .gguf."
+            f"No export target is named; known are {', '.join(TARGETS)}. Name one (target=, --target), or "
+            "end the file in .gguf."
         )
-    if (name == "gguf") != (suffix == ".gguf"):
-        raise DestinationError(f"{destination}: files of llama.cpp, and only these, end in .gguf.")
     exporter = TARGETS[name]
     if rest := options.keys() - signature(exporter).parameters.keys():
         raise ValueError(f"The target {name!r} has no option {', '.join(sorted(rest))}.")

@@ -17,11 +17,15 @@ from tensornet.compression.apply import decompress
 from tensornet.compression.loss_increase import light_copy
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import pack
 from tensornet_hf.checkpoint import copy_small_files, write_folder
 from tensornet_hf.exporters.base import IntegerMatrix, integer_matrix
 
+#: Bytes of the entry of one tensor in the header of a safetensors file, besides its name.
+ENTRY = 68
 #: Number format in the folder, and the packed tensors by their names in the layer.
 Packed = tuple[NumberFormat, dict[str, Tensor]]
 
@@ -102,6 +106,24 @@ def packed_model(
         else:
             state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
     return stock, state, packed, dense
+
+
+def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
+    """Look up what a plan for a folder of packed layers has to know.
+
+    Args:
+        model: the dense model.
+        kinds: kinds of layers that can be packed.
+
+    Returns:
+        Bytes of the weight files above those of the model, which are names and shapes of tensors. And the
+        names of layers that cannot be packed: of another kind, or one of several matrices in one tensor.
+    """
+    with unfused(model):
+        layers = [x for x in list_weights(model) if x.kinds]
+    others = [x.name for x in layers if x.owners or any(kind.name not in kinds for kind in x.kinds)]
+    names = [*model.state_dict(), *(f"{x.name}.weight_scale {x.name}.biases" for x in layers)]
+    return sum(ENTRY + len(name) for name in names), tuple(others)
 
 
 @contextmanager

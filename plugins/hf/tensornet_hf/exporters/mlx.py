@@ -38,6 +38,11 @@ except Exception as error:
 """
 
 
+def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
+    """List the kinds of layers that are packed, see `tensornet.nn.layer_kinds`."""
+    return ("linear", "embedding", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
+
+
 @torch.no_grad()
 def export_mlx(
     model: PreTrainedModel, destination: Path, *, source: Path | None = None, force: bool = False
@@ -61,10 +66,8 @@ def export_mlx(
     """
     require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
     check_free(destination, force=force, sources=() if source is None else (source,))
-    is_gpt2 = isinstance(model, GPT2LMHeadModel)
-    kinds = ("linear", "embedding", *(["conv1d"] if is_gpt2 else []))
-    stock, state, packed, dense = packed_model(model, _pack, kinds=kinds, packs_tied=True)
-    if is_gpt2:
+    stock, state, packed, dense = packed_model(model, _pack, kinds=packed_kinds(model), packs_tied=True)
+    if isinstance(model, GPT2LMHeadModel):
         # mlx-lm turns matrices of the GPT-2 that OpenAI published, without a head, to `(out, in)`, but not
         # packed ones. Those with the names of its own model it takes as they are.
         for name, module in stock.named_modules():
