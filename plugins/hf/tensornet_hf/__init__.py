@@ -13,6 +13,7 @@ from tensornet_hf.compress import CompressOptions, FolderReport, compress_folder
 from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.export import export
 from tensornet_hf.quantizer import TensorNetworkConfig
+from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
@@ -34,6 +35,7 @@ __all__ = [
     "export",
     "load",
     "plan_folder",
+    "rotate",
     "save",
     "upcycle",
 ]

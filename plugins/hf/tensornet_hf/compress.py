@@ -48,6 +48,7 @@ from tensornet_hf.exporters.gguf import file_facts
 from tensornet_hf.exporters.mlx import packed_kinds
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
+from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, staging
 from tensornet_hf.text import calibration_data, mix_texts, read_text
@@ -93,6 +94,8 @@ class CompressOptions:
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
         heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
         share_experts: let experts of a mixture share cores where that predicts less loss.
+        rotate: rotate a Llama-like model first, which computes the same and loses less at few bits, see
+            `tensornet_hf.rotate`. A tied output head is stored apart.
         dtype: store weights in this dtype (default: as they are).
         device: where the model runs: cpu, cuda, cuda:1, mps.
         workers: never load the model as a whole: compress shard by shard in this many processes; resumable.
@@ -122,6 +125,7 @@ class CompressOptions:
     refine: bool = option(False, "after", "flag")
     heal: int = option(0, "after", "integer")
     share_experts: bool = option(False, "layers", "flag")
+    rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
     workers: int | None = option(None, "run", "integer")
@@ -152,7 +156,8 @@ class CompressOptions:
             raise OptionError(
                 f"{{share_experts}} does not go with {' and '.join(asked)}, which process layers one by one."
             )
-        whole = ("dtype", "export", "report", "refine", "heal", "validation", "held_out", "share_experts")
+        whole = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
+        whole += ("share_experts", "rotate")
         if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
             raise OptionError(
                 f"{{workers}} never loads the model as a whole, which {' and '.join(asked)} would need; "
@@ -330,6 +335,8 @@ def compress_folder(
     model = on_device(open_dense(folder), options.device)
     if target is not None and isinstance(config, CompressionConfig):
         config = for_target(target, config, model, folder)
+    if options.rotate:
+        rotate(model)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
     _print_estimate(model, config, options)
@@ -352,7 +359,8 @@ def compress_folder(
     notes: tuple[str, ...] = ()
     checkpoint = None
     if options.heal and not uploaded:
-        key = [config.to_dict(), text, options.calibration_tokens, options.refine, options.heal]
+        facts = [options.calibration_tokens, options.refine, options.heal, options.rotate]
+        key = [config.to_dict(), text, *facts]
         checkpoint = _healing_file(Path(destination), folder, key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
         notes = _correct(model, teacher, folder, text, stats, options, checkpoint)
@@ -459,6 +467,8 @@ def plan_folder(
     model = on_device(open_dense(folder), options.device)
     if options.export is not None:
         checked = for_target(options.export, checked, model, folder)
+    if options.rotate:
+        rotate(model)
     _print_estimate(model, checked, options)
     calibration = _calibration(model, folder, checked, options, options.text)
     validation = _validation(model, folder, options)

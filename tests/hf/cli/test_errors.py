@@ -57,6 +57,7 @@ TEXTS["other"] = TEXTS["text"]
 FAILED = [
     ("compress GPT2 taken HALF", "taken exists already"),
     ("compress taken out HALF", r"has no config\.json"),
+    ("compress GPT2 out HALF --rotate", "GPT2LMHeadModel cannot be rotated"),
     ("compress nan out HALF", r"'transformer\.h\.1\.mlp\.c_fc' holds 1 NaN"),
     ("compress cut out HALF", r"model\.safetensors is truncated or damaged"),
     ("compress scribbled out HALF", r"model\.safetensors is truncated or damaged"),
@@ -128,6 +129,7 @@ WRONG = [
     ),
     ("compress GPT2 out HALF --workers 1 --dtype bfloat16", "--dtype would need"),
     ("compress GPT2 out HALF --workers 1 --report x", "--report would need"),
+    ("compress GPT2 out HALF --workers 1 --rotate", "--rotate would need"),
     ("compress GPT2 out HALF --heal 3", "--heal trains on the text of --calibration; give one"),
     ("compress GPT2 out HALF --refine", "--refine fits layers on the text of --calibration; give one"),
     ("compress GPT2 out HALF --refine --calibration text.txt --share-experts", "does not go with --refine"),
