@@ -7,10 +7,11 @@ format for all layers, integers in groups of 32 with 8-bit scales or of 64 with 
 large. Peers run as installed packages with their defaults, symmetric groups of 64 (hqq: zero points, groups
 of 128, as many bytes). They write dequantized weights, and the same judged windows measure all.
 Calibration, validation and judged windows do not overlap; for MiniLM and SmolLM2 they come from different
-sources. `predicted` is the forecast of the plan, `validation` the loss increase on other text. The residual
-stream of SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. Seconds are processor
-seconds, since the machine is shared; peak memory is that of a whole process. Rows that the record has are
-skipped, so that a run continues where the last one ended.
+sources. `predicted` is the forecast of the plan, `validation` the loss increase on other text. SmolLM2 is
+rotated, since the weights of the published file lie on a 4-bit grid; `rotated` says what of it, in rows
+without it the residual stream alone. Seconds are processor seconds, since the machine is shared; peak memory
+is that of a whole process. Rows that the record has are skipped, so that a run continues where the last one
+ended.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
         [--peers ENVIRONMENT/bin/python] [--methods plan gptq] [--seeds 0 1 2]
@@ -255,6 +256,8 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
     origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "device", "load", "threads")}
     origin["calibration_tokens"] = tokens_of(subject.calibration(0))
     origin["judged_tokens"] = tokens_of(subject.judged)
+    if subject.rotated is not None:
+        origin["rotated"] = subject.rotated
     book, bench = Book(given.records, subject, origin), None
     for seed in given.seeds if subject.name == "gpt2" else given.seeds[:1]:
         for method in given.methods:

@@ -10,6 +10,7 @@ installed, on any machine with apt:
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import zipfile
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import tensornet_hf
 from tensornet.calibration import cosine_losses
 from tensornet.calibration.losses import TokenLosses
 from tensornet.nn.targets import LayerSelection
@@ -168,6 +170,7 @@ class Subject:
         encoder: the loss is one minus the cosine of the pooled output.
         layers: those that are quantized; by default all linear layers except the output head.
         prompt: the text that a decoder continues in the sample of a row.
+        rotated: what of the model was rotated, for the record.
     """
 
     name: str
@@ -179,6 +182,7 @@ class Subject:
     encoder: bool = False
     layers: LayerSelection = field(default_factory=LayerSelection)
     prompt: str | None = None
+    rotated: str | None = None
 
     def load(self) -> Any:
         """Load the dense model in float32 and eval mode."""
@@ -296,13 +300,11 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
 
 
 def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
-    """Return SmolLM2-135M-Instruct with a rotated residual stream; texts as for MiniLM."""
+    """Return SmolLM2-135M-Instruct, rotated; texts as for MiniLM."""
     from transformers import AutoTokenizer
 
     folder, _ = prepare_models(cache)
-    rotated = cache / "smollm2-rotated"
-    if not (rotated / "config.json").is_file():
-        rotate(folder, rotated)
+    what = rotate(folder, cache / "smollm2-rotated")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     known, held, other = (
         token_windows(tokenizer, read_text(cache / "texts", use), length=512)
@@ -317,47 +319,26 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
 
     return Subject(
         "smollm2",
-        rotated,
+        cache / "smollm2-rotated",
         "nats a token",
         lambda seed: windows(drawn(known.flatten(), 512, calibration, seed), 2),
         windows(held[places], 2),
         {"judged source": some(held[left], 24), "other source": some(other, 24)},
         prompt="A computer needs an operating system because",
+        rotated=what,
     )
 
 
-@torch.no_grad()
-def rotate(folder: Path, destination: Path, seed: int = 0) -> None:
-    """Save a Llama model whose residual stream is rotated by a random orthogonal matrix: the same function.
+def rotate(folder: Path, destination: Path) -> str:
+    """Save a rotated copy of a model, unless there is one, and return what is rotated in it.
 
-    The weights of the published file lie on a 4-bit grid, on which every integer baseline would be exact.
-    Gains of norms are folded into the layers that read them, since only a norm without gains commutes with
-    a rotation. The head then differs from the embedding, so that both are stored.
+    The weights of the published file lie on a 4-bit grid, on which every integer baseline would be exact. A
+    copy whose config.json says nothing was made before `tensornet_hf.rotate`, as that of the record: its
+    value heads are not rotated.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    body, size = model.model, model.config.hidden_size
-    noise = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    rotation = torch.linalg.qr(noise).Q
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = nn.Parameter(body.embed_tokens.weight.clone())
-
-    def read(norm: nn.Module, *layers: nn.Linear) -> None:
-        for layer in layers:
-            layer.weight.copy_((layer.weight.double() * norm.weight.double()) @ rotation)
-        norm.weight.fill_(1)
-
-    def write(layer: nn.Linear) -> None:
-        layer.weight.copy_(rotation.T @ layer.weight.double())
-
-    body.embed_tokens.weight.copy_(body.embed_tokens.weight.double() @ rotation)
-    for block in body.layers:
-        attention, mlp = block.self_attn, block.mlp
-        read(block.input_layernorm, attention.q_proj, attention.k_proj, attention.v_proj)
-        read(block.post_attention_layernorm, mlp.gate_proj, mlp.up_proj)
-        write(attention.o_proj)
-        write(mlp.down_proj)
-    read(body.norm, model.lm_head)
-    model.save_pretrained(destination)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(destination)
+    if not (destination / "config.json").is_file():
+        model = tensornet_hf.rotate(tensornet_hf.load(folder))
+        model.config.rotated = "residual stream and value heads"
+        tensornet_hf.save(model, destination, source=folder)
+    config = json.loads((destination / "config.json").read_text())
+    return str(config.get("rotated", "residual stream"))
