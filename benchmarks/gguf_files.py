@@ -1,0 +1,273 @@
+"""How much does the loss increase in llama.cpp's files, at equal bytes of the file: planned, and its presets?
+
+    OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
+        [--tools LLAMA_CPP/build/bin] [--work FOLDER] [--steps files speed]
+
+Presets are made by `llama-quantize` with an importance matrix of `llama-imatrix`, from the same calibration
+text as our plans. For every preset there is a plan of the menu `gguf` whose `max_bytes` is the size of that
+file, and one for three quarters of Q4_K_M; all come from one preparation, embedding and output head
+included. transformers dequantizes every file, and one loop judges all of them on held-out text of another
+source: loss increase over the dense model and KL divergence, with standard errors over tokens. `predicted`
+is the forecast of the plan. The step `speed` asks `llama-bench` for tokens per second of every file on one
+thread, in turns, with ratios to the preset of the same size; and `llama-perplexity` for the divergence of
+llama.cpp, which rounds activations to 8 bits, from the same weights in float32. The residual stream of
+SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. Without `--tools` only plans are
+measured, at `--megabytes`. Seconds are processor seconds. Rows that the record has are kept, and files that
+lie in the work folder.
+
+The tools come from the source package of `llama-cpp-python`: `cmake -B build -DLLAMA_CURL=OFF`, then `cmake
+--build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import subjects
+from harness import RECORDS, peak_mib, processor_seconds, provenance, record
+from subjects import Subject, tokens_of
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.compression import Prepared, check_loss, prepare
+from tensornet_hf.compare import load_any
+from tensornet_hf.compress import for_target
+from tensornet_hf.evaluate import divergence
+
+PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
+#: The preset whose loss a much smaller file of ours should have, and that share of its bytes.
+POPULAR, SHARE = "Q4_K_M", 0.75
+Row = dict[str, Any]
+
+
+class Bench:
+    """One model: its files, and what was measured of them.
+
+    Args:
+        subject: the model and its texts.
+        given: options of the command line.
+    """
+
+    def __init__(self, subject: Subject, given: argparse.Namespace) -> None:
+        self.subject, self.given = subject, given
+        self.work = given.work / subject.name
+        self.work.mkdir(parents=True, exist_ok=True)
+        file = given.records / "gguf_files.json"
+        self.rows: list[Row] = json.loads(file.read_text())["rows"] if file.is_file() else []
+        self.tokens = torch.cat([batch["input_ids"].flatten() for batch in subject.judged])
+        self.context = subject.judged[0]["input_ids"].shape[1]
+        self.dense = subject.load()
+        self.prepared: Prepared | None = None
+
+    def row(self, name: str) -> Row | None:
+        """Find the row of a file."""
+        return next((x for x in self.rows if (x["model"], x["name"]) == (self.subject.name, name)), None)
+
+    def write(self) -> Path:
+        """Write the record."""
+        return record("gguf_files", self.rows, folder=self.given.records)
+
+    def tool(self, name: str, *arguments: object) -> str:
+        """Run a program of llama.cpp and return all that it prints."""
+        command = [str(self.given.tools / name), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}")
+        return done.stdout + done.stderr
+
+    def judge(self, name: str, file: Path, **facts: Any) -> None:
+        """Measure a file on the judged windows and add its row."""
+        found = divergence(load_any(file), self.dense, self.tokens, context=self.context)
+        origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
+        size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
+        row = {
+            "model": self.subject.name,
+            "name": name,
+            "bytes": size,
+            "bits_per_weight": 8 * size / weights,
+            "loss_increase": found.loss_increase,
+            "kl": found.mean,
+            "kl_median": found.median,
+            "kl_99": found.percentile_99,
+            "same_top": found.same_top,
+            "perplexity": found.perplexity.perplexity,
+            **facts,
+            "judged_tokens": len(self.tokens),
+            "calibration_tokens": tokens_of(self.subject.calibration(0)),
+            **origin,
+        }
+        self.rows.append(row)
+        self.write()
+        print(name, size, found.loss_increase, found.mean, flush=True)
+
+    def presets(self) -> None:
+        """Write and judge llama.cpp's presets."""
+        dense, matrix, text = (self.work / x for x in ("dense.gguf", "importance.gguf", "text.txt"))
+        if not dense.is_file():
+            th.export(self.dense, dense, source=self.subject.folder)
+        if not matrix.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
+            windows = [x for batch in self.subject.calibration(0) for x in batch["input_ids"]]
+            text.write_text(tokenizer.decode(torch.cat(windows), skip_special_tokens=True))
+            self.tool("llama-imatrix", "-m", dense, "-f", text, "-o", matrix, "-c", self.context, "-t", 1)
+        for name in PRESETS:
+            file = self.work / f"{name}.gguf"
+            if not file.is_file():
+                self.tool("llama-quantize", "--imatrix", matrix, dense, file, name, 1)
+            if self.row(name) is None:
+                self.judge(name, file, method="llama-quantize")
+
+    def plans(self) -> None:
+        """Write and judge a plan for the size of every preset."""
+        sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
+        if self.given.tools is not None:
+            sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in PRESETS}
+            sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
+        done: list[int] = []
+        for name, size in sizes.items():
+            if any(abs(size / x - 1) < 0.002 for x in done):
+                continue
+            done.append(size)
+            if self.row(f"plan {name}") is None:
+                self.plan(f"plan {name}", size)
+
+    def plan(self, name: str, size: int) -> None:
+        """Write and judge the plan for one size."""
+        subject, batches = self.subject, self.subject.calibration(0)
+        asked = tn.CompressionConfig(max_bytes=size)
+        config = for_target("gguf", replace(asked, formats="gguf"), self.dense, subject.folder)
+        seconds = {}
+        start = processor_seconds()
+        stats = self.statistics(config)
+        if self.prepared is None:
+            seconds["calibrate"], start = processor_seconds() - start, processor_seconds()
+            self.prepared = prepare(self.dense, config, stats)
+            seconds["prepare"] = processor_seconds() - start
+        start = processor_seconds()
+        checked = check_loss(replace(self.prepared, made={}), self.dense, batches, max_bytes=config.max_bytes)
+        plan = checked.plan(max_bytes=config.max_bytes)
+        seconds["check"], start = processor_seconds() - start, processor_seconds()
+        small = subject.load()
+        tn.apply_plan(small, plan, stats, made=checked.made)
+        seconds["round"], start = processor_seconds() - start, processor_seconds()
+        file = self.work / f"{name.replace(' ', '-')}.gguf"
+        report = th.export(small, file, source=subject.folder, force=True)
+        seconds["export"] = processor_seconds() - start
+        facts = {
+            "method": "plan",
+            "asked_bytes": size,
+            "predicted": plan.predicted_loss_increase,
+            "types": dict(Counter(report.packed.values())),
+            "seconds": seconds,
+            "peak_mib": peak_mib(),
+        }
+        self.judge(name, file, **facts)
+
+    def statistics(self, config: tn.CompressionConfig) -> tn.CalibrationStats:
+        """Collect the moments, or read those that lie in the work folder."""
+        file = self.work / "moments.safetensors"
+        if file.is_file():
+            return tn.CalibrationStats.load(file)
+        batches = self.subject.calibration(0)
+        options: dict[str, Any] = {"autocast": torch.bfloat16, "tokens": tokens_of(batches)}
+        stats = tn.calibrate(self.dense, batches, config=config, **options)
+        stats.save(file)
+        return stats
+
+    def speed(self) -> None:
+        """Measure tokens per second of plans and presets in llama.cpp, and its own divergence."""
+        pairs = {
+            row["name"]: row["name"].removeprefix("plan ")
+            for row in self.rows
+            if row["model"] == self.subject.name and row["name"].removeprefix("plan ") in PRESETS
+        }
+        files = {name: self.work / f"{name.replace(' ', '-')}.gguf" for name in pairs}
+        rates: dict[str, dict[str, list[float]]] = {x: {"generated": [], "read": []} for x in files}
+        for _ in range(self.given.repeats):
+            for name, file in files.items():
+                said = self.tool(
+                    "llama-bench", "-m", file, "-t", 1, "-p", 256, "-n", 64, "-r", 1, "-o", "json"
+                )
+                for test in json.loads(said[said.index("[") : said.rindex("]") + 1]):
+                    rates[name]["generated" if test["n_gen"] else "read"].append(test["avg_ts"])
+        for name, preset in pairs.items():
+            row = self.row(name)
+            assert row is not None
+            for kind, values in rates[name].items():
+                row[f"{kind}_per_second"] = statistics.median(values)
+                ratios = [a / b for a, b in zip(values, rates[preset][kind], strict=True)]
+                row[f"{kind}_over_preset"] = statistics.median(ratios)
+            row["own_kl"] = self.own_divergence(files[name])
+            self.write()
+
+    def own_divergence(self, file: Path) -> float:
+        """Measure the KL divergence of llama.cpp's logits from those of the same weights in float32."""
+        text = self.work / "judged.txt"
+        if not text.is_file():
+            tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
+            text.write_text(tokenizer.decode(self.tokens, skip_special_tokens=True))
+        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
+            wide, logits = Path(scratch) / "wide.gguf", Path(scratch) / "logits"
+            self.tool("llama-quantize", "--allow-requantize", file, wide, "F32", 1)
+            how = ("-f", text, "-c", self.context, "--chunks", 6, "-t", 1, "--kl-divergence-base", logits)
+            self.tool("llama-perplexity", "-m", wide, *how)
+            said = self.tool("llama-perplexity", "-m", file, *how, "--kl-divergence")
+        return float(re.search(r"Mean\s+KLD:\s+([-\d.e]+)", said)[1])  # type: ignore[index]
+
+
+def models(given: argparse.Namespace) -> dict[str, Any]:
+    """Return functions that make the models, by name."""
+    if given.toy:
+        return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000)}
+    return {"gpt2": subjects.gpt2, "smollm2": lambda: subjects.smollm2(given.cache, calibration=48)}
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Run what is missing and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--toy", action="store_true", help="one size of the embedded model, few tokens")
+    parser.add_argument("--models", nargs="+", default=["gpt2", "smollm2"])
+    parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
+    parser.add_argument("--tools", type=Path, help="folder of llama-quantize, llama-imatrix and the others")
+    parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
+    parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
+    parser.add_argument("--repeats", type=int, default=5, help="of llama-bench")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder of the files")
+    given = parser.parse_args(arguments)
+    if given.toy:
+        given.models, given.megabytes, given.steps = ["gpt2"], [0.7], ["files"]
+        given.work = given.records / "gguf-work"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name in given.models:
+            bench = Bench(models(given)[name](), given)
+            if "files" in given.steps:
+                if given.tools is not None:
+                    bench.presets()
+                bench.plans()
+            if "speed" in given.steps and given.tools is not None:
+                bench.speed()
+    finally:
+        torch.set_num_threads(before)
+    return given.records / "gguf_files.json"
+
+
+if __name__ == "__main__":
+    print(main())
