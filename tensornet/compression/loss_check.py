@@ -201,7 +201,7 @@ def correct_by_measuring(
         config=replace(prepared.config, whole_model=False),
         facts=replace(prepared.facts, forecast=UNMEASURED),
     )
-    found = []
+    found, divergences = [], []
     for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
         made, copied = alone.plan(**budget), light_copy(model)
         apply_plan(copied, made, prepared.stats)
@@ -209,7 +209,10 @@ def correct_by_measuring(
         assert made.predicted_loss_increase is not None
         if increase.significant:
             found.append((made.predicted_loss_increase, increase.mean))
-    return replace(prepared, facts=replace(prepared.facts, forecast=Forecast.through(found, source)))
+        if increase.kl_mean is not None:
+            divergences.append((made.predicted_loss_increase, increase.kl_mean))
+    forecast = Forecast.through(found, source, divergences)
+    return replace(prepared, facts=replace(prepared.facts, forecast=forecast))
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:

@@ -336,7 +336,7 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
 
 @dataclass(frozen=True)
 class Forecast:
-    """Correction of predicted loss increases by measured ones, at a few sizes of the model.
+    """Correction of predicted loss increases and divergences by measured ones, at a few sizes of the model.
 
     Predictions are of second order, treat layers as independent, and use the calibration text alone. Together
     this makes them wrong by a factor that depends on the size of the model. Logarithms are interpolated
@@ -346,6 +346,7 @@ class Forecast:
     Args:
         points: `(predicted, measured)`, both above 0 and increasing.
         source: name of the data.
+        kl_points: the same with measured Kullback-Leibler divergences of the predicted tokens.
 
     Raises:
         BudgetError: the points do not increase from above 0.
@@ -353,36 +354,44 @@ class Forecast:
 
     points: tuple[tuple[float, float], ...] = ()
     source: str | None = None
+    kl_points: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        flat = [(0.0, 0.0), *self.points]
-        if not all(a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise(flat)):
-            raise BudgetError(f"The points of a forecast must increase from above 0, got {self.points}.")
+        for points in (self.points, self.kl_points):
+            if not all(
+                a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise([(0, 0), *points])
+            ):
+                raise BudgetError(f"The points of a forecast must increase from above 0, got {points}.")
 
     @classmethod
-    def through(cls, measured: Iterable[tuple[float, float]], source: str | None = None) -> "Forecast":
-        """Fit a correction through pairs of predicted and measured loss increase.
+    def through(
+        cls,
+        measured: Iterable[tuple[float, float]],
+        source: str | None = None,
+        divergences: Iterable[tuple[float, float]] = (),
+    ) -> "Forecast":
+        """Fit a correction through pairs of predicted and measured loss increase, and divergence.
 
         A measured value is skipped as noise if it is not above 0, or not above that of a smaller prediction.
 
         Raises:
             BudgetError: no pair remains.
         """
-        points: list[tuple[float, float]] = []
-        for predicted, found in sorted(measured):
-            last = points[-1] if points else (0.0, 0.0)
-            if predicted > last[0] and found > last[1]:
-                points.append((predicted, found))
+        points, kl_points = _increasing(measured), _increasing(divergences)
         if not points:
             raise BudgetError(
                 "No compressed model had a higher loss than the dense one, so predictions cannot be "
                 "corrected by measuring; use more validation text, or smaller sizes."
             )
-        return cls(tuple(points), source)
+        return cls(points, source, kl_points)
 
     def corrected(self, predicted: float) -> float:
         """Correct a predicted loss increase by the measurements."""
         return _along(self.points, predicted)
+
+    def kl(self, predicted: float) -> float:
+        """Predict the divergence from a predicted loss increase; to second order they are equal."""
+        return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:
         """Compute the prediction whose correction is this loss increase: the inverse of `corrected`."""
@@ -391,6 +400,15 @@ class Forecast:
 
 #: The forecast that does not change predictions.
 UNMEASURED = Forecast()
+
+
+def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Sort pairs and drop those that do not exceed the one before in both numbers."""
+    points: list[tuple[float, float]] = [(0.0, 0.0)]
+    for a, b in sorted(pairs):
+        if a > points[-1][0] and b > points[-1][1]:
+            points.append((a, b))
+    return tuple(points[1:])
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -321,6 +321,18 @@ class CompressionPlan:
         return None if total is None else self.forecast.corrected(total)
 
     @property
+    def predicted_kl(self) -> float | None:
+        """Predicted mean divergence `KL(dense || compressed)` of the next token, in nats.
+
+        Gradients for labels of the text have about the second moments of gradients for labels that the model
+        draws, which are the Fisher information. So the predicted loss increase, which is of second order, is
+        the divergence too. Measurements correct both separately. None if nothing was predicted, or if the
+        loss is not that of tokens.
+        """
+        total = _sum([layer.loss_increase for layer in self.layers])
+        return self.forecast.kl(total) if total is not None and self.of_tokens else None
+
+    @property
     def predicted_milliseconds(self) -> float | None:
         """Predicted time of `tokens` tokens through all layers together, by the cost model."""
         return _sum([layer.milliseconds for layer in self.layers])
@@ -336,8 +348,13 @@ class CompressionPlan:
         return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
-        """Collect loss increase, perplexity and milliseconds in a JSON-ready form; unknown ones are None."""
-        names = ("predicted_loss_increase", "predicted_perplexity", "predicted_milliseconds")
+        """Collect all predictions in a JSON-ready form; unknown ones are None."""
+        names = (
+            "predicted_loss_increase",
+            "predicted_kl",
+            "predicted_perplexity",
+            "predicted_milliseconds",
+        )
         return {name: getattr(self, name) for name in names}
 
     def predicted_change(self) -> str:
@@ -449,9 +466,10 @@ class CompressionPlan:
         if self.predicted_loss_increase is not None:
             source = self.forecast.source
             where = f"on {self.calibration}" if source is None else f"corrected by measuring on {source}"
+            kl = "" if self.predicted_kl is None else f", KL divergence {self.predicted_kl:.4f}"
             lines.append(
                 f"predicted loss increase{' per token' if self.of_tokens else ''}: "
-                f"{self.predicted_loss_increase:.4f}{self.predicted_change()}, {where}"
+                f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, {where}"
             )
         uncertain = [x for x in self.layers if x.has_large_error and x.loss_increase and x.storage.own_dtypes]
         if self.loss_check is not None:
@@ -532,7 +550,11 @@ class CompressionPlan:
             known = {field.name: data[field.name] for field in fields(cls)}
             known |= {
                 "forecast": Forecast(
-                    tuple((float(a), float(b)) for a, b in forecast["points"]), forecast["source"]
+                    source=forecast["source"],
+                    **{
+                        x: tuple((float(a), float(b)) for a, b in forecast[x])
+                        for x in ("points", "kl_points")
+                    },
                 ),
                 "unseen": tuple(data["unseen"]),
                 "loss_check": check

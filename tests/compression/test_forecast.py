@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
-from tensornet.compression import Prepared, correct_by_measuring, prepare, record_losses
+from tensornet.compression import Prepared, correct_by_measuring, measure, prepare, record_losses
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -61,6 +61,9 @@ def test_a_measured_forecast_comes_true() -> None:
     plan = measured.plan(param_ratio=0.5)
     actual = rise_of(model, plan, others)
     assert plan.predicted_loss_increase == pytest.approx(actual, rel=0.12)
+    copied = copy.deepcopy(model)
+    tn.apply_plan(copied, plan, _stats)
+    assert plan.predicted_kl == pytest.approx(measure(copied, model, others).kl_mean, rel=0.12)
     assert prepared.plan(param_ratio=0.5).predicted_loss_increase < actual / 1.3  # type: ignore[operator]
     assert [layer.topology for layer in plan] == [x.topology for x in prepared.plan(param_ratio=0.5)]
     for size, found in plan.curve():
@@ -88,8 +91,14 @@ def test_a_measured_plan_is_kept() -> None:
     loaded = tn.CompressionPlan.from_dict(plan.to_dict())
     assert loaded == plan
     assert loaded.predicted_loss_increase == plan.predicted_loss_increase
+    assert loaded.predicted_kl == plan.predicted_kl != plan.predicted_loss_increase
+    alone = prepared.plan(param_ratio=0.6)
+    assert alone.predicted_kl == alone.predicted_loss_increase  # equal to second order
+    assert f"KL divergence {plan.predicted_kl:.4f}" in str(plan)
     with pytest.raises(FormatError, match="increase from above 0"):
-        tn.CompressionPlan.from_dict({**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None}})
+        tn.CompressionPlan.from_dict(
+            {**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None, "kl_points": []}}
+        )
 
 
 def test_what_cannot_be_measured() -> None:
@@ -125,6 +134,7 @@ def test_an_encoder_needs_no_loss_of_its_own() -> None:
     assert report.plan is not None
     assert report.plan.predicted_loss_increase is not None
     assert report.plan.predicted_perplexity is None  # a cosine has none
+    assert report.plan.predicted_kl is None
     with torch.no_grad():
         pooled = []
         for x in (model, twin):

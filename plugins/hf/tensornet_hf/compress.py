@@ -264,7 +264,8 @@ class FolderReport:
         if (predicted := plan.predicted_loss_increase) is not None:
             seen = plan.forecast.source
             where = f"measured on {seen}" if seen else f"on {plan.calibration}"
-            lines.append(f"predicted   loss increase {predicted:.4f}{plan.predicted_change()} ({where})")
+            kl = "" if plan.predicted_kl is None else f", KL {plan.predicted_kl:.4f}"
+            lines.append(f"predicted   loss increase {predicted:.4f}{plan.predicted_change()}{kl} ({where})")
         if done.measured is not None:
             lines.append(f"measured    loss increase {done.measured}")
         for model in self.models:
