@@ -40,11 +40,11 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
-from tensornet_hf.exporters.base import check_new_file
+from tensornet_hf.exporters.base import NETWORKS, Networks
 from tensornet_hf.exporters.compressed_tensors import KINDS
 from tensornet_hf.exporters.export import TARGETS, export, find_target
 from tensornet_hf.exporters.folder import folder_facts
-from tensornet_hf.exporters.gguf import file_facts
+from tensornet_hf.exporters.gguf import check_files, file_facts
 from tensornet_hf.exporters.mlx import packed_kinds
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
@@ -103,6 +103,8 @@ class CompressOptions:
         export: write it for another runtime: gguf, mlx or compressed-tensors (default: gguf if the
             destination ends in .gguf). Only number formats of that target are planned.
         report: write an HTML page about it.
+        networks: what becomes of networks in an export: all dense; or those that are a low rank added to
+            integers become a LoRA adapter; or they are refused.
         force: replace a destination that exists.
         command: command line, shown on the page.
         progress: show progress bars.
@@ -132,6 +134,7 @@ class CompressOptions:
     resume: bool = option(True, "run", "flag")
     export: str | None = option(None, "output", choices=tuple(TARGETS))
     report: str | Path | None = option(None, "output", "path")
+    networks: Networks = option("dense", "output", choices=NETWORKS)
     force: bool = option(False, "output", "flag")
     command: str = "tensornet_hf.compress_folder"
     progress: bool = False
@@ -156,7 +159,7 @@ class CompressOptions:
             raise OptionError(
                 f"{{share_experts}} does not go with {' and '.join(asked)}, which process layers one by one."
             )
-        whole = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
+        whole: tuple[str, ...] = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
         whole += ("share_experts", "rotate")
         if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
             raise OptionError(
@@ -314,6 +317,8 @@ def compress_folder(
     target = find_target(destination, options.export)
     if uploaded and target is not None:
         raise OptionError("{export} writes local files; name a folder, and upload it afterwards.")
+    if options.networks != "dense" and target is None:
+        raise OptionError("{networks} belongs to {export}; our own folders store networks as they are.")
     config = _check_data(config, options)
     if options.workers is not None and uploaded:
         raise OptionError("{workers} writes to a local folder; name one.")
@@ -323,7 +328,7 @@ def compress_folder(
     if target == "gguf":
         if options.workers is not None:
             raise OptionError("{workers} writes a model folder; a GGUF file is made of a whole model.")
-        check_new_file(Path(destination), force=options.force)
+        check_files(Path(destination), networks=options.networks, force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
     if options.workers is not None:
@@ -370,9 +375,17 @@ def compress_folder(
 
     # Save, compare with the baselines, and write the page.
     if target is not None:
-        exported = export(stored, destination, target=target, source=folder, force=options.force)
+        exported = export(
+            stored,
+            destination,
+            target=target,
+            source=folder,
+            force=options.force,
+            networks=options.networks,
+        )
+        notes += exported.adapter_lines
         notes += tuple(f"{name} is dense in the file: {why}" for name, why in exported.dense.items())
-        written = exported.num_bytes
+        written = exported.num_bytes + exported.adapter_bytes
     else:
         save(stored, destination, source=folder, force=options.force)
         written = done.model_bytes_after if uploaded else weight_bytes(destination)

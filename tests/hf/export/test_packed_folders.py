@@ -240,8 +240,8 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
         th.export(dense, tmp_path / "out", target=target)
     with pytest.raises(DestinationError, match="gguf"):
         th.export(dense, tmp_path / "out.gguf", target=target)
-    with pytest.raises(ValueError, match="no option networks"):
-        th.export(dense, tmp_path / "new", target=target, networks="dense")
+    with pytest.raises(ValueError, match="no option skeleton"):
+        th.export(dense, tmp_path / "new", target=target, skeleton="base.gguf")
     assert [x.name for x in tmp_path.iterdir()] == ["out"]
 
 

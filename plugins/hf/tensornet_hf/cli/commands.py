@@ -413,7 +413,10 @@ def export(
     ] = None,
     networks: Annotated[
         str | None,
-        typer.Option(help="Layers that are networks: write them dense, or refuse. [default: dense]"),
+        typer.Option(
+            help="Networks: all dense; lora, an adapter for low ranks added to integers; or refuse. "
+            "[default: dense]"
+        ),
     ] = None,
     force: Force = False,
     as_json: Json = False,
@@ -422,11 +425,12 @@ def export(
 
     What the target cannot store is written dense and listed.
     """
-    given = {"skeleton": skeleton, "networks": networks}
+    given: dict[str, Any] = {"skeleton": skeleton, "networks": networks}
     options = {name: value for name, value in given.items() if value is not None}
     report = export_model(source, destination, target=target, force=force, **options)
     if as_json:
-        print_json({**asdict(report), "destination": str(destination)})
+        adapter = None if report.adapter is None else str(report.adapter)
+        print_json({**asdict(report), "destination": str(destination), "adapter": adapter})
     else:
         print_lines(str(report))
 

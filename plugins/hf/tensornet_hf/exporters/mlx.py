@@ -4,25 +4,38 @@ In that format the weight of a linear layer or an embedding becomes three tensor
 stream of bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight
 is `scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and
 groups of each layer are in config.json.
+
+Low ranks that are added to integers become an adapter, in a folder inside.
 """
 
 import importlib.metadata
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tensornet._util import require
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
-from tensornet_hf.checkpoint import check_free, read_json, weight_bytes
-from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, renamed_entries
-from tensornet_hf.exporters.folder import Packed, model_folder, packed_model, words
+from tensornet_hf.checkpoint import read_json
+from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks, renamed_entries
+from tensornet_hf.exporters.folder import (
+    ADAPTER,
+    Packed,
+    PackedModel,
+    folder_report,
+    model_folder,
+    packed_model,
+    words,
+    write_adapter,
+)
 
 #: Bits of codes and sizes of groups that MLX has.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -30,9 +43,12 @@ BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 #: its own, because mlx-lm lowers the number of files that a process may open.
 CHECK = """
 import pathlib, sys
+from mlx_lm.tuner.utils import load_adapters
 from mlx_lm.utils import load_model
 try:
-    load_model(pathlib.Path(sys.argv[1]), lazy=True)
+    model, _ = load_model(pathlib.Path(sys.argv[1]), lazy=True)
+    for folder in sys.argv[2:]:
+        load_adapters(model, folder)
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
@@ -45,7 +61,12 @@ def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
 
 @torch.no_grad()
 def export_mlx(
-    model: PreTrainedModel, destination: Path, *, source: Path | None = None, force: bool = False
+    model: PreTrainedModel,
+    destination: Path,
+    *,
+    source: Path | None = None,
+    force: bool = False,
+    networks: Networks = "dense",
 ) -> ExportReport:
     """Write a folder that `mlx-lm` loads; see `tensornet_hf.export`.
 
@@ -58,42 +79,59 @@ def export_mlx(
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
+        networks: what becomes of layers that are not one matrix of integers. With "lora", the folder `lora`
+            inside is an adapter of the low ranks that are added to integers.
 
     Raises:
         DestinationError: it exists already, is the source, or cannot be written; no new files are left.
-        TargetError: no layer can be packed, or mlx-lm cannot load this architecture.
+        TargetError: no layer can be packed, a network is refused, or mlx-lm cannot load this architecture.
         MissingDependencyError: mlx-lm is not installed.
     """
     require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
-    check_free(destination, force=force, sources=() if source is None else (source,))
-    stock, state, packed, dense = packed_model(model, _pack, kinds=packed_kinds(model), packs_tied=True)
+    found = packed_model(model, _pack, networks=networks, kinds=packed_kinds(model), packs_tied=True)
     if isinstance(model, GPT2LMHeadModel):
         # mlx-lm turns matrices of the GPT-2 that OpenAI published, without a head, to `(out, in)`, but not
         # packed ones. Those with the names of its own model it takes as they are.
-        for name, module in stock.named_modules():
-            if isinstance(module, Conv1D) and name not in packed:
-                state[f"{name}.weight"] = state[f"{name}.weight"].T.contiguous()
-        state = {x.replace("transformer.", "model.", 1): tensor for x, tensor in state.items()}
-        packed, dense = (
-            {x.replace("transformer.", "model.", 1): text for x, text in names.items()}
-            for names in (packed, dense)
-        )
-    formats = {name: NumberFormat.parse(kind) for name, kind in packed.items()}
+        for name, module in found.stock.named_modules():
+            if isinstance(module, Conv1D) and name not in found.packed:
+                found.state[f"{name}.weight"] = found.state[f"{name}.weight"].T.contiguous()
+        renamed: list[dict[str, Any]] = [
+            {x.replace("transformer.", "model.", 1): y for x, y in names.items()} for names in found[1:]
+        ]
+        found = PackedModel(found.stock, *renamed)
+    formats = {name: NumberFormat.parse(kind) for name, kind in found.packed.items()}
     each = {name: {"group_size": x.group, "bits": x.bits} for name, x in formats.items()}
     default = max(each.values(), key=list(each.values()).count)
-    with model_folder(stock, state, destination, source=source, force=force) as folder:
+    with model_folder(found, destination, source=source, force=force) as folder:
         file = folder / "config.json"
-        config = {**_full_config(stock.config), **read_json(file), "quantization": {**default, **each}}
+        config = {**_full_config(found.stock.config), **read_json(file), "quantization": {**default, **each}}
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        found = subprocess.run(
-            [sys.executable, "-c", CHECK, str(folder)], capture_output=True, text=True, check=False
-        )
-        if found.returncode:
+        if found.low_ranks:
+            write_adapter(folder, "adapters.safetensors", *mlx_adapter(found.low_ranks))
+        check = [sys.executable, "-c", CHECK, str(folder), *map(str, folder.glob(ADAPTER))]
+        run = subprocess.run(check, capture_output=True, text=True, check=False)
+        if run.returncode:
             raise TargetError(
                 f"mlx-lm {importlib.metadata.version('mlx-lm')} cannot load this {type(model).__name__}: "
-                f"{found.stderr.strip()[-500:]} Update it, or export to another target."
+                f"{run.stderr.strip()[-500:]} Update it, or export to another target."
             )
-    return ExportReport(destination, packed, dense, weight_bytes(destination))
+    return folder_report(found, destination)
+
+
+def mlx_adapter(low_ranks: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Make the tensors and the configuration of an adapter for `mlx-lm`.
+
+    Such an adapter has one rank, so that smaller ones are padded with zeros.
+    """
+    rank = max(x.rank for x in low_ranks.values())
+    tensors = {}
+    for name, (left, right, _) in low_ranks.items():
+        padding = rank - len(right)
+        tensors[f"{name}.lora_a"] = torch.nn.functional.pad(right.T, (0, padding))
+        tensors[f"{name}.lora_b"] = torch.nn.functional.pad(left.T, (0, 0, 0, padding))
+    # Full names of layers are found for any number of blocks.
+    parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(low_ranks)}
+    return tensors, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
 
 
 def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
