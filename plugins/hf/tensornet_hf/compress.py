@@ -94,8 +94,9 @@ class CompressOptions:
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
         heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
         share_experts: let experts of a mixture share cores where that predicts less loss.
-        rotate: rotate a Llama-like model first, which computes the same and loses less at few bits, see
-            `tensornet_hf.rotate`. A tied output head is stored apart.
+        rotate: rotate a Llama-like model first, which computes the same with outliers of its weights spread;
+            compare both, since it does not always help. A tied output head is stored apart. See
+            `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: as they are).
         device: where the model runs: cpu, cuda, cuda:1, mps.
         workers: never load the model as a whole: compress shard by shard in this many processes; resumable.

@@ -1,4 +1,4 @@
-"""`rotate`: replace the weights of a Llama-like model by others that compute the same and round better.
+"""`rotate`: replace the weights of a Llama-like model by others that compute the same.
 
 Let `R` be an orthogonal matrix. If every layer that writes to the residual stream writes `R^T y` in place of
 `y`, and every layer that reads it multiplies by `W R` in place of `W`, no output changes: an RMS norm without
@@ -37,9 +37,11 @@ ROWS = 8192
 def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Rotate the residual stream and the value heads of a model by random orthogonal matrices, in place.
 
-    The logits stay the same up to rounding. Outliers of the weights are spread over rows and columns, which
-    helps at few bits. The gains of norms are folded into the layers that read them. A head that is tied to
-    the embedding gets a matrix of its own: model and file grow by `vocab_size * hidden_size` weights.
+    The logits stay the same up to rounding, and outliers of the weights are spread over rows and columns.
+    Whether that helps depends on model and method: on SmolLM2 plans made with calibration gained nothing, and
+    rounding to nearest lost at 3 bits (docs/guides/language_models.md). Gains of norms are folded into the
+    layers that read them. A head that is tied to the embedding gets a matrix of its own: model and file grow
+    by `vocab_size * hidden_size` weights.
 
     Models are recognized by their structure: blocks as those of Llama, Mistral, Qwen 2 and Qwen 3, with RMS
     norms before attention and MLP, with or without biases. At the end the logits of a few tokens are compared
