@@ -13,6 +13,7 @@ from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
+from tensornet.nn.int4_cpu import Int4Core
 from tensornet.nn.layer_kinds import kind_of, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, row_cores, storage_entry
@@ -96,7 +97,7 @@ class MPOEmbedding(NetworkModule):
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of
         for spec, core in zip(topology.cores, self.stored_cores, strict=True):
-            if spec.name in self._row_cores and isinstance(core, PackedCore):
+            if spec.name in self._row_cores and isinstance(core, (PackedCore, Int4Core)):
                 # Unpack only the requested rows of integers.
                 row = torch.zeros_like(flat)
                 for label in (x for x in spec.labels if x in digits):

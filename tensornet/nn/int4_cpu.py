@@ -19,7 +19,7 @@ prepared:
 | prepared | 4.5 | 4.5 | 4.5 | 9 | 9 | 9 |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -118,19 +118,32 @@ class KernelMatrix:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Unpack all values, with operations that a compiler can fuse."""
         (rows, columns), half = self.shape, self.block // 2
-        low = _low_bits(self.number_format)
         parts = self.codes.view(self.products, -1, columns, half).unbind()
         ordered = _in_order if is_exporting() else _copied_in_order
         sides = []
         for side, scales in enumerate(ordered(self.scales, rows, half).unbind(1)):
-            high, *rest = ((codes >> 4 if side else codes & 15).to(torch.float32) for codes in parts)
-            if low:
-                points = high * 2**low + (rest[0] - (2 ** (low + 3) + 8 - 2 ** (low - 1)))
-            else:
-                points = high - (7.5 if _between_points(self.number_format) else 8)
+            points = self._joined([codes >> 4 if side else codes & 15 for codes in parts])
             values = points.view(len(points), -1, self.group, half) * scales.to(torch.float32)
             sides.append(values.view(-1, columns, half).transpose(0, 1).to(dtype))
         return torch.stack(sides, 2).view(columns, rows).T
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Unpack single rows, shape `(n, in)`, for their indices of shape `(n,)`."""
+        (rows, columns), half = self.shape, self.block // 2
+        row = index % self.block
+        codes = self.codes.view(self.products, -1, columns, half)[:, index // self.block, :, row % half]
+        nibbles = codes >> (4 * (row // half))[:, None, None] & 15  # shape: (n, products, in)
+        scales = self.scales[:, -rows:, 0].index_select(1, index).T.to(torch.float32)
+        values = self._joined(nibbles.unbind(1)).view(-1, len(self.scales), self.group) * scales[:, :, None]
+        return values.view(-1, columns).to(dtype)
+
+    def _joined(self, nibbles: Sequence[Tensor]) -> Tensor:
+        """Join the 4-bit codes of all products to `value / scale`, in float32."""
+        low = _low_bits(self.number_format)
+        high, *rest = (codes.to(torch.float32) for codes in nibbles)
+        if low:
+            return high * 2**low + (rest[0] - (2 ** (low + 3) + 8 - 2 ** (low - 1)))
+        return high - (7.5 if _between_points(self.number_format) else 8)
 
     def _points(self, part: slice) -> Tensor:
         """Unpack rows to `_unit` times `value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
@@ -371,6 +384,10 @@ class Int4Core(nn.Module):
         """Unpack the core."""
         return self.integers.dense(dtype or torch.float32).reshape(self.shape)
 
+    def matrix(self, dtype: torch.dtype, index: Tensor) -> Tensor:
+        """Unpack rows, as `PackedCore.matrix` does: indices `(n,)` to `(n, columns)`."""
+        return self.integers.rows(index, dtype)
+
     def train(self, mode: bool = True) -> Self:
         """Refuse training.
 
@@ -396,8 +413,8 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
     """Convert integer layers to the layout of torch's int4 kernel for the CPU, if it is faster.
 
     A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
-    strategy `"auto"` or `"factorized"`. Other layers are not changed. A pass of one token then takes about as
-    long as reading the weights.
+    strategy `"auto"` or `"factorized"`. An embedding that is tied to such an output head reads its rows from
+    the converted matrix. Other layers are not changed.
 
     Args:
         model: changed in place and put in eval mode. Training and saving raise errors afterwards.
@@ -420,13 +437,12 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
             if isinstance(core, PackedCore):
                 users.setdefault(core, []).append((module, name))
     for core, places in users.items():
-        # Only layers that multiply by this core have it as `integer_core`; embeddings read its rows.
-        fits = all(
-            getattr(layer, "integer_core", None) is core
-            and layer.dtype == torch.bfloat16
-            and layer.strategy in ("auto", "factorized")
-            for layer, _ in places
-        )
+        # Layers that multiply by this core have it as `integer_core`; embeddings tied to them read its rows.
+        multiplying = [x for x, _ in places if getattr(x, "integer_core", None) is core]
+        reading = [x for x, _ in places if getattr(x, "source", "") == "embedding"]
+        fits = bool(multiplying) and len(multiplying) + len(reading) == len(places)
+        for layer in (*multiplying, *reading):
+            fits &= layer.dtype == torch.bfloat16 and layer.strategy in ("auto", "factorized")
         if not fits or core.is_trained or core.device.type != "cpu":
             continue
         if not has_layout(core.number_format, (len(core.codes), core.columns), max_growth):

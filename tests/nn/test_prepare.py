@@ -127,21 +127,40 @@ def test_only_layers_that_gain_are_converted() -> None:
     storage = Storage(number_format=NumberFormat.parse("int4"))
     table = embedding_from_network(network, storage=storage)
     head = linear_from_network(network, bias=None, source="linear", storage=storage)
-    head.share_cores(table)  # a table reads rows
+    head.share_cores(table)
+    alone = embedding_from_network(network, storage=storage)
     first, second, cached, chain = layer("int4"), layer("int4"), layer("int4"), tn.nn.MPOLinear(64, 64)
     second.share_cores(first)
     cached.strategy = "cached"
-    parts = [table, head, first, second, cached, chain, layer("int2"), layer("int4").float()]
-    model = nn.ModuleList([x.bfloat16() if k < 6 else x for k, x in enumerate(parts)])
+    parts = [table, head, first, second, cached, chain, alone, layer("int2"), layer("int4").float()]
+    model = nn.ModuleList([x.bfloat16() if k < 7 else x for k, x in enumerate(parts)])
     assert tn.nn.prepare_for_inference(model) is model
     assert not model.training
     cores = [x.integer_core if isinstance(x, TensorNetworkLinear) else None for x in model]
-    assert [isinstance(x, Int4Core) for x in cores] == [k in (2, 3) for k in range(8)]
+    assert [isinstance(x, Int4Core) for x in cores] == [k in (1, 2, 3) for k in range(9)]
     assert cores[2] is cores[3], "tied layers stay tied"
+    assert table.stored_cores == (cores[1],)
+    assert isinstance(alone.stored_cores[0], PackedCore)
     made = tn.nn.prepare_for_inference(layer("int2"), max_growth=2)
     assert isinstance(made.integer_core, Int4Core)
     number_format = NumberFormat.parse("int2")
     assert layout_bytes(number_format, SHAPE) > MAX_GROWTH * number_format.nbytes(SHAPE)
+
+
+@pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
+def test_a_tied_embedding_reads_the_rows_of_the_prepared_head(name: str) -> None:
+    network = topology_family("dense").decompose(torch.randn(SHAPE), Budget()).network
+    storage = Storage(number_format=NumberFormat.parse(name))
+    table = embedding_from_network(network, storage=storage)
+    head = linear_from_network(network, bias=None, source="linear", storage=storage)
+    head.share_cores(table)
+    model = nn.ModuleList([table, head]).bfloat16()
+    rows = torch.tensor([[0, 31, 32, 191], [63, 64, 127, 0]])
+    expected, matrix = table(rows), head.to_matrix()
+    tn.nn.prepare_for_inference(model, max_growth=4)
+    assert isinstance(head.integer_core, Int4Core)
+    assert torch.equal(table(rows), expected)
+    assert torch.equal(table.to_matrix(), matrix)
 
 
 def test_training_and_saving_are_refused() -> None:
