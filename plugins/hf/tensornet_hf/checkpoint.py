@@ -10,11 +10,11 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import torch
@@ -27,7 +27,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from torch._dynamo import lookup_backend
+from transformers import AutoConfig, CompileConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import tensornet as tn
@@ -259,7 +260,9 @@ def weight_bytes(folder: str | Path) -> int:
 # --- loading --------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrainedModel:
+def load(
+    path: str | Path, *, inference: bool | Literal["compiled"] = False, **kwargs: Any
+) -> PreTrainedModel:
     """Load a model, compressed or not, in the class that it was saved with.
 
     Unlike `from_pretrained`, which only warns of missing or surplus tensors, this function raises errors.
@@ -268,23 +271,35 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
         inference: prepare integer layers for generating on the CPU, see `tensornet.nn.prepare_for_inference`;
-            the model can then be neither trained nor saved.
-        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given. `revision`, `token`,
-            `cache_dir`, `local_files_only` and `force_download` select files on the hub.
+            the model can then be neither trained nor saved. With `"compiled"`, `generate` also compiles the
+            step of one token in its first call, which takes a minute or more, and keeps keys and values in a
+            static cache. Set `model.generation_config.max_cache_len` to the largest length, since another one
+            is compiled again, and do not change the model.
+        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given; for inference it is
+            bfloat16, the only one that the CPU's kernels support. `revision`, `token`, `cache_dir`,
+            `local_files_only` and `force_download` select files on the hub.
 
     Raises:
         FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
         NonFiniteError: a stored core contains NaN or infinity.
+        ValueError: unknown value of `inference`.
 
     Example:
         >>> type(th.load(th.embedded.gpt2_path())).__name__
         'GPT2LMHeadModel'
     """
+    if inference not in (False, True, "compiled"):
+        raise ValueError(f'inference must be False, True or "compiled", got {inference!r}.')
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     folder = resolve_folder(path, **hub) / kwargs.pop("subfolder", "")
     checkpoint = read_checkpoint(folder)
     kind = model_class(checkpoint, **kwargs)
-    options = {"dtype": "auto", **kwargs, "use_safetensors": True, "output_loading_info": True}
+    options = {
+        "dtype": torch.bfloat16 if inference else "auto",
+        **kwargs,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     try:
         loaded: Any = kind.from_pretrained(folder, **options)
     except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
@@ -312,7 +327,26 @@ def load(path: str | Path, *, inference: bool = False, **kwargs: Any) -> PreTrai
         warnings.warn(message, stacklevel=2)
     if inference:
         prepare_for_inference(model)
+    if inference == "compiled":
+        compile_generation(model)
     return model
+
+
+def compile_generation(model: PreTrainedModel) -> None:
+    """Let `generate` compile the step of one token; prompts are read as before, in eager mode."""
+
+    # Equal backends share compiled code. Each model needs its own function, since the checks that would tell
+    # models apart are left out below.
+    def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        return lookup_backend("inductor")(graph, inputs)
+
+    # A prepared model does not change. Checking thousands of its attributes would take a fifth of a step.
+    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    mode: Any = None  # the default of the class cannot be combined with options
+    config: Any = CompileConfig(dynamic=False, backend=inductor, mode=mode, options=options)
+    # Private, but without it transformers compiles on accelerators only and generates in eager mode here.
+    config._compile_all_devices = True
+    model.generation_config.update(cache_implementation="static", compile_config=config)
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:

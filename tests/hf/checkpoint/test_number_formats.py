@@ -205,8 +205,26 @@ def test_file_to_file_is_the_same_for_any_number_of_workers(tmp_path: Path) -> N
 
 
 def test_loaded_for_inference(folder: Path) -> None:
-    model = th.load(folder, inference=True, dtype=torch.bfloat16)
+    model = th.load(folder, inference=True)
     expected = th.load(folder, dtype=torch.bfloat16)(TOKENS).logits
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=0.2, rtol=0.1)
     with pytest.raises(TargetError, match="prepared for inference"):
         model.save_pretrained(folder / "again")
+
+
+def test_compiled_generation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def eager(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr("tensornet_hf.checkpoint.lookup_backend", lambda _: eager)
+    wanted = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    # Two models of one class: neither may run the compiled step of the other.
+    for count, path in enumerate((folder, gpt2_path()), 1):
+        found = th.load(path, inference="compiled").generate(TOKENS, **wanted)
+        assert len(graphs) == count, "one graph, of the step; prompts are not compiled"
+        assert torch.equal(found, th.load(path, inference=True).generate(TOKENS, **wanted))
+    with pytest.raises(ValueError, match="inference"):
+        th.load(folder, inference="fast")
