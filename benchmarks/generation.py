@@ -1,6 +1,6 @@
 """How many tokens a second does a model of integer layers generate, compared with its dense model?
 
-    python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled tuned]
+    python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled tuned generate]
 
 SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and everything else dense, prepared
 by `tn.nn.prepare_for_inference`. Each row is one pass of 1, 16 or 256 tokens without a KV cache and with
@@ -9,10 +9,12 @@ compute in bfloat16 except the dense one in float32; with one thread processor t
 clock. `int4` has 4.25 bits per weight in one format. `planned` has 4.25 bits in the mix of formats that a
 plan by the loss chooses: the kernels use 4 bits for those of 3 bits, and two matrices of 4 bits for those
 of 5 and 6 bits. `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without its cache of
-graphs, all sides equally. The weights are random integers; speed does not depend on their values. Rows that
-the record has are kept, so that a run continues where the last one ended, and so are those of other
-processors. Ratios are to the dense model in bfloat16, paired. Every row also has the bytes of the file and
-of the tensors in memory.
+graphs, all sides equally. `generate` is transformers' own loop: 48 new tokens after a prompt of 16, with its
+cache of keys and values. Its sides compare what each step gives: the linear layers in int4, embedding and
+head in int4 as well (`whole`), and the step of one token compiled (`th.load(..., inference="compiled")`).
+The weights are random integers; speed does not depend on their values. Rows that the record has are kept,
+so that a run continues where the last one ended, and so are those of other processors. Ratios are to the
+dense model in bfloat16, paired. Every row also has the bytes of the file and of the tensors in memory.
 """
 
 from __future__ import annotations
@@ -42,15 +44,21 @@ from torch import nn
 from torch._inductor import config as inductor
 
 import tensornet as tn
+from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
+from tensornet_hf.checkpoint import compile_generation
 
 #: Layers of each format in the plan of SmolLM2 at 4.25 bits a weight, of 210.
 PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
 SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
 BASE = "bfloat16"
+#: Sides of the mode `generate`, and the numbers of tokens of prompt and answer.
+WHOLE, COMPILED = "int4 whole", "int4 whole, compiled"
+GENERATING = (BASE, "int4", WHOLE, COMPILED)
+PROMPT, NEW = 16, 48
 #: Settings of Inductor, which the environment can give as TORCHINDUCTOR_FREEZING=1 and so on.
 TUNED = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
 KEY = ("side", "mode", "threads", "tokens", "device")
@@ -72,13 +80,20 @@ def build(config: Any, side: str, folder: Path | None) -> nn.Module:
         for name, number_format in zip(names, formats(side, len(names)), strict=True):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, integers(model.get_submodule(name), number_format))
+    if side in (WHOLE, COMPILED):
+        head = integers(model.lm_head, "int4")
+        table = MPOEmbedding(head.topology, storage=head.storage, device="meta")
+        table.share_cores(head)
+        model.lm_head, model.model.embed_tokens = head, table
+    if side == COMPILED:
+        compile_generation(model)
     return model.eval()
 
 
 def formats(side: str, count: int) -> list[str]:
     """Choose the format of every layer; those of a plan are shuffled in their proportions."""
     if side != "planned":
-        return [side] * count
+        return [side.split()[0]] * count
     found = [name for name, share in PLANNED.items() for _ in range(share)]
     random.Random(0).shuffle(found)
     return found[:count]
@@ -110,8 +125,12 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
-    """Return a function that makes one forward pass of this many tokens."""
+    """Return a function that makes one forward pass of this many tokens, or generates them."""
     tn.nn.prepare_for_inference(model)
+    if mode == "generate":
+        prompt = torch.arange(PROMPT)[None] % 100
+        wanted = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+        return lambda: model.generate(prompt, attention_mask=torch.ones_like(prompt), **wanted)
     if mode != "eager":
         model = torch.compile(model, dynamic=False)  # type: ignore[assignment]
     ids = torch.arange(tokens)[None] % 100
@@ -151,13 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--toy", action="store_true", help="a tiny random model")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
-    parser.add_argument("--modes", nargs="+", default=["eager", "compiled"])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES))
+    parser.add_argument("--modes", nargs="+", default=["eager", "compiled", "generate"])
+    parser.add_argument("--sides", nargs="+", help="by default all that the modes have")
     parser.add_argument("--seconds", type=float, default=20.0, help="about this long for each comparison")
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)
     if given.toy:
-        given.threads, given.tokens, given.modes, given.seconds = [1], [1, 16], ["eager"], 0.01
+        given.threads, given.tokens, given.modes, given.seconds = [1], [1, 16], ["eager", "generate"], 0.01
+        given.sides = [*SIDES, WHOLE]  # compiling takes too long
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     folder = None if given.toy else prepare_models(given.cache)[0]
     config = (
@@ -166,17 +186,23 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     path = given.records / "generation.json"
     known = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = {tuple(row[key] for key in KEY): row for row in known}
-    models = {side: build(config, side, folder) for side in given.sides}
+    sides = {mode: GENERATING if mode == "generate" else SIDES for mode in given.modes}
+    if given.sides:
+        sides = {mode: [side for side in own if side in given.sides] for mode, own in sides.items()}
+    models = {
+        side: build(config, side, folder) for side in dict.fromkeys(x for own in sides.values() for x in own)
+    }
     origin = {key: provenance()[key] for key in ("device", "date", "commit", "dirty", "load")}
     sizes = {side: round(file_bytes(model) / 2**20, 3) for side, model in models.items()}
 
     def work(threads: int) -> list[dict[str, Any]]:
         for mode in given.modes:
-            for tokens in given.tokens:
-                wanted = [(side, mode, threads, tokens, origin["device"]) for side in given.sides]
+            for tokens in [NEW] if mode == "generate" else given.tokens:
+                wanted = [(side, mode, threads, tokens, origin["device"]) for side in sides[mode]]
                 if all(key in rows for key in wanted):
                     continue
-                for row in measure(models, mode, tokens, given.seconds, threads):
+                own = {side: models[side] for side in sides[mode]}
+                for row in measure(own, mode, tokens, given.seconds, threads):
                     row |= {"file_MiB": sizes[row["side"]], **origin}
                     rows[tuple(row[key] for key in KEY)] = row
                     print(row, flush=True)

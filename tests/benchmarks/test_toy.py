@@ -19,7 +19,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         {"loss_increase", "standard_error", "bits_per_weight", "seconds", "peak_mib", "unit", "commit"},
     ),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
-    "generation": (10, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
+    "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
     "forward": (3, {"milliseconds", "bytes", "over_dense"}),
     "planning": (1, {"seconds", "losses", "peak_mib"}),
