@@ -203,14 +203,13 @@ def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: 
 
 
 def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build dense experts that `span` (two) neighbouring layers share; routers and biases stay separate."""
+    """Build dense experts that `span` (two) neighbouring layers share; routers stay separate."""
     networks, _ = KINDS["switch"](row, sizes, generator)
     span = row.options.get("span", 2)
-    owners = [
-        tm.tie_experts([network.experts for network in networks[k : k + span]], label=f"experts{k}")
-        for k in range(0, len(networks) - 1, span)
-    ]
-    return networks, nn.ModuleList(owners)
+    pools = nn.ModuleList()
+    for k in range(0, len(networks) - 1, span):
+        pools += tm.tie_experts(networks[k : k + span], label=f"experts{k}")
+    return networks, pools
 
 
 @torch.no_grad()

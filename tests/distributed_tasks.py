@@ -25,32 +25,38 @@ FEATURES, EXPERTS, LAYERS, CLASSES, ROWS = 12, 4, 2, 5, 24
 TOPOLOGY = {"out_dims": (3, 4, 2), "in_dims": (2, 3, 2)}
 
 
+def experts_of(center: tm.SharedCores | None) -> tm.ExpertFFN:
+    """Experts that borrow a center, or own one."""
+    up = mpo(**TOPOLOGY)
+    down = mpo(out_dims=TOPOLOGY["in_dims"], in_dims=TOPOLOGY["out_dims"])
+    banks = {
+        "up": tm.SharedCoreExperts(up, EXPERTS, shared=center if center is not None else "center"),
+        "down": tm.SharedCoreExperts(down, EXPERTS),
+    }
+    return tm.ExpertFFN(banks, bias=True)
+
+
 class Block(nn.Module):
     """A mixture with a residual connection."""
 
-    def __init__(self, center: tm.SharedCores | None) -> None:
+    def __init__(self, experts: tm.ExpertFFN | tm.ExpertPool) -> None:
         super().__init__()
-        up = mpo(**TOPOLOGY)
-        down = mpo(out_dims=TOPOLOGY["in_dims"], in_dims=TOPOLOGY["out_dims"])
-        banks = {
-            "up": tm.SharedCoreExperts(up, EXPERTS, shared=center if center is not None else "center"),
-            "down": tm.SharedCoreExperts(down, EXPERTS),
-        }
         self.norm = nn.LayerNorm(FEATURES)
-        self.moe = tm.SharedCoreMoE(tm.TopKRouter(FEATURES, EXPERTS, top_k=2), tm.ExpertFFN(banks, bias=True))
+        self.moe = tm.SharedCoreMoE(tm.TopKRouter(FEATURES, EXPERTS, top_k=2), experts)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.moe(self.norm(x))
 
 
 class Model(nn.Module):
-    """Two blocks and a head; with `one_center`, both blocks borrow one center from the model."""
+    """Two blocks and a head; both blocks use one `"center"` of the model, one `"pool"`, or `"nothing"`."""
 
-    def __init__(self, one_center: bool = False) -> None:
+    def __init__(self, common: str = "nothing") -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.center = tm.SharedCores(mpo(**TOPOLOGY)) if one_center else None
-        self.blocks = nn.ModuleList(Block(self.center) for _ in range(LAYERS))
+        self.center = tm.SharedCores(mpo(**TOPOLOGY)) if common == "center" else None
+        self.pool = tm.ExpertPool(experts_of(None)) if common == "pool" else None
+        self.blocks = nn.ModuleList(Block(self.pool or experts_of(self.center)) for _ in range(LAYERS))
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,9 +120,9 @@ def whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def single(ranks: int, steps: int, *, p: float = 0.5, one_center: bool = False) -> Record:
+def single(ranks: int, steps: int, *, p: float = 0.5, common: str = "nothing") -> Record:
     """The truth: one process that accumulates the gradients of what the others would see."""
-    model = Model(one_center)
+    model = Model(common)
 
     def step_loss(step: int) -> float:
         losses = []
@@ -137,32 +143,32 @@ def finish(record: Record, model: nn.Module, state: dict[str, Tensor]) -> Record
     return record
 
 
-def ddp(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
-    model = Model(one_center)
+def ddp(rank: int, ranks: int, steps: int, common: str) -> Record:
+    model = Model(common)
     wrapped = nn.parallel.DistributedDataParallel(model)
     record = train(model, lambda step: _step(wrapped, step, rank, ranks), steps, 0.5)
     return finish(record, model, model.state_dict())
 
 
-def fsdp(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
+def fsdp(rank: int, ranks: int, steps: int, common: str) -> Record:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, mesh = Model(one_center), init_device_mesh("cpu", (ranks,))
+    model, mesh = Model(common), init_device_mesh("cpu", (ranks,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # a center of several blocks is the root's
+    fully_shard(model, mesh=mesh)  # what several blocks use is the root's
     record = train(model, lambda step: _step(model, step, rank, ranks), steps, 0.5)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-    fresh = Model(one_center)
+    fresh = Model(common)
     if rank == 0:
         fresh.load_state_dict(state)
     return finish(record, fresh, state if rank == 0 else fresh.state_dict())
 
 
-def experts(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
-    model = Model(one_center)
+def experts(rank: int, ranks: int, steps: int, common: str) -> Record:
+    model = Model(common)
     parallel.shard_experts(model)
 
     def step_loss(step: int) -> float:
@@ -178,8 +184,8 @@ def experts(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
     return record
 
 
-def experts_in_ddp(rank: int, ranks: int, steps: int, one_center: bool) -> Record:
-    model = Model(one_center)
+def experts_in_ddp(rank: int, ranks: int, steps: int, common: str) -> Record:
+    model = Model(common)
     own = parallel.shard_experts(model)
     assert len(own) == LAYERS * 2 * (2 + 1)  # two banks with two private cores and a bias each
     wrapped = nn.parallel.DistributedDataParallel(model)

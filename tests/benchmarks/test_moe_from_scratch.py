@@ -122,14 +122,10 @@ def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Pa
     name = "one pool, E = 15, top 4, sigmoid"
     sizes = replace(bench.toy_sizes(), layers=4)
     run = bench.Run(bench.ROWS[name], sizes, bench.Recipe(windows=4), corpus, 0, folder=tmp_path)
-    networks = [block.mlp.experts for block in run.model.transformer.h]
-    matrices = [network.bank("up").expert_matrices() for network in networks]
-    assert all(torch.equal(matrix, matrices[0]) for matrix in matrices)
-    assert len(run.model.owner) == 1
-    own = sum(p.numel() for n in networks for p in n.parameters())
-    pool, biases = 15 * 2 * 32 * 64, 15 * (32 + 64)
-    assert sum(p.numel() for p in run.model.owner.parameters()) == pool
-    assert own == 4 * biases
+    (pool,) = run.model.owner
+    assert all(block.mlp.experts.owner is pool for block in run.model.transformer.h)
+    assert sum(p.numel() for p in pool.parameters()) == 15 * (2 * 32 * 64 + 32 + 64)
+    assert not any("experts" in name for name, _ in run.model.transformer.named_parameters())
 
 
 def test_the_mask_of_a_row_fades_and_compensates(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:

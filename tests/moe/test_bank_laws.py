@@ -38,7 +38,7 @@ class TestBorrowedCenter(TestMPOE):
         owner = tm.SharedCores(chain(shape, 3), **DOUBLE)
         return tm.SharedCoreExperts(chain(shape, 3), num_experts, shared=owner, **DOUBLE)
 
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
+    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores]:
         assert isinstance(bank, tm.SharedCoreExperts)
         assert bank.owner is not None
         return [bank.owner]
@@ -122,22 +122,6 @@ class TestBypass(BankLaws):
         return tm.LowRankDeltaExperts.from_dense(
             weight, num_experts=num_experts, rank=2, topology=chain(self.shape, 4)
         )
-
-
-class TestTied(TestMPOE):
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        owned = tm.SharedCoreExperts(chain(shape, 3), num_experts, **DOUBLE)
-        return tm.tied.TiedExperts(tm.tied.SharedExperts({"up": owned}), "up")
-
-    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
-        return tm.tied.TiedExperts(
-            tm.tied.SharedExperts({"up": super().from_dense(weight, num_experts)}), "up"
-        )
-
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores | tm.tied.SharedExperts]:
-        assert isinstance(bank, tm.tied.TiedExperts)
-        assert bank.owner is not None
-        return [bank.owner]
 
 
 class TestDocstring(BankLaws):
@@ -227,77 +211,12 @@ def test_deltas_fit_at_any_scale(scale: float) -> None:
     assert float((made - weights / scale).norm() / (weights / scale).norm()) < 0.5
 
 
-# --- tied layers ---------------------------------------------------------------------------------
-
-
-def network(shape: tuple[int, int] = (OUT, IN), experts: int = E) -> tm.ExpertFFN:
-    banks = {
-        "up": tm.SharedCoreExperts(chain(shape, 3), experts),
-        "down": tm.SharedCoreExperts(chain((shape[1], shape[0]), 3), experts),
-    }
-    return tm.ExpertFFN(banks, bias=True)
-
-
-class TwoLayers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        networks = [network(), network()]
-        self.experts = tm.tie_experts(networks)
-        self.layers = nn.ModuleList(tm.SharedCoreMoE(tm.SwitchRouter(IN, E), x) for x in networks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def test_tied_experts_are_owned_once() -> None:
-    model = TwoLayers()
-    single = sum(p.numel() for p in network().parameters())
-    biases = 2 * E * (OUT + IN)  # of both layers, which stay apart
-    routers = 2 * E * IN
-    assert sum(p.numel() for p in model.parameters()) == single - biases // 2 + biases + routers
-    assert sum(name.endswith("core_1") for name in model.state_dict()) == 2
-    model(torch.randn(5, IN)).square().sum().backward()
-    assert all(p.grad is not None for p in model.parameters())
-
-
 # --- bad input -----------------------------------------------------------------------------------
-
-
-def test_experts_of_other_shapes_cannot_be_tied() -> None:
-    with pytest.raises(ShapeError, match=r"networks 0 and 1 cannot be tied: .*\(4, 12, 8\).*\(3, 12, 8\)"):
-        tm.tie_experts([network(), network(experts=3)])
-    with pytest.raises(ShapeError, match="cannot be tied"):
-        tm.tie_experts([network(), network(shape=(IN, OUT))])
-    same = network()
-    with pytest.raises(ValueError, match="two different networks"):
-        tm.tie_experts([same, same])
-
-
-def test_what_is_no_network_of_experts_cannot_be_tied() -> None:
-    with pytest.raises(TypeError, match=r"Network 1 to tie must be an ExpertFFN, got Linear.*experts"):
-        tm.tie_experts([network(), nn.Linear(2, 2)])  # type: ignore[list-item]
 
 
 def test_topologies_of_unequal_shapes_are_named() -> None:
     with pytest.raises(TopologyError, match=r"experts 0 and 1 .*\(12, 8\) with legs .* and 'mpo' of shape"):
         tm.SharedCoreExperts([chain((OUT, IN)), chain((IN, OUT))], 2)
-
-
-def test_a_tied_bank_refuses_another_owner() -> None:
-    tied = tm.tied.TiedExperts(
-        tm.tied.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), E)}), "up"
-    )
-    other = tm.tied.SharedExperts({"up": tm.SharedCoreExperts(chain((OUT, IN), 3), 2)}, label="other")
-    with pytest.raises(ShapeError, match=r"'other' has .* = \(2, 12, 8\).*need \(4, 12, 8\)"):
-        tied.borrow(other)
-    with pytest.raises(ShapeError, match=r"own no bank 'down', they own up"):
-        tm.tied.TiedExperts(other, "down")
-    with pytest.raises(ValueError, match="no bank"):
-        tm.tied.SharedExperts({})
-    with pytest.raises(TypeError, match="must be an ExpertBank, got Linear"):
-        tm.tied.SharedExperts({"up": nn.Linear(2, 2)})  # type: ignore[dict-item]
 
 
 def test_deltas_refuse_what_they_cannot_be() -> None:

@@ -22,17 +22,23 @@ HOW = {
     "experts in ddp": tasks.experts_in_ddp,
 }
 
+HOW_MANY = [("ddp", 2), ("fsdp2", 2), ("experts", 2), ("experts in ddp", 2), ("experts", 4)]
+
 single = functools.cache(tasks.single)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("one_center", [False, True], ids=["center per layer", "one center"])
 @pytest.mark.parametrize(
-    ("how", "ranks"), [("ddp", 2), ("fsdp2", 2), ("experts", 2), ("experts in ddp", 2), ("experts", 4)]
+    ("how", "ranks", "common"),
+    [
+        *((how, ranks, common) for how, ranks in HOW_MANY for common in ("nothing", "center")),
+        ("ddp", 2, "pool"),
+        ("fsdp2", 2, "pool"),
+    ],
 )
-def test_same_as_one_process(how: str, ranks: int, one_center: bool, tmp_path: Path) -> None:
-    records: list[tasks.Record] = tasks.in_processes(HOW[how], ranks, tmp_path, STEPS, one_center)
-    truth = single(ranks, STEPS, one_center=one_center)
+def test_same_as_one_process(how: str, ranks: int, common: str, tmp_path: Path) -> None:
+    records: list[tasks.Record] = tasks.in_processes(HOW[how], ranks, tmp_path, STEPS, common)
+    truth = single(ranks, STEPS, common=common)
     first = records[0]
     for record in records:
         assert record.centers == first.centers  # bit for bit, after every step
@@ -94,6 +100,8 @@ def test_sharding_and_gathering_give_the_same_model_back(alone: object) -> None:
 def test_what_cannot_be_sharded(alone: object, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match="no SharedCoreMoE"):
         parallel.shard_experts(nn.Linear(2, 2))
+    with pytest.raises(TargetError, match="belong to a pool"):
+        parallel.shard_experts(tasks.Model("pool"))
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
     with pytest.raises(TopologyError, match=r"4 experts of 'blocks\.0\.moe' cannot be spread evenly over 3"):
         parallel.shard_experts(tasks.Model())

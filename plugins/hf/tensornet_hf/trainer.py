@@ -23,7 +23,7 @@ from tensornet.healing.heal import (
     relative_groups,
     trained_parameters,
 )
-from tensornet_moe import GradientMask, SharedCoreMoE, linear_fade, shared_parameters
+from tensornet_moe import ExpertPool, GradientMask, SharedCoreMoE, linear_fade, shared_parameters
 from tensornet_moe.mask import Granularity
 
 
@@ -175,7 +175,9 @@ def _mixtures(model: nn.Module) -> dict[str, SharedCoreMoE]:
 def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     shared = shared_parameters(model)
     known = {id(p) for p in shared}
-    experts = [p for m in _mixtures(model).values() for p in m.experts.parameters()]
+    pools = [part for part in model.modules() if isinstance(part, ExpertPool)]
+    networks = [*(m.experts for m in _mixtures(model).values()), *pools]
+    experts = [p for network in networks for p in network.parameters()]
     return {"shared": shared, "private": [p for p in experts if id(p) not in known]}
 
 

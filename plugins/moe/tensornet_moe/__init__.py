@@ -7,6 +7,9 @@ from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
+from tensornet_moe.mixture import tie_experts
+from tensornet_moe.pool import ExpertPool
+from tensornet_moe.rates import parameter_groups
 from tensornet_moe.routers import (
     ExpertChoiceRouter,
     Router,
@@ -15,13 +18,13 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
-from tensornet_moe.tied import tie_experts
 from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [
     "ExpertBank",
     "ExpertChoiceRouter",
     "ExpertFFN",
+    "ExpertPool",
     "ExpertsReport",
     "GradientMask",
     "LowRankDeltaExperts",
@@ -37,6 +40,7 @@ __all__ = [
     "linear_fade",
     "load_balancing_loss",
     "mixture_of_bases",
+    "parameter_groups",
     "register_router",
     "router_z_loss",
     "scaled_bases",

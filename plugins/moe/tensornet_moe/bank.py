@@ -23,6 +23,56 @@ from tensornet_moe.grouped_linear import (
 from tensornet_moe.stacked import resolve_shared
 
 
+class Borrower:
+    """Part of a module that borrows from an owner elsewhere in the model, for example from a `SharedCores`.
+
+    A shared parameter belongs to its owner alone, and borrowers refer to the owner without registering it. So
+    state dicts, optimizers and FSDP units contain the parameter once. Descriptions contain the label of the
+    owner; `lend_shared_cores` connects modules that were built from descriptions.
+    """
+
+    #: Class of the owner; it has a `label`, and `check_fits(borrower)`, which raises unless it can lend.
+    owner_kind: ClassVar[type[nn.Module]]
+    #: Label of the owner; None if the module borrows nothing.
+    owner_label: str | None = None
+    # In a tuple, so that the owner is not registered as a submodule.
+    _owner: tuple[Any, ...] = ()
+
+    @property
+    def owner(self) -> Any:
+        """Owner of what this module borrows; None if it borrows nothing, or if the owner was not set yet."""
+        return self._owner[0] if self._owner else None
+
+    def borrow(self, owner: Any) -> None:
+        """Set the owner; a module built from a description has only its label.
+
+        Args:
+            owner: a module of the class `owner_kind`.
+
+        Raises:
+            RuntimeError: the module borrows nothing.
+            TopologyError, ShapeError: the owner has other cores or experts than this module needs.
+        """
+        if self.owner_label is None:
+            raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
+        owner.check_fits(self)
+        self._owner, self.owner_label = (owner,), owner.label
+
+    def lender(self) -> Any:
+        """Return the owner.
+
+        Raises:
+            RuntimeError: it was not set yet.
+        """
+        if not self._owner:
+            raise RuntimeError(
+                f"These experts borrow from the {self.owner_kind.__name__} labelled {self.owner_label!r}, "
+                "which they were not given: call tensornet_moe.bank.lend_shared_cores(model) on the model "
+                "that contains both, or borrow(owner)."
+            )
+        return self._owner[0]
+
+
 class ExpertBank(nn.Module, ABC):
     """Abstract bank of `num_experts` expert matrices of shape `(out_features, in_features)`.
 
@@ -60,18 +110,11 @@ class ExpertBank(nn.Module, ABC):
         torch.Size([2, 16, 8])
     """
 
-    #: Class of the module from which banks of this class can borrow, see `borrow`.
-    owner_kind: ClassVar[type[nn.Module] | None] = None
-
     def __init__(self, num_experts: int, shape: tuple[int, int]) -> None:
         super().__init__()
         check_size("num_experts", num_experts, error=ValueError)
         self.num_experts = num_experts
         self.out_features, self.in_features = shape
-        #: Label of the owner of what this bank borrows; None if it borrows nothing.
-        self.owner_label: str | None = None
-        # In a tuple, so that the owner is not registered as a submodule.
-        self._owner: tuple[Any, ...] = ()
 
     @abstractmethod
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
@@ -111,41 +154,6 @@ class ExpertBank(nn.Module, ABC):
         if takes_grouped_mm(x, self.out_features, groups):
             return grouped_linear(x, matrices, groups)
         return looped_linear(x, matrices, groups) if selected else rows_linear(x, matrices, groups)
-
-    @property
-    def owner(self) -> Any:
-        """Owner of what this bank borrows; None if it borrows nothing, or if the owner was not set yet."""
-        return self._owner[0] if self._owner else None
-
-    def borrow(self, owner: Any) -> None:
-        """Set the owner of what this bank borrows; a bank built from a description has only its label.
-
-        Args:
-            owner: a module of the class `owner_kind`.
-
-        Raises:
-            RuntimeError: the bank borrows nothing.
-            TopologyError, ShapeError: the owner has other cores or experts than this bank needs.
-        """
-        if self.owner_label is None:
-            raise RuntimeError("This bank owns its shared cores; make it with shared=owner to borrow them.")
-        owner.check_fits(self)
-        self._owner, self.owner_label = (owner,), owner.label
-
-    def lender(self) -> Any:
-        """Return the owner.
-
-        Raises:
-            RuntimeError: it was not set yet.
-        """
-        if not self._owner:
-            assert self.owner_kind is not None
-            raise RuntimeError(
-                f"These experts borrow from the {self.owner_kind.__name__} labelled {self.owner_label!r}, "
-                "which they were not given: call tensornet_moe.bank.lend_shared_cores(model) on the model "
-                "that contains both, or bank.borrow(owner)."
-            )
-        return self._owner[0]
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every parameter that the matrices are built from, borrowed ones included."""
@@ -271,13 +279,13 @@ register_module_type("shared_cores", _build_shared_cores)
 
 
 def lend_shared_cores(model: nn.Module) -> int:
-    """Connect banks that were built from descriptions with their owners, which are found by label.
+    """Connect modules that were built from descriptions with their owners, which are found by label.
 
     Args:
-        model: a model with banks and owners.
+        model: a model with owners (`SharedCores`, `ExpertPool`) and modules that borrow from them.
 
     Returns:
-        Number of banks that were connected.
+        Number of modules that were connected.
 
     Raises:
         FormatError: the model has no owner with some label, or several.
@@ -290,20 +298,19 @@ def lend_shared_cores(model: nn.Module) -> int:
         >>> tm.bank.lend_shared_cores(model)
         2
     """
-    banks = [bank for bank in model.modules() if isinstance(bank, ExpertBank)]
-    waiting = [bank for bank in banks if bank.owner_label is not None and bank.owner is None]
-    for bank in waiting:
-        assert bank.owner_kind is not None
-        owners: list[Any] = [module for module in model.modules() if isinstance(module, bank.owner_kind)]
-        found = [owner for owner in owners if owner.label == bank.owner_label]
+    borrowers = [part for part in model.modules() if isinstance(part, Borrower)]
+    waiting = [part for part in borrowers if part.owner_label is not None and part.owner is None]
+    for part in waiting:
+        owners: list[Any] = [module for module in model.modules() if isinstance(module, part.owner_kind)]
+        found = [owner for owner in owners if owner.label == part.owner_label]
         if len(found) != 1:
             raise FormatError(
-                f"Experts borrow from the {bank.owner_kind.__name__} labelled {bank.owner_label!r}, of which "
+                f"Experts borrow from the {part.owner_kind.__name__} labelled {part.owner_label!r}, of which "
                 f"{type(model).__name__} has {len(found)}; its labels are "
                 f"{sorted({owner.label for owner in owners}) or 'none'}. Put the owner into the model, and "
                 "give every owner a label of its own."
             )
-        bank.borrow(found[0])
+        part.borrow(found[0])
     return len(waiting)
 
 

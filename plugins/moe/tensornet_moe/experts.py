@@ -39,7 +39,7 @@ from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topologies.rounded_cores import matrix_view
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank, SharedCores, check_not_negative, check_weights
+from tensornet_moe.bank import Borrower, ExpertBank, SharedCores, check_not_negative, check_weights
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
@@ -49,7 +49,7 @@ from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack
 BUILT_ALONE = 2**18
 
 
-class SharedCoreExperts(ExpertBank):
+class SharedCoreExperts(Borrower, ExpertBank):
     """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. If the
@@ -89,7 +89,7 @@ class SharedCoreExperts(ExpertBank):
         ['1']
     """
 
-    owner_kind: ClassVar[type[nn.Module] | None] = SharedCores
+    owner_kind: ClassVar[type[nn.Module]] = SharedCores
     compute_like: Tensor
 
     def __init__(

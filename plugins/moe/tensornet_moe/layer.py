@@ -13,6 +13,7 @@ from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import check_not_negative
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows, one_group
+from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacity
 
 
@@ -63,7 +64,8 @@ class SharedCoreMoE(nn.Module):
 
     Args:
         router: chooses experts.
-        experts: the feed-forward networks.
+        experts: the feed-forward networks; or an `ExpertPool`, which other layers use as well and which the
+            model owns.
         shared_expert: a network of one expert that computes every token, with combine weight 1, in addition
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
         capacity_factor: None computes every choice (dropless). A number drops the choices beyond
@@ -96,7 +98,7 @@ class SharedCoreMoE(nn.Module):
     def __init__(
         self,
         router: Router,
-        experts: ExpertFFN,
+        experts: ExpertFFN | ExpertPool | PooledExperts,
         *,
         shared_expert: ExpertFFN | None = None,
         capacity_factor: float | None = None,
@@ -106,7 +108,10 @@ class SharedCoreMoE(nn.Module):
     ) -> None:
         super().__init__()
         check_type("router", router, Router, "for example tensornet_moe.TopKRouter(d_model, num_experts)")
-        check_type("experts", experts, ExpertFFN, "make one of two or three banks")
+        if isinstance(experts, ExpertPool):
+            experts = PooledExperts(experts)
+        if not isinstance(experts, PooledExperts):
+            check_type("experts", experts, ExpertFFN, "make one of two or three banks, or pass an ExpertPool")
         if shared_expert is not None:
             check_type("shared_expert", shared_expert, ExpertFFN, "make one of banks of one expert")
         have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
@@ -213,7 +218,7 @@ def _build(
 register_module_type("shared_core_moe", _build)
 
 
-def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN) -> None:
+def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN | PooledExperts) -> None:
     if shared_expert is None:
         return
     have = (shared_expert.num_experts, shared_expert.in_features, shared_expert.out_features)
@@ -225,7 +230,7 @@ def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN) ->
         )
 
 
-def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN) -> Tensor:
+def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
     """Send every token to its experts and sum their weighted outputs.
 
     Args:

@@ -9,6 +9,7 @@ uses the whole batch.
 """
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.mask import GradientMask
 from tensornet_moe.routers import Router, Routing
-from tensornet_moe.tied import SharedExperts
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 
@@ -217,8 +217,9 @@ class BankLaws:
     def test_survives_a_checkpoint(self) -> None:
         """Check that `spec`, through JSON, and the state dict rebuild the bank."""
         bank = self._made()
-        holder = torch.nn.ModuleList([*self.owners(bank), bank])
-        specs = json.loads(json.dumps([part.spec() for part in (*self.owners(bank), bank)]))
+        parts: list[Any] = [*self.owners(bank), bank]
+        holder = torch.nn.ModuleList(parts)
+        specs = json.loads(json.dumps([part.spec() for part in parts]))
         again = torch.nn.ModuleList(build_module(spec, device=None, dtype=torch.float64) for spec in specs)
         lend_shared_cores(again)
         again.load_state_dict(holder.state_dict())
@@ -227,7 +228,7 @@ class BankLaws:
         assert type(copied) is type(bank)
         assert torch.equal(copied.expert_matrices(), bank.expert_matrices())
 
-    def owners(self, bank: ExpertBank) -> list[SharedCores | SharedExperts]:
+    def owners(self, bank: ExpertBank) -> list[SharedCores]:
         """Return the other modules that own parameters of the bank; by default none."""
         return []
 

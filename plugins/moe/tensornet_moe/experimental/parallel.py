@@ -20,6 +20,7 @@ from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups, group_rows
 from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.pool import PooledExperts
 
 
 class ParallelExperts(nn.Module):
@@ -91,8 +92,8 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         this function arranges that for `module`.
 
     Raises:
-        TargetError: there is no process group or no mixture, or its experts are not `SharedCoreExperts`, or
-            they are already distributed.
+        TargetError: there is no process group or no mixture, or its experts are not `SharedCoreExperts`,
+            belong to an `ExpertPool`, or are already distributed.
         TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
 
     Example:
@@ -122,7 +123,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
     for name, moe in found.items():
         _check(name, moe, dist.get_world_size(group))
     for moe in found.values():
-        moe.experts = _shard(moe.experts, group)  # type: ignore[assignment]  # same interface
+        moe.experts = _shard(moe.experts, group)  # type: ignore[assignment,arg-type]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
     # A private attribute, but torch documents it for excluding parameters; ranks must not average their
@@ -190,6 +191,8 @@ class _Exchange(torch.autograd.Function):
 
 
 def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
+    if isinstance(moe.experts, PooledExperts):
+        raise TargetError(f"The experts of {name!r} belong to a pool, which is not spread over processes.")
     if not isinstance(moe.experts, ExpertFFN):
         raise TargetError(f"The experts of {name!r} are spread over processes already.")
     if moe.num_experts % ranks:

@@ -1,0 +1,77 @@
+"""Learning rates of shared tensors: groups of parameters for any optimizer."""
+
+import math
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from tensornet_moe.bank import ExpertBank, check_not_negative
+from tensornet_moe.pool import PooledExperts, find_pools
+
+
+def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dict[str, Any]]:
+    """Group the trainable parameters of a model by their number of sharers `n`, with the rate `lr / sqrt(n)`.
+
+    A tensor that several experts or layers share collects the gradients of all of them in each step. This is
+    an alternative to `GradientMask`, which skips steps of such tensors instead. The sharers of a tensor are:
+
+    - a core that the `E` experts of a bank share: `E`, summed over the banks that borrow it (`SharedCores`),
+      and times the number of layers if the bank belongs to an `ExpertPool`;
+    - any other tensor of a pool: the number of layers that use it;
+    - every other parameter: 1. An output layer tied to an embedding counts as one.
+
+    Args:
+        model: a model; build the groups after moving or sharding it, since FSDP replaces parameters.
+        lr: learning rate of a tensor with one sharer, as for the optimizer.
+        options: further entries of every group, for example `weight_decay=0.1`.
+
+    Returns:
+        Groups for a torch optimizer, in ascending order of their additional entry `"sharers"`. They contain
+        every trainable parameter exactly once.
+
+    Raises:
+        ValueError: the rate is negative or not a finite number.
+        TargetError: the pools of the model are not owned as they should be, see `ExpertPool`.
+
+    Reference:
+        The root of the number of layers is from "Expert Tying" (arXiv 2606.16825). Counting experts as well
+        is our extension.
+
+    Example:
+        >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
+        >>> moe = tm.SharedCoreMoE(tm.SwitchRouter(8, 4), tm.ExpertFFN({"up": up, "down": down}))
+        >>> groups = tm.parameter_groups(moe, lr=1e-3, weight_decay=0.1)
+        >>> [(group["sharers"], group["lr"], len(group["params"])) for group in groups]
+        [(1, 0.001, 5), (4, 0.0005, 2)]
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    check_not_negative(lr=lr)
+    sharers = count_sharers(model)
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault(max(sharers[id(parameter)], 1), []).append(parameter)
+    return [
+        {"params": groups[count], "lr": lr / math.sqrt(count), "sharers": count, **options}
+        for count in sorted(groups)
+    ]
+
+
+def count_sharers(model: nn.Module) -> Counter[int]:
+    """Count the sharers of every parameter of a bank or pool, by its `id`; see `parameter_groups`."""
+    pools = find_pools(model).values()
+    layers = Counter(id(part.owner) for part in model.modules() if isinstance(part, PooledExperts))
+    uses = {id(part): layers[id(pool)] for pool in pools for part in pool.modules()}
+    banks = [part for part in model.modules() if isinstance(part, ExpertBank)]
+    # A bank inside of another one, such as the base of low-rank deltas, is used as often as the outer one.
+    inner = {id(part) for bank in banks for part in bank.modules() if part is not bank}
+    sharers: Counter[int] = Counter()
+    for bank in banks:
+        if id(bank) not in inner:
+            for parameter in bank.shared_parameters().values():
+                sharers[id(parameter)] += bank.num_experts * uses.get(id(bank), 1)
+    for pool in pools:
+        for parameter in pool.parameters():
+            sharers[id(parameter)] = sharers[id(parameter)] or layers[id(pool)]
+    return sharers
