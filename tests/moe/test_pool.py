@@ -163,6 +163,11 @@ def test_groups_of_layers_use_the_experts_of_their_first(group: int | None) -> N
     assert list(find_pools(model).values()) == list(model.pools)
 
 
+def test_groups_may_differ_from_one_another() -> None:
+    layers = [mixture(network(hidden=hidden)) for hidden in (12, 12, 8, 8)]
+    assert [pool.experts.bank("up").out_features for pool in tm.tie_experts(layers, group=2)] == [12, 8]
+
+
 def test_layers_that_cannot_be_tied_are_refused() -> None:
     layers = [mixture(network()) for _ in range(4)]
     with pytest.raises(ValueError, match=r"group=3 does not divide the 4 layers; choose one of 1, 2, 4"):
