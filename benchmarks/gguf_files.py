@@ -52,6 +52,8 @@ from tensornet_hf.evaluate import divergence
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
 #: The preset whose loss a much smaller file of ours should have, and that share of its bytes.
 POPULAR, SHARE = "Q4_K_M", 0.75
+#: Names of the models in the picture.
+TITLES = {"gpt2": "embedded GPT-2", "smollm2": "SmolLM2-135M, rotated"}
 Row = dict[str, Any]
 
 
@@ -230,6 +232,32 @@ class Bench:
         return float(re.search(r"Mean\s+KLD:\s+([-\d.e]+)", said)[1])  # type: ignore[index]
 
 
+def picture(rows: Sequence[Row], file: Path) -> None:
+    """Draw the loss increase over the bits of the file: plans as a line, presets as points."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(4.6 * len(names), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
+        for method, style in (("plan", "o-"), ("llama-quantize", "s")):
+            found = [x for x in some if x["method"] == method]
+            bits, loss = ([x["bits_per_weight"] for x in found], [x["loss_increase"][0] for x in found])
+            error = [x["loss_increase"][1] for x in found]
+            label = "tensornet, one plan" if method == "plan" else "llama.cpp, with importance matrix"
+            axes.errorbar(bits, loss, error, fmt=style, label=label, markersize=4, linewidth=1.5)
+            for row in found if method != "plan" else ():
+                place = (row["bits_per_weight"], row["loss_increase"][0])
+                axes.annotate(row["name"], place, (4, 4), textcoords="offset points", fontsize=8)
+        axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="loss increase, nats a token")
+        axes.set_title(TITLES.get(name, name))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def models(given: argparse.Namespace) -> dict[str, Any]:
     """Return functions that make the models, by name."""
     if given.toy:
@@ -246,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--tools", type=Path, help="folder of llama-quantize, llama-imatrix and the others")
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
     parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
+    parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
     parser.add_argument("--repeats", type=int, default=5, help="of llama-bench")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder of the files")
@@ -253,6 +282,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if given.toy:
         given.models, given.megabytes, given.steps = ["gpt2"], [0.7], ["files"]
         given.work = given.records / "gguf-work"
+    file = given.records / "gguf_files.json"
+    if given.picture is not None:
+        picture(json.loads(file.read_text())["rows"], given.picture)
+        return Path(given.picture)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -266,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 bench.speed()
     finally:
         torch.set_num_threads(before)
-    return given.records / "gguf_files.json"
+    return file
 
 
 if __name__ == "__main__":
