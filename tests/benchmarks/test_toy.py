@@ -18,6 +18,10 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         8,
         {"loss_increase", "standard_error", "bits_per_weight", "seconds", "peak_mib", "unit", "commit"},
     ),
+    "gguf_files": (
+        1,
+        {"loss_increase", "kl", "bytes", "asked_bytes", "predicted", "types", "seconds", "peak_mib"},
+    ),
     "quality": (9, {"perplexity", "model_bytes", "model_params", "sample"}),
     "generation": (13, {"tokens_per_second", "times_bfloat16", "held_MiB", "file_MiB"}),
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
@@ -72,6 +76,18 @@ def test_bytes_are_kept_and_only_missing_rows_are_measured(
     again = json.loads(path.read_text())["rows"]
     assert [row["loss_increase"] == 7.0 for row in again] == [True] * 7 + [False]
     assert again[-1]["loss_increase"] == pytest.approx(rows[0]["loss_increase"], rel=1e-3)
+
+
+def test_files_of_llama_cpp_have_the_size_that_was_asked_for(
+    records: Any, load_benchmark: Any, tmp_path: Path
+) -> None:
+    (row,) = records("gguf_files")["rows"]
+    assert row["bytes"] == pytest.approx(row["asked_bytes"], rel=0.01)
+    assert row["bytes"] <= row["asked_bytes"]
+    load_benchmark("gguf_files").picture(
+        [row, {**row, "name": "Q4_0", "method": "llama-quantize"}], tmp_path / "x.svg"
+    )
+    assert "Q4_0" in (tmp_path / "x.svg").read_text()
 
 
 def test_methods_of_quality_keep_their_budget_and_their_order(records: Any) -> None:

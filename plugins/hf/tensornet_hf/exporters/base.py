@@ -179,7 +179,10 @@ def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
             continue
         parts = split_weight(layer)
         if isinstance(parts, str):
-            found.dense[name] = parts
+            stored = sum(tensor.nbytes for tensor in layer.stored.values())
+            rows, columns = layer.topology.shape
+            size = rows * columns * layer.dtype.itemsize
+            found.dense[name] = f"{parts}; {compact_bytes(stored)} become {compact_bytes(size)}"
             continue
         integers, low_rank = parts
         if low_rank is None:
