@@ -99,10 +99,9 @@ def calibrate(
             tokens, rows are counted instead (an image counts as 196 tokens).
         gradients: whether to differentiate the loss, which costs three times as much as running the model;
             without it only inputs are collected.
-        autocast: run the model under autocast to this dtype, and compute the gradient moments of a batch in
-            it. `"auto"` is `torch.bfloat16` for large float32 models on devices where it is faster
-            (`fast_dtype`); None keeps the caller's autocast. Input moments are always computed in float32,
-            and all moments are summed in it.
+        autocast: run the model under autocast to this dtype. `"auto"` is `torch.bfloat16` for large float32
+            models on devices where it is faster (`fast_dtype`); None keeps the caller's autocast. All moments
+            are computed in float32.
         source: name of the data, for reports.
         progress: show a progress bar.
 
@@ -127,7 +126,7 @@ def calibrate(
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
         autocast = fast_dtype(model)
-    recorder = MomentRecorder(autocast)
+    recorder = MomentRecorder()
     total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
@@ -264,8 +263,7 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
 class MomentRecorder:
     """Running sums of one calibration: hooks add to them, `finish` divides."""
 
-    def __init__(self, autocast: torch.dtype | None = None) -> None:
-        self.autocast = autocast
+    def __init__(self) -> None:
         self.batch: Batch = {}
         self.seeing = True
         self.frequencies: dict[str, Tensor] = {}
@@ -351,9 +349,8 @@ class MomentRecorder:
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
-            # Gradient moments may be computed in 16 bits, since damping exceeds the rounding error. Input
-            # moments may not, since inputs have outliers.
-            add_gram(self.gradients[name], tokens.to(self.autocast or torch.float32))
+            # In 16 bits the moments of correlated outliers would get negative eigenvalues.
+            add_gram(self.gradients[name], tokens.float())
 
     def finish(
         self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
@@ -467,19 +464,14 @@ def upper_gram(x: Tensor) -> Tensor:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add `X^T X` to the upper half of a sum, in its dtype, block by block while they are in the cache.
+    """Add `X^T X` to the upper half of a sum, block by block while they are in the cache.
 
     Args:
         total: shape `(features, features)`; elements below the diagonal are undefined afterwards.
-        x: shape `(tokens, features)`. If it has 16 bits, its product is computed in 16 bits too, the sum is
-            not.
+        x: shape `(tokens, features)`, of the same dtype.
     """
     for rows, columns in _blocks(x.shape[1]):
-        left, right = x[:, rows].T, x[:, columns]
-        if x.dtype == total.dtype:
-            total[rows, columns].addmm_(left, right)
-        else:
-            total[rows, columns] += torch.mm(left, right)
+        total[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Moments from half of their products, and in 16 bits."""
+"""Moments from half of their products, and of models that run in 16 bits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_sums_grow_by_half_of_the_products(tokens: int, size: int, block: int) -
         total = torch.zeros(size, size, dtype=torch.float64)
         gram.add_gram(total, x[0])
         gram.add_moment(total, gram.upper_gram(x[1]))
-        gram.add_gram(total, x[2].float())
+        gram.add_gram(total, x[2])
         found = gram.mirrored(total)
     torch.testing.assert_close(found, sum(part.T @ part for part in x), rtol=1e-5, atol=1e-5)
     assert torch.equal(found, found.T)
@@ -35,7 +35,7 @@ def losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def test_calibration_in_16_bits_keeps_exact_input_moments() -> None:
-    """Inputs that reach a layer in single precision are multiplied in it; gradients in 16 bits."""
+    """Inputs reach a layer in single precision, gradients in 16 bits."""
     torch.manual_seed(0)
     model, x = nn.Linear(6, 4), torch.randn(400, 6)
     exact = tn.calibrate(model, [{"input": x}], loss_fn=losses)
@@ -44,6 +44,20 @@ def test_calibration_in_16_bits_keeps_exact_input_moments() -> None:
     assert fast.rows[""].dtype == torch.float32
     assert not torch.equal(fast.rows[""], exact.rows[""])
     torch.testing.assert_close(fast.rows[""], exact.rows[""], rtol=0.02, atol=0.1)
+
+
+def test_correlated_outliers_keep_positive_moments() -> None:
+    """Products in 16 bits would have negative eigenvalues of the size of the other channels."""
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(256, 8, generator=generator)
+    gradient[:, :4] += 200 * torch.randn(256, 1, generator=generator)
+    batch = {"input": torch.randn(256, 4, generator=generator), "gradient": gradient}
+
+    def along(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["input"]) * batch["gradient"].bfloat16()).float().sum(-1)
+
+    moment = tn.calibrate(nn.Linear(4, 8), [batch], loss_fn=along, autocast=torch.bfloat16).rows[""].double()
+    assert torch.linalg.eigvalsh(moment)[0] > 0.1 * moment.diagonal()[4:].mean()
 
 
 def test_many_batches_in_16_bits_do_not_lose_digits() -> None:
