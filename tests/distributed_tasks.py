@@ -202,6 +202,18 @@ def load_elsewhere(rank: int, ranks: int, path: str) -> Tensor:
     return model.eval()(batch(99, 0, 1)[0]).detach()
 
 
+def biases(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
+    """The load of the tokens of this process, and the biases after a step of all."""
+    torch.manual_seed(0)
+    router = tm.SwitchRouter(FEATURES, EXPERTS, bias_rate=0.1)
+    nn.init.normal_(router.weight)
+    moe = tm.SharedCoreMoE(router, experts_of(None))
+    moe(batch(0, rank, ranks)[0][: 6 * (rank + 1)])
+    load = moe.stats.load.float()
+    tm.update_biases(moe)
+    return load, router.bias_steps
+
+
 def _step(model: nn.Module, step: int, rank: int, ranks: int) -> float:
     loss = loss_of(model, step, rank, ranks)
     loss.backward()

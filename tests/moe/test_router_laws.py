@@ -34,6 +34,13 @@ class TestTop2(RouterLaws):
         return tm.TopKRouter(num_features, num_experts, top_k=2)
 
 
+class TestNormalizedWithBias(RouterLaws):
+    def router(self, num_features: int, num_experts: int) -> tm.Router:
+        made = tm.TopKRouter(num_features, num_experts, top_k=2, normalize=True, bias_rate=0.01)
+        made.bias_steps += torch.arange(num_experts)
+        return made
+
+
 class TestExpertChoice(RouterLaws):
     test_causal = None  # type: ignore[assignment]  # it looks at the whole batch, and says so
 

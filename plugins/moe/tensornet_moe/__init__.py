@@ -1,5 +1,6 @@
 """Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
+from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.expert_compression import ExpertsReport, compress_experts
 from tensornet_moe.experts import SharedCoreExperts, share_across_layers
@@ -37,6 +38,7 @@ __all__ = [
     "TopKRouter",
     "collect_aux_losses",
     "compress_experts",
+    "expert_load",
     "linear_fade",
     "load_balancing_loss",
     "mixture_of_bases",
@@ -47,4 +49,5 @@ __all__ = [
     "share_across_layers",
     "shared_parameters",
     "tie_experts",
+    "update_biases",
 ]

@@ -1,8 +1,8 @@
 """Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,20 @@ from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacity
 
 
+class Usage(NamedTuple):
+    """Use of the experts by tokens that are not padding.
+
+    Args:
+        counts: choices of each expert, before any is dropped for capacity, shape `(E,)`.
+        probabilities: router probabilities summed over tokens, shape `(E,)`, with gradient.
+        tokens: number of tokens, a scalar.
+    """
+
+    counts: Tensor
+    probabilities: Tensor
+    tokens: Tensor
+
+
 @dataclass(frozen=True)
 class AuxLosses:
     """Auxiliary losses of one layer, or of all layers of a model.
@@ -25,11 +39,13 @@ class AuxLosses:
         total: sum weighted by the coefficients of each layer, a scalar to add to the loss.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
+        usage: of a layer whose pool is balanced as a whole, the terms of the loss of the pool.
     """
 
     total: Tensor
     balance: Tensor
     z: Tensor
+    usage: tuple[Usage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,11 +147,19 @@ class SharedCoreMoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
+        #: Choices of each expert since the last `update_biases`, shape `(E,)`.
+        self.assigned: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
         """Number of experts."""
         return self.experts.num_experts
+
+    @property
+    def balanced_pool(self) -> ExpertPool | None:
+        """Pool over which the load of this layer is balanced; None if it is balanced by itself."""
+        pool = self.experts.owner if isinstance(self.experts, PooledExperts) else None
+        return pool if pool is not None and pool.balance == "pool" else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map `x: (..., in_features)` to `(..., out_features)`.
@@ -170,19 +194,22 @@ class SharedCoreMoE(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _remember(self, routing: Routing) -> None:
-        balance = load_balancing_loss(
-            routing.probs, routing.expert_indices, num_experts=self.num_experts, mask=routing.mask
-        )
-        z = router_z_loss(routing.logits, routing.mask)
-        total = self.balance_coef * balance + self.z_coef * z
+        usage = _usage(routing.probs, routing.expert_indices, self.num_experts, routing.mask)
+        balance, z = _balance(usage), router_z_loss(routing.logits, routing.mask)
+        pooled = self.balanced_pool is not None
+        total = (0 if pooled else self.balance_coef) * balance + self.z_coef * z
         if _is_recomputing():  # only here, since both forward passes must save the same tensors
             return
-        self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None])
+        terms = (usage,) if pooled else ()
+        self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None], terms)
         self.stats = routing_stats(routing, balance.detach(), z.detach())
+        if self.training and self.router.bias_steps is not None:
+            self.assigned = usage.counts if self.assigned is None else self.assigned + usage.counts
 
     def __getstate__(self) -> dict[str, Any]:
         # The losses refer to the graph of the last step, which cannot be copied or pickled.
-        return {**self.__dict__, "aux_losses": None, "stats": None, "token_mask": None}
+        transient = ("aux_losses", "stats", "assigned", "token_mask")
+        return {**self.__dict__, **dict.fromkeys(transient)}
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
@@ -281,6 +308,9 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Call this once after each forward pass in training, and add `.total` to the loss. The losses are cleared,
     so that a step cannot count those of an earlier step.
 
+    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss: that of their choices and
+    probabilities added up, weighted by the sum of their coefficients. Each of them reports it in `.balance`.
+
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
             no gradient in training because of reentrant gradient checkpointing.
@@ -299,14 +329,24 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
         raise RuntimeError(
             "collect_aux_losses: the model has no SharedCoreMoE; pass the model that contains the mixtures."
         )
-    losses = [layer.aux_losses for layer in layers if layer.aux_losses is not None]
-    if not losses:
+    layers = [layer for layer in layers if layer.aux_losses is not None]
+    if not layers:
         raise RuntimeError(
             "collect_aux_losses: no mixture has run since the last call; call it once after each forward."
         )
-    for layer in layers:
+    losses = [layer.aux_losses for layer in layers if layer.aux_losses is not None]
+    pools: dict[int, list[int]] = {}
+    for position, layer in enumerate(layers):
+        if layer.balanced_pool is not None:
+            pools.setdefault(id(layer.balanced_pool), []).append(position)
         layer.aux_losses = None
     total = torch.stack([loss.total for loss in losses]).sum()
+    for members in pools.values():
+        usages = [usage for k in members for usage in losses[k].usage]
+        balance = _balance(Usage(*(torch.stack(terms).sum(0) for terms in zip(*usages, strict=True))))
+        total = total + sum(layers[k].balance_coef for k in members) * balance
+        for k in members:
+            losses[k] = replace(losses[k], balance=balance.detach()[None])
     trained = any(layer.training and layer.router.weight.requires_grad for layer in layers)
     if trained and torch.is_grad_enabled() and not total.requires_grad:
         raise RuntimeError(
@@ -356,13 +396,20 @@ def load_balancing_loss(
         >>> tm.load_balancing_loss(probabilities, even, num_experts=3)
         tensor(1.0000)
     """
+    return _balance(_usage(router_probs, expert_indices, num_experts, mask))
+
+
+def _usage(router_probs: Tensor, expert_indices: Tensor, num_experts: int, mask: Tensor | None) -> Usage:
     real = router_probs.new_ones(len(router_probs)) if mask is None else mask.to(router_probs.dtype)
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
-    counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))  # shape: (E,)
-    fractions = counts / counts.sum().clamp_min(1)
+    counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))
     # `where` instead of a product: padding may be NaN, and 0 * NaN is NaN
-    probabilities = torch.where(real[:, None] > 0, router_probs, 0).sum(0) / real.sum().clamp_min(1)
-    return num_experts * (fractions * probabilities).sum()
+    return Usage(counts, torch.where(real[:, None] > 0, router_probs, 0).sum(0), real.sum())
+
+
+def _balance(usage: Usage) -> Tensor:
+    fractions = usage.counts / usage.counts.sum().clamp_min(1)
+    return len(fractions) * (fractions * usage.probabilities / usage.tokens.clamp_min(1)).sum()
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -9,11 +9,15 @@ from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
-from tensornet_moe.pool import ExpertPool, PooledExperts
+from tensornet_moe.pool import Balance, ExpertPool, PooledExperts
 
 
 def tie_experts(
-    layers: Sequence[SharedCoreMoE], *, group: int | None = None, label: str = "pool"
+    layers: Sequence[SharedCoreMoE],
+    *,
+    group: int | None = None,
+    label: str = "pool",
+    balance: Balance = "pool",
 ) -> nn.ModuleList:
     """Replace the experts of neighbouring layers, in place, by one `ExpertPool` for each group of layers.
 
@@ -24,12 +28,14 @@ def tie_experts(
         layers: mixtures with experts of their own, in the order of the model.
         group: layers that use one pool; all of them if absent.
         label: label of the pool; with several pools a number is appended.
+        balance: `"pool"` or `"layer"`, see `ExpertPool`.
 
     Returns:
         The pools, in the order of the layers. Assign them to the model that contains the layers.
 
     Raises:
-        ValueError: `group` does not divide the number of layers, there is no layer, or one is given twice.
+        ValueError: `group` does not divide the number of layers, there is no layer, or one is given twice;
+            or an unknown `balance`.
         TypeError: a layer is not a SharedCoreMoE with experts of its own.
         ShapeError: the experts of a group differ in number, names, shapes, biases or activation.
 
@@ -74,7 +80,7 @@ def tie_experts(
     pools = nn.ModuleList()
     for k in range(0, len(layers), group):
         name = label if group == len(layers) else f"{label}{k // group}"
-        pool = ExpertPool(networks[k], label=name)
+        pool = ExpertPool(networks[k], label=name, balance=balance)
         pools.append(pool)
         for layer in layers[k : k + group]:
             layer.experts = PooledExperts(pool)

@@ -1,7 +1,7 @@
 """Experts that belong to the model and not to a layer: their owner, and what layers have in their place."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import Borrower
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups
+
+Balance = Literal["pool", "layer"]
+BALANCES = ("pool", "layer")
 
 
 class ExpertPool(nn.Module):
@@ -25,14 +28,17 @@ class ExpertPool(nn.Module):
     Args:
         experts: the networks. The pool owns them from now on.
         label: name of the pool in the descriptions of layers; it must be unique in a model.
+        balance: `"pool"`: the balancing loss and the biases of routers aim at an even load over all layers
+            together, so that a layer may prefer some of the experts. `"layer"`: at an even load in each.
 
     Raises:
         TypeError: `experts` is not an ExpertFFN.
+        ValueError: an unknown `balance`.
 
     Reference:
         Huang et al. 2026, "UniPool: A Globally Shared Expert Pool for Mixture-of-Experts" (arXiv 2605.06665):
-        one pool for all layers. "Expert Tying" (arXiv 2606.16825): pools of two neighbouring layers, see
-        `tie_experts`. Pools whose experts share cores are our extension.
+        one pool for all layers, balanced as a whole. "Expert Tying" (arXiv 2606.16825): pools of two
+        neighbouring layers, see `tie_experts`. Pools whose experts share cores are our extension.
 
     Example:
         >>> def bank(rows, columns):
@@ -56,10 +62,12 @@ class ExpertPool(nn.Module):
         1
     """
 
-    def __init__(self, experts: ExpertFFN, *, label: str = "pool") -> None:
+    def __init__(self, experts: ExpertFFN, *, label: str = "pool", balance: Balance = "pool") -> None:
         super().__init__()
         check_type("experts", experts, ExpertFFN, "that of a SharedCoreMoE is its attribute experts")
-        self.experts, self.label = experts, label
+        if balance not in BALANCES:
+            raise ValueError(f"Unknown balance={balance!r}; choose one of {', '.join(BALANCES)}.")
+        self.experts, self.label, self.balance = experts, label, balance
 
     @property
     def num_experts(self) -> int:
@@ -101,11 +109,12 @@ class ExpertPool(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
-        return {"type": "expert_pool", "experts": self.experts.spec(), "label": self.label}
+        options = {"label": self.label, "balance": self.balance}
+        return {"type": "expert_pool", "experts": self.experts.spec(), **options}
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
-        return f"label={self.label!r}"
+        return f"label={self.label!r}, balance={self.balance!r}"
 
 
 class PooledExperts(Borrower, nn.Module):
@@ -216,7 +225,7 @@ def _build_pool(
     spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> ExpertPool:
     experts: Any = build_module(spec["experts"], device=device, dtype=dtype)
-    return ExpertPool(experts, label=spec["label"])
+    return ExpertPool(experts, label=spec["label"], balance=spec["balance"])
 
 
 def _build_pooled(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tensornet._util import check_size
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
+from tensornet_moe.bank import check_not_negative
 
 Combine = Literal["unit", "prob", "sigmoid"]
 COMBINE = ("unit", "prob", "sigmoid")
@@ -84,11 +85,24 @@ class Router(nn.Module, ABC):
             sigmoid(logit)`, initially about 1 for each expert (Csordas et al. 2024, MoEUT, up to the factor
             2). Use it for training from scratch, where experts with weights that sum to one learn `k` times
             more slowly than a dense network.
+        normalize: divide the logits of a token by their Euclidean norm over the experts, and multiply them by
+            `logit_scale`, a trained parameter that starts at `sqrt(num_experts)`. The logits then have a root
+            mean square of 1 at first, whatever the size of the token, in every layer that uses a pool. This
+            is the normalization of UniPool (Huang et al. 2026, NormRouter), which then takes a ReLU; keeping
+            softmax and `combine` after it is our choice.
+        bias_rate: if above 0, experts are chosen by probability plus bias (`ranked`), and `update_biases`
+            moves the bias of each expert by this rate after a training step. Combine weights do not contain
+            the bias. It balances the load without a loss (set `balance_coef=0`). DeepSeek-V3 uses 0.001, with
+            sigmoids in place of our probabilities.
         device, dtype: device and dtype of the weight `(num_experts, num_features)`, whose initial standard
             deviation is `0.1 / sqrt(num_features)`.
 
     Raises:
         ValueError: an option is out of its range.
+
+    Reference:
+        Bias: DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.1.2; Wang et al. 2024,
+        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts".
 
     Example:
         >>> class EveryExpertRouter(tm.Router):
@@ -102,6 +116,8 @@ class Router(nn.Module, ABC):
 
     #: Names of additional arguments of a subclass; each is also an attribute of the same name.
     options: ClassVar[tuple[str, ...]] = ()
+    logit_scale: Tensor | None
+    bias_steps: Tensor | None
     #: True if the experts of a token do not depend on later tokens; other routers are for encoders only.
     causal: ClassVar[bool] = True
 
@@ -112,6 +128,8 @@ class Router(nn.Module, ABC):
         *,
         jitter: float = 0.0,
         combine: Combine = "unit",
+        normalize: bool = False,
+        bias_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -123,13 +141,25 @@ class Router(nn.Module, ABC):
         if combine not in COMBINE:
             raise ValueError(f"Unknown combine={combine!r}; choose one of {', '.join(COMBINE)}.")
         self.num_features, self.num_experts = num_features, num_experts
-        self.jitter, self.combine = jitter, combine
+        check_not_negative(bias_rate=bias_rate)
+        self.jitter, self.combine, self.normalize, self.bias_rate = jitter, combine, normalize, bias_rate
         weight = torch.randn(num_experts, num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight * (0.1 / math.sqrt(num_features)))
+        # Of one dimension, since FSDP cannot shard scalars.
+        scale = torch.full((1,), math.sqrt(num_experts), device=device, dtype=dtype) if normalize else None
+        self.register_parameter("logit_scale", None if scale is None else nn.Parameter(scale))
+
+        # Integers, so that steps are exact in a model in half precision.
+        steps = torch.zeros(num_experts, dtype=torch.int64, device=device) if bias_rate > 0 else None
+        self.register_buffer("bias_steps", steps)
 
     @abstractmethod
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
+
+    def ranked(self, probs: Tensor) -> Tensor:
+        """Add the biases of experts to `probs: (tokens, E)`: what `select` chooses experts by."""
+        return probs if self.bias_steps is None else probs + self.bias_rate * self.bias_steps
 
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`.
@@ -143,7 +173,7 @@ class Router(nn.Module, ABC):
                 f"{type(self).__name__} cannot be saved: register it, here and where it is loaded, as in "
                 f'tensornet_moe.register_router("my_router", {type(self).__name__}).'
             )
-        common = ("num_features", "num_experts", "jitter", "combine")
+        common = ("num_features", "num_experts", "jitter", "combine", "normalize", "bias_rate")
         return {"type": f"{name}_router", **{key: getattr(self, key) for key in (*common, *self.options)}}
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
@@ -164,6 +194,8 @@ class Router(nn.Module, ABC):
             if self.training and self.jitter > 0:
                 seen = seen * torch.empty_like(seen).uniform_(1 - self.jitter, 1 + self.jitter)
             logits = nn.functional.linear(seen, self.weight.float())
+            if self.logit_scale is not None:
+                logits = nn.functional.normalize(logits, dim=-1) * self.logit_scale.float()
             self._refuse_nonfinite(logits, mask)
             return self.select(logits, logits.softmax(-1), mask)
 
@@ -183,7 +215,8 @@ class Router(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
-        return f"{self.num_features}, {self.num_experts}, jitter={self.jitter}, combine={self.combine}"
+        sizes = f"{self.num_features}, {self.num_experts}"
+        return f"{sizes}, jitter={self.jitter}, combine={self.combine}, normalize={self.normalize}"
 
 
 _ROUTERS: dict[str, type[Router]] = {}
@@ -276,7 +309,7 @@ class TopKRouter(Router):
 
     Args:
         top_k: experts for each token.
-        num_features, num_experts, jitter, combine, device, dtype: see `Router`.
+        num_features, num_experts, jitter, combine, normalize, bias_rate, device, dtype: see `Router`.
 
     Raises:
         ValueError: `top_k` is not in `[1, num_experts]`.
@@ -304,8 +337,9 @@ class TopKRouter(Router):
         self.top_k = top_k
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Choose the `top_k` most probable experts of every token; see `Router.select`."""
-        chosen, indices = probs.topk(self.top_k, dim=-1)
+        """Choose the `top_k` most probable experts of every token, after the bias; see `Router.select`."""
+        indices = self.ranked(probs).topk(self.top_k, dim=-1).indices
+        chosen = probs.gather(-1, indices)
         if self.combine == "unit":
             total = chosen.sum(-1, keepdim=True)
             chosen = chosen / (total.detach() if self.top_k == 1 else total)
@@ -341,11 +375,11 @@ class ExpertChoiceRouter(Router):
 
     Args:
         capacity_factor: mean number of experts for each token.
-        num_features, num_experts, jitter, combine, device, dtype: see `Router`. `"unit"` divides by the sum
-            of the probabilities of the experts that chose a token; the sum has no gradient.
+        num_features, num_experts, jitter, combine, normalize, device, dtype: see `Router`. `"unit"` divides
+            by the sum of the probabilities of the experts that chose a token; the sum has no gradient.
 
     Raises:
-        ValueError: `capacity_factor` is not in `(0, num_experts]`.
+        ValueError: `capacity_factor` is not in `(0, num_experts]`, or a `bias_rate`.
 
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing".
@@ -368,6 +402,10 @@ class ExpertChoiceRouter(Router):
                 "the average number of experts for each token."
             )
         super().__init__(num_features, num_experts, **common)
+        if self.bias_rate > 0:
+            raise ValueError(
+                "bias_rate is for routers whose tokens choose: this load is even without a bias."
+            )
         self.capacity_factor = capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:

@@ -1,0 +1,107 @@
+"""Balance of the load without a loss, and how tokens are spread over experts, by layer and over a pool."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.pool import PooledExperts, find_pools
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
+    """Move the bias of every expert by one step towards an even load: `b_e += rate * sign(mean - load_e)`.
+
+    Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load
+    is the number of choices of each expert in training since the last call, padding excluded and before any
+    is dropped: that of the layer, or that of all layers together for an `ExpertPool` with `balance="pool"`.
+    Loads are summed over processes, so that all have the same biases.
+
+    Args:
+        model: contains the mixtures.
+        group: the processes whose tokens form a step; all if absent.
+
+    Raises:
+        RuntimeError: no router has biases, or no mixture was trained since the last call.
+
+    Reference:
+        DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.1.2; Wang et al. 2024,
+        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1. The load of a pool
+        is our extension.
+
+    Example:
+        >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=3) for _ in range(2))
+        >>> router = tm.SwitchRouter(8, 3, bias_rate=0.001)
+        >>> moe = tm.SharedCoreMoE(router, tm.ExpertFFN({"up": up, "down": down}), balance_coef=0)
+        >>> _ = torch.nn.init.zeros_(router.weight)  # every token to the first expert
+        >>> y = moe(torch.randn(5, 8))
+        >>> tm.update_biases(moe)
+        >>> router.bias_steps
+        tensor([-1,  1,  1])
+    """
+    layers: list[Any] = []
+    biases: list[Tensor] = []
+    for layer in model.modules():
+        router = layer.router if isinstance(layer, SharedCoreMoE) else None
+        if router is not None and router.bias_steps is not None:
+            layers.append(layer)
+            biases.append(router.bias_steps)
+    if not layers:
+        raise RuntimeError(
+            "update_biases: no router of the model has biases; build them with bias_rate=0.001, for example."
+        )
+    if all(layer.assigned is None for layer in layers):
+        raise RuntimeError(
+            "update_biases: no mixture was trained since the last call; call it once after each step."
+        )
+    loads: list[Tensor] = []
+    for layer, bias in zip(layers, biases, strict=True):
+        # A layer that did not run here may have run in another process, which waits for the sum.
+        load = torch.zeros_like(bias, dtype=torch.float32)
+        load += 0 if layer.assigned is None else layer.assigned
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(load, group=group)
+        loads.append(load)
+        layer.assigned = None
+    pools = [layer.balanced_pool for layer in layers]
+    for pool, load, bias in zip(pools, loads, biases, strict=True):
+        alike = [x for x, other in zip(loads, pools, strict=True) if other is pool]
+        whole = load if pool is None else torch.stack(alike).sum(0)
+        bias += (whole.mean() - whole).sign().to(torch.int64)
+
+
+def expert_load(model: nn.Module) -> dict[str, Tensor]:
+    """Count the tokens that each expert computed in the last forward pass, by layer and over each pool.
+
+    Args:
+        model: contains the mixtures, and their pools.
+
+    Returns:
+        Name of a mixture or pool: tokens of each expert, shape `(E,)`, padding excluded. The load of a pool
+        is the sum over the layers that use it. Mixtures that have not run are absent.
+
+    Raises:
+        TargetError: the pools of the model are not owned as they should be, see `ExpertPool`.
+
+    Example:
+        >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
+        >>> model = torch.nn.Module()
+        >>> model.pool = tm.ExpertPool(tm.ExpertFFN({"up": up, "down": down}))
+        >>> for name in ("first", "second"):
+        ...     setattr(model, name, tm.SharedCoreMoE(tm.SwitchRouter(8, 4), model.pool))
+        >>> y = model.second(model.first(torch.randn(5, 8)))
+        >>> {name: int(load.sum()) for name, load in tm.expert_load(model).items()}
+        {'first': 5, 'second': 5, 'pool': 10}
+    """
+    pools = {id(pool): name for name, pool in find_pools(model).items()}
+    loads: dict[str, Tensor] = {}
+    over_pools: dict[str, Tensor] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SharedCoreMoE) and layer.stats is not None:
+            loads[name] = layer.stats.load
+            if isinstance(layer.experts, PooledExperts):
+                pool = pools[id(layer.experts.owner)]
+                over_pools[pool] = over_pools.get(pool, 0) + layer.stats.load
+    return {**loads, **over_pools}
