@@ -409,7 +409,7 @@ def _usage(router_probs: Tensor, expert_indices: Tensor, num_experts: int, mask:
 
 def _balance(usage: Usage) -> Tensor:
     fractions = usage.counts / usage.counts.sum().clamp_min(1)
-    return len(fractions) * (fractions * usage.probabilities / usage.tokens.clamp_min(1)).sum()
+    return len(fractions) * (fractions * (usage.probabilities / usage.tokens.clamp_min(1))).sum()
 
 
 def router_z_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
