@@ -282,6 +282,7 @@ def load(
     Raises:
         FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
         NonFiniteError: a stored core contains NaN or infinity.
+        TargetError: `inference="compiled"` for a model that does not generate.
         ValueError: unknown value of `inference`.
 
     Example:
@@ -333,7 +334,16 @@ def load(
 
 
 def compile_generation(model: PreTrainedModel) -> None:
-    """Let `generate` compile the step of one token; prompts are read as before, in eager mode."""
+    """Let `generate` compile the step of one token; prompts are read as before, in eager mode.
+
+    Raises:
+        TargetError: the model does not generate.
+    """
+    if not model.can_generate():
+        raise TargetError(
+            f'inference="compiled" compiles generation, and {type(model).__name__} does not generate. Load '
+            "it with inference=True."
+        )
 
     # Equal backends share compiled code. Each model needs its own function, since the checks that would tell
     # models apart are left out below.

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import tensornet as tn
 import tensornet_hf as th
@@ -228,3 +228,6 @@ def test_compiled_generation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(found, th.load(path, inference=True).generate(TOKENS, **wanted))
     with pytest.raises(ValueError, match="inference"):
         th.load(folder, inference="fast")
+    AutoModel.from_pretrained(gpt2_path()).save_pretrained(folder / "encoder")
+    with pytest.raises(TargetError, match="does not generate"):
+        th.load(folder / "encoder", inference="compiled")
