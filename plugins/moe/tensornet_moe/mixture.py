@@ -1,15 +1,163 @@
 """Mixtures built in one line, and experts that are shared by the layers of a model."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
+from tensornet.topologies import dense, mpo
+from tensornet_moe.bank import ExpertBank
+from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.pool import Balance, ExpertPool, PooledExperts
+from tensornet_moe.routers import Router, router_kind
+
+Share = Literal["center", "none", "base"]
+
+#: Largest leg of an end of a chain in `mixture`. Rebuilding an expert costs as much as `2 * 8 * 8` tokens.
+_LONGEST_END = 8
+#: The rank of deltas in `mixture` is the shorter side of the matrix divided by this number.
+_SIDE_PER_RANK = 16
+
+
+def mixture(
+    *,
+    d_model: int,
+    d_ff: int | None = None,
+    experts: int | None = None,
+    top_k: int | None = None,
+    share: Share | ExpertPool = "center",
+    router: str | Router = "topk",
+    activation: str | None = None,
+    gated: bool | None = None,
+    balance_coef: float = 0.01,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **router_options: Any,
+) -> SharedCoreMoE:
+    """Build a mixture of experts for training from scratch; everything but the sizes has a default.
+
+    What is chosen for a matrix `(out, in)` of an expert, by `share`:
+
+    - `"none"`: a dense matrix for each expert.
+    - `"center"`: a chain of three cores with full bonds. The middle core is one parameter of all experts, as
+      large as one dense matrix; each expert owns both ends. The legs of an end are at most 8 and divide `out`
+      and `in`, so its bond is at most 64: an expert owns at most 8,192 numbers for each matrix, and
+      rebuilding a matrix costs as much as 128 tokens.
+    - `"base"`: one dense matrix for all experts, and for each a delta of rank `min(out, in) / 16` that starts
+      at zero.
+    - an `ExpertPool`: the experts of the pool, which belongs to the model.
+
+    For other legs, bonds, ranks or banks build the parts: a `SharedCoreMoE` of a router and an `ExpertFFN`.
+
+    Args:
+        d_model: features of a token.
+        d_ff: features of the hidden layer of one expert; `4 * d_model` if absent.
+        experts: number of experts; 8 if absent.
+        top_k: experts for each token; 2 if absent. Only for routers with this argument.
+        share: what the experts share, as above. The experts of a pool exist already, so `d_ff`, `experts`,
+            `activation` and `gated` must then be absent or agree with them.
+        router: name of a router (`"topk"`, `"switch"`, `"expert_choice"`, or one of `register_router`), or a
+            router.
+        activation: a name in `tensornet_moe.ffn.ACTIVATIONS`; `"silu"` if absent.
+        gated: whether an expert is `W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)`; True if
+            absent.
+        balance_coef: weight of the balancing loss, see `SharedCoreMoE`.
+        device, dtype: device and dtype of all parameters.
+        router_options: arguments of the named router, for example `bias_rate=`, `normalize=`. `combine` is
+            `"sigmoid"` if absent, which is best for training from scratch, see `Router`.
+
+    Raises:
+        ValueError: an unknown `share`, router or activation, a size below 1, or `top_k` above `experts`.
+        ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center.
+        TypeError: arguments that the router does not have, or any beside a router that is built already.
+
+    Reference:
+        `"center"`: Gao et al. 2022, section 4.1; `"base"`: Gu et al. 2025 (D2-MoE), section 3; pools: Huang
+        et al. 2026 (UniPool). Legs and ranks are our choice.
+
+    Example:
+        >>> moe = tm.mixture(d_model=64, d_ff=256, experts=8, top_k=2, share="center")
+        >>> moe(torch.randn(2, 5, 64)).shape
+        torch.Size([2, 5, 64])
+        >>> pool = tm.ExpertPool(tm.mixture(d_model=64, experts=16, share="none").experts)
+        >>> layers = [tm.mixture(d_model=64, share=pool, bias_rate=0.001) for _ in range(4)]
+        >>> layers[0].num_experts, layers[0].router.top_k
+        (16, 2)
+    """
+    if isinstance(share, ExpertPool):
+        network: ExpertFFN | ExpertPool = share
+        own = share.experts
+        have: dict[str, Any] = {
+            "d_model": own.in_features,
+            "d_ff": own.bank(own.names[0]).out_features,
+            "experts": own.num_experts,
+            "activation": own.activation,
+            "gated": own.gated,
+        }
+        for name, value in zip(have, (d_model, d_ff, experts, activation, gated), strict=True):
+            if value is not None and value != have[name]:
+                raise ShapeError(
+                    f"{name}={value!r}, but the experts of the pool {share.label!r} have {name}="
+                    f"{have[name]!r}; leave it out, or build a pool of other experts."
+                )
+        experts = own.num_experts
+    else:
+        experts = 8 if experts is None else experts
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        for name, size in (("d_model", d_model), ("d_ff", d_ff), ("experts", experts)):
+            check_size(name, size, error=ValueError)
+        banks: dict[str, Callable[..., ExpertBank]] = {"center": _center, "none": _dense, "base": _base}
+        if not isinstance(share, str) or share not in banks:
+            raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(banks)}, or an ExpertPool.")
+        make = banks[share]
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        names = ("up",) if gated is False else ("gate", "up")
+        matrices = {name: make(experts, d_ff, d_model, **where) for name in names}
+        matrices["down"] = make(experts, d_model, d_ff, **where)
+        network = ExpertFFN(matrices, activation=activation or "silu", **where)
+    if isinstance(router, str):
+        kind = router_kind(router)
+        if top_k is not None or "top_k" in kind.options:
+            router_options["top_k"] = 2 if top_k is None else top_k
+        options = {"combine": "sigmoid", "device": device, "dtype": dtype, **router_options}
+        router = kind(d_model, experts, **options)
+    elif router_options or top_k is not None:
+        surplus = [*router_options, *(() if top_k is None else ("top_k",))]
+        raise TypeError(f"{', '.join(surplus)}: give these to the router that you built, or name a router.")
+    return SharedCoreMoE(router, network, balance_coef=balance_coef)
+
+
+def _dense(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
+    return SharedCoreExperts(dense(out_features=rows, in_features=columns), experts, shared="none", **where)
+
+
+def _base(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
+    topology = dense(out_features=rows, in_features=columns)
+    base = SharedCoreExperts(topology, experts, shared="all", **where)
+    return LowRankDeltaExperts(base, max(min(rows, columns) // _SIDE_PER_RANK, 1), **where)
+
+
+def _center(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
+    out_dims, in_dims = _legs(rows), _legs(columns)
+    if out_dims[0] * in_dims[0] == 1 or out_dims[2] * in_dims[2] == 1:
+        raise ShapeError(
+            f"Matrices of shape {rows} x {columns} have no legs for a shared center: each end needs a factor "
+            f"of a side in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
+        )
+    return SharedCoreExperts(mpo(out_dims=out_dims, in_dims=in_dims), experts, shared=("1",), **where)
+
+
+def _legs(size: int) -> tuple[int, int, int]:
+    """Split a side into a long middle between two ends as even and as large as possible."""
+    ends = range(1, _LONGEST_END + 1)
+    splits = [(a, size // (a * b), b) for a in ends for b in ends if size % (a * b) == 0]
+    return max((x for x in splits if x[1] >= max(x[0], x[2])), key=lambda x: (min(x[0], x[2]), x[0] * x[2]))
 
 
 def tie_experts(

@@ -1,0 +1,118 @@
+"""A mixture in one line: what its words build, counted by hand, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tensornet_moe as tm
+from tensornet.errors import ShapeError
+from tensornet.nn import build_module
+from tensornet_moe.mixture import _legs
+
+D, F, E = 64, 128, 6  # legs (4, 4, 4) and (4, 8, 4): bonds of 16 on both sides
+
+
+def size_of_experts(share: str) -> int:
+    """Numbers of one bank `(F, D)` of E experts."""
+    private = {"none": F * D, "base": 4 * (F + D), "center": 2 * 16 * 16}[share]
+    return E * private + (0 if share == "none" else F * D)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("share", ["none", "base", "center"])
+def test_sizes_are_those_of_the_words(share: str, gated: bool) -> None:
+    moe = tm.mixture(d_model=D, d_ff=F, experts=E, share=share, gated=gated)  # type: ignore[arg-type]
+    assert sum(p.numel() for p in moe.experts.parameters()) == (3 if gated else 2) * size_of_experts(share)
+    assert moe.experts.names == (("gate", "up", "down") if gated else ("up", "down"))
+    assert (moe.experts.activation, type(moe.router)) == ("silu", tm.TopKRouter)
+    assert (moe.router.top_k, moe.router.combine, moe.balance_coef) == (2, "sigmoid", 0.01)
+
+
+@pytest.mark.parametrize("share", ["none", "base", "center"])
+def test_matrices_start_with_the_variance_of_a_linear_layer(share: str) -> None:
+    moe = tm.mixture(d_model=D, d_ff=F, experts=E, share=share)  # type: ignore[arg-type]
+    for name in moe.experts.names:
+        matrices = moe.experts.bank(name).expert_matrices().detach()
+        assert matrices.shape == (E, *((D, F) if name == "down" else (F, D)))
+        assert float(matrices.std()) * math.sqrt(matrices.shape[2]) == pytest.approx(1, rel=0.15)
+
+
+def test_defaults() -> None:
+    moe = tm.mixture(d_model=D, dtype=torch.float64)
+    assert (moe.num_experts, moe.router.top_k) == (8, 2)
+    assert moe.experts.bank("up").out_features == 4 * D
+    assert moe.experts.bank("up").shared_parameters().keys() == {"1"}
+    assert {p.dtype for p in moe.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("share", ["none", "base", "center", "pool"])
+def test_it_trains_and_is_rebuilt_from_its_description(share: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.pool = tm.ExpertPool(tm.mixture(d_model=D, d_ff=F, experts=E, share="center").experts)
+    words = {"share": model.pool} if share == "pool" else {"d_ff": F, "experts": E, "share": share}
+    model.moe = tm.mixture(d_model=D, **words)  # type: ignore[arg-type]
+    x, target = torch.randn(2, 100, D)
+    optimizer = torch.optim.Adam(tm.parameter_groups(model, lr=0.01))
+    losses = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = (model.moe(x) - target).square().mean() + tm.collect_aux_losses(model).total
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    again = nn.Module()
+    again.pool, again.moe = build_module(model.pool.spec()), build_module(model.moe.spec())
+    tm.bank.lend_shared_cores(again)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.moe(x), model.moe(x))
+
+
+def test_routers_by_name_and_by_object() -> None:
+    switch = tm.mixture(d_model=D, router="switch", bias_rate=0.001, balance_coef=0.0)
+    assert (type(switch.router), switch.router.bias_rate, switch.balance_coef) == (tm.SwitchRouter, 0.001, 0)
+    choice = tm.mixture(d_model=D, router="expert_choice", capacity_factor=2.0, combine="prob")
+    assert (choice.router.capacity_factor, choice.router.combine) == (2.0, "prob")
+    own = tm.TopKRouter(D, 8, top_k=3)
+    assert tm.mixture(d_model=D, router=own).router is own
+    with pytest.raises(TypeError, match="normalize, top_k: give these to the router that you built"):
+        tm.mixture(d_model=D, router=own, top_k=2, normalize=True)
+    with pytest.raises(TypeError, match="top_k"):
+        tm.mixture(d_model=D, router="switch", top_k=2)
+
+
+@pytest.mark.parametrize("size", [8, 12, 64, 96, 512, 768, 1376, 2048, 2730, 3072, 11008])
+def test_legs_are_short_ends_around_a_long_middle(size: int) -> None:
+    first, middle, last = _legs(size)
+    assert first * middle * last == size
+    assert 2 <= min(first, last) <= max(first, last) <= min(8, middle)
+
+
+def test_bad_words_are_refused() -> None:
+    pool = tm.ExpertPool(tm.mixture(d_model=D, d_ff=F, experts=E, share="none").experts)
+    assert (
+        tm.mixture(d_model=D, d_ff=F, experts=E, activation="silu", gated=True, share=pool).num_experts == E
+    )
+    for words in ({"d_ff": 4 * F}, {"experts": 8}, {"activation": "gelu"}, {"gated": False}):
+        (name,) = words
+        with pytest.raises(ShapeError, match=f"{name}=.*but the experts of the pool 'pool' have {name}="):
+            tm.mixture(d_model=D, share=pool, **words)  # type: ignore[arg-type]
+    with pytest.raises(ShapeError, match="d_model=32"):
+        tm.mixture(d_model=32, share=pool)
+    with pytest.raises(ValueError, match="Unknown share='all'; choose one of center, none, base, or an Exp"):
+        tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="Unknown share=<class"):
+        tm.mixture(d_model=D, share=tm.ExpertPool)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="top_k=4 with num_experts=3"):
+        tm.mixture(d_model=D, experts=3, top_k=4)
+    with pytest.raises(ValueError, match="d_ff must be an integer of at least 1"):
+        tm.mixture(d_model=D, d_ff=0)
+    with pytest.raises(ValueError, match="Unknown router 'best'"):
+        tm.mixture(d_model=D, router="best")
+    with pytest.raises(ShapeError, match="37 x 41 have no legs for a shared center"):
+        tm.mixture(d_model=41, d_ff=37)
