@@ -8,7 +8,7 @@ from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
-from tensornet_moe.mixture import mixture, tie_experts
+from tensornet_moe.mixtures import mixture, tie_experts
 from tensornet_moe.pool import ExpertPool
 from tensornet_moe.rates import parameter_groups
 from tensornet_moe.routers import (

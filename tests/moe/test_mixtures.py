@@ -11,7 +11,7 @@ from torch import nn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixture import _legs
+from tensornet_moe.mixtures import _legs
 
 D, F, E = 64, 128, 6  # legs (4, 4, 4) and (4, 8, 4): bonds of 16 on both sides
 
