@@ -2,6 +2,7 @@
 
 from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.costs import ModelCosts, describe
 from tensornet_moe.expert_compression import ExpertsReport, compress_experts
 from tensornet_moe.experts import SharedCoreExperts, share_across_layers
 from tensornet_moe.ffn import ExpertFFN
@@ -29,6 +30,7 @@ __all__ = [
     "ExpertsReport",
     "GradientMask",
     "LowRankDeltaExperts",
+    "ModelCosts",
     "Router",
     "Routing",
     "SharedCoreExperts",
@@ -38,6 +40,7 @@ __all__ = [
     "TopKRouter",
     "collect_aux_losses",
     "compress_experts",
+    "describe",
     "expert_load",
     "linear_fade",
     "load_balancing_loss",

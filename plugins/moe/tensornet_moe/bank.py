@@ -159,6 +159,16 @@ class ExpertBank(nn.Module, ABC):
         """Return every parameter that the matrices are built from, borrowed ones included."""
         return (*self.parameters(), *self.shared_parameters().values())
 
+    def active_params(self, top_k: float) -> float:
+        """Count the numbers that `top_k` experts use, on average over experts; shared ones count once."""
+        shared = {id(p): p.numel() for p in self.shared_parameters().values()}
+        private = sum(p.numel() for p in self.parameters() if id(p) not in shared)
+        return sum(shared.values()) + top_k * private / self.num_experts
+
+    def multiply_adds(self, rows: int) -> int:
+        """Count the multiply-adds of `apply_rows` for so many rows, spread over all experts."""
+        return rows * self.out_features * self.in_features
+
     def check_experts(self, experts: Sequence[int] | Tensor) -> Tensor:
         """Return expert indices as a tensor on the device of the bank.
 

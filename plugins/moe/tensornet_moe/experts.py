@@ -370,6 +370,18 @@ class SharedCoreExperts(Borrower, ExpertBank):
             for name in self.topology.core_names
         }
 
+    def active_params(self, top_k: float) -> float:
+        """Count the elements of the cores that `top_k` experts use; see `ExpertBank`."""
+        used = 0.0
+        for name, shape in self.topology.core_shapes.items():
+            sizes = [math.prod(topology.core_shapes[name]) for topology in self.topologies]
+            used += math.prod(shape) if name in self.shared else top_k * sum(sizes) / self.num_experts
+        return used
+
+    def multiply_adds(self, rows: int) -> int:
+        """Count the multiply-adds of building all matrices and multiplying by them; see `ExpertBank`."""
+        return self.plan.multiply_adds(self.num_experts) + super().multiply_adds(rows)
+
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the only matrix of a bank whose cores are all shared."""
         # The number of rows is not a constant in compiled code.

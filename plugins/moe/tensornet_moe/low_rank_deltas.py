@@ -164,6 +164,17 @@ class LowRankDeltaExperts(ExpertBank):
         inner = rows_linear(x, self.right.to(x.dtype), groups)
         return y + rows_linear(inner, self.left.to(x.dtype), groups)
 
+    def active_params(self, top_k: float) -> float:
+        """Count the numbers of the base and of the deltas that `top_k` experts use; see `ExpertBank`."""
+        return self.base.active_params(top_k) + top_k * self.rank * (self.out_features + self.in_features)
+
+    def multiply_adds(self, rows: int) -> int:
+        """Count the multiply-adds of `apply_rows`, which applies deltas by themselves or in the matrices."""
+        each, sides = self.out_features * self.in_features, self.out_features + self.in_features
+        if rows * sides >= self.num_experts * each:
+            return self.base.multiply_adds(rows) + self.num_experts * self.rank * each
+        return self.base.multiply_adds(rows) + rows * self.rank * sides
+
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the shared cores of the base."""
         return self.base.shared_parameters()

@@ -157,6 +157,11 @@ class Router(nn.Module, ABC):
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
 
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that compute a token: all of them, unless a subclass knows better."""
+        return self.num_experts
+
     def ranked(self, probs: Tensor) -> Tensor:
         """Add the biases of experts to `probs: (tokens, E)`: what `select` chooses experts by."""
         return probs if self.bias_steps is None else probs + self.bias_rate * self.bias_steps
@@ -336,6 +341,11 @@ class TopKRouter(Router):
         super().__init__(num_features, num_experts, **common)
         self.top_k = top_k
 
+    @property
+    def experts_per_token(self) -> float:
+        """Number of experts that compute a token: `top_k`."""
+        return self.top_k
+
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """Choose the `top_k` most probable experts of every token, after the bias; see `Router.select`."""
         indices = self.ranked(probs).topk(self.top_k, dim=-1).indices
@@ -407,6 +417,11 @@ class ExpertChoiceRouter(Router):
                 "bias_rate is for routers whose tokens choose: this load is even without a bias."
             )
         self.capacity_factor = capacity_factor
+
+    @property
+    def experts_per_token(self) -> float:
+        """Mean number of experts that compute a token: the capacity factor."""
+        return self.capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """List every expert for every token, and mark the choices in `kept`; see `Router.select`."""

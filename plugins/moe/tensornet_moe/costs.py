@@ -1,0 +1,205 @@
+"""What a model with mixtures costs: parameters, bytes in each number format, and arithmetic."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from tensornet._util import check_size
+from tensornet.errors import TargetError
+from tensornet.nn import MPOEmbedding
+from tensornet.nn.layer_kinds import kind_of
+from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import PackedCore, Storage
+from tensornet.quantization import NumberFormat
+from tensornet.topologies import dense
+from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.experts import SharedCoreExperts
+from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.pool import PooledExperts, find_pools
+from tensornet_moe.routers import Router
+
+
+@dataclass
+class Cost:
+    """Cost of a part of a model.
+
+    Args:
+        stored: numbers that are stored; of integers also the scales.
+        active: numbers that one token uses.
+        multiply_adds: multiply-adds for one token, forward.
+    """
+
+    stored: int = 0
+    active: float = 0.0
+    multiply_adds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """Costs of a model, see `describe`; prints as a table.
+
+    Args:
+        parts: cost of `"embeddings"`, `"experts"`, `"routers"` and `"other"`.
+        bytes: bytes of the model as it is (`"now"`), and in each number format.
+        tokens: tokens of a forward pass.
+        uncounted: weights of more than two dimensions, whose arithmetic is not counted.
+    """
+
+    parts: dict[str, Cost]
+    bytes: dict[str, int]
+    tokens: int
+    uncounted: tuple[str, ...]
+
+    @property
+    def total(self) -> Cost:
+        """Cost of the whole model."""
+        parts = self.parts.values()
+        return Cost(
+            sum(part.stored for part in parts),
+            sum(part.active for part in parts),
+            sum(part.multiply_adds for part in parts),
+        )
+
+    def __str__(self) -> str:
+        """Return the table."""
+        lines = [f"{'':<12}{'stored':>16}{'active a token':>18}{'multiply-adds a token':>24}"]
+        for name, cost in {**self.parts, "total": self.total}.items():
+            lines.append(f"{name:<12}{cost.stored:>16,}{cost.active:>18,.0f}{cost.multiply_adds:>24,.0f}")
+        lines.append("bytes: " + ", ".join(f"{name} {size:,}" for name, size in self.bytes.items()))
+        if self.uncounted:
+            lines.append("arithmetic not counted: " + ", ".join(self.uncounted))
+        return "\n".join(lines)
+
+
+def describe(
+    model: nn.Module, *, tokens: int = 2048, formats: Sequence[str] = ("float", "bf16", "int8", "int4")
+) -> ModelCosts:
+    """Count parameters, bytes and arithmetic of a model, for comparisons at equal size or equal arithmetic.
+
+    - Stored: every number once. A pool counts once, whatever the number of its layers.
+    - Active: numbers that one token uses, once for each layer that uses them: of an embedding one row, of a
+      mixture the router, `top_k` experts (shared cores once) and the always-on expert, and everything else.
+    - Multiply-adds: of a forward pass, for one token: each weight of two dimensions once, and the matrices of
+      experts `top_k` times. Building the matrices of all experts from cores is done once in a pass, so its
+      share is `1 / tokens`. Scores of attention, which depend on the length of the text, and elementwise
+      operations are not counted.
+    - Bytes: the model with all matrices of linear layers, embeddings and `SharedCoreExperts` in one number
+      format, scales included. Everything else stays as it is: norms, biases, routers, low-rank deltas,
+      borrowed cores, and layers that are compressed already.
+
+    Args:
+        model: any model, usually with mixtures.
+        tokens: tokens of a forward pass, over which the building of matrices is spread.
+        formats: names of number formats, see `tensornet.quantization.NumberFormat`; `"float"` is the dtype of
+            the model.
+
+    Returns:
+        The costs; `print` shows them.
+
+    Raises:
+        ValueError: `tokens` is below 1.
+        FormatError: an unknown number format.
+        TargetError: experts are spread over processes, or the pools of the model are not owned as they should
+            be, see `ExpertPool`.
+
+    Example:
+        >>> model = torch.nn.Module()
+        >>> model.pool = tm.ExpertPool(tm.mixture(d_model=64, d_ff=64, experts=16, share="none").experts)
+        >>> model.layers = torch.nn.ModuleList(tm.mixture(d_model=64, share=model.pool) for _ in range(4))
+        >>> print(tm.describe(model))
+                              stored    active a token   multiply-adds a token
+        embeddings                 0                 0                       0
+        experts              196,608            98,304                  98,304
+        routers                4,096             4,096                   4,096
+        other                      0                 0                       0
+        total                200,704           102,400                 102,400
+        bytes: now 802,816, float 802,816, bf16 409,600, int8 219,136, int4 120,832
+    """
+    check_size("tokens", tokens, error=ValueError)
+    find_pools(model)
+    parts = {name: Cost() for name in ("embeddings", "experts", "routers", "other")}
+    rooms: dict[int, str] = {}
+    compressed: set[int] = set()
+    for part in model.modules():
+        room = "experts" if isinstance(part, ExpertFFN | ExpertBank | SharedCores) else None
+        room = "routers" if isinstance(part, Router) else room
+        room = "embeddings" if isinstance(part, nn.Embedding | MPOEmbedding) else room
+        if room is not None:
+            rooms.update((id(inner), room) for inner in part.modules())
+        if isinstance(part, NetworkModule):
+            compressed.update(id(inner) for inner in part.modules() if inner is not part)
+
+    seen: set[int] = set()
+    for part in model.modules():
+        cost = parts[rooms.get(id(part), "other")]
+        if isinstance(part, PackedCore):
+            cost.stored += sum(part.counts.values())
+            continue
+        for parameter in part.parameters(recurse=False):
+            cost.stored += parameter.numel() if id(parameter) not in seen else 0
+            seen.add(id(parameter))
+
+    uncounted: list[str] = []
+    for name, part in model.named_modules():
+        if isinstance(part, SharedCoreMoE):
+            _add_mixture(parts["experts"], name, part, tokens)
+        if rooms.get(id(part)) == "experts" or id(part) in compressed:
+            continue
+        cost = parts[rooms.get(id(part), "other")]
+        if isinstance(part, nn.Embedding | MPOEmbedding):
+            cost.active += part.embedding_dim
+            continue
+        if isinstance(part, NetworkModule):
+            cost.active += part.num_params
+            whole = part.plan.matrix.multiply_adds(1) + tokens * math.prod(part.topology.shape)
+            cost.multiply_adds += min(whole, *(x.multiply_adds(tokens) for x in part.plan.applies)) / tokens
+            continue
+        for key, parameter in part.named_parameters(recurse=False):
+            cost.active += parameter.numel()
+            cost.multiply_adds += parameter.numel() if parameter.ndim == 2 else 0
+            if parameter.ndim > 2:
+                uncounted.append(f"{name}.{key}".lstrip("."))
+
+    return ModelCosts(parts, _bytes(model, formats), tokens, tuple(uncounted))
+
+
+def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
+    """Add the experts that one layer uses for a token."""
+    routed = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
+    for network, count in ((routed, layer.router.experts_per_token), (layer.shared_expert, 1)):
+        if network is None:
+            continue
+        if not isinstance(network, ExpertFFN):
+            raise TargetError(f"The experts of {name!r} are spread over processes: gather_experts first.")
+        for key in network.names:
+            bank, bias = network.bank(key), getattr(network, f"{key}_bias")
+            cost.active += bank.active_params(count) + (0 if bias is None else count * bank.out_features)
+            cost.multiply_adds += bank.multiply_adds(round(tokens * count)) / tokens
+
+
+def _bytes(model: nn.Module, formats: Sequence[str]) -> dict[str, int]:
+    """Count the bytes of the model now, and with its matrices in each number format."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    now = sum(tensor.nbytes for tensor in tensors.values())
+    storages = {name: Storage(number_format=NumberFormat.parse(name)) for name in formats}
+    sizes = dict.fromkeys(formats, 0)
+    replaced: set[int] = set()
+    for part in model.modules():
+        if isinstance(part, SharedCoreExperts):
+            owned = {key.partition(".")[0][len("core_") :].partition("_expert_")[0] for key in part.stored}
+            replaced.update(id(tensor) for tensor in part.stored.values())
+            for name, storage in storages.items():
+                for core in owned:
+                    topologies = (part.topology,) if core in part.shared else part.topologies
+                    sizes[name] += sum(storage.core_size(t, core, part.dtype)[1] for t in topologies)
+        elif (kind := kind_of(part)) is not None and id(part.weight) not in replaced:
+            replaced.add(id(part.weight))
+            matrix = kind.matrix(part)
+            topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
+            for name, storage in storages.items():
+                sizes[name] += storage.num_bytes(topology, matrix.dtype)
+    rest = sum(tensor.nbytes for key, tensor in tensors.items() if key not in replaced)
+    return {"now": now, **{name: size + rest for name, size in sizes.items()}}
