@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.errors import DestinationError, TargetError
+from tensornet.errors import DestinationError, FormatError, TargetError
+from tensornet_hf.compare import load_any
 from tensornet_hf.exporters.gguf import _smallest
 
 pytestmark = [
@@ -223,6 +225,24 @@ def test_what_the_converter_lacks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="OPTForCausalLM"):
         th.export(model, tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    """Cut short, or with a size that the file does not have: never a guess, and nothing is allocated."""
+    file, damaged = tmp_path / "model.gguf", tmp_path / "damaged.gguf"
+    th.export(compressed("llama", "int4:g32:float16"), file, source=tokenizer(tmp_path / "tokenizer"))
+    content = file.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    sizes = content.index(name) + len(name) + 4  # behind the number of dimensions
+    changes = {"size": (sizes, 1 << 44), "tensors": (8, 1 << 40), "entries": (16, 1 << 40)}
+    cases = {"empty": b"", "header": content[:100], "half": content[: len(content) // 2]}
+    for what, (place, number) in changes.items():
+        cases[what] = content[:place] + struct.pack("<Q", number) + content[place + 8 :]
+    assert load_any(file).config.model_type == "llama"
+    for changed in cases.values():
+        damaged.write_bytes(changed)
+        with pytest.raises(FormatError, match=r"damaged\.gguf"):
+            load_any(damaged)
 
 
 def test_bad_destinations(tmp_path: Path) -> None:
