@@ -52,7 +52,8 @@ from tensornet_hf.evaluate import divergence
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
 #: The preset whose loss a much smaller file of ours should have, and that share of its bytes.
 POPULAR, SHARE = "Q4_K_M", 0.75
-#: Names of the models in the picture.
+#: Presets whose names are left of their points in the picture, and names of the models there.
+SMALLEST = ("IQ3_S", "Q2_K")
 TITLES = {"gpt2": "embedded GPT-2", "smollm2": "SmolLM2-135M, rotated"}
 Row = dict[str, Any]
 
@@ -233,7 +234,7 @@ class Bench:
 
 
 def picture(rows: Sequence[Row], file: Path) -> None:
-    """Draw the loss increase over the bits of the file: plans as a line, presets as points."""
+    """Draw the divergence over the bits of the file: plans as a line, presets as points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -243,17 +244,18 @@ def picture(rows: Sequence[Row], file: Path) -> None:
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
         for method, style in (("plan", "o-"), ("llama-quantize", "s")):
             found = [x for x in some if x["method"] == method]
-            bits, loss = ([x["bits_per_weight"] for x in found], [x["loss_increase"][0] for x in found])
-            error = [x["loss_increase"][1] for x in found]
+            bits, kl = ([x["bits_per_weight"] for x in found], [x["kl"][0] for x in found])
             label = "tensornet, one plan" if method == "plan" else "llama.cpp, with importance matrix"
-            axes.errorbar(bits, loss, error, fmt=style, label=label, markersize=4, linewidth=1.5)
+            axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
             for row in found if method != "plan" else ():
-                place = (row["bits_per_weight"], row["loss_increase"][0])
-                axes.annotate(row["name"], place, (4, 4), textcoords="offset points", fontsize=8)
-        axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="loss increase, nats a token")
+                place, left = (row["bits_per_weight"], row["kl"][0]), row["name"] in SMALLEST
+                offset, side = ((-6, -3), "right") if left else ((6, -3), "left")
+                axes.annotate(row["name"], place, offset, textcoords="offset points", ha=side, fontsize=9)
+        axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")
         axes.set_title(TITLES.get(name, name))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.margins(x=0.14)
+        axes.legend(fontsize=9, loc="lower left")
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gguf"}):
         figure.savefig(file, metadata={"Date": None})
 
