@@ -134,6 +134,12 @@ def test_expert_choice_and_other_routers() -> None:
         assert found.active == found.multiply_adds == count * 2 * D * F
 
 
+def test_deltas_are_applied_to_few_rows_by_themselves() -> None:
+    experts = bank("deltas", F, D)
+    assert experts.multiply_adds(20) == 20 * (F * D + 3 * (F + D))
+    assert experts.multiply_adds(200) == 200 * F * D + E * 3 * F * D
+
+
 def test_it_prints_as_a_table() -> None:
     found = tm.describe(Model("dense"), formats=("int4",))
     rows = [line.split() for line in str(found).splitlines()]
