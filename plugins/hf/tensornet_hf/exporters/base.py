@@ -79,7 +79,7 @@ class ExportReport:
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {kind}" for kind, count in Counter(self.packed.values()).items())
         first = (
-            f"{len(self.packed)} tensors packed ({counts}), {len(self.dense)} written dense, "
+            f"{len(self.packed)} tensors packed{counts and f' ({counts})'}, {len(self.dense)} written dense, "
             f"{compact_bytes(self.num_bytes)}: {self.destination}"
         )
         dense = (f"dense: {name}: {why}" for name, why in self.dense.items())
