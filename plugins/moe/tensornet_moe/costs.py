@@ -46,6 +46,11 @@ class ModelCosts:
         bytes: bytes of the model as it is (`"now"`), and in each number format.
         tokens: tokens of a forward pass.
         uncounted: weights of more than two dimensions, whose arithmetic is not counted.
+
+    Example:
+        >>> costs = tm.describe(torch.nn.Linear(64, 32))
+        >>> costs.total.stored, costs.bytes["int4"]
+        (2080, 1216)
     """
 
     parts: dict[str, Cost]
