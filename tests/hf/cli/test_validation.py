@@ -29,7 +29,7 @@ def test_a_second_text_corrects_the_forecast(tensornet: Run, tmp_path: Path) -> 
         status, out, err = tensornet(*common, *RATIO, "--dry-run", *more)
         assert (status, err) == (0, "")
         plans[name] = json.loads(out)
-    assert plans["predicted"]["forecast"] == {"points": [], "source": None}
+    assert not any(plans["predicted"]["forecast"].values())
     forecast = plans["measured"]["forecast"]
     assert forecast["source"].endswith("tokens of other.txt")
     assert 2 <= len(forecast["points"]) <= 3
