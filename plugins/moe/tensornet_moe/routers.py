@@ -349,12 +349,12 @@ class TopKRouter(Router):
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """Choose the `top_k` most probable experts of every token, after the bias; see `Router.select`."""
         indices = self.ranked(probs).topk(self.top_k, dim=-1).indices
-        chosen = probs.gather(-1, indices)
+        chosen = probs.gather(1, indices)  # not -1, which the reference runtime of ONNX misreads
         if self.combine == "unit":
             total = chosen.sum(-1, keepdim=True)
             chosen = chosen / (total.detach() if self.top_k == 1 else total)
         elif self.combine == "sigmoid":
-            chosen = 2 * logits.gather(-1, indices).sigmoid()
+            chosen = 2 * logits.gather(1, indices).sigmoid()
         return Routing(indices, chosen, probs, logits, mask)
 
 
