@@ -41,11 +41,8 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks
-from tensornet_hf.exporters.compressed_tensors import KINDS
 from tensornet_hf.exporters.export import TARGETS, export, find_target
-from tensornet_hf.exporters.folder import folder_facts
-from tensornet_hf.exporters.gguf import check_files, file_facts
-from tensornet_hf.exporters.mlx import packed_kinds
+from tensornet_hf.exporters.gguf import check_files
 from tensornet_hf.lazy_model import mapped_model, open_lazily
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
@@ -429,10 +426,7 @@ def for_target(
         BudgetError: `max_bytes` is less than what the file needs without any weight.
         TargetError: the converter does not know this model or tokenizer.
     """
-    if target == "gguf":
-        overhead, full = file_facts(model, folder)
-    else:
-        overhead, full = folder_facts(model, KINDS if target == "compressed-tensors" else packed_kinds(model))
+    overhead, full = TARGETS[target].facts(model, folder)
     changes: dict[str, Any] = {}
     if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):
         changes["formats"] = target

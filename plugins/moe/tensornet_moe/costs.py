@@ -1,4 +1,4 @@
-"""What a model with mixtures costs: parameters, bytes in each number format, and arithmetic."""
+"""Count parameters, bytes in each number format, and arithmetic of models with mixtures."""
 
 import math
 from collections.abc import Sequence

@@ -118,7 +118,7 @@ class ExpertPool(nn.Module):
 
 
 class PooledExperts(Borrower, nn.Module):
-    """What a layer has in place of experts that belong to an `ExpertPool`; it has no parameters.
+    """Experts of a layer that uses an `ExpertPool`; the pool has their parameters.
 
     Args:
         owner: the pool; or its label, if the pool is set later by `lend_shared_cores`.

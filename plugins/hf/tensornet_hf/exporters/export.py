@@ -4,24 +4,39 @@ import os
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
 from tensornet_hf.checkpoint import check_free, load, resolve_folder
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks
-from tensornet_hf.exporters.compressed_tensors import export_compressed_tensors
-from tensornet_hf.exporters.gguf import check_files, export_gguf
-from tensornet_hf.exporters.mlx import export_mlx
+from tensornet_hf.exporters.compressed_tensors import KINDS, export_compressed_tensors
+from tensornet_hf.exporters.folder import folder_facts
+from tensornet_hf.exporters.gguf import check_files, export_gguf, file_facts
+from tensornet_hf.exporters.mlx import export_mlx, packed_kinds
 
-#: Exporters by the name of their target: functions of a model and a destination, with the keywords `source`
-#: (folder of the tokenizer, or None), `force`, `networks` and options of their own. A new target is one
-#: entry.
-TARGETS: dict[str, Callable[..., ExportReport]] = {
-    "gguf": export_gguf,
-    "compressed-tensors": export_compressed_tensors,
-    "mlx": export_mlx,
+
+class Target(NamedTuple):
+    """Target of an export.
+
+    Args:
+        export: writes a model to a destination, with the keywords `source` (folder of the tokenizer, or
+            None), `force`, `networks` and options of its own.
+        facts: what a plan has to know about a dense model and its folder: the bytes of the files above those
+            of the model, and the names of layers that stay dense.
+    """
+
+    export: Callable[..., ExportReport]
+    facts: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
+
+
+#: Targets by name. A new one is an entry here; the number formats that it stores as they are go into
+#: `tensornet.quantization.formats.MENUS`.
+TARGETS: dict[str, Target] = {
+    "gguf": Target(export_gguf, file_facts),
+    "compressed-tensors": Target(export_compressed_tensors, lambda model, _: folder_facts(model, KINDS)),
+    "mlx": Target(export_mlx, lambda model, _: folder_facts(model, packed_kinds(model))),
 }
 
 
@@ -103,7 +118,7 @@ def export(
             f"No export target is named; known are {', '.join(TARGETS)}. Name one (target=, --target), or "
             "end the file in .gguf."
         )
-    exporter = TARGETS[name]
+    exporter = TARGETS[name].export
     if rest := options.keys() - signature(exporter).parameters.keys():
         raise ValueError(f"The target {name!r} has no option {', '.join(sorted(rest))}.")
     origin = (

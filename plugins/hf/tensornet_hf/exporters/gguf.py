@@ -101,7 +101,6 @@ def export_gguf(
         MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = _packages()
-    check_files(destination, networks=networks, force=force)
     adapter = adapter_file(destination)
     layers = split_layers(model, networks)
     packed, ranks = {}, {}
