@@ -90,8 +90,6 @@ def test_vmap_over_inputs_and_over_parameters(strategy: str) -> None:
         torch.testing.assert_close(layer(x[0]), dense(layer, x[0]))
 
 
-# torch.func.jvp loads its decompositions with torch.jit.script, which torch itself deprecates.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 @EACH_STRATEGY
 def test_functional_gradients(strategy: str) -> None:
     layer = layer_for("mpo", strategy).eval().requires_grad_(False)

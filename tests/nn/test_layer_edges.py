@@ -68,7 +68,7 @@ def test_stock_layers_own_their_weight(family: str, shape: tuple[int, int]) -> N
         assert torch.equal(made.to_matrix(), before)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("warm", [False, True])
 def test_traced_layers_keep_nothing_of_the_trace(strategy: str, warm: bool) -> None:

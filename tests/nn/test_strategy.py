@@ -122,7 +122,7 @@ def test_a_matrix_rebuilt_in_blocks_is_the_matrix(name: str) -> None:
     assert contract_to_matrix(plan, tracked).requires_grad, "with gradients it is built at once"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_shortcuts_are_taken_only_while_parameters_are_the_same() -> None:
     layer = layer_for("low rank").eval()
     x = torch.randn(1, 8)
