@@ -1,12 +1,14 @@
 """Which mixtures pay off when a small model is trained from scratch, and what may their experts share?
 
-    python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 10] [--seeds 0 1]
+    python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 8] [--seeds 0 1]
 
 A small GPT-2 is trained from scratch on all permitted text (`scratch_tasks.py`), once for every row: dense,
 or with one of the mixtures of `scratch_rows.py`. All rows see the same batches for a seed. The rate is
 constant after a warm-up, and the loss is that of a running average of the weights over about the last tenth
 of the steps: so one run gives the loss at every number of tokens, and any run can be continued with more of
-them. Every row has the bytes of its parameters, the seconds of training and the arithmetic of a token.
+them. The first seed is trained with every rate for `--chosen-at` million tokens; the rate with the lowest
+loss on the tuning part goes on, and the other seeds have it too. Every row has the bytes of its parameters,
+the seconds of training and the arithmetic of a token.
 
 Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
 run, and the batches are a function of seed and step. A run whose configuration differs from the stored
@@ -18,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -95,7 +96,7 @@ class Run:
         self.optimizer = optimizer_of(self.model, row, recipe)
         self.mask: tm.GradientMask | None = None
         if "mask" in row.options:
-            self.mask = mask_of(self.model, row, seed).attach(self.optimizer)
+            self.mask = tm.GradientMask(self.model, p=row.options["mask"], seed=seed).attach(self.optimizer)
         self.mean = [p.detach().clone() for p in self.model.parameters()]
         self.step = 0
         self.history: list[dict[str, Any]] = []
@@ -150,6 +151,10 @@ class Run:
         )
         os.replace(part, self.file)
         self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
+
+    def tune_loss(self, tokens: int) -> float:
+        """Return the loss on the tuning part at the first mark with so many tokens."""
+        return next(float(point["tune_loss"]) for point in self.history if point["tokens"] >= tokens)
 
     def summary(self) -> dict[str, Any]:
         """Summarize the run for the record."""
@@ -282,41 +287,21 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW with separate rates for shared and private parameters."""
-    banks = [m for m in model.modules() if isinstance(m, tm.ExpertBank)]
-    shared = {id(p) for bank in banks for p in bank.shared_parameters().values()}
-    private = {id(p) for bank in banks for p in bank.parameters()} - shared
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        scale = 1.0
-        if id(parameter) in shared:
-            scale = row.shared_rate
-        elif id(parameter) in private:
-            scale = row.private_rate
-        decay = 0.0 if parameter.ndim <= 1 else recipe.weight_decay
-        groups.setdefault((scale, decay), []).append(parameter)
-    described = [
-        {"params": found, "lr": recipe.rate * scale, "peak": recipe.rate * scale, "weight_decay": decay}
-        for (scale, decay), found in groups.items()
-    ]
-    return torch.optim.AdamW(described, betas=(0.9, 0.95), fused=True)
-
-
-def mask_of(model: nn.Module, row: Row, seed: int) -> tm.GradientMask:
-    """Build the gradient mask of a row: `mask` is its probability, which falls to 0 in `mask_fade` steps."""
-    fade = row.options.get("mask_fade")
-    return tm.GradientMask(
-        model,
-        p=row.options["mask"],
-        seed=seed,
-        schedule=None if fade is None else tm.linear_fade(fade),
-        compensate=row.options.get("mask_compensate", False),
-    )
+    """Build AdamW; vectors have no weight decay, and shared tensors smaller rates if the row says so."""
+    groups = []
+    for group in tm.parameter_groups(model, lr=recipe.rate):
+        rate = group["lr"] if row.root_rates else recipe.rate
+        matrices = [p for p in group["params"] if p.ndim > 1]
+        vectors = [p for p in group["params"] if p.ndim <= 1]
+        for found, decay in ((matrices, recipe.weight_decay), (vectors, 0.0)):
+            if found:
+                groups.append({"params": found, "lr": rate, "peak": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def toy_sizes() -> Sizes:
     """Return sizes that train in a second."""
-    return Sizes(width=64, hidden=256, layers=2, heads=2, context=8, vocabulary=300)
+    return Sizes(width=80, hidden=320, layers=2, heads=5, context=8, vocabulary=300)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path | None:
@@ -327,33 +312,46 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--name", default="moe_from_scratch", help="of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--tokens", type=float, default=10.0, help="millions for each run")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 6e-3, 12e-3])
+    parser.add_argument("--chosen-at", type=float, default=2.0, help="millions of tokens for each rate")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument(
+        "--tokens", type=float, default=8.0, help="millions for each row and seed, at its best rate"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on later")
-    parser.add_argument("--width", type=int, default=96)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=3)
+    parser.add_argument("--width", type=int, default=80)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=32, help="of a batch")
+    parser.add_argument("--windows", type=int, default=16, help="of a batch")
     parser.add_argument("--toy", action="store_true", help="three tiny models on the embedded text")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if given.toy:
         sizes, recipe = toy_sizes(), Recipe(windows=4, warmup=2, judge_windows=8)
         corpus = corpus_of(heldout_text(), vocabulary=sizes.vocabulary)
-        given.rows, given.tokens = ("dense", "Switch", "fine, MPOE, mask 0.5"), 0.0001
+        given.rows, given.tokens = ("dense", "pool, half", "MPOE, mask 0.5"), 0.0001
     else:
         shape = {"layers": given.layers, "heads": given.heads, "vocabulary": given.vocabulary}
         sizes = Sizes(width=given.width, hidden=4 * given.width, context=given.context, **shape)
         recipe = Recipe(windows=given.windows)
         corpus = load_corpus(given.texts, given.state / "text", vocabulary=sizes.vocabulary)
     deadline = time.monotonic() + 60 * given.minutes
-    for seed, name, rate in itertools.product(given.seeds, given.rows, given.rates):
-        run = Run(ROWS[name], sizes, dataclasses.replace(recipe, rate=rate), corpus, seed, folder=given.state)
-        if not run.train(round(given.tokens * MILLION), deadline=deadline):
+    for name in given.rows:
+
+        def start(rate: float, seed: int, row: Row = ROWS[name]) -> Run:
+            with_rate = dataclasses.replace(recipe, rate=rate)
+            return Run(row, sizes, with_rate, corpus, seed, folder=given.state)
+
+        first = [start(rate, given.seeds[0]) for rate in given.rates]
+        chosen_at = round(min(given.chosen_at, given.tokens) * MILLION)
+        if not all(run.train(chosen_at, deadline=deadline) for run in first):
             return None
+        best = min(first, key=lambda run: run.tune_loss(chosen_at)).recipe.rate
+        for seed in given.seeds:
+            if not start(best, seed).train(round(given.tokens * MILLION), deadline=deadline):
+                return None
     lines = [json.loads(path.read_text()) for path in sorted(given.state.glob("*.json"))]
     return record(given.name, lines, folder=given.records)
 

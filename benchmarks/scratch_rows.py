@@ -54,8 +54,8 @@ class Row:
         hidden: hidden size of one expert, in units of the dense one.
         shared_hidden: hidden size of the always-on expert, in the same units.
         options: of the kind.
-        private_rate: learning rate of what each expert owns, in units of the common one.
-        shared_rate: learning rate of what the experts share.
+        root_rates: whether the rate of a shared tensor is divided by the root of its number of sharers, see
+            `tensornet_moe.parameter_groups`.
         combine: combine weights of the router, see `tensornet_moe.Router`.
     """
 
@@ -66,8 +66,7 @@ class Row:
     hidden: float = 1.0
     shared_hidden: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
-    private_rate: float = 1.0
-    shared_rate: float = 1.0
+    root_rates: bool = False
     combine: Combine = "unit"
 
 
@@ -100,14 +99,17 @@ def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Te
     """Draw the matrices of one expert, scaled so that experts sum to one network of unit variance."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
-        same_start = row.kind in ("mpoe", "delta")
+        same_start = row.kind == "mpoe" or row.options.get("center", False)
         down = down / (row.top_k if same_start else row.top_k**0.5)
     return up, down
 
 
 def router_of(row: Row, sizes: Sizes, generator: torch.Generator) -> tm.TopKRouter:
     """Build a router whose initial weights are a tenth of the usual size."""
-    router = tm.TopKRouter(sizes.width, row.experts, top_k=row.top_k, combine=row.combine)
+    normalize = row.options.get("normalize", False)
+    router = tm.TopKRouter(
+        sizes.width, row.experts, top_k=row.top_k, combine=row.combine, normalize=normalize
+    )
     router.weight.data = torch.randn(router.weight.shape, generator=generator) * 0.1 / math.sqrt(sizes.width)
     return router
 
@@ -135,7 +137,9 @@ def mixtures(
         for _ in range(sizes.layers):
             pair = expert_start(row, sizes, generator)
             torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
-            found.append(mixture(row, sizes, make(row, sizes, pair, generator), generator))
+            banks = make(row, sizes, pair, generator)
+            experts = tm.ExpertFFN(banks, activation=ACTIVATION, bias=True)
+            found.append(mixture(row, sizes, experts, generator))
         return found, None
 
     return kind
@@ -170,45 +174,42 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Build chains of three cores with a shared center.
 
-    Every expert is the decomposition of one Gaussian matrix plus noise. Options: `delta`, rank of a low-rank
-    bypass of each expert; `shared`, which cores are shared; `max_bond`. `mask`, the probability with which a
-    step leaves a shared core unchanged, is for the run, not for the model.
+    Every expert is the decomposition of one Gaussian matrix plus noise. Option: `ends`, legs of the first and
+    of the last core. (`mask`, the probability that a step leaves a shared core unchanged, is for the run.)
     """
-    options = {"max_bond": None, "delta": 0, "shared": "center", **row.options}
 
     def bank(weight: Tensor) -> tm.ExpertBank:
         made = tm.SharedCoreExperts.from_dense(
             weight,
             num_experts=row.experts,
-            shared=options["shared"],
-            max_bond=options["max_bond"],
+            shared="center",
             noise=0.05,
             seed=int(torch.randint(2**31, (), generator=generator)),
             **dims(row, sizes, len(weight)),
         )
         rescale(made, weight)
-        return tm.LowRankDeltaExperts(made, options["delta"]) if options["delta"] else made
+        return made
 
     return {"up": bank(pair[0]), "down": bank(pair[1])}
 
 
-def delta_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build one dense matrix for all experts, and a low-rank delta for each, which starts at zero."""
-    options = {"num_experts": row.experts, "rank": row.options["rank"]}
-    banks: Banks = {}
-    for name, weight in zip(("up", "down"), pair, strict=True):
-        seed = int(torch.randint(2**31, (), generator=generator))
-        banks[name] = tm.LowRankDeltaExperts.from_dense(weight, seed=seed, **options)
-    return banks
+def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
+    """Build pools of experts; routers and always-on networks stay with the layers.
 
-
-def tied(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build dense experts that `span` (two) neighbouring layers share; routers stay separate."""
-    networks, _ = KINDS["switch"](row, sizes, generator)
-    span = row.options.get("span", 2)
+    Options: `span`, neighbouring layers that use one pool, all if absent; `center`, whether the experts of a
+    pool share the center of a chain (with the options of `mpoe_banks`) or nothing.
+    """
+    span = row.options.get("span", sizes.layers)
+    make = mpoe_banks if row.options.get("center") else switch_banks
+    networks: list[nn.Module] = []
     pools = nn.ModuleList()
-    for k in range(0, len(networks) - 1, span):
-        pools += tm.tie_experts(networks[k : k + span], label=f"experts{k}")
+    for first in range(0, sizes.layers, span):
+        pair = expert_start(row, sizes, generator)
+        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+        experts = tm.ExpertFFN(make(row, sizes, pair, generator), activation=ACTIVATION, bias=True)
+        owner = tm.ExpertPool(experts, label=f"experts{first}")
+        pools.append(owner)
+        networks += [mixture(row, sizes, owner, generator) for _ in range(span)]
     return networks, pools
 
 
@@ -222,9 +223,9 @@ def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
 
 
 def mixture(
-    row: Row, sizes: Sizes, banks: dict[str, tm.ExpertBank], generator: torch.Generator
+    row: Row, sizes: Sizes, experts: tm.ExpertFFN | tm.ExpertPool, generator: torch.Generator
 ) -> tm.SharedCoreMoE:
-    """Build a mixture of given banks; its always-on expert is a dense network."""
+    """Build a mixture of given experts; its always-on expert is a dense network."""
     router = router_of(row, sizes, generator)
     always = None
     if row.shared_hidden:
@@ -233,71 +234,51 @@ def mixture(
             name: separate(weight[None]) for name, weight in zip(("up", "down"), pair, strict=True)
         }
         always = tm.ExpertFFN(banks_of_one, activation=ACTIVATION, bias=True)
-    return tm.SharedCoreMoE(
-        router,
-        tm.ExpertFFN(banks, activation=ACTIVATION, bias=True),
-        shared_expert=always,
-    )
+    return tm.SharedCoreMoE(router, experts, shared_expert=always)
 
 
 KINDS: dict[str, Kind] = {
     "dense": dense,
     "switch": mixtures(switch_banks),
     "mpoe": mixtures(mpoe_banks),
-    "delta": mixtures(delta_banks),
-    "tied": tied,
+    "pool": pool,
 }
 
 
-def fine(name: str, kind: str, experts: int = 30, **options: Any) -> Row:
-    """Build a row with a half-size always-on expert, and many quarter-size experts, two of them active."""
-    of_the_row = ("private_rate", "shared_rate", "combine", "top_k", "hidden", "shared_hidden")
+def fine(name: str, kind: str, experts: int, **options: Any) -> Row:
+    """Build a row with a half-size always-on network, and many quarter-size experts, two of them active."""
+    of_the_row = ("root_rates", "combine", "top_k", "hidden", "shared_hidden")
     given = {key: options.pop(key) for key in of_the_row if key in options}
     usual = {"top_k": 2, "hidden": 1 / 4, "shared_hidden": 1 / 2}
     return Row(name, kind, experts=experts, options=options, **{**usual, **given})
 
 
-#: Steps over which a fading mask falls to zero, half a million tokens in batches of 2,048.
-FADE = 245
-_POOL = {"top_k": 4, "hidden": 1 / 8, "shared_hidden": 1 / 4, "combine": "sigmoid", "span": 4}
+#: As much arithmetic as a dense network of twice the width.
+_SIX: dict[str, Any] = {"top_k": 6, "shared_hidden": 7 / 16, "combine": "sigmoid"}
+#: For four layers of width 80. "All", "half" and "quarter" are shares of the experts of "private".
 _TABLE = (
+    Row("dense x1/2", "dense", hidden=0.5),
     Row("dense", "dense"),
     Row("dense x2", "dense", hidden=2.0),
-    Row("dense x8", "dense", hidden=8.0),
-    # One expert a token.
-    Row("Switch", "switch", experts=8),
-    Row("Switch, prob", "switch", experts=8, combine="prob"),
-    Row("MPOE", "mpoe", experts=8),
-    Row("MPOE and delta 4", "mpoe", experts=8, options={"delta": 4}),
-    Row("base and deltas", "delta", experts=8, options={"rank": 4}),
-    Row("tied over two layers", "tied", experts=8),
-    # Two small experts a token, and one that computes every token.
-    Row("fine-grained", "switch", experts=23, top_k=2, hidden=1 / 3, shared_hidden=1 / 3),
-    fine("fine, E = 30", "switch"),
-    fine("fine, E = 12", "switch", 12),
-    fine("fine, E = 5", "switch", 5),
-    fine("fine, MPOE", "mpoe"),
-    fine("fine, MPOE, ends 8x8", "mpoe", ends=(8, 8)),
-    fine("fine, MPOE, every core private", "mpoe", shared="none"),
-    fine("fine, MPOE, private rate 3", "mpoe", private_rate=3.0),
-    fine("fine, MPOE, center rate 0.3", "mpoe", shared_rate=0.3),
-    fine("fine, MPOE, mask 0.5", "mpoe", mask=0.5),
-    fine("fine, MPOE, mask 0.9", "mpoe", mask=0.9),
-    fine("fine, MPOE, mask 0.5, compensated", "mpoe", mask=0.5, mask_compensate=True),
-    fine("fine, MPOE, mask 0.9, fading", "mpoe", mask=0.9, mask_fade=FADE),
-    fine("fine, MPOE, center frozen", "mpoe", mask=1.0),
-    fine("fine, MPOE and delta 8", "mpoe", delta=8),
-    fine("fine, bypass", "mpoe", shared="all", max_bond=12, delta=4),
-    fine("fine, base and deltas", "delta", rank=4),
-    fine("fine, tied over two layers", "tied"),
-    # More experts for a token, so that it passes as many parameters as in dense x2.
-    fine("fine, tied, E = 12", "tied", 12),
-    fine("fine, tied, E = 12, top 6, sigmoid", "tied", 12, top_k=6, combine="sigmoid"),
-    fine("fine, tied, 6 of 12, sigmoid", "tied", 12, top_k=6, shared_hidden=7 / 16, combine="sigmoid"),
-    fine("fine, 6 of 6, sigmoid", "switch", 6, top_k=6, combine="sigmoid"),
-    fine("fine, MPOE, sigmoid", "mpoe", combine="sigmoid"),
-    # For four layers, with as many parameters and as much arithmetic as dense x2 in two.
-    Row("dense x3/4", "dense", hidden=3 / 4),
-    fine("one pool, E = 15, top 4, sigmoid", "tied", 15, **_POOL),
+    Row("dense x4", "dense", hidden=4.0),
+    Row("Switch", "switch", experts=8, combine="prob"),
+    fine("private", "switch", 30),
+    fine("private, 6", "switch", 30, **_SIX),
+    # Experts in pools: of all layers, and of two.
+    fine("pool, half", "pool", 56),
+    fine("pool, half, 6", "pool", 57, **_SIX),
+    fine("pool, quarter", "pool", 24),
+    fine("pool, quarter, 6", "pool", 24, **_SIX),
+    fine("pool, quarter, 6, root rates", "pool", 24, root_rates=True, **_SIX),
+    fine("pool, quarter, 6, normalized", "pool", 24, normalize=True, **_SIX),
+    fine("pairs, quarter, 6", "pool", 12, span=2, **_SIX),
+    fine("pairs, quarter, 6, root rates", "pool", 12, span=2, root_rates=True, **_SIX),
+    # Experts that share the center of their chains, in a layer and in a pool.
+    fine("MPOE", "mpoe", 30),
+    fine("MPOE, root rates", "mpoe", 30, root_rates=True),
+    fine("MPOE, mask 0.5", "mpoe", 30, mask=0.5),
+    fine("pool with center", "pool", 120, center=True),
+    fine("pool with center, 6", "pool", 120, center=True, ends=(5, 4), **_SIX),
+    fine("pool with center, 6, root rates", "pool", 120, center=True, ends=(5, 4), root_rates=True, **_SIX),
 )
 ROWS = {row.name: row for row in _TABLE}

@@ -48,7 +48,7 @@ def test_no_run_ends_before_its_deadline(bench: ModuleType, tmp_path: Path) -> N
     assert json.loads(state.read_text())["tokens"] == 32  # one step, on disk
 
 
-@pytest.mark.parametrize("name", ["MPOE and delta 4", "fine, MPOE, mask 0.5"])
+@pytest.mark.parametrize("name", ["pool with center, 6, root rates", "MPOE, mask 0.5"])
 def test_a_resumed_run_repeats_the_uninterrupted_one(
     bench: ModuleType, corpus: Any, tmp_path: Path, name: str
 ) -> None:
@@ -68,8 +68,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
 
 def test_refuses_to_resume_with_another_configuration(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
     train(start(bench, corpus, "Switch", tmp_path), 1)
-    with pytest.raises(SystemExit, match=r"(?s)another configuration.*'row'.*'unit'.*'prob'"):
-        start(bench, corpus, "Switch", tmp_path, combine="prob")
+    with pytest.raises(SystemExit, match=r"(?s)another configuration.*'row'.*'prob'.*'unit'"):
+        start(bench, corpus, "Switch", tmp_path, combine="unit")
     other = bench.corpus_of(TEXT.read_text(encoding="utf-8")[:20_000], vocabulary=300)
     with pytest.raises(SystemExit, match="corpus"):
         start(bench, other, "Switch", tmp_path)
@@ -119,19 +119,31 @@ def test_paragraphs_are_kept_once(bench: ModuleType) -> None:
 
 
 def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    name = "one pool, E = 15, top 4, sigmoid"
     sizes = replace(bench.toy_sizes(), layers=4)
-    run = bench.Run(bench.ROWS[name], sizes, bench.Recipe(windows=4), corpus, 0, folder=tmp_path)
+    run = bench.Run(bench.ROWS["pool, half"], sizes, bench.Recipe(windows=4), corpus, 0, folder=tmp_path)
     (pool,) = run.model.owner
     assert all(block.mlp.experts.owner is pool for block in run.model.transformer.h)
-    assert sum(p.numel() for p in pool.parameters()) == 15 * (2 * 32 * 64 + 32 + 64)
+    experts, always = 56 * (2 * 80 * 80 + 80 + 80), 4 * (2 * 160 * 80 + 160 + 80)
+    assert sum(p.numel() for p in pool.parameters()) == experts
     assert not any("experts" in name for name, _ in run.model.transformer.named_parameters())
+    assert bench.feed_forward_parameters(run.model) == experts + always
 
 
-def test_the_mask_of_a_row_fades_and_compensates(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
-    fading = start(bench, corpus, "fine, MPOE, mask 0.9, fading", tmp_path).mask
-    assert (fading.current_p, fading.compensate) == (0.9, False)
-    fading.steps = bench.ROWS["fine, MPOE, mask 0.9, fading"].options["mask_fade"]
-    assert fading.current_p == 0
-    compensated = start(bench, corpus, "fine, MPOE, mask 0.5, compensated", tmp_path).mask
-    assert (compensated.current_p, compensated.compensate) == (0.5, True)
+def test_rates_of_shared_tensors(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    def rates(name: str) -> list[float]:
+        optimizer = start(bench, corpus, name, tmp_path).optimizer
+        return sorted({group["peak"] for group in optimizer.param_groups})
+
+    assert rates("pool, quarter, 6") == [3e-3]
+    assert rates("pool, quarter, 6, root rates") == pytest.approx([3e-3 / 2**0.5, 3e-3])  # two layers
+    assert rates("MPOE, root rates") == pytest.approx([3e-3 / 30**0.5, 3e-3])
+
+
+def test_seeds_train_at_the_rate_that_was_best(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    command = ["--toy", "--state", str(tmp_path), "--records", str(tmp_path), "--seeds", "3", "4"]
+    record = json.loads(bench.main(command).read_text())
+    dense = [run for run in record["rows"] if run["row"]["name"] == "dense"]
+    tuned = {run["recipe"]["rate"]: run["history"][0]["tune_loss"] for run in dense if run["seed"] == 3}
+    (second,) = (run for run in dense if run["seed"] == 4)
+    assert len(tuned) == 3
+    assert tuned[second["recipe"]["rate"]] == min(tuned.values())
