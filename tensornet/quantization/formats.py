@@ -5,7 +5,7 @@ inputs of one row: `value = scale * (code - zero)`. Without zero points `zero` i
 Codes may also be places in a table of unequally spaced levels: `value = scale * level[code]`. Weights are
 dense around zero, so that 16 such levels have a sixth less squared error than 16 equal steps.
 
-Scales of groups may be integers of 6 or 8 bits times one step in float16 for 256 weights of a row. That is
+Scales of groups may be integers of 4, 6 or 8 bits times one step in float16 for 256 weights of a row. That is
 accurate enough, since the largest scale of the 256 is never far from the range of the integers.
 
 Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
@@ -43,8 +43,11 @@ LEVELS = {
     3: (-127, -76, -44, -17, 9, 35, 65, 105),
     2: (-127, -41, 21, 92),
 }
-#: Bits of integer scales, in formats that end in `:s6` or `:s8`, and the number of weights with one step.
-SCALE_BITS, SUPER_BLOCK = (6, 8), 256
+#: Bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights with one
+#: step. Those of 4 bits have no sign and belong to int2, whose four points are symmetric.
+SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
+#: Bytes of 256 weights in GGUF's type of 2 bits, which also stores the lowest value of every group.
+_Q2_K_BYTES = 84
 _FLOATS = ("float", "bf16")
 #: Formats that another file format stores as they are, by the name of that target. `tensornet_hf.export`
 #: writes them; groups must divide the inputs of a layer. Those of MLX are exact in models of 16 bits.
@@ -58,6 +61,7 @@ MENUS: dict[str, tuple[str, ...]] = {
         "nl4:g32:float16",
         "nl4:g32:s6",
         "int3:g16:s6",
+        "int2:g16:s4",
     ),
     "compressed-tensors": (
         "float",
@@ -117,7 +121,8 @@ class NumberFormat:
         dtype: dtype of the elements of a floating-point format; None is that of the model.
         table: True if codes are places in the table of `LEVELS` of so many bits, without zero points.
         scale_bits: 6 or 8 if scales are signed integers of so many bits times a step in `torch.float16`, the
-            `scale_dtype`, for `SUPER_BLOCK` weights of a row, which must divide the row.
+            `scale_dtype`, for `SUPER_BLOCK` weights of a row, which must divide the row. 4 for unsigned ones,
+            only with two bits; their steps have 9 significant bits, so that 1.5 times a step is exact too.
 
     Raises:
         FormatError: the combination does not exist.
@@ -162,10 +167,11 @@ class NumberFormat:
             or self.group is None
             or self.zero_point
             or self.scale_dtype != torch.float16
+            or (self.scale_bits == 4 and (self.bits != 2 or self.table))
         ):
             raise FormatError(
-                "Integer scales have 6 or 8 bits, steps in torch.float16, and groups without zero points; "
-                f"got {self!r}."
+                "Integer scales have 6 or 8 bits, or 4 for int2, steps in torch.float16, and groups without "
+                f"zero points; got {self!r}."
             )
 
     @classmethod
@@ -175,8 +181,8 @@ class NumberFormat:
         Args:
             name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl2` ... `nl4`, then optionally `:g64` (if
                 left out), `:g16`, `:g32`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or
-                `:float8` for the dtype of the scales, or `:s6` or `:s8` for scales of 6 or 8 bits under one
-                of 16 bits.
+                `:float8` for the dtype of the scales, or `:s4`, `:s6` or `:s8` for scales of so many bits
+                under one of 16 bits.
 
         Raises:
             FormatError: an unknown name; the message lists the known ones.
@@ -313,45 +319,56 @@ class NumberFormat:
         return scales.clamp(-limit, limit).to(self.scale_dtype)
 
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Approximate scales by signed integers times steps; exact for products of these.
+        """Approximate scales by integers times steps; exact for products of these.
 
         Several steps are tried, for which the largest scale of a super-block becomes a large integer.
+        Integers of 4 bits have no sign, which the symmetric codes of their format do not need.
 
         Args:
             scales, importance: see `storable`.
 
         Returns:
-            Integers as `torch.uint8` with an offset of half their range, `(..., groups)`, and steps in
-            `torch.float16`, `(..., groups * group / SUPER_BLOCK)`.
+            Integers as `torch.uint8`, with an offset of half their range if they have a sign,
+            `(..., groups)`, and steps in `torch.float16`, `(..., groups * group / SUPER_BLOCK)`.
         """
         assert self.scale_bits is not None
         assert self.group is not None
-        half, each = 2 ** (self.scale_bits - 1), SUPER_BLOCK // self.group
+        zero, each = self._zero_scale(), SUPER_BLOCK // self.group
+        lowest, highest = -zero, 2**self.scale_bits - 1 - zero
         blocks = scales.reshape(*scales.shape[:-1], scales.shape[-1] // each, each)
         blocks = blocks.to(torch.promote_types(blocks.dtype, torch.float32))
+        blocks = blocks if zero else blocks.abs()
         weights = (
             torch.ones_like(blocks) if importance is None else importance.to(blocks).reshape(blocks.shape)
         )
         largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
-        limit = torch.finfo(torch.float16).max
+        limit = torch.finfo(torch.float16).max if zero else 2.0**15
         step, integers = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(blocks)
         least = (weights * blocks.square()).sum(-1)
-        for number in range(-half, -half * 3 // 4 + 1):
+        farthest, toward = (lowest, 1) if zero else (highest, -1)
+        for number in range(farthest, farthest * 3 // 4 + toward, toward):
             tried = (largest / number).clamp(-limit, limit).half()
+            if not zero:  # 9 significant bits
+                tried = ((tried.view(torch.int16) + 2) & ~3).view(torch.float16)
             divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
-            found = (blocks / divisor).round_().clamp_(-half, half - 1)
+            found = (blocks / divisor).round_().clamp_(lowest, highest)
             error = (weights * (blocks - found * tried.to(blocks)[..., None]).square_()).sum(-1)
             better = error < least
             least, step = torch.where(better, error, least), torch.where(better, tried, step)
             integers = torch.where(better[..., None], found, integers)
-        return (integers + half).to(torch.uint8).reshape(scales.shape), step
+        return (integers + zero).to(torch.uint8).reshape(scales.shape), step
 
     def scales_of(self, integers: Tensor, steps: Tensor) -> Tensor:
         """Multiply integers and steps as `factored` returns them, in float32, shape `(..., groups)`."""
         assert self.scale_bits is not None
         blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
-        values = (blocks.float() - 2 ** (self.scale_bits - 1)) * steps.float().unsqueeze(-1)
+        values = (blocks.float() - self._zero_scale()) * steps.float().unsqueeze(-1)
         return values.reshape(integers.shape)
+
+    def _zero_scale(self) -> int:
+        """Return the stored integer of a scale of zero."""
+        assert self.scale_bits is not None
+        return 0 if self.scale_bits == 4 else 2 ** (self.scale_bits - 1)
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
         """Round values to the nearest codes on given scales.
@@ -516,8 +533,8 @@ def bytes_for(
 ) -> int:
     """Compute the bytes of a matrix in a file of a target of `MENUS`, or of ours.
 
-    They differ for MLX alone, which stores a scale and a bias for each group in the dtype of the model, and
-    rows of 32-bit words.
+    They differ for MLX, which stores a scale and a bias for each group in the dtype of the model, and rows of
+    32-bit words, and for the type of GGUF of two bits.
 
     Args:
         target: name of the target, None for our own files.
@@ -531,9 +548,11 @@ def bytes_for(
         >>> [bytes_for(target, int4, (8, 64), torch.bfloat16) for target in (None, "mlx")]
         [272, 288]
     """
+    rows, size = shape
+    if target == "gguf" and number_format.scale_bits == 4:
+        return rows * size // SUPER_BLOCK * _Q2_K_BYTES
     if target != "mlx" or number_format.bits is None:
         return number_format.nbytes(shape, dtype)
-    rows, size = shape
     return rows * (
         4 * math.ceil(size * number_format.bits / 32) + 2 * number_format.groups(size) * dtype.itemsize
     )

@@ -230,8 +230,10 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if number_format.scale_bits is not None:  # digits that integer scales need beyond two bits
-        steps = steps / 2 ** (number_format.scale_bits - 4)
+    if (
+        number_format.scale_bits is not None
+    ):  # digits that integer scales, or their steps, need beyond two bits
+        steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
     small = steps < smallest
     if not bool(small.any()):
         return False
@@ -253,13 +255,15 @@ def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
     """Return the format with 16-bit scales that replaces one with scales of fewer bits, at about its size.
 
-    Groups are twice as large if such a size exists.
+    Groups are twice as large if such a size exists, and four times in place of scales of 4 bits.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format
     group = number_format.group
     few = number_format.scale_dtype.itemsize == 1 or number_format.scale_bits is not None
     if few and group is not None:
+        group = _WIDER.get(group, group)
+    if number_format.scale_bits == 4 and group is not None:
         group = _WIDER.get(group, group)
     return replace(number_format, group=group, scale_dtype=torch.bfloat16, scale_bits=None)
 

@@ -118,7 +118,7 @@ def test_scales_and_inputs_have_gradients_and_integers_are_frozen(family: str, n
     assert all(torch.equal(x, before[key]) for key, x in cores_of(made).items())
 
 
-@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8"])
+@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4"])
 def test_integer_scales_under_steps(name: str) -> None:
     """Stored, moved, copied, described, compiled, exported, read by rows, loaded in place, and trained."""
     number_format, shape = NumberFormat.parse(name), (20, 512)

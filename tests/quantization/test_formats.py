@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tensornet.errors import FormatError, ShapeError, TopologyError
 from tensornet.quantization import NumberFormat, round_weight
-from tensornet.quantization.formats import format_names, pack, packed_bytes, unpack
+from tensornet.quantization.formats import bytes_for, format_names, pack, packed_bytes, unpack
 
 CHOICES = {
     "group": st.sampled_from([32, 64, 128, None]),
@@ -23,7 +23,7 @@ INTEGERS = st.builds(NumberFormat, bits=st.integers(2, 8), zero_point=st.boolean
 )
 #: Formats with integer scales, for rows of a multiple of 256.
 SUPER_BLOCKS = st.sampled_from(
-    [NumberFormat.parse(x) for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g64:s8", "int8:s6")]
+    [NumberFormat.parse(x) for x in ("nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4", "int8:s6")]
 )
 FORMATS = INTEGERS | SUPER_BLOCKS
 
@@ -80,7 +80,7 @@ def test_combinations_that_do_not_exist() -> None:
     for name in ("int4:s6", "int4:g32:s6"):
         with pytest.raises(FormatError, match="multiple"):
             round_weight(torch.randn(2, 320), name)
-    for name in ("int4:row:s6", "int4:g32:zero:s6", "int4:g32:s5"):
+    for name in ("int4:row:s6", "int4:g32:zero:s6", "int4:g32:s5", "int4:g16:s4", "nl2:g16:s4"):
         with pytest.raises(FormatError, match="Integer scales"):
             NumberFormat.parse(name)
     with pytest.raises(FormatError, match="Integer scales"):
@@ -118,6 +118,9 @@ def test_bytes_of_the_usual_cases() -> None:
     sizes = {"nl4:g32:float16": 4.5, "nl4:g32:s6": 4.25, "int3:g16:s6": 3.4375, "int6:g16:s8": 6.5625}
     for name, bits_per_weight in sizes.items():  # of IQ4_NL, IQ4_XS, Q3_K and Q6_K in GGUF
         assert NumberFormat.parse(name).bits_per_weight((128, 512)) == bits_per_weight
+    int2 = NumberFormat.parse("int2:g16:s4")
+    assert int2.bits_per_weight((128, 512)) == 2.3125
+    assert 8 * bytes_for("gguf", int2, (128, 512), torch.float32) == 2.625 * 128 * 512  # of Q2_K
     assert len(format_names()) == 12
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
@@ -173,7 +176,13 @@ def test_integer_scales_are_close_and_stay_as_they_are(
     assert int(number_format.factored(scales)[0].max()) < 2**number_format.scale_bits
     assert torch.equal(number_format.storable(stored), stored)
     largest = scales.reshape(3, 2, -1).abs().amax(-1, keepdim=True)
-    room = (2.0**-11 + 0.5 / 24) * largest + 40 * 2.0**-24
+    if number_format.scale_bits == 4:  # no sign, and steps of 9 bits
+        scales = scales.abs()
+        room = (2.0**-9 + 0.5 / 11) * largest + 40 * 2.0**-22
+        steps = number_format.factored(scales)[1]
+        assert torch.equal((1.5 * steps.float()).half().float(), 1.5 * steps.float())
+    else:
+        room = (2.0**-11 + 0.5 / 24) * largest + 40 * 2.0**-24
     assert bool(((stored - scales).reshape(3, 2, -1).abs() <= room).all())
     assert not stored[1].any()
 

@@ -134,7 +134,7 @@ def test_prediction(name: str, way: Rounding) -> None:
     assert predicted == pytest.approx(exact, rel=0.2 if ":g16" in name else 0.1)
 
 
-@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8"])
+@pytest.mark.parametrize("name", ["nl4:g32:s6", "int3:g16:s6", "int6:g16:s8", "int2:g16:s4"])
 def test_integer_scales_round_and_descend(name: str) -> None:
     """Every step lowers the exact loss, and the scales of all of them can be stored."""
     matrix, rows, columns = weight(20, 256, 0), moment(20, 0), moment(256, 1)

@@ -142,6 +142,7 @@ NAMES = [
     "nl4:g32:float8",
     "int6:g16:s8",
     "nl4:g32:s6",
+    "int2:g16:s4",
 ]
 
 

@@ -126,8 +126,8 @@ def test_transformers_reads_the_same_weights(name: str, tmp_path: Path) -> None:
     [
         ({"IQ4_NL", "IQ4_XS"}, ("nl4:g32:float16", "nl4:g32:float16", "nl4:g32:float8", "nl4:row:float16")),
         (
-            {"IQ4_NL", "IQ4_XS", "Q3_K", "Q6_K"},
-            ("nl4:g32:float16", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
+            {"Q2_K", "IQ4_XS", "Q3_K", "Q6_K"},
+            ("int2:g16:s4", "nl4:g32:s6", "int6:g16:s8", "int3:g16:s6"),
         ),
     ],
 )
