@@ -11,9 +11,10 @@ source: loss increase over the dense model and KL divergence, with standard erro
 is the forecast of the plan. The step `speed` asks `llama-bench` for tokens per second of every file on one
 thread, in turns, with ratios to the preset of the same size; and `llama-perplexity` for the divergence of
 llama.cpp, which rounds activations to 8 bits, from the same weights in float32. The residual stream of
-SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. Without `--tools` only plans are
-measured, at `--megabytes`. Seconds are processor seconds. Rows that the record has are kept, and files that
-lie in the work folder.
+SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. `smollm2-wide` is the same model
+padded with zeros before that, so that its rows are multiples of 256, which K types need. Without `--tools`
+only plans are measured, at `--megabytes`. Seconds are processor seconds. Rows that the record has are kept,
+and files that lie in the work folder.
 
 The tools come from the source package of `llama-cpp-python`: `cmake -B build -DLLAMA_CURL=OFF`, then `cmake
 --build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
@@ -54,7 +55,11 @@ PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
 POPULAR, SHARE = "Q4_K_M", 0.75
 #: Presets whose names are left of their points in the picture, and names of the models there.
 SMALLEST = ("IQ3_S", "Q2_K")
-TITLES = {"gpt2": "embedded GPT-2", "smollm2": "SmolLM2-135M, rotated"}
+TITLES = {
+    "gpt2": "embedded GPT-2",
+    "smollm2": "SmolLM2-135M, rotated",
+    "smollm2-wide": "SmolLM2-135M, padded to 768",
+}
 Row = dict[str, Any]
 
 
@@ -128,7 +133,7 @@ class Bench:
             windows = [x for batch in self.subject.calibration(0) for x in batch["input_ids"]]
             text.write_text(tokenizer.decode(torch.cat(windows), skip_special_tokens=True))
             self.tool("llama-imatrix", "-m", dense, "-f", text, "-o", matrix, "-c", self.context, "-t", 1)
-        for name in PRESETS:
+        for name in self.given.presets:
             file = self.work / f"{name}.gguf"
             if not file.is_file():
                 self.tool("llama-quantize", "--imatrix", matrix, dense, file, name, 1)
@@ -139,8 +144,9 @@ class Bench:
         """Write and judge a plan for the size of every preset."""
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
-            sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in PRESETS}
-            sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
+            sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in self.given.presets}
+            if POPULAR in sizes:
+                sizes[f"{SHARE:g} {POPULAR}"] = round(SHARE * sizes[POPULAR])
         done: list[int] = []
         for name, size in sizes.items():
             if any(abs(size / x - 1) < 0.002 for x in done):
@@ -197,7 +203,7 @@ class Bench:
         pairs = {
             row["name"]: row["name"].removeprefix("plan ")
             for row in self.rows
-            if row["model"] == self.subject.name and row["name"].removeprefix("plan ") in PRESETS
+            if row["model"] == self.subject.name and row["name"].removeprefix("plan ") in self.given.presets
         }
         files = {name: self.work / f"{name.replace(' ', '-')}.gguf" for name in pairs}
         rates: dict[str, dict[str, list[float]]] = {x: {"generated": [], "read": []} for x in files}
@@ -264,7 +270,11 @@ def models(given: argparse.Namespace) -> dict[str, Any]:
     """Return functions that make the models, by name."""
     if given.toy:
         return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000)}
-    return {"gpt2": subjects.gpt2, "smollm2": lambda: subjects.smollm2(given.cache, calibration=48)}
+    return {
+        "gpt2": subjects.gpt2,
+        "smollm2": lambda: subjects.smollm2(given.cache, calibration=48),
+        "smollm2-wide": lambda: subjects.smollm2(given.cache, calibration=48, wide=True),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
@@ -274,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--models", nargs="+", default=["gpt2", "smollm2"])
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
     parser.add_argument("--tools", type=Path, help="folder of llama-quantize, llama-imatrix and the others")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="of llama-quantize")
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
     parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")

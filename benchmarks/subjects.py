@@ -10,6 +10,7 @@ installed, on any machine with apt:
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -299,12 +300,13 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
     )
 
 
-def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
-    """Return SmolLM2-135M-Instruct, rotated; texts as for MiniLM."""
+def smollm2(cache: Path, calibration: int = 24, judged: int = 20, *, wide: bool = False) -> Subject:
+    """Return SmolLM2-135M-Instruct, rotated, on request padded by `widen`; texts as for MiniLM."""
     from transformers import AutoTokenizer
 
     folder, _ = prepare_models(cache)
-    what = rotate(folder, cache / "smollm2-rotated")
+    name = "smollm2-wide" if wide else "smollm2"
+    what = rotate(widen(folder, cache / name) if wide else folder, cache / f"{name}-rotated")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     known, held, other = (
         token_windows(tokenizer, read_text(cache / "texts", use), length=512)
@@ -318,8 +320,8 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
         return windows(ids[spread(count, len(ids))], 2)
 
     return Subject(
-        "smollm2",
-        cache / "smollm2-rotated",
+        name,
+        cache / f"{name}-rotated",
         "nats a token",
         lambda seed: windows(drawn(known.flatten(), 512, calibration, seed), 2),
         windows(held[places], 2),
@@ -327,6 +329,34 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20) -> Subject:
         prompt="A computer needs an operating system because",
         rotated=what,
     )
+
+
+def widen(folder: Path, destination: Path) -> Path:
+    """Save a copy of a Llama whose width and heads are multiples of 256 weights, and return its folder.
+
+    Features and heads of zeros are added, which changes no output: a norm divides by the root mean square of
+    more features, so its gain and its epsilon are made smaller. SmolLM2 becomes 768 wide, with 12 heads and 4
+    key-value heads, so that GGUF's types of 256 weights fit all rows.
+    """
+    if (destination / "config.json").is_file():
+        return destination
+    dense = tensornet_hf.load(folder)
+    config = copy.deepcopy(dense.config)
+    share = dense.config.hidden_size / (-(-dense.config.hidden_size // 256) * 256)
+    config.hidden_size = round(config.hidden_size / share)
+    config.num_attention_heads = round(config.num_attention_heads / share)
+    config.num_key_value_heads = round(config.num_key_value_heads / share)
+    config.rms_norm_eps *= share
+    model = type(dense)(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            old = dense.get_parameter(name)
+            parameter.fill_(1 if parameter.ndim == 1 else 0)
+            parameter[tuple(slice(size) for size in old.shape)] = old
+            if parameter.ndim == 1:
+                parameter *= share**0.5
+    tensornet_hf.save(model, destination, source=folder)
+    return destination
 
 
 def rotate(folder: Path, destination: Path) -> str:
