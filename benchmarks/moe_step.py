@@ -4,8 +4,9 @@
    a mixture of dense experts with the same routing, without and with the step of AdamW, and the bytes of
    their experts: base shapes 768 x 3072, 8 experts, top-1, 2,048 tokens. Asked: at most 1.1 times. Two-sided
    ends of bonds 16 rebuild every expert, which by arithmetic alone takes 1.125 times as long.
-2. With `--compiled`, the same step through `torch.compile` compared with itself without. Asked: not longer.
-3. Inference with cached experts compared with the same mixture with dense expert matrices, for a few tokens
+2. The same for two layers with one pool of 8 dense experts, compared with two layers with 8 each.
+3. With `--compiled`, the same step through `torch.compile` compared with itself without. Asked: not longer.
+4. Inference with cached experts compared with the same mixture with dense expert matrices, for a few tokens
    at a time. Asked: at most 1.1 times.
 
 Seconds are processor seconds with one thread, where other users of the machine count least, and wall seconds
@@ -166,8 +167,24 @@ def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]
     return layers
 
 
+class TwoLayers(nn.Module):
+    """Two mixtures in turn, with experts of their own or with one pool."""
+
+    def __init__(self, case: Case, *, pooled: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(mixture(case, DenseExperts) for _ in range(2))
+        self.pools = tm.tie_experts(self.layers) if pooled else nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens."""
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
 def stepper(
-    case: Case, moe: tm.SharedCoreMoE, *, update: bool = False, compiled: bool = False
+    case: Case, moe: nn.Module, *, update: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
     """Return one forward and backward pass of a mixture, with a step of AdamW if `update`."""
     generator = torch.Generator().manual_seed(1)
@@ -217,6 +234,17 @@ def time_forms(case: Case) -> list[dict[str, Any]]:
     for what, update in (("training step", False), ("training step with AdamW", True)):
         steps = {name: stepper(case, moe, update=update) for name, moe in layers.items()}
         rows += compared(what, case, steps, DENSE, SWITCH_LIMIT, parameters=sizes, bytes=held)
+    return rows
+
+
+def time_pool(case: Case) -> list[dict[str, Any]]:
+    """Time a training step of two layers with one pool against two with experts of their own."""
+    models = {name: TwoLayers(case, pooled=name == "pool").train() for name in (DENSE, "pool")}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    rows = []
+    for what, update in (("two layers", False), ("two layers with AdamW", True)):
+        steps = {name: stepper(case, model, update=update) for name, model in models.items()}
+        rows += compared(f"training step, {what}", case, steps, DENSE, SWITCH_LIMIT, parameters=sizes)
     return rows
 
 
@@ -283,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     def work(threads: int) -> list[dict[str, Any]]:
         found = [
             *time_forms(case),
+            *time_pool(case),
             *(time_compiled(case) if given.compiled else ()),
             *(time_inference(case, tokens) for tokens in case.decode_tokens),
         ]
