@@ -118,8 +118,8 @@ class CompressOptions:
     """
 
     calibration: str | Path | Sequence[str | Path] = option((), "data", "paths")
-    calibration_tokens: int | None = option(None, "data", "integer")
-    statistics: str | Path | None = option(None, "data", "path")
+    calibration_tokens: int | None = option(None, "advanced", "integer")
+    statistics: str | Path | None = option(None, "advanced", "path")
     validation: str | Path | None = option(None, "data", "path")
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
@@ -129,10 +129,10 @@ class CompressOptions:
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
     workers: int | None = option(None, "run", "integer")
-    resume: bool = option(True, "run", "flag")
+    resume: bool = option(True, "advanced", "flag")
     export: str | None = option(None, "output", choices=tuple(TARGETS))
     report: str | Path | None = option(None, "output", "path")
-    networks: Networks = option("dense", "output", choices=NETWORKS)
+    networks: Networks = option("dense", "advanced", choices=NETWORKS)
     force: bool = option(False, "output", "flag")
     command: str = "tensornet_hf.compress_folder"
     progress: bool = False

@@ -24,7 +24,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import CompressOptions, load
-from tensornet_hf.cli.options import help_of
+from tensornet_hf.cli.options import help_of, spelled
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer
 
@@ -251,6 +251,12 @@ def test_help_lists_every_command(tensornet: Run) -> None:
     for name in ("compress", "inspect", "eval", "generate", "decompress", "demo"):
         assert name in out
         assert tensornet(name, "--help")[0] == 0
+    few, every = (tensornet("compress", flag)[1] for flag in ("--help", "--help-all"))
+    assert "--bits" in few
+    assert "--damping" not in few
+    assert all(
+        spelled(x) in every for x in fields(tn.CompressionConfig) if x.metadata and x.default is not True
+    )
     described = [(kind, x) for kind in (tn.CompressionConfig, CompressOptions) for x in fields(kind)]
     assert [x.name for kind, x in described if x.metadata and len(help_of(kind, x.name)) < 10] == []
 

@@ -120,6 +120,8 @@ def compress(
     For example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
 
     For llama.cpp: tensornet compress MODEL model.gguf --bits 5 --calibration text.txt
+
+    --help-all shows rare options too.
     """
     try:
         command = display_command(["tensornet", *sys.argv[1:]])

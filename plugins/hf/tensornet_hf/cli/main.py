@@ -32,6 +32,7 @@ REMOVED = {
     "--images": "examples/image_accuracy.py measures the accuracy on images.",
 }
 
+ALL = "--help-all"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
 # Depending on its version, typer has its own copy of click or uses the installed one.
@@ -77,7 +78,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Args:
-        arguments: arguments without the name of the program. `--debug` is accepted in any place.
+        arguments: arguments without the name of the program. `--debug` is accepted in any place, and
+            `--help-all`, which shows rare options too.
 
     Returns:
         0, or 1 (failed), 2 (wrong usage), 130 (interrupted).
@@ -86,6 +88,10 @@ def run(arguments: Sequence[str]) -> int:
     notes = _quiet(debug)
     command = typer.main.get_command(_program())
     rest = [argument for argument in arguments if argument != "--debug"]
+    if ALL in rest:
+        rest = ["--help" if argument == ALL else argument for argument in rest]
+        for parameter in (x for part in command.commands.values() for x in part.params):  # type: ignore[attr-defined]
+            parameter.hidden = False
     try:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:

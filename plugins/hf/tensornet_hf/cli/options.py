@@ -226,6 +226,7 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
     """Make the parameter of a command from a field; its default is None."""
     facts, flag = described.metadata, spelled(described)
     kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
+    more = dict(more)
     default = described.default
     if facts["kind"] == "flag":
         off = flag.replace("--", "--no-", 1)
@@ -238,7 +239,8 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
         text += f" One of {', '.join(facts['choices'])}."
     if type(default) in (int, float, str) and default not in (0, ""):
         text += f" (default: {default})"
-    option = typer.Option(flag, help=text, rich_help_panel=GROUPS[facts["group"]], show_default=False, **more)
+    more |= {"rich_help_panel": GROUPS[facts["group"]], "hidden": facts["group"] == "advanced"}
+    option = typer.Option(flag, help=text, show_default=False, **more)
     return inspect.Parameter(
         described.name,
         inspect.Parameter.KEYWORD_ONLY,
