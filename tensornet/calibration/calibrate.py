@@ -83,7 +83,7 @@ def calibrate(
     The first condition bounds the sampling error of the moments: with factors fitted to moments of `n`
     independent tokens, the loss increase is larger by a fraction of `(rows + columns) / n` than with exact
     moments. The second detects batches that differ more than random samples would. Neither can know about
-    batches that were not read, so pass batches in random order. `docs/quality.md` has the measurements.
+    batches that were not read, so pass batches in random order. `docs/planning.md` has the measurements.
 
     Args:
         model: any module; its layers of registered kinds are observed, see `tensornet.nn.LayerKind`.

@@ -29,7 +29,8 @@ FORECAST_DAMPING = 1.0
 #: Least damping of gradient moments: errors in directions without gradients must cost something.
 _LEAST_DAMPING = 1e-6
 #: Share of token frequencies that is spread over all rows, since other texts read other rows. With a smaller
-#: share, low rank for SmolLM2's embedding cost four times its forecast, relative to integers (docs/bytes.md).
+#: share, low rank for SmolLM2's embedding cost four times its forecast, relative to integers
+#: (benchmarks/records/bytes.md).
 FREQUENCY_SPREAD = 0.5
 
 

@@ -9,7 +9,7 @@ is a step from `W` towards the matrix whose outputs for x' are closest to the de
 network for `M` under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. Layers are refitted in
 the order in which they run, each with inputs from the refitted layers before it; otherwise every layer would
 correct the same error. The full step (`correction=1`) increased the loss at high compression
-(docs/quality.md).
+(benchmarks/records/quality.md).
 
 Layers that share a core with other layers are not refitted; a warning names them.
 """

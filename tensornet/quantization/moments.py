@@ -21,7 +21,7 @@ ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
 #: Additional damping of gradient moments that are already damped for decompositions. Rounding moves errors
 #: into directions with small moments. If another text has larger gradients in these directions, the loss is
 #: higher than predicted. Without this damping, two-sided rounding halves the predicted loss increase of a
-#: language model, but hardly the measured one (docs/bytes.md).
+#: language model, but hardly the measured one (benchmarks/records/bytes.md).
 DENSE_ROW_DAMPING = 0.8
 #: Damping of moments that are estimated from a few random probes, for cores of any network.
 ESTIMATE_DAMPING = 0.1
