@@ -6,6 +6,7 @@ activation are parts of a larger layer. For the classes in `INSIDE` a mixture re
 identities replace the activation and the second matrix.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,15 +30,21 @@ from tensornet.topologies.registry import fixed_topologies, topology_of_shape
 from tensornet.topology import Topology
 from tensornet_hf.quantizer import OWNERS, put_owners
 from tensornet_moe import (
+    ExpertBank,
     ExpertFFN,
+    ExpertPool,
+    LowRankDeltaExperts,
     Router,
     SharedCoreExperts,
     SharedCoreMoE,
     SharedCores,
+    TopKRouter,
     share_across_layers,
 )
 from tensornet_moe.bank import check_not_negative
 from tensornet_moe.ffn import ACTIVATIONS
+from tensornet_moe.mixtures import SHARES, Share, check_group, experts_from
+from tensornet_moe.pool import BALANCES, Balance
 from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
 
 DropoutPlace = Literal["hidden", "output", "none"]
@@ -75,6 +82,10 @@ INSIDE: dict[str, tuple[str, str, str]] = {
 }
 _ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
 _PROBE_TOKENS = 8
+_BUDGETS = ("max_bond", "rel_error", "param_ratio")
+_ROUTER_OPTIONS = ("jitter", "combine", "normalize", "bias_rate")
+#: Words of `tensornet_moe.mixture` for options of `MoEConfig` with other names.
+_WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,19 @@ class MoEConfig:
 
     The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
     expert its own dense matrices (Switch); `shared="none"` alone gives every expert its own cores;
-    `max_bond=` truncates.
+    `max_bond=` truncates. `share=` chooses topology and cores as `tensornet_moe.mixture` does.
+
+    With `pool=` several layers use the experts of one `ExpertPool`, which the model owns. Expert `e` of the
+    pool of `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes the
+    same as before, since the router of each layer chooses the copies of its own network, for any token: the
+    rows for the other experts are zero, and the own ones have a bias above `1 / others`, which the
+    probability of another expert cannot exceed. With `share="center"` or `"base"` different networks are
+    fitted by one center or one base. That is far from exact (see the errors in the report), so the model must
+    be trained.
+
+    Which experts a layer uses after training depends on `balance`. `"layer"`: the biases fade by `bias_rate`
+    in each step until each layer uses all experts evenly. `"pool"`: the load is even already, so a layer uses
+    those of other layers only for tokens whose router prefers them by more than the bias.
 
     Args:
         num_experts: experts of each network.
@@ -101,7 +124,7 @@ class MoEConfig:
         hidden_dims: factors of the width of the hidden layer.
         max_bond, rel_error, param_ratio: budget of each matrix; decompositions are exact if absent.
         noise: relative noise on private cores, which breaks the symmetry between experts.
-        aux_loss_coef: weight of the load-balancing loss (0.01 as in Switch).
+        aux_loss_coef: weight of the load-balancing loss. If absent 0.01 as in Switch, or 0 with a bias rate.
         z_loss_coef: weight of the router z-loss.
         capacity_factor: slots of an expert relative to an even load; None sets no limit. For
             `"expert_choice"`: average number of experts for each token, 1 if absent.
@@ -111,9 +134,17 @@ class MoEConfig:
         target_modules: patterns of the names of networks; all recognized networks if absent.
         matrices: names of the layers inside, for networks with other names than the known ones.
         seed: seed of routers and noise.
+        share: `"center"`, `"none"` or `"base"`, see `tensornet_moe.mixture`; in place of `shared`, `topology`
+            and their options. `"none"` if absent in a pool.
+        pool: `"all"`: the layers that are replaced use one pool of experts; a number `g` of at least 2: each
+            `g` neighbouring ones do. `num_experts` is then the size of a pool, at least `g * top_k`.
+        balance: over which tokens the load of a pool is balanced, `"pool"` or `"layer"`, see `ExpertPool`.
+        bias_rate: balance without a loss, see `tensornet_moe.Router` and `tensornet_moe.update_biases`
+            (`RouterBiasCallback` for `Trainer`). If absent 0.001 with a pool, which needs it, and else 0.
+        normalize: normalized router logits, see `tensornet_moe.Router`.
 
     Raises:
-        ValueError, BudgetError: an option is out of its range.
+        ValueError, BudgetError: an option is out of its range, or two options exclude one another.
 
     Example:
         >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
@@ -133,7 +164,7 @@ class MoEConfig:
     rel_error: float | None = None
     param_ratio: float | None = None
     noise: float = 0.0
-    aux_loss_coef: float = 0.01
+    aux_loss_coef: float | None = None
     z_loss_coef: float = 0.0
     capacity_factor: float | None = None
     jitter: float = 0.0
@@ -141,6 +172,11 @@ class MoEConfig:
     target_modules: Sequence[str] | None = None
     matrices: Sequence[str] | None = None
     seed: int = 0
+    share: Share | None = None
+    pool: Literal["all"] | int | None = None
+    balance: Balance = "pool"
+    bias_rate: float | None = None
+    normalize: bool = False
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
@@ -163,6 +199,11 @@ class MoEConfig:
                 )
             object.__setattr__(self, "topology", fixed)
         kind = router_kind(self.router)
+        self._check_sharing(kind)
+        if self.bias_rate is None:
+            object.__setattr__(self, "bias_rate", 0.0 if self.pool is None else 0.001)
+        if self.aux_loss_coef is None:
+            object.__setattr__(self, "aux_loss_coef", 0.0 if self.bias_rate else 0.01)
         if self.combine not in COMBINE:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
         if not 1 <= self.top_k <= self.num_experts:
@@ -172,7 +213,8 @@ class MoEConfig:
             )
         if self.top_k != 1 and "top_k" not in kind.options:
             raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
-        check_not_negative(aux_loss_coef=self.aux_loss_coef, z_loss_coef=self.z_loss_coef, noise=self.noise)
+        for name in ("aux_loss_coef", "z_loss_coef", "noise", "bias_rate"):
+            check_not_negative(**{name: getattr(self, name)})
         check_capacity(self.capacity_factor)
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
@@ -194,10 +236,38 @@ class MoEConfig:
                 "with rel_error or param_ratio, which would choose other bonds for each layer."
             )
 
+    def _check_sharing(self, kind: type[Router]) -> None:
+        """Raise ValueError unless `share` and `pool` fit the other options."""
+        if self.share not in (None, *SHARES):
+            raise ValueError(f"Unknown share={self.share!r}; choose one of {', '.join(SHARES)}.")
+        if self.pool is not None and self.share is None:
+            object.__setattr__(self, "share", "none")
+        if self.share is not None:
+            chosen = {"shared": "center", "topology": "mpo", "share_across_layers": False}
+            chosen |= dict.fromkeys(("sites", "model_dims", "hidden_dims", *_BUDGETS))
+            if given := [name for name, default in chosen.items() if getattr(self, name) != default]:
+                raise ValueError(
+                    f"share={self.share!r} chooses cores and dims (it is 'none' if absent with a pool): drop "
+                    f"{', '.join(given)}, or drop share and pool."
+                )
+            if self.share == "base" and self.noise:
+                raise ValueError('noise is for private cores: with share="base" the deltas differ already.')
+        if self.balance not in BALANCES:
+            raise ValueError(f"Unknown balance={self.balance!r}; choose one of {', '.join(BALANCES)}.")
+        if self.pool is None:
+            return
+        if self.pool != "all":
+            check_size('pool (or "all")', self.pool, least=2, error=ValueError)
+        if not issubclass(kind, TopKRouter) or self.bias_rate == 0:
+            raise ValueError(
+                'A pool needs router="switch" or "topk" and a bias_rate above 0: with its biases each layer '
+                "chooses its own experts at the start."
+            )
+
     def make_router(self, num_features: int, *, seed: int) -> Router:
         """Build a router with weights drawn from `seed`, in float32 on the CPU."""
         kind = router_kind(self.router)
-        options = {key: getattr(self, key, None) for key in ("jitter", "combine", *kind.options)}
+        options = {key: getattr(self, key, None) for key in (*_ROUTER_OPTIONS, *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}
         with torch.device("cpu"):
             router = kind(num_features, self.num_experts, **given)
@@ -216,7 +286,7 @@ class UpcycledLayer:
         dense_params: parameters before.
         params: parameters after, router included; without those that several layers share.
         shared_params: parameters that all experts share.
-        error: largest relative Frobenius error among its matrices.
+        error: largest relative Frobenius error among its matrices; in a pool, over all experts of the pool.
     """
 
     name: str
@@ -232,8 +302,9 @@ class UpcycleReport:
 
     Args:
         layers: one entry for each network.
-        num_experts: experts of each network.
-        across_params: parameters that several layers share.
+        num_experts: experts of each network, or of each pool.
+        across_params: parameters that several layers share, those of pools included.
+        pools: number of pools.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -246,6 +317,7 @@ class UpcycleReport:
     layers: tuple[UpcycledLayer, ...]
     num_experts: int
     across_params: int = 0
+    pools: int = 0
 
     @property
     def dense_params(self) -> int:
@@ -264,14 +336,15 @@ class UpcycleReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready form."""
-        totals = ("num_experts", "dense_params", "params", "across_params", "dense_experts_ratio")
+        totals = ("num_experts", "pools", "dense_params", "params", "across_params", "dense_experts_ratio")
         layers = [asdict(layer) for layer in self.layers]
         return {name: getattr(self, name) for name in totals} | {"layers": layers}
 
     def __str__(self) -> str:
         worst = max(layer.error for layer in self.layers)
+        pools = f" in {self.pools} pool{'s' * (self.pools > 1)}" if self.pools else " each"
         return (
-            f"{len(self.layers)} feed-forward networks became {self.num_experts} experts each: "
+            f"{len(self.layers)} feed-forward networks became {self.num_experts} experts{pools}: "
             f"{self.dense_params:,} -> {self.params:,} parameters, {self.dense_experts_ratio:.3f} of dense "
             f"experts; largest relative error {worst:.2e}"
         )
@@ -482,10 +555,11 @@ def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
 @torch.no_grad()
 def upcycle(
     model: nn.Module,
-    config: MoEConfig,
+    config: MoEConfig | None = None,
     *,
     causal: bool | None = None,
     progress: bool = False,
+    **words: Any,
 ) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
@@ -501,25 +575,45 @@ def upcycle(
 
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
-        config: options of the mixtures.
+        config: options of the mixtures; or give them as `words`.
         causal: whether a token must not depend on later ones. This matters for a router that uses later
             tokens (`"expert_choice"`). If absent, a model is causal, except encoders of encoder-decoder
             models, and classes with masked language models or image classifiers.
         progress: show a progress bar.
+        words: options of `MoEConfig` in the words of `tensornet_moe.mixture`: `experts`, `top_k` (2 if
+            absent), `share`, `router` (`"topk"` if absent), `balance_coef`; all others by their own names.
 
     Raises:
         TargetError: no feed-forward network is found, a network computes something else, or the router uses
             later tokens and a network is, or may be, causal; the model is unchanged.
         TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
-        TypeError: `model` or `config` has another type.
+        ShapeError, ValueError: layers of different sizes cannot use one pool, the size of a group does not
+            divide their number, or the pool has fewer experts than its layers choose; the model is unchanged.
+        TypeError: `model` or `config` has another type, both `config` and `words` are given, or a word is
+            unknown.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
         >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
-        >>> report = th.upcycle(model, th.MoEConfig(num_experts=4, max_bond=32))
-        >>> len(report.layers), report.params > report.dense_params
-        (4, False)
+        >>> report = th.upcycle(model, share="center", experts=4, top_k=2)
+        >>> len(report.layers), report.dense_experts_ratio < 0.4
+        (4, True)
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
+        >>> print(th.upcycle(model, th.MoEConfig(num_experts=4, pool="all")))
+        4 feed-forward networks became 4 experts in 1 pool: ...
     """
+    if config is None:
+        named = {_WORDS.get(name, name): value for name, value in words.items()}
+        if len(named) < len(words):
+            raise TypeError(f"upcycle got one option by two names: {', '.join(words)}.")
+        named.setdefault("router", "topk")
+        if isinstance(named["router"], str) and "top_k" in router_kind(named["router"]).options:
+            named.setdefault("top_k", 2)
+        config = MoEConfig(**named)
+    elif words:
+        raise TypeError(
+            f"upcycle takes a MoEConfig or words, got both: add {', '.join(words)} to the config."
+        )
     if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
         raise TypeError(
             "upcycle takes a model and a MoEConfig, got a "
@@ -528,44 +622,108 @@ def upcycle(
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
     if not router_kind(config.router).causal and causal is not False:
         _refuse_causal(config, model, networks, causal)
-    owners, banks = (
-        _share_across(model, networks, config, progress) if config.share_across_layers else ({}, {})
-    )
-    made, entries = [], []
-    for index, network in enumerate(tqdm(networks, desc="upcycling", disable=not progress, unit="layer")):
-        own = {}
-        for position, name in enumerate(network.matrices):
-            if (bank := banks.get((index, name))) is None:
-                with _errors_name(f"{network.names[0]}.{name}"):
-                    bank = SharedCoreExperts.from_dense(
-                        network.matrix(name),
-                        seed=(config.seed + index) * 3 + position,
-                        rel_error=config.rel_error,
-                        param_ratio=config.param_ratio,
-                        **_options(network, name, config),
-                    )
-            own[name] = bank
-        mixture = _mixture(network, own, config, seed=config.seed + index)
+    groups = _groups(model, networks, config)
+    owners: dict[str, nn.Module] = {}
+    banks: Mapping[tuple[int, str], SharedCoreExperts] = {}
+    if config.share_across_layers:
+        cores, banks = _share_across(model, networks, config, progress)
+        owners |= cores
+    made: list[SharedCoreMoE] = []
+    entries = []
+    for number, group in enumerate(tqdm(groups, desc="upcycling", disable=not progress, unit="layer")):
+        members = [networks[index] for index in group]
+        names = " to ".join(dict.fromkeys((members[0].names[0], members[-1].names[0])))
+        own: dict[str, SharedCoreExperts | LowRankDeltaExperts] = {}
+        for position, name in enumerate(members[0].matrices):
+            if (group[0], name) in banks:
+                own[name] = banks[group[0], name]
+                continue
+            with _errors_name(f"{names}.{name}"):
+                own[name] = _bank(members, name, config, seed=(config.seed + group[0]) * 3 + position)
+        network = _experts(members, own, config)
+        experts: ExpertFFN | ExpertPool = network
+        if config.pool is not None:
+            label = "pool" if len(groups) == 1 else f"pool{number}"
+            owners[label] = experts = ExpertPool(network, label=label, balance=config.balance)
         shared = {id(p): p.numel() for bank in own.values() for p in bank.shared_parameters().values()}
-        made.append(mixture)
-        entries.append(
-            UpcycledLayer(
-                name=network.names[0],
-                dense_params=sum(p.numel() for x in network.matrices for p in network.layer(x).parameters()),
-                params=sum(p.numel() for p in mixture.parameters()),
-                shared_params=sum(shared.values()),
-                error=max(bank.error or 0.0 for bank in own.values()),
+        for place, index in enumerate(group):
+            mixture = _mixture(networks[index], experts, config, seed=config.seed + index)
+            if config.pool is not None:
+                _choose_own(mixture.router, place, len(group))
+            made.append(mixture)
+            layers = [networks[index].layer(name) for name in own]
+            entries.append(
+                UpcycledLayer(
+                    name=networks[index].names[0],
+                    dense_params=sum(p.numel() for layer in layers for p in layer.parameters()),
+                    params=sum(p.numel() for p in mixture.parameters()),
+                    shared_params=sum(shared.values()),
+                    error=max(bank.error or 0.0 for bank in own.values()),
+                )
             )
-        )
     put_owners(model, owners)
-    for network, mixture in zip(networks, made, strict=True):
-        for name, part in network.replacements(mixture).items():
-            if network.inside is None:  # otherwise the mixture replaces a matrix
+    for dense, mixture in zip(networks, made, strict=True):
+        for name, part in dense.replacements(mixture).items():
+            if dense.inside is None:  # otherwise the mixture replaces a matrix
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)
     across = sum(p.numel() for owner in owners.values() for p in owner.parameters())
-    return UpcycleReport(tuple(entries), config.num_experts, across)
+    pools = 0 if config.pool is None else len(groups)
+    return UpcycleReport(tuple(entries), config.num_experts, across, pools)
+
+
+def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig) -> list[list[int]]:
+    """Group the indices of networks by the pool that they use; each is alone without pools.
+
+    Raises:
+        ValueError: the groups do not divide the networks, or a pool has too few experts.
+        ShapeError: networks of a group are of different shapes or functions.
+        TargetError: the model has no place for pools, or networks of a group are on several devices.
+    """
+    if config.pool is None:
+        return [[index] for index in range(len(networks))]
+    size = len(networks) if config.pool == "all" else int(config.pool)
+    if len(networks) < 2:
+        raise ValueError(
+            f"A pool is for several layers, and {networks[0].names[0]} is the only one to replace."
+        )
+    check_group("pool", size, len(networks), least=2)
+    if config.num_experts < size * config.top_k:
+        raise ValueError(
+            f"num_experts={config.num_experts} for a pool of {size} layers with top_k={config.top_k}: each "
+            f"layer starts with top_k experts of its own, so at least {size * config.top_k} are needed. Give "
+            "more experts, or choose smaller groups, for example pool=2."
+        )
+    _owners_place(model, "pool")
+    for index, network in enumerate(networks):
+        first = networks[index - index % size]
+        have, want = _function_of(network), _function_of(first)
+        if have != want:
+            raise ShapeError(
+                f"{first.names[0]} and {network.names[0]} cannot use one pool: they are {want} and {have}. "
+                "Choose networks that are alike with target_modules=[...], or smaller groups, as pool=2."
+            )
+        _same_device([n.matrix(name) for n in (first, network) for name in n.matrices], "pool", "experts")
+    return [list(range(k, k + size)) for k in range(0, len(networks), size)]
+
+
+def _function_of(network: FeedForward) -> dict[str, object]:
+    """Describe what a network computes, whatever its weights are."""
+    dropout = network.dropout if network.dropout_place == "hidden" else 0.0
+    shapes = {name: tuple(network.matrix(name).shape) for name in network.matrices}
+    return {"(out, in)": shapes, "activation": network.activation, "dropout": dropout}
+
+
+def _choose_own(router: Router, place: int, layers: int) -> None:
+    """Let a router choose the experts of its layer, `e % layers == place`, whatever the token.
+
+    The others have equal probabilities, so none exceeds one divided by their number. The bias does.
+    """
+    own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
+    router.weight[~own] = 0
+    assert router.bias_steps is not None
+    router.bias_steps[own] = math.ceil(1 / (int((~own).sum()) * router.bias_rate)) + 1
 
 
 def _refuse_causal(
@@ -596,37 +754,67 @@ def _refuse_causal(
     )
 
 
+def _bank(
+    members: Sequence[FeedForward], name: str, config: MoEConfig, *, seed: int
+) -> SharedCoreExperts | LowRankDeltaExperts:
+    """Build the bank of one matrix, which starts as that of the networks in turn."""
+    weights = [network.matrix(name) for network in members]
+    if config.share is not None:
+        return experts_from(
+            torch.stack([weight.to(weights[0]) for weight in weights]),
+            experts=config.num_experts,
+            share=config.share,
+            noise=config.noise,
+            seed=seed,
+        )
+    return SharedCoreExperts.from_dense(
+        weights[0],
+        seed=seed,
+        rel_error=config.rel_error,
+        param_ratio=config.param_ratio,
+        **_options(members[0], name, config),
+    )
+
+
+def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], config: MoEConfig) -> ExpertFFN:
+    """Build experts of banks that start as those of the networks in turn, biases included."""
+    first = members[0]
+    weight = first.matrix(first.matrices[0])
+    biases = {name: [network.bias(name) for network in members] for name in first.matrices}
+    experts = ExpertFFN(
+        banks,
+        activation=first.activation,
+        bias=any(bias is not None for each in biases.values() for bias in each),
+        dropout=first.dropout if first.dropout_place == "hidden" else 0.0,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    for name, each in biases.items():
+        for expert in range(config.num_experts):
+            if (bias := each[expert % len(each)]) is not None:
+                getattr(experts, f"{name}_bias")[expert] = bias
+    for bank in banks.values():
+        bank.requires_grad_(True)
+    return experts
+
+
 def _mixture(
-    network: FeedForward, banks: Mapping[str, SharedCoreExperts], config: MoEConfig, *, seed: int
+    network: FeedForward, experts: ExpertFFN | ExpertPool, config: MoEConfig, *, seed: int
 ) -> SharedCoreMoE:
     """Build a mixture of these experts; `seed` initializes the router."""
     first = network.matrix(network.matrices[0])
-    where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
-    biases = {name: network.bias(name) for name in network.matrices}
-    experts = ExpertFFN(
-        banks,
-        activation=network.activation,
-        bias=any(bias is not None for bias in biases.values()),
-        dropout=network.dropout if network.dropout_place == "hidden" else 0.0,
-        **where,
-    )
-    for name, bias in biases.items():
-        if bias is not None:
-            getattr(experts, f"{name}_bias").copy_(bias.expand(config.num_experts, -1))
     # With a router that applies the capacity itself, experts choose tokens. The load is balanced by
     # construction, so the balancing loss would be a constant.
     choice = "capacity_factor" in router_kind(config.router).options
-    mixture = SharedCoreMoE(
-        config.make_router(first.shape[1], seed=seed).to(**where),
+    assert config.aux_loss_coef is not None
+    return SharedCoreMoE(
+        config.make_router(first.shape[1], seed=seed).to(device=first.device, dtype=first.dtype),
         experts,
         capacity_factor=None if choice else config.capacity_factor,
         balance_coef=0.0 if choice else config.aux_loss_coef,
         z_coef=config.z_loss_coef,
         dropout=network.dropout if network.dropout_place == "output" else 0.0,
     )
-    for bank in banks.values():
-        bank.requires_grad_(True)
-    return mixture
 
 
 def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, Any]:
@@ -670,17 +858,7 @@ def _share_across(
         TargetError: the model already has shared cores; or it is a plain container, which would run the owner
             as one of its layers; or layers that would share cores are on different devices.
     """
-    place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if hasattr(place, OWNERS):
-        raise TargetError(
-            "Layers of this model share cores already; upcycle all that are to share in one call, with "
-            "target_modules=[...]."
-        )
-    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise TargetError(
-            f"share_across_layers=True needs a place for the shared cores, and a {type(place).__name__} "
-            "would take them for a layer. Put it into a module of its own, and upcycle that."
-        )
+    _owners_place(model, "share_across_layers=True")
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for index, network in enumerate(networks):
         for name in network.matrices:
@@ -692,12 +870,7 @@ def _share_across(
         shared, desc="fitting layers jointly", disable=not progress, unit="matrix"
     ):
         weights = [networks[index].matrix(name) for index in users]
-        if len(devices := {str(w.device) for w in weights}) > 1:
-            raise TargetError(
-                f"share_across_layers=True keeps the cores that layers share in one place, and {name} "
-                f"of these layers lies on {', '.join(sorted(devices))}: put the model on one device, or "
-                "share within each layer alone."
-            )
+        _same_device(weights, "share_across_layers=True", name)
         label = f"{name}_{shape[0]}x{shape[1]}"
         with _errors_name(f"{name} of {len(weights)} layers"):
             owners[label], made = share_across_layers(
@@ -708,6 +881,30 @@ def _share_across(
             )
         banks |= {(index, name): bank for index, bank in zip(users, made, strict=True)}
     return owners, banks
+
+
+def _owners_place(model: nn.Module, what: str) -> None:
+    """Raise TargetError if there is no place in a model for what its layers share."""
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if hasattr(place, OWNERS):
+        raise TargetError(
+            "Layers of this model share cores or experts already; upcycle all that are to share in one call, "
+            "with target_modules=[...]."
+        )
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"{what} needs a place for what layers share, and a {type(place).__name__} would take it for a "
+            "layer. Put the container into a module of its own, and upcycle that."
+        )
+
+
+def _same_device(weights: Sequence[Tensor], what: str, name: str) -> None:
+    """Raise TargetError unless weights that are to share are on one device."""
+    if len(devices := {str(w.device) for w in weights}) > 1:
+        raise TargetError(
+            f"{what} keeps what layers share in one place, and {name} of these layers lies on "
+            f"{', '.join(sorted(devices))}: put the model on one device, or share within each layer alone."
+        )
 
 
 @contextmanager

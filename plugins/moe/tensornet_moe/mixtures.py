@@ -1,28 +1,34 @@
 """Mixtures built in one line, and experts that are shared by the layers of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
+from tensornet.linalg.svd import check_finite
 from tensornet.topologies import dense, mpo
-from tensornet_moe.bank import ExpertBank
-from tensornet_moe.experts import SharedCoreExperts
+from tensornet.topology import Topology
+from tensornet_moe.bank import ExpertBank, check_weights
+from tensornet_moe.experts import SharedCoreExperts, with_noise
 from tensornet_moe.ffn import ExpertFFN
+from tensornet_moe.joint_fit import fit_shared
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.pool import Balance, ExpertPool, PooledExperts
 from tensornet_moe.routers import Router, router_kind
 
 Share = Literal["center", "none", "base"]
+SHARES = ("center", "none", "base")
 
 #: Largest leg of an end of a chain in `mixture`. Rebuilding an expert costs as much as `2 * 8 * 8` tokens.
 _LONGEST_END = 8
 #: The rank of deltas in `mixture` is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
+#: Limit of alternating least squares when a center is fitted to several matrices.
+_SWEEPS = 10
 
 
 def mixture(
@@ -112,14 +118,14 @@ def mixture(
         d_ff = 4 * d_model if d_ff is None else d_ff
         for name, size in (("d_model", d_model), ("d_ff", d_ff), ("experts", experts)):
             check_size(name, size, error=ValueError)
-        banks: dict[str, Callable[..., ExpertBank]] = {"center": _center, "none": _dense, "base": _base}
-        if not isinstance(share, str) or share not in banks:
-            raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(banks)}, or an ExpertPool.")
-        make = banks[share]
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         names = ("up",) if gated is False else ("gate", "up")
-        matrices = {name: make(experts, d_ff, d_model, **where) for name in names}
-        matrices["down"] = make(experts, d_model, d_ff, **where)
+        shapes = {**dict.fromkeys(names, (d_ff, d_model)), "down": (d_model, d_ff)}
+        matrices: dict[str, ExpertBank] = {}
+        for name, shape in shapes.items():
+            topology, shared, rank = _parts(share, *shape)
+            bank = SharedCoreExperts(topology, experts, shared=shared, **where)
+            matrices[name] = bank if rank is None else LowRankDeltaExperts(bank, rank, **where)
         network = ExpertFFN(matrices, activation=activation or "silu", **where)
     if isinstance(router, str):
         kind = router_kind(router)
@@ -133,24 +139,22 @@ def mixture(
     return SharedCoreMoE(router, network, balance_coef=balance_coef)
 
 
-def _dense(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
-    return SharedCoreExperts(dense(out_features=rows, in_features=columns), experts, shared="none", **where)
-
-
-def _base(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
-    topology = dense(out_features=rows, in_features=columns)
-    base = SharedCoreExperts(topology, experts, shared="all", **where)
-    return LowRankDeltaExperts(base, max(min(rows, columns) // _SIDE_PER_RANK, 1), **where)
-
-
-def _center(experts: int, rows: int, columns: int, **where: Any) -> ExpertBank:
+def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ...], int | None]:
+    """Choose topology, shared cores and rank of deltas of a matrix; see `mixture`."""
+    if share not in SHARES:
+        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}, or an ExpertPool.")
+    whole = dense(out_features=rows, in_features=columns)
+    if share == "none":
+        return whole, (), None
+    if share == "base":
+        return whole, whole.core_names, max(min(rows, columns) // _SIDE_PER_RANK, 1)
     out_dims, in_dims = _legs(rows), _legs(columns)
     if out_dims[0] * in_dims[0] == 1 or out_dims[2] * in_dims[2] == 1:
         raise ShapeError(
             f"Matrices of shape {rows} x {columns} have no legs for a shared center: each end needs a factor "
             f"of a side in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
         )
-    return SharedCoreExperts(mpo(out_dims=out_dims, in_dims=in_dims), experts, shared=("1",), **where)
+    return mpo(out_dims=out_dims, in_dims=in_dims), ("1",), None
 
 
 def _legs(size: int) -> tuple[int, int, int]:
@@ -158,6 +162,58 @@ def _legs(size: int) -> tuple[int, int, int]:
     ends = range(1, _LONGEST_END + 1)
     splits = [(a, size // (a * b), b) for a in ends for b in ends if size % (a * b) == 0]
     return max((x for x in splits if x[1] >= max(x[0], x[2])), key=lambda x: (min(x[0], x[2]), x[0] * x[2]))
+
+
+@torch.no_grad()
+def experts_from(
+    weights: Tensor, *, experts: int, share: Share, noise: float = 0.0, seed: int = 0
+) -> SharedCoreExperts | LowRankDeltaExperts:
+    """Make a bank whose experts start as given matrices, expert `e` as matrix `e % matrices`.
+
+    For `share="none"`, or from a single matrix, this is exact. Different matrices are fitted jointly by one
+    center (`fit_shared`) or by one base with deltas; `.error` of the bank is the relative Frobenius error.
+
+    Args:
+        weights: shape `(matrices, out, in)`.
+        experts: number of experts.
+        share: see `mixture`.
+        noise: standard deviation of Gaussian noise on private cores, relative to each core; not for `"base"`.
+        seed: seed of the noise, and of the deltas of a base.
+
+    Raises:
+        ValueError: an unknown `share`.
+        ShapeError: the sides have no divisors for the legs of a center.
+        NonFiniteError: NaN or infinity in `weights`.
+
+    Example:
+        >>> bank = tm.mixtures.experts_from(torch.randn(2, 8, 8), experts=4, share="none")
+        >>> bank.expert_matrices()[1].equal(bank.expert_matrices()[3]), bank.error
+        (True, 0.0)
+    """
+    check_weights(weights, "matrices", "out", "in")
+    topology, shared, rank = _parts(share, *weights.shape[1:])
+    same = [e % len(weights) for e in range(experts)]
+    if rank is not None:
+        if len(weights) > 1:
+            return LowRankDeltaExperts.from_experts(weights[same], rank=rank)
+        return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
+    if len(weights) == 1:
+        return SharedCoreExperts.from_dense(
+            weights[0], num_experts=experts, topology=topology, shared=shared, noise=noise, seed=seed
+        )
+    error = 0.0
+    if share == "none":
+        check_finite(weights, "The stack of expert matrices")
+        found = dict.fromkeys(topology.core_names, weights)
+    else:
+        fit = fit_shared(weights, topology, shared, max_sweeps=_SWEEPS)
+        found, error = dict(fit.cores), fit.error
+    generator = torch.Generator().manual_seed(seed)
+    cores: dict[str, Tensor | Sequence[Tensor]] = {
+        name: core if name in shared else [with_noise(core[k], noise, generator) for k in same]
+        for name, core in found.items()
+    }
+    return SharedCoreExperts._from_cores((topology,) * experts, shared, cores, error, weights.dtype)
 
 
 def tie_experts(
@@ -211,12 +267,7 @@ def tie_experts(
         check_type(f"The experts of layer {position}", layer.experts, ExpertFFN, advice)
         networks.append(layer.experts)
     group = len(layers) if group is None else group
-    check_size("group", group, error=ValueError)
-    if len(layers) % group:
-        divisors = [str(size) for size in range(1, len(layers) + 1) if len(layers) % size == 0]
-        raise ValueError(
-            f"group={group} does not divide the {len(layers)} layers; choose one of {', '.join(divisors)}."
-        )
+    check_group("group", group, len(layers))
     functions = [_function_of(network) for network in networks]
     for position, function in enumerate(functions):
         first = position - position % group
@@ -233,6 +284,16 @@ def tie_experts(
         for layer in layers[k : k + group]:
             layer.experts = PooledExperts(pool)
     return pools
+
+
+def check_group(name: str, group: int, layers: int, *, least: int = 1) -> None:
+    """Raise ValueError unless layers can be split into groups of this size, at least `least`."""
+    check_size(name, group, least=least, error=ValueError)
+    if layers % group:
+        divisors = [str(size) for size in range(least, layers + 1) if layers % size == 0]
+        raise ValueError(
+            f"{name}={group} does not divide the {layers} layers; choose one of {', '.join(divisors)}."
+        )
 
 
 def _function_of(experts: ExpertFFN) -> dict[str, object]:

@@ -104,14 +104,14 @@ def test_layers_that_are_upcycled_later_cannot_join() -> None:
     model = ARCHITECTURES["gpt2"].dense
     model.transformer.h.append(copy.deepcopy(model.transformer.h[0]))
     th.upcycle(model, replace(CONFIG, target_modules=["h.0.mlp", "h.1.mlp"]))
-    with pytest.raises(TargetError, match="share cores already"):
+    with pytest.raises(TargetError, match="share cores or experts already"):
         th.upcycle(model, replace(CONFIG, target_modules=["h.2.mlp"]))
 
 
 def test_a_container_is_refused() -> None:
     part = nn.Sequential()
     part.fc1, part.act, part.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
-    with pytest.raises(TargetError, match="a Sequential would take them for a layer"):
+    with pytest.raises(TargetError, match="a Sequential would take it for a layer"):
         th.upcycle(nn.Sequential(part, copy.deepcopy(part)), CONFIG)
 
 
