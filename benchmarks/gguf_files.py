@@ -12,9 +12,9 @@ is the forecast of the plan. The step `speed` asks `llama-bench` for tokens per 
 thread, in turns, with ratios to the preset of the same size; and `llama-perplexity` for the divergence of
 llama.cpp, which rounds activations to 8 bits, from the same weights in float32. The residual stream of
 SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. `smollm2-wide` is the same model
-padded with zeros before that, so that its rows are multiples of 256, which K types need. Without `--tools`
-only plans are measured, at `--megabytes`. Seconds are processor seconds. Rows that the record has are kept,
-and files that lie in the work folder.
+padded with zeros before that, so that its rows are multiples of 256, which K types need. With `--fast` plans
+leave out Q5_0 (rows `fast plan`). Without `--tools` only plans are measured, at `--megabytes`. Seconds are
+processor seconds. Rows that the record has are kept, and files that lie in the work folder.
 
 The tools come from the source package of `llama-cpp-python`: `cmake -B build -DLLAMA_CURL=OFF`, then `cmake
 --build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
@@ -46,6 +46,7 @@ from subjects import Subject, tokens_of
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import Prepared, check_loss, prepare
+from tensornet.quantization.formats import MENUS
 from tensornet_hf.compare import load_any
 from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
@@ -60,6 +61,8 @@ TITLES = {
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
+#: The format of the type Q5_0, for which llama.cpp has slower kernels than for the others.
+SLOW = "int5:g32:float16"
 Row = dict[str, Any]
 
 
@@ -81,6 +84,7 @@ class Bench:
         self.context = subject.judged[0]["input_ids"].shape[1]
         self.dense = subject.load()
         self.prepared: Prepared | None = None
+        self.prefix = "fast plan " if given.fast else "plan "
 
     def row(self, name: str) -> Row | None:
         """Find the row of a file."""
@@ -152,14 +156,15 @@ class Bench:
             if any(abs(size / x - 1) < 0.002 for x in done):
                 continue
             done.append(size)
-            if self.row(f"plan {name}") is None:
-                self.plan(f"plan {name}", size)
+            if self.row(f"{self.prefix}{name}") is None:
+                self.plan(f"{self.prefix}{name}", size)
 
     def plan(self, name: str, size: int) -> None:
         """Write and judge the plan for one size."""
         subject, batches = self.subject, self.subject.calibration(0)
-        asked = tn.CompressionConfig(max_bytes=size)
-        config = for_target("gguf", replace(asked, formats="gguf"), self.dense, subject.folder)
+        formats = tuple(x for x in MENUS["gguf"] if x != SLOW) if self.given.fast else "gguf"
+        asked = tn.CompressionConfig(max_bytes=size, formats=formats)
+        config = for_target("gguf", asked, self.dense, subject.folder)
         seconds = {}
         start = processor_seconds()
         stats = self.statistics(config)
@@ -178,7 +183,7 @@ class Bench:
         report = th.export(small, file, source=subject.folder, force=True)
         seconds["export"] = processor_seconds() - start
         facts = {
-            "method": "plan",
+            "method": self.prefix.strip(),
             "asked_bytes": size,
             "predicted": plan.predicted_loss_increase,
             "types": dict(Counter(report.packed.values())),
@@ -201,9 +206,10 @@ class Bench:
     def speed(self) -> None:
         """Measure tokens per second of plans and presets in llama.cpp, and its own divergence."""
         pairs = {
-            row["name"]: row["name"].removeprefix("plan ")
+            row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows
-            if row["model"] == self.subject.name and row["name"].removeprefix("plan ") in self.given.presets
+            if row["model"] == self.subject.name
+            and row["name"].removeprefix(self.prefix) in self.given.presets
         }
         files = {name: self.work / f"{name.replace(' ', '-')}.gguf" for name in pairs}
         rates: dict[str, dict[str, list[float]]] = {x: {"generated": [], "read": []} for x in files}
@@ -288,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
     parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
+    parser.add_argument("--fast", action="store_true", help="plans without Q5_0, whose kernels are slow")
     parser.add_argument("--repeats", type=int, default=5, help="of llama-bench")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder of the files")
