@@ -16,7 +16,7 @@ from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
-from tensornet_hf.trainer import GradientMaskCallback, RouterStatsCallback
+from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
 from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "FolderReport",
     "GradientMaskCallback",
     "MoEConfig",
+    "RouterBiasCallback",
     "RouterStatsCallback",
     "TensorNetworkConfig",
     "UpcycleReport",

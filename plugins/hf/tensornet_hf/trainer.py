@@ -23,7 +23,14 @@ from tensornet.healing.heal import (
     relative_groups,
     trained_parameters,
 )
-from tensornet_moe import ExpertPool, GradientMask, SharedCoreMoE, linear_fade, shared_parameters
+from tensornet_moe import (
+    ExpertPool,
+    GradientMask,
+    SharedCoreMoE,
+    linear_fade,
+    shared_parameters,
+    update_biases,
+)
 from tensornet_moe.mask import Granularity
 
 
@@ -87,6 +94,32 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
             return {"args": {}, "attributes": {}}
         state = self.mask.state_dict()
         return {"args": {}, "attributes": {**state, "generator": bytes(state["generator"].tolist()).hex()}}
+
+
+class RouterBiasCallback(TrainerCallback):
+    """Balances the load of experts without a loss: calls `tensornet_moe.update_biases` after each step.
+
+    It is for routers with a `bias_rate`, for example those of `th.upcycle(model, pool="all")`. The biases are
+    buffers of the model, so checkpoints contain them.
+
+    Raises (when training begins):
+        TargetError: no router of the model has biases.
+
+    Example:
+        >>> callback = th.RouterBiasCallback()  # Trainer(..., callbacks=[callback])
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that the model has routers with biases."""
+        if all(mixture.router.bias_steps is None for mixture in _mixtures(kwargs["model"]).values()):
+            raise TargetError(
+                f"No router of this {type(kwargs['model']).__name__} has biases to update; upcycle it with "
+                "bias_rate=0.001, for example."
+            )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move the biases by one step."""
+        update_biases(kwargs["model"])
 
 
 class RouterStatsCallback(TrainerCallback):

@@ -133,6 +133,53 @@ def test_router_statistics_are_measured_and_logged(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_biases_move_once_a_step_towards_an_even_load(accumulation: int, tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    th.upcycle(model, experts=4, top_k=1, share="none", bias_rate=0.001)
+    routers = [m.router for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
+    nn.init.zeros_(routers[0].weight)  # every token goes to one expert, whose bias falls
+    steps = {"max_steps": 3, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
+    trainer_of(model, tmp_path, [th.RouterBiasCallback()], **steps).train()
+    alike = torch.stack([router.bias_steps for router in routers])
+    assert int(alike.abs().max()) <= 3
+    assert sorted(routers[0].bias_steps.tolist()) != [0, 0, 0, 0]
+    assert set((routers[0].bias_steps % 2).tolist()) == {1}  # three steps by one
+
+
+def test_groups_of_parameters_for_trainer(tmp_path: Path) -> None:
+    """Rates of shared tensors stay divided by the root of their sharers under the schedule of `Trainer`."""
+    model = ARCHITECTURES["gpt2"].dense
+    th.upcycle(model, pool="all", experts=4)
+    optimizer = torch.optim.AdamW(tm.parameter_groups(model, lr=1e-2, weight_decay=0.1))
+    options = {"lr_scheduler_type": "linear", "max_steps": 4}
+    settings = trainer_of(model, tmp_path, [], **options).args
+    before = [p.detach().clone() for p in model.parameters()]
+    callbacks = [th.RouterBiasCallback()]
+    trainer = Trainer(
+        model, settings, train_dataset=Sentences("gpt2"), callbacks=callbacks, optimizers=(optimizer, None)
+    )
+    rates = []
+    trainer.add_callback(Rates(rates))
+    trainer.train()
+    assert rates == pytest.approx([1e-2 * (1 - k / 4) for k in range(4)])
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Rates(TrainerCallback):
+    """The rate of what has one sharer, before each step; that of others is divided by the root of two."""
+
+    def __init__(self, rates: list[float]) -> None:
+        self.rates = rates
+
+    def on_pre_optimizer_step(
+        self, *args: object, optimizer: torch.optim.Optimizer, **kwargs: object
+    ) -> None:
+        one, two = optimizer.param_groups
+        self.rates.append(one["lr"])
+        assert two["lr"] == pytest.approx(one["lr"] / math.sqrt(2))
+
+
 def test_the_trained_loss_holds_the_auxiliary_ones(tmp_path: Path) -> None:
     """Under accumulation the auxiliary losses of all micro-batches make one mean, not a sum."""
     logged = []
@@ -154,6 +201,7 @@ def test_callbacks_on_a_model_without_mixtures_say_so(tmp_path: Path) -> None:
     for callback, message in (
         (th.GradientMaskCallback(0.5), "has no core that experts share"),
         (th.RouterStatsCallback(), "has no mixture to watch"),
+        (th.RouterBiasCallback(), "No router of this GPT2LMHeadModel has biases"),
     ):
         with pytest.raises(TargetError, match=message):
             trainer_of(ARCHITECTURES["gpt2"].dense, tmp_path, [callback]).train()
