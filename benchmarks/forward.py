@@ -77,7 +77,7 @@ class Case:
         return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
 
 
-#: A low rank is a chain of two sites, `(out, 1) x (1, in)`: what the planner takes for pretrained layers.
+#: A low rank is a chain of two sites, `(out, 1) x (1, in)`; for pretrained layers plans mostly choose it.
 CASES = (
     Case("768x768, low rank 192 (50 %)", (768, 1), (1, 768), 192),
     Case("768x768, low rank 307 (80 %)", (768, 1), (1, 768), 307),

@@ -141,7 +141,7 @@ def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
 def measure(
     models: dict[str, nn.Module], mode: str, tokens: int, seconds: float, threads: int
 ) -> Iterator[dict[str, Any]]:
-    """Measure the rows of all sides, timed in turn."""
+    """Time all variants of the model in turn, and yield one row for each."""
     torch._dynamo.reset()
     ways = {side: passes(model, mode, tokens) for side, model in models.items()}
     with inductor.patch(TUNED if mode == "tuned" else {}):

@@ -220,7 +220,7 @@ class Run:
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
-        """Judge the averaged weights on both parts, and the last ones on the test part."""
+        """Judge the averaged weights on the tuning and the test part, the present ones on the test part."""
         last_loss, _ = self.evaluate()
         self._exchange()
         tune_loss, _ = self.evaluate("tune")

@@ -115,7 +115,7 @@ def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
 
 
 def corpus_of(text: str, *, vocabulary: int) -> Corpus:
-    """Return a corpus of one text whose parts are cut from it by paragraph, for tests."""
+    """Split one text by paragraphs into a small corpus for tests."""
     documents = split(text.split("\n\n"), every=8)
     tokenizer = train_tokenizer(documents["train"], vocabulary)
     parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}

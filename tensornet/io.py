@@ -130,7 +130,7 @@ def new_folder(target: Path) -> Iterator[Path]:
                 file.chmod(0o666 & ~mask)
         take_place(folder, target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # was moved away if all went well
+        shutil.rmtree(folder, ignore_errors=True)  # after a success the folder was moved, and is absent
 
 
 def take_place(folder: Path, target: Path) -> None:

@@ -338,7 +338,7 @@ class MomentRecorder:
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
-        """Add the gradient of the summed loss with respect to one output, with inputs that were held."""
+        """Add the gradient of the summed loss with respect to one output, and the inputs stored for it."""
         if held:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
@@ -558,8 +558,7 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:  # weights are frozen, so the graph starts at the first layer
-            # A copy, since the model may change its output in place, which a leaf of the graph does not
-            # allow.
+            # The model may change this output in place, which autograd forbids for a leaf; so copy it.
             output = output.detach().requires_grad_().clone()
         (given,) = (*args, *kwargs.values())
         paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]

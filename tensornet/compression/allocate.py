@@ -283,7 +283,7 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 _BLIND = "int8"
 #: Largest number of layers named in an error.
 _NAMED = 4
-#: Largest number of rounds in which the weights of several caps are adjusted.
+#: Largest number of rounds that adjust the multipliers of several caps.
 _ROUNDS = 80
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Layers of a plan, each a `LayerPlan`, whose module imports this one to plot itself.
+#: Layers of a plan, each a `LayerPlan`. That class cannot be imported here: its module imports this one.
 Layers = Sequence[Any]
 
 #: Colours by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. An HTML page
@@ -158,7 +158,7 @@ def losses_figure(
     }
     values = [x for known in losses.values() for x in known.values() if x > _FLOOR]
     low, high = min(values, default=_FLOOR) / 2, max(values, default=1.0) * 2
-    # Kinds of layers over blocks; without blocks all layers are in one panel.
+    # One panel for each kind of layer, over the number of the block; a single one if there are no blocks.
     kinds, blocks, cells = grid_of([layer.name for layer in layers])
     panels = [
         (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)

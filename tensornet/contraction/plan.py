@@ -85,7 +85,7 @@ class ContractionPlan:
         matrices: if the plan only multiplies operand 0 by one matrix after the other, the position of each
             matrix and its shape `(out, in)` for `torch.nn.functional.linear`. For example, low rank is `y =
             (x B^T) A^T` with the stored cores.
-        terms: for a sum, the positions of the operands of each term, and its plan. `steps` then contains the
+        terms: for a sum, the positions of the operands and the plan of each term. `steps` then contains the
             steps of all terms, for the cost model only.
     """
 

@@ -36,7 +36,7 @@ from tensornet.linalg.svd import (
 
 # --- one step: split a block into an orthonormal factor and the rest ------------------------------
 
-#: Smallest fraction of discarded energy, in units of rounding, for which the fast step is used.
+#: Smallest fraction of discarded energy, in machine epsilons, for which the fast step is used.
 _TRUSTED = 1e5
 #: Iterated subspaces may exceed the optimal discarded energy by this fraction (half of it in the error).
 _SLACK = 3e-3

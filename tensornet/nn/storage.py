@@ -492,7 +492,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Map each core with an identity block to the bond that is pivoted.
+    """Map each core that has an identity block to the bond on which it is pivoted.
 
     Raises:
         TopologyError: the family is not registered.

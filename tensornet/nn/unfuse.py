@@ -358,7 +358,7 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """Copy a matrix to contiguous memory if it shares its memory."""
+    """Copy a matrix to contiguous memory of its own, unless it has that already."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 

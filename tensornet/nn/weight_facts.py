@@ -105,7 +105,7 @@ def weight_facts(
         trained: parameters of its cores.
         layer: the layer that it belongs to, for the error.
     """
-    # NaN, since traces without support for subclasses compute with a plain tensor.
+    # A trace that ignores tensor subclasses computes with these values; NaN shows that it did.
     made = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
     if torch.compiler.is_dynamo_compiling():
         return made.as_subclass(WeightFacts)

@@ -38,7 +38,7 @@ from tensornet.topologies.factored import (
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
-#: Conjugate gradient steps per core. Without a weighting the first solves exactly for cores with few bonds.
+#: Conjugate gradient steps per core. Without a weighting, one step is exact for cores with few bonds.
 _STEPS = 2
 #: A sweep that lowers the squared error by less than this fraction is the last.
 _SETTLED = 2e-4

@@ -57,8 +57,8 @@ class _AuxLosses:
             return
         _mark_inner(part, True)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        # An encoder of sound or images makes fewer tokens than there are frames, so a mask of frames does not
-        # fit.
+        # Encoders of sound and images make fewer tokens than there are frames, so masks of frames have
+        # another length.
         frames = any(given.get(name) is not None for name in FRAMES)
         mask = None if frames else _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
         labels, decoder_mask = given.get("labels"), given.get("decoder_attention_mask")

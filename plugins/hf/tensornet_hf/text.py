@@ -364,7 +364,7 @@ def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str,
     )
 
 
-#: Characters of a piece of text: a few windows, and a small part of the calibration text.
+#: Number of characters in a piece of text: enough for a few windows, and little of the calibration text.
 PIECE = 6_000
 
 

@@ -39,7 +39,7 @@ class AuxLosses:
         total: sum weighted by the coefficients of each layer, a scalar to add to the loss.
         balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
         z: router z-loss, unweighted, shape `(layers,)`.
-        usage: of a layer whose pool is balanced as a whole, the terms of the loss of the pool.
+        usage: the terms of the pool's balancing loss, if the layer's pool is balanced as a whole.
     """
 
     total: Tensor

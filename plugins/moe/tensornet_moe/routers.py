@@ -1,4 +1,4 @@
-"""Routers, which choose experts and combine weights for every token; their registry; expert capacity."""
+"""Routers: they choose the experts of each token and their weights. Registry of routers; expert capacity."""
 
 import math
 from abc import ABC, abstractmethod

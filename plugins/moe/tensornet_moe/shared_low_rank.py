@@ -96,7 +96,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
 def pattern_of(topology: Topology, core: str) -> str | None:
     """Find the pattern to which a topology and its shared core belong, or None."""
 
-    def ordered(other: Topology) -> Topology:  # the order of sizes is lost in files
+    def ordered(other: Topology) -> Topology:  # files do not keep the order of the sizes
         return replace(other, sizes=tuple(sorted(other.sizes)))
 
     rank = max(topology.bond_dims.values(), default=0)

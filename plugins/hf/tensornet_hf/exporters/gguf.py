@@ -332,7 +332,7 @@ def _with_skeleton(
             )
         if name in known:
             wanted.setdefault(name, layer)
-    # In a file with matrices of 16 bits, one in float32 is one that llama.cpp reads in float32 alone.
+    # In a file of 16 bits, a matrix is in float32 only if llama.cpp cannot read it otherwise.
     halves = any(tensor.tensor_type.name in ("F16", "BF16") for tensor in reader.tensors)
     writer = gguf.GGUFWriter(path=None, arch=arch)
 
@@ -444,12 +444,12 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
 
 
 def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone: bool) -> PreTrainedModel:
-    """Copy a model as one of stock layers, with given weights of some tensor-network layers.
+    """Copy a model, with stock layers of given weights in place of tensor-network layers.
 
     Args:
         model: not changed; parameters are shared.
         matrices: weights by layer, shape `(out, in)`.
-        alone: everything else becomes zero. If not, other weights keep their values.
+        alone: set all other weights to zero; if not, they keep their values.
     """
     copied = light_copy(model)
     assert isinstance(copied, PreTrainedModel)
