@@ -23,7 +23,7 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
-from tensornet.nn.extension import ProvidedData, provided_data, sample_batch
+from tensornet.nn.extension import ProvidedData, provided_data, round_others, sample_batch
 from tensornet.nn.targets import READ, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
@@ -126,11 +126,12 @@ def compress(
     for name in returned.keys() & {layer.name for layer in plan}:
         plan = plan.replace_layer(name, None)
     del dense
+    rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
 
-    # Measure and report.
+    # Measure and report. Nothing predicts the loss of what extensions round.
     measured = None if before is None else measure(model, before)
     if measured is not None:
-        warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
+        warn_of_loss(measured, None if rounded else plan.predicted_loss_increase, options.loss_increase)
     params_after, bytes_after = model_size(model)
     weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
     return CompressionReport(
@@ -140,10 +141,11 @@ def compress(
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
         plan=plan.with_errors({name: errors[name] for name in errors if name not in returned}),
-        coverage=measure_coverage(weights, kept, unseen=plan.unseen),
+        coverage=measure_coverage(weights, [*kept, *rounded], unseen=plan.unseen),
         measured=measured,
         put_back=returned,
         was_run=batch is not None,
+        rounded=rounded,
     )
 
 

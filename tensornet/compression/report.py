@@ -142,6 +142,8 @@ class CompressionReport:
         put_back: layers that were put back dense after a run of the compressed model, with the reason.
         was_run: whether the compressed model was run on a batch, to find code that reads the weight of a
             replaced layer.
+        rounded: number formats of parameters that belong to no layer, such as the shared cores of experts, by
+            name. They are not part of the plan and its predictions.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -161,6 +163,7 @@ class CompressionReport:
     measured: LossIncrease | None = None
     put_back: Mapping[str, str] = field(default_factory=dict)
     was_run: bool = True
+    rounded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -193,6 +196,9 @@ class CompressionReport:
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, {self.seconds:.1f} s"
         )
         lines.append(str(self.coverage))
+        if self.rounded:
+            counts = Counter(self.rounded.values()).items()
+            lines.append("rounded outside of layers: " + ", ".join(f"{n} in {name}" for name, n in counts))
         lines += [f"put back dense: {name} ({reason})" for name, reason in self.put_back.items()]
         if not self.was_run:
             lines.append("not run: no batch to find code that reads the weights of replaced layers")
@@ -246,6 +252,7 @@ class CompressionReport:
             "coverage": self.coverage.to_dict(),
             "measured": None if self.measured is None else asdict(self.measured),
             "put_back": dict(self.put_back),
+            "rounded": dict(self.rounded),
             "loss_check": None if check is None else asdict(check),
             **self.plan.predictions(),
         }

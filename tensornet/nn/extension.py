@@ -80,6 +80,18 @@ class ModelExtension:
         """
         return False
 
+    def round_others(self, model: nn.Module, config: Any) -> Mapping[str, str]:
+        """Store tensors that belong to no layer in number formats, after all layers were replaced.
+
+        Args:
+            model: changed in place.
+            config: the `CompressionConfig`, which says formats and bits.
+
+        Returns:
+            Name of the format by the name of each parameter that was stored in it.
+        """
+        return {}
+
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
         """Return default calibration data for a model, or None if the extension has none.
 
@@ -138,6 +150,16 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
 def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
     """Return the batch of the first extension that makes one for this model, or None."""
     return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
+
+
+def round_others(model: nn.Module, config: Any) -> dict[str, str]:
+    """Let every extension round what belongs to no layer; see `ModelExtension.round_others`."""
+    rounded: dict[str, str] = {}
+    for extension in _EXTENSIONS:
+        rounded |= extension.round_others(model, config)
+    if rounded:
+        structure_changed(model)
+    return rounded
 
 
 def structure_changed(model: nn.Module) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import FormatError
+from tensornet.errors import BudgetError, FormatError
 from tensornet.healing import trained_scales
 from tensornet.nn import build_module, module_spec
 from tensornet.nn.storage import Storage
 from tensornet_hf.inspect import inspect_folder
 from tensornet_hf.quantizer import prepare_for_saving
+from tensornet_moe.rounding import BankExtension, round_banks
 
 IDS = torch.tensor([[5, 7, 9, 11, 13, 6]])
 FORMATS = ["float", "bf16", "int8", "int6:g32", "int4", "int3:row:zero", "int2:g32:float8"]
@@ -177,3 +178,78 @@ def test_stacks_of_stock_experts_in_integers(family: str, tmp_path: Path) -> Non
     stock = tn.decompress(model)
     torch.testing.assert_close(logits(stock), expected, rtol=1e-3, atol=1e-3)
     assert not any(isinstance(x, tn.nn.module.NetworkModule) for x in stock.modules())
+
+
+# --- formats chosen under a budget -----------------------------------------------------------------
+
+MENU = [tn.quantization.NumberFormat.parse(name) for name in ("float", "int8", "int4", "int2")]
+
+
+@pytest.mark.parametrize("bits", [5.7, 8.0, 12.0, 40.0])
+def test_chosen_formats_keep_the_budget_and_beat_one_format(bits: float) -> None:
+    banks = {"equal": bank(sites=3), "unequal": unequal()}
+    numbers = sum(part.num_params for part in banks.values())
+    fitting = []
+    for name in ("int8", "int4"):
+        twins = copy.deepcopy(banks)
+        cost = sum(part.quantize(name) ** 2 for part in twins.values())
+        if sum(part.num_bytes for part in twins.values()) <= bits * numbers / 8:
+            fitting.append(cost)
+    dense = {name: part.expert_matrices().detach() for name, part in banks.items()}
+    stored = {f"{name}.{key}" for name, part in banks.items() for key in part.stored}
+    named = round_banks(banks, MENU, bits_per_weight=bits)
+    assert sum(part.num_bytes for part in banks.values()) <= bits * numbers / 8
+    errors = [part.expert_matrices().detach() - dense[name] for name, part in banks.items()]
+    cost = sum(float(e.norm() / w.norm()) ** 2 for e, w in zip(errors, dense.values(), strict=True))
+    assert cost <= 1.05 * min(fitting, default=cost)  # errors of several cores add up only nearly
+    assert named.keys() <= stored
+    assert bool(named) == (bits < 40)
+    assert named.keys() == stored or bits > 6
+    assert set(named.values()) <= {"int8", "int4"}  # cores of networks have at least four bits
+
+
+def test_a_budget_that_no_format_keeps_is_refused() -> None:
+    banks = {"bank": bank()}
+    with pytest.raises(BudgetError, match="smallest candidates"):
+        round_banks(banks, MENU, bits_per_weight=3.0)
+    assert banks["bank"].storage == Storage()
+
+
+def test_compress_reaches_banks(tmp_path: Path) -> None:
+    model = gpt2().eval()
+    th.upcycle(model, share="center", experts=3, pool="all", top_k=1)
+    dense, numbers = logits(model), sum(m.num_params for m in banks_of(model).values())
+    config = tn.CompressionConfig(bits_per_weight=6.0, formats=("int8", "int4:g32"), verify=False)
+    report = tn.compress(model, config, calibration=[{"input_ids": IDS, "labels": IDS}], progress=False)
+    assert {x.partition(".core_")[0] for x in report.rounded} == set(banks_of(model))
+    assert report.coverage.covered > report.plan.params_before + numbers - 1
+    assert "SharedCoreExperts" not in str(report.coverage)
+    assert sum(m.num_bytes for m in banks_of(model).values()) <= 6 * numbers / 8
+    expected = logits(model)
+    assert 0 < float((expected - dense).abs().max()) < 0.5 * float(dense.abs().max())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(th.load(tmp_path).eval()), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reached"),
+    [
+        ({"formats": ("int8",)}, {"c_fc", "c_proj"}),
+        ({"formats": ("int8",), "exclude_modules": "*.experts.c_fc*"}, {"c_proj"}),
+        ({"formats": ("int8",), "target_modules": "c_attn"}, set()),
+        ({"param_ratio": 0.5}, set()),
+        ({"formats": "compressed-tensors"}, set()),
+    ],
+)
+def test_which_banks_are_reached(options: dict[str, object], reached: set[str]) -> None:
+    model = gpt2()
+    th.upcycle(model, share="base", experts=2, top_k=1)
+    config = tn.CompressionConfig(objective="weight", **options)  # type: ignore[arg-type]
+    found = BankExtension().round_others(model, config)
+    assert {name.split(".experts.")[1].partition(".")[0] for name in found} == reached
+    if reached:
+        assert BankExtension().round_others(model, config) == {}  # integers stay as they are
+
+
+def banks_of(model: torch.nn.Module) -> dict[str, tm.SharedCoreExperts]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, tm.SharedCoreExperts)}

@@ -1,5 +1,6 @@
 """Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
 
+import tensornet_moe.rounding  # noqa: F401  (registers itself)
 from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank, SharedCores
 from tensornet_moe.costs import ModelCosts, describe

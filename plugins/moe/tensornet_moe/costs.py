@@ -194,10 +194,9 @@ def _bytes(model: nn.Module, formats: Sequence[str]) -> dict[str, int]:
     replaced: set[int] = set()
     for part in model.modules():
         if isinstance(part, SharedCoreExperts):
-            owned = {key.partition(".")[0][len("core_") :].partition("_expert_")[0] for key in part.stored}
             replaced.update(id(tensor) for tensor in part.stored.values())
             for name, storage in storages.items():
-                for core in owned:
+                for core in part.owned_cores:
                     topologies = (part.topology,) if core in part.shared else part.topologies
                     sizes[name] += sum(storage.core_size(t, core, part.dtype)[1] for t in topologies)
         elif (kind := kind_of(part)) is not None and id(part.weight) not in replaced:

@@ -451,6 +451,12 @@ class SharedCoreExperts(Borrower, ExpertBank):
         buffers = {name: x for name, x in self.named_buffers() if name != "compute_like"}
         return {**dict(self.named_parameters()), **buffers}
 
+    @property
+    def owned_cores(self) -> tuple[str, ...]:
+        """Names of the cores that this bank stores itself."""
+        stems = {key.partition(".")[0].removeprefix("core_").partition("_expert_")[0] for key in self.stored}
+        return tuple(name for name in self.topology.core_names if name in stems)
+
     def stored_tensors(self) -> tuple[Tensor, ...]:
         """Return every tensor that the matrices are built from, borrowed ones included."""
         return (*self.stored.values(), *self.shared_parameters().values())
@@ -498,8 +504,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         storage = Storage(number_format=storage) if isinstance(storage, str) else storage  # type: ignore[arg-type]
         check_storage(storage, self.topology)
         before, like = self.expert_matrices(), self.compute_like
-        stems = {key.partition(".")[0][5:].partition("_expert_")[0] for key in self.stored}
-        owned = [name for name in self.topology.core_names if name in stems]
+        owned = self.owned_cores
         values = {name: self.core(name).to(like) for name in owned}
         whole = owned if len(set(self.topologies)) == 1 else [name for name in owned if name in self.shared]
         self.storage = storage

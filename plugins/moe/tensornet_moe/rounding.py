@@ -1,0 +1,107 @@
+"""Number formats of the cores of banks, chosen under a budget of bits, for `tensornet.compress`."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from tensornet.compression.allocate import CostCurve, spend_size
+from tensornet.compression.config import CompressionConfig
+from tensornet.nn.extension import ModelExtension, register_extension
+from tensornet.nn.storage import FLOAT, Storage
+from tensornet.nn.targets import ALL, matches
+from tensornet.quantization import NumberFormat
+from tensornet_moe.experts import SharedCoreExperts
+
+
+@torch.no_grad()
+def round_banks(
+    banks: Mapping[str, SharedCoreExperts],
+    formats: Sequence[NumberFormat],
+    *,
+    bits_per_weight: float | None = None,
+) -> dict[str, str]:
+    """Store the cores of banks in number formats, in place.
+
+    Each core gets the format for which the squared relative errors of the expert matrices, added up over
+    cores and banks, are smallest within the budget. The errors are those of one rounded core at a time. Cores
+    of networks get only floating-point formats or at least four bits, as in `CompressionConfig.formats`.
+
+    Args:
+        banks: the banks by name; their cores must be floats.
+        formats: the formats to choose from.
+        bits_per_weight: mean bits of a number in the cores, scales included; only for a single format absent.
+
+    Returns:
+        Name of the format by the name of each parameter that was stored in it.
+
+    Raises:
+        BudgetError: the smallest formats together need more bits.
+
+    Example:
+        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(64, 64), num_experts=4, sites=3)
+        >>> formats = [tn.quantization.NumberFormat.parse(name) for name in ("int8", "int4")]
+        >>> tm.rounding.round_banks({"bank": bank}, formats, bits_per_weight=7)
+        {'bank.core_0': 'int8', 'bank.core_1': 'int4', 'bank.core_2': 'int8'}
+    """
+    places: list[tuple[str, str]] = []
+    choices: list[list[NumberFormat]] = []
+    curves: list[CostCurve] = []
+    numbers = 0
+    for name, bank in banks.items():
+        coarse = len(bank.topology.cores) == 1
+        allowed = [x for x in formats if coarse or x.bits is None or x.bits >= 4]
+        for core in bank.owned_cores:
+            topologies = (bank.topology,) if core in bank.shared else bank.topologies
+            sizes, costs = [], []
+            for number_format in allowed:
+                storage = Storage(core_formats={core: number_format})  # type: ignore[arg-type]
+                sizes.append(sum(storage.core_size(x, core, bank.dtype)[1] for x in topologies))
+                costs.append(copy.deepcopy(bank).quantize(storage) ** 2)
+            places.append((name, core))
+            choices.append(allowed)
+            curves.append(CostCurve(torch.tensor(sizes, dtype=torch.float64), torch.tensor(costs)))
+        numbers += bank.num_params
+    whole = float("inf") if bits_per_weight is None else bits_per_weight * numbers / 8
+    chosen = spend_size(curves, whole) if curves else []
+    found = {place: choices[k][index] for k, (place, index) in enumerate(zip(places, chosen, strict=True))}
+    named: dict[str, str] = {}
+    for name, bank in banks.items():
+        own = {core: found[name, core] for core in bank.owned_cores}
+        for key in bank.stored:
+            number_format = own[key.removeprefix("core_").partition("_expert_")[0]]
+            if number_format != FLOAT:
+                named[f"{name}.{key}"] = number_format.name
+        bank.quantize(Storage(core_formats=own))  # type: ignore[arg-type]
+    return named
+
+
+class BankExtension(ModelExtension):
+    """Rounds the cores of banks when `tensornet.compress` plans number formats by bits of a weight."""
+
+    def round_others(self, model: nn.Module, config: CompressionConfig) -> Mapping[str, str]:
+        """Round the cores of all banks that the configuration selects; see `round_banks`."""
+        one = len(config.number_formats) == 1
+        if config.menu is not None or not config.formats or not (one or config.bits_per_weight is not None):
+            return {}
+
+        def selected(name: str) -> bool:
+            given: Any = config.target_modules
+            taken = given in (None, ALL) or any(matches(name, x) for x in _listed(given))
+            return taken and not any(matches(name, x) for x in _listed(config.exclude_modules))
+
+        banks = {
+            name: part
+            for name, part in model.named_modules()
+            if isinstance(part, SharedCoreExperts) and not part.storage.own_dtypes and selected(name)
+        }
+        return round_banks(banks, config.number_formats, bits_per_weight=config.bits_per_weight)
+
+
+def _listed(patterns: str | Sequence[str] | None) -> Sequence[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns or ()
+
+
+register_extension(BankExtension())
