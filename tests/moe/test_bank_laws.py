@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import doctest
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from page_blocks import python_blocks
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -15,6 +17,7 @@ from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "custom_moe.md"
 E = 4
 OUT, IN = BankLaws.shape
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -144,6 +147,30 @@ class TestDocstring(BankLaws):
         bank = self.bank(num_experts, self.shape)
         with torch.no_grad():
             bank.get_parameter("weight").copy_(weight)
+        return bank
+
+
+class TestGuide(BankLaws):
+    """The bank at the end of docs/guides/custom_moe.md."""
+
+    @pytest.fixture(autouse=True)
+    def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(nn_module, "_BUILDERS", nn_module._BUILDERS.copy())
+        self.names: dict[str, Any] = {"torch": torch, "nn": nn, "tn": tn, "tm": tm}
+        (code,) = [block.code for block in python_blocks(GUIDE) if "(tm.ExpertBank)" in block.code]
+        exec(code, self.names)
+
+    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
+        made = self.names["DiagonalBank"](num_experts, shape).double()
+        assert isinstance(made, tm.ExpertBank)
+        return made
+
+    def from_dense(self, weight: Tensor, num_experts: int) -> tm.ExpertBank:
+        bank = self.bank(num_experts, self.shape)
+        with torch.no_grad():
+            bank.get_parameter("matrix").copy_(weight)
+            bank.get_parameter("left").fill_(1)
+            bank.get_parameter("right").fill_(1)
         return bank
 
 
