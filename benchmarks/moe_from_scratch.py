@@ -14,6 +14,9 @@ Runs are resumable to the step: the state folder holds weights, optimizer, avera
 run, and the batches are a function of seed and step. A run whose configuration differs from the stored
 one is refused. `--minutes` stops in time; the same command continues. The record `moe_from_scratch.json`
 has all runs, those that are to be continued included.
+
+With `--few-bits 8.25 4.25` finished runs are compressed as a whole to so many bits of a weight, and the
+record `moe_in_few_bits.json` has their bytes and losses. `--picture FILE` draws both records.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import tensornet as tn
 import tensornet_moe as tm
 from tensornet_hf.embedded import heldout_text
 
@@ -278,6 +282,72 @@ def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, floa
     return total / len(windows), statistics.mean(entropies)
 
 
+def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """Compress the averaged weights of a run by one plan for the whole model, and judge what is left.
+
+    Args:
+        run: a trained run.
+        bits: of a weight, scales included; float32 comes first.
+
+    Yields:
+        Rows with the bytes of the whole model and its loss.
+    """
+    run._exchange()
+    weights = {name: value.detach().clone() for name, value in run.model.state_dict().items()}
+    run._exchange()
+    context = run.sizes.context
+    pieces = [run.corpus.batch(k, windows=32, context=context, seed=run.seed) for k in range(8)]
+    batches = [piece[:, :-1].long() for piece in pieces]
+    for number in (None, *bits):
+        model = build_gpt2(run.row, run.sizes, run.seed)
+        model.load_state_dict(weights)
+        size = 4 * sum(p.numel() for p in model.parameters())
+        if number is not None:
+            config = tn.CompressionConfig(bits_per_weight=number, target_modules="all")
+            size = tn.compress(model, config, calibration=batches, progress=False).model_bytes_after
+        windows = run.corpus.windows("test", context=context, limit=run.recipe.judge_windows)
+        loss, _ = evaluate(model, windows, run.recipe.windows)
+        yield {
+            "row": run.row.name,
+            "seed": run.seed,
+            "rate": run.recipe.rate,
+            "tokens": run.tokens,
+            "bits": number,
+            "bytes": size,
+            "loss": loss,
+            "flops_per_token": run.summary()["flops_per_token"],
+        }
+
+
+def picture(records: Path, file: Path) -> None:
+    """Draw the loss over tokens, relative to the dense model, and over the bytes of the whole model."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    runs = json.loads((records / "moe_from_scratch.json").read_text())["rows"]
+    small = json.loads((records / "moe_in_few_bits.json").read_text())["rows"]
+    seed, longest = min(run["seed"] for run in runs), max(run["tokens"] for run in runs)
+    done = {r["row"]["name"]: r["history"] for r in runs if (r["seed"], r["tokens"]) == (seed, longest)}
+    dense = {point["tokens"]: point["loss"] for point in done["dense"]}
+    figure = Figure(figsize=(9.2, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, (name, history) in enumerate(sorted(done.items(), key=lambda x: x[1][-1]["loss"])):
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "markersize": 4}
+        shown = [point for point in history if point["tokens"] in dense]
+        losses = [point["loss"] - dense[point["tokens"]] for point in shown]
+        left.plot([point["tokens"] / MILLION for point in shown], losses, label=name, **style)
+        found = [x for x in small if (x["row"], x["seed"]) == (name, seed)]
+        found.sort(key=lambda x: x["bytes"])
+        right.plot([x["bytes"] / 1000 for x in found], [x["loss"] for x in found], label=name, **style)
+    left.set(xlabel="million tokens", ylabel="held-out loss minus that of the dense model, nats")
+    right.set(xscale="log", xlabel="model in int4, int8 and float32, KB", ylabel="held-out loss, nats")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "moe"}):
+        figure.savefig(file, metadata={"Date": None})
+
+
 def feed_forward_parameters(model: nn.Module) -> int:
     """Count the parameters of the feed-forward networks, always-on experts and borrowed cores included."""
     routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
@@ -325,8 +395,13 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16, help="of a batch")
+    parser.add_argument("--few-bits", nargs="+", type=float, help="compress finished runs to so many bits")
+    parser.add_argument("--picture", type=Path, help="draw the records to this file and train nothing")
     parser.add_argument("--toy", action="store_true", help="three tiny models on the embedded text")
     given = parser.parse_args(arguments)
+    if given.picture is not None:
+        picture(given.records, given.picture)
+        return Path(given.picture)
     torch.set_num_threads(1)
     if given.toy:
         sizes, recipe = toy_sizes(), Recipe(windows=4, warmup=2, judge_windows=8)
@@ -338,6 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
         recipe = Recipe(windows=given.windows)
         corpus = load_corpus(given.texts, given.state / "text", vocabulary=sizes.vocabulary)
     deadline = time.monotonic() + 60 * given.minutes
+    small: list[dict[str, Any]] = []
     for name in given.rows:
 
         def start(rate: float, seed: int, row: Row = ROWS[name]) -> Run:
@@ -350,8 +426,15 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
             return None
         best = min(first, key=lambda run: run.tune_loss(chosen_at)).recipe.rate
         for seed in given.seeds:
-            if not start(best, seed).train(round(given.tokens * MILLION), deadline=deadline):
+            run = start(best, seed)
+            if not run.train(round(given.tokens * MILLION), deadline=deadline):
                 return None
+            if given.few_bits:
+                found = [*in_few_bits(run, given.few_bits)]
+                print(*found, sep="\n", flush=True)
+                small += found
+    if given.few_bits:
+        return record("moe_in_few_bits", small, folder=given.records)
     lines = [json.loads(path.read_text()) for path in sorted(given.state.glob("*.json"))]
     return record(given.name, lines, folder=given.records)
 
