@@ -147,3 +147,14 @@ def test_seeds_train_at_the_rate_that_was_best(bench: ModuleType, corpus: Any, t
     (second,) = (run for run in dense if run["seed"] == 4)
     assert len(tuned) == 3
     assert tuned[second["recipe"]["rate"]] == min(tuned.values())
+
+
+def test_finished_runs_in_few_bits(bench: ModuleType, corpus: Any, tmp_path: Path) -> None:
+    run = start(bench, corpus, "pool, half", tmp_path)
+    train(run, 1)
+    whole, four = bench.in_few_bits(run, [4.25])
+    run._exchange()
+    assert whole["loss"] == run.evaluate()[0]
+    assert whole["bytes"] == 4 * sum(p.numel() for p in run.model.parameters())
+    assert 4.25 / 32 < four["bytes"] / whole["bytes"] < 5 / 32
+    assert whole["loss"] != four["loss"] == pytest.approx(whole["loss"], rel=0.01)
