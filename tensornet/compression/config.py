@@ -14,6 +14,7 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
+from tensornet.quantization.entropy import require_coder
 from tensornet.quantization.formats import MENUS
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
@@ -94,8 +95,9 @@ class CompressionConfig(LayerSelection):
             the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
             only those that are floating-point or have at least four bits. In layers whose weights are too
             small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
-            16-bit scales. Or the target of an export, `"gguf"` or `"compressed-tensors"`: what its files
-            store, at their bytes, and no networks. `"gguf"` plans embeddings and heads too.
+            16-bit scales. Or the name of a menu without networks: `"entropy"` has entropy-coded integers,
+            for the smallest files; `"gguf"`, `"compressed-tensors"` and `"mlx"` have what the files of these
+            targets store, at their bytes. `"gguf"` and `"mlx"` plan embeddings and heads too.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats.
             Curvature only; without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
@@ -353,13 +355,18 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     if isinstance(formats, str) and formats in MENUS:
         if config.topology != AUTO:
             raise FormatError(f"formats={formats!r} has no networks; leave out topology={config.topology!r}.")
+        if formats == "entropy":
+            require_coder("Planning entropy-coded formats")
         return formats
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
-            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the target of an export "
+            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "
             f"({', '.join(MENUS)}); got {formats!r}. 'int4' alone is written ('int4',)."
         )
-    return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
+    parsed = dict.fromkeys(NumberFormat.parse(name) for name in formats)
+    if any(each.rate is not None for each in parsed):
+        require_coder("Planning entropy-coded formats")
+    return tuple(each.name for each in parsed)
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:

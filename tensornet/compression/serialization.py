@@ -196,12 +196,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
                     f"the number format of its layer claims {str(tensor.dtype).removeprefix('torch.')}. Copy "
                     "it again, or save the model again."
                 )
-        number_format = module.number_format
-        if not number_format.is_integer:
-            continue
-        part = module.trained_scales
-        if not bool(state[f"{name}.{part}"].view(number_format.scale_dtype).float().isfinite().all()):
-            raise FormatError(
-                f"{path} is damaged: {name}.{part} contains NaN or infinity. Copy it again, or save the "
-                "model again."
-            )
+        stored = {part: state[f"{name}.{part}"] for part in module.names}
+        PackedCore(module.number_format, module.shape, module.columns, stored, module.axis).check_finite(
+            f"{path}: {name}"
+        )

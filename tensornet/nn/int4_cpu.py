@@ -445,7 +445,7 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
             fits &= layer.dtype == torch.bfloat16 and layer.strategy in ("auto", "factorized")
         if not fits or core.is_trained or core.device.type != "cpu":
             continue
-        if not has_layout(core.number_format, (len(core.codes), core.columns), max_growth):
+        if not has_layout(core.number_format, (len(core.scales), core.columns), max_growth):
             continue
         made = Int4Core(
             to_kernel(core.number_format, core.codes, core.scale_values, core.columns), core.shape

@@ -47,9 +47,10 @@ class IntegerMatrix:
 
     @classmethod
     def of(cls, core: PackedCore) -> "IntegerMatrix":
-        """Take the integers of a core."""
+        """Take the integers of a core; the scales of the columns of an entropy-coded one are left out."""
         zeros = core.tensors.get("zeros")
-        return cls(core.number_format, core.codes, core.scale_values, zeros, core.columns, core.scales)
+        codes = core.packed_codes()
+        return cls(core.number_format, codes, core.scale_values, zeros, core.columns, core.scales)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -11,6 +11,9 @@ accurate enough, since the largest scale of the 256 is never far from the range 
 Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
 16-bit ones and are more accurate, since codes are chosen after the scale has been rounded.
 
+Entropy-coded formats have a step for each row and each column, and codes of 8 bits that a range coder writes
+with fewer bits, see `tensornet.quantization.entropy`.
+
 Everything that depends on the format is a method of `NumberFormat`.
 """
 
@@ -48,10 +51,14 @@ LEVELS = {
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
 #: Bytes of 256 weights in GGUF's type of 2 bits, which also stores the lowest value of every group.
 _Q2_K_BYTES = 84
+#: Bits of a weight in which entropy-coded formats may store codes, smallest and largest, in steps of 1/8.
+RATES = (1.0, 6.0)
 _FLOATS = ("float", "bf16")
-#: Formats that another file format stores as they are, by the name of that target. `tensornet_hf.export`
-#: writes them; groups must divide the inputs of a layer. Those of MLX are exact in models of 16 bits.
+#: Menus of formats by name. `"entropy"` is for the smallest files of this library. The others are targets
+#: of `tensornet_hf.export`, which store these formats as they are; groups must divide the inputs of a layer.
+#: Those of MLX are exact in models of 16 bits.
 MENUS: dict[str, tuple[str, ...]] = {
+    "entropy": ("float", "int8", *(f"ec{rate / 4:g}" for rate in range(24, 4, -1))),
     "gguf": (
         "float",
         "int8:g32:float16",
@@ -89,6 +96,7 @@ MENUS: dict[str, tuple[str, ...]] = {
         "int2:float8",
     ),
 }
+_CODED = re.compile(r"ec(\d(\.\d+)?)")
 _PATTERN = re.compile(
     r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
     r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)))?"
@@ -123,6 +131,8 @@ class NumberFormat:
         scale_bits: 6 or 8 if scales are signed integers of so many bits times a step in `torch.float16`, the
             `scale_dtype`, for `SUPER_BLOCK` weights of a row, which must divide the row. 4 for unsigned ones,
             only with two bits; their steps have 9 significant bits, so that 1.5 times a step is exact too.
+        rate: bits of a weight in which entropy-coded codes are stored. Rows and columns have one scale each;
+            codes are integers of 8 bits in memory.
 
     Raises:
         FormatError: the combination does not exist.
@@ -141,8 +151,17 @@ class NumberFormat:
     dtype: torch.dtype | None = None
     table: bool = False
     scale_bits: int | None = None
+    rate: float | None = None
 
     def __post_init__(self) -> None:
+        if self.rate is not None:
+            plain = NumberFormat(8, None)
+            possible = RATES[0] <= self.rate <= RATES[1] and self.rate * 8 % 1 == 0
+            if not possible or replace(self, rate=None) != plain:
+                raise FormatError(
+                    f"Entropy-coded formats have {RATES[0]:g} to {RATES[1]:g} bits in steps of 1/8, such as "
+                    f"'ec3.25', one scale in torch.bfloat16 for each row, and no zero points; got {self!r}."
+                )
         if self.bits is None:
             other = self.group is not None or self.zero_point or self.table or self.scale_bits
             if other or self.dtype not in (None, torch.bfloat16):
@@ -182,7 +201,8 @@ class NumberFormat:
             name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl2` ... `nl4`, then optionally `:g64` (if
                 left out), `:g16`, `:g32`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or
                 `:float8` for the dtype of the scales, or `:s4`, `:s6` or `:s8` for scales of so many bits
-                under one of 16 bits.
+                under one of 16 bits. Or `ec` and the bits of a weight in the file, such as `"ec3.25"`, for
+                entropy-coded integers.
 
         Raises:
             FormatError: an unknown name; the message lists the known ones.
@@ -193,12 +213,14 @@ class NumberFormat:
             return cls()
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
+        if isinstance(name, str) and (coded := _CODED.fullmatch(name)):
+            return cls(8, None, rate=float(coded[1]))
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
             raise FormatError(
                 f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
                 "a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', 'int3:g64:zero', "
-                "'int4:g32:float8'."
+                "'int4:g32:float8'; and entropy-coded integers, such as 'ec3.25'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
         scale_bits = int(found["scale"]) if found["scale"] else None
@@ -216,6 +238,8 @@ class NumberFormat:
         """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
+        if self.rate is not None:
+            return f"ec{self.rate:g}"
         parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
         if self.group != DEFAULT_GROUP:
             parts.append("row" if self.group is None else f"g{self.group}")
@@ -237,7 +261,22 @@ class NumberFormat:
     @property
     def for_networks(self) -> bool:
         """True if plans use this format for cores of networks too, not for dense matrices alone."""
-        return not self.table and self.scale_bits is None
+        return not self.table and self.scale_bits is None and self.rate is None
+
+    @property
+    def column_dtype(self) -> torch.dtype:
+        """Dtype of the scales of columns in entropy-coded formats: a factor of 1.25 hardly matters there."""
+        return torch.float8_e5m2
+
+    def coded_bytes(self, shape: Sequence[int]) -> int:
+        """Count the bytes of entropy-coded codes, whose stream is padded to them.
+
+        Raises:
+            FormatError: the format is not entropy-coded.
+        """
+        if self.rate is None:
+            raise FormatError(f"The format {self.name!r} is not entropy-coded; use for example 'ec3.25'.")
+        return 16 + 4 * math.ceil(self.rate * math.prod(shape) / 32)
 
     @property
     def span(self) -> int | None:
@@ -508,6 +547,12 @@ class NumberFormat:
         rows, size = math.prod(sizes[:-1]), sizes[-1]
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize
+        if self.rate is not None:
+            return (
+                self.coded_bytes(sizes)
+                + rows * self.scale_dtype.itemsize
+                + math.prod(sizes[:-2]) * size * self.column_dtype.itemsize
+            )
         groups = self.groups(size)
         each = packed_bytes(size, self.bits)
         if self.scale_bits is None:

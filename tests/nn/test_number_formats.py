@@ -27,6 +27,7 @@ from tensornet.topologies.dense import round_dense
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
 INTEGERS = ["int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8", "nl4:g32:float16"]
+INTEGERS += ["ec2.5"]
 FORMATS = ["bf16", *INTEGERS]
 SHAPE = (20, 36)
 

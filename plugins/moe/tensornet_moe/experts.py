@@ -708,6 +708,11 @@ def check_storage(storage: Storage, topology: Topology) -> None:
             f"Cores of experts have number formats only, got {storage!r}; write "
             "Storage(number_format='int8') or the name of a format."
         )
+    if any(storage.format_of(name).rate is not None for name in topology.core_names):
+        raise FormatError(
+            f"Entropy-coded formats store single matrices, not cores of experts; got {storage!r}. Use "
+            "'int4' or another format of integers."
+        )
     layout(topology, storage, torch.float32)
 
 

@@ -266,7 +266,8 @@ def _integers(layer: NetworkModule, position: int) -> IntegerMatrix | str:
     """Return the integers of a core, or in a few words why it has none."""
     core, name = layer.stored_cores[position], layer.topology.core_names[position]
     number_format = layer.storage.format_of(name)
-    if not isinstance(core, PackedCore) or number_format.bits is None or core.axis is not None:
+    integers = number_format.bits is not None and number_format.rate is None
+    if not isinstance(core, PackedCore) or not integers or core.axis is not None:
         return f"stored as {number_format.name}, not as integers"
     scales = core.scale_values.float()
     zeros = torch.full_like(scales, number_format.center)

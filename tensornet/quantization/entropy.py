@@ -1,0 +1,327 @@
+"""Entropy-coded integers: a matrix with equal steps, rounded until its codes take a given number of bytes.
+
+A value is `row_step_i * column_step_j * (code - 128)`. With the moments `R = U_R D_R U_R^T` and
+`C = U_C D_C U_C^T` of `tensornet.quantization.feedback`, the loss increase of two-sided rounding is
+
+    1/24 sum_ij D_R,i D_C,j (row_step_i column_step_j)^2,
+
+and the entropy of the codes falls by one bit whenever a step doubles. So the steps of least loss at a given
+entropy are proportional to `D_R^-1/2` and `D_C^-1/2`, and one factor for all of them sets the entropy.
+
+Codes are written by a range coder. It models a code as normally distributed and rounded, with a variance that
+is a product of one number for its row and one for its column, which are written first. Only sums of integers
+decide which distribution a code has, and distributions are tables of integers, so that files are read alike
+on all machines.
+
+Reference:
+    Lifar et al. 2026, "WaterSIC", arXiv:2603.04956 (a step for each column, entropy coding); Martin 1979,
+    "Range encoding".
+"""
+
+import math
+import zlib
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tensornet._util import remembered, require
+from tensornet.errors import FormatError
+from tensornet.quantization.feedback import Grid, round_with_feedback
+from tensornet.quantization.formats import NumberFormat
+from tensornet.quantization.moments import Moment, loss_increase
+
+Integers = npt.NDArray[np.int64]
+
+#: Standard deviations of the modelled distributions are `2 ** ((level - FIRST) / 8)`.
+_LEVELS, _FIRST, _OCTAVE = 128, 32, 8
+#: Smallest mean square of codes by which others are divided.
+_LEAST = 2.0**-8
+#: Bytes before the coded words: a checksum, the mean level of the columns, and the level of the levels.
+_HEADER = 8
+#: Bits of a weight that may stay empty, after how many roundings more may, and when to give up.
+_EMPTY, _ROUNDINGS, _MOST_ROUNDINGS = 0.004, 5, 50
+#: Places at which the entropy of a matrix is estimated: per side, and logarithms of the step.
+_PLACES, _STEPS = 64, 64
+#: Largest weight in units of its step, which leaves room for the feedback of other elements below 128.
+_FARTHEST = 120
+
+
+def require_coder(user: str) -> Any:
+    """Return the package of the range coder.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    require(("constriction",), extra="entropy", user=user)
+    import constriction
+
+    return constriction.stream
+
+
+# --- bytes ------------------------------------------------------------------------------------------
+
+
+def encode(codes: Tensor) -> bytes:
+    """Write the codes of a matrix with the coder.
+
+    Args:
+        codes: `torch.uint8` around 128, shape `(out, in)`.
+
+    Raises:
+        MissingDependencyError: the package constriction is not installed.
+
+    Example:
+        >>> from tensornet.quantization.entropy import decode, encode
+        >>> codes = torch.randn(64, 64).mul(2).round().add(128).to(torch.uint8)
+        >>> coded = encode(codes)
+        >>> 8 * len(coded) / codes.numel() < 3.7, torch.equal(decode(coded, codes.shape), codes)
+        (True, True)
+    """
+    stream = require_coder("Entropy coding")
+    # 1. Fit the variances: one number for each column, and what they leave to the rows.
+    values = codes.cpu().contiguous().numpy()
+    energy = np.square(values.astype(np.float64) - 128)
+    columns = _level_with(energy.mean(0)) - _FIRST
+    left = energy / np.maximum(_energies()[columns + _FIRST], _LEAST)
+    rows = np.rint(_OCTAVE / 2 * np.log2(left.mean(1) + _LEAST)).astype(np.int64)
+    # 2. Write the levels, as differences from their means, then all codes with one level after another.
+    middle, least = int(np.rint(columns.mean())), int(np.rint(rows.mean()))
+    levels = np.concatenate([columns - middle, rows - least]).clip(-128, 127)
+    spread = int(_level_with(np.square(levels, dtype=np.float64).mean()))
+    encoder, models = stream.queue.RangeEncoder(), _models()
+    encoder.encode((levels + 128).astype(np.int32), models[spread])
+    found = _level_of(levels + np.repeat([middle, least], values.shape[::-1]), values.shape)
+    symbols = values.reshape(-1)[np.argsort(found, kind="stable")].astype(np.int32)
+    ends = np.cumsum(np.bincount(found, minlength=_LEVELS))
+    for level, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if end > start:
+            encoder.encode(symbols[start:end], models[level])
+    header = zlib.crc32(values.tobytes()).to_bytes(4, "little")
+    header += bytes([middle + 128, least + 128, spread, 0])
+    return header + encoder.get_compressed().astype("<u4").tobytes()
+
+
+def decode(coded: bytes, shape: tuple[int, int]) -> Tensor:
+    """Read the codes of a matrix: the inverse of `encode`; bytes after the end are ignored.
+
+    Args:
+        coded: from `encode`.
+        shape: `(out, in)`.
+
+    Returns:
+        `torch.uint8`, shape `(out, in)`, on the CPU.
+
+    Raises:
+        FormatError: the bytes are damaged.
+        MissingDependencyError: the package constriction is not installed.
+    """
+    stream = require_coder("An entropy-coded weight")
+    rows, columns = shape
+    if len(coded) < _HEADER:
+        raise FormatError(_DAMAGED)
+    middle, least, spread = coded[4] - 128, coded[5] - 128, coded[6]
+    words = np.frombuffer(coded[_HEADER : len(coded) // 4 * 4], "<u4").astype(np.uint32)
+    try:
+        decoder, models = stream.queue.RangeDecoder(words), _models()
+        levels = decoder.decode(models[spread], rows + columns).astype(np.int64) - 128
+        found = _level_of(levels + np.repeat([middle, least], shape[::-1]), shape)
+        symbols = [
+            decoder.decode(models[level], int(count))
+            for level, count in enumerate(np.bincount(found, minlength=_LEVELS))
+            if count
+        ]
+    except (AssertionError, ValueError, IndexError) as error:  # what the coder raises for impossible bytes
+        raise FormatError(f"{_DAMAGED} ({error!s:.80})") from error
+    codes = np.empty(rows * columns, np.uint8)
+    codes[np.argsort(found, kind="stable")] = np.concatenate(symbols) if symbols else codes
+    if zlib.crc32(codes.tobytes()) != int.from_bytes(coded[:4], "little"):
+        raise FormatError(_DAMAGED)
+    return torch.from_numpy(codes.reshape(shape))
+
+
+_DAMAGED = "the entropy-coded bytes are damaged, or another version of the coder wrote them"
+
+
+def _level_with(energy: Any) -> Any:
+    """Return the levels of the distributions with the given mean squares."""
+    return np.rint(np.interp(energy, _energies(), np.arange(_LEVELS))).astype(np.int64)
+
+
+def _level_of(levels: Integers, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Add the levels of columns and rows for every element, in one vector."""
+    rows, columns = levels[shape[1] :], levels[: shape[1]]
+    return (rows[:, None] + columns + _FIRST).clip(0, _LEVELS - 1).astype(np.uint8).reshape(-1)
+
+
+@lru_cache(maxsize=1)
+def tables() -> Integers:
+    """Compute the distributions of codes, in units of `2**-22`, shape `(levels, 256)`."""
+    edges = np.arange(-128, 129) - 0.5
+    edges[0], edges[-1] = -math.inf, math.inf
+    found = np.empty((_LEVELS, 256), np.int64)
+    for level in range(_LEVELS):
+        scale = 2.0 ** ((level - _FIRST) / _OCTAVE) * math.sqrt(2)
+        below = np.array([0.5 * math.erfc(-edge / scale) for edge in edges])
+        found[level] = np.rint(np.diff(below) * 2**22)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _energies() -> npt.NDArray[np.float64]:
+    """Compute the mean square of each distribution."""
+    found: npt.NDArray[np.float64] = tables() @ np.square(np.arange(-128.0, 128)) / tables().sum(1)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _models() -> list[Any]:
+    # Every code keeps a positive probability, however rare it is.
+    categorical = require_coder("Entropy coding").model.Categorical
+    return [categorical(each.astype(np.float32), perfect=False) for each in tables() + 1]
+
+
+# --- steps and rounding -----------------------------------------------------------------------------
+
+
+class Coded(NamedTuple):
+    """Codes and steps of a matrix `(out, in)`.
+
+    Args:
+        codes: as floating-point numbers from 0 to 255.
+        scales: steps of the rows, shape `(out, 1)`, in the dtype of the format.
+        column_scales: steps of the columns, shape `(in,)`, in the dtype of the format.
+        loss: loss increase, a scalar.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    column_scales: Tensor
+    loss: Tensor
+
+
+def round_to_rate(
+    weight: Tensor,
+    number_format: NumberFormat,
+    rows: Moment | None,
+    columns: Moment | None,
+    fed_back: tuple[Moment | None, Moment | None],
+) -> Coded:
+    """Round a matrix with the smallest steps at which its coded bytes fit into those of the format.
+
+    Args:
+        weight: shape `(out, in)`.
+        number_format: an entropy-coded format.
+        rows: moment of the gradients.
+        columns: moment of the inputs.
+        fed_back: the moments along which errors are fed back.
+
+    Raises:
+        FormatError: no steps are found; the rate is too low for a matrix this small.
+        MissingDependencyError: the package constriction is not installed.
+    """
+    limit, count = number_format.coded_bytes(weight.shape), weight.numel()
+    across, along = _directions(weight, rows, columns)
+    column_scales = along.to(number_format.column_dtype)
+    exponent, lowest = (
+        _exponent(weight, number_format, rows, columns),
+        float(rate_curve(weight, rows, columns)[0][0]),
+    )
+    best, room = None, math.inf
+    for attempt in range(_MOST_ROUNDINGS):
+        scales = number_format.storable(across[:, None] * 2.0**exponent)
+        steps = scales.to(weight.dtype) * column_scales.to(weight.dtype)
+        grid = Grid(steps[None], number_format.center, number_format.top)
+        codes = round_with_feedback(weight[None], grid, *fed_back)
+        left = 8 * (limit - len(encode(codes[0].to(torch.uint8)))) / count
+        if 0 <= left < room:
+            room, best = left, (codes[0], scales, column_scales)
+        if best is not None and (room <= _EMPTY or attempt >= _ROUNDINGS or exponent <= lowest):
+            break
+        # Twice the step saves one bit of every weight, or less if most codes are zero.
+        exponent = max(exponent + _EMPTY / 2 - left, lowest)
+    if best is None:
+        raise FormatError(
+            f"{number_format.name!r} has {limit} bytes for the codes of a matrix of shape "
+            f"{tuple(weight.shape)}, into which no steps were found; use a format of more bits."
+        )
+    codes, scales, column_scales = best
+    error = weight - (codes - number_format.center) * scales.to(weight.dtype) * column_scales.to(weight.dtype)
+    return Coded(codes, scales, column_scales, loss_increase(error[None], rows, columns)[0])
+
+
+@remembered
+def _directions(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Tensor, Tensor]:
+    """Compute the steps of rows and columns up to a factor: `D^-1/2`, with a geometric mean of one."""
+    found = []
+    for moment, size in ((rows, weight.shape[0]), (columns, weight.shape[1])):
+        sensitivity = weight.new_ones(1, size)
+        if moment is not None and moment.full:
+            sensitivity = moment.feedback[1].gather(1, moment.order.argsort(1))
+        elif moment is not None:
+            sensitivity = moment.diagonal
+        logarithm = -0.5 * sensitivity[0].log2()
+        found.append((logarithm - logarithm.mean()).clamp(-8, 8).exp2())
+    return found[0], found[1]
+
+
+def expected_steps(
+    weight: Tensor, number_format: NumberFormat, rows: Moment | None, columns: Moment | None
+) -> tuple[Tensor, Tensor]:
+    """Estimate the steps of rows and columns that `round_to_rate` will find."""
+    across, along = _directions(weight, rows, columns)
+    return across * 2.0 ** _exponent(weight, number_format, rows, columns), along
+
+
+def _exponent(
+    weight: Tensor, number_format: NumberFormat, rows: Moment | None, columns: Moment | None
+) -> float:
+    """Estimate the logarithm of the common factor of all steps."""
+    exponents, bits = rate_curve(weight, rows, columns)
+    wanted = 8 * number_format.coded_bytes(weight.shape) / weight.numel()
+    return float(np.interp(-wanted, -bits, exponents))
+
+
+@remembered
+def rate_curve(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Any, Any]:
+    """Estimate the coded size of a matrix without rounding it.
+
+    Args:
+        weight: shape `(out, in)`.
+        rows: moment of the gradients.
+        columns: moment of the inputs.
+
+    Returns:
+        Logarithms of the common factor of all steps, ascending from the smallest at which no code is clamped,
+        and the bits of a weight for each.
+    """
+    # 1. Mean squares of the weights, in units of their steps, by row and by column.
+    across, along = _directions(weight, rows, columns)
+    energy = (weight / across[:, None] / along).square().double()
+    mean = float(energy.mean())
+    if mean == 0:
+        return np.array([0.0, 1.0]), np.array([1.0, 0.0])
+    of_rows, of_columns = (_quantiles(energy.mean(axis)) for axis in (1, 0))
+    # 2. The variance of the feedback that is added before rounding.
+    growth = [1.0 if x is None or not x.full else float(x.growth.mean()) for x in (rows, columns)]
+    feedback = (growth[0] * growth[1] - 1) / 12
+    # 3. The entropy of a code of every row and column, for steps that need no code beyond the table.
+    widest = 0.5 * math.log2(float(energy.max()) / _FARTHEST**2)
+    exponents = max(0.5 * math.log2(mean) - 5, widest) + np.linspace(0, 9, _STEPS)
+    distributions = tables() / tables().sum(1, keepdims=True)
+    entropies = -(distributions * np.log2(np.maximum(distributions, 1e-300))).sum(1)
+    bits = []
+    for exponent in exponents:
+        seen = of_rows[:, None] * of_columns / mean * 4.0**-exponent + feedback
+        levels = _OCTAVE / 2 * np.log2(seen + 1e-30) + _FIRST
+        bits.append(np.interp(levels, np.arange(_LEVELS), entropies).mean())
+    header = (4 * sum(weight.shape) + 8 * _HEADER) / weight.numel()
+    return exponents, np.array(bits) + header
+
+
+def _quantiles(values: Tensor) -> Any:
+    ordered = values.sort().values.cpu().numpy()
+    return ordered[np.linspace(0, len(ordered) - 1, min(len(ordered), _PLACES)).round().astype(int)]
