@@ -138,6 +138,8 @@ def test_bad_formats() -> None:
         made.quantize(Storage(core_formats={"7": "int4"}))  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="number formats only"):
         made.quantize(Storage(pivoted=True))
+    with pytest.raises(FormatError, match="single matrices"):
+        made.quantize("ec3")
     assert all(torch.equal(x, before[k]) for k, x in made.state_dict().items())
 
 
