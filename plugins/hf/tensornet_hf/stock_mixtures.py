@@ -164,7 +164,7 @@ def _network(layer: SharedCoreMoE) -> ExpertFFN:
     """Return the experts of a layer, those of its pool if it uses one."""
     experts: Any = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
     check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are spread")
-    return experts  # type: ignore[no-any-return]
+    return experts
 
 
 def _refuse_attention(model: PreTrainedModel) -> None:
