@@ -245,12 +245,11 @@ class Bench:
         return float(re.search(r"Mean\s+KLD:\s+([-\d.e]+)", said)[1])  # type: ignore[index]
 
 
-def picture(rows: Sequence[Row], file: Path) -> None:
+def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
     """Draw the divergence over the bits of the file: plans as a line, presets as points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["model"] for row in rows))
     figure = Figure(figsize=(4.6 * len(names), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
@@ -304,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         given.work = given.records / "gguf-work"
     file = given.records / "gguf_files.json"
     if given.picture is not None:
-        picture(json.loads(file.read_text())["rows"], given.picture)
+        picture(json.loads(file.read_text())["rows"], given.models, given.picture)
         return Path(given.picture)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
