@@ -85,9 +85,8 @@ def test_files_of_llama_cpp_have_the_size_that_was_asked_for(
     (row,) = records("gguf_files")["rows"]
     assert row["bytes"] == pytest.approx(row["asked_bytes"], rel=0.01)
     assert row["bytes"] <= row["asked_bytes"]
-    load_benchmark("gguf_files").picture(
-        [row, {**row, "name": "Q4_0", "method": "llama-quantize"}], tmp_path / "x.svg"
-    )
+    preset = {**row, "name": "Q4_0", "method": "llama-quantize"}
+    load_benchmark("gguf_files").picture([row, preset], ["gpt2"], tmp_path / "x.svg")
     assert "Q4_0" in (tmp_path / "x.svg").read_text()
 
 
