@@ -14,9 +14,11 @@ import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
 from tensornet import _util
@@ -39,7 +41,15 @@ def shown_pictures(path: Path) -> list[str]:
     return [match["name"] for match in PICTURE.finditer(path.read_text())]
 
 
+@pytest.fixture
+def profile() -> Iterator[None]:
+    """Restore the hypothesis profile, which a page may change."""
+    yield
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("profile")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in documents()])
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
