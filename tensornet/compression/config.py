@@ -161,6 +161,8 @@ class CompressionConfig(LayerSelection):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
+        if any(each.rate is not None for each in self.number_formats):
+            require_coder("Planning entropy-coded formats")
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
         whole = self.menu in ("gguf", "mlx") or any(self.counts_model(name) for name in counted)
         if self.target_modules is None and whole:
@@ -355,18 +357,13 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     if isinstance(formats, str) and formats in MENUS:
         if config.topology != AUTO:
             raise FormatError(f"formats={formats!r} has no networks; leave out topology={config.topology!r}.")
-        if formats == "entropy":
-            require_coder("Planning entropy-coded formats")
         return formats
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
             f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "
             f"({', '.join(MENUS)}); got {formats!r}. 'int4' alone is written ('int4',)."
         )
-    parsed = dict.fromkeys(NumberFormat.parse(name) for name in formats)
-    if any(each.rate is not None for each in parsed):
-        require_coder("Planning entropy-coded formats")
-    return tuple(each.name for each in parsed)
+    return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import BudgetError, FormatError
+from tensornet.errors import FormatError
 from tensornet.healing import trained_scales
 from tensornet.nn import build_module, module_spec
 from tensornet.nn.storage import Storage
@@ -210,11 +210,23 @@ def test_chosen_formats_keep_the_budget_and_beat_one_format(bits: float) -> None
     assert set(named.values()) <= {"int8", "int4"}  # cores of networks have at least four bits
 
 
-def test_a_budget_that_no_format_keeps_is_refused() -> None:
+def test_a_budget_that_no_format_keeps_gets_the_smallest() -> None:
     banks = {"bank": bank()}
-    with pytest.raises(BudgetError, match="smallest candidates"):
-        round_banks(banks, MENU, bits_per_weight=3.0)
-    assert banks["bank"].storage == Storage()
+    stored = {f"bank.{key}" for key in banks["bank"].stored}
+    named = round_banks(banks, MENU, bits_per_weight=3.0)
+    assert named == dict.fromkeys(stored, "int4")
+
+
+@pytest.mark.parametrize("share", ["center", "none", "base"])
+@pytest.mark.parametrize("formats", [("int3",), ("ec4", "int4"), ("nl4:g32:s6",)])
+def test_formats_that_a_bank_cannot_have_are_left_out(share: str, formats: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    layer = tm.mixture(d_model=32, d_ff=48, share=share, experts=2)  # type: ignore[arg-type]
+    banks = banks_of(layer)
+    named = round_banks(banks, [tn.quantization.NumberFormat.parse(name) for name in formats])
+    possible = {"int3": share != "center", "int4": True, "nl4:g32:s6": False}
+    assert set(named.values()) == {name for name in formats if possible.get(name)}
+    assert bool(named) == any(part.storage != Storage() for part in banks.values())
 
 
 def test_compress_reaches_banks(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ def round_banks(
     """Store the cores of banks in number formats, in place.
 
     Each core gets the format for which the squared relative errors of the expert matrices, added up over
-    cores and banks, are smallest within the budget. The errors are those of one rounded core at a time. Cores
-    of networks get only floating-point formats or at least four bits, as in `CompressionConfig.formats`.
+    cores and banks, are smallest within the budget; or its smallest format, if the smallest ones together
+    need more than the budget. The errors are those of one rounded core at a time. Cores of networks get only
+    floating-point formats or at least four bits, as in `CompressionConfig.formats`. A core that no format
+    fits stays as it is; entropy-coded formats fit none.
 
     Args:
         banks: the banks by name; their cores must be floats.
@@ -36,9 +38,6 @@ def round_banks(
 
     Returns:
         Name of the format by the name of each parameter that was stored in it.
-
-    Raises:
-        BudgetError: the smallest formats together need more bits.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(64, 64), num_experts=4, sites=3)
@@ -51,9 +50,9 @@ def round_banks(
     curves: list[CostCurve] = []
     numbers = 0
     for name, bank in banks.items():
-        coarse = len(bank.topology.cores) == 1
-        allowed = [x for x in formats if coarse or x.bits is None or x.bits >= 4]
-        for core in bank.owned_cores:
+        dense = len(bank.topology.cores) == 1
+        allowed = [x for x in formats if x.rate is None and (_fits(x, bank) if dense else _for_network(x))]
+        for core in bank.owned_cores if allowed else ():
             topologies = (bank.topology,) if core in bank.shared else bank.topologies
             sizes, costs = [], []
             for number_format in allowed:
@@ -65,17 +64,26 @@ def round_banks(
             curves.append(CostCurve(torch.tensor(sizes, dtype=torch.float64), torch.tensor(costs)))
         numbers += bank.num_params
     whole = float("inf") if bits_per_weight is None else bits_per_weight * numbers / 8
-    chosen = spend_size(curves, whole) if curves else []
+    least = sum(float(curve.sizes.min()) for curve in curves)
+    chosen = spend_size(curves, max(whole, least)) if curves else []
     found = {place: choices[k][index] for k, (place, index) in enumerate(zip(places, chosen, strict=True))}
     named: dict[str, str] = {}
     for name, bank in banks.items():
-        own = {core: found[name, core] for core in bank.owned_cores}
-        for key in bank.stored:
+        own = {core: found[name, core] for core in bank.owned_cores if (name, core) in found}
+        for key in bank.stored if own else ():
             number_format = own[key.removeprefix("core_").partition("_expert_")[0]]
             if number_format != FLOAT:
                 named[f"{name}.{key}"] = number_format.name
         bank.quantize(Storage(core_formats=own))  # type: ignore[arg-type]
     return named
+
+
+def _fits(number_format: NumberFormat, bank: SharedCoreExperts) -> bool:
+    return number_format.bits is None or number_format.fits(bank.in_features)
+
+
+def _for_network(number_format: NumberFormat) -> bool:
+    return number_format.for_networks and (number_format.bits is None or number_format.bits >= 4)
 
 
 class BankExtension(ModelExtension):
