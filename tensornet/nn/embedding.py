@@ -1,4 +1,4 @@
-"""Embedding whose rows are looked up directly in the cores."""
+"""Embedding whose table is a tensor network: rows are computed from the cores without building the table."""
 
 from collections.abc import Mapping
 from functools import lru_cache
@@ -25,16 +25,16 @@ from tensornet.topology import Topology
 
 
 class MPOEmbedding(NetworkModule):
-    """Embedding that looks up rows of `W: (num_embeddings, embedding_dim)` without building `W`.
+    """Embedding that computes rows of its table `W: (num_embeddings, embedding_dim)` without building `W`.
 
-    A token's index is split into its digits over the out-legs; each core gives the slice of its digit and the
-    slices are contracted for all tokens at once. Works for any topology.
+    The index of a token is split into one digit for each out-leg. The digits select a slice of each core, and
+    the slices are contracted for all tokens at once. This works for any topology.
 
     Args:
-        topology: out-legs carry the vocabulary, in-legs the embedding dimension.
-        padding_idx: stored for information only; its row is treated like any other.
+        topology: topology of `W`; its out-legs index the vocabulary, its in-legs the embedding dimension.
+        padding_idx: stored for information only; this row is treated like any other row.
         strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices,
-            `"reconstruct"` builds the table, `"cached"` keeps it in eval mode.
+            `"reconstruct"` builds the table in each call, `"cached"` keeps the table in eval mode.
 
     Example:
         >>> table = torch.nn.Embedding(1000, 64)
@@ -62,7 +62,7 @@ class MPOEmbedding(NetworkModule):
         self._row_cores = row_cores(topology, storage)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map token indices `input: (...)` to vectors `(..., embedding_dim)`; named as in `nn.Embedding`."""
+        """Map token indices `input: (...)` to vectors `(..., embedding_dim)`."""
         if self.strategy == "reconstruct":
             return nn.functional.embedding(input, self.to_matrix())
         if self.strategy == "cached" and self.route(input.numel()) == CACHED:
@@ -70,11 +70,17 @@ class MPOEmbedding(NetworkModule):
         return self._look_up(input)
 
     def _look_up(self, indices: Tensor) -> Tensor:
-        """Look up rows by slicing cores, shape `(*indices.shape, embedding_dim)`.
+        """Compute the rows of the given indices from slices of the cores.
+
+        Args:
+            indices: token indices of any shape.
+
+        Returns:
+            The rows, shape `(*indices.shape, embedding_dim)`.
 
         Raises:
-            IndexError: an index lies outside the table. On other devices than the CPU it is a device-side
-                assertion, as in `nn.Embedding`.
+            IndexError: an index lies outside the table. On a GPU a device-side assertion fails instead, as in
+                `nn.Embedding`.
             ShapeError: the indices are neither int64 nor int32.
         """
         topology, dtype = self.topology, self.dtype
@@ -85,14 +91,15 @@ class MPOEmbedding(NetworkModule):
         readable = flat.is_cpu and type(flat) is Tensor and not is_compiling() and not transforms_active()
         if readable and bool(outside.any()):
             raise IndexError(
-                f"Token index {int(flat[outside][0])} is outside the table; its rows are 0 to "
+                f"Token index {int(flat[outside][0])} is outside the table, which has the rows 0 to "
                 f"{topology.out_features - 1}."
             )
         digits, rest = {}, flat
         for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
             digits[label] = rest % size
             rest = torch.div(rest, size, rounding_mode="floor")
-        # An index outside the table can still have valid digits. Invalid digits raise an error in the core.
+        # An index outside a padded table can still have valid digits. It gets a digit outside the first core,
+        # so that indexing this core raises an error.
         first, size = topology.out_labels[0], topology.out_dims[0]
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of
@@ -121,11 +128,15 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose a stock embedding, which is not changed; for the arguments see `from_linear`.
+        """Decompose the table of an `nn.Embedding`; the new layer shares no memory with it.
+
+        Args:
+            layer: the embedding; it is not changed.
+            topology, max_bond, rel_error, param_ratio, options: see `TensorNetworkLinear.from_linear`.
 
         Raises:
-            TargetError: the layer is of another type.
-            BudgetError, NonFiniteError, TopologyError: from the decomposition.
+            TargetError: the layer has another type, or a `max_norm`.
+            BudgetError, NonFiniteError, TopologyError: see `tensornet.decompose`.
         """
         kind = kind_of(layer)
         if kind is None or kind.name != "embedding":
@@ -139,7 +150,12 @@ class MPOEmbedding(NetworkModule):
         return embedding_from_network(result.network.to(layer.weight.dtype), padding_idx=layer.padding_idx)
 
     def to_embedding(self, matrix: Tensor | None = None) -> nn.Embedding:
-        """Convert to `nn.Embedding` with the rebuilt table, or with another one of its shape."""
+        """Convert to an `nn.Embedding`.
+
+        Args:
+            matrix: table of the embedding, shape `(num_embeddings, embedding_dim)`; by default, the table
+                rebuilt from the cores.
+        """
         with torch.no_grad():
             layer = layer_kind("embedding").build(self.own_matrix() if matrix is None else matrix, None)
         assert isinstance(layer, nn.Embedding)
@@ -147,7 +163,7 @@ class MPOEmbedding(NetworkModule):
         return layer
 
     def spec(self) -> dict[str, Any]:
-        """Describe the layer, see `NetworkModule.spec`."""
+        """Return the JSON-ready description of the layer, see `NetworkModule.spec`."""
         return {
             "type": "embedding",
             "source": self.source,
@@ -157,13 +173,22 @@ class MPOEmbedding(NetworkModule):
         }
 
     def extra_repr(self) -> str:
-        """Format the sizes for `print(model)`."""
+        """Show sizes, topology and bonds in `print(model)`."""
         bonds = list(self.topology.bond_dims.values())
         return f"{self.num_embeddings}, {self.embedding_dim}, topology={self.topology.family}, bonds={bonds}"
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
-    """Index the out-legs of a core by the digits of all tokens: shape `(tokens, remaining labels)`."""
+    """Select the slices of a core for the digits of all tokens.
+
+    Args:
+        core: the core.
+        labels: label of each axis.
+        digits: digits of the tokens, shape `(tokens,)`, by out-leg.
+
+    Returns:
+        The slices, shape `(tokens, *remaining axes)`; the core itself if it has no out-leg.
+    """
     legs = [axis for axis, label in enumerate(labels) if label in digits]
     if not legs:
         return core
@@ -173,7 +198,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
 
 @lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
-    """Plan the contraction `digit slices -> (tokens, *in_dims)`."""
+    """Plan the contraction of the slices of all cores, see `_take`, to rows of shape `(tokens, *in_dims)`."""
     if topology.terms:
         return plan_sum([(places, plan_lookup(part)) for places, part in topology.parts])
     legs = set(topology.out_labels)
@@ -192,7 +217,13 @@ def embedding_from_network(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> MPOEmbedding:
-    """Build an embedding from cores; integer cores are rounded under `weighting`."""
+    """Build an embedding from the cores of a network, in their dtype and on their device.
+
+    Args:
+        network: topology and cores of the table.
+        padding_idx, storage: arguments of `MPOEmbedding`.
+        weighting, rounding: how cores are rounded to integers, see `NetworkModule.set_cores`.
+    """
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores, weighting, rounding)
     return layer

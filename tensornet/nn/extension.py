@@ -1,7 +1,7 @@
-"""Extensions: the interface for libraries with their own model classes.
+"""Extensions: the interface by which a library adds support for its own model classes.
 
-A model class may store many matrices in one parameter, have its own file format, or come with text to
-calibrate on. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
+A model class may store many matrices in one parameter, have its own file format, or come with calibration
+data. A plugin subclasses `ModelExtension`, overrides methods and registers one instance.
 """
 
 import warnings
@@ -22,10 +22,12 @@ class ProvidedData:
     """Calibration data with a name, from an extension or given as `tensornet.compress(calibration=...)`.
 
     Args:
-        batches: as for `tensornet.calibrate`; the loss is measured on a few of them.
+        batches: calibration batches, as for `tensornet.calibrate`; the loss is measured on a few of them.
         source: name of the data, for reports.
-        loss_fn: losses of a batch, see `tensornet.calibrate`; the model's own if absent.
-        statistics: statistics that were collected on these batches; collected now if absent.
+        loss_fn: function that returns the losses of a batch, see `tensornet.calibrate`; the loss of the model
+            itself if absent.
+        statistics: statistics that `tensornet.calibrate` collected on these batches; if absent, they are
+            collected when they are needed.
     """
 
     batches: Iterable[Any]
@@ -35,7 +37,7 @@ class ProvidedData:
 
 
 class ModelExtension:
-    """Base class of extensions; every method has a default that leaves models alone.
+    """Base class of extensions, whose methods do nothing by default.
 
     Example:
         >>> from tensornet.nn.extension import ProvidedData
@@ -48,47 +50,49 @@ class ModelExtension:
     """
 
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context manager in which weights that the model stores in another form are layers.
+        """Return a context manager in which every weight matrix of the model is a layer.
 
-        It is used while a model is calibrated, planned or changed. On exit every layer that was not replaced
-        is converted back to the model's own form.
+        It is used while a model is calibrated, planned or changed. On exit, layers that were not replaced are
+        converted back to the form in which the model stores them.
 
         Args:
-            model: changed in place inside the context.
+            model: any model; it is changed in place inside the context.
         """
         return nullcontext()
 
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
         """Pass information about a batch, such as its padding, to modules inside `block`.
 
-        This is called when blocks of a model are run one by one, without the rest of the model.
+        This is called before a single block of a model is run without the rest of the model.
 
         Args:
-            block: part of a model that is unfused.
-            batch: keyword arguments of the model.
+            block: part of an unfused model.
+            batch: keyword arguments of the whole model.
         """
 
     def layers_replaced(self, model: nn.Module) -> bool:
-        """Adapt a model after some of its layers were replaced, in either direction.
+        """Adapt a model after layers were compressed or decompressed.
 
         Args:
-            model: its layers are final; the method is called once after the last replacement.
+            model: the model; this method is called once, after the last layer was replaced.
 
         Returns:
             True if the extension adapts how the model is saved. If no extension does and the model has a
-            `save_pretrained`, a warning says that this method cannot save the new layers.
+            method `save_pretrained`, a warning says that it cannot save the new layers.
         """
         return False
 
     def round_others(self, model: nn.Module, config: Any) -> Mapping[str, str]:
-        """Store tensors that belong to no layer in number formats, after all layers were replaced.
+        """Round parameters that do not belong to layers, such as cores of expert banks, to number formats.
+
+        This is called after all layers were replaced.
 
         Args:
-            model: changed in place.
-            config: the `CompressionConfig`, which says formats and bits.
+            model: the model; it is changed in place.
+            config: the `CompressionConfig`, which contains the formats and the bits per weight.
 
         Returns:
-            Name of the format by the name of each parameter that was stored in it.
+            The name of the number format of each rounded parameter, by the name of the parameter.
         """
         return {}
 
@@ -96,17 +100,17 @@ class ModelExtension:
         """Return default calibration data for a model, or None if the extension has none.
 
         Args:
-            model: the dense model.
+            model: the model before compression.
         """
         return None
 
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
-        """Return keyword arguments with which a model, or a part of one, can be called; None if unknown.
+        """Return keyword arguments for a call of a model, or of a part of a model; None if unknown.
 
-        Compressed models are run on it once, to find code that reads the weight of a replaced layer.
+        A compressed model is called once with them, to find code that reads the weight of a replaced layer.
 
         Args:
-            model: compressed or not.
+            model: the model, compressed or not.
         """
         return None
 
@@ -143,17 +147,17 @@ def extensions() -> tuple[ModelExtension, ...]:
 
 
 def provided_data(model: nn.Module) -> ProvidedData | None:
-    """Return the data of the first extension that has some for this model, or None."""
+    """Return the calibration data of the first extension that has data for this model, or None."""
     return next((data for x in _EXTENSIONS if (data := x.calibration_data(model)) is not None), None)
 
 
 def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return the batch of the first extension that makes one for this model, or None."""
+    """Return the arguments of the first extension that knows how to call this model, or None."""
     return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
 
 
 def round_others(model: nn.Module, config: Any) -> dict[str, str]:
-    """Let every extension round what belongs to no layer; see `ModelExtension.round_others`."""
+    """Call `ModelExtension.round_others` of every extension, and join the results."""
     rounded: dict[str, str] = {}
     for extension in _EXTENSIONS:
         rounded |= extension.round_others(model, config)
@@ -172,15 +176,15 @@ def structure_changed(model: nn.Module) -> None:
         return
     if any(map(_is_special, model.modules())):
         warnings.warn(
-            f"save_pretrained of this {type(model).__name__} does not describe compressed layers, "
-            "and the folder could not be loaded. Save it with tensornet_hf.save(model, folder); or make it "
-            "dense by tensornet.decompress(model).",
+            f"save_pretrained of this {type(model).__name__} does not describe compressed layers, so that "
+            "the folder could not be loaded. Save the model with tensornet_hf.save(model, folder), or make "
+            "it dense by tensornet.decompress(model).",
             stacklevel=2,
         )
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Return True if a module has a description, or cannot be described in its present state."""
+    """Return True if the library must describe a module to save it, even if it cannot do so at present."""
     try:
         return module_spec(module) is not None
     except TargetError:

@@ -1,13 +1,14 @@
 """Models prepared for inference: integer matrices in the layout of torch's int4 kernel on the CPU.
 
-The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. Byte
-`[block, input, k]` holds the code of row `k` of the block in its low half and that of row `k + half` in its
-high half. Each group has a scale and an offset: `value = scale * (code - 8) + offset`.
+The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. The low 4 bits of byte
+`[block, input, k]` are the code of row `k` of the block, the high 4 bits are the code of row `k + half`,
+where `half` is half the number of rows in a block. Each group of inputs has a scale and an offset:
+`value = scale * (code - 8) + offset`.
 
-Codes of 2 or 3 bits are converted to 4 bits. Codes of 5 to 8 bits are split into their 4 highest bits and the
-rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two kernel products with
-the same groups. The rows of the low part are stored below those of the high part. All conversions are exact,
-since scales and offsets are powers of two times the stored scales. Matrices with zero points are not
+Codes of 2 or 3 bits are converted to 4 bits. A code `u` of 5 to 8 bits is split into its 4 highest bits and
+the rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two kernel products
+with the same groups. The rows of low parts are stored after all rows of high parts. All conversions are
+exact, since scales and offsets are powers of two times the stored scales. Matrices with zero points are not
 converted.
 
 The layout depends on the processor and is not saved. Bits per weight for groups of 64, as stored and as
@@ -36,12 +37,13 @@ from tensornet.quantization import NumberFormat
 
 #: Group sizes that the kernel supports.
 _GROUPS = (128, 64, 32)
-#: Largest number of tokens, divided by the number of products, for which the kernel is faster than unpacking
-#: the matrix. AMX makes products with the unpacked matrix three to four times as fast, but not the kernel.
+#: Largest number of tokens for which a single kernel product is faster than unpacking the matrix; two kernel
+#: products are faster up to half this number. With AMX instructions products with the unpacked matrix are
+#: three to four times as fast, but the kernel is not.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
 #: Largest default size of the layout, in units of the stored bytes.
 MAX_GROWTH = 1.75
-#: Number of elements that are converted, or unpacked and multiplied, at a time; they take 8 MiB.
+#: Number of elements to convert, or to unpack and multiply, at a time; they take 8 MiB.
 _BLOCK = 2**20
 _BITS = 4
 
@@ -51,7 +53,7 @@ class KernelMatrix:
     """Integer matrix `(out, in)` in the layout of the kernel.
 
     Args:
-        number_format: format in which the matrix is stored.
+        number_format: format from which the matrix was converted.
         codes: shape `(products * out, in / 2)`, bytes in the order described at the top of this module.
         scales: scale and offset of each group, `torch.bfloat16`, shape `(groups, products * out, 2)`.
         block: number of rows in a block.
@@ -64,7 +66,7 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Number of kernel calls for one product with the matrix."""
+        """Number of kernel products whose sum is the product with the matrix, 1 or 2."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
@@ -74,16 +76,16 @@ class KernelMatrix:
 
     @property
     def group(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.shape[1] // len(self.scales)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the layout takes."""
+        """Bytes of codes and scales in the layout."""
         return self.codes.nbytes + self.scales.nbytes
 
     def row_scales(self, dtype: torch.dtype) -> None:
-        """Return None: `blocks` applies all scales."""
+        """Return None, as there is nothing to apply to the outputs: `blocks` applies all scales."""
 
     @property
     def kernel_tokens(self) -> int:
@@ -100,7 +102,7 @@ class KernelMatrix:
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block; each is the transpose of a contiguous matrix."""
+        """Yield blocks of rows and their values; each block is the transpose of a contiguous matrix."""
         rows, columns = self.shape
         # bfloat16 is the only 16-bit dtype with the range of the scales.
         own = torch.float32 if dtype == torch.float16 else dtype
@@ -116,7 +118,7 @@ class KernelMatrix:
             yield part, made.view(columns, -1).to(dtype).T
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Unpack all values, with operations that a compiler can fuse."""
+        """Unpack the whole matrix, shape `(out, in)`, by operations that a compiler can fuse."""
         (rows, columns), half = self.shape, self.block // 2
         parts = self.codes.view(self.products, -1, columns, half).unbind()
         ordered = _in_order if is_exporting() else _copied_in_order
@@ -128,7 +130,7 @@ class KernelMatrix:
         return torch.stack(sides, 2).view(columns, rows).T
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Unpack single rows, shape `(n, in)`, for their indices of shape `(n,)`."""
+        """Unpack the rows with the given indices, shape `(n,)`, to their values, shape `(n, in)`."""
         (rows, columns), half = self.shape, self.block // 2
         row = index % self.block
         codes = self.codes.view(self.products, -1, columns, half)[:, index // self.block, :, row % half]
@@ -138,7 +140,7 @@ class KernelMatrix:
         return values.view(-1, columns).to(dtype)
 
     def _joined(self, nibbles: Sequence[Tensor]) -> Tensor:
-        """Join the 4-bit codes of all products to `value / scale`, in float32."""
+        """Compute `value / scale` in float32 from the 4-bit codes of the kernel products."""
         low = _low_bits(self.number_format)
         high, *rest = (codes.to(torch.float32) for codes in nibbles)
         if low:
@@ -146,7 +148,7 @@ class KernelMatrix:
         return high - (7.5 if _between_points(self.number_format) else 8)
 
     def _points(self, part: slice) -> Tensor:
-        """Unpack rows to `_unit` times `value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
+        """Unpack rows to integers `_unit * value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
         low, (_, columns) = _low_bits(self.number_format), self.shape
         high, *rest = (
             self.codes[part.start + offset : part.stop + offset].view(-1, columns, self.block // 2)
@@ -154,7 +156,7 @@ class KernelMatrix:
         )
         found = high.new_empty(len(high), 2, *high.shape[1:])
         if not low:
-            # Codes with a flipped highest bit are signed bytes.
+            # A code `u` with its highest bit flipped, in the high half of a byte, is the signed 16 (u - 8).
             flipped = high ^ 0x88
             torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
             torch.bitwise_and(flipped, 0xF0, out=found[:, 1])
@@ -165,7 +167,7 @@ class KernelMatrix:
         found.bitwise_left_shift_(low)
         found[:, 0] += rest[0] & 15
         found[:, 1] += rest[0] >> 4
-        # 2^low (high - 8) + low part - 8 + 2^(low - 1), in arithmetic modulo 256
+        # The result is 2^low (high - 8) + low_part - 8 + 2^(low - 1), computed modulo 256.
         return found.sub_(2 ** (low + 3) + 8 - 2 ** (low - 1)).view(torch.int8)
 
 
@@ -173,15 +175,17 @@ def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     """Order the stored scales of a layout like its codes, shape `(blocks, 2, groups, 1, half)`.
 
     Args:
-        scales: as in `KernelMatrix`.
+        scales: the scales and offsets of a `KernelMatrix`.
         rows: number of rows of the matrix.
         half: number of rows in half a block.
     """
-    found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)  # scales of the last product
+    # The last rows belong to the last product, whose scales are the stored scales.
+    found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)
     return found.permute(1, 2, 0, 3, 4)
 
 
-# Without this small copy a compiler would gather single numbers from the pairs for every code.
+# As an operation of its own, so that the scales are copied once. A compiler would fuse this indexing with the
+# product, and the compiled code would gather a scale from the pairs for every single code.
 @torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
 def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     return _in_order(scales, rows, half).to(torch.float32).contiguous()
@@ -194,25 +198,25 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by a `KernelMatrix` with one product."""
+    """Compute `x W^T` for `x: (tokens, in)` and the codes and scales of a `KernelMatrix` of one product."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Multiply `x: (tokens, in)` by a `KernelMatrix` with two products."""
+    """Compute `x W^T` for `x: (tokens, in)` and the codes and scales of a `KernelMatrix` of two products."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 
 
 @lru_cache(maxsize=1024)
 def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: float = MAX_GROWTH) -> bool:
-    """Return True if the kernel on this processor supports matrices of this format and shape.
+    """Return True if matrices of this format and shape can be converted for the kernel on this processor.
 
     Args:
         number_format: format of the matrix.
-        shape: `(out, in)`.
+        shape: shape of the matrix, `(out, in)`.
         max_growth: largest size of the layout, in units of the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
@@ -229,12 +233,12 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Count the kernel calls for one product with a matrix of this format; requires `has_layout`."""
+    """Count the kernel products whose sum is a product with a matrix of this format, 1 or 2."""
     return 2 if _low_bits(number_format) else 1
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes of a matrix in the layout; requires `has_layout`.
+    """Count the bytes that a matrix takes in the layout of the kernel; `has_layout` must be true.
 
     Example:
         >>> from tensornet.nn.int4_cpu import layout_bytes
@@ -251,12 +255,12 @@ def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
 
 @torch.no_grad()
 def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, columns: int) -> KernelMatrix:
-    """Convert from the stored packing; requires `has_layout`.
+    """Convert a stored matrix to the layout of the kernel; `has_layout` must be true.
 
     Args:
         number_format: format of the matrix.
-        codes: packed rows.
-        scales: shape `(out, groups)`.
+        codes: packed codes of each row, shape `(out, bytes)`.
+        scales: floating-point scales, shape `(out, groups)`.
         columns: number of columns, `in`.
     """
     block, group, low = _block_rows(), _kernel_group(number_format, columns), _low_bits(number_format)
@@ -286,36 +290,36 @@ def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, column
 
 
 def _low_bits(number_format: NumberFormat) -> int:
-    """Count the bits of the second product: 0 if one product is enough."""
+    """Return the number of bits in the low part of each code; 0 if one product is enough."""
     assert number_format.bits is not None
     return max(number_format.bits - _BITS, 0)
 
 
 def _between_points(number_format: NumberFormat) -> bool:
-    """Return True if 0 lies between two codes."""
+    """Return True if the value 0 lies in the middle between two codes."""
     return number_format.center % 1 != 0
 
 
 def _unit(number_format: NumberFormat) -> int:
-    """Return the multiple of `value / scale` that `KernelMatrix._points` gives."""
+    """Return the factor by which `KernelMatrix._points` multiplies `value / scale`."""
     return 1 if _low_bits(number_format) else 16
 
 
 def _by_input(codes: Tensor, block: int) -> Tensor:
-    """Order 4-bit codes `(rows, in)` by inputs, two per byte, as rows of `in / 2` bytes."""
+    """Pack 4-bit codes `(rows, in)` in the order of the kernel, two per byte: shape `(rows, in / 2)`."""
     low, high = codes.view(-1, block, codes.shape[1]).transpose(1, 2).split(block // 2, dim=2)
     return (low | (high << 4)).reshape(len(codes), -1)
 
 
 def _parts(rows: int, columns: int, block: int) -> Iterator[slice]:
-    """Yield slices of whole kernel blocks, with few rows to bound the working memory."""
+    """Yield slices of rows that contain whole kernel blocks and about `_BLOCK` elements."""
     step = max(1, _BLOCK // (block * columns)) * block
     for start, stop in pairwise((*range(0, rows, step), rows)):
         yield slice(start, stop)
 
 
 def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
-    """Return the group size for the kernel; None if the kernel does not support these groups."""
+    """Choose the group size for the kernel; None if the kernel does not support the groups of the format."""
     if number_format.group is not None:
         fits = number_format.group in _GROUPS and columns % number_format.group == 0
         return number_format.group if fits else None
@@ -324,7 +328,7 @@ def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
 
 @lru_cache(maxsize=1)
 def _block_rows() -> int | None:
-    """Find the number of rows in a kernel block; None if the kernel is missing or has an unknown layout."""
+    """Find the rows of a kernel block by converting an example; None without a kernel of known layout."""
     convert = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     if convert is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None
@@ -359,40 +363,40 @@ class Int4Core(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the tensors."""
+        """Device of the codes."""
         return self.codes.device
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors by name."""
+        """Stored tensors by name."""
         return {"codes": self.codes, "scales": self.scales}
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of elements in each tensor, before packing."""
+        """Count of the numbers in each stored tensor; a packed code counts as one number."""
         rows, columns = self._matrix.shape
         return {"codes": rows * columns, "scales": rows * len(self.scales)}
 
     @property
     def integers(self) -> KernelMatrix:
-        """Matrix for `tensornet.nn.integer_matmul.multiply`."""
+        """Matrix to pass to `tensornet.nn.integer_matmul.multiply`."""
         if self._matrix.codes is not self.codes:
             self._matrix = replace(self._matrix, codes=self.codes, scales=self.scales.view(torch.bfloat16))
         return self._matrix
 
     def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Unpack the core."""
+        """Unpack the core to a tensor of its shape, in float32 by default."""
         return self.integers.dense(dtype or torch.float32).reshape(self.shape)
 
     def matrix(self, dtype: torch.dtype, index: Tensor) -> Tensor:
-        """Unpack rows, as `PackedCore.matrix` does: indices `(n,)` to `(n, columns)`."""
+        """Unpack the rows with the given indices, shape `(n,)`, to values of shape `(n, columns)`."""
         return self.integers.rows(index, dtype)
 
     def train(self, mode: bool = True) -> Self:
-        """Refuse training.
+        """Set eval mode, and refuse training mode.
 
         Raises:
-            TargetError: the mode is training.
+            TargetError: `mode` is True.
         """
         if mode:
             raise TargetError(
@@ -403,25 +407,26 @@ class Int4Core(nn.Module):
 
 def _refuse_saving(module: nn.Module, *_: object) -> None:
     raise TargetError(
-        "A model that was prepared for inference cannot be saved: its layout belongs to this processor. Save "
-        "the model before prepare_for_inference, or load it again."
+        "A model that was prepared for inference cannot be saved, since its layout depends on the processor. "
+        "Save the model before prepare_for_inference, or load it again."
     )
 
 
 @torch.no_grad()
 def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -> nn.Module:
-    """Convert integer layers to the layout of torch's int4 kernel for the CPU, if it is faster.
+    """Convert integer layers to the layout of torch's int4 kernel for the CPU, which multiplies faster.
 
     A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
-    strategy `"auto"` or `"factorized"`. An embedding that is tied to such an output head reads its rows from
-    the converted matrix. Other layers are not changed.
+    strategy `"auto"` or `"factorized"`. An embedding that is tied to a converted output head reads its rows
+    from the converted matrix. Other layers are not changed.
 
     Args:
-        model: changed in place and put in eval mode. Training and saving raise errors afterwards.
-        max_growth: largest size of a converted layer, in units of its stored bytes; 2 allows `int2`.
+        model: any model; it is changed in place and set to eval mode. Training or saving it afterwards raises
+            TargetError.
+        max_growth: largest size of a converted layer, in units of its stored bytes; `int2` needs 2.
 
     Returns:
-        The model.
+        The same model.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
@@ -437,7 +442,7 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
             if isinstance(core, PackedCore):
                 users.setdefault(core, []).append((module, name))
     for core, places in users.items():
-        # Layers that multiply by this core have it as `integer_core`; embeddings tied to them read its rows.
+        # A core is converted only if every user multiplies by it or, as an embedding, reads its rows.
         multiplying = [x for x, _ in places if getattr(x, "integer_core", None) is core]
         reading = [x for x, _ in places if getattr(x, "source", "") == "embedding"]
         fits = bool(multiplying) and len(multiplying) + len(reading) == len(places)

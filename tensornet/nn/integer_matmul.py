@@ -1,7 +1,7 @@
-"""Products with an integer matrix: by a kernel of torch that reads the codes, or unpacked block by block.
+"""Products with an integer matrix: by a kernel of torch that reads the codes, or by unpacking blocks of rows.
 
-A whole unpacked matrix would be written to memory and read again; a block of rows stays in the cache. Nothing
-larger than a block is allocated except the output, also in the backward pass.
+An unpacked block of rows fits into the processor's cache, while a whole unpacked matrix would be written to
+memory and read again. Forward and backward passes allocate only one block and the output.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Number of elements unpacked at a time: with scales, and for codes without scales.
+#: Number of elements unpacked at a time, if scales are applied to the elements, and if they are not.
 _BLOCK, _POINTS = 2**17, 2**20
 #: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24
@@ -30,12 +30,12 @@ class IntegerMatrix:
     """Integer matrix `(out, in)` in its stored form.
 
     Args:
-        number_format: format of its codes.
-        codes: packed rows.
-        scales: scales of its groups.
-        zeros: packed zero points, or None.
+        number_format: format of the codes.
+        codes: packed codes of each row, shape `(out, bytes)`.
+        scales: floating-point scales, shape `(out, groups)`.
+        zeros: packed zero points; None if the format has none.
         columns: number of columns, `in`.
-        scale_bits: the stored scales, to detect whether they were replaced.
+        scale_bits: the tensor that stores the scales; if the core has another one, the matrix is out of date.
     """
 
     number_format: NumberFormat
@@ -47,7 +47,7 @@ class IntegerMatrix:
 
     @classmethod
     def of(cls, core: PackedCore) -> "IntegerMatrix":
-        """Take the integers of a core; the scales of the columns of an entropy-coded one are left out."""
+        """Make the matrix of a core; it omits the column scales that an entropy-coded core has."""
         zeros = core.tensors.get("zeros")
         codes = core.packed_codes()
         return cls(core.number_format, codes, core.scale_values, zeros, core.columns, core.scales)
@@ -58,11 +58,11 @@ class IntegerMatrix:
         return len(self.codes), self.columns
 
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the scales of rows, shape `(out,)`, if they can be applied to the outputs; else None.
+        """Return scales of the rows, shape `(out,)`, if the outputs are scaled instead of the weights.
 
-        They can if codes have 8 bits and a row has one scale: such codes are exact in bfloat16, and scaling
-        outputs is faster than scaling weights. In `torch.float16` products with unscaled integers may
-        overflow.
+        This is faster, and possible if codes have 8 bits and a row has one scale, since 8-bit codes are exact
+        in bfloat16. Otherwise the result is None, also for `torch.float16`, in which products with unscaled
+        integers may overflow.
         """
         trained = self.codes.is_floating_point()
         if trained or dtype == torch.float16 or not scales_by_row(self.number_format, self.columns):
@@ -70,7 +70,7 @@ class IntegerMatrix:
         return self.scales[:, 0].to(dtype)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Unpack the rows, block by block; `row_scales` are not applied."""
+        """Yield blocks of rows and their values; if `row_scales` is not None, these are not applied."""
         if self.row_scales(dtype) is not None:
             for part in self._parts(_POINTS):
                 yield part, self.codes[part].view(torch.int8).to(dtype)
@@ -83,7 +83,7 @@ class IntegerMatrix:
             yield part, found
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """Unpack all values."""
+        """Unpack the whole matrix, shape `(out, in)`."""
         return unpacked(self.number_format, self.codes, self.scales, self.zeros, self.columns, dtype)
 
     def _parts(self, elements: int) -> Iterator[slice]:
@@ -114,7 +114,7 @@ IntegerProduct = IntegerMatrix | KernelMatrix
 
 
 def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
-    """Return True for 8 bits without zero points and with one scale for each row."""
+    """Return True if codes have 8 bits and no zero points, and each row has one scale."""
     points = number_format.bits == 8 and not number_format.zero_point
     return points and number_format.groups(columns) == 1
 
@@ -122,16 +122,16 @@ def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
     """Return True if torch's int8 kernel can read stored matrices of this format and shape."""
     plain = scales_by_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
-    # With other sizes the kernel reads out of bounds and crashes.
+    # If a size is not a multiple of 32, the kernel reads out of bounds and crashes.
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
 def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
-    """Map `x: (..., in)` to `(..., out)`, differentiable by the input and the bias.
+    """Compute `x W^T + bias` for an integer matrix `W`, differentiable with respect to input and bias.
 
     Args:
-        x: input.
-        matrix: the integer matrix; its scales must not be trained.
+        x: input, shape `(..., in)`.
+        matrix: the matrix `(out, in)`; it gets no gradients, so its scales must not be in training.
         bias: shape `(out,)`, or None.
     """
     out_features, in_features = matrix.shape
@@ -148,7 +148,7 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
 
 
 def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
-    """Multiply with differentiable operations, since compilers cannot differentiate the kernel."""
+    """Multiply by operations that a compiler can differentiate; it cannot differentiate the kernel."""
     if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
     if not isinstance(matrix, IntegerMatrix):
@@ -161,7 +161,7 @@ def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
 
 
 def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
-    """Multiply `x: (tokens, in)`, without gradient."""
+    """Compute `x W^T` for `x: (tokens, in)`, without gradients."""
     if matrix.has_kernel(x):
         return matrix.by_kernel(x.contiguous())
     y = x.new_empty(len(x), matrix.shape[0])
@@ -173,7 +173,7 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
 
 
 def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
-    """Compute the gradient of the input from the gradient `(tokens, out)` of the output."""
+    """Compute the gradient of the input, `(tokens, in)`, from that of the output, `(tokens, out)`."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     scales = matrix.row_scales(gradient.dtype)
     gradient = gradient if scales is None else gradient * scales
@@ -198,7 +198,7 @@ class _Product(torch.autograd.Function):
 def integer_product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str
 ) -> Tensor:
-    """Multiply `x: (tokens, in)` by the stored integer matrix `(out, in)`."""
+    """Compute `x W^T` for `x: (tokens, in)` and a stored integer matrix `W: (out, in)`."""
     parsed = NumberFormat.parse(number_format)
     return _product(x, IntegerMatrix(parsed, codes, scales, zeros, x.shape[1]))
 

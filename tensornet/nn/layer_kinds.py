@@ -1,10 +1,10 @@
-"""Stock modules that can be compressed: reading their matrices, and rebuilding them.
+"""Layer kinds: how to read the matrix of a stock module such as `nn.Linear`, and how to rebuild the module.
 
-A module with one matrix that is applied as `x W^T` has a `LayerKind`; for other modules see
-`tensornet.nn.unfuse`.
+A layer kind describes modules with one matrix `W` that is applied as `x W^T`, or whose rows are looked up.
+For modules with several matrices see `tensornet.nn.unfuse`.
 
-A layer kind is matched by its exact type. Subclasses are skipped on purpose, since their `forward` may
-differ.
+The kinds in this file match modules by their exact type. Subclasses are skipped on purpose, since their
+`forward` may compute something else.
 """
 
 import re
@@ -19,7 +19,7 @@ from tensornet.errors import TargetError
 
 
 class LayerKind(ABC):
-    """Abstract kind of stock layer; for a new kind, subclass this and call `register_layer_kind`.
+    """Abstract base class of layer kinds; for a new kind, subclass it and call `register_layer_kind`.
 
     Example:
         >>> from tensornet.nn import LayerKind
@@ -41,7 +41,7 @@ class LayerKind(ABC):
         torch.Size([4, 8])
     """
 
-    #: Name stored in files.
+    #: Name of the kind in saved models.
     name: str
 
     @abstractmethod
@@ -50,22 +50,22 @@ class LayerKind(ABC):
 
     @abstractmethod
     def matrix(self, module: nn.Module) -> Tensor:
-        """Return the operator `(out_features, in_features)` of a layer, a view of the weight if possible."""
+        """Return the matrix `(out_features, in_features)` of a layer, as a view of its weight if possible."""
 
     @abstractmethod
     def build(self, matrix: Tensor, bias: Tensor | None) -> nn.Module:
         """Build a stock layer from a matrix and a bias, on their device and in their dtype."""
 
     def share(self, module: nn.Module, weight: nn.Parameter) -> None:
-        """Let a stock layer use this parameter as its weight, so that tied layers stay tied."""
+        """Make a stock layer use this parameter as its weight, so that tied layers stay tied."""
         module.weight = weight
 
 
 def relatives(name: str, others: Iterable[str]) -> list[str]:
-    """Select the layers whose statistics may be used for a layer that saw no data.
+    """Select the layers whose statistics may be used for a layer that got no data in calibration.
 
-    These are layers whose names differ in the last number alone, such as other experts of the same mixture. A
-    number is an index of a list, or the end of a key such as `expert_3`.
+    These are the layers whose names differ only in the last number, such as other experts of a mixture. Such
+    a number is an index of a module list, or the end of a key such as `expert_3`.
 
     Example:
         >>> from tensornet.nn.layer_kinds import relatives
@@ -76,7 +76,8 @@ def relatives(name: str, others: Iterable[str]) -> list[str]:
     return [] if path is None else [other for other in others if _counted_path(other) == path]
 
 
-#: A part of a name that is the index of a module. Layers such as `w_1` and `w_2` are not relatives.
+#: Matches a part of a name that ends in a number. In the last part only a plain index such as `3` counts,
+#: since layers named `w_1` and `w_2` usually do different things.
 _COUNTED = re.compile(r"(.*_)?\d+")
 
 
@@ -107,7 +108,7 @@ class _Linear(LayerKind):
 
 
 class _Conv1D(LayerKind):
-    """Layer kind of Hugging Face `Conv1D` (GPT-2): weight `(in, out)`, always a bias."""
+    """Layer kind of Hugging Face `Conv1D` (GPT-2), which has a weight `(in, out)` and always a bias."""
 
     name = "conv1d"
 
@@ -133,7 +134,7 @@ class _Conv1D(LayerKind):
 class _Embedding(LayerKind):
     """Layer kind of `nn.Embedding`: row `v` of the matrix is the vector of token `v`.
 
-    Embeddings with `max_norm` are excluded, since `forward` changes the rows that it reads.
+    Embeddings with `max_norm` are excluded, since their `forward` changes the rows that it reads.
     """
 
     name = "embedding"
@@ -159,10 +160,10 @@ _KINDS: dict[str, LayerKind] = {}
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
-    """Register another kind of stock layer as compressible.
+    """Register a layer kind, so that modules of this kind can be compressed.
 
     Raises:
-        TargetError: the name is taken.
+        TargetError: a kind of this name is already registered.
 
     Example:
         >>> from tensornet.nn import LayerKind, register_layer_kind
@@ -183,7 +184,7 @@ def layer_kind(name: str) -> LayerKind:
     """Look up a layer kind by name.
 
     Raises:
-        TargetError: an unknown name; the message lists the kinds.
+        TargetError: the name is unknown; the message lists the registered kinds.
 
     Example:
         >>> from tensornet.nn.layer_kinds import layer_kind
@@ -196,7 +197,7 @@ def layer_kind(name: str) -> LayerKind:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Look up the `LayerKind` of a module; None if the module cannot be compressed.
+    """Find the registered layer kind of a module; None if there is none.
 
     Example:
         >>> from tensornet.nn.layer_kinds import kind_of
@@ -207,15 +208,15 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Return the parameters of a module that are not replaced by a parametrization or hook."""
+    """Map names to the parameters of a module itself, without those of submodules and parametrizations."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return True if a layer computes with its parameters `weight` and `bias`, and has no others.
+    """Return True if a layer has the parameter `weight`, possibly `bias`, and no others.
 
-    False under `weight_norm`, `spectral_norm` or `prune` of `torch.nn.utils`: their hook overwrites the
-    attribute `weight` before each pass, from parameters of other names.
+    With `weight_norm`, `spectral_norm` or `prune` of `torch.nn.utils` this is False: their hooks compute the
+    attribute `weight` before each pass from parameters of other names.
 
     >>> is_plain(torch.nn.Linear(4, 4)), is_plain(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4)))
     (True, False)
@@ -225,26 +226,26 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:
-    """Return the bias of a stock layer; None if absent, as in embeddings."""
+    """Return the bias of a stock layer; None if it has none."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
 
 
-#: Dictionaries of `nn.Module` with its forward and backward hooks. They have no public name, but without
-#: copying them a replaced layer would lose its hooks.
+#: Attributes of `nn.Module` that store its hooks. They are private, but a layer that replaces another would
+#: lose the hooks if they were not copied.
 _DICTIONARIES = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_backward_pre_hooks", "_backward_hooks"),
 )
-#: Attributes in which accelerate stores its hook, and the `forward` that it wraps.
+#: Attributes in which accelerate stores its hook and the original `forward`.
 ACCELERATE = (HOOK, WRAPPED) = ("_hf_hook", "_old_forward")
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copy the hooks of a module to the module that replaces it.
 
-    Both modules share the dictionaries, so that the handles of earlier hooks still remove them.
+    Both modules share the dictionaries of hooks, so that handles of existing hooks can still remove them.
 
     >>> old, new = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
@@ -264,13 +265,14 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     if hook is None or vars(new).get(HOOK) is hook:
         return
     hooks = import_optional("accelerate.hooks", extra="hf", user="A layer with a hook of accelerate")
-    # An empty hook first, since the real one would move the tensors, which are already in the right place.
+    # Adding the real hook would move the tensors, which are already on the right device. So an empty hook is
+    # added and then replaced.
     hooks.add_hook_to_module(new, hooks.ModelHook())
     new._hf_hook = hook
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return True if the `forward` of a module was replaced by another one than that of its class.
+    """Return True if a module has its own `forward` instead of the method of its class.
 
     >>> layer = torch.nn.Linear(4, 4)
     >>> layer.forward = lambda x: torch.zeros(4)
@@ -281,7 +283,7 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = values.get(WRAPPED if HOOK in values else "forward")
     if forward is None:
         return False
-    # Wrappers that were removed leave the bound method of the class.
+    # After a wrapper was removed, the module may still have the bound method of its class as an attribute.
     bound_to, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
     return bound_to is not module or function is not type(module).forward
 

@@ -30,14 +30,14 @@ from tensornet.topology import Topology
 class TensorNetworkLinear(NetworkModule):
     """Linear layer `y = x W^T + b` whose matrix `W: (out_features, in_features)` is a tensor network.
 
+    A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
+
     Args:
         topology: topology of `W`.
-        bias: whether there is a bias of shape `(out_features,)`.
+        bias: whether the layer has a bias, shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the kind of stock layer that `to_linear` returns.
-        strategy, storage: how to apply `W`; see `NetworkModule`.
-        device, dtype: as in `nn.Linear`.
-
-    A new layer has Gaussian cores with `Var(W) = 1 / in_features` (see `random_cores`) and a zero bias.
+        strategy, storage: how `W` is applied and stored, see `NetworkModule`.
+        device, dtype: device and dtype of the parameters, as in `nn.Linear`.
 
     Example:
         >>> topology = tn.topologies.tucker(out_dims=(16, 16), in_dims=(8, 16), max_bond=8)
@@ -68,7 +68,7 @@ class TensorNetworkLinear(NetworkModule):
             dtype=dtype,
         )
         self.out_features, self.in_features = topology.shape
-        # Integers are multiplied in their stored form if they are the whole matrix or one term of a sum.
+        # A core of integers is multiplied in its stored form if it is the whole matrix, or a term of a sum.
         (positions, _), *self._other_terms = topology.parts
         name = topology.core_names[positions[0]]
         whole = len(positions) == 1 and topology.shape == topology.padded_shape
@@ -78,15 +78,15 @@ class TensorNetworkLinear(NetworkModule):
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `input: (..., in_features)` to `(..., out_features)`; named as in `nn.Linear`."""
-        # 1. Like the previous pass: for few tokens choosing a route takes longer than multiplying.
+        """Map `input: (..., in_features)` to `(..., out_features)`."""
+        # 1. Repeat the previous pass, since for few tokens choosing a route takes longer than multiplying.
         if self._quick is not None and not is_compiling() and (y := self._quick(input)) is not None:
             return y
         check_input(input, self.in_features)
-        # 2. With the integers in their stored form.
+        # 2. Multiply by integers in their stored form.
         if self._integer_name is not None and (y := self._by_integers(input)) is not None:
             return y
-        # 3. With the route of the strategy. An exported program has one route for all token counts.
+        # 3. Use the route of the strategy. An exported program has one route for all token counts.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route == CACHED:
@@ -102,18 +102,18 @@ class TensorNetworkLinear(NetworkModule):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The only core, if the weight is stored as one matrix of integers; None for other layers."""
+        """The only core of a layer that multiplies by one matrix of integers; None for other layers."""
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
-        """Multiply by the integer matrix and add the other terms; return None if another route is better."""
+        """Multiply by the integer matrix and add the other terms; return None if this is not possible now."""
         if self.strategy in ("reconstruct", "cached"):
             return None
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]
         lowered = torch.is_autocast_enabled(device)
         if isinstance(core, PackedCore) and core.is_trained:
-            # Autocast would need another pass over memory to cast the values, and a third for their
-            # gradients.
+            # The values are unpacked to the autocast dtype. If autocast cast them, this and the gradients of
+            # the cast would take two more passes over memory.
             if self._other_terms or not lowered or input.dtype == torch.float64:
                 return None
             if not core.packed_codes().is_floating_point():
@@ -145,7 +145,8 @@ class TensorNetworkLinear(NetworkModule):
         known = self._integers
         if known is None or known.codes is not core.packed_codes() or known.scale_bits is not core.scales:
             known = IntegerMatrix.of(core)
-            computed = core.number_format.scale_bits is not None  # not a view of the stored scales
+            # Scales that are computed from stored integers could be out of date, so they are not cached.
+            computed = core.number_format.scale_bits is not None
             self._integers = None if computed or is_compiling() else known
         return known
 
@@ -161,25 +162,25 @@ class TensorNetworkLinear(NetworkModule):
         strategy: Strategy = "auto",
         **options: Any,
     ) -> "TensorNetworkLinear":
-        """Decompose a stock layer, which is not changed; the result shares no memory with it.
+        """Decompose the weight of a stock layer; the new layer shares no memory with it.
 
         Args:
-            layer: an `nn.Linear` or a Hugging Face `Conv1D`.
-            topology: a registered family or its name, which chooses dims and bonds; or a topology with all
-                dims and bonds.
-            max_bond, rel_error, param_ratio: budget, see `Budget`.
+            layer: an `nn.Linear` or a Hugging Face `Conv1D`; it is not changed.
+            topology: a topology family or its registered name, which chooses dims and bonds; or a topology,
+                which fixes all dims and bonds.
+            max_bond, rel_error, param_ratio: limits of the decomposition, see `Budget`.
             strategy: how the new layer is applied, see `NetworkModule`.
-            options: passed to the family, for example `sites=`, `out_dims=`, `in_dims=`.
+            options: options of the family, for example `sites=`, `out_dims=`, `in_dims=`.
 
         Raises:
-            TargetError: the layer is of another type.
-            BudgetError, NonFiniteError, TopologyError: from the decomposition.
+            TargetError: the layer has another type.
+            BudgetError, NonFiniteError, TopologyError: see `tensornet.decompose`.
         """
         kind = kind_of(layer)
         if kind is None or kind.name == "embedding":
             raise TargetError(
                 f"from_linear takes nn.Linear or Conv1D, got {type_and_reason(layer)}; subclasses are "
-                "refused because their own code may read the dense weight."
+                "not accepted, because their own code may read the dense weight."
             )
         matrix = kind.matrix(layer)
         result = decompose(
@@ -189,7 +190,12 @@ class TensorNetworkLinear(NetworkModule):
         return linear_from_network(network, bias=layer_bias(layer), source=kind.name, strategy=strategy)
 
     def to_linear(self, matrix: Tensor | None = None) -> nn.Module:
-        """Convert to the stock layer this layer was made from, with the rebuilt weight or another one."""
+        """Convert to a stock layer of the kind `source`, with this layer's bias.
+
+        Args:
+            matrix: weight of the stock layer, shape `(out_features, in_features)`; by default, the matrix
+                rebuilt from the cores.
+        """
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().clone()
             return layer_kind(self.source).build(self.own_matrix() if matrix is None else matrix, bias)
@@ -198,7 +204,7 @@ class TensorNetworkLinear(NetworkModule):
         return {**super().__getstate__(), "_integers": None}
 
     def spec(self) -> dict[str, Any]:
-        """Describe the layer, see `NetworkModule.spec`."""
+        """Return the JSON-ready description of the layer, see `NetworkModule.spec`."""
         return {
             "type": "linear",
             "source": self.source,
@@ -208,7 +214,7 @@ class TensorNetworkLinear(NetworkModule):
         }
 
     def extra_repr(self) -> str:
-        """Format the sizes for `print(model)`."""
+        """Show sizes, topology and bonds in `print(model)`."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
@@ -216,19 +222,19 @@ class TensorNetworkLinear(NetworkModule):
         )
 
 
-# Shortcuts: closures that compute a pass like the previous one, or return None if anything has changed. They
-# read `_parameters` and `_buffers`, since attribute lookup in a module takes as long as a small product.
+# Shortcuts: functions that repeat the previous pass for another input, or return None if anything changed.
+# They read `_parameters` and `_buffers`, since attribute lookup in a module takes as long as a small product.
 
 
 def _two_products(
     layer: TensorNetworkLinear, products: Sequence[tuple[int, tuple[int, ...]]], most: float
 ) -> Callable[[Tensor], Tensor | None]:
-    """Multiply by two cores in turn.
+    """Make the shortcut for a layer that multiplies by two cores, one after the other.
 
     Args:
-        layer: a layer whose strategy multiplies by its cores in turn for few tokens.
-        products: `ContractionPlan.matrices`: number and shape of each of the two cores.
-        most: largest such token count.
+        layer: the layer.
+        products: number and shape of each of the two cores, see `ContractionPlan.matrices`.
+        most: largest number of tokens for which this is the fastest route.
     """
     (first, first_shape), (second, second_shape) = products
     first_name, second_name = layer._core_names[first - 1], layer._core_names[second - 1]
@@ -261,7 +267,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Multiply with a kernel of torch that reads the integers of the only core, without gradients."""
+    """Make the shortcut for a layer whose only core is multiplied by a kernel of torch, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")
@@ -286,22 +292,22 @@ def _kernel_product(
 
 
 class MPOLinear(TensorNetworkLinear):
-    """Linear layer whose weight is a matrix product operator; drop-in for `nn.Linear`.
+    """Linear layer whose weight is a matrix product operator, a drop-in replacement for `nn.Linear`.
 
     Args:
-        in_features: size of each input.
-        out_features: size of each output.
-        bias: whether there is a bias.
-        out_dims, in_dims: leg sizes; balanced factors if absent.
+        in_features: size of each input vector.
+        out_features: size of each output vector.
+        bias: whether the layer has a bias.
+        out_dims, in_dims: out-leg and in-leg size of each core; by default, balanced factors of the sizes.
         sites: number of cores if dims are absent, 3 by default.
-        bond_dims: the inner bonds.
-        max_bond: cap on every bond.
+        bond_dims: size of each bond between two cores.
+        max_bond: largest size of a bond.
         topology: an MPO topology, in place of the five arguments above.
-        options: see `TensorNetworkLinear`.
+        options: further arguments of `TensorNetworkLinear`.
 
     Raises:
-        TopologyError: the dims do not fit.
-        ShapeError: `topology` describes another shape.
+        TopologyError: the dims do not fit the sizes.
+        ShapeError: `topology` describes a matrix of another shape.
 
     Example:
         >>> layer = torch.nn.Linear(256, 512)
@@ -343,14 +349,14 @@ class MPOLinear(TensorNetworkLinear):
 
 
 def empty_linear(topology: Topology, **options: Any) -> TensorNetworkLinear:
-    """Build an uninitialized layer for a topology: `MPOLinear` for chains, else `TensorNetworkLinear`."""
+    """Build an uninitialized layer for a topology: `MPOLinear` for a chain, else `TensorNetworkLinear`."""
     if _is_chain(topology):
         return MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
     return TensorNetworkLinear(topology, **options)
 
 
 def _is_chain(topology: Topology) -> bool:
-    """Return True if the cores form a chain `(left, out, in, right)` with one leg of each kind per core."""
+    """Return True if the cores, of labels `(left, out, in, right)`, form a chain with open ends of size 1."""
     legs = list(zip(topology.out_labels, topology.in_labels, strict=False))
     if not len(legs) == len(topology.out_labels) == len(topology.in_labels) == len(topology.cores):
         return False
@@ -373,9 +379,13 @@ def linear_from_network(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> TensorNetworkLinear:
-    """Build a layer from cores and a copy of the bias, in the dtype and on the device of the cores.
+    """Build a layer from the cores of a network, in their dtype and on their device.
 
-    `weighting` and `rounding` decide how cores are rounded, see `NetworkModule.set_cores`.
+    Args:
+        network: topology and cores of the weight.
+        bias: bias of shape `(out_features,)`, which is copied, or None.
+        source, strategy, storage: arguments of `TensorNetworkLinear`.
+        weighting, rounding: how cores are rounded to integers, see `NetworkModule.set_cores`.
     """
     layer = empty_linear(
         network.topology,
@@ -399,10 +409,7 @@ def linear_from_stored(
     storage: Storage,
     like: Tensor,
 ) -> TensorNetworkLinear:
-    """Build a layer without a bias from stored cores, in the dtype and on the device of a tensor.
-
-    See `NetworkModule.set_stored`.
-    """
+    """Build a layer without a bias from stored cores; for the arguments see `NetworkModule.set_stored`."""
     layer = empty_linear(topology, bias=False, source=source, storage=storage, device="meta")
     layer.set_stored(stored, like)
     return layer

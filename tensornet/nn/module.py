@@ -1,4 +1,4 @@
-"""The base of all tensor-network layers: a weight that is a network, its storage and how it is applied."""
+"""Base class of all tensor-network layers: it stores the cores and chooses how to apply them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -49,14 +49,17 @@ def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
 
 
 class NetworkModule(nn.Module):
-    """Abstract base: a topology, and its cores as parameters or packed cores `core_<name>`.
+    """Abstract base class of layers whose weight matrix is a tensor network.
+
+    The core `name` of the network is the parameter, or the `PackedCore`, `core_<name>` of the module.
 
     Args:
-        topology: the operator `(out_features, in_features)`.
-        source: kind of stock layer that this module replaces (see `layer_kinds`); `decompress` returns one.
-        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix for
-            each call and frees it, `"auto"` takes the faster of both by the cost model, `"cached"` keeps the
-            rebuilt matrix in eval mode while no core needs a gradient (faster, but needs memory). See
+        topology: topology of the weight matrix `(out_features, in_features)`.
+        source: name of the layer kind that this module replaces (see `layer_kinds`); `decompress` restores a
+            layer of this kind.
+        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix in
+            each call and frees it, `"auto"` uses the faster of these two by the cost model, `"cached"` keeps
+            the rebuilt matrix in eval mode while no core needs a gradient (faster, but needs memory). See
             `explain` and `set_strategy`.
         storage: how the cores are stored.
         device: device of the cores; `"meta"` allocates nothing.
@@ -88,7 +91,7 @@ class NetworkModule(nn.Module):
         super().__init__()
         check_strategy(strategy)
         self.topology, self.source, self.storage = topology, source, storage
-        # Stored, since every pass needs it.
+        # Stored as attributes, since every pass reads them.
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
         self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
         self._quick: Callable[[Tensor], Tensor | None] | None = None
@@ -106,12 +109,12 @@ class NetworkModule(nn.Module):
 
     @property
     def stored_cores(self) -> tuple[Tensor | PackedCore, ...]:
-        """Stored form of the cores, in the order of the topology."""
+        """Cores as they are stored, parameters or packed, in the order of the topology."""
         return tuple(getattr(self, name) for name in self._core_names)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
-        """Cores in the order of the topology; the parameters themselves if storage is plain."""
+        """Cores as tensors, in the order of the topology; the parameters themselves if storage is plain."""
         cores = self.stored_cores
         return cores if self._is_plain else decode(cores, self.dtype)  # type: ignore[return-value]
 
@@ -145,31 +148,32 @@ class NetworkModule(nn.Module):
     def set_cores(
         self, cores: Sequence[Tensor], weighting: Weighting | None = None, rounding: Rounding = "two_sided"
     ) -> None:
-        """Encode tensors as the new cores of the layer; their dtype and device are kept.
+        """Replace the cores of the layer by tensors, which are encoded in its storage.
 
-        Tensors that are already parameters are shared, not copied, so that tied layers stay tied.
+        The dtype and device of the tensors become those of the layer. Tensors that are already parameters are
+        shared, not copied, so that tied layers stay tied.
 
         Args:
             cores: cores in the order of the topology.
-            weighting: sensitivity of the loss, for rounding cores to integers.
-            rounding: as for `encode`.
+            weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
+            rounding: rounding method for integer cores, see `tensornet.quantization.round_weight`.
 
         Raises:
             ShapeError: a core does not have the shape of the topology.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        # Contiguous, as after loading from a file, so that results are bitwise equal and need no copy.
+        # Tensors loaded from a file are contiguous; these are too, so that results are bitwise equal.
         self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
     def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:
         """Replace the stored cores; the given parameters and packed cores are shared, not copied.
 
         Args:
-            stored: all cores by the names of `encode`.
+            stored: all cores, by the names `core_<name>` that `encode` returns.
             like: tensor with the dtype and device in which the layer computes.
 
         Raises:
-            ShapeError: a core is missing, or has another shape.
+            ShapeError: a core is missing or does not have the shape in the topology.
         """
         wanted = {f"core_{name}": shape for name, shape in self.topology.core_shapes.items()}
         found = {name: tuple(core.shape) for name, core in stored.items()}
@@ -178,10 +182,10 @@ class NetworkModule(nn.Module):
         self._put(stored, like)
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Tie the weights to another module of the same topology and storage, by sharing its stored cores.
+        """Tie the weight to another module, by using its stored cores instead of own ones.
 
         Raises:
-            ShapeError: topology or storage differ.
+            ShapeError: the modules differ in topology or storage.
         """
         if (self.topology, self.storage) != (other.topology, other.storage):
             raise ShapeError(
@@ -200,7 +204,7 @@ class NetworkModule(nn.Module):
 
     @property
     def network(self) -> TensorNetwork:
-        """Operator as a network that shares this layer's parameters."""
+        """Weight as a `TensorNetwork`, which shares this layer's parameters if storage is plain."""
         return TensorNetwork(self.topology, self.cores)
 
     @property
@@ -214,18 +218,18 @@ class NetworkModule(nn.Module):
     def weight(self) -> Tensor:
         """Placeholder with dtype, device and shape of the dense weight, for code that only reads these.
 
-        Any use of its values raises TargetError, since the dense matrix would undo the compression. Use
-        `to_matrix` to get it.
+        Any use of its values raises TargetError, since the layer does not store the dense matrix. Call
+        `to_matrix` to compute it.
         """
         trained = [tensor for tensor in self._tensors() if isinstance(tensor, nn.Parameter)]
         return weight_facts(self._like(), self.topology.shape, trained, self)
 
     def to_matrix(self) -> Tensor:
-        """Contract to the dense matrix, shape `(out_features, in_features)`, differentiable."""
+        """Contract the cores to the dense matrix, shape `(out_features, in_features)`, differentiable."""
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
-        """Contract to a contiguous matrix that shares no memory; `to_matrix` may return a view of a core."""
+        """Contract the cores to a contiguous matrix of its own; `to_matrix` may return a view of a core."""
         matrix = self.to_matrix()
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()
@@ -236,7 +240,7 @@ class NetworkModule(nn.Module):
         return self.kept.get(self._tensors(), self._like(), self.to_matrix)
 
     def _tensors(self) -> list[Tensor]:
-        """Return the tensors that the matrix is built from."""
+        """Return all stored tensors from which the matrix is built."""
         found: list[Tensor] = []
         for core in self.stored_cores:
             found += [core] if isinstance(core, Tensor) else core.tensors.values()
@@ -260,14 +264,14 @@ class NetworkModule(nn.Module):
         return self._plan
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """Choose the route for a token count.
+        """Choose the route of a pass: a contraction of input and cores, the rebuilt or the cached matrix.
 
         Args:
             tokens: number of input vectors.
-            on_cpu: whether the pass runs on the CPU; that of the cores if absent.
+            on_cpu: whether the pass runs on the CPU; by default, whether the cores are on the CPU.
 
         Returns:
-            The position of a candidate in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
+            The position of a contraction in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
         """
         strategy = self.strategy
         if strategy == "reconstruct":
@@ -279,7 +283,12 @@ class NetworkModule(nn.Module):
 
     @_constant_in_traces
     def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
-        """Return the fastest route for every token count, without a cached matrix."""
+        """Return the fastest route for each range of token counts, see `fastest_routes`.
+
+        Args:
+            on_cpu: whether the pass runs on the CPU.
+            rebuild: whether rebuilding the matrix is allowed.
+        """
         itemsize = self._like().element_size()
         key = (on_cpu, rebuild, itemsize, self.machine)
         bounds = self._routes.get(key)
@@ -289,7 +298,7 @@ class NetworkModule(nn.Module):
         return bounds
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
-        """Report the cost of each strategy for a token count, and the strategy that the layer uses now.
+        """Predict the cost of each strategy for a token count, and tell which one the layer uses now.
 
         Raises:
             ValueError: `tokens` is not an integer of at least 1.
@@ -298,18 +307,18 @@ class NetworkModule(nn.Module):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The only core, if the weight is multiplied as one matrix of integers; None for other layers."""
+        """The only core of a layer that multiplies by one matrix of integers; None for other layers."""
         return None
 
     @property
     def matrix_bytes(self) -> int:
-        """Size of the dense matrix in the dtype of the cores."""
+        """Bytes of the dense matrix in the dtype of the computation."""
         out_features, in_features = self.topology.shape
         return out_features * in_features * self._like().element_size()
 
     @property
     def seconds_saved(self) -> float:
-        """Predicted time that a cached matrix saves in a pass of one token."""
+        """Predicted time in seconds that a cached matrix saves in a pass of one token."""
         like = self._like()
         machine, itemsize = self.machine or default_machine(like.device), like.element_size()
         fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
@@ -319,21 +328,25 @@ class NetworkModule(nn.Module):
         return {**self.__dict__, "_plan": None, "_routes": {}, "_quick": None}
 
     def spec(self) -> dict[str, Any]:
-        """Describe the layer for `tensornet.nn.build_module`, JSON-ready."""
+        """Return a JSON-ready description from which `tensornet.nn.build_module` rebuilds the layer."""
         raise NotImplementedError
 
 
-#: Makes an empty module from its description: `(spec, device, dtype) -> module`.
+#: Function that makes an uninitialized module from its description: `(spec, device, dtype) -> module`.
 Builder = Callable[[Mapping[str, Any], torch.device | str | None, torch.dtype | None], nn.Module]
 
 _BUILDERS: dict[str, Builder] = {}
 
 
 def register_module_type(name: str, builder: Builder) -> None:
-    """Register a builder of modules for `build_module`, by their `spec()["type"]`.
+    """Register the function with which `build_module` builds modules of one type.
+
+    Args:
+        name: the entry `"type"` of the description that `spec()` of these modules returns.
+        builder: function `(spec, device, dtype) -> module`; the module may be uninitialized.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
 
     Example:
         >>> class Doubled(torch.nn.Identity):
@@ -349,7 +362,7 @@ def register_module_type(name: str, builder: Builder) -> None:
 
 
 def module_spec(module: nn.Module) -> dict[str, Any] | None:
-    """Describe a module of a registered type; None for any other module.
+    """Return the description `module.spec()` of a module of a registered type, and None for other modules.
 
     Example:
         >>> tn.nn.module_spec(tn.nn.MPOLinear(16, 32, max_bond=4))["type"]
@@ -368,10 +381,15 @@ def build_module(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Build an uninitialized module from its description; on `device="meta"` nothing is allocated.
+    """Build an uninitialized module from its description, see `module_spec`.
+
+    Args:
+        spec: the description.
+        device: device of the parameters; `"meta"` allocates nothing.
+        dtype: dtype of the parameters.
 
     Raises:
-        FormatError: unknown type, or a description that is incomplete or inconsistent.
+        FormatError: the type is unknown, or the description is incomplete or inconsistent.
 
     Example:
         >>> layer = tn.nn.MPOLinear(16, 32, max_bond=4)
@@ -382,8 +400,8 @@ def build_module(
     kind = spec.get("type")
     if not isinstance(kind, str) or kind not in _BUILDERS:
         raise FormatError(
-            f"Unknown module type {kind!r} in the stored description; known are "
-            f"{', '.join(sorted(_BUILDERS))}. A plugin may have to be imported first."
+            f"Unknown module type {kind!r} in the stored description; known types are "
+            f"{', '.join(sorted(_BUILDERS))}. If a plugin defines this type, import the plugin first."
         )
     try:
         return _BUILDERS[kind](spec, device, dtype)

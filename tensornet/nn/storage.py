@@ -2,13 +2,13 @@
 
 **Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
 of size `d` between two cores, so `d^2` of their numbers are redundant. `G` is chosen such that `d` rows of a
-core's matrix `(all else, bond)` become the identity, which need not be stored. The operator does not change.
-The family chooses the bonds (`TopologyFamily.gauge_bonds`). A plain low rank of `r` then takes `r (out + in -
-r)` numbers instead of `r (out + in)`.
+core, viewed as a matrix `(other indices, bond)`, become the identity, which need not be stored. The operator
+does not change. The family chooses the bonds (`TopologyFamily.gauge_bonds`). A low-rank matrix of rank `r`
+then takes `r (out + in - r)` numbers instead of `r (out + in)`.
 
-**Number formats.** Every core is stored in its format: the model's own dtype, bfloat16, or integers of 2 to 8
-bits with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds
-them with the moments of the loss (`TopologyFamily.round_cores`).
+**Number formats.** Each core has a number format: the model's own dtype, bfloat16, or integers of 2 to 8 bits
+with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds cores to
+integers such that the loss increases little (`TopologyFamily.round_cores`).
 
 A core in the model's dtype that is not pivoted is the parameter `core_<name>` of its layer. Any other core is
 a submodule of this name, a `PackedCore`.
@@ -37,23 +37,24 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
-#: Integer dtypes of the same size, which `module.to(dtype)` does not convert.
+#: Integer dtype of the same size for each floating-point dtype; `module.to(dtype)` does not convert integers.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
-#: Bits of exponent and mantissa.
+#: Number of bits of the exponent and of the mantissa of each dtype.
 _PARTS = {torch.bfloat16: (8, 7), torch.float16: (5, 10), torch.float8_e5m2: (5, 2)}
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Encoding of the cores of a layer: number formats and pivoting.
+    """How the cores of a layer are stored: their number formats, and whether they are pivoted.
 
     Args:
-        pivoted: fix the gauge of bonds by an identity block in one of their cores.
+        pivoted: whether cores omit the rows that can be made an identity matrix, see the module docstring.
         number_format: format of all cores, or its name.
-        core_formats: `(name of a core, format)` pairs, or a mapping; they overrule `number_format`.
+        core_formats: formats that replace `number_format` for single cores, as a mapping from the name of a
+            core to a format, or as pairs.
 
     Raises:
-        FormatError: unknown formats, or a core named twice.
+        FormatError: a format is unknown, or a core is named twice.
 
     Example:
         >>> storage = Storage(number_format="int4", core_formats={"left": "int8"})
@@ -77,12 +78,12 @@ class Storage:
 
     @property
     def plain(self) -> bool:
-        """True if the cores themselves are the parameters."""
+        """True if every core is a parameter in the dtype of the model."""
         return not self.pivoted and not self.own_dtypes
 
     @property
     def quantized(self) -> bool:
-        """True if some cores are integers."""
+        """True if some cores are stored as integers."""
         return any(each.is_integer for each in self._formats)
 
     @property
@@ -99,11 +100,11 @@ class Storage:
         return dict(self.core_formats).get(name, self.number_format)
 
     def for_topology(self, topology: Topology) -> "Storage":
-        """Adapt the encoding to a topology: without pivoting if no bond of it can be pivoted."""
+        """Return this storage for a topology: without pivoting if none of its bonds can be pivoted."""
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
+        """Convert to a JSON-ready dict."""
         data: dict[str, Any] = {"pivoted": self.pivoted}
         if self.number_format != FLOAT:
             data["number_format"] = self.number_format.name
@@ -113,10 +114,10 @@ class Storage:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Storage":
-        """Restore a storage from `to_dict`; an empty mapping means plain.
+        """Restore a storage from the result of `to_dict`; an empty mapping gives plain storage.
 
         Raises:
-            FormatError: unknown entries or formats, or values of another type.
+            FormatError: an entry or a format is unknown, or a value has a wrong type.
         """
         formats = data.get("core_formats", {}) if isinstance(data, Mapping) else None
         valid = (
@@ -134,7 +135,7 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Count stored numbers: elements, scales, zero points and row orders, however packed.
+        """Count stored numbers: elements, scales, zero points and row orders; a packed integer counts as one.
 
         Example:
             >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
@@ -143,7 +144,12 @@ class Storage:
         return sum(count for *_, count in _stored_parts(topology, self, torch.float32))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
-        """Count the bytes of all stored tensors for cores of this dtype."""
+        """Count the bytes of all stored tensors.
+
+        Args:
+            topology: topology of the network.
+            dtype: dtype of the model.
+        """
         parts = _stored_parts(topology, self, dtype)
         return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
@@ -160,28 +166,29 @@ class Storage:
         return sum(count for *_, count in parts), size
 
 
-#: Storage in which the cores themselves are the parameters.
+#: Storage in which every core is a parameter in the dtype of the model.
 PLAIN = Storage()
 
 
 class PackedCore(nn.Module):
-    """Core that is stored in another form than a plain parameter: pivoted, in bfloat16, or as integers.
+    """Core that is not stored as a plain parameter, but pivoted, in bfloat16, or as integers.
 
-    Integers are stored as `codes`, `scales` and possibly `zeros` or `steps`, other numbers as `values`, and
-    the row order of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other
-    tensors are integer buffers: scales, steps, and values in bfloat16, are viewed as integers with the same
-    bits, so that `.to()`, `.half()` and the like do not convert them. Tied layers share this module.
+    Integers are stored as packed `codes` with `scales`, and depending on the format with `zeros` (packed zero
+    points) or `steps` (scales of integer scales). Other numbers are stored as `values`, and the row order of
+    a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors are integer
+    buffers: scales, steps and bfloat16 values are viewed as integers with the same bits, so that `.to()` and
+    `.half()` do not convert them. Tied layers share this module.
 
-    Entropy-coded integers are stored as `coded`, `scales` and `column_scales`. Their bytes are decoded when
-    they are first needed; the codes, of 8 bits each, stay in memory beside them.
+    Entropy-coded integers are stored as `coded`, `scales` and `column_scales`. The bytes are decoded when
+    they are first needed; the decoded codes, of 8 bits each, then stay in memory too.
 
     Args:
         number_format: format of the elements.
         shape: shape of the core.
-        columns: number of columns of its matrix view.
-        tensors: stored tensors by name, with the shapes and dtypes of `layout`; a stack of cores has leading
-            dimensions.
-        axis: axis of the bond with the identity, if the core is pivoted.
+        columns: number of columns of the core viewed as a matrix, see `matrix_view`.
+        tensors: stored tensors by name, with the shapes and dtypes that `layout` returns; a stack of cores
+            has additional leading dimensions.
+        axis: axis of the bond on which the core is pivoted; None if it is not.
 
     Example:
         >>> topology = tn.topologies.dense(out_features=2, in_features=64)
@@ -227,7 +234,7 @@ class PackedCore(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Count of the numbers in each stored tensor; each packed code and zero point counts as one."""
+        """Count of the numbers in each stored tensor; a packed code or zero point counts as one number."""
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
         if "coded" in found:
             found["coded"] = len(self.scales) * self.columns
@@ -241,7 +248,7 @@ class PackedCore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """True if scales, codes or bfloat16 values are currently parameters, see `unpack_for_training`."""
+        """True while scales, codes or bfloat16 values are parameters, see `unpack_for_training`."""
         own = self.number_format != FLOAT
         return own and any(isinstance(x, nn.Parameter) for x in self.tensors.values())
 
@@ -265,11 +272,11 @@ class PackedCore(nn.Module):
         return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
     def packed_codes(self) -> Tensor:
-        """Return the packed codes; those of an entropy-coded core are decoded when its bytes are new.
+        """Return the packed codes; entropy-coded bytes are decoded once and again after they change.
 
         Raises:
-            FormatError: the bytes are damaged.
-            MissingDependencyError: the package of the coder is not installed.
+            FormatError: the entropy-coded bytes are damaged.
+            MissingDependencyError: the package that decodes them is not installed.
         """
         if self.number_format.rate is None:
             return self.codes
@@ -284,11 +291,11 @@ class PackedCore(nn.Module):
         return known[2]
 
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
-        """Return the core, differentiable with respect to its stored floating-point tensors.
+        """Return the core as a tensor, differentiable with respect to its stored floating-point tensors.
 
         Args:
-            dtype: dtype of the result; that of the values if absent, or float32 for integers.
-            index: for a stack of cores, the indices of those to return, shape `(n,)`; all if absent.
+            dtype: dtype of the result; by default, the dtype of the stored values, or float32 for integers.
+            index: indices of the cores to return from a stack of cores, shape `(n,)`; all if absent.
         """
         number_format = self.number_format
         if number_format.bits is not None:
@@ -312,13 +319,13 @@ class PackedCore(nn.Module):
 
         Args:
             dtype: dtype of the values.
-            index: indices of rows, or of matrices of a stack, shape `(n,)`; all if absent.
+            index: indices of the rows to unpack, or of the matrices in a stack, shape `(n,)`; all if absent.
         """
         number_format, parts = self.number_format, self.tensors
         coded = number_format.rate is not None
         if coded:
             parts = {"codes": self.packed_codes(), "scales": self.scales}
-        if index is not None:  # before the view as floats: some float dtypes cannot be indexed
+        if index is not None:  # before scales are viewed as floats, since some float dtypes cannot be indexed
             parts = {name: tensor.index_select(0, index) for name, tensor in parts.items() if name != "order"}
         wide = torch.promote_types(dtype, torch.float32) if coded else dtype
         scales = self._scale_values(parts)
@@ -326,17 +333,17 @@ class PackedCore(nn.Module):
         return (values * self.column_values(wide)).to(dtype) if coded else values
 
     def column_values(self, dtype: torch.dtype) -> Tensor:
-        """Return the scales of the columns of an entropy-coded core, shape `(columns,)`."""
+        """Return the scale of each column of an entropy-coded core, shape `(columns,)`."""
         return _floating(self.column_scales, self.number_format.column_dtype).to(dtype)
 
     def check_finite(self, name: str) -> None:
-        """Raise FormatError if a scale is NaN or infinite, or coded bytes are damaged, as in a damaged file.
+        """Check that all scales are finite and that entropy-coded bytes can be decoded.
 
         Args:
             name: name of this module in its model, for the message.
 
         Raises:
-            FormatError: see above.
+            FormatError: a scale is NaN or infinite, or the bytes are damaged.
         """
         damaged = None
         if "scales" in self.names and not bool(self.scale_values.float().isfinite().all()):
@@ -355,7 +362,7 @@ class PackedCore(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Format the format and shape for `print(model)`."""
+        """Show the number format and shape in `print(model)`."""
         return f"{self.number_format.name}, {self.shape}"
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -368,12 +375,12 @@ class PackedCore(nn.Module):
 
 
 def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
-    """Register a stored core in a module, replacing an earlier one of the same name.
+    """Register a stored core in a module; it replaces an earlier core of the same name.
 
     Args:
-        module: a layer or bank.
-        name: `core_<name>`.
-        core: parameters and packed cores are shared; another tensor becomes a parameter.
+        module: a layer, or a bank of experts.
+        name: attribute of the module, `core_<name>`.
+        core: the core; parameters and packed cores are shared, any other tensor becomes a new parameter.
     """
     if isinstance(getattr(module, name, None), nn.Module) != isinstance(core, nn.Module) and hasattr(
         module, name
@@ -384,7 +391,7 @@ def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
 
 
 class TrainedCodes(nn.Parameter):
-    """Floating-point codes of an integer matrix while they are trained; see `NumberFormat.decode`."""
+    """Codes of an integer matrix as floating-point numbers during training; see `NumberFormat.decode`."""
 
 
 def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
@@ -392,12 +399,13 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
     Args:
         model: a model with compressed layers or experts; cores that are already trained do not change.
-        codes: whether integers become parameters too, `TrainedCodes` of 4 bytes each.
+        codes: whether integer codes become parameters too, as `TrainedCodes` of 4 bytes each.
 
     Returns:
         The converted cores, for `pack_after_training`. 8-bit scales are not trained, since rounding them
-        again would undo the training steps, and of integer scales only the steps are. Of
-        entropy-coded cores only the scales of rows are, since the size of other codes is unknown.
+        again would undo the training steps. If scales are integers, only their steps are trained. In
+        entropy-coded cores only the scales of rows are trained, since changed codes would need another
+        number of bytes.
     """
     found = [core for core in model.modules() if isinstance(core, PackedCore) and not core.is_trained]
     found = [core for core in found if core.number_format != FLOAT]
@@ -418,10 +426,13 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
 
 @torch.no_grad()
 def pack_after_training(cores: Iterable[PackedCore]) -> None:
-    """Undo `unpack_for_training`: store scales in their dtype, and round and pack codes.
+    """Undo `unpack_for_training`: store scales in the dtype of their format, and round and pack codes.
 
-    With FSDP2 every process gets whole tensors, as for buffers, since collective operations cannot process
-    views of their bits.
+    With FSDP2 every process gets whole tensors, since the stored bits are buffers, which FSDP2 does not
+    shard.
+
+    Args:
+        cores: the result of `unpack_for_training`.
     """
 
     def whole(tensor: Tensor) -> Tensor:
@@ -442,14 +453,14 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
 
 
 def tie(model: nn.Module, target: str, source: str) -> None:
-    """Tie a stored tensor of a model, such as `head.core_0`, to another.
+    """Replace a stored tensor of a model, such as `head.core_0`, by another one, so that both are tied.
 
-    For a tensor of a `PackedCore` the whole core is tied, since layers share whole cores.
+    If the tensor belongs to a `PackedCore`, the whole core is tied, since layers can share only whole cores.
 
     Args:
         model: changed in place.
-        target: name of the tensor that is replaced.
-        source: name of the tensor that replaces it.
+        target: state-dict name of the tensor to replace.
+        source: state-dict name of the tensor that takes its place.
     """
     (place, _, name), (first, _, key) = target.rpartition("."), source.rpartition(".")
     owner = model.get_submodule(first)
@@ -467,17 +478,22 @@ def tie(model: nn.Module, target: str, source: str) -> None:
 
 
 def storage_entry(storage: Storage) -> dict[str, Any]:
-    """Describe the storage of cores for a module's description; empty for plain storage."""
+    """Return the entry `"storage"` of a module's description; an empty dict for plain storage."""
     return {} if storage.plain else {"storage": storage.to_dict()}
 
 
 def layout(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """List name, shape and dtype of every stored tensor of a topology, as in a state dict.
+    """Map the state-dict name of every stored tensor of a network to its shape and dtype.
+
+    Args:
+        topology: topology of the network.
+        storage: how its cores are stored.
+        dtype: dtype of the model.
 
     Raises:
-        FormatError: a number format for a core that the topology does not have.
+        FormatError: the storage names a core that the topology does not have.
 
     Example:
         >>> topology = tn.topologies.dense(out_features=2, in_features=64)
@@ -498,9 +514,9 @@ def layout(
 def _stored_parts(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype, int]]:
-    """List the stored tensors: core, part, shape, dtype, and the count of numbers.
+    """List the stored tensors as `(core, part, shape, dtype, count of numbers)`.
 
-    The part is empty for a core that is stored as a plain tensor.
+    The part is the name of a tensor of a `PackedCore`, such as `"scales"`; it is empty for a plain tensor.
     """
     for name, kept, order in kept_shapes(topology, storage):
         number_format = storage.format_of(name)
@@ -530,7 +546,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List each core's name, shape before packing, and length of its row order if pivoted."""
+    """List the cores as `(name, shape before packing, length of the row order)`; None if not pivoted."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:
@@ -544,7 +560,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Map each core that has an identity block to the bond on which it is pivoted.
+    """Map each core that can be pivoted to the bond on which this is done.
 
     Raises:
         TopologyError: the family is not registered.
@@ -561,17 +577,17 @@ def encode(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> dict[str, Tensor | PackedCore]:
-    """Encode cores: return plain tensors or packed cores by name.
+    """Convert the cores of a network to the form in which a layer stores them.
 
     Args:
         topology: topology of the network.
         storage: how its cores are stored.
         cores: cores in the order of the topology.
         weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
-        rounding: largest amount of error feedback, see `tensornet.quantization.round_weight`.
+        rounding: rounding method for integer cores, see `tensornet.quantization.round_weight`.
 
     Returns:
-        The cores by the names `core_<name>`.
+        Plain tensors or packed cores, by the names `core_<name>`.
     """
     orders: dict[str, Tensor] = {}
     tensors = _pivot(topology, cores, orders) if storage.pivoted else list(cores)
@@ -594,15 +610,15 @@ def stored_core(
     dtype: torch.dtype,
     order: Tensor | None = None,
 ) -> Tensor | PackedCore:
-    """Store one core from its codes or its values.
+    """Convert the values or the codes of one core to the form in which a layer stores it.
 
     Args:
         topology: topology of the network.
         storage: how its cores are stored.
         name: name of the core.
-        value: integer codes of its matrix view, or values.
+        value: the rounded core viewed as a matrix, or the values of the core without its identity rows.
         dtype: dtype of the model.
-        order: order of the rows of a pivoted core.
+        order: position of each row of a pivoted core, see `StoredCores`; None if the core is not pivoted.
     """
     shape, number_format = topology.core_shapes[name], storage.format_of(name)
     if isinstance(value, Tensor) and order is None:
@@ -644,7 +660,7 @@ def _packed(topology: Topology, storage: Storage, name: str, tensors: Mapping[st
 def empty(
     topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor | PackedCore]:
-    """Allocate stored cores without initializing them; names are those of `encode`."""
+    """Allocate uninitialized stored cores, by the names `core_<name>`."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, (shape, kind) in layout(topology, storage, dtype or torch.get_default_dtype()).items():
         core, _, part = key.partition(".")
@@ -656,7 +672,11 @@ def empty(
 
 
 def decode(cores: Iterable[Tensor | PackedCore], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Return stored cores as tensors, packed ones in the given dtype (float32 for integers if absent).
+    """Convert stored cores to plain tensors.
+
+    Args:
+        cores: tensors, which are returned unchanged, and packed cores.
+        dtype: dtype of decoded packed cores; by default, that of their values, or float32 for integers.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=6, in_features=4, rank=2)
@@ -676,7 +696,7 @@ def _rounded(
     weighting: Weighting | None,
     rounding: Rounding,
 ) -> dict[str, Tensor | RoundedWeight]:
-    """Round the integer cores with the rule of the family; the others are refitted."""
+    """Round the integer cores by the method of the family, which refits the other cores."""
     formats = {name: storage.format_of(name) for name in tensors if storage.format_of(name).is_integer}
     own = next(iter(tensors.values())).dtype
     dtype = torch.float64 if own == torch.float64 else torch.float32
@@ -696,7 +716,7 @@ def _rounded(
 
 
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
-    """List integer cores whose stored rows are out-leg indices, so that lookups unpack single rows."""
+    """List integer cores with one stored row for each out-leg index: lookups can unpack single rows."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:
@@ -704,7 +724,7 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # The out-legs are all of the rows: no other label precedes the last of them.
+        # The rows are the product of the out-legs, if no other label precedes the last out-leg.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)
@@ -722,9 +742,9 @@ def unpacked(
 
     Args:
         number_format: format of the integers.
-        codes: packed codes; while they are trained, unpacked floating-point numbers.
-        scales: floating-point, shape `(..., rows, groups)`.
-        zeros: packed zero points, None without.
+        codes: packed codes, or unpacked floating-point codes during training.
+        scales: floating-point scales, shape `(..., rows, groups)`.
+        zeros: packed zero points; None if the format has none.
         columns: number of columns of the matrix.
         dtype: dtype of the values.
     """
@@ -736,12 +756,12 @@ def unpacked(
 
 
 def _bits(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to a dtype, and return its bits as integers."""
+    """Convert a tensor to a floating-point dtype, and view its bits as integers of the same size."""
     return tensor.to(dtype).contiguous().view(_BITS[dtype])
 
 
 def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of the given bits: the inverse of `_bits`."""
+    """Return the floating-point numbers whose bits are stored as integers: the inverse of `_bits`."""
     if not is_exporting():
         return bits.view(dtype)
     # ONNX cannot reinterpret bits, so numbers are computed from sign, exponent and mantissa.
@@ -757,7 +777,13 @@ def _floating(bits: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor]) -> list[Tensor]:
-    """Omit the identity rows of cores; the row orders go into `orders`."""
+    """Pivot the cores and return them without their identity rows.
+
+    Args:
+        topology: topology of the network.
+        cores: cores in the order of the topology.
+        orders: receives the row order of each pivoted core, by name.
+    """
     gauge = gauge_of(topology)
     work = [core.double() for core in cores]
     for index, spec in enumerate(topology.cores):
@@ -768,7 +794,7 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
         q, r = torch.linalg.qr(rows.reshape(-1, rows.shape[-1]))
         order, pivots = _choose_rows(q)
         top, rest = q[order[:pivots]], q[order[pivots:]]
-        # rest @ top^-1 has bounded entries, since pivoted QR chose a well-conditioned top
+        # The entries of rest @ top^-1 are bounded, since pivoted QR has chosen a well-conditioned `top`.
         work[index] = torch.linalg.solve(top.T, rest.T).T
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device)
@@ -781,7 +807,11 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
 
 
 def _choose_rows(basis: Tensor) -> tuple[Tensor, int]:
-    """Order the rows, `rank` well-conditioned ones first; return the order and the rank."""
+    """Order the rows of a basis `(rows, rank)` such that the first `rank` rows are well-conditioned.
+
+    Returns:
+        The order of the rows, and the rank.
+    """
     import scipy.linalg  # LAPACK's pivoted QR, which torch does not offer
 
     rank = basis.shape[1]

@@ -1,4 +1,4 @@
-"""Strategies: apply a layer through its cores or through the rebuilt matrix, and the cost of each."""
+"""Strategies: apply a layer with its cores or with the rebuilt matrix, and predict the cost of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -22,18 +22,19 @@ from tensornet.topology import Topology
 #: How a layer is applied, see `tensornet.nn.module.NetworkModule`.
 Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
 STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
-#: The route with a cached matrix, in addition to those of `OperatorPlan.seconds`.
+#: The route that uses a cached matrix; `OperatorPlan.seconds` defines all other routes.
 CACHED = -2
 
 
 class KeptMatrix:
-    """Rebuilt matrix of a layer or bank with the strategy "cached", and the tensors that it was built from.
+    """Cached matrix of a layer or bank with the strategy "cached", and the tensors from which it was built.
 
     The matrix is valid while these tensors are the same objects with the same addresses and versions. PyTorch
     increases the version of a tensor at every in-place change, so optimizer steps, `copy_` and
-    `load_state_dict` are noticed. Writing into `parameter.data` is not: call `train()` and `eval()` after it.
+    `load_state_dict` are detected. Writing into `parameter.data` is not detected: call `train()` and `eval()`
+    after it.
 
-    The matrix is not part of the state of its layer: it is neither saved, copied nor moved.
+    The matrix is not saved with its layer, nor copied, nor moved to another device.
 
     Example:
         >>> kept, core = KeptMatrix(), torch.ones(2, 2)
@@ -48,11 +49,11 @@ class KeptMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the kept matrix, or 0."""
+        """Bytes of the cached matrix; 0 if there is none."""
         return 0 if self.matrix is None else self.matrix.nbytes
 
     def drop(self) -> None:
-        """Free the matrix; it is rebuilt in the next pass that needs it."""
+        """Free the matrix; the next pass that needs it rebuilds it."""
         self.matrix, self.states, self._aliases = None, [], []
 
     def get(self, tensors: Sequence[Tensor], like: Tensor, build: Callable[[], Tensor]) -> Tensor:
@@ -87,8 +88,8 @@ class KeptMatrix:
 def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Return True if a module with the strategy "cached" may use a cached matrix now.
 
-    This is so in eval mode, while no gradients of the cores are recorded, and outside of traces and
-    `torch.func` transforms, whose tensors must not outlive them.
+    It may in eval mode if no gradients of the cores are recorded. It may not inside a trace or a `torch.func`
+    transform, since their tensors must not be kept afterwards.
 
     Args:
         module: the layer or bank.
@@ -106,7 +107,7 @@ def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
 
 
 def compute_dtype(core: Tensor) -> torch.dtype:
-    """Return the dtype in which a product with this core is computed: that of autocast if it is enabled."""
+    """Return the dtype in which a core is multiplied: the autocast dtype if enabled, else its own dtype."""
     kind = core.device.type
     if not torch.is_autocast_enabled(kind) or core.dtype == torch.float64 or core.is_complex():
         return core.dtype
@@ -114,10 +115,10 @@ def compute_dtype(core: Tensor) -> torch.dtype:
 
 
 def check_strategy(strategy: str) -> None:
-    """Raise ValueError for an unknown strategy.
+    """Check the name of a strategy.
 
     Raises:
-        ValueError: see above.
+        ValueError: the strategy is unknown.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"Unknown strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}.")
@@ -130,16 +131,17 @@ def set_strategy(
     cache_limit: int | None = None,
     machine: Machine | None = None,
 ) -> dict[str, int]:
-    """Set strategy and machine of every tensor-network layer and bank of shared-core experts.
+    """Set the strategy and the cost model of every tensor-network layer and bank of shared-core experts.
 
-    `"cached"` is faster but needs memory for the matrices; all other strategies store only the cores.
+    `"cached"` saves time but needs memory for the matrices; all other strategies store only the cores.
 
     Args:
         model: any module.
-        strategy: the strategy of all layers; None changes none.
-        cache_limit: total bytes of cached matrices. Layers that save most time per byte on a single token are
-            cached first; those that do not fit get `"auto"`. None sets no limit.
-        machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`.
+        strategy: the strategy of all layers; None leaves every layer as it is.
+        cache_limit: limit on the total bytes of cached matrices. The layers that save most time per byte on a
+            single token are cached first, and layers that do not fit get `"auto"`. None sets no limit.
+        machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`;
+            None leaves them as they are.
 
     Returns:
         Bytes of the cached matrix of each layer, by name.
@@ -147,7 +149,7 @@ def set_strategy(
     Raises:
         TargetError: the model has no tensor-network layer.
         TypeError: `machine` is not a `Machine`.
-        ValueError: unknown strategy, negative limit.
+        ValueError: the strategy is unknown, or the limit is negative.
 
     Example:
         >>> model = torch.nn.Sequential(tn.nn.MPOLinear(64, 64, max_bond=4))
@@ -159,8 +161,8 @@ def set_strategy(
     }
     if not layers:
         raise TargetError(
-            f"{type(model).__name__} has no compressed layer; compress it first, or check that it is the "
-            "compressed model that was passed."
+            f"{type(model).__name__} has no compressed layer. Compress it first, or check that you passed "
+            "the compressed model."
         )
     check_machine(machine)
     if strategy is not None:
@@ -196,9 +198,9 @@ def _kept_by(module: nn.Module) -> KeptMatrix | None:
     return kept if isinstance(kept, KeptMatrix) else None
 
 
-# --- predicted time of products with integers: by a kernel of torch, or unpacked first ---------------
+# --- predicted time of products with integer matrices ------------------------------------------------
 
-#: Names of the int4 kernel by the number of its products.
+#: Name of the int4 kernel in explanations, by the number of calls that one product needs.
 INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
 INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 
@@ -212,15 +214,15 @@ def product_seconds(
     *,
     prepared: bool = True,
 ) -> tuple[str, float]:
-    """Predict the kernel and time of a product with an integer matrix, see `tensornet.nn.integer_matmul`.
+    """Predict how `tensornet.nn.integer_matmul` multiplies by an integer matrix, and the time it takes.
 
     Args:
         number_format: format of the matrix.
-        shape: `(out, in)`.
+        shape: shape of the matrix, `(out, in)`.
         tokens: number of input vectors.
-        machine: the machine to predict for.
-        itemsize: bytes of an element of the input; the kernels take inputs of 2 bytes.
-        prepared: whether the layer is prepared for inference if this is faster.
+        machine: constants of the cost model.
+        itemsize: bytes of an element of the input; torch's kernels need elements of 2 bytes.
+        prepared: True to assume that `prepare_for_inference` was called.
 
     Returns:
         One of `INT4_KERNELS`, `"int8 kernel"` or `"unpacked"`, and the time in seconds.
@@ -246,20 +248,20 @@ def product_seconds(
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
-        passes = unpack_passes(number_format, 4)  # the same for both sizes of elements
+        passes = unpack_passes(number_format, 4)  # unpacking the layout takes as long for 2 bytes as for 4
     elif scales_by_row(number_format, shape[1]):
-        passes = 1.0  # codes are converted, scales applied to outputs
+        passes = 1.0  # only the codes are converted; the outputs are scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     return UNPACKED, seconds + dense_seconds(*shape, tokens, machine, wide, from_memory=False)
 
 
 def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, itemsize: int) -> float:
-    """Predict the time to unpack the integer cores of a network before a contraction; 0 without such cores.
+    """Predict the seconds for unpacking the integer cores of a network; 0 if it has no integer cores.
 
     Args:
-        topology: the network.
+        topology: topology of the network.
         storage: how its cores are stored.
-        machine: the machine to predict for.
+        machine: constants of the cost model.
         itemsize: bytes of an element of the unpacked cores.
     """
     seconds = 0.0
@@ -272,7 +274,7 @@ def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, it
 
 
 def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
-    """Count the passes of unpacking over four-byte elements; passes over single bytes count half.
+    """Estimate how many passes over the elements unpacking needs; a pass over single bytes counts as half.
 
     Args:
         number_format: format of the codes.
@@ -293,12 +295,12 @@ class StrategyCost:
 
     Args:
         strategy: `"factorized"`, `"reconstruct"` or `"cached"`.
-        milliseconds: time by the cost model.
+        milliseconds: predicted time.
         multiply_adds: number of multiply-adds.
-        moved: elements copied by permutations.
+        moved: number of elements that permutations copy.
         memory_bytes: size of the largest intermediate tensor, or of the cached matrix.
-        refused: why the layer cannot use this strategy now; empty if it can.
-        integers: how integers are read, `"unpacked"` or the name of a kernel; empty without integers.
+        refused: why the layer does not use this strategy now; empty if it can use it.
+        integers: how integer cores are read, `"unpacked"` or the name of a kernel; empty if there are none.
 
     Example:
         >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
@@ -318,13 +320,13 @@ class StrategyCost:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Predicted cost of every strategy of a layer, and the one it uses; `print` shows a table.
+    """Predicted cost of every strategy of a layer; `print` shows it as a table.
 
     Args:
-        description: shape and topology of the operator.
-        machine: the machine whose constants were used.
-        tokens: the token count.
-        costs: one for each strategy.
+        description: topology, shape and bonds of the weight.
+        machine: name of the machine whose constants were used.
+        tokens: number of input vectors.
+        costs: the cost of each strategy.
         choice: the strategy that the layer uses now.
         dense_milliseconds: time of a dense layer of this shape, for comparison.
 
@@ -393,9 +395,9 @@ def explain(layer: Any, tokens: int) -> Explanation:
         choice = "factorized"
     refused = {}
     if layer.strategy in ("factorized", "reconstruct"):
-        refused = {x: "not the strategy set" for x in STRATEGIES if x != layer.strategy}
+        refused = {x: f'the layer has strategy="{layer.strategy}"' for x in STRATEGIES if x != layer.strategy}
     elif layer.strategy == "auto":
-        refused["cached"] = 'keeps the matrix: memory for speed, strategy="cached"'
+        refused["cached"] = 'needs memory for the matrix; enable it by strategy="cached"'
     elif layer.training:
         refused["cached"] = "only in eval"
     elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in layer._tensors()):

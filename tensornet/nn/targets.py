@@ -1,4 +1,4 @@
-"""Targets of a compression: the modules to compress, grouped by the weight they share."""
+"""Find the weights of a model that can be compressed; modules that share a weight form one target."""
 
 import fnmatch
 import re
@@ -29,10 +29,10 @@ class LayerSelection:
     """Patterns that choose layers of a model by module name.
 
     Args:
-        target_modules: patterns of module names to take. A pattern matches a whole name, a suffix after
+        target_modules: patterns of the module names to select. A pattern matches a whole name, a suffix after
             a dot (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the
-            whole name. None takes every linear layer except output heads; `"all"` takes embeddings and
-            heads too.
+            whole name. None selects every linear layer except output heads; `"all"` selects embeddings and
+            output heads too.
         exclude_modules: patterns of module names to skip.
 
     Raises:
@@ -48,9 +48,9 @@ class LayerSelection:
             _check_patterns(name, value)
 
 
-#: Reasons to skip a weight that could be compressed, which depend on the configuration.
+#: Reasons to skip a weight that could be compressed with another configuration.
 EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embedding"
-#: Reasons to skip a weight that cannot be compressed; more come from `unfuse.reason_against` and ties.
+#: Reasons to skip a weight that cannot be compressed; `unfuse.reason_against` and `list_weights` give others.
 ADAPTER = "of an adapter"
 READ = "weight read past the layer"
 UNSEEN = "never ran in calibration"
@@ -62,13 +62,13 @@ class Target:
     """Weight of a model, with all modules that use it.
 
     Args:
-        names: module names that use the weight; the first is its name in plans and reports. For a weight that
-            is not the matrix of a layer, the name of the parameter.
-        modules: the modules, in the same order (one object may appear under several names).
+        names: names of the modules that use the weight; the first identifies it in plans and reports. For a
+            weight that is not the matrix of a layer, the name of the parameter.
+        modules: the modules with these names; a module with several names appears several times.
         kinds: the layer kind of each module; empty for a weight that is not the matrix of a layer.
-        owners: unfused modules that contain the layers, by name.
-        skip: reason not to compress it, in a few words; empty if it will be compressed.
-        parameter: the weight, if it is not the matrix of a layer.
+        owners: unfused modules that contain the modules, by name.
+        skip: short reason why the weight is not compressed; empty if it will be compressed.
+        parameter: the weight if it is not the matrix of a layer, else None.
     """
 
     names: tuple[str, ...]
@@ -80,49 +80,50 @@ class Target:
 
     @property
     def name(self) -> str:
-        """Representative name of the group."""
+        """Name of the weight in plans and reports."""
         return self.names[0]
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names that a pattern may match: of the layers, and of the modules that contain them."""
+        """Names to match patterns with: those of the modules, and of unfused modules that contain them."""
         return (*self.names, *self.owners)
 
     @property
     def weight(self) -> Tensor:
-        """Shared parameter, in the orientation of its layers."""
+        """Parameter that stores the weight, in the orientation in which its modules store it."""
         weight = self.modules[0].weight if self.parameter is None else self.parameter
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def type_name(self) -> str:
-        """Type of the module that owns the weight; reports count parameters by type."""
+        """Type name of the module that owns the weight; reports count parameters by type."""
         return next((x.type_name for x in self.owners.values()), type(self.modules[0]).__name__)
 
     @property
     def matrix(self) -> Tensor:
-        """Operator of shape `(out_features, in_features)`."""
+        """Weight as a matrix of shape `(out_features, in_features)`."""
         return self.kinds[0].matrix(self.modules[0]).detach()
 
     @property
     def by_choice(self) -> bool:
-        """True if the configuration alone is the reason to skip it."""
+        """True if the weight is skipped only because of the configuration."""
         return self.skip in (EXCLUDED, HEAD, TABLE)
 
 
 def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
-    """List every weight of a model once: those to compress, and all others with the reason to skip them.
+    """List every weight of a model once, with the reason if it will not be compressed.
 
     Modules that share one weight are one target and stay tied, even if a pattern names only one of them. A
     warning names the layers that the configuration selects but that cannot be compressed.
 
     Args:
-        model: any module; unfuse it (`tensornet.nn.unfuse.unfused`) to find the matrices of stacks as layers.
+        model: any module; unfuse it first (`tensornet.nn.unfuse.unfused`) to find matrices that it stores in
+            stacks.
         config: selects the layers to compress.
 
     Returns:
-        Weights of layers in the order of the model, then all other parameters, each of which has a `skip`.
+        Weights of layers in the order of the model, then all other parameters, which are always skipped.
 
     Raises:
         TargetError: a pattern matches no layer that can be compressed, no target is left, or a selected layer
@@ -169,10 +170,10 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
 
 def list_weights(model: nn.Module) -> list[Target]:
-    """List every weight of a model once; weights that can never be compressed have a reason in `skip`.
+    """List every weight of a model once; `skip` tells why a weight can never be compressed.
 
     Args:
-        model: see `find_targets`.
+        model: any module, unfused as for `find_targets`.
 
     Returns:
         Weights of layers in the order of the model, then all other parameters.
@@ -207,10 +208,11 @@ def _embeds(module: nn.Module) -> bool:
 
 
 def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequence[str]) -> None:
-    """Raise TargetError if a pattern matches no compressible layer.
+    """Check that every pattern matches a layer that can be compressed.
 
     Raises:
-        TargetError: the message lists the layers, and says why others stay dense.
+        TargetError: a pattern matches none; the message lists the compressible layers, and says why matching
+            modules stay dense.
     """
     for pattern in patterns:
         if pattern == ALL or any(_matches_any(layer.all_names, [pattern]) for layer in layers):
@@ -224,18 +226,22 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
         )
 
 
-#: Remedies in messages, by the reason to skip a layer.
+#: Advice in messages, by the reason why a layer is skipped.
 _REMEDIES = {
-    RECOMPUTED: "before each pass a hook recomputes it; make it an ordinary parameter by "
-    "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils",
-    OWN_FORWARD: "delete it to compress the layer (`del layer.forward`), or put what it adds into a hook, "
+    RECOMPUTED: "make it an ordinary parameter by remove_weight_norm, remove_spectral_norm or prune.remove "
+    "of torch.nn.utils",
+    OWN_FORWARD: "delete it to compress the layer (`del layer.forward`), or move its code into a hook, "
     "which compression keeps",
 }
-_TIED_REMEDY = "compressing would untie them; tensornet.nn.register_layer_kind makes that type compressible"
+_TIED_REMEDY = "compression would untie them; tensornet.nn.register_layer_kind makes that type compressible"
 
 
 def _skipped(dense: Mapping[str, str]) -> str:
-    """Compose a message that says why layers are skipped and what to do, from the reason for each name."""
+    """Compose a message that says why layers are skipped and what to do.
+
+    Args:
+        dense: the reason for each name of a layer.
+    """
     hint = ""
     for why in dict.fromkeys(dense.values()):
         names = shortened([name for name, reason in dense.items() if reason == why])
@@ -245,23 +251,23 @@ def _skipped(dense: Mapping[str, str]) -> str:
 
 
 def check_loaded(targets: Sequence[Target]) -> None:
-    """Raise TargetError for layers on the meta device, which have no numbers.
+    """Check that no weight is on the meta device, where it has no values.
 
     Raises:
-        TargetError: a layer is on the meta device; the message names it.
+        TargetError: a weight is on the meta device; the message names its layer.
     """
     for target in targets:
         if target.weight.is_meta:
             raise TargetError(
-                f"Layer {target.name!r} has no numbers, its weight is on the meta device: the model was "
-                "built empty, or a device_map has put parts of it elsewhere. Load it whole; a model that "
-                "does not fit into memory is compressed from its files, by tensornet compress SRC DST "
+                f"The weight of layer {target.name!r} is on the meta device and has no values: the model was "
+                "built without loading weights, or a device_map has offloaded parts of it. Load the whole "
+                "model. If it does not fit into memory, compress its files, by tensornet compress SRC DST "
                 "--workers 1."
             )
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """Return the output head of a model that has `get_output_embeddings` (Hugging Face), else None."""
+    """Return the output head of a Hugging Face model (`get_output_embeddings`); None for other models."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return head if isinstance(head, nn.Module) else None
@@ -282,20 +288,24 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _check_patterns(name: str, value: Any) -> None:
-    """Raise TargetError unless `patterns` is a pattern or a sequence of patterns.
+    """Check that an argument is None, a pattern or a collection of patterns.
+
+    Args:
+        name: name of the argument, for the message.
+        value: the argument.
 
     Raises:
-        TargetError: another type; the message shows it.
+        TargetError: the argument has another type.
     """
     patterns = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(patterns, Collection) or not all(isinstance(x, str) for x in patterns):
         raise TargetError(
-            f"{name} takes names of modules as they are in model.named_modules(), or patterns of them: a "
+            f"{name} takes module names from model.named_modules(), or patterns of such names, as a "
             f"string or a list of strings; got {value!r}."
         )
 
 
-#: Explanation of patterns, for errors.
+#: Explanation of patterns for error messages.
 PATTERN_RULES = (
     "Patterns match a whole name, a suffix after a dot, a glob such as '*.mlp.*', or, with the prefix "
     "'re:', a regular expression for the whole name, such as 're:.*\\.[0-9]\\.mlp\\..*'."
@@ -311,7 +321,7 @@ def _matches_any(names: Collection[str], patterns: Sequence[str]) -> bool:
 
 
 def all_targets(model: nn.Module) -> list[Target]:
-    """List all weights of compressible layers in the order of the model; shared weights are one target."""
+    """List the weights of all layers of a known kind in the order of the model, each shared weight once."""
     groups: dict[Hashable, list[tuple[str, nn.Module, LayerKind]]] = {}
     compounds: dict[str, Compound] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -338,7 +348,14 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
-    """Find modules that use the memory of a target without belonging to it, by name of the target.
+    """Find weights that are tied to a module outside their target, such as one of an unknown kind.
+
+    Args:
+        model: any module.
+        groups: its targets.
+
+    Returns:
+        The name of such a module, by the name of the target.
 
     >>> model = nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "head": nn.Linear(4, 5)})
     >>> model["head"].weight = model["table"].weight
@@ -357,33 +374,36 @@ def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
 
 
 def _memory(tensor: Tensor) -> Hashable:
-    """Identify the memory of a tensor; the tensor itself if it has none."""
+    """Return a key that is equal for tensors that start at the same memory address.
+
+    A tensor without plain memory, such as a meta tensor, is equal only to itself.
+    """
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
     return (tensor.device, tensor.data_ptr()) if plain else id(tensor)
 
 
 def check_model(model: Any) -> None:
-    """Raise TypeError unless `model` is a module.
+    """Check that `model` is a module.
 
     Raises:
-        TypeError: another type; the message shows it.
+        TypeError: it is not; the message shows its type.
     """
     check_type("model", model, nn.Module, "load it first, for example with AutoModel.from_pretrained")
 
 
 def check_holder(model: Any) -> None:
-    """Raise TargetError for a model whose layers cannot be replaced.
+    """Check that a model is a module in which layers can be replaced.
 
     Raises:
         TypeError: `model` is not a module.
-        TargetError: the model is a layer itself, which has no parent.
+        TargetError: the model is itself a layer, so it has no parent in which it could be replaced.
     """
     check_model(model)
     if kind_of(model) is not None or compound_of(model) is not None:
         raise TargetError(
-            f"The model is a {type(model).__name__} itself, and has no parent module in which it could be "
-            "replaced. Put it into a module, such as torch.nn.ModuleList([layer]); for a linear layer or an "
-            "embedding alone there are from_linear and from_embedding in tensornet.nn."
+            f"The model is itself a {type(model).__name__}, and has no parent module in which it could be "
+            "replaced. Put it into a module, such as torch.nn.ModuleList([layer]); to convert a single "
+            "linear layer or embedding, use from_linear or from_embedding of the classes in tensornet.nn."
         )
 
 
@@ -393,7 +413,7 @@ def compressed_names(model: nn.Module) -> list[str]:
 
 
 def _compressed_before(model: nn.Module) -> str:
-    """Compose a hint that names layers compressed before."""
+    """Compose a hint that some layers are compressed already; empty if none are."""
     names = compressed_names(model)
     if not names:
         return ""
@@ -404,31 +424,31 @@ def _compressed_before(model: nn.Module) -> str:
 
 
 def _unknown_layers(model: nn.Module) -> str:
-    """Compose a hint that names subclasses of stock layers, which are skipped: `forward` may differ."""
+    """Compose a hint that names the skipped subclasses of stock layers; empty if there are none."""
     stock = (nn.Linear, nn.Embedding)
     left = [m for m in model.modules() if isinstance(m, stock) and kind_of(m) is None]
     kinds = {type(m).__name__ for m in left if reason_against(m) is None}
     if not kinds:
         return ""
     return (
-        f" Layers of the types {', '.join(sorted(kinds))} here may compute something else (subclasses, and "
-        "embeddings with max_norm); "
+        f" Layers of the types {', '.join(sorted(kinds))} are skipped, since they may compute something else "
+        "(subclasses, and embeddings with max_norm); "
         "tensornet.nn.register_layer_kind makes a type compressible."
     )
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:
-    """List the names of weights in one line, and count the names beyond a limit.
+    """Join the names of targets in one line, and count the names beyond a limit.
 
     >>> summary(all_targets(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), limit=1)
     '0, and 1 more'
     """
     names = [group.name for group in groups]
-    return shortened(names, limit) or "none (supported: nn.Linear, nn.Embedding, what owns such matrices)"
+    return shortened(names, limit) or "none (supported: nn.Linear, nn.Embedding, modules of several matrices)"
 
 
 def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Join names in one line, and count those beyond a limit.
+    """Join names in one line, and count the names beyond a limit.
 
     >>> shortened(["up", "down", "gate"], limit=2)
     'up, down, and 1 more'
@@ -436,12 +456,12 @@ def shortened(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
-#: Name of the attribute in which an adapter stores the layer that it wraps.
+#: Name of the submodule in which an adapter (PEFT) stores the layer that it wraps.
 BASE = "base_layer"
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """List the names of the adapters inside a model.
+    """List the names of the adapters inside a model, such as LoRA layers of PEFT.
 
     >>> class Adapter(nn.Module):
     ...     adapter_layer_names = ("down",)
@@ -453,16 +473,17 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Select layers of adapters, and wrapped layers whose adapters cannot be merged into cores.
+    """Find the layers that belong to adapters, and the layers wrapped by adapters that cannot be merged.
 
-    An adapter that can be merged into cores has a true class attribute `merges_into_cores`.
+    An adapter can be merged into cores if its class attribute `merges_into_cores` is true.
 
     Args:
         model: any module.
-        names: names of layers inside it.
+        names: names of the layers to consider.
 
     Returns:
-        The names of both kinds of layers.
+        Names of layers that belong to adapters, and names of layers wrapped by an adapter that cannot be
+        merged.
     """
     adapters = {name: model.get_submodule(name) for name in adapter_names(model)}
     own, wrapped = set(), set()
@@ -478,10 +499,10 @@ def split_by_adapters(model: nn.Module, names: Iterable[str]) -> tuple[set[str],
 
 
 def refuse_wrapped(wrapped: Iterable[str]) -> None:
-    """Raise TargetError if layers to compress are wrapped by adapters.
+    """Check that no layer to compress is wrapped by an adapter that cannot be merged.
 
     Args:
-        wrapped: names of the wrapped layers.
+        wrapped: names of such layers, see `split_by_adapters`.
 
     Raises:
         TargetError: `wrapped` is not empty.
@@ -489,7 +510,7 @@ def refuse_wrapped(wrapped: Iterable[str]) -> None:
     if names := sorted(wrapped):
         others = f" ({len(names) - 1} other layers too)" if len(names) > 1 else ""
         raise TargetError(
-            f"{names[0]} lies under an adapter{others}, which could not be merged into cores. Merge the "
+            f"{names[0]} is wrapped by an adapter{others}, which could not be merged into cores. Merge the "
             "adapters first, by merge_and_unload() in PEFT; or compress first, and add adapters by "
             f"tensornet_hf.peft.lora_config; or leave such layers dense, by exclude_modules={BASE!r}."
         )

@@ -1,9 +1,9 @@
-"""Unfusing: modules that own several matrices become modules with one layer for each, and back.
+"""Unfusing: replace modules that own several matrices by modules with one layer for each matrix, and undo it.
 
-Recurrent layers, attention and stacks of experts store several matrices in one parameter, so none of them is
-a layer. A `Compound` computes the same as such a stock module, but has a layer for every matrix: a
-`PartMatrix`, which views its rows of the parameter. This layer is calibrated, planned and replaced like an
-`nn.Linear`. `Compound.fuse` returns the stock module if nothing was replaced.
+Recurrent layers, attention and stacks of experts store several matrices in one parameter, so a single matrix
+cannot be replaced. A `Compound` computes the same as such a stock module, but has one layer for each matrix:
+a `PartMatrix`, whose weight is a view of the parameter. This layer is calibrated, planned and replaced like
+an `nn.Linear`. `Compound.fuse` returns the stock module if no layer was replaced.
 """
 
 from collections.abc import Iterable, Iterator
@@ -34,24 +34,24 @@ from tensornet.nn.weight_facts import weight_facts
 
 #: Types whose weight may be recomputed before each pass by a hook of `torch.nn.utils`.
 _STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-#: Reason why a layer stays dense under weight_norm, spectral_norm or prune.
+#: Reason why a layer with weight_norm, spectral_norm or prune stays dense.
 RECOMPUTED = "weight recomputed by a hook"
 #: Reason why a layer stays dense if its `forward` was replaced.
 OWN_FORWARD = "forward set on the layer itself"
 
-#: Matrices made so far, by the parameter and the rows that they view.
+#: Parameters made while a model is unfused or fused, by what they were made from, so that ties are kept.
 Shared = dict[tuple[object, ...], nn.Parameter]
 
 
 class PartMatrix(nn.Module):
     """One matrix `(out_features, in_features)` of a module with several matrices.
 
-    This is not an `nn.Linear`, since loading would mistake its parameter `weight` for one of the stock
-    module.
+    This is not an `nn.Linear`, since code that loads weights would mistake its parameter `weight` for one of
+    the stock module.
 
     Args:
-        matrix: the matrix; a parameter is used without a copy.
-        bias: shape `(out_features,)`; a parameter is used without a copy.
+        matrix: the matrix; if it is a parameter, it is shared, not copied.
+        bias: shape `(out_features,)`; if it is a parameter, it is shared, not copied.
 
     Example:
         >>> from tensornet.nn.unfuse import PartMatrix
@@ -70,7 +70,7 @@ class PartMatrix(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """Weight matrix, under the name that other layers use."""
+        """The matrix, under the name that `nn.Linear` uses."""
         return self.matrix
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,14 +98,14 @@ class _PartKind(LayerKind):
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices stacked along the rows of one parameter of the stock module.
+    """Location of matrices that are stacked along the rows of one parameter of a stock module.
 
     Args:
-        parameter: its dotted name.
-        names: dotted names of the layers, in the order of the rows.
-        columns: width of a row.
+        parameter: dotted name of the parameter.
+        names: dotted names of the layers to make, in the order of the rows.
+        columns: number of columns of each stored matrix.
         transposed: True if each matrix is stored as `(in_features, out_features)`.
-        bias: dotted name of a parameter that is the bias of the only layer.
+        bias: if there is only one layer, the dotted name of its bias in the stock module, or None.
 
     Example:
         >>> from tensornet.nn.unfuse import Stack
@@ -122,7 +122,12 @@ class Stack:
     bias: str | None = None
 
     def views(self, parameter: nn.Parameter, shared: Shared) -> list[nn.Parameter]:
-        """Split the parameter into matrices `(out_features, in_features)` that share memory with it."""
+        """Split the parameter into matrices `(out_features, in_features)` that share its memory.
+
+        Args:
+            parameter: the parameter of the stock module.
+            shared: matrices made so far; those of this parameter are reused, and new ones are added.
+        """
         if self._is_whole(parameter):
             return [parameter]
         stacked = parameter.detach().reshape(len(self.names), -1, self.columns)
@@ -135,7 +140,13 @@ class Stack:
         ]
 
     def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
-        """Join matrices into one parameter; equal matrix objects give the same parameter object."""
+        """Join matrices into one parameter of the stock module, the inverse of `views`.
+
+        Args:
+            matrices: matrices of the layers.
+            like: tensor with the shape of the parameter.
+            shared: parameters made so far; one made from the same matrices is reused, a new one is added.
+        """
         if self._is_whole(like):
             return matrices[0]
         rows = [x.detach().T if self.transposed else x.detach() for x in matrices]
@@ -147,16 +158,15 @@ class Stack:
 
 
 class Compound(nn.Module):
-    """Abstract replacement for a stock module, which computes the same with one layer for each matrix.
+    """Abstract base class of modules that replace a stock module and have one layer for each of its matrices.
 
-    Subclasses define `replaces`, `forward` with the arguments of the stock module, and `__init__(stock,
-    shared)`; `register_compound` makes them known.
+    Subclasses define `replaces`, `forward` with the arguments of the stock module, and
+    `__init__(stock, shared)`. They are registered by `register_compound`.
 
     Args:
-        stock: the replaced module; it is stored, but not as a submodule. Its parameters are viewed, not
-            copied.
-        stacks: locations of the matrices in it.
-        shared: matrices of modules that are already unfused, so that tied parameters stay tied.
+        stock: the module to replace. It is stored, but not as a submodule; its parameters are not copied.
+        stacks: locations of its matrices.
+        shared: matrices of modules that were unfused before, so that tied parameters stay tied.
 
     Example:
         >>> from tensornet.nn.unfuse import compound_of
@@ -166,7 +176,7 @@ class Compound(nn.Module):
         ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
 
-    #: Types that the class replaces, or their names with modules; if empty, `matches` decides for every type.
+    #: Types that the class replaces, or their full names; if empty, `matches` decides alone.
     replaces: ClassVar[tuple[type[nn.Module] | str, ...]] = ()
 
     def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
@@ -181,17 +191,17 @@ class Compound(nn.Module):
             views = stack.views(stock.get_parameter(stack.parameter), shared)
             for name, matrix in zip(stack.names, views, strict=True):
                 self._add(name, PartMatrix(matrix, bias))
-        self._stock, self._freed = (stock,), False  # set last, since `__getattr__` looks up in it
+        self._stock, self._freed = (stock,), False  # set last, since `__getattr__` reads `_stock`
         self.train(stock.training)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if a module of one of the types in `replaces` can be replaced."""
+        """Return True if this class can replace a module whose type is in `replaces`."""
         return True
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Explain briefly, for reports, why such a module cannot be replaced; None if it can."""
+        """Return a short reason for reports why `matches` is False for a module; None if it is True."""
         return None
 
     @property
@@ -201,12 +211,12 @@ class Compound(nn.Module):
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Names of the layers."""
+        """Dotted names of the layers."""
         return tuple(name for stack in self.stacks for name in stack.names)
 
     @property
     def weight(self) -> Tensor:
-        """Stock weight, for code that reads it; a placeholder without values once layers are replaced."""
+        """Weight of the stock module, for code that reads it; a placeholder once a layer was replaced."""
         stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
         if "weight" not in own_parameters(stock):
             return first.weight  # type: ignore[return-value]
@@ -219,19 +229,19 @@ class Compound(nn.Module):
 
     @property
     def compressed(self) -> bool:
-        """True if a layer has been replaced."""
+        """True if at least one layer has been replaced."""
         return any(not isinstance(self.get_submodule(name), PartMatrix) for name in self.layer_names)
 
     @torch.no_grad()
     def fuse(self, shared: Shared) -> nn.Module:
-        """Return the module to keep: the compound if a layer was compressed, else the stock module.
+        """Return the compound if one of its layers was replaced, else the stock module.
 
         Args:
-            shared: parameters that are already joined, so that tied ones stay tied.
+            shared: parameters that other modules have joined, so that tied parameters stay tied.
 
         Returns:
-            This module, without the stock parameters, if a layer was replaced; else the stock module, with
-            the matrices in its parameters.
+            This compound, after deleting the parameters of the stock module; or the stock module, after
+            writing the matrices of the layers to its parameters.
         """
         stock = self._stock[0]
         if self.compressed:
@@ -248,13 +258,13 @@ class Compound(nn.Module):
             for name, parameter in own_parameters(self).items():
                 _set_parameter(stock, name, parameter)
         mine = set(self.modules())
-        for module in stock.modules():  # shared submodules already have the right mode
+        for module in stock.modules():  # submodules of the compound already have the right mode
             if module not in mine:
                 module.training = self.training
         return stock
 
     def _free(self) -> None:
-        """Delete the stock parameters; dense layers get copies of their matrices."""
+        """Delete the stock module's parameters; layers that were not replaced get copies of their matrix."""
         stock = self._stock[0]
         for name in self.layer_names:
             if isinstance(layer := self.get_submodule(name), PartMatrix):
@@ -276,12 +286,13 @@ class Compound(nn.Module):
         place.add_module(last, layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up sizes and options in the stock module, for code that reads them."""
+        """Look up an attribute in the stock module, for code that reads its sizes and options."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            # Methods would use the stock module as `self`, and hooks of accelerate belong to it alone.
+            # Methods are not looked up, since they would use the stock module as `self`, nor are the hooks of
+            # accelerate, since they are for the stock module only.
             if stock is None or name in ACCELERATE:
                 raise
             if name not in vars(stock[0]) and hasattr(type(stock[0]), name):
@@ -294,13 +305,13 @@ C = TypeVar("C", bound=type[Compound])
 
 
 def register_compound(kind: C) -> C:
-    """Register a class of compounds; later ones take precedence over earlier ones."""
+    """Register a subclass of `Compound`; it takes precedence over classes registered before."""
     _COMPOUNDS.insert(0, kind)
     return kind
 
 
 def compound_of(module: nn.Module) -> Any:
-    """Find the class of compounds that replaces a module, `(stock, shared) -> Compound`; None if none does.
+    """Find the subclass of `Compound` that replaces a module; None if there is none.
 
     >>> from tensornet.nn.unfuse import compound_of
     >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))
@@ -316,7 +327,7 @@ def _compounds_for(module: nn.Module) -> Iterator[type[Compound]]:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Explain briefly why a module of a known type is not compressed; None if its type is unknown.
+    """Return a short reason why a module is not compressed; None if no reason is known.
 
     >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
     'groups too small for low rank'
@@ -330,7 +341,7 @@ def reason_against(module: nn.Module) -> str | None:
 
 
 def type_and_reason(module: nn.Module) -> str:
-    """Name the type of a module, with the reason why it is not compressed in brackets, if there is one.
+    """Return the type name of a module, followed by the reason why it is not compressed, if known.
 
     >>> type_and_reason(torch.nn.Conv1d(8, 8, 3, groups=8)), type_and_reason(torch.nn.LayerNorm(4))
     ('Conv1d (groups too small for low rank)', 'LayerNorm')
@@ -340,12 +351,15 @@ def type_and_reason(module: nn.Module) -> str:
 
 
 def is_observed(*layers: nn.Module) -> bool:
-    """Return True if a layer has hooks, so that it must be called; torch has no public way to ask this."""
+    """Return True if a layer has forward hooks, which run only if the layer is called.
+
+    PyTorch has no public function for this.
+    """
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the differentiable matrix of a layer of a compound; cached if its strategy is `"cached"`."""
+    """Return the differentiable matrix of a compound's layer, or the cached matrix if the strategy allows."""
     if isinstance(layer, NetworkModule):
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)
@@ -358,18 +372,18 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """Copy a matrix to contiguous memory of its own, unless it has that already."""
+    """Copy a matrix to contiguous memory that no other tensor uses, unless this is already so."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Make every weight of a model a layer inside the block, where it can be calibrated and replaced.
+    """Return a context manager in which every weight matrix is a layer that can be calibrated and replaced.
 
     Modules with several matrices (recurrent layers, stacks of experts) are replaced by equivalent modules
-    with one layer for each matrix; extensions do the same for their own classes. After the block every module
-    whose layers were not replaced is the stock module again. Blocks may be nested.
+    with one layer for each matrix; extensions do the same for their own classes. On exit, stock modules whose
+    layers were not replaced are restored. Contexts may be nested.
 
     Example:
         >>> from tensornet.nn.unfuse import unfused
@@ -386,11 +400,11 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
-    """Replace modules with several matrices by equivalent compounds, in place, without copies.
+    """Replace modules with several matrices by equivalent compounds, in place, without copying weights.
 
     Args:
-        model: any model; if it is such a module itself, it is not changed.
-        inside: names of layers; only modules that contain one of them are replaced.
+        model: any model; a model that is itself such a module is not changed.
+        inside: names of layers; only modules that contain one of them are replaced. None replaces all.
 
     Returns:
         Names of the modules that were replaced.
@@ -402,7 +416,7 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
     """
     wanted = None if inside is None else {name[:k] for name in inside for k, x in enumerate(name) if x == "."}
     shared: Shared = {}
-    made: dict[int, nn.Module] = {}  # one module under several names stays one module
+    made: dict[int, nn.Module] = {}  # a module with several names is replaced by one compound
     found = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or isinstance(module, Compound) or (wanted is not None and name not in wanted):
@@ -417,11 +431,11 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
 
 
 def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Restore stock modules whose matrices were not replaced.
+    """Restore the stock modules of compounds none of whose layers was replaced.
 
     Args:
-        model: any model.
-        names: names of the modules to restore; all if absent.
+        model: any model; it is changed in place.
+        names: names of the compounds to consider; all if absent.
     """
     found = {
         name: module

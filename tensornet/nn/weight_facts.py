@@ -1,8 +1,7 @@
-"""Placeholder for the dense weight of a compressed layer: it has dtype, device and shape, and no numbers.
+"""Placeholder for the dense weight of a compressed layer: it has dtype, device and shape, but no values.
 
-Code outside a layer may read the dtype, device or shape of `layer.weight`, and may cast other tensors to it.
-Any other use raises an error, since the placeholder has no values; `layer.to_matrix()` returns the dense
-matrix.
+Code outside a layer may read the dtype, device or shape of `layer.weight`, and may cast other tensors to its
+dtype and device. Any other use raises an error; `layer.to_matrix()` returns the dense matrix.
 """
 
 from collections.abc import Sequence
@@ -10,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import TracingContext  # no public API tells when guards are made
+from torch._guards import (
+    TracingContext,
+)  # private: no public API tells whether torch.compile inspects a tensor
 
 from tensornet.errors import TargetError
 
-#: Properties and calls for which the placeholder returns the same as the dense weight.
+#: Properties and methods for which the placeholder returns the same as the dense weight.
 _PROPERTIES = (
     *("dtype", "device", "layout", "requires_grad", "grad", "grad_fn", "is_leaf", "is_meta", "is_cpu"),
     *("is_cuda", "is_mps", "is_xpu", "is_quantized", "is_sparse", "is_nested", "shape", "ndim", "itemsize"),
@@ -28,12 +29,12 @@ FACTS = {
     *(Tensor.new_tensor, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *_FREEZING,
 }
-#: Calls that read only dtype and device of another tensor.
+#: Methods of other tensors that read only the dtype and device of an argument.
 LIKE = {Tensor.to, Tensor.type_as}
 
 
 class WeightReadError(TargetError):
-    """The values of a compressed layer's weight were read; `layer` is that layer."""
+    """Raised when code reads the values of a compressed layer's weight; `layer` is the layer."""
 
     layer: nn.Module | None = None
 
@@ -57,10 +58,10 @@ class WeightFacts(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Return the attribute of the dense weight if the placeholder has it.
+        """Call a function that needs only dtype, device or shape of the weight.
 
         Raises:
-            WeightReadError: any other function.
+            WeightReadError: the function needs the values.
         """
         known = function in FACTS or (function in LIKE and not isinstance(args[0], cls))
         # torch.compile inspects the arguments of a function before it traces the function.
@@ -70,7 +71,7 @@ class WeightFacts(Tensor):
             name = function.__self__.__name__ if name in ("__get__", "__set__") else name  # of a property
             error = WeightReadError(
                 f"{name} was called on the weight of a compressed layer, which only has dtype, device and "
-                "shape. Call the layer; or take layer.to_matrix(), which rebuilds the dense matrix; or leave "
+                "shape. Call the layer; or use layer.to_matrix(), which rebuilds the dense matrix; or leave "
                 "the layer dense by exclude_modules."
             )
             values = [*args, *(kwargs or {}).values()]
@@ -86,26 +87,26 @@ class WeightFacts(Tensor):
         return found
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
-        """Format what is known."""
+        """Show shape, dtype and device."""
         return f"WeightFacts(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     def __format__(self, spec: str) -> str:
-        """Format what is known."""
+        """Format the text of `repr`, since the placeholder has no values."""
         return format(repr(self), spec)
 
 
 def weight_facts(
     like: Tensor, shape: Sequence[int], trained: Sequence[Tensor] = (), layer: nn.Module | None = None
 ) -> Tensor:
-    """Make a placeholder for a weight, which takes the memory of one element.
+    """Make a placeholder for the weight of a layer; it takes the memory of one element.
 
     Args:
-        like: tensor with the dtype and device.
+        like: tensor with the dtype and device of the weight.
         shape: shape of the weight.
-        trained: parameters of its cores.
-        layer: the layer that it belongs to, for the error.
+        trained: parameters of the layer's cores; freezing the placeholder freezes them.
+        layer: the layer, for the error message.
     """
-    # A trace that ignores tensor subclasses computes with these values; NaN shows that it did.
+    # The value is NaN, so that a trace which ignores tensor subclasses does not compute wrong numbers.
     made = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
     if torch.compiler.is_dynamo_compiling():
         return made.as_subclass(WeightFacts)

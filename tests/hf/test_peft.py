@@ -216,7 +216,9 @@ def test_layers_under_adapters_are_not_compressed(target_modules: str | None) ->
     made = adapted_by_peft()
     before = logits(made)
     config = tn.CompressionConfig(target_modules=target_modules, **I8)
-    told = r"q_proj\.base_layer lies under an adapter.*merge_and_unload.*hf\.peft\.lora_config.*'base_layer'"
+    told = (
+        r"q_proj\.base_layer is wrapped by an adapter.*merge_and_unload.*hf\.peft\.lora_config.*'base_layer'"
+    )
     with pytest.raises(TargetError, match=told):
         tn.compress(made, config, progress=False)
     torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
