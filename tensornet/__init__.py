@@ -1,7 +1,7 @@
 """Modular tensor networks for PyTorch.
 
-Compress linear layers, build mixture-of-experts variants whose experts share cores, property-test
-decompositions. Start with `tensornet.MPO.from_matrix` or `tensornet.compress`.
+Compress linear layers, build mixture-of-experts layers whose experts share cores, and property-test
+decompositions. Start with `tensornet.MPO.from_matrix` for one matrix or `tensornet.compress` for a model.
 """
 
 from importlib import import_module
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> ModuleType:
-    """Import `tensornet.testing` on first use: it needs hypothesis, which the core does not."""
+    """Import `tensornet.testing` on first use, since it needs hypothesis, an optional package."""
     if name == "testing":
         return import_module("tensornet.testing")
     raise AttributeError(f"module 'tensornet' has no attribute {name!r}")

@@ -1,8 +1,8 @@
 """The console script `tensornet`.
 
-It lives in the core because the script is installed even when the extras are not: without them, importing the
-plugin would fail with a traceback instead of advice. So the plugin is imported by name, after its
-dependencies were found.
+The script is installed even without the extra `cli`. The command line itself is part of the plugin
+`tensornet_hf`, which is imported only after its dependencies were found. Otherwise a missing package would
+end in a traceback instead of installation advice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CLI_MODULES = ("accelerate", "filelock", "jinja2", "matplotlib", "rich", "transf
 
 
 def main() -> None:
-    """Run the command line; without its packages print the pip command and exit with status 1."""
+    """Run the command line, or exit with status 1 and a pip command if a package is missing."""
     hint = missing_hint(CLI_MODULES, extra="cli", user="the tensornet command")
     if hint is not None:
         raise SystemExit(f"tensornet: {hint}")

@@ -1,4 +1,4 @@
-"""Shared helpers: argument checks, context managers, optional imports, tables, cached results."""
+"""Shared helpers: argument checks, context managers, optional imports, HTML tables, cached results."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,9 +21,9 @@ from tensornet.errors import BudgetError, MissingDependencyError, ShapeError, To
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# --- checks of arguments: messages have the expected value, the given value and the remedy -------
+# --- argument checks -----------------------------------------------------------------------------
 
-#: Dtypes that can be decomposed.
+#: Dtypes of matrices that can be decomposed.
 FLOATING = (
     torch.float16,
     torch.bfloat16,
@@ -35,16 +35,17 @@ FLOATING = (
 
 
 def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
-    """Raise ShapeError unless `value` is a dense floating tensor with `ndim` dimensions, not on meta.
+    """Raise ShapeError unless `value` is a dense floating-point or complex tensor with `ndim` dimensions.
 
     Args:
-        value: the argument.
-        who: the public function or class that was called.
-        what: the expected argument, for example `"a matrix of shape (out, in)"`.
-        ndim: number of dimensions.
+        value: the argument to check.
+        who: name of the public function or class that was called, for the message.
+        what: description of the expected argument, for example `"a matrix of shape (out, in)"`.
+        ndim: expected number of dimensions.
 
     Raises:
-        ShapeError: another type, shape, dtype or layout; the message names the remedy.
+        ShapeError: `value` is not a tensor, is empty or on the meta device, or has another number of
+            dimensions, dtype or layout; the message names the remedy.
     """
     if not isinstance(value, Tensor):
         raise ShapeError(
@@ -60,13 +61,13 @@ def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
             "example with .float()."
         )
     if value.is_meta:
-        raise ShapeError(f"{who} needs {what} with numbers in it, got one on the meta device; load it first.")
+        raise ShapeError(f"{who} needs {what} with data, got a tensor on the meta device; load it first.")
     if value.layout is not torch.strided:
         raise ShapeError(f"{who} needs {what} in dense layout, got {value.layout}; use .to_dense().")
 
 
 def check_input(x: Tensor, in_features: int) -> None:
-    """Raise ShapeError unless the last dimension of the input is `in_features`."""
+    """Raise ShapeError unless the last dimension of the input `x` has size `in_features`."""
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise ShapeError(
             f"The input has shape {tuple(x.shape)}; its last dimension must be in_features={in_features}."
@@ -74,13 +75,16 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 
 def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError] = TopologyError) -> int:
-    """Convert a size to `int`, NumPy integers included, or raise if it is below `least`.
+    """Convert a size, which may be a NumPy integer, to `int`, and check that it is at least `least`.
 
     Args:
-        name: the argument as the caller wrote it.
+        name: name of the argument, for the message.
         value: the size to convert.
-        least: smallest value allowed.
-        error: class to raise.
+        least: smallest allowed value.
+        error: class of the exception that is raised.
+
+    Raises:
+        TopologyError: `value` is not an integer or below `least` (or the class given by `error`).
     """
     try:
         size = index(value)
@@ -92,10 +96,10 @@ def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError]
 
 
 def check_sizes(name: str, values: Any) -> tuple[int, ...]:
-    """Convert a sequence of sizes to a tuple of `int`.
+    """Convert a sequence of sizes, which may be NumPy integers, to a tuple of `int`.
 
     Raises:
-        TopologyError: not a sequence of integers of at least 1.
+        TopologyError: `values` is not a sequence of integers of at least 1.
     """
     if not isinstance(values, Sequence | torch.Size) or isinstance(values, str):
         raise TopologyError(f"{name} must be a sequence of integers, for example (4, 8, 8); got {values!r}.")
@@ -103,25 +107,25 @@ def check_sizes(name: str, values: Any) -> tuple[int, ...]:
 
 
 def check_type(name: str, value: Any, kind: type, advice: str) -> None:
-    """Raise TypeError, with the remedy `advice`, unless the argument `name` is an instance of `kind`."""
+    """Raise TypeError unless `value` is an instance of `kind`; the message ends with the remedy `advice`."""
     if not isinstance(value, kind):
         article = "an" if kind.__name__[0] in "AEIOU" else "a"
         raise TypeError(f"{name} must be {article} {kind.__name__}, got {type(value).__name__}; {advice}.")
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise BudgetError unless `value` is a real number."""
+    """Raise BudgetError unless the argument `name` is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise BudgetError(f"{name} must be a number, got {value!r}.")
 
 
-# --- contexts ------------------------------------------------------------------------------------
+# --- context managers and global state -----------------------------------------------------------
 
 _DEVICES = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Disable autocast in a function, since its error bounds do not hold for products in 16 bits."""
+    """Disable autocast inside a function, whose error bounds would be wrong for 16-bit products."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -135,15 +139,15 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
-    """Create new tensors on the CPU in a function, for any `torch.set_default_device`.
+    """Make the CPU the default device inside a function, whatever `torch.set_default_device` has set.
 
-    Sensitivities and ranks are computed on the CPU for weights on any device. Do not use this for functions
-    that run a model, which may rely on the default device.
+    Sensitivities and ranks are computed on the CPU, even if the weights are on another device. Do not
+    decorate a function that runs a model: the model may rely on the default device.
     """
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":  # the context makes every operation twice as slow
+        if torch.get_default_device().type == "cpu":  # entering the context would make every operation slower
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
@@ -153,9 +157,10 @@ def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def in_eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Put models in eval mode inside the block and restore the mode of every module after it.
+    """Put models in eval mode inside the block, and restore the mode of every module afterwards.
 
-    The fused paths of PyTorch's encoders are disabled, since they bypass the hooks of layers.
+    The fused fast path of PyTorch's attention and encoder layers is disabled, since it bypasses the hooks of
+    their submodules.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -179,11 +184,13 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Disable the key/value cache of a model inside the block; passes over whole texts do not need it.
+    """Disable the key/value cache of a model inside the block.
 
-    If a block runs several times on one batch, the cache would take the later runs for new tokens.
+    Passes over whole texts do not need a cache. If one block of a transformer runs several times on the same
+    batch, the cache would append the tokens of every run.
     """
-    found = (getattr(module, "config", None) for module in model.modules())  # submodules may have copies
+    # Submodules may have configurations of their own.
+    found = (getattr(module, "config", None) for module in model.modules())
     configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
     flags = [config.use_cache for config in configs]
     for config in configs:
@@ -196,7 +203,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Unwrap a model from `DataParallel`, `DistributedDataParallel` and `torch.compile`.
+    """Return the model inside any `DataParallel`, `DistributedDataParallel` and `torch.compile` wrappers.
 
     >>> type(unwrapped(nn.DataParallel(nn.Linear(4, 4)))).__name__
     'Linear'
@@ -211,17 +218,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def transforms_active() -> bool:
-    """Return True inside a `torch.func` transform, whose tensors must not be kept for another call.
+    """Return True inside a `torch.func` transform, whose tensors must not be cached for later calls.
 
-    There is no public way to ask.
+    PyTorch has no public function for this.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def is_exporting() -> bool:
-    """Return True during `torch.export`, and False inside `torch.compile`.
+    """Return True during `torch.export` and False inside `torch.compile`.
 
-    `torch.compiler.is_exporting` reads the same flag, but before torch 2.12 it is True in compiled code.
+    The public `torch.compiler.is_exporting` is True in compiled code before torch 2.12.
     """
     return bool(torch.compiler._is_exporting_flag)
 
@@ -232,15 +239,18 @@ DISTRIBUTION = "tensornet-torch"
 
 
 def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None:
-    """Compose a line with the pip command for missing modules; None if every module is installed.
+    """Write one line with the pip command that installs missing modules.
 
-    Looks the modules up without importing them, so that a failure *inside* an installed package
-    is never mistaken for an absent one.
+    The modules are searched for, not imported, so that an error raised *inside* an installed package is not
+    reported as a missing package.
 
     Args:
         modules: top-level module names, as imported.
-        extra: the extra of this distribution that brings them.
-        user: the part of the library that needs them, as the reader knows it ("the command line").
+        extra: the extra of this distribution that installs the modules.
+        user: what needs the modules, in words for the message, such as `"the command line"`.
+
+    Returns:
+        The line, or None if every module is installed.
     """
     missing = [name for name in modules if find_spec(name) is None]
     if not missing:
@@ -251,14 +261,14 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
 
 
 def require(modules: Sequence[str], *, extra: str, user: str) -> None:
-    """Raise MissingDependencyError with the `missing_hint` unless every module is installed."""
+    """Raise MissingDependencyError, with the text of `missing_hint`, unless every module is installed."""
     hint = missing_hint(modules, extra=extra, user=user)
     if hint is not None:
         raise MissingDependencyError(hint)
 
 
 def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
-    """Import a dotted module of an optional package; arguments and errors as for `require`."""
+    """Import a module (a dotted name) of an optional package; other arguments and errors as for `require`."""
     require((module.partition(".")[0],), extra=extra, user=user)
     return import_module(module)
 
@@ -266,12 +276,12 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-#: Largest number of table rows that are shown; a model has hundreds of layers.
+#: Largest number of rows in an HTML table.
 ROWS = 40
 
 
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format a table as HTML, with at most `ROWS` rows and a count of the others."""
+    """Format a table as HTML with at most `ROWS` rows, followed by the number of omitted rows."""
     lines = [[escape(str(cell)) for cell in row] for row in rows]
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines[:ROWS])
@@ -282,7 +292,8 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[obje
 
 # --- results computed once -----------------------------------------------------------------------
 
-#: Results of the innermost block, with their arguments, which are kept alive by this; None outside.
+#: Cache of the innermost `remembering` block, None outside of a block. It also stores the arguments, because
+#: the `id` of a deleted tensor could be used again.
 _known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known", default=None)
 
 
@@ -290,8 +301,8 @@ _known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known",
 def remembering() -> Iterator[None]:
     """Cache the results of `remembered` functions inside the block.
 
-    Candidates of one layer need the same decompositions several times. Decompositions are larger than the
-    layer, so the cache is emptied when the block ends.
+    The compression candidates of one layer share decompositions. Since decompositions can be larger than
+    the layer, the cache is emptied when the block ends.
 
     Example:
         >>> import torch
@@ -315,8 +326,8 @@ def remembering() -> Iterator[None]:
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
     """Cache the results of a function inside a `remembering` block.
 
-    Two tensors count as equal if they are the same object and it was not changed in between; other arguments
-    are compared. Callers share the result and must not change it.
+    A tensor argument matches only the same, unmodified tensor object; other arguments are compared by value.
+    All callers get the same result object and must not change it.
     """
 
     @wraps(function)
@@ -334,7 +345,7 @@ def remembered(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _key(value: Any) -> Hashable:
-    """Identify an argument: tensors by identity and version, tuples and dataclasses by their items."""
+    """Build a hashable cache key: tensors by identity and version, tuples and dataclasses item by item."""
     if isinstance(value, Tensor):
         return id(value), value._version
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Budget of a decomposition: caps on bonds, error and parameters; the tightest wins."""
+"""The limits of a decomposition: on bonds, error and number of parameters."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,18 +11,17 @@ from tensornet.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """Caps on bonds, error and parameters of one decomposition; the tightest decides each bond.
+    """Limits on bonds, error and parameters of one decomposition; the tightest limit decides each bond.
 
     Args:
-        max_bond: largest bond dimension, at least 1, or a sequence with one cap for each bond in the order of
-            the family's bonds (chains: left to right; rings: the closing bond last; Tucker: one rank for each
-            leg, out-legs first). A cap above the exact bond is clipped to it.
+        max_bond: largest bond dimension, at least 1, or a sequence with a limit for each bond. Chains count
+            their bonds from left to right, rings have the closing bond last, and Tucker networks have one
+            rank for each leg, out-legs first. A limit above the exact bond has no effect.
         rel_error: largest relative Frobenius error `|W - W'| / |W|`, in `[0, 1)`.
-        param_ratio: largest keep ratio, relative to the dense parameter count `out_features * in_features`,
-            above 0.
+        param_ratio: largest number of parameters as a fraction of `out_features * in_features`, above 0.
 
     Raises:
-        BudgetError: a cap is outside its range.
+        BudgetError: a limit is out of range.
 
     Example:
         >>> tn.topologies.Budget(max_bond=(4, 8)).caps_of_bonds(2)
@@ -42,34 +41,34 @@ class Budget:
                 check_number(name, value)
         if self.rel_error is not None and not 0 <= self.rel_error < 1:
             raise BudgetError(
-                f"rel_error must lie in [0, 1), got {self.rel_error!r}: it is the relative Frobenius error; "
-                "an error of 1 is reached by the zero matrix."
+                f"rel_error must lie in [0, 1), got {self.rel_error!r}: it is the relative Frobenius error, "
+                "which is 1 for the zero matrix."
             )
         if self.param_ratio is not None and not 0 < self.param_ratio < math.inf:
             raise BudgetError(
-                f"param_ratio must be above 0, got {self.param_ratio!r}: it is the share of the dense "
+                f"param_ratio must be above 0, got {self.param_ratio!r}: it is the fraction of the dense "
                 "parameters to keep, for example 0.5."
             )
 
     @property
     def unlimited(self) -> bool:
-        """True if no cap is set, so that the decomposition is exact."""
+        """True if there is no limit, so that the decomposition is exact."""
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
 
     def caps_of_bonds(self, count: int) -> tuple[int | None, ...]:
-        """Expand `max_bond` to one cap for each of `count` bonds; None leaves a bond uncapped.
+        """Expand `max_bond` to one limit for each of `count` bonds; None means no limit.
 
         Raises:
-            BudgetError: a sequence of another length.
+            BudgetError: `max_bond` is a sequence whose length is not `count`.
         """
         return caps_of_bonds(self.max_bond, count)
 
 
 def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | tuple[int, ...]:
-    """Raise BudgetError unless `value` is a cap on bonds: one integer or a sequence of them.
+    """Convert a limit on bonds to `int`, or a sequence of limits to a tuple of `int`.
 
     Raises:
-        BudgetError: not integers of at least 1 (or the class given by `error`).
+        BudgetError: `value` is not made of integers of at least 1 (or the class given by `error`).
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(check_size("Every entry of max_bond", cap, error=error) for cap in value)
@@ -79,15 +78,15 @@ def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | t
 def caps_of_bonds(
     max_bond: int | Sequence[int] | None, count: int, error: type[ValueError] = BudgetError
 ) -> tuple[int | None, ...]:
-    """Expand `max_bond` to a tuple with one cap for each bond.
+    """Expand `max_bond` to a tuple with one limit for each bond.
 
     Args:
-        max_bond: one cap for all bonds, a sequence with one for each, or None.
+        max_bond: one limit for all bonds, a sequence with a limit for each bond, or None for no limits.
         count: number of bonds.
-        error: class to raise.
+        error: class of the exception that is raised.
 
     Raises:
-        BudgetError: not integers of at least 1, or a sequence of another length.
+        BudgetError: a limit is not an integer of at least 1, or the sequence does not have length `count`.
     """
     if max_bond is None:
         return (None,) * count
@@ -96,8 +95,8 @@ def caps_of_bonds(
         return (caps,) * count
     if len(caps) != count:
         raise error(
-            f"max_bond {caps} has {len(caps)} entries, the network has {count} bonds; give one cap for each "
-            "bond, or one integer for all of them."
+            f"max_bond {caps} has {len(caps)} entries, the network has {count} bonds; give one limit for "
+            "each bond, or one integer for all bonds."
         )
     return caps
 
@@ -109,22 +108,23 @@ def uniform_caps(
     params: Callable[[list[int]], int],
     what: str,
 ) -> tuple[list[int], str]:
-    """Find the largest bonds within `max_bond` and `param_ratio`, and name the cap that decides.
+    """Find the largest bonds within `max_bond` and `param_ratio`, and name the limit that decides.
 
-    `param_ratio` is converted to one cap for all bonds.
+    `param_ratio` is converted to a common limit for all bonds.
 
     Args:
-        budget: caps of the caller.
-        shape: `(out_features, in_features)`, without padding.
+        budget: the limits of the caller.
+        shape: shape `(out_features, in_features)` of the matrix, without padding.
         exact: bonds of the exact network.
-        params: returns the number of parameters for given bonds; need not be monotone.
-        what: the network, for the error message.
+        params: function that returns the number of parameters for given bonds; need not be monotone.
+        what: name of the network, for the error message.
 
     Returns:
-        `(bonds, bound_by)`; `bound_by` is `"exact"` if no bond is truncated.
+        `(bonds, bound_by)`. `bound_by` is `"max_bond"` or `"param_ratio"`, or `"exact"` if no bond is
+        truncated.
 
     Raises:
-        BudgetError: even bonds of 1 exceed `param_ratio`, or the number of caps is not that of the bonds.
+        BudgetError: even bonds of 1 exceed `param_ratio`, or `max_bond` has the wrong number of entries.
     """
     caps = budget.caps_of_bonds(len(exact))
     limits = [min(bond, cap or bond) for bond, cap in zip(exact, caps, strict=True)]
@@ -138,6 +138,6 @@ def uniform_caps(
             return bonds, bound_by if bonds == limits else "param_ratio"
     raise BudgetError(
         f"param_ratio={budget.param_ratio} allows {int(allowed)} parameters for a matrix of shape "
-        f"{shape}, but {what} needs {params([1] * len(limits))} at bond 1; raise the budget, use other dims, "
-        "or another topology."
+        f"{shape}, but {what} needs {params([1] * len(limits))} at bond 1; raise the budget, or use other "
+        "dims or another topology."
     )

@@ -28,29 +28,31 @@ def decompose(
     param_ratio: float | None = None,
     **options: Any,
 ) -> Decomposition:
-    """Decompose a matrix into a network of any topology; the result carries no gradient.
+    """Decompose a matrix into a network of any topology, without gradient.
 
-    A topology of a registered family is decomposed by its family. Any other topology is fitted by alternating
-    least squares from random starts with a fixed seed. This gives a local minimum, whose error is measured.
+    Topologies of registered families have algorithms of their own. Any other topology is fitted by
+    alternating least squares from random starts with a fixed seed; the result is a local minimum, and its
+    error is measured.
 
     Args:
-        matrix: shape `(out_features, in_features)`, real or complex.
-        topology: the topology, with all dims and bonds; or a registered family or its name, which chooses
-            them within the budget.
-        max_bond: cap on every bond, or one for each; for names only.
-        rel_error: largest relative Frobenius error; for names only.
-        param_ratio: largest keep ratio, relative to the dense parameters; for names only.
-        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`; for names only.
+        matrix: the matrix, shape `(out_features, in_features)`, real or complex.
+        topology: a `Topology`, which fixes all dims and bonds, or a registered family or its name. A family
+            chooses dims and bonds within the limits below.
+        max_bond: limit for all bonds, or a sequence with a limit for each bond; for families only.
+        rel_error: largest relative Frobenius error; for families only.
+        param_ratio: largest number of parameters, as a fraction of the dense matrix; for families only.
+        options: options of the family, for example `out_dims=`, `in_dims=`, `sites=`; for families only.
 
     Returns:
         The network and its certificate.
 
     Raises:
-        BudgetError: a cap is out of range, or not even the smallest network of the family keeps it.
+        BudgetError: a limit is out of range, or the smallest network of the family exceeds it.
         NonFiniteError: the matrix contains NaN or infinity.
-        ShapeError: the matrix is not a dense floating matrix of the shape of the topology.
-        TopologyError: an unknown name, options that the family does not know, or a budget or options for
-            a topology, which fixes all dims and bonds.
+        ShapeError: the matrix is not a dense tensor of floating-point or complex numbers, or its shape is not
+            that of the topology.
+        TopologyError: the name or an option is unknown, or limits or options are given together with a
+            `Topology`.
 
     Example:
         >>> found = tn.decompose(torch.eye(6), tn.topologies.kronecker(out_dims=(2, 3), in_dims=(2, 3)))
@@ -81,7 +83,7 @@ def decompose(
     cores = balance_norms(found.network.cores)
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
     total, residual = frobenius(work), frobenius(work - kept.to(work.dtype).to_matrix())
-    factor = scale ** (1 / len(cores))  # the scale is spread evenly over the cores
+    factor = scale ** (1 / len(cores))  # distributes the scale evenly over the cores
     return Decomposition(
         TensorNetwork(topology, [scaled_back(core, factor, dtype) for core in cores]),
         residual / total if total > 0 else 0.0,

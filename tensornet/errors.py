@@ -1,7 +1,7 @@
 """Errors and warnings of the library.
 
-Each class also inherits the builtin a caller would expect, so `except ValueError` keeps working.
-Messages show the value received, the value expected and the remedy, and list the alternatives.
+Each class also inherits from the builtin exception that a caller would expect, such as `ValueError`.
+A message shows the received value, the expected value, the remedy and the alternatives.
 """
 
 
@@ -24,12 +24,12 @@ class NonFiniteError(TensorNetError, ValueError):
         >>> tn.truncated_svd(torch.tensor([[float("nan")]]))
         Traceback (most recent call last):
             ...
-        tensornet.errors.NonFiniteError: The matrix holds 1 NaN or infinite value of 1; ...
+        tensornet.errors.NonFiniteError: The matrix contains 1 NaN or infinite value among 1 elements; ...
     """
 
 
 class BudgetError(TensorNetError, ValueError):
-    """A budget is contradictory or cannot be met by any network of the requested kind.
+    """A budget is out of range, or no network of the requested topology is small or accurate enough for it.
 
     Example:
         >>> tn.topologies.Budget(rel_error=2)
@@ -40,7 +40,7 @@ class BudgetError(TensorNetError, ValueError):
 
 
 class TopologyError(TensorNetError, ValueError):
-    """A topology is malformed, unknown, or does not fit the matrix it is used for.
+    """A topology is malformed or unknown, or its dimensions do not fit the matrix.
 
     Example:
         >>> tn.decompose(torch.eye(4), "ring")
@@ -74,7 +74,7 @@ class TargetError(TensorNetError, ValueError):
 
 
 class FormatError(TensorNetError, ValueError):
-    """A stored file or folder does not follow the format it claims to follow.
+    """A file or folder is damaged or does not have the expected format.
 
     Example:
         >>> from pathlib import Path
@@ -90,7 +90,7 @@ class FormatError(TensorNetError, ValueError):
 
 
 class DestinationError(TensorNetError, OSError):
-    """A destination exists already or cannot be written, so that the requested output is missing.
+    """The output cannot be written: the destination exists already or is not writable.
 
     Example:
         >>> tn.save_model(torch.nn.Linear(8, 8), "/dev/null/model.safetensors")
@@ -101,7 +101,7 @@ class DestinationError(TensorNetError, OSError):
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration data are missing or not sufficient; the message says what is used instead or what to do.
+    """Calibration data are missing or insufficient; the message states the fallback or the remedy.
 
     Example:
         >>> import warnings
@@ -113,7 +113,7 @@ class CalibrationWarning(UserWarning):
 
 
 class MissingDependencyError(TensorNetError, ImportError):
-    """An optional package is missing; the message has the pip command that installs it.
+    """An optional package is missing; the message contains the pip command that installs it.
 
     Example:
         >>> from tensornet._util import require

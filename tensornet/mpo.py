@@ -1,6 +1,7 @@
-"""Matrix product operators as objects, with the operations that only chains support.
+"""The class `MPO`: matrix product operators with their arithmetic, rounding and error certificates.
 
-The mathematics is in `tensornet.mpo_algebra`. Only `to_matrix` and `np.asarray` build the dense matrix.
+The functions on cores are in `tensornet.mpo_algebra`. Only `to_matrix` and `np.asarray` build the dense
+matrix.
 """
 
 import math
@@ -30,21 +31,22 @@ Array = NDArray[Any]
 
 
 class MPO:
-    """Matrix product operator: a matrix `(out_features, in_features)` as a chain of cores.
+    """Matrix product operator: a matrix `(out_features, in_features)` stored as a chain of cores.
 
-    `len(mpo)` is the number of sites and `mpo[k]` core `k`; `mpo @ x` takes vectors, matrices and other
-    operators, `mpo ** n` multiplies by itself, `np.asarray(mpo)` is the dense matrix. All methods are
+    `len(mpo)` is the number of sites and `mpo[k]` is core `k`. `mpo @ x` multiplies by a vector, a matrix or
+    another operator, `mpo ** n` is a power, and `np.asarray(mpo)` is the dense matrix. All methods are
     differentiable unless their first line says otherwise.
 
     Args:
-        cores: tensors, or NumPy arrays, of shape `(d_{k-1}, o_k, i_k, d_k)` with `d_0 = d_n = 1`.
-        out_features: rows before padding, the product of the `o_k` if absent.
-        in_features: columns before padding, the product of the `i_k` if absent.
-        error: certified relative Frobenius error with respect to the matrix it was made from.
+        cores: tensors or NumPy arrays; core `k` has the shape `(d_{k-1}, o_k, i_k, d_k)`, with
+            `d_0 = d_n = 1`.
+        out_features: number of rows without padding; the product of the `o_k` if absent.
+        in_features: number of columns without padding; the product of the `i_k` if absent.
+        error: certified relative Frobenius error with respect to the matrix that the operator approximates.
 
     Raises:
-        ShapeError: neighbouring bonds differ, an end bond is not 1, a core is not a 4-dimensional tensor or
-            has another dtype or device than the first, or the features exceed the product of the legs.
+        ShapeError: neighbouring bonds differ, an end bond is not 1, a core is not a 4-dimensional tensor,
+            cores differ in dtype or device, or there are more features than the product of the leg sizes.
 
     Example:
         >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)])
@@ -52,7 +54,7 @@ class MPO:
         ((8, 4), (3,), 2)
     """
 
-    #: Makes NumPy use the operators of this class: `array @ mpo` is one product, not one for each element.
+    #: Makes `array @ mpo` call `__rmatmul__` once; otherwise NumPy would multiply every element by the MPO.
     __array_ufunc__ = None
 
     def __init__(
@@ -65,8 +67,7 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
-        #: Logarithm of a bound of the absolute error, if one is known that is tighter than the bound by
-        #: `error`.
+        #: Logarithm of a bound on the absolute error, if a bound tighter than `error` implies is known.
         self._log_distance: float | None = None
         self._features = (
             _features("out_features", out_features, self.out_dims),
@@ -87,33 +88,33 @@ class MPO:
         param_ratio: float | None = None,
         method: Method = "auto",
     ) -> "MPO":
-        """Decompose a matrix by TT-SVD; the result carries no gradient.
+        """Decompose a matrix into an MPO by TT-SVD, without gradient.
 
-        Without a budget the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in single
-        precision. So bonds are numerical ranks; an exponential, for example, has bond 1. (quimb's
-        `from_dense` truncates at 1e-10 of the largest singular value of each bond, torchTT's `TT` at a
-        relative error of 1e-10, both in every precision.) If no bond is truncated the result is exact, and
-        some cores are identities.
+        If no limit is given, the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in
+        single precision. The bonds are then the numerical ranks; an exponential, for example, has bond 1.
+        (In every precision, quimb's `from_dense` truncates at 1e-10 of the largest singular value of each
+        bond, and torchTT's `TT` at a relative error of 1e-10.) If no bond can be truncated, the result is
+        exact and some cores are identities.
 
         Args:
-            w: shape `(out, in)`, real or complex, any size (padded if the dims require it).
-            out_dims: sizes of the out-legs; balanced factors if absent.
-            in_dims: sizes of the in-legs; balanced factors if absent.
-            sites: number of cores if dims are absent, 3 by default.
-            max_bond: cap on every bond, or a sequence with one for each.
+            w: the matrix, shape `(out, in)`, real or complex, of any size; padded if the dims require it.
+            out_dims: sizes of the out-legs; balanced factors of `out` if absent.
+            in_dims: sizes of the in-legs; balanced factors of `in` if absent.
+            sites: number of cores if both dims are absent, 3 by default.
+            max_bond: limit for all bonds, or a sequence with a limit for each bond.
             rel_error: largest relative Frobenius error.
-            param_ratio: largest keep ratio, relative to the dense parameters.
-            method: see `truncated_svd`.
+            param_ratio: largest number of parameters, as a fraction of `out * in`.
+            method: algorithm of each SVD, see `truncated_svd`.
 
         Returns:
-            An MPO whose `error` is the certificate; canonical around one site, the others orthonormal
-            (`canonicalize` moves that site). Cores whose bonds are not truncated are identities.
+            An MPO whose `error` is the certificate. The chain is canonical: all cores but one are orthonormal
+            (`canonicalize` moves the other one). Cores whose bonds are not truncated are identities.
 
         Raises:
-            BudgetError: a cap is out of range or cannot be met.
+            BudgetError: a limit is out of range or cannot be met.
             NonFiniteError: `w` contains NaN or infinity.
-            ShapeError: `w` is not a floating matrix.
-            TopologyError: the dims do not fit.
+            ShapeError: `w` is not a matrix of floating-point or complex numbers.
+            TopologyError: the dims do not fit the shape of the matrix.
 
         Example:
             >>> x = torch.arange(64, dtype=torch.float64) / 64
@@ -151,15 +152,16 @@ class MPO:
         param_ratio: float | None = None,
         method: Method = "auto",
     ) -> "list[MPO]":
-        """Decompose a stack of matrices into chains with equal bonds; the results carry no gradient.
+        """Decompose each matrix of a stack into an MPO, all with equal bonds, without gradient.
 
         Args:
-            batch: shape `(items, out, in)`.
+            batch: the matrices, shape `(items, out, in)`.
             out_dims, in_dims, sites, max_bond, param_ratio, method: as in `from_matrix`.
-            rel_error: holds for every item; bonds are the largest that one of them needs.
+            rel_error: largest relative Frobenius error of each item. Each bond has the largest size that an
+                item needs.
 
         Returns:
-            One MPO for each item, with its own certificate.
+            One MPO for each item, each with its own certificate.
 
         Raises: as in `from_matrix`.
 
@@ -195,18 +197,19 @@ class MPO:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "MPO":
-        """Build the identity; its bonds are 1 if in- and out-dims are equal.
+        """Build the identity matrix as an MPO; its bonds are 1 if in- and out-dims are equal.
 
         Args:
             out_dims: sizes of the out-legs.
-            in_dims: sizes of the in-legs, the same if absent. Other dims with the same product give the same
-                matrix with larger bonds.
-            features: rows and columns before padding, the smaller product of the dims if absent.
+            in_dims: sizes of the in-legs, `out_dims` if absent. Different dims with the same product give
+                the same matrix with larger bonds.
+            features: number of rows and of columns without padding; the smaller product of the dims if
+                absent.
             dtype: dtype of the cores, torch's default if absent.
             device: device of the cores, torch's default if absent.
 
         Raises:
-            ShapeError: different numbers of sites, or `features` exceeds a product of the dims.
+            ShapeError: `out_dims` and `in_dims` have different lengths, or `features` exceeds their product.
 
         Example:
             >>> tn.MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
@@ -245,7 +248,7 @@ class MPO:
     def __getitem__(self, site: slice) -> tuple[Tensor, ...]: ...
 
     def __getitem__(self, site: int | slice) -> Tensor | tuple[Tensor, ...]:
-        """Return the core of a site, not a copy; a tuple of cores for a slice."""
+        """Return the core of a site (not a copy), or a tuple of cores for a slice."""
         return self.cores[site]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -263,9 +266,9 @@ class MPO:
         return self.cores[0].device
 
     def to(self, *args: Any, **options: Any) -> "MPO":
-        """Move or cast every core; the arguments are those of `torch.Tensor.to`.
+        """Move every core to a device or cast it to a dtype, with the arguments of `torch.Tensor.to`.
 
-        The certificate does not count the rounding of a narrower dtype.
+        The certificate is unchanged: it does not include the error of rounding to a narrower dtype.
 
         Example:
             >>> tn.MPO.identity((2, 2)).to(torch.float64).dtype
@@ -274,17 +277,17 @@ class MPO:
         return self._copy([core.to(*args, **options) for core in self.cores])
 
     def clone(self) -> "MPO":
-        """Copy the operator and its cores, with gradients; `copy.copy` shares the cores."""
+        """Copy the operator and its cores, with gradients; `copy.copy` would share the cores."""
         return self._copy([core.clone() for core in self.cores])
 
     def detach(self) -> "MPO":
-        """Return an MPO that shares the cores, but without gradients."""
+        """Return an MPO whose cores are detached from the autograd graph and share their memory."""
         return self._copy([core.detach() for core in self.cores])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """Build the dense matrix as a NumPy array, for `np.asarray(mpo)`; bfloat16 becomes float32."""
+        """Build the dense matrix for `np.asarray(mpo)`; bfloat16 is converted to float32."""
         if copy is False:
-            raise ValueError("The dense matrix of an MPO is always computed anew; do not ask for copy=False.")
+            raise ValueError("The dense matrix of an MPO must be computed, so copy=False is not possible.")
         dense = _to_numpy(self.to_matrix())
         return dense if dtype is None else dense.astype(dtype, copy=False)
 
@@ -320,7 +323,7 @@ class MPO:
 
     @property
     def network(self) -> TensorNetwork:
-        """Same operator as a general network that shares the cores."""
+        """The operator as a general `TensorNetwork` with the same core tensors."""
         return TensorNetwork(self.topology, self.cores)
 
     def to_matrix(self) -> Tensor:
@@ -334,7 +337,9 @@ class MPO:
     def apply(self, x: Array) -> Array: ...
 
     def apply(self, x: Tensor | Array) -> Tensor | Array:
-        """Apply the operator to `x: (..., in_features)`, giving `(..., out_features)`; NumPy in, NumPy out.
+        """Apply the operator to `x: (..., in_features)`; the result has the shape `(..., out_features)`.
+
+        `x` and the result are tensors, or both are NumPy arrays.
 
         Example:
             >>> tn.MPO.identity((2, 2)).apply(torch.ones(5, 4)).shape
@@ -349,7 +354,7 @@ class MPO:
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: "MPO") -> "MPO":
-        """Add two operators; bonds add up, and the certificate combines both."""
+        """Add two operators; each bond is the sum of their bonds, the certificate combines their errors."""
         if not isinstance(other, MPO):
             return NotImplemented
         self._check_same_dims(other, "added")
@@ -359,7 +364,7 @@ class MPO:
         return total
 
     def __sub__(self, other: "MPO") -> "MPO":
-        """Subtract two operators; bonds add up."""
+        """Subtract two operators; each bond is the sum of their bonds."""
         if not isinstance(other, MPO):
             return NotImplemented
         return self + (-other)
@@ -368,12 +373,13 @@ class MPO:
         return self * -1
 
     def __mul__(self, factor: complex | Tensor) -> "MPO":
-        """Multiply by a number; `@` multiplies two operators."""
+        """Multiply the operator by a number; `@` multiplies two operators."""
         if not isinstance(factor, Number | Tensor):
             return NotImplemented
         if isinstance(factor, Tensor) and factor.numel() != 1:
             raise ShapeError(
-                f"An MPO is multiplied by one number, got a tensor of shape {tuple(factor.shape)}."
+                f"`*` multiplies an MPO by one number, got a tensor of shape {tuple(factor.shape)}; use `@` "
+                "for matrix products."
             )
         factor = factor.reshape(()) if isinstance(factor, Tensor) else factor
         scaled = self._like(algebra.scale(self.cores, factor), error=self.error)
@@ -385,7 +391,7 @@ class MPO:
     __rmul__ = __mul__
 
     def __truediv__(self, factor: complex | Tensor) -> "MPO":
-        """Divide by a number."""
+        """Divide the operator by a number."""
         if not isinstance(factor, Number | Tensor):
             return NotImplemented
         return self * (1 / factor)
@@ -400,14 +406,14 @@ class MPO:
     def __matmul__(self, other: Array) -> Array: ...
 
     def __matmul__(self, other: "MPO | Tensor | Array") -> "MPO | Tensor | Array":
-        """Multiply by an operator (bonds multiply), or by a vector `(in,)` or matrices `(..., in, columns)`.
+        """Multiply by another MPO, a vector `(in,)` or matrices `(..., in, columns)`.
 
-        Padding of the contracted legs is removed exactly. If the in-dims of the left operator differ from the
-        out-dims of the right one, an identity that converts between the dims is inserted, which makes the
-        bonds larger.
+        The bonds of a product of two MPOs are the products of their bonds. Padding of the contracted legs is
+        set to zero first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an
+        identity with these dims is inserted, which makes the bonds larger.
 
         Raises:
-            ShapeError: the shapes do not fit, or the operators have different numbers of sites.
+            ShapeError: the shapes do not fit, or the two MPOs have different numbers of sites.
 
         Example:
             >>> flip = tn.MPO([torch.eye(2).flip(0).reshape(1, 2, 2, 1)] * 2)
@@ -423,9 +429,9 @@ class MPO:
             return NotImplemented
         if self.shape[1] != other.shape[0] or len(self) != len(other):
             raise ShapeError(
-                f"Cannot multiply {self.shape} by {other.shape}: the columns of the left must be the rows of "
-                f"the right, and both need the same number of sites, got in_dims {self.in_dims} and "
-                f"out_dims {other.out_dims}."
+                f"Cannot multiply MPOs of shapes {self.shape} and {other.shape}: the columns of the left MPO "
+                "must match the rows of the right MPO, and both need the same number of sites; got in_dims "
+                f"{self.in_dims} and out_dims {other.out_dims}."
             )
         left = self.cores
         keep = algebra.leading_projector(self.in_dims, self.shape[1], like=left[0])
@@ -452,7 +458,7 @@ class MPO:
         return self.transpose().apply(other)
 
     def __pow__(self, exponent: int) -> "MPO":
-        """Multiply a square operator by itself; bonds grow as `bond ** exponent`, so round in between.
+        """Raise a square operator to a power; bonds grow to `bond ** exponent`, so round between products.
 
         Raises:
             ShapeError: the operator is not square.
@@ -469,7 +475,7 @@ class MPO:
             return NotImplemented
         self._check_square("has powers")
         if power < 0:
-            raise ValueError(f"The exponent must be at least 0, got {power}: a chain has no cheap inverse.")
+            raise ValueError(f"The exponent must be at least 0, got {power}: inverses are not supported.")
         result: MPO | None = None
         square = self
         while power:
@@ -480,10 +486,10 @@ class MPO:
         return self._identity_like() if result is None else result
 
     def hadamard(self, other: "MPO") -> "MPO":
-        """Multiply two operators element by element; bonds multiply.
+        """Multiply two operators element by element; each bond is the product of their bonds.
 
         Raises:
-            ShapeError: dims or shapes differ.
+            ShapeError: the dims or shapes of the operators differ.
 
         Example:
             >>> eye = tn.MPO.identity((2, 2))
@@ -496,21 +502,21 @@ class MPO:
         return product
 
     def kron(self, other: "MPO") -> "MPO":
-        """Compute the Kronecker product: the sites of this operator, then those of the other, bond 1 between.
+        """Compute the Kronecker product: the cores of `self`, then those of `other`, joined by a bond of 1.
 
         Raises:
-            ShapeError: the other operator has padding, which would be in the middle of the product.
+            ShapeError: `other` has padding, which the product could not cut off at its end.
 
         Example:
             >>> tn.MPO.identity((2,)).kron(tn.MPO.identity((3,))).to_matrix().equal(torch.eye(6))
             True
         """
         if not isinstance(other, MPO):
-            raise ShapeError(f"An MPO has a Kronecker product with an MPO, got {type(other).__name__}.")
+            raise ShapeError(f"The right operand of kron must be an MPO, got {type(other).__name__}.")
         if other.shape != (math.prod(other.out_dims), math.prod(other.in_dims)):
             raise ShapeError(
                 f"The right operand of kron must have no padding, got shape {other.shape} with dims "
-                f"{other.out_dims} x {other.in_dims}; decompose it anew with dims that multiply to its shape."
+                f"{other.out_dims} x {other.in_dims}; choose dims whose products are its shape."
             )
         product = MPO(
             algebra.kron(self.cores, other.cores),
@@ -524,7 +530,7 @@ class MPO:
         return product
 
     def trace(self) -> Tensor:
-        """Contract to the trace of a square operator, a 0-dimensional tensor; out- and in-dims may differ.
+        """Compute the trace of a square operator, a 0-dimensional tensor; out- and in-dims may differ.
 
         Raises:
             ShapeError: the operator is not square.
@@ -538,7 +544,7 @@ class MPO:
         return algebra.inner(algebra.identity_chain(self.out_dims, self.in_dims, like=like), self._masked)
 
     def transpose(self) -> "MPO":
-        """Transpose the operator, giving shape `(in_features, out_features)`."""
+        """Transpose the operator; the result has the shape `(in_features, out_features)`."""
         transposed = MPO(
             algebra.transpose(self.cores),
             out_features=self.shape[1],
@@ -549,15 +555,15 @@ class MPO:
         return transposed
 
     def conj(self) -> "MPO":
-        """Conjugate every element."""
+        """Conjugate every element of the operator."""
         return self._copy([core.conj() for core in self.cores])
 
     def adjoint(self) -> "MPO":
-        """Conjugate and transpose."""
+        """Conjugate and transpose the operator."""
         return self.transpose().conj()
 
     def canonicalize(self, *, center: int = -1) -> "MPO":
-        """Move the orthogonality center by QR, with gradient. See `mpo_algebra.canonicalize`.
+        """Make all cores but `center` orthonormal by QR, with gradient. See `mpo_algebra.canonicalize`.
 
         Example:
             >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
@@ -570,22 +576,22 @@ class MPO:
     def round(self, *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None) -> "MPO":
         """Truncate the bonds to a relative error of at most `rel_error`, with gradient.
 
-        The chosen ranks are treated as constants. The gradient exists if at every bond the smallest kept
+        The chosen ranks are treated as constants. The gradient exists if, at every bond, the smallest kept
         singular value differs from the largest discarded one; see `mpo_algebra.round_chain`.
 
         Args:
-            max_bond: cap on every bond, or a sequence with one for each.
-            rel_error: largest relative Frobenius error; `eps^(3/4)` if absent, 1.8e-12 in double and 6.4e-6
-                in single precision, so that sums and products lose the bonds they do not need. (quimb's
-                `compress` cuts at 1e-10 of the largest singular value of each bond; torchTT's `round` at a
-                relative error of 1e-12.) 0 discards exact zeros only.
+            max_bond: limit for all bonds, or a sequence with a limit for each bond.
+            rel_error: largest relative Frobenius error of the truncation. The default `eps^(3/4)`, 1.8e-12 in
+                double and 6.4e-6 in single precision, removes the redundant bonds of sums and products; 0
+                removes exact zeros only. (quimb's `compress` truncates at 1e-10 of the largest singular value
+                of each bond, torchTT's `round` at a relative error of 1e-12.)
 
         Returns:
-            A left-canonical MPO. Its `error` is relative to the matrix that this MPO was made from: `e + d (1
-            + e)`, with `e` the error of this MPO and `d` that of the truncation.
+            A left-canonical MPO. Its `error` is `e + d (1 + e)`, where `e` is the error of this MPO and `d`
+            the error of the truncation. It is relative to the matrix that this MPO approximates.
 
         Raises:
-            BudgetError: a cap is out of range.
+            BudgetError: a limit is out of range.
             NonFiniteError: the operator contains NaN or infinity.
 
         Example:
@@ -605,10 +611,10 @@ class MPO:
 
     @property
     def absolute_error(self) -> float:
-        """Certified Frobenius distance `|W0 - W|` to the matrix that this operator approximates.
+        """Certified Frobenius distance `|W0 - W|` of this operator `W` to the matrix `W0` it approximates.
 
-        It is finite for sums and products of certified operators. `error` is infinite if, by this bound, the
-        exact sum or product may be zero.
+        The distance is finite for sums and products of certified operators. The relative `error` is infinite
+        if `W0` may be zero according to this bound.
         """
         return math.exp(bound) if (bound := self._log_bound()) < 709 else math.inf
 
@@ -626,54 +632,54 @@ class MPO:
         return algebra.log_norm(self._masked)
 
     def inner(self, other: "MPO") -> Tensor:
-        """Contract to the Frobenius inner product `sum conj(self) * other`, a 0-dimensional tensor.
+        """Compute the Frobenius inner product `sum conj(self) * other`, a 0-dimensional tensor.
 
         Raises:
-            ShapeError: dims or shapes differ.
+            ShapeError: the dims or shapes of the operators differ.
         """
         self._check_same_dims(other, "compared")
         return algebra.inner(self._masked, other.cores)
 
     def bond_spectrum(self, k: int) -> Tensor:
-        """Compute the singular values across bond `k`, to the right of core `k`, with gradient."""
+        """Compute the singular values at bond `k`, the bond to the right of core `k`, with gradient."""
         return algebra.bond_spectrum(self._masked, k)
 
     def bond_entropy(self, k: int) -> Tensor:
-        """Compute the entanglement entropy across bond `k` in nats, with gradient."""
+        """Compute the entanglement entropy at bond `k` in nats, with gradient."""
         return algebra.bond_entropy(self._masked, k)
 
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """Convert to a quimb `MatrixProductOperator`. See `tensornet.contrib.interop`."""
+        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.contrib.interop`."""
         return interop.to_quimb(self.cores)
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """Convert a quimb `MatrixProductOperator`, including rectangular sites."""
+        """Convert a quimb `MatrixProductOperator`, whose sites may be rectangular, to an MPO."""
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
-        """Convert to a TensorLy `TTMatrix`."""
+        """Convert the operator to a TensorLy `TTMatrix`."""
         return interop.to_tensorly(self.cores)
 
     @classmethod
     def from_tensorly(cls, operator: Any) -> "MPO":
-        """Convert a TensorLy `TTMatrix`."""
+        """Convert a TensorLy `TTMatrix` to an MPO."""
         return cls(interop.from_tensorly(operator))
 
-    # --- inside ----------------------------------------------------------------------------------
+    # --- private ---------------------------------------------------------------------------------
 
     @property
     def _masked(self) -> tuple[Tensor, ...]:
-        """Return the cores with zeros in the padding, so that padding adds nothing to the norm."""
+        """Return cores whose padding is set to zero, so that it does not contribute to the norm."""
         return algebra.mask_padding(self.cores, *self.shape)
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
-        """Wrap other cores for the same operator, with the same certificate."""
+        """Build an MPO of the same shape and with the same certificate from other cores."""
         same = self._like(cores, error=self.error)
         same._log_distance = self._log_distance
         return same
@@ -685,9 +691,9 @@ class MPO:
     def _log_norm(self) -> float:
         return float(self.log_norm().detach())
 
-    # A certificate `e` of an operator `W` says that its origin `W0` has `|W0 - W| <= e |W0|`. Absolute bounds
-    # of sums and products follow from the triangle inequality and are always finite. A relative bound is
-    # finite if the absolute one is below `|W|`, since only then `W0` cannot be zero.
+    # An operator `W` with the certificate `e` approximates a matrix `W0` with `|W0 - W| <= e |W0|`. Absolute
+    # bounds of sums and products follow from the triangle inequality and are always finite. A relative bound
+    # is finite only if the absolute bound is below `|W|`; otherwise `W0` may be zero.
 
     def _log_bound(self) -> float:
         """Compute the logarithm of the certified absolute error."""
@@ -705,10 +711,11 @@ class MPO:
         return _log_add(mine + _log_add(other._log_norm(), theirs), self._log_norm() + theirs)
 
     def _certify(self, log_distance: float) -> None:
-        """Set the certificate for `log |W0 - W|`."""
+        """Set both certificates from `log_distance`, a bound on `log |W0 - W|`."""
         log_norm = self._log_norm()
         self._log_distance, self.error = log_distance, 0.0
-        if log_distance != -math.inf:  # NaN, of an unknown certificate times zero, certifies nothing
+        # An infinite bound times zero is NaN; the comparisons below then set `error` to infinity.
+        if log_distance != -math.inf:
             ratio = math.exp(log_distance - log_norm) if log_distance < log_norm else 1.0
             self.error = ratio / (1 - ratio) if ratio < 1 else math.inf
 
@@ -720,13 +727,13 @@ class MPO:
         shape = tuple(other.shape)
         if other.ndim == 0 or shape[axis] != size:
             raise ShapeError(
-                f"Cannot multiply an MPO of shape {self.shape} {how} an array of shape {shape}; "
-                f"its dimension {axis} must be {size}."
+                f"Cannot multiply an MPO of shape {self.shape} {how} an array of shape {shape}: "
+                f"dimension {axis} must be {size}."
             )
 
     def _check_square(self, what: str) -> None:
         if self.shape[0] != self.shape[1]:
-            raise ShapeError(f"Only a square MPO {what}, got one of shape {self.shape}.")
+            raise ShapeError(f"Only a square MPO {what}, got an MPO of shape {self.shape}.")
 
     def _check_same_dims(self, other: "MPO", what: str) -> None:
         if not isinstance(other, MPO):
@@ -734,7 +741,7 @@ class MPO:
         mine = (self.shape, self.out_dims, self.in_dims)
         if mine != (theirs := (other.shape, other.out_dims, other.in_dims)):
             raise ShapeError(
-                f"Only MPOs with equal shape, out_dims and in_dims can be {what}: {mine} and {theirs}."
+                f"Only MPOs with equal shape, out_dims and in_dims can be {what}, got {mine} and {theirs}."
             )
 
 
@@ -757,7 +764,9 @@ def _features(name: str, features: int | None, dims: tuple[int, ...]) -> int:
     if features is None:
         return math.prod(dims)
     if check_size(name, features, error=ShapeError) > math.prod(dims):
-        raise ShapeError(f"{name}={features} is more than the legs {dims} of the cores hold.")
+        raise ShapeError(
+            f"{name}={features} exceeds {math.prod(dims)}, the product of the leg sizes {dims} of the cores."
+        )
     return features
 
 
@@ -772,20 +781,21 @@ def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if (core.dtype, core.device) != (cores[0].dtype, cores[0].device):
             raise ShapeError(
                 f"Core {k} is {core.dtype} on {core.device}, the first core is {cores[0].dtype} on "
-                f"{cores[0].device}; all cores must agree."
+                f"{cores[0].device}; all cores must have the same dtype and device."
             )
         if core.ndim != 4 or core.shape[0] != bond or 0 in core.shape:
             raise ShapeError(
-                f"Core {k} has shape {tuple(core.shape)}; expected (left, out, in, right) >= 1, left={bond}."
+                f"Core {k} has shape {tuple(core.shape)}; expected (left, out, in, right), left={bond}, no "
+                "size of 0."
             )
         bond = core.shape[3]
     if bond != 1:
-        raise ShapeError(f"The last core ends in a bond of {bond}; both ends of an MPO have bond 1.")
+        raise ShapeError(f"The right bond of the last core must be 1, got {bond}.")
     return cores
 
 
 def _log_add(*logarithms: float) -> float:
-    """Compute `log(sum(exp(x)))`."""
+    """Compute `log(sum(exp(x)))` without overflow."""
     top = max(logarithms)
     if math.isinf(top):
         return top
@@ -793,5 +803,5 @@ def _log_add(*logarithms: float) -> float:
 
 
 def _plus(*errors: float) -> float:
-    """Add certificates; NaN, from infinity times zero, becomes infinity."""
+    """Add certificates; the sum is infinite if any of them is infinite or NaN (infinity times zero)."""
     return math.fsum(errors) if all(map(math.isfinite, errors)) else math.inf

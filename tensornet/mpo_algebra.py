@@ -1,7 +1,7 @@
-"""Linear algebra on chains of cores `(left, out, in, right)`, without ever building the matrix.
+"""Linear algebra on matrices stored as chains of cores `(left, out, in, right)`, without building the matrix.
 
-Pure functions on sequences of cores; `tensornet.MPO` is their object form. A chain is `n` cores whose end
-bonds are 1; bond `k` lies on the right of core `k`.
+All functions are pure; `tensornet.MPO` wraps them in a class. A chain has `n` cores, its end bonds are 1, and
+bond `k` is on the right of core `k`.
 
 Reference: Schollwoeck 2011, "The density-matrix renormalization group in the age of matrix product
 states", sections 4 and 5; Oseledets 2011, "Tensor-Train Decomposition", section 3.
@@ -23,12 +23,12 @@ from tensornet.linalg.svd import check_finite, largest_element, result_dtype, tr
 
 Cores = tuple[Tensor, ...]
 
-#: Double-precision elements between `2^-100` and `2^100` are multiplied without rescaling.
+#: Double-precision tensors are rescaled if their largest element is outside `2^-100 ... 2^100`.
 _TAME = 100
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Add two chains with equal dims; bonds add up."""
+    """Add two chains with equal dims; each bond is the sum of their bonds."""
     left, right = _same_dtype(left, right)
     last = len(left) - 1
     if last == 0:
@@ -47,31 +47,34 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """Multiply a chain by a number, in its last core."""
+    """Multiply a chain by a number by scaling its last core."""
     last = cores[-1]
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
         factor = plain(factor)
     if isinstance(factor, complex) or (isinstance(factor, Tensor) and factor.is_complex()):
-        last = last.to(torch.promote_types(last.dtype, torch.complex64))  # complex32 has no products
+        last = last.to(torch.promote_types(last.dtype, torch.complex64))  # torch cannot multiply complex32
     scaled = last * factor
     return (*(core.to(scaled.dtype) for core in cores[:-1]), scaled)
 
 
 @outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Multiply two operators as chains; in-dims of `left` are out-dims of `right`, bonds multiply."""
+    """Compute the matrix product of two chains; the in-dims of `left` must be the out-dims of `right`.
+
+    Each bond of the result is the product of the two bonds.
+    """
     return _site_by_site("aomb,cmid->acoibd", left, right)
 
 
 @outside_autocast
 def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Multiply two chains with equal dims element by element; bonds multiply."""
+    """Multiply two chains with equal dims element by element; each bond is the product of their bonds."""
     return _site_by_site("aoib,coid->acoibd", left, right)
 
 
 def _site_by_site(equation: str, left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Contract the cores of each site to one core, whose bonds are pairs of bonds."""
+    """Contract the two cores of each site to one core, and fuse each pair of bonds to one bond."""
     pairs = zip(*_same_dtype(left, right), strict=True)
     products = (torch.einsum(equation, a, b) for a, b in pairs)
     return tuple(core.flatten(4).flatten(0, 1) for core in products)
@@ -84,24 +87,29 @@ def kron(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def transpose(cores: Sequence[Tensor]) -> Cores:
-    """Transpose the operator."""
+    """Transpose the matrix of a chain."""
     return tuple(core.transpose(1, 2) for core in cores)
 
 
 @outside_autocast
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Contract to the Frobenius inner product `sum conj(L) R`, a 0-dimensional tensor with gradient.
+    """Compute the Frobenius inner product `sum conj(left) * right`, a 0-dimensional tensor with gradient.
 
-    16-bit types are contracted in single precision. Intermediate results cannot overflow; the product can.
+    16-bit cores are contracted in single precision. Intermediate results cannot overflow; the result can.
     """
     left, right = _same_dtype(left, right)
-    dtype = result_dtype(left[0].dtype)  # in float16 squares from 256 on would overflow
+    dtype = result_dtype(left[0].dtype)  # float16 would overflow at 256^2
     transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
     return times_power_of_two(transfer[0, 0], exponent)
 
 
 def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Contract two chains over all legs; return `mantissa: (bond of left, bond of right)` and exponent."""
+    """Contract `conj(left)` and `right` over all legs.
+
+    Returns:
+        A matrix `(last bond of left, last bond of right)` and an exponent; the contraction is the matrix
+        times `2^exponent`.
+    """
     like = right[0]
     transfer = torch.ones(1, 1, dtype=like.dtype, device=like.device)
     exponent = torch.zeros((), dtype=torch.float64, device=like.device)
@@ -114,13 +122,14 @@ def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Cores | None:
-    """Build the diagonal projector on the first `features` of `prod(dims)` indices, with bonds at most 2.
+    """Build the diagonal projector onto the first `features` of `prod(dims)` indices as a chain.
 
-    An index lies below `features` if, read from its most significant digit, it stays equal to the digits
-    of `features - 1` or falls below them at some digit; the two bond values are these two states.
+    The digits of an index and of `features - 1` are compared from the most significant digit on. The bonds
+    have size 2, for two states: bond value 0 means that all digits so far are equal, and 1 that the index is
+    already smaller.
 
     Returns:
-        The chain, or None if all indices are kept.
+        The chain, or None if `features` is `prod(dims)` and the projector is the identity.
     """
     if features == math.prod(dims):
         return None
@@ -142,14 +151,14 @@ def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Co
 
 
 def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Tensor) -> Cores:
-    """Build the identity as a chain; bonds are 1 if out- and in-dims are equal.
+    """Build the identity matrix as a chain; bonds are 1 if out- and in-dims are equal.
 
-    If the dims differ: after the digits of some sites the row index lies in an interval that starts at `r`,
-    the column index in one that starts at `c`. The bond values are the offsets `r - c` for which the two
-    intervals still have an index in common; at the end only offset 0 is left.
+    The digits of the first sites restrict the row index to an interval that starts at `r`, and the column
+    index to an interval that starts at `c`. Each value of the next bond stands for one offset `r - c` for
+    which the two intervals overlap. After the last site only offset 0 is left.
 
     Raises:
-        ShapeError: different numbers of sites.
+        ShapeError: `out_dims` and `in_dims` have different lengths.
     """
     if len(out_dims) != len(in_dims):
         raise ShapeError(
@@ -175,7 +184,7 @@ def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Ten
 
 
 def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -> Cores:
-    """Set the padding of a chain to exact zeros; bonds grow at most fourfold."""
+    """Set the padded rows and columns of a chain to zero; bonds grow at most fourfold."""
     rows = leading_projector([core.shape[1] for core in cores], out_features, like=cores[0])
     columns = leading_projector([core.shape[2] for core in cores], in_features, like=cores[0])
     masked = tuple(cores)
@@ -188,23 +197,23 @@ def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -
 
 @outside_autocast
 def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
-    """Move the orthogonality center by QR, with gradient.
+    """Make every core except `center` orthonormal by QR decompositions, with gradient.
 
-    Every core left of `center` becomes left-orthonormal, every core right of it right-orthonormal, and the
-    whole norm lies in the center. QR may reduce the bonds. The diagonal of each triangular factor is made
-    real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists if the
-    factorized blocks have independent columns.
+    Cores on the left of `center` become left-orthonormal, cores on its right right-orthonormal, so that the
+    norm of the center is the norm of the operator. QR may reduce the bonds. The diagonal of each triangular
+    factor is made real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists
+    if the columns of each factorized matrix are independent.
 
-    If the norm exceeds the range of the dtype, it is spread over all cores by equal powers of two, and cores
-    are orthonormal up to this factor.
+    If the norm exceeds the range of the dtype, all cores are multiplied by equal powers of two, and are
+    orthonormal up to this factor.
 
     Args:
         cores: the chain.
-        center: site of the center, negative ones count from the end.
+        center: site of the center; negative sites count from the end.
 
     Raises:
         NonFiniteError: the operator contains NaN or infinity.
-        ShapeError: no such site.
+        ShapeError: the site `center` does not exist.
     """
     sites = len(cores)
     if not _is_place(center, -sites, sites):
@@ -215,7 +224,11 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Compute the canonical form in double precision; the operator is the chain times `2^exponent`."""
+    """Compute the canonical form in double precision.
+
+    Returns:
+        The cores and an exponent; the operator is the chain times `2^exponent`.
+    """
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
@@ -238,13 +251,13 @@ def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tens
 
 
 def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Split off a power of two if later products could leave the range of double precision."""
+    """Split off a power of two if later products could overflow or underflow in double precision."""
     size = largest_element(tensor)
     return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
-    """Multiply a canonical chain by `2^exponent`: its center, or all cores if that would overflow."""
+    """Multiply a canonical chain by `2^exponent`: its center, or all cores if the center would overflow."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
@@ -265,25 +278,25 @@ def round_chain(
     max_bond: int | Sequence[int] | None = None,
     rel_error: float | None = None,
 ) -> tuple[Cores, float]:
-    """Truncate the bonds of a chain: canonical form, then one truncated SVD for each bond; with gradient.
+    """Truncate the bonds of a chain, with gradient: canonicalize it, then truncate one SVD for each bond.
 
-    The chosen ranks are treated as constants. The gradient exists if at every bond the smallest kept singular
-    value is positive and differs from the largest discarded one. For functions of the cores themselves the
-    kept singular values must also be distinct; for functions of the operator they need not. Elsewhere the
-    gradient is finite but meaningless. There are no second derivatives.
+    The chosen ranks are treated as constants. The gradient exists if, at every bond, the smallest kept
+    singular value is positive and differs from the largest discarded one. For functions of the individual
+    cores, rather than of the operator, the kept singular values must also be distinct. Otherwise the gradient
+    is finite but meaningless. There are no second derivatives.
 
     Args:
-        cores: the chain, core `k` of shape `(left, out, in, right)`.
-        max_bond: cap on every bond, or one cap for each.
-        rel_error: largest Frobenius error relative to the norm of the chain. Error that one bond does not use
+        cores: the chain; each core has the shape `(left, out, in, right)`.
+        max_bond: limit for all bonds, or a sequence with a limit for each bond.
+        rel_error: largest Frobenius error relative to the norm of the chain. What one bond does not use of it
             is available to the next bonds.
 
     Returns:
-        The cores, left-canonical, and the certified relative error `sqrt(sum of discarded energies) / norm`.
-        A norm out of the range of the dtype is spread over the cores, see `canonicalize`.
+        The left-canonical cores, and the certified relative error `sqrt(sum of discarded squares) / norm`. A
+        norm outside the range of the dtype is spread over the cores, see `canonicalize`.
 
     Raises:
-        BudgetError: a sequence of caps of another length than there are bonds.
+        BudgetError: the length of `max_bond` is not the number of bonds.
         NonFiniteError: the operator contains NaN or infinity.
 
     Reference:
@@ -308,7 +321,7 @@ def round_chain(
     error = math.sqrt(spent / total) if total > 0 else 0.0
     if _needs_gradient(cores):
         live = _rounded_with_gradient(cores, canonical, work, exponent)
-        # The value is the one computed above; the added difference is zero but carries the gradient.
+        # Keep the values computed above: the added difference is zero, but has the gradient.
         work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
     return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
 
@@ -316,14 +329,20 @@ def round_chain(
 def _rounded_with_gradient(
     cores: Sequence[Tensor], canonical: Sequence[Tensor], rounded: Sequence[Tensor], exponent: Tensor
 ) -> list[Tensor]:
-    """Compute the rounded chain again, differentiably, from its canonical form and its result.
+    """Repeat the rounding of a chain with operations that can be differentiated.
 
-    The left singular vectors of an unfolding `M` do not change to first order when `M` is replaced by `M Q`,
-    where the columns of `Q` are a constant orthonormal basis of the row space of `M`: components outside this
-    space have singular values of zero. So `Q`, the right-canonical cores, is treated as a constant, and no QR
-    is differentiated: QR has no gradient if bonds are larger than ranks, as in sums.
+    Let `M` be an unfolding of the chain and `Q` a constant orthonormal basis of its row space. `M Q` has the
+    same left singular vectors as `M`, and their derivatives agree too. So `Q`, which is made of the
+    right-canonical cores, is treated as a constant, and no QR is differentiated. (QR has no gradient if a
+    bond is larger than its rank, as in sums.)
+
+    Args:
+        cores: the original chain, whose gradient is required.
+        canonical: its right-canonical form.
+        rounded: the rounded chain without gradient, which fixes the ranks and phases.
+        exponent: the rounded operator is the chain `rounded` times `2^exponent`.
     """
-    live = [split_exponent(core) for core in _working(cores)]  # powers of two are constants
+    live = [split_exponent(core) for core in _working(cores)]
     ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)
     for (core, _), frozen in zip(reversed(live[1:]), reversed(canonical[1:]), strict=True):
         ends.append(split_exponent(torch.einsum("aoib,bd,coid->ac", core, ends[-1], frozen.conj()))[0])
@@ -333,7 +352,7 @@ def _rounded_with_gradient(
         site = torch.einsum("xa,aoib->xoib", before, core)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
         U = _LeadingVectors.apply(block, value.shape[3])
-        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # made real and positive, as in `value`
+        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # gets the same phase as in `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
         before, more = split_exponent(torch.einsum("xoiy,xoib->yb", result[-1].conj(), site))
@@ -344,12 +363,13 @@ def _rounded_with_gradient(
 
 
 class _LeadingVectors(torch.autograd.Function):
-    """Left singular vectors of the largest singular values of a matrix `(m, n)`, shape `(m, rank)`.
+    """Autograd function that returns the first `rank` left singular vectors of a matrix, shape `(m, rank)`.
 
-    With `M = U S V^H`, the change of a kept vector along another kept one is `u_j^H du_i = (s_i u_j^H dM v_i
-    + s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)`, and orthogonal to all of them it is `(1 - U U^H) dM v_i /
-    s_i`. Along itself it is zero; the caller fixes the phase. Pairs of equal singular values contribute
-    nothing, which is right for functions that do not depend on the basis of their space.
+    Let `M = U S V^H`. The derivative of the vector `u_i` has the component `u_j^H du_i = (s_i u_j^H dM v_i +
+    s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)` along another singular vector `u_j`, and the component
+    `(1 - U U^H) dM v_i / s_i` orthogonal to all of them. The component along `u_i` is set to zero, since the
+    caller fixes the phase. Components between vectors with equal singular values are set to zero too, which
+    is correct for functions that do not depend on the basis of their common space.
     """
 
     @staticmethod
@@ -382,14 +402,14 @@ class _LeadingVectors(torch.autograd.Function):
 def bond_tolerance(
     rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
 ) -> float | None:
-    """Compute the relative error allowed at the next bond: an even part of the remaining energy.
+    """Compute the relative error allowed at the next bond: all remaining bonds get an equal squared error.
 
     Args:
         rel_error: largest relative error of the whole chain, None for no limit.
         total: squared norm of the operator.
-        spent: energy discarded at the bonds before.
-        energy: squared norm of the block about to be truncated.
-        bonds_left: this bond and those after it.
+        spent: squared error of the bonds that are already truncated.
+        energy: squared norm of the matrix that is truncated next.
+        bonds_left: number of bonds that are not truncated yet, including the next one.
     """
     if rel_error is None or energy == 0:
         return None
@@ -399,10 +419,10 @@ def bond_tolerance(
 
 @outside_autocast
 def norm(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the Frobenius norm, with gradient, accurate even if the terms of the chain cancel.
+    """Compute the Frobenius norm of a chain, with gradient; it is accurate even if terms of a sum cancel.
 
-    The result is infinite or 0 if the norm leaves the range of the dtype; `log_norm` has no such limits. The
-    gradient is 0 if the norm is 0. There are no second derivatives; use `inner` for them.
+    The result is infinite or 0 if the norm is outside the range of the dtype; use `log_norm` then. The
+    gradient is 0 if the norm is 0. There are no second derivatives; use `inner` if you need them.
     """
     size, exponent = _norm(cores)
     return times_power_of_two(size, exponent).to(result_dtype(cores[0].dtype).to_real())
@@ -410,16 +430,16 @@ def norm(cores: Sequence[Tensor]) -> Tensor:
 
 @outside_autocast
 def log_norm(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the natural logarithm of the Frobenius norm in double precision, with gradient.
+    """Compute the natural logarithm of the Frobenius norm of a chain in double precision, with gradient.
 
-    `-inf` for the zero operator.
+    The result is `-inf` for the zero operator.
     """
     size, exponent = _norm(cores)
     return size.log() + exponent * math.log(2)
 
 
 def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the Frobenius norm as `mantissa * 2^exponent` in double precision."""
+    """Compute the Frobenius norm as `mantissa * 2^exponent` in double precision; return both numbers."""
     last = len(cores) - 1
     with torch.no_grad():
         frozen, exponent = _canonical(cores, last)
@@ -429,7 +449,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <W / |W|, live>`, whose gradient is that of the norm, without differentiating QR."""
+        """Compute `Re <W / |W|, live>`, whose gradient is the gradient of the norm; no QR is involved."""
         product, of_product = _transfer(frozen, _working(live))
         return times_power_of_two(product[0, 0].real, of_product - exponent)
 
@@ -438,20 +458,20 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @outside_autocast
 def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
-    """Compute the singular values across a bond, descending, with gradient.
+    """Compute the singular values at a bond of a chain, in descending order, with gradient.
 
-    They are the singular values of the matrix `(legs up to the bond, legs after it)`. As for
-    `torch.linalg.svdvals`, the gradient is defined if the values are distinct, or for symmetric functions of
-    equal values. There are no second derivatives.
+    They are the singular values of the operator reshaped to `(legs up to the bond, legs after the bond)`. As
+    for `torch.linalg.svdvals`, the gradient is defined if the values are distinct, or for functions that are
+    symmetric in equal values. There are no second derivatives.
 
     Args:
         cores: the chain.
-        bond: `0 ... n - 2`, the bond on the right of that core.
+        bond: number of the bond, `0 ... n - 2`; bond `k` is on the right of core `k`.
 
     Raises:
-        NonFiniteError: the operator contains NaN or infinity, or its singular values leave the range of
-            the dtype.
-        ShapeError: no such bond.
+        NonFiniteError: the operator contains NaN or infinity, or its singular values are outside the range
+            of the dtype.
+        ShapeError: the bond does not exist.
     """
     values, exponent = _spectrum(cores, bond)
     single = result_dtype(cores[0].dtype) in (torch.float32, torch.complex64)
@@ -459,26 +479,27 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
     largest = float(scaled.detach()[0])
     if not math.isfinite(largest) or (largest == 0 and float(values.detach()[0]) > 0):
         raise NonFiniteError(
-            f"The largest singular value, about 2^{int(exponent)}, leaves the range of {scaled.dtype}; "
-            "divide the operator by a number first, or use bond_entropy and log_norm, which know no scale."
+            f"The largest singular value, about 2^{int(exponent)}, is outside the range of {scaled.dtype}; "
+            "rescale the operator first, or use bond_entropy and log_norm, which cannot overflow."
         )
     return scaled
 
 
 @outside_autocast
 def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
-    """Compute the von Neumann entropy `-sum p log p` in nats of `p = S^2 / sum S^2` across a bond.
+    """Compute the von Neumann entropy at a bond in nats, `-sum p log p` with `p = S^2 / sum S^2`.
 
-    It is 0 for a product and `log(d)` for `d` equal singular values; `exp(entropy)` is the effective bond.
-    For the gradient see `bond_spectrum`.
+    `S` are the singular values at the bond. The entropy is 0 for a Kronecker product and `log(d)` for `d`
+    equal singular values, so `exp(entropy)` is an effective bond dimension. For the gradient see
+    `bond_spectrum`.
     """
     energies = _spectrum(cores, bond)[0].square()
     p = energies / energies.sum() if float(energies.detach().sum()) > 0 else energies
-    return torch.special.entr(p[p > 0]).sum().abs()  # 0 instead of -0 for a product
+    return torch.special.entr(p[p > 0]).sum().abs()  # `abs` turns -0 into 0
 
 
 def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
-    """Compute the singular values across a bond as `mantissas * 2^exponent`, in double precision."""
+    """Compute the singular values at a bond as `mantissas * 2^exponent` in double precision; return both."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
@@ -495,7 +516,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
     frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <u_j v_j, live>` for all singular pairs, with the gradient of the singular values."""
+        """Compute `Re <u_j v_j, live>` for every j; its gradient is the gradient of the singular values."""
         live = _working(live)
         before, of_before = _transfer(frozen[: bond + 1], live[: bond + 1])
         after, of_after = _transfer(_reversed(frozen[bond + 1 :]), _reversed(live[bond + 1 :]))
@@ -506,10 +527,10 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
 
 
 class _Projected(torch.autograd.Function):
-    """Autograd function that returns a given value, with the gradient of `project`; no second derivatives.
+    """Autograd function that returns a given value and has the gradient of the function `project`.
 
-    With `once_differentiable` second derivatives would silently be zero if the incoming gradient is a
-    constant, so `_NoSecondDerivative` is used to raise instead.
+    Second derivatives raise an error, by `_NoSecondDerivative`. torch's `once_differentiable` would silently
+    make them zero if the incoming gradient is a constant.
     """
 
     @staticmethod
@@ -532,7 +553,7 @@ class _Projected(torch.autograd.Function):
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Gradient that raises on a second differentiation."""
+    """Autograd function that returns a gradient and raises an error if it is differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, gradient: Tensor) -> Tensor:
@@ -541,8 +562,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         raise RuntimeError(
-            "round, norm, log_norm, bond_spectrum and bond_entropy can be differentiated once only; "
-            "for the norm use inner(self, self).real.sqrt(), which can be differentiated any number of times."
+            "round, norm, log_norm, bond_spectrum and bond_entropy have no second derivatives; "
+            "for those of the norm use inner(self, self).real.sqrt()."
         )
 
 
@@ -555,12 +576,12 @@ def _working(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _reversed(cores: Sequence[Tensor]) -> list[Tensor]:
-    """Reverse the order of the cores of a chain."""
+    """Reverse the order of the cores of a chain, and swap the two bonds of each core."""
     return [core.permute(3, 1, 2, 0) for core in reversed(cores)]
 
 
 def _is_place(value: int, first: int, end: int) -> bool:
-    """Return True if the value is an integer, NumPy's included, with `first <= value < end`."""
+    """Return True if the value is an integer, also a NumPy integer, with `first <= value < end`."""
     try:
         return first <= index(value) < end
     except TypeError:
@@ -570,7 +591,7 @@ def _is_place(value: int, first: int, end: int) -> bool:
 def _same_dtype(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Cores, Cores]:
     if left[0].device != right[0].device:
         raise ShapeError(
-            f"One operator is on {left[0].device}, the other on {right[0].device}; move the cores of one."
+            f"One operator is on {left[0].device}, the other on {right[0].device}; move one with .to()."
         )
     dtype = torch.promote_types(left[0].dtype, right[0].dtype)
     return tuple(core.to(dtype) for core in left), tuple(core.to(dtype) for core in right)
@@ -583,14 +604,14 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return Q * phase, R * phase.conj()[:, None]
 
 
-# --- numbers as `mantissa * 2^exponent`, so that long products neither overflow nor underflow; exponents are
-# Exponents are 0-dimensional float64 tensors without gradient; products with powers of two are exact.
+# --- tensors as `mantissa * 2^exponent`, so that long products neither overflow nor underflow ---------
+# Exponents are 0-dimensional float64 tensors without gradient. Multiplying by powers of two is exact.
 
 
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor into one whose largest element lies in `[1/2, 1)`, and a power of two.
+    """Split a tensor into a mantissa, whose largest absolute element is in `[1/2, 1)`, and an exponent.
 
-    The exponent is 0 for zeros, and for a tensor with NaN or infinity. The first result has a gradient.
+    The exponent is 0 if the tensor is zero or contains NaN or infinity. The mantissa has a gradient.
     """
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()
@@ -599,9 +620,9 @@ def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def times_power_of_two(tensor: Tensor, exponent: Tensor) -> Tensor:
-    """Compute `tensor * 2^exponent` without an intermediate result outside the range of the dtype."""
+    """Compute `tensor * 2^exponent`; intermediate results neither overflow nor underflow."""
     limit = 1000 if tensor.dtype in (torch.float64, torch.complex128) else 120
     first = exponent.clamp(-limit, limit)
-    second = (exponent - first).clamp(-limit, limit)  # beyond it results are 0 or infinite anyway
+    second = (exponent - first).clamp(-limit, limit)  # outside these limits the result is 0 or infinite
     dtype = tensor.real.dtype
     return tensor * torch.exp2(first).to(dtype) * torch.exp2(second).to(dtype)

@@ -1,4 +1,4 @@
-"""Tensor network: a topology together with its cores."""
+"""The class `TensorNetwork`: a linear operator given by a topology and its cores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 class TensorNetwork:
-    """Linear operator `(out_features, in_features)` stored as cores.
+    """Linear operator `(out_features, in_features)` stored as the cores of a tensor network.
 
     Args:
-        topology: the description.
-        cores: tensors, either in the order of `topology.cores` or by name.
+        topology: names, shapes and connections of the cores.
+        cores: tensors in the order of `topology.cores`, or a dictionary of tensors by core name.
 
     Raises:
-        ShapeError: a core is missing, surplus, or has another shape, dtype or device than the rest.
+        ShapeError: a core is missing or unknown or has the wrong shape, or the cores differ in dtype or
+            device.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=8, in_features=6, rank=2)
@@ -77,11 +78,14 @@ class TensorNetwork:
         return dense[: self.shape[0], : self.shape[1]]
 
     def apply(self, x: Tensor) -> Tensor:
-        """Multiply `x: (..., in_features)` by the operator without building its matrix.
+        """Apply the operator to `x: (..., in_features)` without building its matrix.
+
+        Returns:
+            Tensor of shape `(..., out_features)`.
 
         Raises:
-            ShapeError: not a tensor, its last dimension is not `in_features`, or its dtype or device is not
-                that of the cores (autocast excepted, which casts both).
+            ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype or device
+                differs from the cores (under autocast the dtypes may differ).
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__
@@ -91,12 +95,12 @@ class TensorNetwork:
         core = self.cores[0]
         if x.dtype != core.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ShapeError(
-                f"apply needs an input of the dtype of the cores, {core.dtype}, got {x.dtype}; cast one of "
-                f"them, with x.to({core.dtype}) or the .to method of the operator."
+                f"apply needs an input of the dtype of the cores, {core.dtype}, got {x.dtype}; cast it with "
+                f"x.to({core.dtype}), or cast the operator with its .to method."
             )
         if x.device != core.device:
             raise ShapeError(
-                f"apply needs an input on the device of the cores, {core.device}, got one on {x.device}; "
+                f"The input of apply is on {x.device}, the cores are on {core.device}; "
                 f'move it with x.to("{core.device}").'
             )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
@@ -105,7 +109,7 @@ class TensorNetwork:
         return contract_with_input(plan, self.cores, x, candidate=candidate)
 
     def flops(self, tokens: int) -> int:
-        """Count the floating-point operations of `apply` for a token count (a multiply-add counts as two).
+        """Count the floating-point operations of `apply` on `tokens` vectors; a multiply-add counts as two.
 
         Raises:
             ValueError: `tokens` is negative or not an integer.
@@ -123,11 +127,11 @@ class TensorNetwork:
 
 
 def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    """Order the cores as in the topology, and check their shapes, dtypes and devices.
+    """Check the shapes, dtypes and devices of cores, and return them in the order of the topology.
 
     Raises:
-        ShapeError: a core is missing, surplus or unfit; the message names the core and both shapes.
-        TopologyError: the first argument is not a topology.
+        ShapeError: a core is missing or unknown, or has the wrong type, shape, dtype or device.
+        TopologyError: the first argument is not a `Topology`.
     """
     if not isinstance(topology, Topology):
         raise TopologyError(
@@ -135,9 +139,9 @@ def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tenso
         )
     if isinstance(cores, Mapping):
         if missing := [name for name in topology.core_names if name not in cores]:
-            raise ShapeError(f"Missing cores {missing}; the topology has {list(topology.core_names)}.")
+            raise ShapeError(f"Cores {missing} are missing; the topology has {list(topology.core_names)}.")
         if surplus := sorted(cores.keys() - set(topology.core_names)):
-            raise ShapeError(f"Surplus cores {surplus}; the topology has {list(topology.core_names)}.")
+            raise ShapeError(f"Unknown cores {surplus}; the topology has {list(topology.core_names)}.")
         ordered = tuple(cores[name] for name in topology.core_names)
     else:
         ordered = tuple(cores)
@@ -148,11 +152,13 @@ def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tenso
         if not isinstance(core, Tensor):
             raise ShapeError(f"Core {name!r} must be a torch.Tensor, got {type(core).__name__}.")
         if tuple(core.shape) != expected:
-            raise ShapeError(f"Core {name!r} has shape {tuple(core.shape)}, its topology says {expected}.")
+            raise ShapeError(
+                f"Core {name!r} has shape {tuple(core.shape)}, the topology requires {expected}."
+            )
         if (core.dtype, core.device) != (ordered[0].dtype, ordered[0].device):
             raise ShapeError(
                 f"Core {name!r} is {core.dtype} on {core.device}, the first core is "
-                f"{ordered[0].dtype} on {ordered[0].device}; all cores must agree."
+                f"{ordered[0].dtype} on {ordered[0].device}; all cores must have the same dtype and device."
             )
     return ordered
 
@@ -165,16 +171,16 @@ def random_cores(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, ...]:
-    """Draw Gaussian cores such that each matrix element has mean 0 and variance `gain^2 / in_features`.
+    """Draw Gaussian cores so that each matrix element has mean 0 and variance `gain^2 / in_features`.
 
-    An element of the matrix is a sum over `B = product of all bond sizes` products of `n` independent core
-    elements, so with standard deviation `s` for every core its variance is `B * s^(2n)`; hence `s = (gain^2 /
-    (in_features * B))^(1 / (2n))`. The terms of a sum have equal variances.
+    Let `B` be the product of all bond sizes. A matrix element is a sum of `B` products of `n` independent
+    core elements. If all core elements have standard deviation `s`, its variance is `B * s^(2n)`; hence `s =
+    (gain^2 / (in_features * B))^(1 / (2n))`. For a sum of networks, all terms get the same variance.
 
     Args:
-        topology: describes the cores.
-        gain: factor of the standard deviation of the matrix; 1 preserves the variance of activations.
-        generator: source of randomness; the global one if absent.
+        topology: the topology whose cores are drawn.
+        gain: factor on the standard deviation of the matrix; 1 preserves the variance of activations.
+        generator: random number generator; torch's global generator if absent.
         dtype: dtype of the cores, torch's default if absent.
         device: device of the cores; that of the generator, or torch's default, if absent.
     """
@@ -199,11 +205,11 @@ _CORE, _BOND, _OUT, _IN, _SHARED = "#2b5c8a", "#444444", "#b3541e", "#3a7d44", "
 
 
 def draw_topology(topology: Topology) -> "Figure":
-    """Draw a topology with the size of every index; indices of size 1 are omitted.
+    """Draw a topology as a diagram with the size of every index; indices of size 1 are omitted.
 
-    The area of a disc grows with the logarithm of the parameters of its core. A leg that belongs to several
-    cores (block tensor trains) is drawn at each of them, joined by a dashed line; the same holds for a bond
-    of more than two cores.
+    The area of a disc grows with the logarithm of the number of parameters of its core. A leg that belongs to
+    several cores (block tensor trains) is drawn at each of them, and a dotted line joins the copies. The
+    lines of a bond between more than two cores are dashed.
 
     Returns:
         A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
@@ -231,7 +237,11 @@ def draw_topology(topology: Topology) -> "Figure":
 
 
 def _places(topology: Topology) -> dict[str, Point]:
-    """Place the cores: on a line if bonds join neighbours, around a hub if one exists, else on a circle."""
+    """Choose the position of each core, by name.
+
+    The cores are on a line if all bonds join neighbours, and otherwise on a circle. A core with all bonds is
+    placed in its middle.
+    """
     names = topology.core_names
     count = len(names)
     carriers = [_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1]
@@ -298,7 +308,7 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
 
 
 def _tilt(topology: Topology, places: dict[str, Point]) -> float:
-    """Choose the angle of the legs: 0 for cores on a line, else the angle farthest from the bonds."""
+    """Choose how far legs lean sideways: not at all if the cores are on a line, else away from the bonds."""
     if len({y for _, y in places.values()}) == 1:
         return 0.0
     carriers = (_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1)

@@ -90,7 +90,7 @@ def test_not_a_number(source: Path) -> None:
         if (name := "model.layers.1.mlp.up_proj.weight") in tensors:
             tensors[name][3, 5] = float("nan")
             save_file(tensors, file, metadata={"format": "pt"})
-    refused(source, r"'model\.layers\.1\.mlp\.up_proj' holds 1 NaN or infinite value", NonFiniteError)
+    refused(source, r"'model\.layers\.1\.mlp\.up_proj' contains 1 NaN or infinite value", NonFiniteError)
 
 
 @pytest.mark.parametrize(
