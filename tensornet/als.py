@@ -1,13 +1,12 @@
 """Alternating least squares: fit the cores of any network to a matrix under a two-sided weighting.
 
-The weighted error is quadratic in each core. Each step lowers it over one core by conjugate gradients, which
-need only the contraction and its adjoint, so that a core of any size can be fitted. Few steps are enough,
-since the search directions are preconditioned by the Gram matrix of the core's environment (the network
-without that core). Without a weighting one step then solves for the core exactly, in any gauge and any
-topology.
+The weighted error is quadratic in each core. It is minimized over one core after another by conjugate
+gradients, which need only the contraction and its adjoint, so that a core may have any size. Few steps are
+enough, because they are preconditioned by the Gram matrix of the core's environment (the network without that
+core). Without a weighting, one step solves for the core exactly, in any gauge and any topology.
 
-With a weighting, `fit_weighted` starts from the decomposition of the family in coordinates in which the
-moment of every leg is the identity.
+With a weighting, `fit_weighted` starts from a decomposition in coordinates in which the moment of every leg
+is the identity.
 
 Reference:
     Holtz, Rohwedder, Schneider 2012, "The alternating linear scheme for tensor optimization in the tensor
@@ -30,20 +29,20 @@ from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, ro
 from tensornet.network import TensorNetwork, random_cores
 from tensornet.topology import Topology
 
-#: A sweep that lowers the error by less than this fraction is the last.
+#: Fitting stops after a sweep that lowers the error by less than this fraction.
 TOLERANCE = 1e-3
-#: Largest combined size of a core's bonds for which its whole Gram matrix is inverted. Above it one Gram
-#: matrix for each bond is inverted; in networks without loops their Kronecker product is the whole matrix.
+#: Largest combined size of a core's bonds for which the whole Gram matrix is inverted. For larger cores the
+#: Gram matrix of each bond is inverted; without loops their Kronecker product is the whole matrix.
 _WHOLE = 256
-#: Number of random starts, and of sweeps after which only the best start is continued.
+#: Number of random starts, and number of sweeps after which only the best start is continued.
 _STARTS, _TRIAL_SWEEPS = 3, 5
-#: Steps for one core after a random start; the first step solves exactly if the core has few bonds.
+#: Conjugate gradient steps for each core after a random start; for small bonds, the first step is exact.
 _STEPS = 2
-#: Directions of an environment with less than this fraction of the largest energy are not changed.
+#: Eigenvalues of a Gram matrix below this fraction of the largest count as zero.
 _CUTOFF = {torch.float32: 1e-9, torch.complex64: 1e-9, torch.float64: 1e-12, torch.complex128: 1e-12}
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _LEG_STEPS = 6
-#: Damping of the factors of a moment, since partial traces of a singular moment may be singular.
+#: Damping of the moment of each leg, which may be singular.
 _FACTOR_DAMPING = 1e-4
 
 #: Function that decomposes a matrix into a network of a given topology.
@@ -55,10 +54,10 @@ class Fit:
     """Result of `fit_network`.
 
     Args:
-        network: fitted cores, in the dtype of the given ones.
+        network: the fitted network, in the dtype of the original cores.
         cost: weighted error `1/2 tr(R E C E^T)` after fitting.
         start: weighted error before fitting.
-        sweeps: sweeps over all cores.
+        sweeps: number of sweeps over all cores.
         converged: whether the last sweep lowered the error by less than the tolerance.
     """
 
@@ -83,16 +82,16 @@ def fit_network(
     """Reduce the weighted error of a network by alternating least squares; the error never increases.
 
     Args:
-        matrix: the target, shape `(out, in)`.
-        network: the start, of any topology, real or complex. Its dtype is used for all arithmetic.
-        weighting: sensitivity of the loss to errors; `Weighting()` is the Frobenius norm.
-        sweeps: largest number of rounds over all cores.
-        steps: conjugate gradient steps for each core.
-        tolerance: stop after a sweep that lowers the cost by less than this fraction.
-        only: positions of the cores that are fitted; all if absent.
+        matrix: the matrix to approximate, shape `(out, in)`.
+        network: initial network of any topology, real or complex. All arithmetic uses its dtype.
+        weighting: sensitivity of the loss to errors; `Weighting()` gives the Frobenius norm.
+        sweeps: largest number of sweeps over all cores.
+        steps: number of conjugate gradient steps for each core in each sweep.
+        tolerance: fitting stops after a sweep that lowers the error by less than this fraction.
+        only: positions of the cores to fit; all cores if absent.
 
     Raises:
-        ShapeError: the weighting does not fit the matrix.
+        ShapeError: the shape of a moment does not fit the matrix.
     """
     check_weighting(matrix, weighting)
     cores = list(network.cores)
@@ -119,10 +118,10 @@ def fit_from_random(
     """Fit a network of any topology to a matrix from several random starts, to a local minimum.
 
     Args:
-        matrix: shape `(out, in)`, finite, elements of moderate size.
-        topology: any network of that shape.
-        max_sweeps: limit of sweeps over all cores.
-        tolerance: stop when a sweep lowers the error by less than this fraction.
+        matrix: the matrix, shape `(out, in)`, finite, elements of moderate size.
+        topology: topology of the network, for this shape.
+        max_sweeps: largest number of sweeps over all cores.
+        tolerance: fitting stops after a sweep that lowers the error by less than this fraction.
         seed: seed of the random starts.
 
     Returns:
@@ -150,12 +149,12 @@ def _matrix(topology: Topology, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _weigh(weighting: Weighting, error: Tensor) -> Tensor:
-    """Apply the weighting to an error: `R E C`."""
+    """Apply a weighting to an error `E`: compute `R E C`."""
     return times(weighting.columns, times(weighting.rows, error).T).T
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    """Compute the real part of the inner product of two tensors."""
+    """Compute the real part of the inner product `sum conj(a) * b`."""
     return float((a.conj() * b).sum().real)
 
 
@@ -168,8 +167,11 @@ def _improve(
     steps: int,
     cost: float,
 ) -> float:
-    """Run preconditioned conjugate gradients on one core, in place; return the new weighted error."""
-    if topology.terms:  # only the core's own term is linear in it; the others are subtracted
+    """Fit one core by preconditioned conjugate gradients, replace it in `cores`, and return the new error.
+
+    `cost` is the weighted error before.
+    """
+    if topology.terms:  # a sum: subtract the other terms from the target, and fit the core's own term
         positions, part = next(x for x in topology.parts if index in x[0])
         own = [cores[k] for k in positions]
         rest = target - (_matrix(topology, cores) - _matrix(part, own))
@@ -178,12 +180,12 @@ def _improve(
         cores[index] = own[place]
         return cost
 
-    def operator(core: Tensor) -> Tensor:  # linear in the core
+    def operator(core: Tensor) -> Tensor:
         return _matrix(topology, [*cores[:index], core, *cores[index + 1 :]])
 
     core = cores[index]
     linear: Any = torch.func.vjp(operator, core)
-    made, adjoint = linear  # the map is linear, so its adjoint is the same at every point
+    made, adjoint = linear  # `operator` is linear, so its adjoint is the same at every point
     precondition = preconditioner(topology, cores, index)
     error = target - made
     weighed = _weigh(weighting, error)
@@ -199,7 +201,7 @@ def _improve(
         curvature = _inner(moved, pushed)
         if not curvature > 0:
             break
-        step = _inner(pushed, error) / curvature  # exact line search, despite rounding
+        step = _inner(pushed, error) / curvature  # the exact minimum along this direction
         candidate, error, weighed = core + step * direction, error - step * moved, weighed - step * pushed
         value = _inner(error, weighed) / 2
         if not value < cost:
@@ -216,12 +218,14 @@ def _improve(
 
 
 def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:
-    """Build a solver for the Gram matrix of one core's environment, exact or bond by bond.
+    """Build a function that multiplies by the inverse Gram matrix of one core's environment.
+
+    For large cores it is approximated by the inverse Gram matrices of the single bonds.
 
     Args:
         topology: topology of the network.
-        cores: all cores; the one at `index` is not read.
-        index: the core to be fitted.
+        cores: all cores; the core at `index` is not read.
+        index: position of the core that is fitted.
 
     Returns:
         A positive semi-definite linear function of a tensor with the shape of the core.
@@ -251,15 +255,15 @@ def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> C
 
 @dataclass(frozen=True)
 class GramPlan:
-    """Plan of the Gram matrix of a core's environment over some of its bonds, and its action on the core.
+    """Plan for the Gram matrix of a core's environment, with the axes of the core that it acts on.
 
     Args:
-        plan: contraction of the conjugates of the other cores, followed by the other cores; gives `(batch,
-            size, size)`.
-        batch: combined size of the legs that the core has in common with others.
-        size: combined size of the bonds.
-        order: axes of the core: batch, bonds, the rest.
-        back: the inverse permutation.
+        plan: contraction whose operands are the conjugates of the other cores, then the other cores. Its
+            result can be reshaped to `(batch, size, size)`.
+        batch: combined size of the legs that the core shares with other cores.
+        size: combined size of the bonds that the matrix acts on.
+        order: permutation of the core's axes: batch, bonds, all others.
+        back: inverse of the permutation `order`.
     """
 
     plan: ContractionPlan
@@ -271,7 +275,7 @@ class GramPlan:
 
 @lru_cache(maxsize=4096)
 def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
-    """Plan the Gram matrices of a core's environment: one for all bonds if small, else one for each bond."""
+    """Plan the Gram matrix of a core's environment or, if it is too large, one Gram matrix for each bond."""
     legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
     own = topology.cores[index].labels
     others = [core.labels for k, core in enumerate(topology.cores) if k != index]
@@ -282,8 +286,8 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     doubled = {**sizes, **{f"{x}'": size for x, size in sizes.items()}}
     found = []
     for group in ([bonds] if whole else [[x] for x in bonds]) if bonds else []:
-        # The environment and its conjugate share all labels (also legs, and bonds of the other Gram
-        # matrices), except the bonds of this Gram matrix and the bonds inside the environment.
+        # The environment and its conjugate have legs and the core's other bonds in common. The bonds of this
+        # Gram matrix and the bonds inside the environment get separate labels in the second copy.
         common = legs | {x for x in own if x not in group}
         plain = [tuple(x if x in common else f"{x}'" for x in labels) for labels in others]
         primed = tuple(f"{x}'" for x in group)
@@ -296,24 +300,23 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     return tuple(found)
 
 
-# --- a structured start, in coordinates in which the moment of every leg is the identity ------------
+# --- leg-whitened coordinates, in which the moment of every leg is the identity ---------------------
 
 
 @torch.no_grad()
 def fit_weighted(
     decompose: Decompose, matrix: Tensor, topology: Topology, weighting: Weighting, *, sweeps: int
 ) -> TensorNetwork:
-    """Fit cores of a given topology; the weighted error is at most that of the plain decomposition.
+    """Fit a network to a matrix under a weighting, starting from the better of two decompositions.
 
-    The start is the family's decomposition in coordinates in which the moments, approximated by Kronecker
-    products over the legs, are identities. It is fitted to the full weighting in these coordinates, where a
-    few steps do as much as hundreds in the coordinates of the matrix. If the plain decomposition has a
-    smaller weighted error, it is the start instead.
+    The first start is the decomposition of the family in leg-whitened coordinates, see `Legs`. It is refined
+    there by alternating least squares, where a few steps do as much as hundreds in the coordinates of the
+    matrix. If the plain decomposition has a smaller weighted error, it is refined and returned instead.
 
     Args:
-        decompose: decomposes a matrix into a network of the family.
-        matrix: shape `(out, in)`.
-        topology: topology of that family.
+        decompose: function that decomposes a matrix into a network of the family.
+        matrix: the matrix, shape `(out, in)`.
+        topology: topology of the network, of this family.
         weighting: sensitivity of the loss to errors.
         sweeps: number of sweeps of alternating least squares; 0 returns the start.
     """
@@ -332,7 +335,7 @@ def fit_weighted(
 
 
 def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """Slice a network to smaller bonds; the bonds must be sorted by importance, as after TT-SVD."""
+    """Slice the cores of a network to smaller bonds, which must be sorted by importance, as after TT-SVD."""
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
     return TensorNetwork(topology, [core.contiguous() for core in cut])
@@ -342,11 +345,13 @@ def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
 class Legs:
     """Leg-whitened coordinates, in which the moment of every leg is the identity.
 
+    The moments of the matrix are approximated by Kronecker products of moments of the legs.
+
     Args:
-        roots: by label, `L` and its inverse, with `L L^T` the moment of the leg; vectors for a diagonal
-            moment. Legs of a side without a moment are absent.
-        sides: labels of the out-legs and of the in-legs.
-        dims: their sizes.
+        roots: for each label `L` and its inverse, where `L L^T` is the moment of the leg; vectors for a
+            diagonal moment. Legs without a moment are absent.
+        sides: labels of the out-legs, and of the in-legs.
+        dims: sizes of the out-legs, and of the in-legs.
     """
 
     roots: Mapping[str, tuple[Tensor, Tensor]]
@@ -354,14 +359,14 @@ class Legs:
     dims: tuple[tuple[int, ...], tuple[int, ...]]
 
     def decompose(self, decompose: Decompose, matrix: Tensor, topology: Topology) -> TensorNetwork:
-        """Decompose in leg-whitened coordinates and transform the cores back; bonds stay the same."""
+        """Decompose a matrix in leg-whitened coordinates, and transform the cores back."""
         found = decompose(self.whitened_matrix(matrix), _unpadded(topology))
         return self.undone(found, topology, matrix.dtype)
 
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
     ) -> tuple[Tensor, TensorNetwork, Weighting]:
-        """Transform a matrix, its network and the weighting to whitened coordinates, with the same loss."""
+        """Transform a matrix, a network and a weighting to whitened coordinates; the loss is unchanged."""
         topology = network.topology
         cores = self._on_cores(topology, network.cores, inverse=False)
         moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
@@ -381,7 +386,7 @@ class Legs:
         return TensorNetwork(topology, kept)
 
     def whitened_matrix(self, matrix: Tensor) -> Tensor:
-        """Compute `Lr^T W Lc` without padding: the whitened matrix fills the legs."""
+        """Compute `Lr^T W Lc`; its shape is given by the products of the leg sizes."""
         shape = tuple(math.prod(dims) for dims in self.dims)
         work = pad_matrix(matrix.double(), shape[0], shape[1]).reshape(*self.dims[0], *self.dims[1])
         for axis, label in enumerate((*self.sides[0], *self.sides[1])):
@@ -392,7 +397,7 @@ class Legs:
     def _moment(
         self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
     ) -> Tensor | None:
-        """Compute `L^-1 M L^-T`, with zero weight on padding."""
+        """Transform the moment `M` of one side to `L^-1 M L^-T`; padding gets zero weight."""
         size, count = math.prod(dims), len(dims)
         if moment is None:
             return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)
@@ -408,7 +413,7 @@ class Legs:
         return work.reshape(size, size)
 
     def _on_cores(self, topology: Topology, cores: Sequence[Tensor], *, inverse: bool) -> list[Tensor]:
-        """Multiply every leg of every core by `L^T`, or by its inverse."""
+        """Multiply every leg of every core by `L^T` or, if `inverse`, by the inverse of `L^T`."""
         moved = []
         for spec, core in zip(topology.cores, cores, strict=True):
             work = core.double()
@@ -420,7 +425,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Compute whitening roots for a topology; none if there is no weighting, or if cores share a leg."""
+    """Compute leg-whitened coordinates; no leg is whitened without a weighting or if cores share a leg."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     labels_of = [core.labels for core in topology.cores]
@@ -432,23 +437,24 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
 
 
 def _unpadded(topology: Topology) -> Topology:
-    """Return the topology without padding, whose features are the products of its legs."""
+    """Return the topology with its padded shape as its shape."""
     rows, columns = topology.padded_shape
     return replace(topology, out_features=rows, in_features=columns)
 
 
 def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
-    """Multiply one axis by a matrix, or by a diagonal given as a vector."""
+    """Multiply one axis of a tensor by a matrix, or by a diagonal matrix given as a vector."""
     if factor.ndim == 1:
         return tensor * factor.reshape([-1 if k == axis else 1 for k in range(tensor.ndim)])
     return torch.movedim(torch.tensordot(factor, tensor, ([1], [axis])), 0, axis)
 
 
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Split a moment `(n, n)` or `(n,)` into one for each leg by partial traces, with mean diagonal 1.
+    """Approximate a moment `(n, n)` or `(n,)` by a Kronecker product: compute one moment for each leg.
 
-    If the moment is a Kronecker product, it is proportional to that of the results. The product of the leg
-    sizes may exceed `n`; padding has no weight.
+    The moment of a leg is the partial trace over the other legs, scaled to a mean diagonal of 1. If the
+    moment is a Kronecker product, the product of the results is proportional to it. The product of `dims` may
+    exceed `n`; padding has zero weight.
     """
     size = math.prod(dims)
     count = len(dims)

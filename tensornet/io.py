@@ -1,4 +1,4 @@
-"""Files: atomic writing, and safetensors files that are read and assembled without loading their tensors."""
+"""Files: write files and folders atomically; read and assemble safetensors files without loading tensors."""
 
 import hashlib
 import json
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from tensornet.errors import DestinationError, FormatError
 
-# --- files and folders that appear whole or not at all --------------------------------------------
+# --- files and folders that are written completely or not at all ----------------------------------
 
-#: Bytes copied at a time.
+#: Number of bytes that are copied at a time.
 CHUNK = 1 << 24
 
 
@@ -33,8 +33,8 @@ class Written:
 
     Args:
         name: name of the file.
-        nbytes: its length.
-        sha256: checksum of its content.
+        nbytes: length of the file in bytes.
+        sha256: SHA-256 checksum of the content, in hexadecimal.
     """
 
     name: str
@@ -43,24 +43,29 @@ class Written:
 
 
 def check_place(what: str, path: Path) -> None:
-    """Raise DestinationError unless `what`, such as `"The checkpoint"`, can be written to the file `path`."""
+    """Raise DestinationError if `path` is a folder, or its parent folder does not exist.
+
+    Args:
+        what: subject of the message, such as `"The checkpoint"`.
+        path: the file to write.
+    """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 
 
 @contextmanager
 def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
-    """Yield a path that replaces `path` when the block ends without an error.
+    """Yield a temporary path to write to, and rename it to `path` if the block ends without an error.
 
-    An existing file is kept until then; after an error it is not replaced.
+    After an error, an existing file `path` is unchanged.
 
     Args:
-        path: path of the file.
-        what: names the file in errors, see `check_place`.
+        path: final path of the file.
+        what: subject of the error message, such as `"The checkpoint"`.
 
     Raises:
-        DestinationError: `what` is given, and the file cannot be written.
-        OSError: it cannot be written otherwise.
+        DestinationError: the file cannot be written, and `what` is given.
+        OSError: the file cannot be written, and `what` is absent.
     """
     if what is not None:
         check_place(what, path)
@@ -79,7 +84,7 @@ def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
-    """Write chunks of bytes into one file; arguments and errors as for `new_file`."""
+    """Write chunks of bytes to a file atomically; arguments and errors as for `new_file`."""
     total, checksum = 0, hashlib.sha256()
     with new_file(path, what=what) as made, made.open("wb") as file:
         for chunk in chunks:
@@ -90,7 +95,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | 
 
 
 def file_digest(path: Path) -> Written:
-    """Compute the record that `write_file` would have returned for an existing file."""
+    """Compute name, length and checksum of an existing file."""
     checksum = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -99,7 +104,7 @@ def file_digest(path: Path) -> Written:
 
 
 def intact(path: Path, written: Written) -> bool:
-    """Return True if a file exists with the recorded content."""
+    """Return True if the file exists and has the recorded length and checksum."""
     try:
         return path.stat().st_size == written.nbytes and file_digest(path).sha256 == written.sha256
     except OSError:
@@ -108,13 +113,13 @@ def intact(path: Path, written: Written) -> bool:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder that replaces `target` when the block ends without an error.
+    """Yield a temporary folder to write to, and rename it to `target` if the block ends without an error.
 
-    An existing folder is kept until then; after an error it is not replaced.
+    After an error, an existing folder `target` is unchanged.
 
     Raises:
-        DestinationError: no folder can be made in the parent folder.
-        OSError: the folder cannot be renamed to `target`.
+        DestinationError: the temporary folder cannot be created next to `target`.
+        OSError: the temporary folder cannot be renamed to `target`.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -123,24 +128,24 @@ def new_folder(target: Path) -> Iterator[Path]:
         raise DestinationError(f"Cannot write {target}: {error}.") from error
     try:
         yield folder
-        os.umask(mask := os.umask(0))  # it can only be read by setting it
-        folder.chmod(0o777 & ~mask)  # mkdtemp and safetensors set permissions for the owner alone
+        os.umask(mask := os.umask(0))  # the umask can only be read by setting it
+        folder.chmod(0o777 & ~mask)  # mkdtemp and safetensors give permissions to the owner only
         for file in folder.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)
         take_place(folder, target)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # after a success the folder was moved, and is absent
+        shutil.rmtree(folder, ignore_errors=True)  # does nothing after a success: the folder was renamed
 
 
 def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination, and delete an earlier folder of that name.
+    """Rename a finished folder to its destination, and delete an existing folder of that name.
 
-    The earlier folder is first renamed to `.NAME.*.old`; after any failure, Ctrl-C included, it is renamed
-    back.
+    The existing folder is first renamed to `.NAME.*.old`. If anything fails, or after Ctrl-C, it gets its
+    name back.
 
     Raises:
-        OSError: a rename failed.
+        OSError: a folder cannot be renamed.
     """
     if not target.exists():
         folder.rename(target)
@@ -150,7 +155,7 @@ def take_place(folder: Path, target: Path) -> None:
     try:
         target.rename(earlier)
         folder.rename(target)
-    finally:  # Ctrl-C may come before or after either rename
+    finally:  # the block may have been interrupted before or after each rename
         if earlier.exists() and not target.exists():
             earlier.rename(target)
         shutil.rmtree(old, ignore_errors=True)
@@ -158,11 +163,11 @@ def take_place(folder: Path, target: Path) -> None:
 
 # --- safetensors files ----------------------------------------------------------------------------
 
-#: Metadata that transformers looks for.
+#: Metadata that transformers requires.
 PYTORCH = {"format": "pt"}
-#: Dtypes in which weights can be decomposed.
+#: Dtypes of weights that can be decomposed.
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-#: Dtypes of tensors that can be mapped: weights, and buffers such as counters, positions and masks.
+#: Dtypes that `load_slice` supports: those of weights, and of buffers such as counters and masks.
 MAPPED = FLOATS | {
     "I64": torch.int64,
     "I32": torch.int32,
@@ -172,7 +177,7 @@ MAPPED = FLOATS | {
     "BOOL": torch.bool,
 }
 
-# The safetensors package sorts the tensors of a file by dtype in this order, then by name.
+# The safetensors package sorts the tensors of a file by dtype, in this order, and then by name.
 _ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
@@ -181,14 +186,14 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Slice:
-    """Location of a tensor inside a file.
+    """Location of a tensor inside a safetensors file.
 
     Args:
-        file: the safetensors file.
-        dtype: as named in the header, such as `"BF16"`.
+        file: path of the file.
+        dtype: dtype as named in the header, such as `"BF16"`.
         shape: shape of the tensor.
-        start: first byte, counted from the start of the file.
-        stop: end, exclusive.
+        start: position of the first byte, counted from the start of the file.
+        stop: position after the last byte.
     """
 
     file: Path
@@ -209,16 +214,15 @@ class Slice:
 
 
 def read_header(path: Path) -> dict[str, Slice]:
-    """Locate all tensors of a safetensors file, by name; only the header is read.
+    """Read the header of a safetensors file, and return the location of every tensor by name.
 
     Raises:
-        FormatError: the file cannot be read, is truncated, its header contradicts itself or the file, or a
-            name occurs twice.
+        FormatError: the file cannot be read or is truncated, its header is invalid, or a name occurs twice.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
-        if len(made) != len(pairs):  # a name occurs twice; JSON parsers would keep the last one
+        if len(made) != len(pairs):  # the JSON parser would silently keep the last entry of a name
             raise ValueError("a name occurs twice in its header")
         return made
 
@@ -240,10 +244,10 @@ def read_header(path: Path) -> dict[str, Slice]:
 
 
 def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
-    """Locate all tensors of several files, by name.
+    """Read the headers of several safetensors files, and return the location of every tensor by name.
 
     Raises:
-        FormatError: as `read_header`, or two files contain the same name.
+        FormatError: a header cannot be read, see `read_header`, or two files contain the same name.
     """
     tensors: dict[str, Slice] = {}
     for file in files:
@@ -255,17 +259,17 @@ def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
 
 
 def load_slice(part: Slice) -> Tensor:
-    """Map one tensor into memory; only the pages that are accessed are loaded.
+    """Map one tensor of a file into memory; the system loads only the pages that are accessed.
 
-    The mapping is private to the process and copy-on-write; the file is never changed.
+    The mapping is copy-on-write: changes of the tensor do not change the file.
 
     Raises:
-        FormatError: the file was truncated, or the dtype is not in `MAPPED`.
+        FormatError: the file was truncated, or its dtype is not in `MAPPED`.
     """
     if part.dtype not in MAPPED:
         raise FormatError(
-            f"{part.file} contains a tensor of dtype {part.dtype}, which cannot be mapped; possible are "
-            f"{', '.join(MAPPED)}. Load the model and save it in one of these."
+            f"{part.file} contains a tensor of dtype {part.dtype}, which cannot be mapped; load the model "
+            f"and save it in one of {', '.join(MAPPED)}."
         )
     dtype = MAPPED[part.dtype]
     if part.nbytes == 0:
@@ -287,7 +291,7 @@ def write_tensors(
     *,
     what: str | None = None,
 ) -> None:
-    """Write contiguous tensors that do not share memory into one file; errors as for `new_file`."""
+    """Write contiguous tensors that do not share memory to a safetensors file; errors as for `new_file`."""
     with new_file(Path(path), what=what) as made:
         try:
             save_file(dict(tensors), made, dict(metadata))
@@ -296,16 +300,15 @@ def write_tensors(
 
 
 def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str, str] = PYTORCH) -> Written:
-    """Copy tensors from other files into a new safetensors file, chunk by chunk.
+    """Copy tensors from other files to a new safetensors file, with one chunk of bytes in memory at a time.
 
-    Only one chunk is in memory at a time. The safetensors package would need all tensors of the file in
-    memory or mapped, and the process is killed if a mapped file is truncated. The result has the same bytes
-    as a file of that package.
+    The safetensors package would need all tensors loaded or mapped, and the process is killed if a mapped
+    file is truncated. The result is byte for byte the file that this package would write.
 
     Args:
         path: file to write.
         tensors: location of each tensor in a source file, by name.
-        metadata: metadata of the file.
+        metadata: metadata of the new file.
 
     Raises:
         FormatError: a source file was truncated.
@@ -319,12 +322,12 @@ def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str,
         place = [end, end := end + part.nbytes]
         entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": place}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # aligns the data
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
     return write_file(path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
 
 
 def contents(parts: Iterable[Slice]) -> Iterator[bytes]:
-    """Yield the bytes of tensors one after another, in chunks.
+    """Read the bytes of tensors one after another, and yield them in chunks.
 
     Raises:
         FormatError: a file was truncated.

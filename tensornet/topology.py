@@ -1,4 +1,4 @@
-"""Topology of a tensor network: its cores, their connections, and the size of every index."""
+"""The class `Topology`: the cores of a tensor network, their connections, and the size of every index."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from tensornet.errors import TopologyError
 
 @dataclass(frozen=True)
 class CoreSpec:
-    """Description of one core: its name and the label of each of its indices, in storage order.
+    """Description of one core: its name and the labels of its dimensions, in order.
 
     Args:
         name: a Python identifier or number, unique in its topology.
@@ -31,32 +31,32 @@ class CoreSpec:
 
 @dataclass(frozen=True)
 class Topology:
-    """Topology of a linear operator `(out_features, in_features)`: named cores with labelled indices.
+    """Description of a linear operator `(out_features, in_features)` as named cores with labelled indices.
 
-    Labels listed in `out_labels` are the out-legs (row-major, most significant first), those in
-    `in_labels` the in-legs; every other label is a bond and is summed. A label may occur in any number
-    of cores (einsum semantics), which is what block tensor trains need.
+    The labels in `out_labels` are the out-legs (row-major, most significant first), and those in `in_labels`
+    the in-legs. Every other label is a bond, which is summed over. As in einsum, any number of cores may
+    carry a label; block tensor trains need this.
 
-    The product of the out-legs may exceed `out_features`: the operator is then the leading block of the
-    padded operator, and the padding counts as parameters. The same holds for the in-legs.
+    The product of the out-leg sizes may exceed `out_features`. The operator is then the leading block of a
+    padded matrix, and padding counts as parameters. In-legs follow the same rule.
 
-    An operator may also be a sum of networks, such as a matrix plus a low rank: `terms` then groups the
-    cores. Each term has every leg, and its own bonds.
+    An operator may also be a sum of networks, such as a dense matrix plus a low-rank matrix. `terms` then
+    groups the cores; each term has all legs, and bonds of its own.
 
     Args:
-        family: name of the builder that made it, for example `"mpo"`.
+        family: name of the family that built the topology, for example `"mpo"`.
         cores: the cores, in the order in which they are drawn.
-        sizes: `(label, size)` pairs, one for each label in use.
+        sizes: a pair `(label, size)` for each label.
         out_labels: labels of the out-legs.
         in_labels: labels of the in-legs.
-        out_features: rows of the operator, at most the product of the out-leg sizes.
-        in_features: columns of the operator, at most the product of the in-leg sizes.
-        terms: for a sum, the family and the core names of each term, in the order of the cores; empty for a
+        out_features: number of rows, at most the product of the out-leg sizes.
+        in_features: number of columns, at most the product of the in-leg sizes.
+        terms: for a sum, the family and the core names of each term, in the order of `cores`; empty for a
             single network.
 
     Raises:
-        TopologyError: a label has no size, a leg is missing, names repeat, features exceed the legs, or terms
-            are not networks of the same legs.
+        TopologyError: a label has no size, no core carries a leg, names repeat, there are more features than
+            the product of the leg sizes, or a term of a sum lacks a leg or shares a bond.
 
     Example:
         >>> from tensornet.topologies import CoreSpec
@@ -83,7 +83,7 @@ class Topology:
     terms: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def __post_init__(self) -> None:
-        # NumPy integers become Python integers, which can be written to files.
+        # NumPy integers are converted to Python integers, which JSON can store.
         sizes = tuple((label, check_size(f"The size of label {label!r}", size)) for label, size in self.sizes)
         object.__setattr__(self, "sizes", sizes)
         for name in ("out_features", "in_features"):
@@ -129,7 +129,7 @@ class Topology:
 
     @property
     def parts(self) -> "tuple[tuple[tuple[int, ...], Topology], ...]":
-        """Positions of the cores of each term, and its topology; a plain network is one term.
+        """Core positions and topology of each term; a single network is one term.
 
         Example:
             >>> topology = tn.topologies.residual(out_features=6, in_features=4, rank=2)
@@ -150,15 +150,15 @@ class Topology:
 
     @property
     def central_core(self) -> str:
-        """Name of the core with the most parameters (the first if several), which experts of MPOE share."""
+        """Name of the (first) core with the most parameters, which the experts of MPOE share."""
         shapes = self.core_shapes
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready dictionary; `from_dict` restores it even if a writer sorted the keys.
+        """Convert the topology to a dictionary that JSON can store; `from_dict` restores the topology.
 
-        transformers sorts the keys of config.json. The order of cores and bonds matters, so it is stored
-        explicitly if sorting would change it.
+        The order of cores and bonds is stored explicitly if sorting the keys would change it, since
+        transformers sorts the keys of config.json.
         """
         labels = [label for label, _ in self.sizes]
         order = {"order": {"cores": list(self.core_names), "sizes": labels}}
@@ -176,7 +176,7 @@ class Topology:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Topology":
-        """Rebuild a topology from `to_dict`, with full validation.
+        """Rebuild a topology from the dictionary of `to_dict`, and validate it.
 
         Raises:
             TopologyError: the description is incomplete or inconsistent.
@@ -264,7 +264,7 @@ def _validate(topology: Topology) -> None:
 
 
 def _validate_terms(topology: Topology) -> None:
-    """Raise TopologyError unless the terms of a sum are networks of the same legs without common bonds."""
+    """Raise TopologyError unless each term of a sum has all legs and no two terms share a bond."""
     if not topology.terms:
         return
     groups = [names for _, names in topology.terms]
@@ -281,4 +281,4 @@ def _validate_terms(topology: Topology) -> None:
             raise TopologyError(f"Every term of a sum carries every leg; cores {names} miss {missing}.")
     for label in topology.bond_dims:
         if sum(label in labels for labels in used) > 1:
-            raise TopologyError(f"Bond {label!r} joins two terms of a sum, whose bonds are their own.")
+            raise TopologyError(f"Bond {label!r} joins two terms of a sum; terms cannot share bonds.")

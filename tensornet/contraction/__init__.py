@@ -1,1 +1,1 @@
-"""Tensor contractions: planned once, run as pairwise matrix products, timed by a cost model."""
+"""Tensor contractions: planned once, executed as pairwise matrix products, with a model of their time."""

@@ -1,9 +1,9 @@
-"""Predicted time of a planned contraction on a machine.
+"""Cost model: predict the time of a planned contraction on a machine.
 
-Cores and weights are read from memory once. The time of a matrix product is that of its arithmetic, at a rate
-that is lower for small sizes. The time of a permuting copy is a sum over its elements and contiguous runs.
-Each operation has a fixed overhead. Counting only floating-point operations would be wrong by more than an
-order of magnitude for few tokens, where memory, copies and overheads matter most.
+The predicted time is a sum of four terms: reading cores and weights from memory once; the arithmetic of
+matrix products, which is slower for small sizes; copies that permute the indices of a tensor, with a cost for
+each element and for each contiguous run; and a fixed overhead for each operation. Floating-point operations
+alone would be wrong by more than an order of magnitude for few tokens.
 """
 
 import time
@@ -18,22 +18,22 @@ import torch
 
 @dataclass(frozen=True)
 class Machine:
-    """Machine constants of the cost model, in seconds and single-precision elements unless stated otherwise.
+    """Machine constants of the cost model, in seconds and for single precision unless stated otherwise.
 
     Args:
-        name: name in reports.
+        name: name of the machine in reports.
         peak: multiply-adds per second of a large matrix product.
-        half_peak: the same in a 16-bit dtype.
-        bandwidth: bytes per second for reading weights from memory; in a model of many layers weights are
-            never in a cache.
-        overhead: time per operation (a matrix product or a permuting copy).
+        half_peak: multiply-adds per second of a large matrix product in a 16-bit dtype.
+        bandwidth: bytes per second for reading weights from memory. (In a model of many layers, weights are
+            never in a cache.)
+        overhead: time per operation, which is a matrix product or a permuting copy.
         copy_element: time per element of a permuting copy.
-        copy_run: additional time per contiguous run of a copy; a run is one element if the innermost index
-            changes.
-        copy_far: additional time per element of a copy that does not fit the cache of a core.
-        half_size: rows, columns or summed indices at which a product reaches half of its peak.
-        unpack_pass: time per element of one pass over a block of integers in unpacking.
-        kernel_peak: multiply-adds per second of torch's kernels that read integer codes; 0 without them.
+        copy_run: additional time per contiguous run of a copy; a run is a single element if the innermost
+            index changes.
+        copy_far: additional time per element of a copy that does not fit into the cache of one CPU core.
+        half_size: number of rows, columns or summed indices at which a product reaches half of the peak.
+        unpack_pass: time per element of each pass over a block of packed integers.
+        kernel_peak: multiply-adds per second of torch's kernels for packed integers; 0 if there are none.
 
     Example:
         >>> import dataclasses
@@ -56,8 +56,8 @@ class Machine:
     kernel_peak: float = 30e9
 
     def efficiency(self, rows: int, inner: int, columns: int) -> float:
-        """Compute the fraction of the peak that a matrix product of this size can reach."""
-        # A vector-matrix product takes the time to read the matrix, which is counted separately.
+        """Compute the fraction of the peak that a product `(rows, inner) @ (inner, columns)` can reach."""
+        # For a single row, reading the matrix dominates, and this time is counted separately.
         sizes = (inner,) if rows == 1 else (rows, inner, columns)
         reached = 1.0
         for size in sizes:
@@ -65,9 +65,9 @@ class Machine:
         return reached
 
 
-#: One thread of a server CPU of 2023 (AVX-512), fitted by `benchmarks/fit_machine.py` to timings of every
-#: route for 27 layers and 1 to 1024 tokens. Constants of 16-bit and integer products are from a CPU of 2024
-#: with bfloat16 in AVX-512, for layers of four shapes in seven formats.
+#: One thread of a server CPU of 2023 with AVX-512. The constants were fitted by `benchmarks/fit_machine.py`
+#: to timings of 27 layers with 1 to 1024 tokens. Those of 16-bit and integer products were measured on a CPU
+#: of 2024 with bfloat16 instructions, for layers of four shapes in seven number formats.
 CPU = Machine(
     name="cpu",
     peak=50e9,
@@ -82,7 +82,7 @@ CPU = Machine(
     kernel_peak=80e9,
 )
 
-#: A data-centre GPU similar to an A100, from its data sheet; not measured.
+#: A data-centre GPU similar to an A100. The constants are from its data sheet, not measured.
 GPU = Machine(
     name="gpu",
     peak=8e12,
@@ -97,16 +97,16 @@ GPU = Machine(
     kernel_peak=0.0,
 )
 
-#: Speed that each further thread adds to products and to copies, relative to the first.
+#: Speed that each additional thread contributes to products and to copies, relative to the first thread.
 _PRODUCT_GAIN, _COPY_GAIN = 0.9, 0.5
 
-#: Additional seconds for every multi-threaded operation, for synchronization.
+#: Seconds that synchronization adds to every multi-threaded operation.
 _SYNCHRONIZE = 8e-6
 
 
 @lru_cache(maxsize=64)
 def machine_with_threads(machine: Machine, threads: int) -> Machine:
-    """Scale machine constants to a number of threads."""
+    """Convert the constants of one thread to those of several threads."""
     if threads == 1:
         return machine
     products, copies = (1 + gain * (threads - 1) for gain in (_PRODUCT_GAIN, _COPY_GAIN))
@@ -125,20 +125,16 @@ def machine_with_threads(machine: Machine, threads: int) -> Machine:
 
 
 def check_machine(machine: object) -> None:
-    """Raise TypeError unless `machine` is a Machine or None.
-
-    Raises:
-        TypeError: another type; the message names the functions that return machines.
-    """
+    """Raise TypeError unless `machine` is a `Machine` or None."""
     if machine is not None and not isinstance(machine, Machine):
         raise TypeError(
-            "machine must be a Machine, as tensornet.contraction.cost.measure_machine() returns, got "
-            f"{machine!r}. Without one the shipped constants of the device count."
+            f"machine must be a Machine or None, got {machine!r}. None selects built-in constants; "
+            "tensornet.contraction.cost.measure_machine() returns a measured Machine."
         )
 
 
 def default_machine(device: torch.device | str) -> Machine:
-    """Return the built-in constants for a device: `CPU` with the current number of threads, else `GPU`."""
+    """Return the built-in constants of a device: `CPU` with torch's number of threads, or `GPU`."""
     if torch.device(device).type in ("cpu", "meta"):
         return machine_with_threads(CPU, torch.get_num_threads())
     return GPU
@@ -146,14 +142,14 @@ def default_machine(device: torch.device | str) -> Machine:
 
 @torch.no_grad()
 def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> Machine:
-    """Measure the machine constants of a device with the current number of threads, in about a second.
+    """Measure the machine constants of a device, in about a second, with torch's number of threads.
 
     Pass the result to `tensornet.nn.set_strategy(model, machine=...)`. `half_size`, `unpack_pass` and
-    `kernel_peak` are not measured but taken from the built-in machine, since they depend on the kernels.
+    `kernel_peak` are not measured; they are copied from the built-in constants.
 
     Args:
         device: the device to measure.
-        repeats: number of repetitions of each measurement; the fastest counts.
+        repeats: number of repetitions of each measurement, of which the fastest counts.
 
     Example:
         >>> tn.contraction.cost.measure_machine(repeats=1).peak > 1e6
@@ -182,16 +178,16 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         return torch.ones(shape, device=where, dtype=dtype)
 
     def copying(count: int, run: int) -> float:
-        """Measure seconds per element of a copy with runs of this length, 4,096 elements or more."""
+        """Measure the seconds per element of a permuting copy of `64 * count` runs of length `run`."""
         operand = ones(count, 64, run).permute(1, 0, 2)
         whole = fastest(lambda: operand.reshape(-1), calls=20 if count * run < 2**18 else 1)
         return max(whole - overhead, 1e-9) / operand.numel()
 
     small, vector, large = ones(8, 8), ones(1, 4096), ones(1024, 1024)
-    tall = ones(4096, 8192)  # 128 MiB: larger than any cache
+    tall = ones(4096, 8192)  # 128 MiB, larger than caches
     half = ones(1024, 1024, dtype=torch.bfloat16)
     overhead = fastest(lambda: (small @ small.reshape(8, 8)).reshape(64), calls=50)
-    # Divide by the built-in efficiency of this product to get the peak.
+    # The peak is the measured speed divided by the built-in efficiency of this product.
     volume = 1024**3 / base.efficiency(1024, 1024, 1024)
     element, strided, far = copying(4, 1024), copying(4096, 1), copying(64, 1024)
     return replace(
@@ -209,17 +205,17 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
 
 # --- times ----------------------------------------------------------------------------------------
 
-#: Operands larger than this, in bytes, do not fit the cache of one core.
+#: Size in bytes above which an operand does not fit into the cache of one CPU core.
 _FAR = 2**20
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Permutation that is copied before its operand enters a matrix product.
+    """Copy that permutes the indices of an operand before a matrix product.
 
     Args:
-        elements: elements moved, for each token if `per_token`.
-        run: elements that stay together; 1 if the innermost index changes.
+        elements: number of elements, or number of elements per token if `per_token`.
+        run: number of consecutive elements that stay together; 1 if the innermost index changes.
         per_token: whether the operand has the token index.
     """
 
@@ -233,8 +229,9 @@ class Product:
     """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
 
     Args:
-        batch, rows, inner, columns: sizes, without the token index.
-        tokens_in: the group with the token index: `"batch"`, `"rows"`, `"inner"`, `"columns"`, or None.
+        batch, rows, inner, columns: combined sizes of the indices of each group, without the token index.
+        tokens_in: the group that contains the token index: `"batch"`, `"rows"`, `"inner"`, `"columns"` or
+            None.
     """
 
     batch: int
@@ -245,11 +242,11 @@ class Product:
 
     @property
     def is_linear(self) -> bool:
-        """True for a product of tokens and a matrix as in `torch.nn.functional.linear`."""
+        """True for a product `(tokens, inner) @ (inner, columns)`, as in `torch.nn.functional.linear`."""
         return (self.batch, self.rows, self.tokens_in) == (1, 1, "rows")
 
     def at(self, tokens: int) -> tuple[int, int, int, int]:
-        """Return `(batch, rows, inner, columns)` for a token count."""
+        """Return the sizes `(batch, rows, inner, columns)` for a number of tokens."""
         return (
             self.batch * (tokens if self.tokens_in == "batch" else 1),
             self.rows * (tokens if self.tokens_in == "rows" else 1),
@@ -259,7 +256,7 @@ class Product:
 
 
 def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the time of one (batched) matrix product whose operands are in a cache."""
+    """Predict the seconds of a matrix product whose operands are in a cache; `itemsize` is in bytes."""
     batch, rows, inner, columns = product.at(tokens)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
     return machine.overhead + batch * rows * inner * columns / (
@@ -268,7 +265,7 @@ def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: i
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the time of one permuting copy."""
+    """Predict the seconds of a permuting copy; `itemsize` is in bytes."""
     elements = copy.elements * (tokens if copy.per_token else 1)
     each = machine.copy_element + machine.copy_run / copy.run
     if elements * itemsize > _FAR:
@@ -285,7 +282,16 @@ def dense_seconds(
     *,
     from_memory: bool = True,
 ) -> float:
-    """Predict the time of `nn.Linear`; a weight that was just rebuilt is assumed to be in a cache."""
+    """Predict the seconds of a dense `nn.Linear`.
+
+    Args:
+        out_features: number of rows of the weight.
+        in_features: number of columns of the weight.
+        tokens: number of input vectors.
+        machine: the machine to predict for.
+        itemsize: bytes of an element.
+        from_memory: True if the weight is read from memory, False if it is in a cache, as after rebuilding.
+    """
     product = Product(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0
     return read + product_seconds(product, tokens, machine, itemsize)

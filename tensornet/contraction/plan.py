@@ -1,8 +1,8 @@
 """Plan a contraction once, and run it as pairwise matrix products.
 
-`opt_einsum` finds the order. Lowering converts it to permutations, reshapes and (batched) matrix products.
-Calling opt_einsum inside `forward` would break `torch.compile(fullgraph=True)` and autocast; the lowered
-steps do not. Indices of size 1 are removed before planning, so a low-rank layer is exactly two matmuls.
+`opt_einsum` finds the order of the contraction. "Lowering" converts this order to permutations, reshapes and
+(batched) matrix products, which work with `torch.compile(fullgraph=True)` and autocast; calling opt_einsum
+inside `forward` would not. Indices of size 1 are removed first, so a low-rank layer is exactly two matmuls.
 """
 
 import itertools
@@ -31,18 +31,18 @@ from tensornet.topology import Topology
 
 # --- a lowered contraction as data, and its execution ---------------------------------------------
 
-#: The label of the token index, the only one whose size may change between calls.
+#: Label of the token index, the only index whose size may change between calls.
 TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Permutation and reshape of a tensor; the token index has size -1 in shapes.
+    """Permutation and reshape of a tensor. In shapes, -1 is the size of the token index.
 
     Args:
-        permutation: the new order of the dimensions; None if the order is unchanged.
-        view: one dimension for each index, before the permutation.
-        shape: the final shape.
+        permutation: new order of the dimensions; None if the order is unchanged.
+        view: shape before the permutation, with one dimension for each index.
+        shape: final shape.
     """
 
     permutation: tuple[int, ...] | None
@@ -52,14 +52,15 @@ class Arrangement:
 
 @dataclass(frozen=True)
 class PairStep:
-    """Pairwise product that replaces operands `left` and `right` of the working list by the result.
+    """One pairwise product. It removes two operands from a list of operands, and appends their product.
 
     Args:
-        left, right: positions in the working list; the result is appended to what remains.
-        arrange_left: to `(batch, rows, inner)`, without a batch dimension if the batch is empty.
-        arrange_right: to `(batch, inner, columns)`, in the same way.
+        left, right: positions of the two operands in the list.
+        arrange_left: arrangement of the left operand to `(batch, rows, inner)`, or to `(rows, inner)` if
+            there are no batch indices.
+        arrange_right: arrangement of the right operand to `(batch, inner, columns)` or `(inner, columns)`.
         product: sizes of the matrix product, for the cost model.
-        copies: copies before the product, for the cost model.
+        copies: copies that the arrangements need, for the cost model.
     """
 
     left: int
@@ -72,21 +73,21 @@ class PairStep:
 
 @dataclass(frozen=True)
 class ContractionPlan:
-    """Lowered contraction: pairwise products in order, and the arrangement of the output.
+    """Contraction as a sequence of pairwise products, followed by an arrangement of the output.
 
     Args:
-        stored_shapes: full shapes of the operands without the token index.
+        stored_shapes: shapes of the operands that do not have the token index.
         steps: pairwise products in order.
-        output: brings the last result into the requested order and shape, size-1 indices restored.
-        adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and is the output without
-            a permutation, so that it can add a bias at no cost.
-        output_copy: the copy of the output, if its permutation is not a view.
-        path: the contraction order, as `opt_einsum` writes it.
-        matrices: if the plan only multiplies operand 0 by one matrix after the other, the position of each
-            matrix and its shape `(out, in)` for `torch.nn.functional.linear`. For example, low rank is `y =
-            (x B^T) A^T` with the stored cores.
-        terms: for a sum, the positions of the operands and the plan of each term. `steps` then contains the
-            steps of all terms, for the cost model only.
+        output: arrangement of the last result to the requested order and shape, with indices of size 1.
+        adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and needs no permutation,
+            so that it can add a bias at no cost.
+        output_copy: copy that the arrangement of the output needs, or None.
+        path: contraction order in the notation of `opt_einsum`.
+        matrices: position and shape `(out, in)` of each matrix, if the plan only multiplies operand 0 by one
+            matrix after another. `torch.nn.functional.linear` is then used with the stored cores, for example
+            `y = (x B^T) A^T` for low rank.
+        terms: for a sum, the positions of the operands of each term and its plan. `steps` then has the steps
+            of all terms, for the cost model only.
     """
 
     stored_shapes: tuple[tuple[int, ...], ...]
@@ -100,18 +101,18 @@ class ContractionPlan:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """Copies of all steps, and that of the output."""
+        """All copies: those of the steps and that of the output."""
         if self.terms:
             return tuple(copy for _, plan in self.terms for copy in plan.copies)
         inner = tuple(copy for step in self.steps for copy in step.copies)
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the time for a token count; operands without the token index are read from memory.
+        """Predict the seconds of the contraction; operands without the token index are read from memory.
 
         Args:
-            tokens: token count.
-            machine: the machine.
+            tokens: number of tokens.
+            machine: the machine to predict for.
             itemsize: bytes of an element.
         """
         read = sum(math.prod(shape) for shape in self.stored_shapes) * itemsize / machine.bandwidth
@@ -119,7 +120,7 @@ class ContractionPlan:
         return read + products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in self.copies)
 
     def multiply_adds(self, tokens: int) -> int:
-        """Count the multiply-adds for a token count."""
+        """Count the multiply-adds for a number of tokens."""
         total = 0
         for step in self.steps:
             batch, rows, inner, columns = step.product.at(tokens)
@@ -127,11 +128,11 @@ class ContractionPlan:
         return total
 
     def moved(self, tokens: int) -> int:
-        """Count the elements that permutations copy for a token count."""
+        """Count the elements that permuting copies move for a number of tokens."""
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:
-        """Count the elements of the largest result of a step."""
+        """Count the elements of the largest result of a step for a number of tokens."""
         sizes = [0]
         for step in self.steps:
             batch, rows, _, columns = step.product.at(tokens)
@@ -145,8 +146,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     Args:
         plan: plan from `plan_contraction`.
         operands: tensors with the planned shapes, in the planned order.
-        bias: added to the output, shape `(columns of the output,)`. It takes no time if the last product can
-            add it.
+        bias: vector that is added to each row of the output; costs no time if `plan.adds_bias`.
 
     Returns:
         The output, shape `plan.output.shape`.
@@ -169,8 +169,8 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     work, last = list(operands), len(plan.steps) - 1
     fused = bias if plan.adds_bias else None
     for k, step in enumerate(plan.steps):
-        # Operands are removed from the list before they are copied, so that their memory can be reused: new
-        # pages from the system would take longer than the copy.
+        # Operands are removed from the list before they are copied, so that their memory is reused. Getting
+        # new memory from the system would take longer than the copy.
         first, second = max(step.left, step.right), min(step.left, step.right)
         popped = work.pop(first), work.pop(second)
         left, right = popped if step.left == first else popped[::-1]
@@ -185,10 +185,10 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
 
 
 def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> ContractionPlan:
-    """Join the plans of the terms of a sum, whose outputs have the same shape.
+    """Combine the plans of the terms of a sum, whose outputs have equal shapes.
 
     Args:
-        terms: the positions of the operands of each term in the working list of the sum, and its plan.
+        terms: for each term, the positions of its operands among the operands of the sum, and its plan.
     """
     if len(terms) == 1:
         return terms[0][1]
@@ -205,7 +205,7 @@ def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> Contra
 
 
 def is_slow(tensor: Tensor) -> bool:
-    """Return True for float16 on the CPU, where products in float32 are 10 to 50 times faster."""
+    """Return True for float16 tensors on the CPU, whose products are 10 to 50 times faster in float32."""
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
@@ -217,9 +217,9 @@ def _arrange(x: Tensor, to: Arrangement) -> Tensor:
 
 # --- lowering a path, with few copies -------------------------------------------------------------
 #
-# A path does not determine which operand of a pair comes first, nor the order of the indices of each product.
-# These choices determine how much is copied, which for small bonds takes longer than the arithmetic. A beam
-# search keeps the few choices with the smallest predicted time.
+# A path is a list of pairs of operands. It determines neither which operand of a pair is on the left, nor the
+# index order of each product. These choices determine how much is copied, which takes longer than the
+# arithmetic if bonds are small. A beam search keeps the few choices with the smallest predicted time.
 
 Labels = tuple[str, ...]
 
@@ -233,18 +233,18 @@ def lower_path(
     size_of: Mapping[str, int],
     path: Sequence[tuple[int, int]],
 ) -> ContractionPlan:
-    """Lower a pairwise path to a plan that is fast for `size_of[TOKENS]` tokens.
+    """Convert a contraction order to a plan that is fast for `size_of[TOKENS]` tokens.
 
     Args:
         operands: labels of each operand.
         output: labels of the result.
         size_of: size of each label.
-        path: pairs of positions in the working list, as `opt_einsum` counts them.
+        path: contraction order: pairs of positions in the list of remaining operands, as in `opt_einsum`.
     """
     squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
     kept, tokens = _squeeze(output, size_of), size_of.get(TOKENS, 1)
 
-    # The beam: predicted time of the steps so far, remaining operands, steps.
+    # Each entry of the beam: predicted seconds so far, labels of the remaining operands, steps so far.
     beam: list[tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = [(0.0, squeezed, ())]
     for first, second in path:
         extended = []
@@ -260,7 +260,7 @@ def lower_path(
             cheapest.setdefault(partial[1], partial)
         beam = list(cheapest.values())[:_BEAM]
 
-    # The best plan is the fastest one including the copy of its output.
+    # Choose the fastest plan, including the copy of its output.
     def whole(partial: tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]) -> float:
         (result,) = partial[1]
         return partial[0] + (
@@ -281,12 +281,13 @@ def lower_path(
 
 
 def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """List the right operands if all steps are plain matrix products, else nothing; see `ContractionPlan`."""
+    """Return `ContractionPlan.matrices`: the right operands, if every step is a plain matrix product."""
     operands, found = list(range(len(steps) + 1)), []
     for step in steps:
         product = step.product
         moved, weight = step.arrange_left.permutation, step.arrange_right
-        # If both indices are summed, the operand is also transposed, but not a matrix `(columns, inner)`.
+        # `linear` needs a stored matrix `(columns, inner)`. A right operand that is summed over both of its
+        # indices is permuted too, but has another shape.
         shape = (product.columns, product.inner)
         if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()
@@ -305,18 +306,20 @@ def _ways(
     output: Labels,
     size_of: Mapping[str, int],
 ) -> Iterator[tuple[PairStep, Labels]]:
-    """List the ways to multiply two operands (order of operands, orders of indices) with their results.
+    """Yield all ways to multiply two operands, each with the labels of the product.
+
+    The ways differ in the order of the two operands and in the order of indices.
 
     Args:
-        operands: labels of each operand in the working list.
+        operands: labels of each remaining operand.
         first, second: positions of the two operands.
-        wanted: labels of the other operands or the output; all other labels are summed.
-        output: labels of the result of the whole path.
+        wanted: labels that another operand or the output has; all others are summed.
+        output: labels of the result of the whole contraction.
         size_of: size of each label.
     """
     pairs = [(first, second), (second, first)]
     if TOKENS in operands[first] or TOKENS in operands[second]:
-        # The operand with tokens is on the left, so that tokens stay first and the result is contiguous.
+        # Put the operand with the token index on the left, so that the token index stays first.
         pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
     shared = set(operands[first]) & set(operands[second])
     for a, b in pairs:
@@ -345,15 +348,16 @@ def _ways(
 
 
 def _orders(labels: Labels, output: Labels) -> list[Labels]:
-    """List the index orders to try: the current order, and the order of the output."""
+    """List the index orders to try: the current order, and the order in `output`."""
     by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
     return list(dict.fromkeys((labels, by_output)))
 
 
 def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
-    """Describe the copy that groups `labels`; None if every group is already contiguous.
+    """Describe the copy that sorts the indices of an operand into groups, or return None if none is needed.
 
-    A matrix product can read transposed operands without a copy, unless the innermost index is a batch index.
+    A matrix product can read a transposed operand without a copy if the indices of each group are adjacent,
+    unless the innermost index is a batch index.
     """
     filled = [group for group in groups if group]
     starts = [labels.index(group[0]) for group in filled]
@@ -395,7 +399,7 @@ def _arrangement(
 
 
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
-    """Arrange a tensor with one dimension for each group, without an empty batch."""
+    """Build the arrangement with one dimension for each group; the batch (the first) is left out if empty."""
     kept = groups if groups[0] else groups[1:]
     shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)
@@ -416,9 +420,9 @@ def plan_contraction(
     Args:
         operands: labels of each operand.
         output: labels of the result; every other label is summed.
-        size_of: size of each label; that of `TOKENS` is the expected number of tokens.
+        size_of: size of each label; the size of `TOKENS` is the expected number of tokens.
         optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders for up to 4 operands, and
-            fewer for more.
+            some of them for more operands.
 
     Returns:
         A plan for `run`.
@@ -433,7 +437,7 @@ def find_path(
     size_of: Mapping[str, int],
     optimize: str = "auto",
 ) -> list[tuple[int, int]]:
-    """Find a pairwise contraction order with few multiply-adds, by the optimizer `optimize`."""
+    """Find a pairwise contraction order with few multiply-adds; arguments as for `plan_contraction`."""
     if len(operands) == 1:
         return []
     squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
@@ -449,44 +453,45 @@ def find_path(
     return [(min(step), max(step)) for step in path]
 
 
-# --- a linear operator: applied core by core, or with the matrix rebuilt first --------------------
+# --- linear operators: apply the cores one by one, or rebuild the matrix first --------------------
 
-#: Token count that is assumed if the actual one is unknown, as in an exported program.
+#: Number of tokens that is assumed if the actual number is unknown, as in an exported program.
 PLANNED_TOKENS = 256
 
-#: Token counts for which orders are optimized; sweeps over the cores are tried as well.
+#: Numbers of tokens for which contraction orders are optimized; sweeps over the cores are tried too.
 _PATH_TOKENS = (1, 16, 256, 4096)
 
-#: A matrix is rebuilt in blocks of rows. Size of a block: about this fraction of the matrix, and at most this
-#: number of elements, to fit a cache.
+#: A matrix is rebuilt in blocks of rows that fit into a cache. A block has about this fraction of the matrix,
+#: and at most this number of elements.
 _BLOCK_PART, _BLOCK = 1 / 8, 2**18
 
-#: Matrices with fewer elements are rebuilt in one block.
+#: Matrices with at most this number of elements are rebuilt in one block.
 _SMALL = 2**16
 
-#: The route that rebuilds the matrix; the others are positions in `OperatorPlan.applies`.
+#: The route that rebuilds the matrix. All other routes are positions in `OperatorPlan.applies`.
 RECONSTRUCT = -1
 
-#: `(largest token count, route)` in ascending order; the last entry holds for all larger counts.
+#: Pairs `(largest number of tokens, route)` in ascending order; the last pair is for all larger numbers.
 Bounds = tuple[tuple[float, int], ...]
 
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """Contraction plans of an operator, one for each route.
+    """Contraction plans of a linear operator, one plan for each route.
 
     Args:
-        topology: the operator.
-        applies: candidate plans for `x: (tokens, padded in) -> (tokens, padded out)` that do not build the
-            whole matrix; operands are x, then the cores. The fastest depends on the token count and the
-            machine.
-        matrix: plan of the padded matrix; operands are the cores.
-        blocked: leading out-legs that are split into blocks, and how many of their indices are in a block.
-        rows: plan of one block of rows; operands are the cores at these indices.
-        shape: `(out_features, in_features)`.
+        topology: topology of the operator.
+        applies: plans for `x: (tokens, padded in) -> (tokens, padded out)` that do not build the whole
+            matrix. The operands are x and the cores. Which plan is fastest depends on the number of tokens
+            and on the machine.
+        matrix: plan of the padded matrix; the operands are the cores.
+        blocked: for each leading out-leg that is split into blocks, its label and the number of its indices
+            in a block.
+        rows: plan of one block of rows; the operands are the cores, sliced to the block.
+        shape: shape `(out_features, in_features)` of the operator.
         padded_shape: shape of the matrix including padding.
-        is_padded: whether the two shapes differ (torch.compile before 2.13 cannot compare tuples for
-            inequality).
+        is_padded: whether the two shapes differ; stored because torch.compile before 2.13 cannot compare
+            tuples for inequality.
     """
 
     topology: Topology
@@ -499,21 +504,21 @@ class OperatorPlan:
     is_padded: bool
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the time for a token count; the route is a position in `applies` or `RECONSTRUCT`."""
+        """Predict the seconds of a route, which is a position in `applies` or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
             return self.applies[route].seconds(tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)
         return dense + self.matrix.seconds(1, machine, itemsize)
 
     def fastest(self, tokens: int, machine: Machine, itemsize: int = 4, *, rebuild: bool = True) -> int:
-        """Find the route with the least predicted time; `rebuild=False` excludes `RECONSTRUCT`."""
+        """Find the route with the smallest predicted time; `rebuild=False` excludes `RECONSTRUCT`."""
         routes = [*range(len(self.applies)), *([RECONSTRUCT] if rebuild else [])]
         return min(routes, key=lambda route: self.seconds(route, tokens, machine, itemsize))
 
 
 @lru_cache(maxsize=4096)
 def plan_operator(topology: Topology) -> OperatorPlan:
-    """Plan the contractions of an operator; equal topologies share one plan."""
+    """Plan all routes of a linear operator; the plan is cached by topology."""
     applies = _applies_sum(topology) if topology.terms else tuple(_applies(topology))
     matrix = plan_matrix(topology)
     blocked = _blocked_legs(topology, matrix)
@@ -523,7 +528,7 @@ def plan_operator(topology: Topology) -> OperatorPlan:
 
 
 def _applies(topology: Topology) -> Iterator[ContractionPlan]:
-    """Plan the application of one network in several orders."""
+    """Plan the application of one network to an input, in several contraction orders."""
     cores = [core.labels for core in topology.cores]
     operands = [(TOKENS, *topology.in_labels), *cores]
     output = (TOKENS, *topology.out_labels)
@@ -541,7 +546,7 @@ def _applies(topology: Topology) -> Iterator[ContractionPlan]:
 
 
 def _applies_sum(topology: Topology) -> tuple[ContractionPlan, ...]:
-    """Plan the application of a sum; for each token count every term has its cheapest order."""
+    """Plan the application of a sum to an input: for each token count, every term has its fastest order."""
     found: dict[tuple[int, ...], ContractionPlan] = {}
     terms = [(positions, list(_applies(part))) for positions, part in topology.parts]
     places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input
@@ -555,12 +560,12 @@ def _applies_sum(topology: Topology) -> tuple[ContractionPlan, ...]:
 
 @lru_cache(maxsize=4096)
 def plan_matrix(topology: Topology) -> ContractionPlan:
-    """Plan the contraction to the padded matrix, in the cheapest of several orders."""
+    """Plan the contraction of the cores to the padded matrix, in the fastest of several orders."""
     return _plan_matrix(topology, {})
 
 
 def _plan_matrix(topology: Topology, widths: Mapping[str, int]) -> ContractionPlan:
-    """Plan the contraction to the padded matrix, with some leading out-legs restricted to a block."""
+    """Plan the contraction to the padded matrix, or to a block of rows with the leg sizes `widths`."""
     if topology.terms:
         parts = [(places, _plan_matrix(part, widths)) for places, part in topology.parts]
         return plan_sum(parts)
@@ -578,7 +583,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Choose blocks of leading out-legs that are just small enough; none if the matrix needs no copy."""
+    """Choose how leading out-legs are split into blocks that are small enough; empty if no copy is needed."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []
@@ -593,7 +598,7 @@ def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[st
 
 
 def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
-    """List the paths that start at the first operand and contract the others in order, or in reverse."""
+    """Build the paths that begin with the first operand and contract the others in order, or in reverse."""
     if count == 1:
         return ([],)
     forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
@@ -603,10 +608,10 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """Tabulate the fastest route by token count; the limits between routes are accurate to a tenth.
+    """Tabulate the fastest route for ranges of token counts, whose limits are accurate to 10 %.
 
     Args:
-        plan: the operator.
+        plan: plan of the operator.
         machine: the machine to predict for.
         itemsize: bytes of an element.
         rebuild: whether rebuilding the matrix is allowed.
@@ -626,12 +631,12 @@ def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebui
     return (*bounds, (math.inf, fastest(_GRID[-1])))
 
 
-#: Token counts between which the fastest route is assumed to change at most once.
+#: Token counts; between neighbours, the fastest route is assumed to change at most once.
 _GRID = tuple(4**k for k in range(9))
 
 
 def choose(bounds: Bounds, tokens: int) -> int:
-    """Look up the fastest route for a token count."""
+    """Look up the fastest route for a number of tokens."""
     for largest, route in bounds[:-1]:
         if tokens <= largest:
             return route
@@ -641,8 +646,8 @@ def choose(bounds: Bounds, tokens: int) -> int:
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
     """Contract the cores to the dense matrix, shape `(out_features, in_features)`, with gradient.
 
-    If no gradients of the cores are recorded, it is built in blocks of rows, so that memory is needed only
-    for the matrix and one block.
+    If no gradients are recorded, the matrix is built in blocks of rows. Memory is then needed only for the
+    matrix and one block.
     """
     dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
     if plan.is_padded:
@@ -661,7 +666,7 @@ def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
             for core, spec in zip(cores, plan.topology.cores, strict=True)
         ]
         rows = run(plan.rows, parts)
-        if dense is None:  # allocated here, since autocast determines the dtype
+        if dense is None:  # allocate only now, since autocast determines the dtype of `rows`
             dense = rows.new_empty(math.prod(map(len, starts)), *rows.shape)
         dense[block] = rows
     assert dense is not None
@@ -687,11 +692,11 @@ def contract_with_input(
     """Apply the operator core by core, without building its matrix.
 
     Args:
-        plan: the planned operator.
-        cores: tensors in the order of its topology.
+        plan: plan of the operator.
+        cores: the cores, in the order of the topology.
         x: input, shape `(..., in_features)`.
-        candidate: index of the plan in `plan.applies`.
-        bias: shape `(out_features,)`.
+        candidate: the route, a position in `plan.applies`.
+        bias: bias, shape `(out_features,)`, or None.
 
     Returns:
         Output of shape `(..., out_features)`.

@@ -1,9 +1,9 @@
-"""Truncated singular value decomposition, exact, by Gram matrix, or randomized, with certified error.
+"""Truncated singular value decomposition with certified error, by LAPACK, by a Gram matrix, or randomized.
 
-Everything is computed in double precision and returned in the dtype of the input (float32 for half types). So
-for float32 input the Gram route is *more* accurate than a float32 SVD: squaring the condition number loses
-half of the 16 digits, while float32 has only 7. If a route detects that its accuracy is not sufficient, the
-exact route is used.
+All methods compute in double precision and return the dtype of the input (float32 for 16-bit types). For
+float32 input, the Gram matrix is therefore *more* accurate than a float32 SVD: squaring the condition number
+loses half of the 16 digits, while float32 has only 7. If a method detects that it is not accurate enough, the
+computation is repeated with LAPACK.
 
 Reference:
     Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
@@ -22,19 +22,19 @@ from tensornet.errors import BudgetError, NonFiniteError
 
 # --- subspace iteration ---------------------------------------------------------------------------
 
-#: Below this size an eigendecomposition of the Gram matrix is as fast.
+#: Smallest size for which subspace iteration is faster than an eigendecomposition of the Gram matrix.
 MIN_SIZE = 256
-#: Above this fraction of the smaller dimension an eigendecomposition is as fast.
+#: Largest rank, as a fraction of the smaller dimension, for which subspace iteration is faster.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
-#: Factor on the number of iterations if singular values are needed, which converge later than the energy.
+#: Factor on `_MAX_ITERATIONS` if singular values are needed, which converge later than the energy.
 _PATIENCE = 2
-#: Typical number of iterations; computing the Gram matrix takes as long as size/width direct iterations.
+#: Typical number of iterations. Building the Gram matrix takes as long as size/width iterations without it.
 _GRAM_PAYS_BELOW = 12
 
 
 def worth_iterating(size: int, rank: int) -> bool:
-    """Return True if iteration is faster than an eigendecomposition for `rank` vectors of length `size`."""
+    """Return True if subspace iteration is expected to find `rank` of `size` vectors fastest."""
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
@@ -46,22 +46,25 @@ def iterated_basis(
     slack: float,
     kept_slack: float | None = None,
 ) -> Tensor | None:
-    """Compute an orthonormal basis of the `rank` leading left singular vectors, in descending order.
+    """Compute the `rank` leading left singular vectors by subspace iteration, in descending order.
+
+    Energy means squared Frobenius norm.
 
     Args:
-        block: shape `(*batch, m, n)` with `m <= n`.
-        total: energy of the blocks, shape `(*batch)`, double precision.
+        block: matrices, shape `(*batch, m, n)` with `m <= n`.
+        total: energy of each matrix, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
-        slack: stop when an iteration lowers the energy outside of the basis by less than this fraction of it,
-        kept_slack: and by less than this fraction of the energy inside, for accurate singular values. These
-            may still be wrong when a large energy outside hardly changes.
+        slack: the iteration stops when a step lowers the energy outside of the basis by less than this
+            fraction of that energy.
+        kept_slack: if given, the step must also raise the energy inside by less than this fraction of it, for
+            accurate singular values. They may still be inaccurate if the energy outside is large.
 
     Returns:
-        Basis of shape `(*batch, m, rank)`, or None if the energy has not converged.
+        Orthonormal basis of shape `(*batch, m, rank)`, or None if the energy has not converged.
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
     gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
-    generator = torch.Generator(device="cpu").manual_seed(0)  # equal numbers on every device
+    generator = torch.Generator(device="cpu").manual_seed(0)  # draws equal numbers for every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
     before = torch.zeros_like(total)
@@ -82,7 +85,7 @@ def iterated_basis(
 
 
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
-    """Compute `block @ block^H @ vectors`."""
+    """Compute `block @ block^H @ vectors`, with the product `gram = block @ block^H` if it is given."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors
 
 
@@ -91,9 +94,10 @@ def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
 Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
 
-#: Blocks longer than this many times their width are reduced by QR before the SVD.
+#: Matrices with at least this ratio of rows and columns are reduced by QR before the SVD.
 _TALL = 2
-#: Elements outside this range are rescaled, so that squares neither overflow nor underflow.
+#: Matrices whose largest element is outside this range are rescaled, so that squares neither overflow nor
+#: underflow.
 _SAFE_RANGE = (1e-8, 1e8)
 
 
@@ -106,7 +110,7 @@ class TruncatedSVD:
         S: singular values in descending order, shape `(rank,)`.
         Vh: right singular vectors, shape `(rank, n)`.
         error: certified relative Frobenius error of the truncation, `sqrt(sum discarded S^2) / |matrix|`.
-        method: the route that was used: `"exact"`, `"gram"` or `"randomized"`.
+        method: the method that was used: `"exact"`, `"gram"` or `"randomized"`.
 
     Example:
         >>> found = tn.truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 0.0])), max_rank=1)
@@ -122,10 +126,10 @@ class TruncatedSVD:
 
 
 class Factors(NamedTuple):
-    """Truncated SVD of a stack of blocks in double precision, before signs are fixed.
+    """Truncated SVDs of a stack of matrices in double precision, before signs are fixed.
 
-    Shapes: `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`; the discarded energy `sum of
-    discarded S^2` is `(*batch)`.
+    Shapes: `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`. `discarded` is the sum of
+    the discarded `S^2`, shape `(*batch)`.
     """
 
     U: Tensor
@@ -136,72 +140,76 @@ class Factors(NamedTuple):
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the double-precision dtype of the same kind: complex128 or float64."""
+    """Return the dtype of computations: complex128 for complex dtypes, otherwise float64."""
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
 def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of decomposed factors: the dtype of the input, float32 for half types."""
+    """Return the dtype of results: the dtype of the input, but float32 for 16-bit types."""
     return dtype if dtype.is_complex or dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def is_single(dtype: torch.dtype) -> bool:
-    """Return True if the dtype has at most single precision."""
+    """Return True if the dtype has single or half precision."""
     return dtype not in (torch.float64, torch.complex128)
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if the tensor contains NaN or infinity.
+    """Raise NonFiniteError if a tensor contains NaN or infinity.
+
+    Args:
+        tensor: the tensor to check.
+        name: subject of the message, such as `"The matrix"`.
 
     Raises:
-        NonFiniteError: the message has the count of such elements and what to do.
+        NonFiniteError: the message states the number of such elements and the remedy.
     """
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
-            f"{name} holds {bad} NaN or infinite value{'s' if bad > 1 else ''} of {tensor.numel()}; "
-            "a decomposition needs finite numbers. Check the checkpoint or exclude this layer."
+            f"{name} contains {bad} NaN or infinite value{'s' if bad > 1 else ''} among {tensor.numel()} "
+            "elements; only finite numbers can be decomposed. Check the checkpoint or exclude this layer."
         )
 
 
 def largest_element(tensor: Tensor) -> float:
-    """Find the largest absolute real or imaginary part in one fast pass; NaN if the tensor contains NaN."""
+    """Find the largest absolute value of all real and imaginary parts; NaN if the tensor contains NaN."""
     parts = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     low, high = torch.aminmax(parts.detach())
     return max(abs(float(low)), abs(float(high))) if not math.isnan(float(low)) else math.nan
 
 
 def safe_scale(tensor: Tensor) -> float:
-    """Choose a divisor so that squares neither overflow nor underflow; it is mostly 1."""
+    """Choose a divisor so that squares of the elements neither overflow nor underflow; usually 1."""
     size = largest_element(tensor)
     return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
 
 
 def safe_scales(stack: Tensor) -> Tensor | None:
     """Compute `safe_scale` of every item of a finite stack, shape `(items,)`; None if all are 1."""
-    scales = [safe_scale(item) for item in stack]  # ten times as fast as one reduction over two axes
+    scales = [safe_scale(item) for item in stack]  # faster than one reduction over two axes
     if all(scale == 1 for scale in scales):
         return None
     return torch.tensor(scales, dtype=result_dtype(stack.dtype).to_real(), device=stack.device)
 
 
 def scaled_work(matrix: Tensor, scale: float) -> Tensor:
-    """Convert to double precision and divide by a `safe_scale`; without a copy if nothing changes."""
+    """Convert a matrix to double precision and divide it by `scale`, without a copy if nothing changes."""
     work = matrix.detach().to(working_dtype(matrix.dtype))
     return work if scale == 1 else work / scale
 
 
 def scaled_back(tensor: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """Undo a division by `safe_scale`.
+    """Multiply a result by `scale`, to undo the division by `safe_scale`, and convert it to `dtype`.
 
     Raises:
-        NonFiniteError: elements of the factors exceed the range of the dtype.
+        NonFiniteError: an element of the result is outside the range of the dtype.
     """
     scaled = (tensor * scale).to(dtype)
     if not math.isfinite(largest_element(scaled)):
         raise NonFiniteError(
-            f"The matrix is so large that its factors are infinite in {dtype}; divide it by its largest "
-            "element first, or hand it over in torch.float64."
+            f"The matrix is so large that its factors overflow in {dtype}; divide it by its largest element "
+            "first, or convert it to torch.float64."
         )
     return scaled
 
@@ -215,34 +223,38 @@ def truncated_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Compute a truncated SVD with a certified error; the result carries no gradient.
+    """Compute a truncated SVD with a certified error, without gradient.
 
     This is the best low-rank approximation in the Frobenius norm (Eckart-Young). The rank is the smallest
-    that satisfies `rel_error`, capped at `max_rank`.
+    that satisfies `rel_error`, but at most `max_rank`.
+
+    The methods are:
+
+    - `"exact"`: LAPACK, after a QR decomposition of tall or wide matrices.
+    - `"gram"`: eigenvectors of the smaller Gram matrix. Repeated with `"exact"` if the smallest kept singular
+      value is not accurate, so that factors of a double-precision matrix are orthonormal to 1e-10.
+    - `"randomized"`: subspace iteration, for ranks far below the size. Repeated with another method if the
+      iteration has not converged, if `rel_error` is exceeded, or if the discarded part of a double-precision
+      matrix is too small to be computed. Singular values are accurate to about 1e-4 of the largest in single
+      precision and 1e-9 in double precision; the other methods are accurate up to rounding.
+    - `"auto"`: randomized for ranks up to an eighth of a size of at least 256; otherwise Gram for single and
+      half precision, and exact for double precision.
 
     Args:
-        matrix: shape `(m, n)`, real or complex, any floating dtype.
+        matrix: the matrix, shape `(m, n)`, real or complex, of any floating-point dtype.
         max_rank: largest rank to keep, at least 1; values above `min(m, n)` are clipped.
-        rel_error: keep the relative Frobenius error at or below this, in `[0, 1)`.
-        method: `"exact"` (LAPACK, after a QR of tall blocks), `"gram"` (eigenvectors of the smaller Gram
-            matrix in double precision; repeated with `"exact"` if it cannot resolve the smallest kept
-            singular value, so that factors of a double-precision matrix are orthonormal to 1e-10),
-            `"randomized"` (subspace iteration, for ranks far below the size; repeated with `"gram"` or
-            `"exact"` if the captured energy has not converged, if `rel_error` is exceeded, or if the
-            discarded energy of a double-precision matrix is too small to be resolved), or `"auto"`:
-            randomized for ranks below an eighth of a dimension of at least 256, else Gram for single and half
-            precision and exact for double. Randomized singular values are accurate to about 1e-4 of the
-            largest in single precision and 1e-9 in double, all others up to rounding.
+        rel_error: largest relative Frobenius error, in `[0, 1)`.
+        method: `"auto"`, `"exact"`, `"gram"` or `"randomized"`.
 
     Returns:
-        Factors in the input's dtype (float32 for half types) and on its device. The same input gives the
-        same output: signs are fixed and the random block has a fixed seed.
+        Factors in the dtype of the matrix (float32 for 16-bit types) and on its device. Equal inputs give
+        equal outputs: signs are fixed and random numbers have a fixed seed.
 
     Raises:
         NonFiniteError: the matrix contains NaN or infinity.
-        ShapeError: the input is not a floating matrix.
-        BudgetError: a cap is out of range.
-        ValueError: unknown method.
+        ShapeError: the input is not a matrix of floating-point or complex numbers.
+        BudgetError: `max_rank` or `rel_error` is out of range.
+        ValueError: the method is unknown.
 
     Reference:
         Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
@@ -285,14 +297,14 @@ def factorize(
     single: bool,
     method: Method = "auto",
 ) -> Factors:
-    """Truncate the SVD of a stack of double-precision blocks, all at the same rank.
+    """Compute truncated SVDs of a stack of double-precision matrices, all with the same rank.
 
     Args:
-        work: shape `(*batch, m, n)`.
+        work: matrices, shape `(*batch, m, n)`.
         cap: largest rank.
-        allowed: energy that may be discarded, shape `(*batch)`; all blocks get the largest rank that one of
-            them needs.
-        single: whether the numbers are only accurate to single precision.
+        allowed: largest energy (squared norm) that each matrix may lose, shape `(*batch)`; None for no limit.
+            The rank is large enough for all of them.
+        single: True if the elements are accurate to single precision only.
         method: see `truncated_svd`.
     """
     size = min(work.shape[-2:])
@@ -308,13 +320,15 @@ def factorize(
 def allowed_energy(
     rel_error: float | None, total: Tensor, spent: Tensor | float = 0.0, steps: int = 1
 ) -> Tensor | None:
-    """Compute the energy that the next of `steps` truncations may discard, minus a margin for rounding.
+    """Compute the energy (squared norm) that the next truncation may discard, with a margin for rounding.
+
+    The allowed energy that is left is distributed evenly over the remaining truncations.
 
     Args:
-        rel_error: largest relative error after all truncations; the result is None without one.
-        total: squared norm of the operator.
-        spent: energy that was discarded before; what is left of the allowed energy is shared evenly.
-        steps: number of truncations to come.
+        rel_error: largest relative error after all truncations; if None, the result is None.
+        total: energy of the operator.
+        spent: energy discarded by earlier truncations.
+        steps: number of remaining truncations, including the next one.
     """
     if rel_error is None:
         return None
@@ -322,43 +336,43 @@ def allowed_energy(
 
 
 def keep_rank(energies: Tensor, cap: int, allowed: Tensor | None) -> int:
-    """Find the smallest rank in `1 .. cap` whose discarded energy is at most `allowed` in every block.
+    """Find the smallest rank in `1 ... cap` at which every matrix loses at most the energy `allowed`.
 
     Args:
         energies: squared singular values in descending order, shape `(*batch, k)`.
         cap: largest rank.
-        allowed: energy that may be discarded, shape `(*batch)`; None keeps `cap`.
+        allowed: largest energy that may be discarded, shape `(*batch)`; if None, the result is `cap`.
     """
     if allowed is None:
         return cap
-    # tail[r] = discarded energy with r kept values, summed from the smallest for accuracy
+    # tail[r] is the energy discarded at rank r. It is summed from the smallest value on, for accuracy.
     tail = energies.flip(-1).cumsum(-1).flip(-1)
     rank = int((tail > allowed[..., None]).sum(-1).max())
     return max(1, min(rank, cap))
 
 
 def fix_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the largest element of each left vector real and positive, so that signs are unique."""
+    """Multiply singular vectors by phases that make the largest element of each left vector positive."""
     pivot = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True))  # shape: (*batch, 1, rank)
     phase = torch.where(pivot == 0, torch.ones_like(pivot), pivot / pivot.abs())
     return U * phase.conj(), Vh * phase.transpose(-1, -2)
 
 
 def energy(block: Tensor) -> Tensor:
-    """Compute the squared Frobenius norm of each block, shape `(*batch)`, in double precision."""
+    """Compute the squared Frobenius norm of each matrix, shape `(*batch)`, in double precision."""
     norm = torch.linalg.vector_norm(block, dim=(-2, -1), dtype=working_dtype(block.dtype))
     return norm.square()
 
 
 def frobenius(tensor: Tensor) -> float:
-    """Compute the Frobenius norm without overflow or underflow of squares, for any scale and dtype."""
+    """Compute the Frobenius norm in double precision; squares neither overflow nor underflow."""
     scale = safe_scale(tensor)
     norm = torch.linalg.vector_norm(tensor.detach() / scale, dtype=working_dtype(tensor.dtype))
     return float(norm) * scale
 
 
 def relative(discarded: float, total: float) -> float:
-    """Convert a discarded energy to a relative error."""
+    """Compute the relative error `sqrt(discarded / total)` from two energies; 0 if `total` is 0."""
     return math.sqrt(max(discarded, 0.0) / total) if total > 0 else 0.0
 
 
@@ -377,14 +391,14 @@ def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a thin SVD; use a second LAPACK driver if divide and conquer does not converge."""
+    """Compute a thin SVD, with a second LAPACK driver if the default one does not converge."""
     try:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
         if bool(torch.isfinite(S).all() & torch.isfinite(U).all() & torch.isfinite(Vh).all()):
             return U, S, Vh
     except torch.linalg.LinAlgError:
         pass
-    import scipy.linalg  # has a slower driver that converges
+    import scipy.linalg  # offers the driver gesvd, which is slower but converges
 
     blocks = work.reshape(-1, *work.shape[-2:]).cpu().numpy()
     parts = [scipy.linalg.svd(block, full_matrices=False, lapack_driver="gesvd") for block in blocks]
@@ -400,8 +414,9 @@ def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Facto
     energies = values.flip(-1).clamp_min(0)
     rank = keep_rank(energies, cap, allowed)
     found = _project(work, vectors.flip(-1)[..., :rank], "gram")
-    # The S^2 of a Gram matrix are accurate to eps * S_max^2, so vectors of small S are orthogonal only up to
-    # eps * (S_max / S)^2. Required are 1e-6 in single precision and 1e-10 in double.
+    # Eigenvalues S^2 of a Gram matrix are accurate to eps * S_max^2. So a singular vector is orthogonal to
+    # the others up to eps * (S_max / S)^2, which must be at most 1e-6 in single and 1e-10 in double
+    # precision.
     resolution = math.sqrt(torch.finfo(torch.float64).eps / (1e-6 if single else 1e-10))
     unresolved = bool((found.S[..., -1] < resolution * found.S[..., 0]).any()) or bool(
         (found.S[..., 0] == 0).any()
@@ -420,12 +435,12 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
     if basis is None:
         return None
     sketch = basis.mH @ work
-    # Energy outside the sketch is discarded at any rank.
+    # The energy outside of the basis is discarded at any rank.
     outside = (total - energy(sketch)).clamp_min(0)
-    if bool((outside < 1e-6 * total).any()):  # the difference is inaccurate: compute it directly
+    if bool((outside < 1e-6 * total).any()):  # the difference of large numbers is inaccurate
         outside = energy(work - basis @ sketch)
-    # Iterations compare squares, so below 1e-5 the rest is only rounding errors. Single precision does not
-    # need more accuracy, double precision does.
+    # The iteration compares energies, and cannot resolve a residual norm below 1e-5 of the total norm. This
+    # is sufficient for single precision, but not for double precision.
     if not single and bool(((outside < 1e-10 * total) & (outside > 1e-26 * total)).any()):
         return None
     inside = None if allowed is None else (allowed - outside).clamp_min(0)
@@ -436,8 +451,8 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
 
 
 def _project(work: Tensor, U: Tensor, method: str) -> Factors:
-    """Diagonalise the projection of `work` onto the orthonormal columns of `U`."""
-    projected = U.mH @ work  # shape: (*batch, rank, n), rows orthogonal up to rounding
+    """Compute singular values and right vectors from left singular vectors `U`, and sort all of them."""
+    projected = U.mH @ work  # shape: (*batch, rank, n); its rows are orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
     U, projected = (
         torch.take_along_dim(U, order[..., None, :], -1),
@@ -446,7 +461,7 @@ def _project(work: Tensor, U: Tensor, method: str) -> Factors:
     Vh = projected / S.clamp_min(torch.finfo(S.dtype).tiny)[..., None]
     total = energy(work)
     discarded = total - S.square().sum(-1)
-    if bool((discarded < 1e-6 * total).any()):  # the difference is inaccurate: compute it directly
+    if bool((discarded < 1e-6 * total).any()):  # the difference of large numbers is inaccurate
         discarded = energy(work - U @ projected)
     return Factors(U, S, Vh, discarded, method)
 
@@ -457,10 +472,13 @@ def _flip(factors: Factors) -> Factors:
 
 @torch.no_grad()
 def singular_values(matrix: Tensor) -> Tensor:
-    """Compute the singular values in descending order, in double precision, from the smaller Gram matrix.
+    """Compute the singular values of a matrix in descending order, from its smaller Gram matrix.
 
     Args:
-        matrix: shape `(m, n)`, finite.
+        matrix: finite matrix, shape `(m, n)`.
+
+    Returns:
+        Shape `(min(m, n),)`, in double precision.
     """
     scale = safe_scale(matrix)
     work = scaled_work(matrix, scale)

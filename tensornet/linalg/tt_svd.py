@@ -1,7 +1,7 @@
-"""TT-SVD of a matrix into matrix-product-operator cores, with certified error.
+"""TT-SVD: decompose a matrix into the cores of a matrix product operator, with certified error.
 
-Bonds without truncation take no time: their cores are identities. The sweep runs only over the truncated
-bonds, from the end with the smaller legs.
+Bonds that are not truncated need no SVD, because their cores are identities. The sweep visits only the
+truncated bonds, beginning at the end with the smaller legs.
 
 Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem 2.2.
 """
@@ -34,23 +34,24 @@ from tensornet.linalg.svd import (
     worth_iterating,
 )
 
-# --- one step: split a block into an orthonormal factor and the rest ------------------------------
+# --- one step: split a matrix into an orthonormal factor and the rest; energy is a squared norm ---
 
-#: Smallest fraction of discarded energy, in machine epsilons, for which the fast step is used.
+#: Smallest discarded fraction of the energy, in units of eps, that the fast step can compute.
 _TRUSTED = 1e5
-#: Iterated subspaces may exceed the optimal discarded energy by this fraction (half of it in the error).
+#: Fraction by which the energy that subspace iteration discards may exceed the optimum.
 _SLACK = 3e-3
-#: Below this fraction of the total, discarded energy is computed from the residual, not as a difference.
+#: If a smaller fraction of the energy is discarded, it is computed from the residual, not as a difference.
 _MEASURED_BELOW = 1e-4
-#: Rounding error of a sum of squares, in units of eps; up to 26 were observed for blocks of 400 x 400.
+#: Bound on the relative rounding error of a sum of squares, in units of eps; at most 26 were observed for
+#: matrices of 400 x 400.
 _ROUNDING = 64
 
 
 class Split(NamedTuple):
-    """Split block `block ~ left @ rest` with `left: (*batch, m, r)` and `rest: (*batch, r, n)`.
+    """Approximate factorization `block ~ left @ rest` with `left: (*batch, m, r)`, `rest: (*batch, r, n)`.
 
     The columns of `left` are orthonormal or, if `centered`, the rows of `rest`. The energies `kept = |left @
-    rest|^2` and `discarded = |block - left @ rest|^2` have shape `(*batch)`.
+    rest|^2` and `discarded = |block - left @ rest|^2` have the shape `(*batch)`.
     """
 
     left: Tensor
@@ -71,17 +72,18 @@ def split_block(
     last: bool = False,
     ordered: bool = False,
 ) -> Split:
-    """Split blocks at rank `cap`, or at the smallest rank that discards at most `allowed`.
+    """Factorize matrices approximately with a common rank, the smallest that keeps enough energy.
 
     Args:
-        block: shape `(*batch, m, n)`, finite, elements of moderate size.
-        total: energy of the blocks, shape `(*batch)`, double precision.
+        block: matrices, shape `(*batch, m, n)`, finite, elements of moderate size.
+        total: energy of each matrix, shape `(*batch)`, double precision.
         cap: largest rank.
-        allowed: energy that may be discarded, shape `(*batch)`, or None.
-        single: whether the numbers are only accurate to single precision, for any dtype.
+        allowed: largest energy that may be discarded, shape `(*batch)`; if None, the rank is `cap`.
+        single: True if the elements are accurate to single precision only, whatever their dtype.
         method: see `truncated_svd`.
-        last: True if no step follows, so that the norm may be in `left` if this saves a QR.
-        ordered: True if the columns of `left` must be singular vectors in descending order, not just a basis.
+        last: True for the last step of a sweep. Then `rest` may be the orthonormal factor if this saves a QR.
+        ordered: True if the columns of `left` must be singular vectors in descending order, not just any
+            basis.
     """
     rows, columns = block.shape[-2:]
     if not ordered and allowed is None:
@@ -106,7 +108,7 @@ def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
 
 
 def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
-    """Split in the dtype of the block; None if the discarded energy is close to its rounding errors."""
+    """Factorize in the dtype of the block; None if the discarded energy is close to rounding errors."""
     tall = block.shape[-2] > block.shape[-1]
     wide = block.mH if tall else block  # shape: (*batch, short, long)
     basis = None
@@ -115,8 +117,8 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
     if basis is None:
         basis = torch.linalg.eigh(wide @ wide.mH).eigenvectors[..., -cap:].flip(-1)
     projected = basis.mH @ wide
-    # |block - B P|^2 = |block|^2 - |P|^2 + tr((B^H B - 1) P P^H). Up to rounding the rows of P are orthogonal
-    # and B is orthonormal, so only the diagonal of the correction matters.
+    # For a basis B and P = B^H M, |M - B P|^2 = |M|^2 - |P|^2 + tr((B^H B - 1) P P^H). Up to rounding, B is
+    # orthonormal and the rows of P are orthogonal, so only the diagonal of the last term matters.
     double = working_dtype(block.dtype)
     rows = torch.linalg.vector_norm(projected, dim=-1, dtype=double).square()
     columns = torch.linalg.vector_norm(basis, dim=-2, dtype=double).square()
@@ -125,7 +127,7 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
     rounding = torch.finfo(block.dtype).eps * total
     if bool((discarded < _TRUSTED * rounding).any()):
         return None
-    if bool((discarded < _MEASURED_BELOW * total).any()):  # the difference is inaccurate
+    if bool((discarded < _MEASURED_BELOW * total).any()):  # the difference of large numbers is inaccurate
         slack = _ROUNDING * torch.finfo(block.dtype).eps * total.sqrt()
         discarded = (energy(wide - basis @ projected).sqrt() + slack).square()
     else:
@@ -146,39 +148,40 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
     """Raise TopologyError if the leg sizes are too small for a matrix of this shape.
 
     Raises:
-        TopologyError: dims are not integers of at least 1, their numbers differ, or a product is too small.
+        TopologyError: sizes are not integers of at least 1, the two sequences differ in length, or the
+            product of the sizes is below the number of rows or columns.
     """
     check_sizes("out_dims", out_dims)
     check_sizes("in_dims", in_dims)
     if len(out_dims) != len(in_dims) or not out_dims:
         raise TopologyError(
             f"out_dims {tuple(out_dims)} and in_dims {tuple(in_dims)} must have the same number of sites, "
-            "at least one; use size 1 where a site has no leg."
+            "at least one; use size 1 for a missing leg."
         )
     for name, features, dims in (("out_dims", shape[0], out_dims), ("in_dims", shape[1], in_dims)):
         if math.prod(dims) < features:
             raise TopologyError(
-                f"{name} {tuple(dims)} multiply to {math.prod(dims)}, which does not hold {features} "
-                "features; the product must be at least that (the excess is padded with zeros)."
+                f"{name} {tuple(dims)} multiply to {math.prod(dims)}, which is less than {features} "
+                "features; choose larger dims (if their product is larger, the matrix is padded with zeros)."
             )
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Compute the exact bonds `d_k = min(prod of legs left of bond k, prod of legs right of it)`."""
+    """Compute the largest useful bonds: the smaller product of the leg sizes on either side of a bond."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 
 
 def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
-    """Zero-pad the last two dimensions to `(rows, columns)`."""
+    """Pad the last two dimensions with zeros to the sizes `(rows, columns)`."""
     return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2]))
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
-    """Return the default relative error `eps^(3/4)` of the dtype of the result.
+    """Return the default relative error `eps^(3/4)`, with `eps` of the dtype of the result.
 
-    It is 1.8e-12 in double and 6.4e-6 in single precision. This is above the rounding errors of a matrix
-    computed in that dtype, so that exact ranks are found, and small enough for any purpose.
+    It is 1.8e-12 in double and 6.4e-6 in single precision: above the rounding errors of a matrix that was
+    computed in this precision, so that its exact rank is found.
     """
     return torch.finfo(result_dtype(dtype)).eps ** 0.75
 
@@ -187,9 +190,10 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def has_full_bonds(
     matrices: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], tolerance: float
 ) -> bool:
-    """Return True if, by Gram matrices, no bond of any matrix is truncated at this relative error.
+    """Return True if no bond of any matrix can be truncated at this relative error.
 
-    The result may be wrongly False: a Gram matrix in double precision resolves singular values down to 1e-6.
+    Singular values are computed from Gram matrices, which cannot resolve values below 1e-6 of the norm. In
+    such cases the result is False, although no bond may be truncated.
     """
     sites = len(out_dims)
     order = [axis for k in range(sites) for axis in (k, sites + k)]
@@ -217,7 +221,7 @@ def tt_svd(
     *,
     bonds: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], float, str]:
-    """Decompose one matrix `(out, in)` into a chain; for arguments, results and errors see `tt_svd_stack`."""
+    """Decompose one matrix `(out, in)` into cores; for arguments, results and errors see `tt_svd_stack`."""
     cores, errors, bound_by = tt_svd_stack(matrix[None], out_dims, in_dims, budget, bonds=bonds)
     return [core[0] for core in cores], errors[0], bound_by
 
@@ -232,30 +236,31 @@ def tt_svd_stack(
     bonds: Sequence[int] | None = None,
     method: Method = "auto",
 ) -> tuple[list[Tensor], list[float], str]:
-    """Decompose a stack of matrices `(batch, out, in)` in one sweep; all items get the same bonds.
+    """Decompose a stack of matrices into chains of cores in one sweep; all items get the same bonds.
 
     Args:
-        matrices: real or complex; padded with zeros to the product of the dims.
+        matrices: real or complex matrices, shape `(batch, out, in)`; padded with zeros to the product of the
+            dims.
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        budget: caps. `rel_error` holds for every item. It is spent bond by bond; error that one bond does not
-            use is available to the next.
-        bonds: an explicit cap for each bond, on top of the budget.
-        method: see `truncated_svd`; with `"auto"`, single-precision input is processed in single precision if
-            the discarded energy is far above its rounding errors.
+        budget: limits on bonds, error and parameters. `rel_error` limits the error of every item; what one
+            bond does not use of it is available to the next bonds.
+        bonds: largest size of each bond, in addition to the budget.
+        method: see `truncated_svd`. With `"auto"`, single-precision input is processed in single precision if
+            the discarded energy is far above the rounding errors.
 
     Returns:
-        Cores `(batch, left, out, in, right)`, canonical around one site: left-orthonormal before it,
-        right-orthonormal after; for each item the certified relative Frobenius error,
-        `sqrt(sum over bonds of discarded energy) / |W|`; and the cap that decided, see
+        Three values. Cores of shape `(batch, left, out, in, right)`: left-orthonormal before one site and
+        right-orthonormal after it. The certified relative Frobenius error of each item,
+        `sqrt(sum over bonds of discarded energy) / |W|`. And the limit that decided, see
         `Decomposition.bound_by`.
 
     Raises:
-        BudgetError: even bonds of 1 exceed `param_ratio`, or the number of caps is not that of the bonds.
+        BudgetError: even bonds of 1 exceed `param_ratio`, or `max_bond` has the wrong number of entries.
         NonFiniteError: a matrix contains NaN or infinity.
         TopologyError: the dims do not fit the matrices.
     """
-    # 1. Compute the caps of all bonds.
+    # 1. Compute the largest allowed size of each bond.
     shape = (matrices.shape[1], matrices.shape[2])
     check_dims(shape, out_dims, in_dims)
     check_method(method)
@@ -275,8 +280,8 @@ def tt_svd_stack(
             bound_by = "max_bond"
         caps = [min(b, c) for b, c in zip(bonds, caps, strict=True)]
 
-    # 2. Order the legs for the sweep, which starts at the end with the smaller legs. The order depends on the
-    # dims alone, so a larger budget does not change it and never increases the error.
+    # 2. Order the legs for the sweep, which starts at the end with the smaller legs. Since the order depends
+    # only on the dims, a larger budget never increases the error.
     order = list(range(sites))
     if backwards := [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]:
         order, dims, caps = order[::-1], dims[::-1], caps[::-1]
@@ -299,7 +304,7 @@ def tt_svd_stack(
         core = torch.eye(size, dtype=rest.dtype, device=rest.device).reshape(shape)
         return core.expand(len(rest), *core.shape)
 
-    # 4. Truncate each bond between them by one factorisation.
+    # 4. Truncate each of the other bonds by one factorization.
     total = inside = energy(rest[:, None])
     spent, left, center = torch.zeros_like(total), math.prod(sizes[:first]), last
     cores = [identity(math.prod(sizes[: k + 1]), (math.prod(sizes[:k]), *dims[k], -1)) for k in range(first)]
@@ -318,7 +323,7 @@ def tt_svd_stack(
     for k in range(last + 1, sites):
         cores.append(identity(math.prod(sizes[k:]), (-1, *dims[k], math.prod(sizes[k + 1 :]))))
 
-    # 5. Apply the scale to the core with the norm, and restore the order of the cores.
+    # 5. Multiply the core that is not orthonormal by the scale, and restore the order of the cores.
     cores = [core.to(dtype).contiguous() for core in cores]
     if scale is not None:
         cores[center] = scaled_back(cores[center], scale.view(-1, 1, 1, 1, 1), dtype)

@@ -1,11 +1,12 @@
-"""Low-rank approximation under a two-sided weighting, in closed form, as pure functions on matrices.
+"""Best low-rank approximation of a matrix under a two-sided weighting, in closed form.
 
 The weighted error of an approximation `W'` of `W: (out, in)` is
 
     1/2 tr(R (W - W') C (W - W')^T) = 1/2 || Lr^T (W - W') Lc ||_F^2,    R = Lr Lr^T,    C = Lc Lc^T,
 
-so its best approximation of a given rank is the truncated SVD of `Lr^T W Lc`, transformed back. With `R = C =
-1` this is the plain truncated SVD. A moment of None is the identity, a vector is a diagonal matrix.
+so the best approximation of a given rank is the truncated SVD of the whitened matrix `Lr^T W Lc`, transformed
+back. With `R = C = 1` this is the plain truncated SVD. `R` and `C` are called moments; None stands for the
+identity and a vector for a diagonal matrix.
 
 Reference:
     Wang et al. 2024, "SVD-LLM" (one side, inputs); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
@@ -26,11 +27,11 @@ _EIGEN_FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class Weighting:
-    """Sensitivity of the loss to errors of a matrix: a second moment for rows and one for columns.
+    """Sensitivity of the loss to errors of a matrix: second moments of output gradients and of inputs.
 
     Args:
-        rows: moment of the gradients at the outputs, `(out, out)`, `(out,)` or None.
-        columns: moment of the inputs, `(in, in)`, `(in,)` or None.
+        rows: second moment `R` of the gradients at the outputs, shape `(out, out)` or `(out,)`, or None.
+        columns: second moment `C` of the inputs, shape `(in, in)` or `(in,)`, or None.
     """
 
     rows: Tensor | None = None
@@ -38,20 +39,21 @@ class Weighting:
 
     def cost(self, error: Tensor) -> float:
         """Compute the predicted loss increase `1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
-        # Products can be computed in the precision of the error, the sum needs double precision.
+        # The precision of the error is sufficient for products, but not for the sum.
         weighed = times(self.rows, error) * times(self.columns, error.T).T.conj()
         return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)).real)
 
 
 @dataclass(frozen=True)
 class WeightedSVD:
-    """SVD of the whitened matrix, with factors in the coordinates of the matrix.
+    """SVD of the whitened matrix `Lr^T W Lc`, with factors of `W` itself.
 
     Args:
-        values: singular values in descending order, shape `(min(out, in),)`.
-        error: `error[r]` is the weighted error `1/2 sum of the squares of values[r:]`, shape `(k + 1,)`.
-        left: `Lr^-T U`, shape `(out, k)`.
-        right: factor such that `W = left @ right`, shape `(k, in)`.
+        values: singular values of the whitened matrix in descending order, shape `(min(out, in),)`.
+        error: weighted error at each rank, shape `(k + 1,)`: `error[r]` is half the sum of the squares of
+            `values[r:]`.
+        left: left factor `Lr^-T U`, shape `(out, k)`.
+        right: right factor, shape `(k, in)`, so that `W = left @ right`.
     """
 
     values: Tensor
@@ -60,29 +62,31 @@ class WeightedSVD:
     right: Tensor
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Slice the best factors `(out, rank)` and `(rank, in)` of a rank."""
+        """Return the best factors of a given rank, shapes `(out, rank)` and `(rank, in)`."""
         return self.left[:, :rank], self.right[:rank]
 
 
 @remembered
 def damped(moment: Tensor, amount: float) -> Tensor:
-    """Add `amount * mean(diag M)` to the diagonal of a moment, in double precision."""
+    """Add `amount * mean(diag M)` to the diagonal of a moment `M`, in double precision."""
     moment = moment.to(working_dtype(moment.dtype))
     if moment.ndim == 1:
         return moment + amount * moment.mean()
-    shifted = (moment + moment.T).mul_(0.5)  # symmetric only up to rounding
+    shifted = (moment + moment.T).mul_(0.5)  # a moment is symmetric only up to rounding
     shifted.diagonal().add_(amount * moment.diagonal().mean())
     return shifted
 
 
 def root(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Factorise `M = L L^T` and return `(L, L^+)`, by Cholesky or, if `M` is singular, by eigenvectors.
+    """Factorize a moment `M = L L^T`, by Cholesky or, if `M` is singular, by eigenvectors.
 
     Args:
-        moment: symmetric positive semi-definite `(n, n)`, or the diagonal `(n,)` of such a matrix.
+        moment: symmetric positive semi-definite matrix, shape `(n, n)`, or the diagonal of a diagonal matrix,
+            shape `(n,)`.
 
     Returns:
-        `L: (n, r)` and its pseudo-inverse `(r, n)`, with `r = n` for Cholesky; two vectors for a diagonal.
+        `L: (n, r)` and its pseudo-inverse `(r, n)`, with `r = n` for Cholesky. For a diagonal, both are
+        vectors of length `n`.
     """
     check_finite(moment, "A second moment")
     if moment.ndim == 1:
@@ -106,17 +110,18 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
     """Compute the SVD of the whitened matrix, which gives the best approximations of all ranks.
 
-    Only the moment on the shorter side is factorised: with `m <= n` the left singular vectors come from the
-    Gram matrix `Lr^T W C W^T Lr`, and `W' = Lr^-T U U^T Lr^T W` needs no root of `C`, which may be singular.
+    Only the moment of the shorter side is factorized. For `out <= in`, the left singular vectors `U` are
+    eigenvectors of `Lr^T W C W^T Lr`, and the approximation is `W' = Lr^-T U U^T Lr^T W`. So `C` may be
+    singular.
 
     Args:
-        matrix: shape `(out, in)`.
-        weighting: sensitivity of the loss to errors; the moment on the shorter side should have full rank.
-        factors: whether to compute the factors; both are empty otherwise.
+        matrix: the matrix `W`, shape `(out, in)`.
+        weighting: sensitivity of the loss to errors; the moment of the shorter side should have full rank.
+        factors: whether to compute the factors; otherwise both are empty.
 
     Raises:
         NonFiniteError: the matrix or a moment contains NaN or infinity.
-        ShapeError: a moment does not fit the matrix.
+        ShapeError: the shape of a moment does not fit the matrix.
     """
     check_weighting(matrix, weighting)
     check_finite(matrix, "The matrix")
@@ -134,10 +139,9 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
 
 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
-    """Compute the relative Frobenius error at every rank from 0 on, shape `(k + 1,)`.
+    """Compute the relative Frobenius error of the approximations of rank 0 to `k`, shape `(k + 1,)`.
 
-    With a singular moment there are fewer values than the full rank: the part of the matrix in its null
-    space, which is orthogonal to the rest, is discarded at every rank.
+    If a moment is singular, the part of the matrix in its null space is discarded at every rank.
     """
     squares = 2 * tail_costs(result, Weighting())
     total = squares[0]
@@ -148,10 +152,11 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
 
 @remembered
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
-    """Compute the predicted loss increase of every rank under any weighting, shape `(k + 1,)`.
+    """Compute the predicted loss increase at ranks 0 to `k` under any weighting, shape `(k + 1,)`.
 
-    Rank `r` discards the product of the trailing columns of `L` and rows of `Q`. Its loss is half the sum of
-    the trailing block of the elementwise product `(L^T R L) * (Q C Q^T)`.
+    Let `W = A B` with the factors of the SVD. Rank `r` discards the columns of `A` and the rows of `B` from
+    `r` on. The loss increase is half the sum of the elements `[r:, r:]` of the elementwise product
+    `(A^T R A) * (B C B^T)`.
     """
     left, right = result.left, result.right
     overlaps = left.T @ times(weighting.rows, left) * (right @ times(weighting.columns, right.T))
@@ -161,16 +166,16 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 
 @remembered
 def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
-    """Compute `tail_costs` under another weighting than that of the SVD.
+    """Compute `tail_costs` under a weighting `other`, faster if it is similar to the weighting of the SVD.
 
-    No product with a moment is needed if the column moments of both weightings are the same tensor and the
-    row moments satisfy `R' = a R + diag(v)` (or the other way round). Then the terms of the whitened SVD are
-    orthogonal in both losses, so that their losses add up.
+    The fast way needs no product with a moment. It is used if both weightings have the same tensor as column
+    moment and their row moments satisfy `R' = a R + diag(v)`. Then the rank-one terms of the SVD are
+    orthogonal under both weightings, so that their losses add up.
 
     Args:
         result: an SVD with factors.
-        own: the weighting of the SVD.
-        other: the weighting of the losses.
+        own: the weighting that `result` was computed with.
+        other: the weighting that defines the loss increase.
     """
     first, second = own.rows, other.rows
     if own.columns is not other.columns or first is None or second is None or first.ndim != second.ndim:
@@ -179,23 +184,23 @@ def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> T
     if not exact:
         return tail_costs(result, other)
     left, energies = result.left, result.values.square()
-    tall = left.shape[0] > result.right.shape[1]  # right vectors are then orthonormal
+    tall = left.shape[0] > result.right.shape[1]  # decides which factor contains the singular values
     added = shift.to(left) @ left.square()
     terms = factor * energies + (added if tall else energies * added)
     return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2
 
 
 def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weighting) -> Tensor:
-    """Compute the predicted loss increase of `W - sum_{k < r} left_k right_k` at every rank from 0 on.
+    """Compute the predicted loss increase of replacing `W` by `left[:, :r] @ right[:r]`, for every rank `r`.
 
     Args:
-        matrix: shape `(out, in)`.
-        left: shape `(out, k)`; any factors, orthogonal or not.
-        right: shape `(k, in)`.
+        matrix: the matrix `W`, shape `(out, in)`.
+        left: left factor, shape `(out, k)`; its columns need not be orthogonal.
+        right: right factor, shape `(k, in)`.
         weighting: sensitivity of the loss to errors.
 
     Returns:
-        Shape `(k + 1,)`.
+        The increase for `r = 0 ... k`, shape `(k + 1,)`.
     """
     moved, passed = times(weighting.rows, left), times(weighting.columns, right.T)
     whole = 2 * weighting.cost(matrix)
@@ -207,15 +212,15 @@ def leading_costs(matrix: Tensor, left: Tensor, right: Tensor, weighting: Weight
 
 @remembered
 def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
-    """Approximate a moment by a multiple of another one plus a diagonal, `M' ~ a M + diag(v)`.
+    """Approximate the moment `other` by a multiple of `moment` plus a diagonal: `M' ~ a M + diag(v)`.
 
     Args:
-        moment: `M`, shape `(n, n)` or `(n,)`.
-        other: `M'`, of the same shape.
+        moment: the moment `M`, shape `(n, n)` or `(n,)`.
+        other: the moment `M'`, of the same shape.
 
     Returns:
-        `a`, by least squares over off-diagonal elements; `v`, exact on the diagonal; and True if the
-        approximation is exact up to rounding.
+        `a`, the least-squares fit of the off-diagonal elements; `v`, which makes the diagonal exact; and True
+        if the approximation is exact up to rounding.
     """
     if moment.ndim == 1:
         return 1.0, other - moment, True
@@ -232,11 +237,7 @@ def closest_shift(moment: Tensor, other: Tensor) -> tuple[float, Tensor, bool]:
 
 
 def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
-    """Raise ShapeError unless both moments fit the matrix.
-
-    Raises:
-        ShapeError: a moment has another shape; the message names the side.
-    """
+    """Raise ShapeError unless the shapes of both moments fit the matrix."""
     for side, moment, size in (
         ("rows", weighting.rows, matrix.shape[0]),
         ("columns", weighting.columns, matrix.shape[1]),
@@ -249,7 +250,7 @@ def check_weighting(matrix: Tensor, weighting: Weighting) -> None:
 
 
 def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: bool) -> WeightedSVD:
-    """Compute the whitened SVD of `work: (m, n)` with `m <= n`; `near` is the moment of its rows."""
+    """Compute `weighted_svd` for `work: (m, n)` with `m <= n`, row moment `near` and column moment `far`."""
     lower, inverse = (None, None) if near is None else root(near)
     half = work if lower is None else times(transposed(lower), work)  # shape: (r, n), Lr^T W
     values, vectors = torch.linalg.eigh(half @ times(far, half.T))
@@ -264,12 +265,12 @@ def _short_side(work: Tensor, near: Tensor | None, far: Tensor | None, factors: 
 
 
 def transposed(factor: Tensor) -> Tensor:
-    """Transpose a factor of a moment; a diagonal, given as a vector, is its own transpose."""
+    """Transpose a factor of a moment; a vector (a diagonal matrix) is returned unchanged."""
     return factor if factor.ndim == 1 else factor.T
 
 
 def times(moment: Tensor | None, matrix: Tensor) -> Tensor:
-    """Multiply a matrix by a moment: full, diagonal as a vector, or None for the identity."""
+    """Compute `moment @ matrix`; a moment may be a vector (a diagonal) or None (the identity)."""
     if moment is None:
         return matrix
     cast = _cast(moment, matrix.dtype, matrix.device)
@@ -283,10 +284,10 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Approximate a sum of Kronecker products by one product, for a weight with several uses.
+    """Combine the weightings of a weight that is used several times: the best single Kronecker product.
 
-    Minimises `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C` in the span of the terms, which contains the
-    best pair. The moments of one side must be all full or all diagonal.
+    The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`. If any moment of a side is
+    diagonal, the diagonals of all moments of this side are used.
 
     Reference:
         Van Loan, Pitsianis 1993, "Approximation with Kronecker products".
@@ -295,36 +296,39 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
         return terms[0]
 
     def same_form(moments: list[Tensor | None]) -> list[Tensor]:
-        assert all(m is not None for m in moments), "identity moments are never combined"
+        assert all(m is not None for m in moments), "moments of None cannot be combined"
         found = [m.double() for m in moments if m is not None]
         diagonal = any(m.ndim == 1 for m in found)
         return [m.diagonal() if diagonal and m.ndim == 2 else m for m in found]
 
     rows, columns = same_form([t.rows for t in terms]), same_form([t.columns for t in terms])
     left, right = torch.stack([x.flatten() for x in rows]), torch.stack([x.flatten() for x in columns])
-    # The best rank-one term of sum_k r_k c_k^T, in the span of the r_k and c_k: an SVD of a small matrix.
+    # With moments as vectors r_k and c_k, this is the best rank-one approximation of sum_k r_k c_k^T. QR
+    # reduces it to the SVD of a small matrix.
     q_left, r_left = torch.linalg.qr(left.T)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     row, column = q_left @ u[:, 0] * s[0], q_right @ vh[0]
-    sign = torch.sign(row.sum())  # both sides can be chosen positive
+    sign = torch.sign(row.sum())  # makes both moments positive
     return Weighting((sign * row).reshape(rows[0].shape), (sign * column).reshape(columns[0].shape))
 
 
-#: Smallest pivot, as a fraction of the diagonal, that has about four correct digits in single precision.
+#: Smallest pivot, as a fraction of the diagonal element, that has about four correct digits in single
+#: precision.
 _LEAST_PIVOT = 1e-3
 
 
 def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
-    """Factorise `M = L L^T`, in single precision unless a pivot is small compared with the diagonal.
+    """Factorize moments `M = L L^T` by Cholesky, in their own precision or, if that is not enough, in double.
 
-    A pivot is a diagonal element minus a sum of squares, so a small pivot has lost digits.
+    A pivot is a diagonal element minus a sum of squares. If a pivot is small, digits were lost, and the
+    factorization is repeated in double precision.
 
     Args:
-        moments: shape `(..., n, n)`; the lower triangle is read.
+        moments: symmetric matrices, shape `(..., n, n)`; only the lower triangle is read.
 
     Returns:
-        `L`, in the dtype of the moments or in double precision; and False if a moment is not positive
+        `L`, in the dtype of the moments or in double precision, and whether all moments are positive
         definite.
     """
     lower, info = torch.linalg.cholesky_ex(moments)

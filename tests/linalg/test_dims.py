@@ -59,8 +59,8 @@ def test_given_dims_are_kept() -> None:
         (lambda: choose_dims((12, 10), (3, 4), None, 3), "sites=3 contradicts"),
         (lambda: choose_dims((12, 10), (3, 4), (10,), None), "same number of sites"),
         (lambda: choose_dims((12, 10), (), (), None), "at least one"),
-        (lambda: choose_dims((12, 10), (3, 3), (5, 2), None), r"out_dims .* does not hold 12"),
-        (lambda: choose_dims((12, 10), (3, 4), (5, 1), None), r"in_dims .* does not hold 10"),
+        (lambda: choose_dims((12, 10), (3, 3), (5, 2), None), r"out_dims .* is less than 12"),
+        (lambda: choose_dims((12, 10), (3, 4), (5, 1), None), r"in_dims .* is less than 10"),
         (lambda: choose_dims((12, 10), (12, 0), (5, 2), None), "at least 1, got 0"),
     ],
 )

@@ -303,7 +303,7 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception]
         (
             {"model_dims": (2, 2), "hidden_dims": (4, 4)},
             TopologyError,
-            r"h\.0\.mlp\.c_fc: .*which does not hold",
+            r"h\.0\.mlp\.c_fc: .*which is less than",
         ),
         ({"shared": "middle"}, TopologyError, r"h\.0\.mlp\.c_fc: .*one of center, ends, none, all"),
         ({"topology": "mps"}, TopologyError, r"Unknown topology 'mps'; registered are .*mpo"),
