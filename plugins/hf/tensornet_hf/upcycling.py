@@ -6,6 +6,8 @@ activation are parts of a larger layer. For the classes in `INSIDE` a mixture re
 identities replace the activation and the second matrix.
 """
 
+# ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
+
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKE
 from tensornet._util import check_size, in_eval_mode
 from tensornet.budget import Budget
 from tensornet.compression.apply import set_submodule
+from tensornet.compression.config import option
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
 from tensornet.nn import register_module_type
 from tensornet.nn.extension import structure_changed
@@ -109,39 +112,45 @@ class MoEConfig:
     those of other layers only for tokens whose router prefers them by more than the bias.
 
     Args:
-        num_experts: experts of each network.
-        top_k: experts for each token.
-        router: `"switch"` (top-1), `"topk"`, `"expert_choice"` (encoders only, since it uses later tokens),
-            or a custom router, see `tensornet_moe.register_router`.
-        shared: which cores are shared: `"center"`, `"ends"`, `"none"`, `"all"`, or core names.
-        share_across_layers: share cores between all layers whose matrices have the same name and shape. The
-            model then starts far from the dense model, because one core cannot fit unrelated layers, and must
-            be trained; see `tensornet_moe.share_across_layers`.
-        topology: family of the decomposition, or its name; or topologies, one for each shape of matrix in the
-            networks.
-        sites: number of cores, 5 as in the paper if no dims are given.
+        num_experts: number of experts of each network, or of each pool.
+        top_k: number of experts that process each token.
+        router: kind of the routers: switch (one expert for each token), topk, expert_choice; auto takes
+            switch for one expert a token, else topk. `"expert_choice"` is for encoders only, since it uses
+            later tokens. A router of your own has the name given to `tensornet_moe.register_router`.
+        shared: cores that all experts share: center, ends, none, all, or names of cores.
+        share_across_layers: also share these cores between all layers of one shape; such a model must be
+            trained. One core cannot fit unrelated layers, so the model starts far from the dense model;
+            see `tensornet_moe.share_across_layers`.
+        topology: family of the decomposition. The name of a family, or topologies, one for each shape of
+            matrix in the networks.
+        sites: number of cores of a chain (default: 5, as in the paper).
         model_dims: factors of the model's width, the same for every matrix.
         hidden_dims: factors of the width of the hidden layer.
-        max_bond, rel_error, param_ratio: budget of each matrix; decompositions are exact if absent.
-        noise: relative noise on private cores, which breaks the symmetry between experts.
-        aux_loss_coef: weight of the load-balancing loss. If absent 0.01 as in Switch, or 0 with a bias rate.
+        max_bond: largest bond dimension of each matrix (default: no truncation).
+        rel_error: largest relative error of each matrix (Frobenius norm).
+        param_ratio: share of the parameters of a matrix that the cores of one expert may have, such as 0.5.
+        noise: relative noise on the private cores, which makes the experts differ.
+        aux_loss_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
         z_loss_coef: weight of the router z-loss.
-        capacity_factor: slots of an expert relative to an even load; None sets no limit. For
+        capacity_factor: slots of each expert relative to an even load (default: no limit). With
             `"expert_choice"`: average number of experts for each token, 1 if absent.
-        jitter: multiplicative noise on the inputs of the router, in training.
-        combine: `"unit"`, `"prob"` or `"sigmoid"`, see `tensornet_moe.Router`; only with the first the model
-            initially computes the same as the dense model.
-        target_modules: patterns of the names of networks; all recognized networks if absent.
-        matrices: names of the layers inside, for networks with other names than the known ones.
-        seed: seed of routers and noise.
-        share: `"center"`, `"none"` or `"base"`, see `tensornet_moe.mixture`; in place of `shared`, `topology`
-            and their options. `"none"` if absent in a pool.
-        pool: `"all"`: the layers that are replaced use one pool of experts; a number `g` of at least 2: each
-            `g` neighbouring ones do. `num_experts` is then the size of a pool, at least `g * top_k`.
-        balance: over which tokens the load of a pool is balanced, `"pool"` or `"layer"`, see `ExpertPool`.
-        bias_rate: balance without a loss, see `tensornet_moe.Router` and `tensornet_moe.update_biases`
-            (`RouterBiasCallback` for `Trainer`). If absent 0.001 with a pool, which needs it, and else 0.
-        normalize: normalized router logits, see `tensornet_moe.Router`.
+        jitter: relative noise on the inputs of the routers in training.
+        combine: weights of the chosen experts. Only with `"unit"` the model initially computes the same as
+            the dense model; see `tensornet_moe.Router`.
+        target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
+            feed-forward networks).
+        matrices: names of the layers in networks whose names are not known, in the order (gate,) up, down.
+        seed: seed of the routers and the noise.
+        share: what experts share, in place of `shared` and a topology. See `tensornet_moe.mixture`; it is
+            `"none"` if absent in a pool.
+        pool: use one pool of experts for all layers, or for each N neighbouring layers. `num_experts` is
+            then the size of a pool, at least `N * top_k`.
+        balance: where the load of a pool is balanced: over all its layers together, or in each layer. See
+            `ExpertPool`.
+        bias_rate: step of the router biases that balance the load without a loss (default: 0.001 with a
+            pool, else 0). A pool needs it. See `tensornet_moe.update_biases`, and `RouterBiasCallback` for
+            `Trainer`.
+        normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
 
     Raises:
         ValueError, BudgetError: an option is out of its range, or two options exclude one another.
@@ -151,32 +160,32 @@ class MoEConfig:
         2
     """
 
-    num_experts: int = 8
-    top_k: int = 1
-    router: str = "switch"
-    shared: str | Sequence[str] = "center"
-    share_across_layers: bool = False
-    topology: str | TopologyFamily | Topology | Sequence[Topology] = "mpo"
-    sites: int | None = None
+    num_experts: int = option(8, "experts", "integer", name="experts")
+    top_k: int = option(1, "experts", "integer")
+    router: str = option("auto", "routing", "text")
+    shared: str | Sequence[str] = option("center", "advanced", "names")
+    share_across_layers: bool = option(False, "advanced", "flag")
+    topology: str | TopologyFamily | Topology | Sequence[Topology] = option("mpo", "advanced", "text")
+    sites: int | None = option(None, "advanced", "integer")
     model_dims: Sequence[int] | None = None
     hidden_dims: Sequence[int] | None = None
-    max_bond: int | None = None
-    rel_error: float | None = None
-    param_ratio: float | None = None
-    noise: float = 0.0
-    aux_loss_coef: float | None = None
-    z_loss_coef: float = 0.0
-    capacity_factor: float | None = None
-    jitter: float = 0.0
-    combine: Combine = "unit"
-    target_modules: Sequence[str] | None = None
+    max_bond: int | None = option(None, "advanced", "integer")
+    rel_error: float | None = option(None, "advanced", "number")
+    param_ratio: float | None = option(None, "advanced", "share")
+    noise: float = option(0.0, "experts", "number")
+    aux_loss_coef: float | None = option(None, "routing", "number")
+    z_loss_coef: float = option(0.0, "routing", "number")
+    capacity_factor: float | None = option(None, "routing", "number")
+    jitter: float = option(0.0, "routing", "number")
+    combine: Combine = option("unit", "advanced", choices=COMBINE)
+    target_modules: Sequence[str] | None = option(None, "layers", "patterns", name="target")
     matrices: Sequence[str] | None = None
-    seed: int = 0
-    share: Share | None = None
-    pool: Literal["all"] | int | None = None
-    balance: Balance = "pool"
-    bias_rate: float | None = None
-    normalize: bool = False
+    seed: int = option(0, "experts", "integer")
+    share: Share | None = option(None, "experts", choices=SHARES)
+    pool: Literal["all"] | int | None = option(None, "experts", "pool")
+    balance: Balance = option("pool", "routing", choices=BALANCES)
+    bias_rate: float | None = option(None, "routing", "number")
+    normalize: bool = option(False, "routing", "flag")
 
     def __post_init__(self) -> None:
         Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
@@ -198,6 +207,8 @@ class MoEConfig:
                     "family."
                 )
             object.__setattr__(self, "topology", fixed)
+        if self.router == "auto":
+            object.__setattr__(self, "router", "switch" if self.top_k == 1 else "topk")
         kind = router_kind(self.router)
         self._check_sharing(kind)
         if self.bias_rate is None:

@@ -233,6 +233,24 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = json.loads(capsys.readouterr().out)
     shared = sum(p.numel() for p in tm.shared_parameters(th.load(destination)))
     assert report["across_params"] == shared > 0
+    pool = [
+        "--pool",
+        "all",
+        "--experts",
+        "8",
+        "--top-k",
+        "2",
+        "--normalize",
+        "--bias-rate",
+        "0.01",
+        "--force",
+    ]
+    assert run(["upcycle", str(gpt2_path()), str(destination), *pool, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pools"] == 1
+    model = th.load(destination)
+    torch.testing.assert_close(model(x).logits, th.load(gpt2_path())(x).logits, atol=1e-4, rtol=1e-4)
+    routers = [m.router for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
+    assert {(r.experts_per_token, r.normalize, r.bias_rate) for r in routers} == {(2, True, 0.01)}
     choice = ["--experts", "2", "--router", "expert_choice", "--dry-run"]
     assert run(["upcycle", str(t5_path()), *choice, "--target", "encoder.*.DenseReluDense"]) == 0
 

@@ -42,7 +42,6 @@ from tensornet_hf.cli.options import (
     Source,
     collect,
     note,
-    parse_share,
     print_json,
     print_lines,
     print_result,
@@ -76,6 +75,7 @@ from tensornet_hf.text import (
 )
 from tensornet_hf.upcycling import MoEConfig
 from tensornet_hf.upcycling import upcycle as upcycle_model
+from tensornet_moe.stacked import SHARED_KEYWORDS
 
 #: Beginning of the text that the model of the demo continues.
 PROMPT = "And it came to pass in those days, that"
@@ -437,78 +437,30 @@ def export(
         print_lines(str(report))
 
 
+@with_options(MoEConfig)
 def upcycle(
     source: Source,
     destination: NewFolder = None,
-    experts: Annotated[int, typer.Option(help="Experts of each network.")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts for each token, with --router topk.")] = 1,
-    router: Annotated[str, typer.Option(help="switch, topk or expert_choice (encoders only).")] = "switch",
-    share: Annotated[
-        list[str] | None,
-        typer.Option("--shared", help="center, ends, none, all, or a core's name; repeatable for names."),
-    ] = None,
-    across: Annotated[
-        bool,
-        typer.Option(
-            "--share-across-layers",
-            help="One owner of the shared cores for all layers of one shape; such a model must be trained.",
-        ),
-    ] = False,
-    topology: Annotated[str, typer.Option(help="Family of networks.")] = "mpo",
-    sites: Annotated[int | None, typer.Option(help="Cores of a chain. [default: 5]")] = None,
-    max_bond: Annotated[int | None, typer.Option(help="Largest bond. [default: exact]")] = None,
-    rel_error: Annotated[float | None, typer.Option(help="Largest error of each weight.")] = None,
-    param_ratio: Annotated[
-        float | None,
-        typer.Option(
-            parser=parse_share,
-            metavar="SHARE",
-            help="Share of a weight's parameters that one expert has.",
-        ),
-    ] = None,
-    noise: Annotated[float, typer.Option(help="Relative noise on private cores.")] = 0.0,
-    aux_loss_coef: Annotated[float, typer.Option(help="Weight of the load-balancing loss.")] = 0.01,
-    z_loss_coef: Annotated[float, typer.Option(help="Weight of the router z-loss.")] = 0.0,
-    capacity_factor: Annotated[
-        float | None, typer.Option(help="Slots of an expert relative to an even load. [default: no limit]")
-    ] = None,
-    jitter: Annotated[float, typer.Option(help="Noise on what routers see in training.")] = 0.0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Networks to change: name, end of a name, glob, or re:REGEX; repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of routers and noise.")] = 0,
+    *,
     dtype: Dtype = None,
     device: Device = CPU,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Turn a dense model into a mixture of experts that share cores, ready to be trained.
+    """Turn a dense model into a mixture of experts, ready to be trained.
 
-    Every expert starts as the dense network, so the new model initially computes the same as the old one.
+    For example: tensornet upcycle MODEL MIXTURE --share center --experts 8 --top-k 2
+
+    One pool for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32 --top-k 2
+
+    --share center and none start with the function of the dense model. --help-all shows rare options too.
     """
-    names = share or ["center"]
-    keyword = len(names) == 1 and names[0] in ("center", "ends", "none", "all")
-    config = MoEConfig(
-        num_experts=experts,
-        top_k=top_k,
-        router=router,
-        shared=names[0] if keyword else names,
-        share_across_layers=across,
-        topology=topology,
-        sites=sites,
-        max_bond=max_bond,
-        rel_error=rel_error,
-        param_ratio=param_ratio,
-        noise=noise,
-        aux_loss_coef=aux_loss_coef,
-        z_loss_coef=z_loss_coef,
-        capacity_factor=capacity_factor,
-        jitter=jitter,
-        target_modules=target or None,
-        seed=seed,
-    )
+    chosen = collect(MoEConfig, given)
+    if chosen.get("shared") in [(word,) for word in SHARED_KEYWORDS]:
+        (chosen["shared"],) = chosen["shared"]
+    config = MoEConfig(**chosen)
     if destination is None and not dry_run:
         raise typer.BadParameter("Name a destination, or ask for --dry-run.")
     stored, folder = dtype_of(dtype), resolve_folder(source)

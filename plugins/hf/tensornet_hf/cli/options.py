@@ -72,6 +72,26 @@ def parse_share(text: str | float) -> float:
     return share
 
 
+def parse_pool(text: str | int) -> str | int:
+    """Parse which layers use one pool of experts: `all`, or a number of neighbouring layers.
+
+    Raises:
+        typer.BadParameter: neither.
+
+    Example:
+        >>> parse_pool("all"), parse_pool("2")
+        ('all', 2)
+    """
+    if text == "all":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"Expected 'all' or a number of neighbouring layers, such as 2; got {text!r}."
+        ) from None
+
+
 def parse_device(text: str | torch.device) -> torch.device:
     """Parse the name of a device that is available on this machine.
 
@@ -151,6 +171,8 @@ CPU = torch.device("cpu")
 
 #: Titles of the option groups, in the order in which help shows them, by the `group` of a field.
 GROUPS = {
+    "experts": "Experts, and what they share",
+    "routing": "Router and balance",
     "budget": "How far (budgets may be combined; the tightest decides)",
     "data": "Data that decide, and measure",
     "layers": "Which layers",
@@ -165,6 +187,7 @@ _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "integer": (int, {"metavar": "N"}),
     "share": (float, {"metavar": "SHARE", "parser": parse_share}),
     "size": (int, {"metavar": "SIZE", "parser": parse_size}),
+    "pool": (str, {"metavar": "all|N", "parser": parse_pool}),
     "text": (str, {"metavar": "NAME"}),
     "names": (str, {"metavar": "A,B,..."}),
     "pairs": (list[str], {"metavar": "KEY=VALUE"}),
