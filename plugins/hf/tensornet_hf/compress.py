@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -90,7 +90,8 @@ class CompressOptions:
             plain methods of the same bytes. Only for language models; needs memory for two models.
         refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
         heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
-        share_experts: let experts of a mixture share cores where that predicts less loss.
+        share_experts: let the experts of each layer share cores where that predicts less loss, or the experts
+            of all layers. With `"layers"` both are tried; see `tensornet_moe.compress_experts`.
         rotate: rotate a Llama-like model first, which computes the same with outliers of its weights spread;
             compare both, since it does not always help. A tied output head is stored apart. See
             `tensornet_hf.rotate`.
@@ -124,7 +125,7 @@ class CompressOptions:
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
     heal: int = option(0, "after", "integer")
-    share_experts: bool = option(False, "layers", "flag")
+    share_experts: Literal["layer", "layers"] | None = option(None, "layers", choices=("layer", "layers"))
     rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
@@ -152,6 +153,8 @@ class CompressOptions:
         dtype_of(self.dtype)
         if self.report is not None:
             check_place("The report", Path(self.report))
+        if self.share_experts not in (None, "layer", "layers"):
+            raise OptionError(f"{{share_experts}} is 'layer' or 'layers', got {self.share_experts!r}.")
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
@@ -355,7 +358,10 @@ def compress_folder(
     done: CompressionReport | ExpertsReport
     if options.share_experts:
         assert isinstance(config, CompressionConfig)  # checked with the options
-        done = compress_experts(model, config, calibration=calibration, progress=options.progress)
+        across = options.share_experts == "layers"
+        done = compress_experts(
+            model, config, calibration=calibration, across_layers=across, progress=options.progress
+        )
     else:
         done = tn.compress(
             model, config, calibration=calibration, validation=validation, progress=options.progress

@@ -207,7 +207,17 @@ def test_experts_share_cores(tensornet: Run) -> None:
     model.save_pretrained("dense")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(gpt2_path() / name, "dense")
-    how = ("compress", "dense", "small", "--param-ratio", 0.6, "--target", "*experts*", "--share-experts")
+    how = (
+        "compress",
+        "dense",
+        "small",
+        "--param-ratio",
+        0.6,
+        "--target",
+        "*experts*",
+        "--share-experts",
+        "layer",
+    )
     status, out, err = tensornet(*how, "--calibration", "default", *FEW)
     assert status == 0, err
     assert "predicted loss increase" in out

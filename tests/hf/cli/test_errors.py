@@ -135,7 +135,10 @@ WRONG = [
     ("compress GPT2 out HALF --workers 1 --rotate", "--rotate would need"),
     ("compress GPT2 out HALF --heal 3", "--heal trains on the text of --calibration; give one"),
     ("compress GPT2 out HALF --refine", "--refine fits layers on the text of --calibration; give one"),
-    ("compress GPT2 out HALF --refine --calibration text.txt --share-experts", "does not go with --refine"),
+    (
+        "compress GPT2 out HALF --refine --calibration text.txt --share-experts layer",
+        "does not go with --refine",
+    ),
     ("compress x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
     ("upcycle x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
     ("upcycle x y --pool some", "'all' or a number of neighbouring layers, such as 2; got 'some'"),
