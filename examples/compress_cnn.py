@@ -1,7 +1,7 @@
-"""Compress a convolutional network of plain PyTorch, heal it, and save it in one file.
+"""Train a small convolutional network, compress it, heal it, and save it to a file.
 
-python examples/compress_cnn.py cnn.safetensors     # textures, trained here; --toy: fewer steps
-For a network of your own replace `Network` and `images`: convolutions and linear layers are found by type.
+python examples/compress_cnn.py cnn.safetensors     # --toy: fewer steps
+To use your own network, replace `Network` and `images`; convolutions and linear layers are found by type.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import tensornet as tn
 
 
 class Network(nn.Sequential):
-    """Three convolutions and a classifier of three kinds of texture."""
+    """Network of three convolutions and two linear layers that classifies three textures."""
 
     def __init__(self):
         super().__init__(
@@ -27,7 +27,7 @@ class Network(nn.Sequential):
 
 
 def images(count, seed):
-    """Draw noisy images of 16 x 16 with horizontal stripes, vertical stripes or checkers."""
+    """Draw images `(count, 1, 16, 16)` of noisy stripes or checkers, and their labels, shape `(count,)`."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randint(3, (count,), generator=generator)
     rows = (torch.arange(16) // 2 % 2).float().reshape(16, 1).expand(16, 16)
@@ -37,13 +37,13 @@ def images(count, seed):
 
 
 def accuracy(model, x, kinds):
-    """Compute the fraction of correct answers."""
+    """Compute the fraction of images that are classified correctly."""
     with torch.no_grad():
         return float((model.eval()(x).argmax(1) == kinds).float().mean())
 
 
 def train(model, batches, steps):
-    """Train with AdamW."""
+    """Train a model with AdamW, in place."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(steps):
         x, kinds = batches[step % len(batches)]

@@ -1,4 +1,4 @@
-"""Train a compressed model with FSDP2 through accelerate: its cores are sharded as any parameter is.
+"""Train a compressed model with FSDP2 and accelerate, which shard cores like any other parameters.
 
 accelerate launch examples/fsdp2_accelerate.py MODEL TEXT OUTPUT     # as configured by `accelerate config`
 torchrun --nproc-per-node 2 examples/fsdp2_accelerate.py --toy OUTPUT     # two processes on the CPU
@@ -33,8 +33,8 @@ def main():
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
     )
     accelerator = Accelerator(cpu=options.toy, fsdp_plugin=plugin)
-    # Weights alone decide here, so that every process finds the same cores. With calibration, compress once
-    # with `tensornet compress` and load the folder.
+    # Without calibration every process computes the same cores. To calibrate, compress the model once with
+    # `tensornet compress` and load the result here.
     model = AutoModelForCausalLM.from_pretrained(source)
     tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
 
@@ -57,7 +57,7 @@ def main():
             mean = float(accelerator.gather(loss.detach().reshape(1)).mean())
             accelerator.print(f"step {step}: loss {mean:.3f} on {accelerator.num_processes} processes")
 
-    state = accelerator.get_state_dict(model)  # whole on the first process
+    state = accelerator.get_state_dict(model)  # the first process gets all tensors
     if accelerator.is_main_process:
         whole = AutoModelForCausalLM.from_pretrained(source)
         tn.compress(whole, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
@@ -65,7 +65,7 @@ def main():
         th.save(whole, output, source=source)
         print(f"saved {type(th.load(output)).__name__} in {output}")
     accelerator.wait_for_everyone()
-    # All that holds the process group: its threads would outlive it, and now and then abort as Python ends.
+    # Free everything that uses the process group; otherwise its threads sometimes abort when Python exits.
     model, optimizer, loss = accelerator.free_memory(model, optimizer, loss)
     accelerator.end_training()
 

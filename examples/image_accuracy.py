@@ -1,6 +1,6 @@
-"""Measure the accuracy of a saved vision model, compressed or not, on images in one folder for each class.
+"""Measure the accuracy of a compressed or dense vision model on images in a folder for each class.
 
-python examples/image_accuracy.py MODEL IMAGES   # IMAGES/CLASS/name.png, classes by name or number
+python examples/image_accuracy.py MODEL IMAGES   # IMAGES/CLASS/name.png; CLASS is a name or a number
 python examples/image_accuracy.py --toy FOLDER   # a random ViT and six images
 """
 

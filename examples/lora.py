@@ -1,7 +1,7 @@
-"""Train LoRA adapters beside the cores of a compressed model, save them alone, load and merge them.
+"""Train LoRA adapters on the layers of a compressed model, save them separately, load and merge them.
 
-python examples/lora.py MODEL TEXT OUTPUT     # a compressed folder, a text file, a new folder
-python examples/lora.py --toy OUTPUT          # the embedded GPT-2, compressed here
+python examples/lora.py MODEL TEXT OUTPUT     # folder of a compressed model, text file, new folder
+python examples/lora.py --toy OUTPUT          # the embedded GPT-2, which is compressed first
 """
 
 import argparse
@@ -20,14 +20,14 @@ WINDOW = 128
 
 
 def compressed_toy():
-    """Compress the embedded GPT-2 by its weights alone."""
+    """Compress the embedded GPT-2 without calibration."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())
     tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
     return model
 
 
 def loss_of(model, batch):
-    """Compute the loss of some windows."""
+    """Compute the model's loss on token ids, shape `(windows, WINDOW)`."""
     with torch.no_grad():
         return float(model.eval()(input_ids=batch, labels=batch).loss)
 
@@ -50,7 +50,7 @@ def main():
     held_out, batches = data[:8], data[8:].split(4)
     before = loss_of(model, held_out)
 
-    # `lora_config` names the compressed layers, which PEFT by itself does not know.
+    # PEFT does not know compressed layers by itself; `lora_config` registers them.
     adapted = get_peft_model(model, lora_config(model, target_modules="all-linear", r=8, lora_alpha=16))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-3)
     for step in range(20 if options.toy else 1000):
@@ -59,7 +59,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
     after = loss_of(adapted, held_out)
-    adapted.save_pretrained(output)  # some hundred kilobytes
+    adapted.save_pretrained(output)  # writes only the adapters, a few hundred kilobytes
 
     fresh = compressed_toy() if options.toy else th.load(source)
     merged = merge_adapters(load_adapters(fresh, output))

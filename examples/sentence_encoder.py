@@ -1,6 +1,6 @@
-"""Compress a sentence encoder, and compare its vectors with the dense ones.
+"""Compress a sentence encoder, and compare its vectors with those of the dense model.
 
-python examples/sentence_encoder.py MODEL SENTENCES OUTPUT   # a folder or hub id, a file of sentences
+python examples/sentence_encoder.py MODEL SENTENCES OUTPUT   # folder or hub id, file of sentences, new folder
 python examples/sentence_encoder.py --toy OUTPUT             # a random BERT
 """
 
@@ -30,7 +30,7 @@ def toy():
 
 
 def pooled(model, batch):
-    """Average the hidden states of real tokens: one vector of length 1 for each sentence."""
+    """Average the hidden states without padding, and normalize: shape `(sentences, hidden_size)`."""
     with torch.no_grad():
         states = model(**batch).last_hidden_state
     mask = batch["attention_mask"].unsqueeze(-1)
@@ -41,7 +41,7 @@ def main():
     """Run the example."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--toy", action="store_true", help="a random model")
-    parser.add_argument("--bits", type=float, default=4.25, help="bits a weight of the linear layers")
+    parser.add_argument("--bits", type=float, default=4.25, help="bits per weight of the linear layers")
     parser.add_argument("paths", nargs="+", metavar="MODEL SENTENCES OUTPUT")
     options = parser.parse_args()
     if options.toy:
@@ -57,7 +57,7 @@ def main():
     held_out, calibration = batches[0], batches[1:]
 
     dense = copy.deepcopy(model)
-    # Without labels the loss is the distance to the dense model's own outputs.
+    # The batches have no labels, so the loss is the distance from the dense model's outputs.
     config = tn.CompressionConfig(bits_per_weight=options.bits)
     report = tn.compress(model, config, calibration=calibration, progress=False)
     print(report)
@@ -66,9 +66,10 @@ def main():
     source = None if options.toy else options.paths[0]
     th.save(model, output, source=source)
     vectors, expected = pooled(th.load(output).eval(), held_out), pooled(dense, held_out)
-    print(f"cosine to the dense vectors: {float(cosine_similarity(vectors, expected).mean()):.4f}")
+    cosine = float(cosine_similarity(vectors, expected).mean())
+    print(f"mean cosine similarity to the dense model's vectors: {cosine:.4f}")
     change = (vectors @ vectors.T - expected @ expected.T).abs().max()
-    print(f"largest change of a similarity: {float(change):.4f}")
+    print(f"largest change of the similarity of two sentences: {float(change):.4f}")
 
 
 if __name__ == "__main__":

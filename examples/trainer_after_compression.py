@@ -1,7 +1,7 @@
-"""Compress a language model, train what is left with the Trainer of transformers, save it and load it again.
+"""Compress a language model, train its cores with the `Trainer` of transformers, and save and load it.
 
 python examples/trainer_after_compression.py MODEL TEXT OUTPUT     # folder or hub id, text file, new folder
-python examples/trainer_after_compression.py --toy OUTPUT          # the embedded GPT-2, some steps
+python examples/trainer_after_compression.py --toy OUTPUT          # the embedded GPT-2, a few steps
 """
 
 import argparse
@@ -24,7 +24,7 @@ def windows(tokenizer, text):
 
 
 def loss_of(model, batch):
-    """Compute the loss of some windows."""
+    """Compute the model's loss on token ids, shape `(windows, WINDOW)`."""
     with torch.no_grad():
         return float(model.eval()(batch, labels=batch).loss)
 
@@ -55,7 +55,7 @@ def main():
         max_steps=40 if options.toy else 1000,
         per_device_train_batch_size=4,
         learning_rate=3e-4,
-        weight_decay=0.0,  # it would shrink every core, and their product much more
+        weight_decay=0.0,  # decay would shrink every core, and so their product much more
         save_strategy="no",
         report_to=[],
         use_cpu=options.toy,

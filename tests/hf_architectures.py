@@ -1074,7 +1074,7 @@ def _calibrated(outcome: Literal["refused", "fails"], message: str, reason: str)
     return dict.fromkeys(("60 %", "file to file"), Exceptional(outcome, message, reason))
 
 
-_NOT_STORED = "as the model uses it"
+_NOT_STORED = "than the model uses"
 EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
     "RWKV": {
         "dense": Exceptional(

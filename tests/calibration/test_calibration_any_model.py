@@ -253,7 +253,7 @@ def test_perplexity_refuses_models_that_score_labels_in_their_place() -> None:
 
     found = perplexity(WriterForCausalLM("shifted"), IDS.flatten(), context=7)
     assert found.loss == pytest.approx(Writer("shifted")(IDS, IDS)["loss"].item(), rel=1e-5)
-    with pytest.raises(TargetError, match="own position"):
+    with pytest.raises(TargetError, match="same position"):
         perplexity(WriterForMaskedLM("in place"), IDS.flatten(), context=7)
 
 

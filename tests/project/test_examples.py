@@ -22,7 +22,7 @@ SCRIPTS = {
         f"loss: dense {NUMBER}, compressed {NUMBER}, trained {NUMBER}, loaded {NUMBER}",
     ),
     "lora": ((), f"loss: compressed {NUMBER}, with adapters {NUMBER}, merged {NUMBER}"),
-    "sentence_encoder": ((), f"cosine to the dense vectors: {NUMBER}"),
+    "sentence_encoder": ((), f"mean cosine similarity to the dense model's vectors: {NUMBER}"),
     "fsdp2_accelerate": (
         TORCHRUN,
         f"step 0: loss {NUMBER} on 2 processes\nstep 9: loss {NUMBER} on 2 processes\nsaved GPT2LMHeadModel",

@@ -1,4 +1,4 @@
-"""Tensor networks for Hugging Face models: compressing, checkpoints, mixtures of experts, command line.
+"""Tensor networks for Hugging Face models: compression, checkpoints, mixtures of experts, command line.
 
 Importing this package registers the quantization method "tensornet" with transformers.
 """

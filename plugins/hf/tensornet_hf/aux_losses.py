@@ -1,8 +1,9 @@
 """Add the auxiliary losses of mixtures to the loss of a Hugging Face model.
 
-Models like T5 and GPT-2 have no code for routers. So hooks on the model pass the padding mask to its mixtures
-before a forward pass, and add their losses to the model's loss after it. Every part that can be called alone
-(an encoder, a body without head) has these hooks; only those of the outermost running part act.
+Model classes such as T5 and GPT-2 have no code for routers, so forward hooks do the work. Before a forward
+pass they give the padding mask to the mixtures in the model; after it they add the mixtures' auxiliary losses
+to the model's loss. Every submodule that can be called alone (an encoder, a model without its head) has these
+hooks, but only the hooks of the outermost running module act.
 """
 
 import inspect
@@ -16,19 +17,19 @@ from transformers import PreTrainedModel
 from tensornet_moe import SharedCoreMoE, collect_aux_losses
 
 IGNORED_LABEL = -100
-#: Inputs that are not tokens.
+#: Arguments of `forward` that contain audio frames or pixels, not tokens.
 FRAMES = ("input_features", "input_values", "pixel_values")
-#: Attribute of every part with hooks: True while an enclosing module runs, whose hooks then act instead.
+#: Attribute of every module with hooks: True while an enclosing module runs, so that only its hooks act.
 _ENCLOSED = "_tensornet_enclosed"
 
 
 def join_aux_losses(model: PreTrainedModel) -> None:
-    """Pass padding to the mixtures of a model, and add their auxiliary losses to its loss.
+    """Register hooks that give a model's mixtures the padding mask and add their losses to the model's loss.
 
-    In training with labels the loss becomes task loss + `collect_aux_losses(model).total`; in eval mode it is
-    the task loss alone, so that perplexities can be compared. When the trainer normalises the loss by the
-    number of labels in several micro-batches (`num_items_in_batch`), the auxiliary losses are weighted by the
-    share of this micro-batch. Calling it again changes nothing.
+    If labels are given in training mode, the model returns task loss + `collect_aux_losses(model).total`. In
+    eval mode it returns the task loss alone, so that perplexities can be compared. If `Trainer` divides the
+    loss by the number of labels in several micro-batches (`num_items_in_batch`), the auxiliary losses are
+    multiplied by the share of these labels in the current micro-batch. A second call changes nothing.
 
     Args:
         model: any model, with or without mixtures.
@@ -42,23 +43,23 @@ def join_aux_losses(model: PreTrainedModel) -> None:
 
 
 class _AuxLosses:
-    """Hooks of one part of a model, as methods of a class so that models can be pickled.
+    """Forward hooks of one module; they are methods, not closures, so that the model can be pickled.
 
     Args:
-        names: the parameters of the part's `forward`.
+        names: names of the arguments of the module's `forward`, in order.
     """
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
     def before(self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Pass padding to mixtures."""
+        """Give each mixture the padding mask of its tokens, before the module runs."""
         if getattr(part, _ENCLOSED):
             return
         _mark_inner(part, True)
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        # Encoders of sound and images make fewer tokens than there are frames, so masks of frames have
-        # another length.
+        # Encoders of sound and images produce fewer tokens than there are frames, so a mask of the frames
+        # does not fit the tokens.
         frames = any(given.get(name) is not None for name in FRAMES)
         mask = None if frames else _fit(given.get("attention_mask"), given, "input_ids", "inputs_embeds")
         labels, decoder_mask = given.get("labels"), given.get("decoder_attention_mask")
@@ -74,7 +75,7 @@ class _AuxLosses:
             mixture.aux_losses = None
 
     def after(self, part: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Add the auxiliary losses to the loss of the model."""
+        """Add the auxiliary losses to the loss in the module's output."""
         if getattr(part, _ENCLOSED):
             return None
         _mark_inner(part, False)
@@ -101,8 +102,8 @@ def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
 
 
 def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
-    """Return the part of the attention mask for the tokens of this call, without those in the cache."""
+    """Cut an attention mask to the tokens of this call; its first columns may describe cached tokens."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        return None  # a mask of attention patterns is not a padding mask
+        return None  # a mask of more dimensions is not a padding mask
     called = next((given[name] for name in tokens if given.get(name) is not None), None)
     return mask if called is None else mask[:, -called.shape[1] :]

@@ -1,7 +1,7 @@
-"""Model folders: read and check them, load a model from one, save a model as one.
+"""Check model folders, load models from them, and save models as folders.
 
-Folders may come from untrusted sources. Nothing is unpickled, sizes are checked before anything is allocated,
-and the error for a missing, surplus or contradictory entry names it.
+Folders may come from untrusted sources. Nothing is unpickled, sizes are checked before memory is allocated,
+and error messages name the entry that is missing, surplus or contradictory.
 """
 
 import json
@@ -49,23 +49,23 @@ from tensornet_hf.quantizer import (
 from tensornet_hf.text import first_line
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-#: Other formats of weights, which are not copied: a compressed model must not contain dense weights.
+#: Suffixes of weight files, which are never copied: a compressed model must not contain dense weights.
 WEIGHT_SUFFIXES = (
     ".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot",
     ".npz", ".onnx_data", ".tflite", ".mlmodel",
 )  # fmt: skip
-#: Largest size of a configuration or index in bytes, far above all real ones.
+#: Largest size in bytes of a JSON file that is read; real files are far smaller.
 MAX_JSON = 256_000_000
 #: Prefix of addresses on the hub.
 HUB = "hf://"
-#: Files of a model to download from the hub; none of them has to be unpickled.
+#: Patterns of the files to download from the hub; none of these formats has to be unpickled.
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 #: Options of `from_pretrained` that select files on the hub.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-#: Files copied from the source of a model: tokenizer, templates, license; not weights, pickles and code.
+#: Files that are copied with a model (tokenizer, templates, license); weights, pickles and code are not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
-#: Files that are not copied: `save_pretrained` writes them, or they describe the old weights.
+#: Exceptions from `SMALL_FILES`: `save_pretrained` writes these files, or they describe the old weights.
 NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
 #: File in which sentence-transformers lists its modules and their folders.
 MODULES = "modules.json"
@@ -80,10 +80,10 @@ tags:
 - tensor-network
 ---
 
-# Layers of this model are made of cores
+# Tensor networks replace layers of this model
 
-`import tensornet_hf` first: without it, transformers does not know the quantization type `tensornet`, and
-refuses the folder because of the empty tensors in place of dense weights.
+Import `tensornet_hf` before loading the model. Without it, transformers does not know the quantization type
+`tensornet`, and refuses the folder because empty tensors are stored in place of the dense weights.
 
 ```python
 # pip install 'tensornet-torch[hf]'
@@ -92,10 +92,10 @@ import tensornet_hf
 model = tensornet_hf.load("path/of/this/folder")
 ```
 
-`AutoModel...from_pretrained` works as well, after the import. The class is `{architecture}`. Which layers are
-made of cores, and of which, is said in `config.json` under `quantization_config`.
+`AutoModel...from_pretrained` works as well, after the import. The class is `{architecture}`. The entry
+`quantization_config` of `config.json` describes the replaced layers.
 
-`tensornet decompress` makes an ordinary model of it again.
+`tensornet decompress` converts the folder to an ordinary model.
 """
 
 
@@ -104,13 +104,13 @@ made of cores, and of which, is said in `config.json` under `quantization_config
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Validated model folder: its configuration, description and tensor headers.
+    """Configuration, description of compressed modules, and tensor headers of a folder that was checked.
 
     Args:
         folder: the folder.
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
-        tensors: every stored tensor by name, without guards.
+        tensors: header of every stored tensor by name, without guards (see `quantizer.replaced_names`).
     """
 
     folder: Path
@@ -120,10 +120,10 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read and check a model folder from the headers of its files.
+    """Check a model folder by its configuration and the headers of its weight files, without reading weights.
 
     Raises:
-        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
+        FormatError: a file or tensor is missing, surplus, damaged or contradictory; the message names it.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -140,26 +140,26 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
     for name, file in index.items():
         if name not in tensors or tensors[name].file.name != file:
             raise FormatError(
-                f"{folder / INDEX} says that {file} holds {name!r}, and it does not: the index belongs to "
-                "other files, or a file is incomplete. Copy or download the folder again."
+                f"{folder / INDEX} says that {file} contains {name!r}, but it does not. Either the index "
+                "belongs to other files, or a file is incomplete. Copy or download the folder again."
             )
     if compression is not None:
         tensors = without_guards(tensors)
         check_layers(compression, tensors, where=str(folder))
     elif cores := [name for name in tensors if names_a_core(name)]:
         raise FormatError(
-            f"{folder} stores cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
+            f"{folder} contains cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
             "quantization_config that describes them. Restore the config.json that was saved with the model, "
-            "or save the model again, after import tensornet_hf."
+            "or import tensornet_hf and save the model again."
         )
     return Checkpoint(folder, config, compression, tensors)
 
 
 def read_dense(folder: str | Path) -> Checkpoint:
-    """Read and check the folder of a model that is to be compressed.
+    """Check the folder of a dense model that is to be compressed, like `read_checkpoint`.
 
     Raises:
-        FormatError: as `read_checkpoint`.
+        FormatError: the folder is invalid, see `read_checkpoint`.
         TargetError: the model is compressed already.
     """
     checkpoint = read_checkpoint(folder)
@@ -174,7 +174,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Raises:
-        FormatError: absent, unreadable, too large, not JSON, nested without end, or not an object.
+        FormatError: the file is absent, unreadable or too large, or it is not JSON, is nested too deeply, or
+            contains something other than an object.
     """
     try:
         if (size := path.stat().st_size) <= MAX_JSON:
@@ -184,17 +185,20 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # also bad UTF-8, bad JSON, numbers of thousands of digits
         raise FormatError(f"{path} is not valid JSON ({error!s:.200}). Copy or download it again.") from error
     if size > MAX_JSON:
-        raise FormatError(f"{path} has {size:,} bytes; at most {MAX_JSON:,} are read of a JSON file.")
+        raise FormatError(f"{path} has {size:,} bytes; JSON files of at most {MAX_JSON:,} bytes are read.")
     if not isinstance(content, dict):
-        raise FormatError(f"{path} must contain a JSON object, it contains a {type(content).__name__}.")
+        raise FormatError(f"{path} must contain a JSON object, but contains a {type(content).__name__}.")
     return content
 
 
 def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
-    """Return the description of the compressed modules in a configuration, None for an ordinary model.
+    """Return the description of compressed modules from the content of `config.json`.
+
+    Returns:
+        The description, or None for an ordinary model.
 
     Raises:
-        FormatError: it is damaged, of an unknown version, or of another quantization method.
+        FormatError: the description is damaged, or has an unknown version or another quantization method.
     """
     entry = config.get("quantization_config")
     if entry is None:
@@ -202,8 +206,8 @@ def read_compression(config: Mapping[str, Any]) -> TensorNetworkConfig | None:
     method = entry.get("quant_method") if isinstance(entry, dict) else entry
     if not isinstance(entry, dict) or method != METHOD:
         raise FormatError(
-            f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model, with weights "
-            "in floating point."
+            f"The model is quantized by {method!r}, not by {METHOD!r}. Use the original model with "
+            "floating-point weights."
         )
     try:
         return TensorNetworkConfig(**entry)
@@ -217,41 +221,42 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """Find the safetensors files of a model folder.
 
     Returns:
-        The files, and the index `{tensor: file name}`, empty for a single file.
+        The files, and the index `{tensor name: file name}`; the index is empty for a single file.
 
     Raises:
-        FormatError: there are no such files, a file of the index is missing or outside the folder, or weights
-            are pickled.
+        FormatError: the folder has no safetensors files, or a file in the index is missing or outside the
+            folder.
     """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS], {}
     if not (folder / INDEX).is_file():
         other = sorted(x.name for x in folder.iterdir() if x.suffix in WEIGHT_SUFFIXES)
         if not other:
-            raise FormatError(f"{folder} holds no weights: there is no {WEIGHTS} and no {INDEX}.")
+            raise FormatError(f"{folder} contains no weights: there is no {WEIGHTS} and no {INDEX}.")
         raise FormatError(
             f"{folder} has no {WEIGHTS} and no {INDEX}, only {', '.join(other)}. Pickles can run code and "
-            "are never opened: convert them where you trust them, with model.save_pretrained(folder)."
+            "are never opened. If you trust the file, load it with transformers and save it with "
+            "model.save_pretrained(folder)."
         )
     index = read_json(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index or not all(isinstance(x, str) for x in index.values()):
-        raise FormatError(f"{folder / INDEX} has no weight_map from tensors to files.")
+        raise FormatError(f"{folder / INDEX} has no weight_map from tensor names to file names.")
     names = sorted(set(index.values()))
     for name in names:
         if Path(name).name != name or Path(name).suffix != ".safetensors":
             raise FormatError(
-                f"{folder / INDEX} names {name!r:.200}: only safetensors files next to the index are read, "
-                "nothing outside the folder."
+                f"{folder / INDEX} names {name!r:.200}, but only safetensors files in the folder of the "
+                "index are read."
             )
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise FormatError(
-            f"{folder} lacks {', '.join(missing)}, which {INDEX} names. Copy or download it again."
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} lists. Copy or download the folder again."
         )
     return [folder / name for name in names], index
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Sum the sizes of the safetensors files of a folder (of its other weight files if it has none)."""
+    """Return the total size in bytes of a folder's safetensors files, or of all weight files without any."""
     files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
     safe = [file for file in files if file.suffix == ".safetensors"]
     return sum(file.stat().st_size for file in safe or files)
@@ -263,26 +268,26 @@ def weight_bytes(folder: str | Path) -> int:
 def load(
     path: str | Path, *, inference: bool | Literal["compiled"] = False, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a model, compressed or not, in the class that it was saved with.
+    """Load a compressed or dense model as an instance of the class with which it was saved.
 
-    Unlike `from_pretrained`, which only warns of missing or surplus tensors, this function raises errors.
-    Compressed layers are never allocated dense. Pickled weights are refused.
+    `from_pretrained` only warns about missing or surplus tensors; this function raises an error. Compressed
+    layers are never allocated as dense weights. Pickled weights are refused.
 
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
-        inference: prepare integer layers for generating on the CPU, see `tensornet.nn.prepare_for_inference`;
-            the model can then be neither trained nor saved. With `"compiled"`, `generate` also compiles the
-            step of one token in its first call, which takes a minute or more, and keeps keys and values in a
-            static cache. Set `model.generation_config.max_cache_len` to the largest length, since another one
-            is compiled again, and do not change the model.
-        kwargs: passed to `from_pretrained`. The dtype is the stored one unless given; for inference it is
-            bfloat16, the only one that the CPU's kernels support. `revision`, `token`, `cache_dir`,
+        inference: True converts integer layers for generation on the CPU (see
+            `tensornet.nn.prepare_for_inference`); the model can then be neither trained nor saved.
+            `"compiled"` also lets `generate` use a static cache and compile the step of one token. Its first
+            call then takes a minute or more, and a new cache length is compiled again: set
+            `model.generation_config.max_cache_len` to the largest length. Do not change a compiled model.
+        kwargs: passed to `from_pretrained`. The default dtype is the stored one; for inference it is
+            bfloat16, the only dtype that the CPU kernels support. `revision`, `token`, `cache_dir`,
             `local_files_only` and `force_download` select files on the hub.
 
     Raises:
-        FormatError: the folder is not a model, or something in it is missing, surplus, damaged or wrong.
+        FormatError: the path is not a model folder, or a file or tensor is missing, surplus or damaged.
         NonFiniteError: a stored core contains NaN or infinity.
-        TargetError: `inference="compiled"` for a model that does not generate.
+        TargetError: `inference="compiled"` for a model that cannot generate.
         ValueError: unknown value of `inference`.
 
     Example:
@@ -306,25 +311,25 @@ def load(
     except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:
-        # Model classes may raise any exception for invalid configurations. If the caller gave options, these
-        # may be the cause, so only a configuration that cannot be read is reported as an error of the folder.
+        # Model classes may raise any exception for invalid configurations. If the caller gave options, the
+        # options may be the cause, so FormatError then only reports a configuration that cannot be read.
         if kwargs and not isinstance(error, StrictDataclassError):
             raise
         raise FormatError(
-            f"{folder} does not describe a {kind.__name__} that can be loaded: {type(error).__name__}: "
-            f"{error!s:.300} Copy or download it again."
+            f"{folder} does not contain a {kind.__name__} that can be loaded: {type(error).__name__}: "
+            f"{error!s:.300} Copy or download the folder again."
         ) from error
     model, info = loaded
     missing, surplus = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
         raise FormatError(f"{folder} lacks weights: {', '.join(missing[:5])}.")
     if surplus:
-        message = f"{folder} stores {len(surplus)} weights that the model does not have: "
+        message = f"{folder} contains {len(surplus)} weights that the model does not have: "
         message += f"{', '.join(surplus[:5])}."
         if checkpoint.compression is not None:
             raise FormatError(message)
-        # Surplus tensors are usual for models from the hub: heads of the pre-training, masks of older
-        # versions.
+        # Models on the hub often have surplus tensors, such as pre-training heads or attention masks of older
+        # versions of transformers.
         warnings.warn(message, stacklevel=2)
     if inference:
         prepare_for_inference(model)
@@ -334,46 +339,46 @@ def load(
 
 
 def compile_generation(model: PreTrainedModel) -> None:
-    """Let `generate` compile the step of one token; prompts are read as before, in eager mode.
+    """Let `generate` compile the forward pass of a single token; prompts still run in eager mode.
 
     Raises:
-        TargetError: the model does not generate.
+        TargetError: the model cannot generate.
     """
     if not model.can_generate():
         raise TargetError(
-            f'inference="compiled" compiles generation, and {type(model).__name__} does not generate. Load '
-            "it with inference=True."
+            f'inference="compiled" compiles generation, but {type(model).__name__} cannot generate. Load it '
+            "with inference=True."
         )
 
-    # Equal backends share compiled code. Each model needs its own function, since the checks that would tell
-    # models apart are left out below.
+    # torch shares compiled code between equal backends. Each model needs a backend function of its own, since
+    # the guards that would distinguish models are disabled below.
     def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         return lookup_backend("inductor")(graph, inputs)
 
-    # A prepared model does not change. Checking thousands of its attributes would take a fifth of a step.
+    # A prepared model does not change, and guards on its attributes would take a fifth of a step's time.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     mode: Any = None  # the default of the class cannot be combined with options
     config: Any = CompileConfig(dynamic=False, backend=inductor, mode=mode, options=options)
-    # Private, but without it transformers compiles on accelerators only and generates in eager mode here.
+    # This attribute is private, but without it transformers compiles only on accelerators, not on the CPU.
     config._compile_all_devices = True
     model.generation_config.update(cache_implementation="static", compile_config=config)
 
 
 def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """Move a model to a device in place and return it; dtypes do not change."""
+    """Move a model to a device in place, without changing dtypes, and return it."""
     moving: Any = model  # transformers wraps `to` in a way that type checkers misread
     return moving.to(device=torch.device(device))
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
-    """Return a local folder for a path or hub id; files on the hub are downloaded or taken from the cache.
+    """Return the local folder of a model, which is downloaded from the hub unless the hub's cache has it.
 
     Args:
         path: a folder, or a hub id if there is no such folder.
-        hub: `revision`, `token` and the like, passed to `huggingface_hub.snapshot_download`.
+        hub: options of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
     Raises:
-        FormatError: neither a folder nor a model on the hub or in its cache.
+        FormatError: the path is neither a folder nor a model on the hub or in its cache.
     """
     if Path(path).exists() or not isinstance(path, str) or path.startswith((".", "/", "~")):
         return Path(path)
@@ -381,19 +386,19 @@ def resolve_folder(path: str | Path, **hub: Any) -> Path:
         return Path(huggingface_hub.snapshot_download(path, allow_patterns=list(HUB_FILES), **hub))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FormatError(
-            f"{path} is not a folder here, and as a hub id it could not be had: {first_line(error)}"
+            f"{path} is not a local folder, and cannot be downloaded as a hub id: {first_line(error)}"
         ) from error
 
 
 def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
-    """Import the model class that the configuration names in `architectures`.
+    """Import the model class that a configuration names in `architectures`.
 
     Args:
-        checkpoint: the checkpoint that was read.
-        kwargs: `trust_remote_code=True` allows classes defined in the folder.
+        checkpoint: contents of the model folder.
+        kwargs: `trust_remote_code=True` allows classes that are defined in the folder.
 
     Raises:
-        FormatError: no class is named, or transformers has no such class.
+        FormatError: the configuration names no class, or transformers does not have the class.
     """
     names = checkpoint.config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
@@ -407,17 +412,17 @@ def model_class(checkpoint: Checkpoint, **kwargs: Any) -> type[PreTrainedModel]:
         return get_class_from_dynamic_module(reference, str(checkpoint.folder))
     raise FormatError(
         f"{checkpoint.folder}: config.json names the class {name!r} under 'architectures', which "
-        f"transformers {transformers.__version__} does not have. Update transformers, or load the folder "
-        "with the AutoModel class that fits (after import tensornet_hf); a class that the folder brings "
-        "itself needs trust_remote_code=True."
+        f"transformers {transformers.__version__} does not have. Update transformers, or import tensornet_hf "
+        "and load the folder with a suitable AutoModel class. A class that is defined in the folder needs "
+        "trust_remote_code=True."
     )
 
 
 def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """Build the dense model of a folder on the meta device. Code in the folder is never run.
+    """Build the dense model of a folder on the meta device, without running code from the folder.
 
     Raises:
-        FormatError: transformers does not have the class, or the configuration is impossible.
+        FormatError: transformers does not have the model's class, or cannot build it from the configuration.
     """
     kind = model_class(checkpoint)
     try:
@@ -443,28 +448,29 @@ def save(
     source: str | os.PathLike[str] | None = None,
     force: bool = False,
 ) -> str | Path:
-    """Save a model, compressed or not, as a complete folder: weights, configuration, tokenizer, model card.
+    """Save a compressed or dense model as a complete folder: weights, configuration, tokenizer, model card.
 
     `model.save_pretrained(folder)` writes the same weights and configuration, but no tokenizer and no model
-    card. If it fails, it leaves an incomplete folder. It also writes no description of layers that were
-    replaced by hand, or in a part of the model alone; save such a model with this function.
+    card, and leaves an incomplete folder if it fails. It also writes no description of layers that were
+    replaced by hand, or by compressing a submodule; save such a model with this function.
 
     Args:
-        model: a transformers model; may be wrapped by `DataParallel`, `DistributedDataParallel`,
+        model: a transformers model; may be wrapped by `DataParallel`, `DistributedDataParallel` or
             `torch.compile`.
         destination: the new folder, or `hf://owner/name` for a repository on the hub.
-        source: the folder that the model came from; its tokenizer and other small files are copied.
-        force: replace an existing model folder; in a repository, replace the weights and all files that the
-            new model has too.
+        source: the folder from which the model was loaded; its tokenizer and other small files are copied.
+        force: replace an existing model folder. In an existing repository, remove the old weights and
+            overwrite files of the same names.
 
     Returns:
         The destination.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written (full disk). An existing
-            folder is unchanged, and no new files are left; on the hub, an empty repository may be left.
-        TargetError: PEFT adapters are attached.
-        TypeError: not a transformers model.
+        DestinationError: the destination exists already, is the source, or cannot be written (full disk). An
+            existing folder is unchanged, and no new files are left; on the hub, an empty repository may be
+            left.
+        TargetError: PEFT adapters are attached to the model.
+        TypeError: the model is not a transformers model.
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
@@ -477,16 +483,16 @@ def save(
     whole: Any = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(whole, nn.Module) or not callable(getattr(whole, "save_pretrained", None)):
         raise TypeError(
-            f"save takes a model of transformers, got {type(whole).__name__}, which has no method "
-            "save_pretrained; tensornet.save_model writes models of plain PyTorch to a file."
+            f"save takes a transformers model, got {type(whole).__name__}, which has no method "
+            "save_pretrained. Use tensornet.save_model to write other PyTorch models to a file."
         )
     # PEFT sets `peft_config` on adapted models, also for prompts, which have no adapter layers.
     if adapter_names(whole) or getattr(whole, "peft_config", None):
         raise TargetError(
-            f"Adapters are attached to this {type(whole).__name__}, and a folder has either the model or the "
-            "adapters. Save them apart: model.save_pretrained(adapters) in PEFT, then "
-            "tensornet_hf.save(model.unload(), folder), and put them together by "
-            "tensornet_hf.peft.load_adapters(load(folder), adapters); or save what "
+            f"Adapters are attached to this {type(whole).__name__}, but a folder contains either the model "
+            "or the adapters. Save them separately: model.save_pretrained(adapters) in PEFT, then "
+            "tensornet_hf.save(model.unload(), folder); load them with "
+            "tensornet_hf.peft.load_adapters(load(folder), adapters). Or save what "
             "tensornet_hf.peft.merge_adapters(model) returns."
         )
     sources = () if source is None else (Path(source),)
@@ -502,8 +508,8 @@ def save(
                 huggingface_hub.upload_folder(repo_id=name, folder_path=folder, delete_patterns=replaced)
             except Exception as error:  # huggingface_hub raises many unrelated classes
                 raise DestinationError(
-                    f"Cannot upload to {destination}: {first_line(error)}. If the repository is new and "
-                    "empty now, repeat with force=True (--force)."
+                    f"Cannot upload to {destination}: {first_line(error)}. If this attempt created an empty "
+                    "repository, repeat it with force=True (--force)."
                 ) from error
         return str(destination)
     prepare_for_saving(whole)
@@ -517,15 +523,15 @@ def save(
 
 
 def decompress(model: nn.Module) -> nn.Module:
-    """Replace compressed layers by stock layers, so that the saved model does not need this library.
+    """Replace compressed layers by dense layers, so that the saved model does not need this library.
 
-    This does the same as `tensornet.decompress`, but raises if a module remains that needs this library.
+    Unlike `tensornet.decompress`, this function raises an error if a module cannot be replaced.
 
     Returns:
         The same model.
 
     Raises:
-        TargetError: the model has modules that cannot be made dense, such as experts.
+        TargetError: the model has modules without a dense equivalent, such as experts that share cores.
 
     Example:
         >>> model = th.load(th.embedded.gpt2_path())
@@ -538,14 +544,14 @@ def decompress(model: nn.Module) -> nn.Module:
     if stays := [name for name, spec in layers.items() if spec["type"] not in ("linear", "embedding")]:
         kinds = sorted({str(layers[name]["type"]) for name in stays})
         raise TargetError(
-            f"{len(stays)} modules of type {', '.join(kinds)} have no stock layer to go back to: "
+            f"{len(stays)} modules of type {', '.join(kinds)} cannot be converted to dense layers: "
             f"{', '.join(stays[:5])}. Nothing was changed."
         )
     return tn.decompress(model)
 
 
 def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
-    """Write a model card into the folder of a compressed model, unless the folder has one."""
+    """Write a model card into the folder of a compressed model, unless the folder has a card."""
     if not (card := Path(folder) / CARD).exists():
         card.write_text(_CARD_TEXT.format(architecture=architecture), encoding="utf-8")
 
@@ -556,9 +562,8 @@ def write_folder(
 ) -> Iterator[Path]:
     """Yield a new folder that becomes `destination` when the block ends without an error.
 
-    After an error (such as a full disk) the new folder is removed, and `destination` is unchanged.
-
-    Args: as `check_free`.
+    After an error (such as a full disk) the new folder is removed, and `destination` is unchanged. The
+    arguments are those of `check_free`.
 
     Raises:
         DestinationError: the destination exists already, or cannot be written.
@@ -569,14 +574,15 @@ def write_folder(
         with new_folder(target) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        # Errors of reading are not converted; safetensors does not name the file if the disk is full.
+        # Only errors of writing are converted. An error without a file name is one of writing, since
+        # safetensors does not name the file if the disk is full.
         names = [x for x in (getattr(error, "filename", None), getattr(error, "filename2", None)) if x]
         about = not names or any(str(name).startswith(str(target.parent)) for name in names)
         if isinstance(error, DestinationError) or not about:
             raise
         raise DestinationError(
-            f"Writing {target} failed: {error}. Nothing was left there; free some space or choose another "
-            "place."
+            f"Writing {target} failed: {error}. Nothing was left there. Free some space or choose another "
+            "destination."
         ) from error
 
 
@@ -587,11 +593,12 @@ def check_free(
 
     Args:
         destination: the new folder, or `hf://owner/name`.
-        force: replace an existing model folder; not needed for an empty folder.
-        sources: folders that are read, which must not be replaced.
+        force: allow replacing an existing model folder; not needed for an empty folder.
+        sources: folders that are read, and so must not be replaced.
 
     Raises:
-        DestinationError: it exists and `force` is not set, it is a source, or it is not an address.
+        DestinationError: the destination exists and `force` is not set; or it is or contains a source, is a
+            file, or is not a valid hub address.
     """
     if str(destination).startswith(HUB):
         name = _repository(str(destination))
@@ -607,16 +614,19 @@ def check_free(
     target = Path(destination).expanduser().absolute()
     if target.suffix == ".gguf":
         raise DestinationError(
-            f"{target} would be a folder. GGUF files are written by `tensornet compress` and `export`."
+            f"{target} would become a folder. Use `tensornet compress` or `tensornet export` to write GGUF "
+            "files."
         )
     real = target.resolve()
     for source in sources:
         if source.exists() and (real == source.resolve() or real in source.resolve().parents):
-            raise DestinationError(f"{target} is or holds the source {source}; choose another destination.")
+            raise DestinationError(
+                f"{target} is or contains the source {source}; choose another destination."
+            )
     if not target.exists():
         return
     if not target.is_dir():
-        raise DestinationError(f"{target} is a file; a folder is to be written there. Choose another name.")
+        raise DestinationError(f"{target} is a file, but a folder is to be written. Choose another name.")
     if not any(target.iterdir()):
         return
     if not force:
@@ -625,19 +635,21 @@ def check_free(
         )
     if not (target / "config.json").is_file():
         raise DestinationError(
-            f"{target} is not a model folder (it has no config.json) and is not replaced, even with force. "
+            f"{target} is not a model folder (it has no config.json), so it is not replaced even with force. "
             "Remove it yourself, or choose another name."
         )
 
 
 def copy_small_files(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, templates, license and sentence-transformers modules, without overwriting files.
+    """Copy tokenizer, templates, license and sentence-transformers modules to a folder.
+
+    Existing files are not overwritten.
 
     Returns:
-        Names of the copied files, including the folders of modules.
+        Paths of the copied files relative to the folder.
 
     Raises:
-        FormatError: the list of modules is damaged, or names a path outside the folder.
+        FormatError: the list of modules is damaged, or contains a path outside the folder.
     """
     wanted = []
     for file in sorted(source.iterdir()):
@@ -649,10 +661,10 @@ def copy_small_files(source: Path, destination: Path) -> list[str]:
             modules = json.loads((source / MODULES).read_bytes())
             paths = [str(module["path"]) for module in modules if module["path"]]
         except (ValueError, TypeError, KeyError) as error:
-            raise FormatError(f"{source / MODULES} does not list modules: {error!s:.200}") from error
+            raise FormatError(f"{source / MODULES} is not a list of modules: {error!s:.200}") from error
         for path in paths:
             if not (source / path).resolve().is_relative_to(source.resolve()):
-                raise FormatError(f"{source / MODULES} names {path!r}, which lies outside the folder.")
+                raise FormatError(f"{source / MODULES} contains {path!r}, which is outside the folder.")
             wanted += [
                 x.relative_to(source).as_posix()
                 for x in sorted((source / path).rglob("*"))

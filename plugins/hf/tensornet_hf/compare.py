@@ -1,4 +1,4 @@
-"""Compare model folders: bytes, bits, parameters, time per token, loss and samples."""
+"""Compare models in folders and GGUF files by size, time per token, loss and sample text."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from tensornet_hf.text import continue_text, first_line, load_tokenizer
 
 DENSE = "dense"
 GGUF = ".gguf"
-#: Number of tokens generated for measuring time, and number of repetitions.
+#: Number of tokens that are generated to measure time, and number of repetitions.
 _TIMED_TOKENS, _REPEATS = 16, 3
 _PROMPT_WORDS = 12
 
@@ -48,23 +48,28 @@ def compare_folders(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> list[ModelFacts]:
-    """Measure folders of language models, loading one at a time.
+    """Measure size, speed, loss and sample text of several language models, loading one at a time.
 
-    All models read the tokens of the first model, and loss increases are relative to it. Bits are per weight
-    of the whole model. For quantizers that store a code for every weight, `params` counts the weights.
+    The text is tokenized by the tokenizer of the first model, and loss increases are relative to this model.
+    Bits per weight are file size over number of weights, for the whole model. For models of other
+    quantizers, `params` is the number of weights.
 
     Args:
-        paths: at least one folder, hub id or GGUF file: dense, compressed, or of another quantizer. GGUF
-            files are dequantized to float32, so that their time is not that of llama.cpp.
-        text: text to measure the loss on.
+        paths: at least one folder, hub id or GGUF file; models may be dense, compressed by this library, or
+            quantized by another one. GGUF files are dequantized to float32 and run by transformers, so the
+            measured time is not that of llama.cpp.
+        text: text on which the loss is measured; None measures no loss.
         name: name of the text, for reports.
-        prompt: prompt to continue greedily; the beginning of the text if absent.
-        new_tokens: length of the continuation.
-        device: device where the models run.
+        prompt: prompt to continue greedily; by default the beginning of the text.
+        new_tokens: length of the continuation in tokens.
+        device: device on which the models run.
         progress: show a progress bar.
 
+    Returns:
+        The measured facts of each model, in the order of `paths`.
+
     Raises:
-        FormatError: a folder is not a model, or cannot be loaded.
+        FormatError: a path is not a model, or the model cannot be loaded.
         MissingDependencyError: the package of another quantizer is not installed.
         TargetError: a model cannot generate text.
 
@@ -85,8 +90,9 @@ def compare_folders(
         model = on_device(load_any(folder), device)
         if not model.can_generate():
             raise TargetError(
-                f"{type(model).__name__} writes no text; language models are compared here. Measure "
-                "others in Python, as examples/sentence_encoder.py and examples/image_accuracy.py do."
+                f"{type(model).__name__} cannot generate text, and only language models are compared. "
+                "Measure other models in Python, as examples/sentence_encoder.py and "
+                "examples/image_accuracy.py do."
             )
         if text is not None and dense is None:
             dense = record_held_out(model, folder, text, name=name)
@@ -112,15 +118,15 @@ def compare_folders(
 
 
 def prompt_of(text: str | None) -> str | None:
-    """Return the first words of a text; None if there is no text."""
+    """Return the first words of a text as a prompt; None if there is no text."""
     return None if text is None else " ".join(text.split()[:_PROMPT_WORDS])
 
 
 def quantization_method(folder: Path) -> str:
-    """Return the quantization method that a folder's configuration names, or `"dense"`.
+    """Return the quantization method of a model: `"gguf"` for a GGUF file, `"dense"` without quantization.
 
     Raises:
-        FormatError: the folder is not a model.
+        FormatError: the path is neither a model folder nor a GGUF file.
 
     Example:
         >>> from tensornet_hf.compare import quantization_method
@@ -139,10 +145,10 @@ def quantization_method(folder: Path) -> str:
 
 
 def load_any(folder: Path) -> PreTrainedModel:
-    """Load a dense or compressed model, one that another quantizer wrote, or a GGUF file (dequantized).
+    """Load a model that is dense, compressed, quantized by another library, or a GGUF file (dequantized).
 
     Raises:
-        FormatError: the folder is not a model, or cannot be loaded.
+        FormatError: the path is not a model, or the model cannot be loaded.
         MissingDependencyError: the package of its quantizer is not installed.
     """
     method = quantization_method(folder)
@@ -150,14 +156,16 @@ def load_any(folder: Path) -> PreTrainedModel:
         return load(folder)
     if method not in ("gguf", *AUTO_QUANTIZATION_CONFIG_MAPPING):  # transformers would load random weights
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
-        raise FormatError(f"{folder} is quantized by {method!r}, which transformers does not know: {known}.")
+        raise FormatError(
+            f"{folder} is quantized by {method!r}, which transformers does not know. It knows {known}."
+        )
     verbosity = logging.get_verbosity()
     try:
         logging.set_verbosity_error()
         loaded: Any
         if method == "gguf":
             config = AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
-            if config.model_type == "gpt2":  # transformers puts the number of positions elsewhere
+            if config.model_type == "gpt2":  # transformers sets `n_ctx` only
                 config.n_positions = config.n_ctx
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder.parent,
@@ -175,7 +183,7 @@ def load_any(folder: Path) -> PreTrainedModel:
         raise
     except ImportError as error:
         raise MissingDependencyError(
-            f"{folder} is quantized by {method!r}, whose package is not installed here: {first_line(error)}"
+            f"{folder} is quantized by {method!r}, whose package is not installed: {first_line(error)}"
         ) from error
     except Exception as error:  # packages of quantizers may raise anything
         raise FormatError(
@@ -191,7 +199,7 @@ def load_any(folder: Path) -> PreTrainedModel:
 
 
 def count_weights(folder: Path) -> int:
-    """Count the weights of the dense model that a folder describes, tied ones once, without loading them.
+    """Count the weights of a folder's dense model from its configuration; tied weights count once.
 
     Example:
         >>> from tensornet_hf.compare import count_weights
@@ -204,7 +212,7 @@ def count_weights(folder: Path) -> int:
 
 
 def _names(paths: Sequence[str | Path]) -> list[str]:
-    """Shorten the paths of folders to their names; include the parent folder if two names are equal."""
+    """Return a short name for each path, which includes the parent folder if two names are equal."""
     names = [display_name(path) for path in paths]
     twice = {name for name in names if names.count(name) > 1}
     return [
@@ -215,14 +223,14 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 @torch.no_grad()
 def _milliseconds(model: PreTrainedModel) -> float:
-    """Measure the median time of a generated token."""
+    """Measure the time in milliseconds to generate a token: mean of a sequence, median of repetitions."""
     generate: Any = model.generate
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     count = _TIMED_TOKENS
     options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
     taken = []
     with in_eval_mode(model):
-        for _ in range(_REPEATS + 1):  # the first one warms up
+        for _ in range(_REPEATS + 1):  # the first run is a warm-up
             started = time.perf_counter()
             generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
             if model.device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Load a model folder, compress the model, save it: the functions behind `tensornet compress`."""
+"""Load a model from a folder, compress it, and save the result: the functions behind `tensornet compress`."""
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
 
@@ -51,18 +51,18 @@ from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, stag
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
-#: Name of the embedded text, as in `--calibration default`.
+#: Name that stands for the embedded calibration text, as in `--calibration default`.
 DEFAULT = "default"
-#: Largest number of tokens of a validation text: for the dense model and for each size that is measured.
+#: Largest number of tokens that are read of a validation text, by the dense model and at each measured size.
 VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class OptionError(ValueError):
-    """Raised for options that exclude or require one another.
+    """Raised if two options exclude each other, or an option needs another one.
 
     Args:
-        template: message with the names of options in braces.
+        template: message with the names of options in braces, which the command line replaces by `--name`.
 
     Example:
         >>> str(th.compress.OptionError("{refine} needs {calibration}."))
@@ -76,40 +76,41 @@ class OptionError(ValueError):
 
 @dataclass(frozen=True)
 class CompressOptions:
-    """Options of `compress_folder` besides `CompressionConfig`: data, refitting and healing, files.
+    """Options of `compress_folder` that `CompressionConfig` does not have: texts, corrections, files.
 
     Args:
-        calibration: text like what the model will read; pieces of several texts alternate, and 'default' is
-            the embedded text, the King James Bible. Not needed with `objective="weight"`.
-        calibration_tokens: tokens of it to read (default: until the moments have settled, at most
-            32,768 or 1,024 passages).
-        statistics: file of the statistics of calibration: read if it exists, else written.
-        validation: text of another source: the loss is measured on it at a few sizes, which corrects
-            predictions. Not for classifiers.
-        held_out: text that the model has not seen: measures the loss of the original, of the result, and of
-            plain methods of the same bytes. Only for language models; needs memory for two models.
-        refine: refit each layer to the dense model's outputs afterwards, on the rest of the calibration text.
-        heal: steps of training the cores to the dense model's outputs afterwards, on the calibration text.
-        share_experts: let the experts of each layer share cores where that predicts less loss, or the experts
-            of all layers. With `"layers"` both are tried; see `tensornet_moe.compress_experts`.
-        rotate: rotate a Llama-like model first, which computes the same with outliers of its weights spread;
-            compare both, since it does not always help. A tied output head is stored apart. See
+        calibration: file with text like the model's later input; 'default' is the embedded text, the King
+            James Bible. Pieces of several texts alternate. Not needed with `objective="weight"`.
+        calibration_tokens: calibration tokens to read (default: until the statistics have converged, at most
+            32,768 tokens or 1,024 passages).
+        statistics: file of calibration statistics: read if it exists, written otherwise.
+        validation: text from another source than the calibration text: losses of a few compressed sizes are
+            measured on it to correct predictions. Not for classifiers.
+        held_out: text that the model has not seen: the losses of the original, the result and simple
+            baselines of equal size are measured on it. Only for language models; needs memory for two models.
+        refine: after compression, refit each layer to the dense model's outputs on unused calibration text.
+        heal: after compression, train the cores for this many steps to match the dense model's outputs on the
+            calibration text.
+        share_experts: let the experts of each layer (or of all layers) share cores where this lowers the
+            predicted loss increase. `"layers"` tries both, see `tensornet_moe.compress_experts`.
+        rotate: first spread weight outliers of a Llama-like model by rotations that keep its outputs; compare
+            with and without, since it does not always help. A tied output head becomes a separate weight. See
             `tensornet_hf.rotate`.
-        dtype: store weights in this dtype (default: as they are).
-        device: where the model runs: cpu, cuda, cuda:1, mps.
-        workers: never load the model as a whole: compress shard by shard in this many processes; resumable.
-        resume: continue an interrupted run of `workers` or `heal`.
-        export: write it for another runtime: gguf, mlx or compressed-tensors (default: gguf if the
-            destination ends in .gguf). Only number formats of that target are planned.
-        report: write an HTML page about it.
-        networks: what becomes of networks in an export: all dense; or those that are a low rank added to
-            integers become a LoRA adapter; or they are refused.
-        force: replace a destination that exists.
-        command: command line, shown on the page.
+        dtype: store weights in this dtype (default: keep their dtype).
+        device: device on which the model runs: cpu, cuda, cuda:1, mps.
+        workers: compress shard by shard in this many processes, without loading the whole model; resumable.
+        resume: continue an interrupted run with `workers` or `heal`.
+        export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
+            number formats of this target are planned.
+        report: write a report as an HTML page.
+        networks: tensor networks in an export: write all as dense weights; write a low rank added to integers
+            as a LoRA adapter; or refuse networks.
+        force: replace an existing destination.
+        command: command line to show in the report.
         progress: show progress bars.
 
     Raises:
-        OptionError: options exclude or need one another.
+        OptionError: two options exclude each other, or an option needs another one.
         DestinationError: the report cannot be written.
         ValueError: an unknown dtype.
 
@@ -142,14 +143,14 @@ class CompressOptions:
         given = self.calibration
         texts = (given,) if isinstance(given, (str, Path)) else tuple(given)
         object.__setattr__(self, "calibration", texts)
-        for name, what in (("refine", "fits layers on"), ("heal", "trains on")):
+        for name, what in (("refine", "refits layers on"), ("heal", "trains on")):
             if getattr(self, name) and not texts:
-                raise OptionError(f"{{{name}}} {what} the text of {{calibration}}; give one.")
+                raise OptionError(f"{{{name}}} {what} the calibration text; add {{calibration}}.")
         used = {Path(x).resolve(): "calibration" for x in texts}
         for name in ("validation", "held_out"):
             file = getattr(self, name)
             if file is not None and (other := used.setdefault(Path(file).resolve(), name)) != name:
-                raise OptionError(f"{{{name}}} is the text of {{{other}}}; give one of another source.")
+                raise OptionError(f"{{{name}}} is the file of {{{other}}}; give a text from another source.")
         dtype_of(self.dtype)
         if self.report is not None:
             check_place("The report", Path(self.report))
@@ -158,19 +159,20 @@ class CompressOptions:
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
-                f"{{share_experts}} does not go with {' and '.join(asked)}, which process layers one by one."
+                f"{{share_experts}} cannot be combined with {' and '.join(asked)}, which process layers one "
+                "by one."
             )
         whole: tuple[str, ...] = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
         whole += ("share_experts", "rotate")
         if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
             raise OptionError(
-                f"{{workers}} never loads the model as a whole, which {' and '.join(asked)} would need; "
-                "leave one of them out."
+                f"{{workers}} never loads the whole model, but {' and '.join(asked)} would need it. Leave "
+                "out one or the other."
             )
 
     @property
     def text(self) -> str | None:
-        """Calibration text; None without any."""
+        """The calibration text, in which pieces of several files alternate; None if no file is given."""
         texts = [calibration_text() if x == DEFAULT else read_text(Path(x)) for x in self.calibration]  # type: ignore[union-attr]
         return mix_texts(texts) if texts else None
 
@@ -183,12 +185,12 @@ class CompressOptions:
 
 @dataclass(frozen=True)
 class PlannedFolder:
-    """Plan for a model folder.
+    """Result of `plan_folder`.
 
     Args:
         plan: the plan; it can be edited, saved, and applied by `compress_folder`.
-        sizes: parameters and bytes of the whole model, before and after.
-        coverage: parameters of the model that the plan covers, and the others.
+        sizes: parameters and bytes of the whole model, before and after (`model_params_before`, ...).
+        coverage: counts of the parameters that the plan covers and of those that it skips.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -202,7 +204,7 @@ class PlannedFolder:
     coverage: Coverage
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form, which `CompressionPlan.load` reads as well."""
+        """Return a dict for JSON, which `CompressionPlan.load` can read too."""
         plan = {**self.plan.to_dict(), **self.plan.predictions()}
         return {**plan, **self.sizes, "coverage": self.coverage.to_dict()}
 
@@ -218,12 +220,12 @@ class FolderReport:
     """Result of `compress_folder`.
 
     Args:
-        source, destination: as given by the caller.
+        source, destination: the arguments of `compress_folder`.
         report: report of the compression.
-        file_bytes_before, file_bytes_after: size of the weight files.
-        notes: results of refitting and healing, as text.
-        models: the original model, the compressed model and baselines of the same size, if a report or a
-            held-out text was requested.
+        file_bytes_before, file_bytes_after: total size of the weight files in bytes.
+        notes: lines about refitting, healing and the export.
+        models: facts about the original model, the compressed model and baselines of equal size, if a report
+            or a held-out text was requested.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -241,7 +243,7 @@ class FolderReport:
     models: tuple[ModelFacts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
+        """Return a dict for JSON."""
         models = {"models": [model.to_dict() for model in self.models], "notes": list(self.notes)}
         sizes = {"file_bytes_before": self.file_bytes_before, "file_bytes_after": self.file_bytes_after}
         return {
@@ -287,25 +289,26 @@ def compress_folder(
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions | None = None,
 ) -> FolderReport:
-    """Compress a model folder and save the result as another one.
+    """Compress the model in a folder and save the result as another folder or a GGUF file.
+
+    In an export, only number formats of the target are planned unless `config` lists formats, and `max_bytes`
+    limits the size of the written files.
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        destination: folder to write, `hf://owner/name` to upload, or a file that ends in `.gguf`. With the
-            target of an export only its number formats are planned (unless others are given), and
-            `max_bytes` is the size of the weight files.
-        config: the options, or a plan, which may have been edited or loaded.
-        options: calibration text, refitting and healing, files.
+        destination: folder to write, `hf://owner/name` to upload, or a file name that ends in `.gguf`.
+        config: compression options, or a plan (which may have been edited or loaded).
+        options: further options, such as the calibration text.
 
     Returns:
         A report; `print` shows a short summary.
 
     Raises:
-        FormatError: the source is not a model, or damaged.
-        TargetError: it is already compressed, or text alone is not enough to calibrate a model of this kind.
-        BudgetError: the budget cannot be met or needs calibration, or a plan was made with other data.
+        FormatError: the source is not a model folder, or is damaged.
+        TargetError: the model is already compressed, or cannot be calibrated on text alone.
+        BudgetError: the budget cannot be met or needs calibration, or the plan was made with other data.
         DestinationError: the destination exists already, or cannot be written.
-        OptionError: options exclude or need one another.
+        OptionError: two options exclude each other, or an option needs another one.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -317,18 +320,20 @@ def compress_folder(
     uploaded = str(destination).startswith(HUB)
     target = find_target(destination, options.export)
     if uploaded and target is not None:
-        raise OptionError("{export} writes local files; name a folder, and upload it afterwards.")
+        raise OptionError("{export} writes local files; name a local folder, and upload it afterwards.")
     if options.networks != "dense" and target is None:
-        raise OptionError("{networks} belongs to {export}; our own folders store networks as they are.")
+        raise OptionError("{networks} is an option of {export}; model folders store networks unchanged.")
     config = _check_data(config, options)
     if options.workers is not None and uploaded:
-        raise OptionError("{workers} writes to a local folder; name one.")
+        raise OptionError("{workers} writes to a local folder; name a local folder as the destination.")
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
     if target == "gguf":
         if options.workers is not None:
-            raise OptionError("{workers} writes a model folder; a GGUF file is made of a whole model.")
+            raise OptionError(
+                "{workers} can only write a model folder, since a GGUF file needs the whole model."
+            )
         check_files(Path(destination), networks=options.networks, force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
@@ -420,17 +425,20 @@ def compress_folder(
 def for_target(
     target: str, config: CompressionConfig, model: PreTrainedModel, folder: Path
 ) -> CompressionConfig:
-    """Adapt a configuration to an export: its formats, layers that stay dense, and the size of the files.
+    """Adapt compression options to an export target: number formats, layers that stay dense, byte budget.
 
     Args:
         target: name of the target.
-        config: the options; formats that were given by name are kept.
+        config: the compression options; a list of formats in it is kept.
         model: the dense model.
-        folder: its folder.
+        folder: folder of the dense model.
+
+    Returns:
+        New options. Bytes of metadata in the exported files are subtracted from `max_bytes`.
 
     Raises:
-        BudgetError: `max_bytes` is less than what the file needs without any weight.
-        TargetError: the converter does not know this model or tokenizer.
+        BudgetError: `max_bytes` is not larger than the metadata.
+        TargetError: the exporter does not support this model or tokenizer.
     """
     overhead, full = TARGETS[target].facts(model, folder)
     changes: dict[str, Any] = {}
@@ -444,7 +452,7 @@ def for_target(
     if config.max_bytes is not None:
         if config.max_bytes <= overhead:
             raise BudgetError(
-                f"max_bytes={config.max_bytes:,}: names, vocabulary and metadata alone take "
+                f"max_bytes={config.max_bytes:,} is too small: names, vocabulary and metadata alone take "
                 f"{overhead:,} bytes."
             )
         changes["max_bytes"] = config.max_bytes - overhead
@@ -454,16 +462,16 @@ def for_target(
 def plan_folder(
     source: str | Path, config: CompressionConfig, options: CompressOptions | None = None
 ) -> PlannedFolder:
-    """Plan the compression of a model folder and write nothing.
+    """Plan the compression of the model in a folder, without writing files.
 
     Args:
         source: model folder, or hub id if there is no folder of that name.
-        config: the options.
-        options: options of the calibration.
+        config: compression options.
+        options: further options; only those that a plan can depend on are allowed.
 
     Raises:
         OptionError: an option needs a compressed model.
-        FormatError, TargetError, BudgetError: as `compress_folder`.
+        FormatError, TargetError, BudgetError: see `compress_folder`.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
@@ -474,7 +482,8 @@ def plan_folder(
     needing = ("report", "held_out", "workers", "refine", "heal", "share_experts")
     if asked := [f"{{{name}}}" for name in needing if getattr(options, name)]:
         raise OptionError(
-            f"{{dry_run}} compresses nothing, which {' and '.join(asked)} would need; leave it out."
+            f"{{dry_run}} only plans, but {' and '.join(asked)} would need a compressed model. Leave out one "
+            "or the other."
         )
     checked = _check_data(config, options)
     assert isinstance(checked, CompressionConfig)
@@ -491,7 +500,7 @@ def plan_folder(
     prepared = prepare_checked(model, checked, data, validation, progress=options.progress)
     plan = prepared.plan(progress=options.progress)
 
-    # Sizes before and after, and what the plan covers.
+    # Compute sizes before and after compression, and the coverage.
     params, size = model_size(model)
     sizes = {
         "model_params_before": params,
@@ -507,18 +516,18 @@ def open_dense(folder: Path) -> PreTrainedModel:
     """Load a model for compression, in the dtype in which it is stored.
 
     Raises:
-        FormatError: the folder is not a model, or damaged.
-        TargetError: it is compressed already.
+        FormatError: the path is not a model folder, or the folder is damaged.
+        TargetError: the model is compressed already.
     """
     read_dense(folder)
     return load(folder)
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Look up a dtype by name; None stays None.
+    """Return the dtype of a name, or None for None.
 
     Raises:
-        ValueError: an unknown name; the message lists the known ones.
+        ValueError: an unknown name; the message lists the known names.
     """
     if name is not None and name not in DTYPES:
         raise ValueError(f"Unknown dtype {name!r}; choose one of {', '.join(DTYPES)}.")
@@ -528,43 +537,43 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def _check_data(
     config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> CompressionConfig | CompressionPlan:
-    """Check before any slow step that the data for all options is given.
+    """Check, before any slow step, that the texts are given which the options need.
 
     Returns:
-        The configuration; without data its objective is the error of the weights.
+        The configuration. If `objective="auto"` and no text is needed or given, its objective is "weight".
 
     Raises:
         BudgetError: the budget needs calibration data.
-        OptionError: a validation text is given, but no losses are predicted.
+        OptionError: an option cannot change a plan, or a validation text is given but no loss is predicted.
     """
     has_data = bool(options.calibration) or (
         options.statistics is not None and Path(options.statistics).exists()
     )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
-            raise OptionError("{plan} says already what every layer becomes; leave out {share_experts}.")
+            raise OptionError("{plan} already fixes the scheme of every layer; leave out {share_experts}.")
         if options.validation is not None:
-            raise OptionError("{plan} was made with its predictions; leave out {validation}.")
+            raise OptionError("{plan} already contains its predictions; leave out {validation}.")
         if config.objective != "weight" and not has_data:
             raise BudgetError(
-                f"The plan was made with {config.calibration}, on which the cores depend; give the same text "
-                "and number of tokens (calibration=, --calibration on the command line)."
+                f"The plan was made with {config.calibration}, which the cores depend on too. Give the same "
+                "text and number of tokens (calibration=, --calibration on the command line)."
             )
         return config
     config.check_says_how_far()
     if options.validation is not None and (config.objective in ("weight", "activation") or not has_data):
         raise OptionError(
-            "{validation} corrects a predicted loss increase, which needs {calibration} and the objective "
-            "curvature or auto."
+            "{validation} corrects the predicted loss increase. A prediction needs {calibration}, and the "
+            "objective curvature or auto."
         )
     if has_data or config.objective == "weight":
         return config
     if config.objective == "auto" and config.rel_error is not None and not config.needs_curvature:
         return replace(config, objective="weight")
     raise BudgetError(
-        "What an error costs has to be measured on text: give --calibration FILE, text like what the model "
-        "will read (calibration= in Python), or --calibration default for the embedded one. --objective "
-        "weight goes by the weights alone, which loses more quality than necessary."
+        "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
+        "the model's later input with --calibration FILE (calibration= in Python), or use the embedded text "
+        "with --calibration default. --objective weight needs no text, but loses more quality than necessary."
     )
 
 
@@ -577,20 +586,23 @@ def _calibration(
     *,
     streamed_to: Path | None = None,
 ) -> ProvidedData | None:
-    """Make batches of the calibration text, and collect or read the statistics.
+    """Make batches of the calibration text, and collect calibration statistics or read them from a file.
 
     Args:
         model: the dense model.
-        folder: folder with its tokenizer.
-        config: the options, or a plan.
-        options: options of the run.
-        text: calibration text; if absent, statistics are read if a file is given.
+        folder: folder with the model's tokenizer.
+        config: the compression options, or a plan.
+        options: further options.
+        text: calibration text; if None, statistics are read if `options.statistics` is an existing file.
         streamed_to: run the model block by block and write the statistics to this file; if an interrupted run
             has written the file, read it.
 
+    Returns:
+        Batches and statistics, or None without text and statistics.
+
     Raises:
         BudgetError: the statistics belong to another text.
-        TargetError: text alone is not enough to calibrate this model.
+        TargetError: this model cannot be calibrated on text alone.
         ValueError: the text is too short.
     """
     file = streamed_to if options.statistics is None else Path(options.statistics)
@@ -599,8 +611,8 @@ def _calibration(
         return None if known is None else ProvidedData([], known.source, statistics=known)
     if known is not None and not known.source.endswith(f" tokens of {options.source}"):
         raise BudgetError(
-            f"{file} was collected on {known.source}, and the calibration text is {options.source}. Name "
-            "another file, or leave out the text."
+            f"The statistics in {file} were collected on {known.source}, but the calibration text is "
+            f"{options.source}. Name another statistics file, or leave out the text."
         )
     asked = options.calibration_tokens
     rows = 0 if asked else ENOUGH_LOSSES
@@ -637,15 +649,15 @@ def _calibration(
 
 
 def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
-    """Make batches of the validation text; raise TargetError if the model has no loss on text."""
+    """Make batches of the validation text if it is given; raise TargetError if no loss can be measured."""
     if options.validation is None:
         return None
     file = Path(options.validation)
     data = calibration_data(model, folder, read_text(file), tokens=VALIDATION_TOKENS)
     if not data.labelled:
         raise TargetError(
-            f"{type(model).__name__} is neither a language model nor an encoder: no loss could be measured "
-            "on the validation text. Leave it out."
+            f"{type(model).__name__} is neither a language model nor an encoder, so no loss can be measured "
+            "on the validation text. Leave out the text."
         )
     return ProvidedData(data.batches, f"{data.tokens:,} tokens of {file.name}")
 
@@ -657,9 +669,10 @@ def _compress_streamed(
     options: CompressOptions,
     text: str | None,
 ) -> CompressionReport:
-    """Compress a folder shard by shard, without loading the model as a whole.
+    """Compress a folder shard by shard, without loading the whole model.
 
-    Statistics are stored in the staging folder of the destination, where a resumed run finds them.
+    Calibration statistics are saved in the staging folder of the destination, so that a resumed run can read
+    them.
     """
     _print_estimate(open_lazily(read_dense(folder), only=()).model, config, options)
     statistics = None if options.statistics is None else Path(options.statistics)
@@ -668,7 +681,7 @@ def _compress_streamed(
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
         with staging(destination.expanduser().absolute()) as work:
-            for left in work.glob(f"{SPILL}*"):  # left by a run that was killed
+            for left in work.glob(f"{SPILL}*"):  # remains of a run that was killed
                 shutil.rmtree(left)
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
@@ -692,18 +705,18 @@ def _compress_streamed(
 def _print_estimate(
     model: PreTrainedModel, config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> None:
-    """Print an estimate of the duration of the whole run on a terminal, before it starts."""
+    """Print an estimate of the duration of the whole run on stderr, if progress is shown."""
     if options.progress and isinstance(config, CompressionConfig):
         sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
 
 
 def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
-    """Estimate how long compression takes, including the baselines of a report; return one line.
+    """Estimate how long a run takes, including the baselines of a report, and return the estimate as a line.
 
     Args:
         model: the dense model; may be on the meta device.
-        config: the options.
-        options: options of the run.
+        config: the compression options.
+        options: further options.
 
     Example:
         >>> from tensornet_hf.compress import estimate
@@ -716,8 +729,8 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
     steps = estimate_seconds(model, config, tokens=tokens)
     del steps["total"]
     if options.held_out is not None or options.report is not None:
-        # Three baselines are rounded; five models read the held-out text, each in a fifth of the time of
-        # calibration.
+        # Three baselines are rounded, and five models read the held-out text. Calibration on a text takes
+        # about five times as long as reading it.
         steps["plain methods"] = 3 * steps["rounding"]
         if options.held_out is not None:
             steps["plain methods"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
@@ -747,11 +760,11 @@ def _correct(
     """Refit and train a compressed model on the calibration text, in place.
 
     Returns:
-        Results in words.
+        Lines that describe the results.
     """
     notes = []
     if options.refine:
-        # Use tokens from all parts of the text that calibration has not read, if enough text is left.
+        # Use batches spread over the text that calibration has not read; over all text if little is left.
         data = calibration_data(teacher, folder, text)
         each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
         fresh = data.batches[math.ceil(seen / each) :]
@@ -760,11 +773,11 @@ def _correct(
         places = torch.linspace(0, len(batches) - 1, count).long().tolist()
         refined = refine(model, teacher, [batches[k] for k in places], stats, progress=options.progress)
         before, after = refined.distances
-        left = f", {len(refined.left)} left as they were" if refined.left else ""
-        kept = "" if refined.kept else "; it grew, so the old cores were restored"
+        left = f", {len(refined.left)} unchanged" if refined.left else ""
+        kept = "" if refined.kept else "; the distance grew, so the old cores were restored"
         notes.append(
             f"{len(refined.after)} layers refitted{left}: distance from the dense model's outputs "
-            f"{before:.4f} -> {after:.4f} on text held out of it{kept}"
+            f"{before:.4f} -> {after:.4f} on text that was not fitted{kept}"
         )
     if options.heal:
         # One batch for each step, in random order.
@@ -783,23 +796,23 @@ def _correct(
         if healed.losses:
             first, last = (sum(x) / part for x in (healed.losses[:part], healed.losses[-part:]))
             notes.append(
-                f"healed for {healed.steps:,} steps, {len(healed.losses):,} of them now: divergence from the "
-                f"dense model {first:.4f} -> {last:.4f} nats a token"
+                f"healed for {healed.steps:,} steps, {len(healed.losses):,} of them in this run: divergence "
+                f"from the dense model {first:.4f} -> {last:.4f} nats per token"
             )
         else:
-            notes.append(f"healed for {healed.steps:,} steps, all of them before")
-    return (*notes, "the prediction and the measured loss increase are of the model before that")
+            notes.append(f"healed for {healed.steps:,} steps, all of them in an earlier run")
+    return (*notes, "the predicted and measured loss increase are those before refitting or healing")
 
 
 def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, resume: bool) -> Path:
-    """Return the path of the healing checkpoint, and delete checkpoints of other options.
+    """Return the path of the healing checkpoint, and delete checkpoints of runs with other options.
 
     Args:
         destination: destination of the model.
-        folder: the dense model.
-        options: everything that the healed model depends on, JSON-ready; the file name
-            `.NAME.heal-KEY.safetensors` has a hash of it.
-        resume: keep an existing checkpoint of these options.
+        folder: folder of the dense model.
+        options: JSON-ready list of everything that the healed model depends on; a hash of it is the KEY in
+            the file name `.NAME.heal-KEY.safetensors`.
+        resume: keep an existing checkpoint of the same options.
     """
     target = destination.expanduser().absolute()
     marks = sorted(file_marks(folder).items())

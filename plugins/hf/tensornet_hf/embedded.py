@@ -1,9 +1,9 @@
 """Two small trained models that are part of the package, with calibration and held-out text.
 
-A GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
-`data/README.md` and the `training.json` of each folder describe them and their quality. They let the demo and
-the tests run without network access. Every function raises FileNotFoundError if the package was installed
-without its data.
+The models are a GPT-2 of 0.94 million parameters and a T5 of 0.52 million, trained on the King James Bible.
+With them the demo and the tests run without network access. `data/README.md` and the `training.json` of each
+folder describe the models and their quality. Every function raises FileNotFoundError if the package was
+installed without its data.
 """
 
 import json
@@ -15,12 +15,12 @@ __all__ = ["calibration_text", "gpt2_path", "heldout_text", "t5_pairs", "t5_path
 
 
 def data_path(name: str) -> Path:
-    """Return the path of a file or folder of the data."""
+    """Return the path of a file or folder within the package's data folder."""
     path = Path(str(files("tensornet_hf") / "data" / name))
     if not path.exists():
         raise FileNotFoundError(
-            f"The embedded data {name!r} is missing: expected {path}; "
-            "install tensornet-torch again, unpacked (it does not work from inside a zip file)"
+            f"The embedded data {name!r} is missing: expected {path}. Install tensornet-torch again, and not "
+            "as a zip file, from which the data cannot be read."
         )
     return path
 
@@ -41,7 +41,7 @@ def gpt2_path() -> Path:
 def t5_path() -> Path:
     """Return the folder of the embedded T5, for `AutoModelForSeq2SeqLM` and `AutoTokenizer`.
 
-    It restores the vowels of phrases of one to three words, one token per character.
+    The model restores the missing vowels of phrases of one to three words. A token is one character.
 
     Example:
         >>> from transformers import AutoModelForSeq2SeqLM
@@ -52,7 +52,7 @@ def t5_path() -> Path:
 
 
 def calibration_text() -> str:
-    """Return about 215 kB of the chapters the models were trained on, to calibrate a compression with.
+    """Return about 215 kB of the text on which the models were trained, for calibration.
 
     Example:
         >>> len(th.embedded.calibration_text()) > 200_000
@@ -62,7 +62,7 @@ def calibration_text() -> str:
 
 
 def heldout_text() -> str:
-    """Return about 100 kB of chapters neither trained nor calibrated on, to measure perplexity with.
+    """Return about 100 kB of text that is in neither the training nor the calibration text.
 
     Example:
         >>> len(th.embedded.heldout_text()) > 90_000
@@ -72,13 +72,13 @@ def heldout_text() -> str:
 
 
 def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
-    """Return 400 pairs `(source, target)` for the T5, such as `("sstr nd", "sister and")`.
+    """Return 400 pairs `(source, target)` for the embedded T5, such as `("sstr nd", "sister and")`.
 
     Args:
-        split: `"calibration"` (from chapters trained on) or `"heldout"` (from the others).
+        split: `"calibration"` (pairs from the training text) or `"heldout"` (pairs from other chapters).
 
     Raises:
-        ValueError: another split.
+        ValueError: unknown split.
 
     Example:
         >>> th.embedded.t5_pairs("heldout")[0]

@@ -25,27 +25,27 @@ from tensornet.compression.loss_increase import (
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
-#: Largest number of tokens of a held-out text.
+#: Largest number of tokens that are read of a held-out text.
 HELD_OUT_TOKENS = 32_768
-#: Largest number of logits of one batch: 64 MB in float32.
+#: Largest number of logits in a batch: 64 MB in float32.
 MOST_LOGITS = 16_000_000
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """One model of a comparison.
+    """Size, quality and speed of a model in a comparison.
 
     Args:
         name: name in reports.
-        params: stored numbers of the whole model, scales included.
-        bytes: size of its weight files, or of its tensors if nothing was saved; None if unknown.
-        bits: bits per weight, scales included, of the compressed layers (of the whole model in
+        params: count of stored numbers of the whole model, scales included.
+        bytes: size of the weight files, or of the tensors if nothing was saved; None if unknown.
+        bits: bits per weight of the compressed layers, scales included (of the whole model in
             `tensornet_hf.compare`); None if unknown.
-        scheme: number format, ranks or quantization method, in a few characters.
-        quality: loss on a text, and its increase over the first model; None if not measured.
-        predicted: predicted loss increase, None if there is none.
-        sample: generated text, if any.
-        milliseconds: time of one token, None if not measured.
+        scheme: short name of the number format, ranks or quantization method.
+        quality: loss on a text, and loss increase over the first model; None if not measured.
+        predicted: predicted loss increase, or None.
+        sample: generated text, or None.
+        milliseconds: time to generate a token, or None if not measured.
     """
 
     name: str
@@ -60,21 +60,21 @@ class ModelFacts:
 
     @property
     def measured(self) -> bool:
-        """True if the loss increase is measured, False if it is predicted or unknown."""
+        """True if the loss increase was measured, False if it is predicted or unknown."""
         return self.quality is not None
 
     @property
     def loss_increase(self) -> float | None:
-        """Measured loss increase, else the predicted one."""
+        """Measured loss increase; if it was not measured, the predicted loss increase (or None)."""
         return self.predicted if self.quality is None else self.quality.mean
 
     @property
     def perplexity(self) -> float | None:
-        """Exponential of the measured loss."""
+        """Exponential of the measured loss; None if no loss was measured."""
         return None if self.quality is None else math.exp(min(self.quality.loss, 700.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
+        """Return a dict for JSON."""
         quality = None
         if self.quality is not None:
             quality = {
@@ -101,7 +101,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity together with the windows over which it was measured.
+    """Perplexity of a text, and how it was measured.
 
     Args:
         perplexity: `exp(loss)`.
@@ -110,7 +110,7 @@ class Perplexity:
             predecessor.
         windows: number of windows.
         context: tokens in a window (the last window may be shorter).
-        stride: tokens from the start of one window to the start of the next.
+        stride: tokens from the start of a window to the start of the next.
     """
 
     perplexity: float
@@ -122,7 +122,7 @@ class Perplexity:
 
     @property
     def how(self) -> str:
-        """Description of the measurement in a few words."""
+        """Short description of the measurement, for reports."""
         return (
             f"{self.tokens:,} tokens scored in {self.windows:,} window{'s' if self.windows > 1 else ''} "
             f"of {self.context}, stride {self.stride}"
@@ -132,21 +132,21 @@ class Perplexity:
 def text_windows(
     tokens: Tensor, *, context: int, stride: int | None = None, batch_size: int = 16
 ) -> list[Batch]:
-    """Cut a text into windows that score each token once.
+    """Cut a text into windows in which each token is scored at most once.
 
-    The first token of a window has no predecessor in it, so each window without overlap leaves one token
-    unscored. With a smaller stride every token but the first of the text is scored, most of them with at
-    least `context - stride` tokens before them.
+    The first token of a window cannot be predicted. So windows without overlap leave one token each unscored.
+    With a smaller stride, every token but the first of the text is scored, and most tokens have at least
+    `context - stride` tokens before them.
 
     Args:
-        tokens: shape `(length,)`.
-        context: tokens of a window, at least 2.
-        stride: step between windows, from 1 to `context`; `context` if absent.
+        tokens: token ids of the text, shape `(length,)`.
+        context: tokens in a window, at least 2.
+        stride: tokens from the start of a window to the start of the next, from 1 to `context` (the default).
         batch_size: largest number of windows in a batch.
 
     Returns:
-        Batches of `input_ids`, shape `(windows, at most context)`. If windows overlap, `labels` select the
-        scored tokens.
+        Batches of `input_ids`, shape `(windows, at most context)`. If windows overlap, `labels` of the same
+        shape select the scored tokens.
 
     Raises:
         ShapeError: `tokens` is not a vector of at least two tokens.
@@ -158,16 +158,17 @@ def text_windows(
             f"got {tuple(tokens.shape)} {tokens.dtype}."
         )
     if context < 2:
-        raise ValueError(f"context must be at least 2 tokens, one to see and one to predict, got {context}.")
+        raise ValueError(f"context must be at least 2 tokens, one to read and one to predict, got {context}.")
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise ValueError(
-            f"stride must lie between 1 and the context {context}, got {stride}: a larger one skips tokens."
+            f"stride must be between 1 and the context {context}, got {stride}: a larger stride would skip "
+            "tokens."
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows: list[Batch] = []
-    scored = 0  # tokens before this one are done
+    scored = 0  # number of tokens at the start of the text that earlier windows contain
     for start in range(0, len(tokens) - 1, stride):
         ids = tokens[start : start + context]
         labels = ids.clone()
@@ -177,7 +178,7 @@ def text_windows(
         if scored == len(tokens):
             break
     batches: list[Batch] = []
-    for _, group in groupby(rows, key=lambda row: len(row["input_ids"])):  # only the last can be shorter
+    for _, group in groupby(rows, key=lambda row: len(row["input_ids"])):  # the last window may be shorter
         same = list(group)
         for k in range(0, len(same), batch_size):
             part = same[k : k + batch_size]
@@ -195,24 +196,25 @@ def perplexity(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Perplexity:
-    """Measure the perplexity of a text, `exp(-1/N sum log p(token | tokens before it in its window))`.
+    """Measure the perplexity of a text, `exp(-1/N sum log p(token | earlier tokens of the window))`.
 
-    No special tokens are added; every window starts at position 0.
+    No special tokens are added, and every window starts at position 0. See `text_windows`.
 
     Args:
-        model: a causal language model; it may be any module with `logits` in its output whose class name ends
-            in `ForCausalLM`.
-        tokens: the text, shape `(length,)`, integers.
-        context: tokens of a window.
-        stride: step between windows; `context` (no overlap) if absent.
-        batch_size: largest number of windows in a batch; fewer if their logits would exceed 64 MB.
+        model: a causal language model of transformers; or any module whose class name ends in `ForCausalLM`
+            and whose output has `logits`.
+        tokens: token ids of the text, shape `(length,)`.
+        context: tokens in a window.
+        stride: tokens from the start of a window to the start of the next; by default `context` (no overlap).
+        batch_size: largest number of windows in a batch; smaller if the logits would exceed 64 MB.
         progress: show a progress bar.
 
     Raises:
         ShapeError: `tokens` is not a vector of at least two tokens.
         ValueError: context, stride or batch size is out of range, or `context` exceeds the positions of the
             model.
-        TargetError: the model is scored by the label of the same position, which it may read as input.
+        TargetError: the model does not predict the next token: its loss compares each position with the
+            label of the same position.
         NonFiniteError: the model's loss is NaN or infinite.
     """
     batches = _windows(model, tokens, context, stride, batch_size)
@@ -223,23 +225,25 @@ def perplexity(
             total += float(losses.sum())
             count += len(losses)
     if not math.isfinite(total):
-        raise NonFiniteError(f"The model's loss over this text is {total}: its weights or dtype are broken.")
+        raise NonFiniteError(
+            f"The model's loss on this text is {total}: check its weights, and use a dtype of larger range."
+        )
     return _perplexity(total / count, count, batches, context, stride)
 
 
 def _windows(
     model: nn.Module, tokens: Tensor, context: int, stride: int | None, batch_size: int
 ) -> list[Batch]:
-    """Cut a text into batches of windows for a causal language model, see `perplexity`."""
+    """Cut a text into batches of windows for a causal language model, with the checks of `perplexity`."""
     if scores_next_token(model) is False:
         raise TargetError(
-            f"The loss of {type(model).__name__} scores each label at its own position, so its logits are no "
-            "predictions of the next token and have no perplexity. Compare such models by their own loss, or "
-            "pass a causal language model."
+            f"{type(model).__name__} does not predict the next token (its loss compares each position with "
+            "the label of the same position), so it has no perplexity. Compare such models by their own "
+            "loss, or pass a causal language model."
         )
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if positions is not None and context > positions:
-        raise ValueError(f"context {context} is more than the {positions} positions this model has.")
+        raise ValueError(f"context {context} is more than the {positions} positions of this model.")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
     batch_size = min(batch_size, max(1, MOST_LOGITS // (context * vocabulary)))
     device = next(model.parameters()).device
@@ -255,14 +259,18 @@ def _perplexity(
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the predictions of a model are from those of a reference, over all tokens of a text.
+    """Distance of a model's next-token predictions from those of a reference model, on the tokens of a text.
+
+    Each value comes with its standard error, as if tokens were independent. `KL` is the Kullback-Leibler
+    divergence `KL(reference || model)` of the next token's distribution in nats.
 
     Args:
-        mean, median, percentile_99: of the Kullback-Leibler divergence `KL(reference || model)` of the next
-            token, in nats, each with its standard error.
-        same_top: share of tokens for which both models prefer the same next token, with its standard error.
-        loss_increase: mean difference of the losses, with its standard error.
-        perplexity: of the model on this text. Standard errors treat its tokens as independent.
+        mean: mean KL.
+        median: median KL.
+        percentile_99: 99th percentile of KL.
+        same_top: share of tokens for which both models consider the same token the most likely.
+        loss_increase: mean difference of the losses in nats.
+        perplexity: perplexity of the model on the text.
     """
 
     mean: tuple[float, float]
@@ -299,15 +307,18 @@ def divergence(
     batch_size: int = 16,
     progress: bool = False,
 ) -> Divergence:
-    """Compare the predictions of two causal language models on a text, window by window.
+    """Compare the next-token predictions of two causal language models on the windows of a text.
 
-    Both models run on the same windows as in `perplexity`, so that no predictions are kept.
+    Both models run on the same windows, one batch at a time, so that no predictions have to be stored.
 
-    Args: as for `perplexity`, and the model to compare with.
+    Args:
+        model: the model to measure.
+        reference: the model to compare with, such as the original.
+        tokens, context, stride, batch_size, progress: see `perplexity`.
 
     Raises:
-        ShapeError, ValueError: as for `perplexity`.
-        TargetError: as for `perplexity`, or the vocabularies differ.
+        ShapeError, ValueError: see `perplexity`.
+        TargetError: a model does not predict the next token, or the vocabularies differ.
         NonFiniteError: a prediction is NaN or infinite.
 
     Example:
@@ -331,7 +342,7 @@ def divergence(
             if ours.shape != dense.shape:
                 raise TargetError(
                     f"The models have vocabularies of {ours.shape[-1]} and {dense.shape[-1]} tokens; compare "
-                    "a model with the one that it was made from."
+                    "a compressed model with its original."
                 )
             scored = labels != IGNORED
             q, p, labels = ours[scored].log_softmax(-1), dense[scored].log_softmax(-1), labels[scored]
@@ -342,7 +353,9 @@ def divergence(
             increases.append((p - q).gather(1, chosen)[:, 0].double().cpu())
     found, agreed, increase, loss = (torch.cat(x) for x in (divergences, same, increases, losses))
     if not bool(found.isfinite().all()):
-        raise NonFiniteError("A prediction is NaN or infinite: the weights or dtype of a model are broken.")
+        raise NonFiniteError(
+            "A prediction is NaN or infinite: check the models' weights, and use a dtype of larger range."
+        )
     return Divergence(
         mean_and_error(found),
         _quantile(found, 0.5),
@@ -354,7 +367,10 @@ def divergence(
 
 
 def _quantile(values: Tensor, q: float) -> tuple[float, float]:
-    """Compute a quantile and its standard error, from the order statistics one binomial deviation away."""
+    """Compute the q-quantile and its standard error: half the distance of two quantiles around it.
+
+    These are the quantiles `q - sqrt(q (1 - q) / n)` and `q + sqrt(q (1 - q) / n)`.
+    """
     count = len(values)
     spread = (q * (1 - q) / count) ** 0.5
     low, middle, high = values.quantile(
@@ -371,17 +387,17 @@ def record_held_out(
     name: str = "held-out text",
     tokens: int | None = HELD_OUT_TOKENS,
 ) -> RecordedLosses:
-    """Run a dense language model on a held-out text, for `tensornet.compression.measure`.
+    """Record the losses of a dense language model on a held-out text, for `tensornet.compression.measure`.
 
     Args:
-        model: a causal language model or an encoder-decoder.
-        folder: folder with its tokenizer.
-        text: text used neither in training nor in calibration.
+        model: a causal language model or an encoder-decoder model.
+        folder: folder with the model's tokenizer.
+        text: text that was used neither in training nor in calibration.
         name: name of the text, for reports.
-        tokens: how much of it to use; all if absent.
+        tokens: number of tokens to read from the start of the text; None reads all.
 
     Raises:
-        TargetError: a model of another kind, for which text has no labels.
+        TargetError: the model is not a language model, or no token of the text is scored.
         ValueError: the text is too short.
 
     Example:
@@ -394,8 +410,8 @@ def record_held_out(
     """
     if not model.can_generate():
         raise TargetError(
-            f"{type(model).__name__} is no language model: a text has no labels for it, so no loss can be "
-            "measured. Leave the held-out text out, and measure the model in Python, as "
+            f"{type(model).__name__} is not a language model, so no loss can be measured on text without "
+            "labels. Leave out the held-out text, and measure the model in Python, as "
             "examples/sentence_encoder.py and examples/image_accuracy.py do."
         )
     batches: Sequence[Any]
@@ -410,20 +426,19 @@ def record_held_out(
         how = f"{name} in {sum(len(x['input_ids']) for x in batches)} windows of {context}"
     recorded = record_losses(model, batches, loss_fn=label_losses, source=how, tokens=None)
     if recorded is None:
-        raise TargetError(f"{type(model).__name__} has no loss on {name}: no token of it is scored.")
+        raise TargetError(f"{type(model).__name__} has no loss on {name}: it scores none of the tokens.")
     return recorded
 
 
 _USER = "tensornet eval --tasks"
 _OFFLINE = (
-    "Offline: save the data as JSON lines, name that file in a task file, NAME.yaml, under "
-    "dataset_path: json and dataset_kwargs: {data_files: {validation: FILE}}, and run --tasks NAME "
-    "--task-path FOLDER"
+    "Offline, save the data as JSON lines in FILE, write a task file FOLDER/NAME.yaml with dataset_path: "
+    "json and dataset_kwargs: {data_files: {validation: FILE}}, and run --tasks NAME --task-path FOLDER"
 )
 
 
 class TaskError(TensorNetError, ValueError):
-    """Raised for an unknown task, or a task whose data is not on this machine.
+    """Raised for an unknown task, or for a task whose data cannot be loaded.
 
     Example:
         >>> from tensornet_hf.evaluate import TaskError
@@ -434,10 +449,10 @@ class TaskError(TensorNetError, ValueError):
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Scores of tasks.
+    """Scores of a model in tasks of lm-evaluation-harness.
 
     Args:
-        scores: scores by task and metric; standard errors are called `METRIC_stderr`.
+        scores: scores by task and metric; the standard error of METRIC is listed as `METRIC_stderr`.
         samples: number of examples of each task.
         version: version of lm-evaluation-harness.
     """
@@ -457,27 +472,27 @@ def run_tasks(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> TaskScores:
-    """Run tasks of lm-evaluation-harness on a model, compressed or not.
+    """Run tasks of lm-evaluation-harness on a compressed or dense model.
 
     Args:
-        model: language model, causal or encoder-decoder.
-        tokenizer: its tokenizer.
-        tasks: names of tasks, of the harness or in `task_path`.
-        task_path: folder with task files, or one such file.
-        shots: number of examples before each question; the default of the task if absent.
-        limit: use only so many examples of each task.
-        batch_size: requests run at once.
+        model: a causal language model or an encoder-decoder model.
+        tokenizer: the model's tokenizer.
+        tasks: names of tasks of the harness or of task files in `task_path`.
+        task_path: a task file, or a folder of task files.
+        shots: number of examples before each question; None uses the default of the task.
+        limit: largest number of examples of each task; None uses all.
+        batch_size: number of requests that are run at once.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
         TargetError: the model cannot generate text.
-        TaskError: an unknown task, or its data is not on this machine.
+        TaskError: a task is unknown, or its data cannot be loaded.
     """
     harness: Any = import_optional("lm_eval", extra="eval", user=_USER)
     if not model.can_generate():
         raise TargetError(
-            f"{type(model).__name__} writes no text, which the tasks of lm-evaluation-harness need; measure "
-            "encoders and classifiers in Python, as examples/sentence_encoder.py does."
+            f"Tasks of lm-evaluation-harness need a model that generates text, but {type(model).__name__} "
+            "does not. Measure encoders and classifiers in Python, as examples/sentence_encoder.py does."
         )
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -500,10 +515,10 @@ def run_tasks(
 
 
 def _load_tasks(names: Sequence[str], task_path: str | Path | None) -> Any:
-    """Load tasks with their data.
+    """Load tasks and their data.
 
     Raises:
-        TaskError: an unknown task, or its data cannot be loaded.
+        TaskError: a task is unknown, or its data cannot be loaded.
     """
     from lm_eval.tasks import TaskManager
 
@@ -514,20 +529,20 @@ def _load_tasks(names: Sequence[str], task_path: str | Path | None) -> Any:
     manager = TaskManager(include_path=None if folder is None else str(folder.resolve()))
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise TaskError(
-            f"Unknown task {unknown[0]!r} among the {len(manager.all_tasks):,} of lm-evaluation-harness "
-            "(lm-eval ls tasks lists them) and of --task-path, which names a folder of your own."
+            f"Unknown task {unknown[0]!r}: it is not among the {len(manager.all_tasks):,} tasks of "
+            "lm-evaluation-harness (listed by lm-eval ls tasks) and of the folder --task-path."
         )
     try:
         return manager.load(list(names))
-    except Exception as error:  # of datasets and huggingface_hub: missing files, no network, bad columns
+    except Exception as error:  # datasets and huggingface_hub raise many classes: no file, no network, ...
         raise TaskError(
-            f"The data of {', '.join(names)} cannot be loaded ({first_line(error)}). A task of the harness "
-            f"takes its data from the hub, unless it is in the cache. {_OFFLINE}."
+            f"The data of {', '.join(names)} cannot be loaded ({first_line(error)}). Tasks of the harness "
+            f"download their data from the hub unless the cache has it. {_OFFLINE}."
         ) from error
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of one task by name, without the name of the default filter."""
+    """Return the metrics of a task by name, without the suffix `,none` of the default filter."""
     return {
         key.replace(",none", ""): float(value)
         for key, value in values.items()

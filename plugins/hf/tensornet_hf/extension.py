@@ -1,4 +1,4 @@
-"""Support of transformers models in tensornet: an extension, a batch for any model, one kind of layer."""
+"""The extension by which tensornet supports transformers models, and sample batches for any such model."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -16,9 +16,9 @@ from tensornet_hf.experts import experts_apart, tell_padding
 from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import embedded_text
 
-#: Number of tokens in a made-up batch, and side of an image for models that take any size.
+#: Tokens in a sample batch, and height and width in pixels of its image if the model takes any size.
 TOKENS, SIDE = 8, 224
-#: Inputs of Segment Anything besides the image: shapes of a point and of a box.
+#: Shapes of the prompts that Segment Anything takes in addition to an image: one point, one box.
 _PROMPTS = {"input_points": (1, 1, 1, 2), "input_boxes": (1, 1, 4)}
 
 
@@ -26,11 +26,11 @@ class TransformersExtension(ModelExtension):
     """Expose stacked experts as layers, describe models for saving, and provide calibration text."""
 
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Expose every matrix of stacked experts as a layer."""
+        """Expose every matrix of stacked experts as a layer within a `with` block."""
         return experts_apart(model)
 
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
-        """Pass the padding of a batch to stacked experts."""
+        """Give the padding mask of a batch to stacked experts."""
         tell_padding(block, batch)
 
     def layers_replaced(self, model: nn.Module) -> bool:
@@ -38,7 +38,7 @@ class TransformersExtension(ModelExtension):
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return the embedded text as tokens for a causal language model."""
+        """Return the text embedded in this package as tokens for a causal language model, or None."""
         return embedded_text(model)
 
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
@@ -47,11 +47,11 @@ class TransformersExtension(ModelExtension):
 
 
 def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
-    """Make one row of inputs with which a model, or a part of a model, can be called.
+    """Make a batch of one example with which a transformers model, or a model inside it, can be called.
 
-    The values are arbitrary; only shapes and ranges fit the model. A multimodal model with image placeholders
-    in its text gets text alone, because only its processor can match text and images. Its vision tower is a
-    separate model, for which this function makes an image.
+    Shapes and ranges fit the model, but the values are arbitrary. If a multimodal model marks images by
+    placeholders in its text, the batch has text alone, because only the model's processor can match text and
+    images. Call this function with the vision tower to get an image.
 
     Args:
         model: a transformers model.
@@ -84,18 +84,18 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
 
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", None)
     if "input_features" in names and bins is not None:
-        # Whisper reads spectra `(bins, frames)` of one length; Speech2Text and others read `(frames, bins)`.
+        # Whisper reads spectra (bins, frames) of a fixed length; Speech2Text and others read (frames, bins).
         length = getattr(config, "max_source_positions", None)
         if length is not None and not hasattr(config, "input_feat_per_channel"):
             batch["input_features"] = torch.zeros(1, bins, 2 * length)
         else:
             batch["input_features"] = torch.zeros(1, 64, bins)
-    if "input_values" in names and hasattr(config, "conv_stride"):  # a sound wave
+    if "input_values" in names and hasattr(config, "conv_stride"):  # a waveform
         length = 1
         for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
             length = length * stride + kernel
         batch["input_values"] = torch.zeros(1, 16 * length)
-    elif "input_values" in names and bins is not None:  # the image of a spectrum
+    elif "input_values" in names and bins is not None:  # a spectrogram
         batch["input_values"] = torch.zeros(1, config.max_length, bins)
 
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -106,7 +106,7 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def _image(config: Any, names: Iterable[str]) -> dict[str, Tensor]:
-    """Make an image, or the patches of one for models that take a list of patches (SigLIP 2)."""
+    """Make an image `(1, channels, height, width)`, or a list of patches for models like SigLIP 2."""
     channels = getattr(config, "num_channels", 3)
     if "spatial_shapes" in names:
         count, patch = config.num_patches, config.patch_size
@@ -127,7 +127,7 @@ class _FalconLinear(LayerKind):
     _module = "transformers.models.falcon.modeling_falcon"
 
     def matches(self, module: nn.Module) -> bool:
-        # Compared by name, so that the module of Falcon need not be imported.
+        # Types are compared by name, so that transformers' module of Falcon need not be imported.
         known = type(module).__name__ == "FalconLinear" and type(module).__module__ == self._module
         return known and is_plain(module)
 

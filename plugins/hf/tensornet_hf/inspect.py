@@ -1,4 +1,4 @@
-"""Inspect a model folder by its file headers; no weight is loaded."""
+"""Inspect a model folder by its configuration and file headers, without loading weights."""
 
 import math
 from collections.abc import Mapping
@@ -13,19 +13,22 @@ from tensornet_hf.quantizer import DTYPES, promised_tensors
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
-    """Describe a model folder by its headers, with the checks of `tensornet_hf.load`.
+    """Describe a model folder from its configuration and file headers, after the checks of `read_checkpoint`.
 
     Returns:
-        JSON-ready facts: `folder`; `architecture`, the class that its configuration names; `format_version`
-        of the description, None for an ordinary model; `params`, the stored numbers (a packed integer is
-        one), and the same by dtype (`dtypes`); `bytes` of the weight files; `ties`, names whose tensor is
-        stored under another name; and `layers`, for each compressed module its `name`, `form` (number
-        formats, family and bonds; for several matrices their kind), `shape`, `params`, `bytes`,
-        `dense_params` and `dtype` of the cores. Shape and dense parameters are None for several matrices,
-        the dtype if the cores are stored under another name.
+        JSON-ready facts about the model:
+
+        - `folder`, and `architecture`, the class in its configuration
+        - `format_version` of the description, None for an ordinary model
+        - `params`, the count of stored numbers (each packed integer counts), and `dtypes`, the count by dtype
+        - `bytes`, the size of the weight files
+        - `ties`, the names of tensors that are stored under another name, `{name: stored name}`
+        - `layers`, a list with an entry for each compressed module: `name`, `form` (number formats, topology
+          family and bonds), `shape` and `dense_params` (None for a module of several matrices), `params`,
+          `bytes`, and `dtype` of the cores (None if the cores are stored under another name)
 
     Raises:
-        FormatError: something is missing, surplus, damaged or contradictory; the message names it.
+        FormatError: a file or tensor is missing, surplus, damaged or contradictory; the message names it.
     """
     checkpoint = read_checkpoint(folder)
     description, tensors = checkpoint.compression, checkpoint.tensors

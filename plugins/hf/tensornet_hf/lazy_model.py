@@ -1,7 +1,7 @@
 """Open a model folder lazily, as a transformers model with memory-mapped weights.
 
-Only accessed pages are loaded, so a model may be larger than memory. The usual functions plan, calibrate and
-compress it.
+The operating system only loads the pages of the files that are accessed, so the model may be larger than
+memory. It can be planned, calibrated and compressed by the usual functions.
 """
 
 import mmap
@@ -33,20 +33,22 @@ from tensornet_hf.checkpoint import Checkpoint, empty_model, read_dense
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
-#: Largest size of a dimension, far above all real ones.
+#: Largest value of a size in a configuration, far above all real values.
 _LARGEST = 2**31
 
 
 @dataclass(frozen=True)
 class LazyModel:
-    """Model whose weights are mapped from the files of its folder.
+    """A model whose weights are memory-mapped from the files of its folder.
 
     Args:
-        model: the model in eval mode. Weights that the files store in another form are on the meta device.
-        stored: names of the stored tensors of each parameter and buffer; several for a stack of experts, or
-            for another conversion.
-        renamed: parameters and buffers that are stored as one tensor of the same shape, with its stored name.
-        surplus: stored tensors that the model does not have.
+        model: the model in eval mode. Weights that cannot be mapped, because transformers converts the stored
+            tensors when it loads them, are on the meta device.
+        stored: for each parameter and buffer, the names of its stored tensors. There are several for a stack
+            of experts and for other conversions.
+        renamed: names of parameters and buffers that are stored as a single tensor of the same shape,
+            possibly under another name.
+        surplus: names of stored tensors that the model does not have.
     """
 
     model: PreTrainedModel
@@ -58,20 +60,20 @@ class LazyModel:
 def open_lazily(
     source: Checkpoint, *, only: Collection[str] | None = None, spill: str | Path | None = None
 ) -> LazyModel:
-    """Build the model of a folder; its weights are mapped from the files, in the dtype that is stored.
+    """Build the model of a folder with weights that are memory-mapped from its files, in the stored dtype.
 
-    The model has its transformers class, so that layers, ties and names are the same as after loading. Code
-    in the folder is never run, and in-place changes of a mapped weight do not change the file.
+    Layers, ties and names are those of the loaded model, since the model has the same transformers class.
+    Code in the folder is never run. In-place changes of a mapped weight do not change the file.
 
     Args:
-        source: the folder of a dense model, see `read_dense`.
-        only: names of the parameters and buffers to map; the others stay on the meta device. All if absent.
-        spill: folder for temporary files with the bytes of stacks whose matrices are stored one by one. The
-            files are deleted with the model. The system's temporary folder if absent.
+        source: contents of the folder of a dense model, from `read_dense`.
+        only: names of the parameters and buffers to map; the others stay on the meta device. None maps all.
+        spill: folder for temporary files, in which stacks are assembled whose matrices are stored one by one.
+            The files are deleted with the model. None uses the system's temporary folder.
 
     Raises:
-        FormatError: transformers lacks the class, or the configuration is impossible or contradicts the
-            stored tensors.
+        FormatError: transformers does not have the model's class, or the configuration is invalid or
+            contradicts the stored tensors.
     """
     check_values(source.config, tensors=len(source.tensors))
     model = empty_model(source)
@@ -86,7 +88,9 @@ def open_lazily(
         if pattern is not None:
             stacked[name][pattern].append(key)
         elif name in renamed:
-            raise FormatError(f"{renamed[name]!r} and {key!r} are both stored, and are the same parameter.")
+            raise FormatError(
+                f"{renamed[name]!r} and {key!r} are both stored, although they are the same parameter."
+            )
         else:
             renamed[name] = key
 
@@ -116,21 +120,24 @@ def open_lazily(
 
 
 def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreTrainedModel:
-    """Build a model that runs on mapped weights; with little memory, at the speed of the disk.
+    """Build the model of a folder with memory-mapped weights, ready to run.
+
+    If the model is larger than memory, it runs at the speed of the disk.
 
     Args:
         folder: folder of the model.
         spill: see `open_lazily`.
 
     Raises:
-        FormatError, TargetError: as `read_dense` and `open_lazily`, or a weight is stored in another form
-            than in the model.
+        FormatError: the folder is invalid, see `read_dense` and `open_lazily`; or a weight cannot be mapped,
+            because transformers converts the stored tensor when it loads it.
+        TargetError: the model is compressed already.
     """
     model = open_lazily(read_dense(folder), spill=spill).model
     if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise FormatError(
-            f"{folder} does not store {absent[0]} as the model uses it, so the weight cannot be mapped. Load "
-            "the model, and use tensornet.compress."
+            f"{folder} stores {absent[0]} in another form than the model uses, so the weight cannot be "
+            "mapped. Load the model and use tensornet.compress."
         )
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
@@ -145,7 +152,8 @@ def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
 
     Args:
         config: the configuration, possibly nested.
-        tensors: number of stored tensors; a model has no more layers or experts than a small multiple.
+        tensors: number of stored tensors. Numbers of layers, experts and heads may be at most four times as
+            large (or 1,024).
     """
     open_entries: list[tuple[str, Any]] = list(config.items())
     while open_entries:
@@ -160,8 +168,8 @@ def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
             limit = max(1024, 4 * tensors) if counts else _LARGEST
             if abs(value) > limit or (value < 0 and (counts or leaf.endswith(_SIZES))):
                 raise FormatError(
-                    f"config.json sets {key} to {value!r:.40}; a checkpoint of {tensors} tensors has values "
-                    f"from 0 to {limit} there. It is damaged or hostile."
+                    f"config.json sets {key} to {value!r:.40}, but for a checkpoint of {tensors} tensors it "
+                    f"must be from 0 to {limit}. The file is damaged or malicious."
                 )
 
 
@@ -172,10 +180,18 @@ def _stack_parts(
     converters: Sequence[WeightConverter],
     tensors: Mapping[str, Slice],
 ) -> list[Slice]:
-    """List the stored matrices whose concatenated bytes are a stack of experts.
+    """List the stored matrices whose bytes in this order are the bytes of a stack of experts.
+
+    Args:
+        name: name of the stack.
+        stack: the empty stack, shape `(experts, rows, columns)`.
+        by_pattern: names of the stored matrices by the pattern of the conversion.
+        converters: conversions of the model.
+        tensors: headers of the stored tensors by name.
 
     Returns:
-        The names; empty if loading does more than stacking experts of one or more matrices joined by rows.
+        The headers; empty if loading does more than joining the matrices of each expert by rows and stacking
+        the experts.
 
     Raises:
         FormatError: the number or the sizes of the stored matrices contradict the configuration.
@@ -191,8 +207,8 @@ def _stack_parts(
     columns = [by_pattern.get(pattern, ()) for pattern in using.source_patterns]
     if stack.ndim != 3 or any(len(x) != stack.shape[0] for x in columns):
         raise FormatError(
-            f"config.json describes {stack.shape[0]} experts in {name}, {min(map(len, columns))} are stored: "
-            "files are missing, or belong to another model."
+            f"config.json describes {stack.shape[0]} experts in {name}, but {min(map(len, columns))} are "
+            "stored. Files are missing, or belong to another model."
         )
     parts = []
     for number, expert in enumerate(zip(*columns, strict=True)):
@@ -207,13 +223,19 @@ def _stack_parts(
 
 def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -> FormatError:
     return FormatError(
-        f"config.json describes {name} with shape {list(described)}, it is stored with shape {list(stored)}. "
-        "One of the two belongs to another model."
+        f"config.json describes {name} with shape {list(described)}, but it is stored with shape "
+        f"{list(stored)}. Either config.json or the weight file belongs to another model."
     )
 
 
 def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
-    """Join the bytes of stored matrices in an unnamed temporary file, and map it."""
+    """Write the bytes of stored matrices to a temporary file, and return a tensor that is mapped from it.
+
+    Args:
+        parts: headers of the matrices.
+        shape: shape of the result.
+        spill: folder of the temporary file; None uses the system's folder.
+    """
     with tempfile.TemporaryFile(dir=spill) as file:
         for chunk in contents(parts):
             file.write(chunk)
@@ -223,9 +245,9 @@ def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None)
 
 
 def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
-    """Untie tied layers whose stored weights differ.
+    """Give tied layers whose stored weights differ separate weights, as `from_pretrained` does.
 
-    A configuration may declare a tie although the weights differ (T5 v1.1); `from_pretrained` does the same.
+    A configuration may declare a tie of weights that differ (T5 v1.1).
     """
     for target, source in model.all_tied_weights_keys.items():
         if target in stored and source in stored and not _equal(stored[target], stored[source]):
@@ -241,7 +263,7 @@ def _equal(first: Slice, second: Slice) -> bool:
 
 
 def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
-    """Set the mapped tensors in the model; tied parameters stay one parameter."""
+    """Set mapped tensors as parameters and buffers of a model, by name; tied parameters stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:
@@ -249,7 +271,7 @@ def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
     for name, tensor in _named_tensors(model):
         new = made.get(id(tensor), found.get(name)) if isinstance(tensor, nn.Parameter) else found.get(name)
         if new is not None:
-            new._is_hf_initialized = True  # type: ignore[attr-defined]  # initialize_weights looks for it
+            new._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, new)
 

@@ -1,4 +1,4 @@
-"""LoRA on compressed layers, registered with PEFT as custom modules.
+"""LoRA adapters on compressed layers, registered with PEFT as custom modules.
 
 config = lora_config(model, target_modules="all-linear", r=8)
 adapted = peft.get_peft_model(model, config)          # train, adapted.save_pretrained(folder)
@@ -43,11 +43,11 @@ STARTS = (True, False, "gaussian", "orthogonal")
 
 
 class LoraNetworkLinear(nn.Module, LoraLayer):
-    """A compressed linear layer with low-rank adapters: `y = W x + b + s B A x`.
+    """Compressed linear layer with LoRA adapters: `y = W x + b + s B A x`, summed over active adapters.
 
-    Merging an adapter of rank `a` into a layer of rank `r` gives a layer of rank `r + a`, without loss. A
-    layer becomes dense if its family has no such topology (`TopologyFamily.with_rank`). Integer cores are
-    rounded again, with a warning. If the topology is a sum, only the last term changes.
+    An adapter of rank `a` can be merged into a layer of rank `r`. The result is exact and has rank `r + a`.
+    If the topology family cannot increase the rank (`TopologyFamily.with_rank`), the result is a dense layer.
+    Integer cores are rounded again, with a warning. If the topology is a sum, only its last term changes.
     """
 
     merges_into_cores = True  # see `tensornet.nn.targets`
@@ -66,7 +66,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        """Add an adapter.
+        """Add an adapter to the layer; the arguments are those of PEFT's `LoraLayer.update_layer`.
 
         Raises:
             TargetError: an option needs the dense weight, or is not supported by `forward`.
@@ -75,7 +75,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
             raise TargetError("DoRA needs the norms of a dense weight; use plain LoRA on compressed layers.")
         if config.lora_bias:
             raise TargetError(
-                "lora_bias=True is not for compressed layers; bias='all' trains their own biases."
+                "lora_bias=True is not supported for compressed layers; use bias='all' to train their biases."
             )
         if config.init_lora_weights not in STARTS:
             raise TargetError(
@@ -85,7 +85,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """Return both sizes, so that PEFT does not guess them with a warning."""
+        """Return the sizes of the layer; otherwise PEFT would guess them and print a warning."""
         assert isinstance(module, TensorNetworkLinear)
         return module.in_features, module.out_features
 
@@ -106,7 +106,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         return result
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return `s B A`, shape `(out_features, in_features)`."""
+        """Return the update `s B A` of an adapter, shape `(out_features, in_features)`."""
         up: Any = self.lora_B[adapter]
         down: Any = self.lora_A[adapter]
         delta: Tensor = up.weight @ down.weight * self.scaling[adapter]
@@ -114,7 +114,11 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the layer; `unmerge` undoes it.
+        """Merge adapters into the layer; `unmerge` restores it.
+
+        Args:
+            safe_merge: ignored, since values are always checked.
+            adapter_names: names of the adapters; None merges the active adapters.
 
         Raises:
             ValueError: an adapter contains NaN or infinity.
@@ -126,7 +130,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         for name in names:
             delta = self.get_delta_weight(name)
             if not bool(torch.isfinite(delta).all()):
-                raise ValueError(f"Adapter {name!r} holds NaN or infinite values; it is not merged.")
+                raise ValueError(f"Adapter {name!r} contains NaN or infinity, so it cannot be merged.")
             total, rank = total.to(delta) + delta, rank + self.r[name]
         self._unmerged = self._unmerged or base
         self.base_layer = _with_delta(base, total, rank)
@@ -134,7 +138,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Restore the layer from before merging."""
+        """Restore the layer as it was before merging."""
         if self._unmerged is not None:
             self.base_layer, self._unmerged = self._unmerged, None
         self.merged_adapters.clear()
@@ -143,16 +147,18 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 def lora_config(
     model: nn.Module, *, target_modules: str | list[str] = ALL_LINEAR, **options: Any
 ) -> LoraConfig:
-    """Build a LoRA configuration that also adapts compressed layers; this is not saved in files.
+    """Build a LoRA configuration of PEFT that also supports compressed layers.
+
+    PEFT does not save this support in the adapter's files, so load adapters with `load_adapters`.
 
     Args:
-        model: compressed or not.
-        target_modules: as in PEFT; `"all-linear"` selects stock and compressed linear layers except the
-            output head.
-        options: passed to `LoraConfig`.
+        model: a compressed or dense model.
+        target_modules: layers to adapt, as in PEFT; `"all-linear"` selects dense and compressed linear layers
+            except the output head.
+        options: further arguments of `LoraConfig`.
 
     Raises:
-        TargetError: `"all-linear"` finds no layer.
+        TargetError: `"all-linear"`, but the model has no linear layer.
 
     Example:
         >>> from peft import get_peft_model
@@ -164,7 +170,7 @@ def lora_config(
         >>> adapted.get_nb_trainable_parameters()[0] > 0
         True
     """
-    if target_modules == ALL_LINEAR:  # PEFT would find only stock layers
+    if target_modules == ALL_LINEAR:  # PEFT would only find dense layers
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         target_modules = []
         for name, module in model.named_modules():
@@ -173,7 +179,7 @@ def lora_config(
             if linear and module is not head:
                 target_modules.append(name)
         if not target_modules:
-            raise TargetError(f"{type(model).__name__} has no linear layer, stock or compressed.")
+            raise TargetError(f"{type(model).__name__} has no linear layer, neither dense nor compressed.")
     return _registered(LoraConfig(target_modules=target_modules, **options))
 
 
@@ -185,10 +191,10 @@ def _registered(config: LoraConfig) -> LoraConfig:
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:
-    """Load adapters from a folder that PEFT wrote, onto a compressed model.
+    """Load adapters from a folder written by PEFT and attach them to a compressed model.
 
     Args:
-        model: a model with the same layers as the one the adapters were trained on.
+        model: a model with the same layers as the model on which the adapters were trained.
         folder: folder written by `PeftModel.save_pretrained`.
         options: passed to `PeftModel.from_pretrained`, for example `is_trainable=True`.
 
@@ -210,10 +216,11 @@ def load_adapters(model: PreTrainedModel, folder: str | Path, **options: Any) ->
 
 
 def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
-    """Merge the adapters into the model, ready to be saved as a compressed model.
+    """Merge all adapters into the compressed layers and return the model without adapters.
 
     Raises:
-        TargetError: an adapter wraps cores but is not one of PEFT's; nothing was merged.
+        TargetError: the adapter of a compressed layer can only be merged into a dense weight; nothing was
+            merged.
 
     Example:
         >>> from peft import get_peft_model
@@ -228,8 +235,8 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
     _, wrapped = split_by_adapters(adapted, compressed_names(adapted))
     if wrapped:
         raise TargetError(
-            f"{min(wrapped)} is made of cores, and its adapter can be merged into a dense weight only. "
-            "Call tensornet.decompress(adapted) before merging, or add adapters to the compressed model by "
+            f"{min(wrapped)} is compressed, but its adapter can only be merged into a dense weight. Call "
+            "tensornet.decompress(adapted) before merging, or configure adapters of compressed models with "
             "tensornet_hf.peft.lora_config."
         )
     model = adapted.merge_and_unload()
@@ -239,8 +246,8 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
-    """Build a layer like `base` with `delta`, of rank at most `added`, added to its matrix."""
-    if (kind := kind_of(base)) is not None:  # dense since an earlier merge
+    """Build a layer like `base` with the matrix `W + delta`, where `delta` has rank at most `added`."""
+    if (kind := kind_of(base)) is not None:  # an earlier merge made the layer dense
         matrix = kind.matrix(base)
         return kind.build(matrix + delta.to(matrix), layer_bias(base))
     assert isinstance(base, TensorNetworkLinear)
@@ -253,8 +260,8 @@ def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
     _, changed = base.topology.parts[-1]
     if any(base.storage.format_of(core).is_integer for core in changed.core_names):
         warnings.warn(
-            "Merging into integer cores rounds them again: outputs move a little. Keep the adapters "
-            "apart from the model for exactly what was trained.",
+            "Merging rounds integer cores again, so outputs change a little. Keep the adapters separate from "
+            "the model to get exactly the trained outputs.",
             stacklevel=3,
         )
     if topology.terms:
@@ -268,7 +275,7 @@ def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
 
 
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
-    """Build a layer like `base` with `delta` added to its last term; the other terms do not change."""
+    """Build a layer like `base` with `delta` added to the last term of its sum; other terms do not change."""
     (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
     cores, storage = base.cores, base.storage
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()

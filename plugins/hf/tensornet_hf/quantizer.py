@@ -1,13 +1,14 @@
-"""The quantization method "tensornet": how transformers describes, saves and loads compressed models.
+"""The quantization method "tensornet", by which transformers saves and loads compressed models.
 
-The entry `quantization_config` in `config.json` describes every compressed module, and lists shared tensors,
-which the file stores once. It determines the names, shapes and dtypes of all tensors of these modules.
+The entry `quantization_config` in `config.json` describes every compressed module and lists shared tensors,
+which are stored once. It determines the names, shapes and dtypes of all tensors of these modules.
 
-transformers calls the quantizer of a model at three points. Before weights are loaded, it checks the
-description against the headers of the files, and replaces layers of the empty model by uninitialized
-compressed ones, so that nothing dense is allocated. After loading it checks that every core was loaded, or
-compresses a model that was stored dense. When the model is saved, it returns the tensors to write, and their
-description.
+transformers calls the quantizer of a model at three points:
+
+- Before weights are loaded, the quantizer compares the description with the headers of the weight files. It
+  replaces layers of the empty model by uninitialized compressed layers, so that no dense weight is allocated.
+- After loading, it checks that every core was loaded, or compresses a model that was stored dense.
+- When the model is saved, it returns the tensors to write and updates the description.
 """
 
 import copy
@@ -43,26 +44,26 @@ from tensornet_moe.experimental.parallel import ParallelExperts
 METHOD = "tensornet"
 FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
-#: Shape of a guard, see `replaced_names`; real weights are never empty.
+#: Shape of a guard (see `replaced_names`). Weights of a model are never empty.
 GUARD_SHAPE = (0,)
-#: Names of dtypes as in torch, by their name in the header of a safetensors file.
+#: Name of each dtype in torch, by its name in the header of a safetensors file.
 DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}
-#: Attribute of a model that contains the cores shared by its layers.
+#: Attribute of a base model that contains the cores which its layers share.
 OWNERS = "shared_cores"
 
 _T = TypeVar("_T")
 
 
 class TensorNetworkConfig(QuantizationConfigMixin):
-    """Quantization config of transformers that describes a compressed model, or compresses one while loading.
+    """Quantization config of transformers that describes a compressed model or compresses a loaded one.
 
-    To compress while loading, give the options of `tensornet.CompressionConfig`:
+    To compress a model on loading, give the options of `tensornet.CompressionConfig`:
     `AutoModelForCausalLM.from_pretrained(folder, quantization_config=TensorNetworkConfig(param_ratio=0.5))`.
-    All other arguments are written and read by the library.
+    The library itself writes and reads all other arguments.
 
     Args:
         layers: description of each compressed module by its name in the model (see `NetworkModule.spec`).
-        ties: parameters stored under another name: `{name: name of the stored parameter}`.
+        ties: parameters that are stored under another name, as `{name: name of the stored parameter}`.
         format_version: version of this description.
         quant_method: always `"tensornet"`.
         load_with: a hint for people who read the file.
@@ -71,7 +72,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     Raises:
         FormatError: an unknown version, or invalid descriptions.
-        ValueError, BudgetError, TopologyError: from the options.
+        ValueError, BudgetError, TopologyError: options that `CompressionConfig` refuses.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -96,9 +97,9 @@ class TensorNetworkConfig(QuantizationConfigMixin):
             raise FormatError(f"quant_method is {quant_method!r}, expected {METHOD!r}.")
         if format_version != FORMAT_VERSION:
             raise FormatError(
-                f"This model is stored in format version {format_version!r}, this library reads version "
-                f"{FORMAT_VERSION}. Update it (pip install -U tensornet-torch), or save the model again with "
-                "this one."
+                f"This model is stored in format version {format_version!r}, but the installed library reads "
+                f"version {FORMAT_VERSION}. Update the library (pip install -U tensornet-torch), or save the "
+                "model again with the installed version."
             )
         self.quant_method = METHOD  # type: ignore[assignment]  # an open set of names, typed as an enum
         self.format_version = format_version
@@ -111,7 +112,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
 
     @property
     def compression_config(self) -> CompressionConfig:
-        """The options as a `CompressionConfig`."""
+        """The compression options as a `CompressionConfig`."""
         return CompressionConfig.from_dict(self.compression or {})
 
 
@@ -121,7 +122,7 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
     if not all(isinstance(name, str) and isinstance(entry, kind) for name, entry in entries):
         expected = "descriptions" if kind is Mapping else "names"
         raise FormatError(
-            f"The entry {what!r} of quantization_config must map names to {expected}: {value!r:.200}"
+            f"The entry {what!r} of quantization_config must map names to {expected}, got {value!r:.200}"
         )
     return dict(value)
 
@@ -130,7 +131,7 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
 
 
 def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
-    """Return the description that is saved with a model; `layers` is empty for an ordinary model.
+    """Describe the compressed modules of a model for saving; `layers` is empty for an ordinary model.
 
     Args:
         model: any model.
@@ -143,7 +144,11 @@ def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) 
 
 
 def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe the outermost tensor-network modules; a module used twice is listed under both names."""
+    """Describe each outermost tensor-network module of a model, under each of its names if it is used twice.
+
+    Returns:
+        The description (`NetworkModule.spec`) of each module by name.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         spec = module_spec(module)
@@ -153,15 +158,15 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, base: str) -> dict[str, str]:
-    """Map every shared tensor of a compressed module to the name under which it is stored.
+    """Map the names of shared tensors in compressed modules to the names under which they are stored.
 
-    This is the first name outside the compressed modules, or else the first name inside. Names of the base
-    model come before those of a head, so that the base model finds its tensors when it is loaded alone.
+    A tensor is stored under its first name outside the compressed modules, or else under its first name.
+    Names in the base model come before names in a head, so that the base model can be loaded alone.
 
     Args:
-        tensors: state dict of the model, with the parameters themselves.
+        tensors: state dict of the model with the parameters themselves (`keep_vars=True`).
         layers: names of the compressed modules.
-        base: name of the base model in the model; empty if it has none.
+        base: name of the base model within the model; empty if there is none.
     """
     named = [(name, id(tensor)) for name, tensor in tensors.items()]
     base_first = sorted(named, key=lambda item: not item[0].startswith(f"{base}."))
@@ -174,7 +179,7 @@ def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, ba
 
 
 def is_inside(name: str, layers: Collection[str]) -> bool:
-    """Return True if a dotted name is inside one of the named modules; fast if these are a set or dict."""
+    """Return True if a dotted name is inside one of the named modules; fast if `layers` is a set or dict."""
     end = name.rfind(".")
     while end > 0:
         if name[:end] in layers:
@@ -184,18 +189,18 @@ def is_inside(name: str, layers: Collection[str]) -> bool:
 
 
 def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterable[str]) -> list[str]:
-    """Return the names of dense weights that compressed layers replace; each gets a *guard* in the file.
+    """Return the names of dense weights that compressed layers replace; a *guard* is saved for each of them.
 
-    If this library is not imported, transformers only warns of an unknown quantization type, and initializes
-    missing dense weights with random numbers. But it raises an error for a tensor of another shape. So a
-    saved folder contains an empty tensor, the guard, under the name of every replaced weight. This library
-    ignores guards when loading.
+    Without this library, transformers only warns about an unknown quantization type, and initializes missing
+    dense weights with random numbers. But a tensor of a wrong shape raises an error. So a saved folder
+    contains an empty tensor, the guard, under the name of every replaced weight. This library ignores guards
+    when it loads a model.
 
     Args:
         dense: names of the tensors of the dense model.
         present: names of the tensors of the compressed model.
-        layers: names of the compressed layers, which may be children of the module that had the weight, as
-            for stacks of experts.
+        layers: names of the compressed layers. For stacks of experts, the layers are children of the module
+            that had the weight.
     """
     layers = set(layers)
     around = {layer[:end] for layer in layers for end in range(len(layer)) if layer[end] == "."}
@@ -213,7 +218,10 @@ def without_guards(tensors: Mapping[str, _T]) -> dict[str, _T]:
 
 @dataclass(frozen=True)
 class PromisedTensor:
-    """Shape of a described tensor, its dtype if a number format determines it, and its count of numbers."""
+    """What a description says about a tensor: shape, dtype if it is fixed, and how many numbers it encodes.
+
+    `numbers` differs from the number of elements for packed integers. `dtype` is None for floating point.
+    """
 
     shape: tuple[int, ...]
     dtype: str | None
@@ -221,21 +229,21 @@ class PromisedTensor:
 
 
 def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
-    """Return the tensors of all described modules by name; modules are built on the meta device.
+    """Derive the shapes and dtypes of all tensors, by name, from the descriptions of compressed modules.
 
     Raises:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description; many layers have the same
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many layers have the same
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:
                 known[key] = _tensors_of(build_module(spec, device="meta"))
             except (FormatError, RuntimeError, OverflowError, MemoryError) as error:
-                # torch raises RuntimeError for sizes beyond what it can count
+                # torch raises RuntimeError for sizes that overflow its integers
                 raise FormatError(
-                    f"The description of {layer!r} in quantization_config is unusable: {error!s:.500}"
+                    f"The description of {layer!r} in quantization_config is invalid: {error!s:.500}"
                 ) from error
         found |= {f"{layer}.{name}": tensor for name, tensor in known[key].items()}
     return found
@@ -254,15 +262,15 @@ def _tensors_of(module: nn.Module) -> dict[str, PromisedTensor]:
 
 
 def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice], *, where: str) -> None:
-    """Compare the tensors of a description with the stored headers.
+    """Check that the stored tensors are those that a description of compressed modules requires.
 
     Args:
         compression: the description.
-        tensors: the headers, without guards.
+        tensors: headers of the stored tensors, without guards.
         where: name of the folder, for messages.
 
     Raises:
-        FormatError: an invalid description, or a missing, surplus or wrong tensor.
+        FormatError: the description is invalid, or a tensor is missing, surplus, or of wrong shape or dtype.
     """
     expected = promised_tensors(compression.layers)
     stored = {name: tensor for name, tensor in expected.items() if name not in compression.ties}
@@ -271,43 +279,43 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
         part = tensors.get(in_file(name))
         if part is None:
             raise FormatError(
-                f"{where}: {name} is missing. config.json lists it, the weight files do not: they "
-                "belong to another save, or one is incomplete."
+                f"{where}: {name} is missing. config.json describes it, but no weight file contains it: the "
+                "files belong to another save, or a file is incomplete."
             )
         if part.shape != tensor.shape:
             raise FormatError(
-                f"{where}: {name} is stored with shape {list(part.shape)}, its description says "
+                f"{where}: {name} is stored with shape {list(part.shape)}, but its description says "
                 f"{list(tensor.shape)}."
             )
-        # Floating-point tensors may have any dtype: that of the model when it was saved.
+        # Floating-point tensors have the dtype that the model had when it was saved, so any is allowed.
         found = DTYPES.get(part.dtype, part.dtype)
         if part.dtype not in FLOATS if tensor.dtype is None else found != tensor.dtype:
             raise FormatError(
                 f"{where}: {name} is stored as {found}, but the number format of its layer in config.json "
-                f"claims {tensor.dtype or 'a floating-point dtype'}. The weight files and config.json belong "
-                "to different saves: restore the config.json that was saved with these weights, or compress "
-                "the model again."
+                f"requires {tensor.dtype or 'a floating-point dtype'}. The weight files and config.json "
+                "belong to different saves: restore the config.json that was saved with these weights, or "
+                "compress the model again."
             )
     for name, owner in compression.ties.items():
         there, wanted = tensors.get(in_file(owner)), expected.get(name)
         if there is None or owner in compression.ties or wanted is None or there.shape != wanted.shape:
             raise FormatError(
-                f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of that "
-                "shape."
+                f"{where}: quantization_config ties {name} to {owner}, which is not a stored tensor of the "
+                "same shape."
             )
     described = {in_file(name) for name in stored}
     layers = {in_file(layer) for layer in compression.layers}
     if surplus := sorted(k for k in tensors.keys() - described if is_inside(k, layers) or names_a_core(k)):
         raise FormatError(
-            f"{where}: {', '.join(surplus[:5])} stored, but not described in config.json. The weight files "
-            "and config.json belong to different saves."
+            f"{where}: the weight files contain {', '.join(surplus[:5])}, but config.json does not describe "
+            "it. The weight files and config.json belong to different saves."
         )
 
 
 def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str], str]:
-    """Return the map from names in the description to names in the files.
+    """Return the function from names in the description to names in the weight files.
 
-    They differ by a prefix if one is of a part of the model and the other of the whole model.
+    They differ by a prefix if one of them was written for the whole model and the other for a submodule.
     """
     if not names or any(name in tensors for name in names):
         return str
@@ -319,7 +327,7 @@ def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str],
 
 
 def names_a_core(name: str) -> bool:
-    """Return True if a tensor is named as the cores of a layer are."""
+    """Return True if the name of a tensor is that of a core, or of a part of a core (`core_0.scales`)."""
     return any(part.startswith("core_") for part in name.split(".")[-2:])
 
 
@@ -329,13 +337,13 @@ def names_a_core(name: str) -> bool:
 class TensorNetworkQuantizer(HfQuantizer):
     """Quantizer of transformers that loads cores into compressed modules, or compresses dense weights.
 
-    transformers makes one for each model that it loads, and `prepare_for_saving` one for each model that is
-    compressed in memory.
+    transformers creates a quantizer for each model that it loads. `prepare_for_saving` creates the quantizer
+    of a model that is compressed in memory.
 
     Args:
         quantization_config: description of the compressed modules.
         experts_spread: True if the experts of the model are distributed over processes.
-        kwargs: passed by transformers.
+        kwargs: further arguments from transformers.
     """
 
     quantization_config: TensorNetworkConfig
@@ -353,14 +361,14 @@ class TensorNetworkQuantizer(HfQuantizer):
         """Return True, since every compressed model can be saved.
 
         Raises:
-            TargetError: experts are distributed over processes, so this process does not have all of them.
+            TargetError: experts are distributed over processes, so this process does not have all experts.
         """
         if self.experts_spread:
             raise TargetError(
-                "The experts of this model are spread over processes, and one process writes the files. Call "
-                "gather_experts(model) of tensornet_moe.experimental.parallel on every process first. For "
-                "Trainer gather them too, or shard the model with FSDP; or train spread experts in a loop of "
-                "your own (docs/guides/scale.md)."
+                "The experts of this model are distributed over processes, but a single process writes the "
+                "files. First call gather_experts(model) of tensornet_moe.experimental.parallel on every "
+                "process. Trainer needs gathered experts too, or a model sharded with FSDP; your own "
+                "training loop can train distributed experts (docs/guides/scale.md)."
             )
         return True
 
@@ -368,21 +376,21 @@ class TensorNetworkQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """True, since cores are ordinary parameters.
 
-        `Trainer` reads this before training. It writes checkpoints from a single process.
+        `Trainer` reads this property before training, and writes checkpoints from a single process.
 
         Raises:
-            TargetError: as `is_serializable`.
+            TargetError: experts are distributed over processes (see `is_serializable`).
         """
         return self.is_serializable()
 
     @property
     def is_qat_trainable(self) -> bool:
-        """True, since `Trainer` would otherwise require an adapter."""
+        """True, since `Trainer` would otherwise refuse to train the model without adapters."""
         return True
 
     @property
     def is_compileable(self) -> bool:
-        """True, since contractions are plain tensor operations whose plan is a constant in traces."""
+        """True, since contractions are ordinary tensor operations whose order is constant when traced."""
         return True
 
     def _process_model_before_weight_loading(
@@ -392,17 +400,18 @@ class TensorNetworkQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Replace stock layers of an empty model by uninitialized compressed ones, on the meta device.
+        """Replace dense layers of an empty model by uninitialized compressed layers on the meta device.
 
         Raises:
-            FormatError: the weights are pickles, or the description does not fit them or the model.
+            FormatError: the weights are pickled, or the description does not fit the weights or the model.
             TargetError: the model would be distributed in a way that splits compressed layers.
         """
         files = [Path(file) for file in checkpoint_files or []]
         if pickles := [file.name for file in files if file.suffix != ".safetensors"]:
             raise FormatError(
-                f"{', '.join(pickles)}: only safetensors files are loaded, pickles can run code when they "
-                "are opened. Convert the model where you trust it, with model.save_pretrained(folder)."
+                f"{', '.join(pickles)}: only safetensors files are loaded, since pickles can run code when "
+                "they are opened. If you trust the model, load it with transformers and save it with "
+                "model.save_pretrained(folder)."
             )
         if not self.pre_quantized:
             return
@@ -413,7 +422,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._stored = tuple(stored)
         if files:
             check_layers(self.quantization_config, stored, where=str(files[0].parent))
-        # A private attribute, but transformers has no public list of names that are only in the file.
+        # A private attribute, but transformers has no public list of stored names to ignore.
         guards = {name.removeprefix(f"{model.base_model_prefix}.") for name in headers.keys() - stored.keys()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in guards}
@@ -429,19 +438,19 @@ class TensorNetworkQuantizer(HfQuantizer):
             path, _, key = name.rpartition(".")
             module = model.get_submodule(path)
             if key in dict(module.named_parameters(recurse=False)):
-                # transformers ties the parameters that are listed here, and does not expect them in the file.
+                # transformers ties the parameters in this dict, and does not expect them in the files.
                 model.all_tied_weights_keys[name] = owner
-            else:  # an ordinary attribute, unlike a buffer, is not expected in the file
+            else:  # a plain attribute, since transformers would expect a buffer in the files
                 buffer = getattr(module, key)
                 delattr(module, key)
                 vars(module)[key] = buffer
                 self._tied_buffers[name] = owner
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Disable renaming for stored names that already match the model.
+        """Disable the renaming of stored tensors if their names already match the model.
 
-        A compressed model is saved under the names of its class. Without this, the class without a head would
-        take the names of Qwen2-VL, for example, for those of an older version.
+        A compressed model is saved under the current names of its class. For example, transformers would
+        mistake such names of Qwen2-VL for names of an older version when it loads the class without a head.
         """
         if not self.pre_quantized:
             return weight_conversions
@@ -476,7 +485,7 @@ class TensorNetworkQuantizer(HfQuantizer):
                 continue
             # A private attribute, but the only one that marks loaded parameters.
             if not getattr(tensor, "_is_hf_initialized", False):
-                raise FormatError(f"{name} was not among the weights that were given; every core is needed.")
+                raise FormatError(f"{name} is missing from the weights; every core is needed.")
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
                 raise NonFiniteError(
                     f"{name} contains NaN or infinity. The file is damaged, or was saved from a model whose "
@@ -489,13 +498,17 @@ class TensorNetworkQuantizer(HfQuantizer):
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Return the tensors to save, shared ones once, and guards; called before config.json is written."""
-        # Layers may have been replaced by hand since the model was described.
+        """Return the tensors to save: guards, and every other tensor once even if it is shared.
+
+        transformers calls this method before it writes config.json.
+        """
+        # Users may have replaced layers since the model was described.
         prepare_for_saving(model)
         if not hasattr(model, "hf_quantizer"):  # all layers are dense now
             return None, {}
         config: TensorNetworkConfig = model.config.quantization_config
-        # Private: otherwise transformers would rename tensors and join experts as for dense models.
+        # A private attribute, but otherwise transformers would rename tensors and stack experts as for dense
+        # models.
         model._weight_conversions = []  # type: ignore[assignment]
         tensors = {name: x for name, x in model.state_dict().items() if name not in config.ties}
         replaced = replaced_names(_dense_names(model, config), tensors | config.ties, config.layers)
@@ -503,7 +516,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         return tensors | guards, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Implement `model.dequantize()`."""
+        """Replace the compressed layers by dense layers; this implements `model.dequantize()`."""
         decompress(model)
         return model
 
@@ -513,22 +526,22 @@ register_quantizer(METHOD)(TensorNetworkQuantizer)
 
 
 def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> bool:
-    """Set the quantizer of the transformers models in a module, or remove it from dense ones.
+    """Set the quantizer of each transformers model in a module, or remove it if the model is dense.
 
-    All functions of the library that replace layers call this, and so does `tensornet_hf.save`. Afterwards
-    `save_pretrained`, `Trainer` and the rest of transformers treat the models as quantized.
+    All functions of the library that replace layers call this function, and so does `tensornet_hf.save`.
+    Afterwards `save_pretrained`, `Trainer` and the rest of transformers treat the models as quantized.
 
     Args:
-        model: a transformers model, or a module that contains some.
-        compression: options to record, see `TensorNetworkConfig`; those recorded before if absent.
+        model: a transformers model, or a module that contains such models.
+        compression: options to record, see `TensorNetworkConfig`; None keeps the recorded options.
 
     Returns:
-        True if there is such a model.
+        True if the module is or contains a transformers model.
     """
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # these have no description
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # cannot be described
         quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
@@ -539,7 +552,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     config = describe(model, compression=compression)
     if config.layers:
         model.hf_quantizer = TensorNetworkQuantizer(config)  # type: ignore[assignment]
-        model.is_quantized = False  # type: ignore[assignment]  # the flag would only forbid .half() and .float()
+        model.is_quantized = False  # type: ignore[assignment]  # True would only forbid .half() and .float()
         model.config.quantization_config = config
         remove_dense_ties(model, config.layers)
         join_aux_losses(model)
@@ -554,29 +567,29 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
     try:
         with torch.device("meta"), no_init_weights():
             return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
-    except Exception:  # some classes need values or further arguments
+    except Exception:  # some classes read values of weights, or need further arguments
         return tuple(f"{layer}.weight" for layer in config.layers)
 
 
-# --- skeletons ------------------------------------------------------------------------------------------
+# --- models without weights -----------------------------------------------------------------------------
 
 
 def _place_layers(
     model: PreTrainedModel, layers: Mapping[str, Any], *, dtype: torch.dtype | None
 ) -> dict[str, str]:
-    """Replace modules of an empty model by uninitialized ones built from descriptions.
+    """Replace modules of an empty model by uninitialized modules that are built from descriptions.
 
     Args:
         model: a model on the meta device; changed in place.
-        layers: descriptions by the name in the saved model.
+        layers: description of each module by its name in the saved model.
         dtype: dtype of the new parameters.
 
     Returns:
-        Name in this model of each module, by its name in the saved model. Modules that this class lacks,
-        because it has another head or none, are skipped.
+        `{name in the saved model: name in this model}` of each module. Modules that this model does not have,
+        because its class has another head or no head, are skipped.
 
     Raises:
-        FormatError: a module has no place in the model, or does not fit there.
+        FormatError: the model does not have a described module, or its layer has another type or shape.
     """
     make_room(model, layers)
     places = dict(model.named_modules(remove_duplicate=False))
@@ -586,17 +599,17 @@ def _place_layers(
     absent = [layer for layer in layers if layer not in names]
     if absent and (not names or type(model).__name__ in saved_as):
         raise FormatError(
-            f"{type(model).__name__} has no module {absent[0]!r}, which quantization_config describes; it "
-            f"was saved as {', '.join(saved_as) or 'an unknown class'}."
+            f"{type(model).__name__} has no module {absent[0]!r}, which quantization_config describes. The "
+            f"model was saved as {', '.join(saved_as) or 'an unknown class'}."
         )
     built = {layer: build_module(layers[layer], device="meta", dtype=dtype) for layer in names}
     for layer, name in names.items():
         if isinstance(made := built[layer], NetworkModule):
             _check_place(name, places[name], layers[layer], made)
     for layer, name in names.items():
-        # Every core is loaded, so the model's class must not initialize anything in these modules or in
-        # modules that contain them: Funnel would change a row of its embeddings, and Falcon-H1 recomputes
-        # buffers of its blocks. The attribute is private, but it is the only one that transformers checks.
+        # All tensors of these modules are loaded, so the model class must not initialize the modules or
+        # their parents: Funnel would change a row of its embeddings, and Falcon-H1 would recompute buffers of
+        # its blocks. The attribute is private, but it is the only one that transformers checks.
         parent = places[name.rpartition(".")[0]]
         bare = next(chain(parent.parameters(recurse=False), parent.buffers()), None) is None
         for part in (*built[layer].modules(), *([parent] if bare else [])):
@@ -607,7 +620,7 @@ def _place_layers(
 
 
 def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Register the owners of shared cores in the base model, by label."""
+    """Add the modules that own shared cores to the base model, each under its label."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if owners and not hasattr(place, OWNERS):
         place.add_module(OWNERS, nn.ModuleDict())
@@ -616,11 +629,13 @@ def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add empty owners of shared cores to an empty model, since no transformers class builds them.
+    """Add empty modules to a model where the description has owners of shared cores.
+
+    Model classes of transformers do not have these modules.
 
     Args:
-        model: an empty model.
-        layers: names of described modules in the saved model.
+        model: a model on the meta device; changed in place.
+        layers: names of the described modules in the saved model.
     """
     for layer in layers:
         parent, _, label = layer.rpartition(".")
@@ -629,28 +644,28 @@ def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
 
 
 def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:
-    """Return a name, and the name with and without the prefix of the base model."""
+    """Return the name of a layer as given, with the prefix of the base model, and without it."""
     prefix = f"{model.base_model_prefix}."
     return layer, prefix + layer, layer.removeprefix(prefix)
 
 
 def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: NetworkModule) -> None:
-    """Raise FormatError unless a described linear layer or embedding fits the layer in its place."""
+    """Raise FormatError unless a described module replaces a layer of the described type and shape."""
     kind = kind_of(module)
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(
-            f"quantization_config describes {name!r} in place of a {spec.get('source')!r} layer, the "
-            f"model has a {type(module).__name__} there."
+            f"quantization_config says that {name!r} replaces a {spec.get('source')!r} layer, but the model "
+            f"has a {type(module).__name__} there."
         )
     if tuple(kind.matrix(module).shape) != made.topology.shape:
         raise FormatError(
-            f"quantization_config describes {name!r} with shape {list(made.topology.shape)}, the model has "
-            f"shape {list(kind.matrix(module).shape)} there (out_features, in_features)."
+            f"quantization_config describes {name!r} with shape {list(made.topology.shape)}, but the layer "
+            f"of the model has shape {list(kind.matrix(module).shape)} (out_features, in_features)."
         )
 
 
 def _renamed(tensor: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
-    """Translate a tensor's name in the saved model to this model; None if its layer does not exist here."""
+    """Return the name in this model of a tensor of the saved model; None if its layer does not exist here."""
     ends = (end for end, letter in enumerate(tensor) if letter == ".")
     layer = next((tensor[:end] for end in ends if tensor[:end] in layers), None)
     if layer is None:
@@ -661,8 +676,8 @@ def _renamed(tensor: str, names: Mapping[str, str], layers: Collection[str]) -> 
 def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
     """Raise TargetError if a `DistributedConfig` would split compressed layers.
 
-    FSDP can shard any parameter. But tensor parallelism splits weights into rows or columns, and expert
-    parallelism splits stacks of experts; a compressed layer has no such weight or stack.
+    FSDP can shard any parameter. But tensor parallelism needs weights with rows and columns, and expert
+    parallelism needs stacks of experts, which compressed layers do not have.
     """
     config: Any = getattr(model.config, "distributed_config", None)
     if config is None:
@@ -671,10 +686,10 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
         single, mixture = spec["type"] in ("linear", "embedding"), spec["type"].startswith("shared_core")
         if (single and config.tp_size > 1) or (mixture and config.ep_size > 1):
             raise TargetError(
-                f"{name} is made of cores, which tensor and expert parallelism of transformers cannot "
-                "cut. Spread the model with DistributedConfig(fsdp_size=...) instead, or load it whole and "
-                "spread experts that share cores with shard_experts(model) of "
-                "tensornet_moe.experimental.parallel (docs/guides/scale.md)."
+                f"{name} is a tensor network, which tensor and expert parallelism of transformers cannot "
+                "split. Distribute the model with DistributedConfig(fsdp_size=...) instead; or load it "
+                "without a distributed config, and distribute experts that share cores with "
+                "shard_experts(model) of tensornet_moe.experimental.parallel (docs/guides/scale.md)."
             )
 
 
@@ -684,11 +699,11 @@ def _refuse_cuts(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
 def remove_dense_ties(
     model: PreTrainedModel, layers: Iterable[str], *, stored: Collection[str] | None = None
 ) -> None:
-    """Remove ties with weights of compressed modules from the tied keys of transformers, in place.
+    """Remove ties to weights of compressed modules from the tied keys of transformers, in place.
 
     transformers stores ties as pairs of names, `{target: source}`, in `all_tied_weights_keys`. `tie_weights`
-    reads them again from `_tied_weights_keys` of every model inside. This attribute is private, but with a
-    stale pair `tie_weights` would look for a weight that no longer exists.
+    reads the pairs again from `_tied_weights_keys` of every nested model. This attribute is private, but with
+    a stale pair `tie_weights` would look for a weight that no longer exists.
 
     Args:
         model: a compressed model, or an empty model before loading.
@@ -696,7 +711,7 @@ def remove_dense_ties(
         stored: names of the stored tensors; only for an empty model.
 
     Raises:
-        FormatError: a head is tied to a compressed embedding but not stored.
+        FormatError: an output head is tied to a compressed embedding, but was not saved itself.
     """
     names = set(layers)
     pairs = dict(model.all_tied_weights_keys)
@@ -704,9 +719,9 @@ def remove_dense_ties(
         if stored is None or target in stored or is_inside(target, names) or not is_inside(source, names):
             continue
         raise FormatError(
-            f"{target} of {type(model).__name__} would be the table {source.removesuffix('.weight')}, which "
-            "is made of cores here, and no head was saved. Load the model without a head (AutoModel), or "
-            "compress and save the class that has one."
+            f"{target} of {type(model).__name__} is tied to the weight of {source.removesuffix('.weight')}, "
+            "which is a tensor network here, and no head was saved. Load the model without a head "
+            "(AutoModel), or compress and save it as a class that has one."
         )
     kept = {t: s for t, s in pairs.items() if not is_inside(t, names) and not is_inside(s, names)}
     for part in model.modules():
@@ -722,5 +737,5 @@ def restore_dense_ties(model: PreTrainedModel) -> None:
             vars(part).pop("_tied_weights_keys", None)
     get = model.get_parameter_or_buffer
     pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
-    # A configuration may declare ties although the weights differ (T5 v1.1).
+    # Keep only true ties: a configuration may declare ties of weights that differ (T5 v1.1).
     model.all_tied_weights_keys = {t: s for t, s in pairs.items() if get(t) is get(s)}

@@ -1,7 +1,7 @@
-"""HTML page about one compression: its loss, baselines of the same size, and every layer.
+"""HTML report of a compression: loss, baselines of the same size, and a table of layers.
 
-The page is one file without scripts or requests. Colours in the SVG of matplotlib are replaced by CSS
-variables, so that one plot works in light and dark mode.
+The report is a single file without scripts or requests. Colours in matplotlib's SVG are replaced by CSS
+variables, so that each plot works in light and dark mode.
 """
 
 import copy
@@ -34,13 +34,13 @@ from tensornet.quantization.formats import BITS
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.text import continue_text, load_tokenizer
 
-#: Baselines: each is a configuration of the same pipeline.
+#: Names of the baselines, which are configurations of the same pipeline.
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
-#: Number of words in the prompt of the samples, and of generated tokens.
+#: Number of words in the prompt of the samples, and number of generated tokens.
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
 #: A loss increase smaller than this, in nats, counts as zero.
 _NOTHING = 5e-5
-#: A baseline may have this many times the bits and still counts as the same size.
+#: A baseline with at most this many times the bits counts as the same size.
 _SLACK = 1.02
 #: Tables with at most this many layers are shown expanded.
 _FEW = 8
@@ -50,16 +50,16 @@ _WIDTH = 10.0
 
 @dataclass(frozen=True)
 class Page:
-    """Contents of the page.
+    """Contents of the HTML report.
 
     Args:
         title: heading, for example the name of the model.
         report: report of the compression.
-        models: the original first, then the compressed model, then baselines of the same size.
-        losses: predicted losses of the baselines, by method and layer.
-        made: rows of label and text that describe how the page was made.
+        models: facts about the original, the compressed model and baselines of the same size, in this order.
+        losses: predicted loss increases of the baselines, by method and layer.
+        made: pairs of label and text that describe how the report was made.
         notes: remarks shown below the comparison.
-        prompt: prompt of the samples, None without samples.
+        prompt: prompt of the samples; None without samples.
     """
 
     title: str
@@ -72,7 +72,9 @@ class Page:
 
 
 def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:
-    """Configure the baselines with about the bytes of a plan, by name; GPTQ needs moments of inputs.
+    """Return configurations of baselines with about the same bytes as a plan, by name.
+
+    Without statistics there is no GPTQ baseline, since GPTQ needs second moments of the inputs.
 
     Example:
         >>> from tensornet_hf.report import baseline_configs
@@ -101,7 +103,7 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
 
 
 def svd_itemsize(plan: CompressionPlan) -> int:
-    """Bytes of a number in the factors of the plain SVD: 2 if the plan has number formats."""
+    """Return the bytes of a number in the factors of the baseline SVD: 2 if the plan has number formats."""
     integers = any(layer.storage.own_dtypes for layer in plan)
     return 2 if integers else plan.layers[0].dtype.itemsize
 
@@ -119,27 +121,27 @@ def compare_methods(
     predicted: bool = True,
     progress: bool = False,
 ) -> tuple[list[ModelFacts], dict[str, dict[str, float]], str | None]:
-    """Compare a compressed model with baselines of the size of its plan.
+    """Compare a compressed model with the original and with baselines of the size of its plan.
 
     Args:
         dense: the dense model; not changed.
         compressed: the compressed model.
         folder: folder with the tokenizer.
         report: report of the compression.
-        stats: the statistics that the plan was made with.
-        sizes: bytes of the weight files before and after.
-        text: held-out text; if absent, losses are only predicted.
+        stats: statistics with which the plan was made.
+        sizes: bytes of the weight files before and after compression.
+        text: held-out text; if None, losses are only predicted.
         name: name of the text.
-        predicted: whether the predicted loss holds for this model, which it does not after refitting or
-            healing.
+        predicted: whether the plan's predicted loss increase applies to the compressed model; it does not
+            after refitting or healing.
         progress: show progress bars.
 
     Returns:
-        The original, the compressed model and the baselines; predicted losses of the baselines, by method and
-        layer; and the prompt that the first two models continued greedily, None if there is none.
+        Facts about the original, the compressed model and the baselines; predicted loss increases of the
+        baselines by method and layer; and the prompt that the first two models continued greedily, or None.
 
     Raises:
-        TargetError: text has no labels for a model of this kind.
+        TargetError: the model is not a language model, so it has no loss on text.
         ValueError: the text is too short.
     """
     plan = report.plan
@@ -187,7 +189,7 @@ def compare_methods(
             few, many = min(ranks), max(ranks)
             scheme = f"rank {few}" if few == many else f"rank {few} to {many}"
         bytes_made = made.params_after * svd_itemsize(plan) if method == SVD else made.bytes_after
-        if made.predicted_loss_increase is not None and method != GPTQ:  # the page shows two of them by layer
+        if made.predicted_loss_increase is not None and method != GPTQ:  # the table of layers has no GPTQ
             losses[method] = {layer.name: layer.loss_increase or 0.0 for layer in made}
         models.append(
             ModelFacts(
@@ -204,10 +206,13 @@ def compare_methods(
 
 
 def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
-    """Return the baseline with the smallest loss, or None without baselines (the third and later models).
+    """Return the baseline with the smallest loss increase, or None if no baseline can be compared.
 
-    Measured losses are not compared with predicted ones, and baselines with more bits are ignored: even the
-    smallest number format may have more bits than a very small plan.
+    Baselines with more bits than the compressed model are ignored, and measured losses are not compared with
+    predicted ones.
+
+    Args:
+        models: facts about the original, the compressed model and the baselines, in this order.
     """
     ours = models[1]
     found = [
@@ -221,10 +226,10 @@ def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
 
 
 def verdict(models: Sequence[ModelFacts]) -> str:
-    """Summarize size, quality and the comparison with the baselines in two sentences.
+    """Summarize size, loss increase and the comparison with the baselines in up to three sentences.
 
     Args:
-        models: original, compressed, then baselines.
+        models: facts about the original, the compressed model and the baselines, in this order.
     """
     original, compressed = models[0], models[1]
     size = ""
@@ -232,20 +237,23 @@ def verdict(models: Sequence[ModelFacts]) -> str:
         before, after = compact_bytes(original.bytes), compact_bytes(compressed.bytes)
         size = f"{before} became {after} ({100 * compressed.bytes / original.bytes:.1f} %). "
     if (ours := compressed.loss_increase) is None:
-        return f"{size}Nothing says what that costs: give calibration text to predict it, or held-out text."
+        return (
+            f"{size}The loss increase is unknown: give a calibration text to predict it, or a held-out text "
+            "to measure it."
+        )
     how = "On held-out text" if compressed.measured else "As predicted,"
-    change = f"the loss increases by {ours:.4f}" if ours > _NOTHING else "nothing is lost"
+    change = f"the loss increases by {ours:.4f}" if ours > _NOTHING else "the loss does not increase"
     if (best := best_plain(models)) is None or (theirs := best.loss_increase) is None:
         return f"{size}{how} {change}."
-    plain = f"The best plain method of at most these bytes, {best.name} ({best.scheme}),"
+    plain = f"The best baseline of at most this size, {best.name} ({best.scheme}),"
     if theirs < ours:
-        return f"{size}{how} {change}. {plain} is better here: {theirs:.4f}."
+        return f"{size}{how} {change}. {plain} is better here: it increases the loss by {theirs:.4f}."
     times = f", {theirs / ours:.1f} times as much" if ours > _NOTHING else ""
-    return f"{size}{how} {change}. {plain} costs {theirs:.4f}{times}."
+    return f"{size}{how} {change}. {plain} increases the loss by {theirs:.4f}{times}."
 
 
 def write_report(page: Page, path: str | Path) -> Path:
-    """Write the page; an existing file is replaced only when the new one is complete.
+    """Write the HTML report to a file and return its path; an incomplete file never replaces an old one.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -256,7 +264,7 @@ def write_report(page: Page, path: str | Path) -> Path:
 
 
 def render(page: Page) -> str:
-    """Render the page as HTML with embedded styles and plots.
+    """Render the HTML report as a string, with embedded styles and plots.
 
     Raises:
         MissingDependencyError: matplotlib or jinja2 is not installed.
@@ -285,12 +293,12 @@ def render(page: Page) -> str:
 
 
 def _short_loss(value: float | None) -> str:
-    """Format a predicted loss increase with two digits; a dash if it is unknown."""
+    """Format a predicted loss increase with two digits, or as a dash if it is unknown."""
     return "–" if value is None else f"{value:.2g}"
 
 
 def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
-    """Group the rows of the table of layers by block, each with predicted losses by method."""
+    """Return the rows of the table of layers by block, with the predicted loss increase of each method."""
     plan, losses = page.report.plan, page.losses
     blocks: dict[str, list[dict[str, Any]]] = {}
     for name, layer in zip(layer_names([x.name for x in plan]), plan, strict=True):
@@ -307,7 +315,7 @@ def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
 
 
 def _pictures(page: Page) -> dict[str, str]:
-    """Draw figures as inline SVG: loss over bits, predicted losses of the layers, bits of the layers."""
+    """Draw the plots as SVG by name: `loss` over bits, loss increases of `layers`, and `bits` of layers."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -317,8 +325,8 @@ def _pictures(page: Page) -> dict[str, str]:
     colors = viz.COLORS
     by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
-        "svg.fonttype": "none",  # text stays text: searchable, and in the font of the page
-        "svg.hashsalt": "tensornet",  # equal plots give equal bytes
+        "svg.fonttype": "none",  # keep text as text, which is searchable and uses the font of the page
+        "svg.hashsalt": "tensornet",  # write equal plots as equal bytes
         "font.size": 9,
         "axes.edgecolor": colors["grid"],
         "axes.labelcolor": colors["muted"],
@@ -371,24 +379,24 @@ def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]  # no XML header inside HTML
+    text = text[text.index("<svg") :]  # HTML does not allow the XML header
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # ids would repeat in the plots of one page
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # several plots on a page would repeat ids
     for role, color in COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
 
 
 def versions() -> str:
-    """Return the versions of everything that the numbers depend on, in one line."""
+    """Return a line with the versions of this library, torch, transformers, safetensors and Python."""
     names = ("tensornet-torch", "torch", "transformers", "safetensors")
     python = f"Python {platform.python_version()}"
     return ", ".join([*(f"{name} {version(name)}" for name in names), python, sys.platform])
 
 
 def compact_bytes(value: float) -> str:
-    """Format a size with three significant digits: `1234567` -> `1.23 MB`."""
+    """Format a number of bytes with three significant digits, such as 1234567 as `1.23 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{f'{value / size:#.3g}'.rstrip('.')} {unit}"
@@ -396,7 +404,7 @@ def compact_bytes(value: float) -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id unchanged, and a folder's name without its path, which pages must not reveal.
+    """Return a hub id unchanged, or the name of a folder without its path, which reports must not reveal.
 
     Example:
         >>> from tensornet_hf.report import display_name
@@ -409,7 +417,7 @@ def display_name(source: str | Path) -> str:
 
 
 def display_command(words: Sequence[str]) -> str:
-    """Join the words of a command, with paths shortened to their last part.
+    """Join the words of a command, with absolute paths shortened to their last part.
 
     Example:
         >>> from tensornet_hf.report import display_command

@@ -1,9 +1,9 @@
-"""`rotate`: replace the weights of a Llama-like model by others that compute the same.
+"""`rotate`: rotate the weights of a Llama-like model such that its outputs do not change.
 
-Let `R` be an orthogonal matrix. If every layer that writes to the residual stream writes `R^T y` in place of
-`y`, and every layer that reads it multiplies by `W R` in place of `W`, no output changes: an RMS norm without
-gain commutes with `R`. The outputs of attention are weighted sums of values, so that values can be rotated as
-well, each head by a matrix of its own, if the output projection undoes it.
+Let `R` be an orthogonal matrix. Every layer that writes to the residual stream is changed to write `R^T y`
+instead of `y`, and every layer that reads the stream uses `W R` instead of `W`. Outputs do not change,
+because an RMS norm without gain commutes with `R`. The output of attention is a weighted sum of values, so
+the values of each head can be rotated too, if the output projection is multiplied by the inverse.
 """
 
 from typing import Any
@@ -19,17 +19,17 @@ from tensornet.nn.extension import sample_batch
 from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
 
-#: Norms and linear layers of a block.
+#: Names of the norms and linear layers of a block.
 NORMS = ("input_layernorm", "post_attention_layernorm")
 LINEAR = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-#: Norms that may follow queries and keys, which are not rotated.
+#: Names of norms of queries and keys, which may exist and are not changed.
 UNTOUCHED = ("self_attn.q_norm", "self_attn.k_norm")
-#: Largest change of the logits by rounding in float32, relative to their norm.
+#: Largest change of the logits that float32 rounding can explain, relative to their norm.
 TOLERANCE = 1e-3
-#: Rows of a matrix that are computed at once: embeddings are too large for a copy in float64.
+#: Number of rows that are multiplied at once, since a float64 copy of an embedding would be too large.
 ROWS = 8192
 
 
@@ -37,27 +37,27 @@ ROWS = 8192
 def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     """Rotate the residual stream and the value heads of a model by random orthogonal matrices, in place.
 
-    The logits stay the same up to rounding, and outliers of the weights are spread over rows and columns.
-    Whether that helps depends on model and method: on SmolLM2 plans made with calibration gained nothing, and
-    rounding to nearest lost at 3 bits (docs/guides/language_models.md). Gains of norms are folded into the
-    layers that read them. A head that is tied to the embedding gets a matrix of its own: model and file grow
-    by `vocab_size * hidden_size` weights.
+    Logits change only by rounding, and outliers of the weights are spread over rows and columns. Whether this
+    helps depends on the model and the method: on SmolLM2, plans made with calibration gained nothing, and
+    rounding to nearest lost quality at 3 bits (docs/guides/language_models.md). Gains of norms are folded
+    into the layers that follow. If the output head is tied to the embedding, it becomes a separate weight,
+    so model and file grow by `vocab_size * hidden_size` weights.
 
-    Models are recognized by their structure: blocks as those of Llama, Mistral, Qwen 2 and Qwen 3, with RMS
-    norms before attention and MLP, with or without biases. At the end the logits of a few tokens are compared
-    with those before. Products are computed in float64 on the CPU. Meanwhile the model is in float32; then it
-    has its dtype again, so that weights in half precision are rounded once more.
+    The model must have the structure of Llama, Mistral, Qwen 2 or Qwen 3: blocks with RMS norms before
+    attention and MLP, with or without biases. Products are computed in float64 on the CPU, and the model is
+    in float32 until it gets its dtype back, so weights in half precision are rounded once. The logits of a
+    few tokens before and after rotation are compared.
 
     Args:
         model: a dense causal language model.
-        seed: of the random matrices; they depend on nothing else but the sizes of the model.
+        seed: seed of the random matrices, which otherwise depend only on the sizes of the model.
 
     Returns:
         The same model.
 
     Raises:
-        TargetError: the model is compressed, or a module has no place in such a structure; nothing was
-            changed. Or the logits differ in the end; then the model has to be loaded again.
+        TargetError: the model is compressed or has another structure; nothing was changed. Or the logits
+            have changed after rotation; the model must then be loaded again.
 
     Reference:
         Ashkboos et al., QuaRot (NeurIPS 2024), section 4; here with random orthogonal matrices, and
@@ -81,7 +81,7 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     generator = torch.Generator("cpu").manual_seed(seed)
     rotation = _orthogonal(embedding.embedding_dim, generator)
 
-    # The head absorbs the gain of the last norm, so it is no longer the embedding.
+    # The gain of the last norm is folded into the head, which must therefore be untied from the embedding.
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.clone(), embedding.weight.requires_grad)
         model.config.tie_word_embeddings = False
@@ -110,9 +110,9 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         parameter.data = parameter.data.to(dtypes[name])
     if not error <= TOLERANCE:
         raise TargetError(
-            f"After rotating this {type(model).__name__}, its logits differ by {error:.2g} of their norm; "
-            f"rounding explains {TOLERANCE:g}. It does not compute what its modules suggest. Its weights are "
-            "changed now: load it again, and use it without rotation."
+            f"Rotation changed the logits of this {type(model).__name__} by {error:.2g} of their norm; "
+            f"rounding explains at most {TOLERANCE:g}. So its forward pass differs from that of Llama. Its "
+            "weights have been changed: load the model again, and use it without rotation."
         )
     return model
 
@@ -128,27 +128,27 @@ def _multiply(layer: Any, *, left: Tensor | None = None, right: Tensor | None = 
 
 
 def _take_gain(norm: Any) -> Tensor:
-    """Set the gain of a norm to one; return what it was, as a column in float64."""
+    """Set the gain of a norm to one, and return the old gain in float64, shape `(size, 1)`."""
     gain = norm.weight.to("cpu", torch.float64, copy=True)[:, None]
     norm.weight.fill_(1)
     return gain
 
 
 def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """Draw an orthogonal matrix in float64."""
+    """Draw a random orthogonal matrix in float64, shape `(size, size)`."""
     noise = torch.randn(size, size, dtype=torch.float64, generator=generator, device="cpu")
     return torch.linalg.qr(noise).Q
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Compute the logits of the few tokens that are made from the configuration, in float64."""
+    """Compute the logits of a sample batch of a few tokens, in float64."""
     batch: Any = sample_batch(model)
     with in_eval_mode(model):
         return model(**batch, use_cache=False).logits.double().cpu()
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:
-    """List the names of the blocks, which have to be at the usual place."""
+    """Return the names of the blocks, which must be in `model.layers`."""
     blocks = getattr(getattr(model, "model", None), "layers", ())
     return [f"model.layers.{k}" for k in range(len(blocks))]
 
@@ -157,13 +157,13 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
     """Collect the embedding, the head, the linear layers and the norms of a Llama-like model by name.
 
     Raises:
-        TargetError: one is missing, of another kind, size or place, or there are others.
+        TargetError: the model does not have exactly these layers, or a layer has another type or size.
     """
 
     def refuse(name: str, why: str) -> TargetError:
         return TargetError(
-            f"This {type(model).__name__} cannot be rotated: {name} {why}. Expected are embed_tokens, "
-            "lm_head, and blocks as those of Llama: RMS norms before attention and MLP, and "
+            f"This {type(model).__name__} cannot be rotated: {name} {why}. A model like Llama is expected: "
+            "embed_tokens, lm_head, and blocks with RMS norms before attention and MLP, and "
             f"{', '.join(LINEAR)}."
         )
 
@@ -177,7 +177,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
     plain |= {f"{block}.{x}": nn.Linear for block in blocks for x in LINEAR}
     norms = ["model.norm", *(f"{block}.{x}" for block in blocks for x in NORMS)]
 
-    # Everything is there.
+    # Check that all expected modules exist.
     found: dict[str, Any] = {}
     for name in (*plain, *norms):
         try:
@@ -191,7 +191,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
         if not _is_rms_norm(found[name]):
             raise refuse(name, f"({type(found[name]).__name__}) does not compute weight * x / rms(x)")
 
-    # Attention has heads of one size.
+    # Check that all heads have the same size.
     width = found["model.embed_tokens"].embedding_dim
     for block in blocks:
         size = getattr(model.get_submodule(f"{block}.self_attn"), "head_dim", None)
@@ -199,12 +199,12 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
         if size is None or v[0] % size or q[0] % v[0] or k != v or o != (width, q[0]):
             raise refuse(f"{block}.self_attn", "does not consist of equal heads of queries, keys and values")
 
-    # Nothing else has weights, and no two layers share one.
+    # Check that no other module has weights, and that layers do not share weights.
     users: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer = name.rpartition(".")[0]
         if layer not in found and not layer.endswith(UNTOUCHED):
-            raise refuse(name, "has no place there")
+            raise refuse(name, "is not part of such a model")
         other = users.setdefault(id(parameter), layer)
         if other != layer and {other, layer} != {"model.embed_tokens", "lm_head"}:
             raise refuse(name, f"is shared with {other}")
@@ -212,7 +212,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
-    """Try whether a module computes `weight * x / rms(x)`."""
+    """Check by a computation whether a module computes `weight * x / rms(x)`."""
     weights = dict(norm.named_parameters())
     if weights.keys() != {"weight"}:
         return False

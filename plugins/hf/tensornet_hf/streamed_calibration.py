@@ -1,8 +1,8 @@
-"""Calibrate a model that does not fit into memory: block by block, with activations on the disk.
+"""Calibrate a model that does not fit into memory, block by block, with activations on disk.
 
 In the forward phase each block runs on all batches before the next block starts. In the backward phase blocks
-run in reverse order, each again from its stored input. So memory contains the weights and moments of one
-block, and the activations of one batch. The result is the same as that of `tensornet.calibrate`.
+run in reverse order, each again from its stored input. So memory only contains the weights and moments of a
+single block, and the activations of a single batch. The result is that of `tensornet.calibrate`.
 """
 
 import json
@@ -29,9 +29,9 @@ from tensornet.errors import TargetError
 from tensornet.io import Slice, load_slice, read_header, write_shard, write_tensors
 from tensornet_hf.lazy_model import mapped_model
 
-#: Prefix of the folders with activations, which are next to the statistics.
+#: Prefix of temporary folders with activations, in the folder of the statistics file.
 SPILL = ".calibration."
-#: Selects all linear layers except the head; the budget is not used.
+#: Configuration that selects all linear layers except the head; its budget is not used.
 LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
 
@@ -45,25 +45,24 @@ def calibrate_checkpoint(
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
-    """Collect second moments of inputs and gradients for every layer of the blocks of a model.
+    """Collect second moments of inputs and gradients for the layers in a model's blocks, block by block.
 
-    This supports models with one stack of blocks: decoders or encoders, not both. The folder of `path` needs
-    disk space for the moments, and for one float32 hidden state for every token and block.
+    The model must have a single stack of blocks, so encoder-decoder models are not supported. The folder of
+    `path` needs disk space for the moments, and for a float32 hidden state of every token and block.
 
     Args:
-        src: folder of the model, or a model whose weights are mapped from one, see `mapped_model`.
-        batches: as for `tensornet.calibrate`; all are differentiated.
-        path: file for the statistics; the result reads them from it as needed.
-        config: observe the layers that it selects, which must lie inside blocks; all linear layers of the
-            blocks if absent.
-        loss_fn, source: as for `tensornet.calibrate`.
+        src: folder of the model, or a model with memory-mapped weights from `mapped_model`.
+        batches: batches of inputs, see `tensornet.calibrate`. Gradients are computed for all batches.
+        path: file to which the statistics are written; the returned object reads it as needed.
+        config: selects the layers, which must be inside the blocks; by default all linear layers there.
+        loss_fn, source: see `tensornet.calibrate`.
         progress: show a progress bar.
 
     Raises:
-        TargetError: there is no batch, a selected layer is outside the blocks, or there is not exactly one
-            stack of blocks.
+        TargetError: there is no batch, a selected layer is outside the blocks, or the model does not have
+            exactly one stack of blocks.
         FormatError: the folder is damaged.
-        NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
 
     Example:
         >>> batches = torch.randint(100, (2, 4, 32)).unbind()
@@ -76,7 +75,7 @@ def calibrate_checkpoint(
     stack, blocks = find_blocks(model)
     given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
     if not given:
-        raise TargetError("Calibration got no batches; pass at least one, better 30 of 1,000 tokens.")
+        raise TargetError("Calibration got no batches. Pass at least one, or better 30 of 1,000 tokens each.")
     recorder = _PhaseRecorder()
     with (
         tempfile.TemporaryDirectory(dir=path.parent, prefix=SPILL) as folder,
@@ -87,20 +86,20 @@ def calibrate_checkpoint(
         outside = [x for x in targets if not x.name.startswith(f"{stack}.")]
         if outside and config is not None:
             raise TargetError(
-                f"{', '.join(x.name for x in outside)} of {type(model).__name__} lies outside its blocks "
-                f"({stack}), of which alone statistics are collected without loading the model. Exclude it, "
-                "or load the model (on the command line, leave out --workers)."
+                f"{', '.join(x.name for x in outside)} of {type(model).__name__} is outside the blocks "
+                f"({stack}). Without loading the model, statistics can only be collected inside the blocks. "
+                "Exclude the layer, or load the model (on the command line, leave out --workers)."
             )
         fingerprint = weight_samples(x for x in targets if x not in outside)
 
-        # Run up to the first block, to record its input and the arguments of all blocks.
+        # Run the model up to the first block, to record its input and the arguments of all blocks.
         chain = ChainRun(model, blocks, given, _OnDisk(spill))
         inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
         rest = [module for module in model.modules() if id(module) not in inside]
         with _in_memory([*rest, *chain.block.modules()]):
             chain.enter(skip=True)
 
-        # Forward: run block after block; keep its outputs, and the moments of its inputs.
+        # Forward phase: run one block after another, and save its outputs and the moments of its inputs.
         counts: dict[str, int] = {}
         for number in range(len(blocks)):
             recorder.start("inputs")
@@ -125,7 +124,7 @@ def calibrate_checkpoint(
             total, scored = total + float(each.detach().sum()), scored + each.numel()
         loss = mean_loss(total, scored, loss_fn)
 
-        # Backward: run each block again, differentiate it, and replace its input by the gradient.
+        # Backward phase: run each block again, differentiate, and replace its stored input by the gradient.
         for position in reversed(range(len(blocks))):
             recorder.start("gradients")
             chain.position = position
@@ -147,7 +146,7 @@ def calibrate_checkpoint(
 
 
 def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
-    """Return the name of the stack of blocks of a model, and the names of the blocks.
+    """Return the name of a model's stack of blocks (the `ModuleList`), and the names of the blocks.
 
     Raises:
         TargetError: the model has no stack of blocks, or several.
@@ -155,26 +154,26 @@ def find_blocks(model: nn.Module) -> tuple[str, tuple[str, ...]]:
     found = outer_stacks(model, nn.ModuleList, least=1)
     if len(found) != 1:
         raise TargetError(
-            f"{type(model).__name__} has {len(found)} stacks of blocks ({', '.join(found) or 'none'}); "
-            "models with exactly one are calibrated block by block. Load it and use tensornet.calibrate, "
-            "whose statistics compress_checkpoint takes as well (stats=); on the command line, leave out "
+            f"{type(model).__name__} has {len(found)} stacks of blocks ({', '.join(found) or 'none'}), but "
+            "calibration block by block needs exactly one. Load the model and use tensornet.calibrate; "
+            "compress_checkpoint accepts its statistics too (stats=). On the command line, leave out "
             "--workers."
         )
     return next(iter(found.items()))
 
 
 class _PhaseRecorder(MomentRecorder):
-    """Recorder of inputs in the forward phase, and of gradients in the backward phase."""
+    """Recorder of moments that observes inputs in the forward phase and gradients in the backward phase."""
 
     phase = "nothing"
 
     def start(self, phase: str) -> None:
-        """Clear all records, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
+        """Clear all moments, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
         super().__init__()
         self.phase = phase
 
     def expect(self, batch: Mapping[str, Any]) -> None:
-        """Announce the next batch."""
+        """Set the batch on which the model runs next, whose padding is ignored."""
         self.batch = dict(batch)
 
     def see_input(self, name: str, x: Tensor) -> None:
@@ -186,7 +185,7 @@ class _PhaseRecorder(MomentRecorder):
         """Ignore embeddings, which are outside the blocks."""
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
-        """Copy some tokens of an input, in the backward phase."""
+        """Copy some tokens of a layer's input in the backward phase, for `see_gradient`."""
         return super().hold(name, x) if self.phase == "gradients" else []
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
@@ -196,7 +195,7 @@ class _PhaseRecorder(MomentRecorder):
 
 
 class _OnDisk:
-    """Store of hidden states and gradients in files, by block and batch; see `blockwise.States`."""
+    """Mapping from `(block, batch)` to a hidden state or gradient in a file; see `blockwise.States`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -216,11 +215,11 @@ class _OnDisk:
 
 @contextmanager
 def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Load the weights of modules in single precision inside the block; outside of it they are mapped."""
+    """Load the weights of modules in float32 within a `with` block; afterwards they are mapped again."""
     owners = [(module, *named) for module in modules for named in module.named_parameters(recurse=False)]
     held = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for _, _, p in owners}
     for module, name, parameter in owners:
-        setattr(module, name, held[id(parameter)])  # tied weights are loaded once
+        setattr(module, name, held[id(parameter)])  # tied weights stay tied
     try:
         yield
     finally:
@@ -229,7 +228,13 @@ def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _join(folder: Path, path: Path, facts: Mapping[str, Any]) -> None:
-    """Join the statistics of single blocks to one file, byte by byte; `facts` are its other entries."""
+    """Join the statistics of all blocks into a file, without loading them.
+
+    Args:
+        folder: folder with the files `inputs.*` and `gradients.*` of the blocks.
+        path: the file to write.
+        facts: further entries of the statistics' header.
+    """
     header: dict[str, Any] = {"rows": {}, "columns": {}, "coherence": {}}
     tensors: dict[str, Slice] = {}
     for part in sorted([*folder.glob("inputs.*"), *folder.glob("gradients.*")]):

@@ -1,13 +1,13 @@
-"""Compress a checkpoint of any size: plan on a lazily loaded model, then loop over shards of the source.
+"""Compress a checkpoint of any size: plan on a lazily loaded model, then compress shard by shard.
 
-A shard is a run of stored tensors of at most `max_shard_bytes`. Each shard is compressed and written
-separately, in this process or in workers. When an interrupted run is resumed, finished shards are skipped:
+A shard is a sequence of stored tensors of at most `max_shard_bytes`. Each shard is compressed and written
+separately, in this process or in workers. A resumed run skips finished shards. These files are written:
 
-    .NAME.partial/lock           locked while a run writes here
-    .NAME.partial/run.json       what the run depends on: source, options, versions
+    .NAME.partial/lock           locked while a run writes to this folder
+    .NAME.partial/run.json       everything that the result depends on: source, options, versions
     .NAME.partial/plan.json      the plan
-    .NAME.partial/shards/        one description for each finished shard, with the checksum of its file
-    .NAME.partial/out/           becomes NAME by one rename, when everything is in it
+    .NAME.partial/shards/        a description of each finished shard, with the checksum of its file
+    .NAME.partial/out/           the new model folder, which is renamed to NAME when it is complete
 """
 
 import copy
@@ -75,12 +75,12 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.lazy_model import LazyModel, open_lazily
 from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
 
-#: Bytes of the source for one file; the compressed tensors of one file must fit into memory.
+#: Default size of a shard in bytes of the source; the compressed tensors of a shard must fit into memory.
 MAX_SHARD_BYTES = 2_000_000_000
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """A worker process died.
+    """Raised if a worker process died.
 
     Example:
         >>> from tensornet_hf.streaming import WorkerError
@@ -103,46 +103,46 @@ def compress_checkpoint(
     force: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
-    """Compress a model folder into a new one, shard by shard, without loading the model as a whole.
+    """Compress a model folder into a new folder, shard by shard, without loading the whole model.
 
-    The new model is the one that `tensornet.compress` and `save_pretrained` would give. It appears at `dst`
-    when it is complete; until then all files are in `.NAME.partial`. To resume an interrupted run, repeat the
-    same call: finished shards are skipped, and the result has the same bytes as without interruption.
+    The result equals that of `tensornet.compress` and `save_pretrained`. Until it is complete, all files are
+    in the staging folder `.NAME.partial`, which is then renamed to `dst`. To resume an interrupted run,
+    repeat the call: finished shards are skipped, and the result has the same bytes as without interruption.
 
-    Weights are mapped from the files, so each process needs memory for the compressed layers of one shard,
-    and for a few copies of one weight in double precision. Stacks of experts that are stored matrix by matrix
-    are joined in the staging folder, which needs their size on the disk.
+    Weights are memory-mapped, so each process needs memory for the compressed layers of a shard and for a few
+    copies of a single weight in double precision. Stacks of experts that are stored matrix by matrix are
+    assembled in the staging folder, which needs disk space for them.
 
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
         dst: the new folder.
-        config: the options; or a plan, which may have been edited or loaded. Layers that are not in it stay
-            dense.
-        workers: number of processes that compress shards. With more than one, guard the code of a script by
+        config: compression options, or a plan (which may have been edited or loaded). Layers that are not in
+            the plan stay dense.
+        workers: number of processes that compress shards. With more than one, protect the code of a script by
             `if __name__ == "__main__":`, as usual with multiprocessing.
-        executor: runs the work in place of `workers`: any `concurrent.futures.Executor` whose workers have
-            access to the same file system, for example `dask.distributed.Client(...).get_executor()`.
-        device: device where weights are compressed.
-        resume: continue an interrupted run; otherwise its files are deleted.
-        stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or their file.
-        max_shard_bytes: largest size in the source of the tensors in one file, unless a single module is
-            larger.
-        force: replace an existing model folder, once the new one is complete.
+        executor: compresses shards instead of `workers`. Any `concurrent.futures.Executor` can be used whose
+            workers have access to the same file system, such as
+            `dask.distributed.Client(...).get_executor()`.
+        device: device on which weights are compressed.
+        resume: continue an interrupted run; if False, its files are deleted.
+        stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
+        max_shard_bytes: largest size of a shard in bytes of the source; a single module may be larger.
+        force: replace an existing model folder, once the new folder is complete.
         progress: show progress bars.
 
     Returns:
-        The report of `tensornet.compress`. Layers whose weight is read by other code of the model stay dense,
-        and are named in `put_back` and in a warning.
+        A report like that of `tensornet.compress`. Layers whose weight other code of the model reads stay
+        dense; `put_back` and a warning list them.
 
     Raises:
-        DestinationError: the destination exists, another run writes it, or writing failed (full disk);
+        DestinationError: the destination exists, another run is writing it, or writing failed (full disk);
             finished shards are kept.
-        FormatError: the source is damaged or contradictory, or changed since the interrupted run.
+        FormatError: the source is damaged or contradictory, or has changed since the interrupted run.
         TargetError: the source is compressed already.
-        TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed like this; the
-            message names it.
+        TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed as requested;
+            the message names the layer.
         WorkerError: a worker died, most likely because memory ran out.
-        ValueError: `workers` or `max_shard_bytes` below 1.
+        ValueError: `workers` or `max_shard_bytes` is below 1.
 
     Example:
         >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5)
@@ -160,7 +160,7 @@ def compress_checkpoint(
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
-        raise DestinationError(f"{target} lies inside the source {folder}; choose another destination.")
+        raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
     source = read_dense(folder)
     marks = file_marks(folder)
     open_lazily(source, only=())  # raises for an invalid model before anything is written
@@ -179,7 +179,7 @@ def compress_checkpoint(
         }
         _begin(work, folder, marks, decisive, resume=resume)
 
-        # Make one plan for the whole model, unless an interrupted run has already saved it.
+        # Make a plan for the whole model, unless an interrupted run has already saved it.
         lazy = open_lazily(source, spill=work)
         targets = _mapped_targets(lazy, source, options)
         readers = _layers_read(lazy.model, targets)
@@ -187,7 +187,8 @@ def compress_checkpoint(
             if read := [x.name for x in plan if x.topology is not None and x.name in readers]:
                 raise TargetError(
                     f"The code of {type(lazy.model).__name__} reads the weight of {read[0]!r} outside of the "
-                    f"layer, so that it cannot be replaced: use plan.replace_layer({read[0]!r}, None)."
+                    "layer, so the layer cannot be replaced. Keep it dense with "
+                    f"plan.replace_layer({read[0]!r}, None)."
                 )
             readers = []
         if readers:
@@ -204,7 +205,7 @@ def compress_checkpoint(
         with unfused(lazy.model):
             weights = [replace(x, skip=READ) if x.name in readers else x for x in list_weights(lazy.model)]
 
-        # Compress every unfinished shard: in this process, in worker processes, or with the executor.
+        # Compress every unfinished shard in this process, in worker processes or with the executor.
         shards = _cut(lazy, source, plan, max_shard_bytes)
         done: dict[str, Any] = {name: _finished(work, name) for name in shards}
         tasks = [
@@ -224,7 +225,7 @@ def compress_checkpoint(
                 done[made["file"]] = made
                 bar.update()
 
-        # Write the files that describe all shards, then rename the folder to its destination.
+        # Write configuration and index, copy other files, then rename the folder to its destination.
         parts = list(done.values())
         _finish(work, source, type(lazy.model).__name__, parts)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
@@ -232,11 +233,13 @@ def compress_checkpoint(
         shutil.rmtree(work)
     if readers:
         warnings.warn(
-            f"Left dense, because the model's code reads their weights: {', '.join(readers)}.", stacklevel=2
+            f"Layers stay dense because other code of the model reads their weights: {', '.join(readers)}.",
+            stacklevel=2,
         )
     if lazy.surplus:
         warnings.warn(
-            f"Not copied, because the model does not have them: {', '.join(lazy.surplus)}.", stacklevel=2
+            f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
+            stacklevel=2,
         )
     kept = [part for key, part in source.tensors.items() if key not in lazy.surplus]
     params = sum(part.numel for part in kept)
@@ -254,9 +257,9 @@ def compress_checkpoint(
 
 @contextmanager
 def staging(destination: Path) -> Iterator[Path]:
-    """Open and lock the staging folder of a destination; create it if absent.
+    """Create the staging folder of a destination if necessary, and lock it within a `with` block.
 
-    The operating system releases the lock when the process ends, even if it is killed.
+    The operating system releases the lock when the process ends, even if the process is killed.
 
     Raises:
         DestinationError: another run holds the lock.
@@ -268,8 +271,8 @@ def staging(destination: Path) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise DestinationError(
-            f"Another run is writing {destination} (it holds {folder / 'lock'}). Wait for it, or choose "
-            "another destination."
+            f"Another run is writing {destination} (it has locked {folder / 'lock'}). Wait until it has "
+            "finished, or choose another destination."
         ) from error
     try:
         yield folder
@@ -278,19 +281,19 @@ def staging(destination: Path) -> Iterator[Path]:
 
 
 def staging_folder(destination: Path) -> Path:
-    """Return the folder for unfinished work, on the file system of the destination."""
+    """Return the staging folder of a destination, which is in the same parent folder."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 def digest(content: Any) -> str:
-    """Return the SHA-256 of JSON-ready content, for any order of its keys."""
+    """Return the SHA-256 of JSON-ready content, which does not depend on the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def file_marks(folder: Path) -> dict[str, str]:
-    """Return size and modification time of every file of a model that is read, by relative path.
+    """Return size and modification time of every file in a model folder that is read, by relative path.
 
-    A resumed run compares them with those of the interrupted run.
+    A resumed run compares them with those that the interrupted run recorded.
     """
     marks = {}
     for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *_other_files(folder)]:
@@ -300,7 +303,7 @@ def file_marks(folder: Path) -> dict[str, str]:
 
 
 def _other_files(folder: Path) -> list[str]:
-    """List the files to copy, by relative path: neither hidden ones nor weights in other formats."""
+    """Return relative paths of the files to copy: all but config.json, index, weights and hidden files."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -311,21 +314,28 @@ def _other_files(folder: Path) -> list[str]:
 
 
 def _check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, since: str) -> None:
-    """Raise FormatError if the marks of files differ; `since` names the time of the first reading."""
+    """Raise FormatError if file marks have changed; `since` says when `before` was read, for the message."""
     if changed := sorted(x for x in before.keys() | now.keys() if before.get(x) != now.get(x)):
         raise FormatError(
-            f"{', '.join(changed)} in {folder} changed since {since}: what is finished belongs to the old "
-            "content. Put the old files back, or start again with resume=False (--no-resume)."
+            f"{', '.join(changed)} in {folder} changed since {since}, so finished shards belong to the old "
+            "content. Restore the old files, or start again with resume=False (--no-resume)."
         )
 
 
 def _begin(
     work: Path, folder: Path, marks: Mapping[str, str], decisive: Mapping[str, Any], *, resume: bool
 ) -> None:
-    """Record what the run depends on, or compare it with the record of the interrupted run.
+    """Record what the result depends on; when resuming, compare it with the record of the interrupted run.
+
+    Args:
+        work: the staging folder.
+        folder: the source.
+        marks: marks of the source's files.
+        decisive: JSON-ready options that the result depends on.
+        resume: continue an interrupted run; if False, its files are deleted.
 
     Raises:
-        FormatError: the source changed since then, or the run had other options or library versions.
+        FormatError: the source has changed, or the interrupted run had other options or library versions.
     """
     record = {
         "library": f"tensornet {tn.__version__}, torch {torch.__version__}",
@@ -339,7 +349,7 @@ def _begin(
         for key, what in (("options", "other options"), ("library", "other versions of the library")):
             if earlier.get(key) != record[key]:
                 raise FormatError(
-                    f"The interrupted run in {work} had {what}. Repeat them to continue it, or start again "
+                    f"The interrupted run in {work} had {what}. Use the same to continue it, or start again "
                     "with resume=False (--no-resume)."
                 )
     else:
@@ -352,12 +362,12 @@ def _begin(
 
 
 class _OnlyCalled(nn.Module):
-    """Layer that computes the same as the stock layer, but whose weight cannot be read."""
+    """Layer that computes the same as a dense layer, but raises WeightReadError if its weight is read."""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._stock = (stock,)
-        self.register_forward_hook(lambda *_: None)  # so that unfused modules call it
+        self.register_forward_hook(lambda *_: None)  # unfused modules only call layers that have hooks
 
     @property
     def weight(self) -> Tensor:
@@ -377,9 +387,10 @@ class _OnlyCalled(nn.Module):
 
 @torch.no_grad()
 def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]:
-    """Find the targets whose weight is read by other code of the model, by running a copy on one batch.
+    """Return the names of the target layers whose weight is read by code outside of the layer.
 
-    All weights of the copy are zero and take the memory of one number.
+    A copy of the model runs on a sample batch. Each weight of the copy is a single zero that is expanded to
+    the shape of the weight, so that it needs no memory.
     """
     zeros: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -408,25 +419,26 @@ def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]
                     found.append(read[0])
                     for name in read:
                         set_submodule(model, name, stock[name])
-                        for parameter in stock[name].parameters():  # code may write into them
+                        for parameter in stock[name].parameters():  # code may write to expanded zeros
                             parameter.data = torch.zeros_like(parameter)
-                except Exception:  # the code needs values, or another kind of batch
+                except Exception:  # the model needs true weights or another batch
                     break
     return found
 
 
 def _mapped_targets(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> list[Target]:
-    """List the targets; raise TargetError for one that is stored in another form than in the model."""
+    """Return the layers to compress; raise TargetError if a weight cannot be mapped from the files."""
     with unfused(lazy.model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # planning gives the same warnings
+        warnings.simplefilter("ignore")  # planning repeats these warnings
         targets = [x for x in find_targets(lazy.model, config) if not x.skip]
     for target in targets:
         if target.weight.is_meta:
             keys = [key for name in target.names for key in lazy.stored.get(f"{name}.weight", ())]
             dtype = source.tensors[keys[0]].dtype if keys else None
-            how = "not stored as the model uses it" if dtype in (None, *FLOATS) else f"stored as {dtype}"
+            form = "stored in another form than the model uses"
+            how = form if dtype in (None, *FLOATS) else f"stored as {dtype}"
             raise TargetError(
-                f"The weight of {target.name!r} is {how}, so that it cannot be mapped. Use the model before "
+                f"The weight of {target.name!r} is {how}, so it cannot be mapped. Use the model before "
                 f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
                 "use tensornet.compress."
             )
@@ -436,13 +448,13 @@ def _mapped_targets(lazy: LazyModel, source: Checkpoint, config: CompressionConf
 def _cut(
     lazy: LazyModel, source: Checkpoint, plan: CompressionPlan, max_bytes: int
 ) -> dict[str, tuple[list[str], CompressionPlan]]:
-    """Cut the stored tensors into shards, in the order of the files, without dividing a module.
+    """Divide the stored tensors into shards in the order of the files, with each module in a single shard.
 
     Returns:
-        For the name of each file to write, its parameters and buffers, and the plan of their layers.
+        For each file to write by name: the names of its parameters and buffers, and the plan of their layers.
     """
     places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
-    units: dict[str, list[str]] = {}  # names of tensors, by module
+    units: dict[str, list[str]] = {}  # names of tensors by module
     for name in sorted(lazy.stored, key=lambda name: min(places[key] for key in lazy.stored[name])):
         units.setdefault(name.rpartition(".")[0], []).append(name)
     groups: list[list[str]] = []
@@ -454,7 +466,7 @@ def _cut(
         groups[-1].append(unit)
         filled += size
 
-    # A layer belongs to the shard with its weight (under any of its tied names) or its stack.
+    # A layer belongs to the shard that contains its weight (under any of its tied names) or its stack.
     weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
     owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
     home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
@@ -483,22 +495,22 @@ def _compress_shard(
     stats: Path | None,
     device: str,
 ) -> dict[str, Any]:
-    """Compress the layers of one shard and write its file; a worker runs this.
+    """Compress the layers of a shard and write its file; workers call this function.
 
-    Only one thread is used: other orders of summation would give other bits, and other workers need the
-    cores.
+    The function uses a single thread, because the result must not depend on the order of summation and other
+    workers need the processor cores.
 
     Args:
         folder: the source.
         work: the staging folder.
         file: name of the file to write.
-        names: parameters and buffers in this file.
-        plan: plan of their layers.
-        stats: file of the statistics that the plan was made with.
-        device: device where to compute.
+        names: names of the parameters and buffers in this file.
+        plan: plan of the layers in this file.
+        stats: file of the statistics with which the plan was made.
+        device: device on which weights are compressed.
 
     Returns:
-        The description of the finished shard, which is also written to a file.
+        The description of the finished shard, which is also written to `shards/`.
     """
     with one_thread(), tempfile.TemporaryDirectory(dir=work, prefix="cores.") as scratch:
         source = read_dense(folder)
@@ -512,8 +524,7 @@ def _compress_shard(
         errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
         after, described = model.state_dict(keep_vars=True), describe(model)
 
-        # The new tensors are those of compressed layers, and guards in place of the weights that they
-        # replace.
+        # The new tensors are those of compressed layers, and a guard for each weight that is replaced.
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)
@@ -540,7 +551,7 @@ def _compress_shard(
 
 
 def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read the description of a shard finished by an earlier run; None if its file has changed."""
+    """Read the description of a shard from an earlier run; None if it is not finished or its file changed."""
     record = work / "shards" / f"{file}.json"
     if not record.is_file():
         return None
@@ -551,7 +562,15 @@ def _finished(work: Path, file: str) -> dict[str, Any] | None:
 def _run(
     tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
 ) -> Iterator[dict[str, Any]]:
-    """Compress shards in any order: in this process, in worker processes, or with the given executor.
+    """Compress shards in this process, in worker processes or with an executor.
+
+    Args:
+        tasks: arguments of `_compress_shard` for each shard.
+        workers: number of processes.
+        executor: executor to use instead, or None.
+
+    Yields:
+        The description of each shard, in the order in which shards are finished.
 
     Raises:
         WorkerError: a worker died.
@@ -563,7 +582,7 @@ def _run(
         return
     with ExitStack() as stack:
         if executor is None:
-            # A plain fork would copy the locks of torch's threads.
+            # A forked process would copy the locks of torch's threads, and could wait for them forever.
             executor = ProcessPoolExecutor(
                 min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_end_with_parent
             )
@@ -574,8 +593,8 @@ def _run(
                 yield future.result()
         except BrokenProcessPool as error:
             raise WorkerError(
-                f"A worker died ({error}). Most likely memory ran out: use fewer workers, or a smaller "
-                "max_shard_bytes. Finished shards are kept; run again to continue."
+                f"A worker died ({error}), most likely because memory ran out. Use fewer workers or a "
+                "smaller max_shard_bytes. Finished shards are kept; run the same command again to continue."
             ) from error
         finally:
             for future in futures:
@@ -583,7 +602,7 @@ def _run(
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has died, since it would wait for tasks forever."""
+    """Start a thread that ends this worker process if its parent dies; it would wait for tasks forever."""
     parent = parent_process()
     assert parent is not None
 
@@ -595,11 +614,18 @@ def _end_with_parent() -> None:
 
 
 def _finish(work: Path, source: Checkpoint, architecture: str, parts: list[dict[str, Any]]) -> None:
-    """Write configuration, index and model card, and copy all other files."""
+    """Write configuration, index and model card of a compressed checkpoint, and copy all other files.
+
+    Args:
+        work: the staging folder, whose subfolder `out` has the weight files.
+        source: the source.
+        architecture: name of the model class, for the model card.
+        parts: descriptions of all shards.
+    """
     out = work / "out"
     for file in out.rglob("*"):
         if file.is_file() and file.name not in {part["file"] for part in parts}:
-            file.unlink()  # left by an interrupted run
+            file.unlink()  # remains of an interrupted run
     others = _other_files(source.folder)
     for name in others:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -622,23 +648,23 @@ def _finish(work: Path, source: Checkpoint, architecture: str, parts: list[dict[
 
 @contextmanager
 def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
-    """Convert `OSError` inside the block to errors that say what failed and which files are kept."""
+    """Convert OSError within a `with` block to errors that say what failed and which files are kept."""
     try:
         yield
     except TensorNetError:
         raise
     except OSError as error:
         if str(error.filename or "").startswith(str(source)):
-            raise FormatError(f"Reading {source} failed: {error}. What is finished is kept.") from error
+            raise FormatError(f"Reading {source} failed: {error}. Finished shards are kept.") from error
         raise DestinationError(
-            f"Writing {target} failed: {error}. What is finished is kept in {staging_folder(target)}: free "
-            "some space and run the same command again, or delete that folder."
+            f"Writing {target} failed: {error}. Finished shards are kept in {staging_folder(target)}. Free "
+            "some space and run the same command again, or delete this folder."
         ) from error
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute with one thread inside the block."""
+    """Let torch use a single thread within a `with` block."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Training with `Trainer`: callbacks for mixtures, and healing of compressed models."""
+"""Callbacks of `Trainer` for training mixtures, and healing of compressed models with `Trainer`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -35,19 +35,19 @@ from tensornet_moe.mask import Granularity
 
 
 class GradientMaskCallback(TrainerCallback, ExportableState):
-    """Attaches a `tensornet_moe.GradientMask` while `Trainer` trains, and saves it in checkpoints.
+    """Apply a `tensornet_moe.GradientMask` while `Trainer` trains, and save its state in checkpoints.
 
-    A run resumed from a checkpoint continues the draws of the interrupted one.
+    A run that is resumed from a checkpoint continues the random sequence of the interrupted run.
 
     Args:
         p: probability that a shared core is not updated in a step.
-        granularity: `"core"` or `"element"`.
+        granularity: mask whole cores (`"core"`) or single elements (`"element"`).
         seed: seed of the random masks.
-        fade_steps: number of steps over which `p` decreases linearly to 0; constant if absent.
+        fade_steps: number of steps over which `p` decreases linearly to 0; None keeps `p` constant.
         compensate: see `GradientMask`.
 
     Raises (when training begins):
-        TargetError: experts share no core.
+        TargetError: the experts of the model share no core.
 
     Example:
         >>> callback = th.GradientMaskCallback(p=0.8, fade_steps=1000)  # Trainer(..., callbacks=[callback])
@@ -72,8 +72,8 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
         self.mask: GradientMask | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attach a mask, with the state of the checkpoint that is resumed."""
-        self.on_train_end(args, state, control)  # cleans up after an interrupted training
+        """Attach a mask; if a checkpoint is resumed, restore the state of its mask."""
+        self.on_train_end(args, state, control)  # remove the mask of an interrupted training
         self.mask = GradientMask(kwargs["model"], **self.options)
         self.mask.attach(kwargs["optimizer"])
         states = state.stateful_callbacks
@@ -84,12 +84,12 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
             self.mask.load_state_dict(saved)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the mask."""
+        """Remove the mask from the model."""
         if self.mask is not None:
             self.mask.detach()
 
     def state(self) -> dict[str, Any]:
-        """Return the state that `Trainer` writes to `trainer_state.json`."""
+        """Return the state of the mask, which `Trainer` writes to `trainer_state.json`."""
         if self.mask is None:
             return {"args": {}, "attributes": {}}
         state = self.mask.state_dict()
@@ -97,10 +97,10 @@ class GradientMaskCallback(TrainerCallback, ExportableState):
 
 
 class RouterBiasCallback(TrainerCallback):
-    """Balances the load of experts without a loss: calls `tensornet_moe.update_biases` after each step.
+    """Balance the load of experts without an auxiliary loss: call `tensornet_moe.update_biases` in each step.
 
-    It is for routers with a `bias_rate`, for example those of `th.upcycle(model, pool="all")`. The biases are
-    buffers of the model, so checkpoints contain them.
+    The model needs routers with a `bias_rate`, such as those of `th.upcycle(model, pool="all")`. The biases
+    are buffers of the model, so checkpoints contain them.
 
     Raises (when training begins):
         TargetError: no router of the model has biases.
@@ -113,29 +113,30 @@ class RouterBiasCallback(TrainerCallback):
         """Check that the model has routers with biases."""
         if all(mixture.router.bias_steps is None for mixture in _mixtures(kwargs["model"]).values()):
             raise TargetError(
-                f"No router of this {type(kwargs['model']).__name__} has biases to update; upcycle it with "
-                "bias_rate=0.001, for example."
+                f"No router of this {type(kwargs['model']).__name__} has biases to update; upcycle the model "
+                "with a bias_rate, such as 0.001."
             )
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the biases by one step."""
+        """Update the biases of all routers."""
         update_biases(kwargs["model"])
 
 
 class RouterStatsCallback(TrainerCallback):
-    """Logs router statistics and the movement of cores at the logging steps of `Trainer`.
+    """Log router statistics and the update sizes of cores at the logging steps of `Trainer`.
 
-    Each logged step adds one row to `.history` and to the logs, averaged over layers:
+    Each logged step adds these values to the logs, and a row of them to `.history`. Router statistics are
+    averaged over layers, and E is the number of experts.
 
-    - `moe/load_max`: largest share of the tokens that one expert gets; `1 / E` when even;
-    - `moe/load_entropy`: entropy of the load, relative to `log E`: 1 when even, 0 when one expert gets all;
-    - `moe/dropped`: share of tokens that no expert computes;
-    - `moe/balance_loss`, `moe/z_loss`: unweighted auxiliary losses;
-    - `moe/update_shared`, `moe/update_private`: relative change of shared and private cores in this step,
-      `|new - old| / |old|` over all of them; the gradient mask is meant to balance them.
+    - `moe/load_max`: largest share of the tokens that an expert gets; `1 / E` if the load is even
+    - `moe/load_entropy`: entropy of the load over `log E`; 1 if it is even, 0 if an expert gets all tokens
+    - `moe/dropped`: share of tokens that no expert processes
+    - `moe/balance_loss`, `moe/z_loss`: auxiliary losses before they are weighted
+    - `moe/update_shared`, `moe/update_private`: relative change `|new - old| / |old|` in this step of all
+      shared and all private cores; the gradient mask is meant to balance the two
 
-    `.history` also contains `load`, the tokens of each expert by layer. The statistics are those of the last
-    micro-batch before the step, on this process.
+    `.history` also contains `load`, the number of tokens of each expert by layer. Router statistics are those
+    of the last micro-batch before the step, on this process.
 
     Raises (when training begins):
         TargetError: the model has no mixture.
@@ -155,7 +156,7 @@ class RouterStatsCallback(TrainerCallback):
         """Check that the model has a mixture to observe."""
         if not _mixtures(kwargs["model"]):
             raise TargetError(
-                f"{type(kwargs['model']).__name__} has no mixture to watch; tensornet_hf.upcycle makes them."
+                f"{type(kwargs['model']).__name__} has no mixture to observe; use tensornet_hf.upcycle first."
             )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -167,7 +168,7 @@ class RouterStatsCallback(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the movement of the cores, if this step is logged."""
+        """Collect router statistics and the relative change of the cores, if this step is logged."""
         if not self._before:
             return
         stats = {name: m.stats for name, m in _mixtures(kwargs["model"]).items() if m.stats is not None}
@@ -194,7 +195,7 @@ class RouterStatsCallback(TrainerCallback):
         self.history.append({"step": state.global_step + 1, **row, "load": loads})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the statistics to the logs, and to the history of the trainer, which has copied the logs."""
+        """Add the statistics to the logs, and to the trainer's history, which has its own copy of them."""
         if logs is not None and "loss" in logs:
             logs.update(self._latest)
             if state.log_history:
@@ -216,8 +217,7 @@ def _cores(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 # --- healing --------------------------------------------------------------------------------------------
 
-#: Default training arguments for cores: no weight decay, which would act on every core of a product; a short
-#: warm-up; a linear schedule.
+#: Default training arguments. There is no weight decay, since it would shrink every core of a product.
 DEFAULTS: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "warmup_steps": 0.05,
@@ -231,24 +231,25 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 class HealingTrainer(Trainer):
-    """A `Trainer` whose loss is the divergence from the dense model's outputs.
+    """`Trainer` whose loss is the distance from the dense model's outputs (see `output_distance`).
+
+    It trains all parameters of the model that require gradients, such as cores or adapters.
 
     Args:
-        teacher: the dense model; kept in eval mode, moved to the device of the training model.
-        relative: multiply the learning rate by the size of each parameter, as `tensornet.heal` does for
-            cores.
-        kwargs: arguments of `Trainer`. All parameters of the model that require gradients are trained: the
-            cores after `freeze_all_but_cores`, or adapters.
+        teacher: the dense model; it is set to eval mode and moved to the device of the trained model.
+        relative: multiply the learning rate of each parameter by the size of the parameter, as
+            `tensornet.heal` does for cores.
+        kwargs: arguments of `Trainer`.
     """
 
     def __init__(self, *, teacher: nn.Module, relative: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.teacher = teacher.eval().requires_grad_(False)
         self.relative = relative
-        self.model_accepts_loss_kwargs = False  # our loss is already a mean over the batch
+        self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `Trainer`, with one group for each parameter if rates are relative."""
+        """Create the optimizer of `Trainer`; if rates are relative, each parameter gets its own group."""
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.relative and not made:
@@ -266,7 +267,7 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the distance from the teacher's outputs, see `output_distance`."""
+        """Return the distance of the model's outputs from the teacher's outputs, see `output_distance`."""
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         self.teacher.to(next(model.parameters()).device)
         with torch.no_grad():
@@ -288,26 +289,29 @@ def heal(
     resume: bool = False,
     **arguments: Any,
 ) -> float:
-    """Distil the dense model into the cores with `Trainer`; for integer cores the scales are trained.
+    """Train the cores of a compressed model with `Trainer` to match the dense model's outputs.
+
+    For integer cores, the scales are trained.
 
     Args:
-        model: compressed, changed in place.
+        model: the compressed model; it is changed in place.
         teacher: the dense model; it is moved to the device of `model`, and not changed otherwise.
         data: dataset of examples with `input_ids`.
-        steps: number of steps.
+        steps: number of training steps.
         output_dir: folder for checkpoints.
-        collate: function that collates examples; the default of transformers if absent.
-        parameters: what is trained, see `tensornet.heal`.
-        resume: resume from the last checkpoint in `output_dir`, if there is one. `DEFAULTS` write one every
-            50 steps.
-        arguments: arguments of `TrainingArguments` that override `DEFAULTS`; `learning_rate` means the same
-            as `lr` of `tensornet.heal`.
+        collate: function that collates examples; None uses the default of transformers.
+        parameters: which parameters are trained, see `tensornet.heal`.
+        resume: resume from the last checkpoint in `output_dir`, if there is one. By default a checkpoint is
+            written every 50 steps.
+        arguments: arguments of `TrainingArguments` that override `DEFAULTS`. `learning_rate` has the meaning
+            of `lr` in `tensornet.heal`.
 
     Returns:
-        The mean divergence over the steps of this call.
+        The mean distance from the dense model's outputs over the steps of this call.
 
     Raises:
-        TargetError: the model has no trainable cores, nothing that requires gradients, or is the teacher.
+        TargetError: the model has no trainable cores or nothing that requires gradients, or it is the
+            teacher.
     """
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
     chosen = parameters != "trainable"

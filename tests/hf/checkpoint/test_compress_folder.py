@@ -55,7 +55,7 @@ def test_options_that_exclude_one_another_are_named_as_in_python() -> None:
     """The command line, where they are spelled otherwise, tests more of them."""
     with pytest.raises(th.compress.OptionError, match=r"^workers never .* dtype would need"):
         th.CompressOptions(workers=2, dtype="float16")
-    with pytest.raises(th.compress.OptionError, match="share_experts does not go with report"):
+    with pytest.raises(th.compress.OptionError, match="share_experts cannot be combined with report"):
         th.CompressOptions(share_experts="layer", report="page.html")
     with pytest.raises(th.compress.OptionError, match="workers writes to a local folder"):
         th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(workers=2))

@@ -79,7 +79,7 @@ def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(old_model)
     for target in (old_model, link, tmp_path):
-        with pytest.raises(DestinationError, match="is or holds the source"):
+        with pytest.raises(DestinationError, match="is or contains the source"):
             check_free(target, force=True, sources=(old_model,))
 
 
@@ -163,7 +163,7 @@ def test_modules_of_sentence_encoders_are_copied(encoder: Path, tmp_path: Path) 
     assert (made / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
     for content in ("[1]", '[{"path": "../.."}]', "{"):
         (encoder / "modules.json").write_text(content)
-        with pytest.raises(FormatError, match=r"does not list modules|outside the folder"):
+        with pytest.raises(FormatError, match=r"is not a list of modules|outside the folder"):
             th.save(th.load(encoder), tmp_path / "other", source=encoder)
     assert not (tmp_path / "other").exists()
 

@@ -194,7 +194,7 @@ def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.Monke
     assert re.search(r"measured    loss increase .* on [0-9,]+ tokens of text.txt", out)
     status, _, err = tensornet(*how, "--calibration", "default", "other")
     assert status == 1
-    assert "was collected on" in err
+    assert "were collected on" in err
 
 
 def test_experts_share_cores(tensornet: Run) -> None:

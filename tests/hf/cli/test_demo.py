@@ -87,7 +87,7 @@ def test_report_says_the_same(done: tuple[Path, str]) -> None:
     for rise in rises.values():
         assert f"{rise:+.4f}" in html
     assert "measured</em>" in html
-    assert "The same bytes, other ways" in html
+    assert "Comparison with baselines of the same size" in html
     assert "://" not in html
     assert str(folder.parent) not in html
     assert "tensornet demo --output demo_out" in html

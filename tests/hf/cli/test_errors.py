@@ -63,7 +63,7 @@ FAILED = [
     ("compress scribbled out HALF", r"model\.safetensors is truncated or damaged"),
     ("compress GPT2 out --rel-error 0.5 --target nosuch", "'nosuch' matches no layer"),
     ("compress GPT2 out --rel-error 0.5 --target re:(", "not a regular expression"),
-    ("compress GPT2 out --bits 4.25", "give --calibration FILE.*--calibration default"),
+    ("compress GPT2 out --bits 4.25", "with --calibration FILE.*--calibration default"),
     ("compress GPT2 out", "says how far"),
     ("compress GPT2 out --rel-error 0.5 --workers 0", "workers.* must be at least 1"),
     (
@@ -77,12 +77,12 @@ FAILED = [
     ("compress GPT2 out --bits 4 --formats int9", "Unknown number format 'int9'"),
     ("compress GPT2 out --rel-error 0.5 --report no/r.html", "report cannot be written"),
     ("compress GPT2 out --plan empty.txt", "Cannot read a compression plan"),
-    ("compress GPT2 out --max-bond 4 --calibration short.txt", "less than one window"),
+    ("compress GPT2 out --max-bond 4 --calibration short.txt", "fewer than a window"),
     ("compress bare out --max-bond 4 --calibration text.txt", "has no tokenizer"),
     ("compress GPT2 hf://a/b/c --rel-error 0.5", "not an address on the hub"),
     ("compress GPT2 out --max-bond 4 --calibration text.txt --validation absent.txt", "There is no file"),
-    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation empty.txt", "holds no text"),
-    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation short.txt", "less than one window"),
+    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation empty.txt", "contains no text"),
+    ("compress GPT2 out --max-bond 4 --calibration text.txt --validation short.txt", "fewer than a window"),
     ("decompress GPT2 out", "nothing to decompress"),
     ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "top_k=3 with num_experts=2"),
     ("upcycle GPT2 --experts 2 --router expert_choice --dry-run", "'expert_choice' looks at later tokens"),
@@ -93,9 +93,9 @@ FAILED = [
     ("upcycle GPT2 out --share center --sites 3", "drop sites, or drop share and pool"),
     ("eval T5 --text text.txt", "not a causal language model"),
     ("eval GPT2 --text text.txt --context 500", "more than the 128 positions"),
-    ("eval GPT2 --text text.txt --stride 500", "stride must lie between 1 and"),
+    ("eval GPT2 --text text.txt --stride 500", "stride must be between 1 and"),
     ("eval GPT2 --text absent.txt", r"There is no file absent\.txt"),
-    ("eval GPT2 --text empty.txt", r"empty\.txt holds no text"),
+    ("eval GPT2 --text empty.txt", r"empty\.txt contains no text"),
     ("eval GPT2 --text latin.txt", r"latin\.txt is not UTF-8 text"),
     ("generate GPT2 --prompt ''", "prompt is empty"),
     ("generate GPT2 --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
@@ -116,16 +116,16 @@ WRONG = [
     ("compress GPT2 out --int8", "No such option.*--formats int8"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
     ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report would need"),
-    ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "compresses nothing, which --held-out would"),
+    ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "only plans, but --held-out would"),
     (
         "compress GPT2 out --bits 4 --calibration text.txt --held-out text.txt",
-        "--held-out is the text of --cal",
+        "--held-out is the file of --cal",
     ),
     (
         "compress GPT2 out --bits 4 --calibration text.txt --validation text.txt",
-        "is the text of --calibration",
+        "is the file of --calibration",
     ),
-    ("compress GPT2 out HALF --validation other.txt", "which needs --calibration"),
+    ("compress GPT2 out HALF --validation other.txt", "A prediction needs --calibration"),
     (
         "compress GPT2 out --bits 4 --calibration text.txt --validation other.txt --workers 1",
         "--validation would",
@@ -133,22 +133,22 @@ WRONG = [
     ("compress GPT2 out HALF --workers 1 --dtype bfloat16", "--dtype would need"),
     ("compress GPT2 out HALF --workers 1 --report x", "--report would need"),
     ("compress GPT2 out HALF --workers 1 --rotate", "--rotate would need"),
-    ("compress GPT2 out HALF --heal 3", "--heal trains on the text of --calibration; give one"),
-    ("compress GPT2 out HALF --refine", "--refine fits layers on the text of --calibration; give one"),
+    ("compress GPT2 out HALF --heal 3", "--heal trains on the calibration text; add --calibration"),
+    ("compress GPT2 out HALF --refine", "--refine refits layers on the calibration text; add --calibration"),
     (
         "compress GPT2 out HALF --refine --calibration text.txt --share-experts layer",
-        "does not go with --refine",
+        "cannot be combined with --refine",
     ),
     ("compress x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
     ("upcycle x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
     ("upcycle x y --pool some", "'all' or a number of neighbouring layers, such as 2; got 'some'"),
     ("compress x y --max-bytes 60XB", "'60XB' is not a size"),
     ("compress GPT2 out CHAIN --topology-option sites", "takes KEY=VALUE, such as sites=3; got 'sites'"),
-    ("compress GPT2 out CHAIN --topology-option a=2 --topology-option a=3", "gives a twice"),
+    ("compress GPT2 out CHAIN --topology-option a=2 --topology-option a=3", "sets a twice"),
     ("eval GPT2", "Say what to measure: --text FILE"),
     ("eval GPT2 --text x --task-path .", "--task-path belongs to --tasks"),
     *(
-        (f"{command} --device nothing", "nothing cannot be used here")
+        (f"{command} --device nothing", "nothing is not available on this machine")
         for command in ("compress x y", "upcycle x y", "decompress x y", "eval x", "generate x", "demo")
     ),
 ]
@@ -204,7 +204,7 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr("tensornet_hf.streaming._compress_shard", stop)
     status, _, err = tensornet(*plain, "--workers", 1)
     assert status == 130
-    assert "what is finished is kept: run the same command again" in err
+    assert "finished parts are kept; run the same command again" in err
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
 
 
@@ -230,7 +230,7 @@ main()
             "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))",
             "tensornet: Writing .*out failed: .*[Nn]othing was left",
         ),
-        ("nobody/nothing", "", "tensornet: nobody/nothing is not a folder here"),
+        ("nobody/nothing", "", "tensornet: nobody/nothing is not a local folder"),
     ],
     ids=["full disk", "hub id"],
 )

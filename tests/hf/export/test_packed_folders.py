@@ -221,7 +221,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(arguments) != 0
     assert "exists already" in capsys.readouterr().err
     assert run([*arguments[:-1], "paper"]) != 0
-    assert "known are" in capsys.readouterr().err
+    assert "choose one of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -229,7 +229,7 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
     if target == "mlx":
         pytest.importorskip("mlx", reason="needs the extra `export`")
     dense = LlamaForCausalLM(LlamaConfig(**SIZES))
-    with pytest.raises(TargetError, match="no tensor-network layers"):
+    with pytest.raises(TargetError, match="no compressed layers"):
         th.export(dense, tmp_path / "out", target=target)
     tn.compress(dense, tn.CompressionConfig(max_bond=2, objective="weight"), progress=False)
     with pytest.raises(TargetError, match="No layer can be packed"):

@@ -121,5 +121,7 @@ def test_a_checkpoint_without_its_owner_is_one_clear_error(tmp_path: Path) -> No
     layers = config["quantization_config"]["layers"]
     del layers["transformer.shared_cores.c_fc_96x24"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"shared_cores.c_fc_96x24.core_1 stored, but not described"):
+    with pytest.raises(
+        FormatError, match=r"shared_cores.c_fc_96x24.core_1, but config.json does not describe"
+    ):
         th.load(tmp_path)

@@ -155,7 +155,7 @@ def test_a_checkpoint_without_its_pool_is_one_clear_error(lost: str, tmp_path: P
         kept = {name: x for name, x in load_file(weights).items() if not name.startswith(pool)}
         save_file(kept, weights, metadata={"format": "pt"})
     message = {
-        "description": r"shared_cores\.pool.* stored, but not described",
+        "description": r"shared_cores\.pool.* config\.json does not describe",
         "tensors": r"shared_cores\.pool.* is missing",
         "both": r"ExpertPool labelled 'pool', of which GPT2LMHeadModel has 0",
     }

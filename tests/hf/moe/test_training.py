@@ -200,7 +200,7 @@ def test_the_trained_loss_holds_the_auxiliary_ones(tmp_path: Path) -> None:
 def test_callbacks_on_a_model_without_mixtures_say_so(tmp_path: Path) -> None:
     for callback, message in (
         (th.GradientMaskCallback(0.5), "has no core that experts share"),
-        (th.RouterStatsCallback(), "has no mixture to watch"),
+        (th.RouterStatsCallback(), "has no mixture to observe"),
         (th.RouterBiasCallback(), "No router of this GPT2LMHeadModel has biases"),
     ):
         with pytest.raises(TargetError, match=message):
@@ -265,7 +265,7 @@ def alone(tmp_path: Path) -> Iterator[None]:
 def test_trainer_refuses_experts_that_are_spread(alone: None, tmp_path: Path) -> None:
     model = model_of()
     parallel.shard_experts(model)
-    with pytest.raises(TargetError, match=r"spread over processes.*gather_experts\(model\)"):
+    with pytest.raises(TargetError, match=r"distributed over processes.*gather_experts\(model\)"):
         trainer_of(model, tmp_path, [])
     with pytest.raises(TargetError, match="gather_experts"):
         model.save_pretrained(tmp_path / "part")

@@ -149,7 +149,7 @@ def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_experts": 4', '"num_experts": 6'))
     with pytest.raises(
-        FormatError, match=r"router.weight is stored with shape \[4, 24\], its description says \[6, 24\]"
+        FormatError, match=r"router.weight is stored with shape \[4, 24\], but its description says \[6, 24\]"
     ):
         th.load(tmp_path)
 

@@ -124,9 +124,9 @@ def test_is_one_file_that_fetches_and_runs_nothing(tmp_path: Path) -> None:
 
 def test_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     page = parsed(a_page([ModelFacts("original", 10), ModelFacts("compressed", 5)]), tmp_path)
-    for absent in ("Perplexity", "What they write", "measured", "Plain way"):
+    for absent in ("Perplexity", "Generated text", "measured", "Best baseline"):
         assert absent not in page.text
-    assert "Nothing says what that costs" in page.text
+    assert "The loss increase is unknown" in page.text
 
 
 def facts(losses: dict[str, float | None], are_measured: bool = False) -> list[ModelFacts]:
@@ -140,11 +140,14 @@ def facts(losses: dict[str, float | None], are_measured: bool = False) -> list[M
 
 @pytest.mark.parametrize("are_measured", [False, True])
 def test_first_screen_says_whether_the_plain_way_is_worse(tmp_path: Path, are_measured: bool) -> None:
-    for ours, expected in ((0.02, "costs 0.0500, 2.5 times as much"), (0.2, "is better here: 0.0500")):
+    for ours, expected in (
+        (0.02, "increases the loss by 0.0500, 2.5 times as much"),
+        (0.2, "is better here: it increases the loss by 0.0500"),
+    ):
         losses = {"original": 0.0, "compressed": ours, "round to nearest": 0.09, "GPTQ": 0.05}
         page = parsed(predicted(a_page(facts(losses, are_measured))), tmp_path)
-        first = page.text.split("The same bytes, other ways")[0]
-        assert f"The best plain method of at most these bytes, GPTQ (int4), {expected}" in first
+        first = page.text.split("Comparison with baselines of the same size")[0]
+        assert f"The best baseline of at most this size, GPTQ (int4), {expected}" in first
         assert ("On held-out text" in first, "As predicted" in first) == (are_measured, not are_measured)
 
 
@@ -153,9 +156,11 @@ def test_only_like_is_compared_with_like(tmp_path: Path) -> None:
     rows = facts({"original": 0.0, "compressed": 0.2, "GPTQ": 0.1, "plain SVD": 0.3})
     rows[2] = replace(rows[2], bits=4.5)
     page = parsed(predicted(a_page(rows)), tmp_path)
-    assert "The best plain method of at most these bytes, plain SVD (int4), costs 0.3000" in page.text
+    assert (
+        "The best baseline of at most this size, plain SVD (int4), increases the loss by 0.3000" in page.text
+    )
     rows = facts({"original": 0.0, "compressed": 0.2}, are_measured=True) + facts({"round to nearest": 0.1})
-    assert "best plain method" not in parsed(predicted(a_page(rows)), tmp_path).text
+    assert "best baseline" not in parsed(predicted(a_page(rows)), tmp_path).text
 
 
 def test_layers_show_predicted_losses_of_plain_methods(tmp_path: Path) -> None:

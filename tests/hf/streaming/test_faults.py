@@ -77,7 +77,7 @@ def test_damaged_or_mixed_up_shards(source: Path) -> None:
     refused(source, rf"{name} is truncated or damaged")
     files[0].write_bytes(whole)
     edit_json(source / INDEX, lambda x: x["weight_map"].update(ghost=name))
-    refused(source, f"{name} holds 'ghost', and it does not")
+    refused(source, f"{name} contains 'ghost', but it does not")
     shutil.copyfile(files[1], files[0])
     refused(source, "both store|says that .* holds")
     files[0].unlink()
@@ -196,7 +196,7 @@ def test_a_full_disk(source: Path, tmp_path: Path) -> None:
     _, err = run.communicate()
     assert run.returncode != 0
     assert "DestinationError" in err
-    assert "What is finished is kept in" in err
+    assert "Finished shards are kept in" in err
     assert not (tmp_path / "out").exists()
     th.compress_checkpoint(source, tmp_path / "out", CONFIG, **SMALL)
     th.load(tmp_path / "out")

@@ -131,5 +131,5 @@ def test_t5_pairs_refuses_an_unknown_split() -> None:
 
 def test_missing_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "files", lambda _: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"embedded data 'gpt2' is missing.*install tensornet-torch"):
+    with pytest.raises(FileNotFoundError, match=r"embedded data 'gpt2' is missing.*Install tensornet-torch"):
         embedded.gpt2_path()

@@ -95,12 +95,12 @@ def test_bad_input(model: TinyForCausalLM) -> None:
         perplexity(model, tokens, context=65)
     with pytest.raises(ValueError, match="context must be at least 2"):
         perplexity(model, tokens, context=1)
-    with pytest.raises(ValueError, match="stride must lie between 1 and the context 4, got 5"):
+    with pytest.raises(ValueError, match="stride must be between 1 and the context 4, got 5"):
         perplexity(model, tokens, context=4, stride=5)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         perplexity(model, tokens, context=4, batch_size=0)
     nn.init.constant_(model.head.bias, float("nan"))
-    with pytest.raises(NonFiniteError, match="loss over this text is nan"):
+    with pytest.raises(NonFiniteError, match="loss on this text is nan"):
         perplexity(model, tokens, context=4)
 
 

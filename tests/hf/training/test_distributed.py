@@ -56,7 +56,7 @@ def test_what_fits_and_what_is_refused(folders: dict[str, str], tmp_path: Path) 
         for name in ("compressed", "attention"):
             assert "model.layers.0." in found[name, "tensors"]
             assert "fsdp_size" in found[name, "tensors"]
-        assert "model.layers.0.mlp is made of cores" in found["mixture", "experts"]
+        assert "model.layers.0.mlp is a tensor network" in found["mixture", "experts"]
         assert "shard_experts(model)" in found["mixture", "experts"]
         assert "ep_plan" in found["compressed", "experts"]  # transformers' own answer
 

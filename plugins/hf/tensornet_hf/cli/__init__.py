@@ -1,4 +1,4 @@
-"""The program `tensornet`: thin commands over functions of the library."""
+"""The program `tensornet`, whose commands call functions of the library."""
 
 from tensornet_hf.cli.main import app
 

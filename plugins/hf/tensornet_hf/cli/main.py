@@ -1,4 +1,4 @@
-"""Entry of the command line; a failure prints one line on stderr and exits with a non-zero status."""
+"""Entry point of the command line; an error prints one line on stderr and sets a non-zero exit status."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "upcycle": commands.upcycle,
     "demo": commands.demo,
 }
-#: What to use in place of options that were removed.
+#: Advice for options that were removed.
 REMOVED = {
     "--int8": "Use --formats int8 with --bits 8.25.",
     "--sentences": "examples/sentence_encoder.py compares the vectors of an encoder.",
@@ -46,16 +46,16 @@ def _program() -> typer.Typer:
 
     @program.callback()
     def options(
-        debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.")] = False,
+        debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
         version: Annotated[
             bool,
             typer.Option("--version", is_eager=True, callback=_version, help="Print versions and exit."),
         ] = False,
     ) -> None:
-        """Compress language models into tensor networks, inspect the result, and use it.
+        """Compress language models into tensor networks, and inspect, evaluate and run the result.
 
-        A model is a folder as transformers writes it, or a hub id. Destinations are folders, or
-        hf://owner/name to upload.
+        Models are folders written by transformers, or hub ids.
+        Destinations are folders, or hf://owner/name to upload.
         """
 
     for name, function in COMMANDS.items():
@@ -75,14 +75,14 @@ def app() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command.
+    """Run a command.
 
     Args:
-        arguments: arguments without the name of the program. `--debug` is accepted in any place, and
-            `--help-all`, which shows rare options too.
+        arguments: arguments without the name of the program. `--debug` and `--help-all` (help with rare
+            options) are accepted at any position.
 
     Returns:
-        0, or 1 (failed), 2 (wrong usage), 130 (interrupted).
+        The exit status: 0 (success), 1 (failed), 2 (wrong usage), 130 (interrupted).
     """
     debug = "--debug" in arguments
     notes = _quiet(debug)
@@ -96,22 +96,22 @@ def run(arguments: Sequence[str]) -> int:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:
         removed = REMOVED.get(getattr(error, "option_name", ""))
-        advice = removed or "See tensornet --help, or --help after the command."
+        advice = removed or "See tensornet --help, or tensornet COMMAND --help."
         _say(f"{error.format_message()} {advice}")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output, such as `head`, has exited
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception as error:  # users get one line, and the option that shows more
+    except Exception as error:  # users see one line; --debug shows the traceback
         if debug:
             raise
         _say(_one_line(error))
         return FAILED
     if status == INTERRUPTED:
         resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
-        kept = "what is finished is kept: run the same command again to continue."
+        kept = "finished parts are kept; run the same command again to continue."
         _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
         return INTERRUPTED
     for note in notes:
@@ -120,10 +120,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _quiet(debug: bool) -> list[str]:
-    """Silence warnings of other libraries, which a user of the program cannot act on.
+    """Silence warnings of other libraries, about which users of the program can do nothing.
 
     Returns:
-        A list to which our own warnings are added. They are shown after a success; a failure prints one line.
+        A list that collects this library's warnings, to be printed after a success.
     """
     notes: list[str] = []
     if debug:
@@ -133,7 +133,7 @@ def _quiet(debug: bool) -> list[str]:
         notes.append(" ".join(str(message).split()))
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()  # the bars of transformers, one for each file
+    logging.disable_progress_bar()  # transformers shows a bar for each file
     warnings.simplefilter("ignore")
     warnings.filterwarnings("always", category=UserWarning, module="tensornet")
     warnings.showwarning = keep
@@ -146,10 +146,10 @@ def _one_line(error: Exception) -> str:
     else:
         text = str(error)
     text = " ".join(text.split())
-    # Our own errors say what to do; for others, print the class and the option that shows more.
+    # Errors of this library say what to do. For other errors, print the class and mention --debug.
     if type(error).__module__.startswith("tensornet") or isinstance(error, OSError | ValueError):
         return text or type(error).__name__
-    return f"{type(error).__name__}: {text} (add --debug to see where)"
+    return f"{type(error).__name__}: {text} (add --debug to see the traceback)"
 
 
 def _say(text: str) -> None:

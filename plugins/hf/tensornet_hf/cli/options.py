@@ -1,4 +1,4 @@
-"""Options, values and output that several commands share."""
+"""Option types, parsers and printing functions that several commands share."""
 
 import inspect
 import json
@@ -48,7 +48,7 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """Parse a keep ratio in `(0, 1]`.
+    """Parse a share in `(0, 1]`, such as a parameter ratio.
 
     Raises:
         typer.BadParameter: not a number, or out of range; above 1 the message explains how to write a
@@ -64,11 +64,11 @@ def parse_share(text: str | float) -> float:
         raise typer.BadParameter(f"{text!r} is not a number; write a share such as 0.5.") from None
     if 1 < share <= 100:
         raise typer.BadParameter(
-            f"{text} is above 1, and would keep more than there is; if it is a percentage, write "
-            f"{share / 100:g} for {share:g} %."
+            f"{text} is above 1, but a share is at most 1; if it is a percentage, write {share / 100:g} for "
+            f"{share:g} %."
         )
     if not 0 < share <= 1:
-        raise typer.BadParameter(f"{text} does not lie in (0, 1]; write a share such as 0.5 for one half.")
+        raise typer.BadParameter(f"{text} is not in (0, 1]; write a share such as 0.5 for one half.")
     return share
 
 
@@ -113,7 +113,9 @@ def parse_device(text: str | torch.device) -> torch.device:
         if torch.accelerator.is_available():
             kind = torch.accelerator.current_accelerator()
             found += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
-        raise typer.BadParameter(f"{text!s:.60} cannot be used here; choose one of {', '.join(found)}.")
+        raise typer.BadParameter(
+            f"{text!s:.60} is not available on this machine; choose one of {', '.join(found)}."
+        )
     return device
 
 
@@ -121,8 +123,8 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     """Parse `KEY=VALUE` options; values are JSON or, if they are not valid JSON, strings.
 
     Args:
-        option: name of the option, for errors.
-        given: the values of the option, one for each time it was given.
+        option: name of the option, for error messages.
+        given: the values of the option, one for each time that it was given.
 
     Raises:
         typer.BadParameter: a value has no `=`, or a key is given twice.
@@ -137,7 +139,7 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
         if not separator or not key.strip():
             raise typer.BadParameter(f"{option} takes KEY=VALUE, such as sites=3; got {text!r}.")
         if key.strip() in found:
-            raise typer.BadParameter(f"{option} gives {key.strip()} twice; leave one of them out.")
+            raise typer.BadParameter(f"{option} sets {key.strip()} twice; leave out one of the two.")
         try:
             found[key.strip()] = json.loads(value)
         except ValueError:
@@ -145,40 +147,44 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
     return found
 
 
-Source = Annotated[str, typer.Argument(help="Model folder, or hub id where no folder has that name.")]
+Source = Annotated[str, typer.Argument(help="Model folder, or hub id if there is no such folder.")]
 Destination = Annotated[str, typer.Argument(help="Folder to write, or hf://owner/name to upload.")]
 NewModel = Annotated[
     str | None,
     typer.Argument(
-        help="Folder or GGUF file (.gguf) to write, or hf://owner/name; not needed for --dry-run."
+        help="Folder or GGUF file (.gguf) to write, or hf://owner/name to upload; not needed with --dry-run."
     ),
 ]
 NewFolder = Annotated[
     str | None,
-    typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed for --dry-run."),
+    typer.Argument(help="Folder to write, or hf://owner/name to upload; not needed with --dry-run."),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace a destination that exists.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing destination.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Store weights in this dtype: float32, bfloat16, float16. [default: as they are]"),
+    typer.Option(help="Store weights in this dtype: float32, bfloat16, float16. [default: keep their dtype]"),
 ]
 Device = Annotated[
     torch.device,
-    typer.Option(parser=parse_device, metavar="DEVICE", help="Where the model runs: cpu, cuda, cuda:1, mps."),
+    typer.Option(
+        parser=parse_device,
+        metavar="DEVICE",
+        help="Device on which the model runs: cpu, cuda, cuda:1, mps.",
+    ),
 ]
 CPU = torch.device("cpu")
 
-#: Titles of the option groups, in the order in which help shows them, by the `group` of a field.
+#: Title of each option group in the help, by the `group` of a field; the help shows groups in this order.
 GROUPS = {
-    "experts": "Experts, and what they share",
-    "routing": "Router and balance",
-    "budget": "How far (budgets may be combined; the tightest decides)",
-    "data": "Data that decide, and measure",
-    "layers": "Which layers",
-    "after": "Correction afterwards",
-    "output": "What is written",
-    "run": "How it runs",
+    "experts": "Experts and what they share",
+    "routing": "Router and load balance",
+    "budget": "Budget (several can be combined; the tightest decides)",
+    "data": "Texts for calibration and measurement",
+    "layers": "Layers",
+    "after": "Correction after compression",
+    "output": "Output",
+    "run": "Execution",
     "advanced": "Advanced",
 }
 #: Type of an option and further arguments of `typer.Option`, by the `kind` of a field.
@@ -199,7 +205,7 @@ _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
 
 
 def spelled(described: Field[Any]) -> str:
-    """Return an option as it is written on the command line.
+    """Return the name of a field's option on the command line.
 
     Example:
         >>> from dataclasses import fields
@@ -210,10 +216,11 @@ def spelled(described: Field[Any]) -> str:
 
 
 def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add an option to a command for every described field of some dataclasses.
+    """Return a decorator that adds an option to a command for every field of dataclasses that has metadata.
 
-    A field is described by its metadata (see `tensornet.compression.config.option`) and by the docstring of
-    its class. The command receives the given values as keyword arguments, named as the fields, for `collect`.
+    The metadata of a field (see `tensornet.compression.config.option`) determines the type and group of its
+    option, and the docstring of the class its help text. The command gets the values as keyword arguments
+    with the names of the fields; `collect` converts them to arguments of the dataclass.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -232,7 +239,7 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 
 
 def help_of(kind: type, name: str) -> str:
-    """Read the first sentence about an argument in the docstring of a class.
+    """Return the first sentence about an argument in the docstring of a class, as a help text.
 
     Example:
         >>> help_of(tn.CompressionConfig, "max_bond")
@@ -246,7 +253,7 @@ def help_of(kind: type, name: str) -> str:
 
 
 def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
-    """Make the parameter of a command from a field; its default is None."""
+    """Convert a field of a dataclass to a parameter of a command, with None as the default."""
     facts, flag = described.metadata, spelled(described)
     kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
     more = dict(more)
@@ -273,13 +280,13 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
 
 
 def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Collect the arguments for a dataclass from the given options."""
+    """Convert option values to the arguments of a dataclass; options that were not given are left out."""
     found = {}
     for described in fields(kind):
         value: Any = given.get(described.name)
         if not described.metadata or value is None or value == []:
             continue
-        if described.default is True:  # the command line has only the negative form
+        if described.default is True:  # the command line only has the option `--no-...`
             value = False
         if described.metadata["kind"] == "names":
             value = tuple(value.split(","))
@@ -295,13 +302,13 @@ def print_json(data: Any) -> None:
 
 
 def print_lines(*lines: str) -> None:
-    """Print plain text on stdout, without interpreting markup."""
+    """Print lines of text on stdout, without interpreting markup."""
     for line in lines:
         typer.echo(line)
 
 
 def print_result(result: Any, as_json: bool) -> None:
-    """Print a result on stdout, as text or as the JSON of its `to_dict`."""
+    """Print a result on stdout, as text or as JSON (from its method `to_dict`)."""
     if as_json:
         print_json(result.to_dict())
     else:
@@ -314,7 +321,7 @@ def note(text: str) -> None:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout, the first column aligned left, the others right."""
+    """Print a table on stdout; the first column is aligned left, the others are aligned right."""
     console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):

@@ -1,1 +1,1 @@
-"""Export to the formats of other libraries, one file for each."""
+"""Exporters to the formats of other libraries, one module for each format."""

@@ -1,4 +1,4 @@
-"""Parts that all exporters share: the integers and low ranks of layers, and the report of an export."""
+"""Code that all exporters share: splitting layers into integers and low ranks, and the export report."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,13 +18,13 @@ from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import unpack
 from tensornet_hf.report import compact_bytes
 
-#: Suffix of the files of llama.cpp.
+#: Suffix of files for llama.cpp.
 GGUF = ".gguf"
-#: What becomes of layers that are not one matrix of integers: dense; or dense, but a low rank that is added
-#: to integers becomes a LoRA adapter; or an error.
+#: How to write a layer that is not a single matrix of integers: dense; or as a LoRA adapter if it is a low
+#: rank added to integers, and dense otherwise; or refuse it with an error.
 Networks = Literal["dense", "lora", "refuse"]
 NETWORKS: tuple[Networks, ...] = get_args(Networks)
-#: Kinds of layers to which LoRA adapters can be added.
+#: Layer types to which LoRA adapters can be added (`NetworkModule.source`).
 _ADAPTED = ("linear", "conv1d")
 
 
@@ -32,17 +32,20 @@ def check_new_file(path: Path, *, force: bool) -> None:
     """Check that a file may be written, before any work is done.
 
     Raises:
-        DestinationError: it exists and `force` is not set, or cannot be written.
+        DestinationError: the file exists and `force` is not set, or it cannot be written.
     """
     if path.is_dir() or (path.exists() and not force):
         raise DestinationError(
-            f"{path} exists already. Choose another name, or replace a file with force=True (--force)."
+            f"{path} exists already. Choose another name, or replace the file with force=True (--force)."
         )
     check_place("The model", path)
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Collect entries of a configuration that other packages read and transformers 5 has renamed."""
+    """Return configuration entries under their old names, which other packages read, by name.
+
+    transformers 5 has renamed these entries.
+    """
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
     return {name: value for name, value in found.items() if value is not None}
@@ -50,16 +53,16 @@ def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """Report of an export: what was packed, and what was written dense and why.
+    """Report of an export: which tensors were written as packed integers, and which were written dense.
 
     Args:
-        destination: the file or folder.
-        packed: type of every tensor or layer that was packed, by its name in the destination.
-        dense: reason for every compressed layer or tensor that was written dense, by name.
-        num_bytes: size of the weight files, without the adapter.
+        destination: the file or folder that was written.
+        packed: type of every packed tensor or layer by its name in the destination.
+        dense: for every compressed layer or tensor that was written dense, the reason by name.
+        num_bytes: size of the weight files in bytes, without the adapter.
         adapter: file or folder of the LoRA adapter; None if there is none.
         ranks: rank of every layer in the adapter, by name.
-        adapter_bytes: size of its weight file.
+        adapter_bytes: size of the adapter's weight file in bytes.
 
     Example:
         >>> from pathlib import Path
@@ -87,7 +90,7 @@ class ExportReport:
 
     @property
     def adapter_lines(self) -> tuple[str, ...]:
-        """Say in one line what the adapter is; none without one."""
+        """A line that describes the LoRA adapter; empty if there is no adapter."""
         if self.adapter is None:
             return ()
         least, most = min(self.ranks.values()), max(self.ranks.values())
@@ -98,13 +101,15 @@ class ExportReport:
 
 
 class IntegerMatrix(NamedTuple):
-    """Weight of a layer, stored as one matrix of integers: `scale * (code - zero)` or `scale * level[code]`.
+    """Weight of a layer as a matrix of integer codes, with the values `scale * (code - zero)`.
+
+    For formats with a table of levels the values are `scale * level[code]`.
 
     Args:
         codes: uint8, shape `(out, in)`.
-        scales: float32, shape `(out, groups)`.
-        zeros: float32 of the same shape; may be half-integers.
-        number_format: the format.
+        scales: float32, shape `(out, groups)`; a group is a part of a row.
+        zeros: float32 zero points, shape `(out, groups)`; may be half-integers.
+        number_format: number format of the codes.
     """
 
     codes: Tensor
@@ -114,14 +119,14 @@ class IntegerMatrix(NamedTuple):
 
     @property
     def points(self) -> Tensor:
-        """Multiples of the scales, `code - zero` or levels, float32, shape `(out, in)`."""
+        """Values divided by their scales (`code - zero`, or levels), float32, shape `(out, in)`."""
         if (levels := self.number_format.levels(self.scales)) is not None:
             return levels.values[self.codes.long()]
         return self.codes.float() - self.number_format.spread(self.zeros, self.codes.shape[1])
 
     @property
     def spread_scales(self) -> Tensor:
-        """Scale of every element, float32, shape `(out, in)`."""
+        """Scale of every element of the matrix, float32, shape `(out, in)`."""
         return self.number_format.spread(self.scales, self.codes.shape[1]).contiguous()
 
     @property
@@ -131,12 +136,12 @@ class IntegerMatrix(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Low rank that is added to the integers of a layer, whose weight is `integers + left @ right`.
+    """Low-rank part of a layer whose weight is the sum of a matrix of integers and `left @ right`.
 
     Args:
         left: float32, shape `(out, rank)`.
         right: float32, shape `(rank, in)`.
-        integers: the right factor, if it is stored as integers.
+        integers: codes of the right factor if it is stored as integers, otherwise None.
     """
 
     left: Tensor
@@ -150,12 +155,12 @@ class LowRank(NamedTuple):
 
 
 class SplitLayers(NamedTuple):
-    """The tensor-network layers of a model, by what becomes of them in a file.
+    """The tensor-network layers of a model by name, grouped by how an exporter writes them.
 
     Args:
-        integers: integers of the layers that can be packed.
-        low_ranks: low ranks that are added to some of these.
-        dense: why the other layers are written dense.
+        integers: matrices of integers of the layers that can be packed.
+        low_ranks: low-rank parts of some of these layers, to be written as adapters.
+        dense: reasons for which the other layers are written dense.
     """
 
     integers: dict[str, IntegerMatrix]
@@ -164,10 +169,14 @@ class SplitLayers(NamedTuple):
 
 
 def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
-    """Separate the layers of a model into integers, low ranks that become adapters, and the others.
+    """Split the tensor-network layers of a model into integers, low ranks, and layers to be written dense.
+
+    Args:
+        model: a compressed model.
+        networks: how to treat layers that are not a single matrix of integers, see `Networks`.
 
     Raises:
-        TargetError: `networks` is "refuse", and a layer is not one matrix of integers.
+        TargetError: `networks` is "refuse", and a layer is not a single matrix of integers.
         ValueError: an unknown value of `networks`.
     """
     if networks not in NETWORKS:
@@ -188,10 +197,10 @@ def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
         if low_rank is None:
             found.integers[name] = integers
         elif layer.source not in _ADAPTED:
-            found.dense[name] = f"integers plus a low rank; no adapter fits a layer of kind {layer.source!r}"
+            found.dense[name] = f"integers plus a low rank; no adapter fits a layer of type {layer.source!r}"
         elif name in tied:
             found.dense[name] = (
-                f"integers plus a low rank; an adapter would not reach {tied[name]}, tied to it"
+                f"integers plus a low rank; an adapter would not apply to {tied[name]}, which is tied to it"
             )
         elif networks == "lora":
             found.integers[name], found.low_ranks[name] = integers, low_rank
@@ -203,13 +212,14 @@ def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
         name, why = next(iter(found.dense.items()))
         raise TargetError(
             f"{len(found.dense)} layers cannot be stored as integers alone: {name} is {why}. Write them "
-            "dense (networks='dense'), or plan for the target, such as CompressionConfig(formats='gguf')."
+            "dense (networks='dense'), or compress the model with formats of the target, such as "
+            "CompressionConfig(formats='gguf')."
         )
     return found
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
-    """Find the tensor-network layers that share their tensors, with the name of another one that does."""
+    """Map each tensor-network layer that shares its tensors to the name of another layer that uses them."""
     users: dict[int, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, NetworkModule):
@@ -223,7 +233,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] | str:
-    """Return the integers of a layer and the low rank added to them, or in a few words why it has none.
+    """Return the integers of a layer and the low rank added to them, or the reason if there are no integers.
 
     Example:
         >>> from tensornet_hf.exporters.base import split_weight
@@ -252,7 +262,7 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
             cores[right].reshape(-1, columns).float(),
             None if isinstance(found, str) else found,
         )
-    # Any other network is a matrix, which may have a low rank.
+    # Rebuild the matrix of any other network, and check whether its rank is low.
     networks = [TensorNetwork(part, [cores[k].double() for k in positions]) for positions, part in rest]
     u, s, vh = torch.linalg.svd(torch.stack([x.to_matrix() for x in networks]).sum(0), full_matrices=False)
     rank = max(1, int((s > s[0] * max(topology.shape) * torch.finfo(torch.float32).eps).sum()))
@@ -263,7 +273,7 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
 
 
 def _integers(layer: NetworkModule, position: int) -> IntegerMatrix | str:
-    """Return the integers of a core, or in a few words why it has none."""
+    """Return the integers of a core, or the reason if it is not a matrix of integers."""
     core, name = layer.stored_cores[position], layer.topology.core_names[position]
     number_format = layer.storage.format_of(name)
     bits = None if number_format.rate is not None else number_format.bits

@@ -1,12 +1,12 @@
-"""Export integer layers as a compressed-tensors checkpoint, which transformers and vLLM load.
+"""Export integer layers as a compressed-tensors checkpoint, which transformers and vLLM can load.
 
-In that format the weight of a linear layer becomes `weight_packed`, codes of 2 to 8 bits as one stream of
-bits for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The configuration
-has one group of layers for each number format. transformers cannot load packed embeddings.
+In this format the weight of a linear layer becomes three tensors: `weight_packed`, codes of 2 to 8 bits as a
+stream of bits for each row; `weight_scale`, a scale for each group of inputs; and `weight_shape`. The
+configuration lists the layers of each number format as a group. transformers cannot load packed embeddings.
 
-Zero is the middle code of every layer here. The format has zero points as well, but transformers (5.24, with
-compressed-tensors 0.18 to 0.20) fails to load them. So layers with zero points get codes of more bits where
-necessary.
+In exported layers, the middle code always means zero. The format supports zero points too, but transformers
+(5.24, with compressed-tensors 0.18 to 0.20) fails to load them. So codes of layers with zero points are
+shifted, which may take more bits.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from tensornet_hf.exporters.folder import (
     write_adapter,
 )
 
-#: Kinds of layers that are packed, see `tensornet.nn.layer_kinds`.
+#: Layer types that are packed, see `tensornet.nn.layer_kinds`.
 KINDS = ("linear",)
 
 
@@ -43,30 +43,31 @@ def export_compressed_tensors(
     force: bool = False,
     networks: Networks = "dense",
 ) -> ExportReport:
-    """Write a folder that transformers with `compressed-tensors` loads; see `tensornet_hf.export`.
+    """Write a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
 
-    A layer is packed if it is an `nn.Linear` stored as one matrix of integers, with groups that divide the
-    inputs or one scale per row, and scales that are exact in the dtype of the model. vLLM reads this format
-    as well (not tested here) if the projections that it fuses, query, key and value or gate and up, share a
-    number format.
+    A layer is packed if it replaces an `nn.Linear` and is stored as a single matrix of integers, if its group
+    size divides the inputs or each row has one scale, and if its scales are exact in the model's dtype. vLLM
+    reads this format too (not tested) if the projections that it fuses (query, key and value; gate and up)
+    have the same number format.
 
     Args:
         model: a compressed model; it is not changed.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
-        networks: what becomes of layers that are not one matrix of integers. With "lora", the folder `lora`
-            inside is a PEFT adapter of the low ranks that are added to integers.
+        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
+            With "lora", the subfolder `lora` is a PEFT adapter.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written; no new files are left.
+        DestinationError: the destination exists already, is the source, or cannot be written; no new files
+            are left.
         TargetError: no layer can be packed, a network is refused, or the model has experts.
     """
     found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
     if stacks := [name for name, x in found.stock.named_parameters() if x.ndim == 3 and "experts" in name]:
         raise TargetError(
-            f"{stacks[0]} holds the matrices of all experts. transformers loads experts of such a folder "
-            "only if they are packed too, which is not done here. Export to mlx or gguf."
+            f"{stacks[0]} contains the matrices of all experts. In this format, transformers only loads "
+            "packed experts, which this exporter cannot write. Export to mlx or gguf."
         )
     found.stock.config.quantization_config = quantization_entry(found.packed)
     with model_folder(found, destination, source=source, force=force) as folder:
@@ -81,11 +82,12 @@ def export_compressed_tensors(
 def peft_adapter(
     low_ranks: Mapping[str, LowRank], dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Make the tensors and the configuration of a LoRA adapter in the format of PEFT.
+    """Convert low ranks to the tensors and the configuration of a PEFT LoRA adapter.
 
     Args:
-        low_ranks: the low ranks by layer.
-        dtypes: dtype of each layer, in which a factor is stored if that is exact; else it is in float32.
+        low_ranks: low rank of each layer by name.
+        dtypes: dtype of each layer by name. A factor is stored in this dtype if that is exact, otherwise in
+            float32.
     """
     tensors = {}
     for name, (left, right, _) in low_ranks.items():
@@ -93,8 +95,8 @@ def peft_adapter(
             short = factor.to(dtypes[name])
             exact = torch.equal(short.to(factor.dtype), factor)
             tensors[f"base_model.model.{name}.{part}.weight"] = short if exact else factor
-    # PEFT scales the product of each layer by its alpha / rank. vLLM scales all by `lora_alpha / r`, and
-    # takes ranks from the shapes. All these are 1.
+    # PEFT multiplies the product of each layer by its alpha / rank. vLLM uses `lora_alpha / r` for all layers
+    # and takes ranks from the shapes. All these factors are 1 here.
     ranks = {name: x.rank for name, x in low_ranks.items()}
     config = {
         "peft_type": "LORA",
@@ -109,7 +111,7 @@ def peft_adapter(
 
 
 def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
-    """Build `quantization_config` of a checkpoint: one group of layers for each number format."""
+    """Build the `quantization_config` of a checkpoint from the number format of each packed layer by name."""
     groups = {}
     for number, name in enumerate(sorted(set(packed.values()))):
         found = NumberFormat.parse(name)
@@ -132,21 +134,21 @@ def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
-    """Make the tensors of one layer, or say why it is written dense."""
+    """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
     bits, group = matrix.number_format.bits, matrix.number_format.group
     assert bits is not None
     points, scales = matrix.points, matrix.scales
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
-    if torch.any(points % 1):  # int2 has zero between two codes; in half steps, its points are odd integers
+    if torch.any(points % 1):  # points of int2 are half-integers; with half the scale they are odd integers
         points, scales = 2 * points, scales / 2
-    # Zero points move the codes, so that they may need more bits around a fixed zero.
+    # Points with the middle code as zero may need more bits than codes with a zero point.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1
     if bits > 8:
-        return f"its zero points give multiples of the scales from {least} to {most}; 8 bits hold -128 to 127"
+        return f"its weights are {least} to {most} times the scale, more than 8 bits allow (-128 to 127)"
     scale = scales.to(dtype)
     if not torch.equal(scale.to(scales.dtype), scales):
         return f"scales are not exact in {dtype}"

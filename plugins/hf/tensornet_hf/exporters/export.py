@@ -1,4 +1,4 @@
-"""`export`: write a model for another runtime, in the format of its file name or of a given target."""
+"""`export`: write a model for another runtime, in the format of a target that is named or has the suffix."""
 
 import os
 from collections.abc import Callable
@@ -21,17 +21,17 @@ class Target(NamedTuple):
     """Target of an export.
 
     Args:
-        export: writes a model to a destination, with the keywords `source` (folder of the tokenizer, or
-            None), `force`, `networks` and options of its own.
-        facts: what a plan has to know about a dense model and its folder: the bytes of the files above those
-            of the model, and the names of layers that stay dense.
+        export: function that writes a model to a destination. Its keyword arguments are `source` (folder of
+            the tokenizer, or None), `force`, `networks`, and options of the target.
+        facts: function that takes a dense model and its folder. It returns what a plan needs to know: the
+            bytes of the files in addition to the weights, and the names of layers that stay dense.
     """
 
     export: Callable[..., ExportReport]
     facts: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
 
 
-#: Targets by name. A new one is an entry here; the number formats that it stores as they are go into
+#: Targets by name. To add a target, write an entry here, and list the number formats that it can store in
 #: `tensornet.quantization.formats.MENUS`.
 TARGETS: dict[str, Target] = {
     "gguf": Target(export_gguf, file_facts),
@@ -41,18 +41,21 @@ TARGETS: dict[str, Target] = {
 
 
 def find_target(destination: str | os.PathLike[str], target: str | None = None) -> str | None:
-    """Return the target that is given, or that of the suffix of a destination; None without any.
+    """Return the name of the given target, or of the target that the destination's suffix implies, or None.
 
     Raises:
-        DestinationError: the suffix belongs to another target.
+        DestinationError: target and suffix contradict each other.
         ValueError: an unknown target.
     """
     is_gguf = Path(destination).suffix == GGUF
     name = target or ("gguf" if is_gguf else None)
     if name is not None and name not in TARGETS:
-        raise ValueError(f"Unknown export target {name!r}; known are {', '.join(TARGETS)}.")
+        raise ValueError(f"Unknown export target {name!r}; choose one of {', '.join(TARGETS)}.")
     if is_gguf != (name == "gguf"):
-        raise DestinationError(f"{destination}: files of llama.cpp, and only these, end in .gguf.")
+        raise DestinationError(
+            f"{destination}: the target 'gguf' needs a name that ends in .gguf, and other targets need a "
+            "name that does not."
+        )
     return name
 
 
@@ -74,30 +77,32 @@ def export(
     | `"compressed-tensors"` | a folder | transformers with `compressed-tensors`, vLLM |
     | `"mlx"` | a folder | `mlx-lm` |
 
-    A layer that the target cannot store as it is (a network of several cores, a number format that the
-    target does not have) is written dense, and the report lists it. Plans made with
-    `CompressionConfig(formats=target)` contain only what the target stores.
+    A layer that the target cannot store (a network of several cores, or a number format that the target does
+    not have) is written dense, and the report lists it. Plans made with `CompressionConfig(formats=target)`
+    only use what the target can store.
 
     Residual layers are a matrix of integers plus a low rank. With `networks="lora"` the integers are packed,
-    and all low ranks become one LoRA adapter with exactly the same factors, to be loaded with the model:
-    `model-lora.gguf` for `model.gguf`; in a folder, its subfolder `lora`.
+    and all low ranks become a LoRA adapter with exactly the same factors, to be loaded together with the
+    model. The adapter of `model.gguf` is `model-lora.gguf`; in a folder it is the subfolder `lora`.
 
     Args:
-        model_or_folder: a model, compressed or not (it is not changed), or its folder or hub id.
+        model_or_folder: a compressed or dense model (it is not changed), or its folder or hub id.
         destination: file or folder to write.
-        target: name of the target; by default that of the suffix `.gguf`.
-        source: folder whose tokenizer is written; by default the folder given.
-        force: replace a destination that exists.
-        networks: what becomes of layers that are not one matrix of integers: all `"dense"`; `"lora"`, an
-            adapter for those that are integers plus a low rank, and the others dense; or `"refuse"`.
-        options: of the target. `"gguf"` has `skeleton=`, a GGUF file of the dense model from which everything
-            but the compressed weights is taken.
+        target: name of the target; optional if the destination ends in `.gguf`.
+        source: folder from which the tokenizer is taken; by default `model_or_folder`, if it is a folder.
+        force: replace an existing destination.
+        networks: how to write layers that are not a single matrix of integers. `"dense"` writes dense
+            weights; `"lora"` writes an adapter for integers plus a low rank, and other layers dense;
+            `"refuse"` raises an error.
+        options: options of the target. `"gguf"` has `skeleton=`, a GGUF file of the dense model from which
+            everything but the compressed weights is taken.
 
     Returns:
-        What was packed, and why the rest was not.
+        A report that lists the packed layers, and the reason for each layer that was written dense.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written; nothing is left there.
+        DestinationError: the destination exists already, is the source, or cannot be written; no new files
+            are left.
         TargetError: the target cannot store this model, or a network is refused.
         ValueError: an unknown target or option.
         MissingDependencyError: a package that the target needs is not installed.
@@ -115,8 +120,8 @@ def export(
     name = find_target(destination, target)
     if name is None:
         raise ValueError(
-            f"No export target is named; known are {', '.join(TARGETS)}. Name one (target=, --target), or "
-            "end the file in .gguf."
+            f"No export target is given. Choose {', '.join(TARGETS)} (target=, --target), or a file name "
+            "that ends in .gguf."
         )
     exporter = TARGETS[name].export
     if rest := options.keys() - signature(exporter).parameters.keys():

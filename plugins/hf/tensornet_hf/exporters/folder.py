@@ -1,6 +1,6 @@
-"""Folders of safetensors whose integer matrices are packed into 32-bit words: compressed-tensors and MLX.
+"""Code shared by the targets compressed-tensors and MLX, which pack integer matrices into 32-bit words.
 
-These targets differ in the tensors that they make of one matrix and in what config.json says about them.
+Both targets are folders of safetensors files. They differ in the tensors of a matrix and in config.json.
 """
 
 import copy
@@ -34,23 +34,23 @@ from tensornet_hf.exporters.base import (
     tied_layers,
 )
 
-#: Folder of the LoRA adapter, inside the model folder.
+#: Subfolder of a model folder for the LoRA adapter.
 ADAPTER = "lora"
-#: Bytes of the entry of one tensor in the header of a safetensors file, besides its name.
+#: Bytes that a tensor takes in the header of a safetensors file, without its name.
 ENTRY = 68
-#: Number format in the folder, and the packed tensors by their names in the layer.
+#: Number format of a layer in the folder, and its packed tensors by name (`weight_scale`, ...).
 Packed = tuple[NumberFormat, dict[str, Tensor]]
 
 
 class PackedModel(NamedTuple):
-    """A model as it is written to a folder.
+    """A model in the form in which it is written to a folder.
 
     Args:
-        stock: copy of stock layers, for `save_pretrained`.
-        state: its tensors by name.
+        stock: copy of the model with dense layers, for `save_pretrained`.
+        state: tensors to write by name.
         packed: number format of every packed layer by name.
-        dense: why the other compressed layers are dense.
-        low_ranks: low ranks that are added to packed layers.
+        dense: for every other compressed layer, the reason why it is written dense, by name.
+        low_ranks: low ranks that are added to packed layers, by name.
     """
 
     stock: PreTrainedModel
@@ -68,15 +68,15 @@ def packed_model(
     kinds: Collection[str],
     packs_tied: bool,
 ) -> PackedModel:
-    """Pack the integer matrices of a model; everything else becomes dense.
+    """Pack the integer matrices of a model, and make all other layers dense.
 
     Args:
         model: a compressed model; it is not changed.
-        pack_matrix: packs a matrix for a layer that computes in the given dtype, or says why it cannot.
-        networks: see `split_layers`.
-        kinds: kinds of layers that can be packed, see `tensornet.nn.layer_kinds`.
-        packs_tied: whether a head that is tied to a packed embedding needs no tensors of its own. If not,
-            both are written dense.
+        pack_matrix: function of a matrix and the dtype of its layer; it returns the packed tensors, or the
+            reason why the matrix cannot be packed.
+        networks: how to write layers that are not a single matrix of integers, see `split_layers`.
+        kinds: layer types that can be packed, see `tensornet.nn.layer_kinds`.
+        packs_tied: True if the runtime can tie a head to a packed embedding; if not, both are written dense.
 
     Raises:
         TargetError: no layer can be packed, or a network is refused.
@@ -88,7 +88,7 @@ def packed_model(
     }
     if not layers:
         raise TargetError(
-            "This model has no tensor-network layers, so there is nothing to pack; compress it first, by "
+            "This model has no compressed layers, so there is nothing to pack. Compress it first, such as by "
             'tensornet.compress(model, CompressionConfig(bits_per_weight=4.25, formats=("int4",))).'
         )
     integers, low_ranks, dense = split_layers(model, networks)
@@ -98,9 +98,9 @@ def packed_model(
         layer = layers[name]
         found: Packed | str
         if layer.source == "part":
-            found = "one of several matrices that the model stores as one tensor, such as those of experts"
+            found = "one of several matrices that the model stores as one tensor, such as stacked experts"
         elif layer.source not in kinds:
-            found = f"a layer of the kind {layer.source!r}; this target packs {' and '.join(kinds)}"
+            found = f"a layer of type {layer.source!r}; this target packs {' and '.join(kinds)}"
         elif name in tied and not packs_tied:  # loading would tie the other layer to a missing weight
             found = f"its tensors are tied to those of {tied[name]}"
         else:
@@ -113,13 +113,13 @@ def packed_model(
         raise TargetError(
             "No layer can be packed: "
             + "; ".join(f"{name}: {why}" for name, why in list(dense.items())[:3])
-            + ". Compress with formats such as ('int4', 'int8'), or write all layers dense by "
+            + ". Compress with formats such as ('int4', 'int8'), or make all layers dense with "
             "tensornet_hf.decompress."
         )
     stock = light_copy(model)
     assert isinstance(stock, PreTrainedModel)
     stock.config = copy.deepcopy(model.config)
-    # Dense weights of packed layers would take much memory, and are not written.
+    # Dense weights of packed layers are not written, and would take much memory.
     shapes = {name: layers[name].topology.shape for name in packed}
     decompress(stock, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     state: dict[str, Tensor] = stock.state_dict()
@@ -135,15 +135,15 @@ def packed_model(
 
 
 def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
-    """Look up what a plan for a folder of packed layers has to know.
+    """Collect what a plan needs to know about a folder of packed layers (see `export.Target.facts`).
 
     Args:
         model: the dense model.
-        kinds: kinds of layers that can be packed.
+        kinds: layer types that can be packed.
 
     Returns:
-        Bytes of the weight files above those of the model, which are names and shapes of tensors. And the
-        names of layers that cannot be packed: of another kind, or one of several matrices in one tensor.
+        Bytes of the weight files in addition to the weights (names and shapes of tensors); and the names of
+        layers that cannot be packed, since they have another type or are one of several matrices in a tensor.
     """
     with unfused(model):
         layers = [x for x in list_weights(model) if x.kinds]
@@ -159,7 +159,7 @@ def model_folder(
     """Write a model folder, which becomes `destination` when the block ends without an error.
 
     Args:
-        model: the model; its own tensors may be on the meta device.
+        model: the packed model.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
@@ -177,8 +177,8 @@ def write_adapter(folder: Path, file: str, tensors: Mapping[str, Tensor], config
 
     Args:
         folder: the model folder.
-        file: name of the file of tensors.
-        tensors: its tensors by name.
+        file: name of the weight file in the subfolder `lora`.
+        tensors: tensors of the adapter by name.
         config: content of `adapter_config.json`.
     """
     adapter = folder / ADAPTER
@@ -189,7 +189,7 @@ def write_adapter(folder: Path, file: str, tensors: Mapping[str, Tensor], config
 
 
 def folder_report(model: PackedModel, destination: Path) -> ExportReport:
-    """Report what was written to a folder."""
+    """Make the report of an export to a folder."""
     adapter = destination / ADAPTER if model.low_ranks else None
     return ExportReport(
         destination,
@@ -203,7 +203,7 @@ def folder_report(model: PackedModel, destination: Path) -> ExportReport:
 
 
 def words(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into one stream of bits for each row, lowest bits first, in 32-bit words.
+    """Pack the codes of each row into a stream of bits, lowest bits first, stored as 32-bit words.
 
     Args:
         codes: `torch.uint8`, shape `(rows, columns)`.
@@ -217,7 +217,7 @@ def words(codes: Tensor, bits: int) -> Tensor:
         >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist()  # 0b011_010_001
         [[209]]
     """
-    columns, run = codes.shape[1], 8 // math.gcd(8, bits)  # so many codes fill whole bytes
+    columns, run = codes.shape[1], 8 // math.gcd(8, bits)  # `run` codes fill whole bytes
     runs = torch.nn.functional.pad(codes, (0, -columns % run)).unflatten(1, (-1, run))
     stream = pack(runs, bits).flatten(1)
     size = 4 * math.ceil(columns * bits / 32)

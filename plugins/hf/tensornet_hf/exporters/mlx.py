@@ -1,11 +1,11 @@
-"""Export integer layers as a folder that `mlx-lm` loads.
+"""Export integer layers as a folder that `mlx-lm` can load.
 
-In that format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as one
-stream of bits for each row; and `scales` and `biases`, two numbers for each group of inputs, so that a weight
-is `scale * code + bias`. Our zero points (between two codes for int2) become biases `-scale * zero`. Bits and
-groups of each layer are in config.json.
+In this format the weight of a linear layer or an embedding becomes three tensors: `weight`, codes as a stream
+of bits for each row; and `scales` and `biases`, a number for each group of inputs. A weight is
+`scale * code + bias`, so zero points become biases `-scale * zero`. config.json lists the bits and the group
+size of each layer.
 
-Low ranks that are added to integers become an adapter, in a folder inside.
+Low ranks that are added to integers become a LoRA adapter in the subfolder `lora`.
 """
 
 import importlib.metadata
@@ -37,10 +37,10 @@ from tensornet_hf.exporters.folder import (
     write_adapter,
 )
 
-#: Bits of codes and sizes of groups that MLX has.
+#: Bits of codes and group sizes that MLX supports.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-#: Loads names and shapes of a folder, as mlx-lm does, without reading the numbers. It runs in a process of
-#: its own, because mlx-lm lowers the number of files that a process may open.
+#: Program that checks that mlx-lm can load a folder, without reading the weights. It runs in its own process,
+#: because mlx-lm lowers the number of files that a process may open.
 CHECK = """
 import pathlib, sys
 from mlx_lm.tuner.utils import load_adapters
@@ -55,7 +55,7 @@ except Exception as error:
 
 
 def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
-    """List the kinds of layers that are packed, see `tensornet.nn.layer_kinds`."""
+    """Return the layer types of a model that are packed, see `tensornet.nn.layer_kinds`."""
     return ("linear", "embedding", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
 
 
@@ -68,30 +68,31 @@ def export_mlx(
     force: bool = False,
     networks: Networks = "dense",
 ) -> ExportReport:
-    """Write a folder that `mlx-lm` loads; see `tensornet_hf.export`.
+    """Write a folder that `mlx-lm` can load; see `tensornet_hf.export`.
 
-    A layer is packed if it is a linear layer or an embedding that is stored as one matrix of integers of 2,
-    3, 4, 5, 6 or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype
-    of the model if that is exact, else float32; MLX then computes in float32 from this layer on.
+    A linear layer or an embedding is packed if it is stored as a single matrix of integers of 2, 3, 4, 5, 6
+    or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of the
+    model if that is exact, otherwise float32; MLX then computes in float32 from this layer on.
 
     Args:
         model: a compressed model; it is not changed.
         destination: the new folder.
         source: folder whose tokenizer and other small files are copied.
         force: replace an existing model folder.
-        networks: what becomes of layers that are not one matrix of integers. With "lora", the folder `lora`
-            inside is an adapter of the low ranks that are added to integers.
+        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
+            With "lora", the subfolder `lora` is an adapter.
 
     Raises:
-        DestinationError: it exists already, is the source, or cannot be written; no new files are left.
+        DestinationError: the destination exists already, is the source, or cannot be written; no new files
+            are left.
         TargetError: no layer can be packed, a network is refused, or mlx-lm cannot load this architecture.
         MissingDependencyError: mlx-lm is not installed.
     """
     require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")
     found = packed_model(model, _pack, networks=networks, kinds=packed_kinds(model), packs_tied=True)
     if isinstance(model, GPT2LMHeadModel):
-        # mlx-lm turns matrices of the GPT-2 that OpenAI published, without a head, to `(out, in)`, but not
-        # packed ones. Those with the names of its own model it takes as they are.
+        # mlx-lm transposes dense matrices under the names of the published GPT-2 ("h.0.attn..."). Under the
+        # names of its own model ("model.h.0.attn...") it expects all matrices as (out, in).
         for name, module in found.stock.named_modules():
             if isinstance(module, Conv1D) and name not in found.packed:
                 found.state[f"{name}.weight"] = found.state[f"{name}.weight"].T.contiguous()
@@ -113,15 +114,15 @@ def export_mlx(
         if run.returncode:
             raise TargetError(
                 f"mlx-lm {importlib.metadata.version('mlx-lm')} cannot load this {type(model).__name__}: "
-                f"{run.stderr.strip()[-500:]} Update it, or export to another target."
+                f"{run.stderr.strip()[-500:]} Update mlx-lm, or export to another target."
             )
     return folder_report(found, destination)
 
 
 def mlx_adapter(low_ranks: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Make the tensors and the configuration of an adapter for `mlx-lm`.
+    """Convert low ranks to the tensors and the configuration of an adapter for `mlx-lm`.
 
-    Such an adapter has one rank, so that smaller ones are padded with zeros.
+    All layers of such an adapter have the same rank, so factors of lower rank are padded with zeros.
     """
     rank = max(x.rank for x in low_ranks.values())
     tensors = {}
@@ -129,15 +130,16 @@ def mlx_adapter(low_ranks: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], di
         padding = rank - len(right)
         tensors[f"{name}.lora_a"] = torch.nn.functional.pad(right.T, (0, padding))
         tensors[f"{name}.lora_b"] = torch.nn.functional.pad(left.T, (0, 0, 0, padding))
-    # Full names of layers are found for any number of blocks.
+    # Keys are full names of layers, which mlx-lm finds for any `num_layers`.
     parameters = {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": list(low_ranks)}
     return tensors, {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": parameters}
 
 
 def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """Collect what mlx-lm reads from config.json: also defaults, and entries that transformers 5 has renamed.
+    """Return the entries of config.json that mlx-lm reads, with default values and under their old names.
 
-    transformers leaves out entries with its own defaults, and those of mlx-lm can be others.
+    transformers omits entries that have its default values, but the defaults of mlx-lm can differ.
+    transformers 5 has also renamed some entries.
     """
     entries: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     rope = entries.get("rope_parameters") or {}
@@ -155,7 +157,7 @@ def _full_config(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
-    """Make the tensors of one layer, or say why it is written dense."""
+    """Return the number format and tensors of a packed layer, or the reason why it cannot be packed."""
     codes, scales, zeros, number_format = matrix
     bits, group, columns = number_format.bits, number_format.group, codes.shape[1]
     if bits not in BITS or group not in GROUPS or number_format.table:
