@@ -1,4 +1,4 @@
-"""Base class of topology families, with default methods that work for any network; and result types."""
+"""Base class of topology families, with default methods that work for any network, and its result types."""
 
 import inspect
 import math
@@ -21,31 +21,31 @@ from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.topologies.rounded_cores import StoredCores, round_in_turn
 from tensornet.topology import Topology
 
-#: Sweeps of alternating least squares in `fit`.
+#: Number of sweeps of alternating least squares in `fit`.
 _SWEEPS = 3
-#: Numbers of bits of integer cores in candidates.
+#: Numbers of bits that candidates use for integer cores.
 _CORE_BITS = (8, 4)
-#: Fractions of the largest bond at which candidates are decomposed; losses in between are interpolated.
+#: Fractions of the largest bond at which a matrix is decomposed; losses at other bonds are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
-#: Number of candidates between bond 1 and the largest.
+#: Largest number of candidates in a ladder.
 _RUNGS = 400
-#: Keywords that are not options of a family.
+#: Keywords of builders that are not options of the family.
 _NO_OPTIONS = ("max_bond", "out_features", "in_features", "family")
-#: Largest number of legs: partial traces of a moment need two letters for each leg.
+#: Largest number of legs of one side: a partial trace needs two of einsum's letters for each leg.
 _MAX_LEGS = 25
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Network that approximates a matrix, with certified error.
+    """Result of a decomposition: a network that approximates a matrix, and its certified error.
 
     Args:
-        network: the cores.
+        network: the network.
         error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
-        bound_by: the cap that decided the bonds: `"max_bond"`, `"rel_error"`, `"param_ratio"`, or
-            `"exact"` if no bond was truncated.
-        iterations: sweeps of alternating least squares, 0 if the decomposition has a closed form.
-        converged: whether alternating least squares converged within the largest number of sweeps.
+        bound_by: the limit that decided the bonds: `"max_bond"`, `"rel_error"` or `"param_ratio"`; `"exact"`
+            if no bond was truncated, and `"curvature"` for a weighted fit.
+        iterations: number of sweeps of alternating least squares; 0 if there is a closed form.
+        converged: whether alternating least squares converged within the allowed number of sweeps.
 
     Example:
         >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
@@ -62,30 +62,32 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Encode and decode the cores of a network, to get the cores that will be stored.
+    """Function that converts the cores of a network to the format they are stored in, and back.
+
+    The loss increase of a candidate includes the rounding errors of this conversion.
 
     Args:
-        run: function that encodes and decodes.
-        number_format: integer format of all cores, from which a family may predict losses without rounding;
-            None for other encodings.
+        run: function that converts a network.
+        number_format: integer format of all cores, if they have one. A family may then predict the loss
+            increase without rounding.
     """
 
     run: Callable[[TensorNetwork], TensorNetwork]
     number_format: NumberFormat | None = None
 
     def __call__(self, network: TensorNetwork) -> TensorNetwork:
-        """Return the decoded network."""
+        """Return the network with the cores that a loaded layer would have."""
         return self.run(network)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """Candidates of one family for one matrix, by increasing bond.
+    """Compression candidates of one family for one matrix, in the order of increasing bonds.
 
     Args:
-        topologies: topologies of the candidates, by increasing bond.
-        losses: `1/2 tr(R E C E^T)` of each candidate under each of the weightings, shape `(weightings,
-            candidates)`.
+        topologies: topology of each candidate.
+        losses: predicted loss increase `1/2 tr(R E C E^T)` of each candidate under each weighting, shape
+            `(weightings, candidates)`.
         errors: relative Frobenius error of each candidate, shape `(candidates,)`.
         complete: whether the last candidate has the bonds of an exact network.
 
@@ -104,19 +106,22 @@ class Ladder:
 
 
 class TopologyFamily(ABC):
-    """Topology family: subclass it and pass an instance to `register_topology`.
+    """Base class of a family of tensor networks. Subclass it and pass an instance to `register_topology`.
 
-    A family must implement `build` and `decompose_to`. The defaults of all other methods work for any
-    network; override those for which the family has a better method (docs/guides/topologies.md).
+    A family must implement `build` and `decompose_to`. All other methods have defaults that work for any
+    network; override those for which the family has a better algorithm (docs/guides/topologies.md).
 
-    An implementation must satisfy these laws (`tensornet.testing.laws` checks them): `build` accepts every
-    shape of at least `(1, 1)`, with padding if necessary; `decompose(w, Budget())` is exact up to rounding if
-    the family can be exact; `error` bounds the true error; no cap of the budget is exceeded; a larger budget
-    never gives a larger error; the input is not changed; a subclass under another name behaves like its
-    parent.
+    An implementation must satisfy these laws, which `tensornet.testing.laws` checks:
 
-    Decompositions of a subclass automatically run without gradients and outside of autocast, whose 16-bit
-    products would violate the error bound.
+    - `build` accepts every shape of at least `(1, 1)`, with padding if necessary.
+    - `decompose(w, Budget())` is exact up to rounding if the family can be exact.
+    - `error` is an upper bound of the true error.
+    - No limit of the budget is exceeded, and a larger budget never gives a larger error.
+    - The input is not changed.
+    - A subclass with another name behaves like its parent.
+
+    The decomposition methods of a subclass automatically run without gradients and without autocast, whose
+    16-bit products would violate the error bound.
 
     Example:
         >>> family = tn.topologies.topology_family("low_rank")
@@ -127,11 +132,11 @@ class TopologyFamily(ABC):
 
     #: Name used in configurations and files.
     name: str
-    #: Options of `build` that mixtures of experts use by default.
+    #: Default options of `build` for mixtures of experts.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
-    #: Whether `gauge_bonds` pivots even if the row order takes more numbers than pivoting saves.
+    #: Whether `gauge_bonds` returns a bond even if storing the row order needs more numbers than it saves.
     always_pivots: ClassVar[bool] = False
-    #: Whether slicing the cores of an exact decomposition to smaller bonds gives good decompositions.
+    #: Whether the cores of an exact decomposition, sliced to smaller bonds, are a good approximation.
     nested: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -140,7 +145,7 @@ class TopologyFamily(ABC):
             if name in vars(cls):
                 setattr(cls, name, torch.no_grad()(outside_autocast(vars(cls)[name])))
 
-    # --- what a family must write ----------------------------------------------------------------
+    # --- required methods ------------------------------------------------------------------------
 
     @abstractmethod
     def build(
@@ -151,10 +156,10 @@ class TopologyFamily(ABC):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """Build the topology of a matrix `(out_features, in_features)` with bonds at most `max_bond`.
+        """Build the topology for a matrix `(out_features, in_features)` with bonds of at most `max_bond`.
 
-        The family of the topology must be `self.name`. `max_bond` is one cap for all bonds, or a sequence
-        with one for each; by default bonds are as large as an exact network needs.
+        `max_bond` is one limit for all bonds, or a sequence with a limit for each bond. Without it, bonds are
+        as large as an exact network needs. The family of the topology must be `self.name`.
 
         Raises:
             TopologyError: the options do not fit the shape.
@@ -162,42 +167,42 @@ class TopologyFamily(ABC):
 
     @abstractmethod
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose `matrix` into a network of exactly this topology, including dims and bonds.
+        """Decompose a matrix into a network of exactly this topology, including its dims and bonds.
 
-        Plans choose topologies before matrices are decomposed. If the matrix needs smaller bonds, cores are
-        zero-padded to the shapes of the topology. The cores have the dtype `result_dtype(matrix.dtype)` and
-        the matrix's device. Implementations should first call `check_topology(self.name, topology, matrix)`.
+        If smaller bonds are sufficient, cores must be padded with zeros to the shapes of the topology, which
+        a plan has already chosen. The cores have the dtype `result_dtype(matrix.dtype)` and the device of the
+        matrix. Implementations should first call `check_topology(self.name, topology, matrix)`.
 
         Raises:
             NonFiniteError: the matrix contains NaN or infinity.
-            TopologyError: the topology is of another family or for another shape.
+            TopologyError: the topology belongs to another family or has another shape.
         """
 
     # --- options ---------------------------------------------------------------------------------
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of the options of `build` and `decompose`, by default those in their signatures."""
+        """Names of the options of `build` and `decompose`, by default read from their signatures."""
         return tuple(sorted({*keywords(self.build), *keywords(self.decompose)}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
-        """Return the options with which `build` and `decompose` reproduce the legs of a topology.
+        """Return options that make `build` and `decompose` use the legs of the given topology.
 
-        The default is no options. Override it if the family has options for the legs.
+        By default there are none. Override the method if the family has options for the legs.
         """
         return {}
 
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Choose the number formats of the cores of candidates among the allowed formats.
+        """Choose the number formats of cores that are tried, from the allowed formats.
 
-        By default there is one format for all cores, floating-point or with 8 or 4 bits. Other numbers of
-        bits would differ little from these, and with fewer bits the dense matrix is better. Only dense
-        matrices have tables of levels or integer scales.
+        By default all cores have the same format, floating-point or integers of 8 or 4 bits. Other numbers of
+        bits would differ little from these, and with fewer bits a dense matrix is better. Tables of levels
+        and integer scales are used for dense matrices only.
 
         Returns:
-            For each encoding, the format of all cores, and exceptions by the name of the core.
+            A list of pairs: the format of all cores, and exceptions by the name of the core.
         """
         return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and x.for_networks)]
 
@@ -208,15 +213,15 @@ class TopologyFamily(ABC):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Choose options of `build` with good legs for a matrix; by default the given options.
+        """Choose options of `build` that give good leg sizes for a matrix; by default the given options.
 
-        Override it if the sizes of the legs are free and a fast bound can compare them.
+        Override the method if leg sizes can be chosen, and can be compared without decomposing.
 
         Args:
-            matrix: shape `(out, in)`.
+            matrix: the matrix, shape `(out, in)`.
             weighting: sensitivity of the loss to errors.
-            num_params: function that counts the numbers that a network will store.
-            options: options of `build` that the caller gave.
+            num_params: function that returns how many numbers a network stores.
+            options: the caller's options of `build`.
         """
         return options
 
@@ -226,11 +231,11 @@ class TopologyFamily(ABC):
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
         """Decompose `matrix: (out_features, in_features)` into a network within the budget.
 
-        By default all bonds have the largest common cap within `max_bond` and `param_ratio`. With `rel_error`
-        it is the smallest sufficient one, found by bisection with `decompose_to`.
+        By default all bonds have a common limit, the largest that `max_bond` and `param_ratio` allow. With
+        `rel_error` it is the smallest sufficient limit, found by bisection with `decompose_to`.
 
         Raises:
-            BudgetError: even the smallest network of this family exceeds the budget.
+            BudgetError: the smallest network of this family exceeds the budget.
             NonFiniteError: the matrix contains NaN or infinity.
             TopologyError: the options do not fit the shape.
         """
@@ -259,18 +264,18 @@ class TopologyFamily(ABC):
 
     @outside_autocast
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Fit a network of this topology to `matrix` with small weighted error.
+        """Decompose a matrix into a network of this topology with small weighted error.
 
-        The default is alternating least squares from a structured start (`tensornet.als`), which uses only
-        `decompose_to`. Override it if the weighted problem has a closed form.
+        The default is alternating least squares, see `tensornet.als.fit_weighted`. Override the method if the
+        weighted problem has a closed form.
 
         Args:
-            matrix: shape `(out, in)`.
+            matrix: the matrix, shape `(out, in)`.
             topology: topology of this family.
             weighting: sensitivity of the loss to errors; `Weighting()` gives the result of `decompose_to`.
 
         Returns:
-            The decomposition; its `error` is the relative Frobenius error, as always.
+            The decomposition. Its `error` is the relative Frobenius error, without weighting.
         """
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
@@ -289,31 +294,30 @@ class TopologyFamily(ABC):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List candidates for one matrix with the predicted loss increase of each.
+        """List the compression candidates for one matrix with their predicted loss increases.
 
-        By default there are up to 400 bond sizes, of which ten are decomposed and the others interpolated.
-        The effect of fitting is estimated from one fit at a middle bond. Override it if there is a closed
-        form.
+        By default there are up to 400 candidates. The matrix is decomposed at ten bond sizes, and losses at
+        other bonds are interpolated. How much fitting lowers the loss is estimated from one fit at a middle
+        bond. Override the method if the losses have a closed form.
 
         Args:
-            matrix: shape `(out, in)`.
-            weightings: sensitivities under which losses are predicted; candidates are fitted to the first.
+            matrix: the matrix, shape `(out, in)`.
+            weightings: weightings under which losses are predicted; candidates are fitted to the first one.
             max_bond: largest bond.
-            round_trip: function that encodes and decodes the cores; None if the encoding is exact.
+            round_trip: conversion of the cores to their storage format and back; None if it is exact.
             options: options of `build`.
 
         Raises:
-            TopologyError: the options do not fit the shape, or the topology has more legs than a moment can
-                be split into.
+            TopologyError: the options do not fit the shape, or one side has more than 25 legs.
         """
         rows, columns = matrix.shape
         full = self.build(rows, columns, **options)
         if max(len(full.out_dims), len(full.in_dims)) > _MAX_LEGS:
             raise TopologyError(
-                f"With calibration data a network has at most {_MAX_LEGS} out-legs and as many in-legs, got "
-                f"{len(full.out_dims)} and {len(full.in_dims)}; take fewer sites, or objective='weight'."
+                f"With calibration data a network has at most {_MAX_LEGS} legs on each side, got "
+                f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or objective='weight'."
             )
-        legs = (*full.out_dims, *full.in_dims)  # largest bonds of a Tucker network, which then is one core
+        legs = (*full.out_dims, *full.in_dims)  # an exact Tucker network is one core without bonds
         largest = max(full.bond_dims.values() or legs)
         top = min(largest, max_bond or largest)
         tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})
@@ -323,7 +327,7 @@ class TopologyFamily(ABC):
         def gap(network: TensorNetwork) -> Tensor:
             return matrix - (network if round_trip is None else round_trip(network)).to_matrix()
 
-        # 1. Decompose at a few bonds.
+        # 1. Decompose the matrix at a few bonds.
         chosen = [topologies[caps.index(cap)] for cap in tried]
         if self.nested:
             exact = legs_of(full, weightings[0]).decompose(self._network_of, matrix, full)
@@ -332,7 +336,7 @@ class TopologyFamily(ABC):
             starts = [fit_weighted(self._network_of, matrix, x, weightings[0], sweeps=0) for x in chosen]
         gaps = [gap(start) for start in starts]
         losses = [[weighting.cost(x) for x in gaps] for weighting in weightings]
-        # 2. Lower their losses by the factor that fitting gains at a middle bond.
+        # 2. Lower all losses by about the factor by which fitting lowers the loss at a middle bond.
         if weightings[0] != Weighting():
             middle = len(tried) // 2
             fitted = gap(self.fit(matrix, topologies[caps.index(tried[middle])], weightings[0]).network)
@@ -340,7 +344,7 @@ class TopologyFamily(ABC):
                 _scaled(tried, values, middle, weighting.cost(fitted))
                 for values, weighting in zip(losses, weightings, strict=True)
             ]
-        # 3. Interpolate to all other bonds.
+        # 3. Interpolate the losses at all other bonds.
         norm = max(float(matrix.norm()), 1e-300)
         errors = _interpolated(caps, tried, [float(x.norm()) / norm for x in gaps])
         return Ladder(
@@ -352,17 +356,17 @@ class TopologyFamily(ABC):
 
     @outside_autocast
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round cores to integers with small weighted error of the matrix.
+        """Round cores to integers so that the weighted error of the matrix is small.
 
-        By default one core after the other is rounded with estimated moments, and the others are refitted.
-        Override it if the moments for each core have a closed form.
+        By default the cores are rounded one after another, using estimated moments, and the remaining cores
+        are refitted. Override the method if the moments of each core have a closed form.
 
         Args:
-            stored: the cores, and number formats of those that will be integers.
+            stored: the cores, and the number formats of those that are rounded to integers.
             weighting: sensitivity of the loss to errors of the matrix.
 
         Returns:
-            The rounded cores, and other cores that were refitted, by name.
+            The rounded cores and the refitted floating-point cores, by name.
         """
         return round_in_turn(stored, weighting)
 
@@ -372,13 +376,19 @@ class TopologyFamily(ABC):
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Map each core that gets an identity block in the pivoted encoding to the bond of this block.
+        """Choose the bond of each core at which an identity block can be split off, to store fewer numbers.
 
-        An invertible matrix and its inverse can be inserted at any bond between exactly two cores, without
-        changing the operator. By default each core except the last pivots its largest bond to a later core,
-        if its other indices have at least as many values as the bond, and if this saves more numbers than the
-        row order takes. Never change the result for a family with saved models, since it determines the
-        shapes in their files.
+        An invertible matrix and its inverse can be inserted at a bond between two cores without changing the
+        operator. This freedom can turn a square block of a core, viewed as a matrix with one column for each
+        value of the bond, into the identity, which need not be stored. The order of the rows is stored
+        instead.
+
+        By default each core except the last uses its largest bond to a later core, if the matrix has at least
+        as many rows as columns and fewer numbers are stored. Never change the result for a family with saved
+        models, since it determines the tensor shapes in their files.
+
+        Returns:
+            The label of the bond, by the name of the core.
         """
         legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
         found = {}
@@ -397,59 +407,62 @@ class TopologyFamily(ABC):
         return found
 
     def with_rank(self, topology: Topology, rank: int) -> Topology | None:
-        """Build a topology for the sum of this operator and a matrix of a given rank, such as a LoRA adapter.
+        """Build a topology for the sum of an operator and a matrix of a given rank, such as a LoRA adapter.
 
-        The default is None: a layer becomes dense when an adapter is merged.
+        By default the result is None, and a layer becomes dense when an adapter is merged into it.
         """
         return None
 
 
 def check_request(family: str, matrix: Tensor, budget: Budget) -> tuple[int, int]:
-    """Check the arguments of `decompose`, and return the shape of the matrix."""
+    """Check the matrix and the budget passed to `decompose`, and return the shape of the matrix."""
     if not isinstance(budget, Budget):
         raise BudgetError(
-            f"Expected a Budget, got {budget!r}; write Budget(max_bond=8), or Budget() for no cap."
+            f"Expected a Budget, got {budget!r}; write Budget(max_bond=8), or Budget() for no limit."
         )
     check_dense(matrix, f"Topology {family!r}", "a matrix of shape (out, in)", 2)
     return matrix.shape[0], matrix.shape[1]
 
 
 def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
-    """Raise an error unless the topology has this family and the shape of a dense matrix.
+    """Raise an error unless a topology belongs to the family and fits the matrix.
 
     Raises:
-        ShapeError: not a dense floating matrix.
-        TopologyError: another family or shape; the message shows both.
+        ShapeError: the matrix is not a dense matrix of floating-point or complex numbers.
+        TopologyError: the topology has another family or another shape than the matrix.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
         >>> tn.topologies.check_topology("low_rank", topology, torch.zeros(12, 8))
     """
     if not isinstance(topology, Topology):
-        raise TopologyError(f"Expected a Topology, got {topology!r}; a family's `build` makes one.")
+        raise TopologyError(f"Expected a Topology, got {topology!r}; use the `build` method of a family.")
     check_dense(matrix, f"Topology {family!r}", "a matrix of shape (out, in)", 2)
     if topology.family != family or topology.shape != tuple(matrix.shape):
         raise TopologyError(
             f"Expected a topology of the family {family!r} for a matrix of shape {tuple(matrix.shape)}, "
-            f"got one of {topology.family!r} for {topology.shape}."
+            f"got the family {topology.family!r} and the shape {topology.shape}."
         )
 
 
 def keywords(function: Callable[..., Any]) -> list[str]:
-    """List the options in the signature of a builder or a decomposition."""
+    """List the options in the signature of a builder or of a decomposition method."""
     parameters = inspect.signature(function).parameters.values()
     return [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name not in _NO_OPTIONS]
 
 
 def check_options(name: str, options: Mapping[str, Any], known: Collection[str] = ()) -> None:
-    """Raise TopologyError unless the family has all these options; the message lists the known ones."""
+    """Raise TopologyError if an option is not among the options `known` of the family `name`."""
     if unknown := sorted(str(key) for key in options if key not in known):
-        exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
+        exist = f"its options are {', '.join(sorted(known))}" if known else "it has no options"
         raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Rescale a curve to pass through one exact point; the smallest cap is not rescaled."""
+    """Lower a curve so that it has the value `known` at `index`.
+
+    Values after `index` are multiplied by the same factor, values before it by factors that approach 1.
+    """
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)
@@ -458,7 +471,7 @@ def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: flo
 
 
 def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Interpolate values log-linearly, but linearly next to an exact candidate."""
+    """Interpolate the logarithms of values, or the values themselves next to a value of zero."""
     logs = np.log(np.maximum(values, 1e-300))
     plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
     exact = np.array(values) <= 1e-12 * max(*values, 1e-300)

@@ -1,4 +1,4 @@
-"""Block tensor trains: chains whose cores also have legs that they do not contract."""
+"""Block tensor trains: chains whose cores also depend on legs that they do not contract."""
 
 import math
 from collections.abc import Sequence
@@ -43,21 +43,21 @@ def block_tt(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Build a block tensor train; core `k` has `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
+    """Build a block tensor train; core `k` has the indices `(b_k, o_k ... o_{n-1}, i_0 ... i_k, b_{k+1})`.
 
     `W[o, i] = sum over bonds of prod_k core_k[b_k, o_k.., ..i_k, b_{k+1}]`, `b_0 = b_n = 1`. Core `k` maps
-    `i_k` to `o_k`; its other legs only select which of its matrices is used. Applying the network to a token
-    takes one multiply-add per parameter. Two cores with bond 1 are a Monarch matrix.
+    `i_k` to `o_k`; its other legs select the matrix that does this. Applying the network to a token takes one
+    multiply-add per parameter. Two cores with bond 1 are a Monarch matrix.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: the `n - 1` inner bonds; the exact ones if absent. Larger values are clipped to these.
-        max_bond: cap on every bond, or one for each.
-        out_features, in_features: shape before padding, the products of the dims if absent.
+        bond_dims: sizes of the `n - 1` inner bonds, clipped to the exact bonds; the exact bonds if absent.
+        max_bond: limit for all bonds, or a sequence with a limit for each bond.
+        out_features, in_features: shape without padding; the products of the dims if absent.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features, or the number of bonds is wrong.
+        TopologyError: the dims differ in length or do not fit the features, or the number of bonds is wrong.
 
     Reference:
         Qiu, Potapczynski, Finzi, Goldblum, Wilson 2024, "Compute Better Spent: Replacing Dense Layers
@@ -82,9 +82,9 @@ def block_tt(
 class BlockTTFamily(FactoredFamily):
     """Block tensor trains, decomposed by one truncated SVD for each block of each bond.
 
-    For fixed values of the selecting legs, the two sides of a bond are a plain low-rank product, so for two
-    cores the leading singular pairs of every block are optimal. More cores are split off one by one from the
-    right. Right factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
+    For fixed values of the other legs, the two sides of a bond form a low-rank product. So for two cores, the
+    leading singular pairs of each such block are optimal. Further cores are split off one by one from the
+    right. Right factors are orthonormal, so the certificate is `sqrt(sum of discarded squares) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
 
@@ -105,7 +105,7 @@ class BlockTTFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose with the same rank for all blocks of a bond."""
+        """Decompose a matrix; all blocks of a bond have the same rank."""
         shape = (matrix.shape[0], matrix.shape[1])
 
         def at(bonds: Sequence[int]) -> Topology:
@@ -125,7 +125,7 @@ class BlockTTFamily(FactoredFamily):
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose at the ranks of a topology."""
+        """Decompose a matrix with the bonds of a topology."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)
@@ -135,7 +135,7 @@ class BlockTTFamily(FactoredFamily):
 
 
 def _ranks(out_dims: Sequence[int], in_dims: Sequence[int], caps: Sequence[int]) -> list[int]:
-    """Limit the bonds to useful sizes under the caps: `b_k <= min(prod of o_m before k, i_k * b_{k+1})`."""
+    """Compute the largest useful bonds within limits: `b_k <= min(prod of o_m for m < k, i_k * b_{k+1})`."""
     ranks: list[int] = []
     right = 1
     for k in range(len(out_dims) - 1, 0, -1):

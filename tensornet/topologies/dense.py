@@ -1,4 +1,4 @@
-"""Dense family: the matrix itself as a network of one core, for plain quantization."""
+"""Dense matrices as networks of one core, for plain quantization."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,11 +30,11 @@ from tensornet.topology import CoreSpec, Topology
 
 
 def dense(*, out_features: int, in_features: int) -> Topology:
-    """Build the topology of one core `matrix: (out, in)`.
+    """Build the topology of a dense matrix: one core named `matrix`, shape `(out, in)`.
 
     Args:
-        out_features: rows.
-        in_features: columns.
+        out_features: number of rows.
+        in_features: number of columns.
 
     Raises:
         TopologyError: a size is not an integer of at least 1.
@@ -56,7 +56,7 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Sweeps of descent after rounding, by bits; with few bits descent gains more.
+#: Number of sweeps of coordinate descent after rounding, by bits; it helps most with few bits.
 _SWEEPS = {3: 2, 2: 4}
 
 
@@ -67,17 +67,17 @@ def round_dense(
     most_sweeps: int | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight:
-    """Round a matrix with additional damping of its moments, and descend on the loss for few bits.
+    """Round a dense matrix to integers, with the damping and the coordinate descent that suit dense matrices.
 
-    The baselines are as in the literature: round to nearest uses no moments, one-sided rounding (GPTQ) uses
-    the moment of the inputs alone, and neither is followed by descent.
+    The simpler methods are as in the literature: rounding to nearest uses no moments, and one-sided rounding
+    (GPTQ) only the moment of the inputs; both are without descent.
 
     Args:
-        matrix: shape `(out, in)`, or a stack `(stack, out, in)`.
-        number_format: an integer format.
-        weighting: sensitivity of the loss to errors; its full moments may be stacks as well.
-        most_sweeps: largest number of sweeps of descent, to use fewer than usual.
-        rounding: as for `round_weight`.
+        matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
+        number_format: integer format.
+        weighting: sensitivity of the loss to errors; full moments may be stacks too.
+        most_sweeps: limit on the number of sweeps of descent, which is 2 for 3 bits and 4 for 2 bits.
+        rounding: rounding method, see `round_weight`.
     """
     if rounding == "nearest":
         return round_weight(matrix, number_format, rounding=rounding, refits=0)
@@ -95,7 +95,7 @@ def round_dense(
 
 
 class DenseFamily(TopologyFamily):
-    """Family of one dense core, whose size depends only on the number format.
+    """Dense matrices: one core, whose size in bytes depends only on the number format.
 
     Example:
         >>> found = tn.decompose(torch.randn(12, 8), "dense")
@@ -113,37 +113,37 @@ class DenseFamily(TopologyFamily):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """Build the topology, see `dense`; there is no bond to cap."""
+        """Build the dense topology, which has no bonds; see `dense`."""
         check_options(self.name, options)
         caps_of_bonds(max_bond, 0, TopologyError)
         made = dense(out_features=out_features, in_features=in_features)
         return replace(made, family=self.name)
 
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Copy the matrix.
+        """Copy the matrix into a network of one core.
 
         Raises:
-            BudgetError: the budget allows fewer parameters than the matrix has.
+            BudgetError: `param_ratio` is below 1.
         """
         check_options(self.name, options)
         shape = check_request(self.name, matrix, budget)
         if budget.param_ratio is not None and budget.param_ratio < 1:
             raise BudgetError(
-                f"param_ratio={budget.param_ratio} allows fewer parameters than the {matrix.numel()} of the "
-                f"matrix, and the topology {self.name!r} keeps them all; a number format makes it smaller, "
-                "or take another topology."
+                f"param_ratio={budget.param_ratio} is below 1, but the topology {self.name!r} keeps all "
+                f"{matrix.numel()} parameters of the matrix; choose a number format with fewer bits, or "
+                "another topology."
             )
         return self.decompose_to(matrix, self.build(*shape))
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Copy the matrix."""
+        """Copy the matrix into a network of one core."""
         check_topology(self.name, topology, matrix)
         check_finite(matrix, "The matrix")
         core = matrix.detach().to(result_dtype(matrix.dtype), copy=True).contiguous()
         return Decomposition(TensorNetwork(topology, (core,)), 0.0, "exact")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Copy the matrix, for any weighting."""
+        """Copy the matrix into a network of one core, for any weighting."""
         return self.decompose_to(matrix, topology)
 
     def ladder(
@@ -155,7 +155,7 @@ class DenseFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List one candidate, whose loss is that of its number format."""
+        """List the only candidate, whose predicted loss increase is due to its number format."""
         check_options(self.name, options)
         topology = self.build(matrix.shape[0], matrix.shape[1])
         network = self.decompose_to(matrix, topology).network
@@ -167,7 +167,7 @@ class DenseFamily(TopologyFamily):
         return Ladder((topology,), losses, torch.tensor([error], dtype=torch.float64), complete=True)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix two-sidedly with the moments of the weight."""
+        """Round the matrix to integers under the weighting, see `round_dense`."""
         return {
             name: round_dense(stored.tensors[name], number_format, weighting, rounding=stored.rounding)
             for name, number_format in stored.formats.items()

@@ -1,4 +1,4 @@
-"""Families that factor both feature dimensions into legs: options, leg sizes, and helpers for cores."""
+"""Base class of families that factor rows and columns into legs, choice of leg sizes, and helpers."""
 
 import math
 import warnings
@@ -21,23 +21,22 @@ from tensornet.topologies.base import Decomposition, TopologyFamily, check_optio
 from tensornet.topology import CoreSpec, Topology
 
 DEFAULT_SITES = 3
-#: Largest padding, as a fraction of the true size. More padding would need more parameters than a slightly
-#: less balanced factorisation.
+#: Largest padding as a fraction of the true size. More padding would cost more parameters than slightly less
+#: balanced factors.
 MAX_PADDING = 0.05
-#: Penalty for padding, which needs copies of input and output: exact factors are preferred unless they are
-#: clearly less balanced.
+#: Penalty for any padding, which needs copies of input and output.
 _ANY_PADDING = 0.5
-#: Options of all factored families.
+#: Options that all these families have.
 _DIMS = ("out_dims", "in_dims", "sites")
 #: Sizes of out-legs and of in-legs.
 Dims = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 class FactoredFamily(TopologyFamily):
-    """Family with the options `out_dims`, `in_dims` and `sites`; dims default to balanced factors.
+    """Base class of families with the options `out_dims`, `in_dims` (balanced by default) and `sites`.
 
-    A subclass sets its builder and implements `decompose_at` and `decompose_to`. Other keywords in their
-    signatures are further options.
+    A subclass sets `builder` and implements `decompose_at` and `decompose_to`. Further keywords in the
+    signatures of `builder` and `decompose_at` are options too.
 
     Example:
         >>> family = tn.topologies.topology_family("mpo")
@@ -61,7 +60,7 @@ class FactoredFamily(TopologyFamily):
         sites: int | None = None,
         **options: Any,
     ) -> Topology:
-        """Build the topology at the chosen dims."""
+        """Build the topology with the given dims, or with balanced dims."""
         check_options(self.name, options, {*keywords(type(self).builder), *_DIMS})
         rows, columns = self.choose_dims((out_features, in_features), out_dims, in_dims, sites)
         topology = type(self).builder(
@@ -84,7 +83,7 @@ class FactoredFamily(TopologyFamily):
         sites: int | None = None,
         **options: Any,
     ) -> Decomposition:
-        """Decompose a matrix at the chosen dims; see `decompose_at`."""
+        """Decompose a matrix with the given dims, or with balanced dims."""
         check_options(self.name, options, {*keywords(self.decompose_at), *_DIMS})
         shape = check_request(self.name, matrix, budget)
         rows, columns = self.choose_dims(shape, out_dims, in_dims, sites)
@@ -98,11 +97,11 @@ class FactoredFamily(TopologyFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose `matrix: (out_features, in_features)` with these legs; see `decompose`."""
+        """Decompose `matrix: (out_features, in_features)` into a network with these leg sizes."""
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names of all options: dims, sites, and those of the builder and the decomposition."""
+        """Names of all options: dims, sites, and the options of `builder` and `decompose_at`."""
         return tuple(sorted({*_DIMS, *keywords(type(self).builder), *keywords(self.decompose_at)}))
 
     def options_of(self, topology: Topology) -> dict[str, Any]:
@@ -116,7 +115,7 @@ class FactoredFamily(TopologyFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Complete missing dims; families with a fixed number of sites reject other numbers here."""
+        """Choose missing dims as balanced factors; override the method if the number of sites is fixed."""
         return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
 
 
@@ -127,12 +126,12 @@ def choose_dims(
     sites: int | None,
     default_sites: int = DEFAULT_SITES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Complete missing dims with balanced factors, out-dims ascending and in-dims descending.
+    """Choose missing dims as balanced factors of the shape.
 
-    The opposite orders balance the legs of each site, and so the bonds.
+    Out-dims are ascending and in-dims descending, so that the product of both legs is similar at each site.
 
     Raises:
-        TopologyError: `sites` contradicts the given dims, or the dims do not fit.
+        TopologyError: `sites` is not the length of the given dims, or the dims do not fit the shape.
     """
     for name, features in zip(("out_features", "in_features"), shape, strict=True):
         check_size(name, features)
@@ -144,7 +143,7 @@ def choose_dims(
     given = [len(dims) for dims in (out_dims, in_dims) if dims is not None]
     count = given[0] if given else (sites or default_sites)
     if sites is not None and sites != count:
-        raise TopologyError(f"sites={sites} contradicts the given dims, which have {count} sites.")
+        raise TopologyError(f"sites={sites} contradicts the given dims, which are for {count} sites.")
     rows = tuple(out_dims) if out_dims is not None else balanced_factors(shape[0], count)
     columns = tuple(in_dims) if in_dims is not None else balanced_factors(shape[1], count)[::-1]
     check_dims(shape, rows, columns)
@@ -152,12 +151,11 @@ def choose_dims(
 
 
 def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
-    """Split `size` into `sites` factors of similar magnitude, in ascending order.
+    """Split `size` into `sites` factors of similar magnitude.
 
-    The product of the factors is `size` if it has balanced divisors, else the nearest larger number that has
-    (50257 = 29 * 1733 becomes 36 * 37 * 38; the additional rows are zero and count as parameters). Minimises
-    `log(max/min) + 8 * log(product/size) + (0.5 where product > size)` over all products up to 5 % above
-    `size`.
+    If `size` has no balanced factors, the product is larger, by at most 5 %: 50257 = 29 * 1733 becomes
+    36 * 37 * 38. The additional rows or columns are zero and count as parameters. The factors minimize
+    `log(max/min) + 8 * log(product/size) + (0.5 if product > size)`.
 
     Args:
         size: the dimension to split, at least 1.
@@ -167,7 +165,7 @@ def balanced_factors(size: int, sites: int) -> tuple[int, ...]:
         Factors in ascending order; their product is at least `size`.
 
     Raises:
-        TopologyError: size or sites is below 1.
+        TopologyError: `size` or `sites` is below 1.
 
     Examples:
         >>> tn.topologies.balanced_factors(768, 3)
@@ -188,7 +186,7 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
         return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
 
     def exact_factors(padded: int) -> tuple[int, ...]:
-        """Factor exactly, choosing at each step the divisor nearest to the remaining root."""
+        """Split a number into factors, choosing at each step the divisor nearest to the mean factor."""
         factors, rest = [], padded
         for left in range(sites, 1, -1):
             root = rest ** (1 / left)
@@ -196,7 +194,7 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
             rest //= factors[-1]
         return tuple(sorted([*factors, rest]))
 
-    # Small sizes need room for at least one balanced product, even above the percentage.
+    # For small sizes, allow a padding of 1 even if it is more than 5 %.
     ceiling = max(math.floor(size * (1 + MAX_PADDING)), size + 1)
     return min(map(exact_factors, range(size, ceiling + 1)), key=imbalance)
 
@@ -211,10 +209,10 @@ def _divisors(size: int) -> tuple[int, ...]:
 def padded_shape(
     out_dims: Sequence[int], in_dims: Sequence[int], out_features: int | None, in_features: int | None
 ) -> tuple[int, int]:
-    """Resolve `(out_features, in_features)` of a builder; the products of the dims by default.
+    """Return `(out_features, in_features)`, with the products of the dims for missing values.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features.
+        TopologyError: `out_dims` and `in_dims` differ in length, or their products are below the features.
     """
     products = (math.prod(check_sizes("out_dims", out_dims)), math.prod(check_sizes("in_dims", in_dims)))
     rows = products[0] if out_features is None else check_size("out_features", out_features)
@@ -235,11 +233,11 @@ def site_topology(
 
     Args:
         family: name of the family.
-        cores: labels of each core; the names of the cores are their positions.
+        cores: labels of each core. Cores are named by their positions.
         bonds: sizes of the bonds `b0`, `b1`, ...
         out_dims: sizes of the out-legs.
         in_dims: sizes of the in-legs.
-        shape: `(out_features, in_features)` before padding.
+        shape: shape `(out_features, in_features)` without padding.
     """
     sizes = {
         f"{x}{k}": size
@@ -264,17 +262,17 @@ def check_bonds(
     each: str,
     max_bond: int | Sequence[int] | None,
 ) -> tuple[int | None, ...]:
-    """Check the bonds and caps passed to a builder.
+    """Check the bonds and limits passed to a builder.
 
     Args:
         name: name of the argument with the bonds.
         bonds: the bonds, or None.
         count: required number of bonds.
-        each: what each bond belongs to, for the message.
-        max_bond: cap on all bonds, one cap for each, or None.
+        each: end of the error message, such as `"one for each bond"`.
+        max_bond: limit for all bonds, a sequence with a limit for each bond, or None.
 
     Returns:
-        One cap for each bond; None leaves a bond uncapped.
+        One limit for each bond; None means no limit.
 
     Raises:
         TopologyError: the bonds are not `count` integers of at least 1.
@@ -286,26 +284,26 @@ def check_bonds(
 
 
 def clip_bonds(name: str, wanted: Sequence[int], useful: Sequence[int]) -> list[int]:
-    """Clip `wanted` bonds to `useful` ones, with a warning if they differ.
+    """Clip bonds to the largest useful bonds, with a warning if a bond is changed.
 
     Args:
-        name: the argument of the builder, for the warning.
+        name: name of the builder's argument, for the warning.
         wanted: bonds that the caller requested.
-        useful: largest bonds that the dims and the neighbouring bonds support.
+        useful: largest bonds that the dims and the neighbouring bonds allow.
     """
     kept = [min(pair) for pair in zip(wanted, useful, strict=True)]
     if kept != list(wanted):
         warnings.warn(
-            f"{name} {tuple(wanted)} exceed what these dims can use and are clipped to {tuple(kept)}.",
+            f"{name} {tuple(wanted)} is larger than these dims can use, and is clipped to {tuple(kept)}.",
             stacklevel=2,
         )
     return kept
 
 
 def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
-    """Build a network of exactly this topology from smaller cores, with zero padding and balanced norms.
+    """Build a network of exactly this topology: pad the cores with zeros, and balance their norms.
 
-    Decompositions return smaller bonds if a block has a smaller rank after an earlier truncation.
+    Cores can be smaller than planned, since truncating a bond may lower the rank at the next bonds.
     """
     shapes = topology.core_shapes.values()
     padded = [pad_core(core, shape) for core, shape in zip(cores, shapes, strict=True)]
@@ -313,15 +311,15 @@ def fitted_network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork
 
 
 def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
-    """Zero-pad every dimension of a core at its end."""
+    """Pad a core with zeros at the end of each dimension to the given shape."""
     padding = [amount for have, want in zip(core.shape, shape, strict=True) for amount in (want - have, 0)]
     return torch.nn.functional.pad(core, padding[::-1])
 
 
 def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Rescale the cores to equal root-mean-square elements without changing the operator.
+    """Rescale the cores to equal root mean squares of their elements, without changing the operator.
 
-    After TT-SVD the whole norm is in the last core, so that no learning rate would suit all cores.
+    After TT-SVD the last core has the whole norm, so that no learning rate would suit all cores.
     """
     scales = [frobenius(core) / core.numel() ** 0.5 for core in cores]
     if min(scales) == 0:

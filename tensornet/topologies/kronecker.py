@@ -34,11 +34,11 @@ def kronecker(
     """Build a sum of Kronecker products with cores `left: (terms, o_0, i_0)`, `right: (terms, o_1, i_1)`.
 
     Args:
-        out_dims: rows of `A` and of `B`.
-        in_dims: columns of `A` and of `B`.
-        terms: number of products; if absent, that of an exact sum. Larger values are clipped to this.
-        max_bond: an additional cap on the number of terms.
-        out_features, in_features: shape before padding, the products of the dims if absent.
+        out_dims: numbers of rows of `A` and of `B`.
+        in_dims: numbers of columns of `A` and of `B`.
+        terms: number of products, clipped to the number of an exact sum; that number if absent.
+        max_bond: additional limit on the number of terms.
+        out_features, in_features: shape without padding; the products of the dims if absent.
 
     Raises:
         TopologyError: there are not two out-dims and two in-dims, or they do not fit the features.
@@ -75,8 +75,8 @@ def kronecker(
 class KroneckerFamily(FactoredFamily):
     """Sums of Kronecker products, decomposed optimally by an SVD of Van Loan's rearrangement.
 
-    If its elements are rearranged to `(o_0 i_0, o_1 i_1)`, a Kronecker product has rank 1. So the best `t`
-    terms are the `t` leading singular pairs, and the certificate is the exact error.
+    A Kronecker product whose elements are rearranged to the shape `(o_0 i_0, o_1 i_1)` has rank 1. So the
+    best `t` terms are the `t` leading singular pairs, and the certified error is the exact error.
 
     Reference: Van Loan, Pitsianis 1993, "Approximation with Kronecker Products".
 
@@ -97,7 +97,7 @@ class KroneckerFamily(FactoredFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Complete missing dims, two for each side.
+        """Choose missing dims as balanced factors, two for each side.
 
         Raises:
             TopologyError: `sites` is not 2.
@@ -113,13 +113,13 @@ class KroneckerFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose with `max_bond` as a cap on the number of terms."""
+        """Decompose a matrix; `max_bond` limits the number of terms."""
         cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget)
         topology = self.build(*matrix.shape, out_dims=out_dims, in_dims=in_dims, terms=cores[0].shape[3])
         return Decomposition(_network(topology, cores), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose with the number of terms of a topology."""
+        """Decompose a matrix with the number of terms of a topology."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())
         cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
@@ -127,7 +127,7 @@ class KroneckerFamily(FactoredFamily):
 
 
 def _network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
-    """Reshape a chain of two cores to the two factors."""
+    """Build a sum of Kronecker products from a chain of two cores."""
     return fitted_network(topology, (cores[0][0].permute(2, 0, 1), cores[1][..., 0]))
 
 

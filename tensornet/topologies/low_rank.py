@@ -1,4 +1,4 @@
-"""Low rank: the two-site matrix product operator with dims `(O, 1) x (1, I)`."""
+"""Low-rank matrices: matrix product operators of two sites, with dims `(O, 1) x (1, I)`."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ from tensornet.topologies.registry import register_topology
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import Topology
 
-#: Fractions of the largest rank at which a lossy encoding is tried; losses in between are interpolated.
+#: Fractions of the largest rank at which factors are rounded; losses at other ranks are interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 
 
@@ -49,9 +49,9 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
     """Build a low-rank topology with cores `(1, out, 1, rank)` and `(rank, 1, in, 1)`.
 
     Args:
-        out_features: rows.
-        in_features: columns.
-        rank: the bond; `min(out_features, in_features)` if absent or larger.
+        out_features: number of rows.
+        in_features: number of columns.
+        rank: size of the bond; `min(out_features, in_features)` if absent or larger.
 
     Raises:
         TopologyError: a size is not an integer of at least 1.
@@ -67,7 +67,7 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class LowRankFamily(TopologyFamily):
-    """Low rank, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`.
+    """Low-rank matrices, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`.
 
     Example:
         >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
@@ -93,7 +93,7 @@ class LowRankFamily(TopologyFamily):
         return replace(topology, family=self.name)
 
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Truncate the SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
+        """Decompose a matrix by truncated SVD, which is optimal in the Frobenius norm (Eckart-Young)."""
         check_options(self.name, options)
         rows, columns = check_request(self.name, matrix, budget)
         shape, exact = (rows, columns), [min(rows, columns)]
@@ -106,7 +106,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Truncate the SVD at the rank of a topology."""
+        """Decompose a matrix by truncated SVD with the rank of a topology."""
         check_topology(self.name, topology, matrix)
         rank = max(topology.bond_dims.values())
         result = truncated_svd(matrix, max_rank=rank)
@@ -115,7 +115,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(network, result.error, "exact" if exact else "max_bond")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Truncate the whitened SVD, which has the least weighted error of all networks of this rank."""
+        """Truncate the SVD of the whitened matrix, which minimizes the weighted error at this rank."""
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
         check_topology(self.name, topology, matrix)
@@ -133,9 +133,9 @@ class LowRankFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List every rank with its loss in closed form: sums of the discarded whitened singular values.
+        """List all ranks with their predicted loss increases, which have a closed form.
 
-        Rounding errors of a lossy encoding are independent of the truncation error, so their losses add up.
+        The losses of truncation and of rounding the factors are added, since these errors are independent.
         """
         check_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
@@ -148,13 +148,13 @@ class LowRankFamily(TopologyFamily):
             losses = losses + torch.stack(added[:-1])
             energy = matrix.double().square().sum().cpu().clamp_min(1e-300)
             errors = (errors.square() + 2 * added[-1] / energy).sqrt()
-        count = min(len(errors), max_bond or len(errors))  # fewer than the full rank if a moment is singular
+        count = min(len(errors), max_bond or len(errors))  # there are fewer errors if a moment is singular
         topologies = _every_rank(matrix.shape[0], matrix.shape[1], self.name)[:count]
         complete = count == len(errors)
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Split the whitened SVD into factors of a given rank, with columns and rows of equal norm."""
+        """Build the network of a given rank from the whitened SVD; columns and rows have equal norms."""
         left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
         cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
@@ -162,14 +162,14 @@ class LowRankFamily(TopologyFamily):
     @staticmethod
     @remembered
     def _whitened_factors(result: WeightedSVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Scale columns and rows of the factors of all ranks to equal norms."""
+        """Rescale the factors so that column `k` of the left and row `k` of the right have equal norms."""
         left, right = result.left, result.right
         balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
         balance = torch.where(balance > 0, balance, torch.ones_like(balance))
         return (left * balance).to(dtype), (right / balance[:, None]).to(dtype)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the right factor under `(A^T R A, C)`, refit the left, and round it under `(R, B C B^T)`."""
+        """Round both factors of `W = A B`, see `round_product`."""
         left, right = stored.topology.core_names
         rank = max(stored.topology.bond_dims.values())
         a, b = stored.assemble(stored.tensors)
@@ -189,7 +189,7 @@ class LowRankFamily(TopologyFamily):
         return done
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Build the topology whose rank is the sum of both ranks."""
+        """Build the low-rank topology whose rank is the sum of both ranks."""
         return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
 
     def _balanced(self, result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
@@ -205,9 +205,10 @@ class LowRankFamily(TopologyFamily):
         weightings: Sequence[Weighting],
         most: int,
     ) -> list[Tensor]:
-        """Predict the additional loss of encoding the factors, for every rank and weighting.
+        """Predict the loss increase of rounding the factors, for every rank and weighting.
 
-        Losses of integers are predicted from moments; other encodings are tried at ranks up to `most`.
+        For integer formats it is predicted from moments; for other formats, factors of a few ranks up to
+        `most` are rounded.
         """
         full = len(result.values)
         if round_trip.number_format is not None:
@@ -227,7 +228,7 @@ class LowRankFamily(TopologyFamily):
 
 @lru_cache(maxsize=256)
 def _every_rank(rows: int, columns: int, family: str) -> tuple[Topology, ...]:
-    """Build the topologies of all ranks, in ascending order."""
+    """Build the low-rank topologies of all ranks, in ascending order."""
     ranks = range(1, min(rows, columns) + 1)
     made = (low_rank(out_features=rows, in_features=columns, rank=rank) for rank in ranks)
     return tuple(replace(topology, family=family) for topology in made)

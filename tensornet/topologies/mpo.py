@@ -24,9 +24,9 @@ from tensornet.topologies.factored import (
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
-#: Sizes of the small legs that are tried.
+#: Sizes of the small legs in unbalanced splits.
 _SMALL = (2, 3)
-#: Fractions of the parameters at which splits are compared.
+#: Fractions of the dense parameters at which leg sizes are compared.
 _FRACTIONS = (0.8, 0.5)
 
 
@@ -40,19 +40,21 @@ def mpo(
     in_features: int | None = None,
     family: str = "mpo",
 ) -> Topology:
-    """Build a chain of `n` cores `"0" ... "n-1"` of shapes `(d_{k-1}, o_k, i_k, d_k)`, `d_0 = d_n = 1`.
+    """Build the topology of a chain with cores `"0" ... "n-1"` of shapes `(d_{k-1}, o_k, i_k, d_k)`.
+
+    The end bonds are `d_0 = d_n = 1`.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: the `n - 1` inner bonds; the exact ones if absent. Larger values are clipped to these.
-        max_bond: cap on every bond, or one for each.
-        out_features: rows before padding, the product of `out_dims` if absent.
-        in_features: columns before padding, the product of `in_dims` if absent.
+        bond_dims: sizes of the `n - 1` inner bonds, clipped to the exact bonds; the exact bonds if absent.
+        max_bond: limit for all bonds, or a sequence with a limit for each bond.
+        out_features: number of rows without padding; the product of `out_dims` if absent.
+        in_features: number of columns without padding; the product of `in_dims` if absent.
         family: name of the family of the topology.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features.
+        TopologyError: `out_dims` and `in_dims` differ in length, or their products are below the features.
 
     Example:
         >>> tn.topologies.mpo(out_dims=(3, 4), in_dims=(2, 4), max_bond=4).core_shapes
@@ -74,9 +76,9 @@ def chain(
     *,
     family: str = "mpo",
 ) -> Topology:
-    """Describe an existing chain, like `mpo` but without clipping bonds.
+    """Build the topology of an existing chain, like `mpo` but without clipping bonds.
 
-    Until they are rounded, sums and products of chains may have bonds above the largest useful ones.
+    Sums and products of chains may have larger bonds than necessary until they are rounded.
     """
     cores = [(f"b{k}", f"o{k}", f"i{k}", f"b{k + 1}") for k in range(len(out_dims))]
     return site_topology(family, cores, [1, *bond_dims, 1], out_dims, in_dims, shape)
@@ -107,7 +109,7 @@ class MPOFamily(FactoredFamily):
         *,
         bond_dims: Sequence[int] | None = None,
     ) -> Decomposition:
-        """Decompose by TT-SVD, with the norm spread evenly over the cores, which eases training."""
+        """Decompose a matrix by TT-SVD, and scale all cores to equal norms, which makes training easier."""
         if bond_dims is not None:
             full = max_bonds(out_dims, in_dims)
             check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
@@ -118,7 +120,7 @@ class MPOFamily(FactoredFamily):
         return Decomposition(fitted_network(topology, cores), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose by TT-SVD at the bonds of a topology."""
+        """Decompose a matrix by TT-SVD with the bonds of a topology."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)
@@ -131,10 +133,10 @@ class MPOFamily(FactoredFamily):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Choose between balanced legs and splits with one large leg, unless dims are given.
+        """Choose between balanced leg sizes and splits with one large leg per side, unless dims are given.
 
-        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, as the geometric
-        mean over two sizes.
+        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, multiplied over
+        two numbers of parameters.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
@@ -143,8 +145,9 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Multiply the fractions of whitened energy that truncating the widest bond discards."""
-            # 1. Compute the energies of the unfolding at the widest bond.
+            """Multiply the fractions of squared norm that truncating the widest bond discards."""
+            # 1. Compute squared singular values at the widest bond, and their discarded fraction at each
+            # rank.
             outs, ins = dims
             sites, bonds = len(outs), max_bonds(outs, ins)
             widest = max(range(len(bonds)), key=bonds.__getitem__)
@@ -157,7 +160,7 @@ class MPOFamily(FactoredFamily):
             gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
             tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
-            # 2. For each number of parameters, sum the energies that the largest possible bond discards.
+            # 2. For each number of parameters, find the largest possible bond and what it discards.
             result = 1.0
             for fraction in _FRACTIONS:
                 low, high = 0, bonds[widest]
@@ -175,7 +178,7 @@ class MPOFamily(FactoredFamily):
 
 
 def unbalanced_dims(rows: int, columns: int, sites: int) -> Iterator[Dims]:
-    """List splits with one large out-leg on the first site and one large in-leg on the second."""
+    """List leg sizes with one large out-leg on the first site and one large in-leg on the second site."""
     if sites < 2:
         return
     for p in _SMALL:

@@ -1,6 +1,6 @@
-"""Registry of topology families, filled by calls and by entry points of installed packages.
+"""Registry of topology families: add families, look them up by name, and read the topologies of a config.
 
-A configuration has the name of a family, or one topology for every shape of matrix.
+Families are registered by calling `register_topology` or by entry points of installed packages.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from tensornet.errors import TopologyError
 from tensornet.topologies.base import TopologyFamily
 from tensornet.topology import Topology
 
-#: Group of the entry points with which packages provide families; each points to an instance.
+#: Group of entry points by which other packages provide families; each points to a family instance.
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: dict[str, TopologyFamily] = {}
@@ -24,12 +24,12 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
     """Register a topology family, so that configurations can use its name.
 
     Args:
-        family: an instance of a `TopologyFamily` subclass.
-        replace: allow a name that is already taken.
+        family: an instance of a subclass of `TopologyFamily`.
+        replace: whether to replace a registered family of the same name.
 
     Raises:
-        TopologyError: not an instance of a family, it has no name, or the name is taken and `replace` is
-            False.
+        TopologyError: `family` is not an instance of a family or has no name, or its name is registered and
+            `replace` is False.
 
     Example:
         >>> from tensornet.topologies.mpo import MPOFamily
@@ -56,14 +56,14 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
 
 
 def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
-    """Look up a family by name; entry points of installed packages are searched last.
+    """Look up a topology family by name; entry points of installed packages are searched last.
 
     Args:
-        name: name of a registered family; or a registered family, which is returned.
+        name: name of a family, or a registered family, which is returned.
 
     Raises:
-        TopologyError: an unknown name (the message lists the known ones), or a family that is not registered,
-            whose layers could not be saved.
+        TopologyError: the name is unknown (the message lists the known names), or the family is not
+            registered, so that its layers could not be loaded again.
 
     Example:
         >>> tn.topologies.topology_family("mpo").name
@@ -86,7 +86,7 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
 
 
 def topology_names() -> tuple[str, ...]:
-    """List the names of all families, sorted, including those of installed packages.
+    """List the names of all topology families, including those of installed packages, sorted.
 
     Example:
         >>> "mpo" in tn.topologies.topology_names()
@@ -98,7 +98,7 @@ def topology_names() -> tuple[str, ...]:
 
 @contextmanager
 def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
-    """Register a family for the duration of a `with` block, replacing one of the same name.
+    """Register a topology family inside a `with` block, in place of any family of the same name.
 
     Example:
         >>> from tensornet.topologies.low_rank import LowRankFamily
@@ -120,7 +120,7 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
 
 @cache
 def _load_entry_points() -> None:
-    """Register the families of installed packages, once; warn about those that fail to load."""
+    """Register the families of installed packages; warn about families that cannot be loaded."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             family = entry.load()
@@ -132,13 +132,14 @@ def _load_entry_points() -> None:
 
 
 def fixed_topologies(value: Any) -> tuple[Topology, ...]:
-    """Read the topologies of a configuration; return an empty result for other values, such as a name.
+    """Read the topologies in a configuration value.
 
     Args:
-        value: a topology or its `to_dict`, or a sequence of these.
+        value: a topology, its dictionary from `to_dict`, or a sequence of either. Any other value, such as
+            the name of a family, gives an empty result.
 
     Raises:
-        TopologyError: a family is not registered, or there are two topologies for one shape.
+        TopologyError: a family is not registered, or two topologies are for the same shape.
     """
     values = [value] if isinstance(value, Topology | Mapping) else value
     if isinstance(values, str) or not isinstance(values, Sequence):
@@ -147,7 +148,7 @@ def fixed_topologies(value: Any) -> tuple[Topology, ...]:
         return ()
     found = tuple(each if isinstance(each, Topology) else Topology.from_dict(each) for each in values)
     for topology in found:
-        topology_family(topology.family)  # raises for unregistered families, whose layers could not be loaded
+        topology_family(topology.family)  # raises an error if the family is not registered
     shapes = [topology.shape for topology in found]
     if twice := next((shape for shape in shapes if shapes.count(shape) > 1), None):
         raise TopologyError(f"Two topologies are for matrices of shape {twice}; give one for each shape.")
@@ -155,16 +156,16 @@ def fixed_topologies(value: Any) -> tuple[Topology, ...]:
 
 
 def topology_of_shape(topologies: Sequence[Topology], shape: tuple[int, int], what: str) -> Topology:
-    """Select the topology for the matrix `what` of shape `(out, in)`.
+    """Select the topology for a matrix of shape `(out, in)`; `what` names the matrix in the error message.
 
     Raises:
-        TopologyError: there is no topology for this shape.
+        TopologyError: no topology has this shape.
     """
     for topology in topologies:
         if topology.shape == shape:
             return topology
     raise TopologyError(
-        f"{what} is a matrix of shape {shape}, and the topologies given are for "
-        f"{', '.join(str(topology.shape) for topology in topologies)}. Give one for this shape as well "
+        f"{what} is a matrix of shape {shape}, but the given topologies are for "
+        f"{', '.join(str(topology.shape) for topology in topologies)}. Add a topology for this shape "
         "(topology=[...]), choose other layers (target_modules=...), or give the name of a family."
     )

@@ -1,9 +1,9 @@
-"""Residual networks: a dense matrix, usually of integers, plus a low rank fitted to its rounding error.
+"""Residual networks: a dense matrix, usually of integers, plus a low-rank fit of its rounding error.
 
-After whitening by the moments of the loss, a few singular values of the rounding error are much larger than
-the others. A low rank with factors of eight bits or more removes these with fewer bytes than one more bit for
-the matrix would take. Matrix and low rank are fitted alternately: the difference from the low rank is
-rounded, then the low rank is fitted to the rounding error.
+A few singular values of the whitened rounding error are much larger than the others. A low-rank matrix with
+factors of eight bits or more corrects this part with fewer bytes than one more bit for the dense matrix would
+need. Both are fitted alternately: round the weight minus the low-rank matrix, then fit the low-rank matrix to
+the rounding error.
 
 Reference:
     Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (one side, alternated).
@@ -39,25 +39,25 @@ from tensornet.topology import CoreSpec, Topology
 
 #: Name of the core with the dense matrix.
 BASE = "base"
-#: A low rank is tried only for matrices of at most this many bits, with factors of at least this many.
+#: Largest number of bits of the dense matrix, and smallest number of bits of the factors.
 _BASE_BITS, _FACTOR_BITS = 4, 8
-#: Step between the ranks of candidates, and the largest rank as a fraction of the shorter side.
+#: Step between the ranks of candidates, and the ratio of the shorter side to the largest rank.
 _STEP, _PART = 8, 4
-#: Rank at which a candidate is really rounded; losses of other ranks are predicted from its rounding error.
+#: Rank at which a candidate is rounded; losses at other ranks are predicted from its rounding error.
 _TRIED = 16
-#: Number of alternations of rounding the matrix and fitting the low rank.
+#: How often the dense matrix is rounded and the low-rank matrix is fitted.
 _ALTERNATIONS = 2
 
 _LOW_RANK = LowRankFamily()
 
 
 def residual(*, out_features: int, in_features: int, rank: int | None = None) -> Topology:
-    """Build the sum of a dense core `base` and a low rank.
+    """Build the topology of a sum: a dense core `base` plus a low-rank matrix.
 
     Args:
-        out_features: rows.
-        in_features: columns.
-        rank: rank of the second term; full if absent or larger.
+        out_features: number of rows.
+        in_features: number of columns.
+        rank: rank of the low-rank matrix; the full rank if absent or larger.
 
     Raises:
         TopologyError: a size is not an integer of at least 1.
@@ -77,7 +77,7 @@ def residual(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class ResidualFamily(TopologyFamily):
-    """Dense matrix plus a low rank, useful if the matrix is stored in few bits.
+    """Dense matrix plus a low-rank matrix, useful if the dense matrix is stored in few bits.
 
     Example:
         >>> topology = tn.topologies.topology_family("residual").build(6, 4, max_bond=2)
@@ -95,7 +95,7 @@ class ResidualFamily(TopologyFamily):
         max_bond: int | Sequence[int] | None = None,
         **options: Any,
     ) -> Topology:
-        """Build the topology; see `residual`."""
+        """Build the residual topology; see `residual`."""
         check_options(self.name, options)
         (rank,) = caps_of_bonds(max_bond, 1, TopologyError)
         return replace(
@@ -114,10 +114,10 @@ class ResidualFamily(TopologyFamily):
         return [(factors, {BASE: x}) for x in formats if x.bits is not None and x.bits <= _BASE_BITS]
 
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Copy the matrix, and add a low-rank term of zeros, of the largest rank that fits.
+        """Copy the matrix, and add a low-rank matrix of zeros, of the largest rank within the budget.
 
         Raises:
-            BudgetError: the budget allows fewer parameters than the matrix with rank 1 has.
+            BudgetError: the budget allows fewer parameters than a dense matrix plus rank 1.
         """
         check_options(self.name, options)
         shape = check_request(self.name, matrix, budget)
@@ -127,12 +127,12 @@ class ResidualFamily(TopologyFamily):
 
         what = f"a network of the family {self.name!r}"
         caps, bound_by = uniform_caps(budget, shape, [min(shape)], params, what)
-        if budget.rel_error is not None:  # every rank is exact, so take the smallest
+        if budget.rel_error is not None:  # every rank is exact, so the smallest is sufficient
             caps, bound_by = [1], "rel_error"
         return replace(self.decompose_to(matrix, self.build(*shape, max_bond=caps)), bound_by=bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Copy the matrix, and add a low-rank term with a right factor of zero, like an untrained adapter."""
+        """Copy the matrix, and add a low-rank matrix whose right factor is zero, as in a new LoRA adapter."""
         check_topology(self.name, topology, matrix)
         check_finite(matrix, "The matrix")
         _, part = topology.parts[1]
@@ -142,7 +142,7 @@ class ResidualFamily(TopologyFamily):
         return Decomposition(TensorNetwork(topology, cores), 0.0, "exact")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Copy the matrix, for any weighting; the low rank is fitted when the matrix is rounded."""
+        """Copy the matrix as `decompose_to` does; the low-rank matrix is fitted later, in `round_cores`."""
         return self.decompose_to(matrix, topology)
 
     def ladder(
@@ -154,11 +154,11 @@ class ResidualFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List ranks in steps of eight, with losses predicted from the rounding error of a single rank.
+        """List candidates with ranks in steps of eight; their losses are predicted from a single rounding.
 
-        The ladder of low ranks for this error gives the loss at each rank. It neglects that the factors are
-        rounded, and that the matrix would be rounded differently for another rank. So all losses are rescaled
-        to match the loss measured at the one rank.
+        The matrix is rounded at one rank, and low-rank approximations of its rounding error give the loss at
+        all ranks. They neglect that factors are rounded too, and that the rounding error depends on the rank.
+        So all losses are rescaled to agree with the loss that is measured at the one rank.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])
@@ -173,7 +173,8 @@ class ResidualFamily(TopologyFamily):
         rest = matrix.double() - kept.cores[0].reshape(shape).double()
         error = matrix.double() - kept.to_matrix().double()
         found = _LOW_RANK.ladder(rest, (*weightings, Weighting()), max_bond=top)
-        chosen = [min(rank, len(found.topologies)) - 1 for rank in ranks]  # fewer if a moment is singular
+        # If a moment is singular, there are fewer candidates than ranks.
+        chosen = [min(rank, len(found.topologies)) - 1 for rank in ranks]
         rows = []
         for weighting, losses in zip((*weightings, Weighting()), found.losses, strict=True):
             predicted, measured = losses[chosen], weighting.cost(error)
@@ -182,7 +183,7 @@ class ResidualFamily(TopologyFamily):
         return Ladder(topologies, torch.stack(rows[:-1]), (2 * rows[-1] / energy).sqrt(), complete=False)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix and fit the low rank to its rounding error, alternately; keep the best result."""
+        """Round the matrix and fit a low-rank matrix to its rounding error, alternately; return the best."""
         target, formats = stored.matrix(), stored.formats
         _, part = stored.topology.parts[1]
         left, right = part.core_names
@@ -193,7 +194,7 @@ class ResidualFamily(TopologyFamily):
             return core.reshape(kept.shape).to(kept) if isinstance(core, Tensor) else core
 
         def rounded(a: Tensor, b: Tensor) -> tuple[dict[str, Tensor | RoundedWeight], Tensor]:
-            """Round the factors that become integers; return both, and their product."""
+            """Round the factors that have an integer format; return both factors, and their product."""
             made: list[Tensor | RoundedWeight] = [a.reshape(-1, rank), b.reshape(rank, -1)]
             if left in formats or right in formats:
                 product = round_product(
@@ -213,8 +214,7 @@ class ResidualFamily(TopologyFamily):
             factors, product = rounded(stored.tensors[left], stored.tensors[right])
             return {**factors, BASE: as_stored(BASE, target - product)}
 
-        # Round the difference from the low rank, then fit the low rank to the rounding error. Keep the best
-        # result, since rounding the factors may increase the loss again.
+        # Keep the best result of all alternations, since rounding the factors may increase the loss again.
         best: tuple[float, dict[str, Tensor | RoundedWeight]] | None = None
         product = torch.zeros_like(target)
         for _ in range(_ALTERNATIONS):
@@ -228,11 +228,11 @@ class ResidualFamily(TopologyFamily):
         return best[1]
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Return no bonds: the factors are small, and are made after the matrix is rounded."""
+        """Return no bonds: the factors are small, and are fitted after the matrix is rounded."""
         return {}
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Build the topology with the rank added to that of the low rank; the matrix is not changed."""
+        """Build the residual topology whose low-rank matrix has the sum of both ranks."""
         return self.build(*topology.shape, max_bond=topology.bond_dims["b1"] + rank)
 
 

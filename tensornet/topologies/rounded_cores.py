@@ -1,10 +1,10 @@
-"""Round the cores of any network to integers, each with its own moments.
+"""Round the cores of any network to integers, using estimates of how errors of each core affect the loss.
 
-The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. Its
-curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)` of the core, for random `Z` with
-independent elements. A few such gradients give estimates of the row and column moments of the core, viewed as
-a matrix. After a core is rounded, the remaining cores are refitted, which compensates a part of the rounding
-error.
+The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. The
+curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, where `J` is the derivative of the matrix
+by the core, `L_R` and `L_C` are roots of the moments, and `Z` is random with independent elements. A few such
+gradients, viewed as matrices, give estimates of the row and column moments of the core. After each core, the
+remaining cores are refitted, which compensates a part of the rounding error.
 """
 
 import math
@@ -24,17 +24,17 @@ from tensornet.quantization.moments import ESTIMATE_DAMPING
 from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 from tensornet.topology import Topology
 
-#: Number of random gradients for estimating the moments of a core.
+#: Number of random gradients from which the moments of a core are estimated.
 _PROBES = 6
-#: Conjugate gradient steps for each core that is refitted.
+#: Number of conjugate gradient steps for each refitted core.
 _STEPS = 4
 
 
 def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
-    """View a core as a matrix; return its shape. Groups with one scale lie along the rows.
+    """Return the shape of the matrix as which a core is rounded; a group of one scale is a part of a row.
 
-    The columns are the axes from the first in-leg on, or only the last axis if an in-leg comes first or there
-    is none.
+    The columns are the axes from the first in-leg on. If there is no in-leg, or it is the first axis, the
+    columns are the last axis.
     """
     labels = next(core.labels for core in topology.cores if core.name == name)
     legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
@@ -45,16 +45,17 @@ def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class StoredCores:
-    """Cores during encoding, with the weighting of their matrix.
+    """Cores of a network that are about to be rounded.
 
     Args:
         topology: topology of the network.
-        tensors: by the name of the core, a matrix `(rows, columns)` if it will be integers, else the tensor
-            that will be stored.
-        formats: formats of the cores that will be integers, by name.
-        orders: for pivoted cores, the position of every row in the identity followed by the stored rows.
-        assemble: returns the full cores, in the order of the topology, for such tensors.
-        rounding: largest amount of error feedback, see `round_weight`.
+        tensors: tensor of each core, by name: a matrix `(rows, columns)` if the core is rounded to integers,
+            else the tensor that is stored. Pivoted cores lack the rows of their identity block.
+        formats: number format of each core that is rounded to integers, by name.
+        orders: for each pivoted core, the position of every row of the core in the identity block followed by
+            the stored rows.
+        assemble: function that returns the full cores, in the order of the topology, from such tensors.
+        rounding: rounding method, see `round_weight`.
     """
 
     topology: Topology
@@ -65,18 +66,21 @@ class StoredCores:
     rounding: Rounding = "two_sided"
 
     def matrix(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Contract the network to the matrix `(out, in)`, with its tensors or the given ones."""
+        """Contract `tensors`, by default `self.tensors`, to the matrix `(out, in)` of the network."""
         cores = self.assemble(self.tensors if tensors is None else tensors)
         dense = run(plan_matrix(self.topology), cores)
         return dense[: self.topology.out_features, : self.topology.in_features]
 
 
 def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-    """Round one integer core after the other, with estimated moments, and refit the remaining cores.
+    """Round the cores with an integer format one after another, and refit the remaining cores after each.
 
     Args:
         stored: the cores of any network.
-        weighting: sensitivity of the loss to errors of its matrix.
+        weighting: sensitivity of the loss to errors of the matrix.
+
+    Returns:
+        Rounded cores and refitted floating-point cores, by name.
     """
     target, tensors, names = stored.matrix(), dict(stored.tensors), stored.topology.core_names
     done: dict[str, Tensor | RoundedWeight] = {}
@@ -88,8 +92,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         return weighting.cost(target - made)
 
     while waiting:
-        # 1. Round the next core with estimated moments, and to nearest; keep the one with the smaller exact
-        # loss.
+        # 1. Round the next core with estimated moments and also to nearest, and keep the better result.
         name = waiting.pop(0)
         number_format, matrix = stored.formats[name], tensors[name]
         moments: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
@@ -110,7 +113,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         losses = [cost(name, rounded) for rounded in tried]
         best = tried[losses.index(min(losses))]
         done[name], tensors[name] = best, best.dequantize(target.dtype)
-        # 2. Refit the cores that are not yet integers. In pivoted cores only some rows are free.
+        # 2. Refit the other floating-point cores, unless cores are pivoted: some of their rows are fixed.
         left = [k for k, other in enumerate(names) if other in floating or other in waiting]
         if left and not stored.orders:
             start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))
@@ -123,13 +126,13 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
 def seen_moments(
     stored: StoredCores, tensors: Mapping[str, Tensor], name: str, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the row and column moments for errors of one core, scaled to a mean diagonal of 1.
+    """Estimate the moments of rows and columns of one core, scaled to a mean diagonal of 1.
 
     Returns:
         The moments, of shapes `(rows, rows)` and `(columns, columns)`.
     """
 
-    def matrix(core: Tensor) -> Tensor:  # affine in the core
+    def matrix(core: Tensor) -> Tensor:  # an affine function of the core
         return stored.matrix({**tensors, name: core})
 
     core = tensors[name]

@@ -38,11 +38,11 @@ from tensornet.topologies.factored import (
 from tensornet.topologies.registry import register_topology
 from tensornet.topology import Topology
 
-#: Conjugate gradient steps per core. Without a weighting, one step is exact for cores with few bonds.
+#: Number of conjugate gradient steps for each core; for small bonds, one step is exact.
 _STEPS = 2
-#: A sweep that lowers the squared error by less than this fraction is the last.
+#: Fitting stops after a sweep that lowers the squared error by less than this fraction.
 _SETTLED = 2e-4
-#: Closing bonds that are tried if `ring_bond` is absent; 1 is the open chain.
+#: Closing bonds that are tried if `ring_bond` is absent; 1 gives an open chain.
 RING_BONDS = (1, 2, 4, 8)
 
 
@@ -55,19 +55,19 @@ def tensor_ring(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Build a ring of `n >= 2` cores of shapes `(b_{k-1}, o_k, i_k, b_k)` with `b_{-1} = b_{n-1}`.
+    """Build the topology of a ring of `n >= 2` cores `(b_{k-1}, o_k, i_k, b_k)` with `b_{-1} = b_{n-1}`.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: the `n` bonds on the right of each core, the closing one last. If absent, all are
-            `max_bond`, clipped to the exact bonds of a chain; without `max_bond` the ring is the exact open
-            chain.
-        max_bond: cap on every bond, or one for each, the closing one last.
-        out_features, in_features: shape before padding, the products of the dims if absent.
+        bond_dims: sizes of the `n` bonds on the right of each core; the closing bond is the last. If absent,
+            all bonds are `max_bond`, clipped to the exact bonds of a chain; without `max_bond` the ring is
+            the exact open chain.
+        max_bond: limit for all bonds, or a sequence with a limit for each bond; the closing bond is the last.
+        out_features, in_features: shape without padding; the products of the dims if absent.
 
     Raises:
-        TopologyError: fewer than two sites, dims that do not fit, or a wrong number of bonds.
+        TopologyError: there are fewer than two sites, the dims do not fit, or the number of bonds is wrong.
 
     Example:
         >>> tn.topologies.tensor_ring(out_dims=(3, 4), in_dims=(2, 4), max_bond=3).core_shapes
@@ -81,7 +81,8 @@ def tensor_ring(
     caps = check_bonds("bond_dims", bond_dims, sites, "the closing bond last", max_bond)
     if bond_dims is None:
         bond_dims = (*full, 1) if max_bond is None else (*full, min(full))
-    # A closing bond larger than the other sizes of the two cores that it joins is useless.
+    # The closing bond need not be larger than the product of the other dimensions of either core that it
+    # joins.
     ends = out_dims[0] * in_dims[0] * bond_dims[0], out_dims[-1] * in_dims[-1] * bond_dims[-2]
     closing = min(bond_dims[-1], *ends)
     bonds = clip_bonds("bond_dims", bond_dims, [*(f * closing for f in full), closing])
@@ -93,7 +94,7 @@ def tensor_ring(
 def _ring(
     out_dims: Sequence[int], in_dims: Sequence[int], bonds: Sequence[int], shape: tuple[int, int]
 ) -> Topology:
-    """Describe existing cores, like `tensor_ring` but without clipping bonds."""
+    """Build the topology of existing cores, like `tensor_ring` but without clipping bonds."""
     sites = len(out_dims)
     cores = [(f"b{(k - 1) % sites}", f"o{k}", f"i{k}", f"b{k}") for k in range(sites)]
     return site_topology("tensor_ring", cores, bonds, out_dims, in_dims, shape)
@@ -102,13 +103,13 @@ def _ring(
 class TensorRingFamily(FactoredFamily):
     """Tensor rings, decomposed by sequential SVD.
 
-    The first SVD is truncated at `ring_bond * bond`, and its index is split into these two bonds; the rest is
-    TT-SVD. All left factors are orthonormal, so the certificate is `sqrt(sum of discarded energies) / |W|`.
-    If `ring_bond` is not given, several values are tried and the best is kept, often 1, an open chain.
+    The first SVD is truncated at the rank `ring_bond * bond`, and its index is split into these two bonds.
+    TT-SVD decomposes the rest. All left factors are orthonormal, so the certificate is
+    `sqrt(sum of discarded squares) / |W|`. If `ring_bond` is absent, several values are tried and the best is
+    kept, which is often 1, an open chain.
 
-    This decomposition is not optimal. With `sweeps=` it is improved by alternating least squares: the error
-    is then measured and never larger; see `iterations` and `converged` of the result. Such errors need not
-    decrease monotonically with the budget.
+    This decomposition is not optimal. `sweeps=` improves it by alternating least squares; the error is then
+    measured, and need not decrease monotonically with the budget.
 
     Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithms 1 and 2.
 
@@ -132,14 +133,14 @@ class TensorRingFamily(FactoredFamily):
         ring_bond: int | None = None,
         sweeps: int = 0,
     ) -> Decomposition:
-        """Decompose with the smallest error within the caps or, with `rel_error`, with the fewest parameters.
+        """Decompose a matrix with the smallest error or, if `rel_error` is given, the fewest parameters.
 
         Args:
-            matrix: shape `(out_features, in_features)`.
+            matrix: the matrix, shape `(out_features, in_features)`.
             out_dims, in_dims: sizes of the legs.
-            budget: caps.
-            ring_bond: the closing bond, at most `max_bond`; several are tried if absent. Values that are too
-                large for the first SVD are clipped, with a warning.
+            budget: limits on bonds, error and parameters.
+            ring_bond: size of the closing bond, at most `max_bond`; several are tried if absent. Values that
+                are too large for the first SVD are clipped, with a warning.
             sweeps: largest number of sweeps of alternating least squares over all cores.
         """
         rows, columns = out_dims, in_dims
@@ -151,8 +152,8 @@ class TensorRingFamily(FactoredFamily):
             check_size("ring_bond", ring_bond)
             if closing_cap is not None and ring_bond > closing_cap:
                 raise BudgetError(
-                    f"ring_bond={ring_bond} is above max_bond={budget.max_bond}, which caps every bond; "
-                    "lower the one or raise the other."
+                    f"ring_bond={ring_bond} is above max_bond={budget.max_bond}, which limits every bond; "
+                    "lower ring_bond or raise max_bond."
                 )
             (ring_bond,) = clip_bonds("ring_bond", [ring_bond], [max_bonds(rows, columns)[0]])
         found, refused = [], None
@@ -175,7 +176,7 @@ class TensorRingFamily(FactoredFamily):
         return replace(best, network=fitted_network(topology, best.network.cores))
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose by sequential SVD at the bonds of a topology."""
+        """Decompose a matrix by sequential SVD with the bonds of a topology."""
         check_topology(self.name, topology, matrix)
         *bonds, closing = topology.bond_dims.values()
         made = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)
@@ -189,11 +190,11 @@ def _decompose(
     closing: int,
     budget: Budget,
 ) -> Decomposition:
-    """Decompose within the budget at a given closing bond."""
+    """Decompose a matrix within the budget, with a given closing bond."""
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
     def ranks(caps: Sequence[int]) -> list[int]:
-        """Compute the bonds of the sequential SVD under these caps, without `rel_error`."""
+        """Compute the bonds that the sequential SVD gives under these limits without `rel_error`."""
         right = math.prod(legs[1:])
         found = [min(caps[0], -(-min(legs[0], right) // closing))]
         for k in range(1, len(legs) - 1):
@@ -223,7 +224,7 @@ def _tr_svd(
     caps: Sequence[int],
     rel_error: float | None = None,
 ) -> Decomposition:
-    """Decompose by sequential SVD, with the norm in the last core."""
+    """Decompose a matrix by sequential SVD with limits on the bonds; the last core has the whole norm."""
     check_finite(matrix, "The matrix")
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
     rest = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))
@@ -236,8 +237,8 @@ def _tr_svd(
         cap = min(caps[k] * (closing if k == 0 else 1), *block.shape)
         bound_by = "max_bond" if cap < min(block.shape) and bound_by == "exact" else bound_by
         allowed = allowed_energy(rel_error, total, spent, sites - 1 - k)
-        # The order of the columns in the closing bond affects later truncations. With singular vectors in
-        # descending order, a larger cap only adds to the columns of a smaller one.
+        # The order of the columns in the closing bond affects later truncations. With descending singular
+        # values, the columns for a smaller limit are the first columns for a larger limit.
         ordered = k == 0 and closing > 1
         split = split_block(block, inside, cap, allowed, single=is_single(dtype), ordered=ordered)
         bound_by = "rel_error" if split.left.shape[1] < cap else bound_by

@@ -1,4 +1,4 @@
-"""Tucker networks: a factor matrix for every leg, and a core tensor that joins them."""
+"""Tucker networks: one factor matrix for each leg, joined by a core tensor."""
 
 import math
 from collections.abc import Sequence
@@ -40,21 +40,20 @@ def tucker(
     out_features: int | None = None,
     in_features: int | None = None,
 ) -> Topology:
-    """Build a Tucker network: a core `(r_0, ..., r_{2n-1})` and a factor `(leg, rank)` for truncated legs.
+    """Build a Tucker topology: a core `(r_0, ..., r_{2n-1})` and a factor `(leg, rank)` per truncated leg.
 
     `W[o_0.., i_0..] = sum over ranks of core[...] * prod_k out_k[o_k, p_k] * prod_k in_k[i_k, q_k]`. A leg
-    with full rank has no factor and belongs to the core itself.
+    with full rank has no factor; the core itself has this leg.
 
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        ranks: one for each out-leg, then one for each in-leg; full if absent. They are clipped to the leg
-            sizes.
-        max_bond: cap on every rank, or one for each leg.
-        out_features, in_features: shape before padding, the products of the dims if absent.
+        ranks: rank of each out-leg, then of each in-leg, clipped to the leg sizes; full ranks if absent.
+        max_bond: limit for all ranks, or a sequence with a limit for each leg.
+        out_features, in_features: shape without padding; the products of the dims if absent.
 
     Raises:
-        TopologyError: the dims do not fit each other or the features, or the number of ranks is wrong.
+        TopologyError: the dims differ in length or do not fit the features, or the number of ranks is wrong.
 
     Example:
         >>> tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2).core_shapes
@@ -86,8 +85,8 @@ def tucker(
 class TuckerFamily(FactoredFamily):
     """Tucker networks, decomposed by sequentially truncated higher-order SVD.
 
-    One leg after the other is projected to its leading subspace. The discarded parts are orthogonal, so the
-    certificate `sqrt(sum of discarded energies) / |W|` is the exact error.
+    The legs are projected one after another onto their leading subspaces. The discarded parts are orthogonal,
+    so the certificate `sqrt(sum of discarded squares) / |W|` is the exact error.
 
     Reference: Vannieuwenhoven, Vandebril, Meerbergen 2012, "A New Truncation Strategy for the
     Higher-Order Singular Value Decomposition".
@@ -109,7 +108,7 @@ class TuckerFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose with a common cap on all ranks if `param_ratio` is given."""
+        """Decompose a matrix; `param_ratio` is converted to a common limit for all ranks."""
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
@@ -122,17 +121,17 @@ class TuckerFamily(FactoredFamily):
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
-        # With a lower rank the new factor can take more than the rank saves; the second choice keeps the
-        # caps.
+        # A factor can have more parameters than its lower rank saves in the core. In this case, keep the legs
+        # complete that the limits do not truncate; they need no factors.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
         topology = at(ranks)
-        if at(whole).num_params < topology.num_params:  # legs without a factor are exact
+        if at(whole).num_params < topology.num_params:
             topology = at(whole)
             core, factors, error = st_hosvd(matrix, out_dims, in_dims, whole)
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Project the matrix to the ranks of a topology."""
+        """Decompose a matrix with the ranks of a topology."""
         check_topology(self.name, topology, matrix)
         caps = topology.core_shapes["core"]
         core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
@@ -148,13 +147,16 @@ def st_hosvd(
     caps: Sequence[int],
     rel_error: float | None = None,
 ) -> tuple[Tensor, list[Tensor], float]:
-    """Compute the core tensor, one orthonormal factor `(leg, rank)` per leg, and the certified error.
+    """Compute the sequentially truncated higher-order SVD of a matrix that is reshaped to its legs.
 
     Args:
-        matrix: shape `(out, in)`, padded with zeros to the product of the dims.
+        matrix: the matrix, shape `(out, in)`; padded with zeros to the products of the dims.
         out_dims, in_dims: sizes of the legs.
         caps: largest rank of each leg, out-legs first.
-        rel_error: largest relative error, spent leg by leg.
+        rel_error: largest relative error; what one leg does not use of it is available to the next legs.
+
+    Returns:
+        The core tensor, an orthonormal factor `(leg, rank)` for each leg, and the certified relative error.
 
     Raises:
         NonFiniteError: the matrix contains NaN or infinity.
@@ -168,7 +170,7 @@ def st_hosvd(
     for axis, cap in enumerate(caps):
         block = core.movedim(axis, 0).flatten(1)
         allowed = allowed_energy(rel_error, total, spent, len(caps) - axis)
-        # The rank of the unfolding cannot be larger; the family still keeps the cap.
+        # The rank cannot exceed the shape of the block. Without `rel_error`, factors are padded to `cap`.
         split = split_block(block, inside, min(cap, *block.shape), allowed, single=single)
         spent, inside = spent + split.discarded, split.kept
         rank = split.left.shape[1] if rel_error is not None else cap
@@ -180,7 +182,7 @@ def st_hosvd(
 
 
 def _network(topology: Topology, core: Tensor, factors: Sequence[Tensor]) -> TensorNetwork:
-    """Contract factors that the topology does not have into the core."""
+    """Build a Tucker network; factors that the topology does not have are multiplied into the core."""
     kept = []
     for axis, (label, factor) in enumerate(
         zip((*topology.out_labels, *topology.in_labels), factors, strict=True)
