@@ -1,13 +1,13 @@
-"""Descent on the exact loss increase after rounding: codes column by column, scales group by group.
+"""Coordinate descent on the exact loss increase after rounding: change codes, and refit scales.
 
-Error feedback never changes an element again after rounding it. Given `P = R E C`, changing one element by
-`d` changes the loss by `d P_ij + 1/2 d^2 R_ii C_jj`, so a sweep over the columns finds the elements to
-change. The rows of a column are coupled by `R`: of all changes that lower the loss, the best are made
-together, as many as still keep half of the sum of their gains. The scales of a group column are coupled by
-`R` too and solve a linear system. No step increases the loss. If only the diagonal of `R` is known, as for a
-vocabulary, rows are independent: all changes that lower the loss are made, and every scale has a closed form.
+Let `P = R E C` for the error `E`. Changing the error of one element by `d` changes the loss by `d P_ij + 1/2
+d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Rows of a column interact
+through `R`. So only the best changes are made together, such that at least half of the sum of their single
+gains is kept. The scales of one group in all rows interact too, and solve a linear system. No step increases
+the loss. If only the diagonal of `R` is known, as for a vocabulary, rows are independent: all changes that
+lower the loss are made, and every scale has a closed form.
 
-Small matrices are processed in stacks, since for them calls take longer than arithmetic.
+Small matrices are processed in stacks, since function calls take longer than their arithmetic.
 
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).
@@ -19,13 +19,13 @@ from torch import Tensor
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 
-#: Number of columns whose updates of the gradient are collected into one matrix product.
+#: Number of columns after which the gradient of all later columns is updated by one matrix product.
 _BLOCK = 64
-#: Changes made together must keep this fraction of the sum of their single gains.
+#: Smallest fraction of the sum of their single gains that changes made together must achieve.
 _KEPT = 0.5
-#: A product gathers single rows of a moment if at most one in this many is needed.
+#: Rows of a moment are selected before a product if at most one in this number is needed.
 _FEW = 6
-#: Iterations of conjugate gradients for the scales of one group column.
+#: Number of conjugate gradient steps for the scales of one group in all rows.
 _STEPS = 6
 
 
@@ -37,18 +37,18 @@ def sweep_codes(
     columns: Tensor,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Change codes to lower the loss increase, in one pass over all columns.
+    """Change codes so that the loss increase becomes smaller, in one pass over all columns.
 
     Args:
-        weight: shape `(stack, out, in)`.
-        codes: current codes (or levels), as floating-point numbers of the same shape.
-        grid: rounding grid.
-        rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
-        columns: `C`, shape `(stack, in, in)`.
-        gradient: `R E C` for the error of these codes, if known.
+        weight: matrices, shape `(stack, out, in)`.
+        codes: current codes (or levels) as floating-point numbers, shape `(stack, out, in)`.
+        grid: the rounding grid.
+        rows: moment `R`, shape `(stack, out, out)`, or its diagonal, shape `(stack, out)`.
+        columns: moment `C`, shape `(stack, in, in)`.
+        gradient: product `R E C` for the error of these codes, if known.
 
     Returns:
-        New codes.
+        The new codes.
     """
     # Everything is transposed to `(in, stack, out)`, so that a column of the weights is contiguous.
     if gradient is None:
@@ -82,12 +82,12 @@ def sweep_codes(
 
 
 def _by_column(x: Tensor) -> Tensor:
-    """Copy `(stack, out, in)` to `(in, stack, out)`."""
+    """Permute `(stack, out, in)` to `(in, stack, out)` by a contiguous copy."""
     return x.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 
 def _times(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (n, stack, out)` by the row moment of each matrix."""
+    """Multiply `x: (n, stack, out)` by the row moment, or its diagonal, of each matrix."""
     if rows.ndim == 2:
         return x * rows
     if len(rows) == 1:
@@ -96,7 +96,7 @@ def _times(rows: Tensor, x: Tensor) -> Tensor:
 
 
 def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
-    """Multiply `columns: (stack, m, n)` by `x: (n, stack, out)`, shape `(m, stack, out)`."""
+    """Multiply `columns: (stack, m, n)` by `x: (n, stack, out)`; the result has shape `(m, stack, out)`."""
     if len(columns) == 1:
         return (columns[0] @ x[:, 0])[:, None]
     return torch.bmm(columns, x.transpose(0, 1)).transpose(0, 1).contiguous()
@@ -105,10 +105,11 @@ def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
 def _compatible(
     gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Select changes of one column that together lower the loss increase of each matrix.
+    """Select changes of one column that lower the loss increase of each matrix when they are made together.
 
     Returns:
-        A mask of the changes, and `R` times the changes, shape `(stack, out)` each; None if no change helps.
+        A mask of the changes, and `R` times the changes, both of shape `(stack, out)`; None if no change
+        helps.
     """
     which = gain < -1e-12 * gain.abs().amax(1, keepdim=True)
     counts = which.sum(1)
@@ -135,7 +136,7 @@ def _compatible(
 
 
 def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tensor:
-    """Multiply the changes of each matrix by `R`; read only the needed rows if they are few."""
+    """Multiply the changes of each matrix by `R`, with only the needed rows of `R` if they are few."""
     if len(rows) > 1:
         return torch.bmm(moves[:, None], rows)[:, 0]
     if most * _FEW > rows.shape[1]:
@@ -153,19 +154,19 @@ def sweep_scales(
     columns: Tensor,
     product: Tensor | None = None,
 ) -> Tensor:
-    """Refit the scales under both moments, in one pass over all group columns.
+    """Refit the scales under both moments, one group of all rows after another.
 
     Args:
-        weight: shape `(stack, out, in)`.
-        points: codes minus their zeros, or levels, in the same shape.
+        weight: matrices, shape `(stack, out, in)`.
+        points: codes minus their zero points, or levels, shape `(stack, out, in)`.
         scales: current scales, shape `(stack, out, groups)`.
-        number_format: an integer format.
-        rows: `R`, shape `(stack, out, out)`, or its diagonal `(stack, out)`.
-        columns: `C`, shape `(stack, in, in)`.
-        product: `E C` for the error of these codes and scales, if known; it is overwritten.
+        number_format: integer format.
+        rows: moment `R`, shape `(stack, out, out)`, or its diagonal, shape `(stack, out)`.
+        columns: moment `C`, shape `(stack, in, in)`.
+        product: product `E C` for the error of these codes and scales, if known; it is overwritten.
 
     Returns:
-        New scales, not yet rounded to the dtype of scales.
+        The new scales, not rounded to the dtype of scales.
     """
     scales = scales.clone()
     size = weight.shape[2]
@@ -189,11 +190,11 @@ def sweep_scales(
 
 
 def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
-    """Approximate `matrix^-1 right` by a few conjugate gradient steps, each lowering the quadratic.
+    """Approximate `matrix^-1 right` by a few conjugate gradient steps.
 
     Args:
-        matrix: shape `(stack, n, n)`, positive semi-definite.
-        right: shape `(stack, n)`.
+        matrix: positive semi-definite matrices, shape `(stack, n, n)`.
+        right: right-hand sides, shape `(stack, n)`.
     """
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     inverse = torch.where(diagonal > 0, 1 / diagonal.clamp_min(1e-300), 0.0)
@@ -217,7 +218,7 @@ def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def times_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (stack, out, in)` by the moment of the rows, or by its diagonal."""
+    """Multiply `x: (stack, out, in)` by the row moment or its diagonal."""
     return rows[..., None] * x if rows.ndim == 2 else rows @ x
 
 
@@ -232,14 +233,13 @@ def descend(
     sweeps: int,
     loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Alternate `sweep_scales` and `sweep_codes`, with the same arguments.
+    """Lower the loss increase by alternating `sweep_scales` and `sweep_codes`; arguments as for these.
 
-    With many rows, products of a moment and the error take most of the time. So those that give the loss
-    increase of one step are reused in the next step.
+    Products of a moment and the error take most of the time, so each step reuses those of the step before.
 
     Args:
         sweeps: number of alternations.
-        loss: loss increase of the codes, shape `(stack,)`, if known.
+        loss: loss increase of the current codes, shape `(stack,)`, if known.
 
     Returns:
         Codes (or levels), and scales in the dtype in which they are stored.

@@ -1,17 +1,16 @@
-"""Entropy-coded integers: a matrix with equal steps, rounded until its codes take a given number of bytes.
+"""Entropy-coded integers: encode and decode them, and round a matrix to a given number of coded bytes.
 
 A value is `row_step_i * column_step_j * (code - 128)`. With the moments `R = U_R D_R U_R^T` and
 `C = U_C D_C U_C^T` of `tensornet.quantization.feedback`, the loss increase of two-sided rounding is
 
     1/24 sum_ij D_R,i D_C,j (row_step_i column_step_j)^2,
 
-and the entropy of the codes falls by one bit whenever a step doubles. So the steps of least loss at a given
-entropy are proportional to `D_R^-1/2` and `D_C^-1/2`, and one factor for all of them sets the entropy.
+and the entropy of a code falls by one bit if its step is doubled. So the best steps at a given entropy are
+proportional to `D_R^-1/2` and `D_C^-1/2`, and a common factor sets the entropy.
 
-Codes are written by a range coder. It models a code as normally distributed and rounded, with a variance that
-is a product of one number for its row and one for its column, which are written first. Only sums of integers
-decide which distribution a code has, and distributions are tables of integers, so that files are read alike
-on all machines.
+Codes are written by a range coder. It assumes rounded normal distributions, whose variance is the product of
+a number for the row and a number for the column, which are written first. All numbers that select or describe
+a distribution are integers, so that decoding gives the same result on all machines.
 
 Reference:
     Lifar et al. 2026, "WaterSIC", arXiv:2603.04956 (a step for each column, entropy coding); Martin 1979,
@@ -36,25 +35,26 @@ from tensornet.quantization.moments import Moment, loss_increase
 
 Integers = npt.NDArray[np.int64]
 
-#: Standard deviations of the modelled distributions are `2 ** ((level - FIRST) / 8)`.
+#: A distribution is given by its level, 0 ... 127; its standard deviation is `2 ** ((level - _FIRST) / 8)`.
 _LEVELS, _FIRST, _OCTAVE = 128, 32, 8
-#: Smallest mean square of codes by which others are divided.
+#: Lower limit of mean squares of codes, to avoid divisions by zero.
 _LEAST = 2.0**-8
-#: Bytes before the coded words: a checksum, the mean level of the columns, and the level of the levels.
+#: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level for levels.
 _HEADER = 8
-#: Bits of a weight that may stay empty, after how many roundings more may, and when to give up.
+#: Bits per weight that may stay unused; number of roundings after which more may be unused; and number of
+#: roundings after which the search fails.
 _EMPTY, _ROUNDINGS, _MOST_ROUNDINGS = 0.004, 5, 50
-#: Places at which the entropy of a matrix is estimated: per side, and logarithms of the step.
+#: Number of rows and of columns, and number of common factors, for which the entropy is estimated.
 _PLACES, _STEPS = 64, 64
-#: Largest weight in units of its step, which leaves room for the feedback of other elements below 128.
+#: Largest weight in units of its step; codes up to 127 leave room for feedback.
 _FARTHEST = 120
 
 
 def require_coder(user: str) -> Any:
-    """Return the package of the range coder.
+    """Import the package of the range coder; `user` is what needs it, for the error message.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: the package is not installed.
     """
     require(("constriction",), extra="entropy", user=user)
     import constriction
@@ -66,10 +66,10 @@ def require_coder(user: str) -> Any:
 
 
 def encode(codes: Tensor) -> bytes:
-    """Write the codes of a matrix with the coder.
+    """Encode the codes of a matrix to bytes.
 
     Args:
-        codes: `torch.uint8` around 128, shape `(out, in)`.
+        codes: codes around 128 in `torch.uint8`, shape `(out, in)`.
 
     Raises:
         MissingDependencyError: the package constriction is not installed.
@@ -82,13 +82,13 @@ def encode(codes: Tensor) -> bytes:
         (True, True)
     """
     stream = require_coder("Entropy coding")
-    # 1. Fit the variances: one number for each column, and what they leave to the rows.
+    # 1. Fit the variances: first the factor of each column, then the factor of each row.
     values = codes.cpu().contiguous().numpy()
     energy = np.square(values.astype(np.float64) - 128)
     columns = _level_with(energy.mean(0)) - _FIRST
     left = energy / np.maximum(_energies()[columns + _FIRST], _LEAST)
     rows = np.rint(_OCTAVE / 2 * np.log2(left.mean(1) + _LEAST)).astype(np.int64)
-    # 2. Write the levels, as differences from their means, then all codes with one level after another.
+    # 2. Write the levels, minus their means; then the codes, sorted by level.
     middle, least = int(np.rint(columns.mean())), int(np.rint(rows.mean()))
     levels = np.concatenate([columns - middle, rows - least]).clip(-128, 127)
     spread = int(_level_with(np.square(levels, dtype=np.float64).mean()))
@@ -106,14 +106,14 @@ def encode(codes: Tensor) -> bytes:
 
 
 def decode(coded: bytes, shape: tuple[int, int]) -> Tensor:
-    """Read the codes of a matrix: the inverse of `encode`; bytes after the end are ignored.
+    """Decode the codes of a matrix; this is the inverse of `encode`. Bytes after the end are ignored.
 
     Args:
-        coded: from `encode`.
-        shape: `(out, in)`.
+        coded: bytes, as returned by `encode`.
+        shape: shape `(out, in)` of the matrix.
 
     Returns:
-        `torch.uint8`, shape `(out, in)`, on the CPU.
+        Codes in `torch.uint8`, shape `(out, in)`, on the CPU.
 
     Raises:
         FormatError: the bytes are damaged.
@@ -134,7 +134,7 @@ def decode(coded: bytes, shape: tuple[int, int]) -> Tensor:
             for level, count in enumerate(np.bincount(found, minlength=_LEVELS))
             if count
         ]
-    except (AssertionError, ValueError, IndexError) as error:  # what the coder raises for impossible bytes
+    except (AssertionError, ValueError, IndexError) as error:  # raised by the coder for impossible bytes
         raise FormatError(f"{_DAMAGED} ({error!s:.80})") from error
     codes = np.empty(rows * columns, np.uint8)
     codes[np.argsort(found, kind="stable")] = np.concatenate(symbols) if symbols else codes
@@ -147,19 +147,19 @@ _DAMAGED = "the entropy-coded bytes are damaged, or another version of the coder
 
 
 def _level_with(energy: Any) -> Any:
-    """Return the levels of the distributions with the given mean squares."""
+    """Find the levels of the distributions with the given mean squares."""
     return np.rint(np.interp(energy, _energies(), np.arange(_LEVELS))).astype(np.int64)
 
 
 def _level_of(levels: Integers, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Add the levels of columns and rows for every element, in one vector."""
+    """Compute the level of every element from those of its column and its row, as one vector."""
     rows, columns = levels[shape[1] :], levels[: shape[1]]
     return (rows[:, None] + columns + _FIRST).clip(0, _LEVELS - 1).astype(np.uint8).reshape(-1)
 
 
 @lru_cache(maxsize=1)
 def tables() -> Integers:
-    """Compute the distributions of codes, in units of `2**-22`, shape `(levels, 256)`."""
+    """Compute the probability of each code at each level, in units of `2**-22`, shape `(levels, 256)`."""
     edges = np.arange(-128, 129) - 0.5
     edges[0], edges[-1] = -math.inf, math.inf
     found = np.empty((_LEVELS, 256), np.int64)
@@ -172,14 +172,14 @@ def tables() -> Integers:
 
 @lru_cache(maxsize=1)
 def _energies() -> npt.NDArray[np.float64]:
-    """Compute the mean square of each distribution."""
+    """Compute the mean square of `code - 128` at each level."""
     found: npt.NDArray[np.float64] = tables() @ np.square(np.arange(-128.0, 128)) / tables().sum(1)
     return found
 
 
 @lru_cache(maxsize=1)
 def _models() -> list[Any]:
-    # Every code keeps a positive probability, however rare it is.
+    # Adding 1 makes every probability positive.
     categorical = require_coder("Entropy coding").model.Categorical
     return [categorical(each.astype(np.float32), perfect=False) for each in tables() + 1]
 
@@ -191,10 +191,10 @@ class Coded(NamedTuple):
     """Codes and steps of a matrix `(out, in)`.
 
     Args:
-        codes: as floating-point numbers from 0 to 255.
-        scales: steps of the rows, shape `(out, 1)`, in the dtype of the format.
-        column_scales: steps of the columns, shape `(in,)`, in the dtype of the format.
-        loss: loss increase, a scalar.
+        codes: codes as floating-point numbers from 0 to 255.
+        scales: steps of the rows in the dtype of the format, shape `(out, 1)`.
+        column_scales: steps of the columns in the dtype of the format, shape `(in,)`.
+        loss: loss increase, a 0-dimensional tensor.
     """
 
     codes: Tensor
@@ -210,17 +210,17 @@ def round_to_rate(
     columns: Moment | None,
     fed_back: tuple[Moment | None, Moment | None],
 ) -> Coded:
-    """Round a matrix with the smallest steps at which its coded bytes fit into those of the format.
+    """Round a matrix with the smallest steps at which its coded bytes do not exceed those of the format.
 
     Args:
-        weight: shape `(out, in)`.
-        number_format: an entropy-coded format.
+        weight: matrix, shape `(out, in)`.
+        number_format: entropy-coded format.
         rows: moment of the gradients.
         columns: moment of the inputs.
-        fed_back: the moments along which errors are fed back.
+        fed_back: moments of rows and of columns along which errors are fed back.
 
     Raises:
-        FormatError: no steps are found; the rate is too low for a matrix this small.
+        FormatError: no steps are found, because the rate is too low for such a small matrix.
         MissingDependencyError: the package constriction is not installed.
     """
     limit, count = number_format.coded_bytes(weight.shape), weight.numel()
@@ -241,12 +241,12 @@ def round_to_rate(
             room, best = left, (codes[0], scales, column_scales)
         if best is not None and (room <= _EMPTY or attempt >= _ROUNDINGS or exponent <= lowest):
             break
-        # Twice the step saves one bit of every weight, or less if most codes are zero.
+        # Doubling the step saves one bit per weight, or less if most codes are zero.
         exponent = max(exponent + _EMPTY / 2 - left, lowest)
     if best is None:
         raise FormatError(
-            f"{number_format.name!r} has {limit} bytes for the codes of a matrix of shape "
-            f"{tuple(weight.shape)}, into which no steps were found; use a format of more bits."
+            f"{number_format.name!r} allows {limit} bytes for the codes of a matrix of shape "
+            f"{tuple(weight.shape)}, which is not enough; use a format with more bits."
         )
     codes, scales, column_scales = best
     error = weight - (codes - number_format.center) * scales.to(weight.dtype) * column_scales.to(weight.dtype)
@@ -255,7 +255,7 @@ def round_to_rate(
 
 @remembered
 def _directions(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Tensor, Tensor]:
-    """Compute the steps of rows and columns up to a factor: `D^-1/2`, with a geometric mean of one."""
+    """Compute the steps of rows and columns up to a common factor: `D^-1/2`, with a geometric mean of one."""
     found = []
     for moment, size in ((rows, weight.shape[0]), (columns, weight.shape[1])):
         sensitivity = weight.new_ones(1, size)
@@ -279,7 +279,7 @@ def expected_steps(
 def _exponent(
     weight: Tensor, number_format: NumberFormat, rows: Moment | None, columns: Moment | None
 ) -> float:
-    """Estimate the logarithm of the common factor of all steps."""
+    """Estimate the binary logarithm of the common factor of all steps."""
     exponents, bits = rate_curve(weight, rows, columns)
     wanted = 8 * number_format.coded_bytes(weight.shape) / weight.numel()
     return float(np.interp(-wanted, -bits, exponents))
@@ -287,28 +287,28 @@ def _exponent(
 
 @remembered
 def rate_curve(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Any, Any]:
-    """Estimate the coded size of a matrix without rounding it.
+    """Estimate the bits per weight of a coded matrix as a function of the steps, without rounding.
 
     Args:
-        weight: shape `(out, in)`.
+        weight: matrix, shape `(out, in)`.
         rows: moment of the gradients.
         columns: moment of the inputs.
 
     Returns:
-        Logarithms of the common factor of all steps, ascending from the smallest at which no code is clamped,
-        and the bits of a weight for each.
+        Binary logarithms of the common factor of all steps, ascending from the smallest at which no code is
+        clamped, and the bits per weight for each of them.
     """
-    # 1. Mean squares of the weights, in units of their steps, by row and by column.
+    # 1. Compute mean squares of the weights in units of their steps, for each row and column.
     across, along = _directions(weight, rows, columns)
     energy = (weight / across[:, None] / along).square().double()
     mean = float(energy.mean())
     if mean == 0:
         return np.array([0.0, 1.0]), np.array([1.0, 0.0])
     of_rows, of_columns = (_quantiles(energy.mean(axis)) for axis in (1, 0))
-    # 2. The variance of the feedback that is added before rounding.
+    # 2. Compute the variance of the feedback that is added before rounding.
     growth = [1.0 if x is None or not x.full else float(x.growth.mean()) for x in (rows, columns)]
     feedback = (growth[0] * growth[1] - 1) / 12
-    # 3. The entropy of a code of every row and column, for steps that need no code beyond the table.
+    # 3. Compute the mean entropy of a code for each common factor.
     widest = 0.5 * math.log2(float(energy.max()) / _FARTHEST**2)
     exponents = max(0.5 * math.log2(mean) - 5, widest) + np.linspace(0, 9, _STEPS)
     distributions = tables() / tables().sum(1, keepdims=True)

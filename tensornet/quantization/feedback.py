@@ -1,21 +1,21 @@
-"""Rounding with error feedback along one side or both, blocked and batched over stacks.
+"""Rounding with error feedback along one side or both.
 
-With `M = U D U^T` for both second moments (`U` unit upper triangular) the loss increase of an error
-`E = W - Q` is
+Let `M = U D U^T` for both second moments `R` and `C`, with `U` unit upper triangular. The loss increase of an
+error `E = W - Q` is
 
     1/2 tr(R E C E^T) = 1/2 || D_R^1/2 (U_R^T E U_C) D_C^1/2 ||_F^2.
 
-From the first row and column to the last, the errors of all previous elements are added to an element before
-it is rounded, with the coefficients in `U_R^T E U_C`. Then only the rounding residual of each element
-contributes to the norm. With `U_R = 1` this is GPTQ, also known as LDLQ.
+Elements are rounded from the first row and column to the last. Before an element is rounded, the errors of
+all previous elements are added to it, with the coefficients of `U_R^T E U_C`. Then only the rounding residual
+of each element contributes to the norm. With `U_R = 1` this is GPTQ, also known as LDLQ.
 
-In the two-sided loop, element `(i, j)` depends on all elements above and to the left. So tiles on one
-antidiagonal of the matrix are independent of each other, and so are elements on one antidiagonal of a tile.
-These elements are rounded at once, in all tiles together. Tiles exchange feedback by matrix products. Columns
-are stored in reverse order, so that antidiagonals become diagonals, of which torch can make views.
+In two-sided rounding, element `(i, j)` depends on the elements above and to the left of it. So elements on
+one antidiagonal are independent, and so are tiles on one antidiagonal of the matrix. The same antidiagonal of
+all these tiles is rounded at once; tiles exchange feedback by matrix products. Columns are stored in reverse
+order, so that antidiagonals become diagonals, of which torch can make views.
 
-Each of these steps is so small that calls take as long as arithmetic. So tiles are rounded in one buffer
-whose views are made only once.
+Each step is so small that function calls take as long as arithmetic. So tiles are rounded in one buffer whose
+views are created only once.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
@@ -31,23 +31,23 @@ from torch import Tensor
 from tensornet.quantization.formats import Levels, nearest
 from tensornet.quantization.moments import Moment
 
-#: Side of a tile in elements; its antidiagonals are rounded one after another.
+#: Number of rows and columns of a tile.
 TILE = 32
-#: Side of a block in elements; blocks exchange feedback by matrix products.
+#: Number of rows and columns of a block of tiles; feedback to other blocks is one product per block.
 BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rounding grid of every element: `scale * (code - zero)` with codes from 0 to `top`, or `scale * level`.
+    """Rounding grid: the values `scale * (code - zero)`, or `scale * level`, that each element may have.
 
-    Rounding loops need not know which: with a table the zero is 0, and they return levels in place of codes.
+    With a table of levels, `zero` is 0, and levels take the place of codes in all rounding functions.
 
     Args:
-        scale: scale of every element, shape `(stack, out, in)`; a scale of zero makes zero the only point.
-        zero: zero point of every element, or one number for all.
+        scale: scale of each element, shape `(stack, out, in)`; if it is zero, the only value is zero.
+        zero: zero point of each element, or one number for all.
         top: largest code.
-        levels: table of levels; None if points are equally spaced.
+        levels: table of levels; None if values are equally spaced.
     """
 
     scale: Tensor
@@ -56,11 +56,11 @@ class Grid:
     levels: Levels | None = None
 
     def codes(self, target: Tensor) -> Tensor:
-        """Compute the nearest codes (or levels) of targets, as floating-point numbers."""
+        """Compute the nearest codes (or levels) of values, as floating-point numbers."""
         return self.nearest((target / self.divisor).add_(self.zero))
 
     def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Round targets in units of the scale, `target / scale + zero`, which may be overwritten."""
+        """Round `x = value / scale + zero`, which may be overwritten, to the nearest codes (or levels)."""
         return nearest(x, self.top, self.levels, out)
 
     @property
@@ -79,13 +79,13 @@ class Grid:
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns: Moment | None) -> Tensor:
-    """Round a stack of matrices with feedback along the sides with a given moment, which must be full.
+    """Round a stack of matrices with error feedback between rows, between columns, or both.
 
     Args:
-        weight: shape `(stack, out, in)`.
+        weight: matrices, shape `(stack, out, in)`.
         grid: the rounding grid.
-        rows: moment of the gradients; None rounds rows independently.
-        columns: moment of the inputs; None rounds columns independently.
+        rows: full moment of the gradients; None for no feedback between rows.
+        columns: full moment of the inputs; None for no feedback between columns.
 
     Returns:
         Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
@@ -95,7 +95,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
     orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
 
     def sorted_by(x: Tensor, *, back: bool = False) -> Tensor:
-        """Permute rows and columns to the order of rounding, or undo this."""
+        """Permute rows and columns to the order of rounding or, if `back`, from it."""
         for order, axis in orders:
             order = order.argsort(1) if back else order
             if len(order) == 1:
@@ -121,18 +121,18 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
 
 
 def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """Round one column after another with feedback, all rows at once.
+    """Round one column after another, with feedback from the columns before.
 
     Args:
-        weight: shape `(stack, out, in)`.
+        weight: matrices, shape `(stack, out, in)`.
         grid: the rounding grid.
-        columns: `U_C` minus its diagonal, strictly upper triangular, shape `(stack, in, in)`.
+        columns: strictly upper triangular part of `U_C`, shape `(stack, in, in)`.
 
     Returns:
         Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
     size = weight.shape[2]
-    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # columns are contiguous
+    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # makes columns contiguous
     divisor = Grid(scale, 0.0, 0).divisor
     zero = grid.zero.mT.contiguous() if isinstance(grid.zero, Tensor) else None
     codes, error = torch.empty_like(work), torch.zeros_like(work)
@@ -161,15 +161,16 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     """Round one antidiagonal after another, with feedback from rows above and columns to the left.
 
     Args:
-        weight: shape `(stack, out, in)`.
+        weight: matrices, shape `(stack, out, in)`.
         grid: the rounding grid.
-        rows: `U_R` minus its diagonal, strictly upper triangular, shape `(stack, out, out)`.
-        columns: `U_C` minus its diagonal, shape `(stack, in, in)`.
+        rows: strictly upper triangular part of `U_R`, shape `(stack, out, out)`.
+        columns: strictly upper triangular part of `U_C`, shape `(stack, in, in)`.
 
     Returns:
         Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
-    # 1. Pad to whole tiles with scales of zero, so that errors are zero there; reverse the columns.
+    # 1. Pad the matrices to whole tiles, with scales of zero, so that padding has no errors. Reverse the
+    # columns.
     stack, m, n = weight.shape
     tall, long = -m % TILE, -n % TILE
 
@@ -182,7 +183,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     size, width = w.shape[1:]
     down, across = size // TILE, width // TILE
 
-    # 2. The inputs of rounding in tiles: feedback from above, weights with feedback from the left, the grid.
+    # 2. Split what rounding needs into tiles: see `_ABOVE`. All of it is in one tensor.
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
@@ -191,13 +192,13 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     row_tiles = rows.view(stack, down, TILE, down, TILE).diagonal(0, 1, 3).permute(2, 1, 0, 3)
     column_tiles = columns.view(stack, across, TILE, across, TILE).diagonal(0, 1, 3).permute(1, 2, 0, 3)
     row_tiles, column_tiles = row_tiles.contiguous(), column_tiles.contiguous()
-    solved = torch.empty_like(planes[:3])  # codes, errors `E`, and half-coupled errors `U_R^T E`
+    solved = torch.empty_like(planes[:3])  # codes, errors `E`, and `half = U_R^T E`
     solved_by_tile = solved.view(3, stack, down, TILE, across, TILE)
     codes, error, half = solved
     buffer = _TileBuffer(grid, w)
 
     for offset in range(across - 1, -down, -1):  # antidiagonals of tiles; columns are reversed
-        # 3. All tiles of an antidiagonal are rounded together.
+        # 3. Round all tiles of an antidiagonal together.
         a, b = _diagonal(offset, down, across)
         count = a.stop - a.start
         tiles = buffer.of_size(count * stack)
@@ -207,8 +208,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
-        # 4. Their errors are fed back to the tiles below and, half-coupled, to those on the left, which come
-        # later: at once inside a block, and for a whole block in one large product.
+        # 4. Add the feedback of their errors to the tiles below and, by `half`, to the tiles on the left,
+        # which are rounded later. Tiles of other blocks get the feedback of a whole block in one product.
         for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
             r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
             start = r.start - r.start % BLOCK
@@ -226,13 +227,13 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     return codes.flip(2)[:, :m, :n]
 
 
-#: Planes of a stack of tiles: feedback from above; weights with the feedback from the left; weights from
-#: which `code * scale` is subtracted; scales; divisors; and zeros, if they are not one number.
+#: Positions in the list of inputs of each tile: feedback from above; weights plus feedback from the left;
+#: `weight + scale * zero`; scales; divisors; zero points, unless they are one number.
 _ABOVE, _LEFT, _ZERO = 0, 1, 5
 
 
 def _diagonal(offset: int, rows: int, columns: int) -> tuple[slice, slice]:
-    """Return the row and column indices of a diagonal of a matrix."""
+    """Return the row and column indices of a diagonal of a matrix `(rows, columns)`."""
     start, stop = max(0, -offset), min(rows, columns - offset)
     return slice(start, stop), slice(start + offset, stop + offset)
 
@@ -249,7 +250,7 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Feedback for the rows below and for the columns before (columns are reversed), with their couplings.
+    #: Inputs in the rows below and in columns rounded later, which get feedback, and the coefficients.
     below: Tensor
     row_couplings: Tensor
     further: Tensor
@@ -258,10 +259,10 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Planes of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of their antidiagonals.
+    """Data of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of the antidiagonals.
 
-    The first planes are the inputs of rounding. They are followed by its results (codes, errors and
-    half-coupled errors), and by the couplings of the rows (transposed) and of the columns.
+    The planes are the inputs, see `_ABOVE`; the results (codes, errors and `half`); and the feedback
+    coefficients between rows (transposed) and between columns.
     """
 
     values: Tensor
@@ -269,14 +270,13 @@ class _Tiles:
 
 
 class _TileBuffer:
-    """Memory for stacks of tiles, and cached views of it, which take longer to make than to use.
+    """Memory for stacks of tiles, with cached views of the antidiagonals.
 
-    The index of the tile is the innermost one: elements of an antidiagonal are not adjacent in memory, but
-    the same elements of different tiles are.
+    The tile index is the innermost one, so that equal positions of all tiles are adjacent in memory.
 
     Args:
-        grid: has the zero if it is one number.
-        like: tensor with the dtype and the device.
+        grid: the rounding grid.
+        like: tensor with the dtype and device to use.
     """
 
     def __init__(self, grid: Grid, like: Tensor) -> None:
@@ -285,7 +285,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def of_size(self, count: int) -> _Tiles:
-        """Return memory for a number of tiles, which is rounded up so that few different sizes occur."""
+        """Return memory for at least `count` tiles; few different sizes are used."""
         unit = max(8, 1 << max(count.bit_length() - 3, 0))
         count += -count % unit
         if count not in self._known:

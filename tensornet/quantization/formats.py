@@ -1,20 +1,18 @@
-"""Number formats: names, rounding grids, conversion between values, codes and packed bytes, sizes.
+"""Number formats: names, sizes, and conversion between values, integer codes and packed bytes.
 
-An integer format stores a code of `bits` bits for every element and a scale for every group of neighbouring
-inputs of one row: `value = scale * (code - zero)`. Without zero points `zero` is the same for all groups.
-Codes may also be places in a table of unequally spaced levels: `value = scale * level[code]`. Weights are
-dense around zero, so that 16 such levels have a sixth less squared error than 16 equal steps.
+An integer format stores a code of `bits` bits for every element, and a scale for every group of neighbouring
+elements of a row: `value = scale * (code - zero)`. Without zero points, all groups have the same `zero`.
 
-Scales of groups may be integers of 4, 6 or 8 bits times one step in float16 for 256 weights of a row. That is
-accurate enough, since the largest scale of the 256 is never far from the range of the integers.
+In formats with a table, codes are positions in a table of unequally spaced levels: `value = scale *
+level[code]`. Since most weights are close to zero, 16 such levels have a sixth less squared error than 16
+equally spaced values.
 
-Scales have 16 bits, or 8 on request: groups of 32 with 8-bit scales take as many bytes as groups of 64 with
-16-bit ones and are more accurate, since codes are chosen after the scale has been rounded.
+Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
+with 16-bit scales, and are more accurate, since codes are chosen after the scale is rounded. Scales may also
+be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
 
-Entropy-coded formats have a step for each row and each column, and codes of 8 bits that a range coder writes
+Entropy-coded formats have a scale for each row and each column, and codes of 8 bits that a range coder writes
 with fewer bits, see `tensornet.quantization.entropy`.
-
-Everything that depends on the format is a method of `NumberFormat`.
 """
 
 import math
@@ -31,32 +29,32 @@ from torch.compiler import is_compiling
 from tensornet._util import check_sizes, is_exporting
 from tensornet.errors import FormatError, ShapeError
 
-#: Bits of integer formats.
+#: Numbers of bits of integer formats.
 BITS = (8, 7, 6, 5, 4, 3, 2)
-#: Sizes of groups along the inputs; None is one group per row.
+#: Sizes of groups; None is one group per row.
 GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64
-#: Dtypes of scales by the suffix in the name of a format.
+#: Dtype of scales for each suffix of the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
-#: Levels of the formats `nl<bits>` by their bits, in ascending order: multiples of the scale. The 16 levels
-#: are those of the types IQ4_NL and IQ4_XS of GGUF. The others are fitted by Lloyd's algorithm to weights of
-#: a language model, in groups of 32 with the scales that `search_scales` finds.
+#: Levels of the formats `nl<bits>`, by bits, as multiples of the scale. The 16 levels are those of the GGUF
+#: types IQ4_NL and IQ4_XS. The others were fitted by Lloyd's algorithm to weights of a language model, in
+#: groups of 32 with the scales of `search_scales`.
 LEVELS = {
     4: (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     3: (-127, -76, -44, -17, 9, 35, 65, 105),
     2: (-127, -41, 21, 92),
 }
-#: Bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights with one
-#: step. Those of 4 bits have no sign and belong to int2, whose four points are symmetric.
+#: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
+#: that share a step. Scales of 4 bits have no sign; only int2 has them, whose four values are symmetric.
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
-#: Bytes of 256 weights in GGUF's type of 2 bits, which also stores the lowest value of every group.
+#: Bytes of 256 weights in the GGUF type Q2_K, which also stores the lowest value of every group.
 _Q2_K_BYTES = 84
-#: Bits of a weight in which entropy-coded formats may store codes, smallest and largest, in steps of 1/8.
+#: Smallest and largest number of bits per weight of entropy-coded formats, in steps of 1/8.
 RATES = (1.0, 6.0)
 _FLOATS = ("float", "bf16")
-#: Menus of formats by name. `"entropy"` is for the smallest files of this library. The others are targets
-#: of `tensornet_hf.export`, which store these formats as they are; groups must divide the inputs of a layer.
-#: Those of MLX are exact in models of 16 bits.
+#: Lists of formats by name. `"entropy"` gives the smallest files of this library. The others are targets of
+#: `tensornet_hf.export`, which can store these formats exactly (MLX in 16-bit models) if groups divide the
+#: inputs of a layer.
 MENUS: dict[str, tuple[str, ...]] = {
     "entropy": ("float", "int8", *(f"ec{rate / 4:g}" for rate in range(24, 4, -1))),
     "gguf": (
@@ -104,9 +102,9 @@ _PATTERN = re.compile(
 
 
 class Levels(NamedTuple):
-    """Table of levels as floating-point numbers, and the nearest level to every interval of 1/2.
+    """Table of levels, and the nearest level for each interval of length 1/2, from the lowest level on.
 
-    Intervals start at the lowest level. Levels are integers, so that no middle of two is inside an interval.
+    Since levels are integers, the midpoint of two levels is never inside such an interval.
     """
 
     values: Tensor
@@ -118,24 +116,25 @@ class NumberFormat:
     """Storage format of the elements of a core or matrix.
 
     Args:
-        bits: bits of an integer code, 2 to 8; None for floating-point formats.
-        group: number of neighbouring inputs of one row that share a scale; the last group of a row may be
+        bits: number of bits of an integer code, 2 to 8; None for floating-point formats.
+        group: number of neighbouring elements of a row that share a scale; the last group of a row may be
             shorter. None is one group per row.
-        zero_point: True if every group has its own zero point, an integer of `bits` bits. Otherwise codes are
-            centred: at an integer from three bits on, so that 0 can be represented, and between two integers
-            for two bits, since four symmetric points fit a normal distribution better.
-        scale_dtype: `torch.bfloat16`; `torch.float16`, which underflows below 6e-8; or `torch.float8_e5m2`,
-            which underflows below 1.5e-5.
-        dtype: dtype of the elements of a floating-point format; None is that of the model.
-        table: True if codes are places in the table of `LEVELS` of so many bits, without zero points.
-        scale_bits: 6 or 8 if scales are signed integers of so many bits times a step in `torch.float16`, the
-            `scale_dtype`, for `SUPER_BLOCK` weights of a row, which must divide the row. 4 for unsigned ones,
-            only with two bits; their steps have 9 significant bits, so that 1.5 times a step is exact too.
-        rate: bits of a weight in which entropy-coded codes are stored. Rows and columns have one scale each;
-            codes are integers of 8 bits in memory.
+        zero_point: True if every group has its own zero point, an integer of `bits` bits. Otherwise the value
+            0 is in the middle of the codes. From three bits on it is a code; with two bits it is between two
+            codes, since four symmetric values fit a normal distribution better.
+        scale_dtype: dtype of scales or, with `scale_bits`, of their steps: `torch.bfloat16`; `torch.float16`,
+            which underflows below 6e-8; or `torch.float8_e5m2`, which underflows below 1.5e-5.
+        dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
+        table: True if codes are positions in the table `LEVELS[bits]`, without zero points.
+        scale_bits: number of bits of integer scales; None if scales are floating-point numbers. A scale is
+            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. 6 and 8 bits have
+            a sign. 4 bits, for two-bit codes only, have none; their steps have 9 significant bits, so that
+            1.5 times a step is exact too.
+        rate: number of bits per weight in a file, for entropy-coded formats. Each row and each column has a
+            scale; in memory, codes have 8 bits.
 
     Raises:
-        FormatError: the combination does not exist.
+        FormatError: this combination of arguments does not exist.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -198,14 +197,14 @@ class NumberFormat:
         """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"`, `"int3:g64:zero"`.
 
         Args:
-            name: `"float"`, `"bf16"`, or `int2` ... `int8` or `nl2` ... `nl4`, then optionally `:g64` (if
-                left out), `:g16`, `:g32`, `:g128` or `:row`, then `:zero` for zero points, then `:float16` or
-                `:float8` for the dtype of the scales, or `:s4`, `:s6` or `:s8` for scales of so many bits
-                under one of 16 bits. Or `ec` and the bits of a weight in the file, such as `"ec3.25"`, for
-                entropy-coded integers.
+            name: `"float"`, `"bf16"`, or the name of an integer format. It begins with `int2` ... `int8` or,
+                with a table, `nl2` ... `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`,
+                `:g64` (the default), `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for
+                the dtype of scales, or `:s4`, `:s6` or `:s8` for integer scales. An entropy-coded format is
+                `ec` and the bits per weight, such as `"ec3.25"`.
 
         Raises:
-            FormatError: an unknown name; the message lists the known ones.
+            FormatError: the name is unknown; the message lists the known names.
         """
         if isinstance(name, NumberFormat):
             return name
@@ -260,16 +259,16 @@ class NumberFormat:
 
     @property
     def for_networks(self) -> bool:
-        """True if plans use this format for cores of networks too, not for dense matrices alone."""
+        """True if plans may use this format for cores of networks, and not only for dense matrices."""
         return not self.table and self.scale_bits is None and self.rate is None
 
     @property
     def column_dtype(self) -> torch.dtype:
-        """Dtype of the scales of columns in entropy-coded formats: a factor of 1.25 hardly matters there."""
+        """Dtype of the column scales of entropy-coded formats, which need little accuracy."""
         return torch.float8_e5m2
 
     def coded_bytes(self, shape: Sequence[int]) -> int:
-        """Count the bytes of entropy-coded codes, whose stream is padded to them.
+        """Count the bytes of the coded stream of a matrix, padding included.
 
         Raises:
             FormatError: the format is not entropy-coded.
@@ -280,7 +279,7 @@ class NumberFormat:
 
     @property
     def span(self) -> int | None:
-        """Number of neighbouring inputs of one row that share a scale or step; None is the whole row."""
+        """Number of neighbouring elements of a row that share a scale or a step; None is the whole row."""
         return self.group if self.scale_bits is None else SUPER_BLOCK
 
     @property
@@ -290,7 +289,7 @@ class NumberFormat:
 
     @property
     def center(self) -> float:
-        """Code (possibly half-integer) of the value 0 in formats without zero points; 0 for levels."""
+        """Code of the value 0 in formats without zero points, which may be a half-integer; 0 with a table."""
         if self.table:
             return 0.0
         half = 2.0 ** (self._integer_bits() - 1)
@@ -298,39 +297,39 @@ class NumberFormat:
 
     @property
     def lowest(self) -> float:
-        """Code 0 in units of the scale, the farthest from 0, in formats without zero points."""
+        """Value of the code 0, divided by the scale, in formats without zero points."""
         return float(LEVELS[self._integer_bits()][0]) if self.table else -self.center
 
     def levels(self, like: Tensor) -> Levels | None:
-        """Return the table of levels in the dtype and on the device of a tensor; None without a table."""
+        """Return the table of levels in the dtype and on the device of `like`, or None without a table."""
         return _levels(self._integer_bits(), like.dtype, like.device) if self.table else None
 
     # --- groups ----------------------------------------------------------------------------------
 
     def divides(self, size: int) -> bool:
-        """Return True if a row of `size` elements has no shorter last group, or super-block."""
+        """Return True if a row of `size` elements consists of complete groups and super-blocks."""
         return self.span is None or size % self.span == 0
 
     def fits(self, size: int) -> bool:
-        """Return True if rows of `size` elements can be stored: there is no shorter last super-block."""
+        """Return True if rows of `size` elements can be stored: super-blocks, if any, must be complete."""
         return self.scale_bits is None or self.divides(size)
 
     def groups(self, size: int) -> int:
         """Count the groups in a row of `size` elements.
 
         Raises:
-            FormatError: scales share a step for `SUPER_BLOCK` weights, which do not divide the row.
+            FormatError: scales are integers, and `size` is not a multiple of `SUPER_BLOCK`.
         """
         self._integer_bits()
         if not self.fits(size):
             raise FormatError(
-                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, and {size} inputs are no "
-                f"multiple of that; use {replace(self, scale_bits=None).name!r}."
+                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are no "
+                f"multiple of {SUPER_BLOCK}; use {replace(self, scale_bits=None).name!r}."
             )
         return 1 if self.group is None else math.ceil(size / self.group)
 
     def grouped(self, x: Tensor) -> Tensor:
-        """Reshape `(..., in)` to `(..., groups, group)` with zero padding; a view if no padding is needed."""
+        """Reshape `(..., in)` to `(..., groups, group)`, padded with zeros; a view if nothing is padded."""
         size = x.shape[-1]
         groups, width = self.groups(size), self.group or max(size, 1)
         if groups * width != size:  # padding copies even if nothing is added
@@ -338,19 +337,22 @@ class NumberFormat:
         return x.reshape(*x.shape[:-1], groups, width)
 
     def spread(self, values: Tensor, size: int) -> Tensor:
-        """Repeat the value of each group, shape `(..., groups)`, for all its elements, `(..., size)`."""
+        """Repeat the value of each group, `(..., groups)`, for all elements of the group, `(..., size)`."""
         width = self.group or max(size, 1)
-        # Many times faster than `repeat_interleave`.
+        # This is many times faster than `repeat_interleave`.
         return values.unsqueeze(-1).expand(*values.shape, width).flatten(-2)[..., :size]
 
     # --- values, codes, bytes --------------------------------------------------------------------
 
     def storable(self, scales: Tensor, importance: Tensor | None = None) -> Tensor:
-        """Round scales to those that can be stored, in their dtype; to integers times steps in float32.
+        """Round scales to values that the format can store.
 
         Args:
-            scales: shape `(..., groups)`.
-            importance: weights of their squared errors, which integer scales minimize; equal if absent.
+            scales: scales, shape `(..., groups)`.
+            importance: weights of the squared errors, which integer scales minimize; equal weights if absent.
+
+        Returns:
+            Scales in `scale_dtype`, or in float32 if they are integers times steps.
         """
         if self.scale_bits is not None:
             return self.scales_of(*self.factored(scales, importance))
@@ -358,17 +360,17 @@ class NumberFormat:
         return scales.clamp(-limit, limit).to(self.scale_dtype)
 
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Approximate scales by integers times steps; exact for products of these.
+        """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
 
-        Several steps are tried, for which the largest scale of a super-block becomes a large integer.
-        Integers of 4 bits have no sign, which the symmetric codes of their format do not need.
+        Several steps are tried, at which the largest scale of the super-block becomes a large integer. Scales
+        that are already integers times a step are reproduced exactly.
 
         Args:
             scales, importance: see `storable`.
 
         Returns:
-            Integers as `torch.uint8`, with an offset of half their range if they have a sign,
-            `(..., groups)`, and steps in `torch.float16`, `(..., groups * group / SUPER_BLOCK)`.
+            Integers as `torch.uint8`, shape `(..., groups)`, with an offset of half their range unless they
+            have 4 bits; and steps in `torch.float16`, shape `(..., groups * group / SUPER_BLOCK)`.
         """
         assert self.scale_bits is not None
         assert self.group is not None
@@ -387,7 +389,7 @@ class NumberFormat:
         farthest, toward = (lowest, 1) if zero else (highest, -1)
         for number in range(farthest, farthest * 3 // 4 + toward, toward):
             tried = (largest / number).clamp(-limit, limit).half()
-            if not zero:  # 9 significant bits
+            if not zero:  # round to 9 significant bits
                 tried = ((tried.view(torch.int16) + 2) & ~3).view(torch.float16)
             divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
             found = (blocks / divisor).round_().clamp_(lowest, highest)
@@ -398,7 +400,7 @@ class NumberFormat:
         return (integers + zero).to(torch.uint8).reshape(scales.shape), step
 
     def scales_of(self, integers: Tensor, steps: Tensor) -> Tensor:
-        """Multiply integers and steps as `factored` returns them, in float32, shape `(..., groups)`."""
+        """Compute scales in float32, shape `(..., groups)`, from the two results of `factored`."""
         assert self.scale_bits is not None
         blocks = integers.reshape(*steps.shape, -1) if steps.numel() else integers.unsqueeze(-1)
         values = (blocks.float() - self._zero_scale()) * steps.float().unsqueeze(-1)
@@ -410,15 +412,15 @@ class NumberFormat:
         return 0 if self.scale_bits == 4 else 2 ** (self.scale_bits - 1)
 
     def encode(self, values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
-        """Round values to the nearest codes on given scales.
+        """Round values to the nearest codes for given scales.
 
         Args:
-            values: shape `(..., out, in)`.
-            scales: shape `(..., out, groups)`; a scale of zero makes all values of its group zero.
-            zeros: `torch.uint8` of the same shape; None without zero points.
+            values: values, shape `(..., out, in)`.
+            scales: scales, shape `(..., out, groups)`; a scale of zero makes all values of its group zero.
+            zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
 
         Returns:
-            `torch.uint8` of the shape of the values.
+            Codes in `torch.uint8`, shape `(..., out, in)`.
 
         Example:
             >>> from tensornet.quantization import NumberFormat
@@ -433,7 +435,7 @@ class NumberFormat:
         return self.to_codes(nearest(found, self.top, self.levels(found)))
 
     def to_codes(self, found: Tensor) -> Tensor:
-        """Convert the results of `nearest`, codes or levels, to codes in `torch.uint8`."""
+        """Convert the results of `nearest`, which are codes or levels, to codes in `torch.uint8`."""
         levels = self.levels(found)
         return (found if levels is None else torch.bucketize(found.contiguous(), levels.values)).to(
             torch.uint8
@@ -446,16 +448,16 @@ class NumberFormat:
         zeros: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Compute `scale * (code - zero)` or `scale * level[code]`, differentiable by the scales.
+        """Compute the values `scale * (code - zero)` or `scale * level[code]`, with gradient.
 
-        Codes are trained as floating-point numbers. They are rounded here, and their gradient is computed as
-        if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The gradient of
-        a level is the mean distance to its neighbours.
+        Codes that are trained are floating-point numbers. They are rounded here, but their gradient is
+        computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The
+        derivative of a level by its code is the mean distance to the neighbouring levels.
 
         Args:
-            codes: `torch.uint8`, or floating-point while they are trained, shape `(..., out, in)`.
-            scales: shape `(..., out, groups)`.
-            zeros: `torch.uint8` of the same shape; None without zero points.
+            codes: codes in `torch.uint8`, or in floating point for training, shape `(..., out, in)`.
+            scales: scales, shape `(..., out, groups)`.
+            zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
             dtype: dtype of the values.
 
         Example:
@@ -479,7 +481,7 @@ class NumberFormat:
             points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
             return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
-        # Differences of small integers are exact and fast in 8 bits; for two bits they are in units of 1/2.
+        # Integer differences are exact and fast in 8 bits. With two bits they are stored in units of 1/2.
         if zeros is not None:
             kind = torch.int16 if self.bits == 8 else torch.int8
             points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
@@ -492,9 +494,9 @@ class NumberFormat:
         return _scaled(points, scales, dtype, halves=halves)[..., : codes.shape[-1]]
 
     def pack(self, codes: Tensor) -> Tensor:
-        """Pack codes to bytes for storage, shape `(..., packed_bytes(in, bits))`.
+        """Pack codes `(..., in)` to bytes for storage, shape `(..., packed_bytes(in, bits))`.
 
-        8-bit codes are stored as signed integers around their center, as torch's kernels need them.
+        8-bit codes are stored as signed integers `code - 128`, as torch's kernels need them.
 
         Example:
             >>> from tensornet.quantization import NumberFormat
@@ -507,7 +509,7 @@ class NumberFormat:
         return packed ^ 128 if self.bits == 8 else packed
 
     def unpack(self, packed: Tensor, size: int) -> Tensor:
-        """Unpack `size` codes per row, the inverse of `pack`."""
+        """Unpack rows of `size` codes; this is the inverse of `pack`."""
         codes = unpack(packed, self._integer_bits(), size)
         return codes ^ 128 if self.bits == 8 else codes
 
@@ -522,9 +524,9 @@ class NumberFormat:
         """Compute the values of packed codes, shape `(..., out, size)`, as `decode` does.
 
         Args:
-            packed: from `pack`.
-            scales: shape `(..., out, groups)`.
-            zeros: zero points, packed by `tensornet.quantization.formats.pack`; None without them.
+            packed: packed codes, as returned by `pack`.
+            scales: scales, shape `(..., out, groups)`.
+            zeros: zero points, packed by the function `formats.pack`; None without zero points.
             size: number of columns.
             dtype: dtype of the values.
         """
@@ -540,8 +542,8 @@ class NumberFormat:
         """Compute the exact number of bytes of a tensor, including scales, zero points and padding.
 
         Args:
-            shape: `(..., out, in)` of the tensor, groups along the last dimension.
-            dtype: dtype of the model, which matters only for the format `float`.
+            shape: shape `(..., out, in)` of the tensor.
+            dtype: dtype of the model, which is used only by the format `float`.
         """
         sizes = check_sizes("shape", shape)
         rows, size = math.prod(sizes[:-1]), sizes[-1]
@@ -562,7 +564,7 @@ class NumberFormat:
         return rows * (each + (packed_bytes(groups, self.bits) if self.zero_point else 0))
 
     def bits_per_weight(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> float:
-        """Compute eight times the bytes, divided by the number of elements."""
+        """Compute the mean number of bits per element, including scales, zero points and padding."""
         return 8 * self.nbytes(shape, dtype) / math.prod(shape)
 
     def _integer_bits(self) -> int:
@@ -576,15 +578,15 @@ class NumberFormat:
 def bytes_for(
     target: str | None, number_format: NumberFormat, shape: tuple[int, int], dtype: torch.dtype
 ) -> int:
-    """Compute the bytes of a matrix in a file of a target of `MENUS`, or of ours.
+    """Compute the number of bytes of a matrix in an exported file.
 
-    They differ for MLX, which stores a scale and a bias for each group in the dtype of the model, and rows of
-    32-bit words, and for the type of GGUF of two bits.
+    It differs from the bytes in a file of this library for the GGUF type Q2_K and for MLX, which stores rows
+    of 32-bit words, and a scale and a bias in the dtype of the model for each group.
 
     Args:
-        target: name of the target, None for our own files.
-        number_format: of the matrix.
-        shape: `(out, in)`.
+        target: export target, a key of `MENUS`; None for files of this library.
+        number_format: number format of the matrix.
+        shape: shape `(out, in)` of the matrix.
         dtype: dtype of the model.
 
     Example:
@@ -604,12 +606,12 @@ def bytes_for(
 
 
 def format_names() -> tuple[str, ...]:
-    """List the names of all formats with their default groups, largest first."""
+    """List the names of all formats with default groups: floating-point, integers, tables of levels."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
 
 
 def nearest(x: Tensor, top: int, levels: Levels | None, out: Tensor | None = None) -> Tensor:
-    """Round numbers, which may be overwritten, to the nearest codes from 0 to `top`, or levels of a table."""
+    """Round `x` to the nearest codes from 0 to `top`, or to the nearest levels; `x` may be overwritten."""
     if levels is None:
         return torch.clamp(x.round_(), 0, top, out=out)
     places = x.mul_(2).floor_().sub_(2 * levels.values[0]).clamp_(0, len(levels.nearest) - 1).long()
@@ -626,27 +628,26 @@ def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Levels:
 
 
 def _signed(codes: Tensor) -> Tensor:
-    """Convert codes below 128 to signed bytes, without a copy unless for ONNX, which lacks such views."""
+    """Convert codes below 128 to signed bytes: as a view, but by a copy for compilers (ONNX has no views)."""
     return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
 
 
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
-    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`, rounding products once."""
-    # bfloat16 scales could be subnormal or zero in float16.
-    # CPUs emulate 16-bit arithmetic, so float32 takes half the time.
+    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`; products are rounded once."""
+    # Small bfloat16 scales would underflow in float16. On CPUs, float32 takes half the time of 16-bit types.
     wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
     factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)
     factor = factor / 2 if halves else factor
     return ((points if wide else points.to(dtype)) * factor).to(dtype).flatten(-2)
 
 
-# --- packing of codes of 2 to 8 bits into bytes, row by row ----------------------------------------
+# --- packing codes of 2 to 8 bits into bytes, row by row -------------------------------------------
 #
-# Layout: with 3 bits, 8 codes fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
-# codes, and the k-th codes of all segments fill the k-th bytes of 3 byte planes. So packing and unpacking are
-# vectorized shifts of whole segments, and rows can be sliced without unpacking. In general `8 / gcd(8, bits)`
-# segments fill `bits / gcd(8, bits)` planes. If the number of segments does not divide the row, the last
-# segment is padded, with less than one code per segment.
+# For example, 8 codes of 3 bits fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
+# codes, and its bytes into 3 planes of the same length. The k-th codes of all segments fill the k-th bytes of
+# all planes. So packing and unpacking are vectorized shifts of whole segments, and rows can be selected
+# without unpacking. In general, `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes; the last
+# segment may be padded.
 
 
 def packed_bytes(size: int, bits: int) -> int:
@@ -656,14 +657,14 @@ def packed_bytes(size: int, bits: int) -> int:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes along the last dimension.
+    """Pack codes into bytes along the last dimension.
 
     Args:
-        codes: `torch.uint8`, from 0 to `2**bits - 1`, shape `(..., size)`.
-        bits: bits of each code, 2 to 8.
+        codes: codes from 0 to `2**bits - 1` in `torch.uint8`, shape `(..., size)`.
+        bits: number of bits of each code, 2 to 8.
 
     Returns:
-        `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
+        Bytes in `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
 
     Raises:
         ShapeError: the codes have another dtype, no dimension, or are too large.
@@ -689,15 +690,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
-    """Unpack codes: the inverse of `pack`.
+    """Unpack codes; this is the inverse of `pack`.
 
     Args:
-        packed: `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
-        bits: bits of each code.
+        packed: bytes in `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
+        bits: number of bits of each code.
         size: number of codes in a row.
 
     Returns:
-        `torch.uint8`, shape `(..., size)`.
+        Codes in `torch.uint8`, shape `(..., size)`.
 
     Raises:
         ShapeError: the bytes have another dtype or length.
@@ -712,7 +713,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         )
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
-    # ONNX exporters shift bytes as if they were signed.
+    # Exporters to ONNX shift bytes as if they were signed.
     parts = parts.to(torch.int32) if is_exporting() else parts
     whole = _stacked if torch.compiler.is_compiling() else _shifted
     codes = whole(parts, bits).bitwise_and_(2**bits - 1).to(torch.uint8)
@@ -720,7 +721,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Shift the planes segment by segment; for compilers, without constants and without writing to views."""
+    """Extract all segments by shifting planes, one by one; for compilers, without writing to views."""
     found = []
     for segment in range(_layout(bits)[0]):
         plane, offset = divmod(segment * bits, 8)
@@ -732,7 +733,7 @@ def _stacked(parts: Tensor, bits: int) -> Tensor:
 
 
 def _shifted(parts: Tensor, bits: int) -> Tensor:
-    """Shift the planes of all segments at once, with few passes over memory."""
+    """Extract all segments by shifting planes, with few passes over memory."""
     first, down, up, runs = _shifts(bits, parts.device)
     if parts.shape[-2] == 1:
         return parts >> down
@@ -745,12 +746,12 @@ def _shifted(parts: Tensor, bits: int) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[slice, slice]]]:
-    """Return the planes and shifts that `_shifted` uses.
+    """Compute the planes and shifts that `_shifted` needs.
 
     Returns:
-        The first plane and the shift of each segment; for every plane except the first, the shift of the
-        segment that starts in the plane before and ends in it; and the positions of these segments, in evenly
-        spaced runs.
+        The first plane of each segment, and its shift to the right. For every plane except the first, the
+        shift to the left of the segment that begins in the previous plane and ends in this plane. And the
+        positions of these segments and of their planes, as slices.
     """
     segments, planes = _layout(bits)
     starts = [divmod(segment * bits, 8) for segment in range(segments)]
@@ -773,7 +774,7 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
 
 
 def _layout(bits: int) -> tuple[int, int]:
-    """Return the numbers of segments and of byte planes.
+    """Compute the number of segments and the number of byte planes.
 
     Raises:
         ShapeError: `bits` is not from 2 to 8.

@@ -1,10 +1,9 @@
-"""Rounding of both factors of a low-rank product, each under its own moments.
+"""Round the factors of a low-rank product `A B`, each under its own moments.
 
-An error `F` of the right factor of `A B` is the error `A F` of the product, so it must be weighted by the
-moments `(A^T R A, C)`. An error of the left factor is weighted by `(R, B C B^T)`. After rounding the right
-factor the left one is fitted again, which compensates a part of the rounding error. In a pivoted left factor
-the pivot rows are an identity and only the other rows are free; the errors of pivot rows couple to them
-through `R`.
+An error `F` of `B` is an error `A F` of the product, so its moments are `A^T R A` and `C`. The moments of an
+error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which compensates a part of the
+rounding error. `A` may be pivoted: then some of its rows form an identity, and only the other rows, called
+free, are fitted and rounded.
 """
 
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weigh
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """Product `A B` with integers in one or both factors.
+    """Product `A B` whose factors are rounded to integers, or one of them.
 
     Args:
-        left: codes or values of `A`, `(out, rank)`; only of its free rows if it is pivoted.
-        right: codes or values of `B`, `(rank, in)`.
+        left: rounded or floating-point factor `A`, shape `(out, rank)`; only its free rows if it is pivoted.
+        right: rounded or floating-point factor `B`, shape `(rank, in)`.
         loss_increase: exact loss increase of the product with respect to the target.
 
     Example:
@@ -55,21 +54,20 @@ def round_product(
     order: Tensor | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedProduct:
-    """Round one factor of a product, or both, and refit the other one.
+    """Round the factors of a product `A B` to integers; each factor is refitted after the other is rounded.
 
     Args:
-        left: `A`, shape `(out, rank)`.
-        right: `B`, shape `(rank, in)`.
-        left_format: integer format of `A`; None leaves it in floating point.
-        right_format: integer format of `B`; None leaves it in floating point.
-        weighting: moments, already damped.
+        left: factor `A`, shape `(out, rank)`.
+        right: factor `B`, shape `(rank, in)`.
+        left_format: integer format of `A`; None keeps it in floating point.
+        right_format: integer format of `B`; None keeps it in floating point.
+        weighting: damped moments of the product.
         target: matrix `(out, in)` that the product approximates; the product itself if absent.
-        order: position of every row of `A` in an identity followed by its free rows; None if all are free.
-        rounding: as for `round_weight`.
+        order: position of every row of `A` in an identity followed by the free rows; None if all are free.
+        rounding: rounding method, see `round_weight`.
 
     Raises:
-        FormatError, NonFiniteError, ShapeError: as for `round_weight`, and if the factors do not fit each
-            other.
+        FormatError, NonFiniteError, ShapeError: see `round_weight`; also if shapes do not fit each other.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -115,18 +113,18 @@ def round_factor(
     weighting: Weighting,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight | Tensor:
-    """Round one factor of a product; the other one does not change.
+    """Round one factor of a product, and keep the other.
 
-    The factor is rounded as given, and after a refit; the result of smaller loss is returned.
+    The factor is rounded both with and without a refit; the result with the smaller loss is returned.
 
     Args:
         target: matrix `(out, in)` that the product approximates.
-        left: `A`, shape `(out, rank)`.
-        right: `B`, shape `(rank, in)`.
+        left: factor `A`, shape `(out, rank)`.
+        right: factor `B`, shape `(rank, in)`.
         side: the factor to round.
-        number_format: its format; None refits it without rounding.
-        weighting: moments, already damped.
-        rounding: as for `round_weight`.
+        number_format: integer format of this factor; None refits it without rounding.
+        weighting: damped moments of the product.
+        rounding: rounding method, see `round_weight`.
     """
     a, b, wanted = left.double(), right.double(), target.double()
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
@@ -136,7 +134,7 @@ def round_factor(
 
 @dataclass(frozen=True)
 class _Product:
-    """Target of a product, its weighting, and the order of the rows of a pivoted left factor."""
+    """Matrix that a product approximates, its weighting, and the row order of a pivoted left factor."""
 
     wanted: Tensor
     weighting: Weighting
@@ -144,7 +142,7 @@ class _Product:
     rounding: Rounding
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the pivot rows, and of the free ones."""
+        """Return the indices of the rows in the identity, and of the free rows, of the left factor."""
         if self.order is None:
             every = torch.arange(len(self.wanted), device=self.wanted.device)
             return every[:0], every
@@ -152,7 +150,7 @@ class _Product:
         return rows[:rank], rows[rank:]
 
     def fit_left(self, b: Tensor) -> Tensor:
-        """Compute the best left factor for a given right one."""
+        """Compute the best left factor for a given right factor."""
         pivots, free = self._split(len(b))
         wanted = self.wanted[free]
         moment = self.weighting.rows
@@ -163,7 +161,7 @@ class _Product:
         return self._whole(wanted @ seen @ torch.linalg.pinv(b @ seen, hermitian=True))
 
     def fit_right(self, a: Tensor) -> Tensor:
-        """Compute the best right factor for a given left one."""
+        """Compute the best right factor for a given left factor."""
         seen = times(self.weighting.rows, a)  # shape: (out, rank), R A
         return torch.linalg.pinv(a.mT @ seen, hermitian=True) @ (seen.mT @ self.wanted)
 
@@ -182,14 +180,14 @@ class _Product:
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a left factor as given, and after a refit; return the better one and its loss."""
+        """Round a left factor with and without a refit; return the better result and its loss."""
         made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
         return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
 
     def best_right(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a right factor as given, and after a refit; return the better one and its loss."""
+        """Round a right factor with and without a refit; return the better result and its loss."""
         made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
         if number_format is not None:
             seen = a.mT @ times(self.weighting.rows, a)
@@ -215,13 +213,13 @@ class _Product:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor under its moments."""
+        """Round a factor under its moments, which are damped already."""
         return round_weight(
             factor,
             number_format,
             rows=rows,
             columns=columns,
             rounding=self.rounding,
-            row_damping=LEAST_DAMPING,  # both sides are damped already
+            row_damping=LEAST_DAMPING,
             column_damping=LEAST_DAMPING,
         )

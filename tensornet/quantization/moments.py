@@ -1,8 +1,8 @@
-"""Second moments of a weight (inputs and output gradients): damping, factors for rounding, loss increase.
+"""Second moments of the inputs and output gradients of a layer: damping, factorization, loss increase.
 
-The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`, with `R` the moment of the
-gradients with respect to the outputs and `C` the moment of the inputs. Rounding damps both: it adds a
-fraction of the mean of the diagonal to the diagonal. This module lists all such fractions for rounding.
+The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`, where `R` is the moment of
+the gradients with respect to the outputs and `C` the moment of the inputs. Rounding damps both moments: it
+adds a fraction of the mean of the diagonal to the diagonal.
 """
 
 from dataclasses import dataclass
@@ -16,34 +16,32 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import cholesky
 
-#: Damping of raw moments, for gradients and inputs; gradients differ more between texts than inputs do.
+#: Damping of the moments of gradients and of inputs; gradients differ more between texts.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Additional damping of gradient moments that are already damped for decompositions. Rounding moves errors
-#: into directions with small moments. If another text has larger gradients in these directions, the loss is
-#: higher than predicted. Without this damping, two-sided rounding halves the predicted loss increase of a
-#: language model, but hardly the measured one (benchmarks/records/bytes.md).
+#: Damping of gradient moments that are already damped for decompositions, when a dense matrix is rounded.
+#: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
+#: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
+#: lowers the measured loss increase (benchmarks/records/bytes.md).
 DENSE_ROW_DAMPING = 0.8
-#: Damping of moments that are estimated from a few random probes, for cores of any network.
+#: Damping of moments that are estimated from a few random gradients, see `rounded_cores.seen_moments`.
 ESTIMATE_DAMPING = 0.1
-#: Damping of moments that are already damped, only against singular matrices.
+#: Damping of moments that are already damped; it only prevents singular matrices.
 LEAST_DAMPING = 1e-6
 
 
 @dataclass(frozen=True)
 class Moment:
-    """Damped second moments of one side, rows or columns, of a stack of matrices.
-
-    Factors are computed when they are first needed, and then cached.
+    """Damped second moments of the rows or of the columns of a stack of matrices, with cached factors.
 
     Args:
-        values: shape `(stack or 1, n, n)`, or `(1, n)` if only the diagonal is known.
+        values: the moments, shape `(stack or 1, n, n)`, or their diagonal, shape `(1, n)`.
     """
 
     values: Tensor
 
     @property
     def diagonal(self) -> Tensor:
-        """Diagonal, shape `(stack or 1, n)`."""
+        """Diagonal of the moments, shape `(stack or 1, n)`."""
         return self.values if self.values.ndim == 2 else self.values.diagonal(dim1=1, dim2=2)
 
     @property
@@ -59,7 +57,7 @@ class Moment:
     def order(self) -> Tensor:
         """Order of rounding: indices by descending diagonal, shape `(stack or 1, n)`.
 
-        The last element gets the errors of all elements before it, and should have the least sensitivity.
+        The last element compensates the errors of all others, so it should be the least sensitive one.
         """
         return self.diagonal.argsort(dim=1, descending=True, stable=True)
 
@@ -67,21 +65,21 @@ class Moment:
     def feedback(self) -> tuple[Tensor, Tensor]:
         """Factors of `M = U D U^T`, with `U` unit upper triangular, in the order of rounding.
 
-        Returns `U` minus its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
+        They are `U` without its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
 
         Raises:
             ShapeError: the moment is not positive definite.
         """
         backward = self.order.flip(1)
-        # Permute whole rows first: indexing single elements would take as long as the factorisation.
+        # Permute whole rows first; indexing single elements would take as long as the factorization.
         chosen = zip(self.values, backward, strict=True)
         lower, positive = cholesky(
             torch.stack([x.index_select(0, places).index_select(1, places) for x, places in chosen])
         )
         if not positive:
             raise ShapeError(
-                "A second moment is not positive definite, even with damping; moments are sums of x x^T. "
-                "Raise the damping or check where it comes from."
+                "A second moment is not positive definite, even with damping. Check that it is a sum of "
+                "x x^T, or raise the damping."
             )
         size, dtype = lower.diagonal(dim1=1, dim2=2), self.values.dtype
         unit = (lower / size[:, None, :]).to(dtype).flip(1, 2).triu(1)
@@ -89,7 +87,7 @@ class Moment:
 
     @cached_property
     def growth(self) -> Tensor:
-        """Ratio `D_i (M^-1)_ii` of the variance of an error to that of its rounding residual.
+        """Variance of each error divided by the variance of its rounding residual, `D_i (M^-1)_ii`.
 
         Shape `(stack or 1, n)`, in the order of rounding.
         """
@@ -102,19 +100,19 @@ class Moment:
 def damped_moment(
     moment: Tensor | None, size: int, lead: tuple[int, ...], damping: float, like: Tensor, name: str
 ) -> Moment | None:
-    """Check and damp the moment of a stack of matrices; return None if it is missing or all zero.
+    """Check and damp the moments of a stack of matrices; return None if they are missing or zero.
 
     Args:
-        moment: `(n, n)` or `(n,)` for all matrices, or `(*lead, n, n)`, one for each.
-        size: `n`.
+        moment: moment of all matrices, shape `(n, n)` or `(n,)`, or of each matrix, shape `(*lead, n, n)`.
+        size: number `n` of rows or columns.
         lead: leading dimensions of the weight.
-        damping: share of the mean diagonal that is added.
-        like: tensor of the dtype and device to compute in.
+        damping: fraction of the mean diagonal that is added to the diagonal.
+        like: tensor whose dtype and device are used.
         name: `"rows"` or `"columns"`, for error messages.
 
     Raises:
-        ShapeError: another shape.
-        NonFiniteError: NaN or infinity.
+        ShapeError: the moment has another shape.
+        NonFiniteError: the moment contains NaN or infinity.
     """
     return None if moment is None else _damped(moment, size, lead, damping, like.dtype, like.device, name)
 
@@ -142,15 +140,18 @@ def _damped(
     if moment.ndim == 1:
         return Moment((moment + damping * moment.mean())[None])
     moment = moment.reshape(-1, size, size)
-    moment = (moment + moment.mT).mul_(0.5)  # symmetric only up to rounding
+    moment = (moment + moment.mT).mul_(0.5)  # a moment is symmetric only up to rounding
     mean = moment.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # experts without tokens have zeros
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # moments of experts without tokens are zero
     moment.diagonal(dim1=1, dim2=2).add_(damping * mean)
     return Moment(moment)
 
 
 def loss_increase(error: Tensor, rows: Moment | None, columns: Moment | None) -> Tensor:
-    """Compute `1/2 tr(R E C E^T)` of `error: (stack, out, in)`, shape `(stack,)`; None is the identity."""
+    """Predict the loss increase `1/2 tr(R E C E^T)` of each matrix of `error: (stack, out, in)`.
+
+    A moment of None is the identity.
+    """
     left = error if rows is None else rows.times(error)
     right = error if columns is None else columns.times(error.mT).mT
     return 0.5 * (left * right).sum((1, 2), dtype=torch.float64)

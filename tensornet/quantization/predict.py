@@ -1,9 +1,9 @@
-"""Predict the loss increase of rounding without rounding: for a matrix in many formats, and for factors.
+"""Predict the loss increase of rounding a matrix, or the factors of a product, without rounding.
 
-The formula `s^2/24 tr D_R tr D_C` assumes that every residual is uniform in one rounding interval. But
-feedback also moves elements out of the range of the grid, where they are clamped; at 4 bits this increases
-the loss by a fifth. So the squared residual of every element is predicted with its probability of being
-clamped. The sum over all rows is estimated from a sample.
+The formula `s^2/24 tr D_R tr D_C` assumes that residuals are uniform in a rounding interval. But feedback
+moves some elements out of the range of the grid, where they are clamped; at 4 bits this increases the loss by
+a fifth. So the squared residual of each element is predicted with its probability of being clamped. Sums over
+all rows are estimated from a sample of rows.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from tensornet.quantization.scales import group_ranges, search_scales
 
 #: Number of standard deviations beyond which a normal distribution is treated as zero.
 _FAR = 12.0
-#: Nodes of the quadrature over feedback for tables of levels.
+#: Number of quadrature nodes for tables of levels.
 _NODES = 9
-#: Largest number of bits for which rounding with less feedback may be better, because of clamping.
+#: Largest number of bits for which less feedback may give a smaller loss, because of clamping.
 _CLAMPED_BITS = 4
-#: Number of sampled rows of a factor, from which the residuals of all rows are estimated.
+#: Number of sampled rows of a factor.
 SAMPLED_ROWS = 128
 
 
@@ -45,25 +45,25 @@ def predict_losses(
     rounding: Rounding = "two_sided",
     sample: Tensor | None = None,
 ) -> Tensor:
-    """Predict the losses of `round_weight`, rounding with the first weighting, under all weightings.
+    """Predict the loss increases of `round_weight` for several formats, under several weightings.
 
-    On the layers of a trained language model predictions were 1 to 15 % too high from 4 bits on, and wrong by
-    up to a third at 2 bits.
+    The first weighting is used for rounding. For layers of a trained language model, predictions were 1 to 15
+    % too high from 4 bits on, and wrong by up to a third at 2 bits.
 
     Args:
-        weight: shape `(out, in)`.
+        weight: matrix, shape `(out, in)`.
         number_formats: integer formats or their names.
         weightings: weightings of the loss; off-diagonal moments of one side must be proportional.
-        row_damping: as for `round_weight`; losses are predicted for the moments without damping.
-        column_damping: the same for `C`.
-        rounding: as for `round_weight`.
+        row_damping, column_damping: damping of the moments for rounding, as in `round_weight`; losses are
+            predicted without damping.
+        rounding: rounding method, see `round_weight`.
         sample: indices of the rows from which losses are estimated; all rows if absent.
 
     Returns:
-        Shape `(formats, weightings)`.
+        Predicted loss increases, shape `(formats, weightings)`.
 
     Raises:
-        FormatError, NonFiniteError, ShapeError: as `round_weight`.
+        FormatError, NonFiniteError, ShapeError: see `round_weight`.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -77,7 +77,7 @@ def predict_losses(
     formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
     if not formats:
         return work.new_zeros(0, len(weightings))
-    # 1. Factorise the moments once for all formats.
+    # 1. Factorize the moments once for all formats.
     rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, work, "rows")
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
     ways = possible_roundings(rounding, rows, columns)
@@ -85,7 +85,7 @@ def predict_losses(
     importance = None if columns is None else columns.diagonal[:, None, :]
     losses = []
     for number_format in formats:
-        # 2. Compute the scales, and the residuals for each rounding method that may be the best.
+        # 2. Predict the residuals for each rounding method that may be the best.
         if number_format.rate is not None:
             expected = [_expect_coded(work, number_format, rows, columns, ways[-1], sample)]
         else:
@@ -95,7 +95,7 @@ def predict_losses(
                 expect(work, number_format, scales, zeros, rows, columns, way, sample)
                 for way in reversed(tried)
             ]
-        # 3. Compute their losses under every weighting.
+        # 3. Compute the losses of these residuals under every weighting.
         found = [
             torch.cat(
                 [
@@ -123,23 +123,23 @@ def predict_product_losses(
     *,
     rank: int | None = None,
 ) -> Tensor:
-    """Predict the loss increase of `round_product` for all leading parts of a sum of rank-one terms.
+    """Predict the loss increase of `round_product` for a whitened SVD `sum_k a_k b_k^T`, truncated at every rank.
 
-    The sum `sum_k a_k b_k^T` of a whitened SVD is nested in the rank, and its terms are orthogonal in the
-    loss. An error of `b_k` is weighted by the norm of `a_k` and the input moment, an error of `a_k` by the
-    norm of `b_k` and the gradient moment. So the expected losses of single terms add up. Factors are rounded
-    with the first weighting; for other weightings the difference of the diagonals is taken into account.
+    The terms are orthogonal in the loss, so their expected losses add up. An error of `b_k` is weighted by
+    the norm of `a_k` and the input moment, an error of `a_k` by the norm of `b_k` and the gradient moment.
+    Factors are rounded with the first weighting; other weightings are assumed to differ in their diagonals
+    only.
 
     Args:
-        left: shape `(out, rank)`.
-        right: shape `(rank, in)`.
+        left: vectors `a_k`, shape `(out, terms)`.
+        right: vectors `b_k`, shape `(terms, in)`.
         number_format: integer format of both factors, or its name.
         weightings: weightings of the loss; rounding uses the first.
-        rounding: as for `round_weight`.
-        rank: number of leading terms that are stored; all if absent.
+        rounding: rounding method, see `round_weight`.
+        rank: largest rank; the number of terms if absent.
 
     Returns:
-        Shape `(weightings, rank)`.
+        Predicted loss increases, shape `(weightings, rank)`.
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
     # Norms of all terms, which are cached for other number formats and ranks.
@@ -161,14 +161,10 @@ def predict_product_losses(
 
 @remembered
 def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """Compute squared norms of columns (axis 0) or rows (1) under a moment, in double precision.
+    """Compute squared norms of columns (`axis` 0) or rows (1) of a matrix under a moment, in float64.
 
-    Args:
-        factor: matrix.
-        axis: axis of the sums.
-        moment: moment of that axis.
-        known: another moment for which norms are cached. If `moment` is a multiple of it plus a diagonal, no
-            further matrix product is needed.
+    `known` is another moment, for which norms are cached. If `moment` is a multiple of it plus a diagonal, no
+    further matrix product is needed.
     """
     vectors = factor if axis == 0 else factor.mT
     if moment is not known and moment is not None and known is not None and moment.ndim == known.ndim == 2:
@@ -185,9 +181,9 @@ def _expect_factor(
     columns: Tensor | None,
     rounding: Rounding,
 ) -> "ExpectedResiduals":
-    """Predict the residuals of one factor, rounded with the most feedback that its moments allow."""
+    """Predict the residuals of one factor, with the most feedback that its moments allow."""
     work = factor.float()[None]
-    # The same damping as for the dense matrix, so that both share one factorisation.
+    # Damping is the same as for dense matrices, so that the cached factorization can be reused.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")
     sample = spaced_rows(factor, SAMPLED_ROWS)
@@ -204,14 +200,13 @@ def _expect_factor(
 class ExpectedResiduals:
     """Expected squared residuals of rounding a stack of matrices with feedback.
 
-    Sums over all rows are estimated from a sample: squared residuals of a group are about proportional to its
-    squared range, at any number of bits. So sums over the sample are scaled by the ratio of the sums of
-    squared ranges over all rows and over the sample.
+    Squared residuals of a group are about proportional to its squared range. So sums over sampled rows are
+    multiplied by the ratio of the squared ranges of all rows and of the sampled rows.
 
     Args:
-        squares: shape `(stack, out, in)`, or `(stack, sampled, in)`.
-        rows: `D` of the gradient moment, and its `Moment.growth`, each `(stack or 1, out)`.
-        columns: the same for the input moment, each `(stack or 1, in)`.
+        squares: squared residuals, shape `(stack, out, in)`, or `(stack, sampled, in)`.
+        rows: `D` of the gradient moment, and `Moment.growth`, both of shape `(stack or 1, out)`.
+        columns: `D` and `Moment.growth` of the input moment, both of shape `(stack or 1, in)`.
         format: the number format.
         sample: indices of the sampled rows; None for all rows.
         ranges: squared ranges of all groups, if there is a sample.
@@ -225,7 +220,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum the residuals, with weights `(stack or 1, n)` for both sides, to losses `(stack,)`."""
+        """Sum the squared residuals to losses `(stack,)`, with weights `(stack or 1, n)` for both sides."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -233,7 +228,7 @@ class ExpectedResiduals:
         return 0.5 * known.sum(1) * _ratio(found * rows[:, self.sample], known[:, self.sample])
 
     def by_row(self, columns: Tensor) -> Tensor:
-        """Sum the weighted residuals of each row, shape `(stack, out)`, in double precision."""
+        """Sum the squared residuals of each row with weights for columns, shape `(stack, out)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return found
@@ -241,7 +236,7 @@ class ExpectedResiduals:
         return known * _ratio(found, known[:, self.sample])[:, None]
 
     def by_column(self, rows: Tensor) -> Tensor:
-        """Sum the weighted residuals of each column, shape `(stack, in)`, in double precision."""
+        """Sum the squared residuals of each column with weights for rows, shape `(stack, in)`."""
         seen = rows if self.sample is None else rows[:, self.sample]
         found = (self.squares * seen[:, :, None]).sum(1, dtype=torch.float64)
         if self.sample is None:
@@ -252,7 +247,7 @@ class ExpectedResiduals:
         return self.format.spread(weighted.sum(1), size) * _ratio(found, known)[:, None]
 
     def _range_sums(self, columns: Tensor) -> Tensor:
-        """Sum the weighted ranges of each row, shape `(stack, out)`."""
+        """Sum the squared ranges of each row with weights for columns, shape `(stack, out)`."""
         assert self.ranges is not None
         of_groups = self.format.grouped(columns).sum(-1)
         return (self.ranges * of_groups[:, None, :]).sum(2, dtype=torch.float64)
@@ -268,18 +263,17 @@ def expect(
     way: Rounding,
     sample: Tensor | None = None,
 ) -> ExpectedResiduals:
-    """Predict the squared rounding residuals, with the weights that turn them into losses and errors.
+    """Predict the squared rounding residuals of a stack of matrices.
 
     Args:
-        weight: shape `(stack, out, in)`.
-        number_format: an integer format.
+        weight: matrices, shape `(stack, out, in)`.
+        number_format: integer format.
         scales: scales of all rows, or of the sampled rows.
         zeros: zero points of the same rows.
         rows: moment of the gradients.
         columns: moment of the inputs.
         way: rounding method.
-        sample: indices of the rows whose residuals are predicted, see `ExpectedResiduals`; all rows if
-            absent.
+        sample: indices of the rows whose residuals are predicted; all rows if absent.
     """
     size, part = weight.shape[2], weight if sample is None else weight[:, sample]
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(weight.dtype), size)
@@ -300,7 +294,7 @@ def expect(
         else:
             square = _expected_on_levels(part, grid, number_format, spread.clamp_min_(0))
     ranges = None
-    if sample is not None:  # see `ExpectedResiduals`
+    if sample is not None:
         ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
 
@@ -324,8 +318,8 @@ def _expect_coded(
     chosen = slice(None) if sample is None else sample
     steps = across[chosen, None] * along
     variance = (by_row[1][0, chosen, None] * by_column[1] - 1).clamp_min_(0) / 12
-    # The mean of `(t - round(t))^2` for a normally distributed target `t` of this variance, by its Fourier
-    # series. It is 1/12 unless the target stays close to one integer.
+    # Compute the mean of `(t - round(t))^2` for a normally distributed `t` of this variance by its Fourier
+    # series. It is 1/12 unless `t` stays close to one integer.
     turn = torch.cos(2 * torch.pi * weight[0, chosen] / steps)
     fading = torch.exp(-2 * torch.pi**2 * variance)
     waves = turn * fading - (2 * turn**2 - 1) * fading**4 / 4 + (4 * turn**3 - 3 * turn) * fading**9 / 9
@@ -337,9 +331,9 @@ def _expect_coded(
 def _residual_weights(
     moment: Moment | None, feedback: bool, like: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute the weights of the residuals of one side in the loss, and `Moment.growth`.
+    """Compute `D` and `Moment.growth` of one side, both of shape `(stack or 1, size)`.
 
-    Both have the shape `(stack or 1, size)`.
+    Without feedback `D` is the diagonal of the moment, and the growth is 1.
     """
     if moment is not None and feedback:
         back = moment.order.argsort(1)
@@ -349,15 +343,15 @@ def _residual_weights(
 
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals with feedback: `s^2/12` inside the grid, more outside of it.
+    """Predict squared rounding residuals: `s^2/12` inside the grid, more outside of it.
+
+    They are `s^2/12 P(inside) + E[(t - end)^2; t outside]`, where `t` is the weight plus normally distributed
+    feedback.
 
     Args:
-        weight: shape `(stack, out, in)`.
-        grid: rounding grid of its elements.
-        spread: variance of the feedback of each element, in units of `s^2/12`.
-
-    Returns:
-        `s^2/12 P(inside) + E[(t - end)^2; t outside]` for normally distributed targets `t` around the weight.
+        weight: matrices, shape `(stack, out, in)`.
+        grid: the rounding grid.
+        spread: variance of the feedback to each element, in units of `s^2/12`.
     """
     step = grid.scale.abs()
     variance = step.square() / 12
@@ -365,7 +359,7 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     ends = grid.points(torch.zeros_like(weight)), grid.points(torch.full_like(weight, grid.top))
     expected = variance.clone()
     for beyond in (weight - torch.maximum(*ends), torch.minimum(*ends) - weight):
-        # Larger values change nothing, but would give subnormal numbers, which are very slow.
+        # Larger values do not change the result, but cause subnormal numbers, which are very slow.
         start = ((step / 2 - beyond) / sigma).clamp_(-_FAR, _FAR)
         tail = torch.special.erfc(start / 2**0.5) / 2
         density = torch.exp(-start.square() / 2) / (2 * torch.pi) ** 0.5
@@ -376,10 +370,9 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
 
 
 def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals with feedback into a table, whose cells differ in width.
+    """Predict squared rounding residuals for a table of levels, by Gauss-Hermite quadrature.
 
-    The residual of a normally distributed target is integrated by Gauss-Hermite quadrature. The unit of
-    `spread` is the mean squared residual of a group without feedback.
+    The unit of `spread` is the mean squared residual of a group without feedback.
     """
     own = (weight - grid.points(grid.codes(weight))).square_()
     counts = number_format.grouped(torch.ones_like(own[:1, :1])).sum(-1)
@@ -394,20 +387,20 @@ def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat,
 
 
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
-    """Divide the sums of two stacks of vectors, shape `(stack,)`; 0 if the second is 0."""
+    """Divide the sums of two stacks of vectors, shape `(stack,)`; the result is 0 where the divisor is 0."""
     total = known.sum(1)
     return torch.where(total > 0, found.sum(1) / torch.where(total > 0, total, 1.0), 0.0)
 
 
 def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
-    """Choose a sample of rows: evenly spaced in the order of their norms, the largest one included.
+    """Choose a sample of rows, evenly spaced in the order of their norms.
 
     Args:
-        weight: shape `(out, in)`.
-        count: number of rows; the result is None if the weight has no more.
+        weight: matrix, shape `(out, in)`.
+        count: number of rows in the sample.
 
     Returns:
-        Indices in ascending order, shape `(count,)`.
+        Row indices in ascending order, shape `(count,)`; None if the weight has no more rows than that.
     """
     if len(weight) <= count:
         return None
@@ -419,16 +412,16 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Predict the loss of a unit residual at every position, under another moment than that of rounding.
+    """Compute the weights of squared residuals in the loss, if loss and rounding use different moments.
 
     Args:
-        kept: `D` and `Moment.growth` of one side, each `(1, n)`.
-        chosen: moment used for rounding, before damping, `(n, n)`, `(n,)` or None for the identity.
+        kept: `D` and `Moment.growth` of one side, both of shape `(1, n)`.
+        chosen: moment used for rounding, before damping, shape `(n, n)` or `(n,)`, or None for the identity.
         moment: moment of the loss. If both are full, off-diagonal elements are assumed to be proportional.
         damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.
 
     Returns:
-        Shape `(1, n)`.
+        The weights, shape `(1, n)`.
     """
     weights, growth = kept
     if moment is None:

@@ -1,8 +1,8 @@
-"""Rounding of a matrix to a number format with small loss increase: nearest, one-sided, two-sided.
+"""Round a matrix to a number format with a small loss increase: to nearest, one-sided or two-sided.
 
 Error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`, but moves some
-elements out of the range of their grid, where they are clamped. So rounding with less feedback is tried as
-well, and for each matrix the result with the smallest loss is kept.
+elements out of the range of the grid, where they are clamped. So less feedback is tried too, and the result
+with the smallest loss is kept for each matrix.
 """
 
 from collections.abc import Sequence
@@ -28,14 +28,14 @@ from tensornet.quantization.moments import (
 )
 from tensornet.quantization.scales import refit_scales, search_scales
 
-#: How much of the error of an element is fed back to those that are rounded after it.
+#: Rounding methods, from no error feedback to feedback along both sides, see `round_weight`.
 Rounding = Literal["nearest", "one_sided", "two_sided"]
-#: The values of `Rounding`, from the least feedback to the most.
+#: The values of `Rounding`, in the order of increasing feedback.
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-#: Number of rows above which one-sided rounding is compared by the diagonal of R alone.
+#: Number of rows from which losses of one-sided rounding are estimated with the diagonal of R.
 _ESTIMATED_ROWS = 256
-#: Total number of rows of a stack for which arithmetic takes as long as calls in descent.
+#: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
 _DESCENT_ROWS = 2048
 
 
@@ -44,14 +44,14 @@ class RoundedWeight:
     """Codes and scales of a rounded matrix or stack of matrices.
 
     Args:
-        codes: `torch.uint8`, shape `(..., out, in)`.
-        scales: scales in the dtype of the format, shape `(..., out, groups)`; in float32 if they are integers
-            times steps.
-        zeros: `torch.uint8` of the same shape; None without zero points.
-        number_format: format of all of them.
+        codes: codes in `torch.uint8`, shape `(..., out, in)`.
+        scales: scales in the dtype of the format, or in float32 if they are integers times steps, shape
+            `(..., out, groups)`.
+        zeros: zero points in `torch.uint8`, shape `(..., out, groups)`; None without zero points.
+        number_format: the number format.
         rounding: the best rounding method for each matrix of the stack.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
-        column_scales: scales of the columns of an entropy-coded matrix, shape `(in,)`; else None.
+        column_scales: column scales of an entropy-coded matrix, shape `(in,)`; None for other formats.
 
     Example:
         >>> from tensornet.quantization import NumberFormat, round_weight
@@ -70,7 +70,7 @@ class RoundedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes when packed, including scales and zero points."""
+        """Number of bytes in packed form, including scales and zero points."""
         return self.number_format.nbytes(self.codes.shape)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,9 +87,9 @@ class _Solution(NamedTuple):
 
     Args:
         codes: codes (or levels) as floating-point numbers, shape `(stack, out, in)`.
-        scales: shape `(stack, out, groups)`.
+        scales: scales, shape `(stack, out, groups)`.
         loss: loss increase, shape `(stack,)`.
-        way: index in `ROUNDINGS`, shape `(stack,)`.
+        way: rounding method as an index of `ROUNDINGS`, shape `(stack,)`.
     """
 
     codes: Tensor
@@ -112,28 +112,27 @@ def round_weight(
     refits: int = 1,
     sweeps: int = 0,
 ) -> RoundedWeight:
-    """Round a weight to an integer format with little loss increase `1/2 tr(R E C E^T)`.
+    """Round a weight to an integer format with a small loss increase `1/2 tr(R E C E^T)`.
 
     Args:
-        weight: shape `(out, in)`, or `(..., out, in)` for a stack. Computations are in float64 for float64
-            weights, else in float32.
-        number_format: an integer format or its name.
-        rows: moment `R` of the gradients by the outputs, `(out, out)` or `(out,)`, or one for each matrix of
-            the stack, `(..., out, out)`. If absent or all zero, it is the identity, without feedback between
-            rows.
-        columns: moment `C` of the inputs, in the same forms.
-        rounding: the most feedback that is tried: `"nearest"` has none; `"one_sided"` (GPTQ, LDLQ) has
-            feedback along the inputs, or along the outputs if only their moment is full; `"two_sided"` along
-            both. There is no feedback along a side without a full moment.
-        row_damping: fraction of the mean diagonal of `R` that is added to it; 0 if it is already damped.
-        column_damping: the same for `C`.
-        refits: how often scales are refitted to the codes, and codes are rounded again.
-        sweeps: rounds of descent on the exact loss increase afterwards.
+        weight: matrix of shape `(out, in)` or stack of shape `(..., out, in)`. Computations are in float64
+            for float64 weights, otherwise in float32.
+        number_format: integer format or its name.
+        rows: moment `R` of the gradients at the outputs: shape `(out, out)` or `(out,)` for all matrices, or
+            `(..., out, out)` for each. If absent or zero, it is the identity.
+        columns: moment `C` of the inputs, in shapes as for `rows`.
+        rounding: the method with the most feedback that is tried. `"nearest"` has no feedback. `"one_sided"`
+            (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if only their moment is full.
+            `"two_sided"` has feedback along both. There is no feedback along a side without a full moment.
+        row_damping: fraction of the mean diagonal of `R` that is added to its diagonal; 0 if `R` is damped.
+        column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.
+        refits: number of times that scales are refitted and codes are rounded again.
+        sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
-        FormatError: not an integer format, or an entropy-coded one for a stack.
+        FormatError: the format is not an integer format, or is entropy-coded and the weight is a stack.
         NonFiniteError: the weight or a moment contains NaN or infinity.
-        ShapeError: the moments do not fit, or `rounding` has another value.
+        ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
     Reference:
         Frantar et al. 2023, "GPTQ"; Tseng et al. 2025, "Model-preserving adaptive rounding" (both sides).
@@ -145,7 +144,7 @@ def round_weight(
         >>> rounded.rounding, rounded.nbytes, rounded.dequantize().shape
         (('one_sided',), 272, torch.Size([8, 64]))
     """
-    # 1. Make one stack of matrices, in single or double precision, and damp the moments of both sides.
+    # 1. Reshape the weight to a stack of matrices, and damp the moments.
     number_format = NumberFormat.parse(number_format)
     if weight.ndim < 2:
         raise ShapeError(f"round_weight needs a matrix (..., out, in), got shape {tuple(weight.shape)}.")
@@ -158,7 +157,7 @@ def round_weight(
     r = damped_moment(rows, out, lead, row_damping, work, "rows")
     c = damped_moment(columns, size, lead, column_damping, work, "columns")
     ways = possible_roundings(rounding, r, c)
-    if number_format.rate is not None:  # no code is clamped, so that the most feedback is the best
+    if number_format.rate is not None:  # no code is clamped, so the method with the most feedback is best
         if lead:
             raise FormatError(f"{number_format.name!r} stores one matrix, got shape {tuple(weight.shape)}.")
         coded = round_to_rate(work[0], number_format, r, c, fed_back(ways[-1], r, c))
@@ -167,7 +166,7 @@ def round_weight(
             codes, coded.scales, None, number_format, (ways[-1],), coded.loss, coded.column_scales
         )
 
-    # 2. Find scales and zero points for each group, with elements weighted by the diagonal of C.
+    # 2. Find the scale and zero point of each group, with errors weighted by the diagonal of C.
     start, zeros = search_scales(work, number_format, None if c is None else c.diagonal[:, None, :])
     zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
 
@@ -181,10 +180,9 @@ def round_weight(
         loss = loss_increase(work - points.points(codes), seen, c)
         return _Solution(codes, scales, loss, torch.full((stack,), ROUNDINGS.index(way), device=work.device))
 
-    # 3. Round with each amount of feedback, except two-sided, and keep the solution with the smallest loss
-    # for each matrix. Two-sided rounding is the slowest; it is tried after the scales are refitted to
-    # one-sided codes. Until then no product with the full R is needed, since rows without feedback have
-    # independent errors.
+    # 3. Round with each method, and keep the solution with the smallest loss for each matrix. Two-sided
+    # rounding, the slowest method, is tried only after the scales are refitted. Until then, errors of
+    # different rows are independent, and the diagonal of R is sufficient to estimate losses.
     later = refits > 0 and ways[-1] == "two_sided"
     estimates = later and r is not None and out >= _ESTIMATED_ROWS
     seen = Moment(r.diagonal) if estimates and r is not None else r
@@ -195,13 +193,13 @@ def round_weight(
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         fitted = refit_scales(work, best.codes - zero, number_format, moment)
         scales = number_format.storable(fitted)
-        # If less feedback was better for a matrix, it usually stays better.
+        # Methods with less feedback are tried again only if they were the best for some matrix.
         before = [] if later and k == 0 else [w for w in ways[:-1] if ROUNDINGS.index(w) in best.way.tolist()]
         best = _best([best, *(rounded(scales, way) for way in (*before, ways[-1]))])
     if estimates and bool((best.way < ROUNDINGS.index("two_sided")).any()):
         best = best._replace(loss=loss_increase(work - grid(best.scales).points(best.codes), r, c))
 
-    # 5. Descend on the exact loss, a few matrices of the stack at a time.
+    # 5. Lower the exact loss increase by coordinate descent.
     if sweeps:
         best = _best([best, _descended(best, work, number_format, zero, r, c, sweeps)])
     groups = (*weight.shape[:-1], number_format.groups(size))
@@ -216,10 +214,10 @@ def round_weight(
 
 
 def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | None) -> list[Rounding]:
-    """List the rounding methods that the moments allow, the one with the most feedback last.
+    """List the rounding methods up to `most` that the moments allow, in the order of increasing feedback.
 
     Raises:
-        ShapeError: not a value of `Rounding`.
+        ShapeError: `most` is not a value of `Rounding`.
     """
     if most not in ROUNDINGS:
         raise ShapeError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {most!r}.")
@@ -230,7 +228,7 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
 def fed_back(
     way: Rounding, rows: Moment | None, columns: Moment | None
 ) -> tuple[Moment | None, Moment | None]:
-    """Select the moments used for feedback; one-sided rounding prefers the inputs."""
+    """Select the moments that a rounding method uses for feedback; one-sided rounding prefers the inputs."""
     if way == "nearest":
         return None, None
     if way == "two_sided":
@@ -239,7 +237,7 @@ def fed_back(
 
 
 def _best(solutions: Sequence[_Solution]) -> _Solution:
-    """Select the solution of least loss increase for each matrix; ties go to the first."""
+    """Select the solution with the smallest loss increase for each matrix; the first of equal ones."""
     best = solutions[0]
     for other in solutions[1:]:
         better = other.loss < best.loss
@@ -262,11 +260,11 @@ def _descended(
     columns: Moment | None,
     sweeps: int,
 ) -> _Solution:
-    """Descend on the exact loss increase, for stacks of small matrices at once."""
+    """Lower the loss increase of a solution by coordinate descent, see `descend`."""
     stack, out, size = weight.shape
 
     def moments(moment: Moment | None, some: slice, n: int) -> Tensor:
-        """Select the moments of a part of the stack; diagonals are vectors."""
+        """Select the moments of a part of the stack."""
         values = weight.new_ones(1, n) if moment is None else moment.values
         return values[some] if len(values) > 1 else values.expand(len(weight[some]), *values.shape[1:])
 
@@ -291,7 +289,7 @@ def _descended(
 
 
 def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:
-    """Return the codes of a matrix without elements."""
+    """Build the result for a weight without elements."""
     groups = (*weight.shape[:-1], number_format.groups(weight.shape[-1]))
     codes = weight.new_zeros(weight.shape, dtype=torch.uint8)
     zeros = codes.new_zeros(groups) if number_format.zero_point else None

@@ -1,8 +1,8 @@
-"""Scales and zero points of groups: search by weighted error, least-squares refit, and underflow.
+"""Scales and zero points of groups: search, least-squares refit, and underflow.
 
-The search minimises `sum_j C_jj (w_j - q_j)^2` for every group over several smaller ranges, since clamping a
-few elements is often better than a coarse grid. The refit takes the codes as given and minimises `(w - q) C
-(w - q)^T` over all scales of a row at once, correlations between groups included.
+The search minimizes `sum_j C_jj (w_j - q_j)^2` for every group. It tries several ranges, since clamping a few
+elements is often better than a coarse grid. The refit minimizes `(w - q) C (w - q)^T` for given codes, over
+all scales of a row together.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +17,19 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat, nearest
 
-#: Ranges that are tried, as fractions of the largest element.
+#: Largest range that is tried, as a fraction of the largest element, and number of ranges.
 _WIDEST = 1.1
 _TRIED = 24
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
-#: Number of elements searched at a time, to fit the cache of a CPU, and to bound memory elsewhere.
+#: Number of elements that are searched at a time: on a CPU, to fit into its cache; elsewhere, to limit
+#: memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Largest fraction of the weighted energy in groups with underflowing scales. Losing all of it would cause
-#: the same relative error as rounding to 8 bits.
+#: Largest weighted fraction of squared weights that may be in groups with underflowing scales. If all of them
+#: became zero, the relative error would be about that of rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group sizes with 16-bit scales that replace group sizes with scales of fewer bits. A group twice as large
-#: takes about as many bytes.
+#: Group sizes that are used with 16-bit scales in place of scales of fewer bits. Doubling the group keeps the
+#: number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
 
 
@@ -36,21 +37,21 @@ _WIDER = {16: 32, 32: 64, 64: 128}
 def search_scales(
     weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Find scales and zero points with little weighted rounding error, group by group.
+    """Find the scale and zero point of each group with a small weighted rounding error.
 
     Args:
-        weight: shape `(..., out, in)`.
-        number_format: an integer format.
-        importance: weight of the squared error of every element, broadcastable to the weight; usually the
-            diagonal of the input moment, shape `(in,)`. If absent, all weights are equal.
+        weight: matrices, shape `(..., out, in)`.
+        number_format: integer format.
+        importance: factor of the squared error of each element, broadcastable to the weight; usually the
+            diagonal of the input moment, shape `(in,)`. If absent, all factors are equal.
 
     Returns:
-        Scales in the dtype of the format, and zero points as `torch.uint8` or None, `(..., out, groups)`.
-        Scales may be negative: their sign mirrors a grid with one point more below zero than above.
+        Scales in the dtype of the format, and zero points in `torch.uint8` or None, shapes `(..., out,
+        groups)`. A negative scale mirrors the grid, which has one more value below zero than above.
 
     Raises:
         NonFiniteError: the weight or the importance contains NaN or infinity.
-        ShapeError: the weight is neither a matrix nor a stack of matrices.
+        ShapeError: the weight has fewer than two dimensions.
     """
     if weight.ndim < 2:
         raise ShapeError(f"Scales are searched for matrices (..., out, in), got shape {tuple(weight.shape)}.")
@@ -60,13 +61,13 @@ def search_scales(
     if importance is None:
         importance = grouped.new_ones(1)
     check_finite(importance, "The importance of the elements")
-    # Padding gets no importance, since not every grid can represent zero.
+    # Padding gets an importance of zero, since not every grid can represent zero.
     importance = number_format.grouped(importance.to(grouped).expand(weight.shape)).reshape(flat.shape)
     step = max(1, (_CACHED if flat.is_cpu else _CHUNK) // flat.shape[1])
     scales, zeros = [], []
     for start in range(0, len(flat), step):
         part = slice(start, start + step)
-        # One group per column, so that sums over groups and products with scales are vectorized over groups.
+        # Each group is a column, so that sums and products are vectorized over groups.
         scale, zero = _search(flat[part].T.contiguous(), number_format, importance[part].T.contiguous())
         scales.append(scale)
         zeros.append(zero)
@@ -81,7 +82,7 @@ def search_scales(
 
 
 def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the best scale and zero, shape `(groups,)` each, for groups `(width, groups)`."""
+    """Find the best scale and zero point of each group, shape `(groups,)`; a group is a column of `flat`."""
     center, top, against = number_format.center, number_format.top, -flat
     levels = number_format.levels(flat)
     best_scale = flat.new_zeros(flat.shape[1])
@@ -89,7 +90,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     best_cost = (flat * flat).mul_(importance).sum(0)
 
     def points(scale: Tensor, zero: Tensor) -> Tensor:
-        """Compute the nearest codes minus their zeros, or levels."""
+        """Compute the nearest codes minus their zero points, or the nearest levels."""
         found = flat / torch.where(scale == 0, torch.ones_like(scale), scale)
         if levels is not None:
             return nearest(found, top, levels)
@@ -102,7 +103,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """Update the best scale and zero of every group in which these, rounded for storage, are better."""
+        """Replace the best scale and zero point in groups for which the given ones have a smaller error."""
         nonlocal best_scale, best_zero, best_cost
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)
@@ -114,7 +115,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
     for scale, zero in _candidates(flat, number_format):
         offer(scale, zero)
-    for _ in range(_POLISHED):  # least-squares scale for the codes
+    for _ in range(_POLISHED):  # fit the scale to the codes by least squares
         found = points(best_scale, best_zero)
         weighed = found * importance
         size = (weighed * found).sum(0)
@@ -124,9 +125,9 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype in which they are stored; zero if they are out of its range.
+    """Round scales to the dtype in which they are stored; scales out of its range become zero.
 
-    Integer scales are rounded later, together with the others of their super-block.
+    Integer scales are not rounded here, since they depend on the other scales of their super-block.
     """
     if number_format.scale_bits is not None:
         return scale
@@ -135,7 +136,7 @@ def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
-    """List scales and zeros that map fractions of the range of every group to the grid."""
+    """Yield scales and zero points at which the grid covers various fractions of each group's range."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     top, center = number_format.top, number_format.center
     if number_format.zero_point:
@@ -153,13 +154,13 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
 
 
 def _distinct(scales: Tensor) -> Tensor:
-    """Drop scales that are equal after rounding for storage; of 24 scales few are distinct in 8 bits.
+    """Remove duplicate scales; after rounding to 8 bits, only few of 24 scales are distinct.
 
     Args:
-        scales: shape `(tried, groups)`, sorted in every group.
+        scales: scales, shape `(tried, groups)`, sorted in every group.
 
     Returns:
-        Shape `(kept, groups)`; a group with fewer distinct scales repeats its last one.
+        Shape `(kept, groups)`. A group with fewer distinct scales repeats its last scale.
     """
     place = torch.zeros(scales.shape, dtype=torch.int64, device=scales.device)
     torch.cumsum(scales[1:] != scales[:-1], 0, out=place[1:])
@@ -174,13 +175,13 @@ def refit_scales(
     number_format: NumberFormat,
     columns: Tensor | None = None,
 ) -> Tensor:
-    """Fit the scales to given codes by least squares under the input moment, jointly for each row.
+    """Fit the scales to given codes by least squares under the input moment, all scales of a row together.
 
     Args:
-        weight: shape `(..., out, in)`.
-        points: codes minus their zeros, or levels, in the shape of the weight.
-        number_format: an integer format.
-        columns: input moment `(..., in, in)`, or `(in,)` if diagonal; identity if absent.
+        weight: matrices, shape `(..., out, in)`.
+        points: codes minus their zero points, or levels, shape `(..., out, in)`.
+        number_format: integer format.
+        columns: moment of the inputs, shape `(..., in, in)`, or `(in,)` if diagonal; the identity if absent.
 
     Returns:
         Scales in the dtype of the weight, shape `(..., out, groups)`; zero if all points of a group are zero.
@@ -206,7 +207,7 @@ def refit_scales(
     normal = torch.stack(normals, -2)  # shape: (..., out, groups, groups)
     right = number_format.grouped((weight @ columns).mul_(points)).sum(-1)
     diagonal = normal.diagonal(dim1=-2, dim2=-1)
-    # Regularize, so that groups of zeros and linearly dependent groups get finite scales.
+    # Regularize the system, so that groups of zeros and linearly dependent groups get finite scales.
     shift = torch.where(diagonal > 0, 8 * torch.finfo(normal.dtype).eps * diagonal, 1.0)
     solved = torch.linalg.solve(normal + torch.diag_embed(shift), right)
     return torch.where(diagonal > 0, solved, 0.0)
@@ -214,25 +215,23 @@ def refit_scales(
 
 @torch.no_grad()
 def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Weighting | None = None) -> bool:
-    """Return True if scales that matter for the loss are too small for their dtype.
+    """Return True if scales of important groups are too small for their dtype.
 
-    Such scales have less than two bits of precision or become zero, with all weights of their groups.
+    Such a scale has less than two bits of precision, or is rounded to zero.
 
     Args:
-        weight: shape `(out, in)`.
-        number_format: any format; only integer ones have scales.
-        weighting: sensitivity of the loss to errors of the weight; its diagonals weight the groups. If
-            absent, all weights are equal.
+        weight: matrix, shape `(out, in)`.
+        number_format: number format; the result is False for floating-point formats.
+        weighting: sensitivity of the loss to errors of the weight, whose diagonals determine the importance
+            of elements. If absent, all elements are equally important.
     """
-    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # large range
+    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # has a large range
         return False
     limits = torch.finfo(number_format.scale_dtype)
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if (
-        number_format.scale_bits is not None
-    ):  # digits that integer scales, or their steps, need beyond two bits
+    if number_format.scale_bits is not None:  # a step is smaller than the scale by about this factor
         steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
     small = steps < smallest
     if not bool(small.any()):
@@ -247,15 +246,18 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
 
 @remembered
 def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
-    """Compute the range of every group, `(..., out, groups)`, for formats of any number of bits."""
+    """Compute the range of values of every group, shape `(..., out, groups)`.
+
+    It is the largest absolute value or, with zero points, the largest minus the smallest value.
+    """
     groups = NumberFormat(8, group).grouped(weight)
     return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
-    """Return the format with 16-bit scales that replaces one with scales of fewer bits, at about its size.
+    """Return a format with 16-bit scales and about the same size in place of a format with smaller scales.
 
-    Groups are twice as large if such a size exists, and four times in place of scales of 4 bits.
+    Groups become twice as large, and four times as large in place of 4-bit scales, if such sizes exist.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format

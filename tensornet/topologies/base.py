@@ -454,7 +454,7 @@ def keywords(function: Callable[..., Any]) -> list[str]:
 def check_options(name: str, options: Mapping[str, Any], known: Collection[str] = ()) -> None:
     """Raise TopologyError if an option is not among the options `known` of the family `name`."""
     if unknown := sorted(str(key) for key in options if key not in known):
-        exist = f"its options are {', '.join(sorted(known))}" if known else "it has no options"
+        exist = f"it knows {', '.join(sorted(known))}" if known else "it takes none"
         raise TopologyError(f"Topology {name!r} does not know the options {', '.join(unknown)}; {exist}.")
 
 
