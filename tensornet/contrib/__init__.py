@@ -1,1 +1,1 @@
-"""Features built on the core: more kinds of layers, topology search, exchange with other libraries."""
+"""Features built on the core: further kinds of layers, topology search, conversion to other libraries."""

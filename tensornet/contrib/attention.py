@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` as a compound of four projection layers."""
+"""Unfusing of `nn.MultiheadAttention` into a module with four linear layers."""
 
 import math
 
@@ -42,7 +42,7 @@ class MatrixAttention(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if all projections are parameters."""
+        """Return True if the weights of all projections are parameters of the module and of `out_proj`."""
         assert isinstance(module, nn.MultiheadAttention)
         projections = [own_parameters(module), own_parameters(module.out_proj)]
         packed = "in_proj_weight" in projections[0]
@@ -63,7 +63,7 @@ class MatrixAttention(Compound):
         """Compute attention; see `nn.MultiheadAttention.forward`.
 
         Raises:
-            ShapeError: `is_causal` without `attn_mask`.
+            ShapeError: `is_causal` is given without `attn_mask`.
         """
         if is_causal and attn_mask is None:
             raise ShapeError(
@@ -97,7 +97,7 @@ class MatrixAttention(Compound):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         found = []
         for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):
-            y = self.get_submodule(name)(x)  # before transposing, so that layers share their inputs
+            y = self.get_submodule(name)(x)  # called before transposing, so that layers share one input
             y = y if bias is None else y + bias
             y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
             found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
@@ -107,7 +107,7 @@ class MatrixAttention(Compound):
         return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Add both masks, broadcastable to `(batch, heads, length, source)`."""
+        """Add both masks; the result can be broadcast to `(batch, heads, length, source)`."""
         added = []
         if mask is not None:
             full = mask if mask.ndim == 2 else mask.unflatten(0, (len(q), self.num_heads))
@@ -117,7 +117,7 @@ class MatrixAttention(Compound):
         return sum(added[1:], added[0]) if added else None
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the learned key and value, and zeros, if the module has them."""
+        """Append the learned key and value (`bias_k`, `bias_v`) and zeros, if the module has them."""
         batch, heads, _, dim = k.shape
         more = []
         if self.bias_k is not None and self.bias_v is not None:
@@ -134,7 +134,7 @@ class MatrixAttention(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask to an additive one: minus infinity where a boolean mask is true."""
+    """Convert a mask to a mask that is added: minus infinity where a boolean mask is True."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -1,4 +1,4 @@
-"""Convolutions as matrices: `(out_channels, in_channels * kernel)`, one for each group."""
+"""Convolutions as linear layers: a matrix `(out_channels, in_channels * kernel)` for each group."""
 
 import math
 from collections.abc import Callable, Sized
@@ -15,11 +15,11 @@ from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observ
 
 @register_compound
 class MatrixConvolution(Compound):
-    """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` that multiplies by matrices.
+    """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` whose kernel is stored as matrices.
 
-    A low-rank matrix `U V` is applied as two convolutions: `V` with the kernel, then `U` at every point. For
-    any other network the kernel is rebuilt. During calibration the layer is called with the unfolded input
-    `(batch, points, in_channels * kernel)`.
+    A low-rank matrix `U V` is applied as two convolutions: `V` with the kernel, then `U` with a kernel of
+    size 1. For other networks the kernel is rebuilt. During calibration the linear layers are called with
+    unfolded inputs `(batch, points, in_channels * kernel)`.
 
     >>> from tensornet.contrib.convolution import MatrixConvolution
     >>> stock = torch.nn.Conv2d(8, 4, 3, stride=2)
@@ -37,21 +37,21 @@ class MatrixConvolution(Compound):
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
-        # Last dimension first, as in F.pad; with `padding="same"` both ends may differ.
+        # In the order of F.pad, with the last dimension first; with `padding="same"` both ends may differ.
         self.pads = tuple(stock._reversed_padding_repeated_twice)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if low rank makes the convolution smaller, so not if it is depthwise."""
+        """Return True if a low rank can make the convolution smaller; False if it is depthwise."""
         return is_plain(module) and _can_shrink(module)
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Name the reason for other convolutions."""
+        """Return the reason why `matches` is False, if it is the size of the groups."""
         return "groups too small for low rank" if is_plain(module) and not _can_shrink(module) else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Map `(batch, in_channels, *points)` to `(batch, out_channels, *points)`; batch may be absent."""
+        """Convolve an input `(batch, in_channels, *points)` or `(in_channels, *points)`."""
         layers = [self.get_submodule(name) for name in self.layer_names]
         x = input if input.ndim == len(self.kernel_size) + 2 else input[None]
         x = F.pad(x, self.pads, mode=self.padding_mode) if any(self.pads) else x
@@ -87,12 +87,12 @@ class MatrixConvolution(Compound):
 
 
 def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
-    """Return torch's function for kernels with this number of dimensions."""
+    """Return `F.conv1d`, `F.conv2d` or `F.conv3d` by the number of kernel dimensions."""
     return getattr(F, f"conv{len(kernel_size)}d")
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return factors `U: (out, rank)`, `V: (rank, in)` if the layer has them and they save elements."""
+    """Return the factors `U: (out, rank)` and `V: (rank, in)` of a low-rank layer smaller than its matrix."""
     if not isinstance(layer, NetworkModule) or len(layer.topology.cores) != 2:
         return None
     rows, columns = layer.topology.shape
@@ -105,7 +105,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _can_shrink(module: Any) -> bool:
-    """Return True if rank one has fewer parameters than the matrix of a group; False if depthwise."""
+    """Return True if rank one has fewer parameters than the matrix of a group, or there is one group."""
     rows = module.out_channels // module.groups
     columns = module.in_channels // module.groups * math.prod(module.kernel_size)
     return module.groups == 1 or rows + columns < rows * columns

@@ -1,7 +1,7 @@
-"""Conversion of matrix product operators to and from quimb and TensorLy.
+"""Convert matrix product operators to and from quimb and TensorLy.
 
-Both libraries store a chain of the same cores, with another order of the indices and other end bonds. Neither
-supports padding, so a padded operator is converted including its padding.
+Both libraries store the same cores, quimb with another index order and without end bonds. Neither supports
+padding, so padding becomes a part of the converted operator.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from tensornet.errors import ShapeError
 
 
 def to_quimb(cores: Sequence[Tensor]) -> Any:
-    """Convert to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
+    """Convert cores to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
-    Sites may be rectangular; `to_dense` then needs the two lists of legs. The arrays are copies in NumPy;
-    bfloat16, which NumPy lacks, becomes float32.
+    The arrays are copies in NumPy; bfloat16 is converted to float32. If out- and in-legs differ in size,
+    quimb's `to_dense` needs the lists of both legs.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
     if cores[0].dtype == torch.bfloat16:
@@ -38,12 +38,12 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
     """Extract the cores of a quimb `MatrixProductOperator` with open ends; NumPy arrays are copied.
 
     Raises:
-        ShapeError: the operator is cyclic, lacks sites, or is not a `MatrixProductOperator`.
+        ShapeError: the operator is not a `MatrixProductOperator`, is cyclic, or has sites without a tensor.
     """
     if not all(hasattr(operator, name) for name in ("cyclic", "upper_ind", "lower_ind")):
         raise ShapeError(f"Expected a quimb MatrixProductOperator, got {type(operator).__name__}.")
     if operator.cyclic:
-        raise ShapeError("A cyclic quimb operator has no open chain; use topology 'tensor_ring' for rings.")
+        raise ShapeError("A cyclic quimb operator is not an open chain; use the topology 'tensor_ring'.")
     if missing := [site for site in range(operator.L) if operator.site_tag(site) not in operator.tags]:
         raise ShapeError(
             f"The quimb operator has no tensor at site {missing[0]}; call its fill_empty_sites first."
@@ -65,10 +65,7 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
 
 
 def to_tensorly(cores: Sequence[Tensor]) -> Any:
-    """Convert to a `tensorly.tt_matrix.TTMatrix`, whose factors also are `(left, out, in, right)`.
-
-    TensorLy can compute with them if its backend is PyTorch.
-    """
+    """Convert cores to a TensorLy `TTMatrix`; to compute with it, TensorLy needs PyTorch as backend."""
     tensorly = import_optional("tensorly.tt_matrix", extra="interop", user="to_tensorly")
     return tensorly.TTMatrix(list(cores))
 
@@ -77,7 +74,7 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
     """Extract the cores of a TensorLy `TTMatrix`, a tltorch `BlockTT`, or a list of factors.
 
     Raises:
-        ShapeError: it is another object.
+        ShapeError: the operator is another object.
     """
     if isinstance(operator, Tensor | str | bytes | dict) or not any(
         hasattr(operator, name) for name in ("factors", "__getitem__")

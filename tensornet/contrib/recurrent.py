@@ -1,4 +1,4 @@
-"""`nn.RNN`, `nn.LSTM` and `nn.GRU` as compounds with a layer for each matrix."""
+"""Unfusing of `nn.RNN`, `nn.LSTM` and `nn.GRU` into a module with one linear layer for each matrix."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,9 +27,8 @@ _FUSED: dict[str, Callable[..., Any]] = {
 class MatrixRecurrence(Compound):
     """Replacement for `nn.RNN`, `nn.LSTM` or `nn.GRU` with the same arguments and results.
 
-    The matrices are rebuilt for each call and passed to PyTorch's fused operation; multiplying by cores step
-    by step would be much slower. During calibration the steps are computed one by one, with calls of the
-    layers.
+    In each call the matrices are rebuilt and passed to PyTorch's fused operation; multiplying by cores in
+    every time step would be much slower. During calibration the layers are called in every time step.
 
     >>> from tensornet.contrib.recurrent import MatrixRecurrence
     >>> stock = torch.nn.LSTM(6, 5, num_layers=2, bidirectional=True)
@@ -53,14 +52,14 @@ class MatrixRecurrence(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if all weights are parameters."""
+        """Return True if all weights are parameters of the module itself."""
         assert isinstance(module, nn.RNNBase)
         return own_parameters(module).keys() == set(module._flat_weights_names)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None
     ) -> tuple[Tensor | PackedSequence, Tensor | State]:
-        """Run over sequences; see `nn.LSTM.forward`.
+        """Compute outputs and final states for a batch of sequences; see `nn.LSTM.forward`.
 
         Raises:
             ShapeError: the input or a state has the wrong shape.
@@ -69,8 +68,8 @@ class MatrixRecurrence(Compound):
         x = input.data if isinstance(input, PackedSequence) else input
         if x.shape[-1] != self.input_size or x.ndim not in ((2,) if packed is not None else (2, 3)):
             raise ShapeError(
-                f"{self.type_name} takes sequences (length, {self.input_size}), in a batch or alone, got "
-                f"{tuple(x.shape)}; their last dimension is input_size."
+                f"{self.type_name} needs a sequence or a batch of sequences whose last dimension is "
+                f"input_size={self.input_size}, got {tuple(x.shape)}."
             )
         alone = packed is None and x.ndim == 2
         x = x.unsqueeze(0 if self.batch_first else 1) if alone else x
@@ -92,10 +91,10 @@ class MatrixRecurrence(Compound):
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), after
 
     def flatten_parameters(self) -> None:
-        """Do nothing, since weights are flattened in each call."""
+        """Do nothing: weights are copied to one block of memory in each call."""
 
     def _states(self, x: Tensor, hx: Any, batch: int, order: Tensor | None, alone: bool) -> State:
-        """Prepare initial states `(layers * directions, batch, size)`, sorted like the batch."""
+        """Check initial states `(layers * directions, batch, size)`, and sort them like the batch."""
         count = self.num_layers * (2 if self.bidirectional else 1)
         sizes = [self.proj_size or self.hidden_size, *([self.hidden_size] if self.mode == "LSTM" else [])]
         if hx is None:
@@ -105,7 +104,7 @@ class MatrixRecurrence(Compound):
         wanted = [(count, batch, size) for size in sizes]
         if [tuple(state.shape) for state in states] != wanted:
             raise ShapeError(
-                f"{self.type_name} starts from states of shape {wanted}, got "
+                f"{self.type_name} needs initial states of shape {wanted}, got "
                 f"{[tuple(state.shape) for state in states]}; leave hx out to start from zeros."
             )
         return states if order is None else tuple(state.index_select(1, order) for state in states)
@@ -129,7 +128,7 @@ class MatrixRecurrence(Compound):
                 yield f"l{layer}_reverse"
 
     def _weights(self, suffix: str) -> list[Tensor]:
-        """Collect the tensors of one layer and direction, in the order of the fused operation."""
+        """Collect the weights and biases of one layer and direction, in the order of the fused operation."""
         biases = [getattr(self, f"bias_{x}_{suffix}") for x in ("ih", "hh")] if self.bias else []
         ih, hh, *rest = (
             dense_matrix(self.get_submodule(f"matrix_{x}_{suffix}"))
@@ -138,7 +137,7 @@ class MatrixRecurrence(Compound):
         return [ih, hh, *biases, *rest]
 
     def _stepwise(self, x: Tensor, sizes: Tensor | None, states: State) -> tuple[Tensor, State]:
-        """Compute the result of `_fused` step by step through calls of the layers."""
+        """Compute the result of `_fused` by calling the layers in every time step."""
         rows = x.transpose(0, 1) if self.batch_first and sizes is None else x
         counts = [rows.shape[1]] * len(rows) if sizes is None else sizes.tolist()
         rows = rows.flatten(0, 1) if sizes is None else rows
@@ -164,16 +163,19 @@ class MatrixRecurrence(Compound):
         """Run one layer in one direction.
 
         Args:
-            rows: inputs of all steps, concatenated, `(sum(counts), in)`.
-            counts: number of sequences in each step, not increasing.
-            state: states before the first step, each `(batch, size)`.
-            suffix: suffix of the names of the layers.
+            rows: concatenated inputs of all time steps, shape `(sum(counts), in)`.
+            counts: number of sequences in each time step, not increasing.
+            state: states before the first step, each of shape `(batch, size)`.
+            suffix: suffix of the names of the linear layers.
+
+        Returns:
+            Concatenated outputs of all time steps, and the states after the last step.
         """
         given = self._applied("ih", suffix, rows).split(counts)
         steps = range(len(counts))
         outputs: list[Tensor] = [rows] * len(counts)
         for step in reversed(steps) if suffix.endswith("_reverse") else steps:
-            # Sequences that have ended (in reverse: not begun) keep their state.
+            # Sequences that have ended or, in reverse, not begun keep their state.
             now = tuple(each[: counts[step]] for each in state)
             new = self._cell(given[step], now, suffix)
             state = tuple(torch.cat([x, each[counts[step] :]]) for x, each in zip(new, state, strict=True))
@@ -202,7 +204,7 @@ class MatrixRecurrence(Compound):
 
 
 def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to one block of memory, matrices first; otherwise cuDNN would copy them with a warning."""
+    """Copy tensors to one block of memory, matrices first; otherwise cuDNN would do so with a warning."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
     parts = chunk.split([tensors[k].numel() for k in order])

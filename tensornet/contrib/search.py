@@ -1,4 +1,4 @@
-"""Topology search: compare families and leg sizes for one matrix in parameters, error and predicted time."""
+"""Topology search: compare networks for one matrix by their parameters, error and predicted time."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,23 +23,22 @@ OBJECTIVES = ("error", "time", "params")
 #: Families that are compared by default.
 FAMILIES = ("low_rank", "mpo", "block_tt")
 
-#: Fractions of the parameter budget for which every topology is decomposed, to get several points.
+#: Fractions of the parameter budget at which the matrix is decomposed.
 LEVELS = (1.0, 0.7, 0.5, 0.35)
 
-#: The objective "time" accepts this multiple of the smallest error.
+#: Largest error that the objective `"time"` accepts, as a multiple of the smallest error.
 TIME_SLACK = 1.25
 
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """Decomposition with its parameters, error and predicted time.
+    """Result of one decomposition in a topology search.
 
     Args:
-        topology: the network.
-        params: stored numbers.
+        topology: topology of the network.
+        params: number of parameters.
         error: certified relative Frobenius error.
-        milliseconds: predicted time of one forward pass; the geometric mean over the token counts of the
-            search.
+        milliseconds: predicted time of a forward pass, as geometric mean over the token counts.
 
     Example:
         >>> from tensornet.contrib.search import search_topology
@@ -55,7 +54,7 @@ class SearchPoint:
 
     @property
     def form(self) -> str:
-        """Short description: family, dims and bonds; dims that follow from the shape are omitted."""
+        """Short description: family, dims (unless a single leg has all rows or columns) and bonds."""
         topology = self.topology
         bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
         if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
@@ -69,11 +68,11 @@ class TopologySearch:
     """Result of `search_topology`: iterate over the Pareto front, print it, or select the `best` point.
 
     Args:
-        shape: `(out_features, in_features)`.
-        tokens: token counts of the predicted times.
-        max_params: the budget.
+        shape: shape `(out_features, in_features)` of the matrix.
+        tokens: token counts for which times are predicted.
+        max_params: largest number of parameters.
         dense_milliseconds: predicted time of a dense layer.
-        points: all decompositions, sorted by parameters.
+        points: all decompositions, in the order of increasing parameters.
 
     Example:
         >>> from tensornet.contrib.search import search_topology
@@ -90,7 +89,7 @@ class TopologySearch:
 
     @property
     def front(self) -> tuple[SearchPoint, ...]:
-        """Pareto front: points for which no other point is better in parameters, error and time."""
+        """Pareto front: the points that no other point matches or beats in parameters, error and time."""
         front: list[tuple[tuple[float, float, float], SearchPoint]] = []
         keys = [(point.params, point.error, point.milliseconds) for point in self.points]
         for key, point in sorted(zip(keys, self.points, strict=True), key=lambda entry: entry[0]):
@@ -114,17 +113,18 @@ class TopologySearch:
     def best(
         self, objective: Objective = "error", *, max_error: float | None = None, max_ms: float | None = None
     ) -> SearchPoint:
-        """Select the best point within the limits.
+        """Select the best point within limits on error and time.
 
         Args:
-            objective: `"error"`: smallest error. `"params"`: fewest parameters. `"time"`: the fastest one
-                with an error of at most `max_error` or, if absent, 1.25 times the smallest error.
-            max_error: largest error to accept.
-            max_ms: largest predicted time to accept.
+            objective: `"error"` for the smallest error, `"params"` for the fewest parameters, or `"time"` for
+                the shortest time with an error of at most `max_error` or, if that is absent, 1.25 times the
+                smallest error.
+            max_error: largest allowed error.
+            max_ms: largest allowed predicted time in milliseconds.
 
         Raises:
-            ValueError: unknown objective.
-            BudgetError: no point meets the limits, or a limit is not a number.
+            ValueError: the objective is unknown.
+            BudgetError: no point is within the limits, or a limit is not a number.
         """
         if objective not in OBJECTIVES:
             raise ValueError(f"Unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}.")
@@ -140,7 +140,7 @@ class TopologySearch:
         if not allowed:
             raise BudgetError(
                 f"None of {len(self.points)} networks meets max_error={max_error}, max_ms={max_ms}; the "
-                f"smallest error is {min(x.error for x in self.points):.4g}, the fastest takes "
+                f"smallest error is {min(x.error for x in self.points):.4g}, the shortest time "
                 f"{min(x.milliseconds for x in self.points):.4g} ms. Raise a limit or the budget."
             )
         if objective == "error":
@@ -165,30 +165,30 @@ def search_topology(
 ) -> TopologySearch:
     """Decompose a matrix by several families, numbers of sites and sizes, and compare the results.
 
-    Families with the option `sites` are decomposed with 2 to `max_sites` sites of balanced dims. Times are
-    predicted by the cost model for the faster of contracting and rebuilding. With the strategy `"cached"`
-    every topology takes the time of a dense layer in eval mode.
+    Families with the option `sites` are tried with 2 to `max_sites` sites and balanced dims. The predicted
+    time is that of the faster way, contracting or rebuilding the matrix. (With the strategy `"cached"`, every
+    layer takes the time of a dense layer in eval mode.)
 
     Args:
-        matrix: shape `(out_features, in_features)`.
-        param_ratio: largest keep ratio, relative to the dense parameters.
-        max_params: largest number of parameters; the tighter of the two limits applies.
-        tokens: token count for which times are predicted. Several counts give geometric means, so that every
-            count has the same weight.
+        matrix: the matrix, shape `(out_features, in_features)`.
+        param_ratio: largest number of parameters as a fraction of the dense matrix.
+        max_params: largest number of parameters; the smaller of the two limits applies.
+        tokens: token count, or several token counts, for which times are predicted; the reported time is
+            their geometric mean.
         families: names of registered families, or one name.
         max_sites: largest number of sites.
-        machine: constants for the prediction; the built-in ones for the device if absent.
+        machine: machine to predict for; built-in constants of the device if absent.
 
     Returns:
-        The Pareto front in parameters, error and milliseconds; see `TopologySearch.best`.
+        The results; see `TopologySearch.front` and `TopologySearch.best`.
 
     Raises:
-        BudgetError: no limit is given, a limit is out of range, or no network fits.
+        BudgetError: no limit is given, a limit is out of range, or no network is small enough.
         NonFiniteError: the matrix contains NaN or infinity.
-        ShapeError: not a matrix.
-        TopologyError: unknown family, or no family given.
-        TypeError: `machine` is neither a Machine nor None.
-        ValueError: `tokens` below 1 or `max_sites` below 2, or not integers.
+        ShapeError: the input is not a matrix.
+        TopologyError: a family is unknown, or no family is given.
+        TypeError: `machine` is neither a `Machine` nor None.
+        ValueError: `tokens` is not an integer of at least 1, or `max_sites` is not one of at least 2.
 
     Example:
         >>> from tensornet.contrib.search import search_topology
@@ -224,10 +224,10 @@ def search_topology(
     for family in map(topology_family, names):
         for options in _forms(family, max_sites):
             for level in LEVELS:
-                allowed = (int(level * budget) + 0.5) / matrix.numel()  # rounding loses no parameter
+                allowed = (int(level * budget) + 0.5) / matrix.numel()  # 0.5 guards against rounding errors
                 try:
                     made = family.decompose(matrix, Budget(param_ratio=allowed), **options)
-                except (BudgetError, TopologyError):  # too small a budget, or invalid sites
+                except (BudgetError, TopologyError):  # the budget is too small, or `sites` is invalid
                     continue
                 topology = made.network.topology
                 if topology not in found:
@@ -245,10 +245,10 @@ def search_topology(
 
 
 def _forms(family: TopologyFamily, max_sites: int) -> list[dict[str, Any]]:
-    """List the options with which a family is decomposed."""
+    """List the options with which a family is tried."""
     return [{"sites": sites} for sites in range(2, max_sites + 1)] if "sites" in family.options else [{}]
 
 
 def _mean(seconds: Sequence[float]) -> float:
-    """Compute the geometric mean, in milliseconds."""
+    """Compute the geometric mean of times in seconds, in milliseconds."""
     return 1e3 * math.exp(sum(map(math.log, seconds)) / len(seconds))

@@ -123,12 +123,11 @@ def predict_product_losses(
     *,
     rank: int | None = None,
 ) -> Tensor:
-    """Predict the loss increase of `round_product` for a whitened SVD `sum_k a_k b_k^T`, truncated at every rank.
+    """Predict the loss increase of `round_product` at every rank of a whitened SVD `sum_k a_k b_k^T`.
 
     The terms are orthogonal in the loss, so their expected losses add up. An error of `b_k` is weighted by
     the norm of `a_k` and the input moment, an error of `a_k` by the norm of `b_k` and the gradient moment.
-    Factors are rounded with the first weighting; other weightings are assumed to differ in their diagonals
-    only.
+    Off-diagonal elements of the moments of all weightings are assumed to be proportional.
 
     Args:
         left: vectors `a_k`, shape `(out, terms)`.

@@ -1,4 +1,4 @@
-"""Property testing of tensor networks: hypothesis strategies, laws, slow references."""
+"""Property tests of tensor networks: hypothesis strategies, laws, and slow reference implementations."""
 
 from tensornet._util import require
 

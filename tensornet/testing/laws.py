@@ -1,10 +1,10 @@
-"""Laws of decompositions and networks, as functions to call and classes to subclass.
+"""Laws that decompositions and networks must satisfy, as functions to call and test classes to subclass.
 
-Every law is a function `check_...` that raises `AssertionError` with the numbers in the message. The classes
-at the end draw examples with hypothesis and call these functions: subclass one, define how to call your
-decomposition, and pytest collects the laws.
+Each law is a function `check_...` that raises `AssertionError` if an example violates it. The classes at the
+end draw examples with hypothesis and call these functions. Subclass one of them and define how your
+decomposition is called; pytest then runs all its laws.
 
-A decomposition is a callable `(matrix, budget) -> Outcome`.
+A decomposition is a function `(matrix, budget) -> Outcome`.
 """
 
 import copy
@@ -37,17 +37,17 @@ from tensornet.topology import Topology
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of the decomposition under test: dense matrix, certificate, parameters, bonds, tensors.
+    """Result of the decomposition under test, in the form that the laws need.
 
     Args:
-        matrix: dense matrix of the result, same shape as the input.
-        error: certificate, an upper bound of the relative Frobenius error.
-        params: stored elements, None if `param_ratio` is not supported.
+        matrix: dense matrix of the result, of the same shape as the input.
+        error: certified upper bound of the relative Frobenius error.
+        params: number of stored elements; None if `param_ratio` is not supported.
         bonds: bond sizes.
-        tensors: stored tensors, for the checks of dtype and device.
-        topology: the network, for the law of quality. If absent, a single bond is taken as the rank of two
-            factors `(out, rank)` and `(rank, in)`; for other bonds the law only requires that the error is
-            smaller than that of the zero matrix.
+        tensors: stored tensors, whose dtype and device are checked.
+        topology: topology of the result, for `check_quality`. If absent, a single bond counts as the rank of
+            two factors `(out, rank)` and `(rank, in)`; for several bonds the error must only be smaller than
+            that of the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -65,7 +65,7 @@ class Outcome:
 
     @classmethod
     def of(cls, result: Decomposition | MPO) -> "Outcome":
-        """Convert a `Decomposition` or `MPO` of this library."""
+        """Convert a `Decomposition` or an `MPO` of this library."""
         network = result.network
         return cls(
             matrix=network.to_matrix(),
@@ -79,12 +79,12 @@ class Outcome:
 
 Decompose = Callable[[Tensor, Budget], Outcome]
 
-#: Number of examples for the slow law that compresses, saves and loads.
+#: Number of examples of `check_name_does_not_matter`, which is slow.
 _RENAMED = 3
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Return the relative rounding allowed for this dtype: 300 units in the last place.
+    """Return the relative rounding error that the laws allow: 300 times the machine epsilon of a dtype.
 
     Example:
         >>> from tensornet.testing import laws
@@ -98,7 +98,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Check that a decomposition without budget is exact to rounding, and certified so.
+    """Check that, without a budget, true error and certified error are rounding errors.
 
     Example:
         >>> from tensornet.testing import laws
@@ -113,9 +113,9 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
 
 
 def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that the certificate bounds the true error and respects `rel_error`.
+    """Check that the certified error is at least the true error and at most `rel_error`.
 
-    Certificates above 1, even infinite ones, are useless but allowed.
+    A certified error above 1, even infinity, is useless but allowed.
 
     Example:
         >>> from tensornet.testing import laws
@@ -130,7 +130,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
     assert outcome.error >= 0, f"certificate {outcome.error} is not a number of at least 0"
-    if budget.rel_error is not None:  # must hold if no other cap forces a larger error
+    if budget.rel_error is not None:  # other limits may require a larger error, so leave them out
         alone = Budget(rel_error=budget.rel_error)
         kept = outcome if alone == budget else _within(decompose, matrix, alone)
         assert kept.error <= budget.rel_error + slack, (
@@ -139,7 +139,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
 
 
 def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that bonds respect `max_bond` and parameters respect `param_ratio`.
+    """Check that bonds are at most `max_bond`, and that parameters are within `param_ratio`.
 
     Example:
         >>> from tensornet.testing import laws
@@ -186,12 +186,11 @@ def check_monotone(decompose: Decompose, matrix: Tensor, caps: Sequence[int] = t
 
 
 def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that the error is close to the best error for the same bonds.
+    """Check that the error is close to the best error that is possible with the same bonds.
 
-    The true error must be at most `sqrt(number of cuts)` times the best error of networks with the same
-    bonds. If the bonds separate rows from columns, it must be at most that of the truncated SVD of the same
-    rank. One percent is allowed for iterative methods. See `reference.error_bound` for details. For networks
-    with loops no such bound is known; their error must be smaller than that of the zero matrix.
+    The true error must be at most the bound of `reference.error_bound`, plus one percent for iterative
+    methods. For networks with loops no bound is known; their error must be smaller than that of the zero
+    matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -206,19 +205,18 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         topology = low_rank(out_features=matrix.shape[0], in_features=matrix.shape[1], rank=rank)
     bound = None if topology is None else reference.error_bound(matrix, topology)
     if bound is None and bool(matrix.any()):
-        # Projecting on the leading singular vectors of one unfolding after the other keeps at least this
-        # much.
+        # Projecting onto the leading singular vectors of all unfoldings has at most this error.
         bound = math.sqrt(1 - 0.5 / matrix.numel())
         assert bool(outcome.matrix.any()), f"the result is the zero matrix under {budget}"
     assert error <= 1.01 * (bound or 0.0) + tolerance(matrix.dtype), (
         f"error {error:.6g} under {budget} with bonds {outcome.bonds}; truncated singular value "
-        f"decompositions reach {bound or 0.0:.6g}. If the bonds do not separate rows from columns, give "
+        f"decompositions have {bound or 0.0:.6g}. If the bonds do not separate rows from columns, pass "
         "Outcome(topology=...)."
     )
 
 
 def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that the input is unchanged and shares no memory with the result.
+    """Check that a decomposition does not change its input, and that the result shares no memory with it.
 
     Example:
         >>> from tensornet.testing import laws
@@ -234,7 +232,7 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
 
 
 def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that stored tensors have the input's dtype (float32 for half types) and device.
+    """Check that stored tensors have the device and dtype of the input (float32 for 16-bit types).
 
     Example:
         >>> from tensornet.testing import laws
@@ -267,7 +265,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """Check that NaN and infinity raise NonFiniteError with a message.
+    """Check that a matrix with NaN or infinity raises NonFiniteError with a message.
 
     Example:
         >>> from tensornet.testing import laws
@@ -283,11 +281,11 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
     except NonFiniteError as error:
         message = str(error)
     assert message is not None, f"a matrix with {value} was accepted; raise NonFiniteError"
-    assert message.strip(), f"a matrix with {value} is refused without a word; say what was wrong"
+    assert message.strip(), f"the error for a matrix with {value} has no message; say what was wrong"
 
 
 def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
-    """Decompose within the budget; reject examples that no network of the family can meet."""
+    """Decompose within the budget; in a hypothesis test, skip examples that raise BudgetError."""
     try:
         return decompose(matrix, budget)
     except BudgetError:
@@ -303,7 +301,7 @@ def _true_error(matrix: Tensor, outcome: Outcome) -> float:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return True if the address ranges of the two tensors overlap."""
+    """Return True if the memory of the two tensors overlaps."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last
@@ -313,7 +311,7 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def check_matrix(network: TensorNetwork) -> None:
-    """Check that `to_matrix` equals an explicit sum over all bonds.
+    """Check that `to_matrix` agrees with an explicit sum over all bonds.
 
     Example:
         >>> from tensornet.testing import laws
@@ -324,7 +322,7 @@ def check_matrix(network: TensorNetwork) -> None:
 
 
 def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
-    """Check that `apply` multiplies the last dimension by the matrix, for any batch shape.
+    """Check that `apply` multiplies the last dimension of an input of shape `(*batch, in)` by the matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -339,7 +337,7 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
 
 
 def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
-    """Check the gradients of input and cores against those of the dense operator (real networks).
+    """Check the gradients of the input and of all cores against the dense operator, for real networks.
 
     Example:
         >>> from tensornet.testing import laws
@@ -374,7 +372,9 @@ def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Ar
 
 
 def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
-    """Check that a gauge transformation on a bond preserves matrix, norm and spectrum.
+    """Check that a gauge transformation at a bond preserves the matrix, its norm and its bond spectrum.
+
+    The gauge transformation inserts an invertible matrix and its inverse at the bond.
 
     Example:
         >>> from tensornet.testing import laws
@@ -399,7 +399,7 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
 
 
 def check_canonical(operator: MPO, center: int) -> None:
-    """Check that the canonical form preserves the operator and is orthonormal around its center.
+    """Check that `canonicalize` preserves the operator and makes all cores but the center orthonormal.
 
     Example:
         >>> from tensornet.testing import laws
@@ -419,7 +419,7 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 # --- families ------------------------------------------------------------------------------------
 
-#: Plans to compare: by the weight alone, by calibrated sensitivities, and with another storage of the cores.
+#: Configurations whose plans are compared; one of them stores pivoted cores.
 _CONFIGS: tuple[dict[str, Any], ...] = (
     {"objective": "weight"},
     {"objective": "curvature", "pivoted": True},
@@ -434,12 +434,12 @@ def check_name_does_not_matter(
     param_ratio: float = 0.6,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a subclass under another name is planned, predicted and stored like its parent.
+    """Check that a subclass with another name gives the same plans and the same stored tensors.
 
     Args:
         family: the family, registered or not.
-        matrix: weight of the layer that is compressed; it is scaled to entries of at most 1.
-        param_ratio: budget.
+        matrix: weight of the layer that is compressed; it is scaled to elements of at most 1.
+        param_ratio: budget of the compression.
         options: see `CompressionConfig.topology_options`.
 
     Example:
@@ -495,10 +495,11 @@ class Law(NamedTuple):
     """A check, together with hypothesis strategies for its arguments.
 
     Args:
-        check: function that raises `AssertionError`.
-        drawn: strategies for its keyword arguments.
-        subject: returns the leading arguments for an instance of the class of laws; `subject()` if absent.
-        examples: largest number of examples, for slow checks; that of the hypothesis profile if absent.
+        check: function that raises `AssertionError` if the law is violated.
+        drawn: strategies for the keyword arguments of `check`.
+        subject: function that returns the leading arguments of `check` for an instance of the test class; its
+            method `subject` if absent.
+        examples: largest number of examples, for slow checks; the number of the hypothesis profile if absent.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -517,14 +518,14 @@ Laws = dict[str, Law]
 
 
 class _Laws:
-    """Base class that adds laws to a subclass, as test methods that draw from its strategies."""
+    """Base class that adds the laws to each subclass as test methods."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         for name, entry in cls._laws().items():
             law = Law(*entry)
-            # Laws draw from the strategies of this class; laws that a base class overrides or disables are
-            # kept.
+            # Keep a law that this class or a base class overrides or disables. All others draw from the
+            # strategies of this class.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
                 setattr(cls, name, _test(law))
@@ -553,10 +554,10 @@ def _test(law: Law) -> Callable[..., None]:
 
 
 class DecompositionLaws(_Laws):
-    """Laws of decompositions: subclass, define `decompose`, and narrow the strategies.
+    """Laws of decompositions. Subclass this, define `decompose`, and restrict the strategies if necessary.
 
-    Set a law to None in the subclass if it does not hold, for example `test_monotone = None`; a law that a
-    subclass disables or overrides is inherited in that form.
+    Disable a law that is not satisfied by setting it to None in the subclass, as in `test_monotone = None`.
+    Further subclasses inherit this.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -570,7 +571,7 @@ class DecompositionLaws(_Laws):
 
     #: Matrices to decompose.
     matrices: SearchStrategy[Tensor] = strategies.matrices()
-    #: Budgets to decompose under; narrow it if not all caps are supported.
+    #: Budgets of the decompositions; restrict it if not all limits are supported.
     budgets: SearchStrategy[Budget] = strategies.budgets()
 
     def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:
@@ -601,7 +602,7 @@ class DecompositionLaws(_Laws):
 
 
 class FamilyLaws(DecompositionLaws):
-    """Laws of a `TopologyFamily`: set `family` to an instance and, if needed, `options`.
+    """Laws of a `TopologyFamily`. Subclass this, and set `family` to an instance and, if needed, `options`.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -627,7 +628,7 @@ class FamilyLaws(DecompositionLaws):
 
 
 class NetworkLaws(_Laws):
-    """Laws of networks that are drawn from the strategy `networks`: matrix, application, gradients.
+    """Laws of networks: matrix, application and gradients. Subclass this, and set the strategy `networks`.
 
     Example:
         >>> from tensornet.testing import laws, strategies

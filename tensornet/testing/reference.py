@@ -1,7 +1,6 @@
-"""Slow reference implementations in NumPy and double precision, correct by inspection.
+"""Slow reference implementations in NumPy and double precision, for small operators.
 
-Every result is computed by one `numpy.einsum` over all indices at once, or by a dense SVD. This is meant for
-small operators.
+They are simple enough to be obviously correct: most are one `numpy.einsum` over all indices, or a dense SVD.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ Array = NDArray[Any]
 
 
 def to_numpy(tensor: Tensor) -> Array:
-    """Copy a tensor to the CPU in double precision.
+    """Convert a tensor to a NumPy array in double precision.
 
     Example:
         >>> from tensornet.testing import reference
@@ -30,7 +29,7 @@ def to_numpy(tensor: Tensor) -> Array:
 
 
 def network_matrix(topology: Topology, cores: Sequence[Tensor]) -> Array:
-    """Compute the dense matrix of a network from the definition, shape `(out_features, in_features)`.
+    """Compute the dense matrix of a network by one sum over all bonds, shape `(out_features, in_features)`.
 
     Example:
         >>> from tensornet.testing import reference
@@ -73,10 +72,10 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
 
 
 def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
-    """Compute the gradient of every core from the gradient of the dense matrix (real networks).
+    """Compute the gradient of each core from the gradient of the dense matrix, for real networks.
 
-    The derivative of the matrix with respect to one core is the network without that core, so the gradient is
-    this network contracted with the gradient of the matrix. In a sum the other terms are constants.
+    The derivative of the matrix with respect to a core is the network without this core. So the gradient is
+    this network contracted with the gradient of the matrix. In a sum, the other terms are constants.
 
     Example:
         >>> from tensornet.testing import reference
@@ -95,7 +94,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # A bond of size 1 may belong to this core alone, so a factor of ones is added with all its labels.
+        # A bond of size 1 may belong to this core only. A tensor of ones makes all labels of the core known.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:
@@ -105,7 +104,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
 
 
 def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
-    """Compute the unfolding `(legs up to a bond, legs after it)` of an operator without padding.
+    """Reshape a matrix to `(legs up to a bond, legs after the bond)`; the dims must not need padding.
 
     Example:
         >>> from tensornet.testing import reference
@@ -120,7 +119,7 @@ def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], b
 
 
 def best_error(matrix: Tensor | Array, rank: int) -> float:
-    """Compute the relative Frobenius error of the best approximation of a given rank (Eckart-Young).
+    """Compute the relative Frobenius error of the best approximation of a matrix with a given rank.
 
     Example:
         >>> from tensornet.testing import reference
@@ -134,19 +133,20 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
 
 
 def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
-    """Compute an upper bound of the relative error of a good decomposition with these bonds.
+    """Compute the largest relative error that a good decomposition with given bonds may have.
 
-    A bond of size `r` whose removal splits a network in two is a cut. The unfolding of the matrix into the
-    legs on both sides is approximated with rank `r`, so the error is at least that of the discarded singular
-    values, `e`. Truncating one cut after the other gives the error `sqrt(sum of e^2)`, which is at most
-    `sqrt(number of cuts)` times the best error for the same bonds. If all truncating bonds separate rows from
-    columns, the network contains the truncated SVD, and the bound is its error. A leg on both sides of a cut
-    is an index of blocks, which are truncated one by one. For a sum of networks the smallest bound of its
-    terms is used.
+    A cut is a bond whose removal splits the network in two. The network approximates the unfolding of the
+    matrix into the legs on both sides with rank `r`, the size of the bond. So its error is at least `e`, the
+    norm of the discarded singular values. Truncating one cut after another gives an error of at most
+    `sqrt(sum of e^2)`, which is at most `sqrt(number of cuts)` times the best error. This is the bound.
+
+    If all truncated bonds separate rows from columns, the bound is the error of the truncated SVD. A leg on
+    both sides of a cut splits the unfolding into blocks, which are truncated one by one. The bound of a sum
+    of networks is the smallest bound of its terms.
 
     Args:
-        matrix: shape `(out_features, in_features)`.
-        topology: the network, with the bonds that were chosen.
+        matrix: matrix, shape `(out_features, in_features)`.
+        topology: topology of the decomposition, including its bonds.
 
     Returns:
         The bound, relative to the norm of the matrix; None if bonds form a loop.
@@ -194,14 +194,14 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
 
 
 def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
-    """List the edges `(core, core, rank)` of a tree over all cores; None if the bonds form a loop.
+    """List the edges `(core, core, rank)` of a tree of all cores; None if the bonds form a loop.
 
-    Parts that are not joined by a bond form a product, which is an edge of rank 1.
+    Parts that no bond joins are multiplied, which is an edge of rank 1.
     """
     sizes: dict[tuple[int, ...], int] = {}
     for label, size in topology.bond_dims.items():
         ends = tuple(k for k, core in enumerate(topology.cores) if label in core.labels)
-        sizes[ends] = sizes.get(ends, 1) * size  # merges bonds between the same cores
+        sizes[ends] = sizes.get(ends, 1) * size  # combines all bonds between the same cores
     edges: list[tuple[int, int, int]] = []
     for ends, size in sizes.items():
         if len(ends) > 2 or (len(ends) == 2 and ends[1] in _reachable(ends[0], edges)):
@@ -215,7 +215,7 @@ def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
 
 
 def _reachable(start: int, edges: Sequence[tuple[int, int, int]]) -> set[int]:
-    """Collect the cores that are connected with a given one by edges."""
+    """Collect the cores that edges connect, directly or indirectly, with the core `start`."""
     found, before = {start}, 0
     while len(found) > before:
         before = len(found)

@@ -1,7 +1,7 @@
-"""Hypothesis strategies for matrices, budgets, topologies and networks, and profiles.
+"""Hypothesis strategies for matrices, budgets, topologies and networks, and hypothesis profiles.
 
-Hypothesis draws shapes, kinds, dtypes and seeds, which it can shrink. The thousands of matrix elements, which
-it could not shrink, come from a seeded generator.
+Hypothesis draws shapes, kinds, dtypes and seeds, which it can simplify when a test fails. The elements come
+from a random generator with the drawn seed.
 """
 
 import math
@@ -19,7 +19,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: Kinds of singular spectra of a generated matrix. The last two have the fixed ranks 0 and 1.
+#: Kinds of singular spectra of matrices. Those of the last two kinds have the ranks 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
@@ -28,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.dtype]:
-    """Draw floating dtypes; complex and half dtypes on request.
+    """Draw floating-point dtypes, and also complex or 16-bit dtypes if asked for.
 
     Example:
         >>> from hypothesis import find
@@ -43,7 +43,7 @@ def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.
 def dims(
     draw: DrawFn, *, min_sites: int = 1, max_sites: int = 4, max_dim: int = 4
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw leg sizes `(out_dims, in_dims)` for equal numbers of sites; sizes of 1 are frequent.
+    """Draw leg sizes `(out_dims, in_dims)`, both for the same number of sites.
 
     Example:
         >>> from hypothesis import find
@@ -67,15 +67,15 @@ def matrices(
     rank: int | None = None,
     scales: bool = True,
 ) -> Tensor:
-    """Draw a matrix of chosen or random shape, dtype, spectrum, rank and scale.
+    """Draw a matrix; whatever is not given is drawn too.
 
     Args:
-        shape: `(out, in)`; if absent any shape up to `max_size`, including one row or one column.
-        max_size: largest size if `shape` is absent.
-        dtype: a dtype or a strategy; real and complex ones if absent.
-        spectrum: one of `SPECTRA`; any if absent, but with `rank` none with a fixed rank.
-        rank: exact rank, capped at the smaller size; full if absent, except for `"low_rank"`.
-        scales: whether magnitudes from 1e-12 to 1e12 occur (except for 16-bit types).
+        shape: shape `(out, in)`; any shape up to `max_size` if absent.
+        max_size: largest number of rows and of columns, if `shape` is absent.
+        dtype: a dtype or a strategy for dtypes; real and complex dtypes if absent.
+        spectrum: one of `SPECTRA`; any of them if absent, or any without a fixed rank if `rank` is given.
+        rank: rank, at most the smaller size; full if absent, except for `"low_rank"`.
+        scales: whether the matrix may be scaled by 1e-12 or 1e12; never for 16-bit types.
 
     Example:
         >>> from hypothesis import given
@@ -98,10 +98,10 @@ def matrices(
 
 
 def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: int | None = None) -> Tensor:
-    """Build a float64 matrix whose singular values follow one of `SPECTRA`, reproducible by its seed.
+    """Build a float64 matrix whose singular values follow one of `SPECTRA`; equal seeds give equal matrices.
 
     Raises:
-        ValueError: unknown spectrum.
+        ValueError: the spectrum is unknown.
 
     Example:
         >>> from tensornet.testing import strategies
@@ -134,7 +134,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
 
 @st.composite
 def budgets(draw: DrawFn, *, max_bond: int = 8) -> Budget:
-    """Draw budgets with any combination of caps, including none.
+    """Draw budgets with any combination of limits, including none.
 
     Example:
         >>> from hypothesis import find
@@ -158,13 +158,13 @@ def mpos(
     dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
     padded: bool = True,
 ) -> MPO:
-    """Draw a random chain, sometimes padded, whose bonds may exceed the exact ones.
+    """Draw a random MPO, whose bonds may be larger than necessary.
 
     Args:
-        dims: strategy of `(out_dims, in_dims)`.
+        dims: strategy for `(out_dims, in_dims)`.
         max_bond: largest bond.
-        dtype: a dtype or a strategy; real and complex ones if absent.
-        padded: whether some rows and columns may be padding.
+        dtype: a dtype or a strategy for dtypes; real and complex dtypes if absent.
+        padded: whether up to two rows and two columns may be padding.
 
     Example:
         >>> from hypothesis import given
@@ -198,7 +198,7 @@ def topologies(
     """Draw a topology of a registered family, built for a random shape.
 
     Args:
-        families: names to choose from, all registered ones if absent.
+        families: names of families to choose from; all registered families if absent.
         max_size: largest number of rows and columns.
         max_bond: largest bond.
 
@@ -222,7 +222,7 @@ def networks(
     topology: SearchStrategy[Topology] | None = None,
     dtype: SearchStrategy[torch.dtype] | torch.dtype = torch.float64,
 ) -> TensorNetwork:
-    """Draw a network with variance-preserving Gaussian cores.
+    """Draw a network with Gaussian cores, which preserve the variance of activations.
 
     Example:
         >>> from hypothesis import given
@@ -244,14 +244,14 @@ _default_dims = dims()
 def register_profiles() -> None:
     """Register the profiles `default`, `ci` and `nightly` with hypothesis.
 
-    Select one with `settings.load_profile(name)`; the tests of this project read the name from the
+    Select a profile with `settings.load_profile(name)`; the tests of this project read the name from the
     environment variable `HYPOTHESIS_PROFILE`.
 
     - `default`: 50 random examples, for development.
-    - `ci`: 25 examples, derandomised, so that the same commit always gives the same result.
+    - `ci`: 25 examples, the same in every run.
     - `nightly`: 1000 random examples, to find rare failures.
 
-    No profile has a deadline: the first call of an operation plans or compiles and is slower than the rest.
+    No profile has a deadline, since the first call of an operation plans or compiles, and takes longer.
 
     Example:
         >>> from hypothesis import settings
@@ -260,7 +260,7 @@ def register_profiles() -> None:
         >>> settings.get_profile("ci").max_examples
         25
     """
-    # All options are explicit, since hypothesis changes its defaults on a CI machine.
+    # Set all options explicitly, since hypothesis has other defaults on CI machines.
     common: dict[str, Any] = {
         "deadline": None,
         "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -102,9 +102,11 @@ def test_states_of_recurrent_layers(make: type[nn.RNNBase], kind: str) -> None:
 
 def test_recurrent_layers_refuse_other_shapes() -> None:
     ours = MatrixRecurrence(nn.LSTM(5, 6), {})
-    with pytest.raises(ShapeError, match=r"LSTM takes sequences \(length, 5\).*got \(4, 2, 6\).*input_size"):
+    with pytest.raises(ShapeError, match=r"LSTM needs a sequence.*input_size=5, got \(4, 2, 6\)"):
         ours(torch.randn(4, 2, 6))
-    with pytest.raises(ShapeError, match=r"LSTM starts from states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"):
+    with pytest.raises(
+        ShapeError, match=r"LSTM needs initial states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"
+    ):
         ours(torch.randn(4, 2, 5), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
 
 
