@@ -44,8 +44,7 @@ def check_dense(value: Any, who: str, what: str, ndim: int) -> None:
         ndim: expected number of dimensions.
 
     Raises:
-        ShapeError: `value` is not a tensor, is empty or on the meta device, or has another number of
-            dimensions, dtype or layout; the message names the remedy.
+        ShapeError: the type, shape, dtype, device or layout is wrong; the message names the remedy.
     """
     if not isinstance(value, Tensor):
         raise ShapeError(
@@ -81,10 +80,7 @@ def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError]
         name: name of the argument, for the message.
         value: the size to convert.
         least: smallest allowed value.
-        error: class of the exception that is raised.
-
-    Raises:
-        TopologyError: `value` is not an integer or below `least` (or the class given by `error`).
+        error: class of the exception that is raised for other values.
     """
     try:
         size = index(value)

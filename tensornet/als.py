@@ -450,11 +450,10 @@ def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
 
 
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
-    """Approximate a moment `(n, n)` or `(n,)` by a Kronecker product: compute one moment for each leg.
+    """Approximate a moment `(n, n)` or `(n,)` by a Kronecker product of one moment for each leg.
 
-    The moment of a leg is the partial trace over the other legs, scaled to a mean diagonal of 1. If the
-    moment is a Kronecker product, the product of the results is proportional to it. The product of `dims` may
-    exceed `n`; padding has zero weight.
+    The moment of a leg is the partial trace over the other legs, scaled to a mean diagonal of 1. The product
+    of `dims` may exceed `n`; padding has zero weight.
     """
     size = math.prod(dims)
     count = len(dims)

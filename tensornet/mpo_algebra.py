@@ -60,10 +60,7 @@ def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
 
 @outside_autocast
 def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Compute the matrix product of two chains; the in-dims of `left` must be the out-dims of `right`.
-
-    Each bond of the result is the product of the two bonds.
-    """
+    """Multiply two chains as matrices; the in-dims of `left` must be the out-dims of `right`."""
     return _site_by_site("aomb,cmid->acoibd", left, right)
 
 
@@ -104,11 +101,9 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Contract `conj(left)` and `right` over all legs.
+    """Contract `conj(left)` and `right` over all legs to `mantissa * 2^exponent`; return both.
 
-    Returns:
-        A matrix `(last bond of left, last bond of right)` and an exponent; the contraction is the matrix
-        times `2^exponent`.
+    The mantissa has the shape `(last bond of left, last bond of right)`.
     """
     like = right[0]
     transfer = torch.ones(1, 1, dtype=like.dtype, device=like.device)
@@ -334,13 +329,8 @@ def _rounded_with_gradient(
     Let `M` be an unfolding of the chain and `Q` a constant orthonormal basis of its row space. `M Q` has the
     same left singular vectors as `M`, and their derivatives agree too. So `Q`, which is made of the
     right-canonical cores, is treated as a constant, and no QR is differentiated. (QR has no gradient if a
-    bond is larger than its rank, as in sums.)
-
-    Args:
-        cores: the original chain, whose gradient is required.
-        canonical: its right-canonical form.
-        rounded: the rounded chain without gradient, which fixes the ranks and phases.
-        exponent: the rounded operator is the chain `rounded` times `2^exponent`.
+    bond is larger than its rank, as in sums.) `rounded`, the result without gradient, fixes the ranks and
+    phases.
     """
     live = [split_exponent(core) for core in _working(cores)]
     ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)

@@ -237,11 +237,7 @@ def draw_topology(topology: Topology) -> "Figure":
 
 
 def _places(topology: Topology) -> dict[str, Point]:
-    """Choose the position of each core, by name.
-
-    The cores are on a line if all bonds join neighbours, and otherwise on a circle. A core with all bonds is
-    placed in its middle.
-    """
+    """Place the cores on a line if bonds join neighbours, else on a circle around any core with all bonds."""
     names = topology.core_names
     count = len(names)
     carriers = [_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1]

@@ -282,15 +282,9 @@ def dense_seconds(
     *,
     from_memory: bool = True,
 ) -> float:
-    """Predict the seconds of a dense `nn.Linear`.
+    """Predict the seconds of a dense `nn.Linear`; `itemsize` is in bytes.
 
-    Args:
-        out_features: number of rows of the weight.
-        in_features: number of columns of the weight.
-        tokens: number of input vectors.
-        machine: the machine to predict for.
-        itemsize: bytes of an element.
-        from_memory: True if the weight is read from memory, False if it is in a cache, as after rebuilding.
+    `from_memory=False` means that the weight is in a cache, because it was just rebuilt.
     """
     product = Product(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0

@@ -169,7 +169,7 @@ class MatrixRecurrence(Compound):
             suffix: suffix of the names of the linear layers.
 
         Returns:
-            Concatenated outputs of all time steps, and the states after the last step.
+            Outputs in the form of `rows`, and the final states.
         """
         given = self._applied("ih", suffix, rows).split(counts)
         steps = range(len(counts))

@@ -85,7 +85,7 @@ def iterated_basis(
 
 
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
-    """Compute `block @ block^H @ vectors`, with the product `gram = block @ block^H` if it is given."""
+    """Compute `block @ block^H @ vectors`; `gram` is `block @ block^H`, if known."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors
 
 
@@ -160,9 +160,6 @@ def check_finite(tensor: Tensor, name: str) -> None:
     Args:
         tensor: the tensor to check.
         name: subject of the message, such as `"The matrix"`.
-
-    Raises:
-        NonFiniteError: the message states the number of such elements and the remedy.
     """
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())

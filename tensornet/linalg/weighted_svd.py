@@ -319,10 +319,9 @@ _LEAST_PIVOT = 1e-3
 
 
 def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
-    """Factorize moments `M = L L^T` by Cholesky, in their own precision or, if that is not enough, in double.
+    """Factorize moments `M = L L^T` by Cholesky, and repeat it in double precision if a pivot is small.
 
-    A pivot is a diagonal element minus a sum of squares. If a pivot is small, digits were lost, and the
-    factorization is repeated in double precision.
+    A pivot is a diagonal element minus a sum of squares, so a small pivot has lost digits.
 
     Args:
         moments: symmetric matrices, shape `(..., n, n)`; only the lower triangle is read.

@@ -372,9 +372,7 @@ def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Ar
 
 
 def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
-    """Check that a gauge transformation at a bond preserves the matrix, its norm and its bond spectrum.
-
-    The gauge transformation inserts an invertible matrix and its inverse at the bond.
+    """Check that inserting `G` and `G^-1` at a bond preserves the matrix, its norm and its bond spectrum.
 
     Example:
         >>> from tensornet.testing import laws

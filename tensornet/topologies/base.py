@@ -64,8 +64,6 @@ class Decomposition:
 class RoundTrip:
     """Function that converts the cores of a network to the format they are stored in, and back.
 
-    The loss increase of a candidate includes the rounding errors of this conversion.
-
     Args:
         run: function that converts a network.
         number_format: integer format of all cores, if they have one. A family may then predict the loss
@@ -376,16 +374,14 @@ class TopologyFamily(ABC):
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Choose the bond of each core at which an identity block can be split off, to store fewer numbers.
+        """Choose a bond of each core at which a block of the core becomes an identity, which is not stored.
 
         An invertible matrix and its inverse can be inserted at a bond between two cores without changing the
-        operator. This freedom can turn a square block of a core, viewed as a matrix with one column for each
-        value of the bond, into the identity, which need not be stored. The order of the rows is stored
-        instead.
+        operator. If the core is viewed as a matrix with one column for each value of the bond, they can turn
+        a square block into the identity. The order of the rows is stored instead.
 
-        By default each core except the last uses its largest bond to a later core, if the matrix has at least
-        as many rows as columns and fewer numbers are stored. Never change the result for a family with saved
-        models, since it determines the tensor shapes in their files.
+        By default each core except the last uses its largest bond to a later core, if this saves numbers.
+        Never change the result for a family with saved models: it determines the shapes in their files.
 
         Returns:
             The label of the bond, by the name of the core.
@@ -459,10 +455,7 @@ def check_options(name: str, options: Mapping[str, Any], known: Collection[str] 
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Lower a curve so that it has the value `known` at `index`.
-
-    Values after `index` are multiplied by the same factor, values before it by factors that approach 1.
-    """
+    """Lower a curve to the value `known` at `index`; the first value is unchanged."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)

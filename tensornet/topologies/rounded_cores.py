@@ -1,8 +1,8 @@
 """Round the cores of any network to integers, using estimates of how errors of each core affect the loss.
 
 The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. The
-curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, where `J` is the derivative of the matrix
-by the core, `L_R` and `L_C` are roots of the moments, and `Z` is random with independent elements. A few such
+curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, with the derivative `J` of the matrix by
+the core, roots `L_R` and `L_C` of the moments, and random `Z` with independent elements. A few such
 gradients, viewed as matrices, give estimates of the row and column moments of the core. After each core, the
 remaining cores are refitted, which compensates a part of the rounding error.
 """
@@ -75,12 +75,7 @@ class StoredCores:
 def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
     """Round the cores with an integer format one after another, and refit the remaining cores after each.
 
-    Args:
-        stored: the cores of any network.
-        weighting: sensitivity of the loss to errors of the matrix.
-
-    Returns:
-        Rounded cores and refitted floating-point cores, by name.
+    Arguments and results are those of `TopologyFamily.round_cores`.
     """
     target, tensors, names = stored.matrix(), dict(stored.tensors), stored.topology.core_names
     done: dict[str, Tensor | RoundedWeight] = {}
