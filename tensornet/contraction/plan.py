@@ -583,7 +583,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Choose how leading out-legs are split into blocks that are small enough; empty if no copy is needed."""
+    """Choose how leading out-legs are split into blocks that fit into a cache; not at all without copies."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []

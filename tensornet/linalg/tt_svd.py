@@ -167,7 +167,7 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Compute the largest useful bonds: the smaller product of the leg sizes on either side of a bond."""
+    """Compute the largest useful size of each bond: the product of leg sizes on its smaller side."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 
@@ -192,8 +192,8 @@ def has_full_bonds(
 ) -> bool:
     """Return True if no bond of any matrix can be truncated at this relative error.
 
-    Singular values are computed from Gram matrices, which cannot resolve values below 1e-6 of the norm. In
-    such cases the result is False, although no bond may be truncated.
+    Singular values are computed from Gram matrices, which cannot resolve values below 1e-6 of the norm. So
+    the result can be False although no bond can be truncated.
     """
     sites = len(out_dims)
     order = [axis for k in range(sites) for axis in (k, sites + k)]
@@ -250,9 +250,9 @@ def tt_svd_stack(
             the discarded energy is far above the rounding errors.
 
     Returns:
-        Three values. Cores of shape `(batch, left, out, in, right)`: left-orthonormal before one site and
-        right-orthonormal after it. The certified relative Frobenius error of each item,
-        `sqrt(sum over bonds of discarded energy) / |W|`. And the limit that decided, see
+        `(cores, errors, bound_by)`: cores of shape `(batch, left, out, in, right)`, left-orthonormal before
+        one site and right-orthonormal after it; the certified relative Frobenius error of each item,
+        `sqrt(sum over bonds of discarded energy) / |W|`; and the limit that decided, see
         `Decomposition.bound_by`.
 
     Raises:

@@ -227,7 +227,7 @@ class ExpectedResiduals:
         return 0.5 * known.sum(1) * _ratio(found * rows[:, self.sample], known[:, self.sample])
 
     def by_row(self, columns: Tensor) -> Tensor:
-        """Sum the squared residuals of each row with weights for columns, shape `(stack, out)`."""
+        """Sum the squared residuals of each row with the weights `columns`, shape `(stack, out)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return found
@@ -235,7 +235,7 @@ class ExpectedResiduals:
         return known * _ratio(found, known[:, self.sample])[:, None]
 
     def by_column(self, rows: Tensor) -> Tensor:
-        """Sum the squared residuals of each column with weights for rows, shape `(stack, in)`."""
+        """Sum the squared residuals of each column with the weights `rows`, shape `(stack, in)`."""
         seen = rows if self.sample is None else rows[:, self.sample]
         found = (self.squares * seen[:, :, None]).sum(1, dtype=torch.float64)
         if self.sample is None:
@@ -246,7 +246,7 @@ class ExpectedResiduals:
         return self.format.spread(weighted.sum(1), size) * _ratio(found, known)[:, None]
 
     def _range_sums(self, columns: Tensor) -> Tensor:
-        """Sum the squared ranges of each row with weights for columns, shape `(stack, out)`."""
+        """Sum the squared group ranges of each row with the weights `columns`, shape `(stack, out)`."""
         assert self.ranges is not None
         of_groups = self.format.grouped(columns).sum(-1)
         return (self.ranges * of_groups[:, None, :]).sum(2, dtype=torch.float64)

@@ -25,8 +25,8 @@ _POLISHED = 2
 #: Number of elements that are searched at a time: on a CPU, to fit into its cache; elsewhere, to limit
 #: memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Largest weighted fraction of squared weights that may be in groups with underflowing scales. If all of them
-#: became zero, the relative error would be about that of rounding to 8 bits.
+#: Fraction of the weighted sum of squares below which underflow is accepted. Losing it would cause the same
+#: relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
 #: Group sizes that are used with 16-bit scales in place of scales of fewer bits. Doubling the group keeps the
 #: number of bytes about the same.
@@ -231,7 +231,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if number_format.scale_bits is not None:  # a step is smaller than the scale by about this factor
+    if number_format.scale_bits is not None:  # small integers lose precision before their steps do
         steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
     small = steps < smallest
     if not bool(small.any()):

@@ -28,7 +28,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.dtype]:
-    """Draw floating-point dtypes, and also complex or 16-bit dtypes if asked for.
+    """Draw floating-point dtypes; `complex` and `half` add complex and 16-bit dtypes.
 
     Example:
         >>> from hypothesis import find

@@ -155,7 +155,7 @@ class DenseFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List the only candidate, whose predicted loss increase is due to its number format."""
+        """Return a ladder with a single candidate, whose predicted loss increase comes from rounding."""
         check_options(self.name, options)
         topology = self.build(matrix.shape[0], matrix.shape[1])
         network = self.decompose_to(matrix, topology).network
