@@ -218,17 +218,10 @@ def _improve(
 
 
 def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:
-    """Build a function that multiplies by the inverse Gram matrix of one core's environment.
+    """Build a function that multiplies the core at `index` by the inverse Gram matrix of its environment.
 
-    For large cores it is approximated by the inverse Gram matrices of the single bonds.
-
-    Args:
-        topology: topology of the network.
-        cores: all cores; the core at `index` is not read.
-        index: position of the core that is fitted.
-
-    Returns:
-        A positive semi-definite linear function of a tensor with the shape of the core.
+    For large cores the inverse is approximated by those of the Gram matrices of single bonds. The function is
+    linear and positive semi-definite.
     """
     grams = plan_grams(topology, index)
     others = [core.to(working_dtype(core.dtype)) for k, core in enumerate(cores) if k != index]

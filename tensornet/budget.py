@@ -56,11 +56,7 @@ class Budget:
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
 
     def caps_of_bonds(self, count: int) -> tuple[int | None, ...]:
-        """Expand `max_bond` to one limit for each of `count` bonds; None means no limit.
-
-        Raises:
-            BudgetError: `max_bond` is a sequence whose length is not `count`.
-        """
+        """Expand `max_bond` to one limit for each of `count` bonds, see the function `caps_of_bonds`."""
         return caps_of_bonds(self.max_bond, count)
 
 
@@ -68,7 +64,7 @@ def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | t
     """Convert a limit on bonds to `int`, or a sequence of limits to a tuple of `int`.
 
     Raises:
-        BudgetError: `value` is not made of integers of at least 1 (or the class given by `error`).
+        BudgetError: an entry is not an integer of at least 1 (or the class given by `error`).
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(check_size("Every entry of max_bond", cap, error=error) for cap in value)

@@ -228,7 +228,7 @@ class MPO:
         )
 
     def _repr_html_(self) -> str:
-        """Format as a table for notebooks."""
+        """Format the cores as an HTML table for notebooks."""
         rows, columns = self.shape
         caption = f"MPO, {rows} x {columns}, {self.num_params:,} parameters, certified error {self.error:.3g}"
         header = ("site", "left bond", "out", "in", "right bond", "parameters")
@@ -281,7 +281,7 @@ class MPO:
         return self._copy([core.clone() for core in self.cores])
 
     def detach(self) -> "MPO":
-        """Return an MPO whose cores are detached from the autograd graph and share their memory."""
+        """Return an MPO with the same cores, detached from the autograd graph."""
         return self._copy([core.detach() for core in self.cores])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
@@ -505,7 +505,7 @@ class MPO:
         """Compute the Kronecker product: the cores of `self`, then those of `other`, joined by a bond of 1.
 
         Raises:
-            ShapeError: `other` has padding, which the product could not cut off at its end.
+            ShapeError: `other` has padding, which would not be at the end of the product.
 
         Example:
             >>> tn.MPO.identity((2,)).kron(tn.MPO.identity((3,))).to_matrix().equal(torch.eye(6))

@@ -219,11 +219,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Compute the canonical form in double precision.
-
-    Returns:
-        The cores and an exponent; the operator is the chain times `2^exponent`.
-    """
+    """Compute the canonical form in double precision as `chain * 2^exponent`; return both."""
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")

@@ -49,7 +49,7 @@ class TensorNetwork:
         )
 
     def _repr_html_(self) -> str:
-        """Format as a table for notebooks."""
+        """Format the cores as an HTML table for notebooks."""
         rows, columns = self.shape
         caption = f"TensorNetwork, {self.topology.family}, {rows} x {columns}, {self.num_params:,} parameters"
         cores = zip(self.topology.cores, self.cores, strict=True)
@@ -84,8 +84,8 @@ class TensorNetwork:
             Tensor of shape `(..., out_features)`.
 
         Raises:
-            ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype or device
-                differs from the cores (under autocast the dtypes may differ).
+            ShapeError: `x` is not a tensor, its last dimension is not `in_features`, or its dtype (except
+                under autocast) or device differs from that of the cores.
         """
         if not isinstance(x, Tensor) or x.ndim == 0:
             got = "a number without dimensions" if isinstance(x, Tensor) else type(x).__name__

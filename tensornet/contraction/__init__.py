@@ -1,1 +1,1 @@
-"""Tensor contractions: planned once, executed as pairwise matrix products, with a model of their time."""
+"""Tensor contractions: plan them once, execute them as pairwise matrix products, and predict their time."""

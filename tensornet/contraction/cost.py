@@ -2,8 +2,8 @@
 
 The predicted time is a sum of four terms: reading cores and weights from memory once; the arithmetic of
 matrix products, which is slower for small sizes; copies that permute the indices of a tensor, with a cost for
-each element and for each contiguous run; and a fixed overhead for each operation. Floating-point operations
-alone would be wrong by more than an order of magnitude for few tokens.
+each element and for each contiguous run; and a fixed overhead for each operation. Counting only
+floating-point operations would be wrong by more than an order of magnitude for few tokens.
 """
 
 import time
@@ -24,8 +24,7 @@ class Machine:
         name: name of the machine in reports.
         peak: multiply-adds per second of a large matrix product.
         half_peak: multiply-adds per second of a large matrix product in a 16-bit dtype.
-        bandwidth: bytes per second for reading weights from memory. (In a model of many layers, weights are
-            never in a cache.)
+        bandwidth: bytes per second for reading weights from memory.
         overhead: time per operation, which is a matrix product or a permuting copy.
         copy_element: time per element of a permuting copy.
         copy_run: additional time per contiguous run of a copy; a run is a single element if the innermost

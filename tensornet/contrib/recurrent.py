@@ -167,9 +167,6 @@ class MatrixRecurrence(Compound):
             counts: number of sequences in each time step, not increasing.
             state: states before the first step, each of shape `(batch, size)`.
             suffix: suffix of the names of the linear layers.
-
-        Returns:
-            Outputs in the form of `rows`, and the final states.
         """
         given = self._applied("ih", suffix, rows).split(counts)
         steps = range(len(counts))

@@ -54,7 +54,7 @@ class SearchPoint:
 
     @property
     def form(self) -> str:
-        """Short description: family, dims (unless a single leg has all rows or columns) and bonds."""
+        """Short description: family, dims (left out if each side has a single leg) and bonds."""
         topology = self.topology
         bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
         if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
@@ -179,16 +179,13 @@ def search_topology(
         max_sites: largest number of sites.
         machine: machine to predict for; built-in constants of the device if absent.
 
-    Returns:
-        The results; see `TopologySearch.front` and `TopologySearch.best`.
-
     Raises:
         BudgetError: no limit is given, a limit is out of range, or no network is small enough.
         NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: the input is not a matrix.
         TopologyError: a family is unknown, or no family is given.
         TypeError: `machine` is neither a `Machine` nor None.
-        ValueError: `tokens` is not an integer of at least 1, or `max_sites` is not one of at least 2.
+        ValueError: `tokens` is not an integer of at least 1, or `max_sites` not an integer of at least 2.
 
     Example:
         >>> from tensornet.contrib.search import search_topology

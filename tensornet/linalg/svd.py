@@ -2,8 +2,7 @@
 
 All methods compute in double precision and return the dtype of the input (float32 for 16-bit types). For
 float32 input, the Gram matrix is therefore *more* accurate than a float32 SVD: squaring the condition number
-loses half of the 16 digits, while float32 has only 7. If a method detects that it is not accurate enough, the
-computation is repeated with LAPACK.
+loses half of the 16 digits, while float32 has only 7.
 
 Reference:
     Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
@@ -34,7 +33,7 @@ _GRAM_PAYS_BELOW = 12
 
 
 def worth_iterating(size: int, rank: int) -> bool:
-    """Return True if subspace iteration is expected to find `rank` of `size` vectors fastest."""
+    """Return True if subspace iteration is expected to be the fastest way to `rank` of `size` vectors."""
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
@@ -234,9 +233,8 @@ def truncated_svd(
       iteration has not converged, if `rel_error` is exceeded, or if the discarded part of a double-precision
       matrix is too small to be computed. Singular values are accurate to about 1e-4 of the largest in single
       precision and 1e-9 in double precision; the other methods are accurate up to rounding.
-    - `"auto"`: randomized if both sizes are at least 256 and the rank is at most an eighth of the smaller
-    one;
-      otherwise Gram for single and half precision, and exact for double precision.
+    - `"auto"`: randomized if both sizes are at least 256 and the rank is at most an eighth of both; otherwise
+      Gram for single and half precision, and exact for double precision.
 
     Args:
         matrix: the matrix, shape `(m, n)`, real or complex, of any floating-point dtype.
@@ -449,7 +447,7 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
 
 
 def _project(work: Tensor, U: Tensor, method: str) -> Factors:
-    """Compute singular values and right vectors from left singular vectors `U`, and sort all of them."""
+    """Compute singular values and right singular vectors from left singular vectors `U`, and sort them."""
     projected = U.mH @ work  # shape: (*batch, rank, n); its rows are orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
     U, projected = (

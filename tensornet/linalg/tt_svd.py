@@ -145,12 +145,7 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
 
 
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
-    """Raise TopologyError if the leg sizes are too small for a matrix of this shape.
-
-    Raises:
-        TopologyError: sizes are not integers of at least 1, the two sequences differ in length, or the
-            product of the sizes is below the number of rows or columns.
-    """
+    """Raise TopologyError unless dims are positive integers, equal in number, and cover the shape."""
     check_sizes("out_dims", out_dims)
     check_sizes("in_dims", in_dims)
     if len(out_dims) != len(in_dims) or not out_dims:

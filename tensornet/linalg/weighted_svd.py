@@ -50,7 +50,7 @@ class WeightedSVD:
 
     Args:
         values: singular values of the whitened matrix in descending order, shape `(min(out, in),)`.
-        error: weighted error at each rank, shape `(k + 1,)`: `error[r]` is half the sum of the squares of
+        error: weighted error at the ranks from 0 to `k`: `error[r]` is half the sum of the squares of
             `values[r:]`.
         left: left factor `Lr^-T U`, shape `(out, k)`.
         right: right factor, shape `(k, in)`, so that `W = left @ right`.
@@ -284,7 +284,7 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Combine the weightings of a weight that is used several times: the best single Kronecker product.
+    """Combine the weightings of a weight that is used several times into one, the nearest Kronecker product.
 
     The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`. If any moment of a side is
     diagonal, the diagonals of all moments of this side are used.

@@ -2,8 +2,8 @@
 
 Let `P = R E C` for the error `E`. Changing the error of one element by `d` changes the loss by `d P_ij + 1/2
 d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Rows of a column interact
-through `R`. So only the best changes are made together, such that at least half of the sum of their single
-gains is kept. The scales of one group in all rows interact too, and solve a linear system. No step increases
+through `R`. So changes are made together, best first, only as long as they achieve half of the sum of their
+single gains. The scales of one group in all rows interact too; they solve a linear system. No step increases
 the loss. If only the diagonal of `R` is known, as for a vocabulary, rows are independent: all changes that
 lower the loss are made, and every scale has a closed form.
 
@@ -23,7 +23,7 @@ from tensornet.quantization.formats import NumberFormat
 _BLOCK = 64
 #: Smallest fraction of the sum of their single gains that changes made together must achieve.
 _KEPT = 0.5
-#: Rows of a moment are selected before a product if at most one in this number is needed.
+#: The needed rows of a moment are selected before a product if they are at most `1 / _FEW` of all rows.
 _FEW = 6
 #: Number of conjugate gradient steps for the scales of one group in all rows.
 _STEPS = 6
@@ -154,7 +154,7 @@ def sweep_scales(
     columns: Tensor,
     product: Tensor | None = None,
 ) -> Tensor:
-    """Refit the scales under both moments, one group of all rows after another.
+    """Refit the scales under both moments, group after group, the scales of all rows together.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.

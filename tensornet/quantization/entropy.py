@@ -35,11 +35,13 @@ from tensornet.quantization.moments import Moment, loss_increase
 
 Integers = npt.NDArray[np.int64]
 
-#: A distribution is given by its level, 0 ... 127; its standard deviation is `2 ** ((level - _FIRST) / 8)`.
+#: Codes have one of 128 distributions; number `level` has the standard deviation `2 ** ((level - _FIRST) /
+#: 8)`.
 _LEVELS, _FIRST, _OCTAVE = 128, 32, 8
 #: Lower limit of mean squares of codes, to avoid divisions by zero.
 _LEAST = 2.0**-8
-#: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level for levels.
+#: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level that codes the
+#: levels themselves.
 _HEADER = 8
 #: Bits per weight that may stay unused; number of roundings after which more may be unused; and number of
 #: roundings after which the search fails.

@@ -127,9 +127,9 @@ class NumberFormat:
         dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
         table: True if codes are positions in the table `LEVELS[bits]`, without zero points.
         scale_bits: number of bits of integer scales; None if scales are floating-point numbers. A scale is
-            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. 6 and 8 bits have
-            a sign. 4 bits, for two-bit codes only, have none; their steps have 9 significant bits, so that
-            1.5 times a step is exact too.
+            the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. Integers of 6 and
+            8 bits have a sign. Integers of 4 bits, for two-bit codes only, have none; their steps have 9
+            significant bits, so that 1.5 times a step is exact too.
         rate: number of bits per weight in a file, for entropy-coded formats. Each row and each column has a
             scale; in memory, codes have 8 bits.
 
@@ -349,7 +349,7 @@ class NumberFormat:
 
         Args:
             scales: scales, shape `(..., groups)`.
-            importance: weights of the squared errors, which integer scales minimize; equal weights if absent.
+            importance: weights of the squared errors that integer scales minimize; equal if absent.
 
         Returns:
             Scales in `scale_dtype`, or in float32 if they are integers times steps.
@@ -628,7 +628,7 @@ def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Levels:
 
 
 def _signed(codes: Tensor) -> Tensor:
-    """Convert codes below 128 to signed bytes: as a view, but by a copy for compilers (ONNX has no views)."""
+    """Convert codes below 128 to signed bytes, as a view except in compiled code (ONNX has no such views)."""
     return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
 
 
@@ -721,7 +721,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Extract all segments by shifting planes, one by one; for compilers, without writing to views."""
+    """Extract the codes from byte planes, one segment at a time; for compilers, without writing to views."""
     found = []
     for segment in range(_layout(bits)[0]):
         plane, offset = divmod(segment * bits, 8)
@@ -733,7 +733,7 @@ def _stacked(parts: Tensor, bits: int) -> Tensor:
 
 
 def _shifted(parts: Tensor, bits: int) -> Tensor:
-    """Extract all segments by shifting planes, with few passes over memory."""
+    """Extract the codes from byte planes, all segments at once, with few passes over memory."""
     first, down, up, runs = _shifts(bits, parts.device)
     if parts.shape[-2] == 1:
         return parts >> down

@@ -23,7 +23,7 @@ from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weigh
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """Product `A B` whose factors are rounded to integers, or one of them.
+    """Product `A B` with one or both factors rounded to integers.
 
     Args:
         left: rounded or floating-point factor `A`, shape `(out, rank)`; only its free rows if it is pivoted.

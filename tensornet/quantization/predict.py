@@ -47,8 +47,8 @@ def predict_losses(
 ) -> Tensor:
     """Predict the loss increases of `round_weight` for several formats, under several weightings.
 
-    The first weighting is used for rounding. For layers of a trained language model, predictions were 1 to 15
-    % too high from 4 bits on, and wrong by up to a third at 2 bits.
+    The first weighting is used for rounding. For layers of a trained language model, predictions were too
+    high by 1 to 15 % from 4 bits on, and wrong by up to a third at 2 bits.
 
     Args:
         weight: matrix, shape `(out, in)`.

@@ -33,7 +33,7 @@ Rounding = Literal["nearest", "one_sided", "two_sided"]
 #: The values of `Rounding`, in the order of increasing feedback.
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
-#: Number of rows from which losses of one-sided rounding are estimated with the diagonal of R.
+#: Smallest number of rows for which losses of one-sided rounding are estimated from the diagonal of R.
 _ESTIMATED_ROWS = 256
 #: Number of rows that coordinate descent processes at a time, in stacks of small matrices.
 _DESCENT_ROWS = 2048

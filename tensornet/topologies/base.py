@@ -193,7 +193,7 @@ class TopologyFamily(ABC):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Choose the number formats of cores that are tried, from the allowed formats.
+        """Choose the number formats to try for the cores, from the allowed formats.
 
         By default all cores have the same format, floating-point or integers of 8 or 4 bits. Other numbers of
         bits would differ little from these, and with fewer bits a dense matrix is better. Tables of levels

@@ -135,8 +135,8 @@ class MPOFamily(FactoredFamily):
     ) -> dict[str, Any]:
         """Choose between balanced leg sizes and splits with one large leg per side, unless dims are given.
 
-        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, multiplied over
-        two numbers of parameters.
+        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, as the product
+        over two numbers of parameters.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options

@@ -53,7 +53,7 @@ def tucker(
         out_features, in_features: shape without padding; the products of the dims if absent.
 
     Raises:
-        TopologyError: the dims differ in length or do not fit the features, or the number of ranks is wrong.
+        TopologyError: the dims do not fit each other or the features, or the number of ranks is wrong.
 
     Example:
         >>> tn.topologies.tucker(out_dims=(3, 4), in_dims=(2, 4), max_bond=2).core_shapes
@@ -121,8 +121,8 @@ class TuckerFamily(FactoredFamily):
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
-        # A factor can have more parameters than its lower rank saves in the core. In this case, keep the legs
-        # complete that the limits do not truncate; they need no factors.
+        # A factor can have more parameters than its lower rank saves in the core. Then legs that the limits
+        # do not truncate are kept complete, without factors.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
         topology = at(ranks)
         if at(whole).num_params < topology.num_params:
