@@ -121,7 +121,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Disable autocast inside a function, whose error bounds would be wrong for 16-bit products."""
+    """Disable autocast inside a function, because 16-bit products would violate its error bounds."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -341,8 +341,8 @@ class Legs:
     The moments of the matrix are approximated by Kronecker products of moments of the legs.
 
     Args:
-        roots: for each label `L` and its inverse, where `L L^T` is the moment of the leg; vectors for a
-            diagonal moment. Legs without a moment are absent.
+        roots: by the label of a leg, `L` and its inverse, where `L L^T` is the moment of the leg; vectors for
+            a diagonal moment. Legs without a moment are absent.
         sides: labels of the out-legs, and of the in-legs.
         dims: sizes of the out-legs, and of the in-legs.
     """

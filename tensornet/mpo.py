@@ -67,7 +67,7 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
-        #: Logarithm of a bound on the absolute error, if a bound tighter than `error` implies is known.
+        #: Logarithm of a bound on the absolute error; None if no bound is known that is tighter than `error`.
         self._log_distance: float | None = None
         self._features = (
             _features("out_features", out_features, self.out_dims),
@@ -711,7 +711,7 @@ class MPO:
         return _log_add(mine + _log_add(other._log_norm(), theirs), self._log_norm() + theirs)
 
     def _certify(self, log_distance: float) -> None:
-        """Set both certificates from `log_distance`, a bound on `log |W0 - W|`."""
+        """Set the absolute and the relative certificate from a bound on `log |W0 - W|`."""
         log_norm = self._log_norm()
         self._log_distance, self.error = log_distance, 0.0
         # An infinite bound times zero is NaN; the comparisons below then set `error` to infinity.

@@ -399,7 +399,7 @@ def _arrangement(
 
 
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
-    """Build the arrangement with one dimension for each group; the batch (the first) is left out if empty."""
+    """Build the arrangement with one dimension for each group; the first, the batch, is left out if empty."""
     kept = groups if groups[0] else groups[1:]
     shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)

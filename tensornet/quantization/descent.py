@@ -154,7 +154,7 @@ def sweep_scales(
     columns: Tensor,
     product: Tensor | None = None,
 ) -> Tensor:
-    """Refit the scales under both moments, group after group, the scales of all rows together.
+    """Refit the scales under both moments, one group after another, for all rows together.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.

@@ -149,7 +149,7 @@ _DAMAGED = "the entropy-coded bytes are damaged, or another version of the coder
 
 
 def _level_with(energy: Any) -> Any:
-    """Find the levels of the distributions with the given mean squares."""
+    """Find the levels whose distributions have the given mean squares."""
     return np.rint(np.interp(energy, _energies(), np.arange(_LEVELS))).astype(np.int64)
 
 

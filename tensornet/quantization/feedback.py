@@ -95,7 +95,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
     orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
 
     def sorted_by(x: Tensor, *, back: bool = False) -> Tensor:
-        """Permute rows and columns to the order of rounding or, if `back`, from it."""
+        """Permute rows and columns to the order of rounding or, if `back`, to the original order."""
         for order, axis in orders:
             order = order.argsort(1) if back else order
             if len(order) == 1:
@@ -208,7 +208,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
-        # 4. Add the feedback of their errors to the tiles below and, by `half`, to the tiles on the left,
+        # 4. Add the feedback of their errors to the tiles below and that of `half` to the tiles on the left,
         # which are rounded later. Tiles of other blocks get the feedback of a whole block in one product.
         for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
             r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
@@ -285,7 +285,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def of_size(self, count: int) -> _Tiles:
-        """Return memory for at least `count` tiles; few different sizes are used."""
+        """Return memory for at least `count` tiles, in one of a few sizes, so that views can be reused."""
         unit = max(8, 1 << max(count.bit_length() - 3, 0))
         count += -count % unit
         if count not in self._known:

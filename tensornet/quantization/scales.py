@@ -246,7 +246,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
 
 @remembered
 def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
-    """Compute the largest absolute value of each group or, with zero points, the difference of its extremes."""
+    """Compute the largest absolute value of each group or, with zero points, the spread of its values."""
     groups = NumberFormat(8, group).grouped(weight)
     return groups.amax(-1) - groups.amin(-1) if zero_point else groups.abs().amax(-1)
 

@@ -148,7 +148,7 @@ class LowRankFamily(TopologyFamily):
             losses = losses + torch.stack(added[:-1])
             energy = matrix.double().square().sum().cpu().clamp_min(1e-300)
             errors = (errors.square() + 2 * added[-1] / energy).sqrt()
-        count = min(len(errors), max_bond or len(errors))  # there are fewer errors if a moment is singular
+        count = min(len(errors), max_bond or len(errors))  # `errors` is shorter if a moment is singular
         topologies = _every_rank(matrix.shape[0], matrix.shape[1], self.name)[:count]
         complete = count == len(errors)
         return Ladder(topologies, losses[:, :count], errors[:count], complete)

@@ -31,7 +31,7 @@ _STEPS = 4
 
 
 def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
-    """Return the shape `(rows, columns)` in which a core is rounded as a matrix; groups are parts of rows.
+    """Return the shape `(rows, columns)` in which a core is rounded as a matrix, with groups along the rows.
 
     The columns are the axes from the first in-leg on. If there is no in-leg, or it is the first axis, the
     columns are the last axis.
