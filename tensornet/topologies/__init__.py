@@ -1,4 +1,4 @@
-"""Topology families, such as MPO, low rank or Tucker: how to build and decompose each, and a registry."""
+"""Topology families, such as MPO, low rank and Tucker, and their registry."""
 
 from tensornet.budget import Budget
 from tensornet.topologies.base import Decomposition, TopologyFamily, check_topology

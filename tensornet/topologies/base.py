@@ -377,8 +377,8 @@ class TopologyFamily(ABC):
         """Choose a bond of each core at which a block of the core becomes an identity, which is not stored.
 
         An invertible matrix and its inverse can be inserted at a bond between two cores without changing the
-        operator. If the core is viewed as a matrix with one column for each value of the bond, they can turn
-        a square block into the identity. The order of the rows is stored instead.
+        operator. View the core as a matrix with one column for each value of the bond: the inserted matrix
+        can turn a square block of it into the identity. The order of the rows is stored instead.
 
         By default each core except the last uses its largest bond to a later core, if this saves numbers.
         Never change the result for a family with saved models: it determines the shapes in their files.
