@@ -583,7 +583,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Choose the blocks of leading out-legs in which the matrix is built; none if building needs no copy."""
+    """Choose how many indices of each leading out-leg form a block; () if the matrix needs no copy."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []

@@ -184,7 +184,7 @@ def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> T
     if not exact:
         return tail_costs(result, other)
     left, energies = result.left, result.values.square()
-    tall = left.shape[0] > result.right.shape[1]  # decides which factor contains the singular values
+    tall = left.shape[0] > result.right.shape[1]  # then `left` contains the singular values
     added = shift.to(left) @ left.square()
     terms = factor * energies + (added if tall else energies * added)
     return torch.cat([terms.flip(0).cumsum(0).flip(0), terms.new_zeros(1)]) / 2

@@ -250,7 +250,7 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Inputs in the rows below and in columns rounded later, which get feedback, and the coefficients.
+    #: Views of the inputs that get feedback (rows below, columns rounded later), and of its coefficients.
     below: Tensor
     row_couplings: Tensor
     further: Tensor
