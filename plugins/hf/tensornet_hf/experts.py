@@ -1,8 +1,8 @@
-"""Split experts that transformers stores in stacks `(experts, ...)` into single matrices, and join them.
+"""Split stacks of experts `(experts, ...)`, as in transformers, into linear layers, and join them again.
 
-A stack is one parameter, so none of its matrices is a layer that could be calibrated, planned or compressed.
+A stack is a single parameter, so its matrices are not layers that can be calibrated, planned or compressed.
 After unfusing, every expert has its own linear layers, such as `experts.3.down_proj`, which are treated like
-any linear layer. If none of the matrices was replaced, the stack is restored.
+any other linear layer. If no matrix was replaced, the stack is restored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,9 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 
 @register_compound
 class SplitExperts(Compound):
-    """Replacement for an experts module of transformers: same function, one layer for each expert matrix.
+    """Replacement for an experts module of transformers, with a linear layer for each matrix of each expert.
+
+    It computes the same function.
 
     Args:
         stock: the replaced module; it still computes everything between the matrices.
@@ -41,20 +43,20 @@ class SplitExperts(Compound):
             for name, (parameter, transposed) in zip(self.names, layouts.items(), strict=True)
         )
         super().__init__(stock, stacks, {} if shared is None else shared)
-        self.padding_mask: Tensor | None = None  # `(rows, tokens)`, during calibration
+        self.padding_mask: Tensor | None = None  # shape: (rows, tokens), during calibration
         self.num_experts = count
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True for experts modules whose stacks are known."""
+        """Return True if a module has stacks of experts that can be split."""
         return bool(cls.layouts(module))
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Map the stacks of an experts module, in order, to whether their matrices are `(in, out)`.
+        """Return the names of a module's stacks in order, each with True if its matrices are `(in, out)`.
 
-        The result is empty if the module cannot be split: only modules that consist of matrices, biases and
-        an activation can be.
+        The result is empty if the module cannot be split because it has more than matrices, biases and an
+        activation.
         """
         if (
             not all(isinstance(getattr(module, flag, None), bool) for flag in FLAGS)
@@ -71,27 +73,28 @@ class SplitExperts(Compound):
 
     @property
     def experts(self) -> list[nn.Module]:
-        """Return the experts, each with one layer for every name in `names`."""
+        """The experts, each of which has a linear layer for every name in `names`."""
         return [self.get_submodule(str(number)) for number in range(self.num_experts)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum the weighted outputs of the experts that the router chose for each token.
+        """Compute the weighted sum of the chosen experts' outputs for each token, shape `(tokens, features)`.
 
         Args:
             hidden_states: `(tokens, features)`.
-            top_k_index, top_k_weights: chosen experts and their weights, `(tokens, top_k)`.
+            top_k_index: indices of the chosen experts, `(tokens, top_k)`.
+            top_k_weights: weights of the chosen experts, `(tokens, top_k)`.
         """
         mask = self.padding_mask
-        if mask is not None and mask.numel() == len(hidden_states):  # calibration must skip padding
+        if mask is not None and mask.numel() == len(hidden_states):  # calibration must ignore padding
             padded = mask.reshape(-1, 1).to(top_k_index.device) == 0  # the mask may be on another device
             top_k_index = top_k_index.masked_fill(padded, self.num_experts)
         mixed = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, torch.float32))
-        if hidden_states.is_meta:  # without values every expert gets every token
+        if hidden_states.is_meta:  # meta tensors have no values, so let every expert process every token
             for number in range(self.num_experts):
                 mixed = mixed + self._run(number, hidden_states)
             return mixed.to(hidden_states.dtype)
         for number in top_k_index.unique().tolist():
-            if number < self.num_experts:  # larger numbers mark empty slots
+            if number < self.num_experts:  # larger indices mark empty slots
                 token, place = torch.where(top_k_index == number)
                 y = self._run(number, hidden_states[token]) * top_k_weights[token, place, None]
                 mixed = mixed.index_add(0, token, y.to(mixed.dtype))
@@ -105,24 +108,24 @@ class SplitExperts(Compound):
             if (bias := self._parameters.get(f"{name}_bias")) is not None:
                 x = x + bias[number]
             if step == 0:
-                # A private method, but the only one that all these classes have for their gate.
+                # A private method, but these classes have no public method for their gate.
                 x = stock._apply_gate(x) if stock.has_gate else stock.act_fn(x)
         return x
 
 
 @register_compound
 class SplitDbrx(SplitExperts):
-    """Replacement for the experts of DBRX, whose matrices belong to a child and are stored as rows."""
+    """Replacement for the experts of DBRX, whose stacks are parameters `(experts * rows, in)` of a child."""
 
     replaces = ("transformers.models.dbrx.modeling_dbrx.DbrxExperts",)
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks."""
+        """Return the names of the stacks, see `SplitExperts.layouts`."""
         return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Sum the outputs of the chosen experts, see `SplitExperts.forward`."""
+        """Compute the weighted sum of the chosen experts' outputs; `hidden_states` has a batch dimension."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         mixed = super().forward(flat, top_k_index, top_k_weights)
         return mixed.view(len(hidden_states), -1, hidden_states.shape[-1])
@@ -142,11 +145,11 @@ class SplitLlama4(SplitExperts):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks."""
+        """Return the names of the stacks, see `SplitExperts.layouts`."""
         return {"gate_up_proj": True, "down_proj": True}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
-        """Map `(experts * tokens, features)`, which repeats the tokens for each expert."""
+        """Compute the output of each expert on its copy of the tokens, `(experts * tokens, features)`."""
         parts = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])
         return torch.cat([self._run(number, part) for number, part in enumerate(parts)])
 
@@ -160,24 +163,24 @@ class SplitLlama4(SplitExperts):
 
 @register_compound
 class SplitJetMoe(SplitExperts):
-    """Replacement for one stack of JetMoE, whose tokens are sorted by expert."""
+    """Replacement for a stack of JetMoE, which gets tokens that are sorted by expert."""
 
     replaces = ("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts",)
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Name the stacks."""
+        """Return the names of the stacks, see `SplitExperts.layouts`."""
         return {"weight": False}
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
-        """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the tokens of each expert."""
+        """Map `(tokens, in)` to `(tokens, out)`; `expert_size` lists the number of tokens of each expert."""
         parts = inputs.split(expert_size)
         return torch.cat([self.get_submodule(f"{k}.weight")(part) for k, part in enumerate(parts)])
 
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Split the experts of a model inside the block, where they also skip padding."""
+    """Split the experts of a model within a `with` block; there they also ignore padding."""
     names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -193,7 +196,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Pass the attention mask of a batch to experts, which receive tokens without their positions."""
+    """Give split experts the attention mask of a batch, since their inputs do not show what is padding."""
     mask = batch.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Mixtures as ordinary models of transformers, which need nothing of this library."""
+"""Convert upcycled models to ordinary mixtures of transformers, which do not need this library."""
 
 import copy
 from typing import Any
@@ -20,14 +20,14 @@ from tensornet_hf.quantizer import OWNERS, layer_descriptions
 from tensornet_moe import ExpertFFN, SharedCoreMoE, SwitchRouter, TopKRouter
 from tensornet_moe.pool import PooledExperts
 
-#: Class and configuration of the mixture that has the attention of a dense class.
+#: For each dense class, the class and configuration of a mixture with the same attention.
 COUNTERPARTS: dict[str, tuple[Any, Any]] = {
     "LlamaForCausalLM": (MixtralForCausalLM, MixtralConfig),
     "MistralForCausalLM": (MixtralForCausalLM, MixtralConfig),
     "Qwen3ForCausalLM": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
 }
 _MIXTURE_TYPES = ("shared_core_moe", "expert_pool", "shared_cores")
-#: Entries of a configuration that describe the dense model or its files.
+#: Configuration entries that are not copied, since they describe the dense model or its files.
 _NOT_COPIED = (
     "architectures",
     "attention_bias",
@@ -41,23 +41,23 @@ _NOT_COPIED = (
 
 @torch.no_grad()
 def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert an upcycled model to an ordinary mixture of transformers, with dense experts.
+    """Convert an upcycled model to an ordinary mixture of transformers with dense experts.
 
-    Llama and Mistral become Mixtral, Qwen 3 becomes Qwen 3 MoE. The matrices of all experts are built, so
-    shared cores, low-rank deltas, integers and pools become dense experts of every layer. The new model
-    computes the same as `model` in eval mode. Its `save_pretrained` writes a checkpoint that transformers
-    loads without this library, and with every implementation of experts that it has
-    (`experts_implementation="grouped_mm"`).
+    Llama and Mistral become Mixtral, and Qwen 3 becomes Qwen 3 MoE. Shared cores, low-rank deltas, integers
+    and pools become dense experts in every layer. The new model computes the same as `model` in eval mode.
+    Its `save_pretrained` writes a checkpoint that transformers loads without this library and runs with all
+    of its implementations of experts (such as `experts_implementation="grouped_mm"`).
 
     Args:
         model: a model whose feed-forward networks are all mixtures; it is not changed.
 
     Returns:
-        The new model, on the device and in the dtype of `model`, in the same mode.
+        The new model, on the device, in the dtype and in the mode (training or eval) of `model`.
 
     Raises:
-        TypeError: not a transformers model.
-        TargetError: the model or one of its mixtures has no ordinary counterpart; the message says why.
+        TypeError: the model is not a transformers model.
+        TargetError: the model or one of its mixtures has no counterpart in transformers; the message says
+            why.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -73,31 +73,33 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
     name = type(model).__name__
     if name not in COUNTERPARTS:
         raise TargetError(
-            f"No mixture of transformers has the attention of {name}; there is one for "
-            f"{', '.join(COUNTERPARTS)}. Save the model as it is: th.save(model, folder)."
+            f"No mixture of transformers has the attention of {name}; only {', '.join(COUNTERPARTS)} can be "
+            "converted. Save the model without conversion: th.save(model, folder)."
         )
     kind, config_kind = COUNTERPARTS[name]
     layers: list[SharedCoreMoE] = []
     for index, block in enumerate(model.model.layers):
         if not isinstance(block.mlp, SharedCoreMoE):
-            raise TargetError(f"model.layers.{index}.mlp is no mixture; all layers must be, see th.upcycle.")
+            raise TargetError(
+                f"model.layers.{index}.mlp is not a mixture, but all layers must be mixtures; see th.upcycle."
+            )
         layers.append(block.mlp)
     facts = [_facts(f"model.layers.{index}.mlp", layer, kind) for index, layer in enumerate(layers)]
     for index, fact in enumerate(facts):
         if fact != facts[0]:
             raise TargetError(
-                f"All layers of {kind.__name__} are alike, and here layer 0 is {facts[0]}, layer {index} "
-                f"{fact}."
+                f"All layers of {kind.__name__} must be equal, but layer 0 is {facts[0]} and layer {index} "
+                f"is {fact}."
             )
     _refuse_attention(model)
     found = layer_descriptions(model).items()
     if others := [part for part, spec in found if spec["type"] not in _MIXTURE_TYPES]:
         raise TargetError(
-            f"{', '.join(others[:5])} are compressed, and mixtures of transformers have dense layers. Save "
-            "the model as it is: th.save(model, folder)."
+            f"{', '.join(others[:5])} are compressed, but mixtures of transformers have dense layers. Save "
+            "the model without conversion: th.save(model, folder)."
         )
 
-    # Build the configuration of the mixture, and a model without values.
+    # Build the configuration of the mixture, and a model with uninitialized weights.
     options = {key: x for key, x in model.config.to_dict().items() if key not in _NOT_COPIED}
     options |= {"hidden_act": facts[0]["activation"], "num_experts_per_tok": facts[0]["top_k"]}
     options |= {"intermediate_size": facts[0]["hidden"], "router_aux_loss_coef": layers[0].balance_coef}
@@ -109,7 +111,7 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
     with no_init_weights(), torch.device(model.device):
         made: PreTrainedModel = kind(config_kind(**options))
 
-    # Keep every tensor but those of the mixtures, which become stacks of matrices.
+    # Copy all tensors except those of the mixtures, which become stacks of matrices.
     kept = {key: x for key, x in model.state_dict().items() if not {"mlp", OWNERS} & set(key.split("."))}
     for index, layer in enumerate(layers):
         network = _network(layer)
@@ -126,10 +128,15 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict[str, Any]:
-    """Describe what a mixture of transformers can set.
+    """Return the properties of a mixture layer that a mixture of transformers can have.
+
+    Args:
+        name: name of the layer, for messages.
+        layer: the mixture.
+        kind: class of the new model.
 
     Raises:
-        TargetError: the layer computes something that `kind` cannot.
+        TargetError: the layer computes something that `kind` cannot compute.
     """
     router, network = layer.router, _network(layer)
     steps = router.bias_steps
@@ -140,7 +147,7 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
         "biases of the router": steps is not None and bool((steps != steps[0]).any()),
         f"combine={router.combine!r}": router.combine not in combines,
         "a capacity": layer.capacity_factor is not None,
-        "a network for every token": layer.shared_expert is not None,
+        "an always-on expert": layer.shared_expert is not None,
         "dropout": layer.dropout > 0 or network.dropout > 0,
         "experts without a gate": not network.gated,
         "biases of experts": getattr(network, f"{network.names[0]}_bias") is not None,
@@ -148,8 +155,8 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
     }
     if found := [what for what, present in reasons.items() if present]:
         raise TargetError(
-            f"{name} has {', '.join(found)}, which {kind.__name__} does not have. Save the model as it is: "
-            "th.save(model, folder)."
+            f"{name} has {', '.join(found)}, which {kind.__name__} does not support. Save the model without "
+            "conversion: th.save(model, folder)."
         )
     return {
         "experts": layer.num_experts,
@@ -161,17 +168,18 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
 
 
 def _network(layer: SharedCoreMoE) -> ExpertFFN:
-    """Return the experts of a layer, those of its pool if it uses one."""
+    """Return the experts of a layer, or of its pool."""
     experts: Any = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
-    check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are spread")
+    check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are distributed")
     return experts
 
 
 def _refuse_attention(model: PreTrainedModel) -> None:
-    """Raise TargetError for variants of the attention that mixtures do not have."""
+    """Raise TargetError if the model has a variant of attention that mixtures do not have."""
     config: Any = model.config
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if getattr(config, name, False):
             raise TargetError(
-                f"{name}=True has no counterpart in a mixture; save the model as it is: th.save."
+                f"{name}=True has no counterpart in a mixture of transformers. Save the model without "
+                "conversion: th.save(model, folder)."
             )

@@ -1,9 +1,9 @@
 """Upcycling: replace dense feed-forward networks by mixtures of experts that share cores.
 
-Most feed-forward networks are separate modules; the output of the module is compared with that of its
-matrices and activation, on random tokens. In BERT, BART and similar models the two matrices and the
-activation are parts of a larger layer. For the classes in `INSIDE` a mixture replaces the first matrix, and
-identities replace the activation and the second matrix.
+Most feed-forward networks are separate modules. To recognize such a network, the output of the module on
+random tokens is compared with a computation from its matrices and activation. In BERT, BART and similar
+models, the matrices and the activation are parts of a larger layer. For the classes in `INSIDE`, a mixture
+replaces the first matrix, and identities replace the activation and the second matrix.
 """
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
@@ -52,7 +52,7 @@ from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
-#: Names of the matrices in the order (gate,) up, down, and the place of the dropout.
+#: Place of the dropout in a feed-forward network, by the names of its matrices in the order (gate,) up, down.
 FORMS: dict[tuple[str, ...], DropoutPlace] = {
     ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
     ("wi", "wo"): "hidden",  # T5
@@ -65,7 +65,7 @@ FORMS: dict[tuple[str, ...], DropoutPlace] = {
 }
 _BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _BART = ("fc1", "activation_fn", "fc2")
-#: Classes of transformers with such a network inside: paths of its first matrix, activation, second matrix.
+#: Layers of transformers that contain a network, with paths of its first matrix, activation, second matrix.
 INSIDE: dict[str, tuple[str, str, str]] = {
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
@@ -87,7 +87,7 @@ _ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
 _PROBE_TOKENS = 8
 _BUDGETS = ("max_bond", "rel_error", "param_ratio")
 _ROUTER_OPTIONS = ("jitter", "combine", "normalize", "bias_rate")
-#: Words of `tensornet_moe.mixture` for options of `MoEConfig` with other names.
+#: Options of `MoEConfig` that have another name in `tensornet_moe.mixture`, by that name.
 _WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 
 
@@ -95,65 +95,65 @@ _WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 class MoEConfig:
     """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
 
-    The variants of the paper's comparison: `shared="center"` is MPOE; `sites=1, shared="none"` gives every
-    expert its own dense matrices (Switch); `shared="none"` alone gives every expert its own cores;
-    `max_bond=` truncates. `share=` chooses topology and cores as `tensornet_moe.mixture` does.
+    These options give the variants that the paper compares: `shared="center"` is MPOE; `shared="none"` gives
+    every expert its own cores; `sites=1, shared="none"` gives every expert its own dense matrices (Switch);
+    and `max_bond=` truncates. `share=` chooses topology and shared cores as `tensornet_moe.mixture` does.
 
-    With `pool=` several layers use the experts of one `ExpertPool`, which the model owns. Expert `e` of the
-    pool of `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes the
-    same as before, since the router of each layer chooses the copies of its own network, for any token: the
-    rows for the other experts are zero, and the own ones have a bias above `1 / others`, which the
-    probability of another expert cannot exceed. With `share="center"` or `"base"` different networks are
-    fitted by one center or one base. That is far from exact (see the errors in the report), so the model must
-    be trained.
+    With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
+    a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
+    the same as before, since for any token each router chooses the copies of its layer's own network: the
+    router's rows for all other experts are zero, and the bias of its own experts is above `1 / others`, which
+    the probability of another expert cannot exceed. With `share="center"` or `"base"`, a single center or
+    base must fit different networks. Its errors are large (see the report), so the model must be trained.
 
-    Which experts a layer uses after training depends on `balance`. `"layer"`: the biases fade by `bias_rate`
-    in each step until each layer uses all experts evenly. `"pool"`: the load is even already, so a layer uses
-    those of other layers only for tokens whose router prefers them by more than the bias.
+    Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
+    `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from
+    the start, so a layer uses the experts of another layer only for tokens whose router prefers these experts
+    by more than the bias.
 
     Args:
         num_experts: number of experts of each network, or of each pool.
         top_k: number of experts that process each token.
-        router: kind of the routers: switch (one expert for each token), topk, expert_choice; auto takes
-            switch for one expert a token, else topk. `"expert_choice"` is for encoders only, since it uses
-            later tokens. A router of your own has the name given to `tensornet_moe.register_router`.
+        router: type of the routers: switch (one expert per token), topk, expert_choice, or auto, which is
+            switch for one expert per token and otherwise topk. `"expert_choice"` is only for encoders, since
+            it uses later tokens. Routers of your own have the name given to `tensornet_moe.register_router`.
         shared: cores that all experts share: center, ends, none, all, or names of cores.
-        share_across_layers: also share these cores between all layers of one shape; such a model must be
-            trained. One core cannot fit unrelated layers, so the model starts far from the dense model;
+        share_across_layers: also share these cores between all layers of the same shape; such a model must be
+            trained. A single core cannot fit unrelated layers, so the model starts far from the dense model;
             see `tensornet_moe.share_across_layers`.
-        topology: family of the decomposition. The name of a family, or topologies, one for each shape of
-            matrix in the networks.
+        topology: topology family of the decomposition. Or a list of topologies, one for each shape of the
+            networks' matrices.
         sites: number of cores of a chain (default: 5, as in the paper).
         model_dims: factors of the model's width, the same for every matrix.
         hidden_dims: factors of the width of the hidden layer.
         max_bond: largest bond dimension of each matrix (default: no truncation).
         rel_error: largest relative error of each matrix (Frobenius norm).
-        param_ratio: share of the parameters of a matrix that the cores of one expert may have, such as 0.5.
+        param_ratio: share of a matrix's parameters that the cores of an expert may have, such as 0.5.
         noise: relative noise on the private cores, which makes the experts differ.
         aux_loss_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
         z_loss_coef: weight of the router z-loss.
         capacity_factor: slots of each expert relative to an even load (default: no limit). With
-            `"expert_choice"`: average number of experts for each token, 1 if absent.
+            `"expert_choice"`: average number of experts for each token (default 1).
         jitter: relative noise on the inputs of the routers in training.
-        combine: weights of the chosen experts. Only with `"unit"` the model initially computes the same as
-            the dense model; see `tensornet_moe.Router`.
+        combine: weights of the chosen experts. The model initially computes the same as the dense model only
+            with `"unit"`; see `tensornet_moe.Router`.
         target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
             feed-forward networks).
-        matrices: names of the layers in networks whose names are not known, in the order (gate,) up, down.
+        matrices: names of a network's layers in the order (gate,) up, down, if they are not known names.
         seed: seed of the routers and the noise.
-        share: what experts share, in place of `shared` and a topology. See `tensornet_moe.mixture`; it is
-            `"none"` if absent in a pool.
-        pool: use one pool of experts for all layers, or for each N neighbouring layers. `num_experts` is
-            then the size of a pool, at least `N * top_k`.
-        balance: where the load of a pool is balanced: over all its layers together, or in each layer. See
+        share: what experts share; it replaces the options of cores and topology. See
+            `tensornet_moe.mixture`. In a pool the default is `"none"`.
+        pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
+            `num_experts` is then the size of a pool, at least `N * top_k`.
+        balance: balance the load of a pool over all of its layers together, or in each layer. See
             `ExpertPool`.
-        bias_rate: step of the router biases that balance the load without a loss (default: 0.001 with a
-            pool, else 0). A pool needs it. See `tensornet_moe.update_biases`, and `RouterBiasCallback` for
-            `Trainer`.
+        bias_rate: step size of router biases, which balance the load without an auxiliary loss (default:
+            0.001 with a pool, otherwise 0). Pools need such biases. See `tensornet_moe.update_biases`, and
+            `RouterBiasCallback` for `Trainer`.
         normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
 
     Raises:
-        ValueError, BudgetError: an option is out of its range, or two options exclude one another.
+        ValueError, BudgetError: an option is out of its range, or two options exclude each other.
 
     Example:
         >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
@@ -198,13 +198,13 @@ class MoEConfig:
             if not (fixed := fixed_topologies(self.topology)):
                 raise TopologyError(
                     "topology must be the name of a family, a registered family, a Topology or a list of "
-                    f"topologies; got {self.topology!r:.200}."
+                    f"topologies, got {self.topology!r:.200}."
                 )
             choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
             if given := [name for name in choosing if getattr(self, name) is not None]:
                 raise TopologyError(
-                    f"A topology fixes all dims and bonds: drop {', '.join(given)}, or give the name of a "
-                    "family."
+                    f"A topology fixes all dims and bonds: leave out {', '.join(given)}, or give the name of "
+                    "a family."
                 )
             object.__setattr__(self, "topology", fixed)
         if self.router == "auto":
@@ -219,8 +219,8 @@ class MoEConfig:
             raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
         if not 1 <= self.top_k <= self.num_experts:
             raise ValueError(
-                f"top_k={self.top_k} with num_experts={self.num_experts}: a token can go to at least 1 "
-                "and at most num_experts experts."
+                f"top_k={self.top_k} with num_experts={self.num_experts}: top_k must be between 1 and "
+                "num_experts."
             )
         if self.top_k != 1 and "top_k" not in kind.options:
             raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
@@ -228,7 +228,7 @@ class MoEConfig:
             check_not_negative(**{name: getattr(self, name)})
         check_capacity(self.capacity_factor)
         if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must lie in [0, 1), got {self.jitter}.")
+            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}.")
         lists = ("model_dims", "hidden_dims", "matrices", "target_modules")
         for name in lists:
             given = getattr(self, name)
@@ -236,19 +236,21 @@ class MoEConfig:
                 raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
         if self.model_dims and self.hidden_dims and len(self.model_dims) != len(self.hidden_dims):
             raise ValueError(
-                f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have one factor for "
-                "each site, so equally many; use 1 where a site has none."
+                f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have the same length, "
+                "with a factor for each site (1 for a site without a factor)."
             )
         if self.share_across_layers and self.shared in ("none", (), []):
-            raise ValueError('share_across_layers=True with shared="none" shares nothing.')
+            raise ValueError(
+                'share_across_layers=True needs shared cores, so it cannot be combined with shared="none".'
+            )
         if self.share_across_layers and (self.rel_error is not None or self.param_ratio is not None):
             raise ValueError(
-                "share_across_layers=True fits all layers by the same bonds: limit them with max_bond, not "
-                "with rel_error or param_ratio, which would choose other bonds for each layer."
+                "share_across_layers=True needs the same bonds in all layers: limit them with max_bond, not "
+                "with rel_error or param_ratio, which would choose different bonds for each layer."
             )
 
     def _check_sharing(self, kind: type[Router]) -> None:
-        """Raise ValueError unless `share` and `pool` fit the other options."""
+        """Raise ValueError if `share` or `pool` cannot be combined with the other options."""
         if self.share not in (None, *SHARES):
             raise ValueError(f"Unknown share={self.share!r}; choose one of {', '.join(SHARES)}.")
         if self.pool is not None and self.share is None:
@@ -258,11 +260,13 @@ class MoEConfig:
             chosen |= dict.fromkeys(("sites", "model_dims", "hidden_dims", *_BUDGETS))
             if given := [name for name, default in chosen.items() if getattr(self, name) != default]:
                 raise ValueError(
-                    f"share={self.share!r} chooses cores and dims (it is 'none' if absent with a pool): drop "
-                    f"{', '.join(given)}, or drop share and pool."
+                    f"share={self.share!r} (in a pool 'none' by default) already chooses cores and dims: "
+                    f"leave out {', '.join(given)}, or leave out share and pool."
                 )
             if self.share == "base" and self.noise:
-                raise ValueError('noise is for private cores: with share="base" the deltas differ already.')
+                raise ValueError(
+                    'noise is added to private cores, but share="base" has none: leave out one of the two.'
+                )
         if self.balance not in BALANCES:
             raise ValueError(f"Unknown balance={self.balance!r}; choose one of {', '.join(BALANCES)}.")
         if self.pool is None:
@@ -271,12 +275,17 @@ class MoEConfig:
             check_size('pool (or "all")', self.pool, least=2, error=ValueError)
         if not issubclass(kind, TopKRouter) or self.bias_rate == 0:
             raise ValueError(
-                'A pool needs router="switch" or "topk" and a bias_rate above 0: with its biases each layer '
-                "chooses its own experts at the start."
+                'A pool needs router="switch" or "topk" and a bias_rate above 0, since biases let each layer '
+                "choose its own experts at the start."
             )
 
     def make_router(self, num_features: int, *, seed: int) -> Router:
-        """Build a router with weights drawn from `seed`, in float32 on the CPU."""
+        """Build a router with random weights in float32 on the CPU.
+
+        Args:
+            num_features: size of a token's hidden state.
+            seed: seed of the weights.
+        """
         kind = router_kind(self.router)
         options = {key: getattr(self, key, None) for key in (*_ROUTER_OPTIONS, *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}
@@ -290,14 +299,15 @@ class MoEConfig:
 
 @dataclass(frozen=True)
 class UpcycledLayer:
-    """Entry of the report for one network that was replaced by a mixture.
+    """Entry of the report for a network that was replaced by a mixture.
 
     Args:
-        name: name of the module.
-        dense_params: parameters before.
-        params: parameters after, router included; without those that several layers share.
-        shared_params: parameters that all experts share.
-        error: largest relative Frobenius error among its matrices; in a pool, over all experts of the pool.
+        name: name of the network's module.
+        dense_params: number of parameters of the dense network.
+        params: number of parameters of the mixture, including the router, but without parameters that several
+            layers share.
+        shared_params: number of parameters that all experts share.
+        error: largest relative Frobenius error of a matrix, over all experts of the mixture or pool.
     """
 
     name: str
@@ -312,9 +322,9 @@ class UpcycleReport:
     """Result of `upcycle`.
 
     Args:
-        layers: one entry for each network.
-        num_experts: experts of each network, or of each pool.
-        across_params: parameters that several layers share, those of pools included.
+        layers: an entry for each network that was replaced.
+        num_experts: number of experts of each network, or of each pool.
+        across_params: number of parameters that several layers share, including those of pools.
         pools: number of pools.
 
     Example:
@@ -332,21 +342,21 @@ class UpcycleReport:
 
     @property
     def dense_params(self) -> int:
-        """Parameters of the networks before."""
+        """Number of parameters of the dense networks."""
         return sum(layer.dense_params for layer in self.layers)
 
     @property
     def params(self) -> int:
-        """Parameters of the mixtures; cores shared by several layers count once."""
+        """Number of parameters of the mixtures; cores that several layers share count once."""
         return sum(layer.params for layer in self.layers) + self.across_params
 
     @property
     def dense_experts_ratio(self) -> float:
-        """Parameters relative to a mixture whose experts are all dense."""
+        """Number of parameters divided by that of mixtures whose experts are dense."""
         return self.params / (self.num_experts * self.dense_params)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON-ready form."""
+        """Return a dict for JSON."""
         totals = ("num_experts", "pools", "dense_params", "params", "across_params", "dense_experts_ratio")
         layers = [asdict(layer) for layer in self.layers]
         return {name: getattr(self, name) for name in totals} | {"layers": layers}
@@ -366,17 +376,17 @@ class UpcycleReport:
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One network `W_down act(W_up x)`, gated `W_down (act(W_gate x) * W_up x)`.
+    """Feed-forward network `W_down act(W_up x)`, or with a gate `W_down (act(W_gate x) * W_up x)`.
 
     Args:
-        names: names of the module in the model; reports use the first.
-        module: the module that is the network, or contains it.
-        paths: its layers inside the module, in order.
-        activation: a name in `tensornet_moe.ffn.ACTIVATIONS`.
-        dropout: probability.
-        dropout_place: after the activation, on the output, or nowhere.
+        names: names of the module in the model; reports use the first name.
+        module: the module that is the network, or that contains the network.
+        paths: paths of the linear layers inside the module, in the order (gate,) up, down.
+        activation: name of the activation in `tensornet_moe.ffn.ACTIVATIONS`.
+        dropout: probability of the dropout.
+        dropout_place: place of the dropout: after the activation (`"hidden"`), on the output, or nowhere.
         inside: None if the module is the network. Otherwise the paths of the submodules to replace: the first
-            by the network, the others by identities.
+            is replaced by the mixture, the others by identities.
     """
 
     names: tuple[str, ...]
@@ -389,25 +399,25 @@ class FeedForward:
 
     @property
     def matrices(self) -> tuple[str, ...]:
-        """Names of the matrices of the network, in order, with `_` in place of dots."""
+        """Names of the network's matrices: the paths, with `_` in place of dots."""
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def layer(self, name: str) -> nn.Module:
-        """Return a layer by the name of its matrix."""
+        """Return the linear layer with the matrix of this name."""
         return self.module.get_submodule(self.paths[self.matrices.index(name)])
 
     def matrix(self, name: str) -> Tensor:
-        """Return one weight, shape `(out_features, in_features)`."""
+        """Return the matrix of this name, shape `(out_features, in_features)`."""
         kind = kind_of(self.layer(name))
         assert kind is not None
         return kind.matrix(self.layer(name)).detach()
 
     def bias(self, name: str) -> Tensor | None:
-        """Return one bias, shape `(out_features,)`."""
+        """Return the bias of the layer with the matrix of this name, shape `(out_features,)`, or None."""
         return layer_bias(self.layer(name))
 
     def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules that replace the network, by name in the model."""
+        """Return the modules that replace the network by a mixture, by their names in the model."""
         if self.inside is None:
             return dict.fromkeys(self.names, mixture)
         first, *others = self.inside
@@ -415,27 +425,27 @@ class FeedForward:
         return {f"{name}.{path}": part for name in self.names for path, part in parts.items()}
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute the network from its matrices, `x: (..., features)`."""
+        """Compute the output of the network from its matrices; `x` and the result are `(..., features)`."""
         first, *between, last = self.matrices
         hidden = ACTIVATIONS[self.activation](nn.functional.linear(x, self.matrix(first), self.bias(first)))
         for name in between:
             hidden = hidden * nn.functional.linear(x, self.matrix(name), self.bias(name))
-        weight = self.matrix(last)  # float32 in T5
+        weight = self.matrix(last)  # T5 keeps it in float32
         return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias(last))
 
 
 class DoneBefore(nn.Module):
-    """Identity in place of a part of a feed-forward network that a mixture before it already computes.
+    """Identity in place of a part of a feed-forward network that is already computed by a mixture before it.
 
-    Unlike `nn.Identity` it has a description, so that it is restored when a saved model is loaded.
+    Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x`."""
+        """Return the input unchanged."""
         return x
 
     def spec(self) -> dict[str, Any]:
-        """Return the JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return the description as a dict for JSON, see `tensornet.nn.register_module_type`."""
         return {"type": "done_before"}
 
 
@@ -448,22 +458,23 @@ def find_feed_forwards(
     target_modules: Sequence[str] | None = None,
     matrices: Sequence[str] | None = None,
 ) -> list[FeedForward]:
-    """Find the feed-forward networks of a model, and check each.
+    """Find the feed-forward networks of a model, and check what they compute.
 
     Args:
         model: any model.
-        target_modules: patterns as in `CompressionConfig.target_modules`; all that are recognized if absent.
-        matrices: names of the two or three layers, (gate,) up, down, for networks with other names.
+        target_modules: patterns as in `CompressionConfig.target_modules`; None selects all networks that are
+            recognized.
+        matrices: names of the linear layers in the order (gate,) up, down, if they are not known names.
 
     Raises:
-        TargetError: no network is found, a pattern matches none, or a named module computes something else or
-            is an expert of a mixture.
+        TargetError: no network is found, a pattern matches no network, or a selected module computes
+            something else or is an expert of a mixture.
     """
     forms = FORMS if matrices is None else {tuple(matrices): FORMS.get(tuple(matrices), "output")}
     looked_for = (
         f"Looked for modules with linear layers {', '.join('/'.join(form) for form in forms)} and an "
-        "activation. For another form name the module with target_modules=[...] and its layers with "
-        'matrices=("up", "down").'
+        "activation. If the layers have other names, name the module with target_modules=[...] and its "
+        'layers with matrices=("up", "down").'
     )
     linear = {
         name
@@ -488,17 +499,18 @@ def find_feed_forwards(
             continue
         try:
             if "expert" in names[0].lower():
-                raise TargetError(f"{names[0]} is an expert of a mixture already")
+                raise TargetError(f"{names[0]} is already an expert of a mixture")
             found.append(_recognize(tuple(names), module, form, forms[form]))
         except TargetError as error:
             if target_modules is not None:
                 raise
             refused.append(f"{names[0]} ({error})")
     if not found:
-        tried = f" Looked at, and not such a network: {'; '.join(refused[:3])}." if refused else ""
+        tried = f" These modules were checked and refused: {'; '.join(refused[:3])}." if refused else ""
         if mixtures := [name for name, m in model.named_modules() if isinstance(m, SharedCoreMoE)]:
             tried += (
-                f" {len(mixtures)} are mixtures already, the first is {mixtures[0] or 'the model itself'}."
+                f" {len(mixtures)} networks are mixtures already; the first is "
+                f"{mixtures[0] or 'the model itself'}."
             )
         raise TargetError(
             f"{type(model).__name__} has no feed-forward network that can become experts.{tried} {looked_for}"
@@ -510,10 +522,16 @@ def find_feed_forwards(
 def _recognize(
     names: tuple[str, ...], module: nn.Module, paths: tuple[str, ...], place: DropoutPlace
 ) -> FeedForward:
-    """Recognize the network in a module.
+    """Recognize the feed-forward network in a module.
+
+    Args:
+        names: names of the module in the model.
+        module: the module.
+        paths: paths of the linear layers inside the module.
+        place: place of the dropout.
 
     Raises:
-        TargetError: the module computes something else, or experts do not have its activation.
+        TargetError: the module computes something else, or experts do not support its activation.
     """
     inside = (
         INSIDE.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
@@ -534,30 +552,31 @@ def _recognize(
         try:
             got = module(x)
         except Exception as error:  # an unknown module may raise anything
-            raise TargetError(f"it does not take tokens alone: {error}") from error
+            raise TargetError(f"it cannot be called with hidden states alone: {error}") from error
     wanted = network.compute(x)
     tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    # Not "smaller than", so that NaN passes here: the decomposition will name the matrix with NaN.
+    # The comparison is false for NaN, so NaN passes here: the decomposition raises an error that names the
+    # matrix.
     if (
         not isinstance(got, Tensor)
         or got.shape != wanted.shape
         or float((got - wanted).norm()) > tolerance * float(wanted.norm())
     ):
         raise TargetError(
-            f"{names[0]} computes something else than {' and '.join(paths)} alone, and no network inside a "
-            f"{type(module).__name__} is known"
+            f"{names[0]} computes more than {' and '.join(paths)} with an activation, and "
+            f"{type(module).__name__} is not a class whose network is known"
         )
     return network
 
 
 def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) -> str:
-    """Recognize an activation by its values."""
+    """Return the name of an activation, which is recognized by its values on a grid."""
     grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     values = function(grid)
     for name, known in ACTIVATIONS.items():
         if torch.allclose(values, known(grid), atol=1e-6):
             return name
-    raise TargetError(f"its activation is none of {', '.join(ACTIVATIONS)}")
+    raise TargetError(f"its activation is not one of {', '.join(ACTIVATIONS)}")
 
 
 # --- upcycling -------------------------------------------------------------------------------------------
@@ -574,32 +593,32 @@ def upcycle(
 ) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
-    Every expert starts as the decomposition of its dense network. Without truncation, capacity and noise the
-    model therefore computes the same as before, for any routing (except `"expert_choice"`, where tokens that
-    no expert chooses pass through the residual). A Hugging Face model saves, loads and trains as before, and
-    the auxiliary losses are added to its loss in training. For other models collect them with
+    Every expert starts as the decomposition of its dense network. So without truncation, capacity and noise
+    the model computes the same as before, for any routing. The exception is `"expert_choice"`: tokens that no
+    expert chooses only pass through the residual connection. Hugging Face models save, load and train as
+    before, and add the auxiliary losses to their loss in training. For other models, use
     `tensornet_moe.collect_aux_losses`.
 
     If a network is not a separate module (BERT, OPT, BART), the mixture replaces its first matrix, and
-    identities replace the activation and the second matrix. In training, the dropout between them is then
+    identities replace the activation and the second matrix. In training, dropout between the matrices is then
     applied to the output of the mixture.
 
     Args:
-        model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (gated or not).
-        config: options of the mixtures; or give them as `words`.
-        causal: whether a token must not depend on later ones. This matters for a router that uses later
-            tokens (`"expert_choice"`). If absent, a model is causal, except encoders of encoder-decoder
-            models, and classes with masked language models or image classifiers.
+        model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (with or without a gate).
+        config: options of the mixtures; alternatively, give `words`.
+        causal: whether a token must not depend on later tokens, which matters for the router
+            `"expert_choice"`. By default, all models count as causal except encoders of encoder-decoder
+            models, masked language models, image classifiers, and encoders of the same architectures.
         progress: show a progress bar.
-        words: options of `MoEConfig` in the words of `tensornet_moe.mixture`: `experts`, `top_k` (2 if
-            absent), `share`, `router` (`"topk"` if absent), `balance_coef`; all others by their own names.
+        words: options of `MoEConfig` under the names of `tensornet_moe.mixture`: `experts`, `top_k` (default
+            2), `share`, `router` (default `"topk"`), `balance_coef`; all others under their own names.
 
     Raises:
         TargetError: no feed-forward network is found, a network computes something else, or the router uses
-            later tokens and a network is, or may be, causal; the model is unchanged.
-        TopologyError, BudgetError, NonFiniteError: from a decomposition; the model is unchanged.
-        ShapeError, ValueError: layers of different sizes cannot use one pool, the size of a group does not
-            divide their number, or the pool has fewer experts than its layers choose; the model is unchanged.
+            later tokens and a network is or may be causal; the model is unchanged.
+        TopologyError, BudgetError, NonFiniteError: a decomposition failed; the model is unchanged.
+        ShapeError, ValueError: layers of different sizes cannot use the same pool, the size of a group does
+            not divide the number of layers, or a pool has too few experts; the model is unchanged.
         TypeError: `model` or `config` has another type, both `config` and `words` are given, or a word is
             unknown.
 
@@ -616,14 +635,14 @@ def upcycle(
     if config is None:
         named = {_WORDS.get(name, name): value for name, value in words.items()}
         if len(named) < len(words):
-            raise TypeError(f"upcycle got one option by two names: {', '.join(words)}.")
+            raise TypeError(f"upcycle got the same option under two names: {', '.join(words)}.")
         named.setdefault("router", "topk")
         if isinstance(named["router"], str) and "top_k" in router_kind(named["router"]).options:
             named.setdefault("top_k", 2)
         config = MoEConfig(**named)
     elif words:
         raise TypeError(
-            f"upcycle takes a MoEConfig or words, got both: add {', '.join(words)} to the config."
+            f"upcycle takes either a MoEConfig or words, but got both: add {', '.join(words)} to the config."
         )
     if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
         raise TypeError(
@@ -675,7 +694,7 @@ def upcycle(
     put_owners(model, owners)
     for dense, mixture in zip(networks, made, strict=True):
         for name, part in dense.replacements(mixture).items():
-            if dense.inside is None:  # otherwise the mixture replaces a matrix
+            if dense.inside is None:  # otherwise the hooks are those of a single linear layer
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)
@@ -685,26 +704,26 @@ def upcycle(
 
 
 def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig) -> list[list[int]]:
-    """Group the indices of networks by the pool that they use; each is alone without pools.
+    """Group the indices of networks by the pool that they use; without pools each network is a group.
 
     Raises:
-        ValueError: the groups do not divide the networks, or a pool has too few experts.
-        ShapeError: networks of a group are of different shapes or functions.
-        TargetError: the model has no place for pools, or networks of a group are on several devices.
+        ValueError: the size of a group does not divide the number of networks, or a pool has too few experts.
+        ShapeError: networks of a group have different shapes or activations.
+        TargetError: the model cannot own pools, or networks of a group are on different devices.
     """
     if config.pool is None:
         return [[index] for index in range(len(networks))]
     size = len(networks) if config.pool == "all" else int(config.pool)
     if len(networks) < 2:
         raise ValueError(
-            f"A pool is for several layers, and {networks[0].names[0]} is the only one to replace."
+            f"A pool needs several layers, but {networks[0].names[0]} is the only network to replace."
         )
     check_group("pool", size, len(networks), least=2)
     if config.num_experts < size * config.top_k:
         raise ValueError(
-            f"num_experts={config.num_experts} for a pool of {size} layers with top_k={config.top_k}: each "
-            f"layer starts with top_k experts of its own, so at least {size * config.top_k} are needed. Give "
-            "more experts, or choose smaller groups, for example pool=2."
+            f"num_experts={config.num_experts} is too small for a pool of {size} layers with "
+            f"top_k={config.top_k}: each layer starts with top_k experts of its own, so at least "
+            f"{size * config.top_k} are needed. Give more experts, or choose smaller groups, such as pool=2."
         )
     _owners_place(model, "pool")
     for index, network in enumerate(networks):
@@ -712,24 +731,25 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig
         have, want = _function_of(network), _function_of(first)
         if have != want:
             raise ShapeError(
-                f"{first.names[0]} and {network.names[0]} cannot use one pool: they are {want} and {have}. "
-                "Choose networks that are alike with target_modules=[...], or smaller groups, as pool=2."
+                f"{first.names[0]} and {network.names[0]} cannot use the same pool: they are {want} and "
+                f"{have}. Choose equal networks with target_modules=[...], or smaller groups, such as pool=2."
             )
         _same_device([n.matrix(name) for n in (first, network) for name in n.matrices], "pool", "experts")
     return [list(range(k, k + size)) for k in range(0, len(networks), size)]
 
 
 def _function_of(network: FeedForward) -> dict[str, object]:
-    """Describe what a network computes, whatever its weights are."""
+    """Describe the shapes, activation and dropout of a network; networks of a pool must have the same."""
     dropout = network.dropout if network.dropout_place == "hidden" else 0.0
     shapes = {name: tuple(network.matrix(name).shape) for name in network.matrices}
     return {"(out, in)": shapes, "activation": network.activation, "dropout": dropout}
 
 
 def _choose_own(router: Router, place: int, layers: int) -> None:
-    """Let a router choose the experts of its layer, `e % layers == place`, whatever the token.
+    """Let a router choose the experts `e` of its own layer, `e % layers == place`, for every token.
 
-    The others have equal probabilities, so none exceeds one divided by their number. The bias does.
+    All other experts get equal probabilities, which are at most `1 / others`. The bias of the layer's own
+    experts is above this number.
     """
     own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
     router.weight[~own] = 0
@@ -740,7 +760,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 def _refuse_causal(
     config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError unless every network may use later tokens."""
+    """Raise TargetError if a network is or may be causal, for a router that uses later tokens."""
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:
@@ -753,22 +773,22 @@ def _refuse_causal(
         return
     others = [network.names[0] for network in networks if network not in found]
     rest = (
-        f" The other {len(others)} networks, such as {others[0]}, may have it: name them with "
+        f" The other {len(others)} networks, such as {others[0]}, can use this router: select them with "
         "target_modules=[...] (--target)."
         if others
-        else f" If every token of this {type(model).__name__} may see all others, say so by causal=False."
+        else f" If every token of this {type(model).__name__} may depend on all others, set causal=False."
     )
     raise TargetError(
         f"router={config.router!r} looks at later tokens, but {len(found)} of {len(networks)} feed-forward "
-        f"networks are causal, or not declared to be of an encoder; the first is {found[0].names[0]}: "
-        f'training would leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
+        f"networks are not known to be in an encoder (the first is {found[0].names[0]}), so training could "
+        f'leak the tokens to be predicted. Use router="switch" or "topk".{rest}'
     )
 
 
 def _bank(
     members: Sequence[FeedForward], name: str, config: MoEConfig, *, seed: int
 ) -> SharedCoreExperts | LowRankDeltaExperts:
-    """Build the bank of one matrix, which starts as that of the networks in turn."""
+    """Build the bank of experts for a matrix; expert `e` starts as that of network `e % len(members)`."""
     weights = [network.matrix(name) for network in members]
     if config.share is not None:
         return experts_from(
@@ -788,7 +808,7 @@ def _bank(
 
 
 def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], config: MoEConfig) -> ExpertFFN:
-    """Build experts of banks that start as those of the networks in turn, biases included."""
+    """Build experts from their banks; the biases of expert `e` are those of network `e % len(members)`."""
     first = members[0]
     weight = first.matrix(first.matrices[0])
     biases = {name: [network.bias(name) for network in members] for name in first.matrices}
@@ -812,10 +832,10 @@ def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], co
 def _mixture(
     network: FeedForward, experts: ExpertFFN | ExpertPool, config: MoEConfig, *, seed: int
 ) -> SharedCoreMoE:
-    """Build a mixture of these experts; `seed` initializes the router."""
+    """Build the mixture that replaces a network, with given experts and a new router drawn from `seed`."""
     first = network.matrix(network.matrices[0])
-    # With a router that applies the capacity itself, experts choose tokens. The load is balanced by
-    # construction, so the balancing loss would be a constant.
+    # If the router itself has a capacity, experts choose tokens, so the load is always balanced and the
+    # balancing loss would be constant.
     choice = "capacity_factor" in router_kind(config.router).options
     assert config.aux_loss_coef is not None
     return SharedCoreMoE(
@@ -829,7 +849,7 @@ def _mixture(
 
 
 def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, Any]:
-    """Select the options of a bank of experts for one matrix; the family raises for invalid dims."""
+    """Select the options of a bank of experts for a matrix; the topology family refuses invalid dims."""
     options: dict[str, Any] = {
         "num_experts": config.num_experts,
         "topology": config.topology,
@@ -859,15 +879,15 @@ def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, An
 def _share_across(
     model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig, progress: bool
 ) -> tuple[dict[str, SharedCores], dict[tuple[int, str], SharedCoreExperts]]:
-    """Build banks whose shared cores serve all layers with a matrix of the same name and shape.
+    """Build banks whose shared cores are used by all layers that have a matrix of the same name and shape.
 
     Returns:
-        Owners of the shared cores by label, and the banks by index of the network and name of the matrix. A
-        matrix without a match in another layer has no bank.
+        The modules that own the shared cores by label, and the banks by index of the network and name of the
+        matrix. A matrix without a counterpart in another layer has no bank.
 
     Raises:
-        TargetError: the model already has shared cores; or it is a plain container, which would run the owner
-            as one of its layers; or layers that would share cores are on different devices.
+        TargetError: the model already has shared cores, or is a container, which would treat the owner as a
+            layer; or layers that would share cores are on different devices.
     """
     _owners_place(model, "share_across_layers=True")
     groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -895,26 +915,26 @@ def _share_across(
 
 
 def _owners_place(model: nn.Module, what: str) -> None:
-    """Raise TargetError if there is no place in a model for what its layers share."""
+    """Raise TargetError if a model cannot own what its layers share; `what` is the option to name."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if hasattr(place, OWNERS):
         raise TargetError(
-            "Layers of this model share cores or experts already; upcycle all that are to share in one call, "
-            "with target_modules=[...]."
+            "Layers of this model already share cores or experts. Upcycle all layers that are to share in a "
+            "single call, with target_modules=[...]."
         )
     if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise TargetError(
-            f"{what} needs a place for what layers share, and a {type(place).__name__} would take it for a "
-            "layer. Put the container into a module of its own, and upcycle that."
+            f"{what} adds a submodule for what layers share, but a {type(place).__name__} would treat the "
+            "submodule as a layer. Put the container into a module of its own, and upcycle this module."
         )
 
 
 def _same_device(weights: Sequence[Tensor], what: str, name: str) -> None:
-    """Raise TargetError unless weights that are to share are on one device."""
+    """Raise TargetError if weights of layers that are to share are on different devices."""
     if len(devices := {str(w.device) for w in weights}) > 1:
         raise TargetError(
-            f"{what} keeps what layers share in one place, and {name} of these layers lies on "
-            f"{', '.join(sorted(devices))}: put the model on one device, or share within each layer alone."
+            f"{what} keeps what layers share on a single device, but {name} of these layers are on "
+            f"{', '.join(sorted(devices))}. Move the model to one device, or share only within each layer."
         )
 
 

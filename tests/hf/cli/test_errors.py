@@ -58,7 +58,7 @@ FAILED = [
     ("compress GPT2 taken HALF", "taken exists already"),
     ("compress taken out HALF", r"has no config\.json"),
     ("compress GPT2 out HALF --rotate", "GPT2LMHeadModel cannot be rotated"),
-    ("compress nan out HALF", r"'transformer\.h\.1\.mlp\.c_fc' holds 1 NaN"),
+    ("compress nan out HALF", r"'transformer\.h\.1\.mlp\.c_fc' contains 1 NaN"),
     ("compress cut out HALF", r"model\.safetensors is truncated or damaged"),
     ("compress scribbled out HALF", r"model\.safetensors is truncated or damaged"),
     ("compress GPT2 out --rel-error 0.5 --target nosuch", "'nosuch' matches no layer"),
@@ -90,7 +90,7 @@ FAILED = [
     ("upcycle GPT2 taken", "taken exists already"),
     ("upcycle GPT2 out --pool all --experts 2", "so at least 4 are needed"),
     ("upcycle GPT2 out --share centre", "share='centre'; choose one of center, none, base"),
-    ("upcycle GPT2 out --share center --sites 3", "drop sites, or drop share and pool"),
+    ("upcycle GPT2 out --share center --sites 3", "leave out sites, or leave out share and pool"),
     ("eval T5 --text text.txt", "not a causal language model"),
     ("eval GPT2 --text text.txt --context 500", "more than the 128 positions"),
     ("eval GPT2 --text text.txt --stride 500", "stride must be between 1 and"),
@@ -146,7 +146,7 @@ WRONG = [
     ("compress GPT2 out CHAIN --topology-option sites", "takes KEY=VALUE, such as sites=3; got 'sites'"),
     ("compress GPT2 out CHAIN --topology-option a=2 --topology-option a=3", "sets a twice"),
     ("eval GPT2", "Say what to measure: --text FILE"),
-    ("eval GPT2 --text x --task-path .", "--task-path belongs to --tasks"),
+    ("eval GPT2 --text x --task-path .", "--task-path needs --tasks"),
     *(
         (f"{command} --device nothing", "nothing is not available on this machine")
         for command in ("compress x y", "upcycle x y", "decompress x y", "eval x", "generate x", "demo")

@@ -197,10 +197,10 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     ("options", "message"),
     [
         ({"share": "ends"}, "Unknown share='ends'; choose one of center, none, base"),
-        ({"share": "base", "noise": 0.1}, "noise is for private cores"),
-        ({"share": "center", "sites": 3}, "drop sites"),
-        ({"pool": "all", "topology": "tucker"}, "drop topology"),
-        ({"pool": "all", "share_across_layers": True}, "drop share_across_layers"),
+        ({"share": "base", "noise": 0.1}, "noise is added to private cores"),
+        ({"share": "center", "sites": 3}, "leave out sites"),
+        ({"pool": "all", "topology": "tucker"}, "leave out topology"),
+        ({"pool": "all", "share_across_layers": True}, "leave out share_across_layers"),
         ({"pool": "layers"}, r'pool \(or "all"\) must be an integer of at least 2'),
         ({"pool": 1}, "at least 2, got 1"),
         ({"pool": 2, "balance": "expert"}, "Unknown balance='expert'"),
@@ -223,9 +223,9 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         (
             {"pool": "all", "target_modules": ["encoder.block.0.layer.1.DenseReluDense"]},
             ValueError,
-            "the only one to replace",
+            "the only network to replace",
         ),
-        ({"experts": 2, "num_experts": 3}, TypeError, "one option by two names"),
+        ({"experts": 2, "num_experts": 3}, TypeError, "the same option under two names"),
         ({"d_ff": 3}, TypeError, "d_ff"),
         ({"config": th.MoEConfig(), "experts": 3}, TypeError, "got both: add experts"),
     ],
@@ -245,7 +245,7 @@ def test_layers_that_differ_cannot_use_one_pool() -> None:
     other = copy.deepcopy(model.model.layers[1].mlp)
     model.model.layers[1].mlp.act_fn = nn.ReLU()
     with pytest.raises(
-        ShapeError, match=r"layers\.0\.mlp and model\.layers\.1\.mlp cannot use one pool.*relu"
+        ShapeError, match=r"layers\.0\.mlp and model\.layers\.1\.mlp cannot use the same pool.*relu"
     ):
         th.upcycle(model, **POOL)
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -259,11 +259,11 @@ def test_layers_that_differ_cannot_use_one_pool() -> None:
 def test_models_without_a_place_for_a_pool_are_refused() -> None:
     part = nn.Sequential()
     part.fc1, part.act, part.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
-    with pytest.raises(TargetError, match="pool needs a place for what layers share, and a Sequential"):
+    with pytest.raises(TargetError, match="pool adds a submodule for what layers share, but a Sequential"):
         th.upcycle(nn.Sequential(part, copy.deepcopy(part)), **POOL)
     model = ARCHITECTURES["t5_relu"].dense
     th.upcycle(model, pool=2, experts=4, target_modules=["encoder.*.DenseReluDense"])
-    with pytest.raises(TargetError, match="share cores or experts already"):
+    with pytest.raises(TargetError, match="already share cores or experts"):
         th.upcycle(model, pool=2, experts=4, target_modules=["decoder.*.DenseReluDense"])
 
 

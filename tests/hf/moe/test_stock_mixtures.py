@@ -140,12 +140,12 @@ def with_other_counts(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("words", "change", "message"),
     [
-        ({"combine": "sigmoid"}, None, "combine='sigmoid', which MixtralForCausalLM does not have"),
+        ({"combine": "sigmoid"}, None, "combine='sigmoid', which MixtralForCausalLM does not support"),
         ({"combine": "prob"}, None, "combine='prob'"),
         ({"normalize": True}, None, "normalized logits"),
         ({"bias_rate": 0.001}, with_bias, r"layers\.1\.mlp has biases of the router"),
         ({}, with_capacity, "a capacity"),
-        ({}, without_one, r"layers\.1\.mlp is no mixture"),
+        ({}, without_one, r"layers\.1\.mlp is not a mixture"),
         ({}, with_cores, "q_proj.* are compressed"),
         ({}, with_other_counts, "layer 1 .*'experts': 5"),
     ],
@@ -161,7 +161,7 @@ def test_what_has_no_ordinary_counterpart_is_refused(
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(TargetError, match="attention of GPT2LMHeadModel; there is one for LlamaForCausalLM"):
+    with pytest.raises(TargetError, match="attention of GPT2LMHeadModel; only LlamaForCausalLM"):
         th.stock_mixture(ARCHITECTURES["gpt2"].dense)
     with pytest.raises(TypeError, match="model must be a PreTrainedModel, got Linear"):
         th.stock_mixture(nn.Linear(2, 2))  # type: ignore[arg-type]

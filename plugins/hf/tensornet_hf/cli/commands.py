@@ -1,6 +1,6 @@
-"""The commands of the program: thin functions over those of the library.
+"""The commands of the program `tensornet`, which call functions of the library and print the results.
 
-The options of `compress` are the fields of two dataclasses; see `with_options`.
+The options of `compress` and `upcycle` are fields of dataclasses; see `with_options`.
 """
 
 import re
@@ -77,7 +77,7 @@ from tensornet_hf.upcycling import MoEConfig
 from tensornet_hf.upcycling import upcycle as upcycle_model
 from tensornet_moe.stacked import SHARED_KEYWORDS
 
-#: Beginning of the text that the model of the demo continues.
+#: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"
 _FIELDS = {x.name: x for kind in (CompressionConfig, CompressOptions) for x in fields(kind)}
 
@@ -90,7 +90,7 @@ def compress(
     plan: Annotated[
         Path | None,
         typer.Option(
-            help="Apply this plan (the output of --dry-run --json, edited or not).",
+            help="Apply this plan: the output of --dry-run --json, which may have been edited.",
             metavar="FILE",
             rich_help_panel=GROUPS["budget"],
         ),
@@ -99,7 +99,7 @@ def compress(
         bool,
         typer.Option(
             "--dry-run",
-            help="Show the plan and the sizes, write nothing.",
+            help="Show the plan and the sizes without writing files.",
             metavar=" ",
             rich_help_panel=GROUPS["output"],
         ),
@@ -108,7 +108,7 @@ def compress(
         bool,
         typer.Option(
             "--json",
-            help="Print JSON, and nothing else, on stdout.",
+            help="Print JSON and nothing else on stdout.",
             metavar=" ",
             rich_help_panel=GROUPS["output"],
         ),
@@ -117,11 +117,11 @@ def compress(
 ) -> None:
     """Compress a model: replace its linear layers within a budget, and save the result.
 
-    For example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
+    Example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
 
-    For llama.cpp: tensornet compress MODEL model.gguf --bits 5 --calibration text.txt
+    For llama.cpp: tensornet compress MODEL m.gguf --bits 5 --calibration text.txt
 
-    --help-all shows rare options too.
+    --help-all also shows rare options.
     """
     try:
         command = display_command(["tensornet", *sys.argv[1:]])
@@ -130,19 +130,19 @@ def compress(
         wanted = collect(CompressionConfig, given)
         if plan is not None and wanted:
             names = " and ".join(spelled(_FIELDS[name]) for name in wanted)
-            raise OptionError(f"{{plan}} says already what every layer becomes; leave out {names}.")
+            raise OptionError(f"{{plan}} already fixes the scheme of every layer; leave out {names}.")
         config = CompressionConfig(**wanted) if plan is None else CompressionPlan.load(plan)
         if dry_run:
             if isinstance(config, CompressionPlan):
-                raise OptionError("{dry_run} makes a plan; leave out {plan}.")
+                raise OptionError("{dry_run} makes a new plan; leave out {plan}.")
             if destination is not None:
                 options = replace(options, export=find_target(destination, options.export))
             print_result(plan_folder(source, config, options), as_json)
             return
         if destination is None:
-            raise OptionError("Name a destination, or ask for {dry_run}.")
+            raise OptionError("Give a destination or {dry_run}.")
         done = compress_folder(source, destination, config, options)
-    except OptionError as error:  # shows options as they are spelled on the command line
+    except OptionError as error:  # write options as on the command line
         raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
     print_result(done, as_json)
     for line in done.notes:
@@ -155,7 +155,7 @@ def _spelled(match: re.Match[str]) -> str:
 
 
 def inspect(path: Source, as_json: Json = False) -> None:
-    """Show the layers of a saved model, their topologies and sizes, from file headers alone."""
+    """Show the layers of a saved model with their schemes and sizes, without loading weights."""
     found = inspect_folder(resolve_folder(path))
     if as_json:
         print_json(found)
@@ -165,12 +165,12 @@ def inspect(path: Source, as_json: Json = False) -> None:
     dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in found["dtypes"].items())
     print_lines(
         f"{found['architecture']}, {form}",
-        f"whole model: {found['params']:,} parameters ({dtypes}), {size} of weight files",
+        f"whole model: {found['params']:,} parameters ({dtypes}), weight files {size}",
     )
     rows = []
     for layer in found["layers"]:
         dense, stored = layer["dense_params"], f"{layer['params']:,}"
-        if not layer["params"]:  # its cores are stored under another name
+        if not layer["params"]:  # the cores are stored under another name
             owners = (owner for name, owner in found["ties"].items() if name.startswith(f"{layer['name']}."))
             stored = f"as {next(owners, 'another layer').rpartition('.')[0] or 'another layer'}"
         rows.append(
@@ -192,44 +192,48 @@ def inspect(path: Source, as_json: Json = False) -> None:
 
 def evaluate(
     path: Source,
-    text: Annotated[Path | None, typer.Option(help="Text file, UTF-8: perplexity.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Text file (UTF-8) on which the perplexity is measured.")
+    ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="The dense model: Kullback-Leibler divergence of the predictions on --text."),
+        typer.Option(help="Dense model; measure the Kullback-Leibler divergence from it on --text."),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,hellaswag."),
     ] = None,
     task_path: Annotated[
-        Path | None, typer.Option(help="Folder of task files of your own, or one such file.")
+        Path | None, typer.Option(help="Your own task file, or a folder of task files.")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples shown before each question. [default: of the task]")
+        int | None,
+        typer.Option(min=0, help="Examples before each question. [default: that of the task]"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many examples of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of examples of each task.")] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a window of --text. [default: all positions of the model, at most 1024]"
+            help="Tokens in a window of --text. [default: the positions of the model, at most 1024]"
         ),
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Tokens from window to window. [default: the context, no overlap]")
+        int | None,
+        typer.Option(help="Tokens from the start of a window to the next. [default: no overlap]"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Most windows or examples run at once.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Largest number of windows or examples in a batch.")] = 16,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
-    """Measure a language model: perplexity of a text, tasks, or both."""
+    """Measure a language model: perplexity of a text, scores in tasks, or both."""
     if text is None and tasks is None:
         raise typer.BadParameter(
             "Say what to measure: --text FILE (perplexity) or --tasks NAMES (lm-evaluation-harness)."
         )
     if task_path is not None and tasks is None:
-        raise typer.BadParameter("--task-path belongs to --tasks, which is not given.")
+        raise typer.BadParameter("--task-path needs --tasks.")
     if reference is not None and text is None:
-        raise typer.BadParameter("--reference compares predictions on a text; give --text FILE.")
+        raise typer.BadParameter("--reference compares predictions on a text; add --text FILE.")
     content = None if text is None else read_text(text)
     folder, other = resolve_folder(path), None if reference is None else resolve_folder(reference)
     model = on_device(load_any(folder), device)
@@ -246,7 +250,7 @@ def evaluate(
             compared = divergence(model, on_device(load_any(other), device), ids, **windows)
             measured = compared.perplexity
             found["divergence"] = {"reference": reference, **asdict(compared)}
-            del found["divergence"]["perplexity"]  # is stated beside it
+            del found["divergence"]["perplexity"]  # is added to `found` below
         found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -277,19 +281,22 @@ def compare(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Model folders, hub ids or GGUF files, the dense one first: dense, ours, or of another "
-            "quantizer."
+            help="Model folders, hub ids or GGUF files, the dense model first. Models of other quantizers "
+            "are supported."
         ),
     ],
-    text: Annotated[Path | None, typer.Option(help="Text to measure the loss on, UTF-8.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="To continue greedily. [default: the beginning of the text]")
+    text: Annotated[
+        Path | None, typer.Option(help="Text file (UTF-8) on which the loss is measured.")
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation.")] = 40,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Text to continue greedily. [default: the beginning of --text]"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation in tokens.")] = 40,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
-    """Compare models: bytes on disk, bits a weight, time of a token, loss and samples."""
+    """Compare models by bytes on disk, bits per weight, time per token, loss and sample text."""
     content = None if text is None else read_text(text)
     prompt = prompt_of(content) if prompt is None else prompt
     name = "the text" if text is None else text.name
@@ -329,22 +336,24 @@ def compare(
 
 def generate(
     path: Source,
-    prompt: Annotated[str, typer.Option(help="What to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the continuation.")] = 60,
-    seed: Annotated[int, typer.Option(help="Seed of the drawing.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Largest length of the continuation in tokens.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.0,
     chat: Annotated[
         bool | None,
         typer.Option(
-            help="Give the prompt as a message of the user, in the chat template of the tokenizer; without "
-            "either, where it has one.",
+            help="Format the prompt as a user message with the tokenizer's chat template. [default: if it "
+            "has one]",
             show_default=False,
         ),
     ] = None,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
-    """Let a model continue a prompt (or answer it, if it is an encoder-decoder or a chat model)."""
+    """Let a model continue a prompt, or answer it if it is an encoder-decoder or a chat model."""
     folder = resolve_folder(path)
     model = on_device(load(folder), device)
     prepare_for_inference(model)
@@ -376,9 +385,9 @@ def decompress(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Multiply all cores out and save an ordinary model, which loads without this library.
+    """Convert a compressed model to an ordinary model, which loads without this library.
 
-    This does not undo the errors of compression.
+    Weights are those of the compressed model: the errors of compression remain.
     """
     stored = dtype_of(dtype)
     folder = resolve_folder(source)
@@ -397,7 +406,7 @@ def decompress(
         numbers = {"params_before": before, "params_after": after, "file_bytes_after": size}
         print_json({"source": source, "destination": destination, **numbers})
     else:
-        files = "" if size is None else f", {compact_bytes(size)} of weight files"
+        files = "" if size is None else f", weight files {compact_bytes(size)}"
         print_lines(
             f"{before:,} -> {after:,} parameters of the whole model{files}", f"written to {destination}"
         )
@@ -407,17 +416,22 @@ def export(
     source: Source,
     destination: Annotated[Path, typer.Argument(help="File (.gguf) or folder to write.")],
     target: Annotated[
-        str | None, typer.Option(help=f"{', '.join(TARGETS)}. [default: that of the suffix .gguf]")
+        str | None,
+        typer.Option(
+            help=f"Format to write: {', '.join(TARGETS)}. [default: gguf if the destination ends in .gguf]"
+        ),
     ] = None,
     skeleton: Annotated[
         Path | None,
-        typer.Option(help="GGUF file of the dense model: take names, tokenizer and metadata from it."),
+        typer.Option(
+            help="GGUF file of the dense model, from which names, tokenizer and metadata are taken."
+        ),
     ] = None,
     networks: Annotated[
         str | None,
         typer.Option(
-            help="Networks: all dense; lora, an adapter for low ranks added to integers; or refuse. "
-            "[default: dense]"
+            help="How to write tensor networks: dense; lora (low ranks added to integers become an adapter); "
+            "refuse. [default: dense]"
         ),
     ] = None,
     force: Force = False,
@@ -425,7 +439,7 @@ def export(
 ) -> None:
     """Write a model for another runtime, with exactly the same weights.
 
-    What the target cannot store is written dense and listed.
+    Layers that the target cannot store are written dense and listed.
     """
     given: dict[str, Any] = {"skeleton": skeleton, "networks": networks}
     options = {name: value for name, value in given.items() if value is not None}
@@ -444,25 +458,26 @@ def upcycle(
     *,
     dtype: Dtype = None,
     device: Device = CPU,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes, write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the sizes without writing files.")] = False,
     force: Force = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
-    """Turn a dense model into a mixture of experts, ready to be trained.
+    """Convert a dense model to a mixture of experts, ready to be trained.
 
-    For example: tensornet upcycle MODEL MIXTURE --share center --experts 8 --top-k 2
+    Example: tensornet upcycle MODEL MIXTURE --share center --experts 8 --top-k 2
 
-    One pool for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32 --top-k 2
+    A pool for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32
 
-    --share center and none start with the function of the dense model. --help-all shows rare options too.
+    With --share center or none, the mixture initially computes the same as the dense model. --help-all also
+    shows rare options.
     """
     chosen = collect(MoEConfig, given)
     if chosen.get("shared") in [(word,) for word in SHARED_KEYWORDS]:
         (chosen["shared"],) = chosen["shared"]
     config = MoEConfig(**chosen)
     if destination is None and not dry_run:
-        raise typer.BadParameter("Name a destination, or ask for --dry-run.")
+        raise typer.BadParameter("Give a destination or --dry-run.")
     stored, folder = dtype_of(dtype), resolve_folder(source)
     written = None if dry_run else destination
     if written is not None:
@@ -480,27 +495,27 @@ def upcycle(
         (x.name, f"{x.dense_params:,}", f"{x.params:,}", f"{x.shared_params:,}", f"{x.error:.1e}")
         for x in report.layers
     ]
-    print_table(("network", "dense", "mixture", "of it shared", "error"), rows)
+    print_table(("network", "dense", "mixture", "shared", "error"), rows)
     print_lines(str(report), *([] if written is None else [f"written to {written}"]))
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the model and the report.")] = Path("demo_out"),
     bits: Annotated[
-        float, typer.Option(help="Bits of a weight of the linear layers, scales included.")
+        float, typer.Option(help="Bits per weight of the linear layers, scales included.")
     ] = 4.25,
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated text.")] = 0,
     device: Device = CPU,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Compress a small trained GPT-2, measure it, save it, load it again, and write a report."""
+    """Compress a small trained GPT-2, measure, save and load it, and write a report."""
     output.mkdir(parents=True, exist_ok=True)
     folder, report = output / "model", output / "report.html"
     options = CompressOptions(
         calibration=DEFAULT,
         calibration_tokens=16_384,
-        held_out=data_path("heldout.txt"),  # read neither in training nor in calibration
+        held_out=data_path("heldout.txt"),  # in neither the training nor the calibration text
         device=device,
         report=report,
         force=force,
@@ -508,7 +523,7 @@ def demo(
         progress=sys.stderr.isatty(),
     )
     done = compress_folder(gpt2_path(), folder, CompressionConfig(bits_per_weight=bits), options)
-    # Users load the folder with transformers, after importing tensornet_hf.
+    # Load the folder with transformers, as users do after importing tensornet_hf.
     loaded = on_device(AutoModelForCausalLM.from_pretrained(folder), device)
     sample = continue_text(loaded, load_tokenizer(folder), PROMPT, temperature=0.7, seed=seed)
     if as_json:
@@ -533,10 +548,9 @@ def demo(
     assert quality is not None
     print_lines(
         "",
-        f"Measured on text that nobody saw, lower is better: {quality.tokens:,} tokens scored on "
-        f"{quality.source}.",
-        "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
-        "Plain methods: one format or ratio for all layers, not saved; GPTQ by our own code.",
+        f"Measured on held-out text (lower is better): {quality.tokens:,} tokens scored on {quality.source}.",
+        "Bytes and parameters: whole model; bits a weight: compressed layers.",
+        "The baselines use one format or ratio for all layers and are not saved; GPTQ is our implementation.",
         "",
         f"The saved model writes: {PROMPT}{sample}".replace("\n", "\n  "),
         "",
