@@ -43,12 +43,7 @@ class Written:
 
 
 def check_place(what: str, path: Path) -> None:
-    """Raise DestinationError if `path` is a folder, or its parent folder does not exist.
-
-    Args:
-        what: subject of the message, such as `"The checkpoint"`.
-        path: the file to write.
-    """
+    """Raise DestinationError if `path` is a folder or has no parent folder; `what` begins the message."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 

@@ -108,7 +108,7 @@ class MPO:
 
         Returns:
             An MPO whose `error` is the certificate. The chain is canonical: all cores but one are orthonormal
-            (`canonicalize` moves the other one). Cores whose bonds are not truncated are identities.
+            (`canonicalize` moves the other one).
 
         Raises:
             BudgetError: a limit is out of range or cannot be met.

@@ -452,7 +452,7 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
 
     Args:
         cores: the chain.
-        bond: number of the bond, `0 ... n - 2`; bond `k` is on the right of core `k`.
+        bond: number of the bond, `0 ... n - 2`.
 
     Raises:
         NonFiniteError: the operator contains NaN or infinity, or its singular values are outside the range

@@ -3,9 +3,6 @@
 All methods compute in double precision and return the dtype of the input (float32 for 16-bit types). For
 float32 input, the Gram matrix is therefore *more* accurate than a float32 SVD: squaring the condition number
 loses half of the 16 digits, while float32 has only 7.
-
-Reference:
-    Halko, Martinsson, Tropp 2011, "Finding structure with randomness", algorithms 4.4 and 5.1.
 """
 
 import math
@@ -154,12 +151,7 @@ def is_single(dtype: torch.dtype) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if a tensor contains NaN or infinity.
-
-    Args:
-        tensor: the tensor to check.
-        name: subject of the message, such as `"The matrix"`.
-    """
+    """Raise NonFiniteError if a tensor contains NaN or infinity; its message begins with `name`."""
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(

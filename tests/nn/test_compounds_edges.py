@@ -169,7 +169,7 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
 
 
 def test_a_module_that_nothing_holds_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"The model is a LSTM itself.*Put it into a module"):
+    with pytest.raises(TargetError, match=r"The model is itself a LSTM.*Put it into a module"):
         tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
 
 
