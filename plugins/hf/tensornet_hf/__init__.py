@@ -14,7 +14,7 @@ from tensornet_hf.exporters.base import ExportReport
 from tensornet_hf.exporters.export import export
 from tensornet_hf.quantizer import TensorNetworkConfig
 from tensornet_hf.rotation import rotate
-from tensornet_hf.stock_mixtures import stock_mixture
+from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixture
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
@@ -39,6 +39,7 @@ __all__ = [
     "plan_folder",
     "rotate",
     "save",
+    "set_experts_implementation",
     "stock_mixture",
     "upcycle",
 ]

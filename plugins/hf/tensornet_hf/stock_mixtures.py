@@ -1,9 +1,12 @@
-"""Convert upcycled models to ordinary mixtures of transformers, which do not need this library."""
+"""Convert upcycled models to ordinary mixtures of transformers, and use its implementations of experts."""
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -13,12 +16,16 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet_hf.quantizer import OWNERS, layer_descriptions
 from tensornet_moe import ExpertFFN, SharedCoreMoE, SwitchRouter, TopKRouter
+from tensornet_moe.ffn import ACTIVATIONS
+from tensornet_moe.layer import dispatch
 from tensornet_moe.pool import PooledExperts
+from tensornet_moe.routers import Routing
 
 #: For each dense class, the class and configuration of a mixture with the same attention.
 COUNTERPARTS: dict[str, tuple[Any, Any]] = {
@@ -169,7 +176,9 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
 
 def _network(layer: SharedCoreMoE) -> ExpertFFN:
     """Return the experts of a layer, or of its pool."""
-    experts: Any = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
+    experts: Any = layer.experts
+    if isinstance(experts, PooledExperts):
+        experts = experts.lender().experts
     check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are distributed")
     return experts
 
@@ -183,3 +192,88 @@ def _refuse_attention(model: PreTrainedModel) -> None:
                 f"{name}=True has no counterpart in a mixture of transformers. Save the model without "
                 "conversion: th.save(model, folder)."
             )
+
+
+# --- implementations of experts --------------------------------------------------------------------------
+
+
+def set_experts_implementation(model: nn.Module, name: str) -> None:
+    """Compute the experts of all mixtures by an implementation of transformers, such as a GPU kernel.
+
+    Every pass then builds the matrices of all experts, whatever they share, and gives them to the function
+    that `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS` has under this name. The choice is not saved.
+    Gradients, balance and pools work as before. `"tensornet"` builds only the matrices of experts that got
+    tokens, or multiplies by their cores.
+
+    Args:
+        model: a model with `SharedCoreMoE` layers.
+        name: `"tensornet"` (the default of every layer); `"grouped_mm"`, `"batched_mm"`, `"sonicmoe"`,
+            `"deepgemm"`, or a function that you registered with transformers.
+
+    Raises:
+        ValueError: an unknown name.
+        TargetError: the model has no mixture, or one with dropout inside its experts; nothing is changed.
+
+    Example:
+        >>> model = torch.nn.Sequential(tm.mixture(d_model=8, d_ff=16, experts=4, top_k=2, gated=True))
+        >>> x = torch.randn(5, 8)
+        >>> before = model(x)
+        >>> th.set_experts_implementation(model, "batched_mm")
+        >>> torch.allclose(model(x), before, atol=1e-6)
+        True
+    """
+    known = ("tensornet", *ALL_EXPERTS_FUNCTIONS.valid_keys())
+    if name not in known:
+        raise ValueError(f"Unknown implementation of experts {name!r}; choose one of {', '.join(known)}.")
+    layers = {part: x for part, x in model.named_modules() if isinstance(x, SharedCoreMoE)}
+    if not layers:
+        raise TargetError(
+            f"{type(model).__name__} has no mixture of this library; see th.upcycle and tm.mixture. The "
+            "mixtures of transformers take model.set_experts_implementation(name)."
+        )
+    if name != "tensornet":
+        for part, layer in layers.items():
+            if rate := _network(layer).dropout:
+                raise TargetError(
+                    f"The experts of {part!r} have a dropout of {rate} in their hidden layer, which {name!r} "
+                    "does not have. Set it to 0, or keep the implementation 'tensornet'."
+                )
+    for layer in layers.values():
+        layer.dispatch = dispatch if name == "tensornet" else partial(_run_implementation, name)
+
+
+def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
+    """Compute a mixture by a function of transformers; see `tensornet_moe.layer.dispatch`."""
+    network: Any = experts.lender().experts if isinstance(experts, PooledExperts) else experts
+    amp = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if amp else network.bank(network.names[0]).dtype
+    *first, last = (network.bank(part).expert_matrices().to(dtype) for part in network.names)
+    biases = [getattr(network, f"{part}_bias") for part in network.names]
+    activation = ACTIVATIONS[network.activation]
+
+    def apply_gate(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, dim=-1)
+        return activation(gate) * up
+
+    # What these functions read of the experts modules of transformers.
+    stack = "gate_up_proj" if network.gated else "up_proj"
+    stock = SimpleNamespace(
+        **{stack: torch.cat(first, dim=1), "down_proj": last},
+        num_experts=network.num_experts,
+        has_gate=network.gated,
+        has_bias=biases[0] is not None,
+        has_post_expert_norm=False,
+        is_transposed=False,
+        is_concatenated=True,
+        act_fn=activation,
+        config=SimpleNamespace(hidden_act=network.activation),
+        _apply_gate=apply_gate,
+        _is_expert_parallel=False,
+    )
+    if stock.has_bias:
+        setattr(stock, f"{stack}_bias", torch.cat([x.to(dtype) for x in biases[:-1]], dim=1))
+        stock.down_proj_bias = biases[-1].to(dtype)
+    weights = routing.weights if routing.kept is None else routing.weights * routing.kept
+    compute: Any = ALL_EXPERTS_FUNCTIONS[name]
+    y: Tensor = compute(stock, x.to(dtype), routing.expert_indices, weights)
+    return y

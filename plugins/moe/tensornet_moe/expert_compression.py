@@ -241,7 +241,7 @@ def compress_experts(
 
     # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
-    wide = ()
+    wide: tuple[Stack, ...] = ()
     if across_layers:
         wide = find_stacks(prepared.targets, stats, config, across_layers=True, progress=progress)
     chosen, bound_by = choose_jointly(prepared, stacks, wide)

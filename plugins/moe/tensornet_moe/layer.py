@@ -1,6 +1,6 @@
 """Mixture-of-experts layer: a router, experts, and the auxiliary losses of the last forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -147,6 +147,8 @@ class SharedCoreMoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
+        #: How tokens reach their experts; another function may take its place, with the same arguments.
+        self.dispatch: Callable[..., Tensor] = dispatch
         #: Choices of each expert since the last `update_biases`, shape `(E,)`.
         self.assigned: Tensor | None = None
 
@@ -187,7 +189,7 @@ class SharedCoreMoE(nn.Module):
             routing = limit_capacity(routing, self.capacity_factor)
         if not is_exporting():  # exported programs only return outputs
             self._remember(routing)
-        y = dispatch(flat, routing, self.experts)
+        y = self.dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat, one_group(flat))
         y = nn.functional.dropout(y, self.dropout, self.training)
