@@ -162,7 +162,7 @@ class Bench:
     def plan(self, name: str, size: int) -> None:
         """Write and judge the plan for one size."""
         subject, batches = self.subject, self.subject.calibration(0)
-        formats = tuple(x for x in MENUS["gguf"] if x != SLOW) if self.given.fast else "gguf"
+        formats = ("gguf", *(x for x in MENUS["gguf"] if x not in SLOW)) if self.given.fast else "gguf"
         asked = tn.CompressionConfig(max_bytes=size, formats=formats)
         config = for_target("gguf", asked, self.dense, subject.folder)
         seconds = {}

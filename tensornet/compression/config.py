@@ -97,7 +97,8 @@ class CompressionConfig(LayerSelection):
             small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
             16-bit scales. Or the name of a menu without networks: `"entropy"` has entropy-coded integers,
             for the smallest files; `"gguf"`, `"compressed-tensors"` and `"mlx"` have what the files of these
-            targets store, at their bytes. `"gguf"` and `"mlx"` plan embeddings and heads too.
+            targets store, at their bytes. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats that
+            follow the name of a menu are the only ones used of it: `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats.
             Curvature only; without another budget the smallest such model is planned.
         max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
@@ -247,13 +248,14 @@ class CompressionConfig(LayerSelection):
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
         """Number formats in which layers may be stored; empty for floating-point networks alone."""
-        names = MENUS[self.menu] if self.menu is not None else self.formats
-        return tuple(NumberFormat.parse(name) for name in names or ())
+        names = MENUS[self.formats] if isinstance(self.formats, str) else self.formats or ()
+        return tuple(NumberFormat.parse(name) for name in names if name not in MENUS)
 
     @property
     def menu(self) -> str | None:
         """Name of the target in `MENUS` whose formats are planned; None if the formats are given by name."""
-        return self.formats if isinstance(self.formats, str) else None
+        first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
+        return first if first in MENUS else None
 
     @property
     def one_format_keeps(self) -> bool:
@@ -352,12 +354,17 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         if config.bits_per_weight is None and config.byte_ratio is None:
             return None
         formats = DEFAULT_FORMATS
-    if isinstance(formats, Sequence) and len(formats) == 1 and formats[0] in MENUS:  # a command line
-        (formats,) = formats
-    if isinstance(formats, str) and formats in MENUS:
+    menu, *chosen = [formats] if isinstance(formats, str) else formats or [None]
+    if menu in MENUS:
         if config.topology != AUTO:
-            raise FormatError(f"formats={formats!r} has no networks; leave out topology={config.topology!r}.")
-        return formats
+            raise FormatError(f"formats={menu!r} has no networks; leave out topology={config.topology!r}.")
+        names = dict.fromkeys(NumberFormat.parse(name).name for name in chosen)
+        menu_names = {NumberFormat.parse(name).name for name in MENUS[menu]}
+        if others := [name for name in names if name not in menu_names]:
+            raise FormatError(
+                f"The formats of {menu!r} are {', '.join(MENUS[menu])}; got {', '.join(others)}."
+            )
+        return (menu, *names) if names else menu
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
             f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "

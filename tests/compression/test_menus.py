@@ -73,3 +73,17 @@ def test_menus_have_no_networks() -> None:
     with pytest.raises(FormatError, match="compressed-tensors"):
         tn.CompressionConfig(bits_per_weight=5, formats="onnx")
     assert tn.CompressionConfig(bits_per_weight=5, formats=("gguf",)).menu == "gguf"
+
+
+def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
+    model = llama()
+    chosen = ("gguf", "int8:g32:float16", "int4:g32:float16", "int6:g16:s8")
+    config = tn.CompressionConfig(bits_per_weight=6, formats=chosen)
+    assert (config.menu, len(config.number_formats), config.families) == ("gguf", 3, ())
+    plan = prepare(model, config, stats_of(model)).plan()
+    names = {layer.storage.number_format.name for layer in plan}
+    assert names == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
+    assert {layer.target for layer in plan} == {"gguf"}
+    assert tn.CompressionConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(FormatError, match=r"formats of 'gguf' are float, .*; got int7"):
+        tn.CompressionConfig(bits_per_weight=6, formats=("gguf", "int7"))
