@@ -13,8 +13,8 @@ thread, in turns, with ratios to the preset of the same size; and `llama-perplex
 llama.cpp, which rounds activations to 8 bits, from the same weights in float32. The residual stream of
 SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. `smollm2-wide` is the same model
 padded with zeros before that, so that its rows are multiples of 256, which K types need. With `--fast` plans
-leave out Q5_0 (rows `fast plan`). Without `--tools` only plans are measured, at `--megabytes`. Seconds are
-processor seconds. Rows that the record has are kept, and files that lie in the work folder.
+leave out Q5_0 and IQ4 (rows `fast plan`). Without `--tools` only plans are measured, at `--megabytes`.
+Seconds are processor seconds. Rows that the record has are kept, and files that lie in the work folder.
 
 The tools come from the source package of `llama-cpp-python`: `cmake -B build -DLLAMA_CURL=OFF`, then `cmake
 --build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
@@ -61,8 +61,8 @@ TITLES = {
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-#: The format of the type Q5_0, for which llama.cpp has slower kernels than for the others.
-SLOW = "int5:g32:float16"
+#: Formats of the types Q5_0, IQ4_NL and IQ4_XS, for which llama.cpp has slower kernels than for the others.
+SLOW = ("int5:g32:float16", "nl4:g32:float16", "nl4:g32:s6")
 Row = dict[str, Any]
 
 
@@ -293,7 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
     parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
-    parser.add_argument("--fast", action="store_true", help="plans without Q5_0, whose kernels are slow")
+    parser.add_argument(
+        "--fast", action="store_true", help="plans without Q5_0 and IQ4, whose kernels are slow"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of llama-bench")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder of the files")
