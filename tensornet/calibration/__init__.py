@@ -1,4 +1,4 @@
-"""Calibration: second moments of a model's inputs and gradients, collected on text or data."""
+"""Calibration: run a model on data, and collect second moments of its layers' inputs and gradients."""
 
 from tensornet.calibration.losses import (
     cosine_losses,

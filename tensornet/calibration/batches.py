@@ -1,4 +1,4 @@
-"""Batches: conversion of data to the arguments of a model, and samples of rows to measure losses on."""
+"""Batches: convert data to the arguments of a model, find padding, and select rows to measure losses on."""
 
 import inspect
 import re
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from tensornet._util import unwrapped
 from tensornet.errors import TargetError
 
-#: Keyword arguments of a model. `"labels"` may be present for the loss alone.
+#: Keyword arguments of a model. The entry `"labels"` may be meant only for the loss.
 Batch = Mapping[str, Any]
 #: Forms in which callers may pass a batch, see `as_batch`.
 BatchLike = Batch | Tensor | Sequence[Any]
 
 #: Label of a position that has no loss.
 IGNORED = -100
-#: Dtypes of labels that losses refuse, although models accept them as token indices.
+#: Dtypes that models accept for token indices, but that losses do not accept for labels.
 _SHORT = (torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Name of the first argument if the signature of the model does not show it.
+#: Name of a model's first argument, if the signature of its `forward` does not show the name.
 _FIRST = "input_ids"
-#: Annotations, as text, of arguments that are mappings.
+#: Matches annotations, written as strings, of arguments that are mappings.
 _MAPPINGS = re.compile(r"(typing\.|t\.)?(dict|Dict|Mapping|MutableMapping)\b")
 _FORMS = (
     "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "
@@ -32,10 +32,14 @@ _FORMS = (
 
 
 def check_batches(batches: Any, who: str) -> None:
-    """Raise TargetError for a single batch, or for batches that cannot be iterated over.
+    """Check that `batches` is an iterable of batches.
+
+    Args:
+        batches: the argument of a caller.
+        who: name of the called function, for the message.
 
     Raises:
-        TargetError: another type; the message shows it.
+        TargetError: `batches` is a single batch or not iterable; the message shows its type.
     """
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TargetError(
@@ -47,13 +51,13 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     """Convert a batch to keyword arguments on a device.
 
     Args:
-        given: keyword arguments (a Hugging Face batch); or a tensor, which is the model's first argument; or
-            `(inputs, labels)`, with inputs in either form.
-        model: the model; the signature of its `forward` names the arguments.
-        device: device for the tensors.
+        given: a mapping of keyword arguments (a Hugging Face batch); or a tensor, which is the model's first
+            argument; or a pair `(inputs, labels)`, with inputs in one of these forms.
+        model: the model; the signature of its `forward` gives the name of the first argument.
+        device: device to which tensors are moved.
 
     Raises:
-        TargetError: it has another form, or token indices have only one dimension.
+        TargetError: the batch has another form, or token indices have only one dimension.
     """
     if isinstance(given, list | tuple) and len(given) in (1, 2) and isinstance(given[0], Tensor | Mapping):
         batch = dict(as_batch(given[0], model, device))
@@ -63,16 +67,16 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
         name = _first_argument(model)
         if name == _FIRST and given.ndim < 2:
             raise TargetError(
-                f"A tensor of token indices has shape (rows, tokens), got {tuple(given.shape)}; a single row "
-                "is given as row[None]."
+                f"A tensor of token indices must have shape (rows, tokens), got {tuple(given.shape)}; pass a "
+                "single row as row[None]."
             )
         batch = {name: given}
     elif isinstance(given, Mapping):
         batch = dict(given)
     else:
-        raise TargetError(f"A batch is {_FORMS}; got {_described(given)}.")
+        raise TargetError(f"A batch must be {_FORMS}; got {_described(given)}.")
     if isinstance(labels := batch.get("labels"), Tensor) and labels.dtype in _SHORT:
-        batch["labels"] = labels.long()  # losses accept no other integers
+        batch["labels"] = labels.long()  # losses accept only int64
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
@@ -93,20 +97,20 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
             unknown = [name for name in unknown if name != "labels"]
             raise TargetError(
                 f"{type(model).__name__}.forward takes no {', '.join(unknown)}; its arguments are "
-                f"{', '.join(names) or 'none'}. A batch is {_FORMS}."
+                f"{', '.join(names) or 'none'}. A batch must be {_FORMS}."
             )
         batch = {name: value for name, value in batch.items() if name != "labels"}
     return model(**batch)
 
 
 def takes_labels(model: nn.Module) -> bool:
-    """Return True if `forward` takes an argument `labels`, or any keyword."""
+    """Return True if `forward` takes an argument `labels`, or arbitrary keyword arguments."""
     names, any_name = _arguments(model)
     return _mapping_argument(model) is None and (any_name or "labels" in names)
 
 
 def _mapping_argument(model: nn.Module) -> str | None:
-    """Return the name of the first argument of a model that takes one mapping; None for other models."""
+    """Return the name of a model's first argument if it is annotated as a mapping; else None."""
     first = next(iter(inspect.signature(unwrapped(model).forward).parameters.values()), None)
     if first is None or first.annotation is first.empty:
         return None
@@ -118,7 +122,7 @@ def _mapping_argument(model: nn.Module) -> str | None:
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:
-    """Return the keywords that `forward` names, and True if it takes any other keyword as well."""
+    """Return the names of the arguments of `forward`, and True if it takes arbitrary keywords too."""
     kinds = inspect.signature(unwrapped(model).forward).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (
@@ -139,20 +143,23 @@ def _described(given: Any) -> str:
 
 
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
-    """Return the mask of real tokens for a tensor with these leading dimensions; None without padding.
+    """Find which positions of a tensor inside a model are tokens and not padding.
 
-    Padding is taken from `attention_mask` and `decoder_attention_mask`; a position counts as a token if
-    either is set. A label of -100 is not padding, only a token without a loss, like most tokens in masked
-    language modelling. The exception is a decoder that gets its tokens as labels: positions after the last
-    label of a row are padding.
+    Padding is read from `attention_mask` and `decoder_attention_mask`; a position counts as a token if either
+    mask is set. A label of -100 does not mean padding, but a token without a loss, like most tokens in masked
+    language modelling. There is one exception: if a decoder gets its tokens as labels, positions after the
+    last label of a row are padding.
 
-    Dimensions are matched by size: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows, ...)` or
-    `(rows, heads, tokens)`, the first that fits. Other tensors, such as the tokens that a router chose for an
-    expert, get no mask, and their padding counts.
+    The mask is matched to the tensor by sizes: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows,
+    ...)` or `(rows, heads, tokens)`, in this order. Tensors of other sizes, such as the tokens that a router
+    selected for an expert, get no mask, so that their padding counts as tokens.
 
     Args:
         batch: arguments of the model.
-        shape: dimensions of the tensor, features left out.
+        shape: shape of the tensor without its last dimension, the features.
+
+    Returns:
+        True at tokens, with this shape; None if no padding is known.
 
     Example:
         >>> from tensornet.calibration.batches import token_mask
@@ -172,7 +179,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
 
 def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
-    """Broadcast a mask `(rows, tokens)` to a shape; None if it does not fit."""
+    """Broadcast a mask `(rows, tokens)` to a shape, see `token_mask`; None if the sizes do not fit."""
     rows, tokens = mask.shape
     rest = [1] * (len(shape) - 2)
     if shape[:2] == (rows, tokens):
@@ -187,9 +194,10 @@ def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
 
 
 def _ended_labels(batch: Batch) -> Tensor | None:
-    """Return the mask of decoder tokens up to the last label of each row; None for other labels.
+    """Return a mask of the positions up to the last label of each row, if labels are a decoder's tokens.
 
-    Labels belong to a decoder if only decoder inputs have their shape, and there is no decoder mask.
+    This is assumed if only decoder inputs have the shape of the labels, and there is no decoder mask. In all
+    other cases the result is None.
     """
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
@@ -202,17 +210,17 @@ def _ended_labels(batch: Batch) -> Tensor | None:
     return real if bool(real.any()) else None
 
 
-#: Largest number of batches that rows are taken from.
+#: Largest number of batches from which rows are selected.
 _PARTS = 4
-#: Tokens per row if the arguments do not show their number, as for the patches of an image.
+#: Assumed number of tokens of an image, since the arguments do not show its number of patches.
 _TOKENS_OF_IMAGE = 196
 
 
 class BatchSample:
-    """Iterable that yields batches and remembers a few of them, evenly spaced.
+    """Iterable that yields batches and stores a few of them, evenly spaced, in `kept`.
 
     Args:
-        batches: any iterable, even one that can be iterated only once.
+        batches: the batches; a generator that can be iterated only once is allowed.
 
     Example:
         >>> from tensornet.calibration.batches import BatchSample
@@ -242,15 +250,15 @@ class BatchSample:
 def some_rows(
     batches: Sequence[BatchLike], model: nn.Module, tokens: int, *, parts: int = _PARTS
 ) -> list[Batch]:
-    """Select the first rows of a few batches, with about a given number of tokens in all.
+    """Select the first rows of a few evenly spaced batches, with about a given total number of tokens.
 
-    A batch with an argument that does not have one entry for each row is taken as a whole.
+    A batch in which an argument does not have one entry for each row is not cut.
 
     Args:
-        batches: as for `calibrate`.
+        batches: batches in one of the forms that `as_batch` accepts.
         model: the model that the batches are for.
-        tokens: number of tokens of all rows together; at least one row is taken.
-        parts: largest number of batches that rows are taken from.
+        tokens: total number of tokens; at least one row is selected.
+        parts: largest number of batches from which rows are selected.
 
     Example:
         >>> from tensornet.calibration.batches import some_rows
@@ -268,7 +276,7 @@ def some_rows(
 
 
 def tokens_of(batch: Batch) -> int:
-    """Estimate how many tokens a batch has, without padding.
+    """Estimate the number of tokens in a batch, without padding.
 
     Example:
         >>> from tensornet.calibration.batches import tokens_of
@@ -280,7 +288,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch with about a given number of tokens; cut long windows."""
+    """Select the first rows of a batch, with about a given number of tokens; a long row of ids is cut."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]
@@ -294,7 +302,7 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:
-    """Return True if all arguments are integers `(rows, tokens)` without padding, so that rows can be cut."""
+    """Return True if all arguments are integers `(rows, tokens)` without padding: rows can be cut."""
     shapes = {tuple(value.shape) for value in arrays.values()}
     integers = all(value.ndim == 2 and not value.is_floating_point() for value in arrays.values())
     mask = arrays.get("attention_mask")
@@ -302,7 +310,7 @@ def _is_one_window(arrays: dict[str, Tensor]) -> bool:
 
 
 def tokens_of_row(batch: Batch) -> float:
-    """Estimate how many tokens a row has, without padding; 1 if a row is one vector."""
+    """Estimate the mean number of tokens in a row, without padding; 1 if a row is one vector."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return max(1.0, float((mask != 0).sum()) / len(mask))

@@ -1,7 +1,8 @@
-"""Run models block by block, where each block reads the hidden state that the one before it returned.
+"""Run a model block by block, where each block reads the hidden state that the previous block returned.
 
-Hidden states are stored, so running all blocks costs one forward pass, not one for each block. Chains of
-blocks are found by running the model once and comparing the tensors that its modules receive and return.
+Hidden states between blocks are stored, so running all blocks costs one forward pass, not one pass per block.
+Chains of blocks are found by running the model once and comparing the tensors that its modules receive and
+return.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +20,16 @@ from tensornet.nn.extension import extensions
 
 
 class Stop(Exception):
-    """Exception that ends a forward pass whose further results are not needed."""
+    """Exception that ends a forward pass early, when its remaining results are not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a block, and the position of the hidden state among them.
+    """Arguments of one call of a block, and the position of the hidden state among them.
 
     Args:
         args, kwargs: arguments of the call.
-        slot: index among `args`, or name among `kwargs`.
+        slot: position of the hidden state, an index in `args` or a name in `kwargs`.
     """
 
     args: tuple[Any, ...]
@@ -37,23 +38,23 @@ class Call:
 
     @property
     def hidden(self) -> Tensor:
-        """Hidden state of the call."""
+        """Hidden state among the arguments."""
         found: Tensor = self.kwargs[self.slot] if isinstance(self.slot, str) else self.args[self.slot]
         return found
 
     def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """Replace the hidden state of the call."""
+        """Return the call with another hidden state."""
         if isinstance(self.slot, str):
             return replace(self, kwargs={**self.kwargs, self.slot: hidden})
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Mark the argument at `slot` as the hidden state if it is a tensor."""
+        """Return the call with the argument at `slot` as the hidden state, if this argument is a tensor."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run the block and return the hidden state in its output."""
+        """Run a block with these arguments and another hidden state; return the hidden state it returns."""
         call = self.with_hidden(hidden)
         return hidden_of(block(*call.args, **call.kwargs))
 
@@ -62,26 +63,29 @@ def hidden_of(output: Any) -> Tensor:
     """Return the hidden state in the output of a block: the output itself, or the first item of a tuple.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: the output is neither a tensor nor a tuple that begins with a tensor.
     """
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"a block returned {type(output).__name__}, not a tensor or a tuple that begins with one"
+            f"a block returned {type(output).__name__}, not a tensor or a tuple that begins with a tensor"
         )
     return first
 
 
 @torch.no_grad()
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
-    """Find stacks of modules that run as a chain; map their names to the names of the blocks.
+    """Find the lists of modules in a model that run as a chain of blocks.
 
-    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules; in a chain every
-    module runs once, in order, on the same tensor object that the module before it returned.
+    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules. In a chain every
+    module runs once, in order, on the same tensor object that the previous module returned.
 
     Args:
-        model: the model, in eval mode.
-        batch: keyword arguments of the model; it is run once.
+        model: the model, in eval mode; it is run once.
+        batch: keyword arguments of the model.
+
+    Returns:
+        The names of the blocks of each chain, by the name of the list.
     """
     stacks = outer_stacks(model)
     made: dict[str, list[Tensor | None]] = {stack: [] for stack in stacks}
@@ -130,12 +134,12 @@ class ChainRun:
 
     Args:
         model: the model that contains the chain.
-        names: names of its blocks.
-        batches: keyword arguments of the model.
-        states: hidden states: `states[k, n]` is that of batch `n` before block `k`. A dictionary, or another
-            mapping, for example one that stores tensors on the disk.
-        position: index of the next block.
-        calls: recorded calls, by batch and block.
+        names: names of the blocks.
+        batches: keyword arguments of the model for each batch.
+        states: mapping in which `states[k, n]` is the hidden state of batch `n` before block `k`; a mapping
+            other than a dict may store the tensors on disk.
+        position: index of the next block to run.
+        calls: `calls[n][k]` is the call of block `k` on batch `n`, without its hidden state.
     """
 
     model: nn.Module
@@ -158,14 +162,14 @@ class ChainRun:
 
     @torch.no_grad()
     def enter(self, *, skip: bool = False) -> None:
-        """Run the model up to the last block, to record the arguments of all blocks.
+        """Run the model on all batches up to the last block, to record the arguments of all blocks.
 
         Args:
-            skip: run the first block only, and use its output in place of the outputs of the others. For
-                models too large to be run as a whole; arguments that a later block computes are missed.
+            skip: whether to run only the first block, and to use its output as the output of all blocks. This
+                is for models too large to be run as a whole; arguments that other blocks compute are missed.
 
         Raises:
-            TargetError: a block does not read the hidden state that the one before it returned.
+            TargetError: a block does not read the hidden state that the previous block returned.
         """
         for number, batch in enumerate(self.batches):
             calls: list[Call] = []
@@ -173,18 +177,18 @@ class ChainRun:
             step = partial(self._note, calls, outputs, skip)
             with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            if len(calls) > 1:  # only the second call shows with certainty where the hidden state is
+            if len(calls) > 1:  # for the first block the position is only a guess, for the second it is known
                 calls[0] = calls[0].with_slot(calls[1].slot)
             self.states[0, number] = calls[0].hidden
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` for one batch and return its output; states are not changed.
+        """Run the block at `position` on one batch and return its hidden state, which is not stored.
 
         Args:
             number: index of the batch.
-            hidden: hidden state to use in place of the stored one.
+            hidden: hidden state that the block reads; by default, the stored one.
         """
         hidden = self.states[self.position, number] if hidden is None else hidden
         for extension in extensions():
@@ -193,11 +197,11 @@ class ChainRun:
 
     @torch.no_grad()
     def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:
-        """Run the block at `position` on all batches and advance to the next block.
+        """Run the block at `position` on all batches, store the hidden states, and advance to the next block.
 
         Args:
-            keep: keep the states that the block read.
-            before: called with each batch before the block runs on it.
+            keep: whether to keep the hidden states that the block read.
+            before: function that is called with each batch before the block runs on it.
         """
         for number, batch in enumerate(self.batches):
             if before is not None:
@@ -209,7 +213,12 @@ class ChainRun:
 
     @contextmanager
     def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """Skip the blocks inside the context; the model continues after them with `hidden`."""
+        """Return a context in which the model skips all blocks and continues with `hidden` as their output.
+
+        Args:
+            number: index of the batch on which the model is run.
+            hidden: hidden state after the last block.
+        """
         first = self._first[number]
         output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
         with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):
@@ -228,8 +237,8 @@ class ChainRun:
         slot = _slot(args, kwargs, hidden_of(outputs[-1]) if outputs else None)
         if len(calls) != index or slot is None:
             raise TargetError(
-                f"{self.names[index]} of {type(self.model).__name__} does not read what the block before it "
-                "returned: its blocks cannot be run one by one. Load the model and use tensornet.calibrate."
+                f"{self.names[index]} of {type(self.model).__name__} does not read what the previous block "
+                "returned, so blocks cannot be run one by one. Load the model and use tensornet.calibrate."
             )
         calls.append(Call(args, kwargs, slot))
         if index and index == len(self.names) - 1:
@@ -242,9 +251,9 @@ class ChainRun:
 
 @contextmanager
 def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
-    """Call `step(index, forward, *args, **kwargs)` in place of the `forward` of each block."""
+    """Return a context in which each block calls `step(index, forward, *args, **kwargs)` as its `forward`."""
     blocks = [model.get_submodule(name) for name in names]
-    before = [vars(block).get("forward") for block in blocks]  # others may have replaced it as well
+    before = [vars(block).get("forward") for block in blocks]  # not None if other code has replaced it
     for index, block in enumerate(blocks):
         block.forward = partial(step, index, block.forward)
     try:
@@ -260,7 +269,7 @@ def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., 
 def outer_stacks(
     model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
 ) -> dict[str, tuple[str, ...]]:
-    """List the outermost containers of at least `least` modules, by name, with the names of their modules."""
+    """Map the outermost containers of at least `least` modules to the names of these modules."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
@@ -270,7 +279,7 @@ def outer_stacks(
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find the position of a tensor among arguments, or of the first tensor if `wanted` is None."""
+    """Find the position of the tensor `wanted` among arguments, or of the first tensor if it is None."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:

@@ -1,4 +1,4 @@
-"""Calibration: run a model over data and accumulate second moments in bounded memory."""
+"""Calibration: run a model on data, and accumulate second moments of its layers in bounded memory."""
 
 import math
 import weakref
@@ -39,19 +39,19 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
 
-#: Numbers of tokens and of losses after which calibration ends if `tokens` is absent. Both must be reached:
-#: a model with one loss for each row, such as an encoder, has few independent gradients among its tokens.
+#: If `tokens` is absent, calibration ends after these numbers of tokens and of losses. Both are needed, since
+#: a model with one loss for each row, such as an encoder, has few independent gradients for many tokens.
 MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
-#: Conditions to stop earlier: least number of tokens; least number of tokens per feature of each full input
-#: moment; largest relative standard error of the predicted loss increase of the reference scheme.
+#: Conditions for ending earlier: smallest number of tokens; smallest number of tokens per feature of each
+#: full input moment; largest relative standard error of the loss increase of the reference scheme.
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
-#: Number of elements of a weight above which products in 16 bits are faster, conversions included.
+#: Number of elements from which a weight is multiplied faster in 16 bits, conversions included.
 _LARGE = 1 << 18
-#: Losses that first run the model to see what it returns; this run must not be recorded.
+#: Losses for which `default_losses` tells whether they are the cross entropy of tokens.
 _OWN = (label_losses, own_losses, sampled_losses)
-#: A side of a weight longer than this keeps only the diagonal of its moment.
+#: Largest number of inputs or outputs whose moment is stored in full; of larger moments only the diagonal is.
 FULL_UP_TO = 8192
-#: Columns of a block of a Gram matrix.
+#: Number of columns in a block of a Gram matrix.
 _BLOCK = 128
 
 
@@ -68,47 +68,49 @@ def calibrate(
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
-    """Collect the second moments that predict the loss increase of an error in each weight.
+    """Collect second moments of layer inputs and gradients, which predict the loss increase of weight errors.
 
-    Needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on the
-    device of its parameters, and is not changed.
+    This needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on
+    the device of its parameters, and is not changed.
 
-    If `tokens` is not given, calibration stops once the moments have converged: every full moment of inputs
-    has at least 32 tokens a feature, and the predicted loss increase of a reference scheme (all weights with
-    the same relative error, `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each weight) has a relative
-    standard error of at most 2.5 %, estimated from batch to batch by the delta method. It reads at least
-    4,096 tokens, and ends after 32,768 tokens with 1,024 losses, which only a model with one loss for each
-    row reaches later.
+    If `tokens` is not given, calibration stops when the moments have converged. There are two conditions:
+    every full moment of inputs was averaged over at least 32 tokens per feature; and the predicted loss
+    increase of a reference scheme has a relative standard error of at most 2.5 %, estimated from the
+    differences between batches by the delta method. The reference scheme has the same relative error in all
+    weights, so its predicted loss increase is `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each
+    weight. Calibration reads at least 4,096 tokens, and stops at the latest after 32,768 tokens and 1,024
+    losses.
 
-    The first condition bounds the sampling error of the moments: with factors fitted to moments of `n`
-    independent tokens, the loss increase is larger by a fraction of `(rows + columns) / n` than with exact
-    moments. The second detects batches that differ more than random samples would. Neither can know about
-    batches that were not read, so pass batches in random order. `docs/planning.md` has the measurements.
+    The first condition limits the sampling error of the moments: if factors are fitted to moments of `n`
+    independent tokens, the loss increase is larger by a fraction `(rows + columns) / n` than with exact
+    moments. The second detects batches that differ more than random samples would. Neither can detect what is
+    in batches that were not read, so pass batches in random order. `docs/planning.md` has the measurements.
 
     Args:
-        model: any module; its layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
-        batches: keyword arguments of the model (a Hugging Face batch); or tensors, which are its first
-            argument, for language models token indices `(rows, tokens)`; or pairs `(inputs, labels)` as a
-            `DataLoader` gives them.
-        config: selects the layers to observe; all if absent.
-        loss_fn: losses of single tokens, see `tensornet.calibration.losses`; `sampled_losses` gives the true
-            instead of the empirical Fisher matrix. If absent, it is the cross entropy of the labels, of the
-            next token for classes such as `*ForCausalLM`; or the model's own loss times its tokens; or,
-            without both, the distance from the dense outputs.
-        tokens: how many tokens to read, without padding; the last batch is cut. If the model does not read
+        model: any module; layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
+        batches: iterable of batches. A batch is a mapping of keyword arguments of the model (a Hugging Face
+            batch); or a tensor, the first argument of the model, which for language models are token indices
+            `(rows, tokens)`; or a pair `(inputs, labels)` as a `DataLoader` gives it.
+        config: selects the layers to observe; all layers if absent.
+        loss_fn: function that returns the losses of single tokens, see `tensornet.calibration.losses`;
+            `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
+            is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
+            model's own mean loss for each token, or, without labels and own loss, the distance from the dense
+            outputs.
+        tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
-        gradients: whether to differentiate the loss, which costs three times as much as running the model;
-            without it only inputs are collected.
-        autocast: run the model under autocast to this dtype. `"auto"` is `torch.bfloat16` for large float32
+        gradients: whether to differentiate the loss, which takes three times as long as running the model;
+            if False, only moments of inputs are collected.
+        autocast: dtype in which the model runs under autocast. `"auto"` is `torch.bfloat16` for large float32
             models on devices where it is faster (`fast_dtype`); None keeps the caller's autocast. All moments
             are computed in float32.
         source: name of the data, for reports.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        TargetError: no batch, or a batch of an unknown form.
-        NonFiniteError: inputs or gradients of a layer are not finite; the message names it.
-        ValueError: an option is out of range; the message names it.
+        TargetError: there is no batch, or a batch has an unknown form.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
+        ValueError: an option is out of range; the message names the option.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -137,7 +139,7 @@ def calibrate(
             if tokens is not None and tokens_of(batch) > tokens - read:
                 batch = first_rows(batch, tokens - read)
             recorder.batch = batch
-            # No cache of weights in 16 bits, since it would not be cleared before the last batch.
+            # The cache of autocast is disabled, since 16-bit weights would stay in it until the last batch.
             lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
             with lower, torch.set_grad_enabled(gradients):
                 if count == 0 and gradients and (loss_fn is None or loss_fn in _OWN):
@@ -166,17 +168,17 @@ def calibrate(
                 break
         fingerprint = weight_samples(targets)
     if count == 0:
-        raise TargetError("calibrate got no batches; pass at least one, better 30 of 1,000 tokens.")
+        raise TargetError("calibrate got no batches; pass at least one, better 30 batches of 1,000 tokens.")
     loss = mean_loss(total, scored, loss_fn) if gradients else None
     stats = recorder.finish(scored, loss, source)
     return replace(stats, of_tokens=of_tokens, fingerprint=fingerprint)
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return bfloat16 if a model runs faster under autocast to it on its device, else None.
+    """Return `torch.bfloat16` if a model runs faster under autocast to it on its device, else None.
 
-    This is so for a float32 model with matrices of at least 2^18 elements, on a device with bfloat16
-    arithmetic: a GPU from Ampere on, or a processor with AVX-512 BF16 or AMX.
+    It does if it is a float32 model with matrices of at least 2^18 elements, on a device with bfloat16
+    arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
 
     Example:
         >>> from tensornet.calibration.calibrate import fast_dtype
@@ -196,7 +198,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 class _Settling:
-    """Predicted loss increase of the reference scheme for each batch; see `calibrate`."""
+    """Decides when the moments have converged, from the traces of moments of each batch; see `calibrate`."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         #: Mean square of each weight.
@@ -204,7 +206,7 @@ class _Settling:
         self.batches: list[tuple[Mapping[str, float], Mapping[str, float]]] = []
 
     def settled(self, recorder: "MomentRecorder") -> bool:
-        """Return True if no more tokens are needed."""
+        """Return True if the moments have converged."""
         if max(recorder.counts.values(), default=0) < FEWEST_TOKENS or len(self.batches) < 4:
             return False
         for name, shared in recorder.inputs.items():
@@ -226,13 +228,13 @@ class _Settling:
             r = torch.ones_like(r)
         mean_c, mean_r = c.mean(0), r.mean(0)
         total = float((scale * mean_c * mean_r).sum())
-        # First-order change of the total when the weight of a batch increases.
+        # How the total changes to first order if a batch gets more weight in the means.
         influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
         return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
 
 def checked_losses(losses: Any) -> Tensor:
-    """Validate the losses that a user-supplied function returns.
+    """Return the losses that a user's function returned, after checking them.
 
     Raises:
         TargetError: the losses are not a tensor that requires gradients.
@@ -241,8 +243,8 @@ def checked_losses(losses: Any) -> Tensor:
         return losses
     got = "a tensor that does not" if isinstance(losses, Tensor) else type(losses).__name__
     raise TargetError(
-        "A loss function returns the losses of all tokens that have one, shape (tokens,), and they depend on "
-        f"layers that are calibrated; got {got}."
+        "A loss function must return the losses of all tokens that have a loss, shape (tokens,), as a tensor "
+        f"that requires gradients, since it depends on the calibrated layers; got {got}."
     )
 
 
@@ -254,14 +256,14 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
     """
     if scored == 0:
         raise TargetError(
-            "No token of the calibration data has a loss: rows of one token, or nothing but padding or "
-            "ignored labels. Pass longer rows, or gradients=False to collect inputs alone."
+            "No token of the calibration data has a loss: all rows have a single token, or all labels are "
+            "padding or ignored. Pass longer rows, or gradients=False to collect only moments of inputs."
         )
     return math.nan if loss_fn in PROJECTIONS else total / scored
 
 
 class MomentRecorder:
-    """Running sums of one calibration: hooks add to them, `finish` divides."""
+    """Sums of second moments over the batches of one calibration, which hooks on the layers update."""
 
     def __init__(self) -> None:
         self.batch: Batch = {}
@@ -276,7 +278,7 @@ class MomentRecorder:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Suspend recording inside the block."""
+        """Return a context in which nothing is recorded."""
         self.seeing = False
         try:
             yield
@@ -284,7 +286,7 @@ class MomentRecorder:
             self.seeing = True
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Add one input; layers that read the same tensor share its moment."""
+        """Add the input of a layer; layers that read the same tensor share its moment."""
         if not self.seeing:
             return
         if self._last is None or not self._last.joins(name, x):
@@ -296,17 +298,17 @@ class MomentRecorder:
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
 
     def take_traces(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the traces of inputs and gradients by layer, summed since the last call."""
+        """Return the traces of input and gradient moments by layer, summed since the last call."""
         found = self._traces
         self._traces = ({}, {})
         inputs, gradients = ({name: float(x) for name, x in side.items()} for side in found)
         return inputs, gradients
 
     def _settle(self) -> None:
-        """Add the moment of the pending tensor to the sums of the layers that read it.
+        """Add the moment of the last input tensor to the sums of the layers that have read it.
 
-        Layers share a sum as long as they read the same tensors. If only some of them read a tensor (an
-        expert may get no token in a batch), the sum is split in two.
+        Layers share a sum as long as they read the same tensors. If only some of these layers read a tensor
+        (an expert may get no token in a batch), the sum is split in two.
         """
         if self._last is None:
             return
@@ -322,7 +324,7 @@ class MomentRecorder:
             add_moment(shared.total, moment)
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
-        """Count the lookups of each row of an embedding."""
+        """Count how often each row of an embedding is looked up."""
         if not self.seeing:
             return
         mask = token_mask(self.batch, indices.shape)
@@ -331,14 +333,20 @@ class MomentRecorder:
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).float())
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
-        """Copy some tokens of the input of a layer, for its coherence, until the gradients arrive."""
+        """Copy the inputs of some tokens of a layer until their gradients are known, for its coherence."""
         if not self.seeing:
             return []
         mask = token_mask(self.batch, x.shape[:-1])
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
-        """Add the gradient of the summed loss with respect to one output, and the inputs stored for it."""
+        """Add the gradient of the summed loss with respect to a layer's output.
+
+        Args:
+            name: name of the layer.
+            gradient: the gradient, shape `(..., out)`.
+            held: inputs of sampled tokens that `hold` has returned.
+        """
         if held:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
@@ -349,35 +357,39 @@ class MomentRecorder:
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
-            # In 16 bits the moments of correlated outliers would get negative eigenvalues.
+            # In 16 bits, moments with strongly correlated outliers would get negative eigenvalues.
             add_gram(self.gradients[name], tokens.float())
 
     def finish(
         self, scored: int, loss: float | None, source: str, inputs: Mapping[str, Tensor] | None = None
     ) -> CalibrationStats:
-        """Divide the sums: inputs by the tokens of a layer, gradients by the tokens that have a loss.
+        """Divide the sums by numbers of tokens and return the statistics.
+
+        Moments of inputs are divided by the number of tokens that the layer received, moments of gradients by
+        the number of tokens that have a loss.
 
         Args:
-            scored: tokens that have a loss.
+            scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
-            inputs: input moments by layer, collected by another recorder.
+            inputs: input moments by layer that another recorder has collected, for computing the coherence.
         """
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
         for shared in {id(x): x for x in self.inputs.values()}.values():
-            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as never run
+            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as not called
                 continue
             mean = mirrored(shared.total.div_(max(self.counts[shared.layers[0]], 1)))
             columns.update(dict.fromkeys(shared.layers, mean))
         for name, moment in self.gradients.items():
             (columns if name in self.frequencies else rows)[name] = mirrored(moment.div_(scored))
-        for name, moment in (*columns.items(), *rows.items()):  # inputs first: they show the first bad layer
-            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # it has the largest elements
+        # Inputs are checked first, since the first layer with bad inputs is nearest to the cause.
+        for name, moment in (*columns.items(), *rows.items()):
+            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # the largest elements are here
             if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
-                    f"Calibration met NaN or infinite inputs or gradients at layer {name!r}; check the "
+                    f"Calibration found NaN or infinite inputs or gradients at layer {name!r}; check the "
                     "checkpoint, run the model in float32, or exclude the layer."
                 )
         tokens = max(self.counts.values(), default=0)
@@ -394,18 +406,18 @@ class MomentRecorder:
         )
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the coherence of each layer for which tokens were kept and both moments are known."""
+        """Compute the coherence of each layer that has sampled tokens and both moments."""
         readers: dict[int, list[str]] = {}
         for name in sorted(name for name in self._samples if name in rows and name in columns):
             readers.setdefault(id(columns[name]), []).append(name)
         ratios: dict[str, float | None] = {}
         for names in readers.values():
-            with remembering():  # factorises the moment of a shared input once
+            with remembering():  # the moment of a shared input is factorized only once
                 ratios |= {name: self._samples[name].ratio(columns[name], rows[name]) for name in names}
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
     def _moment(self, tokens: Tensor) -> Tensor:
-        # The model may run under autocast, but sums of thousands of squares in 16 bits would be noise.
+        # The model may run under autocast, but sums of thousands of squares are too inaccurate in 16 bits.
         with torch.autocast(tokens.device.type, enabled=False):
             if tokens.shape[1] <= FULL_UP_TO:
                 return upper_gram(tokens.float())
@@ -413,7 +425,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the rows of tokens, shape `(tokens, features)`; a view if there is no padding."""
+    """Select the vectors of tokens that are not padding, shape `(tokens, features)`; a view if all are."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
@@ -428,14 +440,14 @@ def _accumulate(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 @dataclass
 class _InputSum:
-    """Summed input moment of layers that have read the same tensors so far."""
+    """Sum of input moments, shared by layers that have read the same tensors so far."""
 
     layers: list[str]
     total: Tensor
 
 
 class _Reading:
-    """Input tensor, its moment, and the layers that have read it."""
+    """Moment of one input tensor, and the layers that have read this tensor."""
 
     def __init__(self, x: Tensor, moment: Tensor, tokens: int) -> None:
         self.moment, self.tokens = moment, tokens
@@ -445,7 +457,7 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Return True if the layer reads the same unchanged tensor, and has not read it before."""
+        """Return True if `x` is this tensor, unchanged, and the layer has not read it before."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
@@ -456,7 +468,11 @@ def _version(x: Tensor) -> int | None:
 
 
 def upper_gram(x: Tensor) -> Tensor:
-    """Compute the blocks of `X^T X` on and above the diagonal; blocks below it are undefined."""
+    """Compute the blocks of `X^T X` on and above the diagonal; all other elements are undefined.
+
+    Args:
+        x: the matrix `X`, shape `(tokens, features)`.
+    """
     found = x.new_empty(x.shape[1], x.shape[1])
     for rows, columns in _blocks(x.shape[1]):
         torch.mm(x[:, rows].T, x[:, columns], out=found[rows, columns])
@@ -464,18 +480,18 @@ def upper_gram(x: Tensor) -> Tensor:
 
 
 def add_gram(total: Tensor, x: Tensor) -> None:
-    """Add `X^T X` to the upper half of a sum, block by block while they are in the cache.
+    """Add `X^T X` to the upper half of a sum, in blocks that fit into the processor's cache.
 
     Args:
-        total: shape `(features, features)`; elements below the diagonal are undefined afterwards.
-        x: shape `(tokens, features)`, of the same dtype.
+        total: the sum, shape `(features, features)`; elements below the diagonal are undefined afterwards.
+        x: the matrix `X`, shape `(tokens, features)`, in the dtype of the sum.
     """
     for rows, columns in _blocks(x.shape[1]):
         total[rows, columns].addmm_(x[:, rows].T, x[:, columns])
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment to a sum: the upper half of a matrix, or a diagonal."""
+    """Add a moment, whose upper half or whose diagonal is given, to a sum of the same shape."""
     if moment.ndim == 1:
         total += moment
         return
@@ -484,12 +500,12 @@ def add_moment(total: Tensor, moment: Tensor) -> None:
 
 
 def _blocks(size: int) -> list[tuple[slice, slice]]:
-    """List the blocks of rows of a square matrix, with the columns from their diagonal on."""
+    """List blocks that cover the upper half of a square matrix, as slices of rows and columns."""
     return [(slice(k, k + _BLOCK), slice(k, None)) for k in range(0, size, _BLOCK)]
 
 
 def mirrored(moment: Tensor) -> Tensor:
-    """Mirror the upper triangle of a moment; diagonal moments are returned unchanged."""
+    """Copy the upper triangle of a moment to the lower one, in place; a diagonal is returned unchanged."""
     return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)
 
 
@@ -497,7 +513,13 @@ def mirrored(moment: Tensor) -> Tensor:
 def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
-    """Record the chosen layers inside the block, in eval mode, with frozen weights and a fixed seed."""
+    """Return a context in which the selected layers are recorded, in eval mode, with frozen weights.
+
+    Args:
+        model: any module.
+        recorder: receives inputs and gradients of the layers.
+        config: selects the layers; all layers if absent.
+    """
     with unfused(model), in_eval_mode(model), uncompiled(), without_cache(model), seeded_draws():
         weights = find_targets(model, config or LayerSelection(target_modules="all"))
         targets = [x for x in weights if not x.skip]
@@ -531,9 +553,9 @@ def _index_hook(name: str) -> Any:
             low, high = (int(x) for x in given.aminmax())
             if low < 0 or high >= module.num_embeddings:
                 raise TargetError(
-                    f"Embedding {name!r} has {module.num_embeddings:,} rows, and a batch asks for row "
-                    f"{low if low < 0 else high}: token ids of another tokenizer, or a text longer than the "
-                    f"model takes? Indices go from 0 to {module.num_embeddings - 1}."
+                    f"A batch contains index {low if low < 0 else high}, but embedding {name!r} has only the "
+                    f"rows 0 to {module.num_embeddings - 1}. The token ids may be from another tokenizer, or "
+                    "the text may be longer than the model allows."
                 )
 
     return hook
@@ -558,7 +580,7 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
         if not torch.is_grad_enabled():
             return None
         if not output.requires_grad:  # weights are frozen, so the graph starts at the first layer
-            # The model may change this output in place, which autograd forbids for a leaf; so copy it.
+            # The output is copied, since the model may change it in place, which autograd forbids for a leaf.
             output = output.detach().requires_grad_().clone()
         (given,) = (*args, *kwargs.values())
         paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]

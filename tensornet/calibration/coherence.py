@@ -1,14 +1,14 @@
-"""Coherence of the tokens of one row: how far their first-order loss changes add up instead of canceling.
+"""Coherence: how far the first-order loss changes of the tokens of a text add up instead of canceling.
 
-The error `E` of a weight changes the loss of one row of a batch (a text, an image) by `sum_t e_t`, with `e_t
-= g_t^T E x_t` over its tokens, inputs `x_t` and gradients `g_t` of the outputs. K-FAC treats the tokens as
-independent, so that the mean square is that of `sum_t e_t^2`. If a model pools its tokens, as encoders of
-sentences and images do, all `g_t` of its last layers are nearly equal, and the true loss increase is many
-times larger.
+In this module a row is a row of a batch: a text, an image. To first order, an error `E` of a weight changes
+the loss of a row by `sum_t e_t` with `e_t = g_t^T E x_t`, summed over its tokens `t` with inputs `x_t` and
+output gradients `g_t`. K-FAC treats the tokens as independent, and so replaces the mean of `(sum_t e_t)^2` by
+the mean of `sum_t e_t^2`. The coherence is the ratio of these two means. If a model pools its tokens, as
+encoders of sentences and images do, all `g_t` of its last layers are nearly equal, and the ratio is large.
 
-Rounding and truncation are weighted by both moments `R = E[g g^T]` and `C = E[x x^T]`; their errors are
-isotropic after both sides are whitened. So the ratio is computed from whitened tokens. Without whitening, a
-few directions that all tokens share would dominate, although little error is left in them.
+Rounding and truncation take the moments `R = E[g g^T]` and `C = E[x x^T]` into account, so that their errors
+are isotropic after whitening with both. So the ratio is computed from whitened tokens. Without whitening, a
+few directions that all tokens share would dominate, although the errors in these directions are small.
 """
 
 import random
@@ -22,24 +22,24 @@ from tensornet._util import remembered
 from tensornet.calibration.batches import Batch
 from tensornet.linalg.weighted_svd import cholesky, damped, root
 
-#: Number of rows that are kept for a layer, and of tokens for each row.
+#: Number of rows sampled for each layer, and number of tokens sampled from each row.
 ROWS, TOKENS = 16, 32
-#: Shares of the mean diagonal that are added to moments of inputs and of gradients, as for rounding.
+#: Fractions of the mean diagonal that are added to the moments of inputs and of gradients, as for rounding.
 COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
-#: Smallest ratio: the estimate may be near zero if tokens cancel or samples are few.
+#: Smallest coherence; the estimate may be near zero if tokens cancel or samples are few.
 _LEAST = 0.1
 
 
 @dataclass(frozen=True)
 class HeldTokens:
-    """Inputs of some tokens of one row, kept until the gradients of their outputs are known.
+    """Inputs of sampled tokens of one row, stored until the gradients of their outputs are known.
 
     Args:
-        slot: index among the rows that are kept.
+        slot: index of the row in the sample of rows.
         row: index of the row in the batch.
-        places: positions of the tokens in their row, shape `(tokens,)`.
-        x: their inputs, shape `(tokens, in)`.
-        count: number of tokens of the whole row.
+        places: positions of the sampled tokens in the row, shape `(tokens,)`.
+        x: inputs of the layer for these tokens, shape `(tokens, in)`.
+        count: number of tokens in the whole row.
     """
 
     slot: int
@@ -57,10 +57,10 @@ class _Kept:
 
 
 class CoherenceSample:
-    """Random tokens of random rows of one layer, kept until its moments are known.
+    """Random sample of tokens and rows for one layer, from which its coherence is estimated.
 
     Args:
-        name: name of the layer, which seeds the random choice.
+        name: name of the layer; it is the seed of the random choice.
 
     Example:
         >>> from tensornet.calibration.coherence import CoherenceSample
@@ -77,15 +77,16 @@ class CoherenceSample:
         self._kept: dict[int, _Kept] = {}
 
     def hold(self, x: Tensor, mask: Tensor | None, batch: Batch) -> list[HeldTokens]:
-        """Choose some rows of the input of a layer, and copy some of their tokens.
+        """Sample rows of a batch, and copy the layer's inputs for some of their tokens.
 
         Args:
-            x: input, shape `(..., in)`.
-            mask: true at tokens that are not padding, shape `(...)`; all if absent.
+            x: input of the layer, shape `(..., in)`.
+            mask: True at tokens that are not padding, shape `(...)`; None if there is no padding.
             batch: the batch on which the model runs.
 
         Returns:
-            The copied tokens; none if the sizes do not show the rows, or for rows of a single token.
+            The copied inputs of each sampled row; empty if the shape of `x` does not show which tokens belong
+            to a row, or if all rows have a single token.
         """
         by_row = by_rows(x.detach(), *row_sizes(batch))
         if by_row is None:
@@ -99,14 +100,20 @@ class CoherenceSample:
                 continue
             slot = self._seen if self._seen < ROWS else self._random.randrange(self._seen + 1)
             self._seen += 1
-            if slot < ROWS:  # reservoir sampling: every row is kept with the same probability
+            if slot < ROWS:  # reservoir sampling: every row of all batches has the same probability
                 chosen = self._random.sample(range(count), min(count, TOKENS))
                 places = tokens[row].nonzero()[:, 0][chosen]
                 held[slot] = HeldTokens(slot, row, places, by_row[row, places], count)
         return list(held.values())
 
     def add(self, held: Sequence[HeldTokens], gradient: Tensor, batch: Batch) -> None:
-        """Store the tokens together with the gradients of the layer's outputs, shape `(..., out)`."""
+        """Add sampled tokens with the gradients of their outputs to the sample.
+
+        Args:
+            held: result of `hold`.
+            gradient: gradient of the layer's output, shape `(..., out)`.
+            batch: the batch on which the model ran.
+        """
         by_row = by_rows(gradient.detach(), *row_sizes(batch)) if held else None
         if by_row is None:
             return
@@ -114,15 +121,14 @@ class CoherenceSample:
             self._kept[one.slot] = _Kept(one.x, by_row[one.row, one.places], one.count)
 
     def ratio(self, columns: Tensor, rows: Tensor) -> float | None:
-        """Compute the mean square of the changes of rows, relative to that of independent tokens.
+        """Estimate the coherence of the layer from the sample.
 
         Args:
-            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; its scale does not
-                matter.
-            rows: moment of the gradients, shape `(out, out)` or `(out,)`.
+            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; its scale is irrelevant.
+            rows: moment of the output gradients, shape `(out, out)` or its diagonal `(out,)`.
 
         Returns:
-            None if no tokens were kept, or all of them are zero.
+            The coherence; None if there are no samples, or all of them are zero.
         """
         kept = [self._kept[slot] for slot in sorted(self._kept)]
         if not kept or not (bool(columns.any()) and bool(rows.any())):
@@ -141,15 +147,15 @@ class CoherenceSample:
 
 
 def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
-    """Transform vectors so that their moment becomes the identity, up to damping.
+    """Whiten vectors: transform them so that their second moment becomes the identity, up to damping.
 
     Args:
-        x: shape `(tokens, features)`.
-        moment: nonzero moment, shape `(features, features)` or its diagonal `(features,)`.
-        damping: fraction of the mean diagonal that is added to it.
+        x: the vectors, shape `(tokens, features)`.
+        moment: their nonzero moment, shape `(features, features)` or its diagonal `(features,)`.
+        damping: fraction of the mean diagonal that is added to the diagonal of the moment.
 
     Returns:
-        The vectors, in single precision if that is accurate enough, else in double precision.
+        The transformed vectors, in single precision if this is accurate enough, else in double precision.
 
     Example:
         >>> from tensornet.calibration.coherence import whitened
@@ -159,7 +165,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
     if moment.ndim == 1:
         return x.double() / damped(moment, damping).sqrt()
     lower = _root(moment, damping)
-    if lower is None:  # rounding errors of the sums exceed the damping
+    if lower is None:  # rounding errors in the moment exceed the damping
         return x.double() @ root(damped(moment, damping))[1].mT
     found: Tensor = torch.linalg.solve_triangular(lower, x.to(lower.dtype).mT, upper=False)
     return found.mT
@@ -167,7 +173,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
 
 @remembered
 def _root(moment: Tensor, damping: float) -> Tensor | None:
-    """Compute the Cholesky factor of a damped moment, None if it is not positive definite."""
+    """Compute the Cholesky factor of a damped moment; None if the moment is not positive definite."""
     shifted = moment.clone() if moment.dtype == torch.float64 else moment.to(torch.float32, copy=True)
     shifted.diagonal().add_(damping * shifted.diagonal().mean())
     lower, positive = cholesky(shifted)
@@ -175,7 +181,7 @@ def _root(moment: Tensor, damping: float) -> Tensor | None:
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows of a batch, and the possible numbers of tokens in a row.
+    """Return the number of rows in a batch, and the numbers that may be the tokens in a row.
 
     Example:
         >>> from tensornet.calibration.coherence import row_sizes
@@ -191,13 +197,13 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
     """Reshape the input of a layer to `(rows, tokens, features)`.
 
     Args:
-        x: shape `(rows, ..., features)` or `(tokens, rows, ..., features)`; or rows and tokens, or rows and
-            windows of an image, may be one dimension.
-        rows: number of rows of the batch.
-        tokens: possible numbers of tokens in a row.
+        x: input of shape `(rows, ..., features)` or `(tokens, rows, ..., features)`. Rows and tokens, or rows
+            and windows of an image, may also be merged into one dimension.
+        rows: number of rows in the batch.
+        tokens: numbers that may be the tokens in a row.
 
     Returns:
-        None if the sizes do not show the rows, as for tokens that a router selected.
+        The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.
 
     Example:
         >>> from tensornet.calibration.coherence import by_rows

@@ -1,8 +1,8 @@
-"""Per-token losses whose gradients calibration collects.
+"""Losses of single tokens, whose gradients calibration collects.
 
-A loss function maps `(model, batch)` to the losses of all tokens that have one, shape `(tokens,)`, without
-padding. Any such function can be given to `calibrate`. Some losses of this module draw random numbers: with a
-fixed seed during calibration, otherwise with the global generator.
+A loss function maps `(model, batch)` to the losses of all tokens that have a loss, shape `(tokens,)`; padding
+has none. Any such function can be passed to `calibrate`. Some losses of this module draw random numbers, with
+a fixed seed during calibration and otherwise with the global generator.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,14 +21,16 @@ TokenLosses = Callable[[nn.Module, Batch], Tensor]
 
 
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the cross entropy of the labels under the model's logits.
+    """Compute the cross entropy of the labels under the model's logits, shape `(tokens,)`.
 
-    Labels are `batch["labels"]`, else the unpadded `input_ids`. Decoders of transformers are scored by the
-    label of the next position, other models by the label of the same position (`scores_next_token`); logits
-    of padding are not scored. The model's own loss is used (`own_losses`) if its class is unknown and it
-    computes a loss from token labels, or if labels and logits do not match token by token. Outputs are
-    objects or mappings with `logits` or `loss`, or one tensor `(..., classes)` for labels `(...)`. If labels
-    are floating-point numbers with the shape of that tensor, the loss of each row is the mean squared
+    The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding. In decoders of
+    transformers, the logits of a position are scored by the label of the next position, in other models by
+    the label of the same position (`scores_next_token`). Logits of padding are not scored.
+
+    The output of the model is an object or mapping with `logits` or `loss`, or one tensor `(..., classes)`
+    for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
+    loss from token labels, or if labels and logits do not match token by token. If the labels are
+    floating-point numbers in the shape of an output tensor, the loss of each row is the mean squared
     difference.
 
     Raises:
@@ -48,9 +50,9 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         if (loss := field(output, "loss")) is not None:
             return loss.expand(_scored(labels, batch))
         raise TargetError(
-            f"{type(model).__name__} returns neither logits for each token nor a loss, so nothing says what "
-            "an error costs. For hidden states there is tensornet.compression.cosine_losses. Calibrate it "
-            "with a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
+            f"{type(model).__name__} returns neither logits for each token nor a loss, so the effect of "
+            "weight errors cannot be measured. For hidden states use tensornet.calibration.cosine_losses, "
+            "otherwise a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
             "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
             "tensornet.compress(model, config, calibration=stats)."
         )
@@ -60,15 +62,15 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         inputs = batch.get("input_ids", torch.empty(0))
         if inputs.shape == labels.shape and bool(((inputs == labels) | (labels == IGNORED)).all()):
             raise TargetError(
-                f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads; "
-                "whether it predicts the next token is known of classes such as *ForCausalLM. Pass loss_fn, "
-                "a function (model, batch) -> losses of shape (tokens,)."
+                f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads. Only "
+                "classes such as *ForCausalLM are known to predict the next token. Pass loss_fn, a function "
+                "(model, batch) -> losses of shape (tokens,)."
             )
     return token_entropies(*_aligned(model, batch, logits, labels))
 
 
 def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Tensor | None:
-    """Return the mean loss that a model computes from token labels; None if it does not."""
+    """Return the mean loss that a model computes from token labels; None if it computes no loss."""
     if "labels" not in batch and takes_labels(model):
         output = run_model(model, {**batch, "labels": labels})
     loss: Tensor | None = field(output, "loss")
@@ -78,7 +80,7 @@ def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Te
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Return the model's own mean loss, repeated for each token that has a label, shape `(tokens,)`.
 
-    Labels are `batch["labels"]`, else the unpadded `input_ids`.
+    The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding.
 
     Raises:
         TargetError: the model returns no loss.
@@ -100,25 +102,32 @@ def own_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
-    """Compute the mean squared difference of each output row from labels of its shape."""
+    """Compute the mean squared difference between output and labels of each row, shape `(rows,)`.
+
+    Raises:
+        TargetError: the labels are not floating-point numbers in the shape of the output.
+    """
     if labels is None or labels.shape != output.shape or not labels.is_floating_point():
         what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
         raise TargetError(
             f"{type(model).__name__} returns a tensor of shape {tuple(output.shape)}, and the batch has "
-            f"{what}; so nothing says what an error costs. Pass pairs (inputs, labels), where labels are "
-            "indices of classes, one for each row of logits, or numbers of the shape of the output; or "
-            "choose objective='activation', which needs no loss; or give tensornet.calibrate a loss_fn, a "
-            "function (model, batch) -> losses of shape (tokens,), and pass the statistics on."
+            f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
+            "indices, one for each row of logits, or floating-point numbers in the shape of the output; or "
+            "choose objective='activation', which needs no loss; or call tensornet.calibrate with a loss_fn, "
+            "a function (model, batch) -> losses of shape (tokens,), and pass calibration=statistics."
         )
     return (output - labels).square().reshape(len(output), -1).mean(-1)
 
 
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute the cross entropy of labels sampled from the model, whose gradients give the Fisher matrix.
+    """Compute the cross entropy of labels that are sampled from the model's own predictions.
 
-    The Fisher matrix equals the curvature of the divergence from the model's own predictions, so it does
-    not shrink where the model already predicts its text well. A classifier of whole rows has one loss for
-    each row.
+    The second moment of its gradients is the Fisher matrix, which equals the curvature of the divergence from
+    the model's predictions. So, unlike with true labels, it does not shrink where the model predicts the text
+    well. A classifier of whole rows has one loss for each row.
+
+    Raises:
+        TargetError: the model returns no logits.
 
     Example:
         >>> from tensornet.calibration import sampled_losses
@@ -131,8 +140,8 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
         logits, places, _ = _aligned(model, batch, logits, labels)
     elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
         raise TargetError(
-            f"{type(model).__name__} returns no logits for each token or row to draw labels from; use "
-            "label_losses or pass a loss function of your own."
+            f"{type(model).__name__} returns no logits for tokens or rows, from which labels could be drawn; "
+            "use label_losses or pass a loss function of your own."
         )
     else:
         places = torch.arange(len(logits), device=logits.device)
@@ -142,9 +151,9 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute a random projection of each row's mean-pooled, normalized hidden states, shape `(rows,)`.
 
-    With projections drawn from a normal distribution the second moment of the gradients is that of the
-    Jacobian, so the predicted increase of this "loss" is half the squared distance between old and new unit
-    vectors: one minus their cosine.
+    If projections are drawn from a normal distribution, the second moment of the gradients is that of the
+    Jacobian. So the predicted increase of this "loss" is half the squared distance between the unit vectors
+    of the dense and the compressed model, which is one minus their cosine.
 
     Example:
         >>> from tensornet.calibration import cosine_losses
@@ -158,10 +167,11 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def output_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Compute a random projection of each row's normalized outputs `(rows,)`, for models without labels.
+    """Compute a random projection of each row's normalized outputs, shape `(rows,)`.
 
-    As with `cosine_losses`, the predicted increase of this "loss" is half the squared distance between the
-    old and the new outputs of a row, relative to the square of the old ones.
+    This is for models without labels. As with `cosine_losses`, the predicted increase of this "loss" is half
+    the squared distance between the outputs of the dense and the compressed model for a row, relative to the
+    squared norm of the dense output.
 
     Example:
         >>> from tensornet.calibration import output_losses
@@ -172,21 +182,20 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
     return _projected(outputs) / outputs.detach().norm(dim=-1).clamp_min(_TINY)
 
 
-#: Losses that draw random projections: only their gradients have a meaning, not their value.
+#: Losses that draw random projections: only their gradients have a meaning, not their values.
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
 @torch.no_grad()
 def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
-    """Choose the loss for a model from its outputs for one batch.
+    """Choose the loss function for a model from its output for one batch.
 
-    The choice is `cosine_losses` for outputs with only hidden states or sentence embeddings; `label_losses`
-    if there are labels; the model's own loss (`own_losses`) for token labels if the class does not show which
-    position they belong to; and the distance of the outputs (`output_losses`) if there are neither labels nor
-    a loss.
+    The choice is `cosine_losses` if the output has only hidden states or sentence embeddings, `output_losses`
+    if there are neither labels nor a loss, and else `label_losses`; or `own_losses` if labels are tokens, the
+    class of the model does not show to which position a label belongs, and the model computes a loss.
 
     Returns:
-        The loss, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
+        The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
     """
     labels, logits, output = _predict(model, batch)
     if only_hidden(output):
@@ -204,8 +213,8 @@ def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
     return label_losses, False
 
 
-#: Endings of class names: of models whose logits are scored by the next label, and of models whose logits are
-#: scored by the label of the same position.
+#: Endings of the class names of models whose logits are scored by the next label (`_DECODERS`), and of models
+#: whose logits are scored by the label of the same position.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _IN_PLACE = (
     "XLNetLMHeadModel",
@@ -219,8 +228,8 @@ _IN_PLACE = (
 def scores_next_token(model: nn.Module) -> bool | None:
     """Return True if logits are scored by the next label, False if by the label of the same position.
 
-    This is known for classes of transformers: decoders are recognized by the end of their name, with a list
-    of exceptions; encoder-decoder models shift their labels themselves. None for any other class.
+    Classes of transformers are recognized by the end of their name, and encoder-decoder models, which shift
+    labels themselves, by their configuration. The result for any other class is None.
 
     Example:
         >>> from tensornet.calibration.losses import scores_next_token
@@ -237,9 +246,9 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Return True if the classes are the tokens that a model reads: one for each row of its embedding.
+    """Return True if a model has an embedding with one row for each class: its classes are tokens.
 
-    If a model does not tell which embedding reads its tokens, all embeddings are compared.
+    If the model does not tell which embedding reads its tokens, any of its embeddings may match.
     """
     getter = getattr(model, "get_input_embeddings", None)
     named = getter() if callable(getter) else None
@@ -248,15 +257,16 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 
 
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
-    """Build a loss that compares compressed models with their dense teacher.
+    """Make a loss function that compares compressed models with the dense model, their teacher.
 
-    With labels it is `label_losses` or `own_losses`. Without labels it is the distance from the dense model's
-    outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half the squared
-    difference of other outputs relative to the dense ones.
+    If there are labels, the function is `label_losses` or `own_losses`. Otherwise it measures the distance
+    from the teacher's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half
+    the squared difference of other outputs, relative to the squared norm of the teacher's output.
 
     Args:
         teacher: the dense model.
-        remember: keep its outputs for each batch, to reuse them when the same batch object is passed again.
+        remember: whether to store the teacher's output for each batch, to reuse it when the same batch object
+            is passed again.
 
     Example:
         >>> import copy
@@ -280,7 +290,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
-        if judged_by is None:  # decided by the first batch; with labels the teacher is not run again
+        if judged_by is None:  # decided by the first batch
             judged_by, _ = default_losses(teacher, batch)
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
@@ -293,12 +303,15 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the squared distances of output rows from those of a reference model, relative to its norms.
+    """Compute the squared distance of each output row from that of a reference model, shape `(rows,)`.
+
+    The distance is relative to the squared norm of the reference row.
 
     Args:
-        outputs: a tensor, or an object or mapping of tensors, whose first dimensions are the rows.
-        wanted: outputs of the reference model.
-        batch: the arguments of both models; padding in outputs of `(rows, tokens, ...)` does not count.
+        outputs: output of a model: a tensor, or an object or mapping of tensors, whose first dimension is the
+            rows of the batch.
+        wanted: output of the reference model.
+        batch: the arguments of both models; padding in outputs `(rows, tokens, ...)` is ignored.
 
     Example:
         >>> from tensornet.calibration.losses import output_distances
@@ -310,12 +323,12 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
     return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)
 
 
-#: Smallest squared norm that a distance is divided by.
+#: Smallest squared norm by which a distance is divided.
 _TINY = 1e-30
 
 
 def _output_rows(output: Any, batch: Batch) -> Tensor:
-    """Concatenate all floating-point outputs of each row, with zero padding, shape `(rows, numbers)`."""
+    """Concatenate all floating-point outputs of each row, with padding set to 0: shape `(rows, numbers)`."""
     parts = []
     for value in _tensors(output, batch):
         mask = token_mask(batch, value.shape[:2]) if value.ndim > 2 else None
@@ -342,7 +355,7 @@ def _rows(batch: Batch) -> int:
 
 
 def only_hidden(output: Any) -> bool:
-    """Return True if a model returns hidden states or embeddings, and neither logits nor a loss."""
+    """Return True if an output contains hidden states or embeddings, but neither logits nor a loss."""
     hidden, judged = (
         any(field(output, name) is not None for name in names)
         for names in ((SENTENCE, "last_hidden_state"), ("logits", "loss"))
@@ -350,12 +363,16 @@ def only_hidden(output: Any) -> bool:
     return hidden and not judged
 
 
-#: Fields in which models that embed sentences return one vector for each row.
+#: Output field in which models that embed sentences return one vector for each row.
 SENTENCE = "sentence_embedding"
 
 
 def pooled(output: Any, batch: Batch) -> Tensor:
-    """Pool each row to a unit vector: its sentence embedding, else the mean hidden state without padding."""
+    """Return a unit vector for each row: its sentence embedding, or else its mean hidden state.
+
+    Returns:
+        Shape `(rows, width)`; padding does not count in the mean.
+    """
     if (embedding := field(output, SENTENCE)) is not None:
         return nn.functional.normalize(embedding.float(), dim=-1)
     hidden = field(output, "last_hidden_state").float()  # shape: (rows, tokens, width)
@@ -372,7 +389,7 @@ def _projected(unit: Tensor) -> Tensor:
 
 
 def field(output: Any, name: str) -> Any:
-    """Return a named field of a model output, an object or a mapping; None if the field is missing."""
+    """Return a field of a model output, which is an object or a mapping; None if the field is missing."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
@@ -387,10 +404,10 @@ def _numbers(labels: Tensor | None) -> bool:
 
 
 def _labels(batch: Batch) -> Tensor | None:
-    """Return the labels of a batch, else its input tokens without padding."""
+    """Return the labels of a batch, or else its input tokens, with padding replaced by `IGNORED`."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
-        labels = batch["input_ids"].long()  # losses refuse 32-bit labels
+        labels = batch["input_ids"].long()  # losses accept only int64
         mask = batch.get("attention_mask")
         if mask is not None and mask.shape == labels.shape:  # other shapes are attention patterns
             labels = labels.masked_fill(mask == 0, IGNORED)
@@ -398,19 +415,19 @@ def _labels(batch: Batch) -> Tensor | None:
 
 
 def _scored(labels: Any, batch: Batch) -> int:
-    """Count the tokens that have a label, or the rows if labels are not classes of tokens."""
+    """Count the tokens that have a label; if labels are not classes of tokens, count the rows."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
         return _rows(batch)
     return int((labels != IGNORED).sum())
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Run the model and return `(labels, logits of each label or None, output)`."""
+    """Run the model and return `(labels, logits, output)`; logits that do not match the labels are None."""
     labels = _labels(batch)
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}
     output = run_model(model, batch)
-    if isinstance(output, Tensor):  # without given labels it may be hidden states
+    if isinstance(output, Tensor):  # it may be hidden states, so input tokens are not used as labels
         labels = batch.get("labels")
     logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape
@@ -419,34 +436,34 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 
 
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits `(positions, classes)`, the positions that have a label, and these labels."""
+    """Return the logits `(positions, classes)`, the positions that have a label, and their labels."""
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and bool(scores_next_token(model))
     padded = causal and mask is not None and mask.shape == labels.shape
     if causal:  # each position is scored by the next label
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     keep = labels != IGNORED
-    if padded:  # left padding: its logits for the first token are meaningless
+    if padded:  # the last position of left padding would predict the first token
         keep &= batch["attention_mask"] != 0
     places = keep.reshape(-1).nonzero().squeeze(1)
-    # Token indices may have 32 bits, class labels may not.
+    # Token indices may be int32, but losses accept only int64.
     return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()
 
 
-#: Number of logits processed at a time, so that they stay in the cache of a CPU.
+#: Number of logits processed at a time: on a CPU they fit into the cache; on other devices.
 _CACHED, _CHUNK = 1 << 18, 1 << 27
 
 
 def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross entropy of labels at some rows of the logits, in single precision.
+    """Compute the cross entropy of labels for some rows of the logits, in single precision.
 
     Args:
-        logits: shape `(rows, classes)`.
+        logits: logits of all positions, shape `(rows, classes)`.
         places: indices of the rows that have a label, without repetition, shape `(tokens,)`.
-        labels: their classes, shape `(tokens,)`.
+        labels: class indices of these rows, shape `(tokens,)`.
 
     Returns:
-        Shape `(tokens,)`; differentiable once by the logits.
+        The losses, shape `(tokens,)`; they can be differentiated once with respect to the logits.
 
     Example:
         >>> from tensornet.calibration.losses import token_entropies
@@ -459,11 +476,14 @@ def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
-    """Draw a label from the probabilities at some rows of the logits, shape `(tokens,)`.
+    """Draw a class index from the predicted probabilities of each selected row of logits.
 
     Args:
-        logits: shape `(rows, classes)`.
-        places: rows, shape `(tokens,)`.
+        logits: logits of all positions, shape `(rows, classes)`.
+        places: indices of the selected rows, shape `(tokens,)`.
+
+    Returns:
+        The class indices, shape `(tokens,)`.
 
     Example:
         >>> from tensornet.calibration.losses import drawn_labels
@@ -475,7 +495,7 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
     drawn = torch.empty_like(places)
     for part in _parts(places, logits):
         sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)
-        # The first class whose cumulative sum exceeds the drawn number; classes of probability 0 never do.
+        # Choose the first class whose cumulative sum exceeds the drawn number, never one of probability 0.
         drawn[part] = torch.searchsorted(sums, shares[part] * sums[:, -1:], right=True)[:, 0]
     return drawn.clamp_max_(logits.shape[1] - 1)
 
@@ -505,20 +525,20 @@ class _TokenEntropies(torch.autograd.Function):
 
 
 def _parts(places: Tensor, logits: Tensor) -> list[slice]:
-    """Split the tokens into runs whose logits are processed together."""
+    """Split the rows into slices whose logits are processed together."""
     step = max(1, (_CACHED if logits.is_cpu else _CHUNK) // max(logits.shape[1], 1))
     return [slice(k, k + step) for k in range(0, len(places), step)]
 
 
-#: Generators of the innermost block by device; None outside.
+#: Generators of the innermost `seeded_draws` context by device; None outside of such contexts.
 _drawing: ContextVar[dict[torch.device, torch.Generator] | None] = ContextVar("drawing", default=None)
 
 
 @contextmanager
 def seeded_draws() -> Iterator[None]:
-    """Make losses draw from separate generators with a fixed seed inside the block.
+    """Return a context in which losses draw random numbers with a fixed seed, not with the global generator.
 
-    The generators are not reset between batches, so that equal batches get different noise.
+    The generators are not reset between batches, so equal batches get different random numbers.
 
     Example:
         >>> from tensornet.calibration.losses import draws_on, seeded_draws
@@ -537,7 +557,7 @@ def seeded_draws() -> Iterator[None]:
 
 
 def draws_on(device: torch.device) -> torch.Generator | None:
-    """Return the generator of a device; None (the global generator) outside of `seeded_draws`."""
+    """Return the seeded generator of a device; None, for the global generator, outside of `seeded_draws`."""
     known = _drawing.get()
     if known is None:
         return None

@@ -1,4 +1,4 @@
-"""Second moments that calibration collects, and their file format."""
+"""Statistics that calibration collects, and the files that store them."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -19,28 +19,28 @@ STATS_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """Second moments of inputs and output gradients of every layer: the curvature of the loss.
+    """Second moments of the inputs and output gradients of every layer, which predict loss increases.
 
-    A change `dW: (out, in)` of the weight of one layer increases the loss of a token by about `1/2 tr(R dW C
-    dW^T)`, with `R` from `rows` and `C` from `columns` (the K-FAC approximation of the Fisher matrix), times
-    its `coherence`. For a linear layer with inputs `x`, and gradients `g` of the summed loss with respect to
-    its outputs, `C = E[x x^T]` and `R = E[g g^T]`. For an embedding `R` has the frequencies of its rows, and
-    `C` is the gradient moment.
+    A change `dW: (out, in)` of one layer's weight increases the loss of a token by about `coherence * 1/2
+    tr(R dW C dW^T)`, the K-FAC approximation of the Fisher matrix. For a linear layer with inputs `x`, and
+    gradients `g` of the summed loss with respect to its outputs, `C = E[x x^T]` and `R = E[g g^T]`. For an
+    embedding the diagonal of `R` is the frequency of each row, and `C` is the moment of the gradients.
 
     Args:
-        rows: by module name, shape `(out, out)`, or `(out,)` if only the diagonal is kept.
-        columns: by module name, shape `(in, in)` or `(in,)`. Layers that read one input (q, k, v) share
-            one tensor.
-        tokens: number of tokens that the moments are averaged over, without padding.
-        loss: mean loss of a token, None if no loss was computed.
+        rows: the moment `R` by module name, shape `(out, out)`, or `(out,)` if only the diagonal is stored.
+        columns: the moment `C` by module name, shape `(in, in)` or `(in,)`. Layers with the same input (q, k,
+            v) share one tensor.
+        tokens: number of tokens over which the moments are averaged, without padding.
+        loss: mean loss of a token; None if no loss was computed.
         source: name of the data, for reports.
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
-        coherence: by module name, a factor of `R`: the mean square of the first-order loss change of a row (a
-            text, an image), relative to independent tokens, for errors that are isotropic after `R` and `C`
-            are whitened. Estimated from 32 tokens of each of 16 rows; 1 if absent.
-        counts: by module name, number of tokens that reached the layer: fewer than `tokens` behind a router.
+        coherence: how far the first-order loss changes of the tokens of a text or image add up, by module
+            name: the mean square of their sum relative to that of independent tokens, estimated from 32
+            tokens of each of 16 texts (see `tensornet.calibration.coherence`). A missing entry means 1.
+        counts: number of tokens that each layer received, by module name; behind a router they are fewer than
+            `tokens`.
         scored: number of tokens that have a loss.
-        fingerprint: by module name, four elements of the weight, to recognize the model.
+        fingerprint: four elements of each weight, by module name, to recognize the model.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -66,10 +66,10 @@ class CalibrationStats:
     fingerprint: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def check_weights(self, targets: Iterable[Target]) -> None:
-        """Raise TargetError if the statistics were collected on a model of other weights.
+        """Check that the statistics were collected on the weights of a model.
 
         Args:
-            targets: targets of the model; those that are not in the statistics are ignored.
+            targets: targets of the model; targets that are not in the statistics are ignored.
 
         Raises:
             TargetError: a weight differs by more than its rounding to 16 bits; the message names the layer.
@@ -87,18 +87,18 @@ class CalibrationStats:
 
     @property
     def has_gradients(self) -> bool:
-        """True if losses can be predicted, False if only errors of layer outputs can."""
+        """True if loss increases can be predicted, False if only errors of layer outputs can."""
         return self.loss is not None
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the distinct tensors."""
+        """Bytes of all moments; a tensor that layers share is counted once."""
         distinct = {id(x): x for x in (*self.rows.values(), *self.columns.values())}
         return sum(x.numel() * x.element_size() for x in distinct.values())
 
     def _repr_html_(self) -> str:
-        """Format as a table for notebooks."""
-        known = self.loss is not None and self.loss == self.loss  # NaN: the loss has no meaning
+        """Return an HTML table for notebooks."""
+        known = self.loss is not None and self.loss == self.loss  # a loss of NaN has no meaning
         loss = f", loss {self.loss:.4f}" if known else ""
         caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"
         rows = []
@@ -111,10 +111,10 @@ class CalibrationStats:
         return html_table(caption, ("layer", "inputs", "tokens", "1/2 tr R tr C"), rows)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; a tensor that several layers share is written once.
+        """Write the statistics to a safetensors file; a tensor that layers share is written once.
 
         Raises:
-            DestinationError: the file cannot be written there.
+            DestinationError: the file cannot be written.
         """
         tensors: dict[str, Tensor] = {}
         sides = {side: _deduplicate(getattr(self, side), side, tensors) for side in ("rows", "columns")}
@@ -135,10 +135,10 @@ class CalibrationStats:
 
     @classmethod
     def load(cls, path: str | Path) -> "CalibrationStats":
-        """Read a file written by `save`.
+        """Read statistics from a file that `save` wrote.
 
         Raises:
-            FormatError: the file is missing, damaged, or contains something else.
+            FormatError: the file is missing or damaged, or does not contain statistics.
         """
         try:
             with safetensors.safe_open(str(path), framework="pt") as file:
@@ -171,7 +171,16 @@ class CalibrationStats:
 
 
 def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Add each distinct tensor to `tensors` under the first layer's name; return layer -> key."""
+    """Collect the distinct tensors of one side of the statistics.
+
+    Args:
+        moments: moments by layer; layers may share a tensor.
+        side: `"rows"` or `"columns"`.
+        tensors: receives each distinct tensor, under a key with the name of its first layer.
+
+    Returns:
+        The key of each layer's tensor.
+    """
     keys: dict[int, str] = {}
     for name, moment in moments.items():
         key = keys.setdefault(id(moment), f"{side}.{name}")
@@ -180,7 +189,7 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
 
 
 def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
-    """Read four elements of the weight of each target, by name; none on the meta device."""
+    """Read four elements of the weight of each target, by name; targets on the meta device are left out."""
     found = {}
     for target in targets:
         matrix = target.matrix

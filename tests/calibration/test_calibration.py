@@ -201,9 +201,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_hooks_go_when_a_batch_fails() -> None:
     model = gpt2()
-    with pytest.raises(TargetError, match=r"'transformer.wte' has 101 rows, and a batch asks for row 100000"):
+    with pytest.raises(TargetError, match=r"index 100000, but embedding 'transformer.wte' has only the rows"):
         tn.calibrate(model, [torch.tensor([[1, 100_000]])])
-    with pytest.raises(TargetError, match=r"row -1: token ids of another tokenizer"):
+    with pytest.raises(TargetError, match=r"index -1, but.*another tokenizer"):
         tn.calibrate(model, [torch.tensor([[1, -1]])])
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
@@ -280,7 +280,7 @@ def test_model_without_a_loss_names_what_to_pass() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"total": self.layer(x).sum()}
 
-    with pytest.raises(tn.errors.TargetError, match=r"nothing says what an error costs.*a loss of your own"):
+    with pytest.raises(tn.errors.TargetError, match=r"effect of weight errors cannot be.*a loss of your own"):
         tn.calibrate(Total(), [vectors()["x"]])
 
 
