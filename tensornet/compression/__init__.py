@@ -1,4 +1,4 @@
-"""Compression of whole models: candidates of every layer, one plan, one report."""
+"""Compression of whole models: find candidates for every layer, plan, check the loss, replace layers."""
 
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses

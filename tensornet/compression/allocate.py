@@ -1,10 +1,10 @@
-"""Allocation of budgets over many layers, by one Lagrange multiplier for all cost curves.
+"""Divide a budget among layers: choose one candidate for each layer, with one Lagrange multiplier for all.
 
-Each layer has candidates, each with a size and a cost. With one Lagrange multiplier `m`, every layer takes
-the candidate with the least `cost + m * size`. Of all allocations of the same total size this one has the
-least cost (Everett's theorem). As `m` decreases, every layer moves along the lower convex hull of its
-candidates. The steps are taken in the order of their saving per unit of size, until the budget is spent. The
-remaining budget is spent so that a larger budget never costs more.
+Each candidate of a layer has a size and a cost. With a Lagrange multiplier `m`, every layer takes the
+candidate with the least `cost + m * size`. Among all choices with the same total size this choice has the
+least total cost (Everett's theorem). As `m` decreases, every layer moves along the lower convex hull of its
+candidates. These steps are taken in the order of the cost they save per unit of size, until no further step
+fits. What then remains of the budget is used such that a larger budget never leads to a larger cost.
 
 Reference:
     Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
@@ -34,17 +34,17 @@ class Candidate:
     """One way to store a weight.
 
     Args:
-        topology: the network; None is the dense matrix in the dtype of the model.
-        storage: encoding of its cores.
-        num_bytes: exact size, scales and padding included.
-        params: stored numbers.
+        topology: topology of the network; None means the dense matrix in the dtype of the model.
+        storage: how the cores are stored.
+        num_bytes: exact size in bytes, including scales and padding.
+        params: count of stored numbers.
         predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
         error: relative Frobenius error.
-        cost: number by which candidates are compared: the predicted loss under gradient moments with little
-            damping. Little damping ranks candidates best but underestimates the loss on other text;
+        cost: loss increase predicted with little damping of the gradient moments, by which candidates are
+            compared. Little damping ranks candidates best but underestimates the loss on other text, so
             `predicted_loss` uses more damping.
         milliseconds: predicted time of a forward pass; 0 if no token count was given.
-        number_format: for a dense matrix in a number format, the name of that format as the user gave it.
+        number_format: for a dense matrix, the name of its number format as the user gave it; else empty.
 
     Example:
         >>> from tensornet.compression.allocate import Candidate
@@ -64,26 +64,33 @@ class Candidate:
     number_format: str = ""
 
     def scaled(self, factor: float) -> "Candidate":
-        """Copy the candidate with its predicted losses multiplied."""
+        """Return a copy with the predicted losses multiplied by a factor."""
         return replace(self, cost=factor * self.cost, predicted_loss=factor * self.predicted_loss)
 
 
 class CostCurve(NamedTuple):
     """Sizes (parameters, bytes or milliseconds) and costs of the candidates of one layer.
 
-    Both have shape `(candidates,)`; costs have any unit that adds over layers.
+    Both tensors have shape `(candidates,)`. Costs may have any unit, but must add up over layers.
     """
 
     sizes: Tensor
     costs: Tensor
 
     def best(self, multiplier: float) -> int:
-        """Find the candidate of least `cost + multiplier * size`; ties go to the smallest."""
+        """Return the index of the candidate with the least `cost + multiplier * size`."""
         return int((self.costs + multiplier * self.sizes).argmin())
 
 
 def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
-    """Choose the candidates of least total cost whose total size is at most `budget`.
+    """Choose one candidate for each layer, such that the total size keeps a budget and the cost is small.
+
+    Args:
+        curves: the cost curve of each layer.
+        budget: largest total size.
+
+    Returns:
+        Index of the candidate of each layer.
 
     Raises:
         BudgetError: the smallest candidates together are larger than the budget.
@@ -91,13 +98,13 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
     least = sum(float(curve.sizes.min()) for curve in curves)
     if least > budget:
         raise BudgetError(
-            f"The budget allows {budget:,.6g}, the smallest candidates of all layers need {least:,.6g}; "
+            f"The budget allows {budget:,.6g}, but the smallest candidates of all layers need {least:,.6g}; "
             "raise the budget or choose fewer layers."
         )
     start, steps = hull_steps(curves)
-    # Take steps in order while they fit; a layer whose step does not fit takes none of its later steps. So a
-    # larger budget never costs more: at the first step where the walks of two budgets differ, the larger one
-    # takes a step that the smaller one cannot, and all later steps save less per unit of size.
+    # First choice: take all steps that fit, in order, but none of a layer after one of its steps did not fit.
+    # With a larger budget the cost is never larger: at the first step that differs, the larger budget allows
+    # a step that the smaller one does not, and all later steps save less per unit of size.
     walk, blocked = list(start), set()
     left = budget - total_size(curves, start)
     for layer, candidate, growth in steps:
@@ -107,7 +114,8 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             walk[layer], left = candidate, left - growth
         else:
             blocked.add(layer)
-    # Or stop at the first step that does not fit, and replace the one candidate that then saves most.
+    # Second choice: stop at the first step that does not fit, then replace one candidate by the one that
+    # saves most. The choice of less cost is returned.
     other, left = list(start), budget - total_size(curves, start)
     for layer, candidate, growth in steps:
         if growth > left:
@@ -127,12 +135,15 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
 def spend_cost(
     curves: Sequence[CostCurve], allowed: float, counted: Sequence[Tensor] | None = None
 ) -> list[int]:
-    """Choose the candidates of least total size whose total cost is at most `allowed`.
+    """Choose one candidate for each layer, such that the total cost keeps a budget and the size is small.
 
     Args:
         curves: the cost curve of each layer.
-        allowed: the budget.
+        allowed: largest total cost.
         counted: costs that count against the budget, if they differ from the costs in `curves`.
+
+    Returns:
+        Index of the candidate of each layer.
 
     Raises:
         BudgetError: the most accurate candidates together cost more than allowed.
@@ -145,15 +156,15 @@ def spend_cost(
     least = charge(0.0)
     if least > allowed:
         raise BudgetError(
-            f"A cost of {allowed:g} is allowed, the best candidates already cost {least:g}; allow more or "
-            "choose fewer layers."
+            f"A cost of {allowed:g} is allowed, but the best candidates already cost {least:g}; allow more "
+            "or choose fewer layers."
         )
     # The cost grows with the multiplier: find the largest multiplier whose cost is still allowed.
     low, high = 0.0, 1.0
     while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
-        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric mean: multipliers span many orders
+        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric, since multipliers span many orders
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
@@ -164,16 +175,17 @@ def decide_alone(
     decide: Callable[[int, float], _Choice],
     stay: Callable[[int], tuple[_Choice, float]],
 ) -> list[_Choice]:
-    """Choose the candidate of each layer separately, under the same keep ratio.
+    """Choose the candidate of each layer separately, with the same parameter ratio for all layers.
 
-    The smallest candidate of a tiny matrix may have more parameters than the ratio allows. Such a layer stays
-    dense, and the ratio of the other layers is lowered, so that all layers together keep the requested ratio.
+    Even the smallest candidate of a tiny matrix may have more parameters than the ratio allows. Such a layer
+    stays dense, and the ratio of the other layers is lowered, so that all layers together keep the ratio.
 
     Args:
-        dense: parameters of each layer.
-        ratio: keep ratio of all of them.
-        decide: returns the candidate for a layer index and a ratio; raises `BudgetError` if none fits.
-        stay: returns the candidate of a layer that stays dense, and its parameters.
+        dense: number of parameters of each dense layer.
+        ratio: largest fraction of these parameters to keep.
+        decide: function that returns the candidate for a layer index and a ratio; it raises `BudgetError` if
+            there is none.
+        stay: function that returns the candidate of a layer that stays dense, and its number of parameters.
 
     Raises:
         BudgetError: the ratio cannot be kept; the error is that of the first layer that failed.
@@ -210,10 +222,15 @@ def decide_alone(
 
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
-    """Compute `(total size, total cost)` along the optimal allocations, by decreasing size."""
+    """Compute `(total size, total cost)` of optimal choices, by decreasing size.
+
+    Args:
+        curves: the cost curve of each layer.
+        points: largest number of pairs.
+    """
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     steepest = max(max(float(step) for step in steps), 1e-300)
-    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # multipliers that change the allocation
+    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # multipliers near this change choices
     exponents = torch.logspace(top - 8, top + 3, points - 1, base=10, dtype=torch.float64)
     multipliers = [0.0, *exponents.tolist()]
     allocations = [[curve.best(multiplier) for curve in curves] for multiplier in multipliers]
@@ -232,11 +249,12 @@ def total_cost(curves: Sequence[CostCurve], chosen: Sequence[int]) -> float:
 
 
 def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, int, float]]]:
-    """Find the smallest allocation, and the order of the steps that enlarge it.
+    """Find the smallest candidate of each layer, and the order of the steps to larger candidates.
 
     Returns:
-        The cheapest of the smallest candidates of each curve, and `(curve, candidate, growth in size)` of all
-        steps along the hulls, ordered by decreasing saving per unit of size.
+        The index of the smallest candidate of each curve, that of least cost if several are smallest; and
+        `(curve, candidate, growth in size)` for all steps along the lower convex hulls, ordered by decreasing
+        saving per unit of size.
 
     Example:
         >>> from tensornet.compression.allocate import CostCurve, hull_steps
@@ -257,7 +275,7 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Find the lower convex hull of points; return indices by increasing size and decreasing cost.
+    """Return the indices of the points on the decreasing lower convex hull, by increasing size.
 
     Example:
         >>> from tensornet.compression.allocate import lower_hull
@@ -277,18 +295,18 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
     return hull
 
 
-# --- all caps of a configuration --------------------------------------------------------------------
+# --- all limits of a configuration ------------------------------------------------------------------
 
-#: Format of all layers without calibration data.
+#: Default format of all layers without calibration data.
 _BLIND = "int8"
 #: Largest number of layers named in an error.
 _NAMED = 4
-#: Largest number of rounds that adjust the multipliers of several caps.
+#: Largest number of rounds that adjust the weights of several limits.
 _ROUNDS = 80
 
 
 def curve_of(candidates: Sequence[Candidate], unit: str) -> CostCurve:
-    """Build the cost curve of a layer over `"params"`, `"num_bytes"` or `"milliseconds"`."""
+    """Make the cost curve of a layer, with `"params"`, `"num_bytes"` or `"milliseconds"` as size."""
     sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
     return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
 
@@ -303,19 +321,23 @@ def choose_candidates(
     rest: tuple[int, int] = (0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
-    """Choose a candidate for each layer within all caps; return indices and the name of the tightest cap.
+    """Choose one candidate for each layer, such that all budgets of a configuration are kept.
 
     Args:
-        targets: the layers.
-        candidates: the candidates of each target.
-        config: has the budgets.
-        objective: the objective that the candidates were made for.
-        forecast: corrects predicted losses by measured ones.
-        rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
-        names: names for errors, if one list of candidates belongs to several layers.
+        targets: the weights to compress.
+        candidates: the candidates of each target, or of each group of fused targets.
+        config: the configuration.
+        objective: objective for which the candidates were made.
+        forecast: corrects predicted losses by measured losses.
+        rest: number of elements, and bytes, of the parameters that are not targeted, for budgets of the whole
+            model.
+        names: name of each target or group for errors; by default, the names of the targets.
+
+    Returns:
+        Index of the candidate of each layer, and the name of the tightest budget.
 
     Raises:
-        BudgetError: the caps cannot be kept.
+        BudgetError: the budgets cannot be kept.
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.formats:
@@ -340,7 +362,7 @@ def choose_candidates(
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
         return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
     chosen, bound_by = spend_all(caps, names)
-    for name in _common_formats(candidates):  # or one format for all layers, if that costs less
+    for name in _common_formats(candidates):  # use one format for all layers if this costs less
         same = [uniform(found)[name] for found in candidates]
         cheaper = total_cost(caps[0].curves, same) < total_cost(caps[0].curves, chosen)
         if cheaper and all(cap.use(same) <= 1 for cap in caps):
@@ -350,18 +372,18 @@ def choose_candidates(
         if (predicted := forecast.corrected(loss)) > config.loss_increase:
             raise BudgetError(
                 f"{bound_by} and loss_increase={config.loss_increase} contradict each other: the best plan "
-                f"of that size raises the loss by {predicted:.4g}. Drop one of them or raise it."
+                f"of this size increases the loss by {predicted:.4g}. Leave out one of them, or raise it."
             )
     return chosen, bound_by
 
 
 class Cap(NamedTuple):
-    """Cap on the sum of one size over all layers.
+    """Limit on the total size of all layers, in one unit.
 
     Args:
         name: name of the budget, for errors and reports.
-        curves: the cost curve of each layer over this size; the costs are the same for all caps.
-        allowed: largest sum that is allowed.
+        curves: the cost curve of each layer with sizes in this unit; the costs are the same for all limits.
+        allowed: largest total size.
     """
 
     name: str
@@ -369,31 +391,38 @@ class Cap(NamedTuple):
     allowed: float
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Compute the fraction of the cap that a choice uses, at most 1 if the cap is kept."""
+        """Compute the fraction of the limit that a choice uses; at most 1 if the choice keeps the limit."""
         return total_size(self.curves, chosen) / self.allowed
 
 
 def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
-    """Choose the candidates of least total cost that keep all caps, and name the tightest one.
+    """Choose one candidate for each layer, such that several limits are kept and the total cost is small.
 
-    The caps are combined into one cap by a weighted mean, which any choice within all caps keeps as well. The
-    weights of exceeded caps are raised until all caps are kept. `names` are those of the layers, for errors.
+    The limits are combined into one limit by a weighted mean, which every choice that keeps all limits keeps
+    too. The weights of exceeded limits are raised until all limits are kept.
+
+    Args:
+        caps: the limits.
+        names: names of the layers, for errors.
+
+    Returns:
+        Index of the candidate of each layer, and the name of the tightest limit.
 
     Raises:
-        BudgetError: a cap cannot be kept, or they cannot be kept together.
+        BudgetError: a limit cannot be kept, or the limits cannot be kept together.
     """
     alone = []
     for cap in caps:
         try:
             alone.append(spend_size(cap.curves, cap.allowed))
         except BudgetError as error:
-            # Layers that cannot shrink at all come first, then those with the largest smallest candidate.
+            # Name layers with a single candidate first, then the layers whose smallest candidate is largest.
             least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
             fixed = [size for only, size in least if only]
             text = (
-                f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, as those do that no "
-                "gradient reaches in calibration: exclude them, or choose objective='activation', which "
-                "needs none."
+                f" {len(fixed)} layers have one candidate and take {sum(fixed):,.6g}, such as layers "
+                "whose gradients are zero in calibration: exclude them, or choose objective='activation', "
+                "which needs no gradients."
             )
             order = sorted(range(len(names)), key=lambda k: least[k], reverse=True)
             shown = ", ".join(f"{names[k]} ({least[k][1]:,.6g})" for k in order[:_NAMED])
@@ -403,7 +432,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
     weights, allowed = torch.full((len(caps),), 1 / len(caps), dtype=torch.float64), 1.0
     for round_ in range(0 if kept or len(caps) == 1 else _ROUNDS):
         mixed = []
-        for layer, curve in enumerate(caps[0].curves):  # all sizes of a layer, each relative to its cap
+        for layer, curve in enumerate(caps[0].curves):  # weighted mean of sizes, each relative to its limit
             sizes = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
             mixed.append(CostCurve(weights @ sizes, curve.costs))
         least_use = sum(float(curve.sizes.min()) for curve in mixed)
@@ -412,14 +441,14 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         if bool((use <= 1).all()):
             kept.append(chosen)
             allowed = 1.0
-        else:  # with few candidates the combined cap needs some slack
+        else:  # with few candidates, the combined limit must be a little tighter
             allowed *= 0.99
         weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
         weights = weights / weights.sum()
     if not kept:
         raise BudgetError(
             f"{' and '.join(cap.name for cap in caps)} contradict each other: no choice of candidates was "
-            "found that keeps them all. Drop one of them or raise it."
+            "found that keeps them all. Leave out one of them, or raise it."
         )
     best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
     return best, max(caps, key=lambda cap: cap.use(best)).name
@@ -428,10 +457,15 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
 def allowed_bytes(
     config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
 ) -> dict[str, float]:
-    """Compute the bytes available to the targeted layers, by the name of the budget.
+    """Compute the bytes that each budget of bytes leaves for the targeted layers, by the name of the budget.
+
+    Args:
+        config: the configuration.
+        targets: the weights to compress.
+        rest: number of elements, and bytes, of the parameters that are not targeted.
 
     Raises:
-        BudgetError: the rest of the model alone takes more.
+        BudgetError: the parameters that are not targeted already exceed a budget.
     """
     weights = sum(target.matrix.numel() for target in targets)
     now = sum(target.matrix.numel() * target.matrix.element_size() for target in targets)
@@ -445,9 +479,9 @@ def allowed_bytes(
         found[name] = total - (rest[1] if whole else 0)
         if found[name] <= 0:
             raise BudgetError(
-                f"{name}={value} allows {total:,.0f} bytes for the whole model, {rest[1]:,} of which "
-                "are tensors that are not compressed. Raise it, target more layers, or count the targeted "
-                "layers alone by whole_model=False."
+                f"{name}={value} allows {total:,.0f} bytes for the whole model, but tensors that are not "
+                f"compressed take {rest[1]:,}. Raise it, target more layers, or count only the targeted "
+                "layers by whole_model=False."
             )
     return found
 
@@ -458,14 +492,17 @@ def one_format(
     config: CompressionConfig,
     rest: tuple[int, int],
 ) -> tuple[list[int], str]:
-    """Choose the most accurate single format that keeps the caps, for plans without calibration data.
+    """Choose one number format for all layers, the largest that keeps the budgets, without calibration data.
+
+    Returns:
+        Index of the candidate of each layer, and the name of the tightest budget.
 
     Raises:
-        BudgetError: no format keeps the caps.
+        BudgetError: no format keeps the budgets.
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)
-    if config.formats == DEFAULT_FORMATS:  # without data fewer bits are used only on request
+    if config.formats == DEFAULT_FORMATS:  # without data, fewer bits are used only if the user asks for them
         names = [_BLIND]
     sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
     for name in sorted(names, key=lambda x: -sizes[x]):
@@ -476,25 +513,25 @@ def one_format(
     budget = " and ".join(f"{name}={getattr(config, name)}" for name in caps)
     raise BudgetError(
         f"{budget}: without calibration data all layers get one format, {' or '.join(names)}, which takes "
-        f"{min(sizes.values()):,.0f} bytes where {min(caps.values()):,.0f} are allowed. Pass "
-        "calibration=batches to plan smaller ones, or name the format to round to: formats=('int4',)."
+        f"{min(sizes.values()):,.0f} bytes, but {min(caps.values()):,.0f} are allowed. Pass "
+        "calibration=batches to plan smaller formats, or name one for all layers: formats=('int4',)."
     )
 
 
 def _common_formats(candidates: Sequence[Sequence[Candidate]]) -> list[str]:
-    """List the formats in which every layer has a dense candidate."""
+    """List the number formats in which every layer has its dense matrix as a candidate."""
     return [x for x in uniform(candidates[0]) if all(x in uniform(found) for found in candidates)]
 
 
 def uniform(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Map number formats to the index of the dense matrix in that format."""
+    """Map each number format to the index of the candidate that is the dense matrix in this format."""
     return {x.number_format: k for k, x in enumerate(candidates) if x.number_format}
 
 
 def _choose_alone(
     targets: Sequence[Target], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
 ) -> list[int]:
-    """Choose the best candidate of each layer under the caps on single layers."""
+    """Choose the best candidate of each layer separately, under the limits on single layers."""
     if config.param_ratio is not None:
         sizes = [target.matrix.numel() for target in targets]
 
@@ -505,7 +542,7 @@ def _choose_alone(
                 raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Keep the dense matrix, or the smallest candidate if a cap on ranks excludes it."""
+            """Return the dense matrix, or the smallest candidate if `max_bond` excludes it."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

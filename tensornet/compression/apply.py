@@ -1,4 +1,4 @@
-"""Apply a plan: replace stock layers by tensor-network layers, and put stock layers back."""
+"""Apply a plan: replace stock layers by tensor-network layers, and undo it."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: For the name of a layer and its scheme: the replacing modules, one for each name, and their relative error.
+#: For each layer name and scheme: the new modules, one for each name of the weight, and their relative error.
 MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Largest number of layers named in a warning.
 _NAMED = 5
@@ -54,15 +54,15 @@ def apply_plan(
     made: MadeLayers | None = None,
     dense: dict[str, nn.Module] | None = None,
 ) -> dict[str, float]:
-    """Replace the planned layers in place. Nothing is replaced if any decomposition fails.
+    """Decompose the planned layers and replace them in place; if a decomposition fails, none is replaced.
 
     Args:
-        model: the model the plan was made for.
+        model: the model for which the plan was made.
         plan: the plan; it may have been edited or loaded.
-        stats: the statistics that the plan was made with. The cores depend on their moments, which a plan
-            does not contain.
-        progress: show a progress bar.
-        made: cache of layers by name and scheme: found layers are reused, new ones are added.
+        stats: the statistics with which the plan was made; plans do not contain the moments, on which the
+            cores depend.
+        progress: whether to show a progress bar.
+        made: cache of new layers by name and scheme: layers in it are reused, others are added.
         dense: receives the replaced modules by name, for `put_back`.
 
     Returns:
@@ -70,7 +70,7 @@ def apply_plan(
 
     Raises:
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
-        TopologyError: a planned topology does not belong to the family it names.
+        TopologyError: the family of a planned topology does not make such cores.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -84,13 +84,13 @@ def apply_plan(
     check_stats(stats)
     if stats is None and plan.objective != "weight":
         raise TargetError(
-            f"This plan was made with objective={plan.objective!r}: pass the calibration statistics it was "
-            "made with, apply_plan(model, plan, stats)."
+            f"This plan was made with objective={plan.objective!r}: pass the same calibration statistics, "
+            "apply_plan(model, plan, stats)."
         )
     if plan.objective == "curvature" and stats is not None and not stats.has_gradients:
         raise TargetError(
-            "This plan was made with gradients, which these statistics are without; pass those it was made "
-            "with, or calibrate again."
+            "This plan was made with statistics of gradients, and these statistics contain none; pass the "
+            "statistics with which it was made, or calibrate again."
         )
     work = [layer for layer in plan if layer.topology is not None]
     known = {} if made is None else made
@@ -126,7 +126,7 @@ def apply_plan(
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace modules at dotted names; restore all of them if the block raises."""
+    """Replace the modules at dotted names; if the `with` block raises an error, restore all of them."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
@@ -141,7 +141,12 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put stock modules back at the dotted names from which `apply_plan` removed them."""
+    """Put back the stock modules that `apply_plan` has replaced.
+
+    Args:
+        model: the compressed model, changed in place.
+        dense: the stock modules by dotted name.
+    """
     with unfused(model):
         for name, module in dense.items():
             set_submodule(model, name, module)
@@ -149,7 +154,7 @@ def put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set `module` at a dotted name, with the training flag of the module it replaces."""
+    """Set a module at a dotted name, in the training mode of its parent module."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     module.train(parent.training)
@@ -163,13 +168,13 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
 
     Args:
         model: the compressed model.
-        matrices: weights of the stock layers, by name, in place of those that the layers have.
+        matrices: weights of stock layers by name; by default, a layer's weight is rebuilt from its cores.
 
     Returns:
         The same model; frozen parameters stay frozen.
 
     Raises:
-        TargetError: the model itself is such a layer, or the `forward` of such a layer was replaced.
+        TargetError: the model itself is a tensor-network layer, or the `forward` of a layer was replaced.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -179,16 +184,16 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
     """
     if isinstance(model, NetworkModule):
         raise TargetError(
-            "decompress replaces layers inside a model; for a layer alone take what its "
-            "to_linear() or to_embedding() returns."
+            "decompress replaces layers inside a model; for a single layer call to_linear() or "
+            "to_embedding() of the layer."
         )
     names = compressed_names(model)
     if odd := [name for name in names if has_own_forward(model.get_submodule(name))]:
         raise TargetError(
-            f"Another forward was set on {shortened(odd)}, which a stock layer would lose: delete it "
+            f"{shortened(odd)} has its own forward, which a stock layer would lose: delete it "
             "first (`del layer.forward`), and set it again afterwards."
         )
-    dense: dict[tuple[int, ...], nn.Module] = {}  # by all stored tensors: tied layers share every one
+    dense: dict[tuple[int, ...], nn.Module] = {}  # by the ids of all stored tensors, which tied layers share
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
@@ -211,10 +216,10 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
 
 
 def check_stats(stats: Any) -> None:
-    """Raise TypeError unless `stats` is a CalibrationStats or None.
+    """Check that `stats` is a `CalibrationStats` or None.
 
     Raises:
-        TypeError: another type; the message shows it.
+        TypeError: it is not; the message shows its type.
     """
     advice = "collect them by tensornet.calibrate(model, batches), or read a file by CalibrationStats.load"
     if stats is not None:
@@ -225,8 +230,8 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
     if target is None:
         if layer.name in compressed_names(model):
             raise TargetError(
-                f"Layer {layer.name!r} is a tensor-network layer already; a plan is applied to the dense "
-                "model. tensornet.decompress(model) makes it dense, without what compression removed."
+                f"Layer {layer.name!r} is a tensor-network layer already, but a plan is for the dense model. "
+                "tensornet.decompress(model) makes it dense, but does not undo the error of compression."
             )
         found = dict(model.named_modules()).get(layer.name)
         if found is not None and (reason := reason_against(found)) is not None:
@@ -234,7 +239,7 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         raise TargetError(f"The plan names a layer {layer.name!r} that this model does not have.")
     if tuple(target.matrix.shape) != layer.shape:
         raise TargetError(
-            f"The plan was made for {layer.name!r} of shape {layer.shape}, the model's has shape "
+            f"The plan was made for {layer.name!r} of shape {layer.shape}, but in this model it has shape "
             f"{tuple(target.matrix.shape)}."
         )
 
@@ -246,7 +251,7 @@ def _warn_of_underflow(
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
-    """Warn of layers with weights that became zero because the scales of their number format underflowed."""
+    """Warn of layers in which weights became zero, because scales of the number format underflowed."""
     found: dict[str, list[str]] = {}
     for layer in work:
         target = targets[layer.name]
@@ -277,10 +282,13 @@ def _warn_of_underflow(
 def _compressed(
     target: Target, layer: LayerPlan, weighting: Weighting, rounding: Rounding
 ) -> tuple[list[nn.Module], float]:
-    """Decompose a weight and build one module for each of its names, with shared cores; return the error too.
+    """Decompose a weight, and build one module with the same cores for each module that uses the weight.
+
+    Returns:
+        The new modules, and the relative error of the weight.
 
     Raises:
-        TopologyError: the planned topology is not one of its family.
+        TopologyError: the family of the planned topology does not make such cores.
     """
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
@@ -298,7 +306,7 @@ def _compressed(
         ) from error
     matrix = target.matrix
     trainable = target.weight.requires_grad
-    made: dict[int, nn.Module] = {}  # one object used under several names stays one object
+    made: dict[int, nn.Module] = {}  # a module with several names is replaced by one module
     first: NetworkModule | None = None
     options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting, "rounding": rounding}
     for module, kind in zip(target.modules, target.kinds, strict=True):
@@ -311,7 +319,7 @@ def _compressed(
         else:
             new = linear_from_network(network, bias=None, source=kind.name, **options)
         if isinstance(new, TensorNetworkLinear):
-            new.bias = layer_bias(module)  # the parameter itself: another module may be tied to it
+            new.bias = layer_bias(module)  # not a copy, since another module may be tied to this parameter
         if first is not None:
             new.share_cores(first)
         first = first or new

@@ -1,11 +1,11 @@
-"""Candidates of every layer: networks and number formats, with bytes, time and predicted loss increase.
+"""Candidates of every layer: networks and number formats, with their bytes, time and predicted loss increase.
 
-The dense matrix in each number format comes first. From 4 bits on its loss is predicted from the moments
-alone. At 2 and 3 bits, where clamping and scales matter most, a part of the matrix is rounded as well, and
-the prediction is corrected by the measured loss of that part. Then come the networks of each topology family
-(`TopologyFamily.ladder`), in each encoding of their cores, up to the bond at which they are as large as the
-matrix in the same format. Candidates above the lower convex hull are dropped at once, since no budget would
-choose them.
+The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
+from the moments alone. With 2 and 3 bits, where clamping and scales matter most, a part of the matrix is
+rounded, and the prediction is corrected by the measured loss of this part. The other candidates are the
+networks of each topology family (`TopologyFamily.ladder`) with each number format of their cores, up to the
+bond at which they are as large as the matrix in the same format. Candidates above the lower convex hull of
+loss over size are dropped, since no budget would choose them.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -39,14 +39,14 @@ from tensornet.topologies.base import RoundTrip
 from tensornet.topologies.dense import round_dense
 from tensornet.topology import Topology
 
-#: Fewest bits at which the loss of rounding is predicted without rounding anything.
+#: Smallest number of bits for which the loss of rounding is predicted without rounding anything.
 PREDICTED_BITS = 4
-#: Number of sampled rows, from which the residuals of all rows are estimated.
+#: Number of rows that are sampled to estimate the rounding residuals of all rows.
 PREDICTED_ROWS = 64
-#: Rows and columns of the part that is rounded to few bits, and sweeps of descent on it. The part gets fewer
-#: sweeps than a matrix: with the same number it would gain 2 to 3 % more than the whole matrix.
+#: Rows and columns of the part of a matrix that is rounded to 2 or 3 bits, and sweeps of descent on it. The
+#: part gets fewer sweeps than a whole matrix, which would gain 2 to 3 % less from the same number of sweeps.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
-#: Number of layers whose parts are rounded together, and the largest size of their moments in bytes.
+#: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
 #: Fractions of the largest bond at which times are predicted; times in between are interpolated.
 _TIMED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -58,12 +58,12 @@ def find_candidates(
     objective: str,
     stats: CalibrationStats | None,
 ) -> Iterator[list[Candidate]]:
-    """Find the candidates of each layer within its own caps, a few layers at a time.
+    """Yield the candidates of each layer that keep the limits on single layers.
 
     Args:
-        targets: the layers.
-        config: the options.
-        objective: see `CompressionConfig`.
+        targets: the weights.
+        config: the options; the limits are `max_bond` and `rel_error`.
+        objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
 
     Raises:
@@ -73,15 +73,15 @@ def find_candidates(
     device = targets[0].weight.device if targets else torch.device("cpu")
     sizes = Sizes(config.tokens, device)
     for some in _chunks(targets):
-        with remembering():  # layers that read the same inputs share a moment
+        with remembering():  # layers with the same inputs share the factorized moment
             known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
         corrections: dict[int, Corrections] = {}
         if few:
             sensitive = {k: x for k, x in enumerate(known) if x is not None}
             found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
             corrections = dict(zip(sensitive, found, strict=True))
-        # All formats and encodings need the same decompositions, and layers with the same input share its
-        # factorised moment. Decompositions are larger than the layers, so only a few are kept at a time.
+        # Every number format needs the same decompositions of a layer. They are larger than the layer, so
+        # they are remembered only for layers with the same input, which also share the factorized moment.
         inputs = [0 if x is None else id(x.choice.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
@@ -95,7 +95,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into runs whose moments need little memory; a large layer is a separate run."""
+    """Split layers into lists whose moments need limited memory; a large layer gets a list of its own."""
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -117,15 +117,15 @@ def _of_layer(
     sizes: "Sizes",
     corrections: "Corrections | None",
 ) -> list[Candidate]:
-    """Find all candidates of one layer and keep those that some budget may choose.
+    """Find all candidates of one layer, and drop those that no budget would choose.
 
     Raises:
-        BudgetError: none is left.
+        BudgetError: no candidate is left.
     """
     matrix = target.matrix
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
-    # Low rank is better than chains with calibration data. Losses of residual networks are known only after
-    # rounding: planning would take six times as long and lower the loss by one percent.
+    # With calibration data low rank is better than chains. Residual networks are not planned either: their
+    # losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
     chains = ("mpo",) if config.topology == AUTO else ()
     families = [topology_family(x) for x in config.families if x not in chains]
     found: list[Candidate] = []
@@ -135,18 +135,18 @@ def _of_layer(
     else:
         formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
-            corrections = None  # they belong to other formats
+            corrections = None  # they were measured for other formats
         found = dense_candidates(
             matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
         )
         other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # other caps: bytes do not decide
+        rivals = found if other_caps == (None, None, None) else []  # with other limits, bytes do not decide
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
                 more = network_candidates(matrix, sensitivity, storage, family, config, sizes, known)
-                found = [*found, *(x for x in more if x.topology is not None)]  # dense ones follow `formats`
+                found = [*found, *(x for x in more if x.topology is not None)]  # `found` has the dense ones
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
     if not found:
@@ -154,13 +154,13 @@ def _of_layer(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
             f"most rel_error={config.rel_error}."
         )
-    return pruned(found) if objective == "curvature" else found  # other objectives plan each layer alone
+    return pruned(found) if objective == "curvature" else found  # other objectives have no common budget
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> list[Candidate]:
-    """Build the only candidate of a layer that no gradient reaches: an accurate one.
+    """Make the only candidate of a layer whose gradients are all zero, so that its errors have no known cost.
 
-    This is the most accurate integer format if number formats are planned, else the dense matrix.
+    It is the dense matrix, in the largest integer format if number formats are planned.
     """
     integers = [x for x in config.number_formats if x.is_integer]
     if not integers:
@@ -172,11 +172,11 @@ def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> l
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Keep the candidates that some budget of bytes, parameters and time may choose, in their order.
+    """Drop the candidates that no budget of bytes, parameters and time would choose.
 
-    A candidate is kept if it lies on the lower convex hull of the cost over a size. If times are known, hulls
-    over mixtures of bytes and time count as well, since a plan may have caps on both. The dense matrix in
-    each number format is always kept, for plans with one format for all layers.
+    A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. If times are
+    predicted, hulls over mixtures of bytes and time are used too, since a plan may have limits on both. The
+    dense matrix in each number format is always kept, for plans with one format for all layers.
 
     Example:
         >>> from tensornet.compression.candidates import Candidate, pruned
@@ -203,7 +203,7 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def hull_of(candidates: Sequence[Candidate], unit: str) -> tuple[tuple[int, float], ...]:
-    """Compute the lower convex hull `(size, predicted loss)` over `"params"` or `"num_bytes"`."""
+    """Compute the lower convex hull of `(size, predicted loss)`, with `"params"` or `"num_bytes"` as size."""
     sizes = [getattr(x, unit) for x in candidates]
     losses = [x.predicted_loss for x in candidates]
     return tuple((sizes[k], losses[k]) for k in lower_hull(sizes, losses))
@@ -221,27 +221,28 @@ def network_candidates(
     sizes: "Sizes | None" = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
-    """Build the candidates of one family with one encoding of the cores, and the dense matrix after them.
+    """List the networks of one family that may replace a matrix, with one storage, by increasing bond.
+
+    The dense matrix is the last candidate, unless `max_bond` excludes some networks.
 
     Args:
-        matrix: shape `(out, in)`.
-        sensitivity: sensitivity of the loss to errors.
-        storage: encoding of the cores.
-        family: a registered one.
-        config: caps, and options of the family. If `max_bond` excludes some networks, the dense matrix is not
-            a candidate; networks above `rel_error` are dropped.
-        sizes: counts bytes and predicts times, the same object for all layers.
-        rivals: candidates to compare with: networks above their lower convex hull over bytes are dropped. The
-            test uses the loss before the cores are rounded, a lower bound that is fast to compute.
+        matrix: the weight, shape `(out, in)`.
+        sensitivity: sensitivity of the loss to errors of the weight.
+        storage: how the cores are stored.
+        family: a registered topology family.
+        config: limits and options of the family; networks with an error above `rel_error` are dropped.
+        sizes: counts bytes and predicts times; pass the same object for all layers.
+        rivals: other candidates of the layer: networks above their lower convex hull over bytes are dropped,
+            first by a lower bound of the loss, the loss before the cores are rounded.
 
     Raises:
-        TopologyError: the options do not fit, or are unknown.
+        TopologyError: an option is unknown, or does not fit the matrix.
     """
     sizes = sizes or Sizes()
     options, max_bond = config.family_options(family.name), config.max_bond
     rows, columns = matrix.shape
     number_format = storage.number_format
-    if number_format.is_integer:  # the largest bond whose network is smaller than the matrix in this format
+    if number_format.is_integer:  # bisect for the largest bond whose network is smaller than the dense matrix
         limit, low = number_format.nbytes((rows, columns), matrix.dtype), 1
         high = min(rows, columns, max_bond or rows)
         while low < high:
@@ -253,8 +254,8 @@ def network_candidates(
     weightings = sensitivity.choice, sensitivity.forecast
     encoding = None
     if storage.quantized:
-        # Losses of formats whose scales underflow are measured: in a pivoted network one factor is as small
-        # as the matrix, but predictions assume factors of equal size.
+        # If scales would underflow, the network is rounded and its loss measured. Predictions assume factors
+        # of equal size, but in a pivoted network one factor is as small as the matrix.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )
@@ -277,14 +278,14 @@ def network_candidates(
     dense_time = sizes.dense_time(matrix)
     (costs, losses), errors = ladder.losses.tolist(), ladder.errors.tolist()
     places: Sequence[int] = range(len(known))
-    if rivals:  # drop networks above the hull
+    if rivals:
         places = _below_hull(rivals, [size for _, size, _ in known], costs)
     found = []
     for k in places:
         params, size, time = known[k]
         saves = params < dense_params or size < dense_bytes or time < dense_time
         if (config.rel_error is not None and errors[k] > config.rel_error) or (ladder.complete and not saves):
-            continue  # a network that saves nothing is useless
+            continue  # a network must save parameters, bytes or time
         stored = storage.for_topology(ladder.topologies[k])
         found.append(
             Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k], time)
@@ -295,7 +296,13 @@ def network_candidates(
 
 
 def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
-    """List the points that lie below the lower convex hull of candidates over bytes, or beyond its ends."""
+    """Return the indices of points `(bytes, cost)` below the lower convex hull of the rivals, or beyond it.
+
+    Args:
+        rivals: candidates that define the hull.
+        sizes: bytes of the points.
+        costs: costs of the points.
+    """
     known = [x.num_bytes for x in rivals], [x.cost for x in rivals]
     hull = lower_hull(*known)
     ends, values = [known[0][k] for k in hull], [known[1][k] for k in hull]
@@ -308,15 +315,15 @@ def keep_promise(
 ) -> list[Candidate]:
     """Drop candidates whose measured error exceeds `rel_error`.
 
-    The errors of candidates are only estimates: they are computed before rounding, and before cores are
-    fitted to the loss, which may increase the Frobenius error. So candidates are decomposed by increasing
-    size until one keeps the bound; smaller ones are dropped.
+    The errors of candidates are estimates, made before rounding and before cores are fitted to the loss,
+    which may increase the Frobenius error. So candidates are decomposed by increasing size until the error of
+    a candidate is small enough; all smaller candidates are dropped.
 
     Args:
-        candidates: candidates of one layer, whose estimated errors are small enough.
-        matrix: its weight.
-        weighting: the weighting with which plans are applied.
-        rel_error: largest relative error.
+        candidates: candidates of one layer whose estimated errors are small enough.
+        matrix: the weight, shape `(out, in)`.
+        weighting: the weighting with which a plan decomposes the weight.
+        rel_error: largest relative Frobenius error.
     """
     order = sorted(candidates, key=lambda x: x.params)
     place = 0
@@ -344,23 +351,23 @@ def round_trip(
     weighting: Weighting | None = None,
     rounding: Rounding = "two_sided",
 ) -> TensorNetwork:
-    """Encode the cores of a network in a dtype, and decode them again.
+    """Encode the cores of a network for storage, and decode them again, to find the effect of rounding.
 
     Args:
         network: the network to store.
-        storage: encoding of its cores.
+        storage: how its cores are stored.
         dtype: dtype of the model.
-        weighting: sensitivity of the loss, with which cores are rounded to integers.
+        weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
         rounding: how integers are rounded, see `CompressionConfig`.
     """
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
-    # Errors of integers are computed in full precision.
+    # Integers are decoded to the precision of the network, not of the model.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(kept.values(), seen))
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:
-    """Compute `|W - W'|_F / |W|_F`."""
+    """Compute the relative error `|W - W'|_F / |W|_F` of a matrix `W'` in place of `W`."""
     exact = matrix.double()
     gap = torch.linalg.vector_norm(exact - other.double())
     return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))
@@ -370,12 +377,12 @@ def relative_gap(matrix: Tensor, other: Tensor) -> float:
 
 
 class FormatLosses(NamedTuple):
-    """Losses and error of a dense matrix in one format.
+    """Predicted losses and error of a dense matrix in one number format.
 
     Args:
-        choice: predicted loss increase under the weighting by which candidates are chosen.
-        forecast: the same under the weighting of forecasts.
-        error: relative Frobenius error; an estimate if nothing was rounded.
+        choice: loss increase under the weighting by which candidates are chosen.
+        forecast: loss increase under the weighting by which losses are predicted.
+        error: relative Frobenius error; an estimate if the matrix was not rounded.
     """
 
     choice: float
@@ -383,7 +390,7 @@ class FormatLosses(NamedTuple):
     error: float
 
 
-#: For each format of few bits, the measured and predicted losses of a part of a matrix.
+#: For each format of 2 or 3 bits, the measured and the predicted losses of a part of a matrix.
 Corrections = Mapping[NumberFormat, tuple[FormatLosses, FormatLosses]]
 
 
@@ -396,10 +403,16 @@ def dense_candidates(
     names: Sequence[NumberFormat] | None = None,
     target: str | None = None,
 ) -> list[Candidate]:
-    """Build one candidate of the dense matrix for each format, in their order; see `format_losses`.
+    """Make one candidate for the dense matrix in each number format, in their order.
 
-    `names` are the formats that the user gave; in this layer they are replaced by `formats`. Bytes are those
-    in a file of the target.
+    Args:
+        matrix: the weight, shape `(out, in)`.
+        sensitivity: sensitivity of the loss to errors of the weight.
+        formats: number formats in this layer.
+        sizes: counts bytes and predicts times.
+        corrections: see `format_losses`.
+        names: formats in the configuration that `formats` replace in this layer.
+        target: export target in whose files the bytes are counted; None for files of this library.
     """
     sizes = sizes or Sizes()
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
@@ -430,15 +443,17 @@ def format_losses(
     formats: Sequence[NumberFormat],
     corrections: Corrections | None = None,
 ) -> list[FormatLosses]:
-    """Compute the losses of a matrix in each format; measure a part where predictions are inaccurate.
+    """Predict the losses of a dense matrix in each number format, in their order.
 
-    If scales are too small for their dtype, the whole matrix is rounded.
+    Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix. For floats, and
+    for integers whose scales underflow, the whole matrix is rounded.
 
     Args:
-        matrix: shape `(out, in)`.
-        sensitivity: sensitivity of the loss to its errors.
+        matrix: the weight, shape `(out, in)`.
+        sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats.
-        corrections: from `losses_of_parts`, which is faster for several matrices at once; computed if absent.
+        corrections: losses of a part of the matrix, from `losses_of_parts`, which is faster for several
+            matrices at once; computed if absent.
     """
     coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
@@ -461,11 +476,19 @@ def format_losses(
 def layer_formats(
     matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], config: CompressionConfig
 ) -> tuple[NumberFormat, ...]:
-    """Choose the formats of one layer, or of layers that share a core, in the order of the configuration.
+    """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
-    Default formats whose 8-bit scales underflow are replaced by formats with 16-bit scales. Formats of a
-    target whose groups do not divide the inputs are replaced by the model's own, and so are all formats whose
-    super-blocks do not. Other formats that the user gave are kept.
+    A format whose super-blocks do not divide the inputs is replaced by the dtype of the model, and so is a
+    format of an export target whose groups do not divide the inputs. If the configuration has the default
+    formats and 8-bit scales would underflow, they are replaced by formats with 16-bit scales.
+
+    Args:
+        matrices: the weights.
+        sensitivities: sensitivities of the loss to errors of these weights.
+        config: the configuration.
+
+    Returns:
+        The formats, in the order of the configuration.
     """
     fits = NumberFormat.fits if config.menu is None else NumberFormat.divides
     found = tuple(
@@ -478,17 +501,17 @@ def layer_formats(
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """List the formats with so few bits that predictions are corrected by measured losses."""
+    """List the integer formats of less than 4 bits, whose predictions are corrected by measured losses."""
     return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
 
 
 def part_of(
     matrix: Tensor, sensitivity: Sensitivity, formats: Sequence[NumberFormat]
 ) -> tuple[Tensor, Sensitivity]:
-    """Choose the rows and whole groups of columns of a matrix that are rounded to formats of few bits.
+    """Select the part of a matrix that is rounded to measure losses: some rows, and some groups of columns.
 
     Returns:
-        The part, and the sensitivity to its errors alone.
+        The part, and the sensitivity of the loss to errors in this part.
     """
     rows = spaced_rows(matrix, SAMPLED_ROWS)
     if rows is None:
@@ -516,10 +539,17 @@ def part_of(
 def losses_of_parts(
     layers: Sequence[tuple[Tensor, Sensitivity]], formats: Sequence[NumberFormat]
 ) -> list[Corrections]:
-    """Round a part of each matrix to formats of few bits, and predict the losses of the same part.
+    """Round a part of each matrix to formats of 2 and 3 bits, and predict the losses of the same part.
 
-    Parts of one shape are rounded in one stack. Rounding makes many small calls, column by column, whose
-    overhead would exceed their arithmetic for a single part. Formats that do not fit a matrix are left out.
+    Parts of equal shape are rounded as one stack, since rounding makes many small calls, whose overhead would
+    exceed their arithmetic for a single part. Formats that do not fit a matrix are left out.
+
+    Args:
+        layers: weights and sensitivities of the loss to errors of these weights.
+        formats: the formats of 2 and 3 bits.
+
+    Returns:
+        Measured and predicted losses of the part of each matrix, by format.
     """
     parts = [part_of(matrix, sensitivity, formats) for matrix, sensitivity in layers]
     groups: dict[Hashable, list[int]] = {}
@@ -542,7 +572,7 @@ def losses_of_parts(
             )
             weighting = Weighting(rows, columns)
         sweeps = None if some[0][0].shape == layers[places[0]][0].shape else _SWEEPS
-        with remembering():  # moments are factorised once for all formats
+        with remembering():  # moments are factorized once for all formats
             for number_format in (x for x in formats if x.fits(weights.shape[-1])):
                 made = round_dense(weights, number_format, weighting, sweeps, seen.rounding)
                 kept = made.dequantize(weights.dtype)
@@ -558,7 +588,7 @@ def losses_of_parts(
 
 
 def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
-    """Compute the losses and the relative error of keeping one matrix in place of another."""
+    """Compute the losses and the relative error if the matrix `kept` replaces `matrix`."""
     error = matrix - kept
     if not bool(error.any()):
         return FormatLosses(0.0, 0.0, 0.0)
@@ -573,7 +603,7 @@ def _predicted(
     formats: Sequence[NumberFormat],
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
-    """Predict losses and errors of integer formats without rounding."""
+    """Predict the losses and errors of a matrix in integer formats, without rounding it."""
     known = sensitivity.choice  # the moments that rounding uses
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
@@ -597,14 +627,13 @@ def _predicted(
 
 
 class Sizes:
-    """Counts stored numbers and bytes, and predicts milliseconds, once for all layers of one shape.
+    """Counts stored numbers and bytes and predicts times, and remembers the results for layers of one shape.
 
-    Times are those of a forward pass by the fastest route that does not cache the matrix; 0 if no token count
-    is given.
+    Times are those of a forward pass by the fastest route that does not cache the matrix.
 
     Args:
-        tokens: number of tokens of the forward pass.
-        device: the device whose constants the cost model uses.
+        tokens: number of tokens in the forward pass; if absent, all times are 0.
+        device: device whose constants the cost model uses.
     """
 
     def __init__(self, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
@@ -614,8 +643,8 @@ class Sizes:
     def of(
         self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
     ) -> list[tuple[int, int, float]]:
-        """Return `(stored numbers, bytes, milliseconds)` of each topology of a ladder, by increasing bond."""
-        # The first and the last topology identify a ladder; hashing all of them would be slow.
+        """Return `(stored numbers, bytes, milliseconds)` of each topology in a list by increasing bond."""
+        # The first and the last topology identify the list; hashing all topologies would be slow.
         key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
         if key not in self._known:
             counts = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
@@ -640,11 +669,11 @@ class Sizes:
         return plan.seconds(route, self.tokens, self.machine, itemsize)
 
     def dense_time(self, matrix: Tensor, number_format: NumberFormat | None = None) -> float:
-        """Predict the milliseconds of a dense layer, in its own dtype or in a number format."""
+        """Predict the milliseconds of a dense layer, in the dtype of the matrix or in a number format."""
         if self.tokens is None:
             return 0.0
         shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
         if number_format is not None and number_format.is_integer:
             return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
-        # A network of one core takes the same time: on a tie prefer the dense layer, whatever the rounding.
+        # A network of one core takes the same time; the factor makes the dense layer win despite rounding.
         return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

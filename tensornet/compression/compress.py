@@ -1,4 +1,4 @@
-"""Compression in one call: find targets, calibrate, plan, check the loss, apply, run, report."""
+"""Compression in one call: calibrate, plan, check the predicted losses, replace layers, run, report."""
 
 import time
 import warnings
@@ -27,7 +27,7 @@ from tensornet.nn.extension import ProvidedData, provided_data, round_others, sa
 from tensornet.nn.targets import READ, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: Calibration data of `compress`: batches, batches with their name and loss, or statistics.
+#: Calibration data of `compress`: batches, batches with a name and a loss, or statistics.
 Calibration = Iterable[BatchLike] | ProvidedData | CalibrationStats
 
 
@@ -42,30 +42,32 @@ def compress(
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
 
+    If there are batches, predicted losses of number formats are checked by measuring (see `verify` of
+    `CompressionConfig`), and the loss is measured before and after compression, on at most 2,048 tokens. A
+    `CalibrationWarning` is given if the loss increase is far above its prediction or the allowed one.
+
+    After the replacement the model is run on one batch. If code outside of a layer reads its weight, the
+    layer becomes dense again (`CompressionReport.put_back`).
+
     Args:
         model: any module.
-        config: the options; or a plan, which is applied unchanged and may have been edited or loaded.
-        calibration: batches of the model's arguments (see `calibrate`); `ProvidedData`, which gives them a
-            name for reports, a loss, or statistics that were saved; or statistics alone. If absent, an
-            installed plugin may provide text; without any data, plans minimize the error of the weights. A
-            `CalibrationWarning` reports either case. With batches, predicted losses of number formats are
-            checked by measuring (`CompressionConfig.verify`), and the loss is measured before and after
-            compression on at most 2,048 tokens of them, or of `validation` (`CompressionReport.measured`). A
-            `CalibrationWarning` is given if it is far above the prediction or the allowed loss increase.
-        validation: batches like those of `calibrate`, preferably of another source, or `ProvidedData`. The
-            loss is measured on them at a few sizes before anything is replaced, to correct the predicted
-            losses. A budget of `loss_increase` then uses the corrected predictions. Needs calibrated
-            gradients.
-        progress: show progress bars.
+        config: the options; or a plan, which may have been edited or loaded and is applied unchanged.
+        calibration: batches, see `calibrate`; or `ProvidedData`, which has batches with a name for reports
+            and possibly a loss or saved statistics; or only statistics. If absent, an installed plugin may
+            provide text; without any data, plans minimize the error of the weights. A `CalibrationWarning`
+            reports both cases.
+        validation: batches like those of `calibration`, preferably from another source, or `ProvidedData`.
+            Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
+            predicted losses; a budget of `loss_increase` then uses the corrected predictions. This needs
+            calibrated gradients.
+        progress: whether to show progress bars.
 
     Returns:
-        A report of every layer, with certified errors, the plain-SVD baseline and the predicted loss. After
-        the replacement the model is run on one batch. If other code of the model reads the weight of a layer,
-        this layer is put back dense (`CompressionReport.put_back`).
+        A report of every layer, with certified error, predicted loss, and the error of a plain SVD.
 
     Raises:
         TargetError, BudgetError, NonFiniteError, TopologyError: raised before any layer is replaced, or after
-            all layers are put back.
+            all replaced layers are dense again.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
@@ -82,7 +84,7 @@ def compress(
     options.check_says_how_far()
     held_out = None if validation is None else _measurable(_named(validation, "validation data"))
     if held_out is not None and iter(held_out.batches) is held_out.batches:
-        raise TargetError("validation is walked through several times: pass a list, not an iterator.")
+        raise TargetError("validation is iterated over several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
 
     # Calibrate, unless statistics are given or not needed.
@@ -95,18 +97,20 @@ def compress(
         prepared = prepare_checked(model, config, data, held_out, progress=progress)
         weights = list(prepared.weights)
     elif held_out is not None:
-        raise TargetError("validation corrects predictions while planning, and the plan is made: drop it.")
+        raise TargetError(
+            "validation corrects predictions during planning, but a finished plan was given: leave it out."
+        )
     elif config.objective != "weight" and (stats is None or stats.source != config.calibration):
         raise BudgetError(
-            f"The plan was made with {config.calibration}, on which the cores depend; pass the same data, "
-            "the same number of tokens, or the statistics that were collected then."
+            f"The plan was made with {config.calibration}, on which the cores depend; pass the same data "
+            "with the same number of tokens, or the statistics that were collected on them."
         )
     else:
         with unfused(model):
             weights = list_weights(model)
 
-    # Plan, apply the plan, and run one batch. Layers whose weight is read by other code are put back dense,
-    # and the budget is allocated to the other layers again.
+    # Plan, apply the plan, and run one batch. If other code reads the weights of layers, these layers become
+    # dense again, and the budget is divided among the other layers again.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     batch = _batch_to_run(model, data.batches)
@@ -128,7 +132,7 @@ def compress(
     del dense
     rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
 
-    # Measure and report. Nothing predicts the loss of what extensions round.
+    # Measure and report. There is no prediction for parameters that extensions have rounded.
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, None if rounded else plan.predicted_loss_increase, options.loss_increase)
@@ -152,13 +156,14 @@ def compress(
 def gather(
     model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
 ) -> ProvidedData:
-    """Collect the statistics that a configuration needs, and a few of the batches they were collected on.
+    """Collect the statistics that a configuration needs, and a few of the batches.
 
-    Warns if an extension provides the data, and if there is no data, so that the error of the weights
-    decides.
+    A warning is given if an extension provides the data, or if there is no data, so that plans minimize the
+    error of the weights.
 
     Returns:
-        Batches and loss to measure with. `statistics` is None if they are not needed or there is no data.
+        Batches and loss for measurements, and `statistics`, which are None if they are not needed or there is
+        no data.
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source, statistics=calibration)
@@ -168,15 +173,15 @@ def gather(
     name, advice = type(model).__name__, "Pass calibration=batches (about 30 of 1,000 tokens)"
     warning = ""
     if data is None and needed and (data := provided_data(model)) is not None:
-        warning = f"using {data.source}. Text like that of the intended use gives a better model. {advice}."
+        warning = f"using {data.source}. Text from the intended use gives a better model. {advice}."
     elif data is None and needed and config.objective == "auto" and config.one_format_keeps:
         warning = (
             f"all layers of {name} get one number format, int8 unless formats= names others, rounded to "
-            f"nearest. {advice} for fewer bits at less loss, or objective='weight' to confirm."
+            f"nearest. {advice} for fewer bits with less loss, or objective='weight' to confirm."
         )
     elif data is None and needed and config.objective == "auto" and not config.needs_curvature:
         warning = (
-            f"{name} is compressed by the error of its weights alone, which loses much more of its quality "
+            f"{name} is compressed by the error of its weights alone, which increases the loss much more "
             f"than necessary. {advice}, or objective='weight' to confirm."
         )
     if warning:
@@ -195,7 +200,7 @@ def gather(
             progress=progress,
         )
     else:
-        for _ in sample:  # keeps a few batches; some loaders can be iterated only once
+        for _ in sample:  # stores a few batches, since some loaders can be iterated over only once
             pass
     return _measurable(replace(data, batches=sample.kept, statistics=stats))
 
@@ -211,15 +216,15 @@ def prepare_checked(
     """Find the candidates of all layers, and correct their predicted losses by measuring.
 
     Args:
-        model: the dense model, not changed.
+        model: the dense model; it is not changed.
         config: the options.
-        data: from `gather`; if it has no batches, the loss check uses those of `validation`.
-        validation: see `compress`.
-        progress: show progress bars.
+        data: calibration data from `gather`; if it has no batches, the loss check uses `validation`.
+        validation: validation data, see `compress`.
+        progress: whether to show progress bars.
 
     Raises:
         TargetError: validation data is given, but there are no predicted losses to correct.
-        BudgetError: as `Prepared.plan`.
+        BudgetError: the budget cannot be kept, see `Prepared.plan`.
     """
     stats = data.statistics
     prepared = prepare(model, config, stats, progress=progress)
@@ -232,7 +237,7 @@ def prepare_checked(
         return prepared
     if stats is None:
         raise TargetError(
-            "validation corrects what calibration predicts: pass calibration=batches as well, and not "
+            "validation corrects the losses that calibration predicts: pass calibration=batches too, and not "
             "objective='weight'."
         )
     return correct_by_measuring(
@@ -246,18 +251,18 @@ def prepare_checked(
 
 
 def observing(plan: CompressionPlan) -> CompressionConfig:
-    """Make the configuration to calibrate the layers of a plan; its budget is never used."""
+    """Make a configuration for calibrating the layers of a plan; its budget is not used."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
 
 
 def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedData:
-    """Give batches a name for reports unless they have one."""
+    """Return batches as `ProvidedData`, with the name `source` for reports unless they have a name."""
     return data if isinstance(data, ProvidedData) else ProvidedData(data, source)
 
 
 def _measurable(data: ProvidedData) -> ProvidedData:
-    """Remove a loss function that draws random numbers, since its values cannot be compared."""
+    """Remove the loss function if it draws random numbers, since its values cannot be compared."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 
@@ -265,7 +270,7 @@ def _measurable(data: ProvidedData) -> ProvidedData:
 
 
 def run_once(model: nn.Module, batch: Batch, *, training: bool = False) -> None:
-    """Run a model once without gradients; modes, buffers and the random state stay as they were."""
+    """Run a model once without gradients; modes, buffers and the random state do not change."""
     buffers = {name: x.clone() for name, x in model.named_buffers()} if training else {}
     with ExitStack() as stack:
         for each in (torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model), uncompiled()):
@@ -278,7 +283,11 @@ def run_once(model: nn.Module, batch: Batch, *, training: bool = False) -> None:
 
 
 def _batch_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
-    """Choose a batch on which the dense model runs: one row of a batch, the whole batch, or a made-up one."""
+    """Find a batch on which the dense model runs: one row of a batch, a whole batch, or `sample_batch`.
+
+    Returns:
+        The batch; None if the model runs on none of them.
+    """
     kept = list(batches)
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     choices: list[Any] = []
@@ -301,22 +310,22 @@ def _put_back_readers(
     weights: Iterable[Any],
     dense: Mapping[str, nn.Module],
 ) -> dict[str, str]:
-    """Run a compressed model, and put back the dense layers whose weight the model's code reads.
+    """Run a compressed model, and put back dense layers whose weight is read by code outside of the layer.
 
-    Some code reads weights in training mode alone, so the model is run in both modes.
+    Some code reads weights only in training mode, so the model is run in both modes.
 
     Args:
         model: the compressed model.
         batch: a batch on which the dense model runs.
         plan: the plan that was applied.
-        weights: all weights of the model, with all names of each.
+        weights: all weights of the model, see `find_targets`.
         dense: the replaced modules, by name.
 
     Returns:
-        Names of the planned layers that were put back, with the reason.
+        Reason for each planned layer that was put back, by name.
 
     Raises:
-        Exception: the compressed model fails on the batch; all layers are put back first.
+        Exception: the compressed model fails on the batch for another reason; all layers are put back first.
     """
     planned = {layer.name for layer in plan}
     names_of = {x: (target.names[0], target.names) for target in weights for x in target.names}
@@ -334,14 +343,14 @@ def _put_back_readers(
                     name, names = names_of[found[0]]
                     put_back(model, {x: dense[x] for x in names})
                     returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
-                elif training and isinstance(error, Exception):  # some models cannot train on one row
+                elif training and isinstance(error, Exception):  # some models cannot be trained on one row
                     break
                 else:
                     put_back(model, dense)
                     raise
     if returned:
         warnings.warn(
-            f"Put back dense, because the model's code reads their weights: {', '.join(returned)}.",
+            f"Put back dense, because other code of the model reads their weights: {', '.join(returned)}.",
             stacklevel=2,
         )
     return returned

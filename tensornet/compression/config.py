@@ -1,6 +1,6 @@
-"""Options of `tensornet.compress`: targets, budgets, topology, objective.
+"""Configuration of `tensornet.compress`: which layers to compress, how far, and how.
 
-The command line is built from the fields and their docstring.
+The options of the command line are made from the fields of `CompressionConfig` and from its docstring.
 """
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
@@ -25,12 +25,12 @@ Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 ROUNDINGS = get_args(Rounding)
 AUTO = "auto"
-#: Budgets of all layers together; they need the sensitivity of the loss to errors in each layer.
+#: Budgets for all layers together; they need the sensitivity of the loss to errors in each layer.
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
-#: The budgets that cap bytes.
+#: Budgets that limit bytes.
 BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
-#: Number formats that are tried if a budget of bits or a byte ratio is given without formats. Groups of 32
-#: with 8-bit scales take the same bytes as groups of 64 with 16-bit ones and round more accurately.
+#: Number formats to plan with if bits per weight or a byte ratio are given without formats. Groups of 32 with
+#: 8-bit scales take the same bytes as groups of 64 with 16-bit scales, and are more accurate.
 DEFAULT_FORMATS = (
     "float",
     "int8",
@@ -45,89 +45,94 @@ DEFAULT_FORMATS = (
 def option(
     default: Any, group: str, kind: str = "choice", *, choices: Sequence[str] = (), name: str = ""
 ) -> Any:
-    """Make a field an option of the command line; its help is the first sentence about it in the docstring.
+    """Declare a dataclass field that is also an option of the command line.
+
+    The help text of the option is the first sentence about the field in the docstring of its class.
 
     Args:
         default: default value.
-        group: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
-        kind: how its value is written: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
+        group: group in the help text: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
+        kind: form of the value: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
             `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"flag"`.
-        choices: all values of a choice.
-        name: name on the command line, if it differs from that of the field.
+        choices: allowed values of an option of kind `"choice"`.
+        name: name on the command line, if it differs from the name of the field.
     """
     return field(default=default, metadata={"group": group, "kind": kind, "choices": choices, "name": name})
 
 
 @dataclass(frozen=True)
 class CompressionConfig(LayerSelection):
-    """Options of `compress`. The caps may be combined; the tightest wins for each layer.
+    """Options of `compress`. Several limits may be combined; a plan keeps all of them.
 
     Args:
         target_modules: layers to compress: a name, the end of a name, a glob, or re:REGEX (default: all
             linear layers but the output head). A pattern matches a whole module name, a suffix after a dot
             (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the whole
-            name; `"all"` takes embeddings and heads too.
-        exclude_modules: layers to leave dense, named likewise.
+            name; `"all"` selects embeddings and output heads too.
+        exclude_modules: layers to leave dense, named in the same way.
         topology: family of tensor networks, such as low_rank or mpo; auto takes the best one for each layer.
-            With calibration data that is low rank, since chains lose to it on pretrained layers. Or a
-            `Topology`, or several for matrices of different shapes: every targeted layer becomes the one of
-            its shape, without any budget.
-        topology_options: option of that family, such as sites=4. A dictionary of options of the family's
-            `build`, such as `{"out_dims": (8, 96)}`. Values that do not fit a layer are refused when the
-            layer is planned. Leg sizes that are not given are chosen by the predicted loss, if there is
-            calibration data.
+            With calibration data `"auto"` means low rank, which is better than chains on pretrained layers.
+            A `Topology` is allowed too, or a list of topologies for matrices of different shapes: every
+            targeted layer then gets the topology of its shape, and budgets are not allowed.
+        topology_options: option of the topology family, such as sites=4. In Python, a dictionary of options
+            of the family's `build`, such as `{"out_dims": (8, 96)}`. An option that does not fit a layer
+            raises an error when this layer is planned. Leg sizes that are not given are chosen by the
+            predicted loss, if there is calibration data.
         sites: number of cores of a chain.
         max_bond: largest bond of every network.
         rel_error: largest relative error of each weight (Frobenius norm).
-        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. Of all layers
-            together with the curvature objective, of each layer with other objectives.
-        bits_per_weight: mean bits of a weight of the targeted layers, scales included, such as 4.25. Like all
-            budgets of bytes it needs calibrated gradients; without calibration data layers become int8, if
-            that fits.
-        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings and biases count.
+        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. The limit is for all
+            layers together with the curvature objective, and for each layer with other objectives.
+        bits_per_weight: mean bits per weight of the targeted layers, scales included, such as 4.25. All
+            budgets of bytes need calibrated gradients; without calibration data, all layers become int8 if
+            this fits the budget.
+        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings and biases are
+            counted.
         max_bytes: largest size in bytes, such as 60MB: of the whole model if number formats are planned, else
             of the targeted layers.
-        whole_model: whether budgets of bytes count the whole model or the targeted layers alone. None is as
-            described above. If the whole model counts, embeddings and heads are targets too unless
-            `target_modules` is given.
-        formats: number formats that layers may have, as float,int8,int4 (default with bits or a byte ratio:
-            the float of the model and integers of 8 to 2 bits). Names for `NumberFormat.parse`: `"float"` is
-            the model's own, `"int4"` has groups of 64. Dense layers may use any of them, cores of networks
-            only those that are floating-point or have at least four bits. In layers whose weights are too
-            small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced by formats of the same size with
-            16-bit scales. Or the name of a menu without networks: `"entropy"` has entropy-coded integers,
-            for the smallest files; `"gguf"`, `"compressed-tensors"` and `"mlx"` have what the files of these
-            targets store, at their bytes. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats that
-            follow the name of a menu are the only ones used of it: `("gguf", "int4:g32:float16", "float")`.
-        loss_increase: predicted loss increase per token that all layers together may cause, in nats.
-            Curvature only; without another budget the smallest such model is planned.
-        max_milliseconds: predicted time of one forward pass of `tokens` tokens through the targeted layers.
-            By the cost model of `layer.explain`, in eval, on the device of the model. Curvature only.
-        tokens: tokens of that forward pass: 1 for generating, the length of a text for reading it.
+        whole_model: whether budgets of bytes count the whole model or only the targeted layers. None decides
+            for each budget as described above. If the whole model counts, embeddings and heads are targets
+            too unless `target_modules` is given.
+        formats: number formats that layers may have, such as float,int8,int4 (default with bits or a byte
+            ratio: the dtype of the model and integers of 8 to 2 bits). Names are read by
+            `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
+            may have any of these formats, cores of networks only floating-point formats and at least four
+            bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
+            replaced by formats of the same size with 16-bit scales. A name of a menu is allowed too; menus
+            have no networks. `"entropy"` has entropy-coded integers, for the smallest files; `"gguf"`,
+            `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in them.
+            `"gguf"` and `"mlx"` plan embeddings and heads too. Names after that of a menu restrict it to these
+            formats, as in `("gguf", "int4:g32:float16", "float")`.
+        loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
+            the curvature objective. Without another budget, the smallest model within this limit is planned.
+        max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is
+            that of `tokens` tokens by the cost model of `layer.explain`, in eval mode on the device of the
+            model. It needs the curvature objective.
+        tokens: number of tokens for max_milliseconds: 1 for generating, the length of a text for reading it.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
             the predicted loss increase; auto takes the last one that the calibration data allow.
-            `"activation"` needs calibrated inputs, `"curvature"` calibrated gradients, and spends budgets
-            over all layers together.
+            `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
+            budgets among all layers.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as GPTQ), or
-            along inputs and outputs. The usual baselines are configurations as well: round to nearest is
-            `(objective="weight", formats=("int4",), rounding="nearest")`, the truncated SVD
-            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
-        damping: share of the mean diagonal that is added to gradient moments. A smaller value trusts the
-            calibration text more; predictions are then lower.
-        pivoted: whether to leave out the numbers that only fix the gauge of a network. See
-            `tensornet.nn.Storage`. None: True with calibration data.
-        require_calibrated: refuse layers that never ran in calibration instead of leaving them dense. An
-            example is the vision tower of a model that was calibrated on text. Dense ones are out of all
-            budgets of the targeted layers, and one warning names them.
-        verify: measure the loss of layers with large errors before anything is replaced, and plan again if a
-            prediction was far too low. See `check_loss`. Only if number formats are planned and batches are
-            given; statistics alone are not enough.
+            along inputs and outputs. Two usual baselines are the configurations
+            `(objective="weight", formats=("int4",), rounding="nearest")`, round to nearest, and
+            `(objective="weight", topology="low_rank", param_ratio=0.5)`, the truncated SVD.
+        damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
+            depend more on the calibration text, and predicted losses are lower.
+        pivoted: whether to leave out the redundant numbers (the gauge) of networks. See
+            `tensornet.nn.storage`. None means True with calibration data.
+        require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
+            leaving them dense. An example is the vision tower of a model that was calibrated on text. Layers
+            left dense do not count in budgets of the targeted layers, and a warning names them.
+        verify: whether to measure the loss of layers with large errors before anything is replaced, and to
+            plan again if a prediction was far too low. See `check_loss`. This needs number formats and
+            batches; statistics alone are not enough.
 
     Raises:
-        BudgetError: a cap is not a number, out of range, or in conflict with the objective.
+        BudgetError: a limit is not a number, out of range, or in conflict with the objective.
         TargetError: a pattern is not a string.
-        TopologyError: unknown topology, or an option that the family does not have.
-        ValueError: unknown objective or rounding, or an invalid value of another option.
+        TopologyError: the topology is unknown, or the family does not have one of the options.
+        ValueError: the objective or rounding is unknown, or the value of another option is invalid.
 
     Example:
         >>> tn.CompressionConfig(bits_per_weight=4.25).formats[:2]
@@ -184,11 +189,15 @@ class CompressionConfig(LayerSelection):
         self._check_budgets()
 
     def _check_budgets(self) -> None:
-        """Raise BudgetError for a budget that is out of range or contradicts another option."""
+        """Check that budgets are in range and do not contradict other options.
+
+        Raises:
+            BudgetError: a budget is out of range, or contradicts another option.
+        """
         _ = self.budget  # checks max_bond, rel_error and param_ratio
         if self.max_milliseconds is not None and self.tokens is None:
             raise BudgetError(
-                "max_milliseconds depends on how many tokens a forward pass has: give tokens=1 for "
+                "max_milliseconds depends on the number of tokens in a forward pass: give tokens=1 for "
                 "generating, or the length of a text."
             )
         for name in WHOLE_MODEL_BUDGETS:
@@ -205,14 +214,14 @@ class CompressionConfig(LayerSelection):
             )
         if self.byte_ratio is not None and self.byte_ratio > 1:
             raise BudgetError(
-                f"byte_ratio is a share of the model's bytes, at most 1; got {self.byte_ratio!r}. Sizes in "
-                "bytes are max_bytes=, bits of a weight bits_per_weight=."
+                f"byte_ratio is a share of the model's bytes, at most 1; got {self.byte_ratio!r}. Give sizes "
+                "in bytes as max_bytes=, bits per weight as bits_per_weight=."
             )
         without = self.objective == "weight" and self.one_format_keeps
         if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
             raise BudgetError(
-                f"{', '.join(WHOLE_MODEL_BUDGETS)} are spent over all layers together, which needs the cost "
-                f"of an error in each: use objective='curvature' with calibration data, not "
+                f"{', '.join(WHOLE_MODEL_BUDGETS)} are divided among all layers, which needs the effect of "
+                f"errors in each layer on the loss: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
         check_number("damping", self.damping)
@@ -220,7 +229,10 @@ class CompressionConfig(LayerSelection):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
 
     def check_says_how_far(self) -> None:
-        """Raise BudgetError if no option determines the size of the compressed model.
+        """Check that an option determines the size of the compressed model.
+
+        Raises:
+            BudgetError: there is no such option.
 
         Example:
             >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
@@ -228,13 +240,13 @@ class CompressionConfig(LayerSelection):
         budgets = not self.budget.unlimited or self.needs_curvature
         if not (budgets or self.formats or self.topology != AUTO):
             raise BudgetError(
-                "Nothing says how far to compress: give a budget, bits_per_weight=4.25, byte_ratio=0.25, "
-                "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=; or "
-                "name a topology= to store every layer as such a network without loss."
+                "No option says how far to compress. Give a budget: bits_per_weight=4.25, byte_ratio=0.25, "
+                "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=. "
+                "Or give topology= to store every layer as such a network without loss."
             )
 
     def counts_model(self, budget: str) -> bool:
-        """Return True if a budget of bytes counts the whole model, False for the targeted layers alone.
+        """Return True if a budget of bytes counts the whole model, False if only the targeted layers.
 
         Example:
             >>> config = tn.CompressionConfig(bits_per_weight=4.25)
@@ -247,19 +259,19 @@ class CompressionConfig(LayerSelection):
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
-        """Number formats in which layers may be stored; empty for floating-point networks alone."""
+        """Number formats in which layers may be stored; empty if only floating-point networks are planned."""
         names = MENUS[self.formats] if isinstance(self.formats, str) else self.formats or ()
         return tuple(NumberFormat.parse(name) for name in names if name not in MENUS)
 
     @property
     def menu(self) -> str | None:
-        """Name of the target in `MENUS` whose formats are planned; None if the formats are given by name."""
+        """Name of the menu in `MENUS` whose formats are planned; None if there is no menu."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if the budgets can be kept without calibration data, by one number format for all layers."""
+        """True if one number format for all layers can keep all budgets; this needs no calibration data."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
         return self.formats is not None and all(value is None for value in others)
 
@@ -270,17 +282,17 @@ class CompressionConfig(LayerSelection):
 
     @property
     def budget(self) -> Budget:
-        """The caps as a budget for one layer."""
+        """Limits on each layer: `max_bond`, `rel_error` and `param_ratio`."""
         return Budget(self.max_bond, self.rel_error, self.param_ratio)
 
     @property
     def fixed(self) -> tuple[Topology, ...]:
-        """Topologies that leave the planner no choice, one for each shape; empty if a family is given."""
+        """Topologies that the user has given, one for each shape of a matrix; empty if a family is given."""
         return self.topology if isinstance(self.topology, tuple) else ()
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the families the planner may use; none for a menu, which has no networks."""
+        """Names of the topology families that a plan may use; none for a menu, which has no networks."""
         if self.menu is not None:
             return ()
         if self.fixed:
@@ -289,14 +301,14 @@ class CompressionConfig(LayerSelection):
         return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
 
     def family_options(self, name: str) -> dict[str, Any]:
-        """Select the options for `build` of a family: `topology_options`, and `sites` if supported."""
+        """Return the options for `build` of a family: `topology_options`, and `sites` if supported."""
         options = dict(self.topology_options or {})
         if self.sites is not None and "sites" in topology_family(name).options:
             options["sites"] = self.sites
         return options
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON-ready options; `from_dict` is the inverse."""
+        """Convert to a JSON-ready dict; `from_dict` is the inverse."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.fixed:
             data["topology"] = [topology.to_dict() for topology in self.fixed]
@@ -304,25 +316,26 @@ class CompressionConfig(LayerSelection):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "CompressionConfig":
-        """Rebuild options, refusing unknown ones.
+        """Restore a configuration from the result of `to_dict`.
 
         Raises:
-            ValueError: an unknown option; the message lists the known ones.
+            ValueError: an option is unknown; the message lists the known options.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(data.keys() - known):
             raise ValueError(
-                f"Unknown compression options {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+                f"Unknown compression options {', '.join(unknown)}; the options are "
+                f"{', '.join(sorted(known))}."
             )
         return cls(**data)
 
 
 def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
-    """Name the family, or read the topologies of a configuration.
+    """Return the name of the family, or the topologies, that a configuration gives, after checking them.
 
     Raises:
-        TopologyError: an unknown family, another type, or topologies together with options that choose a
-            topology.
+        TopologyError: the family is unknown, the value has another type, or topologies are given together
+            with options that choose a topology.
     """
     given = config.topology
     if isinstance(given, str | TopologyFamily):
@@ -335,19 +348,21 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
     choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
     if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
-            f"A topology fixes all dims and bonds: drop {', '.join(clashing)}, or give the name of a family."
+            f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
+            "family."
         )
     return found
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
-    """Validate format names, or the name of a menu.
+    """Return the names of number formats, or of a menu, that a configuration gives, after checking them.
 
     Returns:
-        They; the default ones for a budget of bits; None if no formats are planned.
+        The names in canonical form; `DEFAULT_FORMATS` if none are given but a budget needs formats; None if
+        no formats are planned.
 
     Raises:
-        FormatError: not a sequence of names, or an unknown name.
+        FormatError: the value is not a sequence of names, or a name is unknown.
     """
     formats = config.formats
     if formats is None:
@@ -367,17 +382,20 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         return (menu, *names) if names else menu
     if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
         raise FormatError(
-            f"formats is a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "
-            f"({', '.join(MENUS)}); got {formats!r}. 'int4' alone is written ('int4',)."
+            f"formats must be a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "
+            f"({', '.join(MENUS)}); got {formats!r}. Write a single format as ('int4',)."
         )
     return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
-    """Validate JSON-ready `topology_options`; None if there are none.
+    """Return the `topology_options` of a configuration in JSON-ready form, after checking them.
+
+    Returns:
+        The options; None if there are none.
 
     Raises:
-        TopologyError: not a mapping, given without a family, or an option that the family does not have.
+        TopologyError: the options are not a mapping, no family is given, or the family does not have one.
     """
     options = config.topology_options
     if options is None or options == {}:
@@ -386,7 +404,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         raise TopologyError(f'topology_options must be a mapping such as {{"sites": 4}}, got {options!r}.')
     if config.topology == AUTO:
         raise TopologyError(
-            f"topology_options {sorted(options)} are for one family: name it, as in "
+            f"topology_options {sorted(options)} need the name of a family, as in "
             f'CompressionConfig(topology="mpo", ...); registered are {", ".join(topology_names())}.'
         )
     family = topology_family(config.families[0])
@@ -397,10 +415,10 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
 
 
 def check_config(config: Any) -> None:
-    """Raise TypeError unless `config` is a CompressionConfig.
+    """Check that `config` is a `CompressionConfig`.
 
     Raises:
-        TypeError: another type; the message shows it.
+        TypeError: it is not; the message shows its type.
     """
     advice = "write CompressionConfig(param_ratio=0.5), or CompressionConfig.from_dict for a dictionary"
     check_type("config", config, CompressionConfig, advice)

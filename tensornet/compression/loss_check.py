@@ -1,14 +1,15 @@
-"""Check predicted losses by measuring, before anything is replaced.
+"""Check predicted losses by measuring, before layers are replaced.
 
 The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
-in all-MiniLM-L6-v2 one output channel in front of a layer norm has thousands of times the power of the
-others. An error of one percent in this channel is larger than all other channels, which no gradient at the
-dense weights can show. `check_loss` therefore rounds the layers with large errors and measures all such
-layers of a block at once. A block whose loss is far above the sum of its predictions is halved until the
-layers are found, their predictions are multiplied by what was measured, and the plan is made again.
+in all-MiniLM-L6-v2, one output channel in front of a layer norm has thousands of times the power of the
+others. An error of one percent in this channel is larger than all other channels, and gradients at the dense
+weights do not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of
+all such layers of a block together. If it is far above the sum of their predictions, the layers are halved
+repeatedly to find those that cause it. The predictions for these layers are multiplied by the ratio of
+measured to predicted loss, and the plan is made again.
 
-`correct_by_measuring` measures the loss of the whole model at a few sizes, which corrects all predictions by
-a factor that depends on the size.
+`correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
+factor that depends on the size.
 """
 
 import math
@@ -43,25 +44,25 @@ from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import unfused
 
-#: Sizes at which `correct_by_measuring` measures: bits per weight if number formats are planned (those that
-#: the formats can reach), else shares of the parameters.
+#: Sizes at which `correct_by_measuring` measures the loss: bits per weight if number formats are planned
+#: (sizes too small for these formats are left out), else shares of the parameters.
 MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 MEASURED_SHARES = (0.9, 0.75, 0.6)
-#: Number of tokens on which layers are measured.
+#: Number of tokens on which the loss of layers is measured.
 TOKENS = 1024
-#: Largest number of times that a plan is made again; of groups of layers measured each time (further blocks
-#: are merged); and of measurements each time to find the layers of a group whose loss is too high.
+#: Largest number of rounds of planning and measuring; largest number of groups of layers in a round (blocks
+#: are merged if there are more); largest number of measurements in a round to find layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
-#: A prediction is raised if the measured loss exceeds it by this factor, and by this share of the loss
-#: increase of the whole plan; `_MOST` is the largest factor by which it is raised.
+#: A prediction is raised if the measured loss exceeds `_TOO_LOW` times the prediction, and exceeds it by the
+#: fraction `_SHARE` of the loss increase of the whole plan; `_MOST` is the largest factor of a raise.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
-#: With at least this many groups, the median of measured over predicted loss is taken as common to all.
+#: With at least this many groups, a factor common to all layers is removed: the median of measured over
+#: predicted loss.
 _COMMON = 4
-#: Threshold for measuring a layer with an outlier: the power of the strongest output over the median one,
-#: times the squared relative error of the weight. Above it the error of one output may exceed all other
-#: outputs.
+#: Layers are measured if the power of their strongest output over that of the median output, times the
+#: squared relative error of the weight, exceeds this. The error of one output may then exceed all others.
 _OUTLIER = 10.0
-#: Exceptions of models whose blocks cannot be skipped, because they need more of a block than its output.
+#: Exceptions of models whose blocks cannot be skipped, since the model needs more of a block than its output.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]
@@ -76,21 +77,24 @@ def check_loss(
     progress: bool = False,
     **budget: Any,
 ) -> Prepared:
-    """Measure the loss of layers with large errors in a plan; correct predictions that are far too low.
+    """Measure the loss of layers with large errors in a plan, and raise predictions that are far too low.
 
-    The new plan is checked in the same way, for a few rounds. The model is not changed. Plans without number
-    formats or predicted losses are not checked.
+    The plan with raised predictions is checked in the same way, for a few rounds. The model is not changed.
+    Plans without number formats or predicted losses are not checked.
 
     Args:
-        prepared: the preparation of this model.
+        prepared: the candidates of this model, from `prepare`.
         model: the dense model.
-        batches: as for `calibrate`; about a thousand tokens of them are used.
-        loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
-        progress: show a progress bar.
-        budget: as for `Prepared.plan`.
+        batches: batches as for `calibrate`; about a thousand of their tokens are used.
+        loss_fn: loss function, see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        progress: whether to show a progress bar.
+        budget: budget of the plan, see `Prepared.plan`.
+
+    Returns:
+        The candidates with raised predictions.
 
     Raises:
-        BudgetError: as `Prepared.plan`.
+        BudgetError: the budget cannot be kept, see `Prepared.plan`.
 
     Example:
         >>> from tensornet.compression import check_loss, prepare
@@ -106,12 +110,12 @@ def check_loss(
     given, trial = prepared, None
     check = prepared.facts.loss_check or LossCheck(0)
     measured = prepared.measured or frozenset()
-    assert prepared.stats is not None  # this objective needs them
+    assert prepared.stats is not None  # the curvature objective needs statistics
     powers = _outlier_powers(prepared.targets, prepared.stats)
     for _ in range(ROUNDS):
         prepared = replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
         plan = prepared.plan(**budget)
-        suspects = {raised.layer for raised in check.raised}  # their other schemes may cost more as well
+        suspects = {raised.layer for raised in check.raised}  # other schemes of these layers are checked too
         groups = _groups(plan, powers, suspects)
         groups = [x for x in groups if not all((layer.name, layer.scheme) in measured for layer in x)]
         if not groups:
@@ -121,8 +125,8 @@ def check_loss(
                 trial = _Trial(model, batches, loss_fn, prepared)
             except _CANNOT_COPY as error:
                 warnings.warn(
-                    f"Predicted losses were not checked by measuring: {type(model).__name__} cannot be "
-                    f"copied ({error}). verify=False leaves the check out without this warning.",
+                    f"Predicted losses were not checked by measuring, because {type(model).__name__} cannot "
+                    f"be copied ({error}). verify=False skips the check and this warning.",
                     CalibrationWarning,
                     stacklevel=2,
                 )
@@ -152,26 +156,29 @@ def correct_by_measuring(
     source: str = "validation data",
     progress: bool = False,
 ) -> Prepared:
-    """Correct predicted losses by loss increases measured at a few sizes.
+    """Correct predicted losses by loss increases that are measured at a few sizes of the model.
 
     A copy of the model that shares its weights is compressed to each size and run on the text; nothing is
-    trained, and the model is not changed. Takes one compression for each size and three forward passes over
-    the text. Loss increases below twice their standard error are skipped.
+    trained, and the model is not changed. Each size takes one compression and three forward passes over the
+    text. Loss increases below twice their standard error are ignored.
 
     Args:
-        prepared: the preparation of this model.
+        prepared: the candidates of this model, from `prepare`.
         model: the dense model.
-        validation: batches as for `calibrate`: some ten thousand tokens, preferably from another source than
-            the calibration text.
-        loss_fn: see `tensornet.calibration.losses`, not one that draws labels; `losses_against(model)` if
-            absent.
-        budgets: sizes to measure at, as for `Prepared.plan`; if absent, `MEASURED_BITS` with number
+        validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from another
+            source than the calibration text.
+        loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
+            `losses_against(model)` if absent.
+        budgets: sizes to measure, as budgets of `Prepared.plan`; by default, `MEASURED_BITS` with number
             formats, else `MEASURED_SHARES`.
         source: name of the text, for reports.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The candidates, with a forecast that corrects their predicted losses.
 
     Raises:
-        BudgetError: the objective predicts no losses, or no measured loss is higher than the dense one.
+        BudgetError: the objective does not predict losses, or no measured loss is above the dense loss.
 
     Example:
         >>> from tensornet.compression import correct_by_measuring, prepare
@@ -186,7 +193,7 @@ def correct_by_measuring(
     """
     if prepared.facts.objective != "curvature":
         raise BudgetError(
-            f"Only objective='curvature' predicts losses, which measurements can correct, not "
+            f"Measurements correct predicted losses, which only objective='curvature' has, not "
             f"{prepared.facts.objective!r}."
         )
     if budgets is None and prepared.config.formats:
@@ -216,7 +223,13 @@ def correct_by_measuring(
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
-    """Group layers with uncertain predictions by block; blocks are merged into at most `GROUPS` groups."""
+    """Group the layers of a plan whose predictions are uncertain by block, with at most `GROUPS` groups.
+
+    Args:
+        plan: the plan.
+        powers: result of `_outlier_powers`.
+        suspects: names of layers that are uncertain because another scheme of theirs was.
+    """
     blocks: dict[str, list[LayerPlan]] = {}
     for layer, name in zip(plan, layer_names([layer.name for layer in plan]), strict=True):
         error = layer.error or 0.0
@@ -230,10 +243,10 @@ def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[st
 
 
 def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[str, float]:
-    """Compute the power of the strongest output over the median one, of each weight.
+    """Compute the power of the strongest output of each weight relative to that of the median output.
 
-    The power of an output is the sum of squared weights times those of the inputs, as if inputs were
-    independent. It is 1 for embeddings, and if most outputs are zero.
+    The power of an output is the sum of its squared weights times the mean squares of the inputs, as if the
+    inputs were independent. The result is 1 for embeddings, and if most outputs are zero.
     """
     found = {}
     for target in targets:
@@ -249,7 +262,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Multiply the predicted losses of the planned candidate and of the smaller ones of its family."""
+    """Multiply the predicted losses of the planned candidate, and of all smaller candidates of its family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [
@@ -265,10 +278,10 @@ _CANNOT_COPY = (TypeError, ValueError, RuntimeError, AttributeError, NotImplemen
 
 
 class _Trial:
-    """Dense model with the losses of a few rows, to compare partly compressed copies with.
+    """Dense model and its losses on a few rows, with which partly compressed copies are compared.
 
-    Blocks before the first compressed layer are skipped: their outputs in the dense model are stored. So
-    measuring a layer of the last block takes little more time than that block and the head.
+    The outputs of all blocks of the dense model are stored, so that blocks before the first compressed layer
+    are skipped. So measuring a layer of the last block takes little more time than this block and the head.
     """
 
     @torch.no_grad()
@@ -279,18 +292,18 @@ class _Trial:
         loss_fn: TokenLosses | None,
         prepared: Prepared,
     ) -> None:
-        copied = light_copy(model)  # before all else: a model that cannot be copied is not checked
+        copied = light_copy(model)  # first, since a model that cannot be copied is not checked
         self.model, self.stats, self.made = model, prepared.stats, prepared.made
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
         self.batches: list[Batch] = some_rows(batches, model, TOKENS)
         with in_eval_mode(model):
-            self.loss_fn(model, self.batches[0])  # the first call finds out how the model scores labels
+            self.loss_fn(model, self.batches[0])  # the first call chooses the loss of the model
             chains = find_chains(model, self.batches[0])
         self.blocks = max(chains.values(), key=len, default=())
         self.outputs: list[list[Any]] = [[None] * len(self.blocks) for _ in self.batches]
         self.dense = self._losses(model, record=True)
-        try:  # are the losses the same with all blocks but the last skipped?
+        try:  # skipping all blocks but the last must not change the losses
             found = self._losses(copied, first=len(self.blocks) - 1)
             skips = bool(self.blocks) and torch.allclose(found, self.dense, rtol=1e-4, atol=1e-5)
         except _CANNOT_SKIP:
@@ -299,12 +312,21 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Find the layers of a plan whose predicted loss is too low, and by which factor."""
+        """Find the layers of a plan whose predicted loss is far too low.
+
+        Args:
+            plan: the plan.
+            groups: layers to check, in groups that are measured together.
+            progress: whether to show a progress bar.
+
+        Returns:
+            Factor by which the prediction is too low, by the name of the layer.
+        """
         self.plan, self.left, self.common = plan, _SPLITS, 1.0
         self.total = sum(layer.loss_increase or 0.0 for layer in plan)
         work = tqdm(groups, desc="checking the loss", disable=not progress, unit="group")
         increases = [self._increase(group) for group in work]
-        if len(groups) >= _COMMON:  # a factor common to all layers does not change a plan
+        if len(groups) >= _COMMON:  # a factor that is common to all layers would not change the plan
             ratios = sorted(x.mean / _predicted(group) for x, group in zip(increases, groups, strict=True))
             middle = ratios[(len(ratios) - 1) // 2]
             self.common = max(1.0, middle) if math.isfinite(middle) else 1.0
@@ -315,7 +337,15 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers of a group whose loss is too high; all of them if only their sum is too high."""
+        """Find the layers of a group whose loss is too high; all of them if no single half is too high.
+
+        Args:
+            group: layers that were measured together.
+            increase: their measured loss increase.
+
+        Returns:
+            Factor by which the prediction is too low, by the name of the layer.
+        """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:
             self.left -= 2
@@ -328,7 +358,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the largest loss increase of a group that agrees with its prediction."""
+        """Compute the largest loss increase of a group for which its predictions are not raised."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 
@@ -337,7 +367,7 @@ class _Trial:
 
     @torch.no_grad()
     def _increase(self, group: Group) -> LossIncrease:
-        """Measure the loss increase of some layers of the plan; infinite if the model breaks down."""
+        """Measure the loss increase of some layers of the plan; infinite if a loss is not finite."""
         compressed = light_copy(self.model)
         part = replace(self.plan, layers=group, loss_check=None)
         apply_plan(compressed, part, self.stats, made=self.made)
@@ -348,7 +378,8 @@ class _Trial:
         )
         found = self._losses(compressed, first)
         increase = LossIncrease.of(found - self.dense)
-        if increase.mean + 2 * increase.stderr > self._allowed(group):  # else clear
+        # If the result is not clear, remove first-order effects by a second run with opposite errors.
+        if increase.mean + 2 * increase.stderr > self._allowed(group):
             with unfused(self.model), opposite_errors(self.model, compressed):
                 mirrored = self._losses(compressed, first)
             increase = LossIncrease.of((found + mirrored) / 2 - self.dense)
@@ -356,7 +387,13 @@ class _Trial:
         return increase if known else replace(increase, mean=math.inf, stderr=0.0)
 
     def _losses(self, model: nn.Module, first: int = 0, *, record: bool = False) -> Tensor:
-        """Collect the losses of all rows, shape `(tokens,)`; blocks before the given one are skipped."""
+        """Compute the losses of all rows, shape `(tokens,)`.
+
+        Args:
+            model: the dense model, or a copy with compressed layers.
+            first: blocks before this one are skipped.
+            record: whether to store the outputs of all blocks.
+        """
         found = []
         with in_eval_mode(model):
             for batch, outputs in zip(self.batches, self.outputs, strict=True):
@@ -381,6 +418,6 @@ def _predicted(group: Iterable[LayerPlan]) -> float:
 
 
 def _copied(output: Any) -> Any:
-    """Copy the hidden state in the output of a block, which others may change in place."""
+    """Copy the hidden state in the output of a block, since other modules may change it in place."""
     hidden = hidden_of(output).clone()
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

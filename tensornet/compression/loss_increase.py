@@ -1,10 +1,10 @@
 """Measure the loss increase of a compressed model over its dense model.
 
-Losses are compared token by token on the same text, and by the Kullback-Leibler divergence of the predictions
-if a model predicts tokens. First-order effects dominate the change of a single token's loss, but cancel when
-losses with the errors +E and -E are averaged. So if the dense model is available, compressed layers are also
-run with the opposite error: their outputs are then twice those of the dense layer minus those of the
-compressed layer.
+Losses are compared token by token on the same text. If a model predicts tokens, the Kullback-Leibler
+divergence of the predictions is measured too. First-order effects dominate the change of a single token's
+loss, but cancel when losses with the errors +E and -E are averaged. So if the dense model is available, the
+model is also run with opposite errors: the output of each compressed layer is replaced by twice the output of
+the dense layer minus that of the compressed layer.
 """
 
 import copy
@@ -25,15 +25,15 @@ from tensornet.calibration.losses import TokenLosses, field, losses_against
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
 
-#: Largest number of tokens (rows for plain models) that a report is measured on, and of batches to take them
-#: from.
+#: Largest number of tokens (rows for models without tokens) on which the loss for a report is measured, and
+#: largest number of batches from which they are taken.
 TOKENS, BATCHES = 2048, 8
-#: Largest number of logits of the dense model that are kept for the divergence (128 MB in float32).
+#: Largest number of logits of the dense model that are stored for the divergence (128 MB in float32).
 _LOGITS = 1 << 25
-#: A loss increase, minus so many standard errors (`_ERRORS`), is far above its prediction if it exceeds
-#: `_TIMES` times the prediction and `_FLOOR`. Standard errors need at least `_LEAST` losses.
+#: A loss increase is far above its prediction if, minus `_ERRORS` standard errors, it exceeds both `_TIMES`
+#: times the prediction and `_FLOOR`. Standard errors need at least `_LEAST` losses.
 _TIMES, _FLOOR, _ERRORS, _LEAST = 3.0, 0.02, 3.0, 8
-#: Exceptions of models that do not run on a part of a batch or have no loss. Nothing is measured then.
+#: Exceptions of models that do not run on a part of a batch or have no loss; then nothing is measured.
 _NOT_MEASURED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
@@ -42,14 +42,14 @@ class LossIncrease:
     """Measured loss increase of a compressed model.
 
     Args:
-        mean: mean over all losses, in nats if they are cross entropies.
-        stderr: standard error of that mean.
-        tokens: number of losses, one for each token (row for plain models).
+        mean: mean loss increase, in nats if losses are cross entropies.
+        stderr: standard error of `mean`.
+        tokens: number of losses, one for each token (for each row in models without tokens).
         source: name of the data.
         dense_loss: mean loss of the dense model; 0 if losses are distances from its outputs.
         kl_mean: mean Kullback-Leibler divergence of the predictions from those of the dense model, in nats;
-            None if the model predicts no tokens.
-        kl_stderr: standard error of that mean.
+            None if the model does not predict tokens.
+        kl_stderr: standard error of `kl_mean`.
 
     Example:
         >>> from tensornet.compression.loss_increase import LossIncrease
@@ -67,7 +67,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
-        """Average the loss increases of single tokens, shape `(tokens,)`."""
+        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are other fields."""
         return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:
@@ -92,20 +92,20 @@ class LossIncrease:
         return least if math.isfinite(least) else math.inf
 
     def exceeds(self, predicted: float) -> bool:
-        """Return True if the loss increase is far above a prediction."""
+        """Return True if the loss increase is far above a predicted one."""
         return self.least > max(_TIMES * predicted, _FLOOR)
 
 
 @dataclass(frozen=True)
 class RecordedLosses:
-    """Losses of a dense model on a few rows, for a comparison after it was compressed in place.
+    """Losses of a dense model on a few rows, to compare with after the model was compressed in place.
 
     Args:
-        batches: keyword arguments of the model.
-        loss_fn: computes the losses of a batch; stores outputs of the dense model if it needs them.
+        batches: keyword arguments of the model for each batch.
+        loss_fn: loss function, which may have stored outputs of the dense model.
         losses: losses of all batches, shape `(losses,)`.
-        log_probs: log-probabilities of the first tokens, one tensor for each batch, shape `(tokens,
-            vocabulary)`.
+        log_probs: log-probabilities that the dense model predicts for the first tokens, one tensor of shape
+            `(tokens, vocabulary)` for each batch.
         source: name of the text, for reports.
     """
 
@@ -124,17 +124,18 @@ def record_losses(
     source: str = "calibration data",
     tokens: int | None = TOKENS,
 ) -> RecordedLosses | None:
-    """Run a dense model on a few rows before it is compressed in place; `measure` compares with them.
+    """Record the losses of a dense model on a few rows, before the model is compressed in place.
 
     Args:
         model: the dense model.
-        batches: as for `calibrate`.
-        loss_fn: see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        batches: batches as for `calibrate`.
+        loss_fn: loss function, see `tensornet.calibration.losses`; `losses_against(model)` if absent.
         source: name of the text, for reports.
-        tokens: use only the first rows of a few batches, about this number of tokens; None uses all batches.
+        tokens: approximate number of tokens, from the first rows of a few batches; None uses all batches.
 
     Returns:
-        None if there are no batches, or if the model has no loss or does not run on a part of a batch.
+        The losses, for `measure`; None if there are no batches, or if the model has no loss or does not run
+        on a part of a batch.
 
     Example:
         >>> from tensornet.compression.loss_increase import measure, record_losses
@@ -147,7 +148,7 @@ def record_losses(
     """
     sample = BatchSample(batches)
     every: list[BatchLike] = []
-    for batch in sample:  # some loaders can be iterated only once
+    for batch in sample:  # only once, since some loaders cannot be iterated over again
         every += [batch] if tokens is None else []
     if not sample.kept:
         return None
@@ -179,14 +180,14 @@ def measure(
         reference: the dense model, or the result of `record_losses`. With the dense model, first-order
             effects are removed as described at the top of this module, unless they exceed twice their
             standard error.
-        batches: as for `calibrate`; all of them are used. Not allowed with recorded losses, which have their
-            own.
-        loss_fn: see `tensornet.calibration.losses`, not one that draws random numbers;
+        batches: batches as for `calibrate`, all of which are used; ignored if losses were recorded, which
+            contain their batches.
+        loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
             `losses_against(reference)` if absent.
         source: name of the text, for reports.
 
     Raises:
-        TargetError: no token is scored.
+        TargetError: the model has no loss on the batches.
 
     Example:
         >>> import copy
@@ -203,8 +204,8 @@ def measure(
         recorded = record_losses(reference, batches, loss_fn=loss_fn, source=source, tokens=None)
     if recorded is None:
         raise TargetError(
-            "No loss can be measured: pass a list of batches or another collection that can be walked "
-            "again, on which the model has a loss."
+            "No loss can be measured: pass batches on which the model has a loss, as a list or another "
+            "collection that can be iterated over again."
         )
     losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
     if isinstance(reference, nn.Module):
@@ -233,7 +234,7 @@ def measure(
 def _run(
     model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Collect the losses of all batches, and at most `numbers` log-probabilities of the first tokens."""
+    """Compute the losses of all batches, and at most `numbers` log-probabilities for the first tokens."""
     losses, log_probs = [], []
     seen: list[Tensor] = []
 
@@ -242,7 +243,7 @@ def _run(
         if not seen and isinstance(logits, Tensor) and logits.ndim == 3:
             seen.append(logits)
 
-    # Calibration has already given the warnings about these batches.
+    # Warnings about these batches are ignored, since calibration has given them already.
     with in_eval_mode(model), uncompiled(), without_cache(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         for batch in batches:
@@ -264,14 +265,14 @@ def _run(
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Compute a mean and its standard error."""
+    """Compute the mean of values, shape `(values,)`, and its standard error."""
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(values.mean()), error
 
 
 @contextmanager
 def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
-    """Flip the sign of the output errors of compressed layers inside the `with` block.
+    """Return a context in which the output errors of all compressed layers have the opposite sign.
 
     Args:
         model: the dense model.
@@ -295,17 +296,17 @@ def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
 
 
 def light_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model without their parameters and buffers, which are shared."""
+    """Copy the modules of a model; the copy shares all parameters and buffers."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float | None) -> None:
-    """Warn of a loss increase that is far above its prediction, or certainly above the one that was allowed.
+    """Warn if a loss increase is far above its prediction, or significantly above the allowed one.
 
     Args:
         measured: loss increase of the compressed model.
-        predicted: loss increase predicted by its plan; None if it predicts none.
+        predicted: loss increase that the plan predicts; None if there is no prediction.
         allowed: the budget `loss_increase`; None if there is none.
     """
     few = measured.tokens < _LEAST and math.isfinite(measured.mean)
@@ -317,14 +318,14 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
     said = f"predicted {predicted:.2g}" if predicted is not None else "no prediction"
     budget = "" if allowed is None else f", loss_increase={allowed:g} allowed"
     text = (
-        f"Compression raised the loss by {measured.mean:.3g} on {measured.source} "
+        f"Compression increased the loss by {measured.mean:.3g} on {measured.source} "
         f"(before {measured.dense_loss:.2g}, {said}{budget})"
     )
     if far and measured.dense_loss and measured.source == "calibration data":
         text += (
-            ": the model was probably trained on these data and fits them, so that their gradients do not "
-            "show what an error costs. Calibrate with other data, pass validation= batches of other data, or "
-            f"{larger}."
+            ": the model was probably trained on these data and fits them, so that their gradients are too "
+            "small to predict the loss. Calibrate with other data, pass validation= batches of other data, "
+            f"or {larger}."
         )
     else:
         text += (
@@ -336,20 +337,21 @@ def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float
 
 @dataclass(frozen=True)
 class Forecast:
-    """Correction of predicted loss increases and divergences by measured ones, at a few sizes of the model.
+    """Correction of predicted loss increases and divergences by measurements at a few sizes of the model.
 
-    Predictions are of second order, treat layers as independent, and use the calibration text alone. Together
-    this makes them wrong by a factor that depends on the size of the model. Logarithms are interpolated
-    linearly between the points; beyond the first and the last the factor is constant. Without points nothing
-    is corrected.
+    Predictions are of second order, treat layers as independent, and use only the calibration text. So they
+    are wrong by a factor that depends on the size of the model. Between the measured points, logarithms of
+    predicted and measured values are interpolated linearly; beyond the first and the last point, the factor
+    is constant. Without points, predictions are not corrected.
 
     Args:
-        points: `(predicted, measured)`, both above 0 and increasing.
+        points: pairs `(predicted, measured)` of loss increases, positive and increasing.
         source: name of the data.
-        kl_points: the same with measured Kullback-Leibler divergences of the predicted tokens.
+        kl_points: pairs of predicted loss increases and measured Kullback-Leibler divergences of predicted
+            tokens, positive and increasing.
 
     Raises:
-        BudgetError: the points do not increase from above 0.
+        BudgetError: the numbers are not positive and increasing.
     """
 
     points: tuple[tuple[float, float], ...] = ()
@@ -361,7 +363,7 @@ class Forecast:
             if not all(
                 a[0] < b[0] < math.inf and a[1] < b[1] < math.inf for a, b in pairwise([(0, 0), *points])
             ):
-                raise BudgetError(f"The points of a forecast must increase from above 0, got {points}.")
+                raise BudgetError(f"The points of a forecast must be positive and increase, got {points}.")
 
     @classmethod
     def through(
@@ -370,12 +372,15 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Fit a correction through pairs of predicted and measured loss increase, and divergence.
+        """Make the correction from measurements; those that do not increase with the prediction are ignored.
 
-        A measured value is skipped as noise if it is not above 0, or not above that of a smaller prediction.
+        Args:
+            measured: pairs of predicted and measured loss increase.
+            source: name of the data.
+            divergences: pairs of predicted loss increase and measured divergence.
 
         Raises:
-            BudgetError: no pair remains.
+            BudgetError: no pair of loss increases is positive.
         """
         points, kl_points = _increasing(measured), _increasing(divergences)
         if not points:
@@ -386,24 +391,24 @@ class Forecast:
         return cls(points, source, kl_points)
 
     def corrected(self, predicted: float) -> float:
-        """Correct a predicted loss increase by the measurements."""
+        """Return the corrected value of a predicted loss increase."""
         return _along(self.points, predicted)
 
     def kl(self, predicted: float) -> float:
-        """Predict the divergence from a predicted loss increase; to second order they are equal."""
+        """Return the corrected divergence for a predicted loss increase, which equals it to second order."""
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:
-        """Compute the prediction whose correction is this loss increase: the inverse of `corrected`."""
+        """Return the prediction whose corrected value is this loss increase: the inverse of `corrected`."""
         return _along([(b, a) for a, b in self.points], measured)
 
 
-#: The forecast that does not change predictions.
+#: A forecast without measurements, which does not change predictions.
 UNMEASURED = Forecast()
 
 
 def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Sort pairs and drop those that do not exceed the one before in both numbers."""
+    """Sort pairs, and drop each pair that does not exceed the previous pair in both numbers."""
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     for a, b in sorted(pairs):
         if a > points[-1][0] and b > points[-1][1]:
@@ -412,7 +417,7 @@ def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, floa
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate linearly in logarithms, with a constant ratio beyond the first and the last point."""
+    """Interpolate points linearly in logarithms, with a constant ratio `y / x` beyond the end points."""
     if not points or x <= 0:
         return x
     below = [point for point in points if point[0] <= x]

@@ -1,4 +1,4 @@
-"""Compression plan: topology and number format of every layer; printable, editable, saveable."""
+"""Compression plans: the topology and number format of every layer, to print, edit, save and apply."""
 
 import json
 import math
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
-#: Relative error of a weight above which its predicted loss increase is uncertain: that of 2-bit integers
-#: and of small ranks. Integers of three bits have 0.2 to 0.3.
+#: Relative error of a weight above which its predicted loss increase is uncertain. Integers of 2 bits and
+#: small ranks have such errors, integers of 3 bits have 0.2 to 0.3.
 LARGE_ERROR = 0.35
 
 
@@ -36,22 +36,21 @@ class LayerPlan:
     """Plan for one weight.
 
     Args:
-        name: module name of the (first) layer that uses the weight.
-        shape: `(out_features, in_features)`.
-        topology: the network that replaces it, bonds included; None keeps it dense.
-        bound_by: the cap that decided, or `"dense"`.
-        error: relative Frobenius error: expected in a plan, certified in a report; None if it is unknown
-            because the plan was edited.
-        singular_values: spectrum of the weight in descending order.
+        name: module name of the layer that uses the weight, or of the first such layer.
+        shape: shape of the weight, `(out_features, in_features)`.
+        topology: topology of the network that replaces the weight; None keeps the weight dense.
+        bound_by: name of the limit that determined the choice, or `"dense"`.
+        error: relative Frobenius error of the weight: an estimate in a plan, certified in a report; None if
+            it is unknown because the plan was edited.
+        singular_values: singular values of the weight in descending order.
         storage: how the cores are stored.
-        loss_increase: predicted loss increase per token by this layer alone, before it is corrected by
+        loss_increase: predicted loss increase per token by errors in this layer alone, not corrected by
             measurements of the whole model; None without calibrated gradients.
-        curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected
-            either.
-        byte_curve: the same, with bytes in place of parameters.
-        milliseconds: predicted time of a forward pass, None if no token count was given.
+        curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected.
+        byte_curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
+        milliseconds: predicted time of a forward pass; None if no token count was given.
         dtype: dtype of the weight.
-        target: target of an export whose files the bytes are counted in; None for our own.
+        target: export target in whose files the bytes are counted; None for files of this library.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -76,12 +75,12 @@ class LayerPlan:
 
     @property
     def params_before(self) -> int:
-        """Dense parameters of the weight (bias not counted)."""
+        """Number of elements of the dense weight, without the bias."""
         return self.shape[0] * self.shape[1]
 
     @property
     def params_after(self) -> int:
-        """Stored numbers of the planned network, padding, scales and row orders included."""
+        """Count of stored numbers as planned, including padding, scales and row orders."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
@@ -94,13 +93,13 @@ class LayerPlan:
         """Bytes as planned, including packed integers, scales, zero points and row orders."""
         if self.topology is None:
             return self.bytes_before
-        if self.target is not None:  # menus have no networks
+        if self.target is not None:  # plans for export targets have no networks
             return bytes_for(self.target, self.storage.number_format, self.shape, self.dtype)
         return self.storage.num_bytes(self.topology, self.dtype)
 
     @property
     def bits_per_weight(self) -> float:
-        """Planned bits for each element of the dense weight."""
+        """Planned number of bits per element of the dense weight."""
         return 8 * self.bytes_after / self.params_before
 
     @property
@@ -110,12 +109,12 @@ class LayerPlan:
 
     @property
     def has_large_error(self) -> bool:
-        """True if the error is so large that the predicted loss increase is uncertain."""
+        """True if the error is so large that the predicted loss increase is uncertain, see `LARGE_ERROR`."""
         return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
 
     @property
     def baseline_error(self) -> float:
-        """Error of the plain truncated SVD of the same size, from the spectrum; 0 for a dense layer.
+        """Relative error of a plain truncated SVD of the same size, for comparison; 0 for a dense layer.
 
         If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model.
         """
@@ -127,12 +126,12 @@ class LayerPlan:
         return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
 
     def summary(self) -> dict[str, Any]:
-        """Return name, scheme, sizes and errors in a JSON-ready form, for reports."""
+        """Return name, scheme, sizes and errors as a JSON-ready dict, for reports."""
         names = ("name", "shape", "scheme", "bytes_before", "bytes_after", "params_before", "params_after")
         return {name: getattr(self, name) for name in (*names, "error", "baseline_error", "bound_by")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
+        """Convert to a JSON-ready dict."""
         return {
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "shape": list(self.shape),
@@ -147,14 +146,14 @@ class LayerPlan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerPlan":
-        """Restore a plan from `to_dict`.
+        """Restore the plan of a layer from the result of `to_dict`.
 
         Raises:
             KeyError, TypeError, ValueError: the data is not the plan of a layer.
         """
         topology, dtype = data["topology"], getattr(torch, data["dtype"], None)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"unknown dtype {data['dtype']!r}, expected one of floats, such as 'float32'")
+            raise ValueError(f"unknown dtype {data['dtype']!r}, expected a float dtype such as 'float32'")
         known = {field.name: data[field.name] for field in fields(cls)}
         known |= {
             "shape": (data["shape"][0], data["shape"][1]),
@@ -169,7 +168,7 @@ class LayerPlan:
 
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
-    """Describe number formats, family and bonds in short, without boundary bonds of 1.
+    """Describe number formats, family and bonds in a few words; bonds of size 1 are left out.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
@@ -189,12 +188,12 @@ def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
 
 @dataclass(frozen=True)
 class RaisedLoss:
-    """Predicted loss increase that was multiplied, because the measured one was far higher.
+    """Record of a predicted loss increase that was raised, because the measured one was far higher.
 
     Args:
         layer: name of the layer.
-        scheme: number format and topology, as printed in plans.
-        factor: measured over predicted.
+        scheme: number format and topology of the layer, as printed in plans.
+        factor: measured over predicted loss increase, by which the prediction was multiplied.
     """
 
     layer: str
@@ -204,11 +203,11 @@ class RaisedLoss:
 
 @dataclass(frozen=True)
 class LossCheck:
-    """Outcome of measuring the loss of layers with large errors while planning (`check_loss`).
+    """Result of measuring the loss of layers with large errors while planning (`check_loss`).
 
     Args:
-        layers: layers of the plan that were measured as planned.
-        raised: predicted losses that were multiplied; the final plan may no longer contain these schemes.
+        layers: number of layers of the plan that were measured in their planned scheme.
+        raised: predicted losses that were raised; the final plan may no longer contain these schemes.
 
     Example:
         >>> from tensornet.compression.plan import LossCheck, RaisedLoss
@@ -231,22 +230,22 @@ class LossCheck:
 class CompressionPlan:
     """Plans of all targeted layers, in model order.
 
-    Supports iteration and look-up by name; edit it with `replace_layer`, store it with `save` and `load`.
+    A plan can be iterated over and indexed by the name of a layer, edited with `replace_layer`, and stored
+    with `save` and `load`.
 
     Args:
-        layers: the plans.
-        objective: how errors were weighted, see `CompressionConfig`. Except for `"weight"`, the calibration
+        layers: the plan of each layer.
+        objective: how errors were weighted, see `CompressionConfig`. Unless it is `"weight"`, the calibration
             statistics are needed again to apply the plan.
         damping: damping of the gradient moments.
         rounding: how integers are rounded, see `CompressionConfig`.
         dense_loss: mean loss of a token during calibration.
-        calibration: name of the data that the statistics were collected on.
-        tokens: token count for which `milliseconds` were predicted.
-        forecast: corrects the sum over layers by loss increases measured on validation data, if there were
-            any.
+        calibration: name of the data on which the statistics were collected.
+        tokens: number of tokens for which `milliseconds` were predicted.
+        forecast: corrects the sum of the predicted losses by loss increases measured on validation data.
         topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
-        unseen: targeted layers that stay dense because they never ran in calibration.
+        unseen: names of targeted layers that stay dense because they never ran in calibration.
         loss_check: result of measuring layers with large errors while planning; None if there were no
             batches.
 
@@ -287,12 +286,12 @@ class CompressionPlan:
 
     @property
     def params_before(self) -> int:
-        """Dense parameters of all targeted weights."""
+        """Number of elements of all targeted weights."""
         return sum(layer.params_before for layer in self.layers)
 
     @property
     def params_after(self) -> int:
-        """Parameters of all targeted weights as planned."""
+        """Count of stored numbers of all targeted weights as planned."""
         return sum(layer.params_after for layer in self.layers)
 
     @property
@@ -307,15 +306,15 @@ class CompressionPlan:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits of a weight as planned."""
+        """Planned number of bits per element of the targeted weights."""
         return 8 * self.bytes_after / self.params_before
 
     @property
     def predicted_loss_increase(self) -> float | None:
-        """Predicted increase of the loss of a token by all layers together; None without calibration.
+        """Predicted loss increase of a token by errors in all layers together; None without gradients.
 
-        The prediction is of second order in the errors and neglects interactions between layers. It is close
-        for small loss increases and too low for large ones, unless measurements corrected it.
+        The prediction is of second order in the errors and neglects interactions between layers. It is
+        accurate for small loss increases and too low for large ones, unless measurements have corrected it.
         """
         total = _sum([layer.loss_increase for layer in self.layers])
         return None if total is None else self.forecast.corrected(total)
@@ -324,31 +323,28 @@ class CompressionPlan:
     def predicted_kl(self) -> float | None:
         """Predicted mean divergence `KL(dense || compressed)` of the next token, in nats.
 
-        Gradients for labels of the text have about the second moments of gradients for labels that the model
-        draws, which are the Fisher information. So the predicted loss increase, which is of second order, is
-        the divergence too. Measurements correct both separately. None if nothing was predicted, or if the
-        loss is not that of tokens.
+        To second order this is the predicted loss increase: gradients for the labels of a text have about the
+        same second moments as gradients for labels drawn from the model, and these are the Fisher
+        information. Measurements correct both predictions separately. The result is None if no loss was
+        predicted, or if the loss is not that of tokens.
         """
         total = _sum([layer.loss_increase for layer in self.layers])
         return self.forecast.kl(total) if total is not None and self.of_tokens else None
 
     @property
     def predicted_milliseconds(self) -> float | None:
-        """Predicted time of `tokens` tokens through all layers together, by the cost model."""
+        """Predicted time of a forward pass of `tokens` tokens through all layers, by the cost model."""
         return _sum([layer.milliseconds for layer in self.layers])
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Predicted perplexity on the calibration text, or on the text of the measurements.
-
-        None if nothing was predicted, or if the loss is not that of tokens.
-        """
+        """Predicted perplexity on the calibration text; None if no loss of tokens was predicted."""
         increase = self.predicted_loss_increase
         known = increase is not None and self.dense_loss is not None and self.of_tokens
         return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
-        """Collect all predictions in a JSON-ready form; unknown ones are None."""
+        """Collect all predictions in a JSON-ready dict; unknown predictions are None."""
         names = (
             "predicted_loss_increase",
             "predicted_kl",
@@ -360,7 +356,7 @@ class CompressionPlan:
     def predicted_change(self) -> str:
         """Describe the predicted change of the perplexity, or of the loss if it is not that of tokens.
 
-        Empty if the absolute loss has no meaning, as for the cosine distance of encoders.
+        The text is empty if the value of the loss has no meaning, as for the cosine distance of encoders.
 
         >>> tn.CompressionPlan(()).predicted_change()
         ''
@@ -374,19 +370,21 @@ class CompressionPlan:
         return f", from {before:.4g} to {after:.4g}"
 
     def curve(self, points: int = 64, *, unit: str = "params") -> list[tuple[int, float]]:
-        """Compute `(size of all targeted layers, predicted loss increase)` over all budgets, largest first.
-
-        Empty without calibrated gradients.
+        """Compute the predicted loss increase of the best plans over their size, without planning again.
 
         Args:
             points: largest number of points.
-            unit: `"params"` or `"bytes"`.
+            unit: unit of the size, `"params"` or `"bytes"`.
+
+        Returns:
+            Pairs `(size of all targeted layers, predicted loss increase)`, by decreasing size; empty without
+            calibrated gradients.
 
         Raises:
-            ValueError: another unit.
+            ValueError: the unit is unknown.
         """
         if unit not in ("params", "bytes"):
-            raise ValueError(f"The unit of a curve is 'params' or 'bytes', got {unit!r}.")
+            raise ValueError(f"The unit of a curve must be 'params' or 'bytes', got {unit!r}.")
         curves = [layer.curve if unit == "params" else layer.byte_curve for layer in self.layers]
         if not all(curves):
             return []
@@ -397,20 +395,20 @@ class CompressionPlan:
     def replace_layer(
         self, name: str, topology: Topology | None, storage: Storage | str | None = None
     ) -> "CompressionPlan":
-        """Return a plan in which one layer becomes `topology`, stored as `storage`.
+        """Return a plan in which one layer has another topology and storage.
 
-        Its error and predicted loss increase become unknown, or 0 if the layer becomes dense.
+        The error and predicted loss increase of this layer become unknown, or 0 if it becomes dense.
 
         Args:
             name: name of the layer.
-            topology: the network; None is the dense matrix.
-            storage: storage of the cores, or the name of a number format. If absent, cores keep their
-                encoding as far as the family allows, and a dense matrix stays in the dtype of the model.
+            topology: topology of the network; None means the dense matrix.
+            storage: storage of the cores, or the name of a number format. If absent, cores keep the storage
+                of the old plan as far as the family allows, and a dense matrix the dtype of the model.
 
         Raises:
-            FormatError: an unknown number format, or formats for cores that do not exist.
-            KeyError: no such layer.
-            TopologyError: not a topology, or one for another shape.
+            FormatError: a number format is unknown, or is given for a core that does not exist.
+            KeyError: the plan has no layer of this name.
+            TopologyError: the topology has another shape or type.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
@@ -434,13 +432,13 @@ class CompressionPlan:
         else:
             _check_topology(old, topology)
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
-            kept.num_params(topology)  # raises for formats of unknown cores
+            kept.num_params(topology)  # raises an error if it has formats for unknown cores
             made = {"bound_by": "edited", "error": None, "storage": kept, "loss_increase": None}
         edited = replace(old, topology=topology, milliseconds=None, **made)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def with_errors(self, errors: Mapping[str, float]) -> "CompressionPlan":
-        """Return the plan with the errors that `apply_plan` certified, by name; dense layers have none."""
+        """Return the plan with the certified errors that `apply_plan` returned; other layers get error 0."""
         known = (replace(layer, error=errors.get(layer.name, 0.0)) for layer in self.layers)
         return replace(self, layers=tuple(known))
 
@@ -483,7 +481,7 @@ class CompressionPlan:
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
-        """Plot bits and ranks of all layers and, if the loss was predicted, the loss over bits per weight.
+        """Plot the bits and ranks of all layers and, if it was predicted, the loss over bits per weight.
 
         Returns:
             A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
@@ -502,7 +500,7 @@ class CompressionPlan:
         return plan_figure(self.layers, self.curve(unit="bytes"), self.predicted_loss_increase)
 
     def _repr_html_(self) -> str:
-        """Format as a table for notebooks."""
+        """Return an HTML table for notebooks."""
         total = (
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
         )
@@ -523,7 +521,7 @@ class CompressionPlan:
         return html_table(f"Plan of {len(self)} layers: {total}{predicted}", header, rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
+        """Convert to a JSON-ready dict."""
         return {
             "version": PLAN_VERSION,
             **{field.name: getattr(self, field.name) for field in fields(self)},
@@ -536,10 +534,10 @@ class CompressionPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
-        """Restore a plan from `to_dict`.
+        """Restore a plan from the result of `to_dict`.
 
         Raises:
-            FormatError: not a plan, an unknown version, or an edit that made it inconsistent.
+            FormatError: the data is not a plan, has an unknown version, or is inconsistent after an edit.
         """
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
             raise FormatError(f"Not a compression plan of version {PLAN_VERSION}; plan again.")
@@ -568,19 +566,19 @@ class CompressionPlan:
             raise FormatError(f"Bad compression plan: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; an existing file is replaced when the new one is complete.
+        """Write the plan to a JSON file; an existing file is replaced when the new file is complete.
 
         Raises:
-            DestinationError: the file cannot be written there.
+            DestinationError: the file cannot be written.
         """
         write_file(Path(path), [json.dumps(self.to_dict(), indent=1).encode()], what="The plan")
 
     @classmethod
     def load(cls, path: str | Path) -> "CompressionPlan":
-        """Read a plan written by `save`.
+        """Read a plan from a file that `save` wrote.
 
         Raises:
-            FormatError: not a plan.
+            FormatError: the file cannot be read, or does not contain a plan.
         """
         try:
             data = json.loads(Path(path).read_text())
@@ -597,8 +595,8 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
         )
     if topology.shape != layer.shape:
         raise TopologyError(
-            f"Layer {layer.name!r} has shape {layer.shape}, the topology is for {topology.shape}; build one "
-            "with out_features and in_features of the layer."
+            f"Layer {layer.name!r} has shape {layer.shape}, but the topology is for {topology.shape}; build "
+            "a topology with out_features and in_features of the layer."
         )
 
 
@@ -606,16 +604,16 @@ def _check(plan: CompressionPlan) -> None:
     """Check that a plan read from a file is consistent.
 
     Raises:
-        ValueError, TopologyError: the plan is inconsistent; the message says where.
+        ValueError, TopologyError: the plan is inconsistent; the message says which part.
     """
     if plan.objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {plan.objective!r}, known are {', '.join(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {plan.objective!r}, choose one of {', '.join(OBJECTIVES)}")
     if plan.rounding not in ROUNDINGS:
-        raise ValueError(f"unknown rounding {plan.rounding!r}, known are {', '.join(ROUNDINGS)}")
+        raise ValueError(f"unknown rounding {plan.rounding!r}, choose one of {', '.join(ROUNDINGS)}")
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers:
-        raise ValueError("it has no layer")
+        raise ValueError("the plan has no layer")
     name, count = Counter(layer.name for layer in plan).most_common(1)[0]
     if count > 1:
         raise ValueError(f"layer {name!r} is listed {count} times")
@@ -626,6 +624,6 @@ def _check(plan: CompressionPlan) -> None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """Sum the values; None if there are none or if any is None."""
+    """Sum the values; return None if there are no values, or if any value is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None

@@ -1,7 +1,7 @@
 """Make plans: find the targets of a model and their candidates once, then plan for any number of budgets.
 
-A plan is a function of targets, candidates and a budget. With calibrated gradients all layers share one
-budget. Without them every layer is planned alone, by the error of its outputs or of its weight.
+With calibrated gradients all layers share one budget. Without gradients every layer is planned separately, by
+the error of its outputs or of its weight.
 """
 
 import warnings
@@ -32,28 +32,29 @@ from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
 from tensornet.topologies.registry import topology_of_shape
 
-#: Budgets that may differ between plans of one preparation.
+#: Budgets that may differ between plans from the same candidates.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets of a model and their candidates: slow to find, and the same for all budgets.
+    """Targets of a model and their candidates, which are slow to find and the same for all budgets.
 
-    Made by `prepare`. It refers to the weights and copies none of them.
+    `prepare` makes it. The weights are not copied.
 
     Args:
-        config: the configuration it was made with.
-        weights: every weight of the model, most of them skipped for a reason, see `find_targets`.
+        config: the configuration.
+        weights: every weight of the model, including skipped weights, see `find_targets`.
         targets: the weights to compress, in model order.
-        candidates: candidates of each target; empty if each layer is planned alone by the error of its
+        candidates: candidates of each target; empty if each layer is planned separately by the error of its
             weight.
-        spectra: singular values of each weight.
-        facts: plan without layers, with all that is known from calibration and from measuring.
+        spectra: singular values of each target.
+        facts: a plan without layers, with everything known from calibration and measurements.
         stats: calibration statistics.
-        rest: elements and bytes of the parameters that are not targeted, for budgets of the whole model.
+        rest: number of elements, and bytes, of the parameters that are not targeted, for budgets of the whole
+            model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
-        made: layers that were already rounded for measuring, to be reused by `apply_plan`.
+        made: layers that were already rounded for measurements, to be reused by `apply_plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -80,18 +81,18 @@ class Prepared:
         """Compute the plan of least predicted loss for one budget.
 
         Args:
-            progress: show a progress bar if layers are decomposed one by one.
+            progress: whether to show a progress bar if layers are decomposed one by one.
             budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes`, `loss_increase` and
-                `max_milliseconds` (for the token count of the configuration), in place of the
-                configuration's.
+                `max_milliseconds` (for the `tokens` of the configuration); they replace the budgets of the
+                configuration.
 
         Raises:
-            BudgetError: the budget cannot be met, or the cap is one that the candidates depend on.
+            BudgetError: the budget cannot be kept, or a limit is given on which the candidates depend.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
             raise BudgetError(
-                f"After preparation these budgets can be spent: {', '.join(BUDGETS)}; got "
-                f"{', '.join(unknown)}. Prepare again for other options."
+                f"The budget of a plan can be {', '.join(BUDGETS)}; got {', '.join(unknown)}. Call prepare "
+                "again with other options."
             )
         config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
         if not self.candidates:
@@ -100,7 +101,7 @@ class Prepared:
         objective = self.facts.objective
         if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
-        # Layers that a kernel of the target fuses are planned as one.
+        # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
         names = [target.name for target in self.targets]
         groups = fused_groups(names) if config.menu in FUSING else [[k] for k in range(len(names))]
         joined = [_joined([self.candidates[k] for k in group]) for group in groups]
@@ -120,14 +121,18 @@ class Prepared:
         return self.planned(chosen, bound_by)
 
     def without(self, names: Collection[str], reason: str) -> "Prepared":
-        """Return the preparation without some targets; they stay dense and count as the rest of the model.
+        """Return a copy without some targets, which then stay dense.
+
+        Args:
+            names: names of these targets.
+            reason: reason to skip them, for reports.
 
         Raises:
             TargetError: no target is left.
         """
         kept = [k for k, target in enumerate(self.targets) if target.name not in names]
         if not kept:
-            raise TargetError(f"No layer is left to compress: {', '.join(names)} ({reason}).")
+            raise TargetError(f"No layer is left to compress; skipped: {', '.join(names)} ({reason}).")
         gone = [target.matrix for target in self.targets if target.name in names]
         return replace(
             self,
@@ -142,10 +147,10 @@ class Prepared:
         )
 
     def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
-        """Turn a candidate of each layer, by index, into a plan.
+        """Make the plan that consists of the chosen candidate of each layer.
 
         Args:
-            chosen: index of the candidate of each layer.
+            chosen: index of the chosen candidate of each layer.
             bound_by: name of the tightest budget.
         """
         predicts = self.facts.objective == "curvature"
@@ -176,13 +181,13 @@ class Prepared:
         return replace(self.facts, layers=tuple(layers), loss_check=check)
 
 
-#: Targets whose kernels compute the layers of one of these sets as one product, with one number format.
+#: Export targets whose kernels fuse each of the sets of layers in `FUSED`, which then need one number format.
 FUSING = ("compressed-tensors",)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused_groups(names: Sequence[str]) -> list[list[int]]:
-    """Group layers that servers such as vLLM fuse: siblings of one of the sets in `FUSED`.
+    """Group layers that servers such as vLLM fuse: those of one parent module whose names are in one `FUSED`.
 
     Example:
         >>> from tensornet.compression.planning import fused_groups
@@ -198,10 +203,13 @@ def fused_groups(names: Sequence[str]) -> list[list[int]]:
 
 
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
-    """Add up the candidates of layers that get one number format; a single layer keeps its own.
+    """Make joint candidates for fused layers by summing sizes and losses over the layers for each format.
+
+    Args:
+        group: the candidates of each layer; a single layer keeps its candidates.
 
     Returns:
-        The sums, and the index of each summand in the list of its layer.
+        The joint candidates, and for each of them the index of the candidate of each layer.
     """
     if len(group) == 1:
         return list(group[0]), [(k,) for k in range(len(group[0]))]
@@ -222,18 +230,18 @@ def plan(
     *,
     progress: bool = False,
 ) -> CompressionPlan:
-    """Choose a candidate for every targeted layer; the model is not changed.
+    """Plan the compression of a model: choose a network or number format for every targeted layer.
 
     Args:
-        model: any module; targets are found by `find_targets`.
+        model: any module; it is not changed.
         config: the options.
         stats: statistics from `calibrate`, if the objective needs them.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        TargetError: no layer matches, or the objective needs statistics that are missing.
+        TargetError: no layer is selected, or the objective needs statistics that are missing.
         NonFiniteError: a weight contains NaN or infinity; the message names the layer.
-        BudgetError: no budget is given, or a layer cannot meet it.
+        BudgetError: no budget is given, or it cannot be kept.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -254,7 +262,9 @@ def prepare(
     *,
     progress: bool = False,
 ) -> Prepared:
-    """Find the candidates of every targeted layer, once for all budgets. Arguments and errors: see `plan`.
+    """Find the candidates of every targeted layer, from which plans for any budget are then made quickly.
+
+    For the arguments and errors see `plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -284,7 +294,7 @@ def prepare(
         objective=objective,
         damping=config.damping if objective != "weight" else 0.0,
         rounding=config.rounding,
-        dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # NaN: no value
+        dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
         calibration=stats.source if stats is not None else None,
         tokens=config.tokens,
         topology_options=config.topology_options,
@@ -311,10 +321,13 @@ def prepare(
 def _seen(
     targets: tuple[Target, ...], config: CompressionConfig, objective: str, stats: CalibrationStats | None
 ) -> tuple[tuple[Target, ...], tuple[str, ...]]:
-    """Separate the weights that ran in calibration from those that never ran; warn of the latter.
+    """Remove the targets whose layers never ran in calibration, with a warning that names them.
+
+    Returns:
+        The remaining targets, and the names of the removed targets.
 
     Raises:
-        TargetError: none of them ran, or one did not and the configuration requires all.
+        TargetError: no layer ran, or a layer did not run although the configuration requires it.
     """
     if objective == "weight" or stats is None:
         return targets, ()
@@ -325,8 +338,8 @@ def _seen(
     if names:
         warnings.warn(
             f"Left dense, because they never ran during calibration: {summary(unseen)}. Calibrate with data "
-            "that reaches them, compress them by their weights alone (objective='weight' with target_modules "
-            "that name them), or set require_calibrated=True for an error in place of this warning.",
+            "for which they run, compress them by the error of their weights alone (objective='weight' with "
+            "target_modules that name them), or set require_calibrated=True to get an error instead.",
             CalibrationWarning,
             stacklevel=2,
         )
@@ -342,7 +355,7 @@ def _plan_by_weight(
     """Plan every layer by the Frobenius error of its weight, with the given topology or the best family.
 
     Raises:
-        BudgetError: a layer cannot meet the budget; the message names it.
+        BudgetError: a layer cannot keep the budget; the message names the layer.
     """
     bar = tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer")
 
@@ -381,7 +394,7 @@ def _plan_by_weight(
             if best is None or _better(found, best, config.rel_error):
                 best = found
         if best is None:
-            raise BudgetError(f"Layer {target.name!r} cannot meet the budget. " + " ".join(refusals))
+            raise BudgetError(f"Layer {target.name!r} cannot keep the budget. " + " ".join(refusals))
         topology = best.network.topology
         if not budget.unlimited and topology.num_params >= target.matrix.numel():
             return stays
@@ -400,7 +413,10 @@ def _plan_by_weight(
 
 
 def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
-    """Return True if the new plan is smaller (under `rel_error`) or more accurate (under a size cap)."""
+    """Return True if the new decomposition is better than the old one.
+
+    If both keep `rel_error`, the smaller one is better; otherwise, or without `rel_error`, the more accurate.
+    """
     if rel_error is not None:
         kept_new, kept_old = new.error <= rel_error, old.error <= rel_error
         if kept_new and kept_old:
@@ -412,31 +428,33 @@ def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> 
 
 # --- time -------------------------------------------------------------------------------------------
 
-#: Multiply-adds of planning, of rounding and of networks without rounding, in units of `m n (m + n)`.
+#: Multiply-adds of planning, of rounding, and of planning or decomposing networks without rounding, for a
+#: matrix `(m, n)` in units of `m n (m + n)`.
 _PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
-#: Cost of calibrating on one token in forward passes, with gradients and moments of inputs and outputs.
+#: Time of calibrating on a token, in units of a forward pass: gradients, and moments of inputs and gradients.
 _CALIBRATION = 5.0
-#: Typical number of measurements of the loss check, and tokens of each.
+#: Typical number of measurements in the loss check, and number of tokens in each.
 _CHECKED, _CHECK_TOKENS = 12, 1024
 
 
 def estimate_seconds(
     model: nn.Module, config: CompressionConfig, *, tokens: int = 32_768
 ) -> dict[str, float]:
-    """Estimate how long `compress` will take, step by step, from the shapes of the layers alone.
+    """Estimate how long each step of `compress` will take, from the shapes of the layers.
 
-    The estimate is right within a factor of two on an idle machine.
+    On an idle machine the estimate is right within a factor of two.
 
     Args:
-        model: the dense model; may be on the meta device.
+        model: the dense model, which may be on the meta device.
         config: the options.
         tokens: number of calibration tokens.
 
     Returns:
-        Seconds of `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum, `"total"`.
+        Seconds of the steps `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum,
+        `"total"`.
 
     Raises:
-        TargetError: nothing matches.
+        TargetError: no layer is selected.
 
     Example:
         >>> from tensornet.compression.planning import estimate_seconds
@@ -449,7 +467,8 @@ def estimate_seconds(
         targets = [x for x in find_targets(model, config) if not x.skip]
     peak = default_machine(targets[0].weight.device).peak
     shapes = [tuple(target.matrix.shape) for target in targets]
-    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)  # rows of embeddings are independent
+    # The minimum is for embeddings, whose many rows are rounded independently.
+    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)
     forward = sum(p.numel() for p in model.parameters())
     steps = dict.fromkeys(("calibration", "planning", "loss check", "rounding"), 0.0)
     if config.objective != "weight":

@@ -1,4 +1,4 @@
-"""Report of a compression: sizes, errors and predicted losses, layer by layer."""
+"""Report of a finished compression: sizes, errors, losses, and which parameters were compressed."""
 
 import json
 import math
@@ -19,23 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: Key of the biases of layers whose matrices are covered or excluded.
+#: Key under which the biases of compressible layers are counted.
 BIASES = "biases"
-#: Largest number of types named in one line; the others are summed.
+#: Largest number of types named in one line; further types are summed.
 _NAMED = 5
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Count of the parameters that a compression covers, and of the others; tied ones count once.
+    """Counts of the parameters that a plan covers and does not cover; tied parameters are counted once.
 
     Args:
-        total: elements of all parameters.
-        covered: elements of the matrices that were planned, dense ones included.
-        excluded: elements of matrices that could be compressed but are excluded by the configuration, by type
-            of module.
-        unknown: elements of parameters that cannot be compressed, by type of module, with the reason in
-            brackets. Without a reason, the type of layer is unknown.
+        total: number of elements of all parameters.
+        covered: number of elements of all planned matrices, including those that stay dense.
+        excluded: number of elements of matrices that the configuration excludes, by type of module.
+        unknown: number of elements of parameters that cannot be compressed, by type of module, with the
+            reason in brackets if the type is known.
 
     >>> print(Coverage(1000, 800, {"Embedding": 150}, {"LayerNorm": 50}))
     covers 80.0 % of 1.00k parameters; excluded: Embedding 150; skipped: LayerNorm 50
@@ -48,7 +47,7 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """Covered parameters as a ratio of all."""
+        """Covered parameters as a fraction of all parameters."""
         return self.covered / self.total if self.total else 0.0
 
     def __str__(self) -> str:
@@ -59,14 +58,14 @@ class Coverage:
         return "; ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form."""
+        """Convert to a JSON-ready dict."""
         return asdict(self) | {"share": self.share}
 
 
 def measure_coverage(
     targets: Iterable[Target], layers: Collection[str], *, unseen: Iterable[str] = ()
 ) -> Coverage:
-    """Count the parameters of a dense model that a plan covers, and list the others by type.
+    """Count the parameters of a dense model that a plan covers, and all others by type of module.
 
     Args:
         targets: every weight of the model, from `find_targets` or `list_weights`.
@@ -100,7 +99,7 @@ def measure_coverage(
 
 
 def compact_count(value: float) -> str:
-    """Format a count with three significant digits.
+    """Format a number with three significant digits and a unit, k, M or B.
 
     >>> compact_count(940800)
     '941k'
@@ -128,22 +127,21 @@ _MOST = 700.0
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """Result of `compress`: `str(report)` is the table of its plan with the certified errors.
+    """Result of `compress`; `str(report)` is the table of its plan with the certified errors.
 
     Args:
-        model_params_before, model_params_after: stored numbers of the whole model, tied ones once: elements
-            of parameters, codes of integers, scales and zero points.
-        model_bytes_before, model_bytes_after: their size in memory.
-        seconds: wall time.
+        model_params_before, model_params_after: count of stored numbers of the whole model: elements of
+            parameters, integer codes, scales and zero points. Tied tensors are counted once.
+        model_bytes_before, model_bytes_after: bytes of these numbers in memory.
+        seconds: wall time of the compression.
         plan: the plan that was applied, with the certified error of each layer.
-        coverage: share of the parameters that the plan covers, and the types of the others.
-        measured: loss increase, measured on a few rows of the data to compare with
+        coverage: counts of the parameters that the plan covers and does not cover.
+        measured: loss increase measured on a few rows of the data, to compare with
             `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
-        put_back: layers that were put back dense after a run of the compressed model, with the reason.
-        was_run: whether the compressed model was run on a batch, to find code that reads the weight of a
-            replaced layer.
-        rounded: number formats of parameters that belong to no layer, such as the shared cores of experts, by
-            name. They are not part of the plan and its predictions.
+        put_back: layers that are dense again because other code reads their weight, with the reason.
+        was_run: whether the compressed model was run on a batch, to find such code.
+        rounded: number formats of parameters that do not belong to layers, such as the shared cores of
+            experts, by name. They are not part of the plan and its predictions.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -167,7 +165,7 @@ class CompressionReport:
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
-        """The layers of the plan, one for each targeted weight."""
+        """Plans of all layers, one for each targeted weight."""
         return self.plan.layers
 
     @property
@@ -190,7 +188,7 @@ class CompressionReport:
                 change = f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
             lines.append(f"measured loss increase: {found}{change}")
         elif self.plan.predicted_loss_increase is not None:
-            lines.append("measured loss increase: none, without batches that it could be measured on")
+            lines.append("measured loss increase: none, since there were no batches")
         lines.append(
             f"whole model: {self.model_bytes_before / 1e6:.2f} -> {self.model_bytes_after / 1e6:.2f} MB, "
             f"{self.model_params_before:,} -> {self.model_params_after:,} parameters, {self.seconds:.1f} s"
@@ -205,7 +203,7 @@ class CompressionReport:
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
-        """Plot bits and ranks of all layers, and the loss or the weight error of each.
+        """Plot the bits and ranks of all layers, and the predicted loss or the weight error of each layer.
 
         Returns:
             A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.
@@ -224,7 +222,7 @@ class CompressionReport:
         return report_figure(self.layers)
 
     def _repr_html_(self) -> str:
-        """Format as a table for notebooks."""
+        """Return an HTML table for notebooks."""
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
         loss = self.plan.predicted_loss_increase
         predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
@@ -241,7 +239,7 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready form, without spectra."""
+        """Convert to a JSON-ready dict, without singular values."""
         check = self.plan.loss_check
         return {
             "layers": [layer.summary() for layer in self.layers],
@@ -263,9 +261,9 @@ class CompressionReport:
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """Count `(numbers, bytes)` of all distinct parameters, tied ones once.
+    """Count the stored numbers and the bytes of a model, `(numbers, bytes)`.
 
-    Each packed code, scale and zero point of integers counts as one number.
+    A packed code, scale or zero point counts as one number; tied tensors are counted once.
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():

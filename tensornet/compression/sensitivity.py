@@ -1,7 +1,7 @@
-"""Sensitivity of the loss to errors in one weight: Kronecker factors from calibration statistics, damped.
+"""Sensitivity of the loss to errors in one weight: damped second moments from calibration statistics.
 
-The predicted loss increase of an error `E` is `1/2 tr(R E C E^T)`, with the moments `R` of the gradients at
-the outputs and `C` of the inputs. `layer_weighting` returns both for a layer.
+The predicted loss increase of an error `E` is `1/2 tr(R E C E^T)`, with the moment `R` of the output
+gradients and the moment `C` of the inputs. `layer_weighting` returns both moments for a layer.
 """
 
 from dataclasses import dataclass, replace
@@ -19,28 +19,28 @@ from tensornet.nn.layer_kinds import relatives
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
-#: Damping of the input moment, as a fraction of its mean diagonal: only for stability and dead inputs.
+#: Damping of input moments, as a fraction of their mean diagonal, for stability and for inputs that are 0.
 INPUT_DAMPING = 1e-4
 #: Damping of gradient moments for the forecast of the loss. Decompositions are best with little damping, but
-#: their predicted loss is then too low: on another text, and with all layers compressed at once, errors also
-#: cost where the gradients of this text are small. The trace is kept constant: errors of integers lie in all
-#: directions, and more trace would double their cost.
+#: their predicted loss is then too low: on another text, and with all layers compressed at once, errors in
+#: directions of small gradients increase the loss too. The trace of the moment is kept constant. A larger
+#: trace would double the predicted loss of integers, whose errors lie in all directions.
 FORECAST_DAMPING = 1.0
-#: Least damping of gradient moments: errors in directions without gradients must cost something.
+#: Smallest damping of gradient moments, so that errors in directions without gradients are not ignored.
 _LEAST_DAMPING = 1e-6
-#: Share of token frequencies that is spread over all rows, since other texts read other rows. With a smaller
-#: share, low rank for SmolLM2's embedding cost four times its forecast, relative to integers
-#: (benchmarks/records/bytes.md).
+#: Fraction of the token frequencies that is spread evenly over all rows of an embedding, since other texts
+#: read other rows. With a smaller fraction, the loss of low rank for SmolLM2's embedding was four times its
+#: forecast, relative to integers (benchmarks/records/bytes.md).
 FREQUENCY_SPREAD = 0.5
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weightings of errors in one weight: for choosing a candidate, and for forecasting its loss.
+    """Weightings of errors in one weight.
 
     Args:
-        choice: with little damping, for choosing and fitting.
-        forecast: with more damping, for predicting the loss increase.
+        choice: weighting with little damping, for choosing and fitting candidates.
+        forecast: weighting with more damping, for predicting the loss increase.
         rounding: how integers are rounded, see `CompressionConfig`.
     """
 
@@ -56,10 +56,17 @@ def layer_sensitivity(
     damping: float,
     rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
-    """Weigh errors in one layer with little damping for the choice, and with more for the forecast.
+    """Make both weightings of the errors in one weight, see `Sensitivity`.
+
+    Args:
+        target: the weight.
+        objective: `"weight"`, `"activation"` or `"curvature"`.
+        stats: calibration statistics.
+        damping: fraction of the mean diagonal that is added to gradient moments for the choice.
+        rounding: how integers are rounded, see `CompressionConfig`.
 
     Returns:
-        None if no gradient arrived, so that errors do not change the loss.
+        The weightings; None if all gradients are zero, so that errors do not change the loss.
 
     Raises:
         TargetError: see `layer_weighting`.
@@ -81,7 +88,7 @@ def layer_sensitivity(
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Compute `rows` of `forecast_weighting` from those of `choice` in one pass, since it is large."""
+    """Compute the gradient moment of `forecast_weighting` from that of `choice`, in one pass over memory."""
     least, most = max(damping, _LEAST_DAMPING), max(damping, FORECAST_DAMPING)
     further = moment / (1 + most)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
@@ -91,10 +98,12 @@ def _damped_further(moment: Tensor, damping: float) -> Tensor:
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
-    """Weigh errors in one layer for the forecast of their loss: half of the gradients spread evenly.
+    """Make the weighting of the errors in one weight with which their loss increase is predicted.
+
+    Half of the trace of the gradient moment is spread evenly over its diagonal, see `FORECAST_DAMPING`.
 
     Returns:
-        None if no gradient arrived, so that errors do not change the loss.
+        The weighting; None if all gradients are zero, so that errors do not change the loss.
 
     Raises:
         TargetError: see `layer_weighting`.
@@ -103,17 +112,17 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     found = layer_weighting(target, "curvature", stats, amount)
     if found is None:
         return None
-    assert found.rows is not None  # without gradients the objective was refused before
+    assert found.rows is not None  # `resolve_objective` has checked that there are gradients
     return replace(found, rows=found.rows / (1 + amount))
 
 
 def layer_weighting(
     target: Target, objective: str, stats: CalibrationStats | None, damping: float
 ) -> Weighting | None:
-    """Weigh errors in one layer by an objective of `CompressionConfig`.
+    """Make the weighting of the errors in one weight for an objective of `CompressionConfig`.
 
     Returns:
-        None if no gradient arrived, so that errors do not change the loss.
+        The weighting; None if all gradients are zero, so that errors do not change the loss.
 
     Raises:
         TargetError: the statistics do not contain the layer, or belong to another model.
@@ -126,19 +135,20 @@ def layer_weighting(
         check_weighting(target.matrix, found or Weighting())
     except ShapeError as error:
         raise TargetError(
-            f"The statistics do not belong to this model: layer {target.name!r} has another shape there. "
+            f"The statistics do not belong to this model: layer {target.name!r} has another shape in them. "
             f"{error} Calibrate this model."
         ) from error
     return found
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
-    """Weigh errors in one weight by the moment of its inputs alone, of the first layer that ran with it.
+    """Make the weighting of the errors in one weight from the moment of its inputs alone.
 
-    If all inputs were zero, the weighting is the Frobenius norm.
+    If several layers use the weight, the inputs are those of the first layer that ran. If all inputs were
+    zero, the weighting is the Frobenius norm.
 
     Raises:
-        TargetError: the calibration text never ran any layer that uses this weight.
+        TargetError: no layer that uses this weight ran during calibration.
     """
     for name, kind in zip(target.names, target.kinds, strict=True):
         if kind.name == "embedding" and name in stats.rows:
@@ -152,7 +162,9 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
-    """Weigh errors in one weight by damped gradient and input moments, summed over all layers that use it.
+    """Make the weighting of the errors in one weight from its damped gradient and input moments.
+
+    If several layers use the weight, the weighting is the Kronecker product closest to the sum over them.
 
     Args:
         target: the weight; layers that did not run in calibration are skipped.
@@ -160,10 +172,10 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         damping: fraction of the mean diagonal that is added to gradient moments.
 
     Returns:
-        None if all gradients or all inputs were zero: the weight has no influence on the loss.
+        The weighting; None if all gradients or all inputs were zero, so that errors do not change the loss.
 
     Raises:
-        TargetError: the calibration text never ran any layer that uses this weight.
+        TargetError: no layer that uses this weight ran during calibration.
     """
     terms = []
     damping = max(damping, _LEAST_DAMPING)
@@ -186,7 +198,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
 
 
 def _spread(frequencies: Tensor) -> Tensor:
-    """Spread a fraction of the frequencies evenly over all rows; their sum stays the same."""
+    """Spread the fraction `FREQUENCY_SPREAD` of the frequencies evenly over all rows of an embedding."""
     kept = (1 - FREQUENCY_SPREAD) * frequencies.to(working_dtype(frequencies.dtype))
     return kept + FREQUENCY_SPREAD * frequencies.mean()
 
@@ -197,10 +209,10 @@ def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Average the moments of gradients and inputs over the relatives of a weight that never ran.
+    """Average gradient and input moments over the relatives of a layer that never ran in calibration.
 
     Raises:
-        TargetError: it has no relatives, or none of them ran.
+        TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.
     """
     names = _relatives(target, stats)
     if not names:
@@ -213,7 +225,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
 
 
 def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
-    """List the layers that ran and whose moments may replace those of a weight."""
+    """List the relatives of a weight (`layer_kinds.relatives`) that ran in calibration and have its shape."""
     sides = tuple(target.matrix.shape)
     return [
         name
@@ -236,13 +248,13 @@ def _ran(target: Target, stats: CalibrationStats) -> bool:
 def never_ran(target: Target) -> TargetError:
     """Build the error for a weight without calibration statistics."""
     return TargetError(
-        f"Layer {target.name!r} never ran during calibration, so nothing is known about its errors. "
-        "Calibrate with data that reaches it, or exclude it."
+        f"Layer {target.name!r} never ran during calibration, so the effect of errors in it is unknown. "
+        "Calibrate with data for which it runs, or exclude it."
     )
 
 
 def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None) -> str:
-    """Replace the objective `"auto"` by the best one that the statistics allow.
+    """Return the objective of a configuration; `"auto"` becomes the best one that the statistics allow.
 
     Raises:
         TargetError: the objective needs statistics that are missing.
@@ -257,7 +269,7 @@ def resolve_objective(config: CompressionConfig, stats: CalibrationStats | None)
     if order.index(wanted) > order.index(known):
         missing = "gradients" if wanted == "curvature" else "inputs"
         raise TargetError(
-            f"objective={wanted!r} needs calibrated {missing}: pass calibration=batches to compress, or the "
-            "statistics that tensornet.calibrate collects to plan; objective='weight' needs none."
+            f"objective={wanted!r} needs calibrated {missing}: pass calibration=batches to compress, or "
+            "statistics from tensornet.calibrate to plan; objective='weight' needs none."
         )
     return wanted

@@ -1,4 +1,4 @@
-"""Files of compressed PyTorch models: weights, and descriptions of the tensor-network layers.
+"""Save and load compressed PyTorch models, as files with weights and descriptions of the layers.
 
 For Hugging Face models use `tensornet_hf`, which saves folders that transformers can load.
 """
@@ -25,17 +25,17 @@ FILE_VERSION = 1
 
 
 def save_model(model: nn.Module, path: str | Path) -> None:
-    """Write the weights of a model with compressed layers, and their description, into one safetensors file.
+    """Write the weights of a model and a description of its compressed layers to one safetensors file.
 
-    Shared parameters are written once. An existing file is replaced when the new one is complete.
+    Shared parameters are written once. An existing file is replaced when the new file is complete.
 
     Args:
-        model: any module; `load_model` needs another instance of the same class.
+        model: any module; to load the file, `load_model` needs another instance of the same class.
         path: path of the file.
 
     Raises:
         TargetError: the model is on the meta device, or its state dict contains something other than tensors.
-        DestinationError: the file cannot be written there.
+        DestinationError: the file cannot be written.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -46,7 +46,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     if odd := [name for name, value in state.items() if not isinstance(value, Tensor) or value.is_meta]:
         raise TargetError(
             f"{type(model).__name__} cannot be written: {odd[0]!r} in its state_dict() is not a tensor with "
-            "numbers. Load the model first, or leave that part out of its state."
+            "values. Load the model first, or leave this entry out of its state."
         )
     owners: dict[int, str] = {}
     ties = {name: owner for name, x in state.items() if (owner := owners.setdefault(id(x), name)) != name}
@@ -54,7 +54,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
     for name in (x for x in state if x not in ties):
         tensor = state[name].detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
-        # Distinct tensors may still overlap in memory, which safetensors refuses.
+        # Distinct tensors may still overlap in memory, which safetensors does not accept.
         tensors[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
     named = model.named_modules(remove_duplicate=False)
@@ -65,11 +65,11 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load the compressed layers and weights of a file that `save_model` wrote into a dense model.
+    """Load a file that `save_model` wrote: replace layers of a dense model by compressed ones, load weights.
 
     Args:
         model: a new dense instance of the saved class. Compressed layers replace its layers, on the same
-            devices and in the same dtypes; all its values are overwritten.
+            devices and in the same dtypes, and all its weights are overwritten.
         path: path of the file.
 
     Returns:
@@ -77,7 +77,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FormatError: the file is missing, damaged, or of another model; `model` is then unchanged.
-        TargetError: the model has no numbers (meta device).
+        TargetError: the model is on the meta device.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -88,12 +88,12 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
         True
     """
     if any(parameter.is_meta for parameter in model.parameters()):
-        raise TargetError("load_model fills a model that is in memory; this one is on the meta device.")
+        raise TargetError("load_model needs a model that is in memory; this model is on the meta device.")
     header, state = _read(Path(path))
     apart = unfuse(model, inside=header["layers"])
     try:
         _fill(model, header, state, path)
-    finally:  # restores the stock modules after a failure
+    finally:  # also after a failure, restores the stock modules
         fuse(model, apart)
     structure_changed(model)
     return model
@@ -101,7 +101,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
     """Insert the compressed layers into an unfused model, and load all tensors."""
-    made: dict[int, nn.Module] = {}  # by stock layer, which may have several names
+    made: dict[int, nn.Module] = {}  # by the id of the stock layer, which may have several names
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
         try:
@@ -109,7 +109,7 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
         except AttributeError:
             raise FormatError(
                 f"{path} is of another model: {type(model).__name__} has no module {name!r}, which is "
-                "compressed there."
+                "compressed in the file."
             ) from None
         if isinstance(stock, NetworkModule) and stock.spec() == spec:
             continue
@@ -122,13 +122,17 @@ def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tenso
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the header and all tensors; tied ones are returned under each of their names."""
+    """Read the header and the tensors of a file; a tied tensor is returned under each of its names.
+
+    Raises:
+        FormatError: the file is missing or damaged, or was not written by `save_model`.
+    """
     try:
         with safetensors.safe_open(str(path), framework="pt") as file:
             text = (file.metadata() or {}).get("tensornet")
             if text is None:
                 raise FormatError(
-                    f"{path} was not written by tensornet.save_model: it has no list of layers made of cores."
+                    f"{path} was not written by tensornet.save_model: it has no list of compressed layers."
                 )
             header = json.loads(text)
             if header["version"] != FILE_VERSION:
@@ -148,16 +152,27 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Path) -> nn.Module:
-    """Build an empty compressed layer in place of a dense one."""
+    """Build an uninitialized compressed layer that can replace a stock layer.
+
+    Args:
+        name: name of the layer in the model.
+        spec: description of the compressed layer.
+        stock: the stock layer.
+        path: path of the file, for messages.
+
+    Raises:
+        FormatError: the stock layer has another kind or shape.
+        TargetError: the `forward` of the stock layer was replaced.
+    """
     kind = kind_of(stock)
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(
-            f"{path} is of another model: {name!r} is a {type(stock).__name__} here, there it is a "
-            f"layer of the kind {spec.get('source')!r}."
+            f"{path} is of another model: {name!r} is a {type(stock).__name__} in the model, and a "
+            f"layer of the kind {spec.get('source')!r} in the file."
         )
     if has_own_forward(stock):
         raise TargetError(
-            f"Another forward was set on {name!r}, which a compressed layer would lose: delete it first "
+            f"{name!r} has its own forward, which a compressed layer would lose: delete it first "
             "(`del layer.forward`), and set it again afterwards."
         )
     matrix = kind.matrix(stock)
@@ -165,14 +180,18 @@ def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Pat
     assert isinstance(module, NetworkModule)
     if module.topology.shape != tuple(matrix.shape):
         raise FormatError(
-            f"{path} is of another model: {name!r} has shape {tuple(matrix.shape)} here, "
-            f"{module.topology.shape} there (out_features, in_features)."
+            f"{path} is of another model: {name!r} has shape {tuple(matrix.shape)} in the model, "
+            f"{module.topology.shape} in the file (out_features, in_features)."
         )
     return module
 
 
 def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raise FormatError unless names, shapes, dtypes of packed cores and scales are those of the model."""
+    """Check that the tensors of a file fit a model, and that scales are finite.
+
+    Raises:
+        FormatError: names, shapes or dtypes differ from those of the model, or packed cores are damaged.
+    """
     own = model.state_dict()
     for what, names in (("lacks", own.keys() - state.keys()), ("has", state.keys() - own.keys())):
         if names:
@@ -183,8 +202,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
             raise FormatError(
-                f"{path} is of another model: {name} has shape {tuple(tensor.shape)} here, "
-                f"{tuple(state[name].shape)} there."
+                f"{path} is of another model: {name} has shape {tuple(tensor.shape)} in the model, "
+                f"{tuple(state[name].shape)} in the file."
             )
     for name, module in model.named_modules():
         if not isinstance(module, PackedCore):
@@ -193,8 +212,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Tensor], path: str | Path
             if (found := state[f"{name}.{part}"].dtype) != tensor.dtype:
                 raise FormatError(
                     f"{path} is damaged: {name}.{part} is stored as {str(found).removeprefix('torch.')}, but "
-                    f"the number format of its layer claims {str(tensor.dtype).removeprefix('torch.')}. Copy "
-                    "it again, or save the model again."
+                    f"the number format of its layer needs {str(tensor.dtype).removeprefix('torch.')}. Copy "
+                    "the file again, or save the model again."
                 )
         stored = {part: state[f"{name}.{part}"] for part in module.names}
         PackedCore(module.number_format, module.shape, module.columns, stored, module.axis).check_finite(

@@ -1,4 +1,4 @@
-"""Plots of plans: loss over bits, bits and rank of every layer, predicted loss of every layer."""
+"""Plots of plans and reports: loss over bits, bits and ranks of layers, predicted losses of layers."""
 
 import os.path
 import re
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Layers of a plan, each a `LayerPlan`. That class cannot be imported here: its module imports this one.
+#: Layers of a plan, `LayerPlan` objects. This module cannot import the class, which would be circular.
 Layers = Sequence[Any]
 
-#: Colours by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. An HTML page
-#: replaces them by variables, so every role needs a different colour.
+#: Colors by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. HTML pages
+#: replace the colors by variables, so every role needs a different color.
 COLORS = {
     "ink": "#1a1f2b",
     "muted": "#667085",
@@ -27,9 +27,9 @@ COLORS = {
     "svd": "#8b5cf6",
     "dense": "#98a2b3",
 }
-#: Limits of the logarithmic axis of predicted loss increases in nats; a model above the upper one is useless.
+#: Limits of the logarithmic axis of predicted loss increases in nats; above the upper one a model is useless.
 _FLOOR, _USELESS = 1e-7, 12.0
-#: Width of a picture in inches.
+#: Default width of a figure in inches.
 _WIDTH = 9.0
 
 
@@ -38,11 +38,11 @@ class Mark:
     """One model in the plot of loss over bits.
 
     Args:
-        label: its name.
+        label: name of the model.
         bits: bits per weight of the compressed layers.
         loss_increase: loss increase over the dense model.
         color: color of the mark.
-        measured: True draws a filled mark, False a ring.
+        measured: whether the loss was measured: the mark is then filled, else it is a ring.
     """
 
     label: str
@@ -56,9 +56,9 @@ class Mark:
 
 
 class LayerName(NamedTuple):
-    """Parts of the name of a layer: the index and the name of its block, and its name within the block.
+    """Parts of the name of a layer: the index and the name of its block, and its name inside the block.
 
-    The index is None outside of blocks, and the name of the block then ends at the last dot.
+    For a layer outside of blocks the index is None, and the name of its parent takes the place of the block.
     """
 
     block: int | None
@@ -67,7 +67,7 @@ class LayerName(NamedTuple):
 
 
 def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Split the names of layers at the number of their block.
+    """Split the names of layers after the number of their block.
 
     Example:
         >>> from tensornet.compression.viz import layer_names
@@ -75,7 +75,7 @@ def layer_names(names: Sequence[str]) -> list[LayerName]:
         LayerName(block=0, place='layers.0', kind='mlp.up_proj')
     """
     parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists as well as strings
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists too
     found = []
     for part in parts:
         at = next((k for k, word in enumerate(part) if word.isdigit()), None)
@@ -89,12 +89,12 @@ def layer_names(names: Sequence[str]) -> list[LayerName]:
 
 
 def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increase: float | None) -> "Figure":
-    """Plot a plan: loss over bits if it is predicted, and bits and ranks of all layers.
+    """Plot a plan: the predicted loss over bits per weight, and the bits and ranks of all layers.
 
     Args:
         layers: layers of the plan.
-        curve: `(bytes of all layers, predicted loss increase)`; empty without a prediction.
-        loss_increase: predicted for the plan.
+        curve: pairs `(bytes of all layers, predicted loss increase)`; without them, loss is not plotted.
+        loss_increase: predicted loss increase of the plan.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -111,7 +111,7 @@ def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increas
 
 
 def report_figure(layers: Layers) -> "Figure":
-    """Plot a finished compression: bits and ranks, and the loss or the weight error of every layer.
+    """Plot a finished compression: bits and ranks of all layers, and the predicted loss or error of each.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -137,12 +137,12 @@ def report_figure(layers: Layers) -> "Figure":
 def losses_figure(
     layers: Layers, others: Mapping[str, Mapping[str, float]], *, width: float = _WIDTH
 ) -> "Figure":
-    """Plot the predicted loss increase of every layer, one panel for each kind, one line for each method.
+    """Plot predicted loss increases, with a panel for each kind of layer and a line for each method.
 
     Args:
         layers: layers of a plan that predicts losses.
-        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by layer.
-        width: width in inches.
+        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by the name of the layer.
+        width: width of the figure in inches.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -158,7 +158,7 @@ def losses_figure(
     }
     values = [x for known in losses.values() for x in known.values() if x > _FLOOR]
     low, high = min(values, default=_FLOOR) / 2, max(values, default=1.0) * 2
-    # One panel for each kind of layer, over the number of the block; a single one if there are no blocks.
+    # There is a panel for each kind of layer, over the number of the block; without blocks, a single panel.
     kinds, blocks, cells = grid_of([layer.name for layer in layers])
     panels = [
         (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
@@ -203,7 +203,7 @@ def losses_figure(
 def _figure(
     layers: Layers, user: str, *, above: Sequence[float] = (), below: Sequence[float] = ()
 ) -> tuple["Figure", Any]:
-    """Create a figure with a panel for the map of `draw_bits`, and others of the given heights."""
+    """Make a figure with a panel for `draw_bits`, and panels of the given heights above and below it."""
     module = import_optional("matplotlib.figure", extra="viz", user=user)
     rows, columns, _ = grid_of([layer.name for layer in layers])
     heights = [*above, 1.1 + 0.32 * len(rows), *below]
@@ -225,12 +225,12 @@ def draw_loss_over_bits(
     curve: Sequence[tuple[int, float]],
     marks: Sequence[Mark],
 ) -> None:
-    """Draw the predicted loss increase over bits of a weight, and models as marks.
+    """Draw the predicted loss increase over bits per weight as a curve, and models as marks.
 
     Args:
         axes: axes to draw on.
-        layers: the planned layers.
-        curve: curve of the plan, `(bytes of all layers, predicted loss increase)`.
+        layers: layers of the plan.
+        curve: pairs `(bytes of all layers, predicted loss increase)`.
         marks: models to draw as marks.
     """
     from matplotlib.ticker import FixedLocator, NullFormatter
@@ -247,7 +247,7 @@ def draw_loss_over_bits(
         if mark.loss_increase > _FLOOR:
             values.append(min(mark.loss_increase, _USELESS))
             axes.plot([mark.bits], values[-1:], "o", **style)
-        else:  # zero cannot be drawn on a logarithmic axis: use its lower end
+        else:  # zero cannot be drawn on a logarithmic axis, so the mark is at its lower end
             axes.plot([mark.bits], [0.03], "v", transform=axes.get_xaxis_transform(), **style)
     axes.set_yscale("log")
     axes.set_ylim(min(values, default=1e-3) / 2, max(values, default=1.0) * 2)
@@ -280,9 +280,10 @@ def draw_loss_over_bits(
 
 
 def draw_bits(axes: "Axes", layers: Layers) -> None:
-    """Draw bits of a weight as a map: blocks from left to right, layers of a block from top to bottom.
+    """Draw the bits per weight of all layers as a table of colored cells.
 
-    Ranks are written into the cells of networks if the cells are wide enough.
+    Columns are blocks, rows are the layers in a block. Bits and ranks are written into the cells if these are
+    wide enough.
     """
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
@@ -291,7 +292,7 @@ def draw_bits(axes: "Axes", layers: Layers) -> None:
     most = max(layer.bits_per_weight for layer in layers)
     for layer in layers:
         row, column = cells[layer.name]
-        strength = 0.06 + 0.5 * layer.bits_per_weight / most  # text stays readable on the darkest
+        strength = 0.06 + 0.5 * layer.bits_per_weight / most  # text is readable on the darkest color
         color = to_rgba(COLORS["ours"], strength)
         axes.add_patch(Rectangle((column - 0.47, row - 0.46), 0.94, 0.92, facecolor=color, linewidth=0))
         label = f"{layer.bits_per_weight:.3g}"
@@ -341,6 +342,6 @@ def grid_of(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple
         if block is not None:
             row, column = kind, columns.setdefault((re.sub(r"\d+$", "", place), block), len(columns))
         cells[name] = (rows.setdefault(row, len(rows)), column)
-    several = len({stack for stack, _ in columns}) > 1  # encoder and decoder: their first letters
+    several = len({stack for stack, _ in columns}) > 1  # blocks of encoder and decoder get a prefix
     labels = [f"{stack[:3]}{block}" if several else str(block) for stack, block in columns]
     return list(rows), labels or [""], cells

@@ -1,4 +1,4 @@
-"""Healing: training or refitting the cores of a compressed model against its dense teacher."""
+"""Healing: train or refit the cores of a compressed model, with the dense model as teacher."""
 
 from tensornet.healing.heal import HealReport, trained_scales
 from tensornet.healing.refine import RefineReport, refine

@@ -1,9 +1,9 @@
-"""Divergence of predicted distributions, computed in blocks of tokens with an explicit gradient.
+"""Divergence of predicted distributions, computed in blocks of tokens together with its gradient.
 
-Log probabilities of a whole vocabulary for some hundred tokens are far larger than a processor's cache, and
-automatic differentiation keeps several copies of them. The gradient with respect to the student's logits is
-the difference of both distributions. So one pass over a block gives the value and the gradient, and only this
-gradient, in the dtype of the logits, is kept.
+Log-probabilities of a whole vocabulary for some hundred tokens are far larger than a processor's cache, and
+automatic differentiation would store several copies. The gradient with respect to the student's logits is the
+difference of both distributions. So one pass over a block computes the value and the gradient, and only the
+gradient is stored, in the dtype of the logits.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Number of logits in a block, small enough for the cache of a CPU.
+#: Number of logits in a block: on a CPU, where a block fits into the cache, and on other devices.
 _BLOCK, _BLOCK_ON_DEVICE = 2**18, 2**26
 
 
@@ -22,17 +22,17 @@ def divergence(
 ) -> Tensor:
     """Compute the mean of `KL(teacher || student)` over tokens in nats, times the squared temperature.
 
-    It is differentiable once with respect to the student's logits; the teacher's are constants. Computations
-    are in float32, or in float64 for logits in float64.
+    The result can be differentiated once with respect to the student's logits; the teacher's logits are
+    constants. Computations are in float32, or in float64 for float64 logits.
 
     Args:
         student: logits of the compressed model, shape `(..., classes)`.
         teacher: logits of the dense model, of the same shape.
-        mask: the tokens that count, shape `(...)`; all if absent.
-        temperature: both logits are divided by it.
+        mask: True at the tokens to average over, shape `(...)`; all tokens if absent.
+        temperature: number by which both logits are divided.
 
     Returns:
-        Scalar; NaN if no token counts.
+        The divergence, a scalar; NaN if the mask selects no token.
 
     Reference:
         Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", equation 2.
@@ -70,8 +70,8 @@ class _Divergence(torch.autograd.Function):
             if gap is not None:
                 gap[index] = difference.to(gap.dtype)
         ctx.save_for_backward(gap)
-        # Scaled in `backward`, together with the factor of a gradient scaler: in 16 bits it could underflow
-        # here.
+        # The gradient is divided by the number of tokens in `backward`, together with the factor of a
+        # gradient scaler: here it could underflow in 16 bits.
         ctx.factor = temperature / max(count, 1)
         return torch.stack(sums).sum() * (temperature**2 / count if count else math.nan)
 
@@ -89,7 +89,7 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 def _block(
     student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the summed divergence of a block of rows, and the difference of the distributions."""
+    """Compute the sum of the divergences of a block of tokens, and the difference of both distributions."""
     dtype = _work_dtype(student)
     new, old = (x.to(dtype, copy=True).div_(temperature) for x in (student, teacher))
     for logits in (new, old):

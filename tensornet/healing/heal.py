@@ -1,4 +1,4 @@
-"""Healing: distil a dense model into the cores of its compressed student."""
+"""Healing by training: distil a dense model into the cores of its compressed student."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from tensornet.nn.storage import TrainedCodes, pack_after_training, unpack_for_t
 
 #: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
-#: Which parameters are trained.
+#: Which parameters healing trains, see `heal`.
 Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
 
 
@@ -35,9 +35,9 @@ class HealReport:
     """Result of healing.
 
     Args:
-        losses: distance to the dense model at each step made in this call.
-        steps: total number of steps, including those of earlier calls that were resumed.
-        trained: number of parameters that were trained.
+        losses: distance to the dense model at each step of this call.
+        steps: total number of steps, including steps of earlier calls that this call resumed.
+        trained: number of trained numbers.
         seconds: time of this call by `clock`.
 
     Example:
@@ -70,45 +70,49 @@ def heal(
     save_every: int = 50,
     progress: bool = False,
 ) -> HealReport:
-    """Distil a dense model into the cores of its compressed student; matrices outside them stay frozen.
+    """Distil a dense model into its compressed student by training the cores; dense matrices stay frozen.
 
     The optimizer is AdamW without weight decay, with gradients clipped to norm 1. The learning rate increases
-    for a twentieth of the steps, then decreases to zero. `refine` fits the layers one by one before.
+    for a twentieth of the steps, then decreases to zero. Call `refine` before to refit the layers one by one.
 
     Args:
-        model: compressed, changed in place.
-        teacher: the dense model, on the same device; not changed.
-        data: batches as for `calibrate`, which are repeated when they end. They should be as varied as the
-            later inputs of the model, and many: a few ten thousand tokens are enough, a hundred overfit.
-        steps: number of steps, one batch each.
+        model: the compressed model; it is changed in place.
+        teacher: the dense model, on the same device; it is not changed.
+        data: batches as for `calibrate`; they are repeated if there are fewer batches than steps. They should
+            be as varied as the later inputs of the model. Some ten thousand tokens are enough; with a hundred
+            tokens the model overfits.
+        steps: number of steps, with one batch each.
         lr: largest learning rate. For cores it is relative to the root mean square of each core; the default
             5e-4 suits some hundred steps of a pretrained model, and small models trained from scratch need
-            five times as much. Gains and biases have six times this rate, integer codes forty times (0.02
-            units of the grid). With `parameters="trainable"` it is absolute, 1e-4 by default.
+            five times as much. The rate is six times as large for gains and biases, and forty times for
+            integer codes (0.02 units of the grid). With `parameters="trainable"` it is absolute, 1e-4 by
+            default.
         temperature: temperature of the softmax in the divergence.
-        distance: distance between the outputs of both models; `output_distance` if absent.
-        parameters: what is trained. `"cores"`: cores, and 16-bit scales of integer cores (8-bit scales cannot
-            be trained). `"vectors"`: these, and gains and biases of the model. `"codes"`: all of these and
-            the integers, which are rounded in each pass with a straight-through gradient; this helps most at
-            two and three bits and needs 16 bytes per weight in training. `"trainable"`: all parameters that
-            require gradients now, such as adapters on frozen cores. `"auto"`: `"cores"` if every compressed
-            layer then has something to train, else `"vectors"`.
-        autocast: run both models under autocast to this dtype; `torch.bfloat16` is twice as fast on recent
+        distance: function that returns the distance between the outputs of both models; `output_distance` if
+            absent.
+        parameters: which parameters to train. `"cores"`: the cores, and the 16-bit scales of integer cores
+            (8-bit scales cannot be trained). `"vectors"`: the same, and gains and biases of the model.
+            `"codes"`: the same as `"vectors"`, and the integer codes, which are rounded in each pass with a
+            straight-through gradient; this helps most at two and three bits and needs 16 bytes per weight
+            during training. `"trainable"`: all parameters that require gradients now, such as adapters on
+            frozen cores. `"auto"`: `"cores"` if every compressed layer then has something to train, else
+            `"vectors"`.
+        autocast: dtype in which both models run under autocast; `torch.bfloat16` is twice as fast on recent
             processors and changes the result little.
-        max_seconds: stop after this time; the learning rate then decreases with time.
-        clock: the clock for `max_seconds` and the time in the report: wall time by default; use
-            `time.process_time` on a shared machine.
-        checkpoint: safetensors file for cores and optimizer. If it exists, healing resumes from it. So after
-            an interruption compress the model again in the same way, and repeat the call.
+        max_seconds: time after which training stops; the learning rate then decreases with time.
+        clock: function that returns the time in seconds: wall time by default; use `time.process_time` on a
+            shared machine.
+        checkpoint: path of a safetensors file for cores and optimizer. If the file exists, healing resumes
+            from it: after an interruption, compress the model again in the same way, and repeat the call.
         save_every: number of steps between two checkpoints.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        TargetError: nothing to train, no data, or a teacher that shares trained parameters.
-        ValueError: an option is out of its range.
-        NonFiniteError: the distance became NaN or infinite; the checkpoint has an earlier state.
+        TargetError: there is nothing to train, or no data, or the teacher shares trained parameters.
+        ValueError: an option is out of range.
+        NonFiniteError: the distance became NaN or infinite; the checkpoint contains an earlier state.
         FormatError: the checkpoint is damaged or of another model.
-        DestinationError: the checkpoint cannot be written there.
+        DestinationError: the checkpoint cannot be written.
 
     Reference:
         Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network"; Shazeer, Stern 2018,
@@ -131,7 +135,7 @@ def heal(
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be above 0, got {value!r}.")
     check_batches(data, "heal")
-    chosen = parameters != "trainable"  # else the caller chose by `requires_grad`
+    chosen = parameters != "trainable"  # False if the caller has chosen the parameters by `requires_grad`
     rate = default_rate(parameters) if lr is None else lr
     distance = distance or partial(output_distance, temperature=temperature)
     device = next(model.parameters()).device
@@ -141,7 +145,7 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # Fused: one pass over memory in place of seven, which would take a quarter of a step on a CPU.
+        # A fused step makes one pass over memory instead of seven, which take a quarter of a step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],
@@ -181,7 +185,7 @@ def heal(
                     f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
                     f"{rate}."
                 )
-            # Unlike `clip_grad_norm_`, this does not write gradients that need no clipping.
+            # `clip_grad_norm_` would write all gradients even if they need no clipping.
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             if norm > 1:
                 nn.utils.clip_grads_with_norm_(trained.values(), 1.0, norm)
@@ -200,12 +204,12 @@ def heal(
 
 
 def default_rate(parameters: Parameters) -> float:
-    """Return the default learning rate: absolute for parameters that the caller chose, else relative."""
+    """Return the default learning rate, which is absolute for `"trainable"` and else relative."""
     return 1e-4 if parameters == "trainable" else 5e-4
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Yield batches endlessly, starting where an earlier run stopped."""
+    """Yield batches, repeating them endlessly, without the first `skip` batches of an earlier run."""
     position = 0
     while True:
         before = position
@@ -215,26 +219,25 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
             position += 1
         if position == before:
             raise TargetError(
-                "heal ran out of batches; pass a list or another collection that can be walked again, "
+                "heal ran out of batches; pass a list or another collection that can be iterated over again, "
                 "not an iterator."
             )
 
 
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Compute the mean divergence of the predicted distributions of all tokens, in nats.
+    """Compute the mean divergence of the distributions that both models predict for all tokens, in nats.
 
-    For models without logits it is one minus the cosine of each row's mean-pooled hidden states, or the
-    squared difference of other outputs relative to the square of the teacher's, as in calibration. Both
-    models are compared at every position, without a shift of labels.
+    For models without logits, the distance is one minus the cosine of each row's mean-pooled hidden states,
+    or the squared difference of other outputs relative to the square of the teacher's outputs.
 
     Args:
         student: output of the compressed model.
         teacher: output of the dense model on the same batch.
-        batch: the batch, whose mask marks the padding.
+        batch: the batch; its mask marks the padding, which is ignored.
         temperature: temperature of the softmax; the divergence is multiplied by its square.
 
     Returns:
-        Scalar.
+        The distance, a scalar.
 
     Example:
         >>> round(float(output_distance(torch.tensor([1.0, 1.0]), torch.tensor([2.0, 0.0]), {})), 6)
@@ -252,10 +255,10 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
 
 # --- what is trained ------------------------------------------------------------------------------
 
-#: Factors on the learning rate of cores: for gains and biases, and for codes (in units of the grid). With the
+#: Factors on the learning rate of cores, for gains and biases, and for codes (in units of the grid). With the
 #: rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of their rounding
-#: intervals, so none changes before its updates add up to half a unit; at much larger rates many change at
-#: once.
+#: intervals, so a code changes only when its updates add up to half a unit. At much larger rates many codes
+#: would change at the same step.
 VECTOR_RATE, CODE_RATE = 6.0, 40.0
 
 
@@ -265,7 +268,7 @@ def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Collect the trainable cores of layers by name, tied ones once."""
+    """Map names to the trainable stored tensors of layers; a tied tensor is listed once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, core in module.stored.items():
@@ -275,7 +278,7 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
 
 
 def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
-    """Collect the row permutations of pivoted cores by name, tied ones once."""
+    """Map names to the row permutations of pivoted cores; a tied permutation is listed once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in layers.items():
         for part, tensor in module.stored.items():
@@ -287,10 +290,11 @@ def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
 def trained_parameters(
     model: nn.Module, teacher: nn.Module, parameters: Parameters
 ) -> dict[str, nn.Parameter]:
-    """Collect the parameters that healing trains, by name; see `heal`.
+    """Map names to the parameters that healing trains, see `heal`.
 
     Raises:
-        TargetError: nothing can be trained, or the teacher would be trained too or is on another device.
+        TargetError: there is nothing to train, the teacher shares these parameters, or it is on another
+            device.
     """
     layers = compressed_layers(model)
     cores, named = trainable_cores(layers), dict(model.named_parameters())
@@ -303,9 +307,9 @@ def trained_parameters(
     elif parameters == "cores":
         trained = cores
         advice = (
-            "the model has no layer made of trainable cores. Compress it first. Integers with scales of "
-            "eight bits are not trained: use parameters='vectors' or 'codes', or formats such as 'int4', "
-            "whose scales have 16 bits"
+            "the model has no compressed layer with trainable cores. Compress it first. Integer cores with "
+            "8-bit scales have nothing to train: use parameters='vectors' or 'codes', or formats such as "
+            "'int4', whose scales have 16 bits"
         )
     else:
         kept = {id(core) for core in cores.values()}
@@ -316,41 +320,41 @@ def trained_parameters(
         }
         advice = (
             "the model has no compressed layer, or no cores, gains or biases that can be trained. Compress "
-            "it first; add adapters and use parameters='trainable'"
+            "it first, or add adapters and use parameters='trainable'"
         )
         if trained and parameters == "codes" and not any(isinstance(x, TrainedCodes) for x in cores.values()):
             trained = {}
             advice = (
-                "parameters='codes', and no layer has integers in a number format. Compress with "
-                "bits_per_weight= or formats=(...), or train parameters='cores'"
+                "parameters='codes' needs layers with integers, and there are none. Compress with "
+                "bits_per_weight= or formats=(...), or use parameters='cores'"
             )
     if not trained:
         raise TargetError(f"Nothing to heal: {advice}.")
     own = {id(parameter) for parameter in teacher.parameters()}
     if any(id(parameter) in own for parameter in trained.values()):
         raise TargetError(
-            "The teacher has the very parameters that are trained. compress changes a model in place: "
-            "keep the dense one before, teacher = copy.deepcopy(model)."
+            "The teacher shares parameters that are trained. compress changes a model in place: copy the "
+            "dense model before, by teacher = copy.deepcopy(model)."
         )
     devices = [next(iter(each.parameters())).device for each in (model, teacher)]
     if devices[0] != devices[1]:
         raise TargetError(
-            f"The model is on {devices[0]} and its teacher on {devices[1]}, and each batch runs "
-            f'through both; move one, as by teacher.to("{devices[0]}").'
+            f"The model is on {devices[0]} and its teacher on {devices[1]}, but both run on the same "
+            f'batches; move one of them, as by teacher.to("{devices[0]}").'
         )
     return trained
 
 
 def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Build one optimizer group for each parameter; its learning rate will be multiplied by `size`.
+    """Make one optimizer group for each parameter, with a factor `"size"` for its learning rate.
 
-    The size is the root mean square of a core, `VECTOR_RATE` times that of a gain or bias, and `CODE_RATE`
-    for codes.
+    The factor is the root mean square of a core, `VECTOR_RATE` times the root mean square of a gain or bias,
+    and `CODE_RATE` for codes.
     """
     groups: list[dict[str, Any]] = []
     for parameter in trained:
         size = float(parameter.detach().float().square().mean().sqrt())
-        # A bias may start at zero but must be trained too.
+        # The minimum lets biases that start at zero be trained too.
         size = max(size, 1e-6) if parameter.dim() > 1 else VECTOR_RATE * max(size, 1e-2)
         size = CODE_RATE if isinstance(parameter, TrainedCodes) else size
         groups.append({"params": [parameter], "size": size})
@@ -359,7 +363,7 @@ def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 @contextmanager
 def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterator[None]:
-    """Require gradients only of the given parameters inside the block; restore the flags after it."""
+    """Return a context in which only the given parameters require gradients."""
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     for parameter in trained:
@@ -374,13 +378,14 @@ def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterat
 
 @contextmanager
 def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
-    """Convert scales and bfloat16 cores to float32 parameters inside the block, and back after it.
+    """Return a context in which scales and bfloat16 cores are float32 parameters, to train them.
 
-    A nested block has no effect, since optimizers refer to the parameters of the outer block.
+    On exit they are converted back. A nested context has no effect, since optimizers refer to the parameters
+    of the outer context.
 
     Args:
-        model: a model with compressed layers or experts; tied ones stay tied.
-        codes: whether integers become parameters as well, see `NumberFormat.decode`.
+        model: a model with compressed layers or experts; tied cores stay tied.
+        codes: whether integer codes become parameters too, see `NumberFormat.decode`.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
@@ -400,12 +405,18 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
 # --- checkpoint -----------------------------------------------------------------------------------
 
-#: Names of the gradient moments in the state of AdamW.
+#: Names of the running averages of gradients and their squares in the state of AdamW.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW, done: int) -> None:
-    """Write tensors by name, their gradient moments and the number of steps, replacing an earlier file.
+    """Write a checkpoint of healing; it replaces an earlier file.
+
+    Args:
+        path: path of the file.
+        kept: tensors to write, by name.
+        optimizer: the optimizer, whose running averages for these tensors are written too.
+        done: number of finished steps.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -413,13 +424,21 @@ def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Ad
     tensors = {}
     for name, tensor in kept.items():
         tensors[name] = tensor.detach().contiguous()
-        moments = optimizer.state.get(tensor, {})  # empty if it is not trained or never had a gradient
+        moments = optimizer.state.get(tensor, {})  # empty if the tensor is not trained or had no gradient
         tensors |= {f"{name}/{key}": moments[key].contiguous() for key in _MOMENTS if key in moments}
     write_tensors(path, tensors, {"heal": json.dumps({"step": done})}, what="The checkpoint")
 
 
 def load_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> int:
-    """Restore a run from its checkpoint and return the number of steps; change nothing after an error.
+    """Load a checkpoint of healing into tensors and optimizer; after an error nothing is changed.
+
+    Args:
+        path: path of the file.
+        kept: tensors to load, by name.
+        optimizer: the optimizer.
+
+    Returns:
+        Number of finished steps.
 
     Raises:
         FormatError: the file is damaged or of another model.
@@ -433,8 +452,8 @@ def load_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Ad
     for name, tensor in kept.items():
         if name not in found or found[name].shape != tensor.shape:
             raise FormatError(
-                f"{path} belongs to another compression: {name} has shape {tuple(tensor.shape)} here, "
-                f"{tuple(found[name].shape) if name in found else 'none'} there."
+                f"{path} belongs to another compressed model: {name} has shape {tuple(tensor.shape)} in the "
+                f"model, {tuple(found[name].shape) if name in found else 'none'} in the file."
             )
     with torch.no_grad():
         for name, tensor in kept.items():

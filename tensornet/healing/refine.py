@@ -1,15 +1,15 @@
-"""Refitting in closed form: fit compressed layers to their real inputs, after errors of earlier layers.
+"""Healing by refitting: fit each compressed layer in closed form to its inputs in the compressed model.
 
-A layer was compressed for its inputs x in the dense model. After other compressed layers it gets x' instead.
-With means over calibration tokens, and the input moments `C` of calibration,
+A layer was compressed for its inputs x in the dense model. Behind other compressed layers it gets inputs x'
+instead. With means over calibration tokens, and the input moment `C` of calibration,
 
     M = W + correction W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + anchor C)^-1
 
 is a step from `W` towards the matrix whose outputs for x' are closest to the dense outputs `W x`. The best
-network for `M` under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old one. Layers are refitted in
-the order in which they run, each with inputs from the refitted layers before it; otherwise every layer would
-correct the same error. The full step (`correction=1`) increased the loss at high compression
-(benchmarks/records/quality.md).
+network for `M` under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old network of the layer. Layers
+are refitted in the order in which they run, with inputs from the layers that were refitted before; otherwise
+every layer would correct the same error. The full step (`correction=1`) increased the loss at high
+compression (benchmarks/records/quality.md).
 
 Layers that share a core with other layers are not refitted; a warning names them.
 """
@@ -41,8 +41,8 @@ from tensornet.nn.storage import encode
 from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
-NEVER_REACHED = "the data never reached it"
-#: Fraction of the batches that are not fitted, to check whether refitting helped.
+NEVER_REACHED = "it never ran on the data"
+#: Fraction of the batches that are not used for fitting, but to check whether refitting helped.
 JUDGED = 1 / 8
 
 
@@ -51,12 +51,13 @@ class RefineReport:
     """Result of refitting.
 
     Args:
-        before, after: relative squared error of the outputs of each layer on the data, by name, both measured
-            after the layers before it were refitted.
-        left: reasons for the layers that were not refitted, by name.
-        distances: distances from the dense model's outputs, before and after, on batches that were not fitted
-            (on all if there was only one): divergence of the logits, or the other distances of `heal`.
-        kept: True if the refitted cores were kept; False if the old model was closer to the dense model.
+        before, after: relative squared error of the outputs of each layer, before and after it was refitted,
+            by name; the layers in front of it were refitted before both measurements.
+        left: reason for each layer that was not refitted, by name.
+        distances: distance from the dense model's outputs (`output_distance`) before and after refitting, on
+            batches that were not used for fitting, or on the only batch.
+        kept: True if the refitted cores are used; False if the model was closer to the dense model before, so
+            that the old cores were restored.
 
     Example:
         >>> from tensornet.healing import RefineReport
@@ -85,37 +86,38 @@ def refine(
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> RefineReport:
-    """Refit the linear layers of a compressed model to the dense model's outputs, in order, in place.
+    """Refit the linear layers of a compressed model, one after the other, to the dense model's outputs.
 
     Sizes and topologies do not change. If the blocks of the model form a chain (`find_chains`), hidden states
     of both models are stored for all batches, and each block is run once for every group of layers with the
     same input. For layers outside of chains both models are run completely. An eighth of the batches is not
-    used for fitting: if the outputs on them do not get closer to the dense model's, the old cores are
-    restored.
+    used for fitting: if the outputs on these batches do not get closer to those of the dense model, the old
+    cores are restored.
 
     Args:
-        model: the compressed model.
-        teacher: the dense model, on the same device; not changed.
-        batches: as for `calibrate`; tens of thousands of tokens, since a matrix is fitted to them.
+        model: the compressed model; it is changed in place.
+        teacher: the dense model, on the same device; it is not changed.
+        batches: batches as for `calibrate`, with tens of thousands of tokens, since matrices are fitted.
         stats: calibration statistics, for the sensitivity to output errors and for input moments over more
             tokens. If absent, all outputs have equal weight, and moments are those of the batches.
-        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` for the inputs x')
+        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` to the inputs x')
             to 1.
-        anchor: weight of the moments of x relative to those of x'; 0 uses the batches alone.
-        damping: damping of the gradient moments.
-        autocast: run both models under autocast to this dtype, as in `heal`.
-        progress: show a progress bar.
+        anchor: weight of the moment of x relative to that of x'; with 0 only x' counts.
+        damping: fraction of the mean diagonal that is added to gradient moments.
+        autocast: dtype in which both models run under autocast, as in `heal`.
+        progress: whether to show a progress bar.
 
     Returns:
-        Errors of the layers, and the distance between the models, before and after.
+        Errors of the layers, and distances between the models, before and after refitting.
 
     Raises:
-        TargetError: no compressed linear layer, no data, or a layer without a stock layer in the teacher.
-        ValueError: an option is out of its range.
+        TargetError: there is no compressed linear layer or no data, or the teacher has no stock layer of a
+            compressed layer's name.
+        ValueError: an option is out of range.
 
     Reference:
-        Wang et al. 2024, "SVD-LLM", fits each layer to its inputs behind compressed layers; Li et al. 2025,
-        "GPTAQ", fits to the dense model's outputs, in quantization.
+        Wang et al. 2024, "SVD-LLM" (fits each layer to its inputs behind compressed layers); Li et al. 2025,
+        "GPTAQ" (fits to the dense model's outputs, for quantization).
 
     Example:
         >>> import copy
@@ -131,7 +133,7 @@ def refine(
     """
     if not 0 <= correction <= 1 or not all(0 <= x < math.inf for x in (anchor, damping)):
         raise ValueError(
-            "refine takes a correction from 0 to 1, and an anchor and a damping from 0 on; got "
+            "refine needs a correction from 0 to 1, and an anchor and a damping of at least 0; got "
             f"{correction}, {anchor} and {damping}."
         )
     layers = {n: x for n, x in compressed_layers(model).items() if isinstance(x, TensorNetworkLinear)}
@@ -145,7 +147,7 @@ def refine(
         for tensor in layer.stored.values():
             users.setdefault(id(tensor), []).append(name)
     left = {
-        name: f"its cores are those of {', '.join(others)} as well"
+        name: f"it shares cores with {', '.join(others)}"
         for names in users.values()
         for name in names
         if name in layers and (others := [other for other in names if other != name])
@@ -156,7 +158,7 @@ def refine(
         )
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
-    # Models may run in 16 bits, but computations with moments must not.
+    # Only the models run in 16 bits, not computations with moments.
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
         stack.enter_context(unfused(teacher))
@@ -170,7 +172,7 @@ def refine(
         kept = False
 
         def restore() -> None:
-            """Restore the old cores unless the new ones are better, after an interruption as well."""
+            """Restore the old cores if the new ones are not better, or after an interruption."""
             for tensor, value in () if kept else old:
                 tensor.copy_(value)
 
@@ -207,7 +209,7 @@ def refine(
                     if isinstance(new, Tensor):
                         stored.copy_(new)
                         continue
-                    for part, tensor in new.tensors.items():  # of a packed core
+                    for part, tensor in new.tensors.items():  # tensors of a packed core
                         getattr(stored, part).copy_(tensor)
             after |= {name: _output_error(layers[name], stocks[name], moments) for name in names}
         with reduced():
@@ -217,7 +219,13 @@ def refine(
 
 
 def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMoments") -> float:
-    """Compute the relative squared error `E |W x - M x'|^2 / E |W x|^2` of a layer with the matrix M."""
+    """Compute the relative squared output error `E |W x - M x'|^2 / E |W x|^2` of a layer of matrix `M`.
+
+    Args:
+        layer: the compressed layer, with the matrix `M`.
+        stock: the matrix `W` of the dense model.
+        moments: moments of x and x'.
+    """
     weight, matrix = stock.double(), layer.to_matrix().double()
     dense, mixed, real = (x.double() for x in (moments.dense, moments.mixed, moments.real))
     full = float((weight @ dense * weight).sum())
@@ -226,7 +234,11 @@ def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMom
 
 
 def _stock(teacher: nn.Module, name: str) -> Tensor:
-    """Return the matrix of the teacher's layer of the same name, shape `(out, in)`."""
+    """Return the matrix `(out, in)` of the teacher's layer with a given name.
+
+    Raises:
+        TargetError: the teacher has no stock layer of this name.
+    """
     try:
         module: Any = teacher.get_submodule(name)
     except AttributeError:
@@ -234,14 +246,14 @@ def _stock(teacher: nn.Module, name: str) -> Tensor:
     kind = None if module is None else kind_of(module)
     if kind is None:
         raise TargetError(
-            f"{name!r} is compressed in the model, but no stock layer of the teacher; the teacher must be "
-            "the dense model that it was made from."
+            f"{name!r} is compressed in the model, but it is no stock layer in the teacher; the teacher must "
+            "be the dense model that was compressed."
         )
     return kind.matrix(module)
 
 
 def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> float:
-    """Compute the mean distance between the outputs of both models."""
+    """Compute the distance between the outputs of both models, averaged over batches."""
     gaps = (output_distance(run_model(model, batch), run_model(teacher, batch), batch) for batch in batches)
     return sum(float(gap) for gap in gaps) / len(batches)
 
@@ -250,7 +262,10 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
 
 
 class PairedMoments(NamedTuple):
-    """Sums over tokens of `x x^T`, `x x'^T`, `x' x'^T`, for inputs x (dense) and x' (compressed model)."""
+    """Sums over tokens of `x x^T` (`dense`), `x x'^T` (`mixed`) and `x' x'^T` (`real`).
+
+    x is the input of a layer in the dense model, x' in the compressed model.
+    """
 
     dense: Tensor
     mixed: Tensor
@@ -259,12 +274,12 @@ class PairedMoments(NamedTuple):
 
 
 class PairedRun:
-    """Runs of both models on the same batches, block by block if the blocks form chains.
+    """Runs both models on the same batches, block by block if the blocks form chains.
 
     Args:
         model: the compressed model; its layers may change between two calls of `moments`.
         teacher: the dense model.
-        batches: keyword arguments of the models.
+        batches: keyword arguments of the models for each batch.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) -> None:
@@ -274,7 +289,7 @@ class PairedRun:
         self.at: tuple[str, list[ChainRun]] | None = None
 
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """List groups of layers in execution order; neighbours with the same input tensor form a group."""
+        """Group layers that run one after the other on the same input tensor, in execution order."""
         seen: dict[str, Tensor] = {}  # keeps the tensors alive, so that their ids stay unique
         hooks = {self.models[0].get_submodule(name): partial(seen.setdefault, name) for name in names}
         with _hooked(hooks):
@@ -289,16 +304,16 @@ class PairedRun:
         return groups
 
     def moments(self, names: Sequence[str]) -> PairedMoments | str:
-        """Compute the moments of the inputs of a group, or return the reason why they are unknown."""
+        """Compute the input moments of a group of layers, or return the reason why they are unknown."""
         sums: list[Tensor] = []
         tokens = 0
         for number, batch in enumerate(self.batches):
             real, dense = (self._input(side, names[0], number, batch) for side in (0, 1))
             if len(dense) != len(real):
-                return f"{len(dense)} tokens reached it in the dense model, {len(real)} in the compressed one"
+                return f"it got {len(dense)} tokens in the dense model, and {len(real)} in the compressed one"
             if not len(real):
                 continue
-            # The step is a difference of two moments, which would be noise in 16 bits.
+            # Not in 16 bits, since refitting uses a small difference of two moments.
             with torch.autocast(real.device.type, enabled=False):
                 found = [upper_gram(dense), dense.T @ real, upper_gram(real)]
             sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
@@ -306,18 +321,25 @@ class PairedRun:
         return PairedMoments(mirrored(sums[0]), sums[1], mirrored(sums[2]), tokens) if sums else NEVER_REACHED
 
     def _input(self, side: int, name: str, number: int, batch: Batch) -> Tensor:
-        """Record the inputs of a layer of one model (0: compressed, 1: dense), shape `(tokens, in)`."""
+        """Run a model on a batch and return the inputs of one of its layers, shape `(tokens, in)`.
+
+        Args:
+            side: 0 for the compressed model, 1 for the dense model.
+            name: name of the layer.
+            number: index of the batch.
+            batch: the batch.
+        """
         found: list[Tensor] = []
         place = self._place(name)
 
         def keep(x: Tensor) -> None:
             mask = token_mask(batch, x.shape[:-1])
             found.append((x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float())
-            if place is not None:  # stop the block when the input is known
+            if place is not None:  # the rest of the block is not needed
                 raise Stop
 
         run = None
-        if place is not None:  # before hooks are set, since this runs blocks
+        if place is not None:  # advance to the block before hooks are set, since this runs other blocks
             chain, index = place
             if self.at is None or self.at[0] != chain:
                 self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]
@@ -332,7 +354,7 @@ class PairedRun:
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def _place(self, name: str) -> tuple[str, int] | None:
-        """Find the chain and block that contain a layer, or None."""
+        """Return the name of the chain and the index of the block that contain a layer, or None."""
         for chain, blocks in self.chains.items():
             for index, block in enumerate(blocks):
                 if name == block or name.startswith(f"{block}."):
@@ -342,7 +364,11 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Inside the block, call a function with the inputs of each module."""
+    """Return a context in which functions are called with the inputs of modules.
+
+    Args:
+        hooks: the function for each module.
+    """
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

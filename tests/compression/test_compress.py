@@ -293,14 +293,14 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"topology": "mobius"}, "Unknown topology 'mobius'"),
         ({"objective": "luck"}, "Unknown objective 'luck'"),
         ({"damping": -1.0}, "damping must be at least 0"),
-        ({"max_bytes": 9, "objective": "weight"}, "needs the cost of an error"),
+        ({"max_bytes": 9, "objective": "weight"}, "needs the effect of errors"),
         ({"sites": 2.5}, "sites must be an integer of at least 1, got 2.5"),
         ({"tokens": "1"}, "tokens must be an integer of at least 1, got '1'"),
         ({"max_bytes": "9"}, "max_bytes must be a number, got '9'"),
         ({"max_milliseconds": True, "tokens": 1}, "max_milliseconds must be a number, got True"),
         ({"damping": None}, "damping must be a number, got None"),
         ({"topology": ["mpo"]}, "topology must be the name of a family"),
-        ({"target_modules": nn.Linear}, "target_modules takes names of modules"),
+        ({"target_modules": nn.Linear}, "target_modules takes module names"),
         ({"exclude_modules": ["up", 5]}, r"exclude_modules takes .* got \['up', 5\]"),
         ({"pivoted": "no"}, "pivoted must be True, False or None"),
         ({"pivoted": 1}, "pivoted must be True, False or None"),
@@ -308,9 +308,9 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
         ({"param_ratio": 50}, r"param_ratio is a fraction .* at most 1; got 50\. 50 % is param_ratio=0\.5"),
         ({"byte_ratio": 1.5}, "byte_ratio is a share of the model's bytes, at most 1; got 1.5"),
         ({"formats": ("int9",)}, "Unknown number format 'int9'; known are float, bf16, int8"),
-        ({"formats": "int4"}, "formats is a sequence of names .* got 'int4'"),
-        ({"formats": ()}, r"formats is a sequence of names .* got \(\)"),
-        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the cost of an error"),
+        ({"formats": "int4"}, "formats must be a sequence of names .* got 'int4'"),
+        ({"formats": ()}, r"formats must be a sequence of names .* got \(\)"),
+        ({"byte_ratio": 0.5, "objective": "activation"}, "needs the effect of errors"),
     ],
 )
 def test_options_out_of_range(options: dict[str, object], message: str) -> None:
@@ -319,7 +319,7 @@ def test_options_out_of_range(options: dict[str, object], message: str) -> None:
 
 
 def test_a_budget_no_network_can_meet_names_the_layer() -> None:
-    with pytest.raises(tn.errors.BudgetError, match=r"Layer 'blocks\.0\.up' cannot meet the budget"):
+    with pytest.raises(tn.errors.BudgetError, match=r"Layer 'blocks\.0\.up' cannot keep the budget"):
         tn.compress(Model(), tn.CompressionConfig(param_ratio=0.001, objective="weight"), progress=False)
 
 
@@ -327,5 +327,5 @@ def test_options_as_a_dictionary() -> None:
     config = tn.CompressionConfig(target_modules=("a", "b"), param_ratio=0.5, pivoted=True)
     again = tn.CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
-    with pytest.raises(ValueError, match="Unknown compression options colour; known are"):
+    with pytest.raises(ValueError, match="Unknown compression options colour; the options are"):
         tn.CompressionConfig.from_dict({"colour": "red"})

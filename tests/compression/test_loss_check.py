@@ -336,7 +336,8 @@ class Stubborn(Model):
 def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
     _, batches, _stats, prepared = made()
     with pytest.warns(
-        tn.errors.CalibrationWarning, match=r"not checked by measuring: Stubborn .* \(it holds a lock\)"
+        tn.errors.CalibrationWarning,
+        match=r"not checked by measuring, because Stubborn .* \(it holds a lock\)",
     ):
         plan = check_loss(prepared, Stubborn(), batches, loss_fn=in_place).plan()
     assert plan.loss_check is None

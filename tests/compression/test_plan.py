@@ -71,7 +71,7 @@ def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
 
 def test_edits_that_do_not_fit() -> None:
     _, _, plan = prepared()
-    with pytest.raises(TopologyError, match=r"has shape \(96, 24\), the topology is for \(10, 10\)"):
+    with pytest.raises(TopologyError, match=r"has shape \(96, 24\), but the topology is for \(10, 10\)"):
         plan.replace_layer(NAME, topology_family("mpo").build(10, 10))
     with pytest.raises(TopologyError, match="or None to stay dense; got 'mpo'"):
         plan.replace_layer(NAME, "mpo")  # type: ignore[arg-type]
@@ -101,7 +101,7 @@ def test_a_plan_for_another_model() -> None:
     wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
     narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
     made = tn.plan(wide, tn.CompressionConfig(max_bond=2, objective="weight"))
-    with pytest.raises(TargetError, match=r"of shape \(7, 5\), the model's has shape \(6, 5\)"):
+    with pytest.raises(TargetError, match=r"of shape \(7, 5\), but in this model it has shape \(6, 5\)"):
         tn.apply_plan(narrow, made)
 
 

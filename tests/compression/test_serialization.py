@@ -121,10 +121,13 @@ def changed(name: str, value: object) -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: model(1, width=24), r"'first' has shape \(24, 24\) here, \(16, 16\) there"),
+        (lambda: model(1, width=24), r"'first' has shape \(24, 24\) in the model, \(16, 16\) in the file"),
         (lambda: model(1, blocks=1), r"Model has no module 'blocks.1'"),
         (lambda: model(1, blocks=3), r"it lacks blocks.2.weight"),
-        (lambda: changed("first", nn.Embedding(16, 16)), r"is a Embedding here, .* of the kind 'linear'"),
+        (
+            lambda: changed("first", nn.Embedding(16, 16)),
+            r"is a Embedding in the model, .* of the kind 'linear'",
+        ),
         (lambda: changed("more", nn.Parameter(torch.ones(2))), r"it lacks more"),
     ],
 )

@@ -145,7 +145,7 @@ def test_the_distance_of_encoders_is_what_calibration_measures() -> None:
 
 def test_nothing_to_heal() -> None:
     teacher, _ = pair()
-    with pytest.raises(TargetError, match="no layer made of trainable cores"):
+    with pytest.raises(TargetError, match="no compressed layer with trainable cores"):
         tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
     eight = copy.deepcopy(teacher)
     tn.compress(

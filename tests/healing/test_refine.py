@@ -126,8 +126,8 @@ def test_layers_that_cannot_be_compared_stay_and_are_named() -> None:
     old = copy.deepcopy(model)
     report = refine(model, teacher, [{"input_ids": torch.randn(300, 10)} for _ in range(4)])
     assert report.left == {
-        "unused": "the data never reached it",
-        "routed": "300 tokens reached it in the dense model, 150 in the compressed one",
+        "unused": "it never ran on the data",
+        "routed": "it got 300 tokens in the dense model, and 150 in the compressed one",
     }
     assert set(report.after) == {"first", "second"}
     for name in report.left:
@@ -167,7 +167,7 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
 def test_the_teacher_must_be_dense() -> None:
     model = Chain()
     tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
-    with pytest.raises(TargetError, match=r"'first'.*no stock layer of the teacher"):
+    with pytest.raises(TargetError, match=r"'first'.*no stock layer in the teacher"):
         refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])
 
 
@@ -195,7 +195,7 @@ def test_parameters_stay_the_same_objects() -> None:
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, values[name])}
     assert len(moved) > 10
     assert not any("embed" in name or "lm_head" in name for name in moved)  # the head is the table as well
-    assert report.left == {"lm_head": "its cores are those of model.embed_tokens as well"}
+    assert report.left == {"lm_head": "it shares cores with model.embed_tokens"}
 
 
 def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch) -> None:

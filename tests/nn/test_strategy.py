@@ -356,7 +356,7 @@ def test_explanation() -> None:
     layer = small()
     told = layer.explain(tokens=7)
     assert told.choice == ("reconstruct" if layer.route(7) == RECONSTRUCT else "factorized")
-    assert "memory for speed" in told["cached"].refused
+    assert "needs memory" in told["cached"].refused
     assert told["cached"].multiply_adds == 7 * 16 * 24
     assert told["cached"].memory_bytes == 16 * 24 * 4
     layer.strategy = "cached"

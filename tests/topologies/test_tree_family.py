@@ -163,7 +163,7 @@ def test_a_tree_is_searched_and_embedded() -> None:
 def test_unknown_options_are_refused_with_those_of_the_family() -> None:
     with pytest.raises(TopologyError, match="'tree' does not know the options depth; it knows sites"):
         tn.CompressionConfig(topology="tree", topology_options={"depth": 2}, param_ratio=0.5)
-    with pytest.raises(TopologyError, match=r"topology_options .* are for one family: name it"):
+    with pytest.raises(TopologyError, match=r"topology_options .* need the name of a family"):
         tn.CompressionConfig(topology_options={"sites": 2}, param_ratio=0.5)
     with pytest.raises(TopologyError, match="must be a mapping"):
         tn.CompressionConfig(topology="tree", topology_options="sites", param_ratio=0.5)  # type: ignore[arg-type]
