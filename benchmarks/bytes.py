@@ -1,22 +1,24 @@
-"""How much does the loss increase at equal bytes: for one plan over formats and ranks, and for quantizers?
+"""How much does the loss increase at equal bytes, for one plan over formats and ranks, and for quantizers?
 
-Every row is one model after calibration alone: all linear layers except the output head, at a number of
-bits per weight, scales included. All methods of this library are configurations of the same pipeline:
-`plan` chooses format and rank of every layer; `two-sided`, `one-sided` (as GPTQ) and `nearest` use one
-format for all layers, integers in groups of 32 with 8-bit scales or of 64 with 16-bit scales, which are as
-large. Peers run as installed packages with their defaults, symmetric groups of 64 (hqq: zero points, groups
-of 128, as many bytes). They write dequantized weights, and the same judged windows measure all.
-Calibration, validation and judged windows do not overlap; for MiniLM and SmolLM2 they come from different
-sources. `predicted` is the forecast of the plan, `validation` the loss increase on other text. SmolLM2 is
-rotated, since the weights of the published file lie on a 4-bit grid; `rotated` says what of it, in rows
-without it the residual stream alone. Seconds are processor seconds, since the machine is shared; peak memory
-is that of a whole process. Rows that the record has are skipped, so that a run continues where the last one
-ended.
+Every row is a model compressed with calibration but without training: all linear layers except the output
+head have the given number of bits per weight, scales included. The methods of this library are
+configurations of the same pipeline. `plan` chooses the format and rank of every layer. `two-sided`,
+`one-sided` (as GPTQ) and `nearest` use one format for all layers: integers in groups of 32 with 8-bit scales,
+or in groups of 64 with 16-bit scales, which take the same bytes. Peers are installed packages with default
+options and symmetric groups of 64 (hqq: zero points and groups of 128, which take the same bytes). They write
+dequantized weights, and all methods are judged on the same windows. Calibration, validation and judged
+windows do not overlap; for MiniLM and SmolLM2 they come from different sources.
+
+`predicted` is the predicted loss increase of the plan, `validation` the measured one on other text. SmolLM2
+is rotated, since the weights of the published file lie on a 4-bit grid; `rotated` names the rotated parts (in
+rows without it only the residual stream is rotated). Seconds are processor seconds, since the machine is
+shared; peak memory is that of the whole process. Rows that are in the record are skipped, so that an
+interrupted run can be continued.
 
     OMP_NUM_THREADS=1 python benchmarks/bytes.py [--toy] [--models gpt2 minilm smollm2] [--cache CACHE]
         [--peers ENVIRONMENT/bin/python] [--methods plan gptq] [--seeds 0 1 2]
 
-The peers need an environment of their own: `pip install 'tensornet-torch[peers]'`. Writes `bytes.json`.
+The peers need a separate environment: `pip install 'tensornet-torch[peers]'`. Writes `bytes.json`.
 """
 
 from __future__ import annotations
@@ -48,31 +50,31 @@ from tensornet.nn.targets import LayerSelection, find_targets
 
 SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")
-#: Options of the configuration by method; `{}` in a format is the number of bits.
+#: Options of the configuration for each method; `{}` in a format is replaced by the number of bits.
 OURS: dict[str, dict[str, Any]] = {
     "plan": {},
     "two-sided": {"formats": ("int{}:g32:float8",), "rounding": "two_sided"},
     "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
     "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
 }
-#: Methods measured with every seed of calibration windows; the others look at no text, or take long.
+#: Methods measured with every seed of the calibration windows. The others use no text, or take long.
 SEEDED = ("plan", "two-sided", "one-sided", "gptq")
 Row = dict[str, Any]
 
 
 class Book:
-    """Record file: rows measured so far, and rows still missing."""
+    """Record file of one model, to which rows are added as they are measured."""
 
     def __init__(self, folder: Path, subject: Subject, origin: Mapping[str, Any]) -> None:
         self.folder, self.subject, self.origin = folder, subject, origin
 
     def rows(self) -> list[Row]:
-        """Read all rows from the file: another process may have added some."""
+        """Read all rows from the file again, since another process may have added some."""
         path = self.folder / "bytes.json"
         return json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def missing(self, method: str, seed: int, sizes: Sequence[float]) -> list[float]:
-        """List the sizes at which a method has not been measured."""
+        """List the sizes at which a method has not been measured with a seed."""
         known = {(r["model"], r["method"], r["seed"], r["bits"]) for r in self.rows()}
         return [bits for bits in sizes if (self.subject.name, method, seed, bits) not in known]
 
@@ -85,12 +87,12 @@ class Book:
 
 
 class Bench:
-    """One model, measured at every size by every method.
+    """Measures one model at every size with every method.
 
     Args:
         subject: the model and its texts.
-        book: where rows go.
-        work: folder in which calibration statistics are kept, for runs that continue.
+        book: receives the rows.
+        work: folder in which calibration statistics are stored, to continue interrupted runs.
     """
 
     def __init__(self, subject: Subject, book: Book, work: Path | None) -> None:
@@ -101,7 +103,7 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on the judged windows; an encoder's are distances of outputs."""
+        """Record the dense model's losses on the judged windows; for an encoder, its outputs are compared."""
         loss_fn = None
         if self.subject.encoder:
 
@@ -115,7 +117,7 @@ class Bench:
         return found
 
     def statistics(self, seed: int) -> tuple[tn.CalibrationStats, float]:
-        """Return the moments of inputs and gradients for a seed, and the seconds of collecting them."""
+        """Return the calibration statistics for a seed, and the seconds that collecting them took."""
         if seed not in self.moments:
             path = (
                 None if self.work is None else self.work / f"{self.subject.name}-moments-{seed}.safetensors"
@@ -126,7 +128,7 @@ class Bench:
             else:
                 options = {"config": self.subject.layers, "loss_fn": self.subject.losses}
                 batches = self.subject.calibration(seed)
-                options["tokens"] = tokens_of(batches)  # all of them, whether or not the moments have settled
+                options["tokens"] = tokens_of(batches)  # all of them, even if the moments have converged
                 stats = tn.calibrate(self.dense, batches, autocast=torch.bfloat16, **options)
                 if path is not None:
                     stats.save(path)
@@ -134,7 +136,7 @@ class Bench:
         return self.moments[seed]
 
     def loss_increase(self, model: nn.Module) -> Row:
-        """Measure the loss increase over the dense model with its standard error, and write a sample."""
+        """Measure the loss increase over the dense model with its standard error, and generate a sample."""
         found = measure(model, self.recorded)
         row = {"loss_increase": found.mean, "standard_error": found.stderr, "dense_loss": found.dense_loss}
         if self.sample is not None:
@@ -142,7 +144,7 @@ class Bench:
         return row if found.kl_mean is None else row | {"kl": found.kl_mean}
 
     def ours(self, method: str, seed: int, sizes: Sequence[float]) -> None:
-        """Measure a configuration of this library at every size, and the plans also on validation text."""
+        """Measure a method of this library at every size; plans are also measured on validation text."""
         stats, calibrated = (None, 0.0) if method == "nearest" else self.statistics(seed)
         batches = self.subject.calibration(seed)
         known: tuple[Prepared, float] | None = None
@@ -170,7 +172,7 @@ class Bench:
             self.book.add(method, seed, bits, **row)
 
     def forecast(self, plan: tn.CompressionPlan, small: nn.Module) -> Row:
-        """Report the formats of a plan and what it predicted, with the loss increase on validation text."""
+        """Return the formats of a plan, its predicted loss increase, and that measured on validation text."""
         loss_fn = losses_against(self.dense)
         formats: Counter[str] = Counter()
         for layer in plan:
@@ -188,7 +190,7 @@ class Bench:
         }
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
-        """Measure an installed package, which runs in a process of its own."""
+        """Measure a peer at every size; the installed package runs in a separate process."""
         from safetensors.torch import load_file, save_file
 
         script = Path(__file__).with_name("bytes_peers.py")
@@ -216,7 +218,7 @@ class Bench:
 
 
 def joined(batches: Batches) -> dict[str, Tensor]:
-    """Concatenate all windows into one tensor for each argument, shorter ones padded."""
+    """Concatenate the batches into one tensor for each argument, with padding to the longest batch."""
     length = max(batch["input_ids"].shape[1] for batch in batches)
 
     def padded(x: Tensor) -> Tensor:
@@ -227,10 +229,10 @@ def joined(batches: Batches) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> None:
-    """Copy weights `(out, in)` into a dense model; layers that are not targeted keep theirs.
+    """Copy weights `(out, in)`, given by name, into the targeted layers of a dense model.
 
     Raises:
-        SystemExit: a targeted layer has none.
+        SystemExit: there is no weight for a targeted layer.
     """
     targets = {x.name: x.matrix for x in find_targets(model, subject.layers) if not x.skip}
     if missing := sorted(targets.keys() - weights.keys()):
@@ -274,7 +276,7 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run what is missing and write the record."""
+    """Measure the rows that the record lacks; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two sizes of the embedded model, few tokens")
     parser.add_argument("--models", nargs="+", default=["gpt2", "minilm", "smollm2"])
@@ -282,9 +284,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
-    parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it no peers")
+    parser.add_argument("--peers", type=Path, help="Python with the extra `peers`; without it, no peers")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--work", type=Path, help="folder of calibration statistics, for runs that continue")
+    parser.add_argument("--work", type=Path, help="folder of calibration statistics, to continue runs")
     given = parser.parse_args(arguments)
     if given.toy:
         given.models, given.sizes, given.seeds = ["gpt2"], [4.25, 3.25], [0]

@@ -1,9 +1,9 @@
 """Quantize a model with an installed package and write its dequantized weights, a file for each bit width.
 
-Called by `bytes.py` with the Python of an environment that holds the extra `peers`; it imports nothing of
-tensornet, whose newer transformers that environment need not have. `CALIBRATION.safetensors` holds
-`input_ids` and `attention_mask`, both `(windows, length)`. `Conv1D` layers become `nn.Linear` first: no
-package takes them.
+`bytes.py` calls this script with the Python of an environment that has the extra `peers`. The script does not
+import tensornet, which may need a newer version of transformers than that environment has.
+`CALIBRATION.safetensors` contains `input_ids` and `attention_mask`, both of shape `(windows, length)`.
+`Conv1D` layers are converted to `nn.Linear` first, since no package supports them.
 
     python benchmarks/bytes_peers.py FOLDER CALIBRATION.safetensors DESTINATION --method gptq --bits 4 3
 """
@@ -27,7 +27,7 @@ Weights = dict[str, Tensor]
 
 
 def peak_mib() -> int:
-    """Return the peak memory of this process so far, in MiB, and nothing of the one that started it."""
+    """Return the peak memory of this process so far in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 
@@ -46,13 +46,13 @@ def as_linear(model: nn.Module) -> nn.Module:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Collect all linear layers but the output head, by name."""
+    """Map names to all linear layers except the output head."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 
 
 def gptq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize by GPTQ of llmcompressor with defaults: symmetric, static activation order, damping 0.01."""
+    """Quantize with GPTQ of llmcompressor, in symmetric groups of 64 (static order and damping 0.01)."""
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
@@ -74,7 +74,7 @@ def gptq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Round to nearest with torchao, in symmetric groups of 64."""
+    """Round weights to nearest with torchao, in symmetric groups of 64."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -85,7 +85,7 @@ def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize by HQQ in groups of 128: its 16-bit scales and zero points take the bytes of groups of 64."""
+    """Quantize with HQQ in groups of 128, which with zero points take the bytes of groups of 64 without."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     found = {}
@@ -98,7 +98,7 @@ def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def autoround(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize by AutoRound with its default 200 iterations, in symmetric groups of 64."""
+    """Quantize with AutoRound and its default of 200 iterations, in symmetric groups of 64."""
     from auto_round import AutoRound
 
     rows = [{name: x[k : k + 1] for name, x in data.items()} for k in range(min(128, len(data["input_ids"])))]
@@ -132,7 +132,7 @@ PACKAGES = {"gptq": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "autoro
 
 
 def main() -> None:
-    """Quantize to each number of bits; failures are written to `BITS.json`, and the others go on."""
+    """Quantize to each number of bits; an error is written to `BITS.json` and does not end the script."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -1,11 +1,12 @@
-"""How many bits of a weight does entropy coding save in the file, at the same predicted loss increase?
+"""How many bits per weight does entropy coding save in the file, at the same predicted loss increase?
 
-For every size a plan with all formats of the library, tables and networks included, is compared with the
-smallest plan of the menu `entropy` that has the same predicted loss increase. Both are applied and saved.
-`file_bits` are those of the layers in the safetensors file. The loss increase and the divergence are measured
-on windows of another source than that of calibration. `decode_seconds` is the processor time of decoding all
-layers after loading; `memory_bits` counts what a weight takes in memory afterwards, coded bytes and integers
-of 8 bits. `--every` compresses some blocks alone.
+For every size, a plan with all formats of the library, including tables of levels and networks, is compared
+with the smallest plan with `formats="entropy"` that has the same predicted loss increase. Both are applied
+and saved. `file_bits` is the number of bits per weight of the layers in the safetensors file. The loss
+increase and the divergence are measured on text from another source than the calibration text.
+`decode_seconds` is the processor time of decoding all layers after loading; `memory_bits` is the number of
+bits per weight in memory afterwards, coded bytes and 8-bit integers together. `--every` compresses only some
+of the blocks.
 
     OMP_NUM_THREADS=1 python benchmarks/entropy.py [--toy] [--cache CACHE] [--every 5] [--work WORK]
 
@@ -62,7 +63,7 @@ def statistics(subject: Subject, dense: nn.Module, work: Path | None) -> tn.Cali
 
 
 def saved(model: Any, plan: tn.CompressionPlan, source: Path) -> dict[str, float]:
-    """Save a model, and measure its layers in the file and after loading."""
+    """Save a model, and measure the bits of its layers in the file and, after loading, in memory."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         th.save(model, folder, source=source)
@@ -89,7 +90,7 @@ def saved(model: Any, plan: tn.CompressionPlan, source: Path) -> dict[str, float
 def row(
     subject: Subject, dense: RecordedLosses, prepared: Prepared, plan: tn.CompressionPlan
 ) -> dict[str, Any]:
-    """Apply a plan, save it, and measure it."""
+    """Apply a plan to a new model, measure its loss, save it, and measure the file."""
     small, start = subject.load(), processor_seconds()
     tn.apply_plan(small, plan, prepared.stats)
     seconds = processor_seconds() - start
@@ -107,7 +108,13 @@ def row(
 
 
 def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
-    """Search the fewest bits of a weight at which a plan predicts at most this loss increase."""
+    """Find the smallest number of bits per weight at which a plan predicts at most a loss increase.
+
+    Args:
+        prepared: the candidates.
+        loss_increase: largest predicted loss increase.
+        most: a sufficient number of bits per weight; at most one bit less is tried.
+    """
     low, high = most - 1, most
     while high - low > 0.001:
         middle = (low + high) / 2
@@ -117,7 +124,7 @@ def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
 
 
 def run(subject: Subject, sizes: Sequence[float], work: Path | None, folder: Path) -> None:
-    """Compare both menus at every size."""
+    """Compare plans with all formats and with entropy coding at every size."""
     dense = subject.load()
     stats = statistics(subject, dense, work)
     losses = record_losses(dense, subject.judged, source="judged", tokens=None)
@@ -143,7 +150,7 @@ def run(subject: Subject, sizes: Sequence[float], work: Path | None, folder: Pat
 
 
 def every_block(subject: Subject, every: int) -> Subject:
-    """Restrict a subject to the linear layers of some of its blocks."""
+    """Restrict a subject to the linear layers of every `every`-th block."""
     names = [
         name for name, x in subject.load().named_modules() if isinstance(x, nn.Linear) and ".layers." in name
     ]
@@ -152,13 +159,13 @@ def every_block(subject: Subject, every: int) -> Subject:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run, and write the record."""
+    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two layers of the embedded model, few tokens")
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))
-    parser.add_argument("--every", type=int, default=1, help="compress every n-th block alone")
+    parser.add_argument("--every", type=int, default=1, help="compress only every n-th block")
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
-    parser.add_argument("--work", type=Path, help="folder of calibration statistics, for runs that continue")
+    parser.add_argument("--work", type=Path, help="folder of calibration statistics, to continue runs")
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)
     before = torch.get_num_threads()

@@ -2,13 +2,14 @@
 
     python benchmarks/fit_machine.py [--toy] [--threads 1] [--seconds 0.3]
 
-Every way to apply a layer is timed for layers of many shapes, none of which occurs in another benchmark.
-The constants of `tensornet.contraction.cost.Machine` are fitted to the logarithms of the times; a way that
-takes far longer than the fastest matters less. `half_size` is not fitted: it belongs to the kernels of the
-library that multiplies. Then layers of integers and dense layers, both in bfloat16, fit `half_peak`,
-`unpack_pass` and `kernel_peak`. Prints the constants and how good the choices are that follow from them;
-writes no record.
-Measure on a quiet machine: a busy one makes everything that goes through memory look slower.
+All routes of applying a layer are timed for layers of many shapes that no other benchmark uses. The constants
+of `tensornet.contraction.cost.Machine` are fitted to the logarithms of the times, with less weight for routes
+that take much longer than the fastest. `half_size` is not fitted, since it depends on the kernels of the
+library and not on the machine. The constants `half_peak`, `unpack_pass` and `kernel_peak` are then fitted to
+times of integer layers and dense layers in bfloat16. The script prints the constants, and how much slower the
+routes chosen with them are than the fastest routes. It writes no record.
+
+Run it on an idle machine, since other work slows memory accesses more than arithmetic.
 """
 
 from __future__ import annotations
@@ -62,14 +63,15 @@ INTEGER_SHAPES = ((256, 512), (768, 768), (2048, 512), (1024, 2048))
 FORMATS = ("int8:row", "int8", "int6", "int4", "int3", "int2")
 FITTED = ("peak", "bandwidth", "overhead", "copy_element", "copy_run", "copy_far")
 
-#: Residual for a factor of e from the shipped constant, so that constants the times barely depend on stay.
+#: Residual if a constant differs from the default one by a factor of e. It keeps the constants on which the
+#: times hardly depend.
 _STAY = 0.1
-#: Number of the dense layer among the routes of `OperatorPlan.seconds`.
+#: Route number of the dense layer, in addition to the routes of `OperatorPlan.seconds`.
 DENSE = -2
 
 
 def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> float:
-    """Predict the seconds of one route by the cost model."""
+    """Predict the seconds of one route with the cost model."""
     if route == DENSE:
         return dense_seconds(*plan.shape, tokens, machine)
     return plan.seconds(route, tokens, machine)
@@ -77,7 +79,7 @@ def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> fl
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of every route of a layer at one token count; `DENSE` is the dense layer."""
+    """Measured seconds of every route of a layer for one number of tokens; `DENSE` is the dense layer."""
 
     plan: OperatorPlan
     tokens: int
@@ -85,13 +87,13 @@ class Timed:
 
     @property
     def fastest(self) -> float:
-        """Seconds of the fastest route without a kept matrix."""
+        """Seconds of the fastest route other than the dense layer."""
         return min(value for route, value in self.seconds.items() if route != DENSE)
 
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> Timed:
-    """Time all routes that are predicted to take at most six times the fastest."""
+    """Time the dense layer, and all routes that are predicted to take at most six times the fastest."""
     layer = case.layer().eval()
     x, machine = torch.randn(tokens, layer.in_features), default_machine("cpu")
     predicted = {k: predict(layer.plan, k, tokens, machine) for k in strategies(layer, x)}
@@ -127,7 +129,7 @@ def fit(timed: Sequence[Timed], start: Machine) -> Machine:
 
 @dataclass(frozen=True)
 class TimedInteger:
-    """Seconds of one layer in bfloat16; without a format it is dense."""
+    """Measured seconds of one bfloat16 layer, with integers in a number format or dense if there is none."""
 
     number_format: NumberFormat | None
     shape: tuple[int, int]
@@ -135,7 +137,7 @@ class TimedInteger:
     seconds: float
 
     def predicted(self, machine: Machine) -> float:
-        """Predict the seconds by the cost model."""
+        """Predict the seconds with the cost model."""
         if self.number_format is None:
             return dense_seconds(*self.shape, self.tokens, machine, 2)
         return product_seconds(self.number_format, self.shape, self.tokens, machine, 2)[1]
@@ -143,7 +145,7 @@ class TimedInteger:
 
 @torch.no_grad()
 def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds: float) -> list[TimedInteger]:
-    """Time a layer in several formats, with weights read from memory: several copies are called in turn."""
+    """Time a layer in several formats; copies are called in turn, so that weights are not in the cache."""
     count = max(1, min(32, 2**26 // (2 * shape[0] * shape[1])))
     x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
     layers: dict[str, list[torch.nn.Module]] = {"dense": [], **{name: [] for name in FORMATS}}
@@ -184,7 +186,7 @@ def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
 
 
 def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
-    """Divide the time of the route that the model chooses by that of the fastest."""
+    """Return for each case the time of the route that the cost model chooses, relative to the fastest."""
     ratios = []
     for row in timed:
         ways = [route for route in row.seconds if route != DENSE]
@@ -194,7 +196,7 @@ def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Machine:
-    """Measure, fit, print."""
+    """Measure times, fit the constants, and print them; return the fitted machine."""
     options = options_of(__doc__, arguments)
     shapes, tokens = (SHAPES[:2], (1, 16)) if options.toy else (SHAPES, TOKENS)
     shapes_of_integers = INTEGER_SHAPES[:1] if options.toy else INTEGER_SHAPES

@@ -1,25 +1,25 @@
-"""How fast are layers of cores in inference and training, and how many bytes do they need?
+"""How fast are tensor-network layers in inference and training, and how many bytes do they need?
 
     python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3]
 
-Every row has bytes and milliseconds of all sides, timed in turn in one process, so that each finds its
-weights as cold as in a model of many layers:
+Every row has the bytes and milliseconds of these layers, which are timed in turn in one process, so that
+weights are not in the cache, as in a model of many layers:
 
 - `dense`: `nn.Linear`;
-- `auto`: the layer with its default strategy, which contracts or rebuilds and keeps its cores alone;
-- `cached`: the same with `strategy="cached"`, memory for speed;
-- `factorized` and `reconstructed`: tltorch's layer with the same ranks, where it is installed.
+- `auto`: our layer with the default strategy, which stores only the cores;
+- `cached`: our layer with `strategy="cached"`, which needs memory for the matrix;
+- `factorized` and `reconstructed`: tltorch's layer with the same ranks, if it is installed.
 
-Asked: a low rank takes at most 1.05 times as long as dense and keeps nothing; what `auto` chose is within
-10 % of its fastest way. Chains take longer than dense, and the table says by how much. Bytes are those of
-all tensors that can be reached from the layer after the pass. Rows with `training` are forward and backward
-passes of `dense` and `auto`; `bytes_for_backward` are those of the activations that a pass keeps.
-`over_needed` compares the step with the time of its floating-point operations at the speed of one plain
-matrix product. Asked: at most 1.15.
+Goals: low rank takes at most 1.05 times as long as dense; the route that `auto` chooses takes at most 10 %
+longer than its fastest route. Chains take longer than dense. Bytes are those of all tensors that are
+reachable from the layer after the pass. Rows with `training` are forward and backward passes of `dense` and
+`auto`; `bytes_for_backward` counts the activations that a forward pass stores. `over_needed` is the time of
+the step relative to the time that its floating-point operations would take at the speed of one plain matrix
+product. Goal: at most 1.15.
 
-With one thread processor time is compared, with more the wall clock. Other users of the machine then slow
-some rows for tens of seconds, small products more than large ones. So all rows are measured in several
-passes (in one, for one thread), and the pass in which all sides together were fastest counts. Writes
+With one thread processor time is measured, otherwise wall time. Other users of the machine then slow some
+rows for tens of seconds, small products more than large ones. So with several threads all rows are measured
+in several passes, and of each row the pass in which all layers together were fastest is reported. Writes
 `forward.json`.
 """
 
@@ -60,10 +60,10 @@ class Case:
     """Chain in the shape of a transformer layer.
 
     Args:
-        name: shown in the table.
-        out_dims: out-legs.
-        in_dims: in-legs.
-        max_bond: cap on every bond.
+        name: name of the case in the table.
+        out_dims: sizes of the out-legs.
+        in_dims: sizes of the in-legs.
+        max_bond: largest bond.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Case:
         return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
 
 
-#: A low rank is a chain of two sites, `(out, 1) x (1, in)`; for pretrained layers plans mostly choose it.
+#: Low rank is a chain of two sites with dims `(out, 1) x (1, in)`; plans mostly choose it for trained layers.
 CASES = (
     Case("768x768, low rank 192 (50 %)", (768, 1), (1, 768), 192),
     Case("768x768, low rank 307 (80 %)", (768, 1), (1, 768), 307),
@@ -91,7 +91,7 @@ CASES = (
 )
 TOKENS, TRAINING_TOKENS = (1, 4, 16, 64, 256, 1024, 4096), 2048
 TOY, TOY_TOKENS, TOY_TRAINING_TOKENS = (Case("24x16, 3 sites, bond 4", (2, 3, 4), (4, 2, 2), 4),), (1, 8), 16
-#: tltorch's implementations; nothing where it is not installed.
+#: Implementations of tltorch's layer; empty if tltorch is not installed.
 RIVALS = ("factorized", "reconstructed") if find_spec("tltorch") else ()
 
 
@@ -106,7 +106,7 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
 
 
 def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
-    """Return every way to apply the layer without a kept matrix, by route."""
+    """Return functions that apply the layer to `x` by each route, except with a cached matrix."""
 
     def contract(candidate: int) -> Tensor:
         return contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
@@ -119,7 +119,7 @@ def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tens
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Measure a forward pass: bytes and milliseconds of all sides, and the ratios."""
+    """Measure a forward pass: bytes and milliseconds of all layers, and ratios."""
     auto = case.layer().eval()
     bonds = list(auto.topology.bond_dims.values())
     sides: dict[str, nn.Module] = {
@@ -130,7 +130,7 @@ def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, 
     }
     x, machine = torch.randn(tokens, auto.in_features), default_machine("cpu")
     calls = {name: lambda layer=layer: layer(x) for name, layer in sides.items()}
-    # A way that is predicted to take more than five times as long as the chosen one need not be timed.
+    # Routes that are predicted to take more than five times as long as the chosen one are not timed.
     limit = 5 * auto.plan.seconds(auto.route(tokens), tokens, machine)
     ways = {
         str(k): way
@@ -160,7 +160,7 @@ def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, 
 
 
 def measure_training(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Measure a training step: gradients of cores, bias and input included."""
+    """Measure a training step: forward and backward pass, with gradients of cores, bias and input."""
     layer = case.layer()
     dense = nn.Linear(layer.in_features, layer.out_features)
     x = torch.randn(tokens, layer.in_features, requires_grad=True)
@@ -195,7 +195,7 @@ def measure_training(case: Case, tokens: int, threads: int, seconds: float) -> d
 
 
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
-    """Count the bytes of the tensors that a forward pass keeps for backward, parameters and input aside."""
+    """Count the bytes of tensors that a forward pass stores for backward, except parameters and input."""
     known = {p.untyped_storage().data_ptr() for p in (*module.parameters(), x)}
     sizes: dict[int, int] = {}
 
@@ -211,12 +211,14 @@ def kept_bytes(module: nn.Module, x: Tensor) -> int:
 
 
 def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line of a benchmark of layers."""
+    """Parse the command line of this benchmark or of `fit_machine.py`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="tiny layers, to see that it runs")
+    parser.add_argument("--toy", action="store_true", help="tiny layers, to test the script")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=1.0, help="about this long for each comparison")
-    parser.add_argument("--passes", type=int, default=3, help="with several threads, as said above")
+    parser.add_argument(
+        "--passes", type=int, default=3, help="passes over all rows, if there are several threads"
+    )
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)
     if given.toy:

@@ -2,19 +2,24 @@
 
     python benchmarks/generation.py CACHE [--toy] [--threads 1 2] [--modes eager compiled tuned generate]
 
-SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and everything else dense, prepared
-by `tn.nn.prepare_for_inference`. Each row is one pass of 1, 16 or 256 tokens without a KV cache and with
-the logits of the last token: what generating one token, checking a draft and reading a prompt do. All sides
-compute in bfloat16 except the dense one in float32; with one thread processor time counts, else the wall
-clock. `int4` has 4.25 bits per weight in one format. `planned` has 4.25 bits in the mix of formats that a
-plan by the loss chooses: the kernels use 4 bits for those of 3 bits, and two matrices of 4 bits for those
-of 5 and 6 bits. `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without its cache of
-graphs, all sides equally. `generate` is transformers' own loop: 48 new tokens after a prompt of 16, with its
-cache of keys and values. Its sides compare what each step gives: the linear layers in int4, embedding and
-head in int4 as well (`whole`), and the step of one token compiled (`th.load(..., inference="compiled")`).
-The weights are random integers; speed does not depend on their values. Rows that the record has are kept,
-so that a run continues where the last one ended, and so are those of other processors. Ratios are to the
-dense model in bfloat16, paired. Every row also has the bytes of the file and of the tensors in memory.
+The model is SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and all other layers
+dense, prepared by `tn.nn.prepare_for_inference`. The weights are random integers, since speed does not depend
+on their values. All variants (`side`) compute in bfloat16, except the dense model in float32. Ratios are to
+the dense model in bfloat16, which is timed in turn with the others. With one thread processor time is
+measured, otherwise wall time.
+
+In the modes `eager`, `compiled` and `tuned`, a row is one pass of 1, 16 or 256 tokens without a KV cache and
+with the logits of the last token, as for generating a token, checking a draft and reading a prompt. `int4`
+has 4.25 bits per weight in one format. `planned` has 4.25 bits in the mix of formats that a plan chooses. For
+its formats of 3 bits the kernels use 4 bits, for 5 and 6 bits two matrices of 4 bits. `tuned` is compiled
+with Inductor's `freezing` and `max_autotune`, without its cache of graphs.
+
+The mode `generate` is the loop of transformers: 48 new tokens after a prompt of 16, with a KV cache. Its
+variants have linear layers in int4; embedding and head in int4 too (`whole`); and the step of one token
+compiled (`th.load(..., inference="compiled")`).
+
+Every row also has the bytes of the file and of the tensors in memory. Rows that are in the record are kept,
+also of other processors, so that an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -51,21 +56,21 @@ from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
 from tensornet_hf.checkpoint import compile_generation
 
-#: Layers of each format in the plan of SmolLM2 at 4.25 bits a weight, of 210.
+#: Number of layers in each format in a plan of SmolLM2 at 4.25 bits per weight, 210 in total.
 PLANNED = {"int4": 125, "int3": 35, "int5": 31, "int6": 17, "int8": 2}
 SIDES = ("float32", "bfloat16", "int4", "int8:row", "planned")
 BASE = "bfloat16"
-#: Sides of the mode `generate`, and the numbers of tokens of prompt and answer.
+#: Variants in the mode `generate`, and the numbers of tokens of prompt and answer.
 WHOLE, COMPILED = "int4 whole", "int4 whole, compiled"
 GENERATING = (BASE, "int4", WHOLE, COMPILED)
 PROMPT, NEW = 16, 48
-#: Settings of Inductor, which the environment can give as TORCHINDUCTOR_FREEZING=1 and so on.
+#: Settings of Inductor in the mode `tuned`; users can set them by variables such as TORCHINDUCTOR_FREEZING=1.
 TUNED = {"freezing": True, "max_autotune": True, "fx_graph_cache": False}
 KEY = ("side", "mode", "threads", "tokens", "device")
 
 
 def build(config: Any, side: str, folder: Path | None) -> nn.Module:
-    """Build the model of one side, ready to generate."""
+    """Build one variant of the model, see `SIDES` and `GENERATING`; without a folder, with random weights."""
     from transformers import AutoModelForCausalLM
 
     if folder is None:
@@ -91,7 +96,7 @@ def build(config: Any, side: str, folder: Path | None) -> nn.Module:
 
 
 def formats(side: str, count: int) -> list[str]:
-    """Choose the format of every layer; those of a plan are shuffled in their proportions."""
+    """Return the number format of each of `count` layers; formats of a plan are in random order."""
     if side != "planned":
         return [side.split()[0]] * count
     found = [name for name, share in PLANNED.items() for _ in range(share)]
@@ -100,7 +105,7 @@ def formats(side: str, count: int) -> list[str]:
 
 
 def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
-    """Build a bfloat16 layer of the same shape with random integers, which takes less time than rounding."""
+    """Build a bfloat16 layer of the same shape with random integers, which is faster than rounding."""
     topology = dense(out_features=layer.out_features, in_features=layer.in_features)
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}
@@ -125,7 +130,7 @@ def file_bytes(model: nn.Module) -> int:
 
 
 def passes(model: nn.Module, mode: str, tokens: int) -> Callable[[], object]:
-    """Return a function that makes one forward pass of this many tokens, or generates them."""
+    """Return a function that makes one forward pass of `tokens` tokens, or generates `tokens` tokens."""
     tn.nn.prepare_for_inference(model)
     if mode == "generate":
         prompt = torch.arange(PROMPT)[None] % 100
@@ -171,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 256])
     parser.add_argument("--modes", nargs="+", default=["eager", "compiled", "generate"])
-    parser.add_argument("--sides", nargs="+", help="by default all that the modes have")
+    parser.add_argument("--sides", nargs="+", help="variants to measure (default: all)")
     parser.add_argument("--seconds", type=float, default=20.0, help="about this long for each comparison")
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)
@@ -215,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def write(rows: Any, folder: Path) -> Path:
-    """Write the record, with the smallest and the median ratio of each kind of pass."""
+    """Write the record, with a summary of the speed of each variant relative to the dense model."""
     found = list(rows)
     summary = {
         ", ".join(

@@ -1,23 +1,27 @@
-"""How much does the loss increase in llama.cpp's files, at equal bytes of the file: planned, and its presets?
+"""How much does the loss increase in llama.cpp's files of equal bytes, for our plans and for its presets?
 
     OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
         [--tools LLAMA_CPP/build/bin] [--work FOLDER] [--steps files speed]
 
 Presets are made by `llama-quantize` with an importance matrix of `llama-imatrix`, from the same calibration
-text as our plans. For every preset there is a plan of the menu `gguf` whose `max_bytes` is the size of that
-file, and one for three quarters of Q4_K_M; all come from one preparation, embedding and output head
-included. transformers dequantizes every file, and one loop judges all of them on held-out text of another
-source: loss increase over the dense model and KL divergence, with standard errors over tokens. `predicted`
-is the forecast of the plan. The step `speed` asks `llama-bench` for tokens per second of every file on one
-thread, in turns, with ratios to the preset of the same size; and `llama-perplexity` for the divergence of
-llama.cpp, which rounds activations to 8 bits, from the same weights in float32. The residual stream of
-SmolLM2 is rotated: the weights of the published file lie on a 4-bit grid. `smollm2-wide` is the same model
-padded with zeros before that, so that its rows are multiples of 256, which K types need. With `--fast` plans
-leave out Q5_0 and IQ4 (rows `fast plan`). Without `--tools` only plans are measured, at `--megabytes`.
-Seconds are processor seconds. Rows that the record has are kept, and files that lie in the work folder.
+text as our plans. For every preset there is a plan with `formats="gguf"` whose `max_bytes` is the size of the
+preset's file, and there is one plan for three quarters of the bytes of Q4_K_M. Plans include the embedding
+and the output head. transformers dequantizes every file. All files are judged on the same held-out text of
+another source, by the loss increase over the dense model and the KL divergence, with standard errors over
+tokens. `predicted` is the predicted loss increase of the plan.
 
-The tools come from the source package of `llama-cpp-python`: `cmake -B build -DLLAMA_CURL=OFF`, then `cmake
---build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
+The step `speed` measures tokens per second of every file with `llama-bench` on one thread, in turn, and their
+ratio to the preset of the same size. It also measures with `llama-perplexity` the divergence of llama.cpp,
+which rounds activations to 8 bits, from the same weights in float32.
+
+The residual stream of SmolLM2 is rotated, since the weights of the published file lie on a 4-bit grid.
+`smollm2-wide` is the same model, padded with zeros before rotation such that its rows are multiples of 256,
+as K types need. With `--fast` plans do not use Q5_0 and IQ4 (rows `fast plan`). Without `--tools` only plans
+are measured, for the sizes `--megabytes`. Seconds are processor seconds. Rows in the record and files in the
+work folder are not made again.
+
+The tools come from the source package of `llama-cpp-python`: run `cmake -B build -DLLAMA_CURL=OFF`, then
+`cmake --build build` in its folder `vendor/llama.cpp`. Writes `gguf_files.json`.
 """
 
 from __future__ import annotations
@@ -52,22 +56,23 @@ from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
 
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
-#: The preset whose loss a much smaller file of ours should have, and that share of its bytes.
+#: Preset to which a plan with a fraction of its bytes is compared, and this fraction.
 POPULAR, SHARE = "Q4_K_M", 0.75
-#: Presets whose names are left of their points in the picture, and names of the models there.
+#: Presets whose names are left of their points in the picture, and titles of the models in the picture.
 SMALLEST = ("IQ3_S", "Q2_K")
 TITLES = {
     "gpt2": "embedded GPT-2",
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-#: Formats of the types Q5_0, IQ4_NL and IQ4_XS, for which llama.cpp has slower kernels than for the others.
+#: Number formats of the GGUF types Q5_0, IQ4_NL and IQ4_XS, whose kernels in llama.cpp are slower than
+#: others.
 SLOW = ("int5:g32:float16", "nl4:g32:float16", "nl4:g32:s6")
 Row = dict[str, Any]
 
 
 class Bench:
-    """One model: its files, and what was measured of them.
+    """Makes and measures the files of one model.
 
     Args:
         subject: the model and its texts.
@@ -87,7 +92,7 @@ class Bench:
         self.prefix = "fast plan " if given.fast else "plan "
 
     def row(self, name: str) -> Row | None:
-        """Find the row of a file."""
+        """Find the row of a file by its name; None if it was not measured."""
         return next((x for x in self.rows if (x["model"], x["name"]) == (self.subject.name, name)), None)
 
     def write(self) -> Path:
@@ -95,7 +100,7 @@ class Bench:
         return record("gguf_files", self.rows, folder=self.given.records)
 
     def tool(self, name: str, *arguments: object) -> str:
-        """Run a program of llama.cpp and return all that it prints."""
+        """Run a program of llama.cpp and return its output."""
         command = [str(self.given.tools / name), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -103,7 +108,7 @@ class Bench:
         return done.stdout + done.stderr
 
     def judge(self, name: str, file: Path, **facts: Any) -> None:
-        """Measure a file on the judged windows and add its row."""
+        """Measure a file on the judged windows, and add its row with further `facts` to the record."""
         found = divergence(load_any(file), self.dense, self.tokens, context=self.context)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
         size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
@@ -193,7 +198,7 @@ class Bench:
         self.judge(name, file, **facts)
 
     def statistics(self, config: tn.CompressionConfig) -> tn.CalibrationStats:
-        """Collect the moments, or read those that lie in the work folder."""
+        """Collect calibration statistics, or read them from the work folder."""
         file = self.work / "moments.safetensors"
         if file.is_file():
             return tn.CalibrationStats.load(file)
@@ -204,7 +209,7 @@ class Bench:
         return stats
 
     def speed(self) -> None:
-        """Measure tokens per second of plans and presets in llama.cpp, and its own divergence."""
+        """Measure tokens per second of plans and presets in llama.cpp, and `own_divergence`."""
         pairs = {
             row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows
@@ -246,7 +251,7 @@ class Bench:
 
 
 def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
-    """Draw the divergence over the bits of the file: plans as a line, presets as points."""
+    """Draw the KL divergence over the bits per weight of the file, plans as a line and presets as points."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -283,22 +288,22 @@ def models(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run what is missing and write the record."""
+    """Measure the rows that the record lacks; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one size of the embedded model, few tokens")
     parser.add_argument("--models", nargs="+", default=["gpt2", "smollm2"])
     parser.add_argument("--cache", type=Path, help="folder of models and texts, see subjects.py")
-    parser.add_argument("--tools", type=Path, help="folder of llama-quantize, llama-imatrix and the others")
-    parser.add_argument("--presets", nargs="+", default=PRESETS, help="of llama-quantize")
+    parser.add_argument("--tools", type=Path, help="folder of llama.cpp's programs")
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="presets of llama-quantize")
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
     parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
     parser.add_argument(
         "--fast", action="store_true", help="plans without Q5_0 and IQ4, whose kernels are slow"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of llama-bench")
+    parser.add_argument("--repeats", type=int, default=5, help="number of runs of llama-bench")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder of the files")
+    parser.add_argument("--work", type=Path, default=Path("gguf-work"), help="folder for the GGUF files")
     given = parser.parse_args(arguments)
     if given.toy:
         given.models, given.megabytes, given.steps = ["gpt2"], [0.7], ["files"]

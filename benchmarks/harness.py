@@ -1,6 +1,7 @@
-"""What all benchmarks share: timing both sides in one run, counting bytes, records that state their origin.
+"""Functions that all benchmarks share: paired timing, counting bytes, and writing records.
 
-A record is one JSON file in `benchmarks/records/`, quoted by the documentation.
+A record is a JSON file in `benchmarks/records/` with results, date, commit and machine. The documentation
+quotes records.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ class Timing:
     """Timings of one function in seconds.
 
     Args:
-        median: over the repeats.
+        median: median of the repeats.
         low: fastest repeat.
         high: slowest repeat.
-        repeats: how many.
+        repeats: number of repeats.
     """
 
     median: float
@@ -55,16 +56,17 @@ def paired_medians(
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Time functions in turn, each once per repeat, so that a busy machine slows all of them equally.
+    """Time several functions in turn, each once per repeat, so that a busy machine slows all of them equally.
 
-    The order changes from repeat to repeat. Otherwise each function would always find in the caches what the
-    same other one had left there. No function follows directly upon itself.
+    The order changes from repeat to repeat, since a function that always follows the same other function
+    would find its data in the caches. No function directly follows itself.
 
     Args:
-        functions: calls by name.
-        repeats: rounds that are counted.
-        warmup: rounds before those.
-        clock: seconds; `time.thread_time` counts what one thread works and not what others take from it.
+        functions: functions to call, by name.
+        repeats: number of timed calls of each function.
+        warmup: number of calls of each function before these, which are not timed.
+        clock: function that returns seconds; `time.thread_time` counts only the time in which this thread
+            runs.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order, mixer = list(functions), random.Random(0)
@@ -87,12 +89,15 @@ def paired_medians(
 
 
 def clock_for(threads: int) -> Callable[[], float]:
-    """Choose processor time for one thread, which a busy machine distorts least, else wall time."""
+    """Return the clock for a number of threads: processor time for one thread, else wall time.
+
+    Processor time depends less on other users of the machine, but cannot measure several threads.
+    """
     return time.thread_time if threads == 1 else time.perf_counter
 
 
 def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
-    """Choose the number of repeats, 3 to 51, that take about this many seconds."""
+    """Choose a number of repeats, 3 to 51, for which calling all functions takes about `seconds` in total."""
     start = time.perf_counter()
     for function in functions:
         function()
@@ -100,7 +105,7 @@ def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
 
 
 def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Collect the rows of `work(threads)` for each number of threads; restore the number afterwards."""
+    """Call `work(threads)` with each number of threads set in torch, and join the rows that it returns."""
     before, rows = torch.get_num_threads(), []
     try:
         for threads in counts:
@@ -112,7 +117,7 @@ def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Compute the geometric mean, the right one for ratios."""
+    """Compute the geometric mean of ratios."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 
@@ -124,18 +129,18 @@ def processor_seconds() -> float:
 
 
 def peak_mib() -> int:
-    """Return the peak memory of this process so far in MiB, and nothing of the one that started it."""
+    """Return the peak memory of this process so far in MiB."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage would count what the starting process had in use
+    if status.is_file():  # getrusage would include the memory of the process that started this one
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
 def held_bytes(root: object) -> int:
-    """Count the bytes of all tensors reachable from an object: its own, cached ones, those of closures.
+    """Count the bytes of all tensors that are reachable from an object, including caches and closures.
 
     Args:
-        root: for example a module. Globals of functions and classes do not count as reached.
+        root: the object, for example a module. Globals of functions and classes are not followed.
     """
     seen: dict[int, object] = {}
     storages: dict[int, int] = {}
@@ -156,7 +161,7 @@ def held_bytes(root: object) -> int:
 
 
 def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]:
-    """Collect commit, dirty flag, device, dtype, threads, load of the machine and versions of packages."""
+    """Return date, commit, dirty flag, device, dtype, threads, load of the machine and package versions."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
@@ -171,22 +176,22 @@ def provenance(*, device: str = "cpu", dtype: str = "float32") -> dict[str, Any]
 
 
 def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECORDS, **meta: Any) -> Path:
-    """Write `folder/name.json` with rows, provenance and further entries of the benchmark.
+    """Write a record `folder/name.json` with rows, provenance and further entries; it replaces an older one.
 
     Args:
-        name: of the benchmark; one record each, the newest replaces the one before.
+        name: name of the record.
         rows: one mapping for each measured case.
-        folder: where records live.
-        meta: `device=` and `dtype=` go to `provenance`, everything else into the record.
+        folder: folder of the records.
+        meta: `device=` and `dtype=` are passed to `provenance`, all others are entries of the record.
 
     Returns:
-        The file written.
+        Path of the file.
 
     Raises:
-        SystemExit: a toy run would replace the record of a real one.
+        SystemExit: a toy run would replace the record of a real run.
     """
     if "--toy" in sys.argv and folder.resolve() == RECORDS.resolve():
-        raise SystemExit(f"A toy run does not replace {name}.json: name another folder by --records FOLDER.")
+        raise SystemExit(f"A toy run must not replace {name}.json: give another folder by --records FOLDER.")
     where = {key: meta.pop(key) for key in ("device", "dtype") if key in meta}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
@@ -227,7 +232,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Format a value with four significant digits; escape what would end the cell or open a code block."""
+    """Format a value for a Markdown table: floats with four digits, `|` and backquotes replaced."""
     if value is None:
         return ""
     if isinstance(value, float):

@@ -2,20 +2,20 @@
 
     python benchmarks/moe_from_scratch.py TEXTS [--state FOLDER] [--rows ...] [--tokens 8] [--seeds 0 1]
 
-A small GPT-2 is trained from scratch on all permitted text (`scratch_tasks.py`), once for every row: dense,
-or with one of the mixtures of `scratch_rows.py`. All rows see the same batches for a seed. The rate is
+A small GPT-2 is trained from scratch on several texts (`scratch_tasks.py`), once for every row: dense, or
+with one of the mixtures of `scratch_rows.py`. For a seed, all rows get the same batches. The learning rate is
 constant after a warm-up, and the loss is that of a running average of the weights over about the last tenth
-of the steps: so one run gives the loss at every number of tokens, and any run can be continued with more of
-them. The first seed is trained with every rate for `--chosen-at` million tokens; the rate with the lowest
-loss on the tuning part goes on, and the other seeds have it too. Every row has the bytes of its parameters,
-the seconds of training and the arithmetic of a token.
+of the steps. So one run gives the loss at every number of tokens, and any run can be continued with more
+tokens. With the first seed, every rate is tried for `--chosen-at` million tokens; the rate with the lowest
+loss on the tuning part is then used for all seeds. Every row has the bytes of its parameters, the seconds of
+training, and the floating-point operations per token.
 
-Runs are resumable to the step: the state folder holds weights, optimizer, average, generator and step of each
-run, and the batches are a function of seed and step. A run whose configuration differs from the stored
-one is refused. `--minutes` stops in time; the same command continues. The record `moe_from_scratch.json`
-has all runs, those that are to be continued included.
+Runs can be resumed at any step: the state folder contains the weights, optimizer, average, generator and step
+of each run, and batches depend only on seed and step. A run whose configuration differs from the stored one
+ends with an error. With `--minutes` the script stops after this time; the same command continues. The record
+`moe_from_scratch.json` has all runs, including unfinished ones.
 
-With `--few-bits 8.25 4.25` finished runs are compressed as a whole to so many bits of a weight, and the
+With `--few-bits 8.25 4.25` the models of finished runs are compressed to these bits per weight, and the
 record `moe_in_few_bits.json` has their bytes and losses. `--picture FILE` draws both records.
 """
 
@@ -49,7 +49,7 @@ from scratch_tasks import Corpus, build_gpt2, corpus_of, cross_entropy, gpt2_net
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks" / "moe_from_scratch"
 MILLION = 1_000_000
-#: Tokens, in millions, at which a run is judged.
+#: Numbers of tokens, in millions, after which a run is judged.
 JUDGED_AT = (0.5, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64)
 
 
@@ -58,12 +58,12 @@ class Recipe:
     """Options of training that all rows share.
 
     Args:
-        windows: in a batch.
-        rate: of AdamW, after the warm-up.
-        warmup: steps.
-        weight_decay: of matrices.
-        average: the running average reaches over about `1 / average` of the steps so far.
-        judge_windows: of the test part; half as many of the tuning part.
+        windows: number of windows in a batch.
+        rate: learning rate of AdamW after the warm-up.
+        warmup: number of steps of the warm-up.
+        weight_decay: weight decay of matrices.
+        average: the weights are averaged over about the last `1 / average` of all steps so far.
+        judge_windows: number of windows of the test part; half of this number is for tuning.
     """
 
     windows: int = 32
@@ -75,11 +75,11 @@ class Recipe:
 
 
 class Run:
-    """Training run of one row, rate and seed, written to the disk at each checkpoint.
+    """Training run of one row, rate and seed, which is saved regularly and can be resumed.
 
     Args:
         row, sizes, recipe, corpus, seed: the configuration.
-        folder: of the state.
+        folder: folder in which the state is stored.
     """
 
     def __init__(
@@ -111,11 +111,17 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far."""
+        """Number of training tokens so far."""
         return self.step * self.recipe.windows * self.sizes.context
 
     def train(self, tokens: int, *, deadline: float, checkpoint_every: float = 60.0) -> bool:
-        """Train up to a number of tokens; return False if the deadline (of `time.monotonic`) came first."""
+        """Train up to a number of tokens; return False if the deadline was reached first.
+
+        Args:
+            tokens: total number of tokens.
+            deadline: time at which to stop, by `time.monotonic`.
+            checkpoint_every: seconds between two savings of the state.
+        """
         marks = {self._steps(at * MILLION) for at in JUDGED_AT} | {self._steps(tokens)}
         started, saved = time.process_time(), time.monotonic()
         while self.tokens < tokens:
@@ -135,7 +141,7 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write the state completely, or keep the earlier file."""
+        """Write the state; if this is interrupted, the earlier file remains."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
         torch.save(
@@ -157,11 +163,11 @@ class Run:
         self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def tune_loss(self, tokens: int) -> float:
-        """Return the loss on the tuning part at the first mark with so many tokens."""
+        """Return the loss on the tuning part when it was first judged after at least `tokens` tokens."""
         return next(float(point["tune_loss"]) for point in self.history if point["tokens"] >= tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Summarize the run for the record."""
+        """Return configuration, sizes and losses of the run for the record."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             **self.configuration,
@@ -183,8 +189,8 @@ class Run:
                 if state["configuration"].get(key) != value
             }
             raise SystemExit(
-                f"{self.file} was made with another configuration: {differing} (stored, asked). Move the "
-                "file away, or ask for the stored configuration."
+                f"{self.file} was made with another configuration: {differing} (stored, requested). Move the "
+                "file away, or use the stored configuration."
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -205,7 +211,7 @@ class Run:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (self.step + 1) / recipe.warmup)
-        if self.flops_of_a_step == 0 and self.step == 20:  # once the routers have spread the tokens
+        if self.flops_of_a_step == 0 and self.step == 20:  # routers now distribute tokens over all experts
             with FlopCounterMode(display=False) as counter:
                 self._loss(batch).backward()
             self.flops_of_a_step = counter.get_total_flops()
@@ -224,7 +230,7 @@ class Run:
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
-        """Judge the averaged weights on the tuning and the test part, the present ones on the test part."""
+        """Judge the averaged weights on the tuning and test part, and the present ones on the test part."""
         last_loss, _ = self.evaluate()
         self._exchange()
         tune_loss, _ = self.evaluate("tune")
@@ -249,7 +255,7 @@ class Run:
         )
 
     def evaluate(self, part: str = "test") -> tuple[float, float | None]:
-        """Judge the model on a part of the text; see `evaluate`."""
+        """Judge the present weights on a part of the text; see the function `evaluate`."""
         limit = self.recipe.judge_windows // (2 if part == "tune" else 1)
         windows = self.corpus.windows(part, context=self.sizes.context, limit=limit)
         return evaluate(self.model, windows, self.recipe.windows)
@@ -265,7 +271,10 @@ class Run:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, float | None]:
-    """Compute the mean loss of a token, and the relative entropy of expert load, averaged over layers."""
+    """Compute the mean loss of a token, and the mean relative entropy of the expert load of all layers.
+
+    The relative entropy is 1 if all experts get equally many tokens; it is None without mixtures.
+    """
     layers = [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     total = 0.0
@@ -283,14 +292,14 @@ def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, floa
 
 
 def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Compress the averaged weights of a run by one plan for the whole model, and judge what is left.
+    """Compress the model of a run, with averaged weights, to several sizes, and judge it.
 
     Args:
-        run: a trained run.
-        bits: of a weight, scales included; float32 comes first.
+        run: a finished run.
+        bits: bits per weight of each size, scales included.
 
     Yields:
-        Rows with the bytes of the whole model and its loss.
+        Rows with the bytes of the whole model and its loss, first in float32, then for each size.
     """
     run._exchange()
     weights = {name: value.detach().clone() for name, value in run.model.state_dict().items()}
@@ -320,7 +329,7 @@ def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def picture(records: Path, file: Path) -> None:
-    """Draw the loss over tokens, relative to the dense model, and over the bytes of the whole model."""
+    """Draw the loss over training tokens, relative to the dense model, and over the bytes of the model."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -349,7 +358,7 @@ def picture(records: Path, file: Path) -> None:
 
 
 def feed_forward_parameters(model: nn.Module) -> int:
-    """Count the parameters of the feed-forward networks, always-on experts and borrowed cores included."""
+    """Count the parameters of all feed-forward networks, including pools but not routers."""
     routers = {id(p) for m in model.modules() if isinstance(m, tm.Router) for p in m.parameters()}
     parts = gpt2_networks(model) + [m for name, m in model.named_children() if name == "owner"]
     found = {id(p): p for part in parts for p in part.parameters() if id(p) not in routers}
@@ -357,7 +366,7 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Build AdamW; vectors have no weight decay, and shared tensors smaller rates if the row says so."""
+    """Make the optimizer AdamW; vectors have no weight decay, and `root_rates` may lower rates."""
     groups = []
     for group in tm.parameter_groups(model, lr=recipe.rate):
         rate = group["lr"] if row.root_rates else recipe.rate
@@ -370,32 +379,32 @@ def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Opti
 
 
 def toy_sizes() -> Sizes:
-    """Return sizes that train in a second."""
+    """Return the sizes of a model that is trained in a second."""
     return Sizes(width=80, hidden=320, layers=2, heads=5, context=8, vocabulary=300)
 
 
 def main(arguments: Sequence[str] | None = None) -> Path | None:
-    """Run what is missing, write the record, return its path."""
+    """Make the missing runs and write the record; return its path, or None if the time was over before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("texts", type=Path, nargs="?", help="where the packages were unpacked")
-    parser.add_argument("--state", type=Path, default=CACHE, help="folder of runs, to be continued")
+    parser.add_argument("texts", type=Path, nargs="?", help="folder of the unpacked packages")
+    parser.add_argument("--state", type=Path, default=CACHE, help="folder of the runs")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--name", default="moe_from_scratch", help="of the record")
+    parser.add_argument("--name", default="moe_from_scratch", help="name of the record")
     parser.add_argument("--rows", nargs="+", choices=tuple(ROWS), default=tuple(ROWS), metavar="ROW")
     parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 6e-3, 12e-3])
-    parser.add_argument("--chosen-at", type=float, default=2.0, help="millions of tokens for each rate")
+    parser.add_argument("--chosen-at", type=float, default=2.0, help="million tokens with each rate")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument(
-        "--tokens", type=float, default=8.0, help="millions for each row and seed, at its best rate"
+        "--tokens", type=float, default=8.0, help="million tokens for each row and seed, at its best rate"
     )
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to go on later")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this time")
     parser.add_argument("--width", type=int, default=80)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=16, help="of a batch")
-    parser.add_argument("--few-bits", nargs="+", type=float, help="compress finished runs to so many bits")
+    parser.add_argument("--windows", type=int, default=16, help="number of windows in a batch")
+    parser.add_argument("--few-bits", nargs="+", type=float, help="bits per weight to compress models to")
     parser.add_argument("--picture", type=Path, help="draw the records to this file and train nothing")
     parser.add_argument("--toy", action="store_true", help="three tiny models on the embedded text")
     given = parser.parse_args(arguments)

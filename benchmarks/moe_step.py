@@ -1,20 +1,20 @@
 """How long does a training step of experts that share cores take, compared with dense experts?
 
-1. A training step (forward and backward) of one feed-forward mixture for every way of sharing, compared with
-   a mixture of dense experts with the same routing, without and with the step of AdamW, and the bytes of
-   their experts: base shapes 768 x 3072, 8 experts, top-1, 2,048 tokens. Asked: at most 1.1 times. Two-sided
-   ends of bonds 16 rebuild every expert, which by arithmetic alone takes 1.125 times as long.
-2. The same for two layers with one pool of 8 dense experts, compared with two layers with 8 each.
-3. With `--compiled`, the same step through `torch.compile` compared with itself without. Asked: not longer.
-4. Inference with cached experts compared with the same mixture with dense expert matrices, for a few tokens
-   at a time. Asked: at most 1.1 times.
+1. The time of a training step (forward and backward) of one feed-forward mixture, for every way of sharing,
+   relative to a mixture of dense experts with the same routing, without and with the step of AdamW; and the
+   bytes of the experts. Shapes are 768 x 3072, with 8 experts, top-1 routing and 2,048 tokens. Goal: at most
+   1.1. With two-sided ends of bond 16 every expert is rebuilt, which needs 1.125 times as many operations.
+2. The same for two layers with one pool of 8 dense experts, relative to two layers with 8 experts each.
+3. With `--compiled`: the same step with `torch.compile`, relative to the step without. Goal: at most 1.
+4. The time of inference with cached experts, relative to the same mixture with dense expert matrices, for a
+   few tokens at a time. Goal: at most 1.1.
 
-Seconds are processor seconds with one thread, where other users of the machine count least, and wall seconds
-with several.
+Seconds are processor seconds with one thread, which depend least on other users of the machine, and wall
+seconds with several threads.
 
     python benchmarks/moe_step.py                # five minutes; writes benchmarks/records/moe_step.json
     python benchmarks/moe_step.py --threads 1 2  # with one thread, then with two
-    python benchmarks/moe_step.py --toy          # seconds; shows only that the script runs
+    python benchmarks/moe_step.py --toy          # seconds; only tests the script
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Case:
         model: width of the model.
         hidden: width of the hidden layer.
         experts: number of experts.
-        tokens: tokens of a training step.
-        decode_tokens: tokens of an inference call.
-        repeats: timed rounds.
+        tokens: number of tokens in a training step.
+        decode_tokens: numbers of tokens in inference calls.
+        repeats: number of timed repeats.
     """
 
     model: int
@@ -66,7 +66,7 @@ TOY = Case(8, 16, 2, 32, (1, 4), 1)
 
 
 class DenseExperts(tm.ExpertBank):
-    """Bank of one dense matrix for each expert, nothing shared: the baseline."""
+    """Bank with one dense matrix for each expert and no sharing, the baseline."""
 
     def __init__(self, num_experts: int, out_features: int, in_features: int) -> None:
         super().__init__(num_experts, (out_features, in_features))
@@ -90,7 +90,7 @@ class DenseExperts(tm.ExpertBank):
 
 
 def mixture(case: Case, make: Callable[[int, int, int], tm.ExpertBank]) -> tm.SharedCoreMoE:
-    """Build one feed-forward mixture from a function of experts, rows and columns that builds a bank."""
+    """Build a feed-forward mixture; `make(experts, rows, columns)` builds each of its two banks."""
     banks = {
         "wi": make(case.experts, case.hidden, case.model),
         "wo": make(case.experts, case.model, case.hidden),
@@ -101,7 +101,7 @@ def mixture(case: Case, make: Callable[[int, int, int], tm.ExpertBank]) -> tm.Sh
 
 
 def _end(size: int) -> int:
-    """Choose the leg of the small ends: 4 where 16 divides the side, as in base shapes, else 2."""
+    """Choose the leg size of end cores: 4 if 16 divides the size of the matrix, else 2."""
     return 4 if size % 16 == 0 else 2
 
 
@@ -111,14 +111,14 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of three-core chains with a shared center, whose end cores carry both kinds of legs."""
+    """Build a bank of three-core chains with a shared center, whose end cores have out-legs and in-legs."""
     a = min(_end(rows), _end(columns))
     legs = {"out_dims": (a, rows // a**2, a), "in_dims": (a, columns // a**2, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
 
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of as many parameters; one end core carries outputs only, the other inputs only."""
+    """Build a bank like `two_sided`, but the first core has only an out-leg and the last only an in-leg."""
     a = min(_end(rows), _end(columns)) ** 2
     legs = {"out_dims": (a, rows // a, 1), "in_dims": (1, columns // a, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
@@ -140,12 +140,12 @@ def bases(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def block_trains(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of block tensor trains of two cores, nothing shared."""
+    """Build a bank of block tensor trains of two cores, without sharing."""
     topology = tn.topologies.block_tt(out_dims=_halves(rows), in_dims=_halves(columns), max_bond=1)
     return tm.SharedCoreExperts(topology, experts, shared="none")
 
 
-#: Ways of sharing by name, each a function of experts, rows and columns.
+#: Ways of sharing by name: functions `(experts, rows, columns) -> bank`.
 FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
     "two-sided ends": two_sided,
     "one-sided ends": one_sided,
@@ -158,7 +158,7 @@ CHAINS = ("two-sided ends", "one-sided ends")
 
 
 def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]:
-    """Build a mixture with dense experts, and one for each way of sharing, all with the same router."""
+    """Build a mixture with dense experts, and a mixture for each way of sharing, with equal routers."""
     torch.manual_seed(0)
     makers = {DENSE: DenseExperts, **{name: FORMS[name] for name in names}}
     layers = {name: mixture(case, make).train() for name, make in makers.items()}
@@ -168,7 +168,7 @@ def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]
 
 
 class TwoLayers(nn.Module):
-    """Two mixtures in turn, with experts of their own or with one pool."""
+    """Two mixtures with residual connections, each with its own experts or both with one pool."""
 
     def __init__(self, case: Case, *, pooled: bool) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class TwoLayers(nn.Module):
         self.pools = tm.tie_experts(self.layers) if pooled else nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens."""
+        """Map tokens `x: (tokens, model)` to the same shape."""
         for layer in self.layers:
             x = x + layer(x)
         return x
@@ -186,7 +186,14 @@ class TwoLayers(nn.Module):
 def stepper(
     case: Case, moe: nn.Module, *, update: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
-    """Return one forward and backward pass of a mixture, with a step of AdamW if `update`."""
+    """Return a function that makes a forward and backward pass of a mixture.
+
+    Args:
+        case: sizes.
+        moe: the mixture.
+        update: whether to make a step of AdamW too.
+        compiled: whether to use `torch.compile`.
+    """
     generator = torch.Generator().manual_seed(1)
     x, grad = torch.randn(2, case.tokens, case.model, generator=generator)
     x.requires_grad_()
@@ -206,7 +213,16 @@ def stepper(
 def compared(
     what: str, case: Case, steps: dict[str, Callable[[], None]], to: str, asked: float, **facts: Any
 ) -> list[dict[str, Any]]:
-    """Build the rows of steps timed in turn, each compared with one of them."""
+    """Time steps in turn, and make the rows that compare them with one of the steps.
+
+    Args:
+        what: description of the step.
+        case: sizes.
+        steps: functions to time, by name.
+        to: name of the step to compare with.
+        asked: largest ratio that was the goal.
+        facts: further columns, each a mapping from the name of the step to the value.
+    """
     times = paired_medians(steps, case.repeats, warmup=2, clock=clock())
     return [
         {
@@ -226,7 +242,7 @@ def compared(
 
 
 def time_forms(case: Case) -> list[dict[str, Any]]:
-    """Time a training step of every way of sharing against dense experts, without and with AdamW."""
+    """Time a training step for every way of sharing relative to dense experts, without and with AdamW."""
     layers = form_layers(case, list(FORMS))
     sizes = {name: sum(p.numel() for p in moe.experts.parameters()) for name, moe in layers.items()}
     held = {name: held_bytes(moe.experts) for name, moe in layers.items()}
@@ -238,7 +254,7 @@ def time_forms(case: Case) -> list[dict[str, Any]]:
 
 
 def time_pool(case: Case) -> list[dict[str, Any]]:
-    """Time a training step of two layers with one pool against two with experts of their own."""
+    """Time a training step of two layers with one pool, relative to two layers with their own experts."""
     models = {name: TwoLayers(case, pooled=name == "pool").train() for name in (DENSE, "pool")}
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     rows = []
@@ -249,7 +265,7 @@ def time_pool(case: Case) -> list[dict[str, Any]]:
 
 
 def time_compiled(case: Case) -> list[dict[str, Any]]:
-    """Time a training step through `torch.compile` against the same one without it."""
+    """Time a training step with `torch.compile`, relative to the same step without."""
     rows = []
     for name, moe in form_layers(case, CHAINS).items():
         steps = {"eager": stepper(case, moe), f"{name}, compiled": stepper(case, moe, compiled=True)}
@@ -258,13 +274,13 @@ def time_compiled(case: Case) -> list[dict[str, Any]]:
 
 
 def clock() -> Callable[[], float]:
-    """Choose the clock for the number of threads that is set."""
+    """Return the clock for the present number of threads, see `clock_for`."""
     return clock_for(torch.get_num_threads())
 
 
 @torch.inference_mode()
 def time_inference(case: Case, tokens: int) -> dict[str, Any]:
-    """Time a call with cached experts against the same with dense experts."""
+    """Time an inference call with cached experts, relative to a call with dense experts."""
     with torch.inference_mode(False):
         torch.manual_seed(0)
         ours, dense = mixture(case, two_sided).eval(), mixture(case, DenseExperts).eval()
@@ -299,12 +315,14 @@ def time_inference(case: Case, tokens: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure and write the record."""
+    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for the tests")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="numbers of threads, in turn")
-    parser.add_argument("--compiled", action="store_true", help="steps through torch.compile as well")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1], help="numbers of threads to measure with"
+    )
+    parser.add_argument("--compiled", action="store_true", help="measure steps with torch.compile too")
     given = parser.parse_args(arguments)
     case = TOY if given.toy else BASE
 

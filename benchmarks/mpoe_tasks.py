@@ -1,12 +1,12 @@
-"""Two tasks of mpoe_vs_switch.py: the embedded models learn the language of short quotations.
+"""Tasks for mpoe_vs_switch.py, in which the two embedded models are fine-tuned on short quotations.
 
-The text is the Debian packages `fortunes` and `fortunes-min`: 14,646 quotations in files separated by lines
-of `%`. It is fetched and unpacked, not installed, on any machine with apt:
+The text is that of the Debian packages `fortunes` and `fortunes-min`: files with 14,646 quotations, separated
+by lines `%`. The packages are downloaded and unpacked, but not installed, on any machine with apt:
 
     apt-get download fortunes fortunes-min && for f in fortunes*.deb; do dpkg-deb -x $f texts; done
     # then --text texts/usr/share/games/fortunes
 
-Every split is by quotation, so that no phrase is seen in training and judged later.
+The text is split by quotation, so that no judged phrase occurs in training.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from train_embedded import sample_phrases, strip_vowels, verse_words
 
 CONTEXT = 128
-PICTURES = ("art", "ascii-art", "translate-me")  # drawings and other languages
+PICTURES = ("art", "ascii-art", "translate-me")  # files with drawings or other languages, which are skipped
 
 
-#: Three parts: weights are fitted on `train`, rates chosen on `tune`, results read on `test`.
+#: Quotations of three parts: `train` for training, `tune` for choosing learning rates, `test` for results.
 Quotations = dict[str, list[str]]
 
 
 def fetch(cache: Path) -> Path:
-    """Return the folder of the quotations, downloaded with apt unless it lies in the cache."""
+    """Return the folder of the quotations, which are downloaded with apt if they are not in the cache."""
     folder = cache / "texts" / "usr" / "share" / "games" / "fortunes"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -56,12 +56,14 @@ def read_quotations(folder: Path) -> Quotations:
     texts = [p.read_text(encoding="utf-8", errors="replace") for p in files if p.name not in PICTURES]
     found = [q for text in texts for q in text.split("\n%\n")]
     if len(found) < 20:
-        raise SystemExit(f"{len(found)} quotations under {folder}; see the top of {Path(__file__).name}")
+        raise SystemExit(
+            f"{len(found)} quotations under {folder}; see the docstring of {Path(__file__).name}"
+        )
     return divided(found)
 
 
 def divided(found: Sequence[str]) -> Quotations:
-    """Split distinct quotations: of every twenty in order one is for tuning, two for the test."""
+    """Split distinct quotations into parts: of every twenty, one is for tuning and two are for testing."""
     distinct = list(dict.fromkeys(q.strip() for q in found if q.strip()))
     place = {3: "tune", 7: "test", 17: "test"}
     quotations: Quotations = {"train": [], "tune": [], "test": []}
@@ -77,9 +79,9 @@ class LanguageModelling:
 
     Args:
         quotations: the text.
-        train_size: how many tokens of it are trained on.
-        judge_size: how many are judged on (half as many for tuning).
-        batch: windows of 128 tokens in a batch.
+        train_size: number of tokens for training.
+        judge_size: number of tokens for testing; half of this number is for tuning.
+        batch: number of windows of 128 tokens in a batch.
     """
 
     name, d_model, d_ff = "gpt2", 128, 512
@@ -108,7 +110,7 @@ class LanguageModelling:
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield batches without end; each pass over the text starts its windows at another offset."""
+        """Yield training batches endlessly; each pass over the text cuts windows at another offset."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             offset = int(torch.randint(min(CONTEXT, len(self.train) - CONTEXT + 1), (), generator=generator))
@@ -118,7 +120,7 @@ class LanguageModelling:
                 yield {"input_ids": windows[rows], "labels": windows[rows]}
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """List the batches of a part, windows without overlap, with the numbers of predicted tokens."""
+        """List batches of windows without overlap for a part, each with its number of predicted tokens."""
         stream = self.parts[part]
         windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16)
         return [({"input_ids": w, "labels": w}, len(w) * (CONTEXT - 1)) for w in windows]
@@ -129,9 +131,9 @@ class VowelRestoration:
 
     Args:
         quotations: the text.
-        train_size: how many distinct phrases of two or three words are trained on.
-        judge_size: how many are judged on (half as many for tuning).
-        batch: phrases in a batch.
+        train_size: number of distinct phrases of two or three words for training.
+        judge_size: number of phrases for testing; half of this number is for tuning.
+        batch: number of phrases in a batch.
     """
 
     name, d_model, d_ff = "t5", 96, 384
@@ -151,7 +153,7 @@ class VowelRestoration:
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield batches without end; phrases of about one length share a batch, which saves padding."""
+        """Yield training batches endlessly; phrases in a batch have similar lengths, which saves padding."""
         rng = random.Random(seed)
         while True:
             order = sorted(self.train, key=lambda phrase: (len(phrase), rng.random()))
@@ -161,7 +163,7 @@ class VowelRestoration:
                 yield self.encode(order[cut : cut + self.batch])
 
     def encode(self, targets: Sequence[str]) -> dict[str, Tensor]:
-        """Encode one batch: phrases without vowels as input, phrases as labels."""
+        """Make a batch from phrases: without vowels they are the inputs, with vowels the labels."""
         inputs = self.tokenizer([strip_vowels(t) for t in targets], padding=True, return_tensors="pt")
         labels = self.tokenizer(list(targets), padding=True, return_tensors="pt").input_ids
         return {
@@ -171,7 +173,7 @@ class VowelRestoration:
         }
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """List the batches of a part, with the numbers of predicted tokens."""
+        """List the batches of a part, each with its number of predicted tokens."""
         order = sorted(self.parts[part], key=len)
         batches = [self.encode(order[i : i + 100]) for i in range(0, len(order), 100)]
         return [(batch, int((batch["labels"] >= 0).sum())) for batch in batches]
@@ -184,5 +186,5 @@ def phrases(quotations: Sequence[str], count: int) -> list[str]:
     return [p for p in dict.fromkeys(drawn) if " " in p][:count]
 
 
-#: What the rows of a table are trained and judged on.
+#: Task on which the rows of a table are trained and judged.
 Task = LanguageModelling | VowelRestoration

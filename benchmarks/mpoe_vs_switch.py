@@ -2,15 +2,15 @@
 
     python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FOLDER] [--tables gpt2 t5] [--toy]
 
-Two embedded models, trained on one book, are fine-tuned on quotations: a GPT-2 as a language model, a T5 that
-restores vowels (`mpoe_tasks.py`, which also says where the text comes from). Each row of a table is the same
-model with other feed-forward networks, all made from its trained ones by `th.upcycle`.
+The two embedded models, trained on the Bible, are fine-tuned on quotations: a GPT-2 as a language model, and
+a T5 that restores vowels (see `mpoe_tasks.py`, also for the text). Each row of a table is the same model with
+other feed-forward networks, which `th.upcycle` makes from the trained ones.
 
-Every row gets the same number of steps, the same batches for a seed and the same tuning effort: each rate of
-the grid is tried once, with the first seed; the one with the lowest loss on the tuning part is used for all
-seeds, and the table shows the test part. Each run is written to the state folder as it ends and is not
-repeated: the script can be stopped and called again. All tables take about an hour of one core. Writes the
-record `mpoe_vs_switch.json`, which keeps the tables that were not asked for.
+Every row gets the same number of steps, the same batches for a seed, and the same tuning effort: each
+learning rate of a grid is tried once, with the first seed; the rate with the lowest loss on the tuning part
+is used for all seeds, and the table shows losses on the test part. Each finished run is written to the state
+folder and is not repeated, so the script can be stopped and called again. All tables take about an hour of
+one core. Writes the record `mpoe_vs_switch.json`; tables that were not requested are kept in it.
 """
 
 from __future__ import annotations
@@ -58,13 +58,14 @@ class Row:
     """One way to build and train the feed-forward networks.
 
     Args:
-        name: in tables.
-        experts: number of experts; 0 keeps the dense model.
-        ends: `(out, in)` legs of the first and the last of three cores; None: an expert is one dense matrix.
-        max_bond: cap on both bonds; None keeps the matrix exact.
+        name: name of the row in tables.
+        experts: number of experts; 0 means the dense model.
+        ends: leg sizes of the first and of the last of three cores; None means dense matrices as experts.
+        max_bond: largest bond; None decomposes matrices exactly.
         shared: which cores the experts share.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
-        mask: further options of `GradientMask`; `("fade", share)` fades it out over that share of the steps.
+        mask: further options of `GradientMask`; `("fade", share)` reduces the probability to 0 over this
+            share of the steps.
         across: whether all layers share one center.
     """
 
@@ -107,13 +108,13 @@ class Setting:
     """Settings of one table.
 
     Args:
-        task: the class.
-        sizes: how much is trained and judged on.
-        steps: of training: linear warm-up, cosine decay to 0, gradients clipped at 1.
+        task: class of the task.
+        sizes: options of the task: sizes of the texts and of batches.
+        steps: number of training steps, with linear warm-up, cosine decay to 0, and gradient norms up to 1.
         rates: grid of learning rates.
-        rows: what is compared.
-        seeds: the rates are tried with the first.
-        repeats: steps that are timed.
+        rows: rows of the table.
+        seeds: seeds of the runs; the rates are tried with the first.
+        repeats: number of steps that are timed.
     """
 
     task: type[LanguageModelling] | type[VowelRestoration]
@@ -157,14 +158,14 @@ def build(task: Task, row: Row, *, seed: int) -> nn.Module:
         return model
     th.upcycle(model, moe_config(row, task))
     torch.manual_seed(seed)
-    # From one stream: `upcycle` seeds layer k with seed + k, so that seeds would share some of their routers.
+    # Routers are drawn again, since `upcycle` seeds layer k with seed + k: seeds would share some routers.
     for layer in mixtures(model):
         layer.router.weight.data = torch.randn(layer.router.weight.shape) * 0.1 / math.sqrt(task.d_model)
     return model
 
 
 def moe_config(row: Row, task: Task) -> th.MoEConfig:
-    """Build the upcycling options: a long middle core between two small ends; plain matrices for Switch."""
+    """Make the options of `upcycle`: chains with a large middle core, or dense matrices for Switch."""
     common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": BALANCE}
     if row.ends is None:
         return th.MoEConfig(**common, sites=1, shared="none")
@@ -180,13 +181,13 @@ def moe_config(row: Row, task: Task) -> th.MoEConfig:
 
 
 def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
-    """Collect the mixtures of a model in order; none in the dense one."""
+    """List the mixtures of a model in order; the dense model has none."""
     return [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
 
 
 def expert_parameters(model: nn.Module) -> int:
-    """Count the parameters of the feed-forward networks, with biases and shared cores, without routers."""
-    names = {"mlp", "DenseReluDense"}  # of GPT-2 and T5, dense or mixed
+    """Count the parameters of all feed-forward networks, with biases and shared cores, without routers."""
+    names = {"mlp", "DenseReluDense"}  # names of the networks in GPT-2 and T5
     sites = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
     parts = [getattr(site, "experts", site) for site in sites]
     parts += [m for m in model.modules() if isinstance(m, tm.SharedCores)]
@@ -196,7 +197,7 @@ def expert_parameters(model: nn.Module) -> int:
 def optimizer_of(
     model: nn.Module, row: Row, rate: float, steps: int, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Build the optimizer without frozen cores, and attach the mask."""
+    """Make the optimizer of a row and attach its gradient mask; frozen cores are not optimized."""
     if row.mask_p == 1:
         for core in tm.shared_parameters(model):
             core.requires_grad_(False)
@@ -214,7 +215,7 @@ def optimizer_of(
 def stepper(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[dict[str, Tensor]]
 ) -> Callable[[], float]:
-    """Return a function that makes one training step and returns the loss, router losses included."""
+    """Return a function that makes one training step and returns its loss, including router losses."""
 
     def step() -> float:
         loss = model(**next(batches)).loss
@@ -229,7 +230,7 @@ def stepper(
 
 @torch.no_grad()
 def judge(model: nn.Module, batches: list[tuple[dict[str, Tensor], int]]) -> dict[str, float]:
-    """Compute mean token loss in nats, token accuracy, and the load entropy of experts over log E."""
+    """Compute the mean loss of a token in nats, the accuracy, and the relative entropy of expert load."""
     layers = mixtures(model)
     loads: list[Tensor] = [torch.zeros(m.num_experts) for m in layers]
     loss = right = count = 0.0
@@ -257,10 +258,10 @@ def train(task: Task, row: Row, *, rate: float, seed: int, steps: int) -> dict[s
     """Build, train and judge one row once.
 
     Args:
-        task, row: what is trained.
-        rate: peak learning rate.
-        seed: of routers, order of the data and mask.
-        steps: of the optimizer.
+        task, row: the task and the row.
+        rate: largest learning rate.
+        seed: seed of routers, of the order of the data and of the mask.
+        steps: number of training steps.
     """
     model = build(task, row, seed=seed).train()
     optimizer = optimizer_of(model, row, rate, steps, seed=seed)
@@ -289,14 +290,18 @@ def train(task: Task, row: Row, *, rate: float, seed: int, steps: int) -> dict[s
 
 
 class State:
-    """Finished runs of one table by key, written to the disk after each."""
+    """Finished runs of one table, stored in a file.
+
+    Args:
+        path: path of the file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
-        """Read or make the result of a run; every option that changes it is part of its key."""
+        """Return the result of a run, which is made if it is not stored; the key contains all its options."""
         key = f"{setting.task.__name__} {setting.sizes} {setting.steps} {row} rate {rate:g} seed {seed}"
         if key not in self.runs:
             result = train(task, row, rate=rate, seed=seed, steps=setting.steps)
@@ -311,7 +316,13 @@ class State:
 
 
 def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float]) -> dict[str, Any]:
-    """Summarize a row in one line: means and standard deviations over the seeds."""
+    """Summarize the runs of a row: means and standard deviations over the seeds.
+
+    Args:
+        row: the row.
+        runs: its results, one for each seed.
+        tried: loss on the tuning part for each learning rate.
+    """
     losses, accuracies = [r["loss"] for r in runs], [r["accuracy"] for r in runs]
     return {
         "row": row.name,
@@ -332,7 +343,7 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
 
 
 def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[str, float]:
-    """Measure the median processor seconds of a step, with all rows in turn in one process."""
+    """Measure the median processor seconds of a training step of each row, with all rows timed in turn."""
     steps = {}
     for row in rows:
         model = build(task, row, seed=0).train()
@@ -345,7 +356,7 @@ def seconds_per_step(setting: Setting, task: Task, rows: Sequence[Row]) -> dict[
 
 
 def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[str, Any]]:
-    """Make the missing runs of one table and return its lines."""
+    """Make the missing runs of one table, and return its rows for the record."""
     task = setting.task(quotations, **setting.sizes)
     first, lines = setting.seeds[0], {}
     for row in setting.rows:
@@ -359,7 +370,7 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
 
 
 def toy(setting: Setting) -> Setting:
-    """Shrink the settings of a table so that it runs in seconds."""
+    """Return smaller settings of a table, with which it takes seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},
@@ -372,9 +383,9 @@ def toy(setting: Setting) -> Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run what is missing, write the record, return its path."""
+    """Make the missing runs and write the record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, help="folder of quotations; fetched with apt if absent")
+    parser.add_argument("--text", type=Path, help="folder of quotations (default: download with apt)")
     parser.add_argument("--state", type=Path, default=CACHE / "mpoe", help="folder of finished runs")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--tables", nargs="+", choices=tuple(SETTINGS), default=tuple(SETTINGS))

@@ -2,18 +2,18 @@
 
     OMP_NUM_THREADS=1 python benchmarks/planning.py [--toy] [--shapes 576x576 1536x576] [--bits 4.25 2.25]
 
-Each layer is a float32 matrix with correlated moments of both sides, whose eigenvalues fall like `1/k` as in
-trained models. Two records are written:
+Each layer is a float32 matrix with random correlated moments of inputs and gradients, whose eigenvalues fall
+like `1/k` as in trained models. Two records are written:
 
-- `planning.json`: `plan` predicts the loss of a layer in all default formats and at every rank; `round`
-  rounds it in the format chosen at some bits. `predicted` is the loss increase of the plan, `loss_increase`
-  that of the rounded layer under the same moments.
-- `rounding.json`: rounding to nearest, one-sided (GPTQ) and two-sided rounding to one format, timed in turn.
-  `seconds` is the whole call: scale search, factorization of the moments, refit of the scales. `price` is the
-  loss increase `1/2 tr(R E C E^T)` of the error `E`. Asked: two-sided takes at most three times as long as
-  one-sided.
+- `planning.json`: `plan` is the time of predicting the loss of a layer in all default formats and at every
+  rank, `round` that of rounding the layer in the format of the plan. `predicted` is the loss increase
+  according to the plan, `loss_increase` that of the rounded layer under the same moments.
+- `rounding.json`: rounding to nearest, one-sided rounding (GPTQ) and two-sided rounding to one format, timed
+  in turn. `seconds` is the time of the whole call: scale search, factorization of the moments, refit of the
+  scales. `price` is the loss increase `1/2 tr(R E C E^T)` of the error `E`. Goal: two-sided rounding takes at
+  most three times as long as one-sided rounding.
 
-Seconds are of one thread, medians of the repeats. Bytes are those of the packed matrix.
+Seconds are medians of the repeats, with one thread. Bytes are those of the packed matrix.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SHAPES = ("576x576", "192x576", "1536x576", "576x1536")
 
 
 def moment(size: int, seed: int) -> Tensor:
-    """Build a second moment with eigenvalues `1/k`, in a random basis close to the axes."""
+    """Make a random second moment with eigenvalues proportional to `1/k`, in a basis close to the axes."""
     generator = torch.Generator().manual_seed(seed)
     mixed = torch.randn(size, size, generator=generator) / size**0.5 + torch.eye(size)
     basis = torch.linalg.qr(mixed).Q
@@ -50,7 +50,7 @@ def moment(size: int, seed: int) -> Tensor:
 
 
 def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict[str, Any]:
-    """Measure one layer: seconds of planning and of rounding at each budget, predicted and exact losses."""
+    """Measure one layer: seconds of planning, and seconds and losses of rounding for each budget of bits."""
     torch.manual_seed(0)
     rows, columns = map(int, shape.split("x"))
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
@@ -85,10 +85,10 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
 
 
 def measure_rounding(size: int, name: str, repeats: int) -> dict[str, Any]:
-    """Measure the three ways to round one square matrix: seconds, bytes and loss increases."""
+    """Measure the three rounding methods on a square matrix: seconds, bytes and loss increases."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     rows, columns = moment(size, 1), moment(size, 2)
-    # Each has only the moments that it uses: one-sided rounding must not pay for the second side.
+    # Each method gets only the moments that it uses, so that the others are not factorized in its time.
     options: dict[str, dict[str, Any]] = {
         "nearest": {"columns": columns.diagonal()},
         "one_sided": {"columns": columns},
@@ -119,11 +119,11 @@ def measure_rounding(size: int, name: str, repeats: int) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run both parts and write their records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--toy", action="store_true", help="one tiny layer, to see that it runs")
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="of planning")
-    parser.add_argument("--bits", type=float, nargs="+", default=[4.25, 2.25], help="of planning")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096], help="of rounding")
-    parser.add_argument("--formats", nargs="+", default=["int4", "int3", "int2"], help="of rounding")
+    parser.add_argument("--toy", action="store_true", help="one tiny layer, to test the script")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="layers for planning")
+    parser.add_argument("--bits", type=float, nargs="+", default=[4.25, 2.25], help="budgets for planning")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096], help="matrices for rounding")
+    parser.add_argument("--formats", nargs="+", default=["int4", "int3", "int2"], help="formats for rounding")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--records", type=Path, default=RECORDS)
     given = parser.parse_args(arguments)

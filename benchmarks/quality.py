@@ -1,16 +1,15 @@
 """How well does a real language model work at a given number of parameters, and was that predicted?
 
-SmolLM2-135M-Instruct, calibrated on the Python tutorials, judged on the Debian handbook: perplexity over 40
-evenly spread windows of 512 tokens. All methods use the same moments, except that those which name two
-texts take half of their windows from the Linux kernel's documentation. `TABLE` lists the rows; those that
-the record has already are skipped, so a run can be interrupted and repeated:
+SmolLM2-135M-Instruct is calibrated on the Python tutorials and judged on the Debian handbook, by its
+perplexity over 40 evenly spread windows of 512 tokens. All methods use the same moments, except that methods
+of two texts take half of their windows from the documentation of the Linux kernel. `TABLE` lists the rows.
+Rows that are in the record are skipped, so a run can be interrupted and continued:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
     python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
 
-`CACHE` is the folder of models, texts and statistics (see `subjects.py`). Forward passes run in bfloat16,
-those of the dense model as well. Ten minutes of healing are ten minutes of processor time, since the
-machine has other users.
+`CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes run in bfloat16,
+also of the dense model. Healing takes ten minutes of processor time, since the machine has other users.
 """
 
 from __future__ import annotations
@@ -66,20 +65,20 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a method at a keep ratio, and the step that comes `after` compression."""
+    """One row of the table: a method, the layers, the ratio of parameters, and steps after compression."""
 
     method: str
     layers: str
     ratio: float
-    after: str = ""  # or "refined", "healed", "refined, healed"
+    after: str = ""  # "refined", "healed" or "refined, healed"
 
 
 def jobs(method: str, layers: str, *percents: int, after: str = "") -> list[Job]:
-    """List rows that differ in size only."""
+    """Make rows that differ only in the ratio of parameters, given in percent."""
     return [Job(method, layers, percent / 100, after) for percent in percents]
 
 
-#: In the order in which they are measured: what matters most comes first.
+#: Rows in the order in which they are measured, the most important first.
 TABLE = [
     Job("dense", "-", 1.0),
     *jobs("ours", "all", 90, 80, 60, 40),
@@ -96,7 +95,7 @@ TABLE = [
     *jobs("ours_two_texts", "all", 60, after="refined, healed"),
     *jobs("mpo2", "mlp", 90, 80),
 ]
-#: Rows of the toy run: every step that the table has.
+#: Rows of the toy run, which contain every step of the table.
 TOY = [
     Job("dense", "-", 1.0),
     Job("ours", "all", 0.8),
@@ -114,12 +113,12 @@ class Bench:
 
     Args:
         cache: folder of models, texts and statistics.
-        toy: use the embedded GPT-2 and its own texts instead of those of the folder.
-        windows: held-out windows.
-        calibration: calibration windows.
+        toy: whether to use the embedded GPT-2 and its texts instead of those in the folder.
+        windows: number of held-out windows.
+        calibration: number of calibration windows.
         heal_seconds: processor seconds of healing.
-        refine_windows: windows on which layers are refitted.
-        length: tokens of a window.
+        refine_windows: number of windows on which layers are refitted.
+        length: number of tokens in a window.
     """
 
     cache: Path
@@ -143,7 +142,7 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def text(self, use: str, count: int | None, length: int | None = None) -> Tensor:
-        """Return evenly spread windows of one text, tokenized once and kept in the cache."""
+        """Return `count` evenly spread windows of a text, or all; its tokens are stored in the cache."""
         from safetensors.torch import load_file, save_file
         from transformers import AutoTokenizer
 
@@ -160,7 +159,7 @@ class Bench:
         return windows if count is None else windows[spread(count, len(windows))]
 
     def stats(self, method: str) -> tn.CalibrationStats:
-        """Return the moments on the texts of a method, with equally many windows of each, collected once."""
+        """Return statistics of the texts of a method, with equally many windows of each text."""
         texts = METHODS[method].texts
         if texts in self.moments:
             return self.moments[texts]
@@ -177,7 +176,7 @@ class Bench:
         return self.moments[texts]
 
     def measure(self, job: Job) -> dict[str, Any]:
-        """Measure one row: compress, refit or heal if asked, judge."""
+        """Measure one row: compress the model, refit or heal it if the row says so, and judge it."""
         model = self.model()
         row: dict[str, Any] = {
             "method": job.method,
@@ -207,7 +206,7 @@ class Bench:
         }
 
     def prepare(self, job: Job, model: nn.Module) -> Prepared:
-        """Compute all candidates with predicted losses, once for all sizes of a method."""
+        """Find the candidates of all layers, once for all sizes of a method."""
         key = (job.method, job.layers)
         whole = self.prepared.get((job.method, "all"))
         if key not in self.prepared and whole is not None:
@@ -220,7 +219,7 @@ class Bench:
         return self.prepared[key]
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
-        """Heal for a fixed time on a third text."""
+        """Heal for a fixed time, on a text that is used neither for calibration nor for judging."""
         text = self.text("training", None, self.length // 2)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         report = tn.heal(
@@ -239,13 +238,13 @@ class Bench:
         }
 
     def refine(self, model: nn.Module, method: str) -> dict[str, Any]:
-        """Refit the layers in order, on windows of the calibration texts that calibration did not use."""
+        """Refit the layers on windows of the calibration texts that were not used for calibration."""
         start = time.process_time()
         texts = METHODS[method].texts
         each = self.refine_windows // len(texts)
         parts = [self.unused(name, len(texts)) for name in texts]
         parts = [part[spread(each, len(part))] for part in parts]
-        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts by turns: the last batches judge
+        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts alternate: `refine` judges the last batches
         report = refine(model, self.model(), chosen.split(2), self.stats(method), autocast=torch.bfloat16)
         return {
             "refine_tokens": chosen.numel(),
@@ -255,7 +254,12 @@ class Bench:
         }
 
     def unused(self, name: str, texts: int) -> Tensor:
-        """Return the windows of a text that calibration on this many texts left, or all if it left none."""
+        """Return the windows of a text that were not used for calibration, or all if none are left.
+
+        Args:
+            name: name of the text.
+            texts: number of texts over which the calibration windows are distributed.
+        """
         windows = self.text(name, None)
         free = torch.ones(len(windows), dtype=torch.bool)
         free[spread(self.calibration // texts, len(windows))] = False
@@ -263,13 +267,13 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure the rows that are missing, and add each to the record at once."""
+    """Measure the rows that the record lacks, and add each to it at once."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path, nargs="?", help="folder of models and texts, see subjects.py")
     parser.add_argument("--toy", action="store_true", help="the embedded GPT-2 and few tokens")
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows")
-    parser.add_argument("--calibration", type=int, default=64, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--windows", type=int, default=40, help="number of held-out windows")
+    parser.add_argument("--calibration", type=int, default=64, help="number of calibration windows")
+    parser.add_argument("--length", type=int, default=512, help="number of tokens in a window")
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--refine-windows", type=int, default=32)
     parser.add_argument("--records", type=Path, default=RECORDS)
@@ -298,7 +302,7 @@ def is_row_of(row: dict[str, Any], job: Job) -> bool:
 
 @torch.inference_mode()
 def mean_loss(model: nn.Module, windows: Tensor) -> float:
-    """Compute the mean loss of the tokens of windows, with forward passes in bfloat16."""
+    """Compute the mean loss of a token in windows of tokens, with forward passes in bfloat16."""
     total, count = 0.0, 0
     for batch in windows.split(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -309,7 +313,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
 
 
 def part_of(whole: Prepared, pattern: str | None) -> Prepared:
-    """Restrict a preparation to the layers that match a pattern."""
+    """Select the candidates of the layers whose names match a pattern."""
     assert pattern is not None
     kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]
     chosen = {

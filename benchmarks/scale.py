@@ -1,12 +1,13 @@
-"""Does sharded compression use all processors, keep its memory flat, and resume at no cost?
+"""Does sharded compression use all processors, need constant memory, and resume without loss of time?
 
-1. Two workers compared with one, on weights of equal size. Asked: 1.7 times on two cores. Workers that run
-   already (an executor of the caller) and workers that are started for the run are both shown.
-2. Peak memory of one worker over the size of the checkpoint. Asked: flat.
-3. A run interrupted half way and resumed, compared with one that is not, in processor seconds. Asked: 2 %.
+1. The speed of two workers relative to one, on weights of equal size. Goal: 1.7 on two cores. Both workers
+   that run already (an executor of the caller) and workers that are started for the run are measured.
+2. The peak memory of a worker for checkpoints of different sizes. Goal: it does not depend on the size.
+3. The processor time of a run that is interrupted half way and resumed, relative to a run without
+   interruption. Goal: at most 2 % more.
 
     python benchmarks/scale.py            # some minutes; writes benchmarks/records/scale.json
-    python benchmarks/scale.py --toy      # seconds; shows only that the script runs
+    python benchmarks/scale.py --toy      # seconds; only tests the script
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tensornet_hf import streaming
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, peak_mib, record
 
-#: Workers are forked from a process that has everything imported: the cost of a start is measured separately.
+#: Workers are forked from a process that has imported all modules; the time of imports is not of interest.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tensornet_hf"])
 HALF = tn.CompressionConfig(param_ratio=0.5, objective="weight")
@@ -47,10 +48,10 @@ class Sizes:
 
     Args:
         width: rows and columns of each weight.
-        weights: weights of the checkpoint for speed and resuming.
-        growth: numbers of weights of the checkpoints for memory.
-        repeats: rounds; the median counts.
-        starts: also measure workers that are started for the run.
+        weights: number of weights in the checkpoint for speed and resuming.
+        growth: numbers of weights in the checkpoints for memory.
+        repeats: number of repeats, whose median is reported.
+        starts: whether to measure workers that are started for the run too.
     """
 
     width: int
@@ -65,12 +66,12 @@ TOY = Sizes(32, 7, (7, 14), 1, False)
 
 
 class Stop(Exception):
-    """Exception that ends a run half way."""
+    """Exception that interrupts a run half way."""
 
 
 @contextmanager
 def interrupted_after(shards: int) -> Iterator[None]:
-    """Raise `Stop` in runs inside the block once they have compressed so many shards."""
+    """Return a context in which a run ends with `Stop` after it has compressed a number of shards."""
     original, done = streaming._compress_shard, iter(range(shards))
 
     def compress(*shard: Any) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def interrupted_after(shards: int) -> Iterator[None]:
 
 
 def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> Path:
-    """Save a random bfloat16 model with `weights` (a multiple of 7) square weights in some `files` shards."""
+    """Save a random bfloat16 model of `weights` (a multiple of 7) square weights in about `files` shards."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width,
@@ -97,14 +98,14 @@ def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> P
 
 
 def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Measure question 1: two workers against one."""
+    """Answer question 1: measure the speed of two workers relative to one."""
     source = make_checkpoint(folder / "speed", sizes.width, sizes.weights)
     seconds: dict[str, list[float]] = {}
     with (
         ProcessPoolExecutor(1, mp_context=PROCESSES) as one,
         ProcessPoolExecutor(2, mp_context=PROCESSES) as two,
     ):
-        for number, pool in enumerate((one, two, two)):  # up and with everything imported
+        for number, pool in enumerate((one, two, two)):  # starts all workers, which then import modules
             th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool, **_shards(sizes))
         for number in range(sizes.repeats):
             cases: dict[str, dict[str, Any]] = {"1 worker": {"executor": one}, "2 workers": {"executor": two}}
@@ -127,7 +128,7 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def memory(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Measure question 2: peak memory of a worker over the size of the checkpoint, in fresh processes."""
+    """Answer question 2: measure the peak memory of a worker for checkpoints of different sizes."""
     rows = []
     for count in sizes.growth:
         source = make_checkpoint(folder / f"memory{count}", sizes.width, count)
@@ -154,12 +155,12 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[float, float]:
 
 
 def _shards(sizes: Sizes) -> dict[str, int]:
-    """Return the option for shards of one block of the model."""
+    """Return the option that makes each block of the model one shard."""
     return {"max_shard_bytes": 7 * 2 * sizes.width**2}
 
 
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Measure question 3: a run interrupted half way and resumed, against one that is not."""
+    """Answer question 3: measure the time of an interrupted and resumed run, relative to a whole run."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):
@@ -182,7 +183,7 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
-    """Summarize the answers."""
+    """Return the answers to the three questions."""
     by_case = {row["case"]: row for row in rows}
     flat = [row["above_idle_mb"] for row in rows if row["question"] == 2]
     return {
@@ -196,11 +197,7 @@ def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure and record.
-
-    Returns:
-        The record written.
-    """
+    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--records", type=Path, default=RECORDS)

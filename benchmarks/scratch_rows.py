@@ -1,4 +1,4 @@
-"""Rows of moe_from_scratch.py: feed-forward networks, dense or mixtures, and their table."""
+"""Rows of moe_from_scratch.py: models that differ in their feed-forward networks, dense or mixtures."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Sizes:
     """Sizes of the model.
 
     Args:
-        width: of the residual stream.
-        hidden: of the dense feed-forward network, which is what a token passes in every row.
-        layers, heads: of the transformer.
-        context: tokens of a window.
-        vocabulary: number of tokens.
+        width: width of the residual stream.
+        hidden: hidden size of the dense feed-forward network, and the sum of hidden sizes that a token uses
+            in most mixtures.
+        layers, heads: numbers of layers and attention heads.
+        context: number of tokens in a window.
+        vocabulary: number of distinct tokens.
     """
 
     width: int
@@ -38,7 +39,7 @@ class Sizes:
 
     @property
     def active(self) -> int:
-        """Parameters outside embeddings that a token passes in the dense row, biases and norms aside."""
+        """Number of matrix elements outside embeddings that a token uses in the dense model."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden)
 
 
@@ -47,16 +48,16 @@ class Row:
     """One way to build and train the feed-forward networks.
 
     Args:
-        name: in tables.
-        kind: a key of `KINDS`.
-        experts: routed experts; 0 for the dense rows.
-        top_k: experts of a token.
-        hidden: hidden size of one expert, in units of the dense one.
-        shared_hidden: hidden size of the always-on expert, in the same units.
-        options: of the kind.
-        root_rates: whether the rate of a shared tensor is divided by the root of its number of sharers, see
-            `tensornet_moe.parameter_groups`.
-        combine: combine weights of the router, see `tensornet_moe.Router`.
+        name: name of the row in tables.
+        kind: kind of the networks, a key of `KINDS`.
+        experts: number of routed experts; 0 for dense networks.
+        top_k: number of experts that a token uses.
+        hidden: hidden size of one expert, relative to the dense network.
+        shared_hidden: hidden size of the always-on expert, relative to the dense network.
+        options: options of the kind.
+        root_rates: whether the learning rate of a shared tensor is divided by the square root of the number
+            of experts or layers that share it, see `tensornet_moe.parameter_groups`.
+        combine: how the router weights the experts, see `tensornet_moe.Router`.
     """
 
     name: str
@@ -84,19 +85,19 @@ class Dense(nn.Module):
             self.down.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens."""
+        """Map tokens `(..., width)` to the same shape."""
         return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
 
 
 def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the matrices of one network: unit gain, and residual branches that add up to unit variance."""
+    """Draw the matrices of one network, with unit gain, such that all residual branches sum to variance 1."""
     up = torch.randn(hidden, sizes.width, generator=generator) / sizes.width**0.5
     down = torch.randn(sizes.width, hidden, generator=generator) / hidden**0.5
     return up, down / (2 * sizes.layers) ** 0.5
 
 
 def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the matrices of one expert, scaled so that experts sum to one network of unit variance."""
+    """Draw the matrices of one expert, scaled such that the experts of a token sum to unit gain."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
         same_start = row.kind == "mpoe" or row.options.get("center", False)
@@ -119,7 +120,7 @@ Kind = Callable[[Row, Sizes, torch.Generator], Networks]
 
 
 def dense(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build dense networks of `row.hidden` times the width."""
+    """Build dense networks whose hidden size is `row.hidden` times the usual one."""
     hidden = round(row.hidden * sizes.hidden)
     return [Dense(*gaussian(sizes, hidden, generator)) for _ in range(sizes.layers)], None
 
@@ -130,7 +131,7 @@ Banks = dict[str, tm.ExpertBank]
 def mixtures(
     make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
 ) -> Kind:
-    """Turn a builder of the banks of one layer, given one Gaussian network, into a kind of row."""
+    """Make a kind of row from a function that builds the banks of one layer from a Gaussian network."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         found: list[nn.Module] = []
@@ -146,7 +147,7 @@ def mixtures(
 
 
 def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build dense experts, each drawn separately."""
+    """Build banks of dense experts, each of which is drawn independently."""
     others = [expert_start(row, sizes, generator) for _ in range(row.experts - 1)]
     return {
         name: separate(torch.stack([p[k] for p in (pair, *others)])) for k, name in enumerate(("up", "down"))
@@ -154,7 +155,7 @@ def switch_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator:
 
 
 def separate(weights: Tensor) -> tm.SharedCoreExperts:
-    """Build a bank of dense matrices, nothing shared."""
+    """Build a bank of dense matrices without sharing, from weights `(experts, out, in)`."""
     topology = tn.topologies.dense(out_features=weights.shape[1], in_features=weights.shape[2])
     bank = tm.SharedCoreExperts(topology, len(weights), shared="none")
     with torch.no_grad():
@@ -163,7 +164,7 @@ def separate(weights: Tensor) -> tm.SharedCoreExperts:
 
 
 def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
-    """Split a matrix dimension into legs: a long middle between two small ends."""
+    """Choose the dims of the chain for a matrix of `rows` rows: a large middle leg between small ones."""
     a, b = row.options.get("ends", (4, 4))
     hidden = round(row.hidden * sizes.hidden)
     width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
@@ -172,10 +173,11 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 
 
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
-    """Build chains of three cores with a shared center.
+    """Build banks of chains of three cores with a shared center.
 
-    Every expert is the decomposition of one Gaussian matrix plus noise. Option: `ends`, legs of the first and
-    of the last core. (`mask`, the probability that a step leaves a shared core unchanged, is for the run.)
+    Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends` gives the leg
+    sizes of the first and last core. (The option `mask`, the probability that a step does not change a shared
+    core, is used by `Run`.)
     """
 
     def bank(weight: Tensor) -> tm.ExpertBank:
@@ -194,10 +196,11 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
 
 def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build pools of experts; routers and always-on networks stay with the layers.
+    """Build pools of experts that several layers use; each layer has its own router and always-on expert.
 
-    Options: `span`, neighbouring layers that use one pool, all if absent; `center`, whether the experts of a
-    pool share the center of a chain (with the options of `mpoe_banks`) or nothing.
+    Options: `span`, the number of neighbouring layers that use one pool, all by default; `center`, whether
+    the experts of a pool are chains with a shared center (with the options of `mpoe_banks`) or dense
+    matrices.
     """
     span = row.options.get("span", sizes.layers)
     make = mpoe_banks if row.options.get("center") else switch_banks
@@ -215,7 +218,7 @@ def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 @torch.no_grad()
 def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
-    """Rescale all cores by one factor so that the matrices have the root mean square of a dense one."""
+    """Multiply all cores by one factor such that the matrices have the root mean square of a dense matrix."""
     factor = float((like.square().mean() / bank.expert_matrices().square().mean()).sqrt())
     each = factor ** (1 / len(bank.topology.core_names))
     for parameter in bank.parameters():
@@ -225,7 +228,7 @@ def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
 def mixture(
     row: Row, sizes: Sizes, experts: tm.ExpertFFN | tm.ExpertPool, generator: torch.Generator
 ) -> tm.SharedCoreMoE:
-    """Build a mixture of given experts; its always-on expert is a dense network."""
+    """Build a mixture from experts, with a router and, if the row has one, a dense always-on expert."""
     router = router_of(row, sizes, generator)
     always = None
     if row.shared_hidden:
@@ -246,16 +249,16 @@ KINDS: dict[str, Kind] = {
 
 
 def fine(name: str, kind: str, experts: int, **options: Any) -> Row:
-    """Build a row with a half-size always-on network, and many quarter-size experts, two of them active."""
+    """Make a row with a half-size always-on expert and many quarter-size experts, two of them per token."""
     of_the_row = ("root_rates", "combine", "top_k", "hidden", "shared_hidden")
     given = {key: options.pop(key) for key in of_the_row if key in options}
     usual = {"top_k": 2, "hidden": 1 / 4, "shared_hidden": 1 / 2}
     return Row(name, kind, experts=experts, options=options, **{**usual, **given})
 
 
-#: As much arithmetic as a dense network of twice the width.
+#: Options of mixtures with about the arithmetic of a dense network of twice the hidden size.
 _SIX: dict[str, Any] = {"top_k": 6, "shared_hidden": 7 / 16, "combine": "sigmoid"}
-#: For four layers of width 80. "All", "half" and "quarter" are shares of the experts of "private".
+#: Rows for four layers of width 80. "Half" and "quarter" are fractions of the experts of "private".
 _TABLE = (
     Row("dense x1/2", "dense", hidden=0.5),
     Row("dense", "dense"),
@@ -264,7 +267,7 @@ _TABLE = (
     Row("Switch", "switch", experts=8, combine="prob"),
     fine("private", "switch", 30),
     fine("private, 6", "switch", 30, **_SIX),
-    # Experts in pools: of all layers, and of two.
+    # Experts in one pool for all layers, or in one pool for two layers each.
     fine("pool, half", "pool", 56),
     fine("pool, half, 6", "pool", 57, **_SIX),
     fine("pool, quarter", "pool", 24),
@@ -273,7 +276,7 @@ _TABLE = (
     fine("pool, quarter, 6, normalized", "pool", 24, normalize=True, **_SIX),
     fine("pairs, quarter, 6", "pool", 12, span=2, **_SIX),
     fine("pairs, quarter, 6, root rates", "pool", 12, span=2, root_rates=True, **_SIX),
-    # Experts that share the center of their chains, in a layer and in a pool.
+    # Experts that share the center of their chains, in each layer or in a pool for all layers.
     fine("MPOE", "mpoe", 30),
     fine("MPOE, root rates", "mpoe", 30, root_rates=True),
     fine("MPOE, mask 0.5", "mpoe", 30, mask=0.5),

@@ -1,9 +1,9 @@
-"""Text and model of moe_from_scratch.py: all permitted texts as tokens, and a GPT-2.
+"""Text and model for moe_from_scratch.py: several texts as tokens, and a GPT-2.
 
-The texts are Debian packages, unpacked and not installed (see `subjects.py` for the command):
+The texts are Debian packages, unpacked but not installed (see `subjects.py` for the command):
 `postgresql-doc-17`, `linux-doc-6.12`, `python3.13-doc`, `debian-handbook`, `fortunes` and `bible-kjv` with
-`bible-kjv-text`. They are split by document. A paragraph that occurs in several documents is kept in the
-first only, so that nothing of the tuning and the test part is seen in training.
+`bible-kjv-text`. They are split by document into parts for training, tuning and testing. A paragraph that
+occurs in several documents is kept only in the first, so that no paragraph is in several parts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from subjects import plain_text
 from train_embedded import read_chapters
 
 END = "<|end|>"
-#: Folders of pages under `usr/share/doc`; subfolders of other languages are left out.
+#: Folders with HTML pages under `usr/share/doc`; pages in other languages are left out.
 PAGES = ("postgresql-doc-17/html", "linux-doc-6.12/html", "python3.13/html", "debian-handbook/html/en-US")
 FOREIGN, QUOTATIONS_A_DOCUMENT, SHORTEST_REPEAT = "translations", 50, 60
 PARTS = ("train", "tune", "test")
@@ -37,12 +37,13 @@ PARTS = ("train", "tune", "test")
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token streams of the three parts.
+    """Text of the three parts as tokens.
 
     Args:
-        parts: one stream of token numbers for each of `PARTS`, documents separated by one end token.
+        parts: the token indices of each of `PARTS`, shape `(tokens,)`; an end token follows each document.
         vocabulary: number of distinct tokens.
-        characters: of the training part, by which a loss in nats a token becomes one a character.
+        characters: number of characters in the training part, to convert losses per token to losses per
+            character.
     """
 
     parts: dict[str, Tensor]
@@ -51,19 +52,25 @@ class Corpus:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of all training and test tokens."""
+        """Digest of the vocabulary and all tokens."""
         digest = hashlib.sha256(str(self.vocabulary).encode())
         for name in PARTS:
             digest.update(self.parts[name].numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def batch(self, step: int, *, windows: int, context: int, seed: int) -> Tensor:
-        """Return the training batch of a step: a function of step and seed, so that runs resume anywhere.
+        """Return the training batch of a step, which depends only on step and seed, so that runs can resume.
 
-        Every pass over the text visits each window once, in an order of its own.
+        Every pass over the text uses each window once, in another random order.
+
+        Args:
+            step: number of the step.
+            windows: number of windows in a batch.
+            context: number of tokens that the model reads.
+            seed: seed of the order.
 
         Returns:
-            Token numbers, shape `(windows, context + 1)`.
+            Token indices, shape `(windows, context + 1)`.
         """
         stream = self.parts["train"]
         count = (len(stream) - 1) // context
@@ -76,7 +83,7 @@ class Corpus:
         return torch.stack([stream[i * context : (i + 1) * context + 1] for i in picked])
 
     def windows(self, part: str, *, context: int, limit: int) -> Tensor:
-        """Return up to `limit` windows of a part, evenly spread, shape `(windows, context + 1)`."""
+        """Return up to `limit` evenly spread windows of a part, shape `(windows, context + 1)`."""
         stream = self.parts[part]
         count = (len(stream) - 1) // context
         picked = torch.linspace(0, count - 1, min(limit, count)).long().tolist()
@@ -99,9 +106,9 @@ def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
     """Read the corpus from the cache, or make it from the unpacked packages.
 
     Args:
-        texts: where the packages were unpacked.
-        cache: folder of what is made: the documents, and a tokenizer and tokens for each vocabulary.
-        vocabulary: tokens of the byte-level BPE.
+        texts: folder in which the packages were unpacked.
+        cache: folder in which the documents, and a tokenizer and tokens for each vocabulary, are stored.
+        vocabulary: number of tokens of the byte-level BPE.
     """
     stored = cache / f"tokens-{vocabulary}.pt"
     if not stored.is_file():
@@ -115,7 +122,7 @@ def load_corpus(texts: Path, cache: Path, *, vocabulary: int) -> Corpus:
 
 
 def corpus_of(text: str, *, vocabulary: int) -> Corpus:
-    """Split one text by paragraphs into a small corpus for tests."""
+    """Make a small corpus for tests from one text, whose paragraphs are the documents."""
     documents = split(text.split("\n\n"), every=8)
     tokenizer = train_tokenizer(documents["train"], vocabulary)
     parts = {name: _encode(tokenizer, documents[name]) for name in PARTS}
@@ -123,7 +130,10 @@ def corpus_of(text: str, *, vocabulary: int) -> Corpus:
 
 
 def split(documents: Iterable[str], *, every: int = 40) -> dict[str, list[str]]:
-    """Split by document: of every `every` one is for tuning and one for the test; train is shuffled."""
+    """Split documents into parts: of every `every` documents, one is for tuning and one for testing.
+
+    The training documents are shuffled.
+    """
     parts: dict[str, list[str]] = {name: [] for name in PARTS}
     for i, document in enumerate(documents):
         place = {3: "tune", every // 2 + 3: "test"}.get(i % every, "train")
@@ -133,7 +143,7 @@ def split(documents: Iterable[str], *, every: int = 40) -> dict[str, list[str]]:
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int) -> Tokenizer:
-    """Train a byte-level BPE with one special token between documents."""
+    """Train a byte-level BPE tokenizer with one special token, for the end of a document."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -165,12 +175,12 @@ def _stored_documents(texts: Path, cache: Path) -> dict[str, list[str]]:
 
 
 def _documents(texts: Path) -> Iterator[str]:
-    """Yield every page, chapter and bundle of quotations, in an order that does not depend on the machine."""
+    """Yield all documents (pages, chapters, groups of quotations) in the same order on all machines."""
     for folder in PAGES:
         root = texts / "usr" / "share" / "doc" / folder
         pages = [p for p in sorted(root.rglob("*.html")) if FOREIGN not in p.relative_to(root).parts]
         if not pages:
-            raise SystemExit(f"no pages under {root}; see the top of {Path(__file__).name}")
+            raise SystemExit(f"No pages under {root}; see the docstring of {Path(__file__).name}.")
         for page in pages:
             yield plain_text(page.read_text(encoding="utf-8", errors="replace"))
     quotations = read_quotations(texts / "usr" / "share" / "games" / "fortunes")
@@ -181,7 +191,7 @@ def _documents(texts: Path) -> Iterator[str]:
 
 
 def _bible(texts: Path) -> Path:
-    """Write the verses as train_embedded.py reads them, with the package's own reader; return the path."""
+    """Write the Bible in the format of train_embedded.py, by the program of its package; return the path."""
     data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
     command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
     verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout
@@ -191,7 +201,7 @@ def _bible(texts: Path) -> Path:
 
 
 def _distinct(documents: Iterable[str]) -> Iterator[str]:
-    """Drop paragraphs that an earlier document contains, and documents that are then nearly empty."""
+    """Remove paragraphs that an earlier document contains, and documents that are nearly empty afterwards."""
     seen: set[str] = set()
     for document in documents:
         kept = []
@@ -207,7 +217,7 @@ def _distinct(documents: Iterable[str]) -> Iterator[str]:
 
 
 def build_gpt2(row: Row, sizes: Sizes, seed: int) -> GPT2LMHeadModel:
-    """Build the model of a row; only the feed-forward networks differ between rows of one seed."""
+    """Build the model of a row; models of one seed differ only in their feed-forward networks."""
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=sizes.vocabulary,
@@ -234,7 +244,7 @@ def build_gpt2(row: Row, sizes: Sizes, seed: int) -> GPT2LMHeadModel:
 
 
 def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
-    """Compute the mean loss of the next token in nats."""
+    """Compute the mean cross entropy of the next token in nats for windows `(windows, context + 1)`."""
     ids = batch.long()
     logits = model(input_ids=ids[:, :-1]).logits
     return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

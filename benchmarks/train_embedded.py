@@ -12,10 +12,10 @@ The text is in the public domain. On Debian 13::
     bible -f Gen1:1-Rev22:21 > kjv.txt
     python benchmarks/train_embedded.py --text kjv.txt
 
-writes both Hugging Face folders, the text slices and the pairs to `plugins/hf/tensornet_hf/data`; a
-`training.json` in each folder records how the model was made. It takes 20 to 30 minutes on one core. The
-file has one verse per line, `Ge1:1 In the beginning ...`. `--toy` takes a few steps of tiny batches and
-shows only that the script runs.
+writes both Hugging Face folders, parts of the text and phrase pairs to `plugins/hf/tensornet_hf/data`. A
+`training.json` in each folder records how the model was made. This takes 20 to 30 minutes on one core. The
+text file has one verse per line, `Ge1:1 In the beginning ...`. `--toy` makes a few steps with tiny batches,
+to test the script.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyz '"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Options of training. `batch` counts sequences; `warmup` is a fraction of `steps`."""
+    """Options of training; `batch` is a number of sequences, `warmup` a fraction of `steps`."""
 
     steps: int
     batch: int
@@ -67,7 +67,7 @@ class Recipe:
 
 
 GPT2_RECIPE = Recipe(steps=3500, batch=16, learning_rate=5e-3)
-# Many small batches teach it more phrases than few large ones of the same text.
+# With many small batches the model learns more phrases than with few large batches of the same text.
 T5_RECIPE = Recipe(steps=7000, batch=32, learning_rate=2e-3, weight_decay=0.01)
 PAIRS = 400
 WINDOWS = f"non-overlapping, {CONTEXT} tokens, each predicts its last {CONTEXT - 1}, the tail is dropped"
@@ -75,7 +75,7 @@ WINDOWS = f"non-overlapping, {CONTEXT} tokens, each predicts its last {CONTEXT -
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Whole chapters, one verse per line; `calibration` is a part of `train`, `heldout` is not."""
+    """Chapters, with one verse per line, of three parts; `calibration` is a part of `train`."""
 
     train: list[str]
     calibration: list[str]
@@ -83,7 +83,7 @@ class Split:
 
 
 def read_chapters(path: Path) -> list[str]:
-    """Return the chapters of the file in order, each as its verses joined by newlines.
+    """Read the chapters of a text file, in order, each with one verse per line.
 
     Raises:
         ValueError: a line is not `<book><chapter>:<verse> <text>`.
@@ -94,7 +94,7 @@ def read_chapters(path: Path) -> list[str]:
         if match is None:
             raise ValueError(
                 f"{path}, line {number}: expected one verse such as 'Ge1:1 In the beginning', "
-                f"got {line[:60]!r}; make the file as the docstring of train_embedded.py says"
+                f"got {line[:60]!r}; make the file as described in the docstring of train_embedded.py"
             )
         book, chapter, _, text = match.groups()
         chapters.setdefault((book, chapter), []).append(text.strip())
@@ -102,7 +102,7 @@ def read_chapters(path: Path) -> list[str]:
 
 
 def split_chapters(chapters: Sequence[str]) -> Split:
-    """Hold out every 40th chapter, and calibrate on every 20th; no chapter is both."""
+    """Split chapters: every 40th is held out, every 20th is for calibration; no chapter is both."""
     train = [c for i, c in enumerate(chapters) if i % 40 != 7]
     return Split(
         train=train,
@@ -112,24 +112,24 @@ def split_chapters(chapters: Sequence[str]) -> Split:
 
 
 def join_chapters(chapters: Sequence[str]) -> str:
-    """Return the chapters separated by blank lines, as GPT-2 sees them in training."""
+    """Join chapters to one text, in which a blank line follows each chapter, as in the training of GPT-2."""
     return "".join(f"{chapter}\n\n" for chapter in chapters)
 
 
 def strip_vowels(phrase: str) -> str:
-    """Drop a, e, i, o, u from every word; words of vowels alone (`i`, `a`) stay as they are."""
+    """Remove a, e, i, o, u from every word; words that consist of vowels (`i`, `a`) are not changed."""
     return " ".join(re.sub("[aeiou]", "", word) or word for word in phrase.split(" "))
 
 
 def verse_words(chapters: Sequence[str]) -> list[list[str]]:
-    """Return the words of every verse of three words or more, in lower case, without punctuation."""
+    """Return the words of every verse of at least three words, in lower case, without punctuation."""
     verses = (WORD.findall(verse.lower()) for chapter in chapters for verse in chapter.split("\n"))
     return [verse for verse in verses if len(verse) >= 3]
 
 
 def sample_phrases(verses: Sequence[Sequence[str]], count: int, rng: random.Random) -> list[str]:
-    """Return `count` phrases of one to three neighbouring words of one verse."""
-    # Long verses weigh more, so that every word of the text is about equally likely.
+    """Draw `count` phrases, each of one to three neighbouring words of a verse."""
+    # Verses are drawn in proportion to their length, so that all words are about equally likely.
     picked = rng.choices(verses, weights=[len(verse) for verse in verses], k=count)
     phrases = []
     for verse in picked:
@@ -140,13 +140,13 @@ def sample_phrases(verses: Sequence[Sequence[str]], count: int, rng: random.Rand
 
 
 def distinct_pairs(chapters: Sequence[str], count: int, seed: int) -> list[tuple[str, str]]:
-    """Return up to `count` distinct (source, target) pairs for evaluation or calibration."""
+    """Return up to `count` distinct pairs `(phrase without vowels, phrase)` for evaluation or calibration."""
     phrases = dict.fromkeys(sample_phrases(verse_words(chapters), 4 * count, random.Random(seed)))
     return [(strip_vowels(phrase), phrase) for phrase in list(phrases)[:count]]
 
 
 def train_bpe(chapters: Sequence[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer as GPT-2 uses it: any text encodes, nothing is unknown."""
+    """Train a byte-level BPE tokenizer as for GPT-2; it can encode any text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -168,7 +168,7 @@ def train_bpe(chapters: Sequence[str], vocab_size: int = 1024) -> PreTrainedToke
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of one token per character; special tokens in T5's order: pad 0, eos 1, unk 2."""
+    """Return a tokenizer with one token per character, and special tokens as in T5: pad 0, eos 1, unk 2."""
     names = ["<pad>", "</s>", "<unk>", *ALPHABET]
     core = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
@@ -186,7 +186,11 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def fit(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], recipe: Recipe) -> list[float]:
-    """Train (AdamW, linear warm-up, cosine decay); return the mean loss of each twentieth of the steps."""
+    """Train a model (AdamW, linear warm-up, cosine decay).
+
+    Returns:
+        The mean loss of each twentieth of the steps.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -227,7 +231,7 @@ def fit(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], reci
 
 
 def window_batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield shuffled windows of `stream: (tokens,)` for ever; each pass starts at another offset."""
+    """Yield shuffled windows of `stream: (tokens,)` endlessly; each pass cuts them at another offset."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))
@@ -241,11 +245,11 @@ def window_batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[dict
 def phrase_batches(
     chapters: Sequence[str], tokenizer: PreTrainedTokenizerFast, batch: int, seed: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches of freshly drawn phrases for ever, each of phrases of about one length."""
+    """Yield batches of randomly drawn phrases endlessly; the phrases in a batch have similar lengths."""
     rng = random.Random(seed)
     verses = verse_words(chapters)
     while True:
-        # Sorting a few batches' worth by length before cutting saves most of the padding.
+        # Phrases for several batches are sorted by length, which saves most of the padding.
         phrases = sorted(sample_phrases(verses, 16 * batch, rng), key=len)
         cuts = list(range(0, len(phrases), batch))
         rng.shuffle(cuts)
@@ -262,7 +266,7 @@ def phrase_batches(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
-    """Return the perplexity per token over windows (see `WINDOWS`); `stream: (tokens,)`."""
+    """Compute the perplexity per token of `stream: (tokens,)`, over windows as described by `WINDOWS`."""
     count = len(stream) // CONTEXT
     batches = stream[: count * CONTEXT].view(count, CONTEXT).split(32)
     total = sum(float(model(input_ids=ids, labels=ids).loss) * len(ids) for ids in batches)
@@ -270,7 +274,7 @@ def perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
 
 
 def character_accuracy(guess: str, target: str) -> float:
-    """Return the fraction of positions, of the longer text, that hold the same character."""
+    """Return the fraction of the positions of the longer text at which both texts have the same character."""
     return sum(a == b for a, b in zip(guess, target, strict=False)) / max(len(guess), len(target))
 
 
@@ -278,7 +282,7 @@ def character_accuracy(guess: str, target: str) -> float:
 def restoration(
     model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]]
 ) -> dict[str, float]:
-    """Return exact match and character accuracy of greedy generation over `pairs`."""
+    """Measure exact match and character accuracy of greedy generation on pairs of phrases."""
     sources, targets = zip(*pairs, strict=True)
     inputs = tokenizer(list(sources), padding=True, return_tensors="pt")
     tokens = model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
@@ -293,7 +297,7 @@ def restoration(
 
 
 def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str, Any]) -> None:
-    """Train the GPT-2 and write its folder."""
+    """Train the GPT-2 and save it in a folder."""
     tokenizer = train_bpe(split.train)
     end = tokenizer.eos_token_id
     torch.manual_seed(recipe.seed)
@@ -305,7 +309,7 @@ def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str,
             n_layer=4,
             n_head=4,
             n_inner=512,
-            # The default of 0.02 suits width 768; narrow models learn faster from larger weights.
+            # The default of 0.02 is for width 768; narrow models learn faster with larger weights.
             initializer_range=0.06,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -331,7 +335,7 @@ def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str,
 
 
 def train_t5(split: Split, recipe: Recipe, folder: Path, provenance: dict[str, Any]) -> None:
-    """Train the T5 and write its folder."""
+    """Train the T5 and save it in a folder."""
     tokenizer = character_tokenizer()
     torch.manual_seed(recipe.seed)
     model = T5ForConditionalGeneration(
@@ -365,7 +369,7 @@ def save(
     seconds: float,
     facts: dict[str, Any],
 ) -> None:
-    """Write an ordinary Hugging Face folder and its `training.json`."""
+    """Write model and tokenizer to a Hugging Face folder, with a `training.json`."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     record = {
@@ -378,13 +382,13 @@ def save(
         **facts,
     }
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # Written 0600, which would travel into the wheel.
+        weights.chmod(0o644)  # the mode is 0600 otherwise, also in the wheel
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(folder.name, {k: v for k, v in record.items() if k.startswith("heldout")})
 
 
 def write_slices(split: Split, out: Path) -> None:
-    """Write the text slices and the pairs that the package ships with the models."""
+    """Write the texts and the phrase pairs that the package contains beside the models."""
     (out / "calibration.txt").write_text(join_chapters(split.calibration), encoding="utf-8")
     (out / "heldout.txt").write_text(join_chapters(split.heldout), encoding="utf-8")
     for name, chapters in (("calibration", split.calibration), ("heldout", split.heldout)):
@@ -394,16 +398,18 @@ def write_slices(split: Split, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Read the arguments, train, write."""
+    """Train both models and write them with their texts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, required=True, help="the Bible, one verse per line")
-    parser.add_argument("--out", type=Path, default=DATA, help="where to write (default: the package's data)")
+    parser.add_argument(
+        "--out", type=Path, default=DATA, help="folder to write to (default: data of the package)"
+    )
     parser.add_argument("--toy", action="store_true", help="a few steps of tiny batches, to test the script")
     options = parser.parse_args(argv)
 
-    torch.set_num_threads(1)  # Sums in one order, so that a machine repeats its own numbers.
+    torch.set_num_threads(1)  # sums are then made in one order, so that results are reproducible
     split = split_chapters(read_chapters(options.text))
     provenance = {
         "text_sha256": hashlib.sha256(options.text.read_bytes()).hexdigest(),
