@@ -56,7 +56,7 @@ from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
 
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
-#: Preset to which a plan with a fraction of its bytes is compared, and this fraction.
+#: A preset, and the fraction of its bytes for which an additional plan is made.
 POPULAR, SHARE = "Q4_K_M", 0.75
 #: Presets whose names are left of their points in the picture, and titles of the models in the picture.
 SMALLEST = ("IQ3_S", "Q2_K")

@@ -153,7 +153,7 @@ FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
     "bases": bases,
     "block tensor trains": block_trains,
 }
-#: Ways of sharing whose steps are also compiled.
+#: Ways of sharing whose steps are also measured with `torch.compile`.
 CHAINS = ("two-sided ends", "one-sided ends")
 
 

@@ -110,7 +110,8 @@ class Setting:
     Args:
         task: class of the task.
         sizes: options of the task: sizes of the texts and of batches.
-        steps: number of training steps, with linear warm-up, cosine decay to 0, and gradient norms up to 1.
+        steps: number of training steps; there is a linear warm-up, then a cosine decay to 0, and gradients
+            are clipped to norm 1.
         rates: grid of learning rates.
         rows: rows of the table.
         seeds: seeds of the runs; the rates are tried with the first.
@@ -370,7 +371,7 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
 
 
 def toy(setting: Setting) -> Setting:
-    """Return smaller settings of a table, with which it takes seconds."""
+    """Return smaller settings of a table, for a run of a few seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},

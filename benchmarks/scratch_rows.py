@@ -90,7 +90,7 @@ class Dense(nn.Module):
 
 
 def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the matrices of one network, with unit gain, such that all residual branches sum to variance 1."""
+    """Draw the matrices of one network, scaled such that all residual branches add up to variance 1."""
     up = torch.randn(hidden, sizes.width, generator=generator) / sizes.width**0.5
     down = torch.randn(sizes.width, hidden, generator=generator) / hidden**0.5
     return up, down / (2 * sizes.layers) ** 0.5

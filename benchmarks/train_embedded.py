@@ -75,7 +75,7 @@ WINDOWS = f"non-overlapping, {CONTEXT} tokens, each predicts its last {CONTEXT -
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Chapters, with one verse per line, of three parts; `calibration` is a part of `train`."""
+    """Parts of the text, as lists of chapters with one verse per line; `train` contains `calibration`."""
 
     train: list[str]
     calibration: list[str]

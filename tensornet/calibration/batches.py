@@ -302,7 +302,7 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:
-    """Return True if all arguments are integers `(rows, tokens)` without padding: rows can be cut."""
+    """Return True if rows can be cut: all arguments are integers `(rows, tokens)` without padding."""
     shapes = {tuple(value.shape) for value in arrays.values()}
     integers = all(value.ndim == 2 and not value.is_floating_point() for value in arrays.values())
     mask = arrays.get("attention_mask")

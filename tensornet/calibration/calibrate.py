@@ -49,7 +49,7 @@ FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 _LARGE = 1 << 18
 #: Losses for which `default_losses` tells whether they are the cross entropy of tokens.
 _OWN = (label_losses, own_losses, sampled_losses)
-#: Largest number of inputs or outputs whose moment is stored in full; of larger moments only the diagonal is.
+#: Largest number of inputs or outputs whose moment is stored in full; else only the diagonal is stored.
 FULL_UP_TO = 8192
 #: Number of columns in a block of a Gram matrix.
 _BLOCK = 128
@@ -219,7 +219,7 @@ class _Settling:
         """Estimate the relative standard error of the predicted loss increase of the reference scheme."""
         names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
         scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
-        # shape: (batches, layers); zero if a batch does not reach a layer
+        # shape: (batches, layers); zero if a layer did not run on a batch
         c, r = (
             torch.tensor([[x.get(name, 0.0) for name in names] for x in side], dtype=torch.float64)
             for side in zip(*self.batches, strict=True)
@@ -386,7 +386,8 @@ class MomentRecorder:
             (columns if name in self.frequencies else rows)[name] = mirrored(moment.div_(scored))
         # Inputs are checked first, since the first layer with bad inputs is nearest to the cause.
         for name, moment in (*columns.items(), *rows.items()):
-            diagonal = moment if moment.ndim == 1 else moment.diagonal()  # the largest elements are here
+            # The largest elements of a moment are on its diagonal.
+            diagonal = moment if moment.ndim == 1 else moment.diagonal()
             if not bool(torch.isfinite(diagonal).all()):
                 raise NonFiniteError(
                     f"Calibration found NaN or infinite inputs or gradients at layer {name!r}; check the "
@@ -491,7 +492,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment, whose upper half or whose diagonal is given, to a sum of the same shape."""
+    """Add a moment to a sum; both are matrices, of which only the upper half counts, or diagonals."""
     if moment.ndim == 1:
         total += moment
         return
@@ -563,7 +564,7 @@ def _index_hook(name: str) -> Any:
 
 def _input_hook(name: str, recorder: MomentRecorder) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        (given,) = (*args, *kwargs.values())  # some models pass it by keyword
+        (given,) = (*args, *kwargs.values())  # some models pass the input by keyword
         kind = kind_of(module)
         if kind is not None and kind.name == "embedding":
             recorder.see_indices(name, given, kind.matrix(module).shape[0])

@@ -107,7 +107,7 @@ class CoherenceSample:
         return list(held.values())
 
     def add(self, held: Sequence[HeldTokens], gradient: Tensor, batch: Batch) -> None:
-        """Add sampled tokens with the gradients of their outputs to the sample.
+        """Store sampled tokens together with the gradients of their outputs.
 
         Args:
             held: result of `hold`.

@@ -191,8 +191,9 @@ def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
     """Choose the loss function for a model from its output for one batch.
 
     The choice is `cosine_losses` if the output has only hidden states or sentence embeddings, `output_losses`
-    if there are neither labels nor a loss, and else `label_losses`; or `own_losses` if labels are tokens, the
-    class of the model does not show to which position a label belongs, and the model computes a loss.
+    if there are neither labels nor a loss, and else `label_losses`. There is one exception: `own_losses` is
+    chosen if labels are tokens, the class of the model does not show to which position a label belongs, and
+    the model computes a loss.
 
     Returns:
         The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
@@ -226,7 +227,7 @@ _IN_PLACE = (
 
 
 def scores_next_token(model: nn.Module) -> bool | None:
-    """Return True if logits are scored by the next label, False if by the label of the same position.
+    """Return True if a model predicts the label of the next position, False if that of the same position.
 
     Classes of transformers are recognized by the end of their name, and encoder-decoder models, which shift
     labels themselves, by their configuration. The result for any other class is None.
@@ -246,9 +247,9 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Return True if a model has an embedding with one row for each class: its classes are tokens.
+    """Return True if the classes of a model are tokens, which means that an embedding has a row for each.
 
-    If the model does not tell which embedding reads its tokens, any of its embeddings may match.
+    If the model does not tell which embedding reads its tokens, all embeddings are tried.
     """
     getter = getattr(model, "get_input_embeddings", None)
     named = getter() if callable(getter) else None

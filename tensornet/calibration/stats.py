@@ -22,7 +22,7 @@ class CalibrationStats:
     """Second moments of the inputs and output gradients of every layer, which predict loss increases.
 
     A change `dW: (out, in)` of one layer's weight increases the loss of a token by about `coherence * 1/2
-    tr(R dW C dW^T)`, the K-FAC approximation of the Fisher matrix. For a linear layer with inputs `x`, and
+    tr(R dW C dW^T)`, in the K-FAC approximation of the Fisher matrix. For a linear layer with inputs `x`, and
     gradients `g` of the summed loss with respect to its outputs, `C = E[x x^T]` and `R = E[g g^T]`. For an
     embedding the diagonal of `R` is the frequency of each row, and `C` is the moment of the gradients.
 

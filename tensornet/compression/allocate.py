@@ -102,7 +102,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             "raise the budget or choose fewer layers."
         )
     start, steps = hull_steps(curves)
-    # First choice: take all steps that fit, in order, but none of a layer after one of its steps did not fit.
+    # First choice: take all steps that fit, in order; a layer whose step does not fit takes no further steps.
     # With a larger budget the cost is never larger: at the first step that differs, the larger budget allows
     # a step that the smaller one does not, and all later steps save less per unit of size.
     walk, blocked = list(start), set()
@@ -164,7 +164,7 @@ def spend_cost(
     while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
-        middle = (max(low, high * 1e-12) * high) ** 0.5  # geometric, since multipliers span many orders
+        middle = (max(low, high * 1e-12) * high) ** 0.5  # multipliers span many orders of magnitude
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
@@ -230,7 +230,7 @@ def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float,
     """
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     steepest = max(max(float(step) for step in steps), 1e-300)
-    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # multipliers near this change choices
+    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # choices change near this multiplier
     exponents = torch.logspace(top - 8, top + 3, points - 1, base=10, dtype=torch.float64)
     multipliers = [0.0, *exponents.tolist()]
     allocations = [[curve.best(multiplier) for curve in curves] for multiplier in multipliers]

@@ -296,7 +296,7 @@ def network_candidates(
 
 
 def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
-    """Return the indices of points `(bytes, cost)` below the lower convex hull of the rivals, or beyond it.
+    """Return the indices of points `(bytes, cost)` below the lower hull of the rivals, or beyond its ends.
 
     Args:
         rivals: candidates that define the hull.

@@ -348,8 +348,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
     choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
     if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
-            f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
-            "family."
+            f"A topology fixes all dims and bonds: drop {', '.join(clashing)}, or give the name of a family."
         )
     return found
 
@@ -395,7 +394,7 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         The options; None if there are none.
 
     Raises:
-        TopologyError: the options are not a mapping, no family is given, or the family does not have one.
+        TopologyError: the options are not a mapping, no family is given, or it does not have such an option.
     """
     options = config.topology_options
     if options is None or options == {}:

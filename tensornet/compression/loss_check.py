@@ -53,8 +53,8 @@ TOKENS = 1024
 #: Largest number of rounds of planning and measuring; largest number of groups of layers in a round (blocks
 #: are merged if there are more); largest number of measurements in a round to find layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
-#: A prediction is raised if the measured loss exceeds `_TOO_LOW` times the prediction, and exceeds it by the
-#: fraction `_SHARE` of the loss increase of the whole plan; `_MOST` is the largest factor of a raise.
+#: A prediction is raised if the measured loss is larger than `_TOO_LOW` times the prediction, and larger than
+#: the prediction plus `_SHARE` times that of the whole plan; `_MOST` is the largest factor of a raise.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
 #: With at least this many groups, a factor common to all layers is removed: the median of measured over
 #: predicted loss.

@@ -395,7 +395,7 @@ class Forecast:
         return _along(self.points, predicted)
 
     def kl(self, predicted: float) -> float:
-        """Return the corrected divergence for a predicted loss increase, which equals it to second order."""
+        """Return the corrected divergence; to second order it equals the predicted loss increase."""
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:

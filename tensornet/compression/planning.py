@@ -187,7 +187,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused_groups(names: Sequence[str]) -> list[list[int]]:
-    """Group layers that servers such as vLLM fuse: those of one parent module whose names are in one `FUSED`.
+    """Group layers that servers such as vLLM fuse: siblings whose names are in the same set of `FUSED`.
 
     Example:
         >>> from tensornet.compression.planning import fused_groups
@@ -415,7 +415,7 @@ def _plan_by_weight(
 def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
     """Return True if the new decomposition is better than the old one.
 
-    If both keep `rel_error`, the smaller one is better; otherwise, or without `rel_error`, the more accurate.
+    If both keep `rel_error`, the smaller one is better, otherwise the more accurate one.
     """
     if rel_error is not None:
         kept_new, kept_old = new.error <= rel_error, old.error <= rel_error

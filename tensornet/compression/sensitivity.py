@@ -83,7 +83,7 @@ def layer_sensitivity(
     assert forecast is not None
     known, same = choice.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
-        forecast = replace(forecast, columns=known)  # the same object marks both as equal
+        forecast = replace(forecast, columns=known)  # later code recognizes equal moments by identity
     return Sensitivity(choice, forecast, rounding)
 
 

@@ -1,4 +1,4 @@
-"""Healing by training: distil a dense model into the cores of its compressed student."""
+"""Healing by training: train the cores of a compressed model to reproduce the outputs of the dense model."""
 
 import json
 import math

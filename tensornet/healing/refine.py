@@ -372,7 +372,7 @@ def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[N
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            (x,) = (*args, *kwargs.values())  # some models pass it by keyword
+            (x,) = (*args, *kwargs.values())  # some models pass the input by keyword
             function(x)
 
         return hook

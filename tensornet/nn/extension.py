@@ -184,7 +184,7 @@ def structure_changed(model: nn.Module) -> None:
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Return True if the library must describe a module to save it, even if it cannot do so at present."""
+    """Return True if a module needs a description when it is saved, even if it has none at present."""
     try:
         return module_spec(module) is not None
     except TargetError:

@@ -102,7 +102,7 @@ class KernelMatrix:
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows and their values; each block is the transpose of a contiguous matrix."""
+        """Yield slices of rows with their unpacked values, each the transpose of a contiguous matrix."""
         rows, columns = self.shape
         # bfloat16 is the only 16-bit dtype with the range of the scales.
         own = torch.float32 if dtype == torch.float16 else dtype
@@ -110,7 +110,7 @@ class KernelMatrix:
         factors = factors / _unit(self.number_format)
         for part in _parts(rows, columns, self.block):
             blocks = slice(part.start // self.block, part.stop // self.block)
-            # Reorder codes while they are bytes, so that the scales of a group are contiguous.
+            # Codes are reordered while they are bytes, which moves less memory than reordering values.
             points = self._points(part).permute(2, 0, 1, 3)
             made = points.new_empty(points.shape, dtype=own).copy_(points)  # shape: (in, blocks, 2, half)
             del points  # free them before the next ones are allocated
@@ -156,7 +156,8 @@ class KernelMatrix:
         )
         found = high.new_empty(len(high), 2, *high.shape[1:])
         if not low:
-            # A code `u` with its highest bit flipped, in the high half of a byte, is the signed 16 (u - 8).
+            # Flipping the highest bit of a code `u` and moving it to the high half of a byte gives the signed
+            # byte 16 (u - 8).
             flipped = high ^ 0x88
             torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
             torch.bitwise_and(flipped, 0xF0, out=found[:, 1])
@@ -184,8 +185,8 @@ def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     return found.permute(1, 2, 0, 3, 4)
 
 
-# As an operation of its own, so that the scales are copied once. A compiler would fuse this indexing with the
-# product, and the compiled code would gather a scale from the pairs for every single code.
+# Compilers do not fuse a custom operation, so the scales are copied once. With ordinary indexing, compiled
+# code would gather a scale from the pairs of scale and offset for every single code.
 @torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
 def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     return _in_order(scales, rows, half).to(torch.float32).contiguous()
@@ -328,7 +329,7 @@ def _kernel_group(number_format: NumberFormat, columns: int) -> int | None:
 
 @lru_cache(maxsize=1)
 def _block_rows() -> int | None:
-    """Find the rows of a kernel block by converting an example; None without a kernel of known layout."""
+    """Find the number of rows in a kernel block by converting an example; None if the layout is unknown."""
     convert = getattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", None)
     if convert is None or not hasattr(torch.ops.aten, "_weight_int4pack_mm_for_cpu"):
         return None

@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Number of elements unpacked at a time, if scales are applied to the elements, and if they are not.
+#: Number of elements unpacked at a time, with scales applied to them and without.
 _BLOCK, _POINTS = 2**17, 2**20
 #: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24
@@ -35,7 +35,8 @@ class IntegerMatrix:
         scales: floating-point scales, shape `(out, groups)`.
         zeros: packed zero points; None if the format has none.
         columns: number of columns, `in`.
-        scale_bits: the tensor that stores the scales; if the core has another one, the matrix is out of date.
+        scale_bits: tensor in which the core stores the scales; once the core stores another tensor, this
+            matrix is out of date.
     """
 
     number_format: NumberFormat
@@ -70,7 +71,7 @@ class IntegerMatrix:
         return self.scales[:, 0].to(dtype)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows and their values; if `row_scales` is not None, these are not applied."""
+        """Yield slices of rows with their unpacked values, without the scales that `row_scales` returns."""
         if self.row_scales(dtype) is not None:
             for part in self._parts(_POINTS):
                 yield part, self.codes[part].view(torch.int8).to(dtype)
@@ -148,7 +149,7 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
 
 
 def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
-    """Multiply by operations that a compiler can differentiate; it cannot differentiate the kernel."""
+    """Compute `x W^T` for `x: (tokens, in)`, by operations that a compiler can differentiate."""
     if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
     if not isinstance(matrix, IntegerMatrix):

@@ -106,7 +106,7 @@ class TensorNetworkLinear(NetworkModule):
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
-        """Multiply by the integer matrix and add the other terms; return None if this is not possible now."""
+        """Compute the output with integers in their stored form; return None if this is not possible."""
         if self.strategy in ("reconstruct", "cached"):
             return None
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]

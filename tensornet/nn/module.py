@@ -42,7 +42,7 @@ def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
     """Make torch.compile run a function once and use its result as a constant, instead of tracing it.
 
     This does the same as `torch.compiler.assume_constant_result`, which would import the compiler and delay
-    the import of this package by two seconds. Without it, planning would break the graph.
+    the import of this package by two seconds. Without this mark, planning would break the graph.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -51,7 +51,7 @@ def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
 class NetworkModule(nn.Module):
     """Abstract base class of layers whose weight matrix is a tensor network.
 
-    The core `name` of the network is the parameter, or the `PackedCore`, `core_<name>` of the module.
+    Each core is a parameter or a `PackedCore` of the module, with the name `core_<name>`.
 
     Args:
         topology: topology of the weight matrix `(out_features, in_features)`.
@@ -142,7 +142,7 @@ class NetworkModule(nn.Module):
             return first if isinstance(first, Tensor) else first.values
         like = self.compute_like
         device = first.device
-        # Devices differ if stored tensors replaced some tensors on the meta device.
+        # The devices differ if loading has replaced tensors on the meta device.
         return like if like.device == device else torch.empty(0, dtype=like.dtype, device=device)
 
     def set_cores(
@@ -162,7 +162,7 @@ class NetworkModule(nn.Module):
             ShapeError: a core does not have the shape of the topology.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        # Tensors loaded from a file are contiguous; these are too, so that results are bitwise equal.
+        # The cores are made contiguous, like tensors from a file, so that results are bitwise equal.
         self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
     def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:
@@ -229,14 +229,14 @@ class NetworkModule(nn.Module):
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
-        """Contract the cores to a contiguous matrix of its own; `to_matrix` may return a view of a core."""
+        """Contract the cores to a contiguous matrix that shares no memory, unlike that of `to_matrix`."""
         matrix = self.to_matrix()
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
     def kept_matrix(self) -> Tensor:
-        """Return the cached matrix, rebuilt if absent or out of date; only for the route `CACHED`."""
+        """Return the cached matrix for the route `CACHED`; it is rebuilt if it is absent or out of date."""
         return self.kept.get(self._tensors(), self._like(), self.to_matrix)
 
     def _tensors(self) -> list[Tensor]:

@@ -100,7 +100,7 @@ class Storage:
         return dict(self.core_formats).get(name, self.number_format)
 
     def for_topology(self, topology: Topology) -> "Storage":
-        """Return this storage for a topology: without pivoting if none of its bonds can be pivoted."""
+        """Return this storage, without pivoting if no bond of the topology can be pivoted."""
         return replace(self, pivoted=self.pivoted and bool(gauge_of(topology)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class PackedCore(nn.Module):
         return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
     def packed_codes(self) -> Tensor:
-        """Return the packed codes; entropy-coded bytes are decoded once and again after they change.
+        """Return the packed codes; entropy-coded bytes are decoded at first use and after a change.
 
         Raises:
             FormatError: the entropy-coded bytes are damaged.
@@ -546,7 +546,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List the cores as `(name, shape before packing, length of the row order)`; None if not pivoted."""
+    """List the cores as `(name, shape before packing, length of the row order or None)`."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:

@@ -88,8 +88,8 @@ class KeptMatrix:
 def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Return True if a module with the strategy "cached" may use a cached matrix now.
 
-    It may in eval mode if no gradients of the cores are recorded. It may not inside a trace or a `torch.func`
-    transform, since their tensors must not be kept afterwards.
+    This is the case in eval mode if no gradients of the cores are recorded, except inside a trace or a
+    `torch.func` transform, whose tensors must not be stored.
 
     Args:
         module: the layer or bank.

@@ -66,7 +66,7 @@ class Target:
             weight that is not the matrix of a layer, the name of the parameter.
         modules: the modules with these names; a module with several names appears several times.
         kinds: the layer kind of each module; empty for a weight that is not the matrix of a layer.
-        owners: unfused modules that contain the modules, by name.
+        owners: unfused modules (`Compound`) of which the modules are parts, by name.
         skip: short reason why the weight is not compressed; empty if it will be compressed.
         parameter: the weight if it is not the matrix of a layer, else None.
     """

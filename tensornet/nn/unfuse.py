@@ -39,7 +39,8 @@ RECOMPUTED = "weight recomputed by a hook"
 #: Reason why a layer stays dense if its `forward` was replaced.
 OWN_FORWARD = "forward set on the layer itself"
 
-#: Parameters made while a model is unfused or fused, by what they were made from, so that ties are kept.
+#: Parameters made while a model is unfused or fused. The key identifies the tensors from which a parameter is
+#: made, so that tied tensors give one parameter.
 Shared = dict[tuple[object, ...], nn.Parameter]
 
 
@@ -372,7 +373,7 @@ def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:
 
 
 def _own(matrix: Tensor) -> Tensor:
-    """Copy a matrix to contiguous memory that no other tensor uses, unless this is already so."""
+    """Return a matrix in contiguous memory that no other tensor uses; it is copied only if necessary."""
     alone = matrix.is_meta or matrix.untyped_storage().nbytes() == matrix.nbytes
     return matrix if alone and matrix.is_contiguous() else matrix.clone(memory_format=torch.contiguous_format)
 

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._guards import (
-    TracingContext,
-)  # private: no public API tells whether torch.compile inspects a tensor
+from torch._guards import TracingContext  # no public API tells whether torch.compile inspects a tensor
 
 from tensornet.errors import TargetError
 
@@ -53,7 +51,7 @@ class WeightFacts(Tensor):
 
     _trained: tuple[Tensor, ...] = ()
     _layer: nn.Module | None = None
-    #: Tells transformers not to initialize it when a model is loaded.
+    #: Tells transformers not to initialize the placeholder when a model is loaded.
     _is_hf_initialized = True
 
     @classmethod
@@ -68,7 +66,8 @@ class WeightFacts(Tensor):
         inspected = not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
         if not known and not inspected:
             name = getattr(function, "__name__", str(function))
-            name = function.__self__.__name__ if name in ("__get__", "__set__") else name  # of a property
+            # The function of a property has the name of the property in `__self__`.
+            name = function.__self__.__name__ if name in ("__get__", "__set__") else name
             error = WeightReadError(
                 f"{name} was called on the weight of a compressed layer, which only has dtype, device and "
                 "shape. Call the layer; or use layer.to_matrix(), which rebuilds the dense matrix; or leave "

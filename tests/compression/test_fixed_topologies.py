@@ -60,9 +60,9 @@ def test_calibration_weighs_its_errors() -> None:
     [
         (
             {"topology": UP, "param_ratio": 0.5, "sites": 2},
-            "all dims and bonds: leave out sites, param_ratio",
+            "all dims and bonds: drop sites, param_ratio",
         ),
-        ({"topology": UP, "bits_per_weight": 4}, "leave out formats, bits_per_weight"),
+        ({"topology": UP, "bits_per_weight": 4}, "drop formats, bits_per_weight"),
         ({"topology": [UP, UP]}, r"Two topologies are for matrices of shape \(48, 24\)"),
         ({"topology": [UP, "mpo"]}, "a Topology or a list of topologies; got"),
         ({"topology": 3}, "a Topology or a list of topologies; got 3"),
@@ -100,7 +100,7 @@ def test_layers_take_it() -> None:
     assert tn.nn.MPOEmbedding.from_embedding(table, topology=UP).topology == UP
     family = tn.topologies.topology_family("mpo")
     assert tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2).topology.family == "mpo"
-    with pytest.raises(TopologyError, match="fixes all dims and bonds: leave out max_bond"):
+    with pytest.raises(TopologyError, match="fixes all dims and bonds: drop max_bond"):
         tn.nn.TensorNetworkLinear.from_linear(layer, topology=UP, max_bond=2)
     assert tn.decompose(layer.weight, family, max_bond=2).network.topology.family == "mpo"
 
