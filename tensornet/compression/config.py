@@ -101,8 +101,8 @@ class CompressionConfig(LayerSelection):
             replaced by formats of the same size with 16-bit scales. A name of a menu is allowed too; menus
             have no networks. `"entropy"` has entropy-coded integers, for the smallest files; `"gguf"`,
             `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in them.
-            `"gguf"` and `"mlx"` plan embeddings and heads too. Names after that of a menu restrict it to these
-            formats, as in `("gguf", "int4:g32:float16", "float")`.
+            `"gguf"` and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the only
+            ones used from it, as in `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is
