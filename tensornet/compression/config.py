@@ -342,13 +342,14 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
         return AUTO if given == AUTO else topology_family(given).name
     if not (found := fixed_topologies(given)):
         raise TopologyError(
-            "topology must be the name of a family, a registered family, a Topology or a list of topologies; "
+            "topology must be the name of a family, a registered family, a Topology or a list of topologies, "
             f"got {given!r:.200}."
         )
     choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
     if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
-            f"A topology fixes all dims and bonds: drop {', '.join(clashing)}, or give the name of a family."
+            f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "
+            "family."
         )
     return found
 

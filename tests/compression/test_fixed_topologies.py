@@ -60,12 +60,12 @@ def test_calibration_weighs_its_errors() -> None:
     [
         (
             {"topology": UP, "param_ratio": 0.5, "sites": 2},
-            "all dims and bonds: drop sites, param_ratio",
+            "all dims and bonds: leave out sites, param_ratio",
         ),
-        ({"topology": UP, "bits_per_weight": 4}, "drop formats, bits_per_weight"),
+        ({"topology": UP, "bits_per_weight": 4}, "leave out formats, bits_per_weight"),
         ({"topology": [UP, UP]}, r"Two topologies are for matrices of shape \(48, 24\)"),
-        ({"topology": [UP, "mpo"]}, "a Topology or a list of topologies; got"),
-        ({"topology": 3}, "a Topology or a list of topologies; got 3"),
+        ({"topology": [UP, "mpo"]}, "a Topology or a list of topologies, got"),
+        ({"topology": 3}, "a Topology or a list of topologies, got 3"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
