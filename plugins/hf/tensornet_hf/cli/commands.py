@@ -208,18 +208,18 @@ def evaluate(
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=0, help="Examples before each question. [default: that of the task]"),
+        typer.Option(min=0, help="Examples before each question (default: that of the task)."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Largest number of examples of each task.")] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a window of --text. [default: the positions of the model, at most 1024]"
+            help="Tokens in a window of --text (default: the positions of the model, at most 1024)."
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from the start of a window to the next. [default: no overlap]"),
+        typer.Option(help="Tokens from the start of a window to the next (default: no overlap)."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Largest number of windows or examples in a batch.")] = 16,
     device: Device = CPU,
@@ -290,7 +290,7 @@ def compare(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Text to continue greedily. [default: the beginning of --text]"),
+        typer.Option(help="Text to continue greedily (default: the beginning of --text)."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation in tokens.")] = 40,
     device: Device = CPU,
@@ -345,8 +345,8 @@ def generate(
     chat: Annotated[
         bool | None,
         typer.Option(
-            help="Format the prompt as a user message with the tokenizer's chat template. [default: if it "
-            "has one]",
+            help="Format the prompt as a user message with the tokenizer's chat template (default: if it "
+            "has one).",
             show_default=False,
         ),
     ] = None,
@@ -418,7 +418,7 @@ def export(
     target: Annotated[
         str | None,
         typer.Option(
-            help=f"Format to write: {', '.join(TARGETS)}. [default: gguf if the destination ends in .gguf]"
+            help=f"Format to write: {', '.join(TARGETS)} (default: gguf if the destination ends in .gguf)."
         ),
     ] = None,
     skeleton: Annotated[
@@ -431,7 +431,7 @@ def export(
         str | None,
         typer.Option(
             help="How to write tensor networks: dense; lora (low ranks added to integers become an adapter); "
-            "refuse. [default: dense]"
+            "refuse (default: dense)."
         ),
     ] = None,
     force: Force = False,

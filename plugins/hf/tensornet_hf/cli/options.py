@@ -163,7 +163,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an existing destin
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Store weights in this dtype: float32, bfloat16, float16. [default: keep their dtype]"),
+    typer.Option(help="Store weights in this dtype: float32, bfloat16, float16 (default: keep their dtype)."),
 ]
 Device = Annotated[
     torch.device,
