@@ -19,7 +19,7 @@ from tensornet_moe import SharedCoreMoE, collect_aux_losses
 IGNORED_LABEL = -100
 #: Arguments of `forward` that contain audio frames or pixels, not tokens.
 FRAMES = ("input_features", "input_values", "pixel_values")
-#: Attribute of every module with hooks: True while an enclosing module runs, so that only its hooks act.
+#: Attribute of every module with hooks. If it is True, an enclosing module is running, and hooks do nothing.
 _ENCLOSED = "_tensornet_enclosed"
 
 

@@ -65,7 +65,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 #: Files that are copied with a model (tokenizer, templates, license); weights, pickles and code are not.
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 LEGAL_FILES = ("LICENSE", "NOTICE", "COPYING", "USE_POLICY")
-#: Exceptions from `SMALL_FILES`: `save_pretrained` writes these files, or they describe the old weights.
+#: Small files that are not copied, since `save_pretrained` writes them or they describe the old weights.
 NOT_COPIED = {"config.json", "generation_config.json", "quantize_config.json"}
 #: File in which sentence-transformers lists its modules and their folders.
 MODULES = "modules.json"
@@ -104,7 +104,7 @@ model = tensornet_hf.load("path/of/this/folder")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration, description of compressed modules, and tensor headers of a folder that was checked.
+    """A model folder that was checked: configuration, description of compressed modules, tensor headers.
 
     Args:
         folder: the folder.
@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
             content = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise FormatError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:  # also bad UTF-8, bad JSON, numbers of thousands of digits
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, or numbers of thousands of digits
         raise FormatError(f"{path} is not valid JSON ({error!s:.200}). Copy or download it again.") from error
     if size > MAX_JSON:
         raise FormatError(f"{path} has {size:,} bytes; JSON files of at most {MAX_JSON:,} bytes are read.")
@@ -256,7 +256,7 @@ def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def weight_bytes(folder: str | Path) -> int:
-    """Return the total size in bytes of a folder's safetensors files, or of all weight files without any."""
+    """Return the size in bytes of a folder's safetensors files, or of other weight files if it has none."""
     files = [file for file in Path(folder).iterdir() if file.suffix in WEIGHT_SUFFIXES]
     safe = [file for file in files if file.suffix == ".safetensors"]
     return sum(file.stat().st_size for file in safe or files)
@@ -357,7 +357,7 @@ def compile_generation(model: PreTrainedModel) -> None:
 
     # A prepared model does not change, and guards on its attributes would take a fifth of a step's time.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    mode: Any = None  # the default of the class cannot be combined with options
+    mode: Any = None  # CompileConfig's default mode cannot be combined with options
     config: Any = CompileConfig(dynamic=False, backend=inductor, mode=mode, options=options)
     # This attribute is private, but without it transformers compiles only on accelerators, not on the CPU.
     config._compile_all_devices = True
@@ -486,7 +486,7 @@ def save(
             f"save takes a transformers model, got {type(whole).__name__}, which has no method "
             "save_pretrained. Use tensornet.save_model to write other PyTorch models to a file."
         )
-    # PEFT sets `peft_config` on adapted models, also for prompts, which have no adapter layers.
+    # PEFT sets `peft_config` on all adapted models, even on those with prompt tuning and no adapter layers.
     if adapter_names(whole) or getattr(whole, "peft_config", None):
         raise TargetError(
             f"Adapters are attached to this {type(whole).__name__}, but a folder contains either the model "

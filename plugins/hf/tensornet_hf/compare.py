@@ -80,7 +80,7 @@ def compare_folders(
         ('dense', 940800)
     """
     folders = [resolve_folder(path) for path in paths]
-    methods = [quantization_method(folder) for folder in folders]  # fails early
+    methods = [quantization_method(folder) for folder in folders]  # raises before models are loaded
     prompt = prompt_of(text) if prompt is None else prompt
     dense: RecordedLosses | None = None
     found: list[ModelFacts] = []

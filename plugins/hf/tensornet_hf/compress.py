@@ -93,9 +93,9 @@ class CompressOptions:
             calibration text.
         share_experts: let the experts of each layer (or of all layers) share cores where this lowers the
             predicted loss increase. `"layers"` tries both, see `tensornet_moe.compress_experts`.
-        rotate: first spread weight outliers of a Llama-like model by rotations that keep its outputs; compare
-            with and without, since it does not always help. A tied output head becomes a separate weight. See
-            `tensornet_hf.rotate`.
+        rotate: first rotate a Llama-like model, which spreads outliers of its weights and keeps its outputs;
+            compare with and without, since it does not always help. A tied output head becomes a separate
+            weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
         workers: compress shard by shard in this many processes, without loading the whole model; resumable.
@@ -103,8 +103,8 @@ class CompressOptions:
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
             number formats of this target are planned.
         report: write a report as an HTML page.
-        networks: tensor networks in an export: write all as dense weights; write a low rank added to integers
-            as a LoRA adapter; or refuse networks.
+        networks: how an export writes tensor networks: all as dense weights; or low ranks that are added to
+            integers as a LoRA adapter; or not at all (an error).
         force: replace an existing destination.
         command: command line to show in the report.
         progress: show progress bars.
@@ -537,10 +537,11 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def _check_data(
     config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> CompressionConfig | CompressionPlan:
-    """Check, before any slow step, that the texts are given which the options need.
+    """Check, before any slow step, that all texts that the options need are given.
 
     Returns:
-        The configuration. If `objective="auto"` and no text is needed or given, its objective is "weight".
+        The configuration. Without texts, the objective "auto" becomes "weight" if the only budget is
+        `rel_error`.
 
     Raises:
         BudgetError: the budget needs calibration data.

@@ -134,9 +134,9 @@ def text_windows(
 ) -> list[Batch]:
     """Cut a text into windows in which each token is scored at most once.
 
-    The first token of a window cannot be predicted. So windows without overlap leave one token each unscored.
-    With a smaller stride, every token but the first of the text is scored, and most tokens have at least
-    `context - stride` tokens before them.
+    The first token of a window cannot be predicted, so without overlap one token of each window is not
+    scored. With a smaller stride, every token but the first of the text is scored, and most tokens have at
+    least `context - stride` tokens before them.
 
     Args:
         tokens: token ids of the text, shape `(length,)`.

@@ -121,7 +121,7 @@ def _image(config: Any, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 class _FalconLinear(LayerKind):
-    """Falcon's subclass of `nn.Linear`, which rounds the product before adding the bias in half precision."""
+    """Falcon's subclass of `nn.Linear`; in half precision, it rounds the product before it adds the bias."""
 
     name = "falcon_linear"
     _module = "transformers.models.falcon.modeling_falcon"

@@ -152,8 +152,8 @@ def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
 
     Args:
         config: the configuration, possibly nested.
-        tensors: number of stored tensors. Numbers of layers, experts and heads may be at most four times as
-            large (or 1,024).
+        tensors: number of stored tensors. Numbers of layers, experts and heads may be at most four times this
+            number, or 1,024 if that is more.
     """
     open_entries: list[tuple[str, Any]] = list(config.items())
     while open_entries:
@@ -245,9 +245,9 @@ def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None)
 
 
 def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
-    """Give tied layers whose stored weights differ separate weights, as `from_pretrained` does.
+    """Untie layers that the configuration ties although their stored weights differ (T5 v1.1).
 
-    A configuration may declare a tie of weights that differ (T5 v1.1).
+    `from_pretrained` does the same.
     """
     for target, source in model.all_tied_weights_keys.items():
         if target in stored and source in stored and not _equal(stored[target], stored[source]):

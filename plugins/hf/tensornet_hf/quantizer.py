@@ -358,10 +358,10 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._tied_buffers: dict[str, str] = {}
 
     def is_serializable(self) -> bool:
-        """Return True, since every compressed model can be saved.
+        """Return True: every compressed model can be saved unless its experts are distributed over processes.
 
         Raises:
-            TargetError: experts are distributed over processes, so this process does not have all experts.
+            TargetError: experts are distributed, so this process does not have all of them.
         """
         if self.experts_spread:
             raise TargetError(
@@ -449,8 +449,8 @@ class TensorNetworkQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Disable the renaming of stored tensors if their names already match the model.
 
-        A compressed model is saved under the current names of its class. For example, transformers would
-        mistake such names of Qwen2-VL for names of an older version when it loads the class without a head.
+        A compressed model is saved under the current names of its class. When transformers loads such a file
+        into Qwen2-VL without its head, for example, it would take these names for those of an older version.
         """
         if not self.pre_quantized:
             return weight_conversions
@@ -541,7 +541,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # cannot be described
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # these have no description
         quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
@@ -629,9 +629,9 @@ def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add empty modules to a model where the description has owners of shared cores.
+    """Add an empty module to a model for each described owner of shared cores.
 
-    Model classes of transformers do not have these modules.
+    Model classes of transformers do not have such modules.
 
     Args:
         model: a model on the meta device; changed in place.

@@ -40,7 +40,7 @@ NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
 #: A loss increase smaller than this, in nats, counts as zero.
 _NOTHING = 5e-5
-#: A baseline with at most this many times the bits counts as the same size.
+#: A baseline counts as the same size if its bits are at most this multiple of the compressed model's.
 _SLACK = 1.02
 #: Tables with at most this many layers are shown expanded.
 _FEW = 8
@@ -315,7 +315,12 @@ def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
 
 
 def _pictures(page: Page) -> dict[str, str]:
-    """Draw the plots as SVG by name: `loss` over bits, loss increases of `layers`, and `bits` of layers."""
+    """Draw the plots of the report as SVG.
+
+    Returns:
+        `loss` (loss increase over bits), `layers` (predicted loss increase of each layer) and `bits` (bits of
+        each layer). The first two are absent if no losses are predicted.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

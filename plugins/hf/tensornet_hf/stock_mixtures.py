@@ -1,4 +1,4 @@
-"""Convert upcycled models to ordinary mixtures of transformers, and use its implementations of experts."""
+"""Convert upcycled models to mixtures of transformers, or run their experts by functions of transformers."""
 
 import copy
 from functools import partial
@@ -198,21 +198,22 @@ def _refuse_attention(model: PreTrainedModel) -> None:
 
 
 def set_experts_implementation(model: nn.Module, name: str) -> None:
-    """Compute the experts of all mixtures by an implementation of transformers, such as a GPU kernel.
+    """Choose how a model's mixtures compute their experts, such as with a GPU kernel of transformers.
 
-    Every pass then builds the matrices of all experts, whatever they share, and gives them to the function
-    that `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS` has under this name. The choice is not saved.
-    Gradients, balance and pools work as before. `"tensornet"` builds only the matrices of experts that got
-    tokens, or multiplies by their cores.
+    With an implementation of transformers, every forward pass builds the matrices of all experts, whatever
+    the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load
+    balancing and pools work as before. `"tensornet"` only builds the matrices of experts that got tokens, or
+    multiplies by their cores. The choice is not saved with the model.
 
     Args:
         model: a model with `SharedCoreMoE` layers.
-        name: `"tensornet"` (the default of every layer); `"grouped_mm"`, `"batched_mm"`, `"sonicmoe"`,
-            `"deepgemm"`, or a function that you registered with transformers.
+        name: `"tensornet"` (the default), `"grouped_mm"`, `"batched_mm"`, `"sonicmoe"`, `"deepgemm"`, or the
+            name of a function that you registered with transformers.
 
     Raises:
         ValueError: an unknown name.
-        TargetError: the model has no mixture, or one with dropout inside its experts; nothing is changed.
+        TargetError: the model has no mixture, or a mixture has dropout inside its experts; nothing is
+            changed.
 
     Example:
         >>> model = torch.nn.Sequential(tm.mixture(d_model=8, d_ff=16, experts=4, top_k=2, gated=True))
@@ -228,22 +229,27 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
     layers = {part: x for part, x in model.named_modules() if isinstance(x, SharedCoreMoE)}
     if not layers:
         raise TargetError(
-            f"{type(model).__name__} has no mixture of this library; see th.upcycle and tm.mixture. The "
-            "mixtures of transformers take model.set_experts_implementation(name)."
+            f"{type(model).__name__} has no mixture of this library; see th.upcycle and tm.mixture. For "
+            "mixtures of transformers, use model.set_experts_implementation(name)."
         )
     if name != "tensornet":
         for part, layer in layers.items():
             if rate := _network(layer).dropout:
                 raise TargetError(
                     f"The experts of {part!r} have a dropout of {rate} in their hidden layer, which {name!r} "
-                    "does not have. Set it to 0, or keep the implementation 'tensornet'."
+                    "does not support. Set the dropout to 0, or keep the implementation 'tensornet'."
                 )
     for layer in layers.values():
         layer.dispatch = dispatch if name == "tensornet" else partial(_run_implementation, name)
 
 
 def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
-    """Compute a mixture by a function of transformers; see `tensornet_moe.layer.dispatch`."""
+    """Compute the output of a mixture with an experts function of transformers.
+
+    Args:
+        name: name of the function in `ALL_EXPERTS_FUNCTIONS`.
+        x, routing, experts: see `tensornet_moe.layer.dispatch`.
+    """
     network: Any = experts.lender().experts if isinstance(experts, PooledExperts) else experts
     amp = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if amp else network.bank(network.names[0]).dtype
@@ -255,7 +261,7 @@ def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertF
         gate, up = both.chunk(2, dim=-1)
         return activation(gate) * up
 
-    # What these functions read of the experts modules of transformers.
+    # These functions expect an experts module of transformers, from which they read these attributes.
     stack = "gate_up_proj" if network.gated else "up_proj"
     stock = SimpleNamespace(
         **{stack: torch.cat(first, dim=1), "down_proj": last},

@@ -291,7 +291,7 @@ def digest(content: Any) -> str:
 
 
 def file_marks(folder: Path) -> dict[str, str]:
-    """Return size and modification time of every file in a model folder that is read, by relative path.
+    """Return size and modification time of every file that is read from a model folder, by relative path.
 
     A resumed run compares them with those that the interrupted run recorded.
     """

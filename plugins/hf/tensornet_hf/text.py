@@ -2,8 +2,8 @@
 
 - Causal language models read windows of the text, and their loss is that of the next token.
 - Encoder-decoders read the lines of the text. The answer follows a tab, or the model generates it.
-- Encoders read passages. The loss of a masked language model is that of masked tokens, the loss of a
-  classifier uses its own predictions, and that of an encoder without a head the cosine of pooled outputs.
+- Encoders read passages. Masked language models are scored on masked tokens, classifiers on labels drawn from
+  their own predictions, and encoders without a head by the cosine of pooled outputs.
 """
 
 import re
@@ -402,7 +402,7 @@ def _pieces(text: str) -> Iterator[str]:
         yield piece if piece.endswith("\n") else piece + "\n"
 
 
-#: Number of tokens of the embedded text for calibration without other data.
+#: Number of tokens of the embedded text that are used for calibration if no other data is given.
 TOKENS = 16_384
 
 

@@ -129,7 +129,7 @@ class RouterStatsCallback(TrainerCallback):
     averaged over layers, and E is the number of experts.
 
     - `moe/load_max`: largest share of the tokens that an expert gets; `1 / E` if the load is even
-    - `moe/load_entropy`: entropy of the load over `log E`; 1 if it is even, 0 if an expert gets all tokens
+    - `moe/load_entropy`: entropy of the load divided by `log E`; 1 if even, 0 if an expert gets all tokens
     - `moe/dropped`: share of tokens that no expert processes
     - `moe/balance_loss`, `moe/z_loss`: auxiliary losses before they are weighted
     - `moe/update_shared`, `moe/update_private`: relative change `|new - old| / |old|` in this step of all

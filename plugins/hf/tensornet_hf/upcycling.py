@@ -101,10 +101,11 @@ class MoEConfig:
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
     a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
-    the same as before, since for any token each router chooses the copies of its layer's own network: the
-    router's rows for all other experts are zero, and the bias of its own experts is above `1 / others`, which
-    the probability of another expert cannot exceed. With `share="center"` or `"base"`, a single center or
-    base must fit different networks. Its errors are large (see the report), so the model must be trained.
+    the same as before, since each router chooses the copies of its own layer's network for every token. To
+    this end the router's weights of all other experts are zero, so their probabilities are equal and at most
+    `1 / (number of other experts)`; the biases of its own experts are larger than this. With `share="center"`
+    or `"base"`, a single center or base must fit different networks. Errors are then large (see the report),
+    so the model must be trained.
 
     Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
     `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from
@@ -135,14 +136,14 @@ class MoEConfig:
         capacity_factor: slots of each expert relative to an even load (default: no limit). With
             `"expert_choice"`: average number of experts for each token (default 1).
         jitter: relative noise on the inputs of the routers in training.
-        combine: weights of the chosen experts. The model initially computes the same as the dense model only
-            with `"unit"`; see `tensornet_moe.Router`.
+        combine: how the outputs of the chosen experts are weighted. Only with `"unit"` does the model
+            initially compute the same as the dense model; see `tensornet_moe.Router`.
         target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
             feed-forward networks).
-        matrices: names of a network's layers in the order (gate,) up, down, if they are not known names.
+        matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
         seed: seed of the routers and the noise.
-        share: what experts share; it replaces the options of cores and topology. See
-            `tensornet_moe.mixture`. In a pool the default is `"none"`.
+        share: what experts share: a core (center), nothing (none) or a dense matrix (base); replaces `shared`
+            and the topology. See `tensornet_moe.mixture`. In a pool the default is `"none"`.
         pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
             `num_experts` is then the size of a pool, at least `N * top_k`.
         balance: balance the load of a pool over all of its layers together, or in each layer. See
@@ -352,7 +353,7 @@ class UpcycleReport:
 
     @property
     def dense_experts_ratio(self) -> float:
-        """Number of parameters divided by that of mixtures whose experts are dense."""
+        """Number of parameters relative to mixtures with dense experts."""
         return self.params / (self.num_experts * self.dense_params)
 
     def to_dict(self) -> dict[str, Any]:
@@ -417,7 +418,7 @@ class FeedForward:
         return layer_bias(self.layer(name))
 
     def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
-        """Return the modules that replace the network by a mixture, by their names in the model."""
+        """Return the modules to put in place of the network and its parts, `{name in the model: module}`."""
         if self.inside is None:
             return dict.fromkeys(self.names, mixture)
         first, *others = self.inside
@@ -464,7 +465,7 @@ def find_feed_forwards(
         model: any model.
         target_modules: patterns as in `CompressionConfig.target_modules`; None selects all networks that are
             recognized.
-        matrices: names of the linear layers in the order (gate,) up, down, if they are not known names.
+        matrices: names of the linear layers in the order (gate,) up, down; only needed for unusual names.
 
     Raises:
         TargetError: no network is found, a pattern matches no network, or a selected module computes
@@ -748,8 +749,8 @@ def _function_of(network: FeedForward) -> dict[str, object]:
 def _choose_own(router: Router, place: int, layers: int) -> None:
     """Let a router choose the experts `e` of its own layer, `e % layers == place`, for every token.
 
-    All other experts get equal probabilities, which are at most `1 / others`. The bias of the layer's own
-    experts is above this number.
+    All other experts get equal probabilities, which are at most `1 / (number of other experts)`. The biases
+    of the layer's own experts are larger than this.
     """
     own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
     router.weight[~own] = 0

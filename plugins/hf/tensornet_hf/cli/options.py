@@ -73,10 +73,10 @@ def parse_share(text: str | float) -> float:
 
 
 def parse_pool(text: str | int) -> str | int:
-    """Parse which layers use one pool of experts: `all`, or a number of neighbouring layers.
+    """Parse `all`, or the number of neighbouring layers that use the same pool of experts.
 
     Raises:
-        typer.BadParameter: neither.
+        typer.BadParameter: the text is neither `all` nor a number.
 
     Example:
         >>> parse_pool("all"), parse_pool("2")

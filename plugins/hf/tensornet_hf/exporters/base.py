@@ -42,9 +42,9 @@ def check_new_file(path: Path, *, force: bool) -> None:
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return configuration entries under their old names, which other packages read, by name.
+    """Return the configuration entries that transformers 5 has renamed, by their old names.
 
-    transformers 5 has renamed these entries.
+    Other packages read the old names.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}

@@ -1,4 +1,4 @@
-"""`export`: write a model for another runtime, in the format of a target that is named or has the suffix."""
+"""`export`: write a model in the format of another runtime."""
 
 import os
 from collections.abc import Callable

@@ -278,11 +278,11 @@ def _mark(number: int, rows: int, columns: int) -> Tensor:
 
 
 def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
-    """Find the tensors of a file that are the mark of a single layer with permuted rows and columns.
+    """Find the tensors that are the mark (see `_mark`) of a single layer with permuted rows and columns.
 
     Args:
         layers: names of the layers; the first has the mark with the number 1.
-        tensors: tensors of the file into which the converter converted the marks, by name.
+        tensors: tensors that the converter made of the marks, by their names in the file.
 
     Returns:
         The place of each such tensor by its name in the file.

@@ -72,8 +72,8 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     found, rows = TYPES[kind], points.shape[0]
     if points.shape[1] % found.block:
         raise FormatError(f"{kind} needs rows of a multiple of {found.block} weights, got {points.shape[1]}.")
-    # Find a scale for each `width` weights, as the type has. Given scales of more weights are repeated; given
-    # scales of fewer weights must be equal.
+    # The type has a scale for each `width` weights. If the given scales are for more weights, repeat them; if
+    # they are for fewer weights, they must be equal within each group of `width`.
     width, given = found.sub[0] if found.sub else BLOCK, points.shape[1] // scales.shape[1]
     scales = scales.astype(np.float32).repeat(max(given // width, 1), axis=1)
     equal = scales.reshape(-1, max(width // given, 1))
@@ -171,7 +171,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
 
 
 def _nibbles(codes: Array, run: int) -> Array:
-    """Pack 4-bit codes: of two consecutive runs, the first fills the low halves of bytes."""
+    """Pack 4-bit codes; of two consecutive runs, the first fills the low half bytes, the second the high."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
 
