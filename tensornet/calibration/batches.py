@@ -159,7 +159,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
         shape: shape of the tensor without its last dimension, the features.
 
     Returns:
-        True at tokens, with this shape; None if no padding is known.
+        A mask of this shape, True at tokens; None if no padding is known.
 
     Example:
         >>> from tensornet.calibration.batches import token_mask
@@ -288,7 +288,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch, with about a given number of tokens; a long row of ids is cut."""
+    """Select the first rows of a batch, about `tokens` tokens; if one row of ids has more, it is cut."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]

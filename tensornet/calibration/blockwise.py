@@ -184,7 +184,7 @@ class ChainRun:
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` on one batch and return its hidden state, which is not stored.
+        """Run the block at `position` on one batch, and return the hidden state after it without storing it.
 
         Args:
             number: index of the batch.
@@ -279,7 +279,7 @@ def outer_stacks(
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find the position of the tensor `wanted` among arguments, or of the first tensor if it is None."""
+    """Find the position of the tensor `wanted` among arguments; if `wanted` is None, of the first tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:

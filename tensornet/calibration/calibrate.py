@@ -45,7 +45,7 @@ MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
 #: Conditions for ending earlier: smallest number of tokens; smallest number of tokens per feature of each
 #: full input moment; largest relative standard error of the loss increase of the reference scheme.
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
-#: Number of elements from which a weight is multiplied faster in 16 bits, conversions included.
+#: Smallest number of elements of a weight for which 16 bits are faster than float32, conversions included.
 _LARGE = 1 << 18
 #: Losses for which `default_losses` tells whether they are the cross entropy of tokens.
 _OWN = (label_losses, own_losses, sampled_losses)
@@ -263,7 +263,7 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
 
 
 class MomentRecorder:
-    """Sums of second moments over the batches of one calibration, which hooks on the layers update."""
+    """Sums of second moments over the batches of one calibration; hooks on the layers update the sums."""
 
     def __init__(self) -> None:
         self.batch: Batch = {}
@@ -333,7 +333,7 @@ class MomentRecorder:
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).float())
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
-        """Copy the inputs of some tokens of a layer until their gradients are known, for its coherence."""
+        """Copy a layer's inputs for some tokens; `see_gradient` needs them to estimate the coherence."""
         if not self.seeing:
             return []
         mask = token_mask(self.batch, x.shape[:-1])
@@ -426,7 +426,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the vectors of tokens that are not padding, shape `(tokens, features)`; a view if all are."""
+    """Select the vectors of tokens, without padding, shape `(tokens, features)`; a view if there is none."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
@@ -492,7 +492,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment to a sum; both are matrices, of which only the upper half counts, or diagonals."""
+    """Add a moment to a sum; both are diagonals, or matrices of which only the upper half counts."""
     if moment.ndim == 1:
         total += moment
         return
@@ -514,7 +514,7 @@ def mirrored(moment: Tensor) -> Tensor:
 def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
-    """Return a context in which the selected layers are recorded, in eval mode, with frozen weights.
+    """Return a context in which the model has frozen weights and is in eval mode, and layers are recorded.
 
     Args:
         model: any module.

@@ -122,7 +122,7 @@ def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of labels that are sampled from the model's own predictions.
 
-    The second moment of its gradients is the Fisher matrix, which equals the curvature of the divergence from
+    The second moment of the gradients is the Fisher matrix, which equals the curvature of the divergence from
     the model's predictions. So, unlike with true labels, it does not shrink where the model predicts the text
     well. A classifier of whole rows has one loss for each row.
 
@@ -247,7 +247,7 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Return True if the classes of a model are tokens, which means that an embedding has a row for each.
+    """Return True if the classes of a model are tokens: if an embedding has one row for each class.
 
     If the model does not tell which embedding reads its tokens, all embeddings are tried.
     """
@@ -258,11 +258,12 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 
 
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
-    """Make a loss function that compares compressed models with the dense model, their teacher.
+    """Make a loss function by which compressed models are compared with their dense model, the teacher.
 
-    If there are labels, the function is `label_losses` or `own_losses`. Otherwise it measures the distance
-    from the teacher's outputs, shape `(rows,)`: one minus the cosine of mean-pooled hidden states, or half
-    the squared difference of other outputs, relative to the squared norm of the teacher's output.
+    If the teacher has a loss on the first batch, the function is `label_losses` or `own_losses`. Otherwise it
+    returns one distance from the teacher's output for each row, shape `(rows,)`: one minus the cosine of
+    mean-pooled hidden states, or, for other outputs, half the squared difference relative to the squared norm
+    of the teacher's output.
 
     Args:
         teacher: the dense model.
@@ -329,7 +330,7 @@ _TINY = 1e-30
 
 
 def _output_rows(output: Any, batch: Batch) -> Tensor:
-    """Concatenate all floating-point outputs of each row, with padding set to 0: shape `(rows, numbers)`."""
+    """Concatenate all floating-point outputs of each row, with padding set to 0: shape `(rows, values)`."""
     parts = []
     for value in _tensors(output, batch):
         mask = token_mask(batch, value.shape[:2]) if value.ndim > 2 else None
@@ -451,7 +452,7 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
     return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()
 
 
-#: Number of logits processed at a time: on a CPU they fit into the cache; on other devices.
+#: Number of logits processed at a time: on a CPU, where they fit into the cache, and on other devices.
 _CACHED, _CHUNK = 1 << 18, 1 << 27
 
 

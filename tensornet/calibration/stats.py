@@ -171,7 +171,7 @@ class CalibrationStats:
 
 
 def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Collect the distinct tensors of one side of the statistics.
+    """Collect the distinct tensors of the moments of rows or columns.
 
     Args:
         moments: moments by layer; layers may share a tensor.

@@ -37,11 +37,11 @@ class Candidate:
         topology: topology of the network; None means the dense matrix in the dtype of the model.
         storage: how the cores are stored.
         num_bytes: exact size in bytes, including scales and padding.
-        params: count of stored numbers.
+        params: number of stored values, including scales.
         predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
         error: relative Frobenius error.
-        cost: loss increase predicted with little damping of the gradient moments, by which candidates are
-            compared. Little damping ranks candidates best but underestimates the loss on other text, so
+        cost: loss increase for comparing candidates, predicted with little damping of the gradient moments.
+            Little damping ranks candidates best but underestimates the loss on other text, so
             `predicted_loss` uses more damping.
         milliseconds: predicted time of a forward pass; 0 if no token count was given.
         number_format: for a dense matrix, the name of its number format as the user gave it; else empty.
@@ -115,7 +115,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
         else:
             blocked.add(layer)
     # Second choice: stop at the first step that does not fit, then replace one candidate by the one that
-    # saves most. The choice of less cost is returned.
+    # saves most. The first or the second choice is returned, whichever costs less.
     other, left = list(start), budget - total_size(curves, start)
     for layer, candidate, growth in steps:
         if growth > left:
@@ -182,7 +182,7 @@ def decide_alone(
 
     Args:
         dense: number of parameters of each dense layer.
-        ratio: largest fraction of these parameters to keep.
+        ratio: largest fraction of the dense parameters to keep.
         decide: function that returns the candidate for a layer index and a ratio; it raises `BudgetError` if
             there is none.
         stay: function that returns the candidate of a layer that stays dense, and its number of parameters.
@@ -252,9 +252,9 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
     """Find the smallest candidate of each layer, and the order of the steps to larger candidates.
 
     Returns:
-        The index of the smallest candidate of each curve, that of least cost if several are smallest; and
-        `(curve, candidate, growth in size)` for all steps along the lower convex hulls, ordered by decreasing
-        saving per unit of size.
+        The index of the smallest candidate of each curve (if several are smallest, the one of least cost);
+        and `(curve, candidate, growth in size)` for all steps along the lower convex hulls, ordered by
+        decreasing saving per unit of size.
 
     Example:
         >>> from tensornet.compression.allocate import CostCurve, hull_steps
@@ -297,7 +297,7 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 # --- all limits of a configuration ------------------------------------------------------------------
 
-#: Default format of all layers without calibration data.
+#: Number format of all layers if there are neither calibration data nor `formats`.
 _BLIND = "int8"
 #: Largest number of layers named in an error.
 _NAMED = 4
@@ -398,7 +398,7 @@ class Cap(NamedTuple):
 def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
     """Choose one candidate for each layer, such that several limits are kept and the total cost is small.
 
-    The limits are combined into one limit by a weighted mean, which every choice that keeps all limits keeps
+    The limits are combined into one limit by a weighted mean; a choice that keeps all limits keeps this one
     too. The weights of exceeded limits are raised until all limits are kept.
 
     Args:
@@ -457,7 +457,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
 def allowed_bytes(
     config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
 ) -> dict[str, float]:
-    """Compute the bytes that each budget of bytes leaves for the targeted layers, by the name of the budget.
+    """Compute how many bytes each budget of bytes leaves for the targeted layers, by name of the budget.
 
     Args:
         config: the configuration.
@@ -542,7 +542,7 @@ def _choose_alone(
                 raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Return the dense matrix, or the smallest candidate if `max_bond` excludes it."""
+            """Return index and size of the dense matrix, or of the smallest candidate if there is none."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

@@ -59,8 +59,8 @@ def apply_plan(
     Args:
         model: the model for which the plan was made.
         plan: the plan; it may have been edited or loaded.
-        stats: the statistics with which the plan was made; plans do not contain the moments, on which the
-            cores depend.
+        stats: the statistics with which the plan was made. The cores depend on their moments, which a plan
+            does not contain.
         progress: whether to show a progress bar.
         made: cache of new layers by name and scheme: layers in it are reused, others are added.
         dense: receives the replaced modules by name, for `put_back`.
@@ -70,7 +70,7 @@ def apply_plan(
 
     Raises:
         TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
-        TopologyError: the family of a planned topology does not make such cores.
+        TopologyError: the family of a planned topology makes cores of other shapes than planned.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
@@ -168,7 +168,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
 
     Args:
         model: the compressed model.
-        matrices: weights of stock layers by name; by default, a layer's weight is rebuilt from its cores.
+        matrices: weights for the stock layers, by name; other weights are rebuilt from the cores.
 
     Returns:
         The same model; frozen parameters stay frozen.
@@ -219,7 +219,7 @@ def check_stats(stats: Any) -> None:
     """Check that `stats` is a `CalibrationStats` or None.
 
     Raises:
-        TypeError: it is not; the message shows its type.
+        TypeError: it is neither; the message shows its type.
     """
     advice = "collect them by tensornet.calibrate(model, batches), or read a file by CalibrationStats.load"
     if stats is not None:
@@ -251,7 +251,7 @@ def _warn_of_underflow(
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
-    """Warn of layers in which weights became zero, because scales of the number format underflowed."""
+    """Warn of layers in which some weights became zero because scales of the number format underflowed."""
     found: dict[str, list[str]] = {}
     for layer in work:
         target = targets[layer.name]
@@ -288,7 +288,7 @@ def _compressed(
         The new modules, and the relative error of the weight.
 
     Raises:
-        TopologyError: the family of the planned topology does not make such cores.
+        TopologyError: the family of the planned topology makes cores of other shapes than planned.
     """
     assert layer.topology is not None
     family = topology_family(layer.topology.family)

@@ -43,8 +43,8 @@ from tensornet.topology import Topology
 PREDICTED_BITS = 4
 #: Number of rows that are sampled to estimate the rounding residuals of all rows.
 PREDICTED_ROWS = 64
-#: Rows and columns of the part of a matrix that is rounded to 2 or 3 bits, and sweeps of descent on it. The
-#: part gets fewer sweeps than a whole matrix, which would gain 2 to 3 % less from the same number of sweeps.
+#: Rows and columns of the part of a matrix that is rounded to 2 or 3 bits, and sweeps of descent on it. A
+#: small part gains 2 to 3 % more from a sweep than a whole matrix, so it gets fewer sweeps.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
@@ -58,10 +58,10 @@ def find_candidates(
     objective: str,
     stats: CalibrationStats | None,
 ) -> Iterator[list[Candidate]]:
-    """Yield the candidates of each layer that keep the limits on single layers.
+    """Yield, layer by layer, the list of candidates that keep the limits on single layers.
 
     Args:
-        targets: the weights.
+        targets: the weights to compress.
         config: the options; the limits are `max_bond` and `rel_error`.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
@@ -140,7 +140,7 @@ def _of_layer(
             matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
         )
         other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # with other limits, bytes do not decide
+        rivals = found if other_caps == (None, None, None) else []  # other limits may favor more bytes
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
@@ -221,7 +221,7 @@ def network_candidates(
     sizes: "Sizes | None" = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
-    """List the networks of one family that may replace a matrix, with one storage, by increasing bond.
+    """List the networks of one family that may replace a matrix, for one storage, by increasing bond.
 
     The dense matrix is the last candidate, unless `max_bond` excludes some networks.
 
@@ -232,8 +232,8 @@ def network_candidates(
         family: a registered topology family.
         config: limits and options of the family; networks with an error above `rel_error` are dropped.
         sizes: counts bytes and predicts times; pass the same object for all layers.
-        rivals: other candidates of the layer: networks above their lower convex hull over bytes are dropped,
-            first by a lower bound of the loss, the loss before the cores are rounded.
+        rivals: other candidates of the layer. Networks above the lower convex hull of their costs over bytes
+            are dropped, some already before their cores are rounded, since rounding only adds loss.
 
     Raises:
         TopologyError: an option is unknown, or does not fit the matrix.
@@ -255,7 +255,7 @@ def network_candidates(
     encoding = None
     if storage.quantized:
         # If scales would underflow, the network is rounded and its loss measured. Predictions assume factors
-        # of equal size, but in a pivoted network one factor is as small as the matrix.
+        # of equal magnitude, but in a pivoted network one factor has values as small as the matrix.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )
@@ -296,7 +296,7 @@ def network_candidates(
 
 
 def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
-    """Return the indices of points `(bytes, cost)` below the lower hull of the rivals, or beyond its ends.
+    """Return the indices of the points below the lower hull of the rivals, or smaller than all rivals.
 
     Args:
         rivals: candidates that define the hull.
@@ -315,9 +315,9 @@ def keep_promise(
 ) -> list[Candidate]:
     """Drop candidates whose measured error exceeds `rel_error`.
 
-    The errors of candidates are estimates, made before rounding and before cores are fitted to the loss,
-    which may increase the Frobenius error. So candidates are decomposed by increasing size until the error of
-    a candidate is small enough; all smaller candidates are dropped.
+    The errors of candidates are estimates. Rounding cores and fitting them to the loss may both increase the
+    Frobenius error. So candidates are decomposed by increasing size until the error of a candidate is small
+    enough; all smaller candidates are dropped.
 
     Args:
         candidates: candidates of one layer whose estimated errors are small enough.
@@ -403,15 +403,15 @@ def dense_candidates(
     names: Sequence[NumberFormat] | None = None,
     target: str | None = None,
 ) -> list[Candidate]:
-    """Make one candidate for the dense matrix in each number format, in their order.
+    """Make one candidate, the dense matrix, for each number format, in the order of `formats`.
 
     Args:
         matrix: the weight, shape `(out, in)`.
         sensitivity: sensitivity of the loss to errors of the weight.
-        formats: number formats in this layer.
+        formats: number formats that this layer may have.
         sizes: counts bytes and predicts times.
         corrections: see `format_losses`.
-        names: formats in the configuration that `formats` replace in this layer.
+        names: the formats of the configuration that `formats` replace in this layer, in the same order.
         target: export target in whose files the bytes are counted; None for files of this library.
     """
     sizes = sizes or Sizes()
@@ -443,7 +443,7 @@ def format_losses(
     formats: Sequence[NumberFormat],
     corrections: Corrections | None = None,
 ) -> list[FormatLosses]:
-    """Predict the losses of a dense matrix in each number format, in their order.
+    """Predict the losses of a dense matrix in each number format, in the order of `formats`.
 
     Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix. For floats, and
     for integers whose scales underflow, the whole matrix is rounded.
@@ -452,8 +452,8 @@ def format_losses(
         matrix: the weight, shape `(out, in)`.
         sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats.
-        corrections: losses of a part of the matrix, from `losses_of_parts`, which is faster for several
-            matrices at once; computed if absent.
+        corrections: losses of a part of the matrix, computed by `losses_of_parts` if absent; a single call of
+            that function for several matrices is faster.
     """
     coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
@@ -478,9 +478,9 @@ def layer_formats(
 ) -> tuple[NumberFormat, ...]:
     """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
-    A format whose super-blocks do not divide the inputs is replaced by the dtype of the model, and so is a
-    format of an export target whose groups do not divide the inputs. If the configuration has the default
-    formats and 8-bit scales would underflow, they are replaced by formats with 16-bit scales.
+    A format whose super-blocks do not divide the number of inputs is replaced by the dtype of the model. So
+    is a format of an export target whose groups do not divide it. If the configuration has the default
+    formats and 8-bit scales would underflow, formats with 16-bit scales are used instead.
 
     Args:
         matrices: the weights.
@@ -541,11 +541,11 @@ def losses_of_parts(
 ) -> list[Corrections]:
     """Round a part of each matrix to formats of 2 and 3 bits, and predict the losses of the same part.
 
-    Parts of equal shape are rounded as one stack, since rounding makes many small calls, whose overhead would
-    exceed their arithmetic for a single part. Formats that do not fit a matrix are left out.
+    Parts of equal shape are rounded as one stack: for a single part, the overhead of the many small calls
+    would take longer than the computation. Formats that do not fit a matrix are left out.
 
     Args:
-        layers: weights and sensitivities of the loss to errors of these weights.
+        layers: pairs of a weight and the sensitivity of the loss to its errors.
         formats: the formats of 2 and 3 bits.
 
     Returns:
@@ -627,9 +627,9 @@ def _predicted(
 
 
 class Sizes:
-    """Counts stored numbers and bytes and predicts times, and remembers the results for layers of one shape.
+    """Counts stored values and bytes, predicts times, and reuses the results for layers of the same shape.
 
-    Times are those of a forward pass by the fastest route that does not cache the matrix.
+    Times are those of a forward pass by the fastest contraction that does not cache the matrix.
 
     Args:
         tokens: number of tokens in the forward pass; if absent, all times are 0.
@@ -643,7 +643,7 @@ class Sizes:
     def of(
         self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
     ) -> list[tuple[int, int, float]]:
-        """Return `(stored numbers, bytes, milliseconds)` of each topology in a list by increasing bond."""
+        """Return `(stored values, bytes, milliseconds)` of topologies that are sorted by increasing bond."""
         # The first and the last topology identify the list; hashing all topologies would be slow.
         key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
         if key not in self._known:

@@ -44,7 +44,7 @@ def compress(
 
     If there are batches, predicted losses of number formats are checked by measuring (see `verify` of
     `CompressionConfig`), and the loss is measured before and after compression, on at most 2,048 tokens. A
-    `CalibrationWarning` is given if the loss increase is far above its prediction or the allowed one.
+    `CalibrationWarning` is given if the loss increase is far above its prediction, or above the allowed one.
 
     After the replacement the model is run on one batch. If code outside of a layer reads its weight, the
     layer becomes dense again (`CompressionReport.put_back`).
@@ -162,8 +162,8 @@ def gather(
     error of the weights.
 
     Returns:
-        Batches and loss for measurements, and `statistics`, which are None if they are not needed or there is
-        no data.
+        Batches and loss function for measurements, and `statistics`, which are None if they are not needed or
+        there is no data.
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source, statistics=calibration)

@@ -4,9 +4,9 @@ The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large 
 in all-MiniLM-L6-v2, one output channel in front of a layer norm has thousands of times the power of the
 others. An error of one percent in this channel is larger than all other channels, and gradients at the dense
 weights do not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of
-all such layers of a block together. If it is far above the sum of their predictions, the layers are halved
-repeatedly to find those that cause it. The predictions for these layers are multiplied by the ratio of
-measured to predicted loss, and the plan is made again.
+all such layers of a block together. If it is far above the sum of their predictions, halves of this set of
+layers are measured, and so on, to find the layers that cause it. The predictions for these layers are
+multiplied by the ratio of measured to predicted loss, and the plan is made again.
 
 `correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
 factor that depends on the size.
@@ -53,14 +53,14 @@ TOKENS = 1024
 #: Largest number of rounds of planning and measuring; largest number of groups of layers in a round (blocks
 #: are merged if there are more); largest number of measurements in a round to find layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
-#: A prediction is raised if the measured loss is larger than `_TOO_LOW` times the prediction, and larger than
-#: the prediction plus `_SHARE` times that of the whole plan; `_MOST` is the largest factor of a raise.
+#: A prediction is raised, at most by the factor `_MOST`, if the measured loss is larger than `_TOO_LOW` times
+#: the prediction, and larger than the prediction plus `_SHARE` times the predicted loss of the whole plan.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
-#: With at least this many groups, a factor common to all layers is removed: the median of measured over
+#: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
 #: predicted loss.
 _COMMON = 4
-#: Layers are measured if the power of their strongest output over that of the median output, times the
-#: squared relative error of the weight, exceeds this. The error of one output may then exceed all others.
+#: Layers are measured if the power of their strongest output relative to the median output, times the squared
+#: relative error of the weight, exceeds this. The error of this output may then exceed all other outputs.
 _OUTLIER = 10.0
 #: Exceptions of models whose blocks cannot be skipped, since the model needs more of a block than its output.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -158,9 +158,9 @@ def correct_by_measuring(
 ) -> Prepared:
     """Correct predicted losses by loss increases that are measured at a few sizes of the model.
 
-    A copy of the model that shares its weights is compressed to each size and run on the text; nothing is
-    trained, and the model is not changed. Each size takes one compression and three forward passes over the
-    text. Loss increases below twice their standard error are ignored.
+    A copy of the model that shares its weights is compressed to each size and run on the validation data;
+    nothing is trained, and the model is not changed. Each size takes one compression and three forward passes
+    over the data. Loss increases below twice their standard error are ignored.
 
     Args:
         prepared: the candidates of this model, from `prepare`.
@@ -223,12 +223,12 @@ def correct_by_measuring(
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
-    """Group the layers of a plan whose predictions are uncertain by block, with at most `GROUPS` groups.
+    """Group layers with uncertain predictions into at most `GROUPS` groups, by block.
 
     Args:
         plan: the plan.
         powers: result of `_outlier_powers`.
-        suspects: names of layers that are uncertain because another scheme of theirs was.
+        suspects: names of layers whose prediction was too low in another scheme.
     """
     blocks: dict[str, list[LayerPlan]] = {}
     for layer, name in zip(plan, layer_names([layer.name for layer in plan]), strict=True):
@@ -358,7 +358,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the largest loss increase of a group for which its predictions are not raised."""
+        """Compute the largest measured loss increase of a group that does not raise its predictions."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 
@@ -387,7 +387,7 @@ class _Trial:
         return increase if known else replace(increase, mean=math.inf, stderr=0.0)
 
     def _losses(self, model: nn.Module, first: int = 0, *, record: bool = False) -> Tensor:
-        """Compute the losses of all rows, shape `(tokens,)`.
+        """Compute the losses of all tokens of the batches, shape `(tokens,)`.
 
         Args:
             model: the dense model, or a copy with compressed layers.

@@ -180,8 +180,8 @@ def measure(
         reference: the dense model, or the result of `record_losses`. With the dense model, first-order
             effects are removed as described at the top of this module, unless they exceed twice their
             standard error.
-        batches: batches as for `calibrate`, all of which are used; ignored if losses were recorded, which
-            contain their batches.
+        batches: batches as for `calibrate`, all of which are used; ignored if `reference` is a result of
+            `record_losses`, which contains its batches.
         loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
             `losses_against(reference)` if absent.
         source: name of the text, for reports.
@@ -351,7 +351,7 @@ class Forecast:
             tokens, positive and increasing.
 
     Raises:
-        BudgetError: the numbers are not positive and increasing.
+        BudgetError: the points are not positive and increasing.
     """
 
     points: tuple[tuple[float, float], ...] = ()
@@ -395,7 +395,7 @@ class Forecast:
         return _along(self.points, predicted)
 
     def kl(self, predicted: float) -> float:
-        """Return the corrected divergence; to second order it equals the predicted loss increase."""
+        """Predict the divergence from a predicted loss increase; without measurements both are equal."""
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:
@@ -408,7 +408,7 @@ UNMEASURED = Forecast()
 
 
 def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Sort pairs, and drop each pair that does not exceed the previous pair in both numbers."""
+    """Sort pairs, and drop each pair that does not exceed the previous pair in both entries."""
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     for a, b in sorted(pairs):
         if a > points[-1][0] and b > points[-1][1]:

@@ -80,7 +80,7 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Count of stored numbers as planned, including padding, scales and row orders."""
+        """Planned number of stored values, including padding, scales and row orders."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
@@ -90,7 +90,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes as planned, including packed integers, scales, zero points and row orders."""
+        """Planned bytes, including packed integers, scales, zero points and row orders."""
         if self.topology is None:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks
@@ -193,7 +193,7 @@ class RaisedLoss:
     Args:
         layer: name of the layer.
         scheme: number format and topology of the layer, as printed in plans.
-        factor: measured over predicted loss increase, by which the prediction was multiplied.
+        factor: ratio of measured to predicted loss increase; the prediction was multiplied by it.
     """
 
     layer: str
@@ -291,7 +291,7 @@ class CompressionPlan:
 
     @property
     def params_after(self) -> int:
-        """Count of stored numbers of all targeted weights as planned."""
+        """Planned number of stored values of all targeted weights."""
         return sum(layer.params_after for layer in self.layers)
 
     @property
@@ -301,7 +301,7 @@ class CompressionPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all targeted weights as planned."""
+        """Planned bytes of all targeted weights."""
         return sum(layer.bytes_after for layer in self.layers)
 
     @property

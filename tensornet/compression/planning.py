@@ -87,7 +87,8 @@ class Prepared:
                 configuration.
 
         Raises:
-            BudgetError: the budget cannot be kept, or a limit is given on which the candidates depend.
+            BudgetError: the budget cannot be kept, or contains another limit, such as `max_bond`, on which
+                the candidates already depend.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
             raise BudgetError(
@@ -181,7 +182,7 @@ class Prepared:
         return replace(self.facts, layers=tuple(layers), loss_check=check)
 
 
-#: Export targets whose kernels fuse each of the sets of layers in `FUSED`, which then need one number format.
+#: Export targets whose kernels fuse layers: the layers of each set in `FUSED` need the same number format.
 FUSING = ("compressed-tensors",)
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -130,16 +130,16 @@ class CompressionReport:
     """Result of `compress`; `str(report)` is the table of its plan with the certified errors.
 
     Args:
-        model_params_before, model_params_after: count of stored numbers of the whole model: elements of
+        model_params_before, model_params_after: number of stored values of the whole model: elements of
             parameters, integer codes, scales and zero points. Tied tensors are counted once.
-        model_bytes_before, model_bytes_after: bytes of these numbers in memory.
+        model_bytes_before, model_bytes_after: bytes of these values in memory.
         seconds: wall time of the compression.
         plan: the plan that was applied, with the certified error of each layer.
         coverage: counts of the parameters that the plan covers and does not cover.
         measured: loss increase measured on a few rows of the data, to compare with
             `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
         put_back: layers that are dense again because other code reads their weight, with the reason.
-        was_run: whether the compressed model was run on a batch, to find such code.
+        was_run: whether the compressed model was run on a batch, to find code that reads weights.
         rounded: number formats of parameters that do not belong to layers, such as the shared cores of
             experts, by name. They are not part of the plan and its predictions.
 
@@ -261,9 +261,9 @@ class CompressionReport:
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """Count the stored numbers and the bytes of a model, `(numbers, bytes)`.
+    """Count the stored values and the bytes of a model, `(values, bytes)`.
 
-    A packed code, scale or zero point counts as one number; tied tensors are counted once.
+    A packed code, scale or zero point counts as one value; tied tensors are counted once.
     """
     sizes = {id(x): (x.numel(), x.nbytes) for x in model.parameters()}
     for layer in model.modules():

@@ -62,7 +62,7 @@ def layer_sensitivity(
         target: the weight.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
-        damping: fraction of the mean diagonal that is added to gradient moments for the choice.
+        damping: fraction of the mean diagonal that is added to gradient moments for `Sensitivity.choice`.
         rounding: how integers are rounded, see `CompressionConfig`.
 
     Returns:

@@ -161,7 +161,7 @@ def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Pat
         path: path of the file, for messages.
 
     Raises:
-        FormatError: the stock layer has another kind or shape.
+        FormatError: the stock layer has another type or shape.
         TargetError: the `forward` of the stock layer was replaced.
     """
     kind = kind_of(stock)

@@ -324,7 +324,7 @@ def _plain(axes: "Axes", *, grid: str | None) -> None:
 
 
 def grid_of(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:
-    """Arrange layers in a table: kinds as rows, blocks as columns.
+    """Arrange layers in a table: a row for each kind of layer, a column for each block.
 
     Returns:
         Labels of rows and of columns, and `(row, column)` of each layer by its name.

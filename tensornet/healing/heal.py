@@ -37,7 +37,7 @@ class HealReport:
     Args:
         losses: distance to the dense model at each step of this call.
         steps: total number of steps, including steps of earlier calls that this call resumed.
-        trained: number of trained numbers.
+        trained: number of trained values.
         seconds: time of this call by `clock`.
 
     Example:
@@ -97,8 +97,8 @@ def heal(
             during training. `"trainable"`: all parameters that require gradients now, such as adapters on
             frozen cores. `"auto"`: `"cores"` if every compressed layer then has something to train, else
             `"vectors"`.
-        autocast: dtype in which both models run under autocast; `torch.bfloat16` is twice as fast on recent
-            processors and changes the result little.
+        autocast: dtype in which both models run under autocast; on recent processors `torch.bfloat16` is
+            twice as fast as float32, and it changes the result little.
         max_seconds: time after which training stops; the learning rate then decreases with time.
         clock: function that returns the time in seconds: wall time by default; use `time.process_time` on a
             shared machine.
@@ -145,7 +145,7 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # A fused step makes one pass over memory instead of seven, which take a quarter of a step on a CPU.
+        # A fused optimizer passes over memory once, not seven times; these take a quarter of a step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],
@@ -204,12 +204,12 @@ def heal(
 
 
 def default_rate(parameters: Parameters) -> float:
-    """Return the default learning rate, which is absolute for `"trainable"` and else relative."""
+    """Return the default learning rate: absolute for `"trainable"`, else relative to the parameters."""
     return 1e-4 if parameters == "trainable" else 5e-4
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Yield batches, repeating them endlessly, without the first `skip` batches of an earlier run."""
+    """Yield batches, repeating them endlessly, without the first `skip`, which an earlier run has used."""
     position = 0
     while True:
         before = position
@@ -255,8 +255,8 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
 
 # --- what is trained ------------------------------------------------------------------------------
 
-#: Factors on the learning rate of cores, for gains and biases, and for codes (in units of the grid). With the
-#: rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of their rounding
+#: Learning rates relative to that of cores, for gains and biases, and for codes (in units of the grid). With
+#: the rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of rounding
 #: intervals, so a code changes only when its updates add up to half a unit. At much larger rates many codes
 #: would change at the same step.
 VECTOR_RATE, CODE_RATE = 6.0, 40.0

@@ -100,9 +100,9 @@ def refine(
         batches: batches as for `calibrate`, with tens of thousands of tokens, since matrices are fitted.
         stats: calibration statistics, for the sensitivity to output errors and for input moments over more
             tokens. If absent, all outputs have equal weight, and moments are those of the batches.
-        correction: fraction of the step towards the dense model's outputs, from 0 (fit `W` to the inputs x')
-            to 1.
-        anchor: weight of the moment of x relative to that of x'; with 0 only x' counts.
+        correction: fraction of the step towards the dense model's outputs, from 0 (only fit the dense matrix
+            to the layer's inputs in the compressed model) to 1.
+        anchor: weight of the layer's inputs in the dense model, relative to those in the compressed model.
         damping: fraction of the mean diagonal that is added to gradient moments.
         autocast: dtype in which both models run under autocast, as in `heal`.
         progress: whether to show a progress bar.
@@ -219,7 +219,7 @@ def refine(
 
 
 def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMoments") -> float:
-    """Compute the relative squared output error `E |W x - M x'|^2 / E |W x|^2` of a layer of matrix `M`.
+    """Compute the relative squared output error `E |W x - M x'|^2 / E |W x|^2` of a compressed layer.
 
     Args:
         layer: the compressed layer, with the matrix `M`.

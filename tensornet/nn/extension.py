@@ -50,7 +50,7 @@ class ModelExtension:
     """
 
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Return a context manager in which every weight matrix of the model is a layer.
+        """Return a context in which every weight matrix of the model is a layer.
 
         It is used while a model is calibrated, planned or changed. On exit, layers that were not replaced are
         converted back to the form in which the model stores them.
@@ -78,7 +78,7 @@ class ModelExtension:
 
         Returns:
             True if the extension adapts how the model is saved. If no extension does and the model has a
-            method `save_pretrained`, a warning says that it cannot save the new layers.
+            method `save_pretrained`, a warning says that this method cannot save the new layers.
         """
         return False
 

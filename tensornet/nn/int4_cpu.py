@@ -41,7 +41,7 @@ _GROUPS = (128, 64, 32)
 #: products are faster up to half this number. With AMX instructions products with the unpacked matrix are
 #: three to four times as fast, but the kernel is not.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
-#: Largest default size of the layout, in units of the stored bytes.
+#: Default limit on the size of the layout, in units of the stored bytes.
 MAX_GROWTH = 1.75
 #: Number of elements to convert, or to unpack and multiply, at a time; they take 8 MiB.
 _BLOCK = 2**20
@@ -66,7 +66,7 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Number of kernel products whose sum is the product with the matrix, 1 or 2."""
+        """Number of kernel products to sum for one product with the matrix, 1 or 2."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
@@ -89,11 +89,11 @@ class KernelMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Largest number of tokens for which the kernel is faster."""
+        """Largest number of tokens for which the kernel is faster than unpacking; 0 on other devices."""
         return KERNEL_TOKENS // self.products if self.codes.is_cpu else 0
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Return True if the kernel is faster for this input."""
+        """Return True if the kernel can multiply this input, and is faster than unpacking."""
         return x.dtype == torch.bfloat16 and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class KernelMatrix:
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of rows with their unpacked values, each the transpose of a contiguous matrix."""
+        """Yield each slice of rows with its unpacked values, the transpose of a contiguous matrix."""
         rows, columns = self.shape
         # bfloat16 is the only 16-bit dtype with the range of the scales.
         own = torch.float32 if dtype == torch.float16 else dtype
@@ -173,7 +173,7 @@ class KernelMatrix:
 
 
 def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
-    """Order the stored scales of a layout like its codes, shape `(blocks, 2, groups, 1, half)`.
+    """Order the scales of a kernel matrix like its codes, shape `(blocks, 2, groups, 1, half)`.
 
     Args:
         scales: the scales and offsets of a `KernelMatrix`.
@@ -234,7 +234,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Count the kernel products whose sum is a product with a matrix of this format, 1 or 2."""
+    """Return the number of kernel products to sum for one product with a matrix of this format, 1 or 2."""
     return 2 if _low_bits(number_format) else 1
 
 
@@ -374,7 +374,7 @@ class Int4Core(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Count of the numbers in each stored tensor; a packed code counts as one number."""
+        """Number of values in each stored tensor; a packed code counts as one value."""
         rows, columns = self._matrix.shape
         return {"codes": rows * columns, "scales": rows * len(self.scales)}
 
@@ -415,7 +415,7 @@ def _refuse_saving(module: nn.Module, *_: object) -> None:
 
 @torch.no_grad()
 def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -> nn.Module:
-    """Convert integer layers to the layout of torch's int4 kernel for the CPU, which multiplies faster.
+    """Convert integer layers to the layout of torch's int4 kernel for the CPU, so that passes are faster.
 
     A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
     strategy `"auto"` or `"factorized"`. An embedding that is tied to a converted output head reads its rows

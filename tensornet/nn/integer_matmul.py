@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Number of elements unpacked at a time, with scales applied to them and without.
+#: Number of elements unpacked at a time if scales are applied to them, and if not.
 _BLOCK, _POINTS = 2**17, 2**20
 #: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24
@@ -61,9 +61,9 @@ class IntegerMatrix:
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
         """Return scales of the rows, shape `(out,)`, if the outputs are scaled instead of the weights.
 
-        This is faster, and possible if codes have 8 bits and a row has one scale, since 8-bit codes are exact
-        in bfloat16. Otherwise the result is None, also for `torch.float16`, in which products with unscaled
-        integers may overflow.
+        Scaling the outputs is faster. It needs codes of 8 bits (exact in bfloat16) and one scale for each
+        row; otherwise the result is None. It is also None for `torch.float16`, in which products with
+        unscaled integers may overflow.
         """
         trained = self.codes.is_floating_point()
         if trained or dtype == torch.float16 or not scales_by_row(self.number_format, self.columns):
@@ -95,12 +95,12 @@ class IntegerMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Largest number of tokens for which torch's int8 kernel is faster; 0 if it cannot read the codes."""
+        """Most tokens for which torch's int8 kernel is faster than unpacking; 0 if it cannot be used."""
         fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
         return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
 
     def has_kernel(self, x: Tensor) -> bool:
-        """Return True if torch's int8 kernel can read the codes and is faster for this input."""
+        """Return True if torch's int8 kernel can multiply this input, and is faster than unpacking."""
         return x.dtype == torch.bfloat16 and x.is_cpu and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:

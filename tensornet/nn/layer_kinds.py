@@ -245,7 +245,7 @@ ACCELERATE = (HOOK, WRAPPED) = ("_hf_hook", "_old_forward")
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copy the hooks of a module to the module that replaces it.
 
-    Both modules share the dictionaries of hooks, so that handles of existing hooks can still remove them.
+    Both modules share the dictionaries of hooks, so that an existing handle can still remove its hook.
 
     >>> old, new = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)

@@ -102,7 +102,7 @@ class TensorNetworkLinear(NetworkModule):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The only core of a layer that multiplies by one matrix of integers; None for other layers."""
+        """The core of a layer whose only core is an integer matrix; None for other layers."""
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
@@ -145,7 +145,7 @@ class TensorNetworkLinear(NetworkModule):
         known = self._integers
         if known is None or known.codes is not core.packed_codes() or known.scale_bits is not core.scales:
             known = IntegerMatrix.of(core)
-            # Scales that are computed from stored integers could be out of date, so they are not cached.
+            # Scales that are computed from stored integers are not cached, since the integers may change.
             computed = core.number_format.scale_bits is not None
             self._integers = None if computed or is_compiling() else known
         return known
@@ -302,7 +302,7 @@ class MPOLinear(TensorNetworkLinear):
         sites: number of cores if dims are absent, 3 by default.
         bond_dims: size of each bond between two cores.
         max_bond: largest size of a bond.
-        topology: an MPO topology, in place of the five arguments above.
+        topology: an MPO topology, in place of `out_dims`, `in_dims`, `sites`, `bond_dims` and `max_bond`.
         options: further arguments of `TensorNetworkLinear`.
 
     Raises:
@@ -356,7 +356,7 @@ def empty_linear(topology: Topology, **options: Any) -> TensorNetworkLinear:
 
 
 def _is_chain(topology: Topology) -> bool:
-    """Return True if the cores, of labels `(left, out, in, right)`, form a chain with open ends of size 1."""
+    """Return True if the cores, with labels `(left, out, in, right)`, form a chain with ends of size 1."""
     legs = list(zip(topology.out_labels, topology.in_labels, strict=False))
     if not len(legs) == len(topology.out_labels) == len(topology.in_labels) == len(topology.cores):
         return False

@@ -182,7 +182,7 @@ class NetworkModule(nn.Module):
         self._put(stored, like)
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Tie the weight to another module, by using its stored cores instead of own ones.
+        """Tie the weight to that of another module, by using the stored cores of the other module.
 
         Raises:
             ShapeError: the modules differ in topology or storage.
@@ -209,7 +209,7 @@ class NetworkModule(nn.Module):
 
     @property
     def num_params(self) -> int:
-        """Count of stored numbers, including bias, scales and padding; each packed integer counts as one."""
+        """Number of stored values, including bias, scales and padding; each packed integer counts as one."""
         cores = sum(x.numel() if isinstance(x, Tensor) else sum(x.counts.values()) for x in self.stored_cores)
         bias = getattr(self, "bias", None)
         return cores + (bias.numel() if isinstance(bias, Tensor) else 0)
@@ -229,7 +229,7 @@ class NetworkModule(nn.Module):
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
-        """Contract the cores to a contiguous matrix that shares no memory, unlike that of `to_matrix`."""
+        """Contract the cores to a contiguous matrix that never shares memory with them."""
         matrix = self.to_matrix()
         if len(self.topology.cores) > 1 and matrix.untyped_storage().nbytes() == matrix.nbytes:
             return matrix.contiguous()
@@ -307,7 +307,7 @@ class NetworkModule(nn.Module):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The only core of a layer that multiplies by one matrix of integers; None for other layers."""
+        """The core of a layer whose only core is an integer matrix; None for other layers."""
         return None
 
     @property

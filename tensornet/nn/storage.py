@@ -1,10 +1,10 @@
 """How the cores of a layer are stored: as plain tensors, pivoted, or in a number format.
 
 **Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
-of size `d` between two cores, so `d^2` of their numbers are redundant. `G` is chosen such that `d` rows of a
+of size `d` between two cores, so `d^2` of their elements are redundant. `G` is chosen such that `d` rows of a
 core, viewed as a matrix `(other indices, bond)`, become the identity, which need not be stored. The operator
 does not change. The family chooses the bonds (`TopologyFamily.gauge_bonds`). A low-rank matrix of rank `r`
-then takes `r (out + in - r)` numbers instead of `r (out + in)`.
+then takes `r (out + in - r)` elements instead of `r (out + in)`.
 
 **Number formats.** Each core has a number format: the model's own dtype, bfloat16, or integers of 2 to 8 bits
 with a scale for each group of neighbouring inputs (`tensornet.quantization`). The family rounds cores to
@@ -135,7 +135,7 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Count stored numbers: elements, scales, zero points and row orders; a packed integer counts as one.
+        """Count stored values: elements, scales, zero points and row orders; a packed integer counts as one.
 
         Example:
             >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
@@ -154,7 +154,7 @@ class Storage:
         return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
-        """Count the stored numbers and the bytes of one core, scales and zero points included.
+        """Count the stored values and the bytes of one core, scales and zero points included.
 
         Example:
             >>> topology = tn.topologies.low_rank(out_features=6, in_features=64, rank=2)
@@ -174,10 +174,10 @@ class PackedCore(nn.Module):
     """Core that is not stored as a plain parameter, but pivoted, in bfloat16, or as integers.
 
     Integers are stored as packed `codes` with `scales`, and depending on the format with `zeros` (packed zero
-    points) or `steps` (scales of integer scales). Other numbers are stored as `values`, and the row order of
-    a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors are integer
-    buffers: scales, steps and bfloat16 values are viewed as integers with the same bits, so that `.to()` and
-    `.half()` do not convert them. Tied layers share this module.
+    points) or `steps` (scales of integer scales). Floating-point cores are stored as `values`, the row order
+    of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors are
+    integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits, so that
+    `.to()` and `.half()` do not convert them. Tied layers share this module.
 
     Entropy-coded integers are stored as `coded`, `scales` and `column_scales`. The bytes are decoded when
     they are first needed; the decoded codes, of 8 bits each, then stay in memory too.
@@ -234,7 +234,7 @@ class PackedCore(nn.Module):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Count of the numbers in each stored tensor; a packed code or zero point counts as one number."""
+        """Number of values in each stored tensor; a packed code or zero point counts as one value."""
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
         if "coded" in found:
             found["coded"] = len(self.scales) * self.columns
@@ -397,15 +397,16 @@ class TrainedCodes(nn.Parameter):
 def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
     """Convert scales and bfloat16 cores to trainable float32 parameters.
 
+    8-bit scales are not trained, since rounding them again would undo the training steps. If scales are
+    integers, only their steps are trained. In entropy-coded cores only the scales of rows are trained, since
+    changed codes would need another number of bytes.
+
     Args:
         model: a model with compressed layers or experts; cores that are already trained do not change.
         codes: whether integer codes become parameters too, as `TrainedCodes` of 4 bytes each.
 
     Returns:
-        The converted cores, for `pack_after_training`. 8-bit scales are not trained, since rounding them
-        again would undo the training steps. If scales are integers, only their steps are trained. In
-        entropy-coded cores only the scales of rows are trained, since changed codes would need another
-        number of bytes.
+        The converted cores, for `pack_after_training`.
     """
     found = [core for core in model.modules() if isinstance(core, PackedCore) and not core.is_trained]
     found = [core for core in found if core.number_format != FLOAT]
@@ -514,7 +515,7 @@ def layout(
 def _stored_parts(
     topology: Topology, storage: Storage, dtype: torch.dtype
 ) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype, int]]:
-    """List the stored tensors as `(core, part, shape, dtype, count of numbers)`.
+    """List the stored tensors as `(core, part, shape, dtype, number of values)`.
 
     The part is the name of a tensor of a `PackedCore`, such as `"scales"`; it is empty for a plain tensor.
     """
@@ -560,7 +561,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Map each core that can be pivoted to the bond on which this is done.
+    """Map each core that can be pivoted to the bond on which it is pivoted.
 
     Raises:
         TopologyError: the family is not registered.
@@ -716,7 +717,7 @@ def _rounded(
 
 
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
-    """List integer cores with one stored row for each out-leg index: lookups can unpack single rows."""
+    """List the integer cores with one stored row for each out-leg index, so that single rows can be read."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:
@@ -724,7 +725,7 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # The rows are the product of the out-legs, if no other label precedes the last out-leg.
+        # There is one row for each out-leg index if no other label precedes the last out-leg.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)

@@ -27,7 +27,7 @@ CACHED = -2
 
 
 class KeptMatrix:
-    """Cached matrix of a layer or bank with the strategy "cached", and the tensors from which it was built.
+    """Cached matrix of a layer with the strategy "cached", and the tensors from which it was built.
 
     The matrix is valid while these tensors are the same objects with the same addresses and versions. PyTorch
     increases the version of a tensor at every in-place change, so optimizer steps, `copy_` and
@@ -248,7 +248,7 @@ def product_seconds(
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
-        passes = unpack_passes(number_format, 4)  # unpacking the layout takes as long for 2 bytes as for 4
+        passes = unpack_passes(number_format, 4)  # 2-byte elements take as long to unpack in this layout
     elif scales_by_row(number_format, shape[1]):
         passes = 1.0  # only the codes are converted; the outputs are scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes

@@ -66,7 +66,7 @@ class Target:
             weight that is not the matrix of a layer, the name of the parameter.
         modules: the modules with these names; a module with several names appears several times.
         kinds: the layer kind of each module; empty for a weight that is not the matrix of a layer.
-        owners: unfused modules (`Compound`) of which the modules are parts, by name.
+        owners: unfused modules (`Compound`) that contain these modules, by name.
         skip: short reason why the weight is not compressed; empty if it will be compressed.
         parameter: the weight if it is not the matrix of a layer, else None.
     """
@@ -240,7 +240,7 @@ def _skipped(dense: Mapping[str, str]) -> str:
     """Compose a message that says why layers are skipped and what to do.
 
     Args:
-        dense: the reason for each name of a layer.
+        dense: the reason for each skipped layer, by name.
     """
     hint = ""
     for why in dict.fromkeys(dense.values()):
@@ -352,7 +352,7 @@ def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
 
     Args:
         model: any module.
-        groups: its targets.
+        groups: the targets of this model.
 
     Returns:
         The name of such a module, by the name of the target.

@@ -197,7 +197,7 @@ class Compound(nn.Module):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if this class can replace a module whose type is in `replaces`."""
+        """Return True if this class can replace `module`; its type is already known to be in `replaces`."""
         return True
 
     @classmethod
@@ -380,7 +380,7 @@ def _own(matrix: Tensor) -> Tensor:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Return a context manager in which every weight matrix is a layer that can be calibrated and replaced.
+    """Return a context in which every weight matrix is a layer that can be calibrated and replaced.
 
     Modules with several matrices (recurrent layers, stacks of experts) are replaced by equivalent modules
     with one layer for each matrix; extensions do the same for their own classes. On exit, stock modules whose

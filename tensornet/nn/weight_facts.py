@@ -105,7 +105,7 @@ def weight_facts(
         trained: parameters of the layer's cores; freezing the placeholder freezes them.
         layer: the layer, for the error message.
     """
-    # The value is NaN, so that a trace which ignores tensor subclasses does not compute wrong numbers.
+    # The value is NaN: a trace that ignores tensor subclasses then computes NaN, not plausible wrong values.
     made = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
     if torch.compiler.is_dynamo_compiling():
         return made.as_subclass(WeightFacts)
