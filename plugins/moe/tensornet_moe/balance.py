@@ -1,4 +1,4 @@
-"""Balance of the load without a loss, and how tokens are spread over experts, by layer and over a pool."""
+"""Load of experts: counts for each layer and pool, and balancing by router biases instead of a loss."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from tensornet_moe.pool import PooledExperts, find_pools
 def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
     """Move the bias of every expert by one step towards an even load: `b_e += rate * sign(mean - load_e)`.
 
-    Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load
-    is the number of choices of each expert in training since the last call, padding excluded and before any
-    is dropped: that of the layer, or that of all layers together for an `ExpertPool` with `balance="pool"`.
-    Loads are summed over processes, so that all have the same biases.
+    Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load of an expert is
+    how often routers chose it in training since the last call, before choices are dropped and without
+    padding: in one layer, or in all layers together for an `ExpertPool` with `balance="pool"`. Loads are
+    summed over processes, so that all of these get the same biases.
 
     Args:
         model: contains the mixtures.
-        group: the processes whose tokens form a step; all if absent.
+        group: the processes that train the model together; all if absent.
 
     Raises:
         RuntimeError: no router has biases, or no mixture was trained since the last call.
@@ -79,11 +79,11 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
         model: contains the mixtures, and their pools.
 
     Returns:
-        Name of a mixture or pool: tokens of each expert, shape `(E,)`, padding excluded. The load of a pool
-        is the sum over the layers that use it. Mixtures that have not run are absent.
+        Number of tokens of each expert, shape `(E,)`, padding excluded, by the name of each mixture and pool.
+        The load of a pool is the sum over the layers that use it. Mixtures that have not run are absent.
 
     Raises:
-        TargetError: the pools of the model are not owned as they should be, see `ExpertPool`.
+        TargetError: a pool is missing from the model or contained twice, or two have the same label.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))

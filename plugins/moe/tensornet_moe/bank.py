@@ -24,14 +24,14 @@ from tensornet_moe.stacked import resolve_shared
 
 
 class Borrower:
-    """Part of a module that borrows from an owner elsewhere in the model, for example from a `SharedCores`.
+    """Base of modules that use parameters of an owner elsewhere in the model, such as a `SharedCores`.
 
     A shared parameter belongs to its owner alone, and borrowers refer to the owner without registering it. So
-    state dicts, optimizers and FSDP units contain the parameter once. Descriptions contain the label of the
-    owner; `lend_shared_cores` connects modules that were built from descriptions.
+    state dicts, optimizers and FSDP units contain the parameter once. The description (`spec`) of a borrower
+    contains the owner's label; after building from descriptions, `lend_shared_cores` sets the owners.
     """
 
-    #: Class of the owner; it has a `label`, and `check_fits(borrower)`, which raises unless it can lend.
+    #: Class of the owner; it has a `label`, and `check_fits(borrower)`, which raises if the two do not fit.
     owner_kind: ClassVar[type[nn.Module]]
     #: Label of the owner; None if the module borrows nothing.
     owner_label: str | None = None
@@ -40,7 +40,7 @@ class Borrower:
 
     @property
     def owner(self) -> Any:
-        """Owner of what this module borrows; None if it borrows nothing, or if the owner was not set yet."""
+        """Owner of the borrowed parameters; None if there are none, or if the owner was not set yet."""
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: Any) -> None:
@@ -62,7 +62,7 @@ class Borrower:
         """Return the owner.
 
         Raises:
-            RuntimeError: it was not set yet.
+            RuntimeError: the owner was not set yet.
         """
         if not self._owner:
             raise RuntimeError(
@@ -121,7 +121,7 @@ class ExpertBank(nn.Module, ABC):
         """Return the matrices of the given experts, shape `(len(experts), out_features, in_features)`.
 
         Args:
-            experts: indices, repetition allowed; all experts in order if absent.
+            experts: indices of experts, which may repeat; all experts in order if absent.
 
         Raises:
             IndexError: an unknown expert, or an empty selection; see `check_experts`.
@@ -136,19 +136,19 @@ class ExpertBank(nn.Module, ABC):
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with the matrices of the active experts.
+        """Compute `y_r = W_e(r) x_r` for rows sorted by expert, from the matrices of experts that have rows.
 
         Override it if the same result can be computed without a matrix for each expert.
 
         Args:
-            x: shape `(rows, in_features)`, in the dtype of the computation.
+            x: the rows, shape `(rows, in_features)`, in the dtype of the computation.
             groups: how the rows are grouped.
 
         Returns:
             Shape `(rows, out_features)`.
         """
         active = groups.active
-        # Index cached matrices one by one, to avoid a copy for the active experts.
+        # Of cached matrices take all: selecting the active ones would copy them.
         selected = active is not None and len(active) < self.num_experts and not self.keeps_matrices()
         matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):
@@ -160,13 +160,13 @@ class ExpertBank(nn.Module, ABC):
         return (*self.parameters(), *self.shared_parameters().values())
 
     def active_params(self, top_k: float) -> float:
-        """Count the numbers that `top_k` experts use, on average over experts; shared ones count once."""
+        """Count the stored values that `top_k` experts use on average; shared values count once."""
         shared = {id(p): p.numel() for p in self.shared_parameters().values()}
         private = sum(p.numel() for p in self.parameters() if id(p) not in shared)
         return sum(shared.values()) + top_k * private / self.num_experts
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of `apply_rows` for so many rows, spread over all experts."""
+        """Count the multiply-adds of `apply_rows` for a number of rows that are spread over all experts."""
         return rows * self.out_features * self.in_features
 
     def check_experts(self, experts: Sequence[int] | Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class ExpertBank(nn.Module, ABC):
 
     @property
     def num_params(self) -> int:
-        """Number of elements that this bank owns; borrowed cores are counted by their owner."""
+        """Number of parameters that this bank owns; borrowed cores are counted by their owner."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -204,7 +204,7 @@ class SharedCores(nn.Module):
     contain it once. Put the owner into the model that contains the layers (with FSDP, into the root unit).
 
     Args:
-        topology: the operator; only its shared cores are stored here.
+        topology: topology of one expert; only its shared cores are stored here.
         shared: the cores to share, see `resolve_shared`.
         label: name of the owner in the descriptions of borrowers; it must be unique in a model.
         device, dtype: device and dtype of the cores.
@@ -245,7 +245,7 @@ class SharedCores(nn.Module):
         return getattr(self, f"core_{name}")
 
     def check_fits(self, bank: Any) -> None:
-        """Raise unless a bank of shared-core experts can borrow every core.
+        """Raise unless a `SharedCoreExperts` can borrow these cores.
 
         Raises:
             TopologyError: the bank shares other cores.
@@ -298,7 +298,7 @@ def lend_shared_cores(model: nn.Module) -> int:
         Number of modules that were connected.
 
     Raises:
-        FormatError: the model has no owner with some label, or several.
+        FormatError: a borrower's label belongs to no owner in the model, or to several.
         TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
 
     Example:
@@ -335,7 +335,7 @@ def check_not_negative(**values: float) -> None:
 
 
 def check_weights(weights: object, *shape: str) -> None:
-    """Raise ShapeError unless `weights` is a floating tensor with one dimension for each name in `shape`."""
+    """Raise ShapeError unless `weights` is a float tensor with one dimension for each name in `shape`."""
     expected = f"Expected a floating tensor of shape ({', '.join(shape)})"
     if not isinstance(weights, Tensor):
         raise ShapeError(f"{expected}, got a {type(weights).__name__}; stack matrices of one shape.")

@@ -1,4 +1,4 @@
-"""Count parameters, bytes in each number format, and arithmetic of models with mixtures."""
+"""Count parameters, bytes in each number format, and multiply-adds of models with mixtures of experts."""
 
 import math
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ class Cost:
     """Cost of a part of a model.
 
     Args:
-        stored: numbers that are stored; of integers also the scales.
-        active: numbers that one token uses.
-        multiply_adds: multiply-adds for one token, forward.
+        stored: count of stored values; the scales of integer formats count, too.
+        active: count of the stored values that one token uses.
+        multiply_adds: multiply-adds of a forward pass for one token.
     """
 
     stored: int = 0
@@ -43,9 +43,9 @@ class ModelCosts:
 
     Args:
         parts: cost of `"embeddings"`, `"experts"`, `"routers"` and `"other"`.
-        bytes: bytes of the model as it is (`"now"`), and in each number format.
-        tokens: tokens of a forward pass.
-        uncounted: weights of more than two dimensions, whose arithmetic is not counted.
+        bytes: bytes of the model as it is (`"now"`), and as it would be in each number format.
+        tokens: number of tokens in a forward pass.
+        uncounted: names of weights with more than two dimensions; their multiply-adds are not counted.
 
     Example:
         >>> costs = tm.describe(torch.nn.Linear(64, 32))
@@ -82,14 +82,15 @@ class ModelCosts:
 def describe(
     model: nn.Module, *, tokens: int = 2048, formats: Sequence[str] = ("float", "bf16", "int8", "int4")
 ) -> ModelCosts:
-    """Count parameters, bytes and arithmetic of a model, for comparisons at equal size or equal arithmetic.
+    """Count parameters, bytes and multiply-adds of a model, to compare models of equal size or speed.
 
-    - Stored: every number once. A pool counts once, whatever the number of its layers.
-    - Active: numbers that one token uses, once for each layer that uses them: of an embedding one row, of a
-      mixture the router, `top_k` experts (shared cores once) and the always-on expert, and everything else.
-    - Multiply-adds: of a forward pass, for one token: each weight of two dimensions once, and the matrices of
-      experts `top_k` times. Building the matrices of all experts from cores is done once in a pass, so its
-      share is `1 / tokens`. Scores of attention, which depend on the length of the text, and elementwise
+    - Stored: every stored value once. A pool counts once, whatever number of layers use it.
+    - Active: stored values that one token uses, counted in each layer that uses them: one row of an
+      embedding; in a mixture the router, `top_k` experts (shared cores once) and the always-on expert;
+      everything else in full.
+    - Multiply-adds of a forward pass, for one token: each weight of two dimensions counts once, the matrices
+      of experts count `top_k` times. The matrices of all experts are built from cores once in a pass, so a
+      token's share is `1 / tokens`. Attention scores, which depend on the length of the text, and elementwise
       operations are not counted.
     - Bytes: the model with all matrices of linear layers, embeddings and `SharedCoreExperts` in one number
       format, scales included. Everything else stays as it is: norms, biases, routers, low-rank deltas,
@@ -97,7 +98,7 @@ def describe(
 
     Args:
         model: any model, usually with mixtures.
-        tokens: tokens of a forward pass, over which the building of matrices is spread.
+        tokens: number of tokens in a forward pass; they share the cost of building matrices.
         formats: names of number formats, see `tensornet.quantization.NumberFormat`; `"float"` is the dtype of
             the model.
 
@@ -107,8 +108,8 @@ def describe(
     Raises:
         ValueError: `tokens` is below 1.
         FormatError: an unknown number format.
-        TargetError: experts are spread over processes, or the pools of the model are not owned as they should
-            be, see `ExpertPool`.
+        TargetError: experts are spread over processes; or a pool is missing from the model or contained
+            twice, or two pools have the same label.
 
     Example:
         >>> model = torch.nn.Module()
@@ -172,7 +173,7 @@ def describe(
 
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
-    """Add the experts that one layer uses for a token."""
+    """Add what the experts of one layer cost for one token."""
     routed = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
     for network, count in ((routed, layer.router.experts_per_token), (layer.shared_expert, 1)):
         if network is None:
@@ -186,7 +187,7 @@ def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> No
 
 
 def _bytes(model: nn.Module, formats: Sequence[str]) -> dict[str, int]:
-    """Count the bytes of the model now, and with its matrices in each number format."""
+    """Count the bytes of the model as it is, and with its matrices in each number format."""
     tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
     now = sum(tensor.nbytes for tensor in tensors.values())
     storages = {name: Storage(number_format=NumberFormat.parse(name)) for name in formats}

@@ -1,10 +1,10 @@
 """Compression of a model whose stacks of experts may share a core.
 
-A stack is the same matrix of all experts of one mixture, or of the mixtures of all layers. Its networks may
-share a projection of the inputs, a basis of the outputs or a base matrix (`shared_low_rank.py`). For the
-allocation a stack is one layer. Its candidates are the best separate networks of every total size, and the
-shared networks of every rank and number format; one of them is chosen. What a stack saves by sharing is spent
-on the layers for which it lowers the predicted loss most.
+A stack has one matrix, such as the up projection, of each expert in a mixture, or in the mixtures of all
+layers. Its networks may share a projection of the inputs, a basis of the outputs or a base matrix
+(`shared_low_rank.py`). When the budget is allocated, a stack counts as one layer. Its candidates are the best
+separate networks of every total size, and the shared networks of every rank and number format; one of them is
+chosen. What a stack saves by sharing is spent on the layers for which it lowers the predicted loss most.
 """
 
 import time
@@ -58,9 +58,9 @@ class SharedStack:
         pattern: `"inputs"`, `"outputs"` or `"base"`.
         topology: network of one expert.
         storage: number formats of its cores.
-        params_before, params_after: stored numbers of all experts; the shared core counts once.
+        params_before, params_after: number of parameters of all experts; the shared core counts once.
         bytes_before, bytes_after: bytes of all experts.
-        loss_increase: predicted loss increase, before the forecast corrects it.
+        loss_increase: predicted loss increase, not yet corrected by measured losses.
         errors: measured relative Frobenius error of each expert.
 
     Example:
@@ -102,8 +102,8 @@ class ExpertsReport:
     Args:
         stacks: experts that share a core.
         plan: plan of all other targeted weights, with their certified errors.
-        model_params_before, model_params_after: stored numbers of the whole model.
-        model_bytes_before, model_bytes_after: their size in memory.
+        model_params_before, model_params_after: number of parameters of the whole model.
+        model_bytes_before, model_bytes_after: bytes of the whole model in memory.
         predicted_loss_increase: predicted increase of the loss per token by all layers and stacks together.
         seconds: wall time.
         measured: loss increase measured on a few rows of the calibration batches; None without batches.
@@ -193,8 +193,8 @@ def compress_experts(
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
         config: the options, with a budget of parameters, bytes or predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
-        across_layers: let the experts of all layers share a core, too, where that predicts less loss than
-            sharing in each layer and than separate networks.
+        across_layers: consider also that the experts of all layers share a core; this is chosen where its
+            predicted loss is lower than with sharing in each layer and with separate networks.
         progress: show progress bars.
 
     Raises:
@@ -234,7 +234,7 @@ def compress_experts(
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
         except BudgetError:
-            # Shared networks may fit a budget that separate ones exceed: check the smallest separate ones.
+            # Shared networks may fit a budget that separate ones exceed: check at the smallest separate size.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
@@ -267,7 +267,8 @@ def compress_experts(
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
             reports.append(report)
-        with replaced(model, made):  # first, or a mixture without separate networks would be fused again
+        # Before `apply_plan`, which would otherwise fuse mixtures without separate networks again.
+        with replaced(model, made):
             errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
             structure_changed(model)
 
@@ -316,12 +317,12 @@ def _check_options(config: CompressionConfig) -> None:
 
 @dataclass(frozen=True)
 class SharedCandidate:
-    """Networks of all experts of one stack that share one core.
+    """Candidate for a whole stack: the networks of its experts share one core.
 
     Args:
         members: indices of the experts in the list of targets.
         pattern: a key of `tensornet_moe.shared_low_rank.PATTERNS`.
-        candidate: topology and number formats of one expert, with the size and predicted loss of all experts.
+        candidate: topology and number formats of each expert, with the size and predicted loss of them all.
     """
 
     members: tuple[int, ...]
@@ -347,14 +348,14 @@ def find_stacks(
         targets: the targeted weights.
         stats: calibration statistics with gradients.
         config: options of the compression.
-        across_layers: group the experts of all mixtures whose matrices have the same name and shape. The
-            groups that lie in one mixture are left out.
+        across_layers: instead group the experts of all mixtures, if their matrices have the same name and
+            shape. Groups within a single mixture are left out.
         progress: show a progress bar.
 
     Raises:
         TargetError: no target is an expert of a mixture.
     """
-    layers: dict[tuple[object, ...], list[int]] = {}  # targets of one matrix of one mixture
+    layers: dict[tuple[object, ...], list[int]] = {}  # values: targets for one matrix of one mixture
     for place, target in enumerate(targets):
         owner, number, matrix = ["", "", *target.name.rsplit(".", 2)][-3:]
         if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix) and number.isdigit():
@@ -393,7 +394,7 @@ def find_stacks(
         ]
         if not pairs:
             continue
-        # Only candidates on the lower convex hull of the cost over bytes or parameters are ever chosen.
+        # Only candidates on the lower convex hull of cost over bytes, or over parameters, can be chosen.
         costs = [candidate.cost for _, candidate in pairs]
         by_bytes = lower_hull([candidate.num_bytes for _, candidate in pairs], costs)
         by_params = lower_hull([candidate.params for _, candidate in pairs], costs)
@@ -431,17 +432,18 @@ Choice = list[int | SharedCandidate]
 def choose_jointly(
     prepared: Prepared, stacks: Sequence[Stack], across: Sequence[Stack] = ()
 ) -> tuple[Choice, str]:
-    """Choose candidates of single layers and of stacks in one budget, and name the tightest cap.
+    """Choose candidates of single layers and of stacks in one budget, and name the cap that is reached first.
 
-    A first allocation with both kinds of candidates finds which stacks share. Then the budget is allocated
-    again with these stacks shared and all other layers single, which is finer. Allocations with no stack
-    shared and with all stacks shared are tried as well, so the result is never worse than these two.
+    A first allocation, with shared and separate candidates for every stack, finds which stacks share. Then
+    the budget is allocated again in finer steps: these stacks share, and all other layers are single.
+    Allocations in which no stack shares, and in which every stack shares, are tried as well, so the result is
+    never worse than these two.
 
     Args:
         prepared: the candidates of every layer.
         stacks: the stacks of each mixture, which do not overlap.
-        across: stacks over several mixtures, which do not overlap each other. They are tried by themselves,
-            and together with those `stacks` that do not overlap the ones that pay.
+        across: stacks over several mixtures, which do not overlap each other. They are tried alone; those
+            that then share are also tried together with the `stacks` that they do not overlap.
 
     Raises:
         BudgetError: the budget cannot be kept.
@@ -449,7 +451,7 @@ def choose_jointly(
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
-    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is given
+    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is limited
 
     def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
         """Allocate once, and return the stacks that share."""
@@ -487,7 +489,7 @@ def choose_sharing(
     Args:
         prepared: the candidates of every layer.
         stacks: the stacks with their shared candidates.
-        or_separate: whether these stacks may also get separate networks, each stack as a whole.
+        or_separate: whether a stack may also get separate networks for all its experts.
 
     Raises:
         BudgetError: the budget cannot be kept.
@@ -533,7 +535,7 @@ def _unit(prepared: Prepared) -> str:
 def _options(
     stack: Stack, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
-    """List candidates of a whole stack: lists of separate candidates, or shared networks."""
+    """List the candidates of a whole stack: separate ones, with an index for each expert, and shared ones."""
     members = [prepared.candidates[place] for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 
@@ -551,7 +553,7 @@ def _options(
         )
 
     if or_separate:
-        # List the separate networks of every total size along the convex hulls of the members.
+        # Walk along the experts' convex hulls: one set of separate networks at each total size.
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))
@@ -579,7 +581,7 @@ def _options(
 def _fit(
     choice: SharedCandidate, targets: Sequence[Target], stats: CalibrationStats, damping: float
 ) -> tuple[dict[str, nn.Module], SharedStack]:
-    """Fit the networks of a stack, and build the layers that share their core, by name."""
+    """Fit the networks of a stack; return its layers, which share a core, by name, and the report on them."""
     topology, storage = choice.candidate.topology, choice.candidate.storage
     assert topology is not None
     rank = max(topology.bond_dims.values())

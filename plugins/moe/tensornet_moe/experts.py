@@ -44,7 +44,7 @@ from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
-#: Number of elements from which matrices are built and used one at a time on CPUs, so that they fit the
+#: On CPUs, matrices with at least this many elements are built and used one at a time, so that they fit the
 #: caches and their memory is reused.
 BUILT_ALONE = 2**18
 
@@ -59,8 +59,8 @@ class SharedCoreExperts(Borrower, ExpertBank):
     `PackedCore` if its number format is not that of the model.
 
     Args:
-        topology: the operator of one expert; or a sequence with a topology for each expert, which may differ
-            only in their bonds.
+        topology: topology of all experts; or a sequence with one for each expert, which may differ only in
+            their bonds.
         num_experts: number of experts.
         shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores`
             that owns them.
@@ -72,7 +72,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
 
     Raises:
-        TopologyError: unknown cores, or topologies that do not differ only in their bonds.
+        TopologyError: unknown cores, or topologies that differ in more than their bonds.
         ShapeError: a borrowed core has another shape.
         ValueError: `num_experts` is below 1 or is not the number of topologies.
 
@@ -154,11 +154,12 @@ class SharedCoreExperts(Borrower, ExpertBank):
         Args:
             weight: shape `(out, in)`.
             num_experts: number of experts.
-            topology: a topology, a sequence with one for each expert, or a family's name. Bonds of experts
-                may differ: smaller bonds keep the leading part, for chains the largest singular values.
+            topology: a topology, a sequence with one for each expert, or a family's name. An expert with
+                smaller bonds gets the leading part of each core, in chains that of the largest singular
+                values.
             shared: the cores to share.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
-                of the core. It breaks the symmetry between experts (our addition to the paper).
+                of the core. It breaks the symmetry between experts (our addition to Gao et al.).
             seed: seed of the noise, which is the same on every device.
             max_bond, rel_error, param_ratio: budget of the decomposition, if `topology` is a name.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
@@ -211,8 +212,8 @@ class SharedCoreExperts(Borrower, ExpertBank):
     ) -> "SharedCoreExperts":
         """Decompose different experts jointly into shared and private cores (our addition).
 
-        If separate decompositions with the same total number of parameters have a smaller error, these are
-        returned, without shared cores, and `.fit.fell_back` is True.
+        If separate decompositions with the same total number of parameters have a smaller error, the bank has
+        those, without shared cores, and `.fit.fell_back` is True.
 
         Args:
             weights: shape `(num_experts, out, in)`.
@@ -263,7 +264,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters of shared cores by name, borrowed ones included; see `ExpertBank`.
 
-        For integer cores these are the scales while they are trained (`tensornet.healing.trained_scales`).
+        Of an integer core this is its scales, while they are trained (`tensornet.healing.trained_scales`).
         """
         if self.owner_label is not None:
             owner: SharedCores = self.lender()
@@ -277,7 +278,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return found
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build expert matrices (about `(l + r) * out * in` multiply-adds each), or read them from the cache.
+        """Build expert matrices (see `plan_stack` for the cost), or read them from the cache.
 
         Raises:
             IndexError: an index outside `[0, num_experts)`, or no index at all.
@@ -325,8 +326,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
         """Multiply the rows of one expert by its matrix, which may be rebuilt in the backward pass."""
-        # A single expert is a stack whose cores are all shared: plain products are faster than batches of
-        # one.
+        # Plan all cores as shared: this gives plain products, which are faster than batches of one.
         plan = plan_stack(self.topology, self.topology.core_names, 1)
 
         def product(x: Tensor, *cores: Tensor) -> Tensor:
@@ -384,7 +384,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the only matrix of a bank whose cores are all shared."""
-        # The number of rows is not a constant in compiled code.
+        # In compiled code the number of rows is not a constant, so no route can be chosen by it.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
             cores = list(self.cores().values())
@@ -393,7 +393,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
-        """Return the fastest way to apply the network of one expert to a number of rows."""
+        """Choose the fastest candidate of `contract_with_input` for one expert's rows, or RECONSTRUCT."""
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
         machine = self.machine or default_machine(x.device)
@@ -468,7 +468,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
     @property
     def num_params(self) -> int:
-        """Count of the numbers that this bank stores, scales included; each packed integer counts as one."""
+        """Number of values that this bank stores, scales included; each packed integer counts as one."""
         packed = [core for core in self.modules() if isinstance(core, PackedCore)]
         plain = sum(x.numel() for x in self.parameters(recurse=False))
         return plain + sum(sum(core.counts.values()) for core in packed)
@@ -482,12 +482,12 @@ class SharedCoreExperts(Borrower, ExpertBank):
     def quantize(self, storage: Storage | str) -> float:
         """Store the cores of this bank in number formats, in place.
 
-        Cores are rounded to nearest, with a search of the scale of each group; error feedback would gain
-        little, since the errors of the elements of a core are nearly independent. `"float"` undoes the
-        packing. Borrowed cores are not changed.
+        Cores are rounded to nearest, with a search for the best scale of each group; error feedback would
+        gain little, since errors in different elements of a core affect the matrices nearly independently.
+        `"float"` undoes the packing. Borrowed cores are not changed.
 
         Args:
-            storage: the name of a format for all cores, or formats core by core.
+            storage: the name of one format for all cores, or a `Storage` with a format for each core.
 
         Returns:
             Relative Frobenius error that rounding adds to the matrices of all experts.
@@ -581,8 +581,8 @@ def share_across_layers(
 
     Args:
         weights: the dense matrix of each layer, shape `(layers, out, in)`.
-        num_experts: experts of each layer.
-        label: label of the owner.
+        num_experts: number of experts in each layer.
+        label: name by which banks find the owner of the shared cores when a model is loaded.
         topology: an explicit topology, or a family's name.
         shared: the cores to share.
         noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
@@ -652,10 +652,10 @@ def _leading(core: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise of standard deviation `noise` relative to the root mean square of the core."""
+    """Add Gaussian noise whose standard deviation is `noise` times the root mean square of the core."""
     if noise == 0:
         return core
-    size = frobenius(core) / core.numel() ** 0.5  # squares do not underflow at any scale
+    size = frobenius(core) / core.numel() ** 0.5  # its squares do not underflow, however small the core is
     # Drawn on the CPU, so that the noise is the same on every device.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
@@ -680,8 +680,8 @@ def initial_cores(
     count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
     common = draw(enclosing)
     experts = [draw(topology) for topology in topologies]
-    # random_cores gives every core of a network the standard deviation (in * bonds)^(-1/2n). The shared cores
-    # are those of the enclosing network, so private cores of smaller experts are rescaled.
+    # random_cores gives each of n cores the standard deviation (in * bonds)^(-1/2n). The shared cores are for
+    # the largest bonds, so private cores of experts with smaller bonds are rescaled.
     gains = [
         (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
         for topology in topologies
@@ -701,7 +701,7 @@ def check_storage(storage: Storage, topology: Topology) -> None:
     """Raise FormatError unless a storage only sets number formats of cores of this topology.
 
     Raises:
-        FormatError: the storage is pivoted, or has formats for cores that do not exist.
+        FormatError: the storage is pivoted, or has an entropy-coded format or formats for unknown cores.
     """
     if not isinstance(storage, Storage) or storage.pivoted:
         raise FormatError(
@@ -725,7 +725,7 @@ def encoded_core(
         number_format: format of the elements.
         topology: the topology that the core belongs to.
         name: name of the core.
-        core: shape `(..., *shape)`; rounded to nearest unless it is already a point of the format.
+        core: shape `(..., *shape)`; values that the format cannot represent are rounded to nearest.
     """
     if number_format == FLOAT:
         return core

@@ -31,16 +31,16 @@ class ExpertFFN(nn.Module):
     """Expert feed-forward network `W_down act(W_up x)`, or gated `W_down (act(W_gate x) * W_up x)`.
 
     Args:
-        matrices: the banks by name, in the order `up, down`, or `gate, up, down` if gated. The names become
-            the names of submodules, for example `{"wi": ..., "wo": ...}`.
+        matrices: expert banks by name, in the order `up, down`, or `gate, up, down` if gated. The submodules
+            get these names; others are possible, for example `{"wi": ..., "wo": ...}`.
         activation: a name in `ACTIVATIONS`.
         bias: whether each expert has a bias after each matrix, shape `(num_experts, out)`.
         dropout: dropout probability of the hidden layer, in training.
         device, dtype: device and dtype of the biases.
 
     Raises:
-        TypeError: a value is not an ExpertBank.
-        ValueError: unknown activation, or not two or three banks.
+        TypeError: a value of `matrices` is not an ExpertBank.
+        ValueError: unknown activation, or neither two nor three banks.
         ShapeError: the banks do not fit each other.
 
     Example:
@@ -111,7 +111,7 @@ class ExpertFFN(nn.Module):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         else:
-            # Mixed dtypes, such as T5's output matrix, which stays in float32 in a half-precision model.
+            # Banks may differ in dtype: T5's output matrix stays in float32 in a half-precision model.
             x = x.to(bank.dtype)
         if is_exporting():
             y = masked_linear(x, bank.expert_matrices().to(x.dtype), groups)

@@ -1,6 +1,6 @@
 """Grouped matrix products `y_r = W_e(r) x_r`: rows sorted by expert, one matrix for each expert.
 
-In all of them `x: (rows, in)` has the dtype of the product, and the result has shape `(rows, out)`.
+In all functions `x: (rows, in)` has the dtype of the product, and the result has shape `(rows, out)`.
 There are two implementations. `grouped_mm` is one kernel that needs no sizes on the host and can be compiled;
 the other is a loop that calls matmul for each expert. On one CPU core, forward and backward with 8 experts of
 768 x 3072 take 0.64 s with the loop and 0.80 s with `grouped_mm` at 2048 rows, but 0.22 s and 0.15 s at 64
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _LOOP_ROWS = 32
-_ALIGNMENT = 16  # bytes; every row must start at a multiple
+_ALIGNMENT = 16  # every row must start at a multiple of so many bytes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +36,7 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Experts with rows, None if unknown; `[0]` if there are no rows, so that gradients are defined."""
+        """Indices of experts that have rows; None if unknown; `[0]` without rows, so that gradients exist."""
         if self.sizes is None:
             return None
         return [e for e, size in enumerate(self.sizes) if size] or [0]
@@ -72,7 +72,7 @@ def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply with `grouped_mm`, by the matrices `(active, out, in)` of the active experts or of all."""
+    """Multiply rows by the matrices `(n, out, in)` of the active experts or of all, with `grouped_mm`."""
     active = groups.active
     counts = groups.counts
     if active is not None and len(active) == len(matrices) < len(counts):
@@ -84,7 +84,7 @@ def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def looped_linear(x: Tensor, matrices: Iterable[Tensor], groups: Groups) -> Tensor:
-    """Multiply by the matrices `(out, in)` of the active experts, in order, each in a product of its own."""
+    """Multiply rows by the matrices `(out, in)` of the active experts, with one matmul for each expert."""
     assert groups.sizes is not None
     assert groups.active is not None
     pieces = x.split([groups.sizes[e] for e in groups.active])
@@ -94,7 +94,7 @@ def looped_linear(x: Tensor, matrices: Iterable[Tensor], groups: Groups) -> Tens
 
 
 def rows_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply by the matrices `(E, out, in)` of all experts, without `grouped_mm`."""
+    """Multiply rows by the matrices `(E, out, in)` of all experts, without `grouped_mm`."""
     if groups.active is None:
         return expert_linear(x, matrices, groups.counts)
     each = matrices.unbind(0)
@@ -116,11 +116,11 @@ def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 @torch.library.custom_op("tensornet_moe::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """Multiply by the matrices `(E, out, in)` in compiled code; `counts` are the rows of each expert, `(E,)`.
+    """Multiply rows by matrices `(E, out, in)` in compiled code; `counts: (E,)` are each expert's rows.
 
-    The numbers of rows are known only at run time, so a loop over experts cannot be compiled. This custom
-    operator is opaque to the compiler, so that a mixture compiles to one graph in every dtype; `grouped_mm`
-    compiles for bfloat16 only.
+    The counts are known only at run time, so a loop over experts cannot be compiled. This custom operator is
+    opaque to the compiler, so that a mixture compiles to one graph in every dtype; `grouped_mm` compiles for
+    bfloat16 only.
     """
     pieces = x.split(counts.tolist())
     return torch.cat(

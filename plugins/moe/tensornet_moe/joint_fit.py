@@ -27,11 +27,11 @@ from tensornet_moe.shared_low_rank import fit_low_rank, pattern_of
 
 #: Label of the leg for the experts.
 EXPERTS = "expert"
-#: Conjugate gradient steps per core and sweep; without padding and with small bonds the first is exact.
+#: Conjugate gradient steps per core and sweep; without padding and with small bonds the first step is exact.
 _STEPS = 2
-#: A sweep that lowers the relative error by less than this fraction of it is the last.
+#: Sweeps end when one of them lowers the relative error by less than this fraction of it.
 _TOLERANCE = 1e-4
-#: Number of sweeps after which only the better start is continued.
+#: Number of sweeps after which only the better of two starts is continued.
 _TRIAL_SWEEPS = 3
 
 
@@ -40,14 +40,14 @@ class JointFit:
     """Cores fitted to a stack of expert matrices, with the errors of joint and separate decompositions.
 
     Args:
-        topologies: one for each expert; they differ only if separate decompositions were better.
-        shared: names of the shared cores, empty after falling back.
+        topologies: topology of each expert; they differ only if separate decompositions were better.
+        shared: names of the shared cores; empty if `fell_back`.
         cores: cores by name; private cores are `(E, *shape)`, or a list if the bonds differ.
         error: measured relative Frobenius error over all experts, `|W - W'| / |W|`.
-        alone_error: error of separate decompositions with the same total number of parameters, with the same
-            family or low rank, whichever is better; None if neither fits that budget.
+        alone_error: error of separate decompositions with the same total number of parameters, by the same
+            family or by low-rank factors, whichever is better; None if neither fits that budget.
         fell_back: True if `alone_error` was smaller, so that the separate decompositions are returned.
-        sweeps: sweeps of alternating least squares.
+        sweeps: number of sweeps of alternating least squares.
         converged: whether the error converged within the largest number of sweeps.
 
     Example:
@@ -117,11 +117,11 @@ def fit_shared(
 ) -> JointFit:
     """Fit `weights: (E, out, in)` by shared and private cores; for arguments and errors see `fit_jointly`.
 
-    For low ranks that share one factor the fit is optimal. For all other networks two starts are tried for a
-    few sweeps of alternating least squares, and the better one is continued. One start is the decomposition
-    of the mean expert, which suits experts that were copied from one matrix; the other has the decomposition
-    of each expert, with the shared cores averaged. The problem is not convex: for unrelated experts the
-    result is a local minimum.
+    For low-rank networks that share one factor the fit is optimal. For all other networks two starts are
+    tried for a few sweeps of alternating least squares, and the better one is continued. One start is the
+    decomposition of the mean expert, which suits experts that were copied from one matrix; for the other,
+    each expert is decomposed and the shared cores are averaged. The problem is not convex: for unrelated
+    experts the result is a local minimum.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(
@@ -136,7 +136,7 @@ def fit_shared(
     if pattern is not None:
         cores, error = _closed_form(pattern, target, topology, shared[0])
     else:
-        # Below one another the matrices are one network, with one more output leg for the experts.
+        # Stacked below one another, the matrices are one network with one more output leg, for the experts.
         fitted = target if len(shared) < len(names) else target.mean(0, keepdim=True)  # no private core
         whole = _stacked_topology(topology, shared, len(fitted))
         (rows, columns), padding = topology.padded_shape, Weighting()
@@ -174,10 +174,10 @@ def fit_shared(
 def _closed_form(
     pattern: str, target: Tensor, topology: Topology, shared: str
 ) -> tuple[dict[str, Tensor], float]:
-    """Fit low ranks that share one factor, with columns and rows of equal norms on both sides of the bond."""
+    """Fit low-rank networks that share one factor, and give both factors equal norms at each bond index."""
     rank = max(topology.bond_dims.values())
     fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
-    # Values, since no number format is given.
+    # The cores are tensors, since no number format is given.
     left, right = (torch.stack([cores[x] for cores in fits]) for x in topology.core_names)  # type: ignore[misc]
     error = stack_error(target, left @ right)
     sizes = left.square().sum(1).mean(0).sqrt(), right.square().sum(2).mean(0).sqrt()
@@ -190,7 +190,7 @@ def _closed_form(
 
 
 def _stacked_topology(topology: Topology, shared: Sequence[str], count: int) -> Topology:
-    """Build the topology of matrices below one another, whose private cores have a leg for the experts."""
+    """Build the topology of all matrices below one another; private cores get a leg for the experts."""
     outs, sizes = topology.out_labels, topology.sizes
     if len(shared) < len(topology.cores):
         outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)
@@ -226,7 +226,7 @@ def stack_error(target: Tensor, made: Tensor) -> float:
 
 
 def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
-    """Decompose the mean matrix for all, which suits copies of one matrix, and each matrix on its own."""
+    """List the starts of `fit_shared`, each with one network for every expert."""
     if topology.family in topology_names():
         decompose = topology_family(topology.family).decompose_to
         mean = decompose(target.mean(0), topology).network

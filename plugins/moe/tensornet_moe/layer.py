@@ -18,7 +18,7 @@ from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacit
 
 
 class Usage(NamedTuple):
-    """Use of the experts by tokens that are not padding.
+    """How much each expert is used by tokens that are not padding.
 
     Args:
         counts: choices of each expert, before any is dropped for capacity, shape `(E,)`.
@@ -37,9 +37,10 @@ class AuxLosses:
 
     Args:
         total: sum weighted by the coefficients of each layer, a scalar to add to the loss.
-        balance: load-balancing loss, unweighted, one for each layer: shape `(layers,)`.
-        z: router z-loss, unweighted, shape `(layers,)`.
-        usage: the terms of the pool's balancing loss, if the layer's pool is balanced as a whole.
+        balance: unweighted load-balancing loss of each layer, shape `(layers,)`.
+        z: unweighted router z-loss of each layer, shape `(layers,)`.
+        usage: what a layer contributes to the balancing loss of its pool, if the pool is balanced as a whole;
+            otherwise empty.
     """
 
     total: Tensor
@@ -53,11 +54,11 @@ class RoutingStats:
     """Routing statistics of the last forward pass of one layer, detached from the graph.
 
     Args:
-        load: tokens computed by each expert, shape `(E,)`.
-        dropped: tokens computed by no expert, a scalar.
+        load: number of tokens computed by each expert, shape `(E,)`.
+        dropped: number of tokens computed by no expert, a scalar.
         entropy: entropy of the load in nats: `log(E)` when even, 0 when one expert gets everything.
         router_entropy: mean entropy of a token's router probabilities in nats.
-        tokens: tokens that are not padding, a scalar.
+        tokens: number of tokens that are not padding, a scalar.
         balance: load-balancing loss, unweighted.
         z: router z-loss, unweighted.
     """
@@ -74,12 +75,12 @@ class RoutingStats:
 class SharedCoreMoE(nn.Module):
     """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
-    Each pass rebuilds the matrices of the active experts, or multiplies by their cores if this is faster.
+    Each pass rebuilds the matrices of experts with tokens, or multiplies by their cores if this is faster.
     After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are cached in eval mode
     without gradients. Any `Router`, and any `ExpertFFN` with any `ExpertBank`, can be used.
 
     Args:
-        router: chooses experts.
+        router: chooses the experts of each token.
         experts: the feed-forward networks; or an `ExpertPool`, which other layers use as well and which the
             model owns.
         shared_expert: a network of one expert that computes every token, with combine weight 1, in addition
@@ -92,7 +93,7 @@ class SharedCoreMoE(nn.Module):
         dropout: dropout probability of the result, in training.
 
     Raises:
-        TypeError: a part is not of the class above.
+        TypeError: `router`, `experts` or `shared_expert` is of the wrong class.
         ShapeError: router and experts do not fit each other, or the shared expert has other features or is
             more than one expert.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
@@ -147,7 +148,7 @@ class SharedCoreMoE(nn.Module):
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
-        #: How tokens reach their experts; another function may take its place, with the same arguments.
+        #: Function that sends tokens to their experts; it may be replaced by one with the same arguments.
         self.dispatch: Callable[..., Tensor] = dispatch
         #: Choices of each expert since the last `update_biases`, shape `(E,)`.
         self.assigned: Tensor | None = None
@@ -200,7 +201,9 @@ class SharedCoreMoE(nn.Module):
         balance, z = _balance(usage), router_z_loss(routing.logits, routing.mask)
         pooled = self.balanced_pool is not None
         total = (0 if pooled else self.balance_coef) * balance + self.z_coef * z
-        if _is_recomputing():  # only here, since both forward passes must save the same tensors
+        # Not earlier: under gradient checkpointing, the forward pass and its recomputation must save the same
+        # tensors for backward.
+        if _is_recomputing():
             return
         terms = (usage,) if pooled else ()
         self.aux_losses = AuxLosses(total, balance.detach()[None], z.detach()[None], terms)
@@ -265,7 +268,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) ->
     Args:
         x: tokens, shape `(tokens, in_features)`.
         routing: the experts of each token.
-        experts: the networks.
+        experts: the expert networks.
 
     Returns:
         Shape `(tokens, out_features)`; 0 for tokens that no expert computes.
@@ -310,8 +313,9 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Call this once after each forward pass in training, and add `.total` to the loss. The losses are cleared,
     so that a step cannot count those of an earlier step.
 
-    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss: that of their choices and
-    probabilities added up, weighted by the sum of their coefficients. Each of them reports it in `.balance`.
+    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss together: it is computed from
+    the sums of their choices and probabilities, weighted by the sum of their coefficients, and repeated in
+    `.balance` for each of them.
 
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
@@ -374,10 +378,10 @@ def _is_recomputing() -> bool:
 def load_balancing_loss(
     router_probs: Tensor, expert_indices: Tensor, *, num_experts: int, mask: Tensor | None = None
 ) -> Tensor:
-    """Compute `E * sum_e f_e P_e`, with the fraction of assignments `f_e` and the mean probability `P_e`.
+    """Compute `E * sum_e f_e P_e`: expert `e` has a fraction `f_e` of choices and mean probability `P_e`.
 
-    It is 1 at uniform load and `E` when every token is sent to one expert with certainty. `f` counts
-    assignments before any is dropped for capacity, and carries no gradient.
+    It is 1 at uniform load and `E` when every token is sent to one expert with certainty. `f` includes
+    choices that are dropped for capacity, and carries no gradient.
 
     Args:
         router_probs: softmax over experts, shape `(tokens, E)`.
@@ -389,8 +393,8 @@ def load_balancing_loss(
         A scalar; 0 if there is no token.
 
     Reference:
-        Fedus, Zoph, Shazeer 2021, "Switch Transformers", equations 4 to 6. With k > 1 the fractions sum to
-        one, so the value does not grow with k.
+        Fedus, Zoph, Shazeer 2021, "Switch Transformers", equations 4 to 6. For any k the fractions `f_e` sum
+        to one, so the value does not grow with k.
 
     Example:
         >>> probabilities = torch.full((6, 3), 1 / 3)

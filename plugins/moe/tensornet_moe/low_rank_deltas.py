@@ -152,9 +152,9 @@ class LowRankDeltaExperts(ExpertBank):
         return torch.baddbmm(self.base.expert_matrices(experts).to(left.dtype), left, right)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = base_e x_r + left_e (right_e x_r)` if this is cheaper than building the matrices.
+        """Compute `y_r = base_e x_r + left_e (right_e x_r)`, or build the matrices if that is cheaper.
 
-        This is so especially if all cores of the base are shared: it is then one matrix for all rows.
+        Building is rarely cheaper if all cores of the base are shared: it is then one matrix for all rows.
         """
         built = self.num_experts if groups.active is None else len(groups.active)
         rows, columns = self.out_features, self.in_features
@@ -165,11 +165,11 @@ class LowRankDeltaExperts(ExpertBank):
         return y + rows_linear(inner, self.left.to(x.dtype), groups)
 
     def active_params(self, top_k: float) -> float:
-        """Count the numbers of the base and of the deltas that `top_k` experts use; see `ExpertBank`."""
+        """Count the values of the base and of the deltas that `top_k` experts use; see `ExpertBank`."""
         return self.base.active_params(top_k) + top_k * self.rank * (self.out_features + self.in_features)
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of `apply_rows`, which applies deltas by themselves or in the matrices."""
+        """Count the multiply-adds of `apply_rows`, which applies the deltas separately or builds matrices."""
         each, sides = self.out_features * self.in_features, self.out_features + self.in_features
         if rows * sides >= self.num_experts * each:
             return self.base.multiply_adds(rows) + self.num_experts * self.rank * each

@@ -25,20 +25,21 @@ class GradientMask:
     - `granularity="element"`: each element of the gradient is zeroed with probability `p`. Momentum and
       weight decay still act on the zeroed elements.
 
-    A separate generator on the CPU draws one number for each core and step. It is independent of other random
-    numbers and the same on every rank, if all ranks build the same model and take the same steps.
+    A separate generator on the CPU draws the masks. They do not depend on other random numbers and are the
+    same on every rank, if all ranks build the same model and take the same steps.
 
     Either call `apply()` before each `optimizer.step()`, or `attach(optimizer)` once. An attached mask draws
     when the optimizer really steps: once for all micro-batches of gradient accumulation, and not for a step
     that `GradScaler` skips. Clip gradients before masking; the norm then includes the gradients that will be
-    masked. With an attached mask, a step with a closure raises an error, since it computes its gradients too
-    late. Compile the model, not the optimizer's step: a compiled step is specialised to the existing
-    gradients. Use only one mask for each core, since the probabilities of two masks multiply. SGD with
-    momentum needs `fused=False`, since its fused step requires the momenta of all parameters or of none.
+    masked. With an attached mask, a step with a closure raises an error, since a closure computes gradients
+    after masking. Compile the model, not the optimizer's step: a compiled step assumes that always the same
+    parameters have gradients. Use only one mask for each core, since the probabilities of two masks multiply.
+    SGD with momentum needs `fused=False`, since its fused step requires the momenta of all parameters or of
+    none.
 
     Args:
         module_or_parameters: a module, to mask the shared cores of all its banks (also borrowed ones, each
-            once), or parameters.
+            once), or the parameters to mask.
         p: probability of skipping a core, in `[0, 1]`.
         granularity: `"core"` or `"element"`.
         seed: seed of the generator.
@@ -97,7 +98,7 @@ class GradientMask:
             Number of cores skipped in this step (0 for elementwise masks).
 
         Raises:
-            RuntimeError: the mask is attached, or has `compensate`.
+            RuntimeError: the mask is attached, or was made with `compensate=True`.
         """
         if self._hooks:
             raise RuntimeError(
@@ -154,7 +155,7 @@ class GradientMask:
         """Restore the generator and step count that `state_dict` returned.
 
         Raises:
-            FormatError: the state is not that of a mask, or of one with another number of cores or
+            FormatError: the state is not from a mask, or from one with another number of cores or another
                 granularity.
         """
         if state.keys() != {"generator", "steps", "cores", "granularity"}:
@@ -179,7 +180,7 @@ class GradientMask:
             for parameter in self.parameters:
                 self._mask_elements(parameter, p)
             return 0
-        # u is in [0, 1), so u < 0 is never true and u < 1 always: p=0 and p=1 are exact.
+        # Numbers drawn from [0, 1) are never below 0 and always below 1, so p=0 and p=1 are exact.
         masked = (
             torch.rand(len(self.parameters), generator=self._generator, dtype=torch.float64, device="cpu") < p
         ).tolist()
@@ -226,7 +227,7 @@ class GradientMask:
 
 
 def linear_fade(steps: int) -> Callable[[int], float]:
-    """Return a schedule for `GradientMask` that lowers the factor on `p` linearly to 0 in `steps` steps.
+    """Return a schedule for `GradientMask`: the factor of `p` falls linearly from 1 to 0 in `steps` steps.
 
     Raises:
         ValueError: `steps` is below 1.

@@ -1,4 +1,4 @@
-"""Mixtures built in one line, and experts that are shared by the layers of a model."""
+"""Mixtures of experts built in one line, and experts that several layers of a model share."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -23,11 +23,12 @@ from tensornet_moe.routers import Router, router_kind
 Share = Literal["center", "none", "base"]
 SHARES = ("center", "none", "base")
 
-#: Largest leg of an end of a chain in `mixture`. Rebuilding an expert costs as much as `2 * 8 * 8` tokens.
+#: Largest leg of the end cores of a chain in `mixture`. With 8, rebuilding a matrix costs as much as
+#: multiplying `2 * 8 * 8` tokens by it.
 _LONGEST_END = 8
 #: The rank of deltas in `mixture` is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
-#: Limit of alternating least squares when a center is fitted to several matrices.
+#: Largest number of sweeps of alternating least squares when a center is fitted to several matrices.
 _SWEEPS = 10
 
 
@@ -48,31 +49,30 @@ def mixture(
 ) -> SharedCoreMoE:
     """Build a mixture of experts for training from scratch; everything but the sizes has a default.
 
-    What is chosen for a matrix `(out, in)` of an expert, by `share`:
+    `share` determines how the matrices `(out, in)` of the experts are stored:
 
     - `"none"`: a dense matrix for each expert.
-    - `"center"`: a chain of three cores with full bonds. The middle core is one parameter of all experts, as
-      large as one dense matrix; each expert owns both ends. The legs of an end are at most 8 and divide `out`
-      and `in`, so its bond is at most 64: an expert owns at most 8,192 numbers for each matrix, and
-      rebuilding a matrix costs as much as 128 tokens.
-    - `"base"`: one dense matrix for all experts, and for each a delta of rank `min(out, in) / 16` that starts
-      at zero.
-    - an `ExpertPool`: the experts of the pool, which belongs to the model.
+    - `"center"`: a chain of three cores with full bonds. All experts share the middle core, which is as large
+      as one dense matrix; each expert owns both ends. The legs of an end are at most 8 and divide `out` and
+      `in`, so its bond is at most 64. So an expert owns at most 8,192 values for each matrix, and rebuilding
+      a matrix costs as much as multiplying 128 tokens by it.
+    - `"base"`: one dense matrix for all experts, and for each a low-rank delta that starts at zero, of rank
+      `min(out, in) / 16`.
+    - an `ExpertPool`: the layer uses the experts of the pool, which belongs to the model.
 
-    For other legs, bonds, ranks or banks build the parts: a `SharedCoreMoE` of a router and an `ExpertFFN`.
+    For other legs, bonds, ranks or banks build a `SharedCoreMoE` from a router and an `ExpertFFN` yourself.
 
     Args:
-        d_model: features of a token.
-        d_ff: features of the hidden layer of one expert; `4 * d_model` if absent.
+        d_model: number of features of a token.
+        d_ff: number of features of an expert's hidden layer; `4 * d_model` if absent.
         experts: number of experts; 8 if absent.
-        top_k: experts for each token; 2 if absent. Only for routers with this argument.
+        top_k: number of experts for each token; 2 if absent. Only for routers with this argument.
         share: what the experts share, as above. The experts of a pool exist already, so `d_ff`, `experts`,
             `activation` and `gated` must then be absent or agree with them.
-        router: name of a router (`"topk"`, `"switch"`, `"expert_choice"`, or one of `register_router`), or a
-            router.
+        router: a `Router`, or its name: `"topk"`, `"switch"`, `"expert_choice"`, or a name that was given to
+            `register_router`.
         activation: a name in `tensornet_moe.ffn.ACTIVATIONS`; `"silu"` if absent.
-        gated: whether an expert is `W_down (act(W_gate x) * W_up x)`, or `W_down act(W_up x)`; True if
-            absent.
+        gated: True (if absent): an expert is `W_down (act(W_gate x) * W_up x)`. False: `W_down act(W_up x)`.
         balance_coef: weight of the balancing loss, see `SharedCoreMoE`.
         device, dtype: device and dtype of all parameters.
         router_options: arguments of the named router, for example `bias_rate=`, `normalize=`. `combine` is
@@ -81,7 +81,7 @@ def mixture(
     Raises:
         ValueError: an unknown `share`, router or activation, a size below 1, or `top_k` above `experts`.
         ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center.
-        TypeError: arguments that the router does not have, or any beside a router that is built already.
+        TypeError: arguments that the named router does not have, or any together with a `Router`.
 
     Reference:
         `"center"`: Gao et al. 2022, section 4.1; `"base"`: Gu et al. 2025 (D2-MoE), section 3; pools: Huang
@@ -140,7 +140,7 @@ def mixture(
 
 
 def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ...], int | None]:
-    """Choose topology, shared cores and rank of deltas of a matrix; see `mixture`."""
+    """Choose topology, shared cores and rank of deltas (None without) for a matrix; see `mixture`."""
     if share not in SHARES:
         raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}, or an ExpertPool.")
     whole = dense(out_features=rows, in_features=columns)
@@ -158,7 +158,7 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
 
 
 def _legs(size: int) -> tuple[int, int, int]:
-    """Split a side into a long middle between two ends as even and as large as possible."""
+    """Factor the length of a side into three legs: two ends, equal and large if possible, around the rest."""
     ends = range(1, _LONGEST_END + 1)
     splits = [(a, size // (a * b), b) for a in ends for b in ends if size % (a * b) == 0]
     return max((x for x in splits if x[1] >= max(x[0], x[2])), key=lambda x: (min(x[0], x[2]), x[0] * x[2]))
@@ -170,14 +170,16 @@ def experts_from(
 ) -> SharedCoreExperts | LowRankDeltaExperts:
     """Make a bank whose experts start as given matrices, expert `e` as matrix `e % matrices`.
 
-    For `share="none"`, or from a single matrix, this is exact. Different matrices are fitted jointly by one
-    center (`fit_shared`) or by one base with deltas; `.error` of the bank is the relative Frobenius error.
+    For `share="none"` this is exact. Otherwise different matrices are fitted jointly by one center
+    (`fit_shared`) or by one base with deltas; a single matrix is exact. `.error` of the bank is the relative
+    Frobenius error.
 
     Args:
         weights: shape `(matrices, out, in)`.
         experts: number of experts.
         share: see `mixture`.
-        noise: standard deviation of Gaussian noise on private cores, relative to each core; not for `"base"`.
+        noise: standard deviation of Gaussian noise on each private core, relative to the root mean square of
+            the core; not for `"base"`.
         seed: seed of the noise, and of the deltas of a base.
 
     Raises:
@@ -230,7 +232,7 @@ def tie_experts(
 
     Args:
         layers: mixtures with experts of their own, in the order of the model.
-        group: layers that use one pool; all of them if absent.
+        group: number of layers that use one pool; all layers if absent.
         label: label of the pool; with several pools a number is appended.
         balance: `"pool"` or `"layer"`, see `ExpertPool`.
 
@@ -287,7 +289,7 @@ def tie_experts(
 
 
 def check_group(name: str, group: int, layers: int, *, least: int = 1) -> None:
-    """Raise ValueError unless layers can be split into groups of this size, at least `least`."""
+    """Raise ValueError unless `group` is at least `least` and divides the number of layers."""
     check_size(name, group, least=least, error=ValueError)
     if layers % group:
         divisors = [str(size) for size in range(least, layers + 1) if layers % size == 0]
@@ -297,7 +299,7 @@ def check_group(name: str, group: int, layers: int, *, least: int = 1) -> None:
 
 
 def _function_of(experts: ExpertFFN) -> dict[str, object]:
-    """Describe what experts compute, whatever their matrices are made of."""
+    """Describe shapes, activation and biases of experts, but not what their matrices are made of."""
     banks = {name: experts.bank(name) for name in experts.names}
     shapes = {name: (bank.num_experts, bank.out_features, bank.in_features) for name, bank in banks.items()}
     bias = getattr(experts, f"{experts.names[0]}_bias") is not None

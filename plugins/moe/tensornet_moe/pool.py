@@ -1,4 +1,4 @@
-"""Experts that belong to the model and not to a layer: their owner, and what layers have in their place."""
+"""Pools of experts that several layers use: the pool, which owns the experts, and references in layers."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -18,18 +18,17 @@ BALANCES = ("pool", "layer")
 
 
 class ExpertPool(nn.Module):
-    """Whole experts that several layers use, each with a router of its own.
+    """Pool of whole experts that several layers use; each of these layers has its own router.
 
     The experts are an `ExpertFFN` of any banks: private matrices, a shared center, low-rank deltas, cores in
     number formats. Give the pool to the layers in place of experts, and assign it to the model that contains
-    them. The model owns it: its parameters are counted, trained and saved once. With FSDP it belongs to the
-    root unit.
+    them, so that its parameters are counted, trained and saved once. With FSDP put it into the root unit.
 
     Args:
         experts: the networks. The pool owns them from now on.
-        label: name of the pool in the descriptions of layers; it must be unique in a model.
-        balance: `"pool"`: the balancing loss and the biases of routers aim at an even load over all layers
-            together, so that a layer may prefer some of the experts. `"layer"`: at an even load in each.
+        label: name by which layers find the pool when a model is loaded; it must be unique in the model.
+        balance: what the balancing loss and the biases of routers aim at. `"pool"`: an even load summed over
+            all layers, so that a single layer may prefer some experts. `"layer"`: an even load in each layer.
 
     Raises:
         TypeError: `experts` is not an ExpertFFN.
@@ -95,7 +94,7 @@ class ExpertPool(nn.Module):
         return y
 
     def check_fits(self, borrower: Any) -> None:
-        """Raise unless a layer that was built for a pool can use this one.
+        """Raise ShapeError unless this pool has the number and size of experts that a layer expects.
 
         Raises:
             ShapeError: the layer was built for another number or another shape of experts.
@@ -118,11 +117,12 @@ class ExpertPool(nn.Module):
 
 
 class PooledExperts(Borrower, nn.Module):
-    """Experts of a layer that uses an `ExpertPool`; the pool has their parameters.
+    """Experts of a layer that uses an `ExpertPool`; the parameters belong to the pool.
 
     Args:
         owner: the pool; or its label, if the pool is set later by `lend_shared_cores`.
-        num_experts, in_features, out_features: number and size of the experts; needed only with a label.
+        num_experts, in_features, out_features: number and size of the experts; only needed if `owner` is a
+            label.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
@@ -172,11 +172,11 @@ class PooledExperts(Borrower, nn.Module):
 
 
 def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
-    """Find the pools of a model by name, and check that each is owned once.
+    """Find the pools of a model by module name, and check that each belongs to one module only.
 
     Raises:
-        TargetError: two modules own one pool, two pools have one label, or a layer uses a pool that the model
-            does not contain.
+        TargetError: a pool belongs to two modules, two pools have the same label, or a layer uses a pool that
+            the model does not contain.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
@@ -191,7 +191,7 @@ def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
         if not isinstance(part, ExpertPool):
             continue
         parent, _, attribute = name.rpartition(".")
-        # A module with a pool may have several names itself, which does not make it two owners.
+        # The module that owns a pool may itself have several names; it still is one owner.
         place = (id(model.get_submodule(parent)), attribute)
         if place in seen:
             continue

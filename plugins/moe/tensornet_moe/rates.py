@@ -11,15 +11,16 @@ from tensornet_moe.pool import PooledExperts, find_pools
 
 
 def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dict[str, Any]]:
-    """Group the trainable parameters of a model by their number of sharers `n`, with the rate `lr / sqrt(n)`.
+    """Group a model's trainable parameters by their number of sharers `n`, with learning rate `lr / sqrt(n)`.
 
-    A tensor that several experts or layers share collects the gradients of all of them in each step. This is
-    an alternative to `GradientMask`, which skips steps of such tensors instead. The sharers of a tensor are:
+    A tensor that several experts or layers share collects the gradients of all of them in each step, and the
+    lower rate compensates for this. (`GradientMask` instead skips steps of such tensors.) The number of
+    sharers is, for
 
     - a core that the `E` experts of a bank share: `E`, summed over the banks that borrow it (`SharedCores`),
       and times the number of layers if the bank belongs to an `ExpertPool`;
     - any other tensor of a pool: the number of layers that use it;
-    - every other parameter: 1. An output layer tied to an embedding counts as one.
+    - every other parameter: 1, even if an output layer and an embedding are tied.
 
     Args:
         model: a model; build the groups after moving or sharding it, since FSDP replaces parameters.
@@ -32,7 +33,7 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 
     Raises:
         ValueError: the rate is negative or not a finite number.
-        TargetError: the pools of the model are not owned as they should be, see `ExpertPool`.
+        TargetError: a pool is missing from the model or contained twice, or two have the same label.
 
     Reference:
         The root of the number of layers is from "Expert Tying" (arXiv 2606.16825). Counting experts as well
@@ -59,12 +60,12 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 
 
 def count_sharers(model: nn.Module) -> Counter[int]:
-    """Count the sharers of every parameter of a bank or pool, by its `id`; see `parameter_groups`."""
+    """Count the sharers of every parameter of banks and pools, by its `id`; see `parameter_groups`."""
     pools = find_pools(model).values()
     layers = Counter(id(part.owner) for part in model.modules() if isinstance(part, PooledExperts))
     uses = {id(part): layers[id(pool)] for pool in pools for part in pool.modules()}
     banks = [part for part in model.modules() if isinstance(part, ExpertBank)]
-    # A bank inside of another one, such as the base of low-rank deltas, is used as often as the outer one.
+    # Banks inside another bank, such as the base of low-rank deltas, are counted with the outer one.
     inner = {id(part) for bank in banks for part in bank.modules() if part is not bank}
     sharers: Counter[int] = Counter()
     for bank in banks:

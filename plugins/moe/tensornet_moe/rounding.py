@@ -1,4 +1,4 @@
-"""Number formats of the cores of banks, chosen under a budget of bits, for `tensornet.compress`."""
+"""Choice of number formats for the cores of expert banks under a budget of bits, for `tensornet.compress`."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -25,19 +25,19 @@ def round_banks(
 ) -> dict[str, str]:
     """Store the cores of banks in number formats, in place.
 
-    Each core gets the format for which the squared relative errors of the expert matrices, added up over
-    cores and banks, are smallest within the budget; or its smallest format, if the smallest ones together
-    need more than the budget. The errors are those of one rounded core at a time. Cores of networks get only
+    The chosen formats minimize the squared relative errors of the expert matrices, summed over cores and
+    banks, within the budget; each error is that of rounding one core alone. If even the smallest formats
+    exceed the budget, every core gets its smallest one. In networks of several cores, a core gets only
     floating-point formats or at least four bits, as in `CompressionConfig.formats`. A core that no format
-    fits stays as it is; entropy-coded formats fit none.
+    fits stays as it is; entropy-coded formats are never used.
 
     Args:
         banks: the banks by name; their cores must be floats.
         formats: the formats to choose from.
-        bits_per_weight: mean bits of a number in the cores, scales included; only for a single format absent.
+        bits_per_weight: budget: mean bits of a value in the cores, scales included; no limit if absent.
 
     Returns:
-        Name of the format by the name of each parameter that was stored in it.
+        The new format of each parameter that is now stored in one, both by name.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(64, 64), num_experts=4, sites=3)
@@ -87,7 +87,7 @@ def _for_network(number_format: NumberFormat) -> bool:
 
 
 class BankExtension(ModelExtension):
-    """Rounds the cores of banks when `tensornet.compress` plans number formats by bits of a weight."""
+    """Rounds the cores of banks when `tensornet.compress` has one number format or `bits_per_weight`."""
 
     def round_others(self, model: nn.Module, config: CompressionConfig) -> Mapping[str, str]:
         """Round the cores of all banks that the configuration selects; see `round_banks`."""

@@ -1,4 +1,4 @@
-"""Routers: they choose the experts of each token and their weights. Registry of routers; expert capacity."""
+"""Routers, which choose the experts of each token and their weights; registry of routers; expert capacity."""
 
 import math
 from abc import ABC, abstractmethod
@@ -28,8 +28,8 @@ class Routing:
         probs: softmax over experts, shape `(tokens, E)`, float32.
         logits: shape `(tokens, E)`, float32.
         mask: shape `(tokens,)`, False for padding; None without padding.
-        kept: shape `(tokens, k)`, False if a choice is not computed (over capacity, or not chosen by the
-            expert); None if all are computed.
+        kept: shape `(tokens, k)`, False if a choice is not computed (the expert is over capacity, or did not
+            choose the token); None if all are computed.
 
     Example:
         >>> routing = tm.TopKRouter(8, 4, top_k=2)(torch.randn(5, 8))
@@ -66,34 +66,35 @@ class Routing:
 
 
 class Router(nn.Module, ABC):
-    """Abstract router with the common part: jitter, float32 logits, softmax, check for NaN.
+    """Abstract router with what all routers have in common: jitter, float32 logits, softmax, check for NaN.
 
     Subclasses define `select`, and list their additional arguments in `options`; `register_router` makes them
     known to configurations and checkpoints. A router that uses later tokens must set `causal = False`. No
     router may use the position of a token in the batch, which depends on padding.
     `tensornet_moe.testing.RouterLaws` tests routers.
 
-    Logits are `x @ weight^T`, always in float32 for any dtype and under autocast, since routers in half
-    precision are unstable (Switch, section 2.4).
+    Logits are `x @ weight^T`, always in float32, for models of any dtype and under autocast, since routers in
+    half precision are unstable (Switch Transformers, section 2.4).
 
     Args:
         num_features: size of a token.
         num_experts: number of experts.
         jitter: in training, the router's input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
-        combine: `"unit"`: weights that sum to one in value, so that equal experts give the output of one of
-            them (for one expert `p / stop_gradient(p)`). `"prob"`: the probabilities. `"sigmoid"`: `2
-            sigmoid(logit)`, initially about 1 for each expert (Csordas et al. 2024, MoEUT, up to the factor
-            2). Use it for training from scratch, where experts with weights that sum to one learn `k` times
-            more slowly than a dense network.
+        combine: how the outputs of a token's experts are weighted. `"unit"`: by weights that sum to one, so
+            that equal experts act as one (a single expert has `p / stop_gradient(p)`, which is 1 but has a
+            gradient). `"prob"`: by the probabilities. `"sigmoid"`: by `2 sigmoid(logit)`, at first about 1
+            for each expert (Csordas et al. 2024, MoEUT, without the factor 2). Use it for training from
+            scratch, where experts with weights that sum to one learn `k` times more slowly than a dense
+            network.
         normalize: divide the logits of a token by their Euclidean norm over the experts, and multiply them by
             `logit_scale`, a trained parameter that starts at `sqrt(num_experts)`. The logits then have a root
-            mean square of 1 at first, whatever the size of the token, in every layer that uses a pool. This
-            is the normalization of UniPool (Huang et al. 2026, NormRouter), which then takes a ReLU; keeping
-            softmax and `combine` after it is our choice.
+            mean square of 1 at first, for tokens of any norm, in every layer that uses a pool. UniPool (Huang
+            et al. 2026, NormRouter) normalizes in this way, but applies a ReLU afterwards; softmax and
+            `combine` are our choice.
         bias_rate: if above 0, experts are chosen by probability plus bias (`ranked`), and `update_biases`
             moves the bias of each expert by this rate after a training step. Combine weights do not contain
-            the bias. It balances the load without a loss (set `balance_coef=0`). DeepSeek-V3 uses 0.001, with
-            sigmoids in place of our probabilities.
+            the bias. This balances the load without a loss (set `balance_coef=0`). DeepSeek-V3 uses 0.001,
+            and sigmoids in place of our softmax probabilities.
         device, dtype: device and dtype of the weight `(num_experts, num_features)`, whose initial standard
             deviation is `0.1 / sqrt(num_features)`.
 
@@ -114,7 +115,7 @@ class Router(nn.Module, ABC):
         tensor([6, 6, 6, 6])
     """
 
-    #: Names of additional arguments of a subclass; each is also an attribute of the same name.
+    #: Names of the arguments that a subclass adds to those of `Router`; each is also an attribute.
     options: ClassVar[tuple[str, ...]] = ()
     logit_scale: Tensor | None
     bias_steps: Tensor | None
@@ -145,11 +146,11 @@ class Router(nn.Module, ABC):
         self.jitter, self.combine, self.normalize, self.bias_rate = jitter, combine, normalize, bias_rate
         weight = torch.randn(num_experts, num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight * (0.1 / math.sqrt(num_features)))
-        # Of one dimension, since FSDP cannot shard scalars.
+        # It has one dimension, since FSDP cannot shard scalars.
         scale = torch.full((1,), math.sqrt(num_experts), device=device, dtype=dtype) if normalize else None
         self.register_parameter("logit_scale", None if scale is None else nn.Parameter(scale))
 
-        # Integers, so that steps are exact in a model in half precision.
+        # Steps are counted in integers, which are exact in a half-precision model, too.
         steps = torch.zeros(num_experts, dtype=torch.int64, device=device) if bias_rate > 0 else None
         self.register_buffer("bias_steps", steps)
 
@@ -159,11 +160,11 @@ class Router(nn.Module, ABC):
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that compute a token: all of them, unless a subclass knows better."""
+        """Mean number of experts that compute a token: all of them, unless a subclass overrides this."""
         return self.num_experts
 
     def ranked(self, probs: Tensor) -> Tensor:
-        """Add the biases of experts to `probs: (tokens, E)`: what `select` chooses experts by."""
+        """Add the biases of experts to `probs: (tokens, E)`, for `select` to choose experts by the sums."""
         return probs if self.bias_steps is None else probs + self.bias_rate * self.bias_steps
 
     def spec(self) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def register_router(name: str, kind: type[Router]) -> None:
     Args:
         name: name for `MoEConfig(router=name)`.
         kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
-            Options that are also fields of the configuration (`top_k`, `capacity_factor`) are taken from it.
+            Options that are also fields of `MoEConfig` (`top_k`, `capacity_factor`) are taken from there.
 
     Raises:
         ValueError: the name is taken by another class.
@@ -280,18 +281,18 @@ def check_capacity(factor: float | None) -> None:
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
-    """Drop the choices of each expert beyond its capacity `ceil(capacity_factor * k * tokens / E)`.
+    """Drop choices of an expert that exceed its capacity `ceil(capacity_factor * k * tokens / E)`.
 
     First choices of all tokens are served before second choices, earlier tokens before later ones, padding
     last. A dropped choice contributes nothing, and the weights of the other choices do not change. If all
     choices of a token are dropped, its output is 0, so that only the residual connection remains.
 
     Args:
-        routing: a decision without `kept`.
+        routing: a decision whose `kept` is None.
         capacity_factor: 1 gives every expert exactly the load of an even distribution.
 
     Reference:
-        Fedus et al. 2021, equation 3; GShard, algorithm 1 for the order.
+        Fedus et al. 2021, equation 3; for the order GShard, algorithm 1.
     """
     tokens, k = routing.expert_indices.shape
     experts = torch.arange(routing.num_experts, device=routing.expert_indices.device)
@@ -349,7 +350,7 @@ class TopKRouter(Router):
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
         """Choose the `top_k` most probable experts of every token, after the bias; see `Router.select`."""
         indices = self.ranked(probs).topk(self.top_k, dim=-1).indices
-        chosen = probs.gather(1, indices)  # not -1, which the reference runtime of ONNX misreads
+        chosen = probs.gather(1, indices)  # the reference runtime of ONNX misreads dimension -1
         if self.combine == "unit":
             total = chosen.sum(-1, keepdim=True)
             chosen = chosen / (total.detach() if self.top_k == 1 else total)
@@ -385,11 +386,12 @@ class ExpertChoiceRouter(Router):
 
     Args:
         capacity_factor: mean number of experts for each token.
-        num_features, num_experts, jitter, combine, normalize, device, dtype: see `Router`. `"unit"` divides
-            by the sum of the probabilities of the experts that chose a token; the sum has no gradient.
+        num_features, num_experts, jitter, combine, normalize, device, dtype: see `Router`. `combine="unit"`
+            divides a token's probabilities by their sum over the experts that chose it, without a gradient
+            through the sum.
 
     Raises:
-        ValueError: `capacity_factor` is not in `(0, num_experts]`, or a `bias_rate`.
+        ValueError: `capacity_factor` is not in `(0, num_experts]`, or `bias_rate` is above 0.
 
     Reference:
         Zhou et al. 2022, "Mixture-of-Experts with Expert Choice Routing".

@@ -1,22 +1,23 @@
-"""Low-rank networks of several matrices that share one core: fitting, rounding, and predicted losses.
+"""Low-rank networks that share one core and approximate several matrices: fits, rounding, predicted losses.
 
-There are three patterns of sharing. Each minimizes the sum of the weighted errors `1/2 tr(R_e E_e C_e
-E_e^T)`; every matrix, such as an expert of a mixture, has its own moments:
+There are three sharing patterns. Each minimizes the sum of the weighted errors `1/2 tr(R_e E_e C_e E_e^T)`;
+every matrix `e`, such as an expert of a mixture, has its own error `E_e` and moments `R_e` and `C_e`:
 
 - `inputs`: `W_e = A_e B`, one projection `B` of the inputs for all;
 - `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all, which is `inputs` for the transposed
   matrices;
-- `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low rank for each.
+- `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low-rank product for each.
 
-The shared factor comes from one SVD of all matrices under pooled moments, which is optimal if the moments are
-equal. Each private factor is then the least-squares optimum under the moments of its matrix. The shared
-factors of all ranks are nested, so the losses of all ranks are predicted together.
+The shared factor comes from one SVD of all matrices under pooled moments, which is optimal if all matrices
+have the same moments. Each private factor is then the least-squares optimum under the moments of its matrix.
+The shared factors of all ranks are nested, so the losses of all ranks are predicted together.
 
 In number formats the shared core is rounded once, under moments pooled over the matrices: an error `E` of the
 shared `B` in `W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted
 again, which compensates a part of this rounding error, and are rounded under their own moments. The loss
-increase of rounding is predicted without rounding, at a few ranks, and interpolated. Only a base is really
-rounded, once for each format; the low ranks compensate a part of its error, which is computed exactly.
+increase by rounding is predicted without rounding, at a few ranks, and interpolated to the others. Only a
+base is really rounded, once for each format, so that what the low-rank products compensate of its error is
+computed exactly.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
@@ -55,20 +56,20 @@ from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual
 from tensornet.topology import Topology
 
-#: The patterns, with the name of the shared core of each.
+#: The sharing patterns described above, with the name of the shared core of each.
 PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
-#: Factor between the ranks at which a base is fitted, from 1 on. One round at each rank, starting from the
-#: base of the previous rank, is better than three rounds starting from the mean.
+#: Factor between the ranks at which a base is fitted, from 1 on. One fit at each rank, starting from the
+#: base of the previous rank, is better than three fits starting from the mean of the matrices.
 _GROWTH = 4
 #: Singular values below this fraction of the largest are rounding errors and limit the ranks.
 _LEAST_DIRECTION = 1e-7
 #: Fractions of the largest rank at which the losses of rounding are predicted.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest number of bits of factors, and of accurate factors.
+#: Smallest number of bits of any factor, and of an accurate factor; see `encodings`.
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
-#: Number of sampled rows of a factor, from which the loss of rounding it is estimated.
+#: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128
-#: The model's own format.
+#: Format of cores that keep the dtype of the model.
 _FLOAT = NumberFormat()
 
 #: A matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
@@ -80,13 +81,13 @@ Core = RoundedWeight | Tensor
 
 
 def pattern_topology(pattern: str, rows: int, columns: int, rank: int) -> Topology:
-    """Build the network of one matrix of a pattern."""
+    """Build the topology of one matrix for a sharing pattern."""
     build = residual if pattern == "base" else low_rank
     return build(out_features=rows, in_features=columns, rank=rank)
 
 
 def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int) -> int:
-    """Count the parameters of `count` networks of a pattern; the shared core counts once."""
+    """Count the parameters of `count` networks for a sharing pattern; the shared core counts once."""
     if pattern == "base":
         return rows * columns + count * rank * (rows + columns)
     shared, private = (columns, rows) if pattern == "inputs" else (rows, columns)
@@ -94,7 +95,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
 
 
 def pattern_of(topology: Topology, core: str) -> str | None:
-    """Find the pattern to which a topology and its shared core belong, or None."""
+    """Find the sharing pattern that has this topology and shared core; None if none has."""
 
     def ordered(other: Topology) -> Topology:  # files do not keep the order of the sizes
         return replace(other, sizes=tuple(sorted(other.sizes)))
@@ -158,14 +159,14 @@ def fit_stored(
     rank: int,
     storage: Storage = PLAIN,
 ) -> list[dict[str, Tensor | PackedCore]]:
-    """Fit low-rank networks that share one core and store them, in the dtype of the matrices.
+    """Fit low-rank networks that share one core, and store them in number formats or the matrices' dtype.
 
     Args:
         pattern, matrices, weightings, rank, storage: see `fit_low_rank`.
 
     Returns:
-        Stored cores of each network, by the names of `tensornet.nn.storage.encode`. The shared core is the
-        same object for all networks; it is a parameter if it has the dtype of the matrices.
+        Stored cores of each network, named as by `tensornet.nn.storage.encode`. The shared core is the same
+        object in all networks; it is a parameter if it has the dtype of the matrices.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -194,7 +195,6 @@ def _in_double(matrices: Sequence[Tensor]) -> list[Tensor]:
 def _transposed(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> tuple[list[Tensor], list[Weighting]]:
-    """Transpose matrices and exchange their moments."""
     return [matrix.T for matrix in matrices], [Weighting(x.columns, x.rows) for x in weightings]
 
 
@@ -233,7 +233,7 @@ def _fits(
 def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[Factors]:
-    """Yield the least-squares factors of every rank, with shared rows orthonormalized under each moment."""
+    """Yield each matrix with two factors whose leading `r` ranks are its least-squares fit of rank `r`."""
     if pattern == "outputs":
         for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
             yield w.T, right.T, left.T
@@ -242,7 +242,7 @@ def _factors_of_all_ranks(
     for w, x in zip(matrices, weightings, strict=True):
         moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
         lower, info = torch.linalg.cholesky_ex(shared @ moved)
-        if int(info):  # the moment is singular on these rows: fewer ranks
+        if int(info):  # the moment is singular on these rows: keep those before the first dependent one
             lower = lower[: int(info) - 1, : int(info) - 1]
         rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
         half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
@@ -250,7 +250,7 @@ def _factors_of_all_ranks(
 
 
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Return unit rows `(k, in)` whose leading rows span all matrices best under pooled input moments."""
+    """Return unit rows `(k, in)`; the first `r` approximate all matrices best under pooled input moments."""
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         size = matrices[0].shape[1]
@@ -273,12 +273,14 @@ def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) ->
 def _bases(
     matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[tuple[Tensor, list[WeightedSVD]]]:
-    """Yield bases, starting with the mean of the matrices, each with the SVDs of the remainders.
+    """Yield bases, each with the weighted SVDs of the remainders (matrices minus base).
 
-    Each base is the mean of the matrices minus the low ranks for the previous base, whose rank increases.
+    The first base is the mean of the matrices. Each later one is the mean of `W_e - A_e B_e`, where `A_e B_e`
+    approximates the remainder of the previous base; the rank increases from base to base.
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
-    largest = ((count - 1) * rows * columns - 1) // (count * (rows + columns))  # smaller than the matrices
+    # At the largest rank, base and factors together are still smaller than the matrices.
+    largest = ((count - 1) * rows * columns - 1) // (count * (rows + columns))
     ranks = [1, *(_GROWTH**k for k in range(rows) if _GROWTH**k <= largest)]
     base = _mean(matrices, weightings)
     for rank in (*ranks, None):
@@ -300,7 +302,7 @@ def _round_factors(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the shared factor once, then fit and round the private factors for the rounded one."""
+    """Round the shared factor once; then fit the private factors to the rounded one, and round them."""
     if pattern == "inputs":
         cores = _equal_columns(cores)
     core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
@@ -322,7 +324,7 @@ def _round_base(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the base once, then fit and round low ranks to the remainders."""
+    """Round the base once; then fit low-rank factors to the remainders, and round them."""
     base, rank = cores[0][0], cores[0][1].shape[1]
     shared = _round_shared(base, formats[BASE], pooled(weightings, base))
     pairs: list[tuple[Core, Core]] = []
@@ -334,7 +336,7 @@ def _round_base(
         else:
             made = round_product(left, right, formats["0"], formats["1"], x, target=rest)
             pairs.append((made.left, made.right))
-    if formats[BASE] is None:  # an unrounded base compensates a part of the rounding errors
+    if formats[BASE] is None:  # an unrounded base can compensate a part of the factors' rounding errors
         rests = [w - _value(a) @ _value(b) for w, (a, b) in zip(matrices, pairs, strict=True)]
         shared = _mean(rests, weightings)
     return [{BASE: shared, "0": a, "1": b} for a, b in pairs]
@@ -343,8 +345,8 @@ def _round_base(
 def _equal_columns(cores: Cores) -> Cores:
     """Normalize the columns of private left factors; scale the rows of the shared right factor instead.
 
-    The scales of a left factor are shared along its rows, where small columns would be lost to rounding next
-    to large ones. Each row of the right factor has its own scales.
+    Elements in the same row of a left factor share a quantization scale, so small columns would be lost to
+    rounding next to large ones. Each row of the right factor has its own scales.
     """
     size = torch.stack([left.square().sum(0) for left, _ in cores]).mean(0).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -353,7 +355,7 @@ def _equal_columns(cores: Cores) -> Cores:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the columns of the left factor and the rows of the right factor to equal norms."""
+    """Scale columns of the left factor and rows of the right one to equal norms; the product stays."""
     size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
     return left * size, right / size[:, None]
@@ -372,7 +374,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Pool the moments that weight errors of the shared factor of products."""
+    """Pool the moments that weight errors of the shared factor, over all products with it."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
@@ -399,7 +401,7 @@ def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor
 
 
 def _trace(moment: Tensor | None, size: int) -> float:
-    """Compute the trace of a moment: full, diagonal as a vector, or None for the identity."""
+    """Compute the trace of a moment: a matrix, a vector if it is diagonal, or None for the identity."""
     if moment is None:
         return float(size)
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
@@ -413,9 +415,10 @@ def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
 
 
 def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
-    """Approximate the sum of the weightings of a matrix by a single one with the same trace.
+    """Approximate the sum of several weightings of a matrix by a single one with the same trace.
 
-    The moment of each side is the sum over the weightings, weighted by the traces of the other side.
+    Its row moment is the sum of the row moments, each weighted by the trace of its column moment; and vice
+    versa.
 
     Args:
         weightings: the weightings to add.
@@ -435,7 +438,7 @@ def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
 
     left = total([x.rows for x in weightings], [b for _, b in sizes], rows)
     right = total([x.columns for x in weightings], [a for a, _ in sizes], columns)
-    if left is None or right is None:  # None is the identity, whose trace is needed
+    if left is None or right is None:  # None is the identity, whose trace is divided out
         return Weighting(None if left is None else left / columns, None if right is None else right / rows)
     return Weighting(left / max(sum(a * b for a, b in sizes), 1e-300), right)
 
@@ -462,12 +465,12 @@ def shared_candidates(
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
         sensitivities: sensitivity of the loss to errors in each matrix.
-        formats: number formats that cores may be stored in; only the model's own if empty.
+        formats: number formats that cores may be stored in; only the model's dtype if empty.
         per_token: number of these matrices that process the same token.
 
     Returns:
-        Networks of one matrix, for each combination of formats and rank `1 ... k`, with the size and the
-        predicted losses of all matrices together; `error` is not predicted.
+        One candidate for each combination of formats and each rank `1 ... k`. Its topology is that of one
+        matrix; its size and predicted losses are those of all matrices together. `error` is not predicted.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -496,7 +499,7 @@ def shared_candidates(
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
-        # Networks are useful only if they are smaller than the matrices in the larger of their formats.
+        # Networks are useful only if they are smaller than dense matrices in the larger of their two formats.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
         limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
         costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
@@ -509,11 +512,12 @@ def shared_candidates(
 
 
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
-    """List the combinations of number formats of the cores of a pattern, from the allowed formats.
+    """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    Private factors, and shared factors, have the formats of other low-rank networks. A shared factor may also
-    have eight bits or more if the private factors have four bits. A base may have any format, with factors in
-    the same format or in the smallest one of at least eight bits.
+    If factors are shared, all factors have one format that low-rank networks without sharing may have; or
+    only the private ones have it, and the shared one has the smallest allowed format of at least eight bits.
+    A base may have any format; its factors have the same format, or the smallest allowed one of at least
+    eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
@@ -533,7 +537,8 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     else:
         for private, _ in topology_family("low_rank").encodings(own):
             pairs += [(private, private), (private, best)]
-    # Most numbers are in private factors, which are better with eight bits than in the model's own format.
+    # Leave out an integer shared core with private factors in the model's dtype: most values are private, and
+    # eight bits suit them better.
     useful = dict.fromkeys(
         (private, shared) for private, shared in pairs if shared and (private != _FLOAT or shared == _FLOAT)
     )
@@ -547,7 +552,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Compute the losses of the fits at all ranks; row 0 for choosing, row 1 the forecast: `(2, ranks)`."""
+    """Compute the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 forecasts."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
@@ -565,12 +570,12 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the whitened SVD of a matrix, or its factors if a moment is singular."""
+    """Return the weighted SVD of a matrix; if a moment is singular, the matrix and the SVD's factors."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
 def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
-    """Compute the losses of one matrix at all ranks: `(2, ranks)`, infinite without terms."""
+    """Compute the losses of one matrix at all ranks, `(2, ranks)`; infinite at ranks that `terms` lacks."""
     choice, forecast = sensitivity.choice, sensitivity.forecast
     if isinstance(terms, WeightedSVD):
         found = torch.stack([terms.error, other_tail_costs(terms, choice, forecast)])
@@ -585,7 +590,7 @@ def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: 
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
 ) -> list[tuple[Topology, int, int]]:
-    """Build the networks of all ranks, and count parameters and bytes, with the shared core once."""
+    """Build the networks of all ranks, with their parameters and bytes; the shared core counts once."""
     found = []
     for rank in range(1, ranks + 1):
         topology = pattern_topology(pattern, rows, columns, rank)
@@ -628,7 +633,7 @@ def _rounding_of_factors(
     ]
     of_private = torch.zeros(len(private), 2, len(tried), dtype=torch.float64)
     for place, sides in enumerate(zip(*kinds, strict=True)):
-        with remembering():  # factorises the moments of a matrix once for all ranks
+        with remembering():  # the moments of a matrix are then factorised once for all ranks
             for at, cores in enumerate(fits):
                 left, right = cores[place]
                 if pattern == "inputs":
@@ -654,7 +659,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses of rounding a core under the first weighting, shape `(formats, weightings)`."""
+    """Predict the losses under all weightings of rounding under the first, shape `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
@@ -673,7 +678,7 @@ def _rounding_of_base(
 ) -> list[Tensor]:
     """Predict the loss increase of rounding base and factors, shape `(2, ranks)` for each storage.
 
-    The mean of the matrices is used in place of the bases of all ranks.
+    The base of every rank is taken to be the mean of the matrices.
     """
     core, choices = PATTERNS[pattern], [x.choice for x in sensitivities]
     base = _mean(matrices, choices)
@@ -688,7 +693,7 @@ def _rounding_of_base(
     for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
         weightings = [sensitivity.choice, sensitivity.forecast]
         with remembering():
-            known = {}  # losses of all low ranks of the remainder, and its balanced factors
+            known = {}  # by format of the base: losses of the remainder at all ranks, and balanced factors
             for kind, value in {**rounded, _FLOAT: base}.items():
                 rest = matrix - value
                 made = weighted_svd(rest, sensitivity.choice)

@@ -1,6 +1,6 @@
 """Stacks of operators that share cores: build the matrices of all experts in one contraction.
 
-These are pure functions; `experts.py` has the module with the tensors.
+These are pure functions; the module that stores the cores is in `experts.py`.
 """
 
 import math
@@ -14,13 +14,13 @@ from tensornet.contraction.plan import TOKENS, ContractionPlan, find_path, plan_
 from tensornet.errors import TopologyError
 from tensornet.topology import Topology
 
-#: Label of the expert index, the only label of a plan whose size may change between calls.
+#: Label of the expert index; when a plan is used again, only the size of this label may differ.
 EXPERTS = TOKENS
 
 #: Largest number of cores for which all contraction orders are tried; a heuristic is used for more.
 _EXHAUSTIVE_CORES = 7
 
-#: Largest size of a merged group of cores, as a fraction of a matrix; reordering it is almost free.
+#: Largest size of a merged group of cores, as a fraction of a matrix; reordering such a group is almost free.
 _SMALL = 1 / 8
 
 SHARED_KEYWORDS = ("center", "ends", "none", "all")
@@ -62,15 +62,14 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
 
 
 def _described(topology: Topology) -> str:
-    """Describe a topology by its family, shape and legs."""
     return f"{topology.family!r} of shape {topology.shape} with legs {topology.out_dims} x {topology.in_dims}"
 
 
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
-    """Take the largest size of every bond, so that every expert can be zero-padded to one topology.
+    """Return the topology with the largest size of every bond, to which all experts can be zero-padded.
 
     Raises:
-        TopologyError: the topologies do not differ only in their bonds.
+        TopologyError: the topologies differ in more than their bonds.
     """
     first = topologies[0]
     for k, other in enumerate(topologies):
@@ -95,9 +94,9 @@ class Group:
     """Cores that are contracted with one another first.
 
     Args:
-        cores: their names.
+        cores: names of the cores.
         merge: contraction of these cores; None for a single core.
-        shape: shape of the result; it starts with the experts (-1) if a core is private.
+        shape: shape of the result; if a core is private, the first size is -1, for the experts.
     """
 
     cores: tuple[str, ...]
@@ -109,9 +108,10 @@ class Group:
 class StackPlan:
     """Planned contraction that builds the matrices of all experts at once.
 
-    Small neighbours, such as the private cores on either side of a shared center, are merged first, with
-    adjacent out-legs and adjacent in-legs. The copy that brings rows and columns of the matrices into order
-    then has long runs; otherwise it would take a tenth of the time of the arithmetic.
+    Small neighbours, such as several private cores on one side of a shared center, are merged first, into a
+    tensor whose out-legs are adjacent and whose in-legs are, too. The copy that brings rows and columns of
+    the matrices into order then moves long runs of memory; otherwise it would take a tenth of the time of the
+    arithmetic.
 
     Args:
         topology: the operator of one expert.
@@ -170,7 +170,7 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
 
 
 def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: int) -> Tensor:
-    """Build dense matrices, shape `(num_experts, out_features, in_features)`, with gradient.
+    """Build dense matrices, shape `(num_experts, out_features, in_features)`, differentiably.
 
     Args:
         plan: the planned stack.
@@ -228,7 +228,7 @@ def _labels_left(
 
 
 def _fuse(own: set[str], legs: tuple[str, ...]) -> dict[str, str]:
-    """Map each run of adjacent output legs that only this group has to one fused label."""
+    """Map the legs in `own` to fused labels, one label for each run of adjacent legs."""
     runs: list[list[str]] = []
     for k, label in enumerate(legs):
         if label in own and k > 0 and legs[k - 1] in own:

@@ -98,7 +98,7 @@ class RouterLaws:
         router(x, torch.arange(_TOKENS) != 3)
 
     def test_float32_whatever_the_model(self) -> None:
-        """Check that logits are float32 in half precision and unchanged under autocast."""
+        """Check that logits are float32 for a half-precision router and unchanged under autocast."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         exact = router(x).logits
         with torch.autocast("cpu", torch.bfloat16):
@@ -108,7 +108,7 @@ class RouterLaws:
     def test_survives_a_checkpoint(self) -> None:
         """Check that `spec` and the state dict rebuild the router and its arguments."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
-        router.jitter = 0.25  # not the default, to detect a description without it
+        router.jitter = 0.25  # not the default, to notice if `spec` omits it
         again = build_module(router.spec(), device=None, dtype=None)
         assert isinstance(again, Router)
         assert type(again) is type(router)
@@ -132,7 +132,7 @@ def _computed(routing: Routing) -> Tensor:
 
 
 def _dense(routing: Routing) -> Tensor:
-    """Scatter combine weights to a dense tensor, shape `(tokens, E)`."""
+    """Write the combine weights of the computed choices into a dense tensor, shape `(tokens, E)`."""
     return torch.zeros_like(routing.probs).scatter_add(1, routing.expert_indices, _weights(routing))
 
 
@@ -154,7 +154,7 @@ class BankLaws:
         raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
 
     def test_matrices(self) -> None:
-        """Check shapes, and that selected experts (also repeated) equal those among all matrices."""
+        """Check shapes, and that matrices of selected, also repeated, experts equal those of the bank."""
         bank = self._made()
         whole = bank.expert_matrices()
         assert whole.shape == (_EXPERTS, *self.shape)
@@ -193,7 +193,7 @@ class BankLaws:
             assert torch.allclose(mine, dense, atol=1e-9)
 
     def test_starts_as_the_dense_network(self) -> None:
-        """Check that the experts of `from_dense` equal the matrix up to `error`, and can be trained apart."""
+        """Check that experts of `from_dense` equal the matrix up to `error`, and differ after training."""
         weight = torch.randn(self.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         bank = self.from_dense(weight, _EXPERTS)
         error = getattr(bank, "error", None) or 0.0
@@ -260,7 +260,7 @@ class BankLaws:
 
 
 def _descend(bank: ExpertBank, target: Tensor) -> None:
-    """Take ten steps towards different matrices for each expert."""
+    """Train a bank for ten steps towards `target`, which has another matrix for each expert."""
     optimizer = torch.optim.Adam(dict.fromkeys(bank.stored_tensors()), lr=0.05)
     for _ in range(10):
         optimizer.zero_grad()

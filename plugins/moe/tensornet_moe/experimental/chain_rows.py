@@ -109,7 +109,7 @@ def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor |
 
 
 def chain_rows(x: Tensor, ends: tuple[Tensor, Tensor], middle: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Compute `y_r = W_e(r) x_r` for rows sorted by expert, with first derivatives.
+    """Compute `y_r = W_e(r) x_r` for rows sorted by expert; it can be differentiated only once.
 
     Args:
         x: shape `(rows, i * j * k)`.
@@ -131,7 +131,7 @@ def chain_rows(x: Tensor, ends: tuple[Tensor, Tensor], middle: Tensor, sizes: Se
 
 
 class _ChainRows(torch.autograd.Function):
-    """`groups` lists the experts that have rows, with the numbers of their rows."""
+    """Autograd function of `chain_rows`; `groups` has `(expert, number of rows)` for experts with rows."""
 
     @staticmethod
     def forward(
@@ -193,7 +193,7 @@ class _Slices:
         self.ordered = _words(self.whole.view(o, i, width, j, q, k))
 
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """View the part of a matrix that each slice fills, in the order of `ordered`."""
+        """View the parts of a matrix that the slices fill, with dimensions in the order of `ordered`."""
         return _words(matrix.view(self.legs)).permute(1, 0, 4, 2, 5, 3, 6).unbind(0)
 
     def of_middle(self, middle: Tensor) -> tuple[Tensor, ...]:

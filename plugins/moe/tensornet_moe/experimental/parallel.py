@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch._dynamo  # here, since an import inside a process group keeps its threads alive
+
+# If torch first imported it while a process group exists, the threads of the group would stay alive.
+import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -31,7 +33,7 @@ class ParallelExperts(nn.Module):
 
     Args:
         local: the experts of this process.
-        shared: owners of the cores that all experts share, by the name of the bank; replicated.
+        shared: owners of the cores that all experts share, by the name of the bank; each process has a copy.
         group: the processes.
 
     Built by `shard_experts`.
@@ -52,7 +54,7 @@ class ParallelExperts(nn.Module):
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
         """Map rows `(rows, in_features)`, sorted by expert, to `(rows, out_features)`."""
         ranks, here = dist.get_world_size(self.group), self.local.num_experts
-        # A matrix of counts: rows that each process sends to each local expert.
+        # Number of rows for each expert, shape (processes, experts of a process).
         counts = groups.counts.reshape(ranks, here)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
@@ -126,8 +128,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment,arg-type]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
-    # A private attribute, but torch documents it for excluding parameters; ranks must not average their
-    # experts.
+    # Processes must not average their experts. The method is private, but torch documents it for this use.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
@@ -161,7 +162,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
     if not replicated:
         return
     there = [p.grad is not None for p in replicated]
-    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # a device of the group
+    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # where the group communicates
     dist.all_reduce(has, group=group)
     for parameter, count in zip(replicated, has.tolist(), strict=True):
         if count:
@@ -221,7 +222,7 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     for name in experts.names:
         bank: Any = experts.bank(name)
         owner = bank.owner
-        if bank.shared and owner is None:  # shared cores become replicated ones, outside of the experts
+        if bank.shared and owner is None:  # move shared cores out of the experts, to be replicated
             shared[name] = owner = SharedCores(bank.topology, bank.shared, device="meta")
             for core, parameter in bank.shared_parameters().items():
                 owner.register_parameter(f"core_{core}", parameter)
@@ -230,7 +231,7 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     biases = {name: bias if bias is None else bias[here] for name, bias in _biases(experts).items()}
     made = ParallelExperts(_ffn_like(experts, banks, biases), shared, group)
     for parameter in made.local.parameters():
-        # Private cores see the tokens of all processes: divide by R to average over processes.
+        # Gradients of private cores are sums over the tokens of all processes: divide for the average.
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
         parameter.requires_grad_(not frozen)
@@ -254,7 +255,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
 def _bank_like(
     bank: SharedCoreExperts, count: int, shared: Any, cores: Mapping[str, Tensor]
 ) -> SharedCoreExperts:
-    """Build a bank of `count` experts from private cores, which are frozen as those of another bank."""
+    """Build a bank like another one, with `count` experts and these private cores; frozen cores stay so."""
     made = SharedCoreExperts._from_cores((bank.topology,) * count, shared, cores, bank.error, bank.dtype)
     made._compute_like(bank.compute_like)
     for core in cores:
@@ -288,7 +289,7 @@ def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
 
 
 def _private_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Collect the parameters that differ between processes; shared cores are borrowed, so not among them."""
+    """Collect the parameters that differ between processes: those of experts, without shared cores."""
     return [
         p for part in module.modules() if isinstance(part, ParallelExperts) for p in part.local.parameters()
     ]
