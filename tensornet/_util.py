@@ -143,7 +143,7 @@ def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":  # the context below makes operations slower
+        if torch.get_default_device().type == "cpu":  # the context below would slow down every operation
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)

@@ -32,7 +32,7 @@ from tensornet.topology import Topology
 #: Fitting stops after a sweep that lowers the error by less than this fraction.
 TOLERANCE = 1e-3
 #: Largest combined size of a core's bonds for which the whole Gram matrix is inverted. For larger cores the
-#: Gram matrix of each bond is inverted; without loops their Kronecker product is the whole matrix.
+#: Gram matrix of each bond is inverted; without loops, the whole matrix is the Kronecker product of these.
 _WHOLE = 256
 #: Number of random starts, and number of sweeps after which only the best start is continued.
 _STARTS, _TRIAL_SWEEPS = 3, 5
@@ -42,7 +42,7 @@ _STEPS = 2
 _CUTOFF = {torch.float32: 1e-9, torch.complex64: 1e-9, torch.float64: 1e-12, torch.complex128: 1e-12}
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _LEG_STEPS = 6
-#: Damping of the moment of each leg, which may be singular.
+#: Damping of the moments of legs, since a moment may be singular.
 _FACTOR_DAMPING = 1e-4
 
 #: Function that decomposes a matrix into a network of a given topology.
@@ -169,7 +169,7 @@ def _improve(
 ) -> float:
     """Fit one core by preconditioned conjugate gradients, replace it in `cores`, and return the new error.
 
-    `cost` is the weighted error before.
+    `cost` is the weighted error before the fit.
     """
     if topology.terms:  # a sum: subtract the other terms from the target, and fit the core's own term
         positions, part = next(x for x in topology.parts if index in x[0])
@@ -220,7 +220,7 @@ def _improve(
 def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:
     """Build a function that multiplies the core at `index` by the inverse Gram matrix of its environment.
 
-    For large cores the inverse is approximated by those of the Gram matrices of single bonds. The function is
+    For large cores, one Gram matrix for each bond is inverted instead, as an approximation. The function is
     linear and positive semi-definite.
     """
     grams = plan_grams(topology, index)
@@ -302,14 +302,15 @@ def fit_weighted(
 ) -> TensorNetwork:
     """Fit a network to a matrix under a weighting, starting from the better of two decompositions.
 
-    The first start is the decomposition of the family in leg-whitened coordinates, see `Legs`. It is refined
-    there by alternating least squares, where a few steps do as much as hundreds in the coordinates of the
-    matrix. If the plain decomposition has a smaller weighted error, it is refined and returned instead.
+    The first start is the result of `decompose` in leg-whitened coordinates, see `Legs`. It is refined by
+    alternating least squares in these coordinates, where a few steps do as much as hundreds in the
+    coordinates of the matrix. If the plain decomposition has a smaller weighted error, it is refined and
+    returned instead.
 
     Args:
-        decompose: function that decomposes a matrix into a network of the family.
+        decompose: function that decomposes a matrix into a network of a given topology.
         matrix: the matrix, shape `(out, in)`.
-        topology: topology of the network, of this family.
+        topology: topology of the network.
         weighting: sensitivity of the loss to errors.
         sweeps: number of sweeps of alternating least squares; 0 returns the start.
     """
@@ -328,7 +329,10 @@ def fit_weighted(
 
 
 def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """Slice the cores of a network to smaller bonds, which must be sorted by importance, as after TT-SVD."""
+    """Cut each bond of a network to the size in `topology`, keeping its first indices.
+
+    The indices of each bond must be sorted by importance, as after TT-SVD.
+    """
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
     return TensorNetwork(topology, [core.contiguous() for core in cut])
@@ -341,8 +345,8 @@ class Legs:
     The moments of the matrix are approximated by Kronecker products of moments of the legs.
 
     Args:
-        roots: by the label of a leg, `L` and its inverse, where `L L^T` is the moment of the leg; vectors for
-            a diagonal moment. Legs without a moment are absent.
+        roots: for each leg label, `L` and its inverse, where `L L^T` is the moment of the leg; both are
+            vectors if the moment is diagonal. Legs without a moment are absent.
         sides: labels of the out-legs, and of the in-legs.
         dims: sizes of the out-legs, and of the in-legs.
     """
@@ -359,7 +363,10 @@ class Legs:
     def whitened(
         self, matrix: Tensor, network: TensorNetwork, weighting: Weighting
     ) -> tuple[Tensor, TensorNetwork, Weighting]:
-        """Transform a matrix, a network and a weighting to whitened coordinates; the loss is unchanged."""
+        """Transform a matrix, a network and a weighting to whitened coordinates.
+
+        The weighted error of the network is unchanged.
+        """
         topology = network.topology
         cores = self._on_cores(topology, network.cores, inverse=False)
         moments = zip(matrix.shape, (weighting.rows, weighting.columns), strict=True)
@@ -390,7 +397,7 @@ class Legs:
     def _moment(
         self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
     ) -> Tensor | None:
-        """Transform the moment `M` of one side to `L^-1 M L^-T`; padding gets zero weight."""
+        """Transform the moment `M` of the outputs or inputs to `L^-1 M L^-T`; padding gets zero weight."""
         size, count = math.prod(dims), len(dims)
         if moment is None:
             return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)

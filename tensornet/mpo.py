@@ -108,7 +108,7 @@ class MPO:
 
         Returns:
             An MPO whose `error` is the certificate. The chain is canonical: all cores but one are orthonormal
-            (`canonicalize` moves the other one).
+            (`canonicalize` chooses which core is not).
 
         Raises:
             BudgetError: a limit is out of range or cannot be met.
@@ -157,7 +157,7 @@ class MPO:
         Args:
             batch: the matrices, shape `(items, out, in)`.
             out_dims, in_dims, sites, max_bond, param_ratio, method: as in `from_matrix`.
-            rel_error: largest relative Frobenius error of each item. Each bond has the largest size that an
+            rel_error: largest relative Frobenius error of each item. Each bond has the largest size that any
                 item needs.
 
         Returns:

@@ -194,12 +194,12 @@ def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -
 def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
     """Make every core except `center` orthonormal by QR decompositions, with gradient.
 
-    Cores on the left of `center` become left-orthonormal, cores on its right right-orthonormal, so that the
-    norm of the center is the norm of the operator. QR may reduce the bonds. The diagonal of each triangular
-    factor is made real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists
-    if the columns of each factorized matrix are independent.
+    Cores before `center` become left-orthonormal and cores after it right-orthonormal, so that the norm of
+    the center is the norm of the operator. QR may reduce the bonds. The diagonal of each triangular factor is
+    made real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists if the
+    columns of each factorized matrix are independent.
 
-    If the norm exceeds the range of the dtype, all cores are multiplied by equal powers of two, and are
+    If the norm exceeds the range of the dtype, all cores are multiplied by the same power of two, and are
     orthonormal up to this factor.
 
     Args:
@@ -269,7 +269,7 @@ def round_chain(
     max_bond: int | Sequence[int] | None = None,
     rel_error: float | None = None,
 ) -> tuple[Cores, float]:
-    """Truncate the bonds of a chain, with gradient: canonicalize it, then truncate one SVD for each bond.
+    """Truncate the bonds of a chain, with gradient: canonicalize it, then truncate each bond by an SVD.
 
     The chosen ranks are treated as constants. The gradient exists if, at every bond, the smallest kept
     singular value is positive and differs from the largest discarded one. For functions of the individual
@@ -279,7 +279,7 @@ def round_chain(
     Args:
         cores: the chain; each core has the shape `(left, out, in, right)`.
         max_bond: limit for all bonds, or a sequence with a limit for each bond.
-        rel_error: largest Frobenius error relative to the norm of the chain. What one bond does not use of it
+        rel_error: largest Frobenius error relative to the norm of the chain. Error that one bond does not use
             is available to the next bonds.
 
     Returns:

@@ -237,7 +237,10 @@ def draw_topology(topology: Topology) -> "Figure":
 
 
 def _places(topology: Topology) -> dict[str, Point]:
-    """Place the cores on a line if bonds join neighbours, else on a circle around any core with all bonds."""
+    """Place the cores on a line if bonds join only neighbours, otherwise on a circle.
+
+    If one core has all bonds, it is placed at the centre of the circle.
+    """
     names = topology.core_names
     count = len(names)
     carriers = [_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1]
@@ -265,7 +268,7 @@ def _draw_bonds(axes: "Axes", topology: Topology, places: dict[str, Point]) -> N
         ends = [places[name] for name in names]
         middle = (sum(x for x, _ in ends) / len(ends), sum(y for _, y in ends) / len(ends))
         again = seen[tuple(sorted(names))] = seen.get(tuple(sorted(names)), -1) + 1
-        middle = (middle[0], middle[1] - 0.4 * again)  # a second bond between two cores is drawn lower
+        middle = (middle[0], middle[1] - 0.4 * again)  # further bonds between the same cores are drawn lower
         style = "-" if len(names) == 2 else "--"
         for x, y in ends:
             axes.plot([x, middle[0]], [y, middle[1]], style, color=_BOND, linewidth=_width(size), zorder=1)
@@ -304,7 +307,7 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
 
 
 def _tilt(topology: Topology, places: dict[str, Point]) -> float:
-    """Choose how far legs lean sideways: not at all if the cores are on a line, else away from the bonds."""
+    """Choose how far legs lean sideways to avoid the bonds; 0 if the cores are on a line."""
     if len({y for _, y in places.values()}) == 1:
         return 0.0
     carriers = (_carriers(topology, label) for label, size in topology.bond_dims.items() if size > 1)

@@ -27,8 +27,8 @@ class Machine:
         bandwidth: bytes per second for reading weights from memory.
         overhead: time per operation, which is a matrix product or a permuting copy.
         copy_element: time per element of a permuting copy.
-        copy_run: additional time per contiguous run of a copy; a run is a single element if the innermost
-            index changes.
+        copy_run: additional time per contiguous run of a copy; a run is a single element if the copy moves
+            the innermost index.
         copy_far: additional time per element of a copy that does not fit into the cache of one CPU core.
         half_size: number of rows, columns or summed indices at which a product reaches half of the peak.
         unpack_pass: time per element of each pass over a block of packed integers.

@@ -78,16 +78,16 @@ class ContractionPlan:
     Args:
         stored_shapes: shapes of the operands that do not have the token index.
         steps: pairwise products in order.
-        output: arrangement of the last result to the requested order and shape, with indices of size 1.
+        output: arrangement of the last result to the requested order and shape, including indices of size 1.
         adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and needs no permutation,
             so that it can add a bias at no cost.
         output_copy: copy that the arrangement of the output needs, or None.
         path: contraction order in the notation of `opt_einsum`.
         matrices: position and shape `(out, in)` of each matrix, if the plan only multiplies operand 0 by one
-            matrix after another. `torch.nn.functional.linear` is then used with the stored cores, for example
-            `y = (x B^T) A^T` for low rank.
-        terms: for a sum, the positions of the operands of each term and its plan. `steps` then has the steps
-            of all terms, for the cost model only.
+            matrix after another; otherwise empty. `torch.nn.functional.linear` is then used with the stored
+            cores, for example `y = (x B^T) A^T` for low rank.
+        terms: for a sum of networks, the positions of each term's operands, and its plan. `steps` then has
+            the steps of all terms, for the cost model only. Empty if there is no sum.
     """
 
     stored_shapes: tuple[tuple[int, ...], ...]
@@ -185,7 +185,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
 
 
 def plan_sum(terms: Sequence[tuple[tuple[int, ...], ContractionPlan]]) -> ContractionPlan:
-    """Combine the plans of the terms of a sum, whose outputs have equal shapes.
+    """Combine the plans of the terms of a sum; all outputs must have the same shape.
 
     Args:
         terms: for each term, the positions of its operands among the operands of the sum, and its plan.
@@ -399,7 +399,7 @@ def _arrangement(
 
 
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
-    """Build the arrangement with one dimension for each group; the first, the batch, is left out if empty."""
+    """Build the arrangement with one dimension for each group; the first group, the batch, may be empty."""
     kept = groups if groups[0] else groups[1:]
     shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)
@@ -422,7 +422,7 @@ def plan_contraction(
         output: labels of the result; every other label is summed.
         size_of: size of each label; the size of `TOKENS` is the expected number of tokens.
         optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders for up to 4 operands, and
-            some of them for more operands.
+            only some orders for more operands.
 
     Returns:
         A plan for `run`.
@@ -458,7 +458,7 @@ def find_path(
 #: Number of tokens that is assumed if the actual number is unknown, as in an exported program.
 PLANNED_TOKENS = 256
 
-#: Numbers of tokens for which contraction orders are optimized; sweeps over the cores are tried too.
+#: Numbers of tokens for which contraction orders are optimized. Contracting core after core is tried too.
 _PATH_TOKENS = (1, 16, 256, 4096)
 
 #: A matrix is rebuilt in blocks of rows that fit into a cache. A block has about this fraction of the matrix,
@@ -468,7 +468,8 @@ _BLOCK_PART, _BLOCK = 1 / 8, 2**18
 #: Matrices with at most this number of elements are rebuilt in one block.
 _SMALL = 2**16
 
-#: The route that rebuilds the matrix. All other routes are positions in `OperatorPlan.applies`.
+#: The route (way to apply an operator) that rebuilds the matrix. All other routes are positions in
+#: `OperatorPlan.applies`.
 RECONSTRUCT = -1
 
 #: Pairs `(largest number of tokens, route)` in ascending order; the last pair is for all larger numbers.
@@ -608,7 +609,7 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """Tabulate the fastest route for ranges of token counts, whose limits are accurate to 10 %.
+    """Tabulate the fastest route for each range of token counts; the range limits are accurate to 10 %.
 
     Args:
         plan: plan of the operator.
@@ -666,7 +667,7 @@ def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
             for core, spec in zip(cores, plan.topology.cores, strict=True)
         ]
         rows = run(plan.rows, parts)
-        if dense is None:  # allocate only now, since autocast determines the dtype of `rows`
+        if dense is None:  # not allocated earlier: under autocast, only the result `rows` shows the dtype
             dense = rows.new_empty(math.prod(map(len, starts)), *rows.shape)
         dense[block] = rows
     assert dense is not None

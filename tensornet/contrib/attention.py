@@ -1,4 +1,4 @@
-"""Unfusing of `nn.MultiheadAttention` into a module with four linear layers."""
+"""Replace `nn.MultiheadAttention` by a module with four linear layers that can be compressed."""
 
 import math
 
@@ -42,7 +42,7 @@ class MatrixAttention(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if the weights of all projections are parameters of the module and of `out_proj`."""
+        """Return True if every projection weight is a parameter of the module itself or of its `out_proj`."""
         assert isinstance(module, nn.MultiheadAttention)
         projections = [own_parameters(module), own_parameters(module.out_proj)]
         packed = "in_proj_weight" in projections[0]
@@ -97,7 +97,7 @@ class MatrixAttention(Compound):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         found = []
         for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):
-            y = self.get_submodule(name)(x)  # called before transposing, so that layers share one input
+            y = self.get_submodule(name)(x)  # before transposing, so that layers get the same input tensor
             y = y if bias is None else y + bias
             y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
             found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))

@@ -1,7 +1,7 @@
 """Convert matrix product operators to and from quimb and TensorLy.
 
-Both libraries store the same cores, quimb with another index order and without end bonds. Neither supports
-padding, so padding becomes a part of the converted operator.
+Both libraries store the same cores; quimb orders the indices differently and omits the end bonds. Neither
+supports padding, so padding becomes a part of the converted operator.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def to_quimb(cores: Sequence[Tensor]) -> Any:
     """Convert cores to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
     The arrays are copies in NumPy; bfloat16 is converted to float32. If out- and in-legs differ in size,
-    quimb's `to_dense` needs the lists of both legs.
+    quimb's `to_dense` needs the lists of their names.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
     if cores[0].dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""Unfusing of `nn.RNN`, `nn.LSTM` and `nn.GRU` into a module with one linear layer for each matrix."""
+"""Replace `nn.RNN`, `nn.LSTM` and `nn.GRU` by a module with one linear layer for each matrix."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -184,7 +184,7 @@ class MatrixRecurrence(Compound):
         return y + getattr(self, f"bias_{which}_{suffix}") if self.bias else y
 
     def _cell(self, given: Tensor, state: State, suffix: str) -> State:
-        """Compute the next state from `W_ih x + b_ih`."""
+        """Compute the next state from the current state and `given = W_ih x + b_ih`."""
         hidden = state[0]
         own = self._applied("hh", suffix, hidden)
         if self.mode == "LSTM":

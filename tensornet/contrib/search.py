@@ -54,7 +54,7 @@ class SearchPoint:
 
     @property
     def form(self) -> str:
-        """Short description: family, dims (left out if each side has a single leg) and bonds."""
+        """Short description: family, dims (omitted if there is one out-leg and one in-leg) and bonds."""
         topology = self.topology
         bonds = "x".join(str(size) for size in topology.bond_dims.values() if size > 1) or "1"
         if (max(topology.out_dims), max(topology.in_dims)) == topology.shape:
@@ -166,15 +166,15 @@ def search_topology(
     """Decompose a matrix by several families, numbers of sites and sizes, and compare the results.
 
     Families with the option `sites` are tried with 2 to `max_sites` sites and balanced dims. The predicted
-    time is that of the faster way, contracting or rebuilding the matrix. (With the strategy `"cached"`, every
-    layer takes the time of a dense layer in eval mode.)
+    time assumes the faster of two ways: contracting the input with the cores, or rebuilding the matrix. (With
+    the strategy `"cached"`, every layer takes the time of a dense layer in eval mode.)
 
     Args:
         matrix: the matrix, shape `(out_features, in_features)`.
         param_ratio: largest number of parameters as a fraction of the dense matrix.
         max_params: largest number of parameters; the smaller of the two limits applies.
-        tokens: token count, or several token counts, for which times are predicted; the reported time is
-            their geometric mean.
+        tokens: token count, or several token counts, for which times are predicted; the reported time is the
+            geometric mean over them.
         families: names of registered families, or one name.
         max_sites: largest number of sites.
         machine: machine to predict for; built-in constants of the device if absent.

@@ -18,14 +18,15 @@ from tensornet.errors import BudgetError, NonFiniteError
 
 # --- subspace iteration ---------------------------------------------------------------------------
 
-#: Smallest size for which subspace iteration is faster than an eigendecomposition of the Gram matrix.
+#: Smallest matrix size for which subspace iteration is faster than an eigendecomposition of the Gram matrix.
 MIN_SIZE = 256
-#: Largest rank, as a fraction of the smaller dimension, for which subspace iteration is faster.
+#: Largest rank for which it is faster than that, as a fraction of the smaller dimension.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
-#: Factor on `_MAX_ITERATIONS` if singular values are needed, which converge later than the energy.
+#: Factor on `_MAX_ITERATIONS` if singular values are needed, because these converge later than the energy.
 _PATIENCE = 2
-#: Typical number of iterations. Building the Gram matrix takes as long as size/width iterations without it.
+#: Typical number of iterations. The Gram matrix is built if `size / width` is at most this number, since
+#: building it takes as long as `size / width` iterations without it.
 _GRAM_PAYS_BELOW = 12
 
 
@@ -52,15 +53,15 @@ def iterated_basis(
         rank: number of vectors, at most `m`.
         slack: the iteration stops when a step lowers the energy outside of the basis by less than this
             fraction of that energy.
-        kept_slack: if given, the step must also raise the energy inside by less than this fraction of it, for
-            accurate singular values. They may still be inaccurate if the energy outside is large.
+        kept_slack: if given, that step must also raise the energy inside the basis by less than this fraction
+            of it. Singular values are then accurate unless the energy outside is large.
 
     Returns:
         Orthonormal basis of shape `(*batch, m, rank)`, or None if the energy has not converged.
     """
     size, width = block.shape[-2], min(block.shape[-2], rank + max(rank // 2, 8))
     gram = block @ block.mH if size <= _GRAM_PAYS_BELOW * width else None
-    generator = torch.Generator(device="cpu").manual_seed(0)  # draws equal numbers for every device
+    generator = torch.Generator(device="cpu").manual_seed(0)  # draws the same numbers for every device
     probe = torch.randn(size, width, generator=generator, dtype=torch.float64, device="cpu").to(block)
     basis = torch.linalg.qr(_square(block, gram, probe.expand(*block.shape[:-2], size, width))).Q
     before = torch.zeros_like(total)
@@ -81,7 +82,7 @@ def iterated_basis(
 
 
 def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
-    """Compute `block @ block^H @ vectors`; `gram` is `block @ block^H`, if known."""
+    """Compute `block @ block^H @ vectors`; `gram` is `block @ block^H`, or None if unknown."""
     return block @ (block.mH @ vectors) if gram is None else gram @ vectors
 
 
@@ -90,7 +91,7 @@ def _square(block: Tensor, gram: Tensor | None, vectors: Tensor) -> Tensor:
 Method = Literal["auto", "exact", "gram", "randomized"]
 METHODS = ("auto", "exact", "gram", "randomized")
 
-#: Matrices with at least this ratio of rows and columns are reduced by QR before the SVD.
+#: Matrices with at least this ratio of the longer to the shorter side are reduced by QR before the SVD.
 _TALL = 2
 #: Matrices whose largest element is outside this range are rescaled, so that squares neither overflow nor
 #: underflow.
@@ -291,7 +292,7 @@ def factorize(
         work: matrices, shape `(*batch, m, n)`.
         cap: largest rank.
         allowed: largest energy (squared norm) that each matrix may lose, shape `(*batch)`; None for no limit.
-            The rank is large enough for all of them.
+            The rank is large enough for all matrices.
         single: True if the elements are accurate to single precision only.
         method: see `truncated_svd`.
     """

@@ -1,7 +1,7 @@
 """TT-SVD: decompose a matrix into the cores of a matrix product operator, with certified error.
 
 Bonds that are not truncated need no SVD, because their cores are identities. The sweep visits only the
-truncated bonds, beginning at the end with the smaller legs.
+truncated bonds. It starts at the end of the chain that has the smaller legs.
 
 Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem 2.2.
 """
@@ -36,7 +36,7 @@ from tensornet.linalg.svd import (
 
 # --- one step: split a matrix into an orthonormal factor and the rest; energy is a squared norm ---
 
-#: Smallest discarded fraction of the energy, in units of eps, that the fast step can compute.
+#: Smallest discarded fraction of the energy, in units of eps, that `_fast` can compute.
 _TRUSTED = 1e5
 #: Fraction by which the energy that subspace iteration discards may exceed the optimum.
 _SLACK = 3e-3
@@ -82,8 +82,8 @@ def split_block(
         single: True if the elements are accurate to single precision only, whatever their dtype.
         method: see `truncated_svd`.
         last: True for the last step of a sweep. Then `rest` may be the orthonormal factor if this saves a QR.
-        ordered: True if the columns of `left` must be singular vectors in descending order, not just any
-            basis.
+        ordered: True if the columns of `left` must be singular vectors in descending order; otherwise they
+            may be any basis.
     """
     rows, columns = block.shape[-2:]
     if not ordered and allowed is None:
@@ -162,7 +162,7 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Compute the largest useful size of each bond: the product of leg sizes on its smaller side."""
+    """Compute the largest useful bonds: the smaller product of the leg sizes left or right of each bond."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 
@@ -238,8 +238,8 @@ def tt_svd_stack(
             dims.
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        budget: limits on bonds, error and parameters. `rel_error` limits the error of every item; what one
-            bond does not use of it is available to the next bonds.
+        budget: limits on bonds, error and parameters. `rel_error` limits the error of every item; error that
+            one bond does not use is available to the next bonds.
         bonds: largest size of each bond, in addition to the budget.
         method: see `truncated_svd`. With `"auto"`, single-precision input is processed in single precision if
             the discarded energy is far above the rounding errors.

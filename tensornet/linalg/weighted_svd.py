@@ -39,7 +39,7 @@ class Weighting:
 
     def cost(self, error: Tensor) -> float:
         """Compute the predicted loss increase `1/2 tr(R E C E^T)` of an error `E: (out, in)`."""
-        # The precision of the error is sufficient for products, but not for the sum.
+        # The products may have the precision of `error`, but the sum needs double precision.
         weighed = times(self.rows, error) * times(self.columns, error.T).T.conj()
         return 0.5 * float(weighed.sum(dtype=working_dtype(error.dtype)).real)
 
@@ -110,9 +110,9 @@ def root(moment: Tensor) -> tuple[Tensor, Tensor]:
 def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) -> WeightedSVD:
     """Compute the SVD of the whitened matrix, which gives the best approximations of all ranks.
 
-    Only the moment of the shorter side is factorized. For `out <= in`, the left singular vectors `U` are
-    eigenvectors of `Lr^T W C W^T Lr`, and the approximation is `W' = Lr^-T U U^T Lr^T W`. So `C` may be
-    singular.
+    Only the moment of the shorter side of the matrix is factorized. For `out <= in`, the left singular
+    vectors `U` are eigenvectors of `Lr^T W C W^T Lr`, and the approximation is `W' = Lr^-T U U^T Lr^T W`. So
+    `C` may be singular.
 
     Args:
         matrix: the matrix `W`, shape `(out, in)`.
@@ -284,10 +284,10 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Combine the weightings of a weight that is used several times into one, the nearest Kronecker product.
+    """Combine several weightings of one matrix, which a model uses several times, into one.
 
-    The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`. If any moment of a side is
-    diagonal, the diagonals of all moments of this side are used.
+    The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`: the nearest Kronecker product. If
+    any `R_k` is diagonal, only the diagonals of all `R_k` are used; the same holds for the `C_k`.
 
     Reference:
         Van Loan, Pitsianis 1993, "Approximation with Kronecker products".

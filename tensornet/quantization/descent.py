@@ -2,10 +2,10 @@
 
 Let `P = R E C` for the error `E`. Changing the error of one element by `d` changes the loss by `d P_ij + 1/2
 d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Rows of a column interact
-through `R`. So changes are made together, best first, only as long as they achieve half of the sum of their
+through `R`. So the best changes are made together, but only as many as achieve half of the sum of their
 single gains. The scales of one group in all rows interact too; they solve a linear system. No step increases
-the loss. If only the diagonal of `R` is known, as for a vocabulary, rows are independent: all changes that
-lower the loss are made, and every scale has a closed form.
+the loss. If only the diagonal of `R` is known, as in output layers with a large vocabulary, rows are
+independent: all changes that lower the loss are made, and every scale has a closed form.
 
 Small matrices are processed in stacks, since function calls take longer than their arithmetic.
 
@@ -21,7 +21,7 @@ from tensornet.quantization.formats import NumberFormat
 
 #: Number of columns after which the gradient of all later columns is updated by one matrix product.
 _BLOCK = 64
-#: Smallest fraction of the sum of their single gains that changes made together must achieve.
+#: Changes made together must achieve at least this fraction of the sum of their single gains.
 _KEPT = 0.5
 #: The needed rows of a moment are selected before a product if they are at most `1 / _FEW` of all rows.
 _FEW = 6
@@ -238,6 +238,7 @@ def descend(
     Products of a moment and the error take most of the time, so each step reuses those of the step before.
 
     Args:
+        zero: zero point of each element, or one number for all.
         sweeps: number of alternations.
         loss: loss increase of the current codes, shape `(stack,)`, if known.
 

@@ -8,9 +8,10 @@ A value is `row_step_i * column_step_j * (code - 128)`. With the moments `R = U_
 and the entropy of a code falls by one bit if its step is doubled. So the best steps at a given entropy are
 proportional to `D_R^-1/2` and `D_C^-1/2`, and a common factor sets the entropy.
 
-Codes are written by a range coder. It assumes rounded normal distributions, whose variance is the product of
-a number for the row and a number for the column, which are written first. All numbers that select or describe
-a distribution are integers, so that decoding gives the same result on all machines.
+Codes are written by a range coder, which assumes that they are normally distributed, then rounded. The
+variance of a code is the product of a factor for its row and a factor for its column; the factors are written
+first. All numbers that select or describe a distribution are integers, so that decoding gives the same result
+on all machines.
 
 Reference:
     Lifar et al. 2026, "WaterSIC", arXiv:2603.04956 (a step for each column, entropy coding); Martin 1979,
@@ -35,18 +36,19 @@ from tensornet.quantization.moments import Moment, loss_increase
 
 Integers = npt.NDArray[np.int64]
 
-#: Codes have one of 128 distributions; number `level` has the standard deviation `2 ** ((level - _FIRST) /
-#: 8)`.
+#: Each code has one of 128 distributions, called levels. Level `k` has the standard deviation
+#: `2 ** ((k - _FIRST) / _OCTAVE)`.
 _LEVELS, _FIRST, _OCTAVE = 128, 32, 8
 #: Lower limit of mean squares of codes, to avoid divisions by zero.
 _LEAST = 2.0**-8
-#: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level that codes the
-#: levels themselves.
+#: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level with which the
+#: levels themselves are coded.
 _HEADER = 8
 #: Bits per weight that may stay unused; number of roundings after which more may be unused; and number of
 #: roundings after which the search fails.
 _EMPTY, _ROUNDINGS, _MOST_ROUNDINGS = 0.004, 5, 50
-#: Number of rows and of columns, and number of common factors, for which the entropy is estimated.
+#: Number of quantiles of rows and of columns, and number of common factors of steps, for which the entropy is
+#: estimated.
 _PLACES, _STEPS = 64, 64
 #: Largest weight in units of its step; codes up to 127 leave room for feedback.
 _FARTHEST = 120
@@ -149,12 +151,12 @@ _DAMAGED = "the entropy-coded bytes are damaged, or another version of the coder
 
 
 def _level_with(energy: Any) -> Any:
-    """Find the levels whose distributions have the given mean squares."""
+    """Find the level at which the mean square of `code - 128` is `energy`, for each element of `energy`."""
     return np.rint(np.interp(energy, _energies(), np.arange(_LEVELS))).astype(np.int64)
 
 
 def _level_of(levels: Integers, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Compute the level of every element from those of its column and its row, as one vector."""
+    """Compute the level of every element from the levels of its column and its row, flattened to a vector."""
     rows, columns = levels[shape[1] :], levels[: shape[1]]
     return (rows[:, None] + columns + _FIRST).clip(0, _LEVELS - 1).astype(np.uint8).reshape(-1)
 
@@ -212,14 +214,14 @@ def round_to_rate(
     columns: Moment | None,
     fed_back: tuple[Moment | None, Moment | None],
 ) -> Coded:
-    """Round a matrix with the smallest steps at which its coded bytes do not exceed those of the format.
+    """Round a matrix with the smallest steps at which its coded bytes do not exceed the limit of the format.
 
     Args:
         weight: matrix, shape `(out, in)`.
         number_format: entropy-coded format.
         rows: moment of the gradients.
         columns: moment of the inputs.
-        fed_back: moments of rows and of columns along which errors are fed back.
+        fed_back: moments for error feedback between rows and between columns; None for no feedback.
 
     Raises:
         FormatError: no steps are found, because the rate is too low for such a small matrix.

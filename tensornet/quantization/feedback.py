@@ -183,7 +183,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     size, width = w.shape[1:]
     down, across = size // TILE, width // TILE
 
-    # 2. Split what rounding needs into tiles: see `_ABOVE`. All of it is in one tensor.
+    # 2. Split the inputs of rounding, listed at `_ABOVE`, into tiles. One tensor contains all of them.
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)

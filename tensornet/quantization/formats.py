@@ -45,7 +45,7 @@ LEVELS = {
     2: (-127, -41, 21, 92),
 }
 #: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
-#: that share a step. Scales of 4 bits have no sign; only int2 has them, whose four values are symmetric.
+#: that share a step. Scales of 4 bits have no sign; only int2 has them, since its four values are symmetric.
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
 #: Bytes of 256 weights in the GGUF type Q2_K, which also stores the lowest value of every group.
 _Q2_K_BYTES = 84
@@ -53,8 +53,8 @@ _Q2_K_BYTES = 84
 RATES = (1.0, 6.0)
 _FLOATS = ("float", "bf16")
 #: Lists of formats by name. `"entropy"` gives the smallest files of this library. The others are targets of
-#: `tensornet_hf.export`, which can store these formats exactly (MLX in 16-bit models) if groups divide the
-#: inputs of a layer.
+#: `tensornet_hf.export`, which can store these formats exactly (MLX in 16-bit models) if the group size
+#: divides the number of inputs of a layer.
 MENUS: dict[str, tuple[str, ...]] = {
     "entropy": ("float", "int8", *(f"ec{rate / 4:g}" for rate in range(24, 4, -1))),
     "gguf": (
@@ -102,7 +102,7 @@ _PATTERN = re.compile(
 
 
 class Levels(NamedTuple):
-    """Table of levels, and the nearest level for each interval of length 1/2, from the lowest level on.
+    """Table of levels, and the nearest level for each interval of length 1/2 above the lowest level.
 
     Since levels are integers, the midpoint of two levels is never inside such an interval.
     """
@@ -349,7 +349,8 @@ class NumberFormat:
 
         Args:
             scales: scales, shape `(..., groups)`.
-            importance: weights of the squared errors that integer scales minimize; equal if absent.
+            importance: weights of the squared errors that are minimized if scales are rounded to integers;
+                equal if absent.
 
         Returns:
             Scales in `scale_dtype`, or in float32 if they are integers times steps.
@@ -362,8 +363,8 @@ class NumberFormat:
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
 
-        Several steps are tried, at which the largest scale of the super-block becomes a large integer. Scales
-        that are already integers times a step are reproduced exactly.
+        Several steps are tried; each turns the largest scale of the super-block into another large integer.
+        Scales that are already integers times a step are reproduced exactly.
 
         Args:
             scales, importance: see `storable`.
@@ -452,7 +453,7 @@ class NumberFormat:
 
         Codes that are trained are floating-point numbers. They are rounded here, but their gradient is
         computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The
-        derivative of a level by its code is the mean distance to the neighbouring levels.
+        derivative of a level with respect to its code is the mean distance to the neighbouring levels.
 
         Args:
             codes: codes in `torch.uint8`, or in floating point for training, shape `(..., out, in)`.

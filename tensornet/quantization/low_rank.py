@@ -63,7 +63,8 @@ def round_product(
         right_format: integer format of `B`; None keeps it in floating point.
         weighting: damped moments of the product.
         target: matrix `(out, in)` that the product approximates; the product itself if absent.
-        order: position of every row of `A` in an identity followed by the free rows; None if all are free.
+        order: if `A` is pivoted, the position of each of its rows in a matrix that has the identity first and
+            the free rows below it; None if all rows are free.
         rounding: rounding method, see `round_weight`.
 
     Raises:
@@ -213,7 +214,7 @@ class _Product:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor under its moments, which are damped already."""
+        """Round a factor under its moments, which must already be damped."""
         return round_weight(
             factor,
             number_format,

@@ -1,9 +1,9 @@
 """Predict the loss increase of rounding a matrix, or the factors of a product, without rounding.
 
-The formula `s^2/24 tr D_R tr D_C` assumes that residuals are uniform in a rounding interval. But feedback
-moves some elements out of the range of the grid, where they are clamped; at 4 bits this increases the loss by
-a fifth. So the squared residual of each element is predicted with its probability of being clamped. Sums over
-all rows are estimated from a sample of rows.
+The formula `s^2/24 tr D_R tr D_C` for scales `s` and moments `U D U^T` assumes that residuals are uniform in
+a rounding interval. But feedback moves some elements out of the range of the grid, where they are clamped; at
+4 bits this increases the loss by a fifth. So the squared residual of each element is predicted with its
+probability of being clamped. Sums over all rows are estimated from a sample of rows.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,8 @@ def predict_losses(
     Args:
         weight: matrix, shape `(out, in)`.
         number_formats: integer formats or their names.
-        weightings: weightings of the loss; off-diagonal moments of one side must be proportional.
+        weightings: weightings of the loss. Their row moments should have proportional off-diagonal elements,
+            and so should their column moments.
         row_damping, column_damping: damping of the moments for rounding, as in `round_weight`; losses are
             predicted without damping.
         rounding: rounding method, see `round_weight`.
@@ -127,7 +128,7 @@ def predict_product_losses(
 
     The terms are orthogonal in the loss, so their expected losses add up. An error of `b_k` is weighted by
     the norm of `a_k` and the input moment, an error of `a_k` by the norm of `b_k` and the gradient moment.
-    Off-diagonal elements of the moments of all weightings are assumed to be proportional.
+    The moments of different weightings are assumed to have proportional off-diagonal elements.
 
     Args:
         left: vectors `a_k`, shape `(out, terms)`.
@@ -141,7 +142,7 @@ def predict_product_losses(
         Predicted loss increases, shape `(weightings, rank)`.
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    # Norms of all terms, which are cached for other number formats and ranks.
+    # Compute the norms of all terms: they are cached for other number formats and ranks.
     seen = [
         (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
         for each in weightings
@@ -199,12 +200,12 @@ def _expect_factor(
 class ExpectedResiduals:
     """Expected squared residuals of rounding a stack of matrices with feedback.
 
-    Squared residuals of a group are about proportional to its squared range. So sums over sampled rows are
-    multiplied by the ratio of the squared ranges of all rows and of the sampled rows.
+    Squared residuals of a group are about proportional to its squared range. So a sum over sampled rows is
+    multiplied by the sum of squared ranges of all rows, divided by that of the sampled rows.
 
     Args:
         squares: squared residuals, shape `(stack, out, in)`, or `(stack, sampled, in)`.
-        rows: `D` of the gradient moment, and `Moment.growth`, both of shape `(stack or 1, out)`.
+        rows: `D` and `Moment.growth` of the gradient moment `U D U^T`, both of shape `(stack or 1, out)`.
         columns: `D` and `Moment.growth` of the input moment, both of shape `(stack or 1, in)`.
         format: the number format.
         sample: indices of the sampled rows; None for all rows.
@@ -219,7 +220,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum the squared residuals to losses `(stack,)`, with weights `(stack or 1, n)` for both sides."""
+        """Sum the squared residuals to losses `(stack,)`; weights of rows and columns: `(stack or 1, n)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -330,9 +331,9 @@ def _expect_coded(
 def _residual_weights(
     moment: Moment | None, feedback: bool, like: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute `D` and `Moment.growth` of one side, both of shape `(stack or 1, size)`.
+    """Compute `D` of a moment `U D U^T`, and its `Moment.growth`, both of shape `(stack or 1, size)`.
 
-    Without feedback `D` is the diagonal of the moment, and the growth is 1.
+    Without feedback, `D` is replaced by the diagonal of the moment, and the growth is 1.
     """
     if moment is not None and feedback:
         back = moment.order.argsort(1)
@@ -413,10 +414,12 @@ def unit_losses(
 ) -> Tensor:
     """Compute the weights of squared residuals in the loss, if loss and rounding use different moments.
 
+    If both moments are full, their off-diagonal elements are assumed to be proportional.
+
     Args:
-        kept: `D` and `Moment.growth` of one side, both of shape `(1, n)`.
+        kept: `ExpectedResiduals.rows` or `columns` of the moment used for rounding, both of shape `(1, n)`.
         chosen: moment used for rounding, before damping, shape `(n, n)` or `(n,)`, or None for the identity.
-        moment: moment of the loss. If both are full, off-diagonal elements are assumed to be proportional.
+        moment: moment in the loss, in the same shapes.
         damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.
 
     Returns:

@@ -124,7 +124,8 @@ def round_weight(
         rounding: the method with the most feedback that is tried. `"nearest"` has no feedback. `"one_sided"`
             (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if only their moment is full.
             `"two_sided"` has feedback along both. There is no feedback along a side without a full moment.
-        row_damping: fraction of the mean diagonal of `R` that is added to its diagonal; 0 if `R` is damped.
+        row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is
+            damped already.
         column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.
         refits: number of times that scales are refitted and codes are rounded again.
         sweeps: number of sweeps of coordinate descent afterwards.

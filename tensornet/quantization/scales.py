@@ -25,11 +25,11 @@ _POLISHED = 2
 #: Number of elements that are searched at a time: on a CPU, to fit into its cache; elsewhere, to limit
 #: memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Fraction of the weighted sum of squares below which underflow is accepted. Losing it would cause the same
-#: relative error as rounding to 8 bits.
+#: Fraction of the weighted sum of squares below which underflow is accepted. Losing this fraction would cause
+#: the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group sizes that are used with 16-bit scales in place of scales of fewer bits. Doubling the group keeps the
-#: number of bytes about the same.
+#: Group size with 16-bit scales that replaces each group size with smaller scales. Doubling the group keeps
+#: the number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
 
 
@@ -254,7 +254,7 @@ def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
     """Return a format with 16-bit scales and about the same size in place of a format with smaller scales.
 
-    Groups become twice as large, and four times as large in place of 4-bit scales, if such sizes exist.
+    Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:
         return number_format

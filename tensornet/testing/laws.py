@@ -130,7 +130,7 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
     assert outcome.error >= 0, f"certificate {outcome.error} is not a number of at least 0"
-    if budget.rel_error is not None:  # other limits may require a larger error, so leave them out
+    if budget.rel_error is not None:  # other limits may require a larger error, so omit them
         alone = Budget(rel_error=budget.rel_error)
         kept = outcome if alone == budget else _within(decompose, matrix, alone)
         assert kept.error <= budget.rel_error + slack, (
@@ -495,8 +495,8 @@ class Law(NamedTuple):
     Args:
         check: function that raises `AssertionError` if the law is violated.
         drawn: strategies for the keyword arguments of `check`.
-        subject: function that returns the leading arguments of `check` for an instance of the test class; its
-            method `subject` if absent.
+        subject: function that returns the leading arguments of `check` for an instance of the test class; the
+            method `subject` of this class if absent.
         examples: largest number of examples, for slow checks; the number of the hypothesis profile if absent.
 
     Example:

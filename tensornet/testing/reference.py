@@ -94,7 +94,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # A bond of size 1 may belong to this core only. A tensor of ones adds all labels of the core.
+        # A bond of size 1 may belong to this core only. A tensor of ones keeps its label among the operands.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:
@@ -135,10 +135,11 @@ def best_error(matrix: Tensor | Array, rank: int) -> float:
 def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
     """Compute the largest relative error that a good decomposition with given bonds may have.
 
-    A cut is a bond whose removal splits the network in two. The network approximates the unfolding of the
-    matrix into the legs on both sides with rank `r`, the size of the bond. So its error is at least `e`, the
-    norm of the discarded singular values. Truncating one cut after another gives an error of at most
-    `sqrt(sum of e^2)`, which is at most `sqrt(number of cuts)` times the best error. This is the bound.
+    A cut is a bond whose removal splits the network in two. If the matrix is reshaped to `(legs on one side,
+    legs on the other side)`, the network approximates it with rank `r`, the size of the bond. So its error
+    is at least `e`, the norm of the discarded singular values. Truncating one cut after another gives an
+    error of at most `sqrt(sum of e^2)`, which is at most `sqrt(number of cuts)` times the best error. This
+    is the bound.
 
     If all truncated bonds separate rows from columns, the bound is the error of the truncated SVD. A leg on
     both sides of a cut splits the unfolding into blocks, which are truncated one by one. The bound of a sum
@@ -196,7 +197,7 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
 def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
     """List the edges `(core, core, rank)` of a tree of all cores; None if the bonds form a loop.
 
-    Parts that no bond joins are multiplied, which is an edge of rank 1.
+    Parts of the network that no bond joins are multiplied; an edge of rank 1 joins them in the tree.
     """
     sizes: dict[tuple[int, ...], int] = {}
     for label, size in topology.bond_dims.items():

@@ -1,7 +1,7 @@
 """Hypothesis strategies for matrices, budgets, topologies and networks, and hypothesis profiles.
 
-Hypothesis draws shapes, kinds, dtypes and seeds, which it can simplify when a test fails. The elements come
-from a random generator with the drawn seed.
+Hypothesis draws shapes, kinds of spectra, dtypes and seeds, and simplifies them when a test fails. The
+elements come from a random generator with the drawn seed.
 """
 
 import math
@@ -19,7 +19,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: Kinds of singular spectra of matrices. Those of the last two kinds have the ranks 0 and 1.
+#: Kinds of singular spectra of matrices. Matrices of the last two kinds have the ranks 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
@@ -67,7 +67,7 @@ def matrices(
     rank: int | None = None,
     scales: bool = True,
 ) -> Tensor:
-    """Draw a matrix; whatever is not given is drawn too.
+    """Draw a matrix; properties that are not given are drawn too.
 
     Args:
         shape: shape `(out, in)`; any shape up to `max_size` if absent.
@@ -222,7 +222,7 @@ def networks(
     topology: SearchStrategy[Topology] | None = None,
     dtype: SearchStrategy[torch.dtype] | torch.dtype = torch.float64,
 ) -> TensorNetwork:
-    """Draw a network with Gaussian cores, which preserve the variance of activations.
+    """Draw a network with Gaussian cores, scaled so that it preserves the variance of activations.
 
     Example:
         >>> from hypothesis import given

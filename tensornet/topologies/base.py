@@ -31,7 +31,7 @@ _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 _RUNGS = 400
 #: Keywords of builders that are not options of the family.
 _NO_OPTIONS = ("max_bond", "out_features", "in_features", "family")
-#: Largest number of legs of one side: a partial trace needs two of einsum's letters for each leg.
+#: Largest number of out-legs or of in-legs: a partial trace needs two of einsum's letters for each leg.
 _MAX_LEGS = 25
 
 
@@ -66,8 +66,8 @@ class RoundTrip:
 
     Args:
         run: function that converts a network.
-        number_format: integer format of all cores, if they have one. A family may then predict the loss
-            increase without rounding.
+        number_format: integer format of all cores; None for other formats. With an integer format, a family
+            may predict the loss increase without rounding.
     """
 
     run: Callable[[TensorNetwork], TensorNetwork]
@@ -132,7 +132,7 @@ class TopologyFamily(ABC):
     name: str
     #: Default options of `build` for mixtures of experts.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
-    #: Whether `gauge_bonds` returns a bond even if storing the row order needs more numbers than it saves.
+    #: Whether `gauge_bonds` returns a bond even if the stored row order is longer than the omitted identity.
     always_pivots: ClassVar[bool] = False
     #: Whether the cores of an exact decomposition, sliced to smaller bonds, are a good approximation.
     nested: ClassVar[bool] = False
@@ -167,9 +167,9 @@ class TopologyFamily(ABC):
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose a matrix into a network of exactly this topology, including its dims and bonds.
 
-        If smaller bonds are sufficient, cores must be padded with zeros to the shapes of the topology, which
-        a plan has already chosen. The cores have the dtype `result_dtype(matrix.dtype)` and the device of the
-        matrix. Implementations should first call `check_topology(self.name, topology, matrix)`.
+        If smaller bonds are sufficient, cores must be padded with zeros, because a plan has already chosen
+        the shapes of the topology. The cores have the dtype `result_dtype(matrix.dtype)` and the device of
+        the matrix. Implementations should first call `check_topology(self.name, topology, matrix)`.
 
         Raises:
             NonFiniteError: the matrix contains NaN or infinity.
@@ -218,7 +218,7 @@ class TopologyFamily(ABC):
         Args:
             matrix: the matrix, shape `(out, in)`.
             weighting: sensitivity of the loss to errors.
-            num_params: function that returns how many numbers a network stores.
+            num_params: function that returns the number of stored values of a network of a given topology.
             options: the caller's options of `build`.
         """
         return options
@@ -302,11 +302,11 @@ class TopologyFamily(ABC):
             matrix: the matrix, shape `(out, in)`.
             weightings: weightings under which losses are predicted; candidates are fitted to the first one.
             max_bond: largest bond.
-            round_trip: conversion of the cores to their storage format and back; None if it is exact.
+            round_trip: conversion of the cores to their storage format and back; None if it changes nothing.
             options: options of `build`.
 
         Raises:
-            TopologyError: the options do not fit the shape, or one side has more than 25 legs.
+            TopologyError: the options do not fit the shape, or there are more than 25 out-legs or in-legs.
         """
         rows, columns = matrix.shape
         full = self.build(rows, columns, **options)
@@ -380,8 +380,9 @@ class TopologyFamily(ABC):
         operator. View the core as a matrix with one column for each value of the bond: the inserted matrix
         can turn a square block of it into the identity. The order of the rows is stored instead.
 
-        By default each core except the last uses its largest bond to a later core, if this saves numbers.
-        Never change the result for a family with saved models: it determines the shapes in their files.
+        By default each core except the last uses its largest bond to a later core, if the identity has more
+        elements than the row order. Never change the result for a family with saved models: it determines
+        the shapes in their files.
 
         Returns:
             The label of the bond, by the name of the core.

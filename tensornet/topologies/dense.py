@@ -56,7 +56,7 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by bits; it helps most with few bits.
+#: Number of sweeps of coordinate descent after rounding, by number of bits; it helps most with few bits.
 _SWEEPS = {3: 2, 2: 4}
 
 

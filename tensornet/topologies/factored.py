@@ -1,4 +1,4 @@
-"""Base class of families that factor rows and columns into legs, choice of leg sizes, and helpers."""
+"""Base class of families that factor rows and columns into legs; functions that choose leg sizes."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ DEFAULT_SITES = 3
 MAX_PADDING = 0.05
 #: Penalty for any padding, which needs copies of input and output.
 _ANY_PADDING = 0.5
-#: Options that all these families have.
+#: Options of every `FactoredFamily`.
 _DIMS = ("out_dims", "in_dims", "sites")
 #: Sizes of out-legs and of in-legs.
 Dims = tuple[tuple[int, ...], tuple[int, ...]]

@@ -36,7 +36,7 @@ def kronecker(
     Args:
         out_dims: numbers of rows of `A` and of `B`.
         in_dims: numbers of columns of `A` and of `B`.
-        terms: number of products, clipped to the number of an exact sum; that number if absent.
+        terms: number of products, clipped to the number that an exact sum needs; that number if absent.
         max_bond: additional limit on the number of terms.
         out_features, in_features: shape without padding; the products of the dims if absent.
 
@@ -97,7 +97,7 @@ class KroneckerFamily(FactoredFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Choose missing dims as balanced factors, two for each side.
+        """Choose missing dims as balanced factors, two of the rows and two of the columns.
 
         Raises:
             TopologyError: `sites` is not 2.

@@ -154,7 +154,7 @@ class LowRankFamily(TopologyFamily):
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Build the network of a given rank from the whitened SVD; columns and rows have equal norms."""
+        """Build the network of a given rank from the whitened SVD; its two factors have equal norms."""
         left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
         cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
@@ -162,7 +162,7 @@ class LowRankFamily(TopologyFamily):
     @staticmethod
     @remembered
     def _whitened_factors(result: WeightedSVD, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rescale the factors so that column `k` of the left and row `k` of the right have equal norms."""
+        """Rescale both factors so that column `k` of the left and row `k` of the right have equal norms."""
         left, right = result.left, result.right
         balance = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
         balance = torch.where(balance > 0, balance, torch.ones_like(balance))
@@ -189,7 +189,7 @@ class LowRankFamily(TopologyFamily):
         return done
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Build the low-rank topology whose rank is the sum of both ranks."""
+        """Build the low-rank topology with `rank` added to the rank of `topology`."""
         return self.build(*topology.shape, max_bond=max(topology.bond_dims.values()) + rank)
 
     def _balanced(self, result: TruncatedSVD, rows: int, columns: int) -> TensorNetwork:
@@ -207,8 +207,8 @@ class LowRankFamily(TopologyFamily):
     ) -> list[Tensor]:
         """Predict the loss increase of rounding the factors, for every rank and weighting.
 
-        For integer formats it is predicted from moments; for other formats, factors of a few ranks up to
-        `most` are rounded.
+        For integer formats, the increase is predicted from moments; for other formats, factors of a few ranks
+        up to `most` are rounded.
         """
         full = len(result.values)
         if round_trip.number_format is not None:

@@ -133,10 +133,10 @@ class MPOFamily(FactoredFamily):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Choose between balanced leg sizes and splits with one large leg per side, unless dims are given.
+        """Choose between balanced leg sizes and those of `unbalanced_dims`, unless dims are given.
 
-        The criterion is the loss of truncating the widest bond in leg-whitened coordinates, as the product
-        over two numbers of parameters.
+        The criterion is the loss of truncating the widest bond in leg-whitened coordinates. Losses at two
+        numbers of parameters are multiplied.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
@@ -160,7 +160,7 @@ class MPOFamily(FactoredFamily):
             gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
             tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
-            # 2. For each number of parameters, find the largest possible bond and what it discards.
+            # 2. For each number of parameters, find the largest possible bond and the fraction it discards.
             result = 1.0
             for fraction in _FRACTIONS:
                 low, high = 0, bonds[widest]

@@ -59,7 +59,7 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
     """Look up a topology family by name; entry points of installed packages are searched last.
 
     Args:
-        name: name of a family, or a registered family, which is returned.
+        name: name of a family, or a registered family, which is returned unchanged.
 
     Raises:
         TopologyError: the name is unknown (the message lists the known names), or the family is not

@@ -157,8 +157,8 @@ class ResidualFamily(TopologyFamily):
         """List candidates with ranks in steps of eight; their losses are predicted from a single rounding.
 
         The matrix is rounded at one rank, and low-rank approximations of its rounding error give the loss at
-        all ranks. They neglect that factors are rounded too, and that the rounding error depends on the rank.
-        So all losses are rescaled to agree with the loss that is measured at the one rank.
+        all ranks. This neglects the rounding of factors, and how the rounding error depends on the rank. So
+        all losses are rescaled to agree with the loss that is measured at the one rank.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])
@@ -232,7 +232,7 @@ class ResidualFamily(TopologyFamily):
         return {}
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Build the residual topology whose low-rank matrix has the sum of both ranks."""
+        """Build the residual topology with `rank` added to the rank of its low-rank matrix."""
         return self.build(*topology.shape, max_bond=topology.bond_dims["b1"] + rank)
 
 

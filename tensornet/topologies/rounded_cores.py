@@ -1,10 +1,10 @@
 """Round the cores of any network to integers, using estimates of how errors of each core affect the loss.
 
 The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. The
-curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, with the derivative `J` of the matrix by
-the core, roots `L_R` and `L_C` of the moments, and random `Z` with independent elements. A few such
-gradients, viewed as matrices, give estimates of the row and column moments of the core. After each core, the
-remaining cores are refitted, which compensates a part of the rounding error.
+curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, where `J` is the derivative of the matrix
+with respect to the core, `L_R` and `L_C` are roots of the moments, and `Z` is random with independent
+elements. A few such gradients, viewed as matrices, give estimates of the row and column moments of the core.
+After each core, the remaining cores are refitted, which compensates a part of the rounding error.
 """
 
 import math
@@ -52,9 +52,9 @@ class StoredCores:
         tensors: tensor of each core, by name: a matrix `(rows, columns)` if the core is rounded to integers,
             else the tensor that is stored. Pivoted cores lack the rows of their identity block.
         formats: number format of each core that is rounded to integers, by name.
-        orders: for each pivoted core, the position of every row of the core in the identity block followed by
-            the stored rows.
-        assemble: function that returns the full cores, in the order of the topology, from such tensors.
+        orders: for each pivoted core, the position of each of its rows in a matrix that has the identity
+            first and the stored rows below it.
+        assemble: function that returns the full cores, in the order of the topology, from such `tensors`.
         rounding: rounding method, see `round_weight`.
     """
 
@@ -108,7 +108,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         losses = [cost(name, rounded) for rounded in tried]
         best = tried[losses.index(min(losses))]
         done[name], tensors[name] = best, best.dequantize(target.dtype)
-        # 2. Refit the other floating-point cores, unless cores are pivoted: some of their rows are fixed.
+        # 2. Refit the cores that are not rounded yet, unless cores are pivoted: some of their rows are fixed.
         left = [k for k, other in enumerate(names) if other in floating or other in waiting]
         if left and not stored.orders:
             start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))

@@ -103,7 +103,7 @@ def _ring(
 class TensorRingFamily(FactoredFamily):
     """Tensor rings, decomposed by sequential SVD.
 
-    The first SVD is truncated at the rank `ring_bond * bond`, and its index is split into these two bonds.
+    The first SVD is truncated at the rank `ring_bond * bond`; its index is then split into these two bonds.
     TT-SVD decomposes the rest. All left factors are orthonormal, so the certificate is
     `sqrt(sum of discarded squares) / |W|`. If `ring_bond` is absent, several values are tried and the best is
     kept, which is often 1, an open chain.

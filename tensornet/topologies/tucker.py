@@ -153,7 +153,7 @@ def st_hosvd(
         matrix: the matrix, shape `(out, in)`; padded with zeros to the products of the dims.
         out_dims, in_dims: sizes of the legs.
         caps: largest rank of each leg, out-legs first.
-        rel_error: largest relative error; what one leg does not use of it is available to the next legs.
+        rel_error: largest relative error; error that one leg does not use is available to the next legs.
 
     Returns:
         The core tensor, an orthonormal factor `(leg, rank)` for each leg, and the certified relative error.
