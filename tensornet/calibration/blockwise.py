@@ -77,8 +77,8 @@ def hidden_of(output: Any) -> Tensor:
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
     """Find the lists of modules in a model that run as a chain of blocks.
 
-    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` of at least two modules. In a chain every
-    module runs once, in order, on the same tensor object that the previous module returned.
+    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` with at least two modules. In a chain,
+    every module runs once, in order, on the same tensor object that the previous module returned.
 
     Args:
         model: the model, in eval mode; it is run once.

@@ -177,7 +177,7 @@ def calibrate(
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
     """Return `torch.bfloat16` if a model runs faster under autocast to it on its device, else None.
 
-    It does if it is a float32 model with matrices of at least 2^18 elements, on a device with bfloat16
+    This is assumed for float32 models with matrices of at least 2^18 elements, on devices with bfloat16
     arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
 
     Example:
@@ -286,7 +286,7 @@ class MomentRecorder:
             self.seeing = True
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Add the input of a layer; layers that read the same tensor share its moment."""
+        """Add the moment of a layer's input to the sums; layers that read the same tensor share a moment."""
         if not self.seeing:
             return
         if self._last is None or not self._last.joins(name, x):
@@ -340,7 +340,7 @@ class MomentRecorder:
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
-        """Add the gradient of the summed loss with respect to a layer's output.
+        """Add the moment of the gradient of the summed loss with respect to a layer's output.
 
         Args:
             name: name of the layer.

@@ -151,9 +151,9 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute a random projection of each row's mean-pooled, normalized hidden states, shape `(rows,)`.
 
-    If projections are drawn from a normal distribution, the second moment of the gradients is that of the
-    Jacobian. So the predicted increase of this "loss" is half the squared distance between the unit vectors
-    of the dense and the compressed model, which is one minus their cosine.
+    Projections are drawn from a normal distribution, so the second moment of the gradients is `J^T J`, with
+    the Jacobian `J` of the unit vectors. The predicted increase of this "loss" is then half the squared
+    distance between the unit vectors of the dense and the compressed model, which is one minus their cosine.
 
     Example:
         >>> from tensornet.calibration import cosine_losses

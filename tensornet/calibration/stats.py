@@ -171,7 +171,7 @@ class CalibrationStats:
 
 
 def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Collect the distinct tensors of the moments of rows or columns.
+    """Collect the distinct tensors among the moments of all layers.
 
     Args:
         moments: moments by layer; layers may share a tensor.

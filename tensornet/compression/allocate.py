@@ -4,7 +4,7 @@ Each candidate of a layer has a size and a cost. With a Lagrange multiplier `m`,
 candidate with the least `cost + m * size`. Among all choices with the same total size this choice has the
 least total cost (Everett's theorem). As `m` decreases, every layer moves along the lower convex hull of its
 candidates. These steps are taken in the order of the cost they save per unit of size, until no further step
-fits. What then remains of the budget is used such that a larger budget never leads to a larger cost.
+fits. The rest of the budget is used such that a larger budget never leads to a larger cost.
 
 Reference:
     Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
@@ -222,7 +222,7 @@ def decide_alone(
 
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
-    """Compute `(total size, total cost)` of optimal choices, by decreasing size.
+    """Compute `(total size, total cost)` of optimal choices of candidates, by decreasing size.
 
     Args:
         curves: the cost curve of each layer.
@@ -275,7 +275,7 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Return the indices of the points on the decreasing lower convex hull, by increasing size.
+    """Return the indices of the points on the decreasing part of the lower convex hull, by increasing size.
 
     Example:
         >>> from tensornet.compression.allocate import lower_hull
@@ -542,7 +542,7 @@ def _choose_alone(
                 raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Return index and size of the dense matrix, or of the smallest candidate if there is none."""
+            """Return index and size of the dense matrix, or of the smallest candidate if no one is dense."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

@@ -96,10 +96,10 @@ class CompressionConfig(LayerSelection):
         formats: number formats that layers may have, such as float,int8,int4 (default with bits or a byte
             ratio: the dtype of the model and integers of 8 to 2 bits). Names are read by
             `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
-            may have any of these formats, cores of networks only floating-point formats and at least four
-            bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
-            replaced by formats of the same size with 16-bit scales. A name of a menu is allowed too; menus
-            have no networks. `"entropy"` has entropy-coded integers, for the smallest files; `"gguf"`,
+            may have any of these formats, cores of networks only floats and integers of at least four bits.
+            In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced
+            by formats of the same size with 16-bit scales. The name of a menu, a list of formats without
+            networks, is allowed too: `"entropy"` has entropy-coded integers for the smallest files; `"gguf"`,
             `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in them.
             `"gguf"` and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the only
             ones used from it, as in `("gguf", "int4:g32:float16", "float")`.
@@ -119,7 +119,7 @@ class CompressionConfig(LayerSelection):
             `(objective="weight", topology="low_rank", param_ratio=0.5)`, the truncated SVD.
         damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
             depend more on the calibration text, and predicted losses are lower.
-        pivoted: whether to leave out the redundant numbers (the gauge) of networks. See
+        pivoted: whether to leave out the redundant elements (the gauge) of networks. See
             `tensornet.nn.storage`. None means True with calibration data.
         require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
             leaving them dense. An example is the vision tower of a model that was calibrated on text. Layers

@@ -62,7 +62,7 @@ _COMMON = 4
 #: Layers are measured if the power of their strongest output relative to the median output, times the squared
 #: relative error of the weight, exceeds this. The error of this output may then exceed all other outputs.
 _OUTLIER = 10.0
-#: Exceptions of models whose blocks cannot be skipped, since the model needs more of a block than its output.
+#: Exceptions that a model raises if its blocks cannot be skipped, since it needs more than their outputs.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]
@@ -262,7 +262,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Multiply the predicted losses of the planned candidate, and of all smaller candidates of its family."""
+    """Multiply predicted losses by a factor, for the planned candidate and all smaller ones of its family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [
@@ -273,7 +273,7 @@ def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[
     ]
 
 
-#: Exceptions of models that cannot be copied.
+#: Exceptions that a model raises if it cannot be copied.
 _CANNOT_COPY = (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError)
 
 

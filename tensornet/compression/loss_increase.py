@@ -33,7 +33,8 @@ _LOGITS = 1 << 25
 #: A loss increase is far above its prediction if, minus `_ERRORS` standard errors, it exceeds both `_TIMES`
 #: times the prediction and `_FLOOR`. Standard errors need at least `_LEAST` losses.
 _TIMES, _FLOOR, _ERRORS, _LEAST = 3.0, 0.02, 3.0, 8
-#: Exceptions of models that do not run on a part of a batch or have no loss; then nothing is measured.
+#: Exceptions that a model raises if it has no loss or does not run on a part of a batch; then nothing is
+#: measured.
 _NOT_MEASURED = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 
@@ -67,7 +68,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
-        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are other fields."""
+        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` sets the other fields."""
         return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:

@@ -403,7 +403,7 @@ class CompressionPlan:
             name: name of the layer.
             topology: topology of the network; None means the dense matrix.
             storage: storage of the cores, or the name of a number format. If absent, cores keep the storage
-                of the old plan as far as the family allows, and a dense matrix the dtype of the model.
+                of the old plan as far as the family allows; a dense matrix is stored in the model's dtype.
 
         Raises:
             FormatError: a number format is unknown, or is given for a core that does not exist.

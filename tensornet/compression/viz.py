@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Layers of a plan, `LayerPlan` objects. This module cannot import the class, which would be circular.
+#: Layers of a plan, `LayerPlan` objects. The class is not imported, since the import would be circular.
 Layers = Sequence[Any]
 
 #: Colors by role: text, labels of axes, grid lines, this plan, the baselines, the dense model. HTML pages
@@ -75,7 +75,7 @@ def layer_names(names: Sequence[str]) -> list[LayerName]:
         LayerName(block=0, place='layers.0', kind='mlp.up_proj')
     """
     parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # accepts lists too
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # `commonprefix` accepts lists too
     found = []
     for part in parts:
         at = next((k for k, word in enumerate(part) if word.isdigit()), None)

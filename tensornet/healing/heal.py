@@ -38,7 +38,7 @@ class HealReport:
         losses: distance to the dense model at each step of this call.
         steps: total number of steps, including steps of earlier calls that this call resumed.
         trained: number of trained values.
-        seconds: time of this call by `clock`.
+        seconds: time of this call, measured by `clock`.
 
     Example:
         >>> from tensornet.healing import HealReport
@@ -99,7 +99,7 @@ def heal(
             `"vectors"`.
         autocast: dtype in which both models run under autocast; on recent processors `torch.bfloat16` is
             twice as fast as float32, and it changes the result little.
-        max_seconds: time after which training stops; the learning rate then decreases with time.
+        max_seconds: time after which training stops; the learning rate then decreases with time, not steps.
         clock: function that returns the time in seconds: wall time by default; use `time.process_time` on a
             shared machine.
         checkpoint: path of a safetensors file for cores and optimizer. If the file exists, healing resumes
@@ -145,7 +145,7 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # A fused optimizer passes over memory once, not seven times; these take a quarter of a step on a CPU.
+        # Fusing saves six of seven passes over memory, which take a quarter of a training step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],

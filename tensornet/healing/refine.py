@@ -111,8 +111,8 @@ def refine(
         Errors of the layers, and distances between the models, before and after refitting.
 
     Raises:
-        TargetError: there is no compressed linear layer or no data, or the teacher has no stock layer of a
-            compressed layer's name.
+        TargetError: there is no compressed linear layer or no data, or the teacher has no stock layer with
+            the name of a compressed layer.
         ValueError: an option is out of range.
 
     Reference:

@@ -32,7 +32,7 @@ class MPOEmbedding(NetworkModule):
 
     Args:
         topology: topology of `W`; its out-legs index the vocabulary, its in-legs the embedding dimension.
-        padding_idx: stored for information only; this row is treated like any other row.
+        padding_idx: stored for information only; the row with this index is treated like any other row.
         strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices,
             `"reconstruct"` builds the table in each call, `"cached"` keeps the table in eval mode.
 
@@ -98,8 +98,8 @@ class MPOEmbedding(NetworkModule):
         for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
             digits[label] = rest % size
             rest = torch.div(rest, size, rounding_mode="floor")
-        # An index outside a padded table can still have valid digits. It gets a digit outside the first core,
-        # so that indexing this core raises an error.
+        # If the table is padded, an index outside of it can still have valid digits. It gets a digit outside
+        # the first core, so that indexing this core raises an error.
         first, size = topology.out_labels[0], topology.out_dims[0]
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of

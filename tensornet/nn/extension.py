@@ -37,7 +37,7 @@ class ProvidedData:
 
 
 class ModelExtension:
-    """Base class of extensions, whose methods do nothing by default.
+    """Base class of extensions; its methods do nothing unless they are overridden.
 
     Example:
         >>> from tensornet.nn.extension import ProvidedData
@@ -52,8 +52,8 @@ class ModelExtension:
     def unfused(self, model: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which every weight matrix of the model is a layer.
 
-        It is used while a model is calibrated, planned or changed. On exit, layers that were not replaced are
-        converted back to the form in which the model stores them.
+        The context is used while a model is calibrated, planned or changed. On exit, layers that were not
+        replaced are converted back to the form in which the model stores them.
 
         Args:
             model: any model; it is changed in place inside the context.

@@ -89,7 +89,7 @@ class KernelMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Largest number of tokens for which the kernel is faster than unpacking; 0 on other devices."""
+        """Largest number of tokens for which the CPU kernel is faster than unpacking; 0 on other devices."""
         return KERNEL_TOKENS // self.products if self.codes.is_cpu else 0
 
     def has_kernel(self, x: Tensor) -> bool:

@@ -88,7 +88,7 @@ class IntegerMatrix:
         return unpacked(self.number_format, self.codes, self.scales, self.zeros, self.columns, dtype)
 
     def _parts(self, elements: int) -> Iterator[slice]:
-        """Yield slices of rows with about this many elements."""
+        """Yield slices of rows with about `elements` elements."""
         step = max(1, elements // max(self.columns, 1))
         for start in range(0, len(self.codes), step):
             yield slice(start, min(start + step, len(self.codes)))

@@ -229,7 +229,7 @@ class TensorNetworkLinear(NetworkModule):
 def _two_products(
     layer: TensorNetworkLinear, products: Sequence[tuple[int, tuple[int, ...]]], most: float
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the shortcut for a layer that multiplies by two cores, one after the other.
+    """Make the function that repeats a pass of a layer that multiplies by two cores, one after the other.
 
     Args:
         layer: the layer.
@@ -267,7 +267,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the shortcut for a layer whose only core is multiplied by a kernel of torch, without gradients."""
+    """Make the function that multiplies by a layer's only core with a kernel of torch, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")

@@ -66,7 +66,7 @@ class NetworkModule(nn.Module):
         dtype: dtype of the cores.
 
     Raises:
-        ValueError: unknown strategy.
+        ValueError: the strategy is unknown.
 
     Example:
         >>> layer = tn.nn.TensorNetworkLinear(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=4))
@@ -247,7 +247,7 @@ class NetworkModule(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as in `nn.Module`; training mode drops the cached matrix."""
+        """Set the mode as in `nn.Module`, and drop the cached matrix."""
         self.kept.drop()
         self._quick = None
         return super().train(mode)

@@ -479,7 +479,7 @@ def tie(model: nn.Module, target: str, source: str) -> None:
 
 
 def storage_entry(storage: Storage) -> dict[str, Any]:
-    """Return the entry `"storage"` of a module's description; an empty dict for plain storage."""
+    """Return `{"storage": ...}` for the description of a module; an empty dict for plain storage."""
     return {} if storage.plain else {"storage": storage.to_dict()}
 
 

@@ -85,7 +85,7 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names to match patterns with: those of the modules, and of unfused modules that contain them."""
+        """Names that patterns may match: those of the modules, and of unfused modules that contain them."""
         return (*self.names, *self.owners)
 
     @property
@@ -321,7 +321,7 @@ def _matches_any(names: Collection[str], patterns: Sequence[str]) -> bool:
 
 
 def all_targets(model: nn.Module) -> list[Target]:
-    """List the weights of all layers of a known kind in the order of the model, each shared weight once."""
+    """List the weights of all layers that have a layer kind, in model order; list a shared weight once."""
     groups: dict[Hashable, list[tuple[str, nn.Module, LayerKind]]] = {}
     compounds: dict[str, Compound] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -348,7 +348,7 @@ def all_targets(model: nn.Module) -> list[Target]:
 
 
 def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
-    """Find weights that are tied to a module outside their target, such as one of an unknown kind.
+    """Find weights that are tied to a module outside their target, such as a module of an unknown type.
 
     Args:
         model: any module.

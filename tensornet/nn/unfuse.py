@@ -47,8 +47,8 @@ Shared = dict[tuple[object, ...], nn.Parameter]
 class PartMatrix(nn.Module):
     """One matrix `(out_features, in_features)` of a module with several matrices.
 
-    This is not an `nn.Linear`, since code that loads weights would mistake its parameter `weight` for one of
-    the stock module.
+    This is not an `nn.Linear`, since code that loads weights would mistake its parameter `weight` for a
+    parameter of the stock module.
 
     Args:
         matrix: the matrix; if it is a parameter, it is shared, not copied.
@@ -146,7 +146,8 @@ class Stack:
         Args:
             matrices: matrices of the layers.
             like: tensor with the shape of the parameter.
-            shared: parameters made so far; one made from the same matrices is reused, a new one is added.
+            shared: parameters made so far; if one was made from the same matrices, it is reused, else the
+                new parameter is added.
         """
         if self._is_whole(like):
             return matrices[0]
@@ -292,8 +293,8 @@ class Compound(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             stock = self.__dict__.get("_stock")
-            # Methods are not looked up, since they would use the stock module as `self`, nor are the hooks of
-            # accelerate, since they are for the stock module only.
+            # Methods are not looked up, since they would use the stock module as `self`. Hooks of accelerate
+            # are not looked up either, since they are for the stock module only.
             if stock is None or name in ACCELERATE:
                 raise
             if name not in vars(stock[0]) and hasattr(type(stock[0]), name):
