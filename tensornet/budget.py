@@ -64,7 +64,7 @@ def check_max_bond(value: Any, error: type[ValueError] = BudgetError) -> int | t
     """Convert a limit on bonds to `int`, or a sequence of limits to a tuple of `int`.
 
     Raises:
-        BudgetError: an entry is not an integer of at least 1; `error` replaces the class of the exception.
+        BudgetError, or the class `error`: an entry is not an integer of at least 1.
     """
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(check_size("Every entry of max_bond", cap, error=error) for cap in value)

@@ -338,7 +338,7 @@ def _rounded_with_gradient(
         site = torch.einsum("xa,aoib->xoib", before, core)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
         U = _LeadingVectors.apply(block, value.shape[3])
-        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # gets the same phase as in `value`
+        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # `U` gets the phases of `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
         before, more = split_exponent(torch.einsum("xoiy,xoib->yb", result[-1].conj(), site))

@@ -55,7 +55,7 @@ class Topology:
             single network.
 
     Raises:
-        TopologyError: a label has no size, no core carries a leg, names repeat, there are more features than
+        TopologyError: a label has no size, a leg is in no core, names repeat, there are more features than
             the product of the leg sizes, or a term of a sum lacks a leg or shares a bond.
 
     Example:

@@ -107,7 +107,7 @@ class MatrixAttention(Compound):
         return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Add both masks; the result can be broadcast to `(batch, heads, length, source)`."""
+        """Add attention and padding masks; the sum can be broadcast to `(batch, heads, length, source)`."""
         added = []
         if mask is not None:
             full = mask if mask.ndim == 2 else mask.unflatten(0, (len(q), self.num_heads))

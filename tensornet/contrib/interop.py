@@ -58,7 +58,7 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
         ]
         order = [*bonds[: 1 if site > 0 else 0], *legs, *bonds[1 if site > 0 else 0 :]]
         data = tensor.transpose(*order).data
-        data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # may be read-only
+        data = data if isinstance(data, Tensor) else torch.from_numpy(np.array(data))  # copies read-only data
         data = data if site > 0 else data.unsqueeze(0)
         cores.append(data if site < operator.L - 1 else data.unsqueeze(-1))
     return tuple(cores)

@@ -31,7 +31,7 @@ _GRAM_PAYS_BELOW = 12
 
 
 def worth_iterating(size: int, rank: int) -> bool:
-    """Return True if subspace iteration is expected to be fastest for `rank` of `size` singular vectors."""
+    """Return True if subspace iteration is the fastest method for `rank` of `size` singular vectors."""
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 

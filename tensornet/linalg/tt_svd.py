@@ -108,7 +108,7 @@ def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
 
 
 def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
-    """Factorize in the dtype of the block; None if the discarded energy is close to rounding errors."""
+    """Factorize in the dtype of the block; return None if rounding errors hide the discarded energy."""
     tall = block.shape[-2] > block.shape[-1]
     wide = block.mH if tall else block  # shape: (*batch, short, long)
     basis = None

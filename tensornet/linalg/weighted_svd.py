@@ -9,7 +9,7 @@ back. With `R = C = 1` this is the plain truncated SVD. `R` and `C` are called m
 identity and a vector for a diagonal matrix.
 
 Reference:
-    Wang et al. 2024, "SVD-LLM" (one side, inputs); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
+    Wang et al. 2024, "SVD-LLM" (inputs only); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
 """
 
 from dataclasses import dataclass

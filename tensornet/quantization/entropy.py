@@ -39,7 +39,7 @@ Integers = npt.NDArray[np.int64]
 #: Each code has one of 128 distributions, called levels. Level `k` has the standard deviation
 #: `2 ** ((k - _FIRST) / _OCTAVE)`.
 _LEVELS, _FIRST, _OCTAVE = 128, 32, 8
-#: Lower limit of mean squares of codes, to avoid divisions by zero.
+#: Lower limit of mean squares of `code - 128`, to avoid divisions by zero.
 _LEAST = 2.0**-8
 #: Bytes before the coded words: a checksum, the mean levels of columns and rows, and the level with which the
 #: levels themselves are coded.

@@ -1,4 +1,4 @@
-"""Rounding with error feedback along one side or both.
+"""Rounding with error feedback between columns, between rows, or both.
 
 Let `M = U D U^T` for both second moments `R` and `C`, with `U` unit upper triangular. The loss increase of an
 error `E = W - Q` is
@@ -19,7 +19,7 @@ views are created only once.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving
-    adaptive rounding" (YAQA, both sides).
+    adaptive rounding" (YAQA, feedback between rows and between columns).
 """
 
 from dataclasses import dataclass
@@ -208,8 +208,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
-        # 4. Add the feedback of their errors to the tiles below and that of `half` to the tiles on the left,
-        # which are rounded later. Tiles of other blocks get the feedback of a whole block in one product.
+        # 4. Add the feedback of the errors of these tiles to the tiles below, and that of `half` to the tiles
+        # on the left. Tiles of other blocks get the feedback of a whole block in one product.
         for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
             r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
             start = r.start - r.start % BLOCK

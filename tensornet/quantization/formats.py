@@ -722,7 +722,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Extract the codes from byte planes, one segment at a time; for compilers, without writing to views."""
+    """Extract the codes from byte planes, one segment at a time, without writing to views (for compilers)."""
     found = []
     for segment in range(_layout(bits)[0]):
         plane, offset = divmod(segment * bits, 8)

@@ -220,7 +220,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Sum the squared residuals to losses `(stack,)`; weights of rows and columns: `(stack or 1, n)`."""
+        """Compute the losses, shape `(stack,)`, from weights `(stack or 1, n)` of rows and of columns."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -228,7 +228,7 @@ class ExpectedResiduals:
         return 0.5 * known.sum(1) * _ratio(found * rows[:, self.sample], known[:, self.sample])
 
     def by_row(self, columns: Tensor) -> Tensor:
-        """Sum the squared residuals of each row with the weights `columns`, shape `(stack, out)`."""
+        """Sum the squared residuals of each row, weighted by `columns`; the result is `(stack, out)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return found
@@ -236,7 +236,7 @@ class ExpectedResiduals:
         return known * _ratio(found, known[:, self.sample])[:, None]
 
     def by_column(self, rows: Tensor) -> Tensor:
-        """Sum the squared residuals of each column with the weights `rows`, shape `(stack, in)`."""
+        """Sum the squared residuals of each column, weighted by `rows`; the result is `(stack, in)`."""
         seen = rows if self.sample is None else rows[:, self.sample]
         found = (self.squares * seen[:, :, None]).sum(1, dtype=torch.float64)
         if self.sample is None:
@@ -247,7 +247,7 @@ class ExpectedResiduals:
         return self.format.spread(weighted.sum(1), size) * _ratio(found, known)[:, None]
 
     def _range_sums(self, columns: Tensor) -> Tensor:
-        """Sum the squared group ranges of each row with the weights `columns`, shape `(stack, out)`."""
+        """Sum the squared group ranges of each row, weighted by `columns`; the result is `(stack, out)`."""
         assert self.ranges is not None
         of_groups = self.format.grouped(columns).sum(-1)
         return (self.ranges * of_groups[:, None, :]).sum(2, dtype=torch.float64)

@@ -28,7 +28,7 @@ from tensornet.quantization.moments import (
 )
 from tensornet.quantization.scales import refit_scales, search_scales
 
-#: Rounding methods, from no error feedback to feedback along both sides, see `round_weight`.
+#: Rounding methods, from no error feedback to feedback along inputs and outputs, see `round_weight`.
 Rounding = Literal["nearest", "one_sided", "two_sided"]
 #: The values of `Rounding`, in the order of increasing feedback.
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -136,7 +136,7 @@ def round_weight(
         ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
     Reference:
-        Frantar et al. 2023, "GPTQ"; Tseng et al. 2025, "Model-preserving adaptive rounding" (both sides).
+        Frantar et al. 2023, "GPTQ"; Tseng et al. 2025, "Model-preserving adaptive rounding" (two-sided).
 
     Example:
         >>> from tensornet.quantization import round_weight

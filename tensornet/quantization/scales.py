@@ -225,7 +225,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
         weighting: sensitivity of the loss to errors of the weight, whose diagonals determine the importance
             of elements. If absent, all elements are equally important.
     """
-    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # has a large range
+    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # a large range
         return False
     limits = torch.finfo(number_format.scale_dtype)
     smallest = 4 * limits.smallest_normal * limits.eps

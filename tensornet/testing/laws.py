@@ -98,7 +98,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Check that, without a budget, true error and certified error are rounding errors.
+    """Check that without a budget the true and the certified error are not larger than rounding errors.
 
     Example:
         >>> from tensornet.testing import laws
@@ -569,7 +569,7 @@ class DecompositionLaws(_Laws):
 
     #: Matrices to decompose.
     matrices: SearchStrategy[Tensor] = strategies.matrices()
-    #: Budgets of the decompositions; restrict it if not all limits are supported.
+    #: Budgets of the decompositions; restrict them if not all limits are supported.
     budgets: SearchStrategy[Budget] = strategies.budgets()
 
     def decompose(self, matrix: Tensor, budget: Budget) -> Outcome:

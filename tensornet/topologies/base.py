@@ -315,7 +315,7 @@ class TopologyFamily(ABC):
                 f"With calibration data a network has at most {_MAX_LEGS} legs on each side, got "
                 f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or objective='weight'."
             )
-        legs = (*full.out_dims, *full.in_dims)  # an exact Tucker network is one core without bonds
+        legs = (*full.out_dims, *full.in_dims)  # for Tucker: its exact network is one core without bonds
         largest = max(full.bond_dims.values() or legs)
         top = min(largest, max_bond or largest)
         tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})

@@ -125,7 +125,7 @@ class BlockTTFamily(FactoredFamily):
         return Decomposition(network, error, bound_by if bonds == caps else "rel_error")
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix with the bonds of a topology."""
+        """Decompose a matrix into a block tensor train with the bonds of `topology`."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error = _block_svd(matrix, topology.out_dims, topology.in_dims, bonds)

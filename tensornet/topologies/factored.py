@@ -24,7 +24,7 @@ DEFAULT_SITES = 3
 #: Largest padding as a fraction of the true size. More padding would cost more parameters than slightly less
 #: balanced factors.
 MAX_PADDING = 0.05
-#: Penalty for any padding, which needs copies of input and output.
+#: Penalty for any padding, because padding needs copies of input and output.
 _ANY_PADDING = 0.5
 #: Options of every `FactoredFamily`.
 _DIMS = ("out_dims", "in_dims", "sites")

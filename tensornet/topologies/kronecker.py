@@ -119,7 +119,7 @@ class KroneckerFamily(FactoredFamily):
         return Decomposition(_network(topology, cores), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix with the number of terms of a topology."""
+        """Decompose a matrix into as many Kronecker products as `topology` has."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())
         cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)

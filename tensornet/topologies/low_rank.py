@@ -106,7 +106,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(self._balanced(result, rows, columns), result.error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix by truncated SVD with the rank of a topology."""
+        """Decompose a matrix by an SVD that is truncated at the rank of `topology`."""
         check_topology(self.name, topology, matrix)
         rank = max(topology.bond_dims.values())
         result = truncated_svd(matrix, max_rank=rank)

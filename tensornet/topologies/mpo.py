@@ -120,7 +120,7 @@ class MPOFamily(FactoredFamily):
         return Decomposition(fitted_network(topology, cores), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix by TT-SVD with the bonds of a topology."""
+        """Decompose a matrix by TT-SVD into a chain with the bonds of `topology`."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())[1:-1]
         cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)

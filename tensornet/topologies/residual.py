@@ -6,7 +6,7 @@ need. Both are fitted alternately: round the weight minus the low-rank matrix, t
 the rounding error.
 
 Reference:
-    Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (one side, alternated).
+    Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (input moments only, alternated).
 """
 
 from collections.abc import Sequence

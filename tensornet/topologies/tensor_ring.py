@@ -176,7 +176,7 @@ class TensorRingFamily(FactoredFamily):
         return replace(best, network=fitted_network(topology, best.network.cores))
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix by sequential SVD with the bonds of a topology."""
+        """Decompose a matrix by sequential SVD into a ring with the bonds of `topology`."""
         check_topology(self.name, topology, matrix)
         *bonds, closing = topology.bond_dims.values()
         made = _tr_svd(matrix, topology.out_dims, topology.in_dims, closing, bonds)

@@ -131,7 +131,7 @@ class TuckerFamily(FactoredFamily):
         return Decomposition(_network(topology, core, factors), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix with the ranks of a topology."""
+        """Decompose a matrix into a Tucker network with the ranks of `topology`."""
         check_topology(self.name, topology, matrix)
         caps = topology.core_shapes["core"]
         core, factors, error = st_hosvd(matrix, topology.out_dims, topology.in_dims, caps)
