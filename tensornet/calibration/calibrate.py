@@ -68,7 +68,7 @@ def calibrate(
     source: str = "calibration data",
     progress: bool = False,
 ) -> CalibrationStats:
-    """Collect second moments of layer inputs and gradients, which predict the loss increase of weight errors.
+    """Collect second moments of layer inputs and gradients, to predict the loss increase of weight errors.
 
     This needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on
     the device of its parameters, and is not changed.
@@ -99,8 +99,8 @@ def calibrate(
             outputs.
         tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
-        gradients: whether to differentiate the loss, which takes three times as long as running the model;
-            if False, only moments of inputs are collected.
+        gradients: whether to differentiate the loss; this takes three times as long as only running the
+            model. If False, only moments of inputs are collected.
         autocast: dtype in which the model runs under autocast. `"auto"` is `torch.bfloat16` for large float32
             models on devices where it is faster (`fast_dtype`); None keeps the caller's autocast. All moments
             are computed in float32.
@@ -271,7 +271,7 @@ class MomentRecorder:
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.inputs: dict[str, _InputSum] = {}  # layer -> sum, shared by layers with the same input
+        self.inputs: dict[str, _InputSum] = {}  # by layer; layers with the same input share a sum
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}

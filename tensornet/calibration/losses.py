@@ -1,4 +1,4 @@
-"""Losses of single tokens, whose gradients calibration collects.
+"""Losses of single tokens; calibration collects the gradients of these losses.
 
 A loss function maps `(model, batch)` to the losses of all tokens that have a loss, shape `(tokens,)`; padding
 has none. Any such function can be passed to `calibrate`. Some losses of this module draw random numbers, with
@@ -153,7 +153,7 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Projections are drawn from a normal distribution, so the second moment of the gradients is `J^T J`, with
     the Jacobian `J` of the unit vectors. The predicted increase of this "loss" is then half the squared
-    distance between the unit vectors of the dense and the compressed model, which is one minus their cosine.
+    distance between the unit vectors of the dense and the compressed model: one minus their cosine.
 
     Example:
         >>> from tensornet.calibration import cosine_losses

@@ -331,7 +331,7 @@ class CompressionConfig(LayerSelection):
 
 
 def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
-    """Return the name of the family, or the topologies, that a configuration gives, after checking them.
+    """Check and return the topology of a configuration: the name of a family, or the given topologies.
 
     Raises:
         TopologyError: the family is unknown, the value has another type, or topologies are given together
@@ -355,7 +355,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
 
 
 def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
-    """Return the names of number formats, or of a menu, that a configuration gives, after checking them.
+    """Check and return the number formats of a configuration: their names, or the name of a menu.
 
     Returns:
         The names in canonical form; `DEFAULT_FORMATS` if none are given but a budget needs formats; None if
@@ -389,7 +389,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
-    """Return the `topology_options` of a configuration in JSON-ready form, after checking them.
+    """Check and return the `topology_options` of a configuration in JSON-ready form.
 
     Returns:
         The options; None if there are none.

@@ -38,7 +38,7 @@ BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets of a model and their candidates, which are slow to find and the same for all budgets.
+    """Targets of a model and their candidates; they are slow to find, but the same for all budgets.
 
     `prepare` makes it. The weights are not copied.
 
@@ -429,8 +429,8 @@ def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> 
 
 # --- time -------------------------------------------------------------------------------------------
 
-#: Multiply-adds of planning, of rounding, and of planning or decomposing networks without rounding, for a
-#: matrix `(m, n)` in units of `m n (m + n)`.
+#: Multiply-adds for a matrix `(m, n)`, in units of `m n (m + n)`: for planning with number formats, for
+#: rounding, and for planning or decomposing networks without number formats.
 _PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
 #: Time of calibrating on a token, in units of a forward pass: gradients, and moments of inputs and gradients.
 _CALIBRATION = 5.0

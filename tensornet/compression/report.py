@@ -170,12 +170,12 @@ class CompressionReport:
 
     @property
     def byte_ratio(self) -> float:
-        """Bytes of the whole model after compression, relative to before."""
+        """Bytes of the whole model after compression, divided by its bytes before."""
         return self.model_bytes_after / self.model_bytes_before
 
     @property
     def param_ratio(self) -> float:
-        """Parameters of the targeted weights after compression, relative to before."""
+        """Parameters of the targeted weights after compression, divided by their parameters before."""
         return self.plan.params_after / self.plan.params_before
 
     def __str__(self) -> str:

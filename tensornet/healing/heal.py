@@ -145,7 +145,7 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # Fusing saves six of seven passes over memory, which take a quarter of a training step on a CPU.
+        # Fused, the optimizer passes over memory once; seven passes take a quarter of a step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],

@@ -41,7 +41,7 @@ _GROUPS = (128, 64, 32)
 #: products are faster up to half this number. With AMX instructions products with the unpacked matrix are
 #: three to four times as fast, but the kernel is not.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
-#: Default limit on the size of the layout, in units of the stored bytes.
+#: Default limit on the bytes of a matrix in the layout, in units of its stored bytes.
 MAX_GROWTH = 1.75
 #: Number of elements to convert, or to unpack and multiply, at a time; they take 8 MiB.
 _BLOCK = 2**20
@@ -227,7 +227,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
         return False  # bfloat16 would round these scales
     plain = number_format.scale_dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
-        return False  # torch's int8 kernel can read the stored codes
+        return False  # not necessary: torch's int8 kernel can read the stored codes
     if block is None or group is None or shape[0] == 0 or shape[0] % block:
         return False
     return layout_bytes(number_format, shape) <= max_growth * number_format.nbytes(shape)

@@ -88,8 +88,8 @@ class KeptMatrix:
 def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Return True if a module with the strategy "cached" may use a cached matrix now.
 
-    This is the case in eval mode if no gradients of the cores are recorded, except inside a trace or a
-    `torch.func` transform, whose tensors must not be stored.
+    This is the case in eval mode if no gradients of the cores are recorded. Inside a trace or a `torch.func`
+    transform the result is False, since tensors of these must not be stored.
 
     Args:
         module: the layer or bank.

@@ -260,7 +260,7 @@ class Compound(nn.Module):
             for name, parameter in own_parameters(self).items():
                 _set_parameter(stock, name, parameter)
         mine = set(self.modules())
-        for module in stock.modules():  # submodules of the compound already have the right mode
+        for module in stock.modules():  # submodules of the compound already have the right training mode
             if module not in mine:
                 module.training = self.training
         return stock
