@@ -153,7 +153,7 @@ def calibrate(
                     each.sum().backward()
                     total += float(each.detach().sum())
                     scored += each.numel()
-                elif loss_fn is not None:  # the loss calls the model itself
+                elif loss_fn is not None:  # the loss function calls the model
                     loss_fn(model, batch)
                 else:
                     run_model(model, batch)

@@ -140,7 +140,7 @@ def _of_layer(
             matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
         )
         other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # other limits may favor more bytes
+        rivals = found if other_caps == (None, None, None) else []  # else larger networks may be better
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))

@@ -248,7 +248,7 @@ def product_seconds(
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
-        passes = unpack_passes(number_format, 4)  # 2-byte elements take as long to unpack in this layout
+        passes = unpack_passes(number_format, 4)  # 2-byte elements take as long as 4-byte elements
     elif scales_by_row(number_format, shape[1]):
         passes = 1.0  # only the codes are converted; the outputs are scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
