@@ -103,7 +103,7 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on the judged windows; for an encoder, its outputs are compared."""
+        """Record the dense model's losses on the judged windows; an encoder's loss compares its outputs."""
         loss_fn = None
         if self.subject.encoder:
 
@@ -128,7 +128,7 @@ class Bench:
             else:
                 options = {"config": self.subject.layers, "loss_fn": self.subject.losses}
                 batches = self.subject.calibration(seed)
-                options["tokens"] = tokens_of(batches)  # all of them, even if the moments have converged
+                options["tokens"] = tokens_of(batches)  # do not stop early when the moments have converged
                 stats = tn.calibrate(self.dense, batches, autocast=torch.bfloat16, **options)
                 if path is not None:
                     stats.save(path)

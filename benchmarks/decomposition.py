@@ -5,9 +5,9 @@
 In every case, all installed packages decompose the same float32 matrix at the same bonds, in turn, in one
 process. There are two kinds of matrices: Gaussian matrices, whose flat spectrum is the hardest for iterative
 methods, and matrices whose singular values fall like `k^-1/2`, which is closer to trained weights. Bytes and
-errors are reported with the times. Goals: a geometric mean of 5 of the speed-up over the fastest other
-package, a speed-up of at least 1.5 in every case, and errors within 1 % of theirs. Writes the record
-`decomposition.json`.
+errors are reported with the times. Goals for the speed-up over the fastest other package: a geometric mean of
+5, and at least 1.5 in every case. Goal for the errors: within 1 % of those of the other packages. Writes the
+record `decomposition.json`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from harness import RECORDS, geometric_mean, paired_medians, record, with_thread
 
 @dataclass(frozen=True)
 class Case:
-    """Matrix, and the chain into which it is decomposed.
+    """Shape of a matrix, and of the chain into which it is decomposed.
 
     Args:
         name: name of the case in the table.

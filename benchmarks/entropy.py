@@ -108,12 +108,12 @@ def row(
 
 
 def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
-    """Find the smallest number of bits per weight at which a plan predicts at most a loss increase.
+    """Find the fewest bits per weight for which the plan keeps a limit of the predicted loss increase.
 
     Args:
         prepared: the candidates.
-        loss_increase: largest predicted loss increase.
-        most: a sufficient number of bits per weight; at most one bit less is tried.
+        loss_increase: limit of the predicted loss increase.
+        most: bits per weight that suffice; the search does not go more than one bit below.
     """
     low, high = most - 1, most
     while high - low > 0.001:
@@ -124,7 +124,7 @@ def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
 
 
 def run(subject: Subject, sizes: Sequence[float], work: Path | None, folder: Path) -> None:
-    """Compare plans with all formats and with entropy coding at every size."""
+    """At every size, compare the plan of all formats with an entropy-coded one of equal predicted loss."""
     dense = subject.load()
     stats = statistics(subject, dense, work)
     losses = record_losses(dense, subject.judged, source="judged", tokens=None)

@@ -93,7 +93,7 @@ class Timed:
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> Timed:
-    """Time the dense layer, and all routes that are predicted to take at most six times the fastest."""
+    """Time the dense layer, and all routes predicted to take at most six times as long as the fastest."""
     layer = case.layer().eval()
     x, machine = torch.randn(tokens, layer.in_features), default_machine("cpu")
     predicted = {k: predict(layer.plan, k, tokens, machine) for k in strategies(layer, x)}

@@ -11,7 +11,7 @@ weights are not in the cache, as in a model of many layers:
 - `factorized` and `reconstructed`: tltorch's layer with the same ranks, if it is installed.
 
 Goals: low rank takes at most 1.05 times as long as dense; the route that `auto` chooses takes at most 10 %
-longer than its fastest route. Chains take longer than dense. Bytes are those of all tensors that are
+longer than the fastest route. Chains take longer than dense. Bytes are those of all tensors that are
 reachable from the layer after the pass. Rows with `training` are forward and backward passes of `dense` and
 `auto`; `bytes_for_backward` counts the activations that a forward pass stores. `over_needed` is the time of
 the step relative to the time that its floating-point operations would take at the speed of one plain matrix
@@ -106,7 +106,7 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
 
 
 def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
-    """Return functions that apply the layer to `x` by each route, except with a cached matrix."""
+    """Return functions that apply the layer to `x`, one for each route except the cached matrix."""
 
     def contract(candidate: int) -> Tensor:
         return contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)

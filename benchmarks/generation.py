@@ -19,7 +19,7 @@ variants have linear layers in int4; embedding and head in int4 too (`whole`); a
 compiled (`th.load(..., inference="compiled")`).
 
 Every row also has the bytes of the file and of the tensors in memory. Rows that are in the record are kept,
-also of other processors, so that an interrupted run can be continued.
+also those from other processors, so that an interrupted run can be continued.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     given = parser.parse_args(arguments)
     if given.toy:
         given.threads, given.tokens, given.modes, given.seconds = [1], [1, 16], ["eager", "generate"], 0.01
-        given.sides = [*SIDES, WHOLE]  # compiling takes too long
+        given.sides = [*SIDES, WHOLE]  # without the compiled variant, which takes too long
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 128}
     folder = None if given.toy else prepare_models(given.cache)[0]
     config = (

@@ -1,4 +1,4 @@
-"""How much does the loss increase in llama.cpp's files of equal bytes, for our plans and for its presets?
+"""How much does the loss increase in GGUF files of equal bytes, by our plans and by llama.cpp's presets?
 
     OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
         [--tools LLAMA_CPP/build/bin] [--work FOLDER] [--steps files speed]
@@ -58,15 +58,14 @@ from tensornet_hf.evaluate import divergence
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
 #: A preset, and the fraction of its bytes for which an additional plan is made.
 POPULAR, SHARE = "Q4_K_M", 0.75
-#: Presets whose names are left of their points in the picture, and titles of the models in the picture.
+#: For the picture: presets whose names are left of their points, and titles of the models.
 SMALLEST = ("IQ3_S", "Q2_K")
 TITLES = {
     "gpt2": "embedded GPT-2",
     "smollm2": "SmolLM2-135M, rotated",
     "smollm2-wide": "SmolLM2-135M, padded to 768",
 }
-#: Number formats of the GGUF types Q5_0, IQ4_NL and IQ4_XS, whose kernels in llama.cpp are slower than
-#: others.
+#: Number formats of the GGUF types Q5_0, IQ4_NL and IQ4_XS, which have slower kernels than other types.
 SLOW = ("int5:g32:float16", "nl4:g32:float16", "nl4:g32:s6")
 Row = dict[str, Any]
 

@@ -163,7 +163,7 @@ class Run:
         self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def tune_loss(self, tokens: int) -> float:
-        """Return the loss on the tuning part when it was first judged after at least `tokens` tokens."""
+        """Return the tuning loss of the first judging after at least `tokens` tokens of training."""
         return next(float(point["tune_loss"]) for point in self.history if point["tokens"] >= tokens)
 
     def summary(self) -> dict[str, Any]:
@@ -384,7 +384,7 @@ def toy_sizes() -> Sizes:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path | None:
-    """Make the missing runs and write the record; return its path, or None if the time was over before."""
+    """Make the missing runs and write the record; return its path, or None if time ran out before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, nargs="?", help="folder of the unpacked packages")
     parser.add_argument("--state", type=Path, default=CACHE, help="folder of the runs")

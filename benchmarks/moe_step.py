@@ -3,7 +3,8 @@
 1. The time of a training step (forward and backward) of one feed-forward mixture, for every way of sharing,
    relative to a mixture of dense experts with the same routing, without and with the step of AdamW; and the
    bytes of the experts. Shapes are 768 x 3072, with 8 experts, top-1 routing and 2,048 tokens. Goal: at most
-   1.1. With two-sided ends of bond 16 every expert is rebuilt, which needs 1.125 times as many operations.
+   1.1. With two-sided ends of bond 16 every expert is rebuilt, which needs 1.125 times the operations of
+   dense experts.
 2. The same for two layers with one pool of 8 dense experts, relative to two layers with 8 experts each.
 3. With `--compiled`: the same step with `torch.compile`, relative to the step without. Goal: at most 1.
 4. The time of inference with cached experts, relative to the same mixture with dense expert matrices, for a
@@ -220,7 +221,7 @@ def compared(
         case: sizes.
         steps: functions to time, by name.
         to: name of the step to compare with.
-        asked: largest ratio that was the goal.
+        asked: goal, the largest acceptable ratio.
         facts: further columns, each a mapping from the name of the step to the value.
     """
     times = paired_medians(steps, case.repeats, warmup=2, clock=clock())

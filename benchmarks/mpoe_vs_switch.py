@@ -1,4 +1,4 @@
-"""Do experts that share their center beat a Switch mixture at equal parameters, and does the mask help?
+"""Do experts with a shared center beat a Switch mixture at equal parameters, and does a gradient mask help?
 
     python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FOLDER] [--tables gpt2 t5] [--toy]
 
@@ -159,7 +159,7 @@ def build(task: Task, row: Row, *, seed: int) -> nn.Module:
         return model
     th.upcycle(model, moe_config(row, task))
     torch.manual_seed(seed)
-    # Routers are drawn again, since `upcycle` seeds layer k with seed + k: seeds would share some routers.
+    # Draw routers again: `upcycle` seeds layer k with seed + k, so different seeds would share some routers.
     for layer in mixtures(model):
         layer.router.weight.data = torch.randn(layer.router.weight.shape) * 0.1 / math.sqrt(task.d_model)
     return model

@@ -9,7 +9,7 @@ Rows that are in the record are skipped, so a run can be interrupted and continu
     python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
 
 `CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes run in bfloat16,
-also of the dense model. Healing takes ten minutes of processor time, since the machine has other users.
+also of the dense model. Healing takes ten minutes of processor time (the machine has other users).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a method, the layers, the ratio of parameters, and steps after compression."""
+    """One row of the table: a method, the layers, the ratio of parameters, and what follows compression."""
 
     method: str
     layers: str

@@ -54,7 +54,7 @@ class Row:
         top_k: number of experts that a token uses.
         hidden: hidden size of one expert, relative to the dense network.
         shared_hidden: hidden size of the always-on expert, relative to the dense network.
-        options: options of the kind.
+        options: options of `kind`.
         root_rates: whether the learning rate of a shared tensor is divided by the square root of the number
             of experts or layers that share it, see `tensornet_moe.parameter_groups`.
         combine: how the router weights the experts, see `tensornet_moe.Router`.
@@ -131,7 +131,7 @@ Banks = dict[str, tm.ExpertBank]
 def mixtures(
     make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
 ) -> Kind:
-    """Make a kind of row from a function that builds the banks of one layer from a Gaussian network."""
+    """Make an entry of `KINDS` from a function that builds the banks of one layer from a Gaussian network."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         found: list[nn.Module] = []
@@ -256,9 +256,10 @@ def fine(name: str, kind: str, experts: int, **options: Any) -> Row:
     return Row(name, kind, experts=experts, options=options, **{**usual, **given})
 
 
-#: Options of mixtures with about the arithmetic of a dense network of twice the hidden size.
+#: Options of mixtures that need about as many operations as a dense network with twice the hidden size.
 _SIX: dict[str, Any] = {"top_k": 6, "shared_hidden": 7 / 16, "combine": "sigmoid"}
-#: Rows for four layers of width 80. "Half" and "quarter" are fractions of the experts of "private".
+#: Rows for four layers of width 80. "Half" and "quarter" say how many experts there are in all layers
+#: together, roughly, relative to the row "private".
 _TABLE = (
     Row("dense x1/2", "dense", hidden=0.5),
     Row("dense", "dense"),

@@ -1,4 +1,4 @@
-"""How were the two small models made that ship with the package?
+"""How were the two small models that ship with the package made?
 
 They are trained on the King James Bible as plain text:
 
@@ -388,7 +388,7 @@ def save(
 
 
 def write_slices(split: Split, out: Path) -> None:
-    """Write the texts and the phrase pairs that the package contains beside the models."""
+    """Write the texts and the phrase pairs that the package contains in addition to the models."""
     (out / "calibration.txt").write_text(join_chapters(split.calibration), encoding="utf-8")
     (out / "heldout.txt").write_text(join_chapters(split.heldout), encoding="utf-8")
     for name, chapters in (("calibration", split.calibration), ("heldout", split.heldout)):
