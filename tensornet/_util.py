@@ -224,7 +224,7 @@ def transforms_active() -> bool:
 def is_exporting() -> bool:
     """Return True during `torch.export` and False inside `torch.compile`.
 
-    The public `torch.compiler.is_exporting` is True in compiled code before torch 2.12.
+    Before torch 2.12, the public `torch.compiler.is_exporting` is also True in compiled code.
     """
     return bool(torch.compiler._is_exporting_flag)
 

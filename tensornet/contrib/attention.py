@@ -117,7 +117,7 @@ class MatrixAttention(Compound):
         return sum(added[1:], added[0]) if added else None
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Append the learned key and value (`bias_k`, `bias_v`) and zeros, if the module has them."""
+        """Append the learned key and value (`bias_k`, `bias_v`) and zeros, if the options require it."""
         batch, heads, _, dim = k.shape
         more = []
         if self.bias_k is not None and self.bias_v is not None:

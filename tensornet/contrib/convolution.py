@@ -42,7 +42,7 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if a low rank can make the convolution smaller; False if it is depthwise."""
+        """Return True if low rank can make the convolution smaller, which excludes depthwise convolutions."""
         return is_plain(module) and _can_shrink(module)
 
     @classmethod
@@ -105,7 +105,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _can_shrink(module: Any) -> bool:
-    """Return True if rank one has fewer parameters than the matrix of a group, or there is one group."""
+    """Return True if there is one group, or rank one has fewer parameters than the matrix of a group."""
     rows = module.out_channels // module.groups
     columns = module.in_channels // module.groups * math.prod(module.kernel_size)
     return module.groups == 1 or rows + columns < rows * columns

@@ -233,7 +233,9 @@ def descend(
     sweeps: int,
     loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Lower the loss increase by alternating `sweep_scales` and `sweep_codes`; arguments as for these.
+    """Lower the loss increase by alternating `sweep_scales` and `sweep_codes`.
+
+    Arguments that are not listed here are described there.
 
     Products of a moment and the error take most of the time, so each step reuses those of the step before.
 

@@ -264,7 +264,7 @@ class NumberFormat:
 
     @property
     def column_dtype(self) -> torch.dtype:
-        """Dtype of the column scales of entropy-coded formats, which need little accuracy."""
+        """Dtype of the column scales of entropy-coded formats; these scales need little accuracy."""
         return torch.float8_e5m2
 
     def coded_bytes(self, shape: Sequence[int]) -> int:

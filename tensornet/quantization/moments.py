@@ -46,7 +46,7 @@ class Moment:
 
     @property
     def full(self) -> bool:
-        """True if off-diagonal elements are known, which error feedback needs."""
+        """True if off-diagonal elements are known; error feedback needs them."""
         return self.values.ndim == 3
 
     def times(self, matrix: Tensor) -> Tensor:

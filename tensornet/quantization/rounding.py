@@ -123,7 +123,7 @@ def round_weight(
         columns: moment `C` of the inputs, in shapes as for `rows`.
         rounding: the method with the most feedback that is tried. `"nearest"` has no feedback. `"one_sided"`
             (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if only their moment is full.
-            `"two_sided"` has feedback along both. There is no feedback along a side without a full moment.
+            `"two_sided"` has feedback along both. Feedback along inputs or outputs needs their full moment.
         row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is
             damped already.
         column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.

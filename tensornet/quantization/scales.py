@@ -222,8 +222,8 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     Args:
         weight: matrix, shape `(out, in)`.
         number_format: number format; the result is False for floating-point formats.
-        weighting: sensitivity of the loss to errors of the weight, whose diagonals determine the importance
-            of elements. If absent, all elements are equally important.
+        weighting: sensitivity of the loss to errors of the weight; the diagonals of its moments give the
+            importance of each element. If absent, all elements are equally important.
     """
     if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # a large range
         return False

@@ -65,7 +65,7 @@ class RoundTrip:
     """Function that converts the cores of a network to the format they are stored in, and back.
 
     Args:
-        run: function that converts a network.
+        run: function that converts a network to that format and back.
         number_format: integer format of all cores; None for other formats. With an integer format, a family
             may predict the loss increase without rounding.
     """

@@ -133,7 +133,7 @@ class LowRankFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List all ranks with their predicted loss increases, which have a closed form.
+        """List the networks of all ranks with their predicted loss increases, which have a closed form.
 
         The losses of truncation and of rounding the factors are added, since these errors are independent.
         """

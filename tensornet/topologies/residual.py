@@ -105,7 +105,7 @@ class ResidualFamily(TopologyFamily):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Combine each format of at most 4 bits with the smallest factor format of at least 8 bits."""
+        """Combine each dense format of at most 4 bits with the smallest factor format of at least 8 bits."""
         formats = [x for x in formats if x.for_networks]
         accurate = [x for x in formats if x.bits is None or x.bits >= _FACTOR_BITS]
         if not accurate:
