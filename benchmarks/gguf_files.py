@@ -67,6 +67,13 @@ TITLES = {
 }
 #: Number formats of the GGUF types Q5_0, IQ4_NL and IQ4_XS, which have slower kernels than other types.
 SLOW = ("int5:g32:float16", "nl4:g32:float16", "nl4:g32:s6")
+STEPS = ("files", "others", "speed")
+#: Style and label of each method in the picture.
+STYLES = {
+    "plan": ("o-", "tensornet, one plan"),
+    "llama-quantize": ("s", "llama.cpp, with importance matrix"),
+    "other": ("^", "other tools"),
+}
 Row = dict[str, Any]
 
 
@@ -257,10 +264,11 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
     figure = Figure(figsize=(4.6 * len(names), 3.6), layout="constrained")
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         some = sorted((x for x in rows if x["model"] == name), key=lambda x: x["bits_per_weight"])
-        for method, style in (("plan", "o-"), ("llama-quantize", "s")):
+        for method, (style, label) in STYLES.items():
             found = [x for x in some if x["method"] == method]
+            if not found:
+                continue
             bits, kl = ([x["bits_per_weight"] for x in found], [x["kl"][0] for x in found])
-            label = "tensornet, one plan" if method == "plan" else "llama.cpp, with importance matrix"
             axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
             for row in found if method != "plan" else ():
                 place, left = (row["bits_per_weight"], row["kl"][0]), row["name"] in SMALLEST
@@ -295,7 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--tools", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="presets of llama-quantize")
     parser.add_argument("--megabytes", nargs="*", type=float, default=[], help="further sizes of plans")
-    parser.add_argument("--steps", nargs="+", default=["files", "speed"], choices=["files", "speed"])
+    parser.add_argument("--steps", nargs="+", default=STEPS, choices=STEPS)
+    parser.add_argument(
+        "--others", nargs="*", default=[], metavar="NAME=FILE", help="GGUF files of other tools"
+    )
     parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
     parser.add_argument(
         "--fast", action="store_true", help="plans without Q5_0 and IQ4, whose kernels are slow"
@@ -320,6 +331,10 @@ def main(arguments: Sequence[str] | None = None) -> Path:
                 if given.tools is not None:
                     bench.presets()
                 bench.plans()
+            if "others" in given.steps:
+                for label, other in (x.split("=", 1) for x in given.others):
+                    if bench.row(label) is None:
+                        bench.judge(label, Path(other), method="other")
             if "speed" in given.steps and given.tools is not None:
                 bench.speed()
     finally:
