@@ -292,11 +292,7 @@ def compress_experts(
 
 
 def _check_options(config: CompressionConfig) -> None:
-    """Raise BudgetError for options that cannot be combined with shared networks.
-
-    Raises:
-        BudgetError: there is such an option; the message names it.
-    """
+    """Raise BudgetError for options that cannot be combined with shared networks."""
     check_config(config)
     apart = {
         "max_bond": config.max_bond is not None,
@@ -528,7 +524,6 @@ def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
 
 
 def _unit(prepared: Prepared) -> str:
-    """Return the unit of size in which candidates are compared."""
     return "num_bytes" if prepared.config.formats else "params"
 
 

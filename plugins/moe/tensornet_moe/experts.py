@@ -122,7 +122,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         #: Optional kernel that multiplies rows by the matrices of their experts, or returns None if it does
         #: not support them; see `tensornet_moe.experimental.chain_rows.use_chain_rows`.
         self.kernel: Callable[[SharedCoreExperts, Tensor, Groups], Tensor | None] | None = None
-        #: Result of the joint fit of `from_experts`.
+        #: Result of the joint fit of `from_experts`; None for other banks.
         self.fit: JointFit | None = None
         check_storage(storage, enclosing)
         self.storage = storage
@@ -220,7 +220,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             topology: an explicit topology, or a family's name.
             shared: the cores to share.
             max_bond: cap on the bonds, if `topology` is a name.
-            max_sweeps: limit of alternating least squares.
+            max_sweeps: largest number of sweeps of alternating least squares.
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Returns:
@@ -493,7 +493,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             Relative Frobenius error that rounding adds to the matrices of all experts.
 
         Raises:
-            FormatError: an unknown format, formats for cores that do not exist, or a pivoted storage.
+            FormatError: an unknown or entropy-coded format, formats for unknown cores, or a pivoted storage.
 
         Example:
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
@@ -587,7 +587,7 @@ def share_across_layers(
         shared: the cores to share.
         noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
         max_bond: cap on the bonds, if `topology` is a name.
-        max_sweeps: limit of alternating least squares.
+        max_sweeps: largest number of sweeps of alternating least squares.
         options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
     Returns:
@@ -634,11 +634,7 @@ def share_across_layers(
 
 
 def _one_for_each(topology: Topology | Sequence[Topology], num_experts: int) -> tuple[Topology, ...]:
-    """Return the topology of each expert, from a single topology or a sequence.
-
-    Raises:
-        ValueError: the sequence does not have one topology for each expert.
-    """
+    """Return the topology of each expert, from a single topology or a sequence."""
     topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
     if len(topologies) != num_experts:
         raise ValueError(

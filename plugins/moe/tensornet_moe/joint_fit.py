@@ -48,7 +48,7 @@ class JointFit:
             family or by low-rank factors, whichever is better; None if neither fits that budget.
         fell_back: True if `alone_error` was smaller, so that the separate decompositions are returned.
         sweeps: number of sweeps of alternating least squares.
-        converged: whether the error converged within the largest number of sweeps.
+        converged: whether the error converged within `max_sweeps`.
 
     Example:
         >>> experts = torch.randn(8, 8).expand(4, 8, 8)
@@ -85,7 +85,7 @@ def fit_jointly(
         weights: the matrices of the experts.
         topology: the operator of one expert.
         shared: names of shared cores.
-        max_sweeps: limit of alternating least squares.
+        max_sweeps: largest number of sweeps of alternating least squares.
 
     Raises:
         ShapeError: `weights` is not a stack of matrices of the topology's shape.

@@ -37,7 +37,7 @@ def round_banks(
         bits_per_weight: budget: mean bits of a value in the cores, scales included; no limit if absent.
 
     Returns:
-        The new format of each parameter that is now stored in one, both by name.
+        Names of the parameters that are now stored in a number format, with the name of the format.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(64, 64), num_experts=4, sites=3)

@@ -77,7 +77,7 @@ class Router(nn.Module, ABC):
     half precision are unstable (Switch Transformers, section 2.4).
 
     Args:
-        num_features: size of a token.
+        num_features: number of features of a token.
         num_experts: number of experts.
         jitter: in training, the router's input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
         combine: how the outputs of a token's experts are weighted. `"unit"`: by weights that sum to one, so
@@ -289,7 +289,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
 
     Args:
         routing: a decision whose `kept` is None.
-        capacity_factor: 1 gives every expert exactly the load of an even distribution.
+        capacity_factor: with 1, the capacity of an expert is its load under an even distribution.
 
     Reference:
         Fedus et al. 2021, equation 3; for the order GShard, algorithm 1.

@@ -355,7 +355,7 @@ def _equal_columns(cores: Cores) -> Cores:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale columns of the left factor and rows of the right one to equal norms; the product stays."""
+    """Scale columns of the left factor and rows of the right one to equal norms, with the same product."""
     size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
     return left * size, right / size[:, None]
@@ -552,7 +552,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Compute the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 forecasts."""
+    """Compute the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 for forecasts."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
@@ -659,7 +659,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses under all weightings of rounding under the first, shape `(formats, weightings)`."""
+    """Predict losses, by all weightings, of a core rounded under the first: `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
