@@ -156,7 +156,6 @@ def measure(case: Case, spectrum: str, threads: int, repeats: int) -> dict[str, 
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run the benchmark and write its record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two tiny cases, to test the script")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])

@@ -227,7 +227,6 @@ def options_of(description: str, arguments: Sequence[str] | None) -> argparse.Na
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run the benchmark and write its record."""
     given = options_of(__doc__, arguments)
     cases, counts, trained = (
         (TOY, TOY_TOKENS, TOY_TRAINING_TOKENS) if given.toy else (CASES, TOKENS, TRAINING_TOKENS)

@@ -102,7 +102,6 @@ class Bench:
         return next((x for x in self.rows if (x["model"], x["name"]) == (self.subject.name, name)), None)
 
     def write(self) -> Path:
-        """Write the record."""
         return record("gguf_files", self.rows, folder=self.given.records)
 
     def tool(self, name: str, *arguments: object) -> str:

@@ -117,7 +117,6 @@ def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Compute the geometric mean of ratios."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
 

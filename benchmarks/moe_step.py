@@ -74,19 +74,15 @@ class DenseExperts(tm.ExpertBank):
         self.weight = nn.Parameter(torch.randn(num_experts, out_features, in_features) / in_features**0.5)
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """See `ExpertBank`."""
         return self.weight if experts is None else self.weight[torch.as_tensor(experts)]
 
     def keeps_matrices(self) -> bool:
-        """See `ExpertBank`."""
         return True
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """See `ExpertBank`."""
         return {}
 
     def spec(self) -> dict[str, Any]:
-        """See `ExpertBank`."""
         return {"type": "dense_experts"}
 
 

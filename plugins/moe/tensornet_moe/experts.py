@@ -401,7 +401,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return choose(bounds, rows)
 
     def _cores_of_each(self) -> list[list[Tensor]]:
-        """Return the cores of every expert in the order of the topology."""
         columns = [
             [core] * self.num_experts if name in self.shared else core.unbind()
             for name, core in self.cores().items()
@@ -634,7 +633,6 @@ def share_across_layers(
 
 
 def _one_for_each(topology: Topology | Sequence[Topology], num_experts: int) -> tuple[Topology, ...]:
-    """Return the topology of each expert, from a single topology or a sequence."""
     topologies = (topology,) * num_experts if isinstance(topology, Topology) else tuple(topology)
     if len(topologies) != num_experts:
         raise ValueError(

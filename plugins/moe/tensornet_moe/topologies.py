@@ -51,7 +51,7 @@ def scaled_bases(*, out_features: int, in_features: int, bases: int = 1) -> Topo
     """Build the network `W = sum_k diag(rows_k) B_k diag(columns_k)`.
 
     In a `SharedCoreExperts` with `shared=("basis",)` (or the default, `"center"`, if the bases are the
-    largest core) an expert owns `bases * (out_features + in_features)` numbers. With one base the experts are
+    largest core) an expert owns `bases * (out_features + in_features)` values. With one base the experts are
     the members of a BatchEnsemble. With random signs as initial scales, experts compute different functions
     from the first step on, unlike low-rank deltas that start at zero.
 

@@ -96,7 +96,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
     Raises:
         TargetError: there is no process group or no mixture, or its experts are not `SharedCoreExperts`,
             belong to an `ExpertPool`, or are already distributed.
-        TopologyError: the number of processes does not divide that of experts, or the experts' bonds differ.
+        TopologyError: the experts cannot be divided evenly over processes, or the experts' bonds differ.
 
     Example:
         >>> import torch.distributed as dist
@@ -162,7 +162,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
     if not replicated:
         return
     there = [p.grad is not None for p in replicated]
-    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # where the group communicates
+    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # must suit the group's backend
     dist.all_reduce(has, group=group)
     for parameter, count in zip(replicated, has.tolist(), strict=True):
         if count:
