@@ -149,12 +149,10 @@ def _matrix(topology: Topology, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _weigh(weighting: Weighting, error: Tensor) -> Tensor:
-    """Apply a weighting to an error `E`: compute `R E C`."""
     return times(weighting.columns, times(weighting.rows, error).T).T
 
 
 def _inner(a: Tensor, b: Tensor) -> float:
-    """Compute the real part of the inner product `sum conj(a) * b`."""
     return float((a.conj() * b).sum().real)
 
 
@@ -437,7 +435,6 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
 
 
 def _unpadded(topology: Topology) -> Topology:
-    """Return the topology with its padded shape as its shape."""
     rows, columns = topology.padded_shape
     return replace(topology, out_features=rows, in_features=columns)
 

@@ -228,7 +228,6 @@ class MPO:
         )
 
     def _repr_html_(self) -> str:
-        """Format the cores as an HTML table for notebooks."""
         rows, columns = self.shape
         caption = f"MPO, {rows} x {columns}, {self.num_params:,} parameters, certified error {self.error:.3g}"
         header = ("site", "left bond", "out", "in", "right bond", "parameters")
@@ -252,7 +251,6 @@ class MPO:
         return self.cores[site]
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Iterate over the cores."""
         return iter(self.cores)
 
     @property
@@ -756,7 +754,6 @@ def _to_numpy(tensor: Tensor) -> Array:
 
 
 def _swapped(matrices: Any) -> Any:
-    """Transpose the last two dimensions."""
     return matrices.mT if isinstance(matrices, Tensor) else np.swapaxes(matrices, -1, -2)
 
 

@@ -49,7 +49,6 @@ class TensorNetwork:
         )
 
     def _repr_html_(self) -> str:
-        """Format the cores as an HTML table for notebooks."""
         rows, columns = self.shape
         caption = f"TensorNetwork, {self.topology.family}, {rows} x {columns}, {self.num_params:,} parameters"
         cores = zip(self.topology.cores, self.cores, strict=True)

@@ -209,7 +209,6 @@ class Topology:
 
 @lru_cache(maxsize=4096)
 def _parts(topology: Topology) -> tuple[tuple[tuple[int, ...], Topology], ...]:
-    """Split a sum into its terms; see `Topology.parts`."""
     if not topology.terms:
         return ((tuple(range(len(topology.cores))), topology),)
     found = []
@@ -264,7 +263,6 @@ def _validate(topology: Topology) -> None:
 
 
 def _validate_terms(topology: Topology) -> None:
-    """Raise TopologyError unless each term of a sum has all legs and no two terms share a bond."""
     if not topology.terms:
         return
     groups = [names for _, names in topology.terms]

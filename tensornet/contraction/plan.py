@@ -348,7 +348,6 @@ def _ways(
 
 
 def _orders(labels: Labels, output: Labels) -> list[Labels]:
-    """List the index orders to try: the current order, and the order in `output`."""
     by_output = tuple(sorted(labels, key=lambda x: output.index(x) if x in output else len(output)))
     return list(dict.fromkeys((labels, by_output)))
 

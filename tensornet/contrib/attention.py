@@ -93,7 +93,6 @@ class MatrixAttention(Compound):
         return y, weights
 
     def _heads(self, *inputs: Tensor) -> list[Tensor]:
-        """Project query, key and value, and split them into `(batch, heads, length, head_dim)`."""
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         found = []
         for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):

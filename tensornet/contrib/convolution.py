@@ -87,7 +87,6 @@ class MatrixConvolution(Compound):
 
 
 def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
-    """Return `F.conv1d`, `F.conv2d` or `F.conv3d` by the number of kernel dimensions."""
     return getattr(F, f"conv{len(kernel_size)}d")
 
 

@@ -242,7 +242,6 @@ def search_topology(
 
 
 def _forms(family: TopologyFamily, max_sites: int) -> list[dict[str, Any]]:
-    """List the options with which a family is tried."""
     return [{"sites": sites} for sites in range(2, max_sites + 1)] if "sites" in family.options else [{}]
 
 

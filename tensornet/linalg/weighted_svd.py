@@ -279,7 +279,6 @@ def times(moment: Tensor | None, matrix: Tensor) -> Tensor:
 
 @remembered
 def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Convert a moment to the dtype and the device of a matrix."""
     return moment.to(device, dtype)
 
 

@@ -82,7 +82,6 @@ def sweep_codes(
 
 
 def _by_column(x: Tensor) -> Tensor:
-    """Permute `(stack, out, in)` to `(in, stack, out)` by a contiguous copy."""
     return x.permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
 
 

@@ -311,7 +311,6 @@ class _TileBuffer:
 
 
 def _round_tiles(tiles: _Tiles, grid: Grid) -> None:
-    """Round a stack of tiles in place, one antidiagonal after another."""
     for x in tiles.steps:
         grid.nearest(torch.addcdiv(x.zero, x.target + x.above, x.divisor), out=x.code)
         torch.addcmul(x.weight, x.code, x.scale, value=-1, out=x.error)

@@ -261,11 +261,9 @@ def _descended(
     columns: Moment | None,
     sweeps: int,
 ) -> _Solution:
-    """Lower the loss increase of a solution by coordinate descent, see `descend`."""
     stack, out, size = weight.shape
 
     def moments(moment: Moment | None, some: slice, n: int) -> Tensor:
-        """Select the moments of a part of the stack."""
         values = weight.new_ones(1, n) if moment is None else moment.values
         return values[some] if len(values) > 1 else values.expand(len(weight[some]), *values.shape[1:])
 
@@ -290,7 +288,6 @@ def _descended(
 
 
 def _nothing(weight: Tensor, number_format: NumberFormat) -> RoundedWeight:
-    """Build the result for a weight without elements."""
     groups = (*weight.shape[:-1], number_format.groups(weight.shape[-1]))
     codes = weight.new_zeros(weight.shape, dtype=torch.uint8)
     zeros = codes.new_zeros(groups) if number_format.zero_point else None

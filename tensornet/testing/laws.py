@@ -301,7 +301,6 @@ def _true_error(matrix: Tensor, outcome: Outcome) -> float:
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    """Return True if the memory of the two tensors overlaps."""
     a, b = one.untyped_storage(), other.untyped_storage()
     first, last = max(a.data_ptr(), b.data_ptr()), min(a.data_ptr() + a.nbytes(), b.data_ptr() + b.nbytes())
     return one.device == other.device and first < last

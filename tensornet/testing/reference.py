@@ -216,7 +216,6 @@ def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
 
 
 def _reachable(start: int, edges: Sequence[tuple[int, int, int]]) -> set[int]:
-    """Collect the cores that edges connect, directly or indirectly, with the core `start`."""
     found, before = {start}, 0
     while len(found) > before:
         before = len(found)

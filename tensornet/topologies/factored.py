@@ -201,7 +201,6 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=65536)
 def _divisors(size: int) -> tuple[int, ...]:
-    """List all divisors of a positive size, in ascending order."""
     small = [d for d in range(1, math.isqrt(size) + 1) if size % d == 0]
     return tuple(sorted({*small, *(size // d for d in small)}))
 

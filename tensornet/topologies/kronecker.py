@@ -127,7 +127,6 @@ class KroneckerFamily(FactoredFamily):
 
 
 def _network(topology: Topology, cores: Sequence[Tensor]) -> TensorNetwork:
-    """Build a sum of Kronecker products from a chain of two cores."""
     return fitted_network(topology, (cores[0][0].permute(2, 0, 1), cores[1][..., 0]))
 
 

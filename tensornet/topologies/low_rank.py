@@ -228,7 +228,6 @@ class LowRankFamily(TopologyFamily):
 
 @lru_cache(maxsize=256)
 def _every_rank(rows: int, columns: int, family: str) -> tuple[Topology, ...]:
-    """Build the low-rank topologies of all ranks, in ascending order."""
     ranks = range(1, min(rows, columns) + 1)
     made = (low_rank(out_features=rows, in_features=columns, rank=rank) for rank in ranks)
     return tuple(replace(topology, family=family) for topology in made)

@@ -120,7 +120,6 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
 
 @cache
 def _load_entry_points() -> None:
-    """Register the families of installed packages; warn about families that cannot be loaded."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             family = entry.load()

@@ -190,7 +190,6 @@ def _decompose(
     closing: int,
     budget: Budget,
 ) -> Decomposition:
-    """Decompose a matrix within the budget, with a given closing bond."""
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
     def ranks(caps: Sequence[int]) -> list[int]:
@@ -262,7 +261,6 @@ def _tr_svd(
 
 @torch.no_grad()
 def _refined(matrix: Tensor, made: Decomposition, sweeps: int) -> Decomposition:
-    """Lower the error of a ring by alternating least squares."""
     if sweeps < 1 or made.error == 0:
         return made
     scale, double = safe_scale(matrix), working_dtype(matrix.dtype)
