@@ -367,7 +367,7 @@ class _OnlyCalled(nn.Module):
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._stock = (stock,)
-        self.register_forward_hook(lambda *_: None)  # unfused modules only call layers that have hooks
+        self.register_forward_hook(lambda *_: None)  # without a hook, unfused modules do not call it
 
     @property
     def weight(self) -> Tensor:

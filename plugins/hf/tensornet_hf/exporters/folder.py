@@ -142,8 +142,9 @@ def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, t
         kinds: layer types that can be packed.
 
     Returns:
-        Bytes of the weight files in addition to the weights (names and shapes of tensors); and the names of
-        layers that cannot be packed, since they have another type or are one of several matrices in a tensor.
+        The bytes that the names and shapes of tensors take in the weight files; and the names of the layers
+        that cannot be packed, because their type is not in `kinds` or because their matrix is one of several
+        in one tensor.
     """
     with unfused(model):
         layers = [x for x in list_weights(model) if x.kinds]
