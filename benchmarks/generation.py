@@ -151,7 +151,7 @@ def measure(
     ways = {side: passes(model, mode, tokens) for side, model in models.items()}
     with inductor.patch(TUNED if mode == "tuned" else {}):
         for way in ways.values():
-            way()  # compiles
+            way()  # the first call compiles
     times = paired_medians(ways, rounds(ways.values(), seconds), warmup=1, clock=clock_for(threads))
     for side, time in times.items():
         yield {

@@ -321,7 +321,7 @@ def summary(row: Row, runs: Sequence[dict[str, Any]], tried: dict[float, float])
 
     Args:
         row: the row.
-        runs: its results, one for each seed.
+        runs: results of the runs, one for each seed.
         tried: loss on the tuning part for each learning rate.
     """
     losses, accuracies = [r["loss"] for r in runs], [r["accuracy"] for r in runs]

@@ -23,8 +23,8 @@ class Sizes:
 
     Args:
         width: width of the residual stream.
-        hidden: hidden size of the dense feed-forward network, and the sum of hidden sizes that a token uses
-            in most mixtures.
+        hidden: hidden size of the dense feed-forward network; in most mixtures, the experts of a token
+            together have this hidden size.
         layers, heads: numbers of layers and attention heads.
         context: number of tokens in a window.
         vocabulary: number of distinct tokens.

@@ -450,7 +450,7 @@ def choose_jointly(
     least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is limited
 
     def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
-        """Allocate once, and return the stacks that share."""
+        """Allocate once, and return those of the given stacks that then share a core."""
         try:
             made, bound_by = choose_sharing(prepared, some, or_separate=or_separate)
         except BudgetError as error:

@@ -25,7 +25,7 @@ class Groups:
     """Assignment of rows, sorted by expert, to one group for each expert.
 
     Args:
-        counts: rows of each expert, shape `(E,)`, integer.
+        counts: number of rows of each expert, shape `(E,)`, integer.
         expert_of_row: expert of each row, ascending, shape `(rows,)`.
         sizes: `counts` as integers on the host; None in compiled code, where they are unknown.
     """

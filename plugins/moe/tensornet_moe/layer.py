@@ -160,7 +160,7 @@ class SharedCoreMoE(nn.Module):
 
     @property
     def balanced_pool(self) -> ExpertPool | None:
-        """Pool over which the load of this layer is balanced; None if it is balanced by itself."""
+        """Pool over which the load of this layer is balanced; None if the layer is balanced by itself."""
         pool = self.experts.owner if isinstance(self.experts, PooledExperts) else None
         return pool if pool is not None and pool.balance == "pool" else None
 

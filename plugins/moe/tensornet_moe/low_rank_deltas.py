@@ -154,7 +154,7 @@ class LowRankDeltaExperts(ExpertBank):
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute `y_r = base_e x_r + left_e (right_e x_r)`, or build the matrices if that is cheaper.
 
-        Building is rarely cheaper if all cores of the base are shared: it is then one matrix for all rows.
+        Building is rarely cheaper if all cores of the base are shared: the base is then a single matrix.
         """
         built = self.num_experts if groups.active is None else len(groups.active)
         rows, columns = self.out_features, self.in_features

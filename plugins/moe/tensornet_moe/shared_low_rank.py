@@ -219,7 +219,7 @@ def _fits(
     known = _shared_rows(matrices, weightings)
     for rank in ranks:
         shared = known[:rank].contiguous()
-        if len(shared) < rank:  # the rank of the matrices is smaller
+        if len(shared) < rank:  # the matrices together have a lower rank
             shared = torch.cat([shared, shared.new_zeros(rank - len(shared), shared.shape[1])])
         cores = []
         for w, x in zip(matrices, weightings, strict=True):

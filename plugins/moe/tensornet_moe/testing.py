@@ -142,7 +142,7 @@ class BankLaws:
     Set `test_starts_as_the_dense_network = None` if a bank cannot be made from a dense matrix.
     """
 
-    #: Shape of the matrices in the laws.
+    #: Shape of the matrices with which the laws are tested.
     shape = (12, 8)
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> ExpertBank:
@@ -170,7 +170,7 @@ class BankLaws:
             self._made().expert_matrices(experts)
 
     def test_every_parameter_keeps_a_gradient(self) -> None:
-        """Check that all parameters stay in the graph for any selection of experts."""
+        """Check that all parameters get a gradient for any selection of experts."""
         bank = self._made()
         bank.expert_matrices([1]).sum().backward()
         assert [name for name, p in bank.named_parameters() if p.grad is None] == []
