@@ -252,7 +252,7 @@ def missing_hint(modules: Sequence[str], *, extra: str, user: str) -> str | None
     if not missing:
         return None
     return (
-        f"{user} needs {', '.join(missing)}, not installed here: run  pip install '{DISTRIBUTION}[{extra}]'"
+        f"{user} needs {', '.join(missing)}, not installed here. Run: pip install '{DISTRIBUTION}[{extra}]'"
     )
 
 

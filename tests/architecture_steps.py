@@ -141,7 +141,7 @@ def load(trial: Trial) -> None:
 
 
 def auto_model(trial: Trial) -> None:
-    """`AutoModel` loads the weights that the folder has."""
+    """`AutoModel` loads the weights in the folder."""
     model = AutoModel.from_pretrained(trial.saved)
     stored = trial.full.state_dict()
     found = 0
@@ -187,7 +187,7 @@ def decompress(trial: Trial) -> None:
 
 
 def sixty(trial: Trial) -> None:
-    """At 60 % of the parameters every matrix is as near as certified, and the model computes with it."""
+    """At 60 % of the parameters every matrix is within its certified error, and the model runs."""
     model, report = trial.small
     assert report.param_ratio <= 0.6
     rebuilt_model = copy.deepcopy(model)

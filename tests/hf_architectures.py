@@ -1031,7 +1031,7 @@ GROUPS: dict[str, tuple[Architecture, ...]] = {
     "Encoders with decoders": TRANSLATORS,
     "Sound": SOUND,
     "Images": IMAGES,
-    "Images beside text": PAIRS,
+    "Images and text": PAIRS,
     "Images in text": READERS,
 }
 #: By their names on the page; `hf_models.ARCHITECTURES` are the few that many tests run on.

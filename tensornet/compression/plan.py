@@ -540,7 +540,10 @@ class CompressionPlan:
             FormatError: the data is not a plan, has an unknown version, or is inconsistent after an edit.
         """
         if not isinstance(data, dict) or data.get("version") != PLAN_VERSION:
-            raise FormatError(f"Not a compression plan of version {PLAN_VERSION}; plan again.")
+            raise FormatError(
+                f"Not a compression plan of version {PLAN_VERSION}. Give a file of CompressionPlan.save, or "
+                "the output of `tensornet compress ... --dry-run --json`."
+            )
         try:
             options, check, forecast = (data[x] for x in ("topology_options", "loss_check", "forecast"))
             if not isinstance(options, Mapping | None):

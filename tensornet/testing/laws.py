@@ -30,6 +30,7 @@ from tensornet.errors import BudgetError, NonFiniteError
 from tensornet.linalg.svd import result_dtype
 from tensornet.mpo import MPO
 from tensornet.network import TensorNetwork
+from tensornet.quantization import NumberFormat, round_weight
 from tensornet.testing import reference, strategies
 from tensornet.topologies import Decomposition, TopologyFamily, low_rank, registered
 from tensornet.topology import Topology
@@ -485,6 +486,76 @@ def check_name_does_not_matter(
             assert torch.equal(tensor, others[key]), f"{child.name!r}, {chosen}: tensor {key!r} differs"
 
 
+# --- number formats ------------------------------------------------------------------------------
+
+
+def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
+    """Check that codes are the nearest points on given scales, and survive packing bit for bit.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.testing import laws
+        >>> laws.check_nearest(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
+    """
+    rounded = round_weight(matrix, number_format, refits=0)
+    scales, zeros, size = rounded.scales.double(), rounded.zeros, matrix.shape[1]
+    codes = number_format.encode(matrix.double(), scales, zeros)
+    assert codes.dtype == torch.uint8, f"codes are {codes.dtype}, not torch.uint8"
+    every = [torch.full_like(codes, code) for code in range(number_format.top + 1)]
+    points = torch.stack([number_format.decode(x, scales, zeros, torch.float64) for x in every])
+    errors = (points - matrix.double()).abs()
+    found = errors.gather(0, codes.long()[None])[0]
+    over = float(((found - errors.amin(0)) / number_format.spread(scales.abs(), size).clamp_min(1e-30)).max())
+    assert over <= 1e-6, f"a code is {over:.3g} scales farther from its value than the nearest point"
+    packed = number_format.unpack(number_format.pack(codes), size)
+    assert torch.equal(packed, codes), "packing changes codes"
+
+
+def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
+    """Check that a layer stores the bytes that the format states, and loads bit for bit.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.testing import laws
+        >>> laws.check_stored_bytes(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
+    """
+    assert NumberFormat.parse(number_format.name) == number_format, f"{number_format!r} has another name"
+    layers = []
+    for _ in range(2):
+        model = nn.Sequential(nn.Linear(matrix.shape[1], matrix.shape[0], bias=False))
+        model[0].weight.data.copy_(matrix)
+        config = CompressionConfig(target_modules="all", max_bond=1, topology="low_rank", objective="weight")
+        made = plan(model, config).replace_layer("0", None, number_format.name)
+        apply_plan(model, made)
+        layers.append(model[0])
+    stored = sum(x.nbytes for x in layers[0].state_dict().values())
+    stated = number_format.nbytes(matrix.shape)
+    assert stored == stated == made["0"].bytes_after, f"stored {stored} bytes, stated {stated}"
+    for tensor in layers[1].state_dict().values():
+        tensor.zero_()
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(layers[0].to_matrix(), layers[1].to_matrix()), "loading changes the matrix"
+
+
+def check_rounded_loss(number_format: NumberFormat, matrix: Tensor) -> None:
+    """Check that the stated loss increase is `1/2 tr(R E C E^T)` of the rounding error `E`.
+
+    Example:
+        >>> from tensornet.quantization import NumberFormat
+        >>> from tensornet.testing import laws
+        >>> laws.check_rounded_loss(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
+    """
+    generator = torch.Generator().manual_seed(0)
+    samples = (torch.randn(2 * n, n, generator=generator, dtype=torch.float64) for n in matrix.shape)
+    rows, columns = (x.T @ x / len(x) + torch.eye(x.shape[1]) for x in samples)
+    both: dict[str, Any] = {"rows": rows, "columns": columns, "row_damping": 0, "column_damping": 0}
+    rounded = round_weight(matrix.double(), number_format, **both)
+    error = rounded.dequantize(torch.float64) - matrix.double()
+    loss, stated = float(0.5 * torch.trace(rows @ error @ columns @ error.T)), float(rounded.loss_increase)
+    gap = abs(loss - stated)
+    assert gap <= 1e-6 * max(loss, stated), f"stated loss increase {stated:.6g}, true {loss:.6g}"
+
+
 # --- classes to subclass -------------------------------------------------------------------------
 
 
@@ -622,6 +693,36 @@ class FamilyLaws(DecompositionLaws):
         drawn = {"matrix": cls.matrices, "options": st.just(cls.options)}
         name = Law(check_name_does_not_matter, drawn, lambda laws: (laws.family,), _RENAMED)
         return {**super()._laws(), "test_name_does_not_matter": name}
+
+
+class FormatLaws(_Laws):
+    """Laws of an integer `NumberFormat` that is not entropy-coded: set `number_format` to its name.
+
+    Example:
+        >>> from tensornet.testing import laws
+        >>> class TestInt4(laws.FormatLaws):
+        ...     number_format = "int4:g32"
+        >>> TestInt4().test_nearest()  # pytest runs every law
+    """
+
+    number_format: str
+    #: Matrices to round; formats with steps for 256 weights need rows of a multiple of 256.
+    matrices: SearchStrategy[Tensor] = strategies.matrices(
+        max_size=70, dtype=torch.float32, spectrum="gaussian", scales=False
+    )
+
+    def subject(self) -> tuple[Any, ...]:
+        """Return the format under test."""
+        return (NumberFormat.parse(self.number_format),)
+
+    @classmethod
+    def _laws(cls) -> Laws:
+        matrix: dict[str, SearchStrategy[Any]] = {"matrix": cls.matrices}
+        return {
+            "test_nearest": Law(check_nearest, matrix),
+            "test_stored_bytes": Law(check_stored_bytes, matrix),
+            "test_rounded_loss": Law(check_rounded_loss, matrix),
+        }
 
 
 class NetworkLaws(_Laws):

@@ -17,7 +17,7 @@ from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "custom_moe.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "extend.md"
 E = 4
 OUT, IN = BankLaws.shape
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -151,7 +151,7 @@ class TestDocstring(BankLaws):
 
 
 class TestGuide(BankLaws):
-    """The bank at the end of docs/guides/custom_moe.md."""
+    """The bank of docs/guides/extend.md."""
 
     @pytest.fixture(autouse=True)
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,8 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, share=tm.ExpertPool)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_k=4 with num_experts=3"):
         tm.mixture(d_model=D, experts=3, top_k=4)
+    with pytest.raises(TypeError, match="'switch' has no top_k"):
+        tm.mixture(d_model=D, router="switch", top_k=2)
     with pytest.raises(ValueError, match="d_ff must be an integer of at least 1"):
         tm.mixture(d_model=D, d_ff=0)
     with pytest.raises(ValueError, match="Unknown router 'best'"):

@@ -21,7 +21,7 @@ from tensornet.nn import module as nn_module
 from tensornet_moe import routers
 from tensornet_moe.testing import RouterLaws
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "custom_moe.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "extend.md"
 
 
 class TestSwitch(RouterLaws):
@@ -94,7 +94,7 @@ class TestDocstring(RouterLaws):
 
 
 class TestGuide(TestDocstring):
-    """The router of docs/guides/custom_moe.md."""
+    """The router of docs/guides/extend.md."""
 
     @property
     def code(self) -> str:
@@ -115,6 +115,12 @@ def test_a_registered_router_is_upcycled_saved_and_loaded(tmp_path: Path) -> Non
 def test_an_unregistered_router_says_how_to_be_saved() -> None:
     with pytest.raises(TypeError, match=r"_Unnamed cannot be saved: register it.*register_router"):
         _Unnamed(4, 3).spec()
+
+
+def test_only_routers_are_registered() -> None:
+    for other in (object, Sharp(4, 3)):
+        with pytest.raises(TypeError, match="subclass of Router"):
+            tm.register_router("other", other)  # type: ignore[arg-type]
 
 
 def test_a_taken_name_is_refused() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,8 @@ from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 
 from tensornet import _util
 from tensornet.errors import MissingDependencyError
+from tensornet.quantization import formats
+from tensornet_hf.exporters.export import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = re.compile(r"!\[[^\]]*\]\((?:\.\./)?pictures/(?P<name>[\w.-]+)\)")
@@ -42,14 +45,19 @@ def shown_pictures(path: Path) -> list[str]:
 
 
 @pytest.fixture
-def profile() -> Iterator[None]:
-    """Restore the hypothesis profile, which a page may change."""
+def restored() -> Iterator[None]:
+    """Restore what a page may change: the hypothesis profile, and tables of formats and export targets."""
+    tables: tuple[dict[Any, Any], ...] = (formats.LEVELS, formats.MENUS, TARGETS)
+    before = [dict(table) for table in tables]
     yield
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("profile")
+@pytest.mark.usefixtures("restored")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's use of it
 @pytest.mark.parametrize("path", [pytest.param(p, id=str(p.relative_to(ROOT))) for p in documents()])
 def test_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

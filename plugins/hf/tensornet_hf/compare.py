@@ -187,8 +187,8 @@ def load_any(folder: Path) -> PreTrainedModel:
         ) from error
     except Exception as error:  # packages of quantizers may raise anything
         raise FormatError(
-            f"transformers cannot load {folder}, which is quantized by {method!r}: {type(error).__name__}: "
-            f"{first_line(error)}"
+            f"transformers cannot load {folder}, which is quantized by {method!r}; a file may be damaged or "
+            f"of another version. {type(error).__name__}: {first_line(error)}"
         ) from error
     finally:
         logging.set_verbosity(verbosity)

@@ -453,7 +453,7 @@ def for_target(
         if config.max_bytes <= overhead:
             raise BudgetError(
                 f"max_bytes={config.max_bytes:,} is too small: names, vocabulary and metadata alone take "
-                f"{overhead:,} bytes."
+                f"{overhead:,} bytes. Allow more."
             )
         changes["max_bytes"] = config.max_bytes - overhead
     return replace(config, **changes)

@@ -151,10 +151,9 @@ def compress_checkpoint(
         'MPOLinear'
     """
     started = time.perf_counter()
-    if workers < 1 or max_shard_bytes < 1:
-        raise ValueError(
-            f"workers and max_shard_bytes must be at least 1, got {workers} and {max_shard_bytes}."
-        )
+    for name, number in (("workers", workers), ("max_shard_bytes", max_shard_bytes)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
     if executor is None:
         torch.empty(0, device=device)  # raises if the device is not available
     folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))

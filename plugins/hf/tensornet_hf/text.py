@@ -33,13 +33,17 @@ def read_text(path: Path) -> str:
         ValueError: the file is not UTF-8 text, or is empty.
     """
     if not path.is_file():
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder; give a text file.")
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}). Convert it to UTF-8, or give another file."
+        ) from error
     if not text.strip():
-        raise ValueError(f"{path} contains no text.")
+        raise ValueError(f"{path} contains no text; give text like what the model will read.")
     return text
 
 

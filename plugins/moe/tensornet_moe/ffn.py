@@ -80,7 +80,13 @@ class ExpertFFN(nn.Module):
             self.register_parameter(f"{name}_bias", nn.Parameter(zeros) if bias else None)
 
     def bank(self, name: str) -> ExpertBank:
-        """Look up a bank by name."""
+        """Look up a bank by name.
+
+        Raises:
+            KeyError: there is no such bank; the message lists them.
+        """
+        if name not in self.names:
+            raise KeyError(f"No bank {name!r}; this network has {', '.join(self.names)}.")
         return getattr(self, name)
 
     @property

@@ -129,7 +129,9 @@ def mixture(
         network = ExpertFFN(matrices, activation=activation or "silu", **where)
     if isinstance(router, str):
         kind = router_kind(router)
-        if top_k is not None or "top_k" in kind.options:
+        if top_k is not None and "top_k" not in kind.options:
+            raise TypeError(f'top_k={top_k} needs router="topk"; {router!r} has no top_k.')
+        if "top_k" in kind.options:
             router_options["top_k"] = 2 if top_k is None else top_k
         options = {"combine": "sigmoid", "device": device, "dtype": dtype, **router_options}
         router = kind(d_model, experts, **options)

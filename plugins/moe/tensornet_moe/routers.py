@@ -237,6 +237,7 @@ def register_router(name: str, kind: type[Router]) -> None:
             Options that are also fields of `MoEConfig` (`top_k`, `capacity_factor`) are taken from there.
 
     Raises:
+        TypeError: not a subclass of `Router`.
         ValueError: the name is taken by another class.
 
     Example:
@@ -246,6 +247,8 @@ def register_router(name: str, kind: type[Router]) -> None:
         >>> CalmRouter(8, 4).spec()["type"]
         'calm_router'
     """
+    if not (isinstance(kind, type) and issubclass(kind, Router)):
+        raise TypeError(f"register_router takes a subclass of Router, got {kind!r}; give the class itself.")
     known = _ROUTERS.get(name)
     if known is kind:
         return
@@ -336,8 +339,7 @@ class TopKRouter(Router):
         check_size("top_k", top_k, error=ValueError)
         if top_k > num_experts:
             raise ValueError(
-                f"top_k={top_k} with num_experts={num_experts}: a token can go to at least 1 and at most "
-                "num_experts experts."
+                f"top_k={top_k} with num_experts={num_experts}: top_k must be between 1 and num_experts."
             )
         super().__init__(num_features, num_experts, **common)
         self.top_k = top_k

@@ -4,17 +4,17 @@
         def router(self, num_features, num_experts):
             return MyRouter(num_features, num_experts)
 
-They need pytest. Set a law to None if it does not apply, for example `test_causal = None` for a router that
-uses the whole batch.
+They need pytest (extra `testing`). Set a law to None if it does not apply, for example `test_causal = None`
+for a router that uses the whole batch.
 """
 
 import json
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
+from tensornet._util import require
 from tensornet.errors import NonFiniteError
 from tensornet.nn import build_module
 from tensornet_moe.bank import ExpertBank, SharedCores, lend_shared_cores
@@ -22,6 +22,10 @@ from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows
 from tensornet_moe.mask import GradientMask
 from tensornet_moe.routers import Router, Routing
+
+require(("pytest",), extra="testing", user="tensornet_moe.testing")
+
+import pytest  # noqa: E402 - asks for it first
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 

@@ -84,7 +84,7 @@ FAILED = [
     ("compress GPT2 out --max-bond 4 --calibration text.txt --validation empty.txt", "contains no text"),
     ("compress GPT2 out --max-bond 4 --calibration text.txt --validation short.txt", "fewer than a window"),
     ("decompress GPT2 out", "nothing to decompress"),
-    ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "top_k=3 with num_experts=2"),
+    ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "--top-k 3 with --experts 2"),
     ("upcycle GPT2 --experts 2 --router expert_choice --dry-run", "'expert_choice' looks at later tokens"),
     ("upcycle T5 --experts 2 --router expert_choice --dry-run", r"target_modules=\[\.\.\.\] \(--target\)"),
     ("upcycle GPT2 taken", "taken exists already"),

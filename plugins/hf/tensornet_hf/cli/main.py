@@ -1,16 +1,22 @@
 """Entry point of the command line; an error prints one line on stderr and sets a non-zero exit status."""
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Annotated
 
 import typer
 from transformers.utils import logging
 
+from tensornet.compression.config import CompressionConfig
 from tensornet_hf.cli import commands
+from tensornet_hf.cli.options import spelled
+from tensornet_hf.compress import CompressOptions
 from tensornet_hf.report import versions
+from tensornet_hf.upcycling import MoEConfig
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
@@ -22,6 +28,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": commands.export,
     "upcycle": commands.upcycle,
     "demo": commands.demo,
+}
+#: Dataclasses whose fields are the options of a command.
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "compress": (CompressionConfig, CompressOptions),
+    "upcycle": (MoEConfig,),
 }
 #: Advice for options that were removed.
 REMOVED = {
@@ -97,7 +108,8 @@ def run(arguments: Sequence[str]) -> int:
     except _click.ClickException as error:
         removed = REMOVED.get(getattr(error, "option_name", ""))
         advice = removed or "See tensornet --help, or tensornet COMMAND --help."
-        _say(f"{error.format_message()} {advice}")
+        if message := error.format_message():  # empty if the help was printed
+            _say(f"{message.rstrip('.')}. {advice}")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
@@ -107,7 +119,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # users see one line; --debug shows the traceback
         if debug:
             raise
-        _say(_one_line(error))
+        _say(as_options(_one_line(error), next((x for x in rest if x in OPTIONS), "")))
         return FAILED
     if status == INTERRUPTED:
         resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
@@ -150,6 +162,23 @@ def _one_line(error: Exception) -> str:
     if type(error).__module__.startswith("tensornet") or isinstance(error, OSError | ValueError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text} (add --debug to see the traceback)"
+
+
+def as_options(text: str, command: str) -> str:
+    """Replace arguments of Python in a message by the options of a command.
+
+    Example:
+        >>> as_options("Give a budget: bits_per_weight=4.25 or max_bytes=.", "compress")
+        'Give a budget: --bits 4.25 or --max-bytes.'
+    """
+    for described in (x for kind in OPTIONS.get(command, ()) for x in fields(kind)):
+        if described.metadata and described.metadata["kind"] != "flag":
+            name, flag = rf"(?<![\w.'\"-]){described.name}", spelled(described)
+            text = re.sub(rf"{name}=(?=\w)", f"{flag} ", text)
+            text = re.sub(rf"{name}=", flag, text)
+            if "_" in described.name:  # other names are also words
+                text = re.sub(rf"{name}\b", flag, text)
+    return text
 
 
 def _say(text: str) -> None:

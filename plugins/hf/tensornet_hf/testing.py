@@ -1,0 +1,127 @@
+"""Laws that every export target must satisfy; subclass them in your tests.
+
+    class TestMine(ExportLaws):
+        target = "mine"
+
+        def weights(self, destination):
+            return read_as_the_other_program_does(destination)
+
+They need pytest (extra `testing`).
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import tensornet as tn
+from tensornet._util import require
+from tensornet.errors import DestinationError, TargetError
+from tensornet.nn.module import NetworkModule
+from tensornet.quantization.formats import MENUS
+from tensornet_hf.exporters.export import TARGETS, export
+
+require(("pytest",), extra="testing", user="tensornet_hf.testing")
+
+import pytest  # noqa: E402 - asks for it first
+
+_SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+class ExportLaws:
+    """Laws of an export target: set `target` to its name in `TARGETS`, and define `weights`."""
+
+    target: str
+    #: Name of the destination, with its suffix if the target writes one file.
+    destination = "exported"
+
+    def weights(self, destination: Path) -> dict[str, Tensor]:
+        """Read the matrices `(out, in)` of all layers that were written, by their names in the model."""
+        raise NotImplementedError(f"{type(self).__name__} must define weights(destination).")
+
+    def model(self) -> PreTrainedModel:
+        """Build a dense model of a class that the target knows."""
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**_SIZES, num_attention_heads=2)).eval()
+
+    def test_weights(self, tmp_path: Path) -> None:
+        """Check that the weights in the files are those of the model, which is not changed."""
+        model = self._mixed()
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        export(model, tmp_path / self.destination, target=self.target)
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], x) for name, x in after.items())
+        found = self.weights(tmp_path / self.destination)
+        for name, layer in _layers(model).items():
+            matrix = layer.to_matrix().detach()
+            error = (found[name].to(matrix) - matrix).abs().max() / matrix.abs().max()
+            assert float(error) <= 1e-6, f"{name}: relative error {float(error):.3g}"
+
+    def test_report(self, tmp_path: Path) -> None:
+        """Check that the report lists every layer once, packed or dense with a reason, and the bytes."""
+        model = self._mixed()
+        report = export(model, tmp_path / self.destination, target=self.target)
+        assert report.packed, "no layer is packed"
+        assert not report.packed.keys() & report.dense.keys()
+        assert {*report.packed, *report.dense} == set(_layers(model))
+        assert all(report.dense.values()), "a layer is dense without a reason"
+        path = tmp_path / self.destination
+        files = [path] if path.is_file() else [x for x in path.rglob("*") if x.is_file()]
+        assert report.destination == path
+        assert 0 < report.num_bytes <= sum(x.stat().st_size for x in files)
+
+    def test_existing_destination(self, tmp_path: Path) -> None:
+        """Check that an existing destination is kept without `force`, and replaced with it."""
+        path, model = tmp_path / self.destination, self._mixed()
+        export(model, path, target=self.target)
+        before = _content(path)
+        with pytest.raises(DestinationError):
+            export(model, path, target=self.target)
+        assert _content(path) == before
+        export(model, path, target=self.target, force=True)
+        assert _content(path).keys() == before.keys()
+
+    def test_networks_are_refused(self, tmp_path: Path) -> None:
+        """Check that `networks="refuse"` raises an error for a low rank, and writes nothing."""
+        with pytest.raises(TargetError):
+            export(self._mixed(), tmp_path / self.destination, target=self.target, networks="refuse")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("bits", [4.6, 8.6])
+    def test_planned_layers_are_packed(self, bits: float, tmp_path: Path) -> None:
+        """Check that layers are packed if a plan uses the formats of the target, with the facts it gives."""
+        model = self.model()
+        assert self.target in MENUS, f"add the formats of {self.target!r} to MENUS"
+        _, dense = TARGETS[self.target].facts(model, tmp_path)
+        config = tn.CompressionConfig(
+            bits_per_weight=bits,
+            formats=self.target,  # type: ignore[arg-type]
+            exclude_modules=dense or None,
+            objective="weight",
+        )
+        tn.compress(model, config, progress=False)
+        report = export(model, tmp_path / self.destination, target=self.target)
+        assert report.dense == {}
+        assert {*report.packed} == set(_layers(model))
+
+    def _mixed(self) -> PreTrainedModel:
+        """Compress the layers to integers, but the first to a low rank."""
+        model = self.model()
+        config = tn.CompressionConfig(topology="low_rank", max_bond=4, objective="weight")
+        plan = tn.plan(model, config)
+        for number, layer in enumerate(plan):
+            if number:
+                plan = plan.replace_layer(layer.name, None, ("int4:g32", "int8:g32")[number % 2])
+        tn.apply_plan(model, plan)
+        return model
+
+
+def _layers(model: PreTrainedModel) -> dict[str, NetworkModule]:
+    return {name: x for name, x in model.named_modules() if isinstance(x, NetworkModule)}
+
+
+def _content(path: Path) -> dict[str, bytes]:
+    files = [path] if path.is_file() else [x for x in path.rglob("*") if x.is_file()]
+    return {x.name: x.read_bytes() for x in files}
