@@ -7,6 +7,7 @@ Rows that are in the record are skipped, so a run can be interrupted and continu
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
     python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
+    python benchmarks/quality.py --picture docs/quality.svg
 
 `CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes run in bfloat16,
 also of the dense model. Healing takes ten minutes of processor time (the machine has other users).
@@ -277,11 +278,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     parser.add_argument("--heal-seconds", type=float, default=600.0)
     parser.add_argument("--refine-windows", type=int, default=32)
     parser.add_argument("--records", type=Path, default=RECORDS)
+    parser.add_argument("--picture", type=Path, help="draw the record to this file and measure nothing")
     given = parser.parse_args(arguments)
     sizes = (given.windows, given.calibration, given.heal_seconds, given.refine_windows, given.length)
     table, sizes = (TOY, (6, 24, 1.0, 8, 64)) if given.toy else (TABLE, sizes)
     path = given.records / "quality.json"
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    if given.picture is not None:
+        picture(rows, given.picture)
+        return given.picture
     missing = [job for job in table if not any(is_row_of(row, job) for row in rows)]
     if not missing:
         return path
@@ -293,6 +298,45 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             record("quality", rows, folder=given.records, prompt=PROMPT)
             print(json.dumps({k: v for k, v in row.items() if k != "sample"}), flush=True)
     return path
+
+
+def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Draw perplexities over the share of the parameters, and measured over predicted loss increases."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    dense = next(row for row in rows if row["method"] == "dense")
+    for method, after, style, label in (
+        ("svd_llm", "", "C1^--", "SVD whitened by inputs (SVD-LLM)"),
+        ("ours", "", "C0o-", "low rank by the predicted loss"),
+        ("ours_two_texts", "refined", "C2s-", "the same, two texts, refitted"),
+        ("ours_two_texts", "refined, healed", "C3*", "the same, healed"),
+    ):
+        found = [x for x in rows if (x["method"], x["layers"], x["after"]) == (method, "all", after)]
+        left.plot([100 * x["ratio"] for x in found], [x["perplexity"] for x in found], style, label=label)
+    left.axhline(dense["perplexity"], color="0.5", linewidth=1, label="dense")
+    left.set(
+        yscale="log",
+        xlabel="parameters of all linear layers, %",
+        ylabel="perplexity",
+        yticks=(30, 100, 300, 1000),
+    )
+    left.set_yticklabels(["30", "100", "300", "1,000"])
+    left.minorticks_off()
+    for layers, style, label in (("all", "C0o", "all linear layers"), ("mlp", "C1s", "MLPs")):
+        found = [x for x in rows if x["layers"] == layers and x.get("predicted_rise")]
+        measured = [x["loss"] - dense["loss"] for x in found]
+        right.plot([x["predicted_rise"] for x in found], measured, style, label=label)
+    ends = (0.03, 2.5)
+    right.plot(ends, ends, color="0.5", linewidth=1, label="equal")
+    right.set(xscale="log", yscale="log", xlabel="predicted loss increase, nats", ylabel="measured, nats")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=9)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "quality"}):
+        figure.savefig(file, metadata={"Date": None})
 
 
 def is_row_of(row: dict[str, Any], job: Job) -> bool:

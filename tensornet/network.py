@@ -220,13 +220,13 @@ def draw_topology(topology: Topology) -> "Figure":
     places = _places(topology)
     xs, ys = [x for x, _ in places.values()], [y for _, y in places.values()]
     figure: Figure = figure_module.Figure(
-        figsize=(1.5 * (max(xs) - min(xs)) + 2.5, 1.5 * (max(ys) - min(ys)) + 3), layout="constrained"
+        figsize=(1.3 * (max(xs) - min(xs)) + 2, 1.3 * (max(ys) - min(ys)) + 2.6), layout="constrained"
     )
     axes = figure.add_subplot()
     axes.set_aspect("equal")
     axes.axis("off")
     rows, columns = topology.shape
-    axes.set_title(f"{topology.family}  {rows} x {columns}  {topology.num_params:,} parameters", fontsize=10)
+    axes.set_title(f"{topology.family}  {rows} x {columns}  {topology.num_params:,} parameters", fontsize=12)
     _draw_bonds(axes, topology, places)
     _draw_legs(axes, topology, places)
     _draw_cores(axes, topology, places)
@@ -272,7 +272,7 @@ def _draw_bonds(axes: "Axes", topology: Topology, places: dict[str, Point]) -> N
         for x, y in ends:
             axes.plot([x, middle[0]], [y, middle[1]], style, color=_BOND, linewidth=_width(size), zorder=1)
         ground = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
-        axes.annotate(str(size), middle, ha="center", va="center", fontsize=8, zorder=4, bbox=ground)
+        axes.annotate(str(size), middle, ha="center", va="center", fontsize=10, zorder=4, bbox=ground)
 
 
 def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> None:
@@ -298,7 +298,7 @@ def _draw_legs(axes: "Axes", topology: Topology, places: dict[str, Point]) -> No
                     xytext=(0, 3 * direction),
                     ha="center",
                     va="bottom" if direction > 0 else "top",
-                    fontsize=8,
+                    fontsize=10,
                 )
                 tips.append(tip)
             for (x, y), (u, v) in pairwise(tips):
@@ -322,9 +322,9 @@ def _tilt(topology: Topology, places: dict[str, Point]) -> float:
 def _draw_cores(axes: "Axes", topology: Topology, places: dict[str, Point]) -> None:
     for name, shape in topology.core_shapes.items():
         x, y = places[name]
-        size = 250 + 60 * math.log2(math.prod(shape) + 1)
+        size = 350 + 70 * math.log2(math.prod(shape) + 1)
         axes.scatter([x], [y], s=size, color=_CORE, zorder=3)
-        axes.annotate(name, (x, y), color="white", ha="center", va="center", fontsize=8, zorder=5)
+        axes.annotate(name, (x, y), color="white", ha="center", va="center", fontsize=10, zorder=5)
 
 
 def _width(size: int) -> float:

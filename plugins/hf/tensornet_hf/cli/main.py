@@ -174,6 +174,8 @@ def as_options(text: str, command: str) -> str:
     for described in (x for kind in OPTIONS.get(command, ()) for x in fields(kind)):
         if described.metadata and described.metadata["kind"] != "flag":
             name, flag = rf"(?<![\w.'\"-]){described.name}", spelled(described)
+            text = re.sub(rf"{name}=\S* \({flag}\)", flag, text)  # both are named already
+            text = re.sub(rf"{name}='(\w+)'", rf"{flag} \1", text)
             text = re.sub(rf"{name}=(?=\w)", f"{flag} ", text)
             text = re.sub(rf"{name}=", flag, text)
             if "_" in described.name:  # other names are also words
