@@ -90,7 +90,7 @@ def test_leaving_a_layer_dense() -> None:
 
 def test_a_calibrated_plan_needs_its_statistics_again() -> None:
     model, _, plan = prepared()
-    with pytest.raises(TargetError, match=r"made with objective='curvature': pass the calibration"):
+    with pytest.raises(TargetError, match=r"made with objective='curvature': pass the same calibration"):
         tn.apply_plan(model, plan)
 
 

@@ -312,7 +312,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_bonds": 4}, "max_bonds.*known are.*max_bond"),
+        ({"max_bonds": 4}, "max_bonds.*options are.*max_bond"),
         ({"param_ratio": -1.0}, "param_ratio"),
         ({"topology": "moebius"}, "moebius"),
     ],
