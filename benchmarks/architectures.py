@@ -2,9 +2,9 @@
 
     python benchmarks/architectures.py [--record [NAME ...]]
 
-Writes docs/architectures.md and benchmarks/records/architectures.md from the table of the tests and the record
-of the last run. With `--record` the named architectures (all by default, which takes some minutes) are tested
-first, and the record is updated.
+Writes docs/architectures.md and benchmarks/records/architectures.md from the table of the tests and the
+record of the last run. With `--record` the named architectures (all by default, which takes some minutes) are
+tested first, and the record is updated.
 """
 
 from __future__ import annotations

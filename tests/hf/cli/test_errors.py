@@ -85,7 +85,7 @@ FAILED = [
     ("compress GPT2 out --max-bond 4 --calibration text.txt --validation short.txt", "fewer than a window"),
     ("decompress GPT2 out", "nothing to decompress"),
     ("upcycle GPT2 out --experts 2 --top-k 3 --router topk", "--top-k 3 with --experts 2"),
-    ("upcycle GPT2 --experts 2 --router expert_choice --dry-run", "--router expert_choice looks at later tokens"),
+    ("upcycle GPT2 --experts 2 --router expert_choice --dry-run", "--router expert_choice looks at later"),
     ("upcycle T5 --experts 2 --router expert_choice --dry-run", "select them with --target"),
     ("upcycle GPT2 taken", "taken exists already"),
     ("upcycle GPT2 out --pool all --experts 2", "so at least 4 are needed"),
