@@ -292,7 +292,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the topology families that a plan may use; none for a menu, which has no networks."""
+        """Names of the topology families that a plan may use; none with a menu of `MENUS`."""
         if self.menu is not None:
             return ()
         if self.fixed:

@@ -18,7 +18,7 @@ from tensornet.linalg.weighted_svd import cholesky
 
 #: Damping of the moments of gradients and of inputs; gradients differ more between texts.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Damping of gradient moments that are already damped for decompositions, when a dense matrix is rounded.
+#: Additional damping of gradient moments when a dense matrix is rounded; `ROW_DAMPING` was applied before.
 #: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
 #: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
 #: lowers the measured loss increase (benchmarks/records/bytes.md).

@@ -135,8 +135,8 @@ class MPOFamily(FactoredFamily):
     ) -> dict[str, Any]:
         """Choose between balanced leg sizes and those of `unbalanced_dims`, unless dims are given.
 
-        The criterion is the loss of truncating the widest bond in leg-whitened coordinates. Losses at two
-        numbers of parameters are multiplied.
+        The criterion is the product of two losses, at two numbers of parameters. Each is the loss of
+        truncating the widest bond after the moments of every leg were whitened.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options

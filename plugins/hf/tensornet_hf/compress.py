@@ -545,7 +545,8 @@ def _check_data(
 
     Raises:
         BudgetError: the budget needs calibration data.
-        OptionError: an option cannot change a plan, or a validation text is given but no loss is predicted.
+        OptionError: a finished plan is given with an option that would change it, or a validation text with
+            an objective that predicts no loss.
     """
     has_data = bool(options.calibration) or (
         options.statistics is not None and Path(options.statistics).exists()

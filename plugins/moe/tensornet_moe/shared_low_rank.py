@@ -499,7 +499,8 @@ def shared_candidates(
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
-        # Networks are useful only if they are smaller than dense matrices in the larger of their two formats.
+        # The shared core and the private ones may have two formats. Networks are useful only if they are
+        # smaller than dense matrices in the larger of them.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
         limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
         costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
