@@ -129,7 +129,7 @@ def fit(timed: Sequence[Timed], start: Machine) -> Machine:
 
 @dataclass(frozen=True)
 class TimedInteger:
-    """Measured seconds of one bfloat16 layer, with integers in a number format or dense if there is none."""
+    """Measured seconds of a bfloat16 layer, which is dense if `number_format` is None."""
 
     number_format: NumberFormat | None
     shape: tuple[int, int]

@@ -183,14 +183,7 @@ class TwoLayers(nn.Module):
 def stepper(
     case: Case, moe: nn.Module, *, update: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
-    """Return a function that makes a forward and backward pass of a mixture.
-
-    Args:
-        case: sizes.
-        moe: the mixture.
-        update: whether to make a step of AdamW too.
-        compiled: whether to use `torch.compile`.
-    """
+    """Return a function that makes a forward and backward pass, and with `update` a step of AdamW."""
     generator = torch.Generator().manual_seed(1)
     x, grad = torch.randn(2, case.tokens, case.model, generator=generator)
     x.requires_grad_()

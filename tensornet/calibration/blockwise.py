@@ -215,9 +215,7 @@ class ChainRun:
     def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
         """Return a context in which the model skips all blocks and continues with `hidden` as their output.
 
-        Args:
-            number: index of the batch on which the model is run.
-            hidden: hidden state after the last block.
+        The model must be run on the batch with index `number`.
         """
         first = self._first[number]
         output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden

@@ -1,4 +1,4 @@
-"""Coherence: how far the first-order loss changes of the tokens of a text add up instead of canceling.
+"""Coherence: how far the first-order loss changes of different tokens add up instead of canceling.
 
 In this module a row is a row of a batch: a text, an image. To first order, an error `E` of a weight changes
 the loss of a row by `sum_t e_t` with `e_t = g_t^T E x_t`, summed over its tokens `t` with inputs `x_t` and

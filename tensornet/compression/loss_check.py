@@ -312,15 +312,9 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Find the layers of a plan whose predicted loss is far too low.
+        """Find the layers whose predicted loss is far too low; return the factor for each name.
 
-        Args:
-            plan: the plan.
-            groups: layers to check, in groups that are measured together.
-            progress: whether to show a progress bar.
-
-        Returns:
-            Factor by which the prediction is too low, by the name of the layer.
+        The layers of a group are measured together.
         """
         self.plan, self.left, self.common = plan, _SPLITS, 1.0
         self.total = sum(layer.loss_increase or 0.0 for layer in plan)
@@ -339,12 +333,7 @@ class _Trial:
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
         """Find the layers of a group whose loss is too high; all of them if no single half is too high.
 
-        Args:
-            group: layers that were measured together.
-            increase: their measured loss increase.
-
-        Returns:
-            Factor by which the prediction is too low, by the name of the layer.
+        The measured loss increase of the group is `increase`; the result is as that of `factors`.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:

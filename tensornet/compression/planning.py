@@ -432,7 +432,7 @@ def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> 
 #: Multiply-adds for a matrix `(m, n)`, in units of `m n (m + n)`: for planning with number formats, for
 #: rounding, and for planning or decomposing networks without number formats.
 _PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
-#: Time of calibrating on a token, in units of a forward pass: gradients, and moments of inputs and gradients.
+#: Time of calibrating on a token, with gradients and moments, in units of a forward pass.
 _CALIBRATION = 5.0
 #: Typical number of measurements in the loss check, and number of tokens in each.
 _CHECKED, _CHECK_TOKENS = 12, 1024

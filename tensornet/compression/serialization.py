@@ -152,13 +152,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _built(name: str, spec: Mapping[str, Any], stock: nn.Module, path: str | Path) -> nn.Module:
-    """Build an uninitialized compressed layer that can replace a stock layer.
-
-    Args:
-        name: name of the layer in the model.
-        spec: description of the compressed layer.
-        stock: the stock layer.
-        path: path of the file, for messages.
+    """Build an uninitialized compressed layer from its description, to replace a stock layer.
 
     Raises:
         FormatError: the stock layer has another type or shape.

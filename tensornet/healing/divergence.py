@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Number of logits in a block: on a CPU, where a block fits into the cache, and on other devices.
+#: Number of logits in a block on a CPU, where a block fits into the cache, and on other devices.
 _BLOCK, _BLOCK_ON_DEVICE = 2**18, 2**26
 
 

@@ -410,13 +410,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW, done: int) -> None:
-    """Write a checkpoint of healing; it replaces an earlier file.
-
-    Args:
-        path: path of the file.
-        kept: tensors to write, by name.
-        optimizer: the optimizer, whose running averages for these tensors are written too.
-        done: number of finished steps.
+    """Write a checkpoint: tensors by name, the optimizer's averages for them, and the number of steps.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -430,15 +424,7 @@ def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Ad
 
 
 def load_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> int:
-    """Load a checkpoint of healing into tensors and optimizer; after an error nothing is changed.
-
-    Args:
-        path: path of the file.
-        kept: tensors to load, by name.
-        optimizer: the optimizer.
-
-    Returns:
-        Number of finished steps.
+    """Load a checkpoint into tensors and optimizer, and return the number of finished steps.
 
     Raises:
         FormatError: the file is damaged or of another model.

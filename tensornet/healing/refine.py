@@ -364,11 +364,7 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Return a context in which functions are called with the inputs of modules.
-
-    Args:
-        hooks: the function for each module.
-    """
+    """Return a context in which each module's function in `hooks` is called with the input of the module."""
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

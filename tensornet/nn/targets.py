@@ -288,11 +288,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _check_patterns(name: str, value: Any) -> None:
-    """Check that an argument is None, a pattern or a collection of patterns.
-
-    Args:
-        name: name of the argument, for the message.
-        value: the argument.
+    """Check that the argument `name` is None, a pattern or a collection of patterns.
 
     Raises:
         TargetError: the argument has another type.

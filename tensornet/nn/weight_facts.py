@@ -109,7 +109,7 @@ def weight_facts(
     made = torch.full((), float("nan"), dtype=like.dtype, device=like.device).expand(*shape)
     if torch.compiler.is_dynamo_compiling():
         return made.as_subclass(WeightFacts)
-    if type(made) is not Tensor:  # with the fake tensors of torch.export
+    if type(made) is not Tensor:  # torch.export uses fake tensors
         return made
     facts = made.as_subclass(WeightFacts)
     with torch._C.DisableTorchFunctionSubclass():

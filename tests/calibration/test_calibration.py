@@ -265,7 +265,7 @@ def test_what_is_no_calibration_data(batches: object, message: str) -> None:
     ("losses", "got"), [(None, "NoneType"), (3.0, "float"), (torch.ones(2), "a tensor that does not")]
 )
 def test_a_loss_function_that_gives_no_losses(losses: object, got: str) -> None:
-    with pytest.raises(tn.errors.TargetError, match=f"losses of all tokens that have one.*got {got}"):
+    with pytest.raises(tn.errors.TargetError, match=f"losses of all tokens that have a loss.*got {got}"):
         tn.calibrate(gpt2(), [BATCH], loss_fn=lambda model, batch: losses)  # type: ignore[arg-type,return-value]
 
 

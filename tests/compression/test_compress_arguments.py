@@ -16,9 +16,11 @@ from tensornet.nn.extension import ProvidedData
 
 
 def test_a_model_that_is_a_layer_itself() -> None:
-    with pytest.raises(TargetError, match=r"The model is a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"):
+    with pytest.raises(
+        TargetError, match=r"The model is itself a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"
+    ):
         tn.compress(nn.Linear(8, 8), HALF, progress=False)
-    with pytest.raises(TargetError, match=r"its to_linear\(\)"):
+    with pytest.raises(TargetError, match=r"call to_linear\(\)"):
         tn.decompress(tn.nn.MPOLinear.from_linear(nn.Linear(8, 8), max_bond=2))
 
 

@@ -261,5 +261,5 @@ def test_noise_is_left_out() -> None:
     with pytest.raises(tn.errors.BudgetError, match="higher loss"):
         Forecast.through([(0.1, -0.01), (0.2, math.nan)])
     for points in (((0.2, 0.1), (0.1, 0.2)), ((0.0, 0.1),), ((0.1, math.nan),)):
-        with pytest.raises(tn.errors.BudgetError, match="increase from above 0"):
+        with pytest.raises(tn.errors.BudgetError, match="must be positive and increase"):
             Forecast(points)

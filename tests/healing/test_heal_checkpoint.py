@@ -126,6 +126,6 @@ def test_a_checkpoint_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
     name = next(name for name in tensors if name.startswith(last) and "/" not in name)
     safetensors.torch.save_file({**tensors, name: torch.zeros(3)}, str(path), metadata=header)
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(FormatError, match=f"another compression: {name}"):
+    with pytest.raises(FormatError, match=f"another compressed model: {name}"):
         tn.heal(student, teacher, batches(), steps=4, checkpoint=path)
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
