@@ -252,7 +252,7 @@ def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
         (7, "takes an iterable of batches, got int"),
         ([], "got no batches"),
         (["In the beginning"], r"must be a mapping .* got a str"),
-        ([torch.ones(8, dtype=torch.long)], r"has shape \(rows, tokens\), got \(8,\)"),
+        ([torch.ones(8, dtype=torch.long)], r"must have shape \(rows, tokens\), got \(8,\)"),
         ([torch.ones(2, 1, dtype=torch.long)], "No token of the calibration data has a loss"),
     ],
 )

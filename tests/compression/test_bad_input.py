@@ -131,7 +131,7 @@ def test_what_is_no_budget_is_refused(name: str) -> None:
 
 
 def test_bonds_of_a_decomposition_that_no_leg_can_use_are_clipped_and_said() -> None:
-    with pytest.warns(UserWarning, match=r"bond_dims \(99,\) exceed .* clipped to \(4,\)"):
+    with pytest.warns(UserWarning, match=r"bond_dims \(99,\) is larger .* clipped to \(4,\)"):
         made = chain([99])
     assert made.network.topology.bond_dims["b1"] == 4
 

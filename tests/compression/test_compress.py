@@ -275,7 +275,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     model = Model()
     with torch.no_grad():
         model.blocks[1].up.weight[2, 3] = value
-    with pytest.raises(tn.errors.NonFiniteError, match=r"Layer 'blocks\.1\.up' holds 1 NaN or infinite"):
+    with pytest.raises(tn.errors.NonFiniteError, match=r"Layer 'blocks\.1\.up' contains 1 NaN or infinite"):
         tn.compress(model, HALF, progress=False)
     assert type(model.blocks[0].up) is nn.Linear  # nothing was replaced
 
