@@ -232,7 +232,7 @@ def compress_checkpoint(
         shutil.rmtree(work)
     if readers:
         warnings.warn(
-            f"Layers stay dense because other code of the model reads their weights: {', '.join(readers)}.",
+            f"Left dense, because other code of the model reads their weights: {', '.join(readers)}.",
             stacklevel=2,
         )
     if lazy.surplus:

@@ -86,7 +86,7 @@ def test_bad_requests(tensornet: Run, texts: None) -> None:
             "--workers",
         ),
         (("export", gpt2_path(), "x"), "gguf"),
-        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "llama.cpp"),
+        (("compress", gpt2_path(), "x.gguf", "--bits", 5, "--export", "mlx"), "ends in .gguf"),
         (("compress", gpt2_path(), "x", "--bits", 5, "--export", "onnx"), "onnx"),
         (("compress", gpt2_path(), "hf://a/b", "--bits", 5, "--export", "mlx"), "--export"),
         (("upcycle", gpt2_path(), "x.gguf"), "folder"),

@@ -45,7 +45,7 @@ LAYERS = {
     "model.layers.1.self_attn.q_proj": ("int2:g32", "int3:g32", "int2:g32"),
     "model.layers.1.self_attn.k_proj": ("int2:zero", "int3", "int2"),
     "model.layers.1.self_attn.v_proj": ("int3:g32:zero:float8", "int4:g32", "int3:g32"),
-    "model.layers.1.self_attn.o_proj": ("int8:zero", "zero points", "int8"),
+    "model.layers.1.self_attn.o_proj": ("int8:zero", "8 bits allow", "int8"),
     "model.layers.1.mlp.gate_proj": ("int6", "int6", "int6"),
     "model.layers.1.mlp.up_proj": ("low_rank", "low_rank", "low_rank"),
     "model.layers.1.mlp.down_proj": ("int5:g128", "divide", "divide"),
