@@ -733,9 +733,9 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
     if options.held_out is not None or options.report is not None:
         # Three baselines are rounded, and five models read the held-out text. Calibration on a text takes
         # about five times as long as reading it.
-        steps["plain methods"] = 3 * steps["rounding"]
+        steps["baselines"] = 3 * steps["rounding"]
         if options.held_out is not None:
-            steps["plain methods"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
+            steps["baselines"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
     if options.statistics is not None and Path(options.statistics).exists():
         steps["calibration"] = 0.0
     told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in steps.items() if seconds)

@@ -498,7 +498,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Return the tensors to save: guards, and every other tensor once even if it is shared.
+        """Return the tensors to save: every tensor once even if it is shared, and the guards.
 
         transformers calls this method before it writes config.json.
         """
@@ -665,7 +665,7 @@ def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: Ne
 
 
 def _renamed(tensor: str, names: Mapping[str, str], layers: Collection[str]) -> str | None:
-    """Return the name in this model of a tensor of the saved model; None if its layer does not exist here."""
+    """Translate a tensor's name from the saved model to this model; None if this model lacks its layer."""
     ends = (end for end, letter in enumerate(tensor) if letter == ".")
     layer = next((tensor[:end] for end in ends if tensor[:end] in layers), None)
     if layer is None:

@@ -179,7 +179,7 @@ def compare_methods(
     ]
     losses = {}
     configs = baseline_configs(plan, stats)
-    for method in tqdm(list(configs), desc="plain methods", unit="method", disable=not progress):
+    for method in tqdm(list(configs), desc="measuring baselines", unit="baseline", disable=not progress):
         made, quality = replace(tn.plan(dense, configs[method], stats), forecast=plan.forecast), None
         if recorded is not None:
             copied = copy.deepcopy(dense)
@@ -192,7 +192,7 @@ def compare_methods(
             few, many = min(ranks), max(ranks)
             scheme = f"rank {few}" if few == many else f"rank {few} to {many}"
         bytes_made = made.params_after * svd_itemsize(plan) if method == SVD else made.bytes_after
-        if made.predicted_loss_increase is not None and method != GPTQ:  # the table of layers has no GPTQ
+        if made.predicted_loss_increase is not None and method != GPTQ:  # the table has no column for GPTQ
             losses[method] = {layer.name: layer.loss_increase or 0.0 for layer in made}
         models.append(
             ModelFacts(

@@ -261,7 +261,7 @@ def staging(destination: Path) -> Iterator[Path]:
     The operating system releases the lock when the process ends, even if the process is killed.
 
     Raises:
-        DestinationError: another run holds the lock.
+        DestinationError: another run has locked the folder.
     """
     folder = staging_folder(destination)
     folder.mkdir(parents=True, exist_ok=True)

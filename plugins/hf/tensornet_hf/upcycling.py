@@ -436,7 +436,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity in place of a part of a feed-forward network that is already computed by a mixture before it.
+    """Identity in place of a network's later parts, since the mixture at its first matrix computes all of it.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """

@@ -188,7 +188,7 @@ def test_debug_lets_the_error_through(tensornet: Run) -> None:
 def test_the_estimate_counts_every_step() -> None:
     model, options = load(gpt2_path()), CompressOptions(calibration="a.txt", held_out="b.txt", heal=3)
     text = estimate(model, tn.CompressionConfig(bits_per_weight=4.25), options)
-    for step in ("calibration", "planning", "loss check", "rounding", "plain methods", "without --heal"):
+    for step in ("calibration", "planning", "loss check", "rounding", "baselines", "without --heal"):
         assert step in text
 
 

@@ -143,7 +143,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         return f"groups of {group} do not divide {columns} inputs"
     if torch.any(points % 1):  # points of int2 are half-integers; with half the scale they are odd integers
         points, scales = 2 * points, scales / 2
-    # Points with the middle code as zero may need more bits than codes with a zero point.
+    # Without zero points, the same weights may need codes of more bits.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1

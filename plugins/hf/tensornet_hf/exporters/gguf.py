@@ -246,7 +246,7 @@ def _with_converter(
         with _refusals(type(model).__name__):
             whole.prepare_metadata(vocab_only=False)
         if not any(".vocab_size" in name for name in writer.kv_data[0]):
-            writer.add_vocab_size(model.config.vocab_size)  # readers would assume the published model's size
+            writer.add_vocab_size(model.config.vocab_size)  # otherwise readers assume a known model's size
 
     return writer, stored(), finish
 
