@@ -342,7 +342,7 @@ def compress_folder(
         sizes = weight_bytes(folder), weight_bytes(destination)
         return FolderReport(str(source), str(destination), streamed, *sizes)
 
-    # Load, and collect statistics on the text.
+    # Load the model, and collect statistics on the calibration text.
     started = time.perf_counter()
     model = on_device(open_dense(folder), options.device)
     if target is not None and isinstance(config, CompressionConfig):
@@ -382,7 +382,7 @@ def compress_folder(
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
     done = replace(done, seconds=time.perf_counter() - started)
 
-    # Save, compare with the baselines, and write the page.
+    # Save the model, compare it with the baselines, and write the report.
     if target is not None:
         exported = export(
             stored,
