@@ -152,5 +152,5 @@ def test_bad_stacks_are_refused() -> None:
         tm.SharedCoreExperts.from_experts(torch.randn(2, 12, 10), topology=CHAIN)
     weights = related(2, 0.1)
     weights[1, 3, 3] = torch.inf
-    with pytest.raises(NonFiniteError, match="stack of expert matrices holds 1"):
+    with pytest.raises(NonFiniteError, match="stack of expert matrices contains 1"):
         tm.SharedCoreExperts.from_experts(weights, topology=CHAIN)

@@ -211,4 +211,4 @@ def test_command_line_plans_for_a_time(tmp_path: Path, capsys: pytest.CaptureFix
     assert plan["tokens"] == 64
     assert sum(layer["loss_increase"] for layer in plan["layers"]) < 1e-6  # there is time enough
     assert run([*command, "--max-milliseconds", "1000"]) == 1
-    assert "give tokens=1 for generating" in capsys.readouterr().err
+    assert "--tokens 1 for generating" in capsys.readouterr().err
