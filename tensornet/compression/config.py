@@ -369,8 +369,9 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         if config.bits_per_weight is None and config.byte_ratio is None:
             return None
         formats = DEFAULT_FORMATS
-    menu, *chosen = [formats] if isinstance(formats, str) else formats or [None]
-    if menu in MENUS:
+    listed = (formats,) if isinstance(formats, str) else formats
+    if isinstance(listed, Sequence) and listed and isinstance(listed[0], str) and listed[0] in MENUS:
+        menu, *chosen = listed
         if config.topology != AUTO:
             raise FormatError(f"formats={menu!r} has no networks; leave out topology={config.topology!r}.")
         names = dict.fromkeys(NumberFormat.parse(name).name for name in chosen)

@@ -520,10 +520,11 @@ def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
         >>> laws.check_stored_bytes(NumberFormat.parse("int4:g32"), torch.randn(3, 40))
     """
     assert NumberFormat.parse(number_format.name) == number_format, f"{number_format!r} has another name"
-    layers = []
+    layers: list[Any] = []
     for _ in range(2):
-        model = nn.Sequential(nn.Linear(matrix.shape[1], matrix.shape[0], bias=False))
-        model[0].weight.data.copy_(matrix)
+        linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias=False)
+        linear.weight.data.copy_(matrix)
+        model = nn.Sequential(linear)
         config = CompressionConfig(target_modules="all", max_bond=1, topology="low_rank", objective="weight")
         made = plan(model, config).replace_layer("0", None, number_format.name)
         apply_plan(model, made)

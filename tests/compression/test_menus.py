@@ -85,5 +85,8 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
     assert names == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
     assert {layer.target for layer in plan} == {"gguf"}
     assert tn.CompressionConfig.from_dict(config.to_dict()) == config
+    for wrong in (5, [["int4"]], ()):
+        with pytest.raises(FormatError, match="format"):
+            tn.CompressionConfig(bits_per_weight=6, formats=wrong)  # type: ignore[arg-type]
     with pytest.raises(FormatError, match=r"formats of 'gguf' are float, .*; got int7"):
         tn.CompressionConfig(bits_per_weight=6, formats=("gguf", "int7"))

@@ -10,6 +10,7 @@ They need pytest (extra `testing`).
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,12 @@ require(("pytest",), extra="testing", user="tensornet_hf.testing")
 
 import pytest  # noqa: E402 - asks for it first
 
-_SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+_SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+}
 
 
 class ExportLaws:
@@ -97,7 +103,7 @@ class ExportLaws:
         _, dense = TARGETS[self.target].facts(model, tmp_path)
         config = tn.CompressionConfig(
             bits_per_weight=bits,
-            formats=self.target,  # type: ignore[arg-type]
+            formats=self.target,
             exclude_modules=dense or None,
             objective="weight",
         )
