@@ -47,8 +47,8 @@ def page(record: Mapping[str, Any]) -> str:
     counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
     tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
-        f"**{tried} architectures: {counts['right']} right in every step, {counts['refused']} with a step "
-        f"that is refused for a reason, {counts['fails']} with a step that fails.** "
+        f"**Of {tried} architectures, {counts['right']} are right in every step.** {counts['refused']} have "
+        f"a step that is refused for a reason, and {counts['fails']} a step that fails. "
         f"{counts['transformers']} more fail without this library as well."
     )
     names = [
@@ -70,7 +70,7 @@ def page(record: Mapping[str, Any]) -> str:
         table(others),
         "## Limits",
         f"- In {len(low)} of these models less than 90 % of the parameters are in layers that can be "
-        "compressed; [the record](../benchmarks/records/architectures.md) gives the share in every model, "
+        "compressed. [The record](../benchmarks/records/architectures.md) gives the share in every model, "
         "and the types of modules with the rest.\n"
         "- Other classes may work too: their linear layers are found by type. A warning names a layer that "
         "stays dense.",

@@ -266,7 +266,7 @@ def draw_loss_over_bits(
         textcoords="offset points",
         ha="right",
         color=COLORS["muted"],
-        fontsize=8,
+        fontsize=9,
     )
     axes.set_xscale("log")
     ticks = [bits for bits in (1, 2, 3, 4, 5, 6, 8, 12, 16, 32, 64) if 0.9 <= bits <= 1.05 * dense]

@@ -372,7 +372,7 @@ def _pictures(page: Page) -> dict[str, str]:
                 face = mark.color if mark.measured else "none"
                 dot: Any = {"marker": "o", "linestyle": "none", "markerfacecolor": face}
                 handles.append(Line2D([], [], color=mark.color, label=f"{mark.label}, {how}", **dot))
-            figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8)
+            figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9.5)
             found["loss"] = _svg(figure)
         if all(layer.loss_increase is not None for layer in layers):
             found["layers"] = _svg(viz.losses_figure(layers, page.losses, width=_WIDTH))
