@@ -426,7 +426,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Select the vectors of tokens, without padding, shape `(tokens, features)`; a view if there is none."""
+    """Return the vectors of all tokens but padding, shape `(tokens, features)`; a view without padding."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
@@ -492,7 +492,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment to a sum; both are diagonals, or matrices of which only the upper half counts."""
+    """Add a moment to a sum in place: vectors of diagonal moments, or the upper halves of square matrices."""
     if moment.ndim == 1:
         total += moment
         return

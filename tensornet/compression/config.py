@@ -51,9 +51,11 @@ def option(
 
     Args:
         default: default value.
-        group: group in the help text: `"budget"`, `"data"`, `"layers"` or `"advanced"`.
+        group: group in the help text: `"budget"`, `"data"`, `"layers"`, `"experts"`, `"routing"` or
+            `"advanced"`.
         kind: form of the value: `"number"`, `"integer"`, `"share"` (0.5), `"size"` (60MB), `"text"`,
-            `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"flag"`.
+            `"choice"`, `"names"` (a,b), `"pairs"` (key=value), `"patterns"`, `"pool"` (all, or a number
+            of layers), `"flag"`.
         choices: allowed values of an option of kind `"choice"`.
         name: name on the command line, if it differs from the name of the field.
     """

@@ -197,7 +197,7 @@ def layer_kind(name: str) -> LayerKind:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Find the registered layer kind of a module; None if there is none.
+    """Return the registered layer kind that matches a module, or None.
 
     Example:
         >>> from tensornet.nn.layer_kinds import kind_of

@@ -27,12 +27,12 @@ CACHED = -2
 
 
 class KeptMatrix:
-    """Cached matrix of a layer with the strategy "cached", and the tensors from which it was built.
+    """Cache for the dense matrix of a layer with the strategy "cached".
 
-    The matrix is valid while these tensors are the same objects with the same addresses and versions. PyTorch
-    increases the version of a tensor at every in-place change, so optimizer steps, `copy_` and
-    `load_state_dict` are detected. Writing into `parameter.data` is not detected: call `train()` and `eval()`
-    after it.
+    The matrix is valid while the tensors from which it was built are the same objects with the same addresses
+    and versions. PyTorch increases the version of a tensor at every in-place change, so optimizer steps,
+    `copy_` and `load_state_dict` are detected. Writing into `parameter.data` is not detected: call `train()`
+    and `eval()` after it.
 
     The matrix is not saved with its layer, nor copied, nor moved to another device.
 

@@ -313,7 +313,7 @@ def register_compound(kind: C) -> C:
 
 
 def compound_of(module: nn.Module) -> Any:
-    """Find the subclass of `Compound` that replaces a module; None if there is none.
+    """Return the class of `Compound` that can replace a module, or None.
 
     >>> from tensornet.nn.unfuse import compound_of
     >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))

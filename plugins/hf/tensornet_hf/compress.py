@@ -559,7 +559,7 @@ def _check_data(
         if config.objective != "weight" and not has_data:
             raise BudgetError(
                 f"The plan was made with {config.calibration}, which the cores depend on too. Give the same "
-                "text and number of tokens (calibration=, --calibration on the command line)."
+                "text and number of tokens (calibration=)."
             )
         return config
     config.check_says_how_far()
@@ -598,9 +598,6 @@ def _calibration(
         text: calibration text; if None, statistics are read if `options.statistics` is an existing file.
         streamed_to: run the model block by block and write the statistics to this file; if an interrupted run
             has written the file, read it.
-
-    Returns:
-        Batches and statistics, or None without text and statistics.
 
     Raises:
         BudgetError: the statistics belong to another text.

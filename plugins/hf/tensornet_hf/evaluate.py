@@ -261,13 +261,11 @@ def _perplexity(
 class Divergence:
     """Distance of a model's next-token predictions from those of a reference model, on the tokens of a text.
 
-    Each value comes with its standard error, as if tokens were independent. `KL` is the Kullback-Leibler
-    divergence `KL(reference || model)` of the next token's distribution in nats.
+    Each value comes with its standard error, as if tokens were independent.
 
     Args:
-        mean: mean KL.
-        median: median KL.
-        percentile_99: 99th percentile of KL.
+        mean, median, percentile_99: statistics of the Kullback-Leibler divergence `KL(reference || model)` of
+            the next token in nats.
         same_top: share of tokens for which both models consider the same token the most likely.
         loss_increase: mean difference of the losses in nats.
         perplexity: perplexity of the model on the text.
@@ -367,10 +365,7 @@ def divergence(
 
 
 def _quantile(values: Tensor, q: float) -> tuple[float, float]:
-    """Compute the q-quantile and its standard error: half the distance of two quantiles around it.
-
-    These are the quantiles `q - sqrt(q (1 - q) / n)` and `q + sqrt(q (1 - q) / n)`.
-    """
+    """Compute the q-quantile and its standard error, from the quantiles `q +- sqrt(q (1 - q) / n)`."""
     count = len(values)
     spread = (q * (1 - q) / count) ** 0.5
     low, middle, high = values.quantile(

@@ -22,8 +22,6 @@ FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
 class SplitExperts(Compound):
     """Replacement for an experts module of transformers, with a linear layer for each matrix of each expert.
 
-    It computes the same function.
-
     Args:
         stock: the replaced module; it still computes everything between the matrices.
         shared: see `Compound`.
@@ -73,7 +71,7 @@ class SplitExperts(Compound):
 
     @property
     def experts(self) -> list[nn.Module]:
-        """The experts, each of which has a linear layer for every name in `names`."""
+        """The experts in order; each is a module that has one linear layer for every name in `names`."""
         return [self.get_submodule(str(number)) for number in range(self.num_experts)]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -81,8 +79,7 @@ class SplitExperts(Compound):
 
         Args:
             hidden_states: `(tokens, features)`.
-            top_k_index: indices of the chosen experts, `(tokens, top_k)`.
-            top_k_weights: weights of the chosen experts, `(tokens, top_k)`.
+            top_k_index, top_k_weights: chosen experts and their weights, `(tokens, top_k)`.
         """
         mask = self.padding_mask
         if mask is not None and mask.numel() == len(hidden_states):  # calibration must ignore padding

@@ -182,13 +182,6 @@ def _stack_parts(
 ) -> list[Slice]:
     """List the stored matrices whose bytes in this order are the bytes of a stack of experts.
 
-    Args:
-        name: name of the stack.
-        stack: the empty stack, shape `(experts, rows, columns)`.
-        by_pattern: names of the stored matrices by the pattern of the conversion.
-        converters: conversions of the model.
-        tensors: headers of the stored tensors by name.
-
     Returns:
         The headers; empty if loading does more than joining the matrices of each expert by rows and stacking
         the experts.
@@ -229,13 +222,7 @@ def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -
 
 
 def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
-    """Write the bytes of stored matrices to a temporary file, and return a tensor that is mapped from it.
-
-    Args:
-        parts: headers of the matrices.
-        shape: shape of the result.
-        spill: folder of the temporary file; None uses the system's folder.
-    """
+    """Write the bytes of stored matrices to a temporary file in `spill`, and map a tensor from it."""
     with tempfile.TemporaryFile(dir=spill) as file:
         for chunk in contents(parts):
             file.write(chunk)
@@ -245,10 +232,7 @@ def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None)
 
 
 def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:
-    """Untie layers that the configuration ties although their stored weights differ (T5 v1.1).
-
-    `from_pretrained` does the same.
-    """
+    """Untie layers whose stored weights differ (T5 v1.1), as `from_pretrained` does."""
     for target, source in model.all_tied_weights_keys.items():
         if target in stored and source in stored and not _equal(stored[target], stored[source]):
             path, _, name = target.rpartition(".")

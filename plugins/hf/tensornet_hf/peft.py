@@ -114,11 +114,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the layer; `unmerge` restores it.
-
-        Args:
-            safe_merge: ignored, since values are always checked.
-            adapter_names: names of the adapters; None merges the active adapters.
+        """Merge adapters (by default the active ones) into the layer; `unmerge` restores it.
 
         Raises:
             ValueError: an adapter contains NaN or infinity.

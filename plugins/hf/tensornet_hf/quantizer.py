@@ -218,9 +218,12 @@ def without_guards(tensors: Mapping[str, _T]) -> dict[str, _T]:
 
 @dataclass(frozen=True)
 class PromisedTensor:
-    """What a description says about a tensor: shape, dtype if it is fixed, and how many numbers it encodes.
+    """Properties that a stored tensor must have, according to the description of its layer.
 
-    `numbers` differs from the number of elements for packed integers. `dtype` is None for floating point.
+    Attributes:
+        shape: shape of the stored tensor.
+        dtype: its dtype, or None if every floating-point dtype is allowed.
+        numbers: count of the numbers that it encodes; more than its elements if integers are packed.
     """
 
     shape: tuple[int, ...]

@@ -212,10 +212,7 @@ def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
     """Return the baseline with the smallest loss increase, or None if no baseline can be compared.
 
     Baselines with more bits than the compressed model are ignored, and measured losses are not compared with
-    predicted ones.
-
-    Args:
-        models: facts about the original, the compressed model and the baselines, in this order.
+    predicted ones. `models` is ordered as in `Page`.
     """
     ours = models[1]
     found = [
@@ -229,11 +226,7 @@ def best_plain(models: Sequence[ModelFacts]) -> ModelFacts | None:
 
 
 def verdict(models: Sequence[ModelFacts]) -> str:
-    """Summarize size, loss increase and the comparison with the baselines in up to three sentences.
-
-    Args:
-        models: facts about the original, the compressed model and the baselines, in this order.
-    """
+    """Summarize size, loss increase and comparison with the baselines; `models` is ordered as in `Page`."""
     original, compressed = models[0], models[1]
     size = ""
     if original.bytes and compressed.bytes:
@@ -318,12 +311,7 @@ def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
 
 
 def _pictures(page: Page) -> dict[str, str]:
-    """Draw the plots of the report as SVG.
-
-    Returns:
-        `loss` (loss increase over bits), `layers` (predicted loss increase of each layer) and `bits` (bits of
-        each layer). The first two are absent if no losses are predicted.
-    """
+    """Draw the plots as SVG: loss increase over bits, loss increase of each layer, bits of each layer."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -121,7 +121,7 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
     # Copy all tensors except those of the mixtures, which become stacks of matrices.
     kept = {key: x for key, x in model.state_dict().items() if not {"mlp", OWNERS} & set(key.split("."))}
     for index, layer in enumerate(layers):
-        network = _network(layer)
+        network = _network(layer.experts)
         gate, up, down = (network.bank(name).expert_matrices().to(model.dtype) for name in network.names)
         mlp = f"model.layers.{index}.mlp"
         kept[f"{mlp}.gate.weight"] = layer.router.weight
@@ -137,15 +137,10 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
 def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict[str, Any]:
     """Return the properties of a mixture layer that a mixture of transformers can have.
 
-    Args:
-        name: name of the layer, for messages.
-        layer: the mixture.
-        kind: class of the new model.
-
     Raises:
         TargetError: the layer computes something that `kind` cannot compute.
     """
-    router, network = layer.router, _network(layer)
+    router, network = layer.router, _network(layer.experts)
     steps = router.bias_steps
     combines = ("unit",) if kind is MixtralForCausalLM else ("unit", "prob")
     reasons = {
@@ -174,9 +169,8 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
     }
 
 
-def _network(layer: SharedCoreMoE) -> ExpertFFN:
-    """Return the experts of a layer, or of its pool."""
-    experts: Any = layer.experts
+def _network(experts: Any) -> ExpertFFN:
+    """Return the experts of a layer, which may be those of its pool."""
     if isinstance(experts, PooledExperts):
         experts = experts.lender().experts
     check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are distributed")
@@ -234,7 +228,7 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
         )
     if name != "tensornet":
         for part, layer in layers.items():
-            if rate := _network(layer).dropout:
+            if rate := _network(layer.experts).dropout:
                 raise TargetError(
                     f"The experts of {part!r} have a dropout of {rate} in their hidden layer, which {name!r} "
                     "does not support. Set the dropout to 0, or keep the implementation 'tensornet'."
@@ -244,13 +238,8 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
 
 
 def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
-    """Compute the output of a mixture with an experts function of transformers.
-
-    Args:
-        name: name of the function in `ALL_EXPERTS_FUNCTIONS`.
-        x, routing, experts: see `tensornet_moe.layer.dispatch`.
-    """
-    network: Any = experts.lender().experts if isinstance(experts, PooledExperts) else experts
+    """Compute a mixture with a function of transformers; arguments as in `tensornet_moe.layer.dispatch`."""
+    network = _network(experts)
     amp = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if amp else network.bank(network.names[0]).dtype
     *first, last = (network.bank(part).expert_matrices().to(dtype) for part in network.names)

@@ -228,13 +228,7 @@ def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _join(folder: Path, path: Path, facts: Mapping[str, Any]) -> None:
-    """Join the statistics of all blocks into a file, without loading them.
-
-    Args:
-        folder: folder with the files `inputs.*` and `gradients.*` of the blocks.
-        path: the file to write.
-        facts: further entries of the statistics' header.
-    """
+    """Join the statistics of all blocks into a file, without loading them; `facts` are further entries."""
     header: dict[str, Any] = {"rows": {}, "columns": {}, "coherence": {}}
     tensors: dict[str, Slice] = {}
     for part in sorted([*folder.glob("inputs.*"), *folder.glob("gradients.*")]):

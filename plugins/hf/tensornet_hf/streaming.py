@@ -326,13 +326,6 @@ def _begin(
 ) -> None:
     """Record what the result depends on; when resuming, compare it with the record of the interrupted run.
 
-    Args:
-        work: the staging folder.
-        folder: the source.
-        marks: marks of the source's files.
-        decisive: JSON-ready options that the result depends on.
-        resume: continue an interrupted run; if False, its files are deleted.
-
     Raises:
         FormatError: the source has changed, or the interrupted run had other options or library versions.
     """
@@ -561,15 +554,7 @@ def _finished(work: Path, file: str) -> dict[str, Any] | None:
 def _run(
     tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
 ) -> Iterator[dict[str, Any]]:
-    """Compress shards in this process, in worker processes or with an executor.
-
-    Args:
-        tasks: arguments of `_compress_shard` for each shard.
-        workers: number of processes.
-        executor: executor to use instead, or None.
-
-    Yields:
-        The description of each shard, in the order in which shards are finished.
+    """Compress shards in this process, in worker processes or with an executor; yield their descriptions.
 
     Raises:
         WorkerError: a worker died.
@@ -613,14 +598,7 @@ def _end_with_parent() -> None:
 
 
 def _finish(work: Path, source: Checkpoint, architecture: str, parts: list[dict[str, Any]]) -> None:
-    """Write configuration, index and model card of a compressed checkpoint, and copy all other files.
-
-    Args:
-        work: the staging folder, whose subfolder `out` has the weight files.
-        source: the source.
-        architecture: name of the model class, for the model card.
-        parts: descriptions of all shards.
-    """
+    """Write configuration, index and model card of a compressed checkpoint, and copy all other files."""
     out = work / "out"
     for file in out.rglob("*"):
         if file.is_file() and file.name not in {part["file"] for part in parts}:

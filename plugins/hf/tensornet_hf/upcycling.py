@@ -281,12 +281,7 @@ class MoEConfig:
             )
 
     def make_router(self, num_features: int, *, seed: int) -> Router:
-        """Build a router with random weights in float32 on the CPU.
-
-        Args:
-            num_features: size of a token's hidden state.
-            seed: seed of the weights.
-        """
+        """Build a router in float32 on the CPU, with random weights that depend on `seed`."""
         kind = router_kind(self.router)
         options = {key: getattr(self, key, None) for key in (*_ROUTER_OPTIONS, *kind.options)}
         given = {key: value for key, value in options.items() if value is not None}
@@ -523,13 +518,7 @@ def find_feed_forwards(
 def _recognize(
     names: tuple[str, ...], module: nn.Module, paths: tuple[str, ...], place: DropoutPlace
 ) -> FeedForward:
-    """Recognize the feed-forward network in a module.
-
-    Args:
-        names: names of the module in the model.
-        module: the module.
-        paths: paths of the linear layers inside the module.
-        place: place of the dropout.
+    """Recognize the feed-forward network in a module with the linear layers `paths`.
 
     Raises:
         TargetError: the module computes something else, or experts do not support its activation.
@@ -775,7 +764,7 @@ def _refuse_causal(
     others = [network.names[0] for network in networks if network not in found]
     rest = (
         f" The other {len(others)} networks, such as {others[0]}, can use this router: select them with "
-        "target_modules=[...] (--target)."
+        "target_modules=."
         if others
         else f" If every token of this {type(model).__name__} may depend on all others, set causal=False."
     )

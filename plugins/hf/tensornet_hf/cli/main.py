@@ -171,16 +171,19 @@ def as_options(text: str, command: str) -> str:
         >>> as_options("Give a budget: bits_per_weight=4.25 or max_bytes=.", "compress")
         'Give a budget: --bits 4.25 or --max-bytes.'
     """
-    for described in (x for kind in OPTIONS.get(command, ()) for x in fields(kind)):
-        if described.metadata and described.metadata["kind"] != "flag":
-            name, flag = rf"(?<![\w.'\"-]){described.name}", spelled(described)
-            text = re.sub(rf"{name}=\S* \({flag}\)", flag, text)  # both are named already
-            text = re.sub(rf"{name}='(\w+)'", rf"{flag} \1", text)
-            text = re.sub(rf"{name}=(?=\w)", f"{flag} ", text)
-            text = re.sub(rf"{name}=", flag, text)
-            if "_" in described.name:  # other names are also words
-                text = re.sub(rf"{name}\b", flag, text)
-    return text
+    described = [x for kind in OPTIONS.get(command, ()) for x in fields(kind)]
+    flags = {x.name: spelled(x) for x in described if x.metadata and x.metadata["kind"] != "flag"}
+
+    def replace(found: re.Match[str]) -> str:
+        name, value = found["name"], found["value"]
+        if value is None:
+            return flags[name] if "_" in name else name  # a name without underscores is also a word
+        return f"{flags[name]} {value.strip(chr(39))}".rstrip()
+
+    if not flags:
+        return text
+    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>'\w+'|\w*))?"
+    return re.sub(pattern, replace, text)
 
 
 def _say(text: str) -> None:

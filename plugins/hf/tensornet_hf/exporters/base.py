@@ -101,9 +101,7 @@ class ExportReport:
 
 
 class IntegerMatrix(NamedTuple):
-    """Weight of a layer as a matrix of integer codes, with the values `scale * (code - zero)`.
-
-    For formats with a table of levels the values are `scale * level[code]`.
+    """Weight of a layer as integer codes, with the values `scale * (code - zero)` or `scale * level[code]`.
 
     Args:
         codes: uint8, shape `(out, in)`.
@@ -170,10 +168,6 @@ class SplitLayers(NamedTuple):
 
 def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
     """Split the tensor-network layers of a model into integers, low ranks, and layers to be written dense.
-
-    Args:
-        model: a compressed model.
-        networks: how to treat layers that are not a single matrix of integers, see `Networks`.
 
     Raises:
         TargetError: `networks` is "refuse", and a layer is not a single matrix of integers.

@@ -50,17 +50,10 @@ def export_compressed_tensors(
     reads this format too (not tested) if the projections that it fuses (query, key and value; gate and up)
     have the same number format.
 
-    Args:
-        model: a compressed model; it is not changed.
-        destination: the new folder.
-        source: folder whose tokenizer and other small files are copied.
-        force: replace an existing model folder.
-        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
-            With "lora", the subfolder `lora` is a PEFT adapter.
+    The arguments are those of `tensornet_hf.export`.
 
     Raises:
-        DestinationError: the destination exists already, is the source, or cannot be written; no new files
-            are left.
+        DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, a network is refused, or the model has experts.
     """
     found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)

@@ -158,13 +158,9 @@ def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, t
 def model_folder(
     model: PackedModel, destination: Path, *, source: Path | None, force: bool
 ) -> Iterator[Path]:
-    """Write a model folder, which becomes `destination` when the block ends without an error.
+    """Write a packed model to a folder, which becomes `destination` when the block ends without an error.
 
-    Args:
-        model: the packed model.
-        destination: the new folder.
-        source: folder whose tokenizer and other small files are copied.
-        force: replace an existing model folder.
+    Small files of the folder `source`, such as its tokenizer, are copied.
     """
     sources = () if source is None else (source,)
     with write_folder(destination, force=force, sources=sources) as folder:

@@ -85,13 +85,9 @@ def export_gguf(
     such copies in the folder of the destination, or four with an adapter.
 
     Args:
-        model: a compressed or dense model; it is not changed.
-        destination: the file to write.
+        model, destination, force, networks: see `tensornet_hf.export`.
         source: folder of the model's tokenizer; if None, the file has no vocabulary, so that it can only be
             run on token ids.
-        force: replace an existing file and its adapter.
-        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
-            With "lora", low ranks are written to the file `adapter_file(destination)`.
         skeleton: a floating-point GGUF file of the dense model. Names, order of rows, tokenizer, metadata and
             all weights that are not compressed are taken from this file, and the converter is not used.
 
@@ -145,7 +141,7 @@ def export_gguf(
 
 
 def adapter_file(destination: Path) -> Path:
-    """Return the path of a GGUF file's LoRA adapter: `model-lora.gguf` for `model.gguf`."""
+    """Return the path of a file's LoRA adapter: `model-lora.gguf` for `model.gguf`."""
     return destination.with_name(f"{destination.stem}-lora{destination.suffix}")
 
 
@@ -187,13 +183,7 @@ def _with_converter(
 ) -> Parts:
     """Run the converter on copies of the model, and take names, permutations, tokenizer and metadata from it.
 
-    Args:
-        gguf, conversion: the packages, see `_packages`.
-        model: a compressed or dense model.
-        layers: the layers of the model; low ranks that no adapter fits are moved to `layers.dense`.
-        work: folder for the copies.
-        source: folder of the tokenizer, or None.
-        title: name of the model in the metadata.
+    The copies are saved in the folder `work`. Low ranks that no adapter fits are moved to `layers.dense`.
     """
 
     def converted(part: str, float_type: Any, matrices: Mapping[str, Tensor], *, alone: bool = True) -> Any:
@@ -306,11 +296,7 @@ def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Pl
 def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
     """Yield the two adapter tensors of a low rank, each in the smallest type that stores it exactly.
 
-    Args:
-        gguf: the package.
-        name: name of the weight in the file.
-        low_rank: the factors.
-        rows, columns: permutations of the weight in the file, see `Place`.
+    `rows` and `columns` are the permutations of the weight, see `Place`.
     """
     right = low_rank.right.numpy()
     points = scales = np.zeros_like(right)

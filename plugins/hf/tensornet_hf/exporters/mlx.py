@@ -74,17 +74,10 @@ def export_mlx(
     or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of the
     model if that is exact, otherwise float32; MLX then computes in float32 from this layer on.
 
-    Args:
-        model: a compressed model; it is not changed.
-        destination: the new folder.
-        source: folder whose tokenizer and other small files are copied.
-        force: replace an existing model folder.
-        networks: how to write layers that are not a single matrix of integers, see `tensornet_hf.export`.
-            With "lora", the subfolder `lora` is an adapter.
+    The arguments are those of `tensornet_hf.export`.
 
     Raises:
-        DestinationError: the destination exists already, is the source, or cannot be written; no new files
-            are left.
+        DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, a network is refused, or mlx-lm cannot load this architecture.
         MissingDependencyError: mlx-lm is not installed.
     """

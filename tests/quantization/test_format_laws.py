@@ -1,0 +1,28 @@
+"""One number format of every kind satisfies the laws of `tensornet.testing.laws.FormatLaws`."""
+
+from __future__ import annotations
+
+import torch
+
+from tensornet.testing import laws, strategies
+
+
+class TestInt4(laws.FormatLaws):
+    number_format = "int4:g32"
+
+
+class TestInt3WithZeroPoints(laws.FormatLaws):
+    number_format = "int3:g32:zero:float8"
+
+
+class TestRows(laws.FormatLaws):
+    number_format = "int8:row"
+
+
+class TestLevels(laws.FormatLaws):
+    number_format = "nl4:g32:float16"
+
+
+class TestSuperBlocks(laws.FormatLaws):
+    number_format = "int3:g16:s6"
+    matrices = strategies.matrices(shape=(3, 512), dtype=torch.float32, spectrum="gaussian", scales=False)
