@@ -17,7 +17,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
     Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load of an expert is
     how often routers chose it in training since the last call, before choices are dropped and without
     padding: in one layer, or in all layers together for an `ExpertPool` with `balance="pool"`. Loads are
-    summed over processes, so that all of these get the same biases.
+    summed over processes, so that every process gets the same biases.
 
     Args:
         model: contains the mixtures.
@@ -58,7 +58,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         )
     loads: list[Tensor] = []
     for layer, bias in zip(layers, biases, strict=True):
-        # A layer that did not run here may have run in another process, which waits for the sum.
+        # Also sum for layers that did not run here: a process in which they ran waits for this sum.
         load = torch.zeros_like(bias, dtype=torch.float32)
         load += 0 if layer.assigned is None else layer.assigned
         if dist.is_available() and dist.is_initialized():

@@ -148,7 +148,7 @@ class ExpertBank(nn.Module, ABC):
             Shape `(rows, out_features)`.
         """
         active = groups.active
-        # Of cached matrices take all: selecting the active ones would copy them.
+        # If the matrices are cached, use all of them: selecting the active ones would copy them.
         selected = active is not None and len(active) < self.num_experts and not self.keeps_matrices()
         matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):

@@ -4,7 +4,7 @@ A stack has one matrix, such as the up projection, of each expert in a mixture, 
 layers. Its networks may share a projection of the inputs, a basis of the outputs or a base matrix
 (`shared_low_rank.py`). When the budget is allocated, a stack counts as one layer. Its candidates are the best
 separate networks of every total size, and the shared networks of every rank and number format; one of them is
-chosen. What a stack saves by sharing is spent on the layers for which it lowers the predicted loss most.
+chosen. Parameters or bytes saved by sharing go to the layers where they lower the predicted loss most.
 """
 
 import time
@@ -234,7 +234,8 @@ def compress_experts(
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
         except BudgetError:
-            # Shared networks may fit a budget that separate ones exceed: check at the smallest separate size.
+            # Shared networks may fit a budget that separate ones exceed. Then check the plan with the
+            # smallest separate networks.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
@@ -400,7 +401,7 @@ def find_stacks(
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int = 1) -> float:
-    """Compute how many of the given experts a calibration token reached on average in a layer, at least 1.
+    """Compute how many of the given experts process a calibration token in a layer: the mean, at least 1.
 
     Args:
         names: names of the experts.
@@ -421,7 +422,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int
 
 # --- one allocation over separate and shared networks ---------------------------------------------
 
-#: For each target, the index of its candidate, or the shared networks of its stack.
+#: For each target, the index of the chosen candidate, or the shared networks chosen for its stack.
 Choice = list[int | SharedCandidate]
 
 
@@ -530,7 +531,7 @@ def _unit(prepared: Prepared) -> str:
 def _options(
     stack: Stack, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
-    """List the candidates of a whole stack: separate ones, with an index for each expert, and shared ones."""
+    """List the candidates of a whole stack: separate ones (indices for the experts), and shared ones."""
     members = [prepared.candidates[place] for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 

@@ -155,8 +155,8 @@ class SharedCoreExperts(Borrower, ExpertBank):
             weight: shape `(out, in)`.
             num_experts: number of experts.
             topology: a topology, a sequence with one for each expert, or a family's name. An expert with
-                smaller bonds gets the leading part of each core, in chains that of the largest singular
-                values.
+                smaller bonds gets the leading part of each core; in chains, this part has the largest
+                singular values.
             shared: the cores to share.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
                 of the core. It breaks the symmetry between experts (our addition to Gao et al.).
@@ -264,7 +264,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters of shared cores by name, borrowed ones included; see `ExpertBank`.
 
-        Of an integer core this is its scales, while they are trained (`tensornet.healing.trained_scales`).
+        For an integer core, these are its scales while they are trained (`tensornet.healing.trained_scales`).
         """
         if self.owner_label is not None:
             owner: SharedCores = self.lender()
@@ -314,7 +314,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
             return super().apply_rows(x, groups)
         # Keeping all matrices for the backward pass would take as much memory as dense experts. So they are
-        # rebuilt, unless this takes a considerable part of the time of the products with the rows.
+        # rebuilt, if that takes at most half the multiply-adds of multiplying the rows.
         again = torch.is_grad_enabled() and 2 * self.plan.multiply_adds(1) <= rows * elements
         cores = self._cores_of_each()
         return torch.cat(
@@ -384,7 +384,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
         """Apply the only matrix of a bank whose cores are all shared."""
-        # In compiled code the number of rows is not a constant, so no route can be chosen by it.
+        # In compiled code the number of rows is not a constant, so it cannot decide the route.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
             cores = list(self.cores().values())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _LOOP_ROWS = 32
-_ALIGNMENT = 16  # every row must start at a multiple of so many bytes
+_ALIGNMENT = 16  # bytes; `grouped_mm` needs rows that start at multiples of this
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -36,7 +36,7 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Indices of experts that have rows; None if unknown; `[0]` without rows, so that gradients exist."""
+        """Indices of experts that have rows; None if unknown; `[0]` without any rows, to get gradients."""
         if self.sizes is None:
             return None
         return [e for e, size in enumerate(self.sizes) if size] or [0]

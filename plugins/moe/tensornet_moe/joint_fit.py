@@ -31,7 +31,7 @@ EXPERTS = "expert"
 _STEPS = 2
 #: Sweeps end when one of them lowers the relative error by less than this fraction of it.
 _TOLERANCE = 1e-4
-#: Number of sweeps after which only the better of two starts is continued.
+#: Number of sweeps from each of two sets of initial cores, before only the better one is continued.
 _TRIAL_SWEEPS = 3
 
 
@@ -117,11 +117,11 @@ def fit_shared(
 ) -> JointFit:
     """Fit `weights: (E, out, in)` by shared and private cores; for arguments and errors see `fit_jointly`.
 
-    For low-rank networks that share one factor the fit is optimal. For all other networks two starts are
-    tried for a few sweeps of alternating least squares, and the better one is continued. One start is the
-    decomposition of the mean expert, which suits experts that were copied from one matrix; for the other,
-    each expert is decomposed and the shared cores are averaged. The problem is not convex: for unrelated
-    experts the result is a local minimum.
+    For low-rank networks that share one factor the fit is optimal. All other networks start a few sweeps of
+    alternating least squares from two sets of initial cores, and the better one is continued. The first is
+    the decomposition of the mean expert, which suits experts that were copied from one matrix. The second
+    consists of separate decompositions of all experts, with their shared cores averaged. The problem is not
+    convex: for unrelated experts the result is a local minimum.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(
@@ -226,7 +226,7 @@ def stack_error(target: Tensor, made: Tensor) -> float:
 
 
 def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
-    """List the starts of `fit_shared`, each with one network for every expert."""
+    """List the sets of initial networks for `fit_shared`; each set has one network for every expert."""
     if topology.family in topology_names():
         decompose = topology_family(topology.family).decompose_to
         mean = decompose(target.mean(0), topology).network

@@ -21,7 +21,7 @@ class Usage(NamedTuple):
     """How much each expert is used by tokens that are not padding.
 
     Args:
-        counts: choices of each expert, before any is dropped for capacity, shape `(E,)`.
+        counts: how often each expert was chosen, including choices dropped for capacity, shape `(E,)`.
         probabilities: router probabilities summed over tokens, shape `(E,)`, with gradient.
         tokens: number of tokens, a scalar.
     """

@@ -81,7 +81,7 @@ def mixture(
     Raises:
         ValueError: an unknown `share`, router or activation, a size below 1, or `top_k` above `experts`.
         ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center.
-        TypeError: arguments that the named router does not have, or any together with a `Router`.
+        TypeError: `router_options` that the named router does not have, or any if `router` is a `Router`.
 
     Reference:
         `"center"`: Gao et al. 2022, section 4.1; `"base"`: Gu et al. 2025 (D2-MoE), section 3; pools: Huang
@@ -142,7 +142,7 @@ def mixture(
 
 
 def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ...], int | None]:
-    """Choose topology, shared cores and rank of deltas (None without) for a matrix; see `mixture`."""
+    """Choose topology, shared cores and rank of deltas (None without deltas) for a matrix; see `mixture`."""
     if share not in SHARES:
         raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}, or an ExpertPool.")
     whole = dense(out_features=rows, in_features=columns)
@@ -160,7 +160,7 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
 
 
 def _legs(size: int) -> tuple[int, int, int]:
-    """Factor the length of a side into three legs: two ends, equal and large if possible, around the rest."""
+    """Factor the length of a side into three legs; the outer two are as large as possible, up to 8."""
     ends = range(1, _LONGEST_END + 1)
     splits = [(a, size // (a * b), b) for a in ends for b in ends if size % (a * b) == 0]
     return max((x for x in splits if x[1] >= max(x[0], x[2])), key=lambda x: (min(x[0], x[2]), x[0] * x[2]))

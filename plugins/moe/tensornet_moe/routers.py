@@ -83,8 +83,8 @@ class Router(nn.Module, ABC):
         combine: how the outputs of a token's experts are weighted. `"unit"`: by weights that sum to one, so
             that equal experts act as one (a single expert has `p / stop_gradient(p)`, which is 1 but has a
             gradient). `"prob"`: by the probabilities. `"sigmoid"`: by `2 sigmoid(logit)`, at first about 1
-            for each expert (Csordas et al. 2024, MoEUT, without the factor 2). Use it for training from
-            scratch, where experts with weights that sum to one learn `k` times more slowly than a dense
+            for each expert (Csordas et al. 2024, MoEUT, without the factor 2). Use `"sigmoid"` for training
+            from scratch, where experts with weights that sum to one learn `k` times more slowly than a dense
             network.
         normalize: divide the logits of a token by their Euclidean norm over the experts, and multiply them by
             `logit_scale`, a trained parameter that starts at `sqrt(num_experts)`. The logits then have a root
@@ -146,7 +146,7 @@ class Router(nn.Module, ABC):
         self.jitter, self.combine, self.normalize, self.bias_rate = jitter, combine, normalize, bias_rate
         weight = torch.randn(num_experts, num_features, device=device, dtype=dtype)
         self.weight = nn.Parameter(weight * (0.1 / math.sqrt(num_features)))
-        # It has one dimension, since FSDP cannot shard scalars.
+        # The scale has one dimension, since FSDP cannot shard scalars.
         scale = torch.full((1,), math.sqrt(num_experts), device=device, dtype=dtype) if normalize else None
         self.register_parameter("logit_scale", None if scale is None else nn.Parameter(scale))
 

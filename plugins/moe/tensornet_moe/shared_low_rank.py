@@ -58,14 +58,14 @@ from tensornet.topology import Topology
 
 #: The sharing patterns described above, with the name of the shared core of each.
 PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
-#: Factor between the ranks at which a base is fitted, from 1 on. One fit at each rank, starting from the
-#: base of the previous rank, is better than three fits starting from the mean of the matrices.
+#: Ratio of successive ranks at which a base is fitted; the first rank is 1. One fit at each rank, starting
+#: from the base of the previous rank, is better than three fits starting from the mean of the matrices.
 _GROWTH = 4
 #: Singular values below this fraction of the largest are rounding errors and limit the ranks.
 _LEAST_DIRECTION = 1e-7
 #: Fractions of the largest rank at which the losses of rounding are predicted.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest number of bits of any factor, and of an accurate factor; see `encodings`.
+#: Smallest number of bits of a factor: of any factor, and of a factor that must be accurate (`encodings`).
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
 #: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128
@@ -242,7 +242,7 @@ def _factors_of_all_ranks(
     for w, x in zip(matrices, weightings, strict=True):
         moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
         lower, info = torch.linalg.cholesky_ex(shared @ moved)
-        if int(info):  # the moment is singular on these rows: keep those before the first dependent one
+        if int(info):  # the moment is singular on these rows: keep the rows before the first dependent one
             lower = lower[: int(info) - 1, : int(info) - 1]
         rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
         half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
@@ -374,7 +374,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Pool the moments that weight errors of the shared factor, over all products with it."""
+    """Pool the weightings of errors in the shared factor, one from each of its products, into one."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
@@ -515,10 +515,10 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    If factors are shared, all factors have one format that low-rank networks without sharing may have; or
-    only the private ones have it, and the shared one has the smallest allowed format of at least eight bits.
-    A base may have any format; its factors have the same format, or the smallest allowed one of at least
-    eight bits.
+    In the patterns `inputs` and `outputs`, a private factor may have any format that factors have in low-rank
+    networks without sharing. The shared factor has the same format, or the smallest allowed one of at least
+    eight bits. A shared base may have any format; the factors have the same format, or the smallest allowed
+    one of at least eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
@@ -553,7 +553,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Compute the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 for forecasts."""
+    """Predict the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 for forecasts."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
@@ -571,12 +571,12 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the weighted SVD of a matrix; if a moment is singular, the matrix and the SVD's factors."""
+    """Return the weighted SVD, or, if a moment is singular, the matrix with the two factors of the SVD."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
 def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
-    """Compute the losses of one matrix at all ranks, `(2, ranks)`; infinite at ranks that `terms` lacks."""
+    """Predict the losses of one matrix at all ranks, like `_fit_losses`; infinite at ranks not in `terms`."""
     choice, forecast = sensitivity.choice, sensitivity.forecast
     if isinstance(terms, WeightedSVD):
         found = torch.stack([terms.error, other_tail_costs(terms, choice, forecast)])
@@ -614,7 +614,7 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict the loss increase of rounding both factors, shape `(2, ranks)` for each storage."""
+    """Predict the loss increase of rounding both factors; for each storage, rows are as in `_fit_losses`."""
     core = PATTERNS[pattern]
     kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
@@ -634,7 +634,7 @@ def _rounding_of_factors(
     ]
     of_private = torch.zeros(len(private), 2, len(tried), dtype=torch.float64)
     for place, sides in enumerate(zip(*kinds, strict=True)):
-        with remembering():  # the moments of a matrix are then factorised once for all ranks
+        with remembering():  # factorize the moments of a matrix once for all ranks
             for at, cores in enumerate(fits):
                 left, right = cores[place]
                 if pattern == "inputs":
@@ -660,7 +660,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict losses, by all weightings, of a core rounded under the first: `(formats, weightings)`."""
+    """Predict the losses of a core rounded under the first weighting, by each: `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)
@@ -677,9 +677,9 @@ def _rounding_of_base(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict the loss increase of rounding base and factors, shape `(2, ranks)` for each storage.
+    """Predict the loss increase of rounding base and factors; results are as in `_rounding_of_factors`.
 
-    The base of every rank is taken to be the mean of the matrices.
+    The base is assumed to be the mean of the matrices at every rank.
     """
     core, choices = PATTERNS[pattern], [x.choice for x in sensitivities]
     base = _mean(matrices, choices)
@@ -694,7 +694,7 @@ def _rounding_of_base(
     for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
         weightings = [sensitivity.choice, sensitivity.forecast]
         with remembering():
-            known = {}  # by format of the base: losses of the remainder at all ranks, and balanced factors
+            known = {}  # format of the base -> losses of the remainder at all ranks, and balanced factors
             for kind, value in {**rounded, _FLOAT: base}.items():
                 rest = matrix - value
                 made = weighted_svd(rest, sensitivity.choice)

@@ -1,13 +1,14 @@
 """Product of rows with the matrices of chains that share their middle core, slice by slice on CPUs.
 
-A chain whose ends are merged is `W[(o p q), (i j k)] = sum_lr L[o, i, l] M[l, p, j, r] R[r, q, k]`: it is
-built by two thin products, `T = L M` and then `T R`, and one copy that brings rows and columns into order.
-This module is faster than the same operations recorded by autograd for three reasons. Both products work on a
-slice of the middle that fits the second-level cache, in memory that is reused for every slice and every
-expert. The copy moves whole runs of `k` as single words. The backward pass adds each expert's gradient to
-that of the middle in place. Only the matrices are kept for the backward pass, and only if the rows need a
-gradient; `T`, which is as large, is recomputed. With 8 experts of 768 x 3072 and 2,048 tokens on one core,
-recomputing the matrices as well would make a step 5 % slower.
+Let `M` be the middle core of a chain, and `L` and `R` the products of the cores before and after it. The
+matrix is `W[(o p q), (i j k)] = sum_lr L[o, i, l] M[l, p, j, r] R[r, q, k]`. It takes two thin products,
+first `T = L M`, then `T R`, and one copy that brings rows and columns into order. This module is faster than
+the same operations recorded by autograd for three reasons. Both products work on a slice of the middle that
+fits the second-level cache, in memory that is reused for every slice and every expert. The copy moves whole
+runs of `k` as single words. The backward pass adds each expert's gradient to that of the middle in place.
+Only the matrices are kept for the backward pass, and only if the rows need a gradient. `T`, as large as a
+matrix, is recomputed. With 8 experts of 768 x 3072 and 2,048 tokens on one core, recomputing the matrices as
+well would make a step 5 % slower.
 """
 
 import math
@@ -25,10 +26,10 @@ from tensornet.topology import Topology
 from tensornet_moe.experts import BUILT_ALONE, SharedCoreExperts
 from tensornet_moe.grouped_linear import Groups
 
-#: Bytes of a slice of `T`; this slice and that of the matrix should fit into the second-level cache.
+#: Largest bytes of a slice of `T`. It and a slice of the matrix should fit into the second-level cache.
 _SLICE_BYTES = 2**20
 
-#: Largest size of the merged ends, as a fraction of the elements of a matrix.
+#: Largest number of elements of `L` or `R`, as a fraction of the elements of a matrix.
 _SMALL_ENDS = 1 / 8
 
 
@@ -56,7 +57,7 @@ def use_chain_rows(model: nn.Module) -> int:
 
 
 def middle_of(topology: Topology, shared: Sequence[str]) -> int | None:
-    """Return the index of the only shared core of a chain with small ends; None for any other network.
+    """Return the index of the only shared core of a chain with small `L` and `R`; None for other networks.
 
     Args:
         topology: the operator of one expert.
@@ -97,7 +98,7 @@ def chain_kernel(bank: SharedCoreExperts, x: Tensor, groups: Groups) -> Tensor |
     cores = list(bank.cores().values())
 
     def merged(part: Sequence[Tensor]) -> Tensor:
-        """Merge private cores `(E, left, out, in, right)` into one."""
+        """Multiply neighbouring private cores, each `(E, left, out, in, right)`, into one."""
 
         def pair(left: Tensor, right: Tensor) -> Tensor:
             return torch.einsum("eaoib,ebpjc->eaopijc", left, right).flatten(2, 3).flatten(3, 4)
@@ -113,7 +114,7 @@ def chain_rows(x: Tensor, ends: tuple[Tensor, Tensor], middle: Tensor, sizes: Se
 
     Args:
         x: shape `(rows, i * j * k)`.
-        ends: left ends `(E, o, i, l)` and right ends `(E, r, q, k)`.
+        ends: `L` of all experts, `(E, o, i, l)`, and `R`, `(E, r, q, k)`.
         middle: the shared core, `(l, p, j, r)`.
         sizes: number of rows of each expert.
 
@@ -182,7 +183,7 @@ class _Slices:
 
     def __init__(self, left: Tensor, middle: Tensor, right: Tensor) -> None:
         (_, o, i, _), (_, p, j, r), (_, _, q, k) = left.shape, middle.shape, right.shape
-        # The fewest equal slices of `p` that fit the cache.
+        # Split `p` into as few equal slices as possible, each at most `_SLICE_BYTES`.
         each = o * i * j * r * middle.element_size()
         fitting = (n for n in range(1, p + 1) if p % n == 0 and p // n * each <= _SLICE_BYTES)
         self.count = next(fitting, p)
@@ -193,7 +194,7 @@ class _Slices:
         self.ordered = _words(self.whole.view(o, i, width, j, q, k))
 
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """View the parts of a matrix that the slices fill, with dimensions in the order of `ordered`."""
+        """View the part of a matrix that each slice fills, its dimensions in the order of `self.ordered`."""
         return _words(matrix.view(self.legs)).permute(1, 0, 4, 2, 5, 3, 6).unbind(0)
 
     def of_middle(self, middle: Tensor) -> tuple[Tensor, ...]:

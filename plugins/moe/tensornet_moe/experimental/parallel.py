@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-# If torch first imported it while a process group exists, the threads of the group would stay alive.
+# If this module were first imported while a process group exists, the group's threads would stay alive.
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         this function arranges that for `module`.
 
     Raises:
-        TargetError: there is no process group or no mixture, or its experts are not `SharedCoreExperts`,
+        TargetError: there is no process group or no mixture; or the experts are not `SharedCoreExperts`,
             belong to an `ExpertPool`, or are already distributed.
         TopologyError: the experts cannot be divided evenly over processes, or the experts' bonds differ.
 
@@ -255,7 +255,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
 def _bank_like(
     bank: SharedCoreExperts, count: int, shared: Any, cores: Mapping[str, Tensor]
 ) -> SharedCoreExperts:
-    """Build a bank like another one, with `count` experts and these private cores; frozen cores stay so."""
+    """Build a bank like another, with `count` experts and these private cores; frozen cores stay frozen."""
     made = SharedCoreExperts._from_cores((bank.topology,) * count, shared, cores, bank.error, bank.dtype)
     made._compute_like(bank.compute_like)
     for core in cores:
