@@ -169,7 +169,7 @@ def _improve(
 
     `cost` is the weighted error before the fit.
     """
-    if topology.terms:  # a sum: subtract the other terms from the target, and fit the core's own term
+    if topology.terms:  # for a sum, fit the core's term to the target minus the other terms
         positions, part = next(x for x in topology.parts if index in x[0])
         own = [cores[k] for k in positions]
         rest = target - (_matrix(topology, cores) - _matrix(part, own))
@@ -246,7 +246,7 @@ def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> C
 
 @dataclass(frozen=True)
 class GramPlan:
-    """Plan for the Gram matrix of a core's environment, with the axes of the core that it acts on.
+    """Plan for the Gram matrix of a core's environment, and the axes of the core on which this matrix acts.
 
     Args:
         plan: contraction whose operands are the conjugates of the other cores, then the other cores. Its
@@ -278,7 +278,7 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     found = []
     for group in ([bonds] if whole else [[x] for x in bonds]) if bonds else []:
         # The environment and its conjugate have legs and the core's other bonds in common. The bonds of this
-        # Gram matrix and the bonds inside the environment get separate labels in the second copy.
+        # Gram matrix and the bonds inside the environment get separate labels in the conjugate.
         common = legs | {x for x in own if x not in group}
         plain = [tuple(x if x in common else f"{x}'" for x in labels) for labels in others]
         primed = tuple(f"{x}'" for x in group)
@@ -301,7 +301,7 @@ def fit_weighted(
     """Fit a network to a matrix under a weighting, starting from the better of two decompositions.
 
     The first start is the result of `decompose` in leg-whitened coordinates, see `Legs`. It is refined by
-    alternating least squares in these coordinates, where a few steps do as much as hundreds in the
+    alternating least squares in these coordinates, where a few steps do as much as hundreds of steps in the
     coordinates of the matrix. If the plain decomposition has a smaller weighted error, it is refined and
     returned instead.
 
@@ -423,7 +423,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Compute leg-whitened coordinates; no leg is whitened without a weighting or if cores share a leg."""
+    """Compute leg-whitened coordinates. If there is no weighting or cores share a leg, no leg is whitened."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     labels_of = [core.labels for core in topology.cores]

@@ -298,7 +298,7 @@ def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str,
     """Copy tensors from other files to a new safetensors file, with one chunk of bytes in memory at a time.
 
     The safetensors package would need all tensors loaded or mapped, and the process is killed if a mapped
-    file is truncated. The result is byte for byte the file that this package would write.
+    file is truncated. The result is byte for byte the file that safetensors would write.
 
     Args:
         path: file to write.

@@ -166,7 +166,8 @@ class ChainRun:
 
         Args:
             skip: whether to run only the first block, and to use its output as the output of all blocks. This
-                is for models too large to be run as a whole; arguments that other blocks compute are missed.
+                is for models too large to be run as a whole. Arguments that depend on the other blocks are
+                then not recorded.
 
         Raises:
             TargetError: a block does not read the hidden state that the previous block returned.
@@ -251,7 +252,7 @@ class ChainRun:
 def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
     """Return a context in which each block calls `step(index, forward, *args, **kwargs)` as its `forward`."""
     blocks = [model.get_submodule(name) for name in names]
-    before = [vars(block).get("forward") for block in blocks]  # not None if other code has replaced it
+    before = [vars(block).get("forward") for block in blocks]  # None unless other code has replaced `forward`
     for index, block in enumerate(blocks):
         block.forward = partial(step, index, block.forward)
     try:
@@ -267,7 +268,7 @@ def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., 
 def outer_stacks(
     model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
 ) -> dict[str, tuple[str, ...]]:
-    """Map the outermost containers of at least `least` modules to the names of these modules."""
+    """Map the outermost containers with at least `least` modules to the names of the modules inside."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)

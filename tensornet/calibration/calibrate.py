@@ -372,7 +372,7 @@ class MomentRecorder:
             scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
-            inputs: input moments by layer that another recorder has collected, for computing the coherence.
+            inputs: input moments, by layer, from another recorder; they are used to compute the coherence.
         """
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
@@ -492,7 +492,7 @@ def add_gram(total: Tensor, x: Tensor) -> None:
 
 
 def add_moment(total: Tensor, moment: Tensor) -> None:
-    """Add a moment to a sum in place: vectors of diagonal moments, or the upper halves of square matrices."""
+    """Add a moment to a sum in place; both are diagonals (vectors) or the upper halves of square matrices."""
     if moment.ndim == 1:
         total += moment
         return
@@ -530,7 +530,7 @@ def observed(
         handles = [
             x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
             for name, x in model.named_modules()
-            # Subclasses may read something else, such as a mask from which they compute positions.
+            # Subclasses may be called with something other than indices, such as an attention mask.
             if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
         ]
         for name, module in layers.values():

@@ -23,9 +23,9 @@ TokenLosses = Callable[[nn.Module, Batch], Tensor]
 def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits, shape `(tokens,)`.
 
-    The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding. In decoders of
-    transformers, the logits of a position are scored by the label of the next position, in other models by
-    the label of the same position (`scores_next_token`). Logits of padding are not scored.
+    The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding. For decoder classes of
+    the package transformers, the logits of a position are scored by the label of the next position, for other
+    models by the label of the same position (`scores_next_token`). Logits of padding are not scored.
 
     The output of the model is an object or mapping with `logits` or `loss`, or one tensor `(..., classes)`
     for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
@@ -123,8 +123,8 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of labels that are sampled from the model's own predictions.
 
     The second moment of the gradients is the Fisher matrix, which equals the curvature of the divergence from
-    the model's predictions. So, unlike with true labels, it does not shrink where the model predicts the text
-    well. A classifier of whole rows has one loss for each row.
+    the model's predictions. So, unlike with true labels, this moment does not shrink where the model predicts
+    the text well. A classifier of whole rows has one loss for each row.
 
     Raises:
         TargetError: the model returns no logits.
@@ -229,8 +229,8 @@ _IN_PLACE = (
 def scores_next_token(model: nn.Module) -> bool | None:
     """Return True if a model predicts the label of the next position, False if that of the same position.
 
-    Classes of transformers are recognized by the end of their name, and encoder-decoder models, which shift
-    labels themselves, by their configuration. The result for any other class is None.
+    Classes of the package transformers are recognized by the end of their name, and encoder-decoder models,
+    which shift labels themselves, by their configuration. The result for any other class is None.
 
     Example:
         >>> from tensornet.calibration.losses import scores_next_token
@@ -429,7 +429,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}
     output = run_model(model, batch)
-    if isinstance(output, Tensor):  # it may be hidden states, so input tokens are not used as labels
+    if isinstance(output, Tensor):  # perhaps hidden states, so input tokens are no labels
         labels = batch.get("labels")
     logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape

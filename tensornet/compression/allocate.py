@@ -542,7 +542,7 @@ def _choose_alone(
                 raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Return index and size of the dense matrix, or of the smallest candidate if no one is dense."""
+            """Return index and size of the dense matrix, or of the smallest candidate if none is dense."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

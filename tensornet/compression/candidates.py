@@ -124,8 +124,8 @@ def _of_layer(
     """
     matrix = target.matrix
     pivoted = objective != "weight" if config.pivoted is None else config.pivoted
-    # With calibration data low rank is better than chains. Residual networks are not planned either: their
-    # losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
+    # With calibration data, chains are not planned, since low rank is better. Nor are residual networks:
+    # their losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
     chains = ("mpo",) if config.topology == AUTO else ()
     families = [topology_family(x) for x in config.families if x not in chains]
     found: list[Candidate] = []
@@ -135,7 +135,7 @@ def _of_layer(
     else:
         formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
-            corrections = None  # they were measured for other formats
+            corrections = None  # corrections are for other formats
         found = dense_candidates(
             matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
         )
@@ -175,8 +175,8 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Drop the candidates that no budget of bytes, parameters and time would choose.
 
     A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. If times are
-    predicted, hulls over mixtures of bytes and time are used too, since a plan may have limits on both. The
-    dense matrix in each number format is always kept, for plans with one format for all layers.
+    predicted, hulls over weighted sums of bytes and time are used too, since a plan may have limits on both.
+    The dense matrix in each number format is always kept, for plans with one format for all layers.
 
     Example:
         >>> from tensornet.compression.candidates import Candidate, pruned
@@ -367,7 +367,7 @@ def round_trip(
 
 
 def relative_gap(matrix: Tensor, other: Tensor) -> float:
-    """Compute the relative error `|W - W'|_F / |W|_F` of a matrix `W'` in place of `W`."""
+    """Compute the relative error `|W - W'|_F / |W|_F` of a matrix `W'` that replaces `W`."""
     exact = matrix.double()
     gap = torch.linalg.vector_norm(exact - other.double())
     return float(gap / torch.linalg.vector_norm(exact).clamp_min(1e-300))
@@ -478,9 +478,9 @@ def layer_formats(
 ) -> tuple[NumberFormat, ...]:
     """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
-    A format whose super-blocks do not divide the number of inputs is replaced by the dtype of the model. So
-    is a format of an export target whose groups do not divide it. If the configuration has the default
-    formats and 8-bit scales would underflow, formats with 16-bit scales are used instead.
+    A format is replaced by the dtype of the model if the size of its super-blocks (for an export target, of
+    its groups) does not divide the number of inputs. If the configuration has the default formats and 8-bit
+    scales would underflow, formats with 16-bit scales are used instead.
 
     Args:
         matrices: the weights.
@@ -675,5 +675,6 @@ class Sizes:
         shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
         if number_format is not None and number_format.is_integer:
             return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
-        # A network of one core takes the same time; the factor makes the dense layer win despite rounding.
+        # A network of one core takes the same time; the factor makes the dense layer win despite rounding
+        # errors.
         return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

@@ -257,7 +257,7 @@ def observing(plan: CompressionPlan) -> CompressionConfig:
 
 
 def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedData:
-    """Return batches as `ProvidedData`, with the name `source` for reports unless they have a name."""
+    """Return batches as `ProvidedData`; batches without a name get the name `source`, for reports."""
     return data if isinstance(data, ProvidedData) else ProvidedData(data, source)
 
 
@@ -322,7 +322,7 @@ def _put_back_readers(
         dense: the replaced modules, by name.
 
     Returns:
-        Reason for each planned layer that was put back, by name.
+        For each planned layer that was put back, by name: the reason.
 
     Raises:
         Exception: the compressed model fails on the batch for another reason; all layers are put back first.

@@ -83,8 +83,8 @@ class CompressionConfig(LayerSelection):
         sites: number of cores of a chain.
         max_bond: largest bond of every network.
         rel_error: largest relative error of each weight (Frobenius norm).
-        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. The limit is for all
-            layers together with the curvature objective, and for each layer with other objectives.
+        param_ratio: share of the parameters of the targeted layers to keep, such as 0.5. With the curvature
+            objective, the limit is for all layers together; with other objectives, for each layer.
         bits_per_weight: mean bits per weight of the targeted layers, scales included, such as 4.25. All
             budgets of bytes need calibrated gradients; without calibration data, all layers become int8 if
             this fits the budget.
@@ -267,7 +267,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def menu(self) -> str | None:
-        """Name of the menu in `MENUS` whose formats are planned; None if there is no menu."""
+        """Name of the menu, a list of formats in `MENUS`, that is planned with; None if there is no menu."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 
@@ -294,7 +294,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the topology families that a plan may use; none with a menu of `MENUS`."""
+        """Names of the topology families that a plan may use; empty for a menu, which has formats only."""
         if self.menu is not None:
             return ()
         if self.fixed:

@@ -333,7 +333,7 @@ class _Trial:
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
         """Find the layers of a group whose loss is too high; all of them if no single half is too high.
 
-        The measured loss increase of the group is `increase`; the result is as that of `factors`.
+        The measured loss increase of the group is `increase`; the result has the form of that of `factors`.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:
@@ -347,7 +347,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the largest measured loss increase of a group that does not raise its predictions."""
+        """Compute the largest measured loss increase of a group for which its predictions are not raised."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 

@@ -99,7 +99,7 @@ class LossIncrease:
 
 @dataclass(frozen=True)
 class RecordedLosses:
-    """Losses of a dense model on a few rows, to compare with after the model was compressed in place.
+    """Losses of a dense model on a few rows, for comparison after the model is compressed in place.
 
     Args:
         batches: keyword arguments of the model for each batch.
@@ -404,7 +404,7 @@ class Forecast:
         return _along([(b, a) for a, b in self.points], measured)
 
 
-#: A forecast without measurements, which does not change predictions.
+#: Forecast that has no measurements, and therefore does not change predictions.
 UNMEASURED = Forecast()
 
 

@@ -80,7 +80,7 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Planned number of stored values, including padding, scales and row orders."""
+        """Planned number of stored values, including padding, scales and the row orders of pivoted cores."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
@@ -90,7 +90,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Planned bytes, including packed integers, scales, zero points and row orders."""
+        """Planned bytes, including packed integers, scales, zero points and row orders of pivoted cores."""
         if self.topology is None:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks

@@ -29,8 +29,8 @@ FORECAST_DAMPING = 1.0
 #: Smallest damping of gradient moments, so that errors in directions without gradients are not ignored.
 _LEAST_DAMPING = 1e-6
 #: Fraction of the token frequencies that is spread evenly over all rows of an embedding, since other texts
-#: read other rows. With a smaller fraction, the loss of low rank for SmolLM2's embedding was four times its
-#: forecast, relative to integers (benchmarks/records/bytes.md).
+#: read other rows. With a smaller fraction, the ratio of measured to predicted loss of SmolLM2's embedding
+#: was four times as large for low rank as for integers (benchmarks/records/bytes.md).
 FREQUENCY_SPREAD = 0.5
 
 
@@ -235,7 +235,7 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
 
 
 def is_known(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if a layer that uses a weight, or a relative of it, ran during calibration."""
+    """Return True if a layer that uses the weight, or a relative of that layer, ran during calibration."""
     return _ran(target, stats) or bool(_relatives(target, stats))
 
 

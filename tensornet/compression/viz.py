@@ -158,7 +158,8 @@ def losses_figure(
     }
     values = [x for known in losses.values() for x in known.values() if x > _FLOOR]
     low, high = min(values, default=_FLOOR) / 2, max(values, default=1.0) * 2
-    # There is a panel for each kind of layer, over the number of the block; without blocks, a single panel.
+    # Each kind of layer has a panel, with block numbers as horizontal axis; without blocks, there is one
+    # panel.
     kinds, blocks, cells = grid_of([layer.name for layer in layers])
     panels = [
         (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)

@@ -47,7 +47,7 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Return the reason why `matches` is False, if it is the size of the groups."""
+        """Return the reason why `matches` is False if it is the size of the groups, else None."""
         return "groups too small for low rank" if is_plain(module) and not _can_shrink(module) else None
 
     def forward(self, input: Tensor) -> Tensor:

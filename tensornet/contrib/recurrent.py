@@ -172,7 +172,7 @@ class MatrixRecurrence(Compound):
         steps = range(len(counts))
         outputs: list[Tensor] = [rows] * len(counts)
         for step in reversed(steps) if suffix.endswith("_reverse") else steps:
-            # Sequences that have ended or, in reverse, not begun keep their state.
+            # Sequences that have ended (or, in the reverse direction, not begun) keep their state.
             now = tuple(each[: counts[step]] for each in state)
             new = self._cell(given[step], now, suffix)
             state = tuple(torch.cat([x, each[counts[step] :]]) for x, each in zip(new, state, strict=True))

@@ -71,7 +71,7 @@ class _Divergence(torch.autograd.Function):
                 gap[index] = difference.to(gap.dtype)
         ctx.save_for_backward(gap)
         # The gradient is divided by the number of tokens in `backward`, together with the factor of a
-        # gradient scaler: here it could underflow in 16 bits.
+        # gradient scaler: a division here could underflow in 16 bits.
         ctx.factor = temperature / max(count, 1)
         return torch.stack(sums).sum() * (temperature**2 / count if count else math.nan)
 

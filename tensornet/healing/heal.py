@@ -145,7 +145,8 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # Fused, the optimizer passes over memory once; seven passes take a quarter of a step on a CPU.
+        # The fused optimizer passes over memory once. Otherwise seven passes take a quarter of a step on a
+        # CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],
@@ -209,7 +210,7 @@ def default_rate(parameters: Parameters) -> float:
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Yield batches, repeating them endlessly, without the first `skip`, which an earlier run has used."""
+    """Repeat the batches endlessly, after skipping the first `skip`, which an earlier run has used."""
     position = 0
     while True:
         before = position

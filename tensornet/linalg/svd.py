@@ -20,7 +20,7 @@ from tensornet.errors import BudgetError, NonFiniteError
 
 #: Smallest matrix size for which subspace iteration is faster than an eigendecomposition of the Gram matrix.
 MIN_SIZE = 256
-#: Largest rank for which it is faster than that, as a fraction of the smaller dimension.
+#: Largest rank for which subspace iteration is faster, as a fraction of the smaller dimension.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
 #: Factor on `_MAX_ITERATIONS` if singular values are needed, because these converge later than the energy.
@@ -54,7 +54,7 @@ def iterated_basis(
         slack: the iteration stops when a step lowers the energy outside of the basis by less than this
             fraction of that energy.
         kept_slack: if given, that step must also raise the energy inside the basis by less than this fraction
-            of it. Singular values are then accurate unless the energy outside is large.
+            of that energy. Singular values are then accurate unless the energy outside is large.
 
     Returns:
         Orthonormal basis of shape `(*batch, m, rank)`, or None if the energy has not converged.

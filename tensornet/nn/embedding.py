@@ -98,8 +98,8 @@ class MPOEmbedding(NetworkModule):
         for label, size in zip(reversed(topology.out_labels), reversed(topology.out_dims), strict=True):
             digits[label] = rest % size
             rest = torch.div(rest, size, rounding_mode="floor")
-        # If the table is padded, an index outside of it can still have valid digits. It gets a digit outside
-        # the first core, so that indexing this core raises an error.
+        # If the table is padded, an index outside of it can still have valid digits. Such an index gets a
+        # first digit that is too large, so that indexing the first core raises an error.
         first, size = topology.out_labels[0], topology.out_dims[0]
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of

@@ -239,7 +239,7 @@ def products_of(number_format: NumberFormat) -> int:
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes that a matrix takes in the layout of the kernel; `has_layout` must be true.
+    """Count the bytes that a matrix takes in the layout of the kernel; `has_layout` must return True for it.
 
     Example:
         >>> from tensornet.nn.int4_cpu import layout_bytes
@@ -256,7 +256,7 @@ def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
 
 @torch.no_grad()
 def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, columns: int) -> KernelMatrix:
-    """Convert a stored matrix to the layout of the kernel; `has_layout` must be true.
+    """Convert a stored matrix to the layout of the kernel; `has_layout` must return True for it.
 
     Args:
         number_format: format of the matrix.

@@ -62,7 +62,7 @@ class IntegerMatrix:
         """Return scales of the rows, shape `(out,)`, if the outputs are scaled instead of the weights.
 
         Scaling the outputs is faster. It needs codes of 8 bits (exact in bfloat16) and one scale for each
-        row; otherwise the result is None. It is also None for `torch.float16`, in which products with
+        row; otherwise the result is None. The result is also None for `torch.float16`, in which products with
         unscaled integers may overflow.
         """
         trained = self.codes.is_floating_point()
@@ -95,7 +95,7 @@ class IntegerMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Most tokens for which torch's int8 kernel is faster than unpacking; 0 if it cannot be used."""
+        """Largest token count at which torch's int8 kernel beats unpacking; 0 if it cannot be used."""
         fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
         return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
 

@@ -102,7 +102,7 @@ class TensorNetworkLinear(NetworkModule):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The core of a layer whose only core is an integer matrix; None for other layers."""
+        """The layer's only core, if this is an integer matrix; None for all other layers."""
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:

@@ -307,7 +307,7 @@ class NetworkModule(nn.Module):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The core of a layer whose only core is an integer matrix; None for other layers."""
+        """The layer's only core, if this is an integer matrix; None for all other layers."""
         return None
 
     @property

@@ -234,7 +234,7 @@ def descend(
 ) -> tuple[Tensor, Tensor]:
     """Lower the loss increase by alternating `sweep_scales` and `sweep_codes`.
 
-    Arguments that are not listed here are described there.
+    For arguments that are not listed here, see these functions.
 
     Products of a moment and the error take most of the time, so each step reuses those of the step before.
 

@@ -8,7 +8,7 @@ A value is `row_step_i * column_step_j * (code - 128)`. With the moments `R = U_
 and the entropy of a code falls by one bit if its step is doubled. So the best steps at a given entropy are
 proportional to `D_R^-1/2` and `D_C^-1/2`, and a common factor sets the entropy.
 
-Codes are written by a range coder, which assumes that they are normally distributed, then rounded. The
+Codes are written by a range coder, which assumes that they are rounded numbers of a normal distribution. The
 variance of a code is the product of a factor for its row and a factor for its column; the factors are written
 first. All numbers that select or describe a distribution are integers, so that decoding gives the same result
 on all machines.

@@ -349,8 +349,8 @@ class NumberFormat:
 
         Args:
             scales: scales, shape `(..., groups)`.
-            importance: weights of the squared errors that are minimized if scales are rounded to integers;
-                equal if absent.
+            importance: factors of the squared errors that are minimized when scales are rounded to integers;
+                if absent, all are equal.
 
         Returns:
             Scales in `scale_dtype`, or in float32 if they are integers times steps.
@@ -581,8 +581,8 @@ def bytes_for(
 ) -> int:
     """Compute the number of bytes of a matrix in an exported file.
 
-    It differs from the bytes in a file of this library for the GGUF type Q2_K and for MLX, which stores rows
-    of 32-bit words, and a scale and a bias in the dtype of the model for each group.
+    It differs from that in a file of this library for the GGUF type Q2_K, and for MLX, which stores rows of
+    32-bit words and, for each group, a scale and a bias in the dtype of the model.
 
     Args:
         target: export target, a key of `MENUS`; None for files of this library.

@@ -1,9 +1,9 @@
 """Round the factors of a low-rank product `A B`, each under its own moments.
 
-An error `F` of `B` is an error `A F` of the product, so its moments are `A^T R A` and `C`. The moments of an
-error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which compensates a part of the
-rounding error. `A` may be pivoted: then some of its rows form an identity, and only the other rows, called
-free, are fitted and rounded.
+An error `F` of `B` is an error `A F` of the product, so the moments for `F` are `A^T R A` and `C`. The
+moments of an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which compensates a
+part of the rounding error. `A` may be pivoted: then some of its rows form an identity, and only the other
+rows, called free, are fitted and rounded.
 """
 
 from dataclasses import dataclass

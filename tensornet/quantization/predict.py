@@ -220,7 +220,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Compute the losses, shape `(stack,)`, from weights `(stack or 1, n)` of rows and of columns."""
+        """Compute the losses, shape `(stack,)`, with factors for rows and for columns, `(stack or 1, n)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -400,7 +400,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
         count: number of rows in the sample.
 
     Returns:
-        Row indices in ascending order, shape `(count,)`; None if the weight has no more rows than that.
+        Row indices in ascending order, shape `(count,)`; None if the weight has at most `count` rows.
     """
     if len(weight) <= count:
         return None
@@ -412,7 +412,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Compute the weights of squared residuals in the loss, if loss and rounding use different moments.
+    """Compute the factors of squared residuals in the loss, if loss and rounding use different moments.
 
     If both moments are full, their off-diagonal elements are assumed to be proportional.
 
@@ -423,7 +423,7 @@ def unit_losses(
         damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.
 
     Returns:
-        The weights, shape `(1, n)`.
+        The factors, shape `(1, n)`.
     """
     weights, growth = kept
     if moment is None:

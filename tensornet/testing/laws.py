@@ -568,7 +568,7 @@ class Law(NamedTuple):
         drawn: strategies for the keyword arguments of `check`.
         subject: function that returns the leading arguments of `check` for an instance of the test class; the
             method `subject` of this class if absent.
-        examples: largest number of examples, for slow checks; the number of the hypothesis profile if absent.
+        examples: largest number of examples, for slow checks; by default, that of the hypothesis profile.
 
     Example:
         >>> from tensornet.testing import laws, strategies

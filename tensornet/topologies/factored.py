@@ -208,10 +208,11 @@ def _divisors(size: int) -> tuple[int, ...]:
 def padded_shape(
     out_dims: Sequence[int], in_dims: Sequence[int], out_features: int | None, in_features: int | None
 ) -> tuple[int, int]:
-    """Return `(out_features, in_features)`, with the products of the dims for missing values.
+    """Return `(out_features, in_features)`; a value of None becomes the product of the dims.
 
     Raises:
-        TopologyError: `out_dims` and `in_dims` differ in length, or their products are below the features.
+        TopologyError: `out_dims` and `in_dims` differ in length, or a product is less than the number of
+            features.
     """
     products = (math.prod(check_sizes("out_dims", out_dims)), math.prod(check_sizes("in_dims", in_dims)))
     rows = products[0] if out_features is None else check_size("out_features", out_features)

@@ -54,7 +54,8 @@ def mpo(
         family: name of the family of the topology.
 
     Raises:
-        TopologyError: `out_dims` and `in_dims` differ in length, or their products are below the features.
+        TopologyError: `out_dims` and `in_dims` differ in length, or a product is less than the number of
+            features.
 
     Example:
         >>> tn.topologies.mpo(out_dims=(3, 4), in_dims=(2, 4), max_bond=4).core_shapes
@@ -145,7 +146,7 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Multiply the fractions of squared norm that truncating the widest bond discards."""
+            """Compute the criterion, a product of fractions of squared norm that truncation discards."""
             # 1. Compute squared singular values at the widest bond, and their discarded fraction at each
             # rank.
             outs, ins = dims
