@@ -1,4 +1,4 @@
-"""How much does the loss increase at equal bytes, for one plan over formats and ranks, and for quantizers?
+"""How much do plans of formats and ranks increase the loss, compared with quantizers at equal bytes?
 
 Every row is a model compressed with calibration but without training: all linear layers except the output
 head have the given number of bits per weight, scales included. The methods of this library are
@@ -57,7 +57,7 @@ OURS: dict[str, dict[str, Any]] = {
     "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
     "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
 }
-#: Methods measured with every seed of the calibration windows. The others use no text, or take long.
+#: Methods measured with every seed of the calibration windows. The others use no text, or take too long.
 SEEDED = ("plan", "two-sided", "one-sided", "gptq")
 Row = dict[str, Any]
 
@@ -103,7 +103,7 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on the judged windows; an encoder's loss compares its outputs."""
+        """Record the dense model's losses on the judged windows; for encoders, the output distance."""
         loss_fn = None
         if self.subject.encoder:
 

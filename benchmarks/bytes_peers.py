@@ -85,7 +85,7 @@ def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize with HQQ in groups of 128 with zero points, which take the bytes of groups of 64 without."""
+    """Quantize with HQQ in groups of 128 with zero points, of the same bytes as groups of 64 without them."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     found = {}

@@ -108,12 +108,12 @@ def row(
 
 
 def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
-    """Find the fewest bits per weight for which the plan keeps a limit of the predicted loss increase.
+    """Find the fewest bits per weight with which the plan keeps a limit of the predicted loss increase.
 
     Args:
         prepared: the candidates.
         loss_increase: limit of the predicted loss increase.
-        most: bits per weight that suffice; the search does not go more than one bit below.
+        most: upper end of the search, which must keep the limit; the lower end is one bit less.
     """
     low, high = most - 1, most
     while high - low > 0.001:
@@ -124,7 +124,7 @@ def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
 
 
 def run(subject: Subject, sizes: Sequence[float], work: Path | None, folder: Path) -> None:
-    """At every size, compare the plan of all formats with an entropy-coded one of equal predicted loss."""
+    """At every size, compare the plan of all formats with the entropy-coded plan of equal predicted loss."""
     dense = subject.load()
     stats = statistics(subject, dense, work)
     losses = record_losses(dense, subject.judged, source="judged", tokens=None)

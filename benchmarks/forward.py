@@ -10,16 +10,16 @@ weights are not in the cache, as in a model of many layers:
 - `cached`: our layer with `strategy="cached"`, which needs memory for the matrix;
 - `factorized` and `reconstructed`: tltorch's layer with the same ranks, if it is installed.
 
-Goals: low rank takes at most 1.05 times as long as dense; the route that `auto` chooses takes at most 10 %
-longer than the fastest route. Chains take longer than dense. Bytes are those of all tensors that are
-reachable from the layer after the pass. Rows with `training` are forward and backward passes of `dense` and
-`auto`; `bytes_for_backward` counts the activations that a forward pass stores. `over_needed` is the time of
-the step relative to the time that its floating-point operations would take at the speed of one plain matrix
-product. Goal: at most 1.15.
+Goals: a low-rank layer takes at most 1.05 times as long as a dense layer; the route that `auto` chooses takes
+at most 10 % longer than the fastest route. Chains take longer than dense layers. Bytes are those of all
+tensors that are reachable from the layer after the pass. Rows with `training` are forward and backward passes
+of `dense` and `auto`; `bytes_for_backward` counts the activations that a forward pass stores. `over_needed`
+is the time of the step relative to the time that its floating-point operations would take at the speed of one
+plain matrix product. Goal: at most 1.15.
 
 With one thread processor time is measured, otherwise wall time. Other users of the machine then slow some
 rows for tens of seconds, small products more than large ones. So with several threads all rows are measured
-in several passes, and of each row the pass in which all layers together were fastest is reported. Writes
+in several passes; a row reports the pass in which all its layers together were fastest. Writes
 `forward.json`.
 """
 
@@ -178,7 +178,7 @@ def measure_training(case: Case, tokens: int, threads: int, seconds: float) -> d
     }
     times = paired_medians(calls, rounds(calls.values(), 3 * seconds), clock=clock_for(threads))
     explained = layer.explain(tokens)
-    operations = 3 * explained[explained.choice].multiply_adds  # once forward, twice backward
+    operations = 3 * explained[explained.choice].multiply_adds  # the backward pass takes twice the operations
     needed = operations * times["product"].median / (tokens * dense.weight.numel())
     return {
         "case": case.name,

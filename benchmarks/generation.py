@@ -4,9 +4,9 @@
 
 The model is SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and all other layers
 dense, prepared by `tn.nn.prepare_for_inference`. The weights are random integers, since speed does not depend
-on their values. All variants (`side`) compute in bfloat16, except the dense model in float32. Ratios are to
-the dense model in bfloat16, which is timed in turn with the others. With one thread processor time is
-measured, otherwise wall time.
+on their values. All variants (column `side`) compute in bfloat16, except one: the dense model in float32.
+Ratios are to the dense model in bfloat16, which is timed in turn with the others. With one thread processor
+time is measured, otherwise wall time.
 
 In the modes `eager`, `compiled` and `tuned`, a row is one pass of 1, 16 or 256 tokens without a KV cache and
 with the logits of the last token, as for generating a token, checking a draft and reading a prompt. `int4`

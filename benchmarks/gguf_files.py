@@ -1,4 +1,4 @@
-"""How much does the loss increase in GGUF files of equal bytes, by our plans and by llama.cpp's presets?
+"""How much do our plans and llama.cpp's presets increase the loss, in GGUF files of equal bytes?
 
     OMP_NUM_THREADS=1 python benchmarks/gguf_files.py [--toy] [--models gpt2 smollm2] [--cache CACHE]
         [--tools LLAMA_CPP/build/bin] [--work FOLDER] [--steps files speed]
@@ -10,9 +10,9 @@ and the output head. transformers dequantizes every file. All files are judged o
 another source, by the loss increase over the dense model and the KL divergence, with standard errors over
 tokens. `predicted` is the predicted loss increase of the plan.
 
-The step `speed` measures tokens per second of every file with `llama-bench` on one thread, in turn, and their
-ratio to the preset of the same size. It also measures with `llama-perplexity` the divergence of llama.cpp,
-which rounds activations to 8 bits, from the same weights in float32.
+The step `speed` measures the tokens per second of every file with `llama-bench` on one thread, in turn, and
+their ratio to those of the preset of the same size. llama.cpp rounds activations to 8 bits, so
+`llama-perplexity` measures the divergence of its outputs from those of the same weights in float32.
 
 The residual stream of SmolLM2 is rotated, since the weights of the published file lie on a 4-bit grid.
 `smollm2-wide` is the same model, padded with zeros before rotation such that its rows are multiples of 256,
@@ -138,7 +138,7 @@ class Bench:
         print(name, size, found.loss_increase, found.mean, flush=True)
 
     def presets(self) -> None:
-        """Write and judge llama.cpp's presets."""
+        """Write the file of every preset of llama.cpp, and measure its loss."""
         dense, matrix, text = (self.work / x for x in ("dense.gguf", "importance.gguf", "text.txt"))
         if not dense.is_file():
             th.export(self.dense, dense, source=self.subject.folder)
@@ -155,7 +155,7 @@ class Bench:
                 self.judge(name, file, method="llama-quantize")
 
     def plans(self) -> None:
-        """Write and judge a plan for the size of every preset."""
+        """Write the file of a plan for the size of every preset, and measure its loss."""
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
             sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in self.given.presets}
@@ -170,7 +170,7 @@ class Bench:
                 self.plan(f"{self.prefix}{name}", size)
 
     def plan(self, name: str, size: int) -> None:
-        """Write and judge the plan for one size."""
+        """Write the file of the plan for one size, and measure its loss."""
         subject, batches = self.subject, self.subject.calibration(0)
         formats = ("gguf", *(x for x in MENUS["gguf"] if x not in SLOW)) if self.given.fast else "gguf"
         asked = tn.CompressionConfig(max_bytes=size, formats=formats)
@@ -271,7 +271,7 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
             axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
             for row in found if method != "plan" else ():
                 place, left = (row["bits_per_weight"], row["kl"][0]), row["name"] in SMALLEST
-                height = -7 if row["name"].startswith("IQ") else 0  # close below another preset
+                height = -7 if row["name"].startswith("IQ") else 0  # its point is close below another one
                 offset, side = ((-6, height), "right") if left else ((6, height), "left")
                 axes.annotate(row["name"], place, offset, textcoords="offset points", ha=side, fontsize=9)
         axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")

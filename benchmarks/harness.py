@@ -64,7 +64,7 @@ def paired_medians(
     Args:
         functions: functions to call, by name.
         repeats: number of timed calls of each function.
-        warmup: number of calls of each function before these, which are not timed.
+        warmup: number of calls of each function that come first and are not timed.
         clock: function that returns seconds; `time.thread_time` counts only the time in which this thread
             runs.
     """
@@ -105,7 +105,7 @@ def rounds(functions: Iterable[Callable[[], Any]], seconds: float) -> int:
 
 
 def with_threads(counts: Sequence[int], work: Callable[[int], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Call `work(threads)` with each number of threads set in torch, and join the rows that it returns."""
+    """Set each number of threads in torch in turn, call `work(threads)`, and join the returned rows."""
     before, rows = torch.get_num_threads(), []
     try:
         for threads in counts:

@@ -120,7 +120,7 @@ class Run:
         Args:
             tokens: total number of tokens.
             deadline: time at which to stop, by `time.monotonic`.
-            checkpoint_every: seconds between two savings of the state.
+            checkpoint_every: seconds between two writes of the state.
         """
         marks = {self._steps(at * MILLION) for at in JUDGED_AT} | {self._steps(tokens)}
         started, saved = time.process_time(), time.monotonic()
@@ -163,7 +163,7 @@ class Run:
         self.file.with_suffix(".json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def tune_loss(self, tokens: int) -> float:
-        """Return the tuning loss of the first judging after at least `tokens` tokens of training."""
+        """Return the tuning loss of the first evaluation after at least `tokens` tokens of training."""
         return next(float(point["tune_loss"]) for point in self.history if point["tokens"] >= tokens)
 
     def summary(self) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class Run:
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
-        """Judge the averaged weights on the tuning and test part, and the present ones on the test part."""
+        """Judge averaged weights on the tuning and test parts, and the latest weights on the test part."""
         last_loss, _ = self.evaluate()
         self._exchange()
         tune_loss, _ = self.evaluate("tune")
@@ -255,7 +255,7 @@ class Run:
         )
 
     def evaluate(self, part: str = "test") -> tuple[float, float | None]:
-        """Judge the present weights on a part of the text; see the function `evaluate`."""
+        """Judge the model's weights on a part of the text; see the function `evaluate`."""
         limit = self.recipe.judge_windows // (2 if part == "tune" else 1)
         windows = self.corpus.windows(part, context=self.sizes.context, limit=limit)
         return evaluate(self.model, windows, self.recipe.windows)
@@ -329,7 +329,7 @@ def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def picture(records: Path, file: Path) -> None:
-    """Draw the loss over training tokens, relative to the dense model, and over the bytes of the model."""
+    """Draw the loss minus that of the dense model over training tokens, and the loss over model bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -366,7 +366,7 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Make the optimizer AdamW; vectors have no weight decay, and `root_rates` may lower rates."""
+    """Make the optimizer AdamW; vectors have no weight decay. See `Row.root_rates` for the rates."""
     groups = []
     for group in tm.parameter_groups(model, lr=recipe.rate):
         rate = group["lr"] if row.root_rates else recipe.rate

@@ -1,9 +1,9 @@
 """How long does a training step of experts that share cores take, compared with dense experts?
 
-1. The time of a training step (forward and backward) of one feed-forward mixture, for every way of sharing,
-   relative to a mixture of dense experts with the same routing, without and with the step of AdamW; and the
-   bytes of the experts. Shapes are 768 x 3072, with 8 experts, top-1 routing and 2,048 tokens. Goal: at most
-   1.1. With two-sided ends of bond 16 every expert is rebuilt, which needs 1.125 times the operations of
+1. For every way of sharing: the bytes of the experts, and the time of a training step of one feed-forward
+   mixture relative to dense experts with the same routing. A step is a forward and backward pass, without and
+   with the update of AdamW. Shapes are 768 x 3072, with 8 experts, top-1 routing and 2,048 tokens. Goal: at
+   most 1.1. With two-sided ends of bond 16 every expert is rebuilt, which needs 1.125 times the operations of
    dense experts.
 2. The same for two layers with one pool of 8 dense experts, relative to two layers with 8 experts each.
 3. With `--compiled`: the same step with `torch.compile`, relative to the step without. Goal: at most 1.

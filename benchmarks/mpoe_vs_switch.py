@@ -65,7 +65,7 @@ class Row:
         shared: which cores the experts share.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
         mask: further options of `GradientMask`; `("fade", share)` reduces the probability to 0 over this
-            share of the steps.
+            fraction of the steps.
         across: whether all layers share one center.
     """
 
@@ -371,7 +371,7 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
 
 
 def toy(setting: Setting) -> Setting:
-    """Return smaller settings of a table, for a run of a few seconds."""
+    """Reduce the settings of a table to a run of a few seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},

@@ -1,16 +1,16 @@
 """How well does a real language model work at a given number of parameters, and was that predicted?
 
 SmolLM2-135M-Instruct is calibrated on the Python tutorials and judged on the Debian handbook, by its
-perplexity over 40 evenly spread windows of 512 tokens. All methods use the same moments, except that methods
-of two texts take half of their windows from the documentation of the Linux kernel. `TABLE` lists the rows.
-Rows that are in the record are skipped, so a run can be interrupted and continued:
+perplexity over 40 evenly spread windows of 512 tokens. All methods use the same moments, except methods with
+two texts: half of their windows are from the documentation of the Linux kernel. `TABLE` lists the rows. Rows
+that are in the record are skipped, so a run can be interrupted and continued:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
     python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
     python benchmarks/quality.py --picture docs/quality.svg
 
-`CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes run in bfloat16,
-also of the dense model. Healing takes ten minutes of processor time (the machine has other users).
+`CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes, also those of
+the dense model, run in bfloat16. Healing takes ten minutes of processor time (the machine has other users).
 """
 
 from __future__ import annotations
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw perplexities over the share of the parameters, and measured over predicted loss increases."""
+    """Draw perplexities over parameter ratios, and measured loss increases over predicted ones."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

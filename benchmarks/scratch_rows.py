@@ -90,14 +90,14 @@ class Dense(nn.Module):
 
 
 def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the matrices of one network, scaled such that all residual branches add up to variance 1."""
+    """Draw the matrices of one network, scaled such that the sum of all residual branches has variance 1."""
     up = torch.randn(hidden, sizes.width, generator=generator) / sizes.width**0.5
     down = torch.randn(sizes.width, hidden, generator=generator) / hidden**0.5
     return up, down / (2 * sizes.layers) ** 0.5
 
 
 def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw the matrices of one expert, scaled such that the experts of a token sum to unit gain."""
+    """Draw one expert's matrices, scaled such that a token's experts add up to the size of one network."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
         same_start = row.kind == "mpoe" or row.options.get("center", False)
@@ -258,8 +258,8 @@ def fine(name: str, kind: str, experts: int, **options: Any) -> Row:
 
 #: Options of mixtures that need about as many operations as a dense network with twice the hidden size.
 _SIX: dict[str, Any] = {"top_k": 6, "shared_hidden": 7 / 16, "combine": "sigmoid"}
-#: Rows for four layers of width 80. "Half" and "quarter" say how many experts there are in all layers
-#: together, roughly, relative to the row "private".
+#: Rows for four layers of width 80. "Half" and "quarter" are the approximate total number of experts of all
+#: layers, relative to the row "private".
 _TABLE = (
     Row("dense x1/2", "dense", hidden=0.5),
     Row("dense", "dense"),

@@ -40,7 +40,7 @@ class Corpus:
     """Text of the three parts as tokens.
 
     Args:
-        parts: the token indices of each of `PARTS`, shape `(tokens,)`; an end token follows each document.
+        parts: by name in `PARTS`, token indices of shape `(tokens,)`; an end token follows each document.
         vocabulary: number of distinct tokens.
         characters: number of characters in the training part, to convert losses per token to losses per
             character.

@@ -200,7 +200,7 @@ class Subject:
 
     @property
     def losses(self) -> TokenLosses | None:
-        """Loss function for calibration; None for the loss of the labels."""
+        """Loss function for calibration; None if the model computes its loss from labels."""
         return cosine_losses if self.encoder else None
 
     def sample(self, model: Any, tokens: int = 40) -> str | None:
@@ -302,7 +302,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
             "other source": batches(other, spread(128, len(other))),
         },
         encoder=True,
-        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # the judged output does not depend on it
+        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # measured outputs do not depend on it
     )
 
 

@@ -371,7 +371,7 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
-    """Return the local folder of a model, which is downloaded from the hub unless the hub's cache has it.
+    """Return the local folder of a model; a model that is neither a folder nor cached is downloaded.
 
     Args:
         path: a folder, or a hub id if there is no such folder.
@@ -574,8 +574,8 @@ def write_folder(
         with new_folder(target) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        # Only errors of writing are converted. An error without a file name is one of writing, since
-        # safetensors does not name the file if the disk is full.
+        # Convert only errors of writing. These include errors without a file name, since safetensors does not
+        # name the file if the disk is full.
         names = [x for x in (getattr(error, "filename", None), getattr(error, "filename2", None)) if x]
         about = not names or any(str(name).startswith(str(target.parent)) for name in names)
         if isinstance(error, DestinationError) or not about:

@@ -223,7 +223,7 @@ def _names(paths: Sequence[str | Path]) -> list[str]:
 
 @torch.no_grad()
 def _milliseconds(model: PreTrainedModel) -> float:
-    """Measure the time in milliseconds to generate a token: mean of a sequence, median of repetitions."""
+    """Measure the milliseconds to generate a token: mean over a sequence, then median over repetitions."""
     generate: Any = model.generate
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
     count = _TIMED_TOKENS

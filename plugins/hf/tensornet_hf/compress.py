@@ -53,7 +53,7 @@ from tensornet_moe import ExpertsReport, compress_experts
 
 #: Name that stands for the embedded calibration text, as in `--calibration default`.
 DEFAULT = "default"
-#: Largest number of tokens that are read of a validation text, by the dense model and at each measured size.
+#: Largest number of tokens of a validation text that the dense model and each measured size read.
 VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,8 +103,8 @@ class CompressOptions:
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
             number formats of this target are planned.
         report: write a report as an HTML page.
-        networks: how an export writes tensor networks: all as dense weights; or low ranks that are added to
-            integers as a LoRA adapter; or not at all (an error).
+        networks: how an export writes tensor networks: as dense weights; as a LoRA adapter where a low-rank
+            matrix is added to integers, and dense elsewhere; or not at all (an error).
         force: replace an existing destination.
         command: command line to show in the report.
         progress: show progress bars.

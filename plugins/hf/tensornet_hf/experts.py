@@ -112,7 +112,7 @@ class SplitExperts(Compound):
 
 @register_compound
 class SplitDbrx(SplitExperts):
-    """Replacement for the experts of DBRX, whose stacks are parameters `(experts * rows, in)` of a child."""
+    """Replacement for the experts of DBRX: stacks are parameters `(experts * rows, in)` of a child module."""
 
     replaces = ("transformers.models.dbrx.modeling_dbrx.DbrxExperts",)
 

@@ -180,7 +180,7 @@ def _stack_parts(
     converters: Sequence[WeightConverter],
     tensors: Mapping[str, Slice],
 ) -> list[Slice]:
-    """List the stored matrices whose bytes in this order are the bytes of a stack of experts.
+    """List the stored matrices whose bytes, concatenated in this order, are a stack of experts.
 
     Returns:
         The headers; empty if loading does more than joining the matrices of each expert by rows and stacking

@@ -238,7 +238,7 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many layers have the same
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: many layers have equal ones
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:
@@ -544,7 +544,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # these have no description
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # they have no description
         quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True

@@ -294,7 +294,7 @@ def _short_loss(value: float | None) -> str:
 
 
 def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
-    """Return the rows of the table of layers by block, with the predicted loss increase of each method."""
+    """Group the rows of the layer table by block; a row has the predicted loss increase of each method."""
     plan, losses = page.report.plan, page.losses
     blocks: dict[str, list[dict[str, Any]]] = {}
     for name, layer in zip(layer_names([x.name for x in plan]), plan, strict=True):

@@ -131,8 +131,8 @@ def compress_checkpoint(
         progress: show progress bars.
 
     Returns:
-        A report like that of `tensornet.compress`. Layers whose weight other code of the model reads stay
-        dense; `put_back` and a warning list them.
+        A report like that of `tensornet.compress`. A layer stays dense if code outside of it reads its
+        weight; `put_back` and a warning list these layers.
 
     Raises:
         DestinationError: the destination exists, another run is writing it, or writing failed (full disk);
@@ -359,7 +359,7 @@ class _OnlyCalled(nn.Module):
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._stock = (stock,)
-        self.register_forward_hook(lambda *_: None)  # without a hook, unfused modules do not call it
+        self.register_forward_hook(lambda *_: None)  # unfused modules only call layers with hooks
 
     @property
     def weight(self) -> Tensor:
@@ -443,7 +443,7 @@ def _cut(
     """Divide the stored tensors into shards in the order of the files, with each module in a single shard.
 
     Returns:
-        For each file to write by name: the names of its parameters and buffers, and the plan of their layers.
+        `{name of a file to write: (names of its parameters and buffers, plan of their layers)}`.
     """
     places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
     units: dict[str, list[str]] = {}  # names of tensors by module
@@ -586,7 +586,7 @@ def _run(
 
 
 def _end_with_parent() -> None:
-    """Start a thread that ends this worker process if its parent dies; it would wait for tasks forever."""
+    """Start a thread that ends this worker process if its parent dies, instead of waiting forever."""
     parent = parent_process()
     assert parent is not None
 

@@ -41,7 +41,7 @@ class ExportLaws:
     target: str
     #: Name of the destination, with a suffix if the target writes a file.
     destination = "exported"
-    #: Formats of which the target can pack layers whose inputs are a multiple of 64.
+    #: Number formats in which the target can pack layers if their number of inputs is a multiple of 64.
     formats = ("int4:g32", "int8:g32")
 
     def weights(self, destination: Path) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class ExportLaws:
         assert _content(path).keys() == before.keys()
 
     def test_networks_are_refused(self, tmp_path: Path) -> None:
-        """Check that `networks="refuse"` raises an error for a low rank, and writes nothing."""
+        """Check that `networks="refuse"` raises an error for a low-rank layer, and writes nothing."""
         with pytest.raises(TargetError):
             export(self._mixed(), tmp_path / self.destination, target=self.target, networks="refuse")
         assert list(tmp_path.iterdir()) == []

@@ -95,17 +95,18 @@ _WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 class MoEConfig:
     """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
 
-    These options give the variants that the paper compares: `shared="center"` is MPOE; `shared="none"` gives
-    every expert its own cores; `sites=1, shared="none"` gives every expert its own dense matrices (Switch);
-    and `max_bond=` truncates. `share=` chooses topology and shared cores as `tensornet_moe.mixture` does.
+    These options give the variants that the MPOE paper (Gao et al. 2022) compares: `shared="center"` is MPOE;
+    `shared="none"` gives every expert its own cores; `sites=1, shared="none"` gives every expert its own
+    dense matrices (Switch); and `max_bond=` truncates. `share=` chooses topology and shared cores as
+    `tensornet_moe.mixture` does.
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
     a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
     the same as before, since each router chooses the copies of its own layer's network for every token. To
-    this end the router's weights of all other experts are zero, so their probabilities are equal and at most
-    `1 / (number of other experts)`; the biases of its own experts are larger than this. With `share="center"`
-    or `"base"`, a single center or base must fit different networks. Errors are then large (see the report),
-    so the model must be trained.
+    this end the router's weights are zero for all other experts, whose probabilities are then equal and at
+    most `1 / (number of other experts)`; the biases of the layer's own experts are larger. With
+    `share="center"` or `"base"`, a single center or base must fit different networks. Errors are then large
+    (see the report), so the model must be trained.
 
     Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
     `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from

@@ -165,7 +165,7 @@ def _one_line(error: Exception) -> str:
 
 
 def as_options(text: str, command: str) -> str:
-    """Replace arguments of Python in a message by the options of a command.
+    """Replace the names of Python arguments in a message by the names of a command's options.
 
     Example:
         >>> as_options("Give a budget: bits_per_weight=4.25 or max_bytes=.", "compress")
@@ -177,7 +177,7 @@ def as_options(text: str, command: str) -> str:
     def replace(found: re.Match[str]) -> str:
         name, value = found["name"], found["value"]
         if value is None:
-            return flags[name] if "_" in name else name  # a name without underscores is also a word
+            return flags[name] if "_" in name else name  # a name without underscores may be an ordinary word
         return f"{flags[name]} {value.strip(chr(39))}".rstrip()
 
     if not flags:

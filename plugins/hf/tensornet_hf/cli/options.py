@@ -48,7 +48,7 @@ def parse_size(text: str | int) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """Parse a share in `(0, 1]`, such as a parameter ratio.
+    """Parse a fraction in `(0, 1]`, such as a parameter ratio.
 
     Raises:
         typer.BadParameter: not a number, or out of range; above 1 the message explains how to write a
@@ -216,7 +216,7 @@ def spelled(described: Field[Any]) -> str:
 
 
 def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator that adds an option to a command for every field of dataclasses that has metadata.
+    """Return a decorator that adds options to a command, one for each dataclass field that has metadata.
 
     The metadata of a field (see `tensornet.compression.config.option`) determines the type and group of its
     option, and the docstring of the class its help text. The command gets the values as keyword arguments

@@ -1,4 +1,4 @@
-"""Code that all exporters share: splitting layers into integers and low ranks, and the export report."""
+"""Code that all exporters share: splitting layers into integers and low-rank parts, and the export report."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,8 +20,8 @@ from tensornet_hf.report import compact_bytes
 
 #: Suffix of files for llama.cpp.
 GGUF = ".gguf"
-#: How to write a layer that is not a single matrix of integers: dense; or as a LoRA adapter if it is a low
-#: rank added to integers, and dense otherwise; or refuse it with an error.
+#: How to write a layer that is not a single matrix of integers. With "lora", a layer of integers plus a
+#: low-rank matrix becomes integers and a LoRA adapter, and other layers become dense. "refuse" is an error.
 Networks = Literal["dense", "lora", "refuse"]
 NETWORKS: tuple[Networks, ...] = get_args(Networks)
 #: Layer types to which LoRA adapters can be added (`NetworkModule.source`).
@@ -158,7 +158,7 @@ class SplitLayers(NamedTuple):
     Args:
         integers: matrices of integers of the layers that can be packed.
         low_ranks: low-rank parts of some of these layers, to be written as adapters.
-        dense: reasons for which the other layers are written dense.
+        dense: for each layer that is written dense, the reason.
     """
 
     integers: dict[str, IntegerMatrix]
@@ -167,7 +167,7 @@ class SplitLayers(NamedTuple):
 
 
 def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
-    """Split the tensor-network layers of a model into integers, low ranks, and layers to be written dense.
+    """Split tensor-network layers into integers and low-rank parts, and list the layers to be written dense.
 
     Raises:
         TargetError: `networks` is "refuse", and a layer is not a single matrix of integers.
@@ -213,7 +213,7 @@ def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
-    """Map each tensor-network layer that shares its tensors to the name of another layer that uses them."""
+    """Map each tensor-network layer whose tensors are shared to the name of another layer that uses them."""
     users: dict[int, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, NetworkModule):
@@ -227,7 +227,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] | str:
-    """Return the integers of a layer and the low rank added to them, or the reason if there are no integers.
+    """Split a layer into integers and a low-rank part (or None); return the reason if this is impossible.
 
     Example:
         >>> from tensornet_hf.exporters.base import split_weight

@@ -75,10 +75,10 @@ def export_compressed_tensors(
 def peft_adapter(
     low_ranks: Mapping[str, LowRank], dtypes: Mapping[str, torch.dtype]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert low ranks to the tensors and the configuration of a PEFT LoRA adapter.
+    """Convert low-rank parts of layers to the tensors and the configuration of a PEFT LoRA adapter.
 
     Args:
-        low_ranks: low rank of each layer by name.
+        low_ranks: low-rank part of each layer by name.
         dtypes: dtype of each layer by name. A factor is stored in this dtype if that is exact, otherwise in
             float32.
     """

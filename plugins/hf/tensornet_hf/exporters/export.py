@@ -81,9 +81,10 @@ def export(
     not have) is written dense, and the report lists it. Plans made with `CompressionConfig(formats=target)`
     only use what the target can store.
 
-    Residual layers are a matrix of integers plus a low rank. With `networks="lora"` the integers are packed,
-    and all low ranks become a LoRA adapter with exactly the same factors, to be loaded together with the
-    model. The adapter of `model.gguf` is `model-lora.gguf`; in a folder it is the subfolder `lora`.
+    Residual layers are a matrix of integers plus a low-rank matrix. With `networks="lora"` the integers are
+    packed, and all low-rank matrices become a LoRA adapter with exactly the same factors, to be loaded
+    together with the model. The adapter of `model.gguf` is `model-lora.gguf`; in a folder it is the subfolder
+    `lora`.
 
     Args:
         model_or_folder: a compressed or dense model (it is not changed), or its folder or hub id.
@@ -92,7 +93,7 @@ def export(
         source: folder from which the tokenizer is taken; by default `model_or_folder`, if it is a folder.
         force: replace an existing destination.
         networks: how to write layers that are not a single matrix of integers. `"dense"` writes dense
-            weights; `"lora"` writes an adapter for integers plus a low rank, and other layers dense;
+            weights; `"lora"` writes residual layers as integers and an adapter, and other layers dense;
             `"refuse"` raises an error.
         options: options of the target. `"gguf"` has `skeleton=`, a GGUF file of the dense model from which
             everything but the compressed weights is taken.

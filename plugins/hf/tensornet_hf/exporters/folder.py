@@ -50,7 +50,7 @@ class PackedModel(NamedTuple):
         state: tensors to write by name.
         packed: number format of every packed layer by name.
         dense: for every other compressed layer, the reason why it is written dense, by name.
-        low_ranks: low ranks that are added to packed layers, by name.
+        low_ranks: low-rank matrices that are added to packed layers, by name.
     """
 
     stock: PreTrainedModel

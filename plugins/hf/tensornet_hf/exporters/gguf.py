@@ -7,8 +7,9 @@ is also done to the integers and scales. Each tensor is then written in the smal
 integers and scales exactly. If the converter does more than move numbers, `integers * scales` differs from
 the converted weight, and the tensor is written dense.
 
-A low rank that is added to integers becomes two tensors of a second file, a LoRA adapter. A fourth run shows
-how the converter permutes the rows and columns of each weight; the factors are permuted in the same way.
+A low-rank matrix that is added to integers becomes two tensors of a second file, a LoRA adapter. A fourth run
+shows how the converter permutes the rows and columns of each weight; the factors are permuted in the same
+way.
 """
 
 import copy
@@ -183,7 +184,8 @@ def _with_converter(
 ) -> Parts:
     """Run the converter on copies of the model, and take names, permutations, tokenizer and metadata from it.
 
-    The copies are saved in the folder `work`. Low ranks that no adapter fits are moved to `layers.dense`.
+    The copies are saved in the folder `work`. Layers whose low-rank part cannot be an adapter are moved to
+    `layers.dense`.
     """
 
     def converted(part: str, float_type: Any, matrices: Mapping[str, Tensor], *, alone: bool = True) -> Any:
@@ -294,7 +296,7 @@ def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Pl
 
 
 def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
-    """Yield the two adapter tensors of a low rank, each in the smallest type that stores it exactly.
+    """Yield the two adapter tensors of a low-rank part, each in the smallest type that stores it exactly.
 
     `rows` and `columns` are the permutations of the weight, see `Place`.
     """

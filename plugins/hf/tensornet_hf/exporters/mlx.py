@@ -5,7 +5,7 @@ of bits for each row; and `scales` and `biases`, a number for each group of inpu
 `scale * code + bias`, so zero points become biases `-scale * zero`. config.json lists the bits and the group
 size of each layer.
 
-Low ranks that are added to integers become a LoRA adapter in the subfolder `lora`.
+Low-rank matrices that are added to integers become a LoRA adapter in the subfolder `lora`.
 """
 
 import importlib.metadata
@@ -37,7 +37,7 @@ from tensornet_hf.exporters.folder import (
     write_adapter,
 )
 
-#: Bits of codes and group sizes that MLX supports.
+#: Numbers of bits per code, and group sizes, that MLX supports.
 BITS, GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 #: Program that checks that mlx-lm can load a folder, without reading the weights. It runs in its own process,
 #: because mlx-lm lowers the number of files that a process may open.
@@ -113,7 +113,7 @@ def export_mlx(
 
 
 def mlx_adapter(low_ranks: Mapping[str, LowRank]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert low ranks to the tensors and the configuration of an adapter for `mlx-lm`.
+    """Convert low-rank parts of layers to the tensors and the configuration of an adapter for `mlx-lm`.
 
     All layers of such an adapter have the same rank, so factors of lower rank are padded with zeros.
     """
