@@ -30,9 +30,9 @@ TABLES = ROOT / "benchmarks" / "records" / "architectures.md"
 
 HEADER = """# Architectures
 
-Is my architecture supported? The tests take these classes of transformers through the steps below, on small
-models with random weights. This shows that the code of a class is handled correctly. It does not show how
-well a trained model can be compressed.
+Is my architecture supported? The tests take the classes in the table through the [steps below](#the-steps),
+as small models with random weights. This shows that the code of a class is handled correctly. It does not
+show how well a trained model can be compressed.
 """
 WRITTEN = (
     "`python benchmarks/architectures.py` writes this page from the table in `tests/hf_architectures.py`; do "
@@ -47,9 +47,9 @@ def page(record: Mapping[str, Any]) -> str:
     counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
     tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
-        f"**Of {tried} architectures, {counts['right']} are right in every step.** {counts['refused']} have "
+        f"Of {tried} architectures, **{counts['right']} are right in every step**. {counts['refused']} have "
         f"a step that is refused for a reason, and {counts['fails']} a step that fails. "
-        f"{counts['transformers']} more fail without this library as well."
+        f"{counts['transformers']} more architectures fail even without this library."
     )
     names = [
         {"group": title, "architectures": ", ".join(x.name for x in group)} for title, group in GROUPS.items()
@@ -70,10 +70,10 @@ def page(record: Mapping[str, Any]) -> str:
         table(others),
         "## Limits",
         f"- In {len(low)} of these models less than 90 % of the parameters are in layers that can be "
-        "compressed. [The record](../benchmarks/records/architectures.md) gives the share in every model, "
-        "and the types of modules with the rest.\n"
-        "- Other classes may work too: their linear layers are found by type. A warning names a layer that "
-        "stays dense.",
+        "compressed. [The record](../benchmarks/records/architectures.md) gives this share for every model, "
+        "and the types of modules that contain the rest.\n"
+        "- Other classes may work too, since linear layers are found by their type. A warning names each "
+        "layer that stays dense.",
         WRITTEN,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"

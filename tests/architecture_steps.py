@@ -120,19 +120,19 @@ class Trial:
 
 
 def dense(trial: Trial) -> None:
-    """The model itself runs and trains."""
+    """The dense model runs and trains."""
     assert trial.expected
     loss(trial.architecture.dense, trial.architecture).backward()
 
 
 def full_rank(trial: Trial) -> None:
-    """Every layer in cores of full rank gives the outputs of the dense model."""
+    """With all layers as cores of full rank, the outputs are those of the dense model."""
     assert layers(trial.full)
     assert_close(outputs(trial.full, trial.architecture), trial.expected)
 
 
 def load(trial: Trial) -> None:
-    """`tensornet_hf.load` brings the saved model back."""
+    """`tensornet_hf.load` restores the saved model."""
     full, loaded = trial.full, trial.loaded
     assert type(loaded) is type(full)
     assert layers(loaded).keys() == layers(full).keys()
@@ -165,7 +165,7 @@ def unknown_to_auto_model(trial: Trial) -> set[str]:
 
 
 def generate(trial: Trial) -> None:
-    """The loaded model continues its input as the dense one does."""
+    """The loaded model continues its input like the dense model."""
     inputs = trial.architecture.batch()
     inputs.pop("decoder_input_ids", None)
     options = {"max_new_tokens": 4, "do_sample": False}
@@ -174,7 +174,7 @@ def generate(trial: Trial) -> None:
 
 
 def decompress(trial: Trial) -> None:
-    """Decompressing gives the stock layers and their weights back."""
+    """Decompressing restores the original classes of layers, and their weights."""
     model = th.decompress(th.load(trial.saved))
     assert not layers(model)
     expected, state = trial.dense.state_dict(), model.state_dict()
@@ -187,7 +187,7 @@ def decompress(trial: Trial) -> None:
 
 
 def sixty(trial: Trial) -> None:
-    """At 60 % of the parameters every matrix is within its certified error, and the model runs."""
+    """At 60 % of the parameters every error is within its certified bound, and the model runs."""
     model, report = trial.small
     assert report.param_ratio <= 0.6
     rebuilt_model = copy.deepcopy(model)
@@ -203,7 +203,7 @@ def sixty(trial: Trial) -> None:
 
 
 def file_to_file(trial: Trial) -> None:
-    """`compress_checkpoint` writes the model that compressing in memory gives."""
+    """`compress_checkpoint` writes the same model as compressing in memory."""
     trial.dense.save_pretrained(trial.folder / "dense")
     th.compress_checkpoint(trial.folder / "dense", trial.folder / "small", SIXTY, stats=trial.stats)
     model, small = th.load(trial.folder / "small"), trial.small[0]
@@ -212,7 +212,7 @@ def file_to_file(trial: Trial) -> None:
 
 
 def training_step(trial: Trial) -> None:
-    """Loss and gradients at full rank are those of the dense model, and a step moves every core."""
+    """Loss and gradients at full rank are those of the dense model, and a step changes every core."""
     model, stock = th.load(trial.saved), trial.architecture.dense
     losses = [loss(x, trial.architecture) for x in (model, stock)]
     for value in losses:

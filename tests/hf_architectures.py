@@ -1087,20 +1087,20 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
         "dense": Exceptional(
             "transformers",
             "image_outputs",
-            "Its forward pass asks the output of the text model for images.",
+            "Its forward pass expects images in the output of the text model.",
             always=False,
         )
     },
     "CLIPSeg": _calibrated(
         "refused",
         r"\d+ layers have one candidate",
-        "CLIP runs inside it without gradients, so its layers stay dense, and the rest is less than 40 %.",
+        "CLIP runs inside it without gradients, so its layers stay dense. The rest alone cannot save 40 %.",
     )
     | {
         "AutoModel": Exceptional(
             "refused",
             "has no module 'clip",
-            "transformers 5.20 takes the class without a decoder, whose modules have other names.",
+            "transformers 5.20 loads the class without a decoder, in which modules have other names.",
             always=False,
         )
     },
@@ -1108,8 +1108,8 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
         "AutoModel": Exceptional(
             "refused",
             "has no module 'lm_head.dense'",
-            "Only the head is compressed, because the other layers are of integers; the class without a head "
-            "has nothing to load.",
+            "Only the head is compressed, because the other layers store integers. The class without a head "
+            "therefore has nothing to load.",
         )
     },
     "NomicBERT": {
