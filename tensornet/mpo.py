@@ -585,8 +585,8 @@ class MPO:
                 of each bond, torchTT's `round` at a relative error of 1e-12.)
 
         Returns:
-            A left-canonical MPO. Its `error` is `e + d (1 + e)`, where `e` is the error of this MPO and `d`
-            the error of the truncation. It is relative to the matrix that this MPO approximates.
+            A left-canonical MPO. Its `error` with respect to the matrix that this MPO approximates is `e + d
+            (1 + e)`, where `e` is the error of this MPO and `d` the error of the truncation.
 
         Raises:
             BudgetError: a limit is out of range.
@@ -654,7 +654,7 @@ class MPO:
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """Convert a quimb `MatrixProductOperator`, whose sites may be rectangular, to an MPO."""
+        """Convert a quimb `MatrixProductOperator` to an MPO; its in- and out-legs may differ in size."""
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:

@@ -47,7 +47,7 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """Multiply a chain by a number by scaling its last core."""
+    """Multiply a chain by a number: scale its last core."""
     last = cores[-1]
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float

@@ -89,14 +89,14 @@ def calibrate(
     Args:
         model: any module; layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
         batches: iterable of batches. A batch is a mapping of keyword arguments of the model (a Hugging Face
-            batch); or a tensor, the first argument of the model, which for language models are token indices
-            `(rows, tokens)`; or a pair `(inputs, labels)` as a `DataLoader` gives it.
+            batch); or a tensor, the first argument of the model (token indices `(rows, tokens)` for a
+            language model); or a pair `(inputs, labels)` as a `DataLoader` gives it.
         config: selects the layers to observe; all layers if absent.
         loss_fn: function that returns the losses of single tokens, see `tensornet.calibration.losses`;
             `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
             is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
-            model's own mean loss for each token, or, without labels and own loss, the distance from the dense
-            outputs.
+            model's own mean loss for each token; if there are neither labels nor an own loss, it is the
+            distance from the dense outputs.
         tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
         gradients: whether to differentiate the loss; this takes three times as long as only running the
@@ -175,7 +175,7 @@ def calibrate(
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return `torch.bfloat16` if a model runs faster under autocast to it on its device, else None.
+    """Return `torch.bfloat16` if autocast to it makes a model faster on the model's device, else None.
 
     This is assumed for float32 models with matrices of at least 2^18 elements, on devices with bfloat16
     arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
@@ -426,7 +426,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the vectors of all tokens but padding, shape `(tokens, features)`; a view without padding."""
+    """Return the vectors of all tokens except padding, shape `(tokens, features)`."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]

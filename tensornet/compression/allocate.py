@@ -492,7 +492,7 @@ def one_format(
     config: CompressionConfig,
     rest: tuple[int, int],
 ) -> tuple[list[int], str]:
-    """Choose one number format for all layers without calibration data: the largest within the budgets.
+    """Without calibration data, choose one number format for all layers: the largest within the budgets.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest budget.

@@ -251,7 +251,7 @@ def prepare_checked(
 
 
 def observing(plan: CompressionPlan) -> CompressionConfig:
-    """Make a configuration for calibrating the layers of a plan; its budget is not used."""
+    """Make a configuration for calibrating the layers of a plan; the configuration's budget is not used."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
 
@@ -262,7 +262,7 @@ def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedDat
 
 
 def _measurable(data: ProvidedData) -> ProvidedData:
-    """Remove the loss function if it draws random numbers, since its values cannot be compared."""
+    """Return the data without a loss function that draws random numbers: its values cannot be compared."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 

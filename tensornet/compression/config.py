@@ -267,7 +267,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def menu(self) -> str | None:
-        """Name of the menu, a list of formats in `MENUS`, that is planned with; None if there is no menu."""
+        """Name of the menu of formats (see `MENUS`) that the user has chosen; None if there is none."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 
@@ -398,7 +398,8 @@ def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:
         The options; None if there are none.
 
     Raises:
-        TopologyError: the options are not a mapping, no family is given, or it does not have such an option.
+        TopologyError: the options are not a mapping, no family is given, or the family lacks one of the
+            options.
     """
     options = config.topology_options
     if options is None or options == {}:

@@ -50,8 +50,8 @@ MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 MEASURED_SHARES = (0.9, 0.75, 0.6)
 #: Number of tokens on which the loss of layers is measured.
 TOKENS = 1024
-#: Largest number of rounds of planning and measuring; largest number of groups of layers in a round (blocks
-#: are merged if there are more); largest number of measurements in a round to find layers within groups.
+#: Three limits: rounds of planning and measuring; groups of layers in a round (blocks are merged if there are
+#: more); and measurements in a round to find layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
 #: A prediction is raised, at most by the factor `_MOST`, if the measured loss is larger than `_TOO_LOW` times
 #: the prediction, and larger than the prediction plus `_SHARE` times the predicted loss of the whole plan.
@@ -312,7 +312,7 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Find the layers whose predicted loss is far too low; return the factor for each name.
+        """Find the layers whose predicted loss is far too low; return the factor to raise it, by name.
 
         The layers of a group are measured together.
         """
@@ -347,7 +347,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the largest measured loss increase of a group for which its predictions are not raised."""
+        """Compute the largest measured loss increase at which the predictions of a group are not raised."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 

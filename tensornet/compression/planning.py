@@ -40,7 +40,7 @@ BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 class Prepared:
     """Targets of a model and their candidates; they are slow to find, but the same for all budgets.
 
-    `prepare` makes it. The weights are not copied.
+    These objects are made by `prepare`. The weights are not copied.
 
     Args:
         config: the configuration.

@@ -98,7 +98,7 @@ def _damped_further(moment: Tensor, damping: float) -> Tensor:
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
-    """Make the weighting of errors in one weight that predicts their loss increase.
+    """Make the weighting that predicts the loss increase of errors in one weight.
 
     Half of the trace of the gradient moment is spread evenly over its diagonal, see `FORECAST_DAMPING`.
 

@@ -65,7 +65,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a file that `save_model` wrote: replace layers of a dense model by compressed ones, load weights.
+    """Load a file of `save_model` into a dense model, whose layers are replaced by compressed ones.
 
     Args:
         model: a new dense instance of the saved class. Compressed layers replace its layers, on the same

@@ -47,7 +47,7 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Return the reason why `matches` is False if it is the size of the groups, else None."""
+        """Return a reason if `matches` is False because groups are too small, else None."""
         return "groups too small for low rank" if is_plain(module) and not _can_shrink(module) else None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _can_shrink(module: Any) -> bool:
-    """Return True if there is one group, or rank one has fewer parameters than the matrix of a group."""
+    """Return True if there is one group, or a factorization of rank 1 is smaller than a group's matrix."""
     rows = module.out_channels // module.groups
     columns = module.in_channels // module.groups * math.prod(module.kernel_size)
     return module.groups == 1 or rows + columns < rows * columns

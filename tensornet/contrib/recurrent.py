@@ -164,7 +164,7 @@ class MatrixRecurrence(Compound):
 
         Args:
             rows: concatenated inputs of all time steps, shape `(sum(counts), in)`.
-            counts: number of sequences in each time step, not increasing.
+            counts: number of sequences in each time step, which never increases.
             state: states before the first step, each of shape `(batch, size)`.
             suffix: suffix of the names of the linear layers.
         """

@@ -42,7 +42,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
 NEVER_REACHED = "it never ran on the data"
-#: Fraction of the batches that are not used for fitting, but to check whether refitting helped.
+#: Fraction of the batches that are used to check whether refitting helped, not for fitting.
 JUDGED = 1 / 8
 
 

@@ -166,7 +166,7 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 
 @remembered
 def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
-    """Compute `tail_costs` under a weighting `other`, faster if it is similar to the weighting of the SVD.
+    """Compute `tail_costs` under `other`, faster if this weighting is similar to that of the SVD.
 
     The fast way needs no product with a moment. It is used if both weightings have the same tensor as column
     moment and their row moments satisfy `R' = a R + diag(v)`. Then the rank-one terms of the SVD are
@@ -283,7 +283,7 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Combine several weightings of one matrix, which a model uses several times, into one.
+    """Combine the weightings of a matrix that a model uses several times into a single weighting.
 
     The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`: the nearest Kronecker product. If
     any `R_k` is diagonal, only the diagonals of all `R_k` are used; the same holds for the `C_k`.

@@ -198,7 +198,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
 
 @lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
-    """Plan the contraction of the slices of all cores, see `_take`, to rows of shape `(tokens, *in_dims)`."""
+    """Plan how the slices of all cores (see `_take`) are contracted to rows, shape `(tokens, *in_dims)`."""
     if topology.terms:
         return plan_sum([(places, plan_lookup(part)) for places, part in topology.parts])
     legs = set(topology.out_labels)

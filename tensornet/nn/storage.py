@@ -547,7 +547,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List the cores as `(name, shape before packing, length of the row order or None)`."""
+    """List `(name, shape before packing, length of the row order)` of each core; None: no row order."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:

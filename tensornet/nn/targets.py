@@ -142,7 +142,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     head = output_head(model)
 
     def choice(names: Collection[str], modules: Collection[nn.Module]) -> str:
-        """Return the reason why the configuration does not select modules; empty if it does."""
+        """Return the reason why the configuration does not select the modules; empty if it selects them."""
         if included is None and any(x is head for x in modules):
             return HEAD
         if included is None and any(map(_embeds, modules)):
@@ -211,8 +211,8 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
     """Check that every pattern matches a layer that can be compressed.
 
     Raises:
-        TargetError: a pattern matches none; the message lists the compressible layers, and says why matching
-            modules stay dense.
+        TargetError: a pattern matches no such layer; the message lists the compressible layers, and says why
+            matching modules stay dense.
     """
     for pattern in patterns:
         if pattern == ALL or any(_matches_any(layer.all_names, [pattern]) for layer in layers):

@@ -203,7 +203,7 @@ class Compound(nn.Module):
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Return a short reason for reports why `matches` is False for a module; None if it is True."""
+        """Return a short reason, for reports, why `matches(module)` is False; None if it is True."""
         return None
 
     @property
@@ -239,7 +239,8 @@ class Compound(nn.Module):
         """Return the compound if one of its layers was replaced, else the stock module.
 
         Args:
-            shared: parameters that other modules have joined, so that tied parameters stay tied.
+            shared: parameters that other modules have made by joining matrices, so that tied parameters stay
+                tied.
 
         Returns:
             This compound, after deleting the parameters of the stock module; or the stock module, after

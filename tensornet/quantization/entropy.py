@@ -156,7 +156,7 @@ def _level_with(energy: Any) -> Any:
 
 
 def _level_of(levels: Integers, shape: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Compute the level of every element from the levels of its column and its row, flattened to a vector."""
+    """Compute the levels of all elements, as one vector, from the levels of their columns and rows."""
     rows, columns = levels[shape[1] :], levels[: shape[1]]
     return (rows[:, None] + columns + _FIRST).clip(0, _LEVELS - 1).astype(np.uint8).reshape(-1)
 

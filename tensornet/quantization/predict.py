@@ -307,7 +307,7 @@ def _expect_coded(
     way: Rounding,
     sample: Tensor | None,
 ) -> ExpectedResiduals:
-    """Predict the residuals of an entropy-coded format; arguments as for `expect`, for a stack of one."""
+    """Predict the residuals of an entropy-coded format; arguments as for `expect`, for a single matrix."""
     across, along = expected_steps(weight[0], number_format, rows, columns)
     by_row, by_column = (
         _residual_weights(moment, moment is not None and moment is fed, weight, n)
@@ -387,7 +387,7 @@ def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat,
 
 
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
-    """Divide the sums of two stacks of vectors, shape `(stack,)`; the result is 0 where the divisor is 0."""
+    """Divide the sums of the vectors in two stacks, shape `(stack,)`; a quotient is 0 if its divisor is 0."""
     total = known.sum(1)
     return torch.where(total > 0, found.sum(1) / torch.where(total > 0, total, 1.0), 0.0)
 

@@ -238,7 +238,7 @@ def fed_back(
 
 
 def _best(solutions: Sequence[_Solution]) -> _Solution:
-    """Select the solution with the smallest loss increase for each matrix; the first of equal ones."""
+    """Select the solution with the smallest loss increase for each matrix; the first if several are equal."""
     best = solutions[0]
     for other in solutions[1:]:
         better = other.loss < best.loss

@@ -37,7 +37,7 @@ _WIDER = {16: 32, 32: 64, 64: 128}
 def search_scales(
     weight: Tensor, number_format: NumberFormat, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Find the scale and zero point of each group with a small weighted rounding error.
+    """Find a scale and zero point for each group such that the weighted rounding error is small.
 
     Args:
         weight: matrices, shape `(..., out, in)`.
@@ -103,7 +103,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """Replace the best scale and zero point in groups for which the given ones have a smaller error."""
+        """Keep the given scale and zero point as the best ones in groups where their error is smaller."""
         nonlocal best_scale, best_zero, best_cost
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)

@@ -66,7 +66,7 @@ class Outcome:
 
     @classmethod
     def of(cls, result: Decomposition | MPO) -> "Outcome":
-        """Convert a `Decomposition` or an `MPO` of this library."""
+        """Make the outcome from a `Decomposition` or an `MPO` of this library."""
         network = result.network
         return cls(
             matrix=network.to_matrix(),
@@ -512,7 +512,7 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
 
 
 def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that a layer stores the bytes that the format states, and loads bit for bit.
+    """Check that a layer takes as many bytes as the format states, and is loaded bit for bit.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -566,8 +566,8 @@ class Law(NamedTuple):
     Args:
         check: function that raises `AssertionError` if the law is violated.
         drawn: strategies for the keyword arguments of `check`.
-        subject: function that returns the leading arguments of `check` for an instance of the test class; the
-            method `subject` of this class if absent.
+        subject: function that returns the leading arguments of `check` for an instance of the test class; by
+            default, the method `subject` of this class.
         examples: largest number of examples, for slow checks; by default, that of the hypothesis profile.
 
     Example:

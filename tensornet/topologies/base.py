@@ -200,7 +200,7 @@ class TopologyFamily(ABC):
         and integer scales are used for dense matrices only.
 
         Returns:
-            A list of pairs: the format of all cores, and exceptions by the name of the core.
+            A list of pairs: the format of all cores, and other formats of single cores by name.
         """
         return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and x.for_networks)]
 
@@ -456,7 +456,7 @@ def check_options(name: str, options: Mapping[str, Any], known: Collection[str] 
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Lower a curve to the value `known` at `index`; the first value is unchanged."""
+    """Lower a curve to at most `known` at `index`; the first value is unchanged."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)

@@ -193,7 +193,7 @@ def _decompose(
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
     def ranks(caps: Sequence[int]) -> list[int]:
-        """Compute the bonds that the sequential SVD gives under these limits without `rel_error`."""
+        """Compute the bonds of the sequential SVD if only `caps` limit them, not `rel_error`."""
         right = math.prod(legs[1:])
         found = [min(caps[0], -(-min(legs[0], right) // closing))]
         for k in range(1, len(legs) - 1):
