@@ -1,13 +1,13 @@
 """How much do plans of formats and ranks increase the loss, compared with quantizers at equal bytes?
 
 Every row is a model compressed with calibration but without training: all linear layers except the output
-head have the given number of bits per weight, scales included. The methods of this library are
-configurations of the same pipeline. `plan` chooses the format and rank of every layer. `two-sided`,
-`one-sided` (as GPTQ) and `nearest` use one format for all layers: integers in groups of 32 with 8-bit scales,
-or in groups of 64 with 16-bit scales, which take the same bytes. Peers are installed packages with default
-options and symmetric groups of 64 (hqq: zero points and groups of 128, which take the same bytes). They write
-dequantized weights, and all methods are judged on the same windows. Calibration, validation and judged
-windows do not overlap; for MiniLM and SmolLM2 they come from different sources.
+head have the given number of bits per weight, scales included. The methods of this library are configurations
+of the same pipeline. `plan` chooses the format and rank of every layer. `two-sided`, `one-sided` (as GPTQ)
+and `nearest` use one format for all layers: integers in groups of 32 with 8-bit scales, or in groups of 64
+with 16-bit scales (both take the same bytes). Peers are installed packages with default options and symmetric
+groups of 64 (hqq: zero points and groups of 128, which take the same bytes). They write dequantized weights,
+and all methods are judged on the same windows. Calibration, validation and judged windows do not overlap; for
+MiniLM and SmolLM2 they come from different sources.
 
 `predicted` is the predicted loss increase of the plan, `validation` the measured one on other text. SmolLM2
 is rotated, since the weights of the published file lie on a 4-bit grid; `rotated` names the rotated parts (in

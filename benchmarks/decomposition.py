@@ -4,7 +4,7 @@
 
 In every case, all installed packages decompose the same float32 matrix at the same bonds, in turn, in one
 process. There are two kinds of matrices: Gaussian matrices, whose flat spectrum is the hardest for iterative
-methods, and matrices whose singular values fall like `k^-1/2`, which is closer to trained weights. Bytes and
+methods, and matrices whose singular values fall like `k^-1/2`, more like those of trained weights. Bytes and
 errors are reported with the times. Goals for the speed-up over the fastest other package: a geometric mean of
 5, and at least 1.5 in every case. Goal for the errors: within 1 % of those of the other packages. Writes the
 record `decomposition.json`.

@@ -108,7 +108,7 @@ def _halves(size: int) -> tuple[int, int]:
 
 
 def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of three-core chains with a shared center, whose end cores have out-legs and in-legs."""
+    """Build a bank of three-core chains with a shared center; each end core has an out-leg and an in-leg."""
     a = min(_end(rows), _end(columns))
     legs = {"out_dims": (a, rows // a**2, a), "in_dims": (a, columns // a**2, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)

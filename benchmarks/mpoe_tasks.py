@@ -36,7 +36,7 @@ Quotations = dict[str, list[str]]
 
 
 def fetch(cache: Path) -> Path:
-    """Return the folder of the quotations, which are downloaded with apt if they are not in the cache."""
+    """Return the folder of the quotations; download them with apt if they are not in the cache."""
     folder = cache / "texts" / "usr" / "share" / "games" / "fortunes"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

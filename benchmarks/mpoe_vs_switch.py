@@ -6,9 +6,9 @@ The two embedded models, trained on the Bible, are fine-tuned on quotations: a G
 a T5 that restores vowels (see `mpoe_tasks.py`, also for the text). Each row of a table is the same model with
 other feed-forward networks, which `th.upcycle` makes from the trained ones.
 
-Every row gets the same number of steps, the same batches for a seed, and the same tuning effort: each
-learning rate of a grid is tried once, with the first seed; the rate with the lowest loss on the tuning part
-is used for all seeds, and the table shows losses on the test part. Each finished run is written to the state
+Every row gets the same number of steps, the same batches for a seed, and the same tuning effort. Each
+learning rate of a grid is tried once, with the first seed. The rate with the lowest loss on the tuning part
+is used for all seeds. The table shows losses on the test part. Each finished run is written to the state
 folder and is not repeated, so the script can be stopped and called again. All tables take about an hour of
 one core. Writes the record `mpoe_vs_switch.json`; tables that were not requested are kept in it.
 """
@@ -261,7 +261,7 @@ def train(task: Task, row: Row, *, rate: float, seed: int, steps: int) -> dict[s
     Args:
         task, row: the task and the row.
         rate: largest learning rate.
-        seed: seed of routers, of the order of the data and of the mask.
+        seed: seed of the routers, the order of the data, and the mask.
         steps: number of training steps.
     """
     model = build(task, row, seed=seed).train()
@@ -302,7 +302,7 @@ class State:
         self.runs: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
 
     def run(self, setting: Setting, task: Task, row: Row, rate: float, seed: int) -> dict[str, Any]:
-        """Return the result of a run, which is made if it is not stored; the key contains all its options."""
+        """Return the stored result of a run, or make the run and store it; the key contains all options."""
         key = f"{setting.task.__name__} {setting.sizes} {setting.steps} {row} rate {rate:g} seed {seed}"
         if key not in self.runs:
             result = train(task, row, rate=rate, seed=seed, steps=setting.steps)

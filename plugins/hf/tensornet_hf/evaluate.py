@@ -25,7 +25,7 @@ from tensornet.compression.loss_increase import (
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
 from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
-#: Largest number of tokens that are read of a held-out text.
+#: Largest number of tokens that are read from a held-out text.
 HELD_OUT_TOKENS = 32_768
 #: Largest number of logits in a batch: 64 MB in float32.
 MOST_LOGITS = 16_000_000
@@ -365,7 +365,7 @@ def divergence(
 
 
 def _quantile(values: Tensor, q: float) -> tuple[float, float]:
-    """Compute the q-quantile and its standard error, from the quantiles `q +- sqrt(q (1 - q) / n)`."""
+    """Compute the q-quantile, and its standard error from the quantiles at `q +- sqrt(q (1 - q) / n)`."""
     count = len(values)
     spread = (q * (1 - q) / count) ** 0.5
     low, middle, high = values.quantile(
@@ -472,7 +472,7 @@ def run_tasks(
     Args:
         model: a causal language model or an encoder-decoder model.
         tokenizer: the model's tokenizer.
-        tasks: names of tasks of the harness or of task files in `task_path`.
+        tasks: names of tasks, which the harness or the files of `task_path` define.
         task_path: a task file, or a folder of task files.
         shots: number of examples before each question; None uses the default of the task.
         limit: largest number of examples of each task; None uses all.

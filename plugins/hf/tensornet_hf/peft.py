@@ -166,7 +166,7 @@ def lora_config(
         >>> adapted.get_nb_trainable_parameters()[0] > 0
         True
     """
-    if target_modules == ALL_LINEAR:  # PEFT would only find dense layers
+    if target_modules == ALL_LINEAR:  # PEFT itself would find only dense layers
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         target_modules = []
         for name, module in model.named_modules():

@@ -453,7 +453,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         """Disable the renaming of stored tensors if their names already match the model.
 
         A compressed model is saved under the current names of its class. When transformers loads such a file
-        into Qwen2-VL without its head, for example, it would take these names for those of an older version.
+        into Qwen2-VL without its head, for example, it would otherwise mistake these names for those of an
+        older version.
         """
         if not self.pre_quantized:
             return weight_conversions

@@ -1,4 +1,4 @@
-"""Convert upcycled models to mixtures of transformers, or run their experts by functions of transformers."""
+"""Convert upcycled models to mixture classes of transformers, or run their experts with its functions."""
 
 import copy
 from functools import partial
@@ -170,7 +170,7 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
 
 
 def _network(experts: Any) -> ExpertFFN:
-    """Return the experts of a layer, which may be those of its pool."""
+    """Return the experts of a layer, or those of its pool if it uses a pool."""
     if isinstance(experts, PooledExperts):
         experts = experts.lender().experts
     check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are distributed")

@@ -280,12 +280,12 @@ def staging(destination: Path) -> Iterator[Path]:
 
 
 def staging_folder(destination: Path) -> Path:
-    """Return the staging folder of a destination, which is in the same parent folder."""
+    """Return the staging folder of a destination; both have the same parent folder."""
     return destination.with_name(f".{destination.name}.partial")
 
 
 def digest(content: Any) -> str:
-    """Return the SHA-256 of JSON-ready content, which does not depend on the order of keys."""
+    """Return the SHA-256 of JSON-ready content; the order of keys does not matter."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -411,7 +411,7 @@ def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]
                     found.append(read[0])
                     for name in read:
                         set_submodule(model, name, stock[name])
-                        for parameter in stock[name].parameters():  # code may write to expanded zeros
+                        for parameter in stock[name].parameters():  # expanded zeros cannot be written to
                             parameter.data = torch.zeros_like(parameter)
                 except Exception:  # the model needs true weights or another batch
                     break

@@ -59,7 +59,7 @@ class ExportLaws:
         return path
 
     def test_weights(self, tmp_path: Path) -> None:
-        """Check that the weights in the files are those of the model, which is not changed."""
+        """Check that the files have the model's weights, and that the export does not change the model."""
         model = self._mixed()
         before = {name: x.clone() for name, x in model.state_dict().items()}
         export(model, tmp_path / self.destination, target=self.target)

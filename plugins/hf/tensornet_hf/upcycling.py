@@ -110,8 +110,8 @@ class MoEConfig:
 
     Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
     `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from
-    the start, so a layer uses the experts of another layer only for tokens whose router prefers these experts
-    by more than the bias.
+    the start, so a layer uses the experts of another layer only for tokens for which its router prefers these
+    experts by more than the bias.
 
     Args:
         num_experts: number of experts of each network, or of each pool.
@@ -125,12 +125,12 @@ class MoEConfig:
             see `tensornet_moe.share_across_layers`.
         topology: topology family of the decomposition. Or a list of topologies, one for each shape of the
             networks' matrices.
-        sites: number of cores of a chain (default: 5, as in the paper).
+        sites: number of cores of a chain (default: 5, as in the MPOE paper).
         model_dims: factors of the model's width, the same for every matrix.
         hidden_dims: factors of the width of the hidden layer.
         max_bond: largest bond dimension of each matrix (default: no truncation).
         rel_error: largest relative error of each matrix (Frobenius norm).
-        param_ratio: share of a matrix's parameters that the cores of an expert may have, such as 0.5.
+        param_ratio: fraction of a matrix's parameters that the cores of an expert may have, such as 0.5.
         noise: relative noise on the private cores, which makes the experts differ.
         aux_loss_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
         z_loss_coef: weight of the router z-loss.
@@ -432,7 +432,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity in place of a network's later parts, since the mixture at its first matrix computes all of it.
+    """Identity in place of a network's later parts; the mixture in place of the first matrix computes all.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """
@@ -561,7 +561,7 @@ def _recognize(
 
 
 def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) -> str:
-    """Return the name of an activation, which is recognized by its values on a grid."""
+    """Recognize an activation by its values on a grid, and return its name."""
     grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     values = function(grid)
     for name, known in ACTIVATIONS.items():

@@ -15,9 +15,9 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
     """Move the bias of every expert by one step towards an even load: `b_e += rate * sign(mean - load_e)`.
 
     Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load of an expert is
-    how often routers chose it in training since the last call, before choices are dropped and without
-    padding: in one layer, or in all layers together for an `ExpertPool` with `balance="pool"`. Loads are
-    summed over processes, so that every process gets the same biases.
+    how often routers chose it in training since the last call, including choices that were then dropped, but
+    not padding. It is counted in each layer, or in all layers of an `ExpertPool` with `balance="pool"`
+    together. Loads are summed over processes, so that every process gets the same biases.
 
     Args:
         model: contains the mixtures.

@@ -193,7 +193,7 @@ def compress_experts(
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
         config: the options, with a budget of parameters, bytes or predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
-        across_layers: consider also that the experts of all layers share a core; this is chosen where its
+        across_layers: also consider cores that the experts of all layers share. They are chosen where their
             predicted loss is lower than with sharing in each layer and with separate networks.
         progress: show progress bars.
 
@@ -432,9 +432,9 @@ def choose_jointly(
     """Choose candidates of single layers and of stacks in one budget, and name the cap that is reached first.
 
     A first allocation, with shared and separate candidates for every stack, finds which stacks share. Then
-    the budget is allocated again in finer steps: these stacks share, and all other layers are single.
-    Allocations in which no stack shares, and in which every stack shares, are tried as well, so the result is
-    never worse than these two.
+    the budget is allocated again in finer steps: these stacks share, and all other layers are single. Two
+    more allocations are tried, in which no stack shares or every stack shares, so the result is never worse
+    than these two.
 
     Args:
         prepared: the candidates of every layer.

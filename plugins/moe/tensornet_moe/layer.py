@@ -313,9 +313,9 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Call this once after each forward pass in training, and add `.total` to the loss. The losses are cleared,
     so that a step cannot count those of an earlier step.
 
-    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss together: it is computed from
-    the sums of their choices and probabilities, weighted by the sum of their coefficients, and repeated in
-    `.balance` for each of them.
+    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss together. It is computed from
+    their summed choices and probabilities, weighted by the sum of their coefficients, and repeated in
+    `.balance` for each layer.
 
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry

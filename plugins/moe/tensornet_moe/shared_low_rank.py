@@ -438,7 +438,7 @@ def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
 
     left = total([x.rows for x in weightings], [b for _, b in sizes], rows)
     right = total([x.columns for x in weightings], [a for a, _ in sizes], columns)
-    if left is None or right is None:  # None is the identity, whose trace is divided out
+    if left is None or right is None:  # an identity (None) has trace `rows` or `columns`
         return Weighting(None if left is None else left / columns, None if right is None else right / rows)
     return Weighting(left / max(sum(a * b for a, b in sizes), 1e-300), right)
 
@@ -465,7 +465,7 @@ def shared_candidates(
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
         sensitivities: sensitivity of the loss to errors in each matrix.
-        formats: number formats that cores may be stored in; only the model's dtype if empty.
+        formats: number formats that cores may be stored in; if empty, only the model's dtype is used.
         per_token: number of these matrices that process the same token.
 
     Returns:

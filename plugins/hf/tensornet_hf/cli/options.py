@@ -219,8 +219,8 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
     """Return a decorator that adds options to a command, one for each dataclass field that has metadata.
 
     The metadata of a field (see `tensornet.compression.config.option`) determines the type and group of its
-    option, and the docstring of the class its help text. The command gets the values as keyword arguments
-    with the names of the fields; `collect` converts them to arguments of the dataclass.
+    option; the docstring of the class contains the help text. The command gets the values as keyword
+    arguments with the names of the fields; `collect` converts them to arguments of the dataclass.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:

@@ -34,7 +34,7 @@ _SMALL_ENDS = 1 / 8
 
 
 def use_chain_rows(model: nn.Module) -> int:
-    """Make the banks of a model use this kernel if their topology is a chain with one shared inner core.
+    """Make the banks of a model use `chain_kernel` if their topology is a chain with one shared inner core.
 
     This makes training of mixtures with large experts faster on CPUs. Nothing changes on other devices, in
     compiled code, and for dtypes other than float32 and float64.
