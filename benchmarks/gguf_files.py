@@ -214,7 +214,7 @@ class Bench:
         return stats
 
     def speed(self) -> None:
-        """Measure tokens per second of plans and presets in llama.cpp, and its divergence (`own_divergence`)."""
+        """Measure tokens per second of plans and presets in llama.cpp, and its divergence from float32."""
         pairs = {
             row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows

@@ -1,4 +1,4 @@
-"""Convert upcycled models to mixture classes of transformers, or run their experts with its functions."""
+"""Convert upcycled models to transformers' own mixtures, or run their experts with functions of transformers."""
 
 import copy
 from functools import partial

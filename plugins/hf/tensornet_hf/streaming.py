@@ -124,7 +124,7 @@ def compress_checkpoint(
             workers have access to the same file system, such as
             `dask.distributed.Client(...).get_executor()`.
         device: device on which weights are compressed.
-        resume: continue an interrupted run; if False, its files are deleted.
+        resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
         max_shard_bytes: largest size of a shard in bytes of the source; a single module may be larger.
         force: replace an existing model folder, once the new folder is complete.

@@ -314,7 +314,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
             return super().apply_rows(x, groups)
         # Keeping all matrices for the backward pass would take as much memory as dense experts. So they are
-        # rebuilt, if that takes at most half the multiply-adds of multiplying the rows.
+        # rebuilt if that takes at most half the multiply-adds of multiplying the rows.
         again = torch.is_grad_enabled() and 2 * self.plan.multiply_adds(1) <= rows * elements
         cores = self._cores_of_each()
         return torch.cat(
