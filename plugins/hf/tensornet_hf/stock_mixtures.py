@@ -1,4 +1,4 @@
-"""Convert upcycled models to transformers' own mixtures, or run their experts with functions of transformers."""
+"""Convert upcycled models to transformers' own mixtures, or let transformers compute their experts."""
 
 import copy
 from functools import partial

@@ -577,7 +577,7 @@ def _options(
 def _fit(
     choice: SharedCandidate, targets: Sequence[Target], stats: CalibrationStats, damping: float
 ) -> tuple[dict[str, nn.Module], SharedStack]:
-    """Fit the networks of a stack; return its layers, which share a core, by name, and the report on them."""
+    """Fit the networks of a stack, which share a core; return the layers by name, and the report on them."""
     topology, storage = choice.candidate.topology, choice.candidate.storage
     assert topology is not None
     rank = max(topology.bond_dims.values())

@@ -493,7 +493,7 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _refusals(kind: str) -> Iterator[None]:
-    """Convert errors of the converter into TargetErrors that name the model class; silence the converter's log."""
+    """Convert the converter's errors into TargetErrors that name the model class, and silence its log."""
     loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
     levels = [logger.level for logger in loggers]
     try:
