@@ -259,7 +259,7 @@ def load_slice(part: Slice) -> Tensor:
     The mapping is copy-on-write: changes of the tensor do not change the file.
 
     Raises:
-        FormatError: the file was truncated, or its dtype is not in `MAPPED`.
+        FormatError: the file was truncated, or the dtype of the tensor is not in `MAPPED`.
     """
     if part.dtype not in MAPPED:
         raise FormatError(

@@ -249,7 +249,7 @@ def checked_losses(losses: Any) -> Tensor:
 
 
 def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
-    """Return the mean loss of a token; NaN for random projections, whose value has no meaning.
+    """Return the mean loss of a token; NaN for random projections, whose values have no meaning.
 
     Raises:
         TargetError: no token has a loss.

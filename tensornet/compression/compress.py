@@ -262,7 +262,7 @@ def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedDat
 
 
 def _measurable(data: ProvidedData) -> ProvidedData:
-    """Return the data without a loss function that draws random numbers: its values cannot be compared."""
+    """Return the data, without the loss function if its values are random and cannot be compared."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 

@@ -312,7 +312,7 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Find the layers whose predicted loss is far too low; return the factor to raise it, by name.
+        """Find the layers whose predicted losses are far too low; return a factor for each of these, by name.
 
         The layers of a group are measured together.
         """

@@ -162,7 +162,7 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Compute the largest useful bonds: the smaller product of leg sizes, to the left or to the right."""
+    """Compute the largest useful bonds: each is the smaller product of leg sizes, to its left or right."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 

@@ -63,7 +63,7 @@ class ModelExtension:
     def next_batch(self, block: nn.Module, batch: Mapping[str, Any]) -> None:
         """Pass information about a batch, such as its padding, to modules inside `block`.
 
-        This is called before a single block of a model is run without the rest of the model.
+        This is called before `block` is run without the rest of the model.
 
         Args:
             block: part of an unfused model.

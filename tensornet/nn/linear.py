@@ -166,7 +166,7 @@ class TensorNetworkLinear(NetworkModule):
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`; it is not changed.
-            topology: a topology family or its registered name, which chooses dims and bonds; or a topology,
+            topology: a topology family (or its registered name), which chooses dims and bonds; or a topology,
                 which fixes all dims and bonds.
             max_bond, rel_error, param_ratio: limits of the decomposition, see `Budget`.
             strategy: how the new layer is applied, see `NetworkModule`.

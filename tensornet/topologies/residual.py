@@ -183,7 +183,7 @@ class ResidualFamily(TopologyFamily):
         return Ladder(topologies, torch.stack(rows[:-1]), (2 * rows[-1] / energy).sqrt(), complete=False)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix and fit a low-rank matrix to its rounding error, alternately; return the best."""
+        """Round the matrix and fit a low-rank matrix to the error, alternately; return the best result."""
         target, formats = stored.matrix(), stored.formats
         _, part = stored.topology.parts[1]
         left, right = part.core_names
