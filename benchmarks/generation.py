@@ -14,9 +14,9 @@ last token. `int4` has 4.25 bits per weight in one format. `planned` has 4.25 bi
 a plan chooses. For its formats of 3 bits the kernels use 4 bits, for 5 and 6 bits two matrices of 4 bits.
 `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without its cache of graphs.
 
-The mode `generate` is the loop of transformers: 48 new tokens after a prompt of 16, with a KV cache. Its
-variants have linear layers in int4; embedding and head in int4 too (`whole`); and the step of one token
-compiled (`th.load(..., inference="compiled")`).
+The mode `generate` is the loop of transformers: 48 new tokens after a prompt of 16, with a KV cache. Each
+variant adds a change to the one before: linear layers in int4; embedding and head in int4 (`whole`); the step
+of one token compiled (`th.load(..., inference="compiled")`).
 
 Every row also has the bytes of the file and of the tensors in memory. Rows that are in the record are kept,
 also those from other processors, so that an interrupted run can be continued.

@@ -1,4 +1,4 @@
-"""How long do planning and rounding of a layer take, and how much loss do they cause?
+"""How long do planning and rounding of a layer take, and how much do they increase the loss?
 
     OMP_NUM_THREADS=1 python benchmarks/planning.py [--toy] [--shapes 576x576 1536x576] [--bits 4.25 2.25]
 
