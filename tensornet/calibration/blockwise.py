@@ -185,7 +185,7 @@ class ChainRun:
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` on one batch, and return the hidden state after it without storing it.
+        """Run the block at `position` on one batch, and return its output hidden state, which is not stored.
 
         Args:
             number: index of the batch.

@@ -84,7 +84,7 @@ def calibrate(
     The first condition limits the sampling error of the moments: if factors are fitted to moments of `n`
     independent tokens, the loss increase is larger by a fraction `(rows + columns) / n` than with exact
     moments. The second detects batches that differ more than random samples would. Neither can detect what is
-    in batches that were not read, so pass batches in random order. `docs/planning.md` has the measurements.
+    in batches that were not read, so pass batches in random order. See docs/planning.md.
 
     Args:
         model: any module; layers of registered kinds are observed, see `tensornet.nn.LayerKind`.

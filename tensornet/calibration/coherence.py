@@ -124,7 +124,7 @@ class CoherenceSample:
         """Estimate the coherence of the layer from the sample.
 
         Args:
-            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; its scale is irrelevant.
+            columns: moment of the inputs, shape `(in, in)` or its diagonal `(in,)`; the scale is irrelevant.
             rows: moment of the output gradients, shape `(out, out)` or its diagonal `(out,)`.
 
         Returns:

@@ -24,8 +24,8 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits, shape `(tokens,)`.
 
     The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding. For decoder classes of
-    the package transformers, the logits of a position are scored by the label of the next position, for other
-    models by the label of the same position (`scores_next_token`). Logits of padding are not scored.
+    `transformers`, the logits of a position are scored by the label of the next position, for other models by
+    the label of the same position (`scores_next_token`). Logits of padding are not scored.
 
     The output of the model is an object or mapping with `logits` or `loss`, or one tensor `(..., classes)`
     for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
@@ -229,8 +229,8 @@ _IN_PLACE = (
 def scores_next_token(model: nn.Module) -> bool | None:
     """Return True if a model predicts the label of the next position, False if that of the same position.
 
-    Classes of the package transformers are recognized by the end of their name, and encoder-decoder models,
-    which shift labels themselves, by their configuration. The result for any other class is None.
+    Classes of `transformers` are recognized by the end of their name, and encoder-decoder models, which shift
+    labels themselves, by their configuration. The result for any other class is None.
 
     Example:
         >>> from tensornet.calibration.losses import scores_next_token

@@ -59,8 +59,8 @@ def apply_plan(
     Args:
         model: the model for which the plan was made.
         plan: the plan; it may have been edited or loaded.
-        stats: the statistics with which the plan was made. The cores depend on their moments, which a plan
-            does not contain.
+        stats: the statistics with which the plan was made. The cores depend on the moments, which a plan does
+            not contain.
         progress: whether to show a progress bar.
         made: cache of new layers by name and scheme: layers in it are reused, others are added.
         dense: receives the replaced modules by name, for `put_back`.

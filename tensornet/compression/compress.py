@@ -109,8 +109,8 @@ def compress(
         with unfused(model):
             weights = list_weights(model)
 
-    # Plan, apply the plan, and run one batch. If other code reads the weights of layers, these layers become
-    # dense again, and the budget is divided among the other layers again.
+    # Plan, apply the plan, and run one batch. If other code reads weights of layers, make these layers dense
+    # again and plan the others again.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     batch = _batch_to_run(model, data.batches)

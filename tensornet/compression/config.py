@@ -29,8 +29,7 @@ AUTO = "auto"
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
 #: Budgets that limit bytes.
 BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
-#: Number formats to plan with if bits per weight or a byte ratio are given without formats. Groups of 32 with
-#: 8-bit scales take the same bytes as groups of 64 with 16-bit scales, and are more accurate.
+#: Number formats to plan with if bits per weight or a byte ratio are given without formats.
 DEFAULT_FORMATS = (
     "float",
     "int8",
@@ -98,13 +97,13 @@ class CompressionConfig(LayerSelection):
         formats: number formats that layers may have, such as float,int8,int4 (default with bits or a byte
             ratio: the dtype of the model and integers of 8 to 2 bits). Names are read by
             `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
-            may have any of these formats, cores of networks only floats and integers of at least four bits.
-            In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are replaced
-            by formats of the same size with 16-bit scales. The name of a menu, a list of formats without
-            networks, is allowed too: `"entropy"` has entropy-coded integers for the smallest files; `"gguf"`,
-            `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in them.
-            `"gguf"` and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the only
-            ones used from it, as in `("gguf", "int4:g32:float16", "float")`.
+            may have any of these formats; cores of networks may have floats and integers of at least four
+            bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
+            replaced by formats of the same size with 16-bit scales. The name of a menu, a list of formats
+            without networks, is allowed too: `"entropy"` has entropy-coded integers for the smallest files;
+            `"gguf"`, `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in
+            them. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the
+            only ones used from it, as in `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is

@@ -40,7 +40,7 @@ BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 class Prepared:
     """Targets of a model and their candidates; they are slow to find, but the same for all budgets.
 
-    These objects are made by `prepare`. The weights are not copied.
+    Made by `prepare`, without copying the weights.
 
     Args:
         config: the configuration.

@@ -14,8 +14,8 @@ one antidiagonal are independent, and so are tiles on one antidiagonal of the ma
 all these tiles is rounded at once; tiles exchange feedback by matrix products. Columns are stored in reverse
 order, so that antidiagonals become diagonals, of which torch can make views.
 
-Each step is so small that function calls take as long as arithmetic. So tiles are rounded in one buffer whose
-views are created only once.
+Function calls take as long as the arithmetic of a step, so tiles are rounded in one buffer whose views are
+created only once.
 
 Reference:
     Frantar et al. 2023, "GPTQ"; Chee et al. 2023, "QuIP" (LDLQ); Tseng et al. 2025, "Model-preserving

@@ -582,7 +582,7 @@ def bytes_for(
     """Compute the number of bytes of a matrix in an exported file.
 
     The number is the same as in a file of this library, except for the GGUF type Q2_K and for MLX, which
-    stores rows of 32-bit words and, for each group, a scale and a bias in the dtype of the model.
+    stores rows of 32-bit words, and a scale and a bias in the model's dtype for each group.
 
     Args:
         target: export target, a key of `MENUS`; None for files of this library.
@@ -750,9 +750,8 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
     """Compute the planes and shifts that `_shifted` needs.
 
     Returns:
-        The first plane of each segment; the shift to the right of each segment; the shift to the left of each
-        segment that continues in a second plane (one for every plane except the first); and the positions of
-        these segments and of their second planes, as slices.
+        The first plane of each segment; its shift to the right; for each segment that continues in a second
+        plane, its shift to the left there; and the positions of these segments and planes, as slices.
     """
     segments, planes = _layout(bits)
     starts = [divmod(segment * bits, 8) for segment in range(segments)]

@@ -1,6 +1,6 @@
 """Slow reference implementations in NumPy and double precision, for small operators.
 
-They are simple enough to be obviously correct: most are one `numpy.einsum` over all indices, or a dense SVD.
+Most are one `numpy.einsum` over all indices, or a dense SVD.
 """
 
 from collections.abc import Sequence

@@ -69,8 +69,8 @@ def round_dense(
 ) -> RoundedWeight:
     """Round a dense matrix to integers, with the damping and the coordinate descent that suit dense matrices.
 
-    The simpler methods are as in the literature: rounding to nearest uses no moments, and one-sided rounding
-    (GPTQ) only the moment of the inputs; both are without descent.
+    As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) only the moment
+    of the inputs; both are without descent.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
