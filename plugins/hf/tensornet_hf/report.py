@@ -400,7 +400,7 @@ def compact_bytes(value: float) -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id unchanged, or the name of a folder without its path, which reports must not reveal.
+    """Return a hub id unchanged, and a folder's name without its path, since reports must not reveal paths.
 
     Example:
         >>> from tensornet_hf.report import display_name
