@@ -1,7 +1,6 @@
 """Functions that all benchmarks share: paired timing, counting bytes, and writing records.
 
-A record is a JSON file in `benchmarks/records/` with results, date, commit and machine. The documentation
-quotes records.
+A record is a JSON file in `benchmarks/records/` with results, date, commit and machine.
 """
 
 from __future__ import annotations

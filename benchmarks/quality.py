@@ -10,7 +10,7 @@ that are in the record are skipped, so a run can be interrupted and continued:
     python benchmarks/quality.py --picture docs/quality.svg
 
 `CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes, also those of
-the dense model, run in bfloat16. Healing takes ten minutes of processor time (the machine has other users).
+the dense model, run in bfloat16. Healing takes ten minutes of processor time.
 """
 
 from __future__ import annotations

@@ -510,11 +510,7 @@ def run_tasks(
 
 
 def _load_tasks(names: Sequence[str], task_path: str | Path | None) -> Any:
-    """Load tasks and their data.
-
-    Raises:
-        TaskError: a task is unknown, or its data cannot be loaded.
-    """
+    """Load tasks and their data; raise TaskError for an unknown task or missing data."""
     from lm_eval.tasks import TaskManager
 
     folder = None if task_path is None else Path(task_path)

@@ -278,11 +278,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return found
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build expert matrices (see `plan_stack` for the cost), or read them from the cache.
-
-        Raises:
-            IndexError: an index outside `[0, num_experts)`, or no index at all.
-        """
+        """Build expert matrices (see `plan_stack` for the cost), or read them from the cache."""
         kept = self._kept()
         if experts is None:
             return self._rebuild(None) if kept is None else kept

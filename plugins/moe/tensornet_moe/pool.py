@@ -94,11 +94,7 @@ class ExpertPool(nn.Module):
         return y
 
     def check_fits(self, borrower: Any) -> None:
-        """Raise ShapeError unless this pool has the number and size of experts that a layer expects.
-
-        Raises:
-            ShapeError: the layer was built for another number or another shape of experts.
-        """
+        """Raise ShapeError unless this pool has the number and size of experts that a layer expects."""
         have, want = _sizes(self), _sizes(borrower)
         if have != want:
             raise ShapeError(

@@ -660,7 +660,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses, under each weighting, of rounding a core under the first: `(formats, weightings)`."""
+    """Predict the losses under each weighting of rounding a core under the first: `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

@@ -50,8 +50,6 @@ def export_compressed_tensors(
     reads this format too (not tested) if the projections that it fuses (query, key and value; gate and up)
     have the same number format.
 
-    The arguments are those of `tensornet_hf.export`.
-
     Raises:
         DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, a network is refused, or the model has experts.

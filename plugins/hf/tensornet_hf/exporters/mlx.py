@@ -74,8 +74,6 @@ def export_mlx(
     or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of the
     model if that is exact, otherwise float32; MLX then computes in float32 from this layer on.
 
-    The arguments are those of `tensornet_hf.export`.
-
     Raises:
         DestinationError: see `tensornet_hf.export`.
         TargetError: no layer can be packed, a network is refused, or mlx-lm cannot load this architecture.

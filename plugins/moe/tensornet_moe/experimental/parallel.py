@@ -66,11 +66,7 @@ class ParallelExperts(nn.Module):
         return _Exchange.apply(torch.empty_like(y).index_copy(0, order, y), received, sent, self.group)
 
     def spec(self) -> dict[str, Any]:
-        """Raise TargetError: only the gathered layer can be saved, see `gather_experts`.
-
-        Raises:
-            TargetError: always; see `gather_experts`.
-        """
+        """Raise TargetError: only the gathered layer can be saved, see `gather_experts`."""
         raise TargetError(
             "These experts are spread over processes. Call gather_experts(model) on every "
             "process, then save on one: the result loads on any number of processes."
