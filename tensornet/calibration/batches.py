@@ -23,7 +23,7 @@ IGNORED = -100
 _SHORT = (torch.int32, torch.int16, torch.int8, torch.uint8)
 #: Name of a model's first argument, if the signature of its `forward` does not show the name.
 _FIRST = "input_ids"
-#: Matches annotations, written as strings, of arguments that are mappings.
+#: Pattern for string annotations of arguments that are mappings.
 _MAPPINGS = re.compile(r"(typing\.|t\.)?(dict|Dict|Mapping|MutableMapping)\b")
 _FORMS = (
     "a mapping of model arguments, a tensor for the first of them, or a pair (inputs, labels) as a "

@@ -20,7 +20,7 @@ from tensornet.errors import BudgetError, NonFiniteError
 
 #: Smallest matrix size for which subspace iteration is faster than an eigendecomposition of the Gram matrix.
 MIN_SIZE = 256
-#: Largest rank, as a fraction of the smaller dimension, for which it is faster than this eigendecomposition.
+#: Largest rank, as a fraction of the smaller dimension, for which subspace iteration is fastest.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
 #: Factor on `_MAX_ITERATIONS` if singular values are needed, because these converge later than the energy.

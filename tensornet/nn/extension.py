@@ -152,7 +152,7 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
 
 
 def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return the arguments of the first extension that knows how to call this model, or None."""
+    """Return the batch of the first extension that knows how to call this model, or None."""
     return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
 
 

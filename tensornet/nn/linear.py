@@ -139,7 +139,6 @@ class TensorNetworkLinear(NetworkModule):
         return y
 
     def _integers_of(self, core: nn.Module) -> IntegerProduct:
-        """Return the integer matrix of a core."""
         if not isinstance(core, PackedCore):
             return core.integers  # type: ignore[return-value]
         known = self._integers
