@@ -1,4 +1,4 @@
-"""Train a compressed model with FSDP2 and accelerate, which shard cores like any other parameters.
+"""Train a compressed model with accelerate and FSDP2, which shards cores like all other parameters.
 
 accelerate launch examples/fsdp2_accelerate.py MODEL TEXT OUTPUT     # as configured by `accelerate config`
 torchrun --nproc-per-node 2 examples/fsdp2_accelerate.py --toy OUTPUT     # two processes on the CPU

@@ -1,4 +1,4 @@
-"""Measure the accuracy of a compressed or dense vision model on images in a folder for each class.
+"""Measure the accuracy of a vision model, compressed or dense, on images in one folder per class.
 
 python examples/image_accuracy.py MODEL IMAGES   # IMAGES/CLASS/name.png; CLASS is a name or a number
 python examples/image_accuracy.py --toy FOLDER   # a random ViT and six images

@@ -55,7 +55,7 @@ def main():
         max_steps=40 if options.toy else 1000,
         per_device_train_batch_size=4,
         learning_rate=3e-4,
-        weight_decay=0.0,  # decay would shrink every core, and so their product much more
+        weight_decay=0.0,  # weight decay would shrink each core, and their product even more
         save_strategy="no",
         report_to=[],
         use_cpu=options.toy,
