@@ -115,10 +115,9 @@ def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank like `two_sided`, but the first core has only an out-leg and the last only an in-leg."""
-    a = min(_end(rows), _end(columns)) ** 2
-    legs = {"out_dims": (a, rows // a, 1), "in_dims": (1, columns // a, a)}
-    return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
+    """Build the bank of `tm.mixture(share="center")`: the first core has an out-leg, the last an in-leg."""
+    weight = torch.randn(1, rows, columns)
+    return tm.mixtures.experts_from(weight, experts=experts, share="center", noise=0.05)
 
 
 def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:

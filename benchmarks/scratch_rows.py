@@ -169,6 +169,9 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
     hidden = round(row.hidden * sizes.hidden)
     width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
     up = rows == hidden
+    if row.options.get("one_sided"):
+        outs, ins = (hidden, sizes.width) if up else (sizes.width, hidden)
+        return {"out_dims": (a * b, outs // (a * b), 1), "in_dims": (1, ins // (a * b), a * b)}
     return {"out_dims": hidden_dims if up else width_dims, "in_dims": width_dims if up else hidden_dims}
 
 
@@ -176,7 +179,8 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
     """Build banks of chains of three cores with a shared center.
 
     Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends` gives the leg
-    sizes of the first and last core. (The option `mask`, the probability that a step does not change a shared
+    sizes of the first and last core; with `one_sided`, the first has only an out-leg and the last only an
+    in-leg, as large as both. (The option `mask`, the probability that a step does not change a shared
     core, is used by `Run`.)
     """
 
@@ -279,6 +283,7 @@ _TABLE = (
     fine("pairs, quarter, 6, root rates", "pool", 12, span=2, root_rates=True, **_SIX),
     # Experts that share the center of their chains, in each layer or in a pool for all layers.
     fine("MPOE", "mpoe", 30),
+    fine("MPOE, one-sided", "mpoe", 30, one_sided=True),
     fine("MPOE, root rates", "mpoe", 30, root_rates=True),
     fine("MPOE, mask 0.5", "mpoe", 30, mask=0.5),
     fine("pool with center", "pool", 120, center=True),

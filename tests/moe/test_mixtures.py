@@ -11,9 +11,9 @@ from torch import nn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixtures import _legs
+from tensornet_moe.mixtures import _end
 
-D, F, E = 64, 128, 6  # legs (4, 4, 4) and (4, 8, 4): bonds of 16 on both sides
+D, F, E = 64, 128, 6  # ends of 16 on both sides
 
 
 def size_of_experts(share: str) -> int:
@@ -86,11 +86,11 @@ def test_routers_by_name_and_by_object() -> None:
         tm.mixture(d_model=D, router="switch", top_k=2)
 
 
-@pytest.mark.parametrize("size", [8, 12, 64, 96, 512, 768, 1376, 2048, 2730, 3072, 11008])
-def test_legs_are_short_ends_around_a_long_middle(size: int) -> None:
-    first, middle, last = _legs(size)
-    assert first * middle * last == size
-    assert 2 <= min(first, last) <= max(first, last) <= min(8, middle)
+@pytest.mark.parametrize(
+    ("size", "end"), [(8, 4), (12, 6), (64, 16), (80, 16), (512, 32), (768, 48), (2730, 42), (11008, 64)]
+)
+def test_an_end_is_short(size: int, end: int) -> None:
+    assert _end(size) == end
 
 
 def test_bad_words_are_refused() -> None:

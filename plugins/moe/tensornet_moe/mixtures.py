@@ -23,9 +23,9 @@ from tensornet_moe.routers import Router, router_kind
 Share = Literal["center", "none", "base"]
 SHARES = ("center", "none", "base")
 
-#: Largest leg of the end cores of a chain in `mixture`. With 8, rebuilding a matrix costs as much as
-#: multiplying `2 * 8 * 8` tokens by it.
-_LONGEST_END = 8
+#: Largest leg of the end cores of a chain in `mixture`. With 64, rebuilding a matrix costs at most as much as
+#: multiplying `64 + 64` tokens by it.
+_LONGEST_END = 64
 #: The rank of deltas in `mixture` is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
 #: Largest number of sweeps of alternating least squares when a center is fitted to several matrices.
@@ -53,9 +53,9 @@ def mixture(
 
     - `"none"`: a dense matrix for each expert.
     - `"center"`: a chain of three cores with full bonds. All experts share the middle core, which is as large
-      as one dense matrix; each expert owns both ends. The legs of an end are at most 8 and divide `out` and
-      `in`, so its bond is at most 64. So an expert owns at most 8,192 values for each matrix, and rebuilding
-      a matrix costs as much as multiplying 128 tokens by it.
+      as one dense matrix; each expert owns both ends. The first core has a leg of size `a` that divides
+      `out`, the last a leg of size `b` that divides `in`, both at most 64. So an expert owns `a**2 + b**2`
+      values for each matrix, and rebuilding a matrix costs as much as multiplying `a + b` tokens by it.
     - `"base"`: one dense matrix for all experts, and for each a low-rank delta that starts at zero, of rank
       `min(out, in) / 16`.
     - an `ExpertPool`: the layer uses the experts of the pool, which belongs to the model.
@@ -150,20 +150,20 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
         return whole, (), None
     if share == "base":
         return whole, whole.core_names, max(min(rows, columns) // _SIDE_PER_RANK, 1)
-    out_dims, in_dims = _legs(rows), _legs(columns)
-    if out_dims[0] * in_dims[0] == 1 or out_dims[2] * in_dims[2] == 1:
+    # An end with legs on both sides of the matrix trains equally well, but the matrix that is built from it
+    # must be copied to bring its rows and columns into order, which makes a training step a third slower.
+    first, last = _end(rows), _end(columns)
+    if first == 1 or last == 1:
         raise ShapeError(
-            f"Matrices of shape {rows} x {columns} have no legs for a shared center: each end needs a factor "
-            f"of a side in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
+            f"Matrices of shape {rows} x {columns} have no legs for a shared center: each side needs a "
+            f"factor in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
         )
-    return mpo(out_dims=out_dims, in_dims=in_dims), ("1",), None
+    return mpo(out_dims=(first, rows // first, 1), in_dims=(1, columns // last, last)), ("1",), None
 
 
-def _legs(size: int) -> tuple[int, int, int]:
-    """Factor the length of a side into three legs; the outer two are as large as possible, up to 8."""
-    ends = range(1, _LONGEST_END + 1)
-    splits = [(a, size // (a * b), b) for a in ends for b in ends if size % (a * b) == 0]
-    return max((x for x in splits if x[1] >= max(x[0], x[2])), key=lambda x: (min(x[0], x[2]), x[0] * x[2]))
+def _end(size: int) -> int:
+    """Return the leg of an end core: the largest divisor up to 64, and up to four times the middle leg."""
+    return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
 @torch.no_grad()
