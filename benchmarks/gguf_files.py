@@ -56,7 +56,7 @@ from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
 
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
-#: A preset, and the fraction of its bytes for which an additional plan is made.
+#: A preset, and the budget of an additional plan as a fraction of its bytes.
 POPULAR, SHARE = "Q4_K_M", 0.75
 #: For the picture: presets whose names are left of their points, and titles of the models.
 SMALLEST = ("IQ3_S", "Q2_K")

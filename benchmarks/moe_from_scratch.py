@@ -63,7 +63,7 @@ class Recipe:
         warmup: number of steps of the warm-up.
         weight_decay: weight decay of matrices.
         average: the weights are averaged over about the last `1 / average` of all steps so far.
-        judge_windows: number of windows of the test part; half of this number is for tuning.
+        judge_windows: number of windows for testing; half as many are for tuning.
     """
 
     windows: int = 32
@@ -384,7 +384,7 @@ def toy_sizes() -> Sizes:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path | None:
-    """Make the missing runs and write the record; return its path, or None if time ran out before."""
+    """Make the missing runs and write the record; return its path, or None if time ran out first."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("texts", type=Path, nargs="?", help="folder of the unpacked packages")
     parser.add_argument("--state", type=Path, default=CACHE, help="folder of the runs")

@@ -80,7 +80,7 @@ class LanguageModelling:
     Args:
         quotations: the text.
         train_size: number of tokens for training.
-        judge_size: number of tokens for testing; half of this number is for tuning.
+        judge_size: number of tokens for testing; half as many are for tuning.
         batch: number of windows of 128 tokens in a batch.
     """
 
@@ -120,7 +120,7 @@ class LanguageModelling:
                 yield {"input_ids": windows[rows], "labels": windows[rows]}
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """List batches of windows without overlap for a part, each with its number of predicted tokens."""
+        """List batches of disjoint windows of a part, each with its number of predicted tokens."""
         stream = self.parts[part]
         windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16)
         return [({"input_ids": w, "labels": w}, len(w) * (CONTEXT - 1)) for w in windows]
@@ -132,7 +132,7 @@ class VowelRestoration:
     Args:
         quotations: the text.
         train_size: number of distinct phrases of two or three words for training.
-        judge_size: number of phrases for testing; half of this number is for tuning.
+        judge_size: number of phrases for testing; half as many are for tuning.
         batch: number of phrases in a batch.
     """
 

@@ -180,8 +180,8 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
     Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends` gives the leg
     sizes of the first and last core; with `one_sided`, the first has only an out-leg and the last only an
-    in-leg, as large as both. (The option `mask`, the probability that a step does not change a shared
-    core, is used by `Run`.)
+    in-leg, each as large as their product. (`Run` uses the option `mask`, the probability that a step does
+    not change a shared core.)
     """
 
     def bank(weight: Tensor) -> tm.ExpertBank:

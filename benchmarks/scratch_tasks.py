@@ -191,7 +191,7 @@ def _documents(texts: Path) -> Iterator[str]:
 
 
 def _bible(texts: Path) -> Path:
-    """Write the Bible in the format that train_embedded.py reads, by the program of its Debian package."""
+    """Write the Bible for train_embedded.py, with the program of the Debian package `bible-kjv`."""
     data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
     command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
     verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout

@@ -498,7 +498,7 @@ def one_format(
         Index of the candidate of each layer, and the name of the tightest budget.
 
     Raises:
-        BudgetError: no format keeps the budgets.
+        BudgetError: no format meets the budgets.
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)

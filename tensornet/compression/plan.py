@@ -338,7 +338,7 @@ class CompressionPlan:
 
     @property
     def predicted_perplexity(self) -> float | None:
-        """Predicted perplexity on the calibration text; None if no loss of tokens was predicted."""
+        """Predicted perplexity on the calibration text; None if no token loss was predicted."""
         increase = self.predicted_loss_increase
         known = increase is not None and self.dense_loss is not None and self.of_tokens
         return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]

@@ -128,7 +128,7 @@ class ContractionPlan:
         return total
 
     def moved(self, tokens: int) -> int:
-        """Count the elements that permuting copies move for a number of tokens."""
+        """Count the elements moved by the permuting copies for a number of tokens."""
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:

@@ -50,8 +50,8 @@ _ROUNDING = 64
 class Split(NamedTuple):
     """Approximate factorization `block ~ left @ rest` with `left: (*batch, m, r)`, `rest: (*batch, r, n)`.
 
-    The columns of `left` are orthonormal or, if `centered`, the rows of `rest`. The energies `kept = |left @
-    rest|^2` and `discarded = |block - left @ rest|^2` have the shape `(*batch)`.
+    The columns of `left` are orthonormal; if `centered`, the rows of `rest` are instead. The energies `kept =
+    |left @ rest|^2` and `discarded = |block - left @ rest|^2` have the shape `(*batch)`.
     """
 
     left: Tensor
@@ -162,7 +162,7 @@ def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequenc
 
 
 def max_bonds(out_dims: Sequence[int], in_dims: Sequence[int]) -> tuple[int, ...]:
-    """Compute the largest useful bonds: each is the smaller product of leg sizes, to its left or right."""
+    """Compute the largest useful bonds: each is the smaller of the leg-size products on its two sides."""
     legs = [o * i for o, i in zip(out_dims, in_dims, strict=True)]
     return tuple(min(math.prod(legs[:k]), math.prod(legs[k:])) for k in range(1, len(legs)))
 

@@ -274,7 +274,7 @@ def unpacking_seconds(topology: Topology, storage: Storage, machine: Machine, it
 
 
 def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
-    """Estimate how many passes over the elements unpacking needs; a pass over single bytes counts as half.
+    """Estimate how many passes unpacking makes over the elements; a pass over single bytes counts as half.
 
     Args:
         number_format: format of the codes.

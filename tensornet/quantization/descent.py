@@ -135,7 +135,7 @@ def _compatible(
 
 
 def _spread_moves(rows: Tensor, moves: Tensor, which: Tensor, most: int) -> Tensor:
-    """Multiply the changes of each matrix by `R`, with only the needed rows of `R` if they are few."""
+    """Multiply the changes of each matrix by `R`; if few rows of `R` are needed, read only these."""
     if len(rows) > 1:
         return torch.bmm(moves[:, None], rows)[:, 0]
     if most * _FEW > rows.shape[1]:

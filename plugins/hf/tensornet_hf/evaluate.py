@@ -168,7 +168,7 @@ def text_windows(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     rows: list[Batch] = []
-    scored = 0  # number of tokens at the start of the text that earlier windows contain
+    scored = 0  # number of tokens that earlier windows cover
     for start in range(0, len(tokens) - 1, stride):
         ids = tokens[start : start + context]
         labels = ids.clone()

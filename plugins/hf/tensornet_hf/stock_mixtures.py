@@ -135,7 +135,7 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict[str, Any]:
-    """Return the properties of a mixture layer that a mixture of transformers can have.
+    """Return the properties of a mixture layer that determine its counterpart in transformers.
 
     Raises:
         TargetError: the layer computes something that `kind` cannot compute.

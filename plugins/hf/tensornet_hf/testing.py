@@ -104,7 +104,7 @@ class ExportLaws:
 
     @pytest.mark.parametrize("bits", [4.6, 8.6])
     def test_planned_layers_are_packed(self, bits: float, tmp_path: Path) -> None:
-        """Check that all layers of a plan with the target's formats and facts are packed."""
+        """Check that the target can pack all layers of a plan that was made for it."""
         model = self.model()
         assert self.target in MENUS, f"add the formats of {self.target!r} to MENUS"
         _, dense = TARGETS[self.target].facts(model, self.folder(model, tmp_path / "dense"))

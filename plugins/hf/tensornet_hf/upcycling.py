@@ -432,7 +432,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity in place of a network's later parts; the mixture in place of the first matrix computes all.
+    """Identity that replaces later parts of a network; the mixture in place of the first computes everything.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """

@@ -36,7 +36,7 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Indices of experts that have rows; None if unknown; `[0]` without any rows, to get gradients."""
+        """Indices of experts with rows; None if unknown; `[0]` if there are none, so that gradients exist."""
         if self.sizes is None:
             return None
         return [e for e, size in enumerate(self.sizes) if size] or [0]

@@ -368,8 +368,8 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
 def _is_recomputing() -> bool:
     """Return True inside the recomputation of gradient checkpointing, which runs during backward.
 
-    The routing was already counted in the first forward pass, and the recomputed graph is not that of the
-    loss.
+    The routing was already counted in the first forward pass, and the loss does not depend on the
+    recomputed graph.
     """
     # A private function, since no public one tells that a backward pass is running. Without it the losses of
     # a recomputed layer would be counted twice.

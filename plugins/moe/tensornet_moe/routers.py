@@ -350,7 +350,7 @@ class TopKRouter(Router):
         return self.top_k
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Choose the `top_k` most probable experts of every token, after the bias; see `Router.select`."""
+        """Choose the `top_k` experts of every token by probability plus bias; see `Router.select`."""
         indices = self.ranked(probs).topk(self.top_k, dim=-1).indices
         chosen = probs.gather(1, indices)  # the reference runtime of ONNX misreads dimension -1
         if self.combine == "unit":

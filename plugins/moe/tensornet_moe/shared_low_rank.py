@@ -362,7 +362,7 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
-    """Round a shared core under pooled moments; return it unchanged without an integer format."""
+    """Round a shared core under pooled moments; without an integer format, return it unchanged."""
     return matrix if number_format is None else round_dense(matrix, number_format, weighting)
 
 
@@ -374,7 +374,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Pool the weightings of errors in the shared factor, one from each of its products, into one."""
+    """Combine the weightings of errors in the shared factor, one per product, into one."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])

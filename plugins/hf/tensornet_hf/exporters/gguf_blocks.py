@@ -149,7 +149,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
     whole <<= shift
     common = np.gcd.reduce(whole, axis=1, keepdims=True)
     common = np.where(common == 0, 1, common)
-    # There is one more negative than positive integer, so a negative step may help.
+    # Negative integers outnumber positive ones by one, so a negative step may help.
     signs = np.where((whole.max(axis=1, keepdims=True) > most * common) & (least < 0), -1, 1)
     integers = signs * whole // common
     if integers.min(initial=0) < least or integers.max(initial=0) > most:

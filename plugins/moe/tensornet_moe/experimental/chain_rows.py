@@ -194,7 +194,7 @@ class _Slices:
         self.ordered = _words(self.whole.view(o, i, width, j, q, k))
 
     def of_matrix(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """View the part of a matrix that each slice fills, its dimensions in the order of `self.ordered`."""
+        """View the parts of a matrix that the slices fill, with dimensions ordered as in `self.ordered`."""
         return _words(matrix.view(self.legs)).permute(1, 0, 4, 2, 5, 3, 6).unbind(0)
 
     def of_middle(self, middle: Tensor) -> tuple[Tensor, ...]:

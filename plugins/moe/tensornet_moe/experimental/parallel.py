@@ -218,7 +218,7 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     for name in experts.names:
         bank: Any = experts.bank(name)
         owner = bank.owner
-        if bank.shared and owner is None:  # move shared cores out of the experts, to be replicated
+        if bank.shared and owner is None:  # shared cores are replicated, so keep them outside the experts
             shared[name] = owner = SharedCores(bank.topology, bank.shared, device="meta")
             for core, parameter in bank.shared_parameters().items():
                 owner.register_parameter(f"core_{core}", parameter)
