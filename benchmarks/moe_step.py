@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet_moe.experimental.chain_rows import use_chain_rows
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import RECORDS, clock_for, held_bytes, paired_medians, record, with_threads
@@ -92,9 +91,8 @@ def mixture(case: Case, make: Callable[[int, int, int], tm.ExpertBank]) -> tm.Sh
         "wi": make(case.experts, case.hidden, case.model),
         "wo": make(case.experts, case.model, case.hidden),
     }
-    moe = tm.SharedCoreMoE(tm.SwitchRouter(case.model, case.experts), tm.ExpertFFN(banks, activation="relu"))
-    use_chain_rows(moe)
-    return moe
+    router = tm.SwitchRouter(case.model, case.experts)
+    return tm.SharedCoreMoE(router, tm.ExpertFFN(banks, activation="relu"))
 
 
 def _end(size: int) -> int:

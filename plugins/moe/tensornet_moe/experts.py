@@ -1,7 +1,7 @@
 """Experts whose matrices are tensor networks with shared and private cores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,9 +119,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
         self.kept = KeptMatrix()
         #: Relative Frobenius error with respect to the original matrices; None for a new bank.
         self.error: float | None = None
-        #: Optional kernel that multiplies rows by the matrices of their experts, or returns None if it does
-        #: not support them; see `tensornet_moe.experimental.chain_rows.use_chain_rows`.
-        self.kernel: Callable[[SharedCoreExperts, Tensor, Groups], Tensor | None] | None = None
         #: Result of the joint fit of `from_experts`; None for other banks.
         self.fit: JointFit | None = None
         check_storage(storage, enclosing)
@@ -304,8 +301,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
                     for e, piece in zip(groups.active, pieces, strict=True)
                 ]
             )
-        if self.kernel is not None and (y := self.kernel(self, x, groups)) is not None:
-            return y
         elements = self.out_features * self.in_features
         if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
             return super().apply_rows(x, groups)
