@@ -48,7 +48,7 @@ _NOT_COPIED = (
 
 @torch.no_grad()
 def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
-    """Convert an upcycled model to an ordinary mixture of transformers with dense experts.
+    """Convert an upcycled model to one of transformers' own mixtures, with dense experts.
 
     Llama and Mistral become Mixtral, and Qwen 3 becomes Qwen 3 MoE. Shared cores, low-rank deltas, integers
     and pools become dense experts in every layer. The new model computes the same as `model` in eval mode.
@@ -192,9 +192,9 @@ def _refuse_attention(model: PreTrainedModel) -> None:
 
 
 def set_experts_implementation(model: nn.Module, name: str) -> None:
-    """Choose how a model's mixtures compute their experts, such as with a GPU kernel of transformers.
+    """Choose how a model's mixtures compute their experts, such as with a GPU kernel from transformers.
 
-    With an implementation of transformers, every forward pass builds the matrices of all experts, whatever
+    With an implementation from transformers, every forward pass builds the matrices of all experts, whatever
     the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load
     balancing and pools work as before. `"tensornet"` only builds the matrices of experts that got tokens, or
     multiplies by their cores. The choice is not saved with the model.
@@ -238,7 +238,7 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
 
 
 def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
-    """Compute a mixture with a function of transformers; arguments as in `tensornet_moe.layer.dispatch`."""
+    """Compute a mixture with a function from transformers; arguments as in `tensornet_moe.layer.dispatch`."""
     network = _network(experts)
     amp = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if amp else network.bank(network.names[0]).dtype

@@ -117,11 +117,11 @@ def fit_shared(
 ) -> JointFit:
     """Fit `weights: (E, out, in)` by shared and private cores; for arguments and errors see `fit_jointly`.
 
-    For low-rank networks that share one factor the fit is optimal. All other networks start a few sweeps of
-    alternating least squares from two sets of initial cores, and the better one is continued. The first is
-    the decomposition of the mean expert, which suits experts that were copied from one matrix. The second
-    consists of separate decompositions of all experts, with their shared cores averaged. The problem is not
-    convex: for unrelated experts the result is a local minimum.
+    For low-rank networks that share one factor the fit is optimal. For all other networks, a few sweeps
+    of alternating least squares start from two sets of initial cores, and the better fit is continued. The
+    first set is the decomposition of the mean expert, which suits experts that were copied from one matrix.
+    The second consists of separate decompositions of all experts, with their shared cores averaged. The
+    problem is not convex: for unrelated experts the result is a local minimum.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(
