@@ -85,7 +85,7 @@ def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize with HQQ in groups of 128 with zero points, of the same bytes as groups of 64 without them."""
+    """Quantize with HQQ in groups of 128 with zero points; groups of 64 without them take the same bytes."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     found = {}

@@ -108,12 +108,12 @@ def row(
 
 
 def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
-    """Find the fewest bits per weight with which the plan keeps a limit of the predicted loss increase.
+    """Find the fewest bits per weight with which the plan meets a limit on the predicted loss increase.
 
     Args:
         prepared: the candidates.
         loss_increase: limit of the predicted loss increase.
-        most: upper end of the search, which must keep the limit; the lower end is one bit less.
+        most: upper end of the search, which must meet the limit; the lower end is one bit less.
     """
     low, high = most - 1, most
     while high - low > 0.001:

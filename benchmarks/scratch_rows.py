@@ -272,7 +272,7 @@ _TABLE = (
     Row("Switch", "switch", experts=8, combine="prob"),
     fine("private", "switch", 30),
     fine("private, 6", "switch", 30, **_SIX),
-    # Experts in one pool for all layers, or in one pool for two layers each.
+    # Experts in one pool for all layers, or in one pool for every two layers.
     fine("pool, half", "pool", 56),
     fine("pool, half, 6", "pool", 57, **_SIX),
     fine("pool, quarter", "pool", 24),

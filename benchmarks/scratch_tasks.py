@@ -29,7 +29,7 @@ from subjects import plain_text
 from train_embedded import read_chapters
 
 END = "<|end|>"
-#: Folders with HTML pages under `usr/share/doc`; pages in other languages are left out.
+#: Folders with HTML pages under `usr/share/doc`; pages in other languages are skipped.
 PAGES = ("postgresql-doc-17/html", "linux-doc-6.12/html", "python3.13/html", "debian-handbook/html/en-US")
 FOREIGN, QUOTATIONS_A_DOCUMENT, SHORTEST_REPEAT = "translations", 50, 60
 PARTS = ("train", "tune", "test")

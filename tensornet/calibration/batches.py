@@ -250,7 +250,7 @@ class BatchSample:
 def some_rows(
     batches: Sequence[BatchLike], model: nn.Module, tokens: int, *, parts: int = _PARTS
 ) -> list[Batch]:
-    """Select the first rows of a few evenly spaced batches, with about a given total number of tokens.
+    """Select the first rows of a few evenly spaced batches, with about `tokens` tokens in total.
 
     A batch in which an argument does not have one entry for each row is not cut.
 

@@ -181,7 +181,7 @@ def _root(moment: Tensor, damping: float) -> Tensor | None:
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows in a batch, and all possible numbers of tokens in a row.
+    """Return the number of rows in a batch, and all possible numbers of tokens per row.
 
     Example:
         >>> from tensornet.calibration.coherence import row_sizes
@@ -200,7 +200,7 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
         x: input of shape `(rows, ..., features)` or `(tokens, rows, ..., features)`. Rows and tokens, or rows
             and windows of an image, may also be merged into one dimension.
         rows: number of rows in the batch.
-        tokens: possible numbers of tokens in a row.
+        tokens: possible numbers of tokens per row.
 
     Returns:
         The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.

@@ -429,7 +429,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}
     output = run_model(model, batch)
-    if isinstance(output, Tensor):  # perhaps hidden states, so input tokens are no labels
+    if isinstance(output, Tensor):  # perhaps hidden states, for which input tokens are not labels
         labels = batch.get("labels")
     logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape

@@ -83,7 +83,7 @@ class CostCurve(NamedTuple):
 
 
 def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
-    """Choose one candidate for each layer, such that the total size keeps a budget and the cost is small.
+    """Choose one candidate for each layer, so that the total size is within a budget and the cost is small.
 
     Args:
         curves: the cost curve of each layer.
@@ -135,7 +135,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
 def spend_cost(
     curves: Sequence[CostCurve], allowed: float, counted: Sequence[Tensor] | None = None
 ) -> list[int]:
-    """Choose one candidate for each layer, such that the total cost keeps a budget and the size is small.
+    """Choose one candidate for each layer, so that the total cost is within a budget and the size is small.
 
     Args:
         curves: the cost curve of each layer.
@@ -337,7 +337,7 @@ def choose_candidates(
         Index of the candidate of each layer, and the name of the tightest budget.
 
     Raises:
-        BudgetError: the budgets cannot be kept.
+        BudgetError: the budgets cannot be met.
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.formats:
@@ -391,15 +391,15 @@ class Cap(NamedTuple):
     allowed: float
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Compute the fraction of the limit that a choice uses; at most 1 if the choice keeps the limit."""
+        """Compute the fraction of the limit that a choice uses; at most 1 if it is within the limit."""
         return total_size(self.curves, chosen) / self.allowed
 
 
 def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
-    """Choose one candidate for each layer, such that several limits are kept and the total cost is small.
+    """Choose one candidate for each layer, so that several limits are met and the total cost is small.
 
-    The limits are combined into one limit by a weighted mean; a choice that keeps all limits keeps this one
-    too. The weights of exceeded limits are raised until all limits are kept.
+    The limits are combined into one limit by a weighted mean; a choice that meets all limits meets this one
+    too. The weights of exceeded limits are raised until all limits are met.
 
     Args:
         caps: the limits.
@@ -409,7 +409,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         Index of the candidate of each layer, and the name of the tightest limit.
 
     Raises:
-        BudgetError: a limit cannot be kept, or the limits cannot be kept together.
+        BudgetError: a limit cannot be met, or not all of them together.
     """
     alone = []
     for cap in caps:

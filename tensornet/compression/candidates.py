@@ -58,7 +58,7 @@ def find_candidates(
     objective: str,
     stats: CalibrationStats | None,
 ) -> Iterator[list[Candidate]]:
-    """Yield, layer by layer, the list of candidates that keep the limits on single layers.
+    """Yield, layer by layer, the list of candidates that meet the limits on single layers.
 
     Args:
         targets: the weights to compress.

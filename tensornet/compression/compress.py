@@ -224,7 +224,7 @@ def prepare_checked(
 
     Raises:
         TargetError: validation data is given, but there are no predicted losses to correct.
-        BudgetError: the budget cannot be kept, see `Prepared.plan`.
+        BudgetError: the budget cannot be met, see `Prepared.plan`.
     """
     stats = data.statistics
     prepared = prepare(model, config, stats, progress=progress)

@@ -272,7 +272,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if one number format for all layers can keep all budgets; this needs no calibration data."""
+        """True if one number format for all layers can meet all budgets; this needs no calibration data."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
         return self.formats is not None and all(value is None for value in others)
 

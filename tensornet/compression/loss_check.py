@@ -94,7 +94,7 @@ def check_loss(
         The candidates with raised predictions.
 
     Raises:
-        BudgetError: the budget cannot be kept, see `Prepared.plan`.
+        BudgetError: the budget cannot be met, see `Prepared.plan`.
 
     Example:
         >>> from tensornet.compression import check_loss, prepare

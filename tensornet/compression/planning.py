@@ -87,7 +87,7 @@ class Prepared:
                 configuration.
 
         Raises:
-            BudgetError: the budget cannot be kept, or contains another limit, such as `max_bond`, on which
+            BudgetError: the budget cannot be met, or contains another limit, such as `max_bond`, on which
                 the candidates already depend.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
@@ -356,7 +356,7 @@ def _plan_by_weight(
     """Plan every layer by the Frobenius error of its weight, with the given topology or the best family.
 
     Raises:
-        BudgetError: a layer cannot keep the budget; the message names the layer.
+        BudgetError: a layer cannot meet the budget; the message names the layer.
     """
     bar = tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer")
 
@@ -416,7 +416,7 @@ def _plan_by_weight(
 def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
     """Return True if the new decomposition is better than the old one.
 
-    If both keep `rel_error`, the smaller one is better, otherwise the more accurate one.
+    If both are within `rel_error`, the smaller one is better, otherwise the more accurate one.
     """
     if rel_error is not None:
         kept_new, kept_old = new.error <= rel_error, old.error <= rel_error

@@ -42,7 +42,7 @@ class Mark:
         bits: bits per weight of the compressed layers.
         loss_increase: loss increase over the dense model.
         color: color of the mark.
-        measured: whether the loss was measured: the mark is then filled, else it is a ring.
+        measured: True if the loss was measured; the mark is then filled, else a ring.
     """
 
     label: str

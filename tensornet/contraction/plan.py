@@ -108,7 +108,7 @@ class ContractionPlan:
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of the contraction; operands without the token index are read from memory.
+        """Predict the seconds of the contraction and of reading operands without the token index from memory.
 
         Args:
             tokens: number of tokens.
@@ -546,7 +546,7 @@ def _applies(topology: Topology) -> Iterator[ContractionPlan]:
 
 
 def _applies_sum(topology: Topology) -> tuple[ContractionPlan, ...]:
-    """Plan the application of a sum to an input: for each token count, every term has its fastest order."""
+    """Plan the application of a sum to an input, with the fastest order of each term for each token count."""
     found: dict[tuple[int, ...], ContractionPlan] = {}
     terms = [(positions, list(_applies(part))) for positions, part in topology.parts]
     places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input

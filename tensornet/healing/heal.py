@@ -73,17 +73,17 @@ def heal(
     """Distil a dense model into its compressed student by training the cores; dense matrices stay frozen.
 
     The optimizer is AdamW without weight decay, with gradients clipped to norm 1. The learning rate increases
-    for a twentieth of the steps, then decreases to zero. Call `refine` before to refit the layers one by one.
+    for a twentieth of the steps, then decreases to zero. To refit the layers one by one, call `refine` first.
 
     Args:
         model: the compressed model; it is changed in place.
         teacher: the dense model, on the same device; it is not changed.
         data: batches as for `calibrate`; they are repeated if there are fewer batches than steps. They should
-            be as varied as the later inputs of the model. Some ten thousand tokens are enough; with a hundred
-            tokens the model overfits.
+            be as varied as the later inputs of the model. Tens of thousands of tokens are enough; with a
+            hundred tokens the model overfits.
         steps: number of steps, with one batch each.
         lr: largest learning rate. For cores it is relative to the root mean square of each core; the default
-            5e-4 suits some hundred steps of a pretrained model, and small models trained from scratch need
+            5e-4 suits a few hundred steps of a pretrained model, and small models trained from scratch need
             five times as much. The rate is six times as large for gains and biases, and forty times for
             integer codes (0.02 units of the grid). With `parameters="trainable"` it is absolute, 1e-4 by
             default.

@@ -236,7 +236,7 @@ class NetworkModule(nn.Module):
         return matrix.clone(memory_format=torch.contiguous_format)
 
     def kept_matrix(self) -> Tensor:
-        """Return the cached matrix for the route `CACHED`; it is rebuilt if it is absent or out of date."""
+        """Return the cached matrix for the route `CACHED`, rebuilt if it is absent or out of date."""
         return self.kept.get(self._tensors(), self._like(), self.to_matrix)
 
     def _tensors(self) -> list[Tensor]:

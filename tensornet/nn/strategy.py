@@ -200,7 +200,7 @@ def _kept_by(module: nn.Module) -> KeptMatrix | None:
 
 # --- predicted time of products with integer matrices ------------------------------------------------
 
-#: Name of the int4 kernel in explanations, by the number of calls that one product needs.
+#: Name of the int4 kernel in explanations, keyed by the number of kernel calls for one product.
 INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
 INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 

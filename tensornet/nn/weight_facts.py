@@ -66,7 +66,7 @@ class WeightFacts(Tensor):
         inspected = not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
         if not known and not inspected:
             name = getattr(function, "__name__", str(function))
-            # The function of a property has the name of the property in `__self__`.
+            # For a property the function is `__get__` or `__set__`; its `__self__` has the property's name.
             name = function.__self__.__name__ if name in ("__get__", "__set__") else name
             error = WeightReadError(
                 f"{name} was called on the weight of a compressed layer, which only has dtype, device and "

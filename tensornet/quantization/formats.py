@@ -332,7 +332,7 @@ class NumberFormat:
         """Reshape `(..., in)` to `(..., groups, group)`, padded with zeros; a view if nothing is padded."""
         size = x.shape[-1]
         groups, width = self.groups(size), self.group or max(size, 1)
-        if groups * width != size:  # padding copies even if nothing is added
+        if groups * width != size:  # `pad` copies even if it adds nothing
             x = torch.nn.functional.pad(x, (0, groups * width - size))
         return x.reshape(*x.shape[:-1], groups, width)
 

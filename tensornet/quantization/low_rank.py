@@ -169,7 +169,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the free rows of a left factor under their moments."""
+        """Round the free rows of a left factor, with errors weighted by their moments."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:
@@ -199,7 +199,7 @@ class _Product:
         return min(zip(made, costs, strict=True), key=lambda found: found[1])
 
     def values(self, made: RoundedWeight | Tensor) -> Tensor:
-        """Assemble the whole left factor from its free rows."""
+        """Return the whole left factor, with the identity if it is pivoted."""
         return self._whole(made if isinstance(made, Tensor) else made.dequantize(torch.float64))
 
     def cost(self, made: RoundedWeight | Tensor, b: Tensor) -> float:
@@ -214,7 +214,7 @@ class _Product:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor under its moments, which must already be damped."""
+        """Round a factor, with errors weighted by the given, already damped moments."""
         return round_weight(
             factor,
             number_format,

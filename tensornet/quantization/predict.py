@@ -387,7 +387,7 @@ def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat,
 
 
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
-    """Divide the sums of the vectors in two stacks, shape `(stack,)`; a quotient is 0 if its divisor is 0."""
+    """Divide the sum of each row of `found` by that of `known`, shape `(stack,)`; 0 if the divisor is 0."""
     total = known.sum(1)
     return torch.where(total > 0, found.sum(1) / torch.where(total > 0, total, 1.0), 0.0)
 

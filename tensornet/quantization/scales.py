@@ -154,7 +154,7 @@ def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Ten
 
 
 def _distinct(scales: Tensor) -> Tensor:
-    """Remove duplicate scales; after rounding to 8 bits, only few of 24 scales are distinct.
+    """Remove duplicate scales: of 24 scales rounded to 8 bits, only a few are distinct.
 
     Args:
         scales: scales, shape `(tried, groups)`, sorted in every group.

@@ -707,7 +707,7 @@ class FormatLaws(_Laws):
     """
 
     number_format: str
-    #: Matrices to round; formats with steps for 256 weights need rows of a multiple of 256.
+    #: Matrices to round; formats with steps for 256 weights need row lengths that are multiples of 256.
     matrices: SearchStrategy[Tensor] = strategies.matrices(
         max_size=70, dtype=torch.float32, spectrum="gaussian", scales=False
     )

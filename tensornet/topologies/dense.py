@@ -76,8 +76,7 @@ def round_dense(
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
-        most_sweeps: limit on the number of sweeps of descent; without it, there are 2 for 3 bits and 4 for 2
-            bits.
+        most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, and 4 with 2 bits.
         rounding: rounding method, see `round_weight`.
     """
     if rounding == "nearest":

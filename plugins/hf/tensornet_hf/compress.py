@@ -291,8 +291,8 @@ def compress_folder(
 ) -> FolderReport:
     """Compress the model in a folder and save the result as another folder or a GGUF file.
 
-    In an export, only number formats of the target are planned unless `config` lists formats, and `max_bytes`
-    limits the size of the written files.
+    In an export, `max_bytes` limits the size of the written files, and only number formats of the target are
+    planned unless `config` lists formats.
 
     Args:
         source: model folder, or hub id if there is no folder of that name.

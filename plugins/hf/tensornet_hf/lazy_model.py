@@ -68,7 +68,7 @@ def open_lazily(
     Args:
         source: contents of the folder of a dense model, from `read_dense`.
         only: names of the parameters and buffers to map; the others stay on the meta device. None maps all.
-        spill: folder for temporary files, in which stacks are assembled whose matrices are stored one by one.
+        spill: folder for temporary files, in which matrices that are stored one by one are stacked.
             The files are deleted with the model. None uses the system's temporary folder.
 
     Raises:

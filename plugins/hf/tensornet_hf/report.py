@@ -40,7 +40,7 @@ NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
 #: A loss increase smaller than this, in nats, counts as zero.
 _NOTHING = 5e-5
-#: A baseline counts as of equal size if its bits are at most this multiple of those of the compressed model.
+#: A baseline counts as equal in size if its bits are at most this multiple of those of the compressed model.
 _SLACK = 1.02
 #: Tables with at most this many layers are shown expanded.
 _FEW = 8

@@ -199,7 +199,7 @@ def compress_experts(
 
     Raises:
         TargetError: no targeted layer is an expert, or there are no calibrated gradients.
-        BudgetError: the budget cannot be kept, or an option cannot be combined with sharing.
+        BudgetError: the budget cannot be met, or an option cannot be combined with sharing.
 
     Example:
         >>> import tensornet_hf  # knows the mixtures of transformers
@@ -268,7 +268,7 @@ def compress_experts(
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
             reports.append(report)
-        # Before `apply_plan`, which would otherwise fuse mixtures without separate networks again.
+        # Replace before `apply_plan`, which fuses mixtures again if none of their layers is replaced.
         with replaced(model, made):
             errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
             structure_changed(model)
@@ -443,7 +443,7 @@ def choose_jointly(
             that then share are also tried together with the `stacks` that they do not overlap.
 
     Raises:
-        BudgetError: the budget cannot be kept.
+        BudgetError: the budget cannot be met.
     """
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
@@ -489,7 +489,7 @@ def choose_sharing(
         or_separate: whether a stack may also get separate networks for all its experts.
 
     Raises:
-        BudgetError: the budget cannot be kept.
+        BudgetError: the budget cannot be met.
     """
     targets, candidates = prepared.targets, prepared.candidates
     inside = {place for stack in stacks for place in stack[0].members}
@@ -549,7 +549,7 @@ def _options(
         )
 
     if or_separate:
-        # Walk along the experts' convex hulls: one set of separate networks at each total size.
+        # Walk along the experts' convex hulls, which gives a set of separate networks for each total size.
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))

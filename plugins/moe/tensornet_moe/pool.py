@@ -187,7 +187,7 @@ def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
         if not isinstance(part, ExpertPool):
             continue
         parent, _, attribute = name.rpartition(".")
-        # The module that owns a pool may itself have several names; it still is one owner.
+        # The module that owns a pool may itself have several names; it is still one owner.
         place = (id(model.get_submodule(parent)), attribute)
         if place in seen:
             continue

@@ -571,7 +571,7 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the weighted SVD, or, if a moment is singular, the matrix with the two factors of the SVD."""
+    """Return the weighted SVD, or the matrix and the SVD's two factors if a moment is singular."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
@@ -614,7 +614,7 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict the loss increase of rounding both factors; for each storage, rows are as in `_fit_losses`."""
+    """Predict the loss increase of rounding both factors, in the form of `_fit_losses` for each storage."""
     core = PATTERNS[pattern]
     kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})

@@ -109,9 +109,8 @@ class StackPlan:
     """Planned contraction that builds the matrices of all experts at once.
 
     Small neighbours, such as several private cores on one side of a shared center, are merged first, into a
-    tensor whose out-legs are adjacent and whose in-legs are, too. The copy that brings rows and columns of
-    the matrices into order then moves long runs of memory; otherwise it would take a tenth of the time of the
-    arithmetic.
+    tensor with adjacent out-legs and adjacent in-legs. The copy that brings rows and columns of the matrices
+    into order then moves long runs of memory; otherwise it would add a tenth to the time of the arithmetic.
 
     Args:
         topology: the operator of one expert.

@@ -158,7 +158,7 @@ class BankLaws:
         raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
 
     def test_matrices(self) -> None:
-        """Check shapes, and that matrices of selected, also repeated, experts equal those of the bank."""
+        """Check shapes, and that matrices of selected and of repeated experts equal those of the bank."""
         bank = self._made()
         whole = bank.expert_matrices()
         assert whole.shape == (_EXPERTS, *self.shape)

@@ -42,10 +42,7 @@ def check_new_file(path: Path, *, force: bool) -> None:
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the configuration entries that transformers 5 has renamed, by their old names.
-
-    Other packages read the old names.
-    """
+    """Return the entries that transformers 5 has renamed, by their old names, which other packages read."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
     return {name: value for name, value in found.items() if value is not None}

@@ -446,7 +446,7 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
     full = {name: x for name, x in tensors.items() if x.dtype == gguf.GGMLQuantizationType.F32}
     halves = sum(math.prod(x.shape) for name, x in tensors.items() if name not in full)
     size, itemsize = sum(p.numel() for p in model.parameters()), next(model.parameters()).element_size()
-    padding = 16 * len(tensors)  # tensors are padded to multiples of 32 bytes, 16 on average
+    padding = 16 * len(tensors)  # padding to multiples of 32 bytes adds 16 bytes on average
     names, layers = converter.tensor_map, []
     for name, module in model.named_modules():
         if kind_of(module) is not None:

@@ -177,7 +177,7 @@ def _nibbles(codes: Array, run: int) -> Array:
 
 
 def _planes(codes: Array, count: int, run: int, bits: int) -> Array:
-    """Pack `count` consecutive runs of codes into `run` bytes; run k fills the bits from `bits * k` on."""
+    """Pack `count` runs of `run` codes into `run` bytes; byte i has code i of run k at bit `bits * k`."""
     planes = codes.reshape(len(codes), -1, count, run)
     found = np.zeros((len(codes), planes.shape[1], run), np.uint8)
     for number in range(count):
