@@ -43,7 +43,7 @@ ORDER = ("fails", "refused", "transformers", "right")
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """Render the page of the documentation: names, steps, and what is not right in every step."""
+    """Render the page of the documentation: names, steps, and architectures with a problem."""
     counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
     tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
@@ -66,7 +66,7 @@ def page(record: Mapping[str, Any]) -> str:
         table(names),
         "## The steps",
         way,
-        "## What is not right in every step",
+        "## Architectures with a step that is not right",
         table(others),
         "## Limits",
         f"- In {len(low)} of these models less than 90 % of the parameters are in layers that can be "

@@ -74,7 +74,7 @@ class Book:
         return json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def missing(self, method: str, seed: int, sizes: Sequence[float]) -> list[float]:
-        """List the sizes at which a method has not been measured with a seed."""
+        """List the sizes that were not measured yet with this method and seed."""
         known = {(r["model"], r["method"], r["seed"], r["bits"]) for r in self.rows()}
         return [bits for bits in sizes if (self.subject.name, method, seed, bits) not in known]
 

@@ -1,7 +1,7 @@
 """Tasks for mpoe_vs_switch.py, in which the two embedded models are fine-tuned on short quotations.
 
 The text is that of the Debian packages `fortunes` and `fortunes-min`: files with 14,646 quotations, separated
-by lines `%`. The packages are downloaded and unpacked, but not installed, on any machine with apt:
+by lines with `%`. Any machine with apt can download and unpack the packages; they are not installed:
 
     apt-get download fortunes fortunes-min && for f in fortunes*.deb; do dpkg-deb -x $f texts; done
     # then --text texts/usr/share/games/fortunes

@@ -97,7 +97,7 @@ def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Ten
 
 
 def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one expert's matrices, scaled such that a token's experts add up to the size of one network."""
+    """Draw one expert's matrices; a token's experts together have outputs as large as one network's."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
         same_start = row.kind == "mpoe" or row.options.get("center", False)

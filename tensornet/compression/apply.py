@@ -202,7 +202,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
         if copy is not stock:
             layer_kind(module.source).share(stock, copy.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:
-            stock.bias = bias  # not a copy, as in `apply_plan`
+            stock.bias = bias  # the same parameter, as in `apply_plan`
         set_submodule(model, name, stock)
         carry_hooks(module, stock)
     fuse(model)

@@ -333,7 +333,7 @@ class _Trial:
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
         """Find the layers of a group whose loss is too high; all of them if no single half is too high.
 
-        The measured loss increase of the group is `increase`; the result has the form of that of `factors`.
+        `increase` is the measured loss increase of the group. The result is a dict like that of `factors`.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:

@@ -409,7 +409,7 @@ UNMEASURED = Forecast()
 
 
 def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """Sort pairs, and drop each pair that does not exceed the previous pair in both entries."""
+    """Sort pairs, and keep each pair whose entries both exceed those of the last pair kept."""
     points: list[tuple[float, float]] = [(0.0, 0.0)]
     for a, b in sorted(pairs):
         if a > points[-1][0] and b > points[-1][1]:

@@ -1,8 +1,8 @@
 """Divergence of predicted distributions, computed in blocks of tokens together with its gradient.
 
-Log-probabilities of a whole vocabulary for some hundred tokens are far larger than a processor's cache, and
+Log-probabilities of a whole vocabulary for a few hundred tokens are far larger than a processor's cache, and
 automatic differentiation would store several copies. The gradient with respect to the student's logits is the
-difference of both distributions. So one pass over a block computes the value and the gradient, and only the
+difference of the distributions. So one pass over a block computes the value and the gradient, and only the
 gradient is stored, in the dtype of the logits.
 """
 
@@ -89,7 +89,7 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 def _block(
     student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sum of the divergences of a block of tokens, and the difference of both distributions."""
+    """Compute the sum of the divergences of a block of tokens, and the difference of the distributions."""
     dtype = _work_dtype(student)
     new, old = (x.to(dtype, copy=True).div_(temperature) for x in (student, teacher))
     for logits in (new, old):

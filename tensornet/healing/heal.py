@@ -145,7 +145,7 @@ def heal(
             stack.enter_context(trained_scales(model, codes=parameters == "codes"))
         trained = trained_parameters(model, teacher, parameters)
         kept: dict[str, Tensor] = {**(row_orders(compressed_layers(model)) if chosen else {}), **trained}
-        # Unfused, the optimizer passes over memory seven times, which takes a quarter of a step on a CPU.
+        # Without `fused`, AdamW passes over memory seven times, which takes a quarter of a step on a CPU.
         fused = all(x.device.type == "cpu" and x.is_floating_point() for x in trained.values())
         optimizer = torch.optim.AdamW(
             relative_groups(trained.values()) if chosen else [{"params": [*trained.values()], "size": 1.0}],

@@ -228,7 +228,7 @@ class TensorNetworkLinear(NetworkModule):
 def _two_products(
     layer: TensorNetworkLinear, products: Sequence[tuple[int, tuple[int, ...]]], most: float
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the function that repeats a pass, for a layer that multiplies by two cores one after the other.
+    """Make the shortcut for later passes of a layer that multiplies by two cores one after the other.
 
     Args:
         layer: the layer.

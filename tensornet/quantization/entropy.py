@@ -151,7 +151,7 @@ _DAMAGED = "the entropy-coded bytes are damaged, or another version of the coder
 
 
 def _level_with(energy: Any) -> Any:
-    """Find the level at which the mean square of `code - 128` is `energy`, for each element of `energy`."""
+    """For each element of `energy`, find the level whose mean square of `code - 128` is closest to it."""
     return np.rint(np.interp(energy, _energies(), np.arange(_LEVELS))).astype(np.int64)
 
 

@@ -143,7 +143,7 @@ class _Product:
     rounding: Rounding
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the rows in the identity, and of the free rows, of the left factor."""
+        """Return the indices of the left factor's rows that form an identity, and of the free rows."""
         if self.order is None:
             every = torch.arange(len(self.wanted), device=self.wanted.device)
             return every[:0], every

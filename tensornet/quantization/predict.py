@@ -201,7 +201,7 @@ class ExpectedResiduals:
     """Expected squared residuals of rounding a stack of matrices with feedback.
 
     Squared residuals of a group are about proportional to its squared range. So a sum over sampled rows is
-    multiplied by the sum of squared ranges of all rows, divided by that of the sampled rows.
+    scaled by the ratio of two sums of squared ranges: that of all rows, and that of the sampled rows.
 
     Args:
         squares: squared residuals, shape `(stack, out, in)`, or `(stack, sampled, in)`.

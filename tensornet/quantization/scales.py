@@ -103,7 +103,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """In groups where their error is the smallest so far, store the given scale and zero point."""
+        """Store the given scale and zero point in the groups where their error is the smallest so far."""
         nonlocal best_scale, best_zero, best_cost
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)

@@ -238,7 +238,7 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description: many layers have equal ones
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many layers have the same
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:

@@ -25,7 +25,7 @@ LINEAR = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 )
-#: Names of norms of queries and keys, which may exist and are not changed.
+#: Names of the norms of queries and keys, which some models have; they are not changed.
 UNTOUCHED = ("self_attn.q_norm", "self_attn.k_norm")
 #: Largest change of the logits that float32 rounding can explain, relative to their norm.
 TOLERANCE = 1e-3

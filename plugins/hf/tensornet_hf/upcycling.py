@@ -87,7 +87,7 @@ _ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
 _PROBE_TOKENS = 8
 _BUDGETS = ("max_bond", "rel_error", "param_ratio")
 _ROUTER_OPTIONS = ("jitter", "combine", "normalize", "bias_rate")
-#: Options of `MoEConfig` that have another name in `tensornet_moe.mixture`, by that name.
+#: Options of `MoEConfig` with another name in `tensornet_moe.mixture`, keyed by the name there.
 _WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 
 
@@ -779,7 +779,7 @@ def _refuse_causal(
 def _bank(
     members: Sequence[FeedForward], name: str, config: MoEConfig, *, seed: int
 ) -> SharedCoreExperts | LowRankDeltaExperts:
-    """Build the bank of experts for a matrix; expert `e` starts as that of network `e % len(members)`."""
+    """Build the experts of one matrix; expert `e` starts as this matrix of network `e % len(members)`."""
     weights = [network.matrix(name) for network in members]
     if config.share is not None:
         return experts_from(

@@ -250,7 +250,7 @@ def _factors_of_all_ranks(
 
 
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Return unit rows `(k, in)`; the first `r` approximate all matrices best under pooled input moments."""
+    """Return unit rows `(k, in)`; for every `r` the first `r` fit all matrices best (pooled moments)."""
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         size = matrices[0].shape[1]
@@ -660,7 +660,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses under each weighting of rounding a core under the first: `(formats, weightings)`."""
+    """Predict the losses by each weighting if a core is rounded by the first: `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

@@ -51,7 +51,7 @@ class RouterLaws:
         assert int(routing.load().sum()) <= tokens * k
 
     def test_no_expert_twice(self) -> None:
-        """Check that a token has each expert at most once; duplicates would count its weight twice."""
+        """Check that no token has an expert twice, since the expert's weight would then count twice."""
         indices = self._made()(torch.randn(_TOKENS, _FEATURES)).expert_indices
         assert all(len(set(row)) == len(row) for row in indices.tolist())
 

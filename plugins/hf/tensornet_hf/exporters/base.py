@@ -55,7 +55,7 @@ class ExportReport:
     Args:
         destination: the file or folder that was written.
         packed: type of every packed tensor or layer by its name in the destination.
-        dense: for every compressed layer or tensor that was written dense, the reason by name.
+        dense: the reason for every compressed layer or tensor that was written dense, by name.
         num_bytes: size of the weight files in bytes, without the adapter.
         adapter: file or folder of the LoRA adapter; None if there is none.
         ranks: rank of every layer in the adapter, by name.

@@ -251,7 +251,7 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
 def _bank_like(
     bank: SharedCoreExperts, count: int, shared: Any, cores: Mapping[str, Tensor]
 ) -> SharedCoreExperts:
-    """Build a bank like another, with `count` experts and these private cores; frozen cores stay frozen."""
+    """Build a bank like `bank`, with `count` experts and the given cores; frozen cores stay frozen."""
     made = SharedCoreExperts._from_cores((bank.topology,) * count, shared, cores, bank.error, bank.dtype)
     made._compute_like(bank.compute_like)
     for core in cores:
