@@ -91,7 +91,7 @@ def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
 
 @dataclass(frozen=True)
 class Group:
-    """Cores that are contracted with one another first.
+    """Cores that are merged into one tensor before the rest is contracted.
 
     Args:
         cores: names of the cores.
