@@ -271,7 +271,7 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
             axes.plot(bits, kl, style, label=label, markersize=5, linewidth=1.5)
             for row in found if method != "plan" else ():
                 place, left = (row["bits_per_weight"], row["kl"][0]), row["name"] in SMALLEST
-                height = -7 if row["name"].startswith("IQ") else 0  # its point is close below another one
+                height = -7 if row["name"].startswith("IQ") else 0  # its point is just below another one
                 offset, side = ((-6, height), "right") if left else ((6, height), "left")
                 axes.annotate(row["name"], place, offset, textcoords="offset points", ha=side, fontsize=9)
         axes.set(yscale="log", xlabel="bits of the file for a weight", ylabel="KL divergence, nats a token")

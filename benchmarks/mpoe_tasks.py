@@ -31,7 +31,7 @@ CONTEXT = 128
 PICTURES = ("art", "ascii-art", "translate-me")  # files with drawings or other languages, which are skipped
 
 
-#: Quotations of three parts: `train` for training, `tune` for choosing learning rates, `test` for results.
+#: Quotations in three parts: `train` for training, `tune` for choosing learning rates, `test` for results.
 Quotations = dict[str, list[str]]
 
 

@@ -371,7 +371,7 @@ def table(setting: Setting, quotations: Quotations, state: State) -> list[dict[s
 
 
 def toy(setting: Setting) -> Setting:
-    """Reduce the settings of a table to a run of a few seconds."""
+    """Shrink the settings of a table so that it runs in a few seconds."""
     return dataclasses.replace(
         setting,
         sizes={"train_size": 260, "judge_size": 260, "batch": 2},

@@ -88,7 +88,7 @@ def measure_rounding(size: int, name: str, repeats: int) -> dict[str, Any]:
     """Measure the three rounding methods on a square matrix: seconds, bytes and loss increases."""
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     rows, columns = moment(size, 1), moment(size, 2)
-    # Each method gets only the moments that it uses, so that the others are not factorized in its time.
+    # Each method gets only the moments that it uses, so that its time excludes factorizing the others.
     options: dict[str, dict[str, Any]] = {
         "nearest": {"columns": columns.diagonal()},
         "one_sided": {"columns": columns},

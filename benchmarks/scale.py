@@ -84,7 +84,7 @@ def interrupted_after(shards: int) -> Iterator[None]:
 
 
 def make_checkpoint(folder: Path, width: int, weights: int, files: int = 4) -> Path:
-    """Save a random bfloat16 model of `weights` (a multiple of 7) square weights in about `files` shards."""
+    """Save a random bfloat16 model of `weights` square matrices (a multiple of 7) in about `files` shards."""
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=width,

@@ -94,7 +94,7 @@ class _Prose(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[str] = []
-        self._open: list[tuple[str, bool, bool]] = []  # open tags: name, whether text is kept, or dropped
+        self._open: list[tuple[str, bool, bool]] = []  # open tags: name, keeps text, drops text
         self._text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:

@@ -102,7 +102,7 @@ def read_chapters(path: Path) -> list[str]:
 
 
 def split_chapters(chapters: Sequence[str]) -> Split:
-    """Split chapters: every 40th is held out, every 20th is for calibration; no chapter is both."""
+    """Split chapters: every 40th is held out; every 20th, never a held-out one, is for calibration."""
     train = [c for i, c in enumerate(chapters) if i % 40 != 7]
     return Split(
         train=train,
@@ -112,7 +112,7 @@ def split_chapters(chapters: Sequence[str]) -> Split:
 
 
 def join_chapters(chapters: Sequence[str]) -> str:
-    """Join chapters to one text, in which a blank line follows each chapter, as in the training of GPT-2."""
+    """Join chapters into one text, with a blank line after each chapter, as in the training of GPT-2."""
     return "".join(f"{chapter}\n\n" for chapter in chapters)
 
 

@@ -217,7 +217,7 @@ def read_header(path: Path) -> dict[str, Slice]:
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
-        if len(made) != len(pairs):  # the JSON parser would silently keep the last entry of a name
+        if len(made) != len(pairs):  # the JSON parser would silently keep the last of equal names
             raise ValueError("a name occurs twice in its header")
         return made
 

@@ -597,7 +597,7 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Split a tensor into a mantissa, whose largest absolute element is in `[1/2, 1)`, and an exponent.
 
-    The exponent is 0 if the tensor is zero or contains NaN or infinity. The mantissa has a gradient.
+    The exponent is 0 if the tensor is zero or contains NaN or infinity. Only the mantissa has a gradient.
     """
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()

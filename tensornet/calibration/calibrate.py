@@ -47,7 +47,7 @@ MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 #: Smallest number of elements of a weight for which 16 bits are faster than float32, conversions included.
 _LARGE = 1 << 18
-#: Losses for which `default_losses` tells whether they are the cross entropy of tokens.
+#: Losses that may be the cross entropy of tokens; `default_losses` tells whether they are.
 _OWN = (label_losses, own_losses, sampled_losses)
 #: Largest number of inputs or outputs whose moment is stored in full; else only the diagonal is stored.
 FULL_UP_TO = 8192

@@ -441,7 +441,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         if bool((use <= 1).all()):
             kept.append(chosen)
             allowed = 1.0
-        else:  # with few candidates, the combined limit must be a little tighter
+        else:  # weights alone may not suffice if candidates are few, so tighten the limit
             allowed *= 0.99
         weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
         weights = weights / weights.sum()
@@ -502,7 +502,7 @@ def one_format(
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)
-    if config.formats == DEFAULT_FORMATS:  # without data, fewer bits are used only if the user asks for them
+    if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits only on request
         names = [_BLIND]
     sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
     for name in sorted(names, key=lambda x: -sizes[x]):

@@ -361,7 +361,7 @@ def round_trip(
         rounding: how integers are rounded, see `CompressionConfig`.
     """
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
-    # Integers are decoded to the precision of the network, not of the model.
+    # Integers are decoded to the dtype of the network's cores, not to that of the model.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(kept.values(), seen))
 
@@ -541,8 +541,8 @@ def losses_of_parts(
 ) -> list[Corrections]:
     """Round a part of each matrix to formats of 2 and 3 bits, and predict the losses of the same part.
 
-    Parts of equal shape are rounded as one stack: for a single part, the overhead of the many small calls
-    would take longer than the computation. Formats that do not fit a matrix are left out.
+    Parts of equal shape are rounded as one stack. One by one, the overhead of many small calls would take
+    longer than the computation. Formats that do not fit a matrix are left out.
 
     Args:
         layers: pairs of a weight and the sensitivity of the loss to its errors.

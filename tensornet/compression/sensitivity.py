@@ -209,7 +209,7 @@ def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Average gradient and input moments over the relatives of a layer that never ran in calibration.
+    """Estimate the moments of a layer that never ran in calibration by the means over its relatives.
 
     Raises:
         TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.

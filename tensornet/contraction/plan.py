@@ -286,8 +286,8 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     for step in steps:
         product = step.product
         moved, weight = step.arrange_left.permutation, step.arrange_right
-        # `linear` needs a stored matrix `(columns, inner)`. A right operand that is summed over both of its
-        # indices is permuted too, but has another shape.
+        # `linear` needs a stored matrix `(columns, inner)`. The shape is compared too, since an operand
+        # that is summed over both of its indices has the same permutation.
         shape = (product.columns, product.inner)
         if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()

@@ -48,7 +48,7 @@ class IntegerMatrix:
 
     @classmethod
     def of(cls, core: PackedCore) -> "IntegerMatrix":
-        """Make the matrix of a core; it omits the column scales that an entropy-coded core has."""
+        """Make the matrix of a core, without the column scales of entropy-coded cores."""
         zeros = core.tensors.get("zeros")
         codes = core.packed_codes()
         return cls(core.number_format, codes, core.scale_values, zeros, core.columns, core.scales)

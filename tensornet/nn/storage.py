@@ -379,7 +379,7 @@ def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
 
     Args:
         module: a layer, or a bank of experts.
-        name: attribute of the module, `core_<name>`.
+        name: name of the attribute, `core_<name of the core>`.
         core: the core; parameters and packed cores are shared, any other tensor becomes a new parameter.
     """
     if isinstance(getattr(module, name, None), nn.Module) != isinstance(core, nn.Module) and hasattr(
@@ -547,7 +547,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List `(name, shape before packing, length of the row order)` of each core; None: no row order."""
+    """List `(name, shape before packing, length of the row order or None)` of each core."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:

@@ -89,7 +89,7 @@ def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     """Return True if a module with the strategy "cached" may use a cached matrix now.
 
     This is the case in eval mode if no gradients of the cores are recorded. Inside a trace or a `torch.func`
-    transform the result is False, since tensors of these must not be stored.
+    transform the result is False, since their tensors must not be stored.
 
     Args:
         module: the layer or bank.

@@ -21,7 +21,7 @@ from tensornet.quantization.formats import NumberFormat
 
 #: Number of columns after which the gradient of all later columns is updated by one matrix product.
 _BLOCK = 64
-#: Changes made together must achieve at least this fraction of the sum of their single gains.
+#: Changes made together must achieve at least this fraction of the sum of their separate gains.
 _KEPT = 0.5
 #: The needed rows of a moment are selected before a product if they are at most `1 / _FEW` of all rows.
 _FEW = 6

@@ -363,7 +363,7 @@ class NumberFormat:
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
 
-        Several steps are tried; each turns the largest scale of the super-block into another large integer.
+        Several steps are tried; with each, the largest scale of the super-block is a different large integer.
         Scales that are already integers times a step are reproduced exactly.
 
         Args:

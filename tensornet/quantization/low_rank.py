@@ -26,7 +26,8 @@ class RoundedProduct:
     """Product `A B` with one or both factors rounded to integers.
 
     Args:
-        left: rounded or floating-point factor `A`, shape `(out, rank)`; only its free rows if it is pivoted.
+        left: rounded or floating-point factor `A`, shape `(out, rank)`; if it is pivoted, without the rows
+            of the identity.
         right: rounded or floating-point factor `B`, shape `(rank, in)`.
         loss_increase: exact loss increase of the product with respect to the target.
 
@@ -169,7 +170,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the free rows of a left factor, with errors weighted by their moments."""
+        """Round the rows of a left factor outside the identity, with errors weighted by their moments."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:

@@ -220,7 +220,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Compute the losses, shape `(stack,)`, with factors for rows and for columns, `(stack or 1, n)`."""
+        """Compute half the sums of squared residuals weighted by `rows` and `columns`, shape `(stack,)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -343,7 +343,7 @@ def _residual_weights(
 
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals: `s^2/12` inside the grid, more outside of it.
+    """Predict squared rounding residuals: `s^2/12` inside a grid of step `s`, more outside of it.
 
     They are `s^2/12 P(inside) + E[(t - end)^2; t outside]`, where `t` is the weight plus normally distributed
     feedback.

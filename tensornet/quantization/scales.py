@@ -17,8 +17,9 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat, nearest
 
-#: Largest range that is tried, as a fraction of the largest element, and number of ranges.
+#: Largest range that is tried, as a fraction of the largest element.
 _WIDEST = 1.1
+#: Number of ranges that are tried.
 _TRIED = 24
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
@@ -28,8 +29,8 @@ _CACHED, _CHUNK = 1 << 16, 1 << 22
 #: Fraction of the weighted sum of squares below which underflow is accepted. Losing this fraction would cause
 #: the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group size with 16-bit scales that replaces each group size with smaller scales. Doubling the group keeps
-#: the number of bytes about the same.
+#: Group sizes with smaller scales, and the group sizes with 16-bit scales that replace them. Doubling the
+#: group keeps the number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
 
 
@@ -231,7 +232,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if number_format.scale_bits is not None:  # small integers lose precision before their steps do
+    if number_format.scale_bits is not None:  # near the smallest step, integers get small and lose precision
         steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
     small = steps < smallest
     if not bool(small.any()):

@@ -490,7 +490,7 @@ def check_name_does_not_matter(
 
 
 def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that codes are the nearest points on given scales, and survive packing bit for bit.
+    """Check that codes are the nearest points for given scales, and survive packing bit for bit.
 
     Example:
         >>> from tensornet.quantization import NumberFormat

@@ -278,7 +278,7 @@ def load(
         inference: True converts integer layers for generation on the CPU (see
             `tensornet.nn.prepare_for_inference`); the model can then be neither trained nor saved.
             `"compiled"` also lets `generate` use a static cache and compile the step of one token. Its first
-            call then takes a minute or more, and a new cache length is compiled again: set
+            call then takes a minute or more, and a new cache length compiles it again: set
             `model.generation_config.max_cache_len` to the largest length. Do not change a compiled model.
         kwargs: passed to `from_pretrained`. The default dtype is the stored one; for inference it is
             bfloat16, the only dtype that the CPU kernels support. `revision`, `token`, `cache_dir`,
@@ -311,8 +311,8 @@ def load(
     except (TensorNetError, MemoryError, torch.OutOfMemoryError, ImportError):
         raise
     except Exception as error:
-        # Model classes may raise any exception for invalid configurations. If the caller gave options, the
-        # options may be the cause, so FormatError then only reports a configuration that cannot be read.
+        # Model classes may raise any exception for invalid configurations, or for options of the caller.
+        # With options, only an unreadable configuration therefore becomes a FormatError.
         if kwargs and not isinstance(error, StrictDataclassError):
             raise
         raise FormatError(

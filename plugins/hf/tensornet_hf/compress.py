@@ -53,7 +53,7 @@ from tensornet_moe import ExpertsReport, compress_experts
 
 #: Name that stands for the embedded calibration text, as in `--calibration default`.
 DEFAULT = "default"
-#: Largest number of tokens of a validation text that the dense model and each measured size read.
+#: Largest number of tokens read from a validation text.
 VALIDATION_TOKENS = 10_240
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -906,7 +906,7 @@ def _share_across(
 
 
 def _owners_place(model: nn.Module, what: str) -> None:
-    """Raise TargetError if a model cannot own what its layers share; `what` is the option to name."""
+    """Raise TargetError if a model cannot own what its layers share; `what` is the option in the message."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if hasattr(place, OWNERS):
         raise TargetError(

@@ -44,7 +44,7 @@ class Borrower:
         return self._owner[0] if self._owner else None
 
     def borrow(self, owner: Any) -> None:
-        """Set the owner; a module built from a description has only its label.
+        """Set the owner. Until then, a module built from a description knows only the owner's label.
 
         Args:
             owner: a module of the class `owner_kind`.

@@ -190,7 +190,7 @@ def _closed_form(
 
 
 def _stacked_topology(topology: Topology, shared: Sequence[str], count: int) -> Topology:
-    """Build the topology of all matrices below one another; private cores get a leg for the experts."""
+    """Build the topology of all matrices stacked vertically; private cores get a leg for the experts."""
     outs, sizes = topology.out_labels, topology.sizes
     if len(shared) < len(topology.cores):
         outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)

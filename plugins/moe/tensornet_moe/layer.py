@@ -83,9 +83,9 @@ class SharedCoreMoE(nn.Module):
         router: chooses the experts of each token.
         experts: the feed-forward networks; or an `ExpertPool`, which other layers use as well and which the
             model owns.
-        shared_expert: a network of one expert that computes every token, with combine weight 1, in addition
+        shared_expert: a network of one expert that processes every token, with combine weight 1, in addition
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
-        capacity_factor: None computes every choice (dropless). A number drops the choices beyond
+        capacity_factor: None keeps every choice (dropless). A number drops the choices beyond
             `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`; the output of a
             dropped token is 0, so that only the residual connection remains.
         balance_coef: weight of `load_balancing_loss`.

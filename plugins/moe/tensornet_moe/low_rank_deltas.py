@@ -91,7 +91,7 @@ class LowRankDeltaExperts(ExpertBank):
             rank: rank of the deltas.
             topology: topology of the base; `"dense"` keeps the matrix itself.
             shared: cores of the base that all experts share.
-            seed: seed of the random `right`, which is the same on every device.
+            seed: seed of the random right factors, which are the same on every device.
             options: further options of `SharedCoreExperts.from_dense`, for example `out_dims=`, `max_bond=`.
 
         Raises:

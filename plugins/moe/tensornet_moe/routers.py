@@ -160,7 +160,7 @@ class Router(nn.Module, ABC):
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that compute a token: all of them, unless a subclass overrides this."""
+        """Mean number of experts that process a token; all of them unless a subclass overrides this."""
         return self.num_experts
 
     def ranked(self, probs: Tensor) -> Tensor:
@@ -346,7 +346,7 @@ class TopKRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        """Number of experts that compute a token: `top_k`."""
+        """Number of experts that process a token: `top_k`."""
         return self.top_k
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
@@ -424,7 +424,7 @@ class ExpertChoiceRouter(Router):
 
     @property
     def experts_per_token(self) -> float:
-        """Mean number of experts that compute a token: the capacity factor."""
+        """Mean number of experts that process a token: the capacity factor."""
         return self.capacity_factor
 
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:

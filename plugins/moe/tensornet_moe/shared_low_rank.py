@@ -233,7 +233,7 @@ def _fits(
 def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[Factors]:
-    """Yield each matrix with two factors whose leading `r` ranks are its least-squares fit of rank `r`."""
+    """Yield each matrix with two factors whose first `r` components are its least-squares fit of rank `r`."""
     if pattern == "outputs":
         for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
             yield w.T, right.T, left.T
@@ -302,7 +302,7 @@ def _round_factors(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the shared factor once; then fit the private factors to the rounded one, and round them."""
+    """Round the shared factor once; then, with it fixed, fit the private factors, and round them."""
     if pattern == "inputs":
         cores = _equal_columns(cores)
     core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
@@ -499,8 +499,8 @@ def shared_candidates(
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
-        # The shared core and the private ones may have two formats. Networks are useful only if they are
-        # smaller than dense matrices in the larger of them.
+        # The shared core and the private ones may have different formats. Networks are useful only if they
+        # are smaller than dense matrices in the larger format.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
         limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
         costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
@@ -515,10 +515,9 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    In the patterns `inputs` and `outputs`, a private factor may have any format that factors have in low-rank
-    networks without sharing. The shared factor has the same format, or the smallest allowed one of at least
-    eight bits. A shared base may have any format; the factors have the same format, or the smallest allowed
-    one of at least eight bits.
+    A shared base may have any format. In the patterns `inputs` and `outputs`, a private factor may have any
+    format that factors have in low-rank networks without sharing. The other cores have the same format, or
+    the smallest allowed one of at least eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]

@@ -186,7 +186,7 @@ def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: in
     ]
     dense = run(plan.contraction, operands)
     if len(plan.shared) == len(topology.cores):
-        # With expand(1, ...) the backward pass would sum over this one expert, which makes a copy.
+        # With expand(1, ...) the backward pass would sum over this one expert, and the sum makes a copy.
         dense = dense.unsqueeze(0) if num_experts == 1 else dense.expand(num_experts, *dense.shape)
     dense = dense.reshape(num_experts, rows, columns)
     if topology.padded_shape != topology.shape:
