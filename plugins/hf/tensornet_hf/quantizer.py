@@ -441,7 +441,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             path, _, key = name.rpartition(".")
             module = model.get_submodule(path)
             if key in dict(module.named_parameters(recurse=False)):
-                # transformers ties the parameters in this dict, and does not expect them in the files.
+                # transformers ties the parameters that this dict lists, and does not expect them in files.
                 model.all_tied_weights_keys[name] = owner
             else:  # a plain attribute, since transformers would expect a buffer in the files
                 buffer = getattr(module, key)

@@ -270,7 +270,7 @@ def _mark(number: int, rows: int, columns: int) -> Tensor:
 
 
 def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
-    """Find the tensors that are the mark (see `_mark`) of a single layer with permuted rows and columns.
+    """Find the tensors that are the mark (see `_mark`) of one layer, with rows and columns permuted.
 
     Args:
         layers: names of the layers; the first has the mark with the number 1.
