@@ -44,7 +44,7 @@ from tensornet_moe.experimental.parallel import ParallelExperts
 METHOD = "tensornet"
 FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
-#: Shape of a guard (see `replaced_names`). No weight is empty, so a guard is not taken for a weight.
+#: Shape of a guard (see `replaced_names`). No weight is empty, so a guard cannot be taken for a weight.
 GUARD_SHAPE = (0,)
 #: Name of each dtype in torch, by its name in the header of a safetensors file.
 DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}

@@ -516,7 +516,7 @@ def _compress_shard(
         errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
         after, described = model.state_dict(keep_vars=True), describe(model)
 
-        # New are the tensors of compressed layers, and a guard (`replaced_names`) for each replaced weight.
+        # New tensors: those of compressed layers, and a guard (`replaced_names`) for each replaced weight.
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)

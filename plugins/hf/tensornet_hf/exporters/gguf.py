@@ -182,7 +182,7 @@ def _with_converter(
     source: Path | None,
     title: str,
 ) -> Parts:
-    """Run the converter on copies of the model, and take names, permutations, tokenizer and metadata from it.
+    """Run the converter on copies of the model; its result gives names, permutations, tokenizer, metadata.
 
     The copies are saved in the folder `work`. Layers whose low-rank part cannot be an adapter are moved to
     `layers.dense`.
