@@ -264,7 +264,7 @@ class FolderReport:
         lines = [
             f"files       {sizes}",
             f"layers      {len(done.layers)}{left}, {plan.bits_per_weight:.2f} bits a weight of these layers",
-            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, whole model",
+            f"parameters  {done.model_params_before:,} -> {done.model_params_after:,}, scales included",
             f"coverage    {str(done.coverage).removeprefix('covers ')}",
         ]
         if (predicted := plan.predicted_loss_increase) is not None:

@@ -325,7 +325,7 @@ def compare(
             row.append(f"{quality.kl_mean:.4f}" if known else "")
         rows.append(row)
     print_table(header, rows)
-    print_lines("", "Bytes, bits a weight and parameters are those of the whole model.")
+    print_lines("", "Bytes, bits a weight and parameters, scales included, are those of the whole model.")
     if (quality := found[0].quality) is not None:
         print_lines(f"Loss: {quality.tokens:,} tokens scored on {quality.source}.")
     for model in found:
@@ -549,7 +549,7 @@ def demo(
     print_lines(
         "",
         f"Measured on held-out text (lower is better): {quality.tokens:,} tokens scored on {quality.source}.",
-        "Bytes and parameters: whole model; bits a weight: compressed layers.",
+        "Bytes and parameters, scales included: whole model; bits a weight: compressed layers.",
         "The baselines use one format or ratio for all layers and are not saved; GPTQ is our implementation.",
         "",
         f"The saved model writes: {PROMPT}{sample}".replace("\n", "\n  "),
