@@ -56,7 +56,7 @@ from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
 
 PRESETS = ("Q8_0", "Q4_K_M", "Q4_0", "IQ4_XS", "IQ3_S", "Q2_K")
-#: A preset, and the budget of an additional plan as a fraction of its bytes.
+#: A preset, and the budget of an additional plan as a fraction of the preset's bytes.
 POPULAR, SHARE = "Q4_K_M", 0.75
 #: For the picture: presets whose names are left of their points, and titles of the models.
 SMALLEST = ("IQ3_S", "Q2_K")
@@ -113,7 +113,7 @@ class Bench:
         return done.stdout + done.stderr
 
     def judge(self, name: str, file: Path, **facts: Any) -> None:
-        """Measure a file on the judged windows, and add its row with further `facts` to the record."""
+        """Measure a file on the windows for judging; add a row with the results and `facts` to the record."""
         found = divergence(load_any(file), self.dense, self.tokens, context=self.context)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
         size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)

@@ -7,8 +7,8 @@ with one of the mixtures of `scratch_rows.py`. For a seed, all rows get the same
 constant after a warm-up, and the loss is that of a running average of the weights over about the last tenth
 of the steps. So one run gives the loss at every number of tokens, and any run can be continued with more
 tokens. With the first seed, every rate is tried for `--chosen-at` million tokens; the rate with the lowest
-loss on the tuning part is then used for all seeds. Every row has the bytes of its parameters, the seconds of
-training, and the floating-point operations per token.
+loss on the tuning part is then used for all seeds. Every row states the bytes of all parameters, the seconds
+of training, and the floating-point operations per token.
 
 Runs can be resumed at any step: the state folder contains the weights, optimizer, average, generator and step
 of each run, and batches depend only on seed and step. A run whose configuration differs from the stored one

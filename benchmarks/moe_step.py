@@ -10,8 +10,8 @@
 4. The time of inference with cached experts, relative to the same mixture with dense expert matrices, for a
    few tokens at a time. Goal: at most 1.1.
 
-Seconds are processor seconds with one thread, which depend least on other users of the machine, and wall
-seconds with several threads.
+With one thread, processor seconds are measured, which depend least on other users of the machine; with
+several threads, wall seconds.
 
     python benchmarks/moe_step.py                # five minutes; writes benchmarks/records/moe_step.json
     python benchmarks/moe_step.py --threads 1 2  # with one thread, then with two
@@ -180,7 +180,7 @@ class TwoLayers(nn.Module):
 def stepper(
     case: Case, moe: nn.Module, *, update: bool = False, compiled: bool = False
 ) -> Callable[[], None]:
-    """Return a function that makes a forward and backward pass, and with `update` a step of AdamW."""
+    """Return a function that makes a forward and backward pass and, if `update`, a step of AdamW."""
     generator = torch.Generator().manual_seed(1)
     x, grad = torch.randn(2, case.tokens, case.model, generator=generator)
     x.requires_grad_()

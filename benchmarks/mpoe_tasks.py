@@ -1,4 +1,4 @@
-"""Tasks for mpoe_vs_switch.py, in which the two embedded models are fine-tuned on short quotations.
+"""Tasks for mpoe_vs_switch.py, in which the two models of this package are fine-tuned on quotations.
 
 The text is that of the Debian packages `fortunes` and `fortunes-min`: files with 14,646 quotations, separated
 by lines with `%`. Any machine with apt can download and unpack the packages; they are not installed:

@@ -2,9 +2,9 @@
 
     python benchmarks/mpoe_vs_switch.py [--text FOLDER] [--state FOLDER] [--tables gpt2 t5] [--toy]
 
-The two embedded models, trained on the Bible, are fine-tuned on quotations: a GPT-2 as a language model, and
-a T5 that restores vowels (see `mpoe_tasks.py`, also for the text). Each row of a table is the same model with
-other feed-forward networks, which `th.upcycle` makes from the trained ones.
+This package's two models, trained on the Bible, are fine-tuned on quotations: a GPT-2 as a language model,
+and a T5 that restores vowels (see `mpoe_tasks.py`, also for the text). Each row of a table is the same model
+with other feed-forward networks, which `th.upcycle` makes from the trained ones.
 
 Every row gets the same number of steps, the same batches for a seed, and the same tuning effort. Each
 learning rate of a grid is tried once, with the first seed. The rate with the lowest loss on the tuning part

@@ -6,7 +6,7 @@ two texts: half of their windows are from the documentation of the Linux kernel.
 that are in the record are skipped, so a run can be interrupted and continued:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
-    python benchmarks/quality.py --toy      # the embedded GPT-2 and its own texts, in seconds
+    python benchmarks/quality.py --toy      # this package's small GPT-2 and texts, in seconds
     python benchmarks/quality.py --picture docs/quality.svg
 
 `CACHE` is the folder of models, texts and statistics (see `subjects.py`). All forward passes, also those of
@@ -114,7 +114,7 @@ class Bench:
 
     Args:
         cache: folder of models, texts and statistics.
-        toy: whether to use the embedded GPT-2 and its texts instead of those in the folder.
+        toy: whether to use this package's small GPT-2 and texts instead of those in the folder.
         windows: number of held-out windows.
         calibration: number of calibration windows.
         heal_seconds: processor seconds of healing.

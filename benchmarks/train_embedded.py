@@ -102,7 +102,7 @@ def read_chapters(path: Path) -> list[str]:
 
 
 def split_chapters(chapters: Sequence[str]) -> Split:
-    """Split chapters: every 40th is held out; every 20th, never a held-out one, is for calibration."""
+    """Split chapters: of every 40, one is held out, and two of the others are for calibration."""
     train = [c for i, c in enumerate(chapters) if i % 40 != 7]
     return Split(
         train=train,

@@ -1,7 +1,7 @@
 """Train LoRA adapters on the layers of a compressed model, save them separately, load and merge them.
 
 python examples/lora.py MODEL TEXT OUTPUT     # folder of a compressed model, text file, new folder
-python examples/lora.py --toy OUTPUT          # the embedded GPT-2, which is compressed first
+python examples/lora.py --toy OUTPUT          # the package's GPT-2, which is compressed first
 """
 
 import argparse
@@ -20,7 +20,7 @@ WINDOW = 128
 
 
 def compressed_toy():
-    """Compress the embedded GPT-2 without calibration."""
+    """Compress the package's small GPT-2 without calibration."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path())
     tn.compress(model, tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
     return model

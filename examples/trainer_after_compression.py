@@ -1,7 +1,7 @@
 """Compress a language model, train its cores with the `Trainer` of transformers, and save and load it.
 
 python examples/trainer_after_compression.py MODEL TEXT OUTPUT     # folder or hub id, text file, new folder
-python examples/trainer_after_compression.py --toy OUTPUT          # the embedded GPT-2, a few steps
+python examples/trainer_after_compression.py --toy OUTPUT          # the package's GPT-2, a few steps
 """
 
 import argparse

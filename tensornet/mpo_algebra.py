@@ -101,7 +101,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
 
 
 def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Contract `conj(left)` and `right` over all legs to `mantissa * 2^exponent`; return both.
+    """Contract `conj(left)` and `right` over all legs; return a mantissa and a binary exponent.
 
     The mantissa has the shape `(last bond of left, last bond of right)`.
     """

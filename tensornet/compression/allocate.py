@@ -441,7 +441,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         if bool((use <= 1).all()):
             kept.append(chosen)
             allowed = 1.0
-        else:  # weights alone may not suffice if candidates are few, so tighten the limit
+        else:  # changing the weights may not suffice if candidates are few, so tighten the limit
             allowed *= 0.99
         weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
         weights = weights / weights.sum()

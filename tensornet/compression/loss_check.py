@@ -331,7 +331,7 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers of a group whose loss is too high; all of them if no single half is too high.
+        """Find the layers that make the loss of a group too high; all if neither half alone is too high.
 
         `increase` is the measured loss increase of the group. The result is a dict like that of `factors`.
         """

@@ -30,8 +30,8 @@ from tensornet.nn.module import NetworkModule
 TOKENS, BATCHES = 2048, 8
 #: Largest number of logits of the dense model that are stored for the divergence (128 MB in float32).
 _LOGITS = 1 << 25
-#: A loss increase is far above its prediction if, minus `_ERRORS` standard errors, it exceeds both `_TIMES`
-#: times the prediction and `_FLOOR`. Standard errors need at least `_LEAST` losses.
+#: A loss increase is far above its prediction if the increase minus `_ERRORS` standard errors exceeds
+#: both `_FLOOR` and `_TIMES` times the prediction. Standard errors need at least `_LEAST` losses.
 _TIMES, _FLOOR, _ERRORS, _LEAST = 3.0, 0.02, 3.0, 8
 #: Exceptions that a model raises if it has no loss or does not run on a part of a batch; then nothing is
 #: measured.
@@ -396,7 +396,7 @@ class Forecast:
         return _along(self.points, predicted)
 
     def kl(self, predicted: float) -> float:
-        """Predict the divergence from a predicted loss increase; without measurements both are equal."""
+        """Convert a predicted loss increase to a divergence; without measurements the two are equal."""
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:

@@ -140,7 +140,7 @@ class KernelMatrix:
         return values.view(-1, columns).to(dtype)
 
     def _joined(self, nibbles: Sequence[Tensor]) -> Tensor:
-        """Join the 4-bit codes of one or two kernel products to `value / scale` in float32."""
+        """Compute `value / scale` in float32 from the 4-bit codes for each kernel product (one or two)."""
         low = _low_bits(self.number_format)
         high, *rest = (codes.to(torch.float32) for codes in nibbles)
         if low:
@@ -199,14 +199,14 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` and the codes and scales of a `KernelMatrix` of one product."""
+    """Compute `x W^T` for `x: (tokens, in)` with the codes and scales of a `KernelMatrix` of one product."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` and the codes and scales of a `KernelMatrix` of two products."""
+    """Compute `x W^T` for `x: (tokens, in)` with the codes and scales of a `KernelMatrix` of two products."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 
@@ -218,7 +218,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
     Args:
         number_format: format of the matrix.
         shape: shape of the matrix, `(out, in)`.
-        max_growth: largest size of the layout, in units of the stored bytes.
+        max_growth: largest size of the layout, relative to the stored bytes.
     """
     block, group = _block_rows(), _kernel_group(number_format, shape[1])
     if number_format.bits is None or number_format.zero_point or number_format.table:
@@ -424,7 +424,7 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
     Args:
         model: any model; it is changed in place and set to eval mode. Training or saving it afterwards raises
             TargetError.
-        max_growth: largest size of a converted layer, in units of its stored bytes; `int2` needs 2.
+        max_growth: largest size of a converted layer, relative to its stored bytes; `int2` needs 2.
 
     Returns:
         The same model.

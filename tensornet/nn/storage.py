@@ -725,7 +725,7 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # There is one row for each out-leg index if no other label precedes the last out-leg.
+        # Each index of the out-legs has its own row if no other label precedes the last out-leg.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)

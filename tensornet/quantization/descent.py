@@ -1,11 +1,11 @@
 """Coordinate descent on the exact loss increase after rounding: change codes, and refit scales.
 
 Let `P = R E C` for the error `E`. Changing the error of one element by `d` changes the loss by `d P_ij + 1/2
-d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Rows of a column interact
-through `R`. So only the best changes are made, few enough that together they gain at least half of the sum of
-their single gains. The scales of one group in all rows interact too; they solve a linear system. No step
-increases the loss. If only the diagonal of `R` is known, as in output layers with a large vocabulary, rows
-are independent: all changes that lower the loss are made, and every scale has a closed form.
+d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Changes in a column
+interact through `R`. So only the best changes are made, few enough that together they gain at least half of
+the sum of their single gains. The scales of one group in all rows interact too; they solve a linear system.
+No step increases the loss. If only the diagonal of `R` is known, as in output layers with a large vocabulary,
+rows are independent: all changes that lower the loss are made, and every scale has a closed form.
 
 Small matrices are processed in stacks, since function calls take longer than their arithmetic.
 

@@ -50,7 +50,7 @@ _EMPTY, _ROUNDINGS, _MOST_ROUNDINGS = 0.004, 5, 50
 #: Number of quantiles of rows and of columns, and number of common factors of steps, for which the entropy is
 #: estimated.
 _PLACES, _STEPS = 64, 64
-#: Largest weight in units of its step; codes up to 127 leave room for feedback.
+#: Largest weight in units of its step; the codes reach 127, so there is room for feedback.
 _FARTHEST = 120
 
 

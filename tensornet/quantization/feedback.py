@@ -183,7 +183,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     size, width = w.shape[1:]
     down, across = size // TILE, width // TILE
 
-    # 2. Split the inputs of rounding, listed at `_ABOVE`, into tiles. One tensor contains all of them.
+    # 2. Split the inputs of rounding, listed at `_ABOVE`, into tiles. One tensor contains all tiles.
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)
@@ -250,7 +250,7 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Views of the inputs that get feedback (rows below, columns rounded later), and of its coefficients.
+    #: Views: the rows below, and the coefficients of their feedback; the columns rounded later, likewise.
     below: Tensor
     row_couplings: Tensor
     further: Tensor

@@ -136,7 +136,7 @@ def round_factor(
 
 @dataclass(frozen=True)
 class _Product:
-    """Matrix that a product approximates, its weighting, and the row order of a pivoted left factor."""
+    """Matrix that a product approximates, the error weighting, and the row order of a pivoted left factor."""
 
     wanted: Tensor
     weighting: Weighting
@@ -170,7 +170,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the rows of a left factor outside the identity, with errors weighted by their moments."""
+        """Round the rows of a left factor that are not in its identity; the row moment weights the errors."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:

@@ -163,8 +163,8 @@ def predict_product_losses(
 def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | None = None) -> Tensor:
     """Compute squared norms of columns (`axis` 0) or rows (1) of a matrix under a moment, in float64.
 
-    `known` is another moment, for which norms are cached. If `moment` is a multiple of it plus a diagonal, no
-    further matrix product is needed.
+    `known` is another moment, for which norms are cached. If `moment` is a diagonal matrix plus a multiple of
+    `known`, no further matrix product is needed.
     """
     vectors = factor if axis == 0 else factor.mT
     if moment is not known and moment is not None and known is not None and moment.ndim == known.ndim == 2:

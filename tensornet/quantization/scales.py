@@ -232,7 +232,7 @@ def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Wei
     smallest = 4 * limits.smallest_normal * limits.eps
     ranges = group_ranges(weight, number_format.group, number_format.zero_point)
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if number_format.scale_bits is not None:  # near the smallest step, integers get small and lose precision
+    if number_format.scale_bits is not None:  # small multiples of the smallest step are inaccurate
         steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
     small = steps < smallest
     if not bool(small.any()):

@@ -337,7 +337,7 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
 
 
 def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
-    """Check the gradients of the input and of all cores against the dense operator, for real networks.
+    """Check the gradients of the input and of all cores against the dense operator (real dtypes only).
 
     Example:
         >>> from tensornet.testing import laws

@@ -142,7 +142,7 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
     is the bound.
 
     If all truncated bonds separate rows from columns, the bound is the error of the truncated SVD. A leg on
-    both sides of a cut splits the unfolding into blocks, which are truncated one by one. The bound of a sum
+    both sides of a cut splits this matrix into blocks, which are truncated one by one. The bound of a sum
     of networks is the smallest bound of its terms.
 
     Args:

@@ -200,7 +200,7 @@ class TopologyFamily(ABC):
         and integer scales are used for dense matrices only.
 
         Returns:
-            A list of pairs: the format of all cores, and other formats of single cores by name.
+            A list of pairs: the format of the cores, and the exceptions, as formats by name of the core.
         """
         return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and x.for_networks)]
 

@@ -51,7 +51,7 @@ from tensornet_hf.streaming import compress_checkpoint, digest, file_marks, stag
 from tensornet_hf.text import calibration_data, mix_texts, read_text
 from tensornet_moe import ExpertsReport, compress_experts
 
-#: Name that stands for the embedded calibration text, as in `--calibration default`.
+#: Name that stands for the package's calibration text, as in `--calibration default`.
 DEFAULT = "default"
 #: Largest number of tokens read from a validation text.
 VALIDATION_TOKENS = 10_240

@@ -26,7 +26,7 @@ def data_path(name: str) -> Path:
 
 
 def gpt2_path() -> Path:
-    """Return the folder of the embedded GPT-2, for `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Return the folder of the package's GPT-2, for `AutoModelForCausalLM` and `AutoTokenizer`.
 
     The context is 128 tokens; the language model head is tied to the embedding.
 
@@ -39,7 +39,7 @@ def gpt2_path() -> Path:
 
 
 def t5_path() -> Path:
-    """Return the folder of the embedded T5, for `AutoModelForSeq2SeqLM` and `AutoTokenizer`.
+    """Return the folder of the package's T5, for `AutoModelForSeq2SeqLM` and `AutoTokenizer`.
 
     The model restores the missing vowels of phrases of one to three words. A token is one character.
 
@@ -72,7 +72,7 @@ def heldout_text() -> str:
 
 
 def t5_pairs(split: Literal["calibration", "heldout"]) -> list[tuple[str, str]]:
-    """Return 400 pairs `(source, target)` for the embedded T5, such as `("sstr nd", "sister and")`.
+    """Return 400 pairs `(source, target)` for the package's T5, such as `("sstr nd", "sister and")`.
 
     Args:
         split: `"calibration"` (pairs from the training text) or `"heldout"` (pairs from other chapters).

@@ -706,8 +706,8 @@ def remove_dense_ties(
     """Remove ties to weights of compressed modules from the tied keys of transformers, in place.
 
     transformers stores ties as pairs of names, `{target: source}`, in `all_tied_weights_keys`. `tie_weights`
-    reads the pairs again from `_tied_weights_keys` of every nested model. This attribute is private, but with
-    a stale pair `tie_weights` would look for a weight that no longer exists.
+    reads the pairs again from `_tied_weights_keys` of every nested model. This attribute is private, but must
+    be changed: with a stale pair, `tie_weights` would look for a weight that no longer exists.
 
     Args:
         model: a compressed model, or an empty model before loading.

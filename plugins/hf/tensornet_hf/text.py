@@ -406,12 +406,12 @@ def _pieces(text: str) -> Iterator[str]:
         yield piece if piece.endswith("\n") else piece + "\n"
 
 
-#: Number of tokens of the embedded text that are used for calibration if no other data is given.
+#: Number of tokens of the package's text that are used for calibration if no other data is given.
 TOKENS = 16_384
 
 
 def embedded_text(model: nn.Module) -> ProvidedData | None:
-    """Make calibration batches of the embedded text (King James Bible) for a causal language model.
+    """Make calibration batches of the package's text (King James Bible) for a causal language model.
 
     Returns:
         The batches; None for other models, or if the model's folder or hub cache has no tokenizer.

@@ -132,8 +132,8 @@ class RouterStatsCallback(TrainerCallback):
     - `moe/load_entropy`: entropy of the load divided by `log E`; 1 if even, 0 if an expert gets all tokens
     - `moe/dropped`: share of tokens that no expert processes
     - `moe/balance_loss`, `moe/z_loss`: auxiliary losses before they are weighted
-    - `moe/update_shared`, `moe/update_private`: relative change `|new - old| / |old|` in this step of all
-      shared and all private cores; the gradient mask is meant to balance the two
+    - `moe/update_shared`, `moe/update_private`: relative change `|new - old| / |old|` of all shared and
+      of all private cores in this step; the gradient mask is meant to balance the two
 
     `.history` also contains `load`, the number of tokens of each expert by layer. Router statistics are those
     of the last micro-batch before the step, on this process.

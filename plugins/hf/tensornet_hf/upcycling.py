@@ -873,7 +873,7 @@ def _share_across(
     """Build banks whose shared cores are used by all layers that have a matrix of the same name and shape.
 
     Returns:
-        The modules that own the shared cores by label, and the banks by index of the network and name of the
+        The owners of the shared cores, by label; and the banks, by index of the network and name of the
         matrix. A matrix without a counterpart in another layer has no bank.
 
     Raises:

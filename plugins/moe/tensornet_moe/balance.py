@@ -1,4 +1,4 @@
-"""Load of experts: counts for each layer and pool, and balancing by router biases instead of a loss."""
+"""The load of experts: count it by layer and pool, and balance it by router biases instead of a loss."""
 
 from typing import Any
 
@@ -16,8 +16,8 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
 
     Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load of an expert is
     how often routers chose it in training since the last call, including choices that were then dropped, but
-    not padding. It is counted in each layer, or in all layers of an `ExpertPool` with `balance="pool"`
-    together. Loads are summed over processes, so that every process gets the same biases.
+    not padding. It is counted in each layer or, for an `ExpertPool` with `balance="pool"`, over all layers
+    of the pool. Loads are summed over processes, so that every process gets the same biases.
 
     Args:
         model: contains the mixtures.

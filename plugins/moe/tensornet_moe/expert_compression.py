@@ -194,7 +194,7 @@ def compress_experts(
         config: the options, with a budget of parameters, bytes or predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
         across_layers: also consider cores that the experts of all layers share. They are chosen where their
-            predicted loss is lower than with sharing in each layer and with separate networks.
+            predicted loss is lower than that of cores shared in each layer and that of separate networks.
         progress: show progress bars.
 
     Raises:

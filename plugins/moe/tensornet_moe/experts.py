@@ -190,7 +190,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             if name not in names:
                 pieces = [_leading(core, each.core_shapes[name]) for each in topologies]
                 cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
-        if topologies[0] != network.topology:  # the first expert's bonds are smaller
+        if topologies[0] != network.topology:  # the first expert has smaller bonds than the network
             shapes = topologies[0].core_shapes.values()
             own = [_leading(core, shape) for core, shape in zip(network.cores, shapes, strict=True)]
             error = stack_error(weight[None], TensorNetwork(topologies[0], own).to_matrix()[None])

@@ -113,8 +113,8 @@ class LowRankDeltaExperts(ExpertBank):
     def from_experts(cls, weights: Tensor, *, rank: int) -> "LowRankDeltaExperts":
         """Fit different experts by one dense base and low-rank deltas.
 
-        Several bases are tried, and the one that fits best is taken: the mean of the matrices, or the mean of
-        the matrices minus the deltas for an earlier base (`tensornet_moe.shared_low_rank`). The deltas are
+        Several bases are tried: the mean of the matrices, and means of the matrices minus the deltas for an
+        earlier base (`tensornet_moe.shared_low_rank`). The base that fits best is taken. The deltas are
         truncated SVDs of the differences from the base.
 
         Args:

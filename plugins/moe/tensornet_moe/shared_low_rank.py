@@ -401,7 +401,7 @@ def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor
 
 
 def _trace(moment: Tensor | None, size: int) -> float:
-    """Compute the trace of a moment: a matrix, a vector if it is diagonal, or None for the identity."""
+    """Compute the trace of a moment, which is a matrix, a vector (its diagonal) or None (the identity)."""
     if moment is None:
         return float(size)
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
@@ -515,9 +515,9 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    A shared base may have any format. In the patterns `inputs` and `outputs`, a private factor may have any
-    format that factors have in low-rank networks without sharing. The other cores have the same format, or
-    the smallest allowed one of at least eight bits.
+    In the pattern `base`, the base may have any format. In `inputs` and `outputs`, a private factor may have
+    any format that factors have in low-rank networks without sharing. The remaining cores have the format of
+    this base or private factor, or the smallest allowed format of at least eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]

@@ -53,7 +53,7 @@ def scaled_bases(*, out_features: int, in_features: int, bases: int = 1) -> Topo
     In a `SharedCoreExperts` with `shared=("basis",)` (or the default, `"center"`, if the bases are the
     largest core) an expert owns `bases * (out_features + in_features)` values. With one base the experts are
     the members of a BatchEnsemble. With random signs as initial scales, experts compute different functions
-    from the first step on, unlike low-rank deltas that start at zero.
+    from the first step on; with low-rank deltas that start at zero, they do not.
 
     Args:
         out_features, in_features: shape of the matrix.

@@ -46,13 +46,13 @@ def export_compressed_tensors(
     """Write a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
 
     A layer is packed if it replaces an `nn.Linear` and is stored as a single matrix of integers, if its group
-    size divides the inputs or each row has one scale, and if its scales are exact in the model's dtype. vLLM
-    reads this format too (not tested) if the projections that it fuses (query, key and value; gate and up)
-    have the same number format.
+    size divides the number of inputs or each row has one scale, and if its scales are exact in the model's
+    dtype. vLLM reads this format too (not tested) if the projections that it fuses (query, key and value;
+    gate and up) have the same number format.
 
     Raises:
         DestinationError: see `tensornet_hf.export`.
-        TargetError: no layer can be packed, a network is refused, or the model has experts.
+        TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or the model has experts.
     """
     found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
     if stacks := [name for name, x in found.stock.named_parameters() if x.ndim == 3 and "experts" in name]:

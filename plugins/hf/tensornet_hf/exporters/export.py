@@ -104,7 +104,7 @@ def export(
     Raises:
         DestinationError: the destination exists already, is the source, or cannot be written; no new files
             are left.
-        TargetError: the target cannot store this model, or a network is refused.
+        TargetError: the target cannot store this model, or `networks="refuse"` forbids a layer.
         ValueError: an unknown target or option.
         MissingDependencyError: a package that the target needs is not installed.
 

@@ -79,7 +79,7 @@ def packed_model(
         packs_tied: True if the runtime can tie a head to a packed embedding; if not, both are written dense.
 
     Raises:
-        TargetError: no layer can be packed, or a network is refused.
+        TargetError: no layer can be packed, or `networks="refuse"` forbids a layer.
     """
     layers = {
         name: module

@@ -93,8 +93,8 @@ def export_gguf(
             all weights that are not compressed are taken from this file, and the converter is not used.
 
     Raises:
-        TargetError: the converter does not support this model or tokenizer, a network is refused, or the
-            skeleton belongs to another model.
+        TargetError: the converter does not support this model or tokenizer, `networks="refuse"` forbids
+            a layer, or the skeleton belongs to another model.
         DestinationError: the file cannot be written.
         MissingDependencyError: the converter is not installed.
     """
@@ -531,7 +531,7 @@ def _converter(
         folder, float_type, folder / "model.gguf", model_name=name, hparams=hparams
     )
     if not vocabulary:
-        converter.set_vocab = converter._set_vocab_none  # there is no public way to write no vocabulary
+        converter.set_vocab = converter._set_vocab_none  # no public method omits the vocabulary
         return converter
     # The converter looks up the splitting rule of a tokenizer by a hash of its output, and so refuses newly
     # trained tokenizers. For some tokenizers, tokenizer.json determines the rule.

@@ -71,12 +71,14 @@ def export_mlx(
     """Write a folder that `mlx-lm` can load; see `tensornet_hf.export`.
 
     A linear layer or an embedding is packed if it is stored as a single matrix of integers of 2, 3, 4, 5, 6
-    or 8 bits, in groups of 32, 64 or 128 that divide the inputs. Scales and biases have the dtype of the
-    model if that is exact, otherwise float32; MLX then computes in float32 from this layer on.
+    or 8 bits, and its number of inputs is a multiple of the group size of 32, 64 or 128. Scales and biases
+    have the dtype of the model if that is exact, otherwise float32; MLX then computes in float32 from this
+    layer on.
 
     Raises:
         DestinationError: see `tensornet_hf.export`.
-        TargetError: no layer can be packed, a network is refused, or mlx-lm cannot load this architecture.
+        TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or mlx-lm cannot load this
+            architecture.
         MissingDependencyError: mlx-lm is not installed.
     """
     require(("mlx_lm", "mlx"), extra="export", user="Writing for MLX")

@@ -76,8 +76,8 @@ class ParallelExperts(nn.Module):
 def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
     """Distribute the experts of every `SharedCoreMoE` in a module over a process group, in place.
 
-    Every process must have the same weights before the call, and keeps its own experts. Call this before
-    building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
+    Every process must have the same weights before the call, and afterwards keeps its own experts. Call this
+    before building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
     `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model:
     its checkpoints are written by one process, which does not have all experts.
 
