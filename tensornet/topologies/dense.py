@@ -70,7 +70,7 @@ def round_dense(
     """Round a dense matrix to integers, with the damping and the coordinate descent that suit dense matrices.
 
     As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) only the moment
-    of the inputs; both are without descent.
+    of the inputs; neither is followed by descent.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.

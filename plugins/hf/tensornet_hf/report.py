@@ -105,7 +105,7 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
 def svd_itemsize(plan: CompressionPlan) -> int:
     """Return the bytes of each value in the factors of the SVD baseline.
 
-    They are 2 if the plan stores layers in number formats, else the bytes of the model's dtype.
+    This is 2 if the plan stores layers in number formats, else the itemsize of the model's dtype.
     """
     integers = any(layer.storage.own_dtypes for layer in plan)
     return 2 if integers else plan.layers[0].dtype.itemsize
