@@ -105,7 +105,7 @@ def formats(side: str, count: int) -> list[str]:
 
 
 def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
-    """Build a bfloat16 layer of the same shape with random integers, which is faster than rounding."""
+    """Build a bfloat16 layer of random integers in the shape of `layer`; rounding would take longer."""
     topology = dense(out_features=layer.out_features, in_features=layer.in_features)
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}

@@ -214,7 +214,7 @@ class Bench:
         return stats
 
     def speed(self) -> None:
-        """Measure tokens per second of plans and presets in llama.cpp, and its divergence from float32."""
+        """For the files of plans and presets, measure tokens per second in llama.cpp and `own_divergence`."""
         pairs = {
             row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows

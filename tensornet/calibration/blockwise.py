@@ -49,7 +49,7 @@ class Call:
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return this call with the argument at `slot` as hidden state; unchanged if that is no tensor."""
+        """Return a call whose hidden state is the argument at `slot`, or this call if that is no tensor."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 

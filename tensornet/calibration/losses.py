@@ -559,7 +559,7 @@ def seeded_draws() -> Iterator[None]:
 
 
 def draws_on(device: torch.device) -> torch.Generator | None:
-    """Return the seeded generator of a device; None, for the global generator, outside of `seeded_draws`."""
+    """Return the seeded generator of a device, or None (the global generator) outside of `seeded_draws`."""
     known = _drawing.get()
     if known is None:
         return None

@@ -409,7 +409,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         Index of the candidate of each layer, and the name of the tightest limit.
 
     Raises:
-        BudgetError: a limit cannot be met, or not all of them together.
+        BudgetError: a limit cannot be met, or the limits cannot all be met together.
     """
     alone = []
     for cap in caps:

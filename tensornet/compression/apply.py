@@ -1,4 +1,4 @@
-"""Apply a plan: replace stock layers by tensor-network layers, and undo it."""
+"""Replace stock layers by tensor-network layers according to a plan, and convert them back."""
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

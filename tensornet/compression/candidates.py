@@ -5,7 +5,7 @@ from the moments alone. With 2 and 3 bits, where clamping and scales matter most
 rounded, and the prediction is corrected by the measured loss of this part. The other candidates are the
 networks of each topology family (`TopologyFamily.ladder`) with each number format of their cores, up to the
 bond at which they are as large as the matrix in the same format. Candidates above the lower convex hull of
-loss over size are dropped, since no budget would choose them.
+loss over size are dropped, since they are never the best choice.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -117,7 +117,7 @@ def _of_layer(
     sizes: "Sizes",
     corrections: "Corrections | None",
 ) -> list[Candidate]:
-    """Find all candidates of one layer, and drop those that no budget would choose.
+    """Find all candidates of one layer, and drop those that are never the best choice.
 
     Raises:
         BudgetError: no candidate is left.

@@ -68,7 +68,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
-        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` sets the other fields."""
+        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are all other fields."""
         return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:
@@ -373,7 +373,7 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Make the correction from measurements; those that do not increase with the prediction are ignored.
+        """Make the correction from measurements; a loss below that of a smaller prediction is ignored.
 
         Args:
             measured: pairs of predicted and measured loss increase.

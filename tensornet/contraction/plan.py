@@ -108,7 +108,7 @@ class ContractionPlan:
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of the contraction and of reading operands without the token index from memory.
+        """Predict the seconds of the contraction, if operands without the token index are read from memory.
 
         Args:
             tokens: number of tokens.
@@ -128,7 +128,7 @@ class ContractionPlan:
         return total
 
     def moved(self, tokens: int) -> int:
-        """Count the elements moved by the permuting copies for a number of tokens."""
+        """Count the elements that are copied to permute dimensions, for a number of tokens."""
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:

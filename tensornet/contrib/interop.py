@@ -74,7 +74,7 @@ def from_tensorly(operator: Any) -> tuple[Tensor, ...]:
     """Extract the cores of a TensorLy `TTMatrix`, a tltorch `BlockTT`, or a list of factors.
 
     Raises:
-        ShapeError: the operator is another object.
+        ShapeError: the operator has another type.
     """
     if isinstance(operator, Tensor | str | bytes | dict) or not any(
         hasattr(operator, name) for name in ("factors", "__getitem__")

@@ -132,7 +132,7 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
 
     Args:
         x: input, shape `(..., in)`.
-        matrix: the matrix `(out, in)`; it gets no gradients, so its scales must not be in training.
+        matrix: the matrix `(out, in)`; it gets no gradients, so its scales must not be trained.
         bias: shape `(out,)`, or None.
     """
     out_features, in_features = matrix.shape

@@ -228,7 +228,7 @@ class TensorNetworkLinear(NetworkModule):
 def _two_products(
     layer: TensorNetworkLinear, products: Sequence[tuple[int, tuple[int, ...]]], most: float
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the shortcut for later passes of a layer that multiplies by two cores one after the other.
+    """Make a function that multiplies by two cores one after the other, as a shortcut for later passes.
 
     Args:
         layer: the layer.

@@ -750,8 +750,8 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
     """Compute the planes and shifts that `_shifted` needs.
 
     Returns:
-        The first plane of each segment; its shift to the right; for each segment that continues in a second
-        plane, its shift to the left there; and the positions of these segments and planes, as slices.
+        For each segment, its first plane and the right shift of this plane. For each segment that continues
+        in a second plane, the left shift of that plane. Slices of these segments and of their second planes.
     """
     segments, planes = _layout(bits)
     starts = [divmod(segment * bits, 8) for segment in range(segments)]

@@ -121,7 +121,7 @@ def round_weight(
         rows: moment `R` of the gradients at the outputs: shape `(out, out)` or `(out,)` for all matrices, or
             `(..., out, out)` for each. If absent or zero, it is the identity.
         columns: moment `C` of the inputs, in shapes as for `rows`.
-        rounding: the method with the most feedback that is tried. `"nearest"` has no feedback. `"one_sided"`
+        rounding: the last method that is tried, in this order: `"nearest"` has no feedback. `"one_sided"`
             (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if only their moment is full.
             `"two_sided"` has feedback along both. Feedback along inputs or outputs needs their full moment.
         row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is

@@ -72,7 +72,7 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
 
 
 def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
-    """Compute the gradient of each core from the gradient of the dense matrix, for real networks.
+    """Compute the gradient of each core from the gradient of the dense matrix, for real-valued networks.
 
     The derivative of the matrix with respect to a core is the network without this core. So the gradient is
     this network contracted with the gradient of the matrix. In a sum, the other terms are constants.
@@ -94,7 +94,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # A bond of size 1 may belong to this core only. A tensor of ones keeps its label among the operands.
+        # Bonds of size 1 can occur in this core alone. A tensor of ones keeps their labels in the sum.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:

@@ -158,7 +158,7 @@ class ResidualFamily(TopologyFamily):
 
         The matrix is rounded at one rank, and low-rank approximations of its rounding error give the loss at
         all ranks. This neglects the rounding of factors, and how the rounding error depends on the rank. So
-        all losses are rescaled to agree with the loss that is measured at the one rank.
+        all losses are rescaled to agree with the loss that is measured at this rank.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])

@@ -65,7 +65,7 @@ class _AuxLosses:
         labels, decoder_mask = given.get("labels"), given.get("decoder_attention_mask")
         if decoder_mask is not None:
             decoder_mask = _fit(decoder_mask, given, "decoder_input_ids", "decoder_inputs_embeds", "labels")
-        elif labels is not None:  # without a mask, ignored labels are the padding of the decoder
+        elif labels is not None:  # without a mask, ignored labels mark the padding of the decoder
             decoder_mask = labels != IGNORED_LABEL
         encoder_decoder = getattr(part.config, "is_encoder_decoder", False)
         reads_input = part.get_encoder() if encoder_decoder else part

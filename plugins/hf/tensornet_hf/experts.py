@@ -177,7 +177,7 @@ class SplitJetMoe(SplitExperts):
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Split the experts of a model within a `with` block; inside of it, they also ignore padding."""
+    """Within a `with` block, split the experts of a model into layers, and let them ignore padding."""
     names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

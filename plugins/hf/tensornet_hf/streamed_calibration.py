@@ -1,8 +1,8 @@
 """Calibrate a model that does not fit into memory, block by block, with activations on disk.
 
 In the forward phase each block runs on all batches before the next block starts. In the backward phase blocks
-run in reverse order, each again from its stored input. So memory only contains the weights and moments of a
-single block, and the activations of a single batch. The result is that of `tensornet.calibrate`.
+run in reverse order; each runs again on its stored inputs. So memory only contains the weights and moments of
+a single block, and the activations of a single batch. The result is that of `tensornet.calibrate`.
 """
 
 import json

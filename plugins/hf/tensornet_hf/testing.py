@@ -86,7 +86,7 @@ class ExportLaws:
         assert 0 < report.num_bytes <= sum(x.stat().st_size for x in files)
 
     def test_existing_destination(self, tmp_path: Path) -> None:
-        """Check that an existing destination is kept without `force`, and replaced with it."""
+        """Check that an existing destination is replaced only if `force` is set."""
         path, model = tmp_path / self.destination, self._mixed()
         export(model, path, target=self.target)
         before = _content(path)

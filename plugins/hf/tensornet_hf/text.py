@@ -395,7 +395,7 @@ def mix_texts(texts: Sequence[str]) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield pieces of a text that end at the first line end after `PIECE` characters; long lines are cut."""
+    """Yield pieces of a text, each up to the first line end after `PIECE` characters; cut longer lines."""
     piece = ""
     for part in re.findall(rf"[^\n]{{1,{PIECE}}}\n?|\n", text):
         piece += part

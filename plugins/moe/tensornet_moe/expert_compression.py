@@ -268,7 +268,7 @@ def compress_experts(
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
             reports.append(report)
-        # Replace before `apply_plan`, which fuses mixtures again if none of their layers is replaced.
+        # Replace the layers first: `apply_plan` fuses mixtures again if none of their layers is replaced.
         with replaced(model, made):
             errors = apply_plan(model, plan, stats, progress=progress) if len(plan) else {}
             structure_changed(model)

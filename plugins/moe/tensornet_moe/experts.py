@@ -683,7 +683,7 @@ def initial_cores(
 
 
 def check_storage(storage: Storage, topology: Topology) -> None:
-    """Raise FormatError unless a storage only sets number formats of cores of this topology.
+    """Check that a storage sets number formats, and nothing else, for cores of this topology.
 
     Raises:
         FormatError: the storage is pivoted, or has an entropy-coded format or formats for unknown cores.

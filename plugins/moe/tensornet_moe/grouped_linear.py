@@ -116,7 +116,7 @@ def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 @torch.library.custom_op("tensornet_moe::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """Multiply rows by matrices `(E, out, in)` in compiled code; `counts: (E,)` are each expert's rows.
+    """Multiply rows by matrices `(E, out, in)` in compiled code; `counts: (E,)` are rows per expert.
 
     The counts are known only at run time, so a loop over experts cannot be compiled. This custom operator is
     opaque to the compiler, so that a mixture compiles to one graph in every dtype; `grouped_mm` compiles for

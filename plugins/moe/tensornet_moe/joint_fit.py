@@ -136,7 +136,7 @@ def fit_shared(
     if pattern is not None:
         cores, error = _closed_form(pattern, target, topology, shared[0])
     else:
-        # Stacked below one another, the matrices are one network with one more output leg, for the experts.
+        # Stacked by rows, the matrices of all experts form one network with one more out-leg, the expert.
         fitted = target if len(shared) < len(names) else target.mean(0, keepdim=True)  # no private core
         whole = _stacked_topology(topology, shared, len(fitted))
         (rows, columns), padding = topology.padded_shape, Weighting()

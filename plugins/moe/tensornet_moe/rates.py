@@ -60,7 +60,7 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 
 
 def count_sharers(model: nn.Module) -> Counter[int]:
-    """Count the sharers of every parameter of banks and pools, by its `id`; see `parameter_groups`."""
+    """Count the sharers (see `parameter_groups`) of every parameter of banks and pools, keyed by `id`."""
     pools = find_pools(model).values()
     layers = Counter(id(part.owner) for part in model.modules() if isinstance(part, PooledExperts))
     uses = {id(part): layers[id(pool)] for pool in pools for part in pool.modules()}

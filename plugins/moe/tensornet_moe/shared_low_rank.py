@@ -417,8 +417,8 @@ def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
 def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
     """Approximate the sum of several weightings of a matrix by a single one with the same trace.
 
-    Its row moment is the sum of the row moments, each weighted by the trace of its column moment; and vice
-    versa.
+    Its row moment is the sum of all row moments, each weighted by the trace of the column moment of the same
+    weighting; likewise for its column moment.
 
     Args:
         weightings: the weightings to add.
@@ -659,7 +659,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses by each weighting if a core is rounded by the first: `(formats, weightings)`."""
+    """Predict the losses `(formats, weightings)` of a core that is rounded under the first weighting."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

@@ -132,7 +132,7 @@ class StackPlan:
 
 @lru_cache(maxsize=1024)
 def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) -> StackPlan:
-    """Plan the contraction that builds `num_experts` matrices; the plan also runs for other numbers.
+    """Plan the contraction that builds `num_experts` matrices; the plan is valid for other numbers, too.
 
     For a chain with a shared center of bonds `l` and `r` one expert costs about
     `(l + r) * out_features * in_features` multiply-adds.

@@ -462,7 +462,7 @@ def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone:
     Args:
         model: a compressed model; it is not changed, and the copy shares its parameters.
         matrices: weight of each layer by name, shape `(out, in)`.
-        alone: set all other weights to zero; if False, they keep their values.
+        alone: whether all other weights are set to zero; if False, they keep their values.
     """
     copied = light_copy(model)
     assert isinstance(copied, PreTrainedModel)

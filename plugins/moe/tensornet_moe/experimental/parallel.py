@@ -33,7 +33,7 @@ class ParallelExperts(nn.Module):
 
     Args:
         local: the experts of this process.
-        shared: owners of the cores that all experts share, by the name of the bank; each process has a copy.
+        shared: owners of the shared cores, by the name of the bank; each process has a copy of these cores.
         group: the processes.
 
     Built by `shard_experts`.
@@ -148,7 +148,7 @@ def gather_experts(module: nn.Module) -> None:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
-    """Average the gradients of all parameters except private cores over the process group.
+    """Average gradients over the process group, except those of private cores.
 
     Use this in training loops without `DistributedDataParallel`, which does the same during the backward
     pass. A missing gradient on a process counts as zero.
