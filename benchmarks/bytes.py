@@ -103,7 +103,7 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on the judged windows; an encoder's loss is its output distance."""
+        """Record the dense model's losses on judged windows; encoders use the cosine distance as loss."""
         loss_fn = None
         if self.subject.encoder:
 

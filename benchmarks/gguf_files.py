@@ -6,9 +6,9 @@
 Presets are made by `llama-quantize` with an importance matrix of `llama-imatrix`, from the same calibration
 text as our plans. For every preset there is a plan with `formats="gguf"` whose `max_bytes` is the size of the
 preset's file, and there is one plan for three quarters of the bytes of Q4_K_M. Plans include the embedding
-and the output head. transformers dequantizes every file. All files are judged on the same held-out text of
-another source, by the loss increase over the dense model and the KL divergence, with standard errors over
-tokens. `predicted` is the predicted loss increase of the plan.
+and the output head. transformers dequantizes every file. All files are judged on one held-out text, from
+a source that calibration does not use, by the loss increase over the dense model and the KL divergence, with
+standard errors over tokens. `predicted` is the predicted loss increase of the plan.
 
 The step `speed` measures the tokens per second of every file with `llama-bench` on one thread, in turn, and
 their ratio to those of the preset of the same size. llama.cpp rounds activations to 8 bits, so

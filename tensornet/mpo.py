@@ -352,7 +352,7 @@ class MPO:
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: "MPO") -> "MPO":
-        """Add two operators; each bond is the sum of their bonds, the certificate combines their errors."""
+        """Add two operators; each bond is the sum of their bonds. The certificate combines their errors."""
         if not isinstance(other, MPO):
             return NotImplemented
         self._check_same_dims(other, "added")

@@ -196,8 +196,8 @@ def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
 def _ended_labels(batch: Batch) -> Tensor | None:
     """Return a mask of the positions up to the last label of each row, if labels are a decoder's tokens.
 
-    Labels are assumed to be a decoder's tokens if there is no decoder mask, and no argument has their shape
-    except inputs of the decoder. In all other cases the result is None.
+    Labels are assumed to be a decoder's tokens if there is no decoder mask and no argument except the
+    decoder's inputs has their shape. Otherwise the result is None.
     """
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:

@@ -424,7 +424,7 @@ def _scored(labels: Any, batch: Batch) -> int:
 
 
 def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | None, Any]:
-    """Run the model and return `(labels, logits, output)`; logits that do not match the labels are None."""
+    """Run the model; return `(labels, logits, output)`, with None for logits that do not fit the labels."""
     labels = _labels(batch)
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}

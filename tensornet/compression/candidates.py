@@ -232,8 +232,8 @@ def network_candidates(
         family: a registered topology family.
         config: limits and options of the family; networks with an error above `rel_error` are dropped.
         sizes: counts bytes and predicts times; pass the same object for all layers.
-        rivals: other candidates of the layer. Networks above the lower convex hull of their costs over bytes
-            are dropped, some already before their cores are rounded, since rounding only adds loss.
+        rivals: other candidates of the layer. Networks above the lower convex hull of the rivals' costs over
+            bytes are dropped, some before their cores are rounded, since rounding only adds loss.
 
     Raises:
         TopologyError: an option is unknown, or does not fit the matrix.
@@ -411,7 +411,7 @@ def dense_candidates(
         formats: number formats that this layer may have.
         sizes: counts bytes and predicts times.
         corrections: see `format_losses`.
-        names: the formats of the configuration that `formats` replace in this layer, in the same order.
+        names: the configuration's formats, in the order of `formats`, which replace them in this layer.
         target: export target in whose files the bytes are counted; None for files of this library.
     """
     sizes = sizes or Sizes()

@@ -280,8 +280,8 @@ _CANNOT_COPY = (TypeError, ValueError, RuntimeError, AttributeError, NotImplemen
 class _Trial:
     """Dense model and its losses on a few rows, for comparison with partly compressed copies.
 
-    The outputs of all blocks of the dense model are stored, so that blocks before the first compressed layer
-    are skipped. So measuring a layer of the last block takes little more time than this block and the head.
+    The outputs of all blocks of the dense model are stored, and blocks before the first compressed layer are
+    skipped. So measuring a layer of the last block takes little more time than this block and the head.
     """
 
     @torch.no_grad()

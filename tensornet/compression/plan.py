@@ -207,7 +207,7 @@ class LossCheck:
 
     Args:
         layers: number of layers of the plan that were measured in their planned scheme.
-        raised: predicted losses that were raised; the final plan may no longer contain these schemes.
+        raised: losses predicted too low, by layer and scheme; the final plan may have other schemes.
 
     Example:
         >>> from tensornet.compression.plan import LossCheck, RaisedLoss

@@ -177,7 +177,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
         return torch.ones(shape, device=where, dtype=dtype)
 
     def copying(count: int, run: int) -> float:
-        """Measure the seconds per element of a permuting copy of `64 * count` runs of length `run`."""
+        """Measure the seconds per element of a copy that permutes `64 * count` runs of length `run`."""
         operand = ones(count, 64, run).permute(1, 0, 2)
         whole = fastest(lambda: operand.reshape(-1), calls=20 if count * run < 2**18 else 1)
         return max(whole - overhead, 1e-9) / operand.numel()

@@ -133,7 +133,7 @@ class MatrixAttention(Compound):
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert a mask to a mask that is added: minus infinity where a boolean mask is True."""
+    """Convert a mask to an additive mask: minus infinity where a boolean mask is True."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)

@@ -40,7 +40,7 @@ from tensornet.linalg.svd import (
 _TRUSTED = 1e5
 #: Fraction by which the energy that subspace iteration discards may exceed the optimum.
 _SLACK = 3e-3
-#: Discarded energy below this fraction is computed from the residual, not as a difference.
+#: Discarded energy below this fraction of the total is computed from the residual, not as a difference.
 _MEASURED_BELOW = 1e-4
 #: Bound on the relative rounding error of a sum of squares, in units of eps; at most 26 were observed for
 #: matrices of 400 x 400.

@@ -362,7 +362,7 @@ def is_observed(*layers: nn.Module) -> bool:
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the differentiable matrix of a compound's layer, or the cached matrix if the strategy allows."""
+    """Return the matrix of a compound's layer: cached if its route is `CACHED`, else differentiable."""
     if isinstance(layer, NetworkModule):
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)

@@ -1,4 +1,4 @@
-"""Round the factors of a low-rank product `A B`, each under its own moments.
+"""Round the factors of a low-rank product `A B`, each with its own moments.
 
 An error `F` of `B` is an error `A F` of the product, so the moments for `F` are `A^T R A` and `C`. The
 moments of an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which compensates a
@@ -65,7 +65,7 @@ def round_product(
         weighting: damped moments of the product.
         target: matrix `(out, in)` that the product approximates; the product itself if absent.
         order: if `A` is pivoted, the position of each of its rows in a matrix that has the identity first and
-            the free rows below it; None if all rows are free.
+            the other rows below it; None if not pivoted.
         rounding: rounding method, see `round_weight`.
 
     Raises:

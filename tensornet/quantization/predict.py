@@ -412,14 +412,14 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Compute the factors of squared residuals in the loss, if loss and rounding use different moments.
+    """Compute the factor of each squared residual in the loss, if rounding used another moment.
 
     If both moments are full, their off-diagonal elements are assumed to be proportional.
 
     Args:
-        kept: `ExpectedResiduals.rows` or `columns` of the moment used for rounding, both of shape `(1, n)`.
+        kept: `ExpectedResiduals.rows` or `columns`, for the moment used for rounding; two tensors `(1, n)`.
         chosen: moment used for rounding, before damping, shape `(n, n)` or `(n,)`, or None for the identity.
-        moment: moment in the loss, in the same shapes.
+        moment: moment that defines the loss, in the same shapes.
         damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.
 
     Returns:

@@ -29,7 +29,7 @@ _CACHED, _CHUNK = 1 << 16, 1 << 22
 #: Fraction of the weighted sum of squares below which underflow is accepted. Losing this fraction would cause
 #: the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group sizes with smaller scales, and the group sizes with 16-bit scales that replace them. Doubling the
+#: Group sizes for scales of at most 8 bits, and for the 16-bit scales that replace them. Doubling the
 #: group keeps the number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
 
@@ -271,5 +271,5 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
 def storable_formats(
     weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
 ) -> tuple[NumberFormat, ...]:
-    """Replace formats whose scales underflow in a matrix by formats with 16-bit scales."""
+    """Give formats 16-bit scales if their own scales would underflow in this matrix."""
     return tuple(with_wide_scales(x) if scales_underflow(weight, x, weighting) else x for x in number_formats)

@@ -146,7 +146,7 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Compute the criterion, a product of fractions of squared norm that truncation discards."""
+            """Compute the criterion: a product of two discarded fractions of the squared norm."""
             # 1. Compute squared singular values at the widest bond, and their discarded fraction at each
             # rank.
             outs, ins = dims

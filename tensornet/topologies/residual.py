@@ -45,7 +45,7 @@ _BASE_BITS, _FACTOR_BITS = 4, 8
 _STEP, _PART = 8, 4
 #: Rank at which a candidate is rounded; losses at other ranks are predicted from its rounding error.
 _TRIED = 16
-#: How often the dense matrix is rounded and the low-rank matrix is fitted.
+#: How many times the dense matrix is rounded and the low-rank matrix fitted.
 _ALTERNATIONS = 2
 
 _LOW_RANK = LowRankFamily()

@@ -160,7 +160,7 @@ class SplitLlama4(SplitExperts):
 
 @register_compound
 class SplitJetMoe(SplitExperts):
-    """Replacement for a stack of JetMoE, which gets tokens that are sorted by expert."""
+    """Replacement for a stack of JetMoE; its inputs are tokens sorted by expert."""
 
     replaces = ("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts",)
 

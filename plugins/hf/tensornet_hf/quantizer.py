@@ -238,7 +238,7 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many layers have the same
+    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many are equal
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:
@@ -502,7 +502,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Return the tensors to save: every tensor once even if it is shared, and the guards.
+        """Return the tensors to save, shared ones once, and guards (see `replaced_names`).
 
         transformers calls this method before it writes config.json.
         """

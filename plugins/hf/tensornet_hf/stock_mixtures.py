@@ -192,7 +192,7 @@ def _refuse_attention(model: PreTrainedModel) -> None:
 
 
 def set_experts_implementation(model: nn.Module, name: str) -> None:
-    """Choose how a model's mixtures compute their experts, such as with a GPU kernel from transformers.
+    """Choose how a model's mixtures compute their experts, for example with a GPU kernel from transformers.
 
     With an implementation from transformers, every forward pass builds the matrices of all experts, whatever
     the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load

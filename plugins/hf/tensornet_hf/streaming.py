@@ -586,7 +586,7 @@ def _run(
 
 
 def _end_with_parent() -> None:
-    """Start a thread that ends this worker process if its parent dies, instead of waiting forever."""
+    """Start a thread that ends this worker if its parent dies, so that it does not wait forever."""
     parent = parent_process()
     assert parent is not None
 

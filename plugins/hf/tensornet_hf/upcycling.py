@@ -432,7 +432,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity that replaces later parts of a network; the mixture in place of the first computes everything.
+    """Identity in place of later parts of a network; the mixture that replaces the first computes everything.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """
@@ -522,7 +522,7 @@ def _recognize(
     """Recognize the feed-forward network in a module with the linear layers `paths`.
 
     Raises:
-        TargetError: the module computes something else, or experts do not support its activation.
+        TargetError: the module computes something else, or experts do not support the activation.
     """
     inside = (
         INSIDE.get(type(module).__name__) if type(module).__module__.startswith("transformers.") else None
@@ -730,7 +730,7 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig
 
 
 def _function_of(network: FeedForward) -> dict[str, object]:
-    """Describe the shapes, activation and dropout of a network; networks of a pool must have the same."""
+    """Describe the shapes, activation and dropout of a network; they must be equal within a pool."""
     dropout = network.dropout if network.dropout_place == "hidden" else 0.0
     shapes = {name: tuple(network.matrix(name).shape) for name in network.matrices}
     return {"(out, in)": shapes, "activation": network.activation, "dropout": dropout}
@@ -921,7 +921,7 @@ def _owners_place(model: nn.Module, what: str) -> None:
 
 
 def _same_device(weights: Sequence[Tensor], what: str, name: str) -> None:
-    """Raise TargetError if weights of layers that are to share are on different devices."""
+    """Raise TargetError if layers that share cores or experts are on different devices."""
     if len(devices := {str(w.device) for w in weights}) > 1:
         raise TargetError(
             f"{what} keeps what layers share on a single device, but {name} of these layers are on "

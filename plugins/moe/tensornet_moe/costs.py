@@ -84,7 +84,7 @@ def describe(
 ) -> ModelCosts:
     """Count parameters, bytes and multiply-adds of a model, to compare models of equal size or speed.
 
-    - Stored: every stored value once. A pool counts once, whatever number of layers use it.
+    - Stored: every stored value once. A pool counts once, however many layers use it.
     - Active: stored values that one token uses, counted in each layer that uses them: one row of an
       embedding; in a mixture the router, `top_k` experts (shared cores once) and the always-on expert;
       everything else in full.

@@ -162,7 +162,7 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
 
 
 def _end(size: int) -> int:
-    """Return an end core's leg: the largest divisor of `size` up to 64 and to four times the middle leg."""
+    """Return an end core's leg: the largest divisor of `size`, at most 64 and at most 4 * middle leg."""
     return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 

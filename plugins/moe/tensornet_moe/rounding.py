@@ -87,7 +87,7 @@ def _for_network(number_format: NumberFormat) -> bool:
 
 
 class BankExtension(ModelExtension):
-    """Rounds the cores of banks when `tensornet.compress` has one number format or `bits_per_weight`."""
+    """Rounds cores of banks if `tensornet.compress` is given one number format or `bits_per_weight`."""
 
     def round_others(self, model: nn.Module, config: CompressionConfig) -> Mapping[str, str]:
         """Round the cores of all banks that the configuration selects; see `round_banks`."""

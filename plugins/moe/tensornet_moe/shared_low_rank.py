@@ -12,9 +12,9 @@ The shared factor comes from one SVD of all matrices under pooled moments, which
 have the same moments. Each private factor is then the least-squares optimum under the moments of its matrix.
 The shared factors of all ranks are nested, so the losses of all ranks are predicted together.
 
-In number formats the shared core is rounded once, under moments pooled over the matrices: an error `E` of the
+In number formats the shared core is rounded once, with moments pooled over the matrices: an error `E` of the
 shared `B` in `W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted
-again, which compensates a part of this rounding error, and are rounded under their own moments. The loss
+again, which compensates a part of this rounding error, and are rounded with their own moments. The loss
 increase by rounding is predicted without rounding, at a few ranks, and interpolated to the others. Only a
 base is really rounded, once for each format, so that what the low-rank products compensate of its error is
 computed exactly.
@@ -250,7 +250,7 @@ def _factors_of_all_ranks(
 
 
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Return unit rows `(k, in)`; for every `r` the first `r` fit all matrices best (pooled moments)."""
+    """Return unit rows `(k, in)`; the first `r` span the best fit of rank `r`, under pooled moments."""
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         size = matrices[0].shape[1]
@@ -362,7 +362,7 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
-    """Round a shared core under pooled moments; without an integer format, return it unchanged."""
+    """Round a shared core if it has an integer format, with errors weighted by pooled moments."""
     return matrix if number_format is None else round_dense(matrix, number_format, weighting)
 
 
@@ -374,7 +374,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Combine the weightings of errors in the shared factor, one per product, into one."""
+    """Combine the products' weightings for the shared factor into one weighting."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
@@ -458,8 +458,8 @@ def shared_candidates(
 
     The rounding error of a shared core is the same in all experts, so it adds up over the experts of a token.
     The moments of single experts do not contain this effect: with equal combine weights the loss increase is
-    `per_token` times larger. In a trained mixture of 8 experts, two for each token, shared errors cost 1.4 to
-    2.6 times as much as private errors of the same predicted loss.
+    `per_token` times larger. In a trained mixture (8 experts, 2 per token), errors of shared cores raised
+    the loss 1.4 to 2.6 times as much as errors of private cores with the same predicted loss.
 
     Args:
         pattern: a key of `PATTERNS`.
@@ -613,7 +613,7 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """Predict the loss increase of rounding both factors, in the form of `_fit_losses` for each storage."""
+    """For each storage, predict the losses of rounding both factors; shapes are as in `_fit_losses`."""
     core = PATTERNS[pattern]
     kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})

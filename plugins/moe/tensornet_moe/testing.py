@@ -219,7 +219,7 @@ class BankLaws:
         assert len({private / experts for experts, private in counts}) == 1
 
     def test_survives_a_checkpoint(self) -> None:
-        """Check that `spec`, through JSON, and the state dict rebuild the bank."""
+        """Check that `spec`, saved as JSON, and the state dict rebuild the bank."""
         bank = self._made()
         parts: list[Any] = [*self.owners(bank), bank]
         holder = torch.nn.ModuleList(parts)

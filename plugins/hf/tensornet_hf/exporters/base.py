@@ -21,7 +21,7 @@ from tensornet_hf.report import compact_bytes
 #: Suffix of files for llama.cpp.
 GGUF = ".gguf"
 #: How to write a layer that is not a single matrix of integers. With "lora", a layer of integers plus a
-#: low-rank matrix becomes integers and a LoRA adapter, and other layers become dense. "refuse" is an error.
+#: low-rank matrix becomes integers and a LoRA adapter, and others become dense. "refuse" raises an error.
 Networks = Literal["dense", "lora", "refuse"]
 NETWORKS: tuple[Networks, ...] = get_args(Networks)
 #: Layer types to which LoRA adapters can be added (`NetworkModule.source`).
@@ -42,7 +42,7 @@ def check_new_file(path: Path, *, force: bool) -> None:
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the entries that transformers 5 has renamed, by their old names, which other packages read."""
+    """Return entries that transformers 5 has renamed, under the old names that other packages read."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
     return {name: value for name, value in found.items() if value is not None}

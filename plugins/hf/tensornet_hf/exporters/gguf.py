@@ -493,7 +493,7 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 
 @contextmanager
 def _refusals(kind: str) -> Iterator[None]:
-    """Convert the converter's errors into TargetErrors that name the model class, and silence its log."""
+    """Raise the converter's errors as TargetErrors that name the model class, and silence its log."""
     loggers = [logging.getLogger(name) for name in ("hf-to-gguf", "gguf")]
     levels = [logger.level for logger in loggers]
     try:
@@ -588,7 +588,7 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
             integers.
 
     Returns:
-        Name of the type; and its bytes as uint8, or floating-point numbers.
+        Type name, and the tensor as uint8 bytes or floating-point numbers.
     """
     if points.any():
         rows = points.reshape(-1, points.shape[-1]), scales.reshape(-1, points.shape[-1])[:, ::SMALL_BLOCK]
