@@ -119,7 +119,7 @@ def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tens
 
 @torch.no_grad()
 def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Measure a forward pass: bytes and milliseconds of all layers, and ratios."""
+    """Measure the bytes of all layers, and the time of a forward pass of each."""
     auto = case.layer().eval()
     bonds = list(auto.topology.bond_dims.values())
     sides: dict[str, nn.Module] = {

@@ -229,7 +229,7 @@ def compared(
 
 
 def time_forms(case: Case) -> list[dict[str, Any]]:
-    """Time a training step of every way of sharing, relative to dense experts; without and with AdamW."""
+    """For every way of sharing, time a training step relative to dense experts, without and with AdamW."""
     layers = form_layers(case, list(FORMS))
     sizes = {name: sum(p.numel() for p in moe.experts.parameters()) for name, moe in layers.items()}
     held = {name: held_bytes(moe.experts) for name, moe in layers.items()}

@@ -44,7 +44,7 @@ PREDICTED_BITS = 4
 #: Number of rows that are sampled to estimate the rounding residuals of all rows.
 PREDICTED_ROWS = 64
 #: Rows and columns of the part of a matrix that is rounded to 2 or 3 bits, and sweeps of descent on it. A
-#: small part gains 2 to 3 % more from a sweep than a whole matrix, so it gets fewer sweeps.
+#: sweep lowers the loss of a small part by 2 to 3 % more than that of a matrix, so the part gets fewer.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
@@ -255,7 +255,7 @@ def network_candidates(
     encoding = None
     if storage.quantized:
         # If scales would underflow, the network is rounded and its loss measured. Predictions assume factors
-        # of equal magnitude, but in a pivoted network one factor has values as small as the matrix.
+        # of equal magnitude, but in a pivoted network one factor has values as small as those of the matrix.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )

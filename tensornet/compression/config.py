@@ -293,7 +293,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the topology families that a plan may use; empty for a menu, which has formats only."""
+        """Names of the topology families that a plan may use; empty for a menu, which lists formats only."""
         if self.menu is not None:
             return ()
         if self.fixed:

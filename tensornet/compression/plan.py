@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
-#: Relative error of a weight above which its predicted loss increase is uncertain. Integers of 2 bits and
-#: small ranks have such errors, integers of 3 bits have 0.2 to 0.3.
+#: Relative error of a weight above which its predicted loss increase is uncertain. Errors are that
+#: large for integers of 2 bits and for small ranks. For integers of 3 bits they are 0.2 to 0.3.
 LARGE_ERROR = 0.35
 
 

@@ -25,8 +25,8 @@ class Machine:
         peak: multiply-adds per second of a large matrix product.
         half_peak: multiply-adds per second of a large matrix product in a 16-bit dtype.
         bandwidth: bytes per second for reading weights from memory.
-        overhead: time per operation, which is a matrix product or a permuting copy.
-        copy_element: time per element of a permuting copy.
+        overhead: time per operation, which is a matrix product or a copy to permute dimensions.
+        copy_element: time per element of such a copy.
         copy_run: additional time per contiguous run of a copy; a run is a single element if the copy moves
             the innermost index.
         copy_far: additional time per element of a copy that does not fit into the cache of one CPU core.
@@ -264,7 +264,7 @@ def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: i
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the seconds of a permuting copy; `itemsize` is in bytes."""
+    """Predict the seconds of a copy that permutes dimensions; `itemsize` is in bytes."""
     elements = copy.elements * (tokens if copy.per_token else 1)
     each = machine.copy_element + machine.copy_run / copy.run
     if elements * itemsize > _FAR:

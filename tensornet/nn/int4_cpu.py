@@ -102,7 +102,7 @@ class KernelMatrix:
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each slice of rows with its unpacked values, the transpose of a contiguous matrix."""
+        """Yield each slice of rows with its unpacked values, as the transpose of a contiguous matrix."""
         rows, columns = self.shape
         # bfloat16 is the only 16-bit dtype with the range of the scales.
         own = torch.float32 if dtype == torch.float16 else dtype

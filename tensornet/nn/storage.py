@@ -402,7 +402,7 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
     changed codes would need another number of bytes.
 
     Args:
-        model: a model with compressed layers or experts; cores that are already trained do not change.
+        model: a model with compressed layers or experts; cores that are already converted do not change.
         codes: whether integer codes become parameters too, as `TrainedCodes` of 4 bytes each.
 
     Returns:

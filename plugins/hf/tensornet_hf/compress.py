@@ -763,7 +763,7 @@ def _correct(
     """
     notes = []
     if options.refine:
-        # Use batches spread over the text that calibration has not read; over all text if little is left.
+        # Spread batches over the text that calibration has not read, or over all text if little is left.
         data = calibration_data(teacher, folder, text)
         each, seen = data.tokens / len(data.batches), 0 if stats is None else stats.tokens
         fresh = data.batches[math.ceil(seen / each) :]

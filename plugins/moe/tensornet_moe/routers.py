@@ -164,7 +164,7 @@ class Router(nn.Module, ABC):
         return self.num_experts
 
     def ranked(self, probs: Tensor) -> Tensor:
-        """Add the biases of experts to `probs: (tokens, E)`, for `select` to choose experts by the sums."""
+        """Add the biases of experts to `probs: (tokens, E)`; `select` chooses experts by these sums."""
         return probs if self.bias_steps is None else probs + self.bias_rate * self.bias_steps
 
     def spec(self) -> dict[str, Any]:

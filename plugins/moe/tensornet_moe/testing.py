@@ -102,7 +102,7 @@ class RouterLaws:
         router(x, torch.arange(_TOKENS) != 3)
 
     def test_float32_whatever_the_model(self) -> None:
-        """Check that logits are float32 for a half-precision router and unchanged under autocast."""
+        """Check that logits are float32 even in a half-precision router, and do not change under autocast."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         exact = router(x).logits
         with torch.autocast("cpu", torch.bfloat16):
