@@ -219,7 +219,7 @@ def windows(ids: Tensor, size: int = 16) -> Batches:
 
 
 def spread(count: int, length: int) -> Tensor:
-    """Return `count`, or at most `length`, evenly spread positions from 0 to `length - 1`."""
+    """Return `count` evenly spread positions below `length`, or all if there are fewer."""
     return torch.linspace(0, length - 1, min(count, length)).long()
 
 

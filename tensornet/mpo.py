@@ -677,7 +677,7 @@ class MPO:
         return MPO(cores, out_features=self.shape[0], in_features=self.shape[1], error=error)
 
     def _copy(self, cores: Sequence[Tensor]) -> "MPO":
-        """Build an MPO of the same shape and with the same certificate from other cores."""
+        """Build an MPO from other cores, with the same shape and certificate."""
         same = self._like(cores, error=self.error)
         same._log_distance = self._log_distance
         return same

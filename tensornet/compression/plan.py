@@ -354,7 +354,7 @@ class CompressionPlan:
         return {name: getattr(self, name) for name in names}
 
     def predicted_change(self) -> str:
-        """Describe the predicted change of the perplexity, or of the loss if it is not that of tokens.
+        """Describe the predicted change of the perplexity, or of the loss if it is not a loss per token.
 
         The text is empty if the value of the loss has no meaning, as for the cosine distance of encoders.
 

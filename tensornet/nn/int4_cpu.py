@@ -41,7 +41,7 @@ _GROUPS = (128, 64, 32)
 #: products are faster up to half this number. AMX instructions make products with the unpacked
 #: matrix three to four times as fast, but not the kernel.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
-#: Default limit on the bytes of a matrix in the layout, relative to its stored bytes.
+#: Default limit on the bytes of a matrix in the kernel's layout, relative to its stored bytes.
 MAX_GROWTH = 1.75
 #: Number of elements to convert, or to unpack and multiply, at a time; they take 8 MiB.
 _BLOCK = 2**20

@@ -434,7 +434,7 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
 
 
 def fuse(model: nn.Module, names: Iterable[str] | None = None) -> None:
-    """Restore the stock modules of compounds none of whose layers was replaced.
+    """Restore the stock module of each compound if none of its layers was replaced.
 
     Args:
         model: any model; it is changed in place.

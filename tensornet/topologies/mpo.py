@@ -161,7 +161,7 @@ class MPOFamily(FactoredFamily):
             gram = unfolded @ unfolded.T if left <= unfolded.shape[1] else unfolded.T @ unfolded
             energies = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0)
             tails = energies.flip(0).cumsum(0).flip(0) / energies.sum().clamp_min(1e-30)
-            # 2. For each number of parameters, find the largest possible bond and the fraction it discards.
+            # 2. For each number of parameters, find the largest possible bond and the discarded fraction.
             result = 1.0
             for fraction in _FRACTIONS:
                 low, high = 0, bonds[widest]
