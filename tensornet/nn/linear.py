@@ -266,7 +266,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the function that multiplies by a layer's only core with a kernel of torch, without gradients."""
+    """Make the function that multiplies by a layer's only core; it uses a torch kernel without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")

@@ -108,7 +108,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         losses = [cost(name, rounded) for rounded in tried]
         best = tried[losses.index(min(losses))]
         done[name], tensors[name] = best, best.dequantize(target.dtype)
-        # 2. Refit the cores that are not rounded yet, unless cores are pivoted, so that some rows are fixed.
+        # 2. Refit the cores that are not rounded yet, except in pivoted networks, where some rows are fixed.
         left = [k for k, other in enumerate(names) if other in floating or other in waiting]
         if left and not stored.orders:
             start = TensorNetwork(stored.topology, tuple(stored.assemble(tensors)))

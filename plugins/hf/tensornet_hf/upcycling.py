@@ -751,7 +751,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 def _refuse_causal(
     config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """Raise TargetError if a network is or may be causal, for a router that uses later tokens."""
+    """For a router that uses later tokens, raise TargetError if a network is or may be causal."""
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:

@@ -66,7 +66,7 @@ def _described(topology: Topology) -> str:
 
 
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
-    """Return the topology in which each bond is the largest of any expert; experts can be zero-padded to it.
+    """Return the topology with the largest size of each bond; all experts can be zero-padded to it.
 
     Raises:
         TopologyError: the topologies differ in more than their bonds.

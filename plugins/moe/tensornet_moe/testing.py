@@ -264,7 +264,7 @@ class BankLaws:
 
 
 def _descend(bank: ExpertBank, target: Tensor) -> None:
-    """Train a bank for ten steps towards `target`, which has another matrix for each expert."""
+    """Train a bank for ten steps towards `target`, which has a different matrix for each expert."""
     optimizer = torch.optim.Adam(dict.fromkeys(bank.stored_tensors()), lr=0.05)
     for _ in range(10):
         optimizer.zero_grad()
