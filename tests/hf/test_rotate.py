@@ -153,7 +153,10 @@ def test_a_model_that_computes_something_else_is_found_out() -> None:
         th.rotate(model)
 
 
-@pytest.mark.parametrize("name", ["llama with a tied head", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama with a tied head", *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen2", "qwen3"))],
+)
 def test_rotated_models_are_saved_and_compressed(name: str, tmp_path: Path) -> None:
     model = th.rotate(model_of(name))
     wanted = logits(model)

@@ -398,6 +398,7 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
     assert len({id(p) for p in model.parameters()}) == count
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> None:
     formats = ("int8", "int4")
     prepared, _ = candidates(0, formats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tensornet.testing import laws, strategies
@@ -23,6 +24,7 @@ class TestLevels(laws.FormatLaws):
     number_format = "nl4:g32:float16"
 
 
+@pytest.mark.slow
 class TestSuperBlocks(laws.FormatLaws):
     number_format = "int3:g16:s6"
     matrices = strategies.matrices(shape=(3, 512), dtype=torch.float32, spectrum="gaussian", scales=False)

@@ -241,6 +241,7 @@ def test_loaded_for_inference(folder: Path) -> None:
         model.save_pretrained(folder / "again")
 
 
+@pytest.mark.slow
 def test_compiled_generation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[torch.fx.GraphModule] = []
 

@@ -74,6 +74,7 @@ def test_a_task_of_ones_own_runs_offline(tmp_path: Path) -> None:
     assert found["scores"]["verses"]["acc"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 @needs_harness
 def test_shots_limit_and_the_likelier_answer(tmp_path: Path) -> None:
     model, tokenizer = th.load(gpt2_path()), load_tokenizer(gpt2_path())
