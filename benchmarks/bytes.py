@@ -103,7 +103,7 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on judged windows; encoders use the cosine distance as loss."""
+        """Record the dense model's losses on the windows for judging; encoders use the cosine distance."""
         loss_fn = None
         if self.subject.encoder:
 

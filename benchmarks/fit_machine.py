@@ -186,7 +186,7 @@ def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
 
 
 def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
-    """Return for each case the time of the cost model's route, relative to that of the fastest route."""
+    """Return the time of the route that the cost model chooses, relative to the fastest, for each case."""
     ratios = []
     for row in timed:
         ways = [route for route in row.seconds if route != DENSE]

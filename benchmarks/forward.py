@@ -2,8 +2,8 @@
 
     python benchmarks/forward.py [--toy] [--threads 1 2] [--seconds 1] [--passes 3]
 
-Every row has the bytes and milliseconds of these layers, which are timed in turn in one process, so that
-weights are not in the cache, as in a model of many layers:
+The layers of a row are timed in turn in one process, so that weights are not in the cache, as in a model of
+many layers. Every row has the bytes and milliseconds of these layers:
 
 - `dense`: `nn.Linear`;
 - `auto`: our layer with the default strategy, which stores only the cores;

@@ -214,7 +214,7 @@ class Bench:
         return stats
 
     def speed(self) -> None:
-        """For the files of plans and presets, measure tokens per second in llama.cpp and `own_divergence`."""
+        """For the files of plans and presets, measure `own_divergence`, and llama.cpp's tokens per second."""
         pairs = {
             row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows

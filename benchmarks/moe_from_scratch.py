@@ -329,7 +329,7 @@ def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def picture(records: Path, file: Path) -> None:
-    """Plot the difference from the dense model's loss against training tokens, and the loss against bytes."""
+    """Plot the loss minus that of the dense model over training tokens, and the loss over bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

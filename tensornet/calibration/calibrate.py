@@ -216,7 +216,7 @@ class _Settling:
         return self.relative_error() <= TOLERANCE
 
     def relative_error(self) -> float:
-        """Estimate the relative standard error of the predicted loss increase of the reference scheme."""
+        """Estimate the relative standard error of the reference scheme's predicted loss, see `calibrate`."""
         names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
         scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
         # shape: (batches, layers); zero if a layer did not run on a batch
@@ -464,7 +464,7 @@ class _Reading:
 
 
 def _version(x: Tensor) -> int | None:
-    """Return the in-place version of a tensor; None if it has no version counter."""
+    """Return the number of in-place changes to a tensor; None if the tensor does not count them."""
     return None if x.is_inference() else x._version
 
 

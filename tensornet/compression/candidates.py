@@ -95,7 +95,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into lists whose moments need limited memory; a large layer gets a list of its own."""
+    """Split layers into lists; the moments of one list need limited memory, unless it is a single layer."""
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -411,7 +411,7 @@ def dense_candidates(
         formats: number formats that this layer may have.
         sizes: counts bytes and predicts times.
         corrections: see `format_losses`.
-        names: the configuration's formats, in the order of `formats`, which replace them in this layer.
+        names: for each of `formats`, the format of the configuration that it replaces in this layer.
         target: export target in whose files the bytes are counted; None for files of this library.
     """
     sizes = sizes or Sizes()
@@ -541,8 +541,8 @@ def losses_of_parts(
 ) -> list[Corrections]:
     """Round a part of each matrix to formats of 2 and 3 bits, and predict the losses of the same part.
 
-    Parts of equal shape are rounded as one stack. One by one, the overhead of many small calls would take
-    longer than the computation. Formats that do not fit a matrix are left out.
+    Parts of equal shape are rounded as one stack, since many small calls have more overhead than arithmetic.
+    Formats that do not fit a matrix are left out.
 
     Args:
         layers: pairs of a weight and the sensitivity of the loss to its errors.

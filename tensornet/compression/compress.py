@@ -158,7 +158,7 @@ def gather(
 ) -> ProvidedData:
     """Collect the statistics that a configuration needs, and a few of the batches.
 
-    A warning is given if an extension provides the data, or if there is no data, so that plans minimize the
+    Warns if an extension provides the data. Also warns if there is no data, since plans then minimize the
     error of the weights.
 
     Returns:

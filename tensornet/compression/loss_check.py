@@ -2,11 +2,11 @@
 
 The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
 in all-MiniLM-L6-v2, one output channel in front of a layer norm has thousands of times the power of the
-others. An error of one percent in this channel is larger than all other channels, and gradients at the dense
-weights do not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of
-all such layers of a block together. If it is far above the sum of their predictions, halves of this set of
-layers are measured, and so on, to find the layers that cause it. The predictions for these layers are
-multiplied by the ratio of measured to predicted loss, and the plan is made again.
+others. One percent of this channel is larger than all other channels, and gradients at the dense weights do
+not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of all such
+layers of a block together. If it is far above the sum of their predictions, halves of this set of layers are
+measured, and so on, to find the layers that cause it. The predictions for these layers are multiplied by the
+ratio of measured to predicted loss, and the plan is made again.
 
 `correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
 factor that depends on the size.
@@ -331,9 +331,10 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers that make the loss of a group too high; all if neither half alone is too high.
+        """Find the layers that make the loss of a group too high.
 
-        `increase` is the measured loss increase of the group. The result is a dict like that of `factors`.
+        These are all its layers if the loss of neither half alone is too high. `increase` is the measured
+        loss increase of the group. The result is a dict like that of `factors`.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:

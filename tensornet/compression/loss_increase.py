@@ -373,7 +373,7 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Make the correction from measurements; a loss below that of a smaller prediction is ignored.
+        """Make the correction; a measured loss is ignored unless it exceeds those at all smaller predictions.
 
         Args:
             measured: pairs of predicted and measured loss increase.

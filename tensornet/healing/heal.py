@@ -185,7 +185,7 @@ def heal(
                     f"The distance to the dense model became {loss} at step {done}; use a smaller lr than "
                     f"{rate}."
                 )
-            # `clip_grad_norm_` would write all gradients even if they need no clipping.
+            # `clip_grad_norm_` would rewrite all gradients even if it clips none.
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             if norm > 1:
                 nn.utils.clip_grads_with_norm_(trained.values(), 1.0, norm)
@@ -255,7 +255,7 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
 
 # --- what is trained ------------------------------------------------------------------------------
 
-#: Learning rates relative to that of cores, for gains and biases, and for codes (in units of the grid). With
+#: Learning rates of gains and biases, and of codes (in units of the grid), relative to that of cores. With
 #: the rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of rounding
 #: intervals, so a code changes only when its updates add up to half a unit. At much larger rates many codes
 #: would change at the same step.

@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition with certified error, by LAPACK, by a Gram matrix, or randomized.
+"""Truncated SVD with certified error, by LAPACK, by a Gram matrix, or by randomized subspace iteration.
 
 All methods compute in double precision and return the dtype of the input (float32 for 16-bit types). For
 float32 input, the Gram matrix is therefore *more* accurate than a float32 SVD: squaring the condition number

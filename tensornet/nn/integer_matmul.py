@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Number of elements to unpack at a time, with scales applied to them and without.
+#: Number of elements to unpack at a time, with and without applying scales.
 _BLOCK, _POINTS = 2**17, 2**20
 #: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24

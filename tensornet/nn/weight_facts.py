@@ -27,7 +27,7 @@ FACTS = {
     *(Tensor.new_tensor, Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full),
     *_FREEZING,
 }
-#: Methods of other tensors, with an argument of which only the dtype and device are read.
+#: Methods of other tensors that read only the dtype and device of their argument.
 LIKE = {Tensor.to, Tensor.type_as}
 
 

@@ -183,7 +183,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     size, width = w.shape[1:]
     down, across = size // TILE, width // TILE
 
-    # 2. Split the inputs of rounding, listed at `_ABOVE`, into tiles. One tensor contains all tiles.
+    # 2. Stack the tensors that rounding reads (listed at `_ABOVE`), and split the stack into tiles.
     divisor = Grid(scale, 0.0, 0).divisor
     parts = [torch.zeros_like(w), w, w + scale * zero, scale, divisor]
     planes = torch.stack([*parts, zero] if isinstance(zero, Tensor) else parts)

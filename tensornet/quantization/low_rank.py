@@ -144,7 +144,7 @@ class _Product:
     rounding: Rounding
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the left factor's rows that form an identity, and of the free rows."""
+        """Return the indices of the left factor's rows that form an identity, and of all other rows."""
         if self.order is None:
             every = torch.arange(len(self.wanted), device=self.wanted.device)
             return every[:0], every
@@ -170,7 +170,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the rows of a left factor that are not in its identity; the row moment weights the errors."""
+        """Round the rows of a left factor that do not form an identity; the row moment weights the errors."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:

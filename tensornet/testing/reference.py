@@ -197,7 +197,7 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
 def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
     """List the edges `(core, core, rank)` of a tree of all cores; None if the bonds form a loop.
 
-    Parts of the network that no bond joins are multiplied; an edge of rank 1 joins them in the tree.
+    If no bond joins two parts of the network, an edge of rank 1 joins them in the tree.
     """
     sizes: dict[tuple[int, ...], int] = {}
     for label, size in topology.bond_dims.items():

@@ -26,7 +26,7 @@ from tensornet.topology import Topology
 
 #: Sizes of the small legs in unbalanced splits.
 _SMALL = (2, 3)
-#: Fractions of the dense parameters at which leg sizes are compared.
+#: Numbers of parameters, relative to the dense matrix, at which leg sizes are compared.
 _FRACTIONS = (0.8, 0.5)
 
 

@@ -193,7 +193,7 @@ def _decompose(
     shape, legs = (matrix.shape[0], matrix.shape[1]), [o * i for o, i in zip(rows, columns, strict=True)]
 
     def ranks(caps: Sequence[int]) -> list[int]:
-        """Compute the bonds of the sequential SVD if only `caps` limit them, not `rel_error`."""
+        """Compute the bonds of a sequential SVD without `rel_error`, limited only by `caps`."""
         right = math.prod(legs[1:])
         found = [min(caps[0], -(-min(legs[0], right) // closing))]
         for k in range(1, len(legs) - 1):
@@ -223,7 +223,7 @@ def _tr_svd(
     caps: Sequence[int],
     rel_error: float | None = None,
 ) -> Decomposition:
-    """Decompose a matrix by sequential SVD with limits on the bonds; the last core has the whole norm."""
+    """Decompose a matrix by sequential SVD with limits on the bonds; the last core carries the norm."""
     check_finite(matrix, "The matrix")
     sites, dtype, scale = len(out_dims), result_dtype(matrix.dtype), safe_scale(matrix)
     rest = pad_matrix(matrix.detach().to(dtype) / scale, math.prod(out_dims), math.prod(in_dims))

@@ -312,7 +312,7 @@ def load(
         raise
     except Exception as error:
         # Model classes may raise any exception for invalid configurations, or for options of the caller.
-        # With options, only an unreadable configuration therefore becomes a FormatError.
+        # So if there are options, only an unreadable configuration becomes a FormatError.
         if kwargs and not isinstance(error, StrictDataclassError):
             raise
         raise FormatError(

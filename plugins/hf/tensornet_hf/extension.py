@@ -38,7 +38,7 @@ class TransformersExtension(ModelExtension):
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return the text embedded in this package as tokens for a causal language model, or None."""
+        """Return calibration batches of the package's text, or None, see `embedded_text`."""
         return embedded_text(model)
 
     def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:

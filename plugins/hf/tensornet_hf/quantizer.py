@@ -238,7 +238,7 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # by description, since many are equal
+    known: dict[str, dict[str, PromisedTensor]] = {}  # keyed by description, since many are equal
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:
@@ -269,7 +269,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
 
     Args:
         compression: the description.
-        tensors: headers of the stored tensors, without guards.
+        tensors: headers of the stored tensors, without guards (see `replaced_names`).
         where: name of the folder, for messages.
 
     Raises:
@@ -633,13 +633,13 @@ def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
 
 
 def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add an empty module to a model for each described owner of shared cores.
+    """Add an empty module to a model for each owner of shared cores in the model's description.
 
     Model classes of transformers do not have such modules.
 
     Args:
         model: a model on the meta device; changed in place.
-        layers: names of the described modules in the saved model.
+        layers: names of all modules in the description.
     """
     for layer in layers:
         parent, _, label = layer.rpartition(".")

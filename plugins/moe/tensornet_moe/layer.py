@@ -75,7 +75,7 @@ class RoutingStats:
 class SharedCoreMoE(nn.Module):
     """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
-    Each pass rebuilds the matrices of experts with tokens, or multiplies by their cores if this is faster.
+    Each pass rebuilds the matrices of all experts that get tokens, or multiplies by cores if this is faster.
     After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are cached in eval mode
     without gradients. Any `Router`, and any `ExpertFFN` with any `ExpertBank`, can be used.
 

@@ -63,7 +63,7 @@ PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
 _GROWTH = 4
 #: Singular values below this fraction of the largest are rounding errors and limit the ranks.
 _LEAST_DIRECTION = 1e-7
-#: Fractions of the largest rank at which the losses of rounding are predicted.
+#: Ranks at which the losses of rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
 #: Smallest number of bits of a factor: of any factor, and of a factor that must be accurate (`encodings`).
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
@@ -552,7 +552,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Predict the losses of the fits at all ranks, `(2, ranks)`: row 0 for choosing, row 1 for forecasts."""
+    """Predict the losses of the fits at all ranks, under `choice` and `forecast`, shape `(2, ranks)`."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":

@@ -270,7 +270,7 @@ def _mark(number: int, rows: int, columns: int) -> Tensor:
 
 
 def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Place]:
-    """Find the tensors that are the mark (see `_mark`) of one layer, with rows and columns permuted.
+    """Find the tensors that equal the mark of one layer (see `_mark`) up to the order of rows and columns.
 
     Args:
         layers: names of the layers; the first has the mark with the number 1.
