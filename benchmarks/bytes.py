@@ -172,7 +172,7 @@ class Bench:
             self.book.add(method, seed, bits, **row)
 
     def forecast(self, plan: tn.CompressionPlan, small: nn.Module) -> Row:
-        """Return the formats of a plan, and its loss increase, predicted and measured on validation text."""
+        """Return the formats of a plan, its predicted loss increase, and that measured on validation text."""
         loss_fn = losses_against(self.dense)
         formats: Counter[str] = Counter()
         for layer in plan:

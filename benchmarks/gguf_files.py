@@ -155,7 +155,7 @@ class Bench:
                 self.judge(name, file, method="llama-quantize")
 
     def plans(self) -> None:
-        """Write the file of a plan for the size of every preset, and measure its loss."""
+        """For the size of every preset, write the file of a plan and measure its loss."""
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
             sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in self.given.presets}

@@ -113,7 +113,7 @@ def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build the bank of `tm.mixture(share="center")`: the first core has an out-leg, the last an in-leg."""
+    """Build the bank of `tm.mixture(share="center")`: the first core has no in-leg, the last no out-leg."""
     weight = torch.randn(1, rows, columns)
     return tm.mixtures.experts_from(weight, experts=experts, share="center", noise=0.05)
 
@@ -252,7 +252,7 @@ def time_pool(case: Case) -> list[dict[str, Any]]:
 
 
 def time_compiled(case: Case) -> list[dict[str, Any]]:
-    """Time a training step with `torch.compile`, relative to the same step without."""
+    """Time a training step with `torch.compile`, relative to the same step without it."""
     rows = []
     for name, moe in form_layers(case, CHAINS).items():
         steps = {"eager": stepper(case, moe), f"{name}, compiled": stepper(case, moe, compiled=True)}

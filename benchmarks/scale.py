@@ -1,7 +1,7 @@
 """Does sharded compression use all processors, need constant memory, and resume without loss of time?
 
-1. The speed of two workers relative to one, on weights of equal size. Goal: 1.7 on two cores. It is measured
-   with workers that run already (an executor of the caller), and with workers started for the run.
+1. The speed of two workers relative to one, on weights of equal size. Goal: 1.7 on two cores. The speed is
+   measured with running workers (an executor of the caller), and with workers started for the run.
 2. The peak memory of a worker for checkpoints of different sizes. Goal: it does not depend on the size.
 3. The processor time of a run that is interrupted half way and resumed, relative to a run without
    interruption. Goal: at most 2 % more.

@@ -242,7 +242,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
     """Read the headers of several safetensors files, and return the location of every tensor by name.
 
     Raises:
-        FormatError: a header cannot be read, see `read_header`, or two files contain the same name.
+        FormatError: a header cannot be read, see `read_header`, or two files have tensors of the same name.
     """
     tensors: dict[str, Slice] = {}
     for file in files:

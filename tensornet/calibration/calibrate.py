@@ -43,7 +43,7 @@ from tensornet.nn.unfuse import unfused
 #: a model with one loss for each row, such as an encoder, has few independent gradients for many tokens.
 MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
 #: Conditions for ending earlier: smallest number of tokens; smallest number of tokens per feature of each
-#: full input moment; largest relative standard error of the loss increase of the reference scheme.
+#: full input moment; largest relative standard error of a predicted loss increase (see `calibrate`).
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 #: Smallest number of elements of a weight for which 16 bits are faster than float32, conversions included.
 _LARGE = 1 << 18
@@ -198,7 +198,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 class _Settling:
-    """Decides when the moments have converged, from the traces of moments of each batch; see `calibrate`."""
+    """Decides from the traces of each batch's moments whether the moments have converged; see `calibrate`."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         #: Mean square of each weight.

@@ -102,7 +102,7 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             "raise the budget or choose fewer layers."
         )
     start, steps = hull_steps(curves)
-    # First choice: take all steps that fit, in order; a layer whose step does not fit takes no further steps.
+    # `walk`: take all steps that fit, in order; a layer whose step does not fit takes no further steps.
     # With a larger budget the cost is never larger: at the first step that differs, the larger budget allows
     # a step that the smaller one does not, and all later steps save less per unit of size.
     walk, blocked = list(start), set()
@@ -114,8 +114,8 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             walk[layer], left = candidate, left - growth
         else:
             blocked.add(layer)
-    # Second choice: stop at the first step that does not fit, then replace one candidate by the one that
-    # saves most. The first or the second choice is returned, whichever costs less.
+    # `other`: stop at the first step that does not fit, then replace one candidate by the one that saves
+    # most. `walk` or `other` is returned, whichever costs less.
     other, left = list(start), budget - total_size(curves, start)
     for layer, candidate, growth in steps:
         if growth > left:

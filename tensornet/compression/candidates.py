@@ -48,7 +48,7 @@ PREDICTED_ROWS = 64
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
-#: Fractions of the largest bond at which times are predicted; times in between are interpolated.
+#: Bonds at which times are predicted, as fractions of the largest bond; other times are interpolated.
 _TIMED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 

@@ -44,7 +44,7 @@ class LayerPlan:
             it is unknown because the plan was edited.
         singular_values: singular values of the weight in descending order.
         storage: how the cores are stored.
-        loss_increase: predicted loss increase per token by errors in this layer alone, not corrected by
+        loss_increase: predicted loss increase per token due to errors in this layer alone, not corrected by
             measurements of the whole model; None without calibrated gradients.
         curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected.
         byte_curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
@@ -207,7 +207,7 @@ class LossCheck:
 
     Args:
         layers: number of layers of the plan that were measured in their planned scheme.
-        raised: losses predicted too low, by layer and scheme; the final plan may have other schemes.
+        raised: predicted losses that were too low and were raised; the final plan may have other schemes.
 
     Example:
         >>> from tensornet.compression.plan import LossCheck, RaisedLoss
@@ -311,7 +311,7 @@ class CompressionPlan:
 
     @property
     def predicted_loss_increase(self) -> float | None:
-        """Predicted loss increase of a token by errors in all layers together; None without gradients.
+        """Predicted loss increase per token due to errors in all layers; None without gradients.
 
         The prediction is of second order in the errors and neglects interactions between layers. It is
         accurate for small loss increases and too low for large ones, unless measurements have corrected it.
@@ -432,7 +432,7 @@ class CompressionPlan:
         else:
             _check_topology(old, topology)
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
-            kept.num_params(topology)  # raises an error if it has formats for unknown cores
+            kept.num_params(topology)  # raises an error if `kept` has formats for unknown cores
             made = {"bound_by": "edited", "error": None, "storage": kept, "loss_increase": None}
         edited = replace(old, topology=topology, milliseconds=None, **made)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))

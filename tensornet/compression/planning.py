@@ -328,7 +328,7 @@ def _seen(
         The remaining targets, and the names of the removed targets.
 
     Raises:
-        TargetError: no layer ran, or a layer did not run although the configuration requires it.
+        TargetError: no layer ran, or `require_calibrated` is set and a layer did not run.
     """
     if objective == "weight" or stats is None:
         return targets, ()

@@ -235,7 +235,7 @@ def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
 
 
 def is_known(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if a layer that uses the weight, or a relative of that layer, ran during calibration."""
+    """Return True if a layer that uses the weight, or one of that layer's `relatives`, ran in calibration."""
     return _ran(target, stats) or bool(_relatives(target, stats))
 
 

@@ -93,7 +93,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     apart = unfuse(model, inside=header["layers"])
     try:
         _fill(model, header, state, path)
-    finally:  # also after a failure, restores the stock modules
+    finally:  # restores the stock modules, also after a failure
         fuse(model, apart)
     structure_changed(model)
     return model

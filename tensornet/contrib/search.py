@@ -23,7 +23,7 @@ OBJECTIVES = ("error", "time", "params")
 #: Families that are compared by default.
 FAMILIES = ("low_rank", "mpo", "block_tt")
 
-#: Fractions of the parameter budget at which the matrix is decomposed.
+#: Parameter budgets for which the matrix is decomposed, as fractions of the given budget.
 LEVELS = (1.0, 0.7, 0.5, 0.35)
 
 #: Largest error that the objective `"time"` accepts, as a multiple of the smallest error.

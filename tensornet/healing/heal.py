@@ -293,7 +293,7 @@ def trained_parameters(
     """Map names to the parameters that healing trains, see `heal`.
 
     Raises:
-        TargetError: there is nothing to train, the teacher shares these parameters, or it is on another
+        TargetError: there is nothing to train, or the teacher shares these parameters or is on another
             device.
     """
     layers = compressed_layers(model)

@@ -286,7 +286,7 @@ def tt_svd_stack(
     rest = rest.permute(0, *(1 + axis for k in order for axis in (k, sites + k))).flatten(1)
     rest = rest if scale is None else rest / scale[:, None]
 
-    # 3. Cores at both ends whose bonds are not truncated become identities.
+    # 3. At both ends, cores whose bonds are not truncated become identities.
     sizes = [o * i for o, i in dims]
     first, last = 0, sites - 1
     if budget.rel_error is None:

@@ -79,7 +79,7 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`."""
-        # 1. Repeat the previous pass, since for few tokens choosing a route takes longer than multiplying.
+        # 1. Take the previous route again: for few tokens, choosing a route takes longer than multiplying.
         if self._quick is not None and not is_compiling() and (y := self._quick(input)) is not None:
             return y
         check_input(input, self.in_features)
@@ -232,7 +232,7 @@ def _two_products(
 
     Args:
         layer: the layer.
-        products: number and shape of each core, see `ContractionPlan.matrices`.
+        products: position and shape of each core, see `ContractionPlan.matrices`.
         most: largest number of tokens for which this is the fastest route.
     """
     (first, first_shape), (second, second_shape) = products
@@ -266,7 +266,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make the function that multiplies by a layer's only core; it uses a torch kernel without gradients."""
+    """Make a function that multiplies by the only core with a torch kernel, in passes without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")
@@ -355,7 +355,7 @@ def empty_linear(topology: Topology, **options: Any) -> TensorNetworkLinear:
 
 
 def _is_chain(topology: Topology) -> bool:
-    """Return True if the cores, with labels `(left, out, in, right)`, form a chain with ends of size 1."""
+    """Return True if the cores, labelled `(left, out, in, right)`, form a chain with end bonds of size 1."""
     legs = list(zip(topology.out_labels, topology.in_labels, strict=False))
     if not len(legs) == len(topology.out_labels) == len(topology.in_labels) == len(topology.cores):
         return False

@@ -561,7 +561,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Map each core that can be pivoted to the bond on which it is pivoted.
+    """Return the bond on which a core can be pivoted, by the name of the core.
 
     Raises:
         TopologyError: the family is not registered.

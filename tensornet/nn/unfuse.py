@@ -362,7 +362,7 @@ def is_observed(*layers: nn.Module) -> bool:
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix of a compound's layer: cached if its route is `CACHED`, else differentiable."""
+    """Return the matrix of a compound's layer; it has a gradient unless the route is `CACHED`."""
     if isinstance(layer, NetworkModule):
         return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
     assert isinstance(layer, PartMatrix)

@@ -250,7 +250,7 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Views: the rows below, and the coefficients of their feedback; the columns rounded later, likewise.
+    #: Views of the rows below and of the columns rounded later, each with its feedback coefficients.
     below: Tensor
     row_couplings: Tensor
     further: Tensor

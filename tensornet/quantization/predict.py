@@ -48,7 +48,7 @@ def predict_losses(
     """Predict the loss increases of `round_weight` for several formats, under several weightings.
 
     The first weighting is used for rounding. For layers of a trained language model, predictions were too
-    high by 1 to 15 % from 4 bits on, and wrong by up to a third at 2 bits.
+    high by 1 to 15 % with 4 or more bits, and wrong by up to a third with 2 bits.
 
     Args:
         weight: matrix, shape `(out, in)`.

@@ -229,7 +229,7 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
 def fed_back(
     way: Rounding, rows: Moment | None, columns: Moment | None
 ) -> tuple[Moment | None, Moment | None]:
-    """Select the moments for feedback; one-sided rounding uses that of the inputs if it is full."""
+    """Select the moments for feedback; one-sided rounding uses the input moment if it is a full matrix."""
     if way == "nearest":
         return None, None
     if way == "two_sided":

@@ -137,7 +137,7 @@ def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield scales and zero points at which the grid covers various fractions of each group's range."""
+    """Yield scales and zero points with which the grid covers various fractions of each group's range."""
     low, high = flat.amin(0).clamp_max(0), flat.amax(0).clamp_min(0)
     top, center = number_format.top, number_format.center
     if number_format.zero_point:

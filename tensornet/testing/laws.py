@@ -593,8 +593,8 @@ class _Laws:
         super().__init_subclass__(**options)
         for name, entry in cls._laws().items():
             law = Law(*entry)
-            # Keep a law that this class or a base class overrides or disables. All others draw from the
-            # strategies of this class.
+            # A law that this class or a base class overrides or disables is not replaced. All others draw
+            # from the strategies of this class.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
                 setattr(cls, name, _test(law))
@@ -671,7 +671,7 @@ class DecompositionLaws(_Laws):
 
 
 class FamilyLaws(DecompositionLaws):
-    """Laws of a `TopologyFamily`. Subclass this, and set `family` to an instance and, if needed, `options`.
+    """Laws of a `TopologyFamily`. Subclass this, set `family` to an instance, and set `options` if needed.
 
     Example:
         >>> from tensornet.testing import laws, strategies

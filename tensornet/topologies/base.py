@@ -25,7 +25,7 @@ from tensornet.topology import Topology
 _SWEEPS = 3
 #: Numbers of bits that candidates use for integer cores.
 _CORE_BITS = (8, 4)
-#: Fractions of the largest bond at which a matrix is decomposed; losses at other bonds are interpolated.
+#: Bonds that are tried, as fractions of the largest bond; losses at other bonds are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 #: Largest number of candidates in a ladder.
 _RUNGS = 400

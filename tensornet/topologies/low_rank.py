@@ -41,7 +41,7 @@ from tensornet.topologies.registry import register_topology
 from tensornet.topologies.rounded_cores import StoredCores
 from tensornet.topology import Topology
 
-#: Fractions of the largest rank at which factors are rounded; losses at other ranks are interpolated.
+#: Ranks at which factors are rounded, as fractions of the largest; losses at other ranks are interpolated.
 _ENCODED = (0.1, 0.4, 1.0)
 
 

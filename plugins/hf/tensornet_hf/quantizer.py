@@ -192,9 +192,9 @@ def replaced_names(dense: Iterable[str], present: Iterable[str], layers: Iterabl
     """Return the names of dense weights that compressed layers replace; a *guard* is saved for each of them.
 
     Without this library, transformers only warns about an unknown quantization type, and initializes missing
-    dense weights with random numbers. But a tensor of a wrong shape raises an error. So a saved folder
-    contains an empty tensor, the guard, under the name of every replaced weight. This library ignores guards
-    when it loads a model.
+    dense weights with random numbers. But loading a tensor of a wrong shape raises an error. So a saved
+    folder contains an empty tensor, the guard, under the name of every replaced weight. This library ignores
+    guards when it loads a model.
 
     Args:
         dense: names of the tensors of the dense model.
@@ -502,7 +502,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
-        """Return the tensors to save, shared ones once, and guards (see `replaced_names`).
+        """Return the tensors to save, each shared tensor once, and guards (see `replaced_names`).
 
         transformers calls this method before it writes config.json.
         """

@@ -196,7 +196,7 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
 
     With an implementation from transformers, every forward pass builds the matrices of all experts, whatever
     the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load
-    balancing and pools work as before. `"tensornet"` only builds the matrices of experts that got tokens, or
+    balancing and pools work as before. `"tensornet"` builds only the matrices of experts that got tokens, or
     multiplies by their cores. The choice is not saved with the model.
 
     Args:

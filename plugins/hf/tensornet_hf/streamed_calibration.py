@@ -173,7 +173,7 @@ class _PhaseRecorder(MomentRecorder):
         self.phase = phase
 
     def expect(self, batch: Mapping[str, Any]) -> None:
-        """Set the batch on which the model runs next, whose padding is ignored."""
+        """Set the batch on which the model runs next; padding in the batch is ignored."""
         self.batch = dict(batch)
 
     def see_input(self, name: str, x: Tensor) -> None:

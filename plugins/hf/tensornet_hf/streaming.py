@@ -359,7 +359,7 @@ class _OnlyCalled(nn.Module):
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
         self._stock = (stock,)
-        self.register_forward_hook(lambda *_: None)  # unfused modules only call layers with hooks
+        self.register_forward_hook(lambda *_: None)  # unfused modules call a layer only if it has hooks
 
     @property
     def weight(self) -> Tensor:
@@ -489,8 +489,8 @@ def _compress_shard(
 ) -> dict[str, Any]:
     """Compress the layers of a shard and write its file; workers call this function.
 
-    The function uses a single thread, because the result must not depend on the order of summation and other
-    workers need the processor cores.
+    The function uses a single thread: the result must not depend on the order of summation, and other workers
+    need the processor cores.
 
     Args:
         folder: the source.

@@ -740,7 +740,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
     """Let a router choose the experts `e` of its own layer, `e % layers == place`, for every token.
 
     All other experts get equal probabilities, which are at most `1 / (number of other experts)`. The biases
-    of the layer's own experts are larger than this.
+    of the layer's own experts are above this limit.
     """
     own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
     router.weight[~own] = 0
@@ -840,7 +840,7 @@ def _mixture(
 
 
 def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, Any]:
-    """Select the options of a bank of experts for a matrix; the topology family refuses invalid dims."""
+    """Select the options of a bank of experts for a matrix; the topology family checks the dims."""
     options: dict[str, Any] = {
         "num_experts": config.num_experts,
         "topology": config.topology,

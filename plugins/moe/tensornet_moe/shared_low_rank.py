@@ -570,7 +570,7 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the weighted SVD, or the matrix and the SVD's two factors if a moment is singular."""
+    """Return the weighted SVD if it has all singular values, else the matrix and the SVD's two factors."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 

@@ -200,7 +200,7 @@ def _mergeable(
     sizes: Mapping[str, int],
     path: Sequence[tuple[int, int]],
 ) -> list[tuple[str, ...]]:
-    """Find the groups of cores that the contraction path first merges into small tensors."""
+    """Find the largest groups of cores that the contraction path merges into small tensors."""
     limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERTS)
     work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # (names, is small)
     groups: list[tuple[str, ...]] = []

@@ -208,7 +208,7 @@ class BankLaws:
         assert all(float((first - other).norm()) > 1e-3 * float(weight.norm()) for other in others)
 
     def test_parameters_grow_with_the_experts_alone(self) -> None:
-        """Check that each expert adds equally many parameters, and that shared parameters count once."""
+        """Check that each expert adds the same number of parameters, and shared parameters count once."""
         counts = []
         for experts in (2, 3, 5):
             bank = self.bank(experts, self.shape)

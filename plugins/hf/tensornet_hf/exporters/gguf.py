@@ -182,7 +182,7 @@ def _with_converter(
     source: Path | None,
     title: str,
 ) -> Parts:
-    """Run the converter on copies of the model; its result gives names, permutations, tokenizer, metadata.
+    """Run the converter on copies of the model, for names, permutations, tokenizer and metadata.
 
     The copies are saved in the folder `work`. Layers whose low-rank part cannot be an adapter are moved to
     `layers.dense`.
@@ -392,7 +392,7 @@ def _row_order(weight: Array, dense: Array) -> Array | None:
 
     Args:
         weight: compressed weight, shape `(rows, columns)`.
-        dense: the weight before compression with permuted rows, shape `(rows, columns)`.
+        dense: the weight before compression, but with permuted rows, shape `(rows, columns)`.
 
     Returns:
         Row indices such that `weight[indices]` is close to `dense`; None if there is no such permutation.

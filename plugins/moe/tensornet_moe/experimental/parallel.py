@@ -124,7 +124,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment,arg-type]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
-    # Processes must not average their experts. The method is private, but torch documents it for this use.
+    # DDP must not average gradients of these experts. The method is private, but documented for this use.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
