@@ -1,4 +1,4 @@
-"""Quantize a model with an installed package and write its dequantized weights, a file for each bit width.
+"""Quantize a model with an installed package; write a file of dequantized weights for each bit width.
 
 `bytes.py` calls this script with the Python of an environment that has the extra `peers`. The script does not
 import tensornet, which may need a newer version of transformers than that environment has.
@@ -46,7 +46,7 @@ def as_linear(model: nn.Module) -> nn.Module:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Map names to all linear layers except the output head."""
+    """Return all linear layers except the output head, by name."""
     head = model.get_output_embeddings()
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
 

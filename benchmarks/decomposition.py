@@ -104,7 +104,7 @@ def plain(w: Tensor, case: Case, bonds: Sequence[int]) -> list[Tensor]:
 
 
 def contenders(w: Tensor, case: Case, bonds: Sequence[int]) -> dict[str, Callable[[], list[Tensor]]]:
-    """Return functions that decompose a matrix into cores `(left, out, in, right)`, one for each package."""
+    """For each package, return a function that decomposes a matrix into cores `(left, out, in, right)`."""
     legs: dict[str, Any] = {"out_dims": case.out_dims, "in_dims": case.in_dims, "max_bond": case.max_bond}
     found: dict[str, Callable[[], list[Tensor]]] = {
         "tensornet": lambda: list(tn.MPO.from_matrix(w, **legs).cores),

@@ -178,7 +178,7 @@ def measure_training(case: Case, tokens: int, threads: int, seconds: float) -> d
     }
     times = paired_medians(calls, rounds(calls.values(), 3 * seconds), clock=clock_for(threads))
     explained = layer.explain(tokens)
-    operations = 3 * explained[explained.choice].multiply_adds  # the backward pass takes twice the operations
+    operations = 3 * explained[explained.choice].multiply_adds  # one for the forward pass, two for backward
     needed = operations * times["product"].median / (tokens * dense.weight.numel())
     return {
         "case": case.name,

@@ -268,7 +268,7 @@ class Bench:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure the rows that the record lacks, and record each at once."""
+    """Measure the rows that the record lacks, and record each as soon as it is measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path, nargs="?", help="folder of models and texts, see subjects.py")
     parser.add_argument("--toy", action="store_true", help="the embedded GPT-2 and few tokens")

@@ -160,7 +160,7 @@ def _shards(sizes: Sizes) -> dict[str, int]:
 
 
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
-    """Answer question 3: measure the time of an interrupted and resumed run, relative to a whole run."""
+    """Answer question 3: time an interrupted and resumed run, relative to an uninterrupted one."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):

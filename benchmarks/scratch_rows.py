@@ -39,7 +39,7 @@ class Sizes:
 
     @property
     def active(self) -> int:
-        """Number of matrix elements outside embeddings that a token uses in the dense model."""
+        """Number of matrix elements that a token uses in the dense model, without embeddings."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden)
 
 
@@ -131,7 +131,7 @@ Banks = dict[str, tm.ExpertBank]
 def mixtures(
     make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
 ) -> Kind:
-    """Make an entry of `KINDS` from a function that builds the banks of one layer from a Gaussian network."""
+    """Make an entry of `KINDS`; `make` builds the banks of one layer from a Gaussian network."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         found: list[nn.Module] = []

@@ -83,7 +83,7 @@ class Split:
 
 
 def read_chapters(path: Path) -> list[str]:
-    """Read the chapters of a text file, in order, each with one verse per line.
+    """Read the chapters of a text file in order; the file has one verse per line.
 
     Raises:
         ValueError: a line is not `<book><chapter>:<verse> <text>`.

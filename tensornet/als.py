@@ -115,7 +115,7 @@ def fit_network(
 def fit_from_random(
     matrix: Tensor, topology: Topology, *, max_sweeps: int = 200, tolerance: float = 1e-5, seed: int = 0
 ) -> Fit:
-    """Fit a network of any topology to a matrix from several random starts, to a local minimum.
+    """Fit a network of any topology to a matrix: refine the best of several random starts until it converges.
 
     Args:
         matrix: the matrix, shape `(out, in)`, finite, elements of moderate size.
@@ -266,7 +266,7 @@ class GramPlan:
 
 @lru_cache(maxsize=4096)
 def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
-    """Plan the Gram matrix of a core's environment or, if it is too large, one Gram matrix for each bond."""
+    """Plan the Gram matrix of a core's environment; if this matrix is too large, plan one for each bond."""
     legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
     own = topology.cores[index].labels
     others = [core.labels for k, core in enumerate(topology.cores) if k != index]

@@ -1,6 +1,6 @@
 """Linear algebra on matrices stored as chains of cores `(left, out, in, right)`, without building the matrix.
 
-All functions are pure; `tensornet.MPO` wraps them in a class. A chain has `n` cores, its end bonds are 1, and
+All functions are pure; `tensornet.MPO` wraps them in a class. A chain has `n` cores and end bonds of size 1;
 bond `k` is on the right of core `k`.
 
 Reference: Schollwoeck 2011, "The density-matrix renormalization group in the age of matrix product

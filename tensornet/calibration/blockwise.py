@@ -49,7 +49,7 @@ class Call:
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return a call whose hidden state is the argument at `slot`, or this call if that is no tensor."""
+        """Return a call whose hidden state is at `slot`; if no tensor is there, return this call."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 

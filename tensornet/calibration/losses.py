@@ -191,9 +191,9 @@ def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
     """Choose the loss function for a model from its output for one batch.
 
     The choice is `cosine_losses` if the output has only hidden states or sentence embeddings, `output_losses`
-    if there are neither labels nor a loss, and else `label_losses`. There is one exception: `own_losses` is
-    chosen if labels are tokens, the class of the model does not show to which position a label belongs, and
-    the model computes a loss.
+    if there are neither labels nor a loss, and otherwise `label_losses`. There is one exception: `own_losses`
+    is chosen if labels are tokens, the class of the model does not show to which position a label belongs,
+    and the model computes a loss.
 
     Returns:
         The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.

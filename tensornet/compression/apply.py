@@ -37,7 +37,7 @@ from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: For each layer name and scheme: the new modules, one for each name of the weight, and their relative error.
+#: By layer name and scheme: a new module for each module that uses the weight, and the relative error.
 MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Largest number of layers named in a warning.
 _NAMED = 5

@@ -478,9 +478,9 @@ def layer_formats(
 ) -> tuple[NumberFormat, ...]:
     """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
-    A format is replaced by the dtype of the model if the size of its super-blocks (for an export target, of
-    its groups) does not divide the number of inputs. If the configuration has the default formats and 8-bit
-    scales would underflow, formats with 16-bit scales are used instead.
+    A format is replaced by the dtype of the model if the size of its super-blocks (or, for an export
+    target, the size of its groups) does not divide the number of inputs. If the configuration has the default
+    formats and 8-bit scales would underflow, formats with 16-bit scales are used instead.
 
     Args:
         matrices: the weights.

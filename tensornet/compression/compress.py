@@ -322,7 +322,7 @@ def _put_back_readers(
         dense: the replaced modules, by name.
 
     Returns:
-        For each planned layer that was put back, by name: the reason.
+        Reasons why planned layers were put back, by layer name.
 
     Raises:
         Exception: the compressed model fails on the batch for another reason; all layers are put back first.

@@ -59,8 +59,9 @@ _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
 #: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
 #: predicted loss.
 _COMMON = 4
-#: Layers are measured if the power of their strongest output relative to the median output, times the squared
-#: relative error of the weight, exceeds this. The error of this output may then exceed all other outputs.
+#: A layer is measured if the squared relative error of its weight, times the power of the strongest output
+#: relative to the median output, exceeds this. The error of the strongest output may then be larger than all
+#: other outputs.
 _OUTLIER = 10.0
 #: Exceptions that a model raises if its blocks cannot be skipped, since it needs more than their outputs.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
@@ -357,7 +358,7 @@ class _Trial:
 
     @torch.no_grad()
     def _increase(self, group: Group) -> LossIncrease:
-        """Measure the loss increase of some layers of the plan; infinite if a loss is not finite."""
+        """Measure the loss increase of compressing a group of layers; infinite if a loss is not finite."""
         compressed = light_copy(self.model)
         part = replace(self.plan, layers=group, loss_check=None)
         apply_plan(compressed, part, self.stats, made=self.made)

@@ -339,7 +339,7 @@ class PairedRun:
                 raise Stop
 
         run = None
-        if place is not None:  # before setting hooks, advance to the block, since this runs other blocks
+        if place is not None:  # advance before setting hooks, since advancing runs other blocks
             chain, index = place
             if self.at is None or self.at[0] != chain:
                 self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]

@@ -38,8 +38,8 @@ from tensornet.quantization import NumberFormat
 #: Group sizes that the kernel supports.
 _GROUPS = (128, 64, 32)
 #: Largest number of tokens for which a single kernel product is faster than unpacking the matrix; two kernel
-#: products are faster up to half this number. AMX instructions make products with the unpacked
-#: matrix three to four times as fast, but not the kernel.
+#: products are faster up to half this number. With AMX instructions, products with the unpacked
+#: matrix are three to four times as fast, while the kernel is not faster.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
 #: Default limit on the bytes of a matrix in the kernel's layout, relative to its stored bytes.
 MAX_GROWTH = 1.75

@@ -225,7 +225,7 @@ class NetworkModule(nn.Module):
         return weight_facts(self._like(), self.topology.shape, trained, self)
 
     def to_matrix(self) -> Tensor:
-        """Contract the cores to the dense matrix, shape `(out_features, in_features)`, differentiable."""
+        """Contract the cores, with gradient, to the dense matrix of shape `(out_features, in_features)`."""
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:

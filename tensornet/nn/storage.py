@@ -717,7 +717,7 @@ def _rounded(
 
 
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
-    """List the integer cores with one stored row for each out-leg index, so that single rows can be read."""
+    """List the integer cores of which single rows can be read: each out-leg index has its own stored row."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:
@@ -725,7 +725,7 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # Each index of the out-legs has its own row if no other label precedes the last out-leg.
+        # Out-leg indices have their own rows if only labels of size 1 come before or between the out-legs.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)

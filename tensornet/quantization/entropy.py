@@ -55,7 +55,7 @@ _FARTHEST = 120
 
 
 def require_coder(user: str) -> Any:
-    """Import the package of the range coder; `user` is what needs it, for the error message.
+    """Import the package of the range coder; the error message says that `user` needs it.
 
     Raises:
         MissingDependencyError: the package is not installed.

@@ -625,7 +625,7 @@ def _test(law: Law) -> Callable[..., None]:
 class DecompositionLaws(_Laws):
     """Laws of decompositions. Subclass this, define `decompose`, and restrict the strategies if necessary.
 
-    Disable a law that is not satisfied by setting it to None in the subclass, as in `test_monotone = None`.
+    To disable a law that is not satisfied, set it to None in the subclass, as in `test_monotone = None`.
     Further subclasses inherit this.
 
     Example:

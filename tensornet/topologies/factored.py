@@ -128,7 +128,7 @@ def choose_dims(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Choose missing dims as balanced factors of the shape.
 
-    Out-dims are ascending and in-dims descending, so that the product of both legs is similar at each site.
+    Out-dims are ascending and in-dims descending, so that their products at all sites are similar.
 
     Raises:
         TopologyError: `sites` is not the length of the given dims, or the dims do not fit the shape.

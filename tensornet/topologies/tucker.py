@@ -170,7 +170,7 @@ def st_hosvd(
     for axis, cap in enumerate(caps):
         block = core.movedim(axis, 0).flatten(1)
         allowed = allowed_energy(rel_error, total, spent, len(caps) - axis)
-        # The rank cannot exceed the shape of the block. Without `rel_error`, factors are padded to `cap`.
+        # The rank cannot exceed the sides of the block. Without `rel_error`, factors are padded to `cap`.
         split = split_block(block, inside, min(cap, *block.shape), allowed, single=single)
         spent, inside = spent + split.discarded, split.kept
         rank = split.left.shape[1] if rel_error is not None else cap

@@ -19,7 +19,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         JSON-ready facts about the model:
 
         - `folder`, and `architecture`, the class in its configuration
-        - `format_version` of the description, None for an ordinary model
+        - `format_version` of the compression's description, None for an ordinary model
         - `params`, the count of stored numbers (each packed integer counts), and `dtypes`, the count by dtype
         - `bytes`, the size of the weight files
         - `ties`, the names of tensors that are stored under another name, `{name: stored name}`

@@ -593,7 +593,7 @@ def _place_layers(
         because its class has another head or no head, are skipped.
 
     Raises:
-        FormatError: the model does not have a described module, or its layer has another type or shape.
+        FormatError: the model lacks a module of `layers`, or has a layer of another type or shape there.
     """
     make_room(model, layers)
     places = dict(model.named_modules(remove_duplicate=False))
@@ -654,7 +654,7 @@ def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:
 
 
 def _check_place(name: str, module: nn.Module, spec: Mapping[str, Any], made: NetworkModule) -> None:
-    """Raise FormatError unless a described module replaces a layer of the described type and shape."""
+    """Raise FormatError if the layer to replace does not have the type and shape given in `spec`."""
     kind = kind_of(module)
     if kind is None or kind.name != spec.get("source"):
         raise FormatError(

@@ -41,7 +41,7 @@ class ExportLaws:
     target: str
     #: Name of the destination, with a suffix if the target writes a file.
     destination = "exported"
-    #: Number formats in which the target can pack layers if their number of inputs is a multiple of 64.
+    #: Number formats in which the target can pack layers whose number of inputs is a multiple of 64.
     formats = ("int4:g32", "int8:g32")
 
     def weights(self, destination: Path) -> dict[str, Tensor]:

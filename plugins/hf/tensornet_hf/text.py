@@ -288,7 +288,7 @@ def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tens
 
 
 def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
-    """Choose the loss function of an encoder or classifier by what the model returns for a word.
+    """Choose the loss function of an encoder or classifier by the kind of its outputs.
 
     Raises:
         TargetError: the model returns neither classes nor hidden states.

@@ -432,7 +432,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity in place of later parts of a network; the mixture that replaces the first computes everything.
+    """Identity for later parts of a network; the mixture in place of the first part computes everything.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """

@@ -73,7 +73,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
-    """Count the tokens that each expert computed in the last forward pass, by layer and over each pool.
+    """Count the tokens that each expert processed in the last forward pass, by layer and over each pool.
 
     Args:
         model: contains the mixtures, and their pools.

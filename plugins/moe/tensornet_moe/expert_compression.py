@@ -406,7 +406,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int
     Args:
         names: names of the experts.
         layers: number of layers to which they belong.
-        stats: calibration statistics; two experts per token are assumed if they have no token counts.
+        stats: calibration statistics; if they have no token counts, two experts per token are assumed.
 
     Example:
         >>> counts = {"experts.0.up": 60, "experts.1.up": 90}
@@ -439,8 +439,8 @@ def choose_jointly(
     Args:
         prepared: the candidates of every layer.
         stacks: the stacks of each mixture, which do not overlap.
-        across: stacks over several mixtures, which do not overlap each other. They are tried alone; those
-            that then share are also tried together with the `stacks` that they do not overlap.
+        across: stacks over several mixtures, which do not overlap each other. They are first tried
+            without `stacks`; those that share are also tried with the `stacks` that they do not overlap.
 
     Raises:
         BudgetError: the budget cannot be met.

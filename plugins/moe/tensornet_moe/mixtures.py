@@ -162,7 +162,7 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
 
 
 def _end(size: int) -> int:
-    """Return an end core's leg: the largest divisor of `size`, at most 64 and at most 4 * middle leg."""
+    """Choose an end core's leg size: the largest divisor of `size`, at most 64 and at most 4 * middle leg."""
     return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
@@ -173,8 +173,8 @@ def experts_from(
     """Make a bank whose experts start as given matrices, expert `e` as matrix `e % matrices`.
 
     For `share="none"` this is exact. Otherwise different matrices are fitted jointly by one center
-    (`fit_shared`) or by one base with deltas; a single matrix is exact. `.error` of the bank is the relative
-    Frobenius error.
+    (`fit_shared`) or by one base with deltas; the fit of a single matrix is exact. `.error` of the bank is
+    the relative Frobenius error.
 
     Args:
         weights: shape `(matrices, out, in)`.

@@ -50,7 +50,7 @@ class Routing:
         return self.probs.shape[-1]
 
     def load(self) -> Tensor:
-        """Count the tokens that each expert computes, padding excluded, shape `(E,)`."""
+        """Count the tokens that each expert processes, padding excluded, shape `(E,)`."""
         chosen = self.expert_indices.unsqueeze(-1) == torch.arange(self.num_experts, device=self.probs.device)
         counted = chosen & self._real().unsqueeze(-1)
         return counted.sum((0, 1))

@@ -58,8 +58,8 @@ from tensornet.topology import Topology
 
 #: The sharing patterns described above, with the name of the shared core of each.
 PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
-#: Ratio of successive ranks at which a base is fitted; the first rank is 1. One fit at each rank, starting
-#: from the base of the previous rank, is better than three fits starting from the mean of the matrices.
+#: Ratio of successive ranks at which a base is fitted; the first rank is 1. At each rank, one fit
+#: from the base of the previous rank is better than three fits from the mean of the matrices.
 _GROWTH = 4
 #: Singular values below this fraction of the largest are rounding errors and limit the ranks.
 _LEAST_DIRECTION = 1e-7

@@ -56,7 +56,7 @@ class RouterLaws:
         assert all(len(set(row)) == len(row) for row in indices.tolist())
 
     def test_equal_experts_act_as_one(self) -> None:
-        """Check that combine weights sum to one, so that upcycled experts reproduce the dense model."""
+        """Check that the combine weights sum to one, so that upcycled experts reproduce the dense model."""
         routing = self._made()(torch.randn(_TOKENS, _FEATURES))
         sums, computed = _weights(routing).sum(-1), _computed(routing)
         assert bool(computed.any())
@@ -150,7 +150,7 @@ class BankLaws:
     shape = (12, 8)
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> ExpertBank:
-        """Build a new bank in float64 whose experts differ."""
+        """Build a new float64 bank whose experts differ."""
         raise NotImplementedError(f"{type(self).__name__} must define bank(num_experts, shape).")
 
     def from_dense(self, weight: Tensor, num_experts: int) -> ExpertBank:

@@ -49,7 +49,7 @@ class PackedModel(NamedTuple):
         stock: copy of the model with dense layers, for `save_pretrained`.
         state: tensors to write by name.
         packed: number format of every packed layer by name.
-        dense: for every other compressed layer, the reason why it is written dense, by name.
+        dense: reasons why the other compressed layers are written dense, by layer name.
         low_ranks: low-rank matrices that are added to packed layers, by name.
     """
 

@@ -310,7 +310,7 @@ def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, column
     yield Stored(name + LORA_B, *_smallest(gguf, left, nothing, nothing))
 
 
-#: Largest relative error of a compressed weight at which it is still recognized in the skeleton.
+#: Largest relative error at which a compressed weight is still recognized in the skeleton.
 _LIKE = 0.7
 
 

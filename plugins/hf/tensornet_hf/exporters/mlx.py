@@ -55,7 +55,7 @@ except Exception as error:
 
 
 def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the layer types of a model that are packed, see `tensornet.nn.layer_kinds`."""
+    """Return the layer types that can be packed in this model, see `tensornet.nn.layer_kinds`."""
     return ("linear", "embedding", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
 
 
