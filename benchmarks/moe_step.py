@@ -200,7 +200,7 @@ def stepper(
 def compared(
     what: str, case: Case, steps: dict[str, Callable[[], None]], to: str, asked: float, **facts: Any
 ) -> list[dict[str, Any]]:
-    """Time steps in turn, and make the rows that compare them with one of the steps.
+    """Time several steps in turn, and make the rows that compare them with one of them.
 
     Args:
         what: description of the step.

@@ -63,7 +63,7 @@ _COMMON = 4
 #: relative to the median output, exceeds this. The error of the strongest output may then be larger than all
 #: other outputs.
 _OUTLIER = 10.0
-#: Exceptions that a model raises if its blocks cannot be skipped, since it needs more than their outputs.
+#: Exceptions that a model raises if it needs more of the skipped blocks than their outputs.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]

@@ -133,7 +133,7 @@ class TensorRingFamily(FactoredFamily):
         ring_bond: int | None = None,
         sweeps: int = 0,
     ) -> Decomposition:
-        """Decompose a matrix with the smallest error or, if `rel_error` is given, the fewest parameters.
+        """Find the ring with the smallest error or, if `rel_error` is given, the fewest parameters.
 
         Args:
             matrix: the matrix, shape `(out_features, in_features)`.

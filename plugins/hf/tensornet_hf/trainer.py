@@ -237,7 +237,7 @@ class HealingTrainer(Trainer):
 
     Args:
         teacher: the dense model; it is set to eval mode and moved to the device of the trained model.
-        relative: multiply the learning rate of each parameter by the size of the parameter, as
+        relative: make each learning rate relative to the root mean square of its parameter, as
             `tensornet.heal` does for cores.
         kwargs: arguments of `Trainer`.
     """

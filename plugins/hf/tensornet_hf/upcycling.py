@@ -65,7 +65,7 @@ FORMS: dict[tuple[str, ...], DropoutPlace] = {
 }
 _BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _BART = ("fc1", "activation_fn", "fc2")
-#: Layers of transformers that contain a network, with paths of its first matrix, activation, second matrix.
+#: Layers of transformers that contain a network, and paths of its first matrix, activation and second matrix.
 INSIDE: dict[str, tuple[str, str, str]] = {
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,

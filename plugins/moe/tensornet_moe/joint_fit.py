@@ -31,7 +31,7 @@ EXPERTS = "expert"
 _STEPS = 2
 #: Sweeps end when one of them lowers the relative error by less than this fraction of it.
 _TOLERANCE = 1e-4
-#: Number of sweeps from each of two sets of initial cores, before only the better one is continued.
+#: Number of sweeps from each of two sets of initial cores; then only the better fit is continued.
 _TRIAL_SWEEPS = 3
 
 
