@@ -248,7 +248,7 @@ def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
-    """Multiply a canonical chain by `2^exponent`: its center, or all cores if the center would overflow."""
+    """Multiply a canonical chain by `2^exponent`, in its center or, if this would overflow, in all cores."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):

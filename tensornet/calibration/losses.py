@@ -305,7 +305,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the squared distance of each output row from that of a reference model, shape `(rows,)`.
+    """Compute the squared distance of each output row from the row of a reference model, shape `(rows,)`.
 
     The distance is relative to the squared norm of the reference row.
 

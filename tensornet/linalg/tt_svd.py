@@ -50,7 +50,7 @@ _ROUNDING = 64
 class Split(NamedTuple):
     """Approximate factorization `block ~ left @ rest` with `left: (*batch, m, r)`, `rest: (*batch, r, n)`.
 
-    The columns of `left` are orthonormal; if `centered`, the rows of `rest` are instead. The energies `kept =
+    The columns of `left` or, if `centered`, the rows of `rest` are orthonormal. The energies `kept =
     |left @ rest|^2` and `discarded = |block - left @ rest|^2` have the shape `(*batch)`.
     """
 

@@ -157,8 +157,8 @@ class ResidualFamily(TopologyFamily):
         """List candidates with ranks in steps of eight; their losses are predicted from a single rounding.
 
         The matrix is rounded at one rank, and low-rank approximations of its rounding error give the loss at
-        all ranks. This neglects the rounding of factors, and how the rounding error depends on the rank. So
-        all losses are rescaled to agree with the loss that is measured at this rank.
+        all ranks. This neglects that factors are rounded, and that the rounding error depends on the rank. So
+        all losses are rescaled to agree with the loss that is measured at this one rank.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])

@@ -87,7 +87,7 @@ _ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
 _PROBE_TOKENS = 8
 _BUDGETS = ("max_bond", "rel_error", "param_ratio")
 _ROUTER_OPTIONS = ("jitter", "combine", "normalize", "bias_rate")
-#: Options of `MoEConfig` with another name in `tensornet_moe.mixture`, keyed by the name there.
+#: Options of `MoEConfig` that have another name in `tensornet_moe.mixture`, keyed by that name.
 _WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 
 

@@ -417,8 +417,8 @@ def _full(moment: Tensor | None, size: int, like: Tensor) -> Tensor:
 def pooled(weightings: Sequence[Weighting], like: Tensor) -> Weighting:
     """Approximate the sum of several weightings of a matrix by a single one with the same trace.
 
-    Its row moment is the sum of all row moments, each weighted by the trace of the column moment of the same
-    weighting; likewise for its column moment.
+    The row moment of the result is the sum of all row moments, each weighted by the trace of the column
+    moment of the same weighting; likewise for the column moment.
 
     Args:
         weightings: the weightings to add.

@@ -264,7 +264,7 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
 
 
 def _integers(layer: NetworkModule, position: int) -> IntegerMatrix | str:
-    """Return the integers of a core, or the reason if it is not a matrix of integers."""
+    """Return the integers of a core, or the reason why it is not a matrix of integers."""
     core, name = layer.stored_cores[position], layer.topology.core_names[position]
     number_format = layer.storage.format_of(name)
     bits = None if number_format.rate is not None else number_format.bits

@@ -171,7 +171,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
 
 
 def _nibbles(codes: Array, run: int) -> Array:
-    """Pack 4-bit codes; of two consecutive runs, the first fills the low half bytes, the second the high."""
+    """Pack 4-bit codes; the first of two runs gives the low halves of bytes, the second the high halves."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
 
