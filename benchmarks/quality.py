@@ -245,7 +245,7 @@ class Bench:
         each = self.refine_windows // len(texts)
         parts = [self.unused(name, len(texts)) for name in texts]
         parts = [part[spread(each, len(part))] for part in parts]
-        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts alternate, since `refine` judges the last rows
+        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts alternate: `refine` judges by the last rows
         report = refine(model, self.model(), chosen.split(2), self.stats(method), autocast=torch.bfloat16)
         return {
             "refine_tokens": chosen.numel(),

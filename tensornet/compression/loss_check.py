@@ -358,7 +358,7 @@ class _Trial:
 
     @torch.no_grad()
     def _increase(self, group: Group) -> LossIncrease:
-        """Measure the loss increase of compressing a group of layers; infinite if a loss is not finite."""
+        """Measure the loss increase caused by compressing a group; infinite if a loss is not finite."""
         compressed = light_copy(self.model)
         part = replace(self.plan, layers=group, loss_check=None)
         apply_plan(compressed, part, self.stats, made=self.made)

@@ -235,7 +235,7 @@ def measure(
 def _run(
     model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute the losses of all batches, and at most `numbers` log-probabilities for the first tokens."""
+    """Compute all losses, and the log-probabilities of the first tokens (at most `numbers` values)."""
     losses, log_probs = [], []
     seen: list[Tensor] = []
 

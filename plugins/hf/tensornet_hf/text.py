@@ -395,7 +395,7 @@ def mix_texts(texts: Sequence[str]) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield pieces of a text, each up to the first line end after `PIECE` characters; cut longer lines."""
+    """Cut a text at the first line end after every `PIECE` characters; lines longer than this are cut too."""
     piece = ""
     for part in re.findall(rf"[^\n]{{1,{PIECE}}}\n?|\n", text):
         piece += part

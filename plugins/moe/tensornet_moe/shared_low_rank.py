@@ -374,7 +374,7 @@ def _value(core: Core) -> Tensor:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Combine the products' weightings for the shared factor into one weighting."""
+    """Combine the weightings of all products into one weighting for the shared factor."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
