@@ -186,7 +186,7 @@ def fit_integers(timed: Sequence[TimedInteger], start: Machine) -> Machine:
 
 
 def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
-    """Return the time of the route that the cost model chooses, relative to the fastest, for each case."""
+    """For each case, divide the time of the route that the cost model chooses by that of the fastest."""
     ratios = []
     for row in timed:
         ways = [route for route in row.seconds if route != DENSE]

@@ -75,7 +75,7 @@ class Recipe:
 
 
 class Run:
-    """Training run of one row, rate and seed, which is saved regularly and can be resumed.
+    """Training run of one row, learning rate and seed, which is saved regularly and can be resumed.
 
     Args:
         row, sizes, recipe, corpus, seed: the configuration.
@@ -329,7 +329,7 @@ def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def picture(records: Path, file: Path) -> None:
-    """Plot the loss minus that of the dense model over training tokens, and the loss over bytes."""
+    """Plot the difference from the dense model's loss over training tokens; plot the loss over bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -366,7 +366,7 @@ def feed_forward_parameters(model: nn.Module) -> int:
 
 
 def optimizer_of(model: nn.Module, row: Row, recipe: Recipe) -> torch.optim.Optimizer:
-    """Make the optimizer AdamW; vectors have no weight decay. See `Row.root_rates` for the rates."""
+    """Make an AdamW optimizer; vectors have no weight decay. For learning rates see `Row.root_rates`."""
     groups = []
     for group in tm.parameter_groups(model, lr=recipe.rate):
         rate = group["lr"] if row.root_rates else recipe.rate

@@ -160,7 +160,7 @@ class Bench:
         return windows if count is None else windows[spread(count, len(windows))]
 
     def stats(self, method: str) -> tn.CalibrationStats:
-        """Return statistics of the texts of a method, with equally many windows of each text."""
+        """Return statistics of the texts of a method, with the same number of windows of each text."""
         texts = METHODS[method].texts
         if texts in self.moments:
             return self.moments[texts]

@@ -345,7 +345,7 @@ def smollm2(cache: Path, calibration: int = 24, judged: int = 20, *, wide: bool 
 
 
 def widen(folder: Path, destination: Path) -> Path:
-    """Save a copy of a Llama model, padded with zeros such that all rows are multiples of 256 weights.
+    """Save a copy of a Llama model, padded with zeros so that all row lengths are multiples of 256.
 
     The outputs do not change. Norms divide by the root mean square over more features, so their gains and
     their epsilon are made smaller. SmolLM2 becomes 768 wide, with 12 heads and 4 key-value heads, so that

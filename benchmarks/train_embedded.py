@@ -189,7 +189,7 @@ def fit(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], reci
     """Train a model (AdamW, linear warm-up, cosine decay).
 
     Returns:
-        The mean loss of each twentieth of the steps.
+        Mean losses over successive twentieths of the steps.
     """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -231,7 +231,7 @@ def fit(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], reci
 
 
 def window_batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield shuffled windows of `stream: (tokens,)` endlessly; each pass cuts them at another offset."""
+    """Yield shuffled windows of `stream: (tokens,)` endlessly; each pass cuts them at a random offset."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))

@@ -162,7 +162,7 @@ class ChainRun:
 
     @torch.no_grad()
     def enter(self, *, skip: bool = False) -> None:
-        """Run the model on all batches up to the last block, to record the arguments of all blocks.
+        """Run the model up to its last block on all batches, to record the arguments of all blocks.
 
         Args:
             skip: whether to run only the first block, and to use its output as the output of all blocks. This

@@ -95,7 +95,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into lists; the moments of one list need limited memory, unless it is a single layer."""
+    """Split layers into lists whose moments fit a memory limit; a layer above it is a list by itself."""
     some: list[Target] = []
     size = 0
     for target in targets:

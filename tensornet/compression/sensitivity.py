@@ -36,7 +36,7 @@ FREQUENCY_SPREAD = 0.5
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weightings of errors in one weight.
+    """Weightings of errors in one matrix.
 
     Args:
         choice: weighting with little damping, for choosing and fitting candidates.
@@ -56,7 +56,7 @@ def layer_sensitivity(
     damping: float,
     rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
-    """Make both weightings of the errors in one weight, see `Sensitivity`.
+    """Make the two weightings of errors in one matrix, see `Sensitivity`.
 
     Args:
         target: the weight.
@@ -119,7 +119,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
 def layer_weighting(
     target: Target, objective: str, stats: CalibrationStats | None, damping: float
 ) -> Weighting | None:
-    """Make the weighting of the errors in one weight for an objective of `CompressionConfig`.
+    """Make the weighting of errors in one matrix for an objective of `CompressionConfig`.
 
     Returns:
         The weighting; None if all gradients are zero, so that errors do not change the loss.
@@ -209,7 +209,7 @@ def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Estimate the moments of a layer that never ran in calibration by the means over its relatives.
+    """Use the means over its relatives as moments of a layer that never ran in calibration.
 
     Raises:
         TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.

@@ -38,7 +38,7 @@ class SearchPoint:
         topology: topology of the network.
         params: number of parameters.
         error: certified relative Frobenius error.
-        milliseconds: predicted time of a forward pass, as geometric mean over the token counts.
+        milliseconds: predicted time of a forward pass, the geometric mean over the token counts.
 
     Example:
         >>> from tensornet.contrib.search import search_topology

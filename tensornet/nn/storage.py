@@ -547,7 +547,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List `(name, shape before packing, length of the row order or None)` of each core."""
+    """List each core's name, shape before packing, and number of ordered rows (None if not pivoted)."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:

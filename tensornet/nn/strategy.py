@@ -138,8 +138,8 @@ def set_strategy(
     Args:
         model: any module.
         strategy: the strategy of all layers; None leaves every layer as it is.
-        cache_limit: limit on the total bytes of cached matrices. The layers that save most time per byte on a
-            single token are cached first, and layers that do not fit get `"auto"`. None sets no limit.
+        cache_limit: limit on the total bytes of cached matrices. The layers that save most time per byte in
+            a pass of one token are cached first, and layers that do not fit get `"auto"`. None sets no limit.
         machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`;
             None leaves them as they are.
 

@@ -85,7 +85,7 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names that patterns may match: those of the modules and of unfused modules that contain them."""
+        """Names that patterns may match: those of the modules, and of the unfused modules around them."""
         return (*self.names, *self.owners)
 
     @property

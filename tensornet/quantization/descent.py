@@ -86,7 +86,7 @@ def _by_column(x: Tensor) -> Tensor:
 
 
 def _times(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (n, stack, out)` by the row moment, or its diagonal, of each matrix."""
+    """Multiply `x: (n, stack, out)` by row moments, which are matrices or vectors (their diagonals)."""
     if rows.ndim == 2:
         return x * rows
     if len(rows) == 1:

@@ -5,7 +5,7 @@ elements of a row: `value = scale * (code - zero)`. Without zero points, all gro
 
 In formats with a table, codes are positions in a table of unequally spaced levels: `value = scale *
 level[code]`. Since most weights are close to zero, 16 such levels have a sixth less squared error than 16
-equally spaced values.
+equally spaced levels.
 
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
 with 16-bit scales, and are more accurate, since codes are chosen after the scale is rounded. Scales may also
@@ -279,7 +279,7 @@ class NumberFormat:
 
     @property
     def span(self) -> int | None:
-        """Number of neighbouring elements of a row that share a scale or a step; None is the whole row."""
+        """Number of neighbouring elements of a row that share a scale or a step; None means the whole row."""
         return self.group if self.scale_bits is None else SUPER_BLOCK
 
     @property
@@ -607,7 +607,7 @@ def bytes_for(
 
 
 def format_names() -> tuple[str, ...]:
-    """List the names of all formats with default groups: floating-point, integers, tables of levels."""
+    """List the names of all formats in their default variants: floating-point, integers, tables of levels."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
 
 

@@ -63,9 +63,12 @@ class Moment:
 
     @cached_property
     def feedback(self) -> tuple[Tensor, Tensor]:
-        """Factors of `M = U D U^T`, with `U` unit upper triangular, in the order of rounding.
+        """Factor `M = U D U^T`; rows and columns of `M` are sorted in the order of rounding.
 
-        They are `U` without its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
+        `U` is unit upper triangular.
+
+        Returns:
+            `U` without its diagonal, shape `(stack or 1, n, n)`, and `D`, shape `(stack or 1, n)`.
 
         Raises:
             ShapeError: the moment is not positive definite.

@@ -181,7 +181,7 @@ def _expect_factor(
     columns: Tensor | None,
     rounding: Rounding,
 ) -> "ExpectedResiduals":
-    """Predict the residuals of one factor, with the most feedback that its moments allow."""
+    """Predict the residuals of rounding one factor with the most feedback that its moments allow."""
     work = factor.float()[None]
     # Damping is the same as for dense matrices, so that the cached factorization can be reused.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")

@@ -604,7 +604,7 @@ class _Laws:
         return {}
 
     def subject(self) -> tuple[Any, ...]:
-        """Return the leading arguments of every law."""
+        """Return the arguments that every law takes before the drawn ones."""
         return ()
 
 

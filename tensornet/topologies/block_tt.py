@@ -82,9 +82,10 @@ def block_tt(
 class BlockTTFamily(FactoredFamily):
     """Block tensor trains, decomposed by one truncated SVD for each block of each bond.
 
-    For fixed values of the other legs, the two sides of a bond form a block, a low-rank product. So for two
-    cores, the leading singular pairs of each block are optimal. Further cores are split off one by one from
-    the right. Right factors are orthonormal, so the certificate is `sqrt(sum of discarded squares) / |W|`.
+    For fixed values of the legs that both sides of a bond share, the matrix over the other legs is a block, a
+    low-rank product. So for two cores, the leading singular pairs of each block are optimal. Further cores
+    are split off one by one from the right. Right factors are orthonormal, so the certificate is
+    `sqrt(sum of discarded squares) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
 

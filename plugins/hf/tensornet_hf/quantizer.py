@@ -318,7 +318,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
 def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str], str]:
     """Return the function from names in the description to names in the weight files.
 
-    They differ by a prefix if one of them was written for the whole model and the other for a submodule.
+    The names differ by a prefix if either the description or the files were written for a submodule.
     """
     if not names or any(name in tensors for name in names):
         return str

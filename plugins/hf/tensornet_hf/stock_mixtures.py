@@ -1,4 +1,4 @@
-"""Convert upcycled models to transformers' own mixtures, or let transformers compute their experts."""
+"""Convert upcycled models to transformers' own mixtures, or compute experts with transformers' functions."""
 
 import copy
 from functools import partial

@@ -195,7 +195,7 @@ class RouterStatsCallback(TrainerCallback):
         self.history.append({"step": state.global_step + 1, **row, "load": loads})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Add the statistics to the logs, and to the trainer's history, which has its own copy of them."""
+        """Add the statistics to the logs, and to the copy of the logs in the trainer's history."""
         if logs is not None and "loss" in logs:
             logs.update(self._latest)
             if state.log_history:

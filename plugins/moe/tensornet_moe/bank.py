@@ -289,7 +289,7 @@ register_module_type("shared_cores", _build_shared_cores)
 
 
 def lend_shared_cores(model: nn.Module) -> int:
-    """Connect modules that were built from descriptions with their owners, which are found by label.
+    """For each borrower that was built from a description, find the owner by label and connect the two.
 
     Args:
         model: a model with owners (`SharedCores`, `ExpertPool`) and modules that borrow from them.

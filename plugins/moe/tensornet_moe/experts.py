@@ -432,7 +432,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             put_core(self, f"core_{name}_expert_{expert}", encoded_core(kind, topology, name, piece))
 
     def _compute_like(self, like: Tensor) -> None:
-        """Set the dtype and device of products to those of a tensor; stored tensors may differ."""
+        """Set the dtype and device of products to those of a tensor; stored tensors may have others."""
         self.register_buffer("compute_like", like.new_empty(0), persistent=False)
 
     @property

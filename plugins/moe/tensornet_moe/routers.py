@@ -295,7 +295,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
         capacity_factor: with 1, the capacity of an expert is its load under an even distribution.
 
     Reference:
-        Fedus et al. 2021, equation 3; for the order GShard, algorithm 1.
+        Fedus et al. 2021, equation 3. The order is that of GShard, algorithm 1.
     """
     tokens, k = routing.expert_indices.shape
     experts = torch.arange(routing.num_experts, device=routing.expert_indices.device)

@@ -110,7 +110,7 @@ class RouterLaws:
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
     def test_survives_a_checkpoint(self) -> None:
-        """Check that `spec` and the state dict rebuild the router and its arguments."""
+        """Check that the router and its arguments can be rebuilt from `spec` and the state dict."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         router.jitter = 0.25  # not the default, to notice if `spec` omits it
         again = build_module(router.spec(), device=None, dtype=None)
@@ -219,7 +219,7 @@ class BankLaws:
         assert len({private / experts for experts, private in counts}) == 1
 
     def test_survives_a_checkpoint(self) -> None:
-        """Check that `spec`, saved as JSON, and the state dict rebuild the bank."""
+        """Check that the bank can be rebuilt from the state dict and `spec`, saved as JSON."""
         bank = self._made()
         parts: list[Any] = [*self.owners(bank), bank]
         holder = torch.nn.ModuleList(parts)

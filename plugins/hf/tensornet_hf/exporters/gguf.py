@@ -182,7 +182,7 @@ def _with_converter(
     source: Path | None,
     title: str,
 ) -> Parts:
-    """Run the converter on copies of the model, for names, permutations, tokenizer and metadata.
+    """Run the converter on copies of the model to get names, permutations, tokenizer and metadata.
 
     The copies are saved in the folder `work`. Layers whose low-rank part cannot be an adapter are moved to
     `layers.dense`.

@@ -114,7 +114,7 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
 
 
 def _half(kind: str, values: Array) -> Array:
-    """Convert numbers to the bytes of float16, shape `(blocks, 2)`; raise FormatError if one is not exact."""
+    """Convert numbers to the bytes of float16, shape `(blocks, 2)`; raise FormatError if digits are lost."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.array_equal(half.astype(np.float32), values):
