@@ -3,7 +3,7 @@
 For every size, a plan with all formats of the library, including tables of levels and networks, is compared
 with the smallest plan with `formats="entropy"` that has the same predicted loss increase. Both are applied
 and saved. `file_bits` is the number of bits per weight of the layers in the safetensors file. The loss
-increase and the divergence are measured on text from another source than the calibration text.
+increase and the divergence are measured on text from a different source than the calibration text.
 `decode_seconds` is the processor time of decoding all layers after loading; `memory_bits` is the number of
 bits per weight in memory afterwards, coded bytes and 8-bit integers together. `--every` compresses only some
 of the blocks.

@@ -145,7 +145,7 @@ class TimedInteger:
 
 @torch.no_grad()
 def measure_integers(shape: tuple[int, int], tokens: int, threads: int, seconds: float) -> list[TimedInteger]:
-    """Time a layer in several formats; copies are called in turn, so that weights are not in the cache."""
+    """Time several copies of a layer in each format, in turn, so that weights are not in the cache."""
     count = max(1, min(32, 2**26 // (2 * shape[0] * shape[1])))
     x = torch.randn(tokens, shape[1], dtype=torch.bfloat16)
     layers: dict[str, list[torch.nn.Module]] = {"dense": [], **{name: [] for name in FORMATS}}

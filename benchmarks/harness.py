@@ -57,8 +57,8 @@ def paired_medians(
 ) -> dict[str, Timing]:
     """Time several functions in turn, each once per repeat, so that a busy machine slows all of them equally.
 
-    The order changes from repeat to repeat, so that no function always finds the data of the same other
-    function in the caches. No function directly follows itself.
+    The order changes from repeat to repeat, because the data in the caches depend on the function that ran
+    before. No function directly follows itself.
 
     Args:
         functions: functions to call, by name.

@@ -292,7 +292,7 @@ def evaluate(model: nn.Module, windows: Tensor, batch: int) -> tuple[float, floa
 
 
 def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Compress the model of a run, with averaged weights, to several sizes, and judge it.
+    """Compress the model of a run, with averaged weights, to several sizes, and measure each loss.
 
     Args:
         run: a finished run.

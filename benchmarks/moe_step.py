@@ -152,7 +152,7 @@ CHAINS = ("two-sided ends", "one-sided ends")
 
 
 def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]:
-    """Build a mixture with dense experts, and a mixture for each way of sharing, with equal routers."""
+    """Build a mixture with dense experts and one for each way of sharing, all with equal router weights."""
     torch.manual_seed(0)
     makers = {DENSE: DenseExperts, **{name: FORMS[name] for name in names}}
     layers = {name: mixture(case, make).train() for name, make in makers.items()}

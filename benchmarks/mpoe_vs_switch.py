@@ -256,7 +256,7 @@ def judge(model: nn.Module, batches: list[tuple[dict[str, Tensor], int]]) -> dic
 
 
 def train(task: Task, row: Row, *, rate: float, seed: int, steps: int) -> dict[str, Any]:
-    """Build, train and judge one row once.
+    """Build, train and evaluate the model of one row once.
 
     Args:
         task, row: the task and the row.

@@ -117,7 +117,7 @@ def join_chapters(chapters: Sequence[str]) -> str:
 
 
 def strip_vowels(phrase: str) -> str:
-    """Remove a, e, i, o, u from every word; words that consist of vowels (`i`, `a`) are not changed."""
+    """Remove a, e, i, o, u from every word; words of vowels only (`i`, `a`) are not changed."""
     return " ".join(re.sub("[aeiou]", "", word) or word for word in phrase.split(" "))
 
 

@@ -643,7 +643,7 @@ class Sizes:
     def of(
         self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
     ) -> list[tuple[int, int, float]]:
-        """Return `(stored values, bytes, milliseconds)` of topologies that are sorted by increasing bond."""
+        """Return `(stored values, bytes, milliseconds)` of topologies, which must be sorted by bond."""
         # The first and the last topology identify the list; hashing all topologies would be slow.
         key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
         if key not in self._known:

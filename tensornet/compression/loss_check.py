@@ -166,8 +166,8 @@ def correct_by_measuring(
     Args:
         prepared: the candidates of this model, from `prepare`.
         model: the dense model.
-        validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from another
-            source than the calibration text.
+        validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from a
+            different source than the calibration text.
         loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
             `losses_against(model)` if absent.
         budgets: sizes to measure, as budgets of `Prepared.plan`; by default, `MEASURED_BITS` with number
@@ -334,8 +334,8 @@ class _Trial:
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
         """Find the layers that make the loss of a group too high.
 
-        These are all its layers if the loss of neither half alone is too high. `increase` is the measured
-        loss increase of the group. The result is a dict like that of `factors`.
+        If the loss of neither half of the group is too high, these are all layers of the group. `increase` is
+        the measured loss increase of the group. The result is a dict like that of `factors`.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:
@@ -349,7 +349,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the largest measured loss increase at which the predictions of a group are not raised."""
+        """Compute the measured loss increase of a group up to which its predictions are not changed."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 

@@ -68,7 +68,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
-        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are all other fields."""
+        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are the other fields."""
         return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:
@@ -373,7 +373,7 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Make the correction; a measured loss is ignored unless it exceeds those at all smaller predictions.
+        """Make the correction; losses that do not exceed a loss measured at a smaller prediction are ignored.
 
         Args:
             measured: pairs of predicted and measured loss increase.

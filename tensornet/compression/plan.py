@@ -230,8 +230,8 @@ class LossCheck:
 class CompressionPlan:
     """Plans of all targeted layers, in model order.
 
-    A plan can be iterated over and indexed by the name of a layer, edited with `replace_layer`, and stored
-    with `save` and `load`.
+    A plan can be iterated over, indexed by the name of a layer, edited with `replace_layer`, saved and
+    loaded.
 
     Args:
         layers: the plan of each layer.

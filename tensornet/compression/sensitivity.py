@@ -225,7 +225,7 @@ def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | Non
 
 
 def _relatives(target: Target, stats: CalibrationStats) -> list[str]:
-    """List the relatives of a weight (`layer_kinds.relatives`) that ran in calibration and have its shape."""
+    """List the relatives of a weight, such as other experts, that ran in calibration and have its shape."""
     sides = tuple(target.matrix.shape)
     return [
         name

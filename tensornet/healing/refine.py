@@ -364,7 +364,7 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Return a context in which each module's function in `hooks` is called with the input of the module."""
+    """Return a context in which the function of each module in `hooks` is called with the module's input."""
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -140,7 +140,7 @@ class KernelMatrix:
         return values.view(-1, columns).to(dtype)
 
     def _joined(self, nibbles: Sequence[Tensor]) -> Tensor:
-        """Compute `value / scale` in float32 from the 4-bit codes for each kernel product (one or two)."""
+        """Compute `value / scale` in float32; `nibbles` are the 4-bit codes of one or two kernel products."""
         low = _low_bits(self.number_format)
         high, *rest = (codes.to(torch.float32) for codes in nibbles)
         if low:
@@ -297,7 +297,7 @@ def _low_bits(number_format: NumberFormat) -> int:
 
 
 def _between_points(number_format: NumberFormat) -> bool:
-    """Return True if the value 0 lies in the middle between two codes."""
+    """Return True if the value 0 lies midway between two codes."""
     return number_format.center % 1 != 0
 
 

@@ -266,7 +266,7 @@ def _two_products(
 def _kernel_product(
     layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
 ) -> Callable[[Tensor], Tensor | None]:
-    """Make a function that multiplies by the only core with a torch kernel, in passes without gradients."""
+    """Make a function that uses a torch kernel to multiply by the layer's only core, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape
     name, most_elements = layer._core_names[0], matrix.kernel_tokens * in_features
     codes, scales = core._buffers.get("codes"), core._buffers.get("scales")

@@ -58,9 +58,9 @@ class NetworkModule(nn.Module):
         source: name of the layer kind that this module replaces (see `layer_kinds`); `decompress` restores a
             layer of this kind.
         strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix in
-            each call and frees it, `"auto"` uses the faster of these two by the cost model, `"cached"` keeps
-            the rebuilt matrix in eval mode while no core needs a gradient (faster, but needs memory). See
-            `explain` and `set_strategy`.
+            each call and frees it, `"auto"` uses whichever of these two the cost model predicts to be faster,
+            `"cached"` keeps the rebuilt matrix in eval mode while no core needs a gradient (faster, but needs
+            memory). See `explain` and `set_strategy`.
         storage: how the cores are stored.
         device: device of the cores; `"meta"` allocates nothing.
         dtype: dtype of the cores.

@@ -403,7 +403,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str]:
-    """Replace modules with several matrices by equivalent compounds, in place, without copying weights.
+    """Replace every module that has several matrices by a `Compound`, in place, without copying weights.
 
     Args:
         model: any model; a model that is itself such a module is not changed.

@@ -299,8 +299,8 @@ def rate_curve(weight: Tensor, rows: Moment | None, columns: Moment | None) -> t
         columns: moment of the inputs.
 
     Returns:
-        Binary logarithms of the tried common factors of all steps, ascending from the smallest factor that
-        clamps no code; and the bits per weight at each factor.
+        Binary logarithms of factors that multiply all steps, ascending from the smallest factor that clamps
+        no code; and the bits per weight at each factor.
     """
     # 1. Compute mean squares of the weights in units of their steps, for each row and column.
     across, along = _directions(weight, rows, columns)

@@ -363,7 +363,7 @@ class NumberFormat:
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
 
-        Several steps are tried; with each, the largest scale of the super-block is a different large integer.
+        Each step that is tried is the largest scale of the super-block divided by a large integer.
         Scales that are already integers times a step are reproduced exactly.
 
         Args:
@@ -607,7 +607,7 @@ def bytes_for(
 
 
 def format_names() -> tuple[str, ...]:
-    """List the names of all formats in their default variants: floating-point, integers, tables of levels."""
+    """List the names without suffixes: floating-point formats, then integers, then tables of levels."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
 
 

@@ -182,14 +182,14 @@ class _Product:
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a left factor and its refit; return the better result and its loss."""
+        """Round a left factor as it is and after a refit; return the better result and its loss."""
         made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
         return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
 
     def best_right(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a right factor and its refit; return the better result and its loss."""
+        """Round a right factor as it is and after a refit; return the better result and its loss."""
         made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
         if number_format is not None:
             seen = a.mT @ times(self.weighting.rows, a)

@@ -372,7 +372,7 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
 def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat, spread: Tensor) -> Tensor:
     """Predict squared rounding residuals for a table of levels, by Gauss-Hermite quadrature.
 
-    The unit of `spread` is the mean squared residual of a group without feedback.
+    The variance of the feedback is `spread` times the mean squared residual of the group without feedback.
     """
     own = (weight - grid.points(grid.codes(weight))).square_()
     counts = number_format.grouped(torch.ones_like(own[:1, :1])).sum(-1)
@@ -412,7 +412,7 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Compute the factor of each squared residual in the loss, if rounding used another moment.
+    """Compute the factor of each squared residual in a loss whose moment was not used for rounding.
 
     If both moments are full, their off-diagonal elements are assumed to be proportional.
 

@@ -121,9 +121,9 @@ def round_weight(
         rows: moment `R` of the gradients at the outputs: shape `(out, out)` or `(out,)` for all matrices, or
             `(..., out, out)` for each. If absent or zero, it is the identity.
         columns: moment `C` of the inputs, in shapes as for `rows`.
-        rounding: the last method that is tried, in this order: `"nearest"` has no feedback. `"one_sided"`
-            (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if only their moment is full.
-            `"two_sided"` has feedback along both. Feedback along inputs or outputs needs their full moment.
+        rounding: the last method to try: `"nearest"` without feedback; then `"one_sided"` (GPTQ, LDLQ) with
+            feedback along the inputs, or along the outputs if only their moment is full; then `"two_sided"`
+            with feedback along both. Feedback along inputs or outputs needs their full moment.
         row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is
             damped already.
         column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.
@@ -229,7 +229,7 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
 def fed_back(
     way: Rounding, rows: Moment | None, columns: Moment | None
 ) -> tuple[Moment | None, Moment | None]:
-    """Select the moments for feedback; one-sided rounding uses the input moment if it is a full matrix."""
+    """Select the moments for feedback; for one-sided rounding, `columns` if it is full, else `rows`."""
     if way == "nearest":
         return None, None
     if way == "two_sided":

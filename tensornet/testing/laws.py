@@ -99,7 +99,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Check that without a budget the true and the certified error are not larger than rounding errors.
+    """Check that without a budget the true and the certified error are only rounding errors.
 
     Example:
         >>> from tensornet.testing import laws

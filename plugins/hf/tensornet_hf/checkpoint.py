@@ -278,7 +278,7 @@ def load(
         inference: True converts integer layers for generation on the CPU (see
             `tensornet.nn.prepare_for_inference`); the model can then be neither trained nor saved.
             `"compiled"` also lets `generate` use a static cache and compile the step of one token. Its first
-            call then takes a minute or more, and a new cache length compiles it again: set
+            call then takes a minute or more, and compilation is repeated for a new cache length: set
             `model.generation_config.max_cache_len` to the largest length. Do not change a compiled model.
         kwargs: passed to `from_pretrained`. The default dtype is the stored one; for inference it is
             bfloat16, the only dtype that the CPU kernels support. `revision`, `token`, `cache_dir`,

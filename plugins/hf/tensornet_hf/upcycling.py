@@ -737,7 +737,7 @@ def _function_of(network: FeedForward) -> dict[str, object]:
 
 
 def _choose_own(router: Router, place: int, layers: int) -> None:
-    """Let a router choose the experts `e` of its own layer, `e % layers == place`, for every token.
+    """For every token, let a router choose the experts `e % layers == place`, those of its own layer.
 
     All other experts get equal probabilities, which are at most `1 / (number of other experts)`. The biases
     of the layer's own experts are above this limit.

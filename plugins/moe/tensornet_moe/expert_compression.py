@@ -401,7 +401,7 @@ def find_stacks(
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int = 1) -> float:
-    """Compute the mean number of the given experts that process a calibration token in a layer, at least 1.
+    """Compute how many of the given experts process a calibration token in a layer on average, at least 1.
 
     Args:
         names: names of the experts.

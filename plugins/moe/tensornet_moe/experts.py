@@ -209,8 +209,8 @@ class SharedCoreExperts(Borrower, ExpertBank):
     ) -> "SharedCoreExperts":
         """Decompose different experts jointly into shared and private cores (our addition).
 
-        If separate decompositions with the same total number of parameters have a smaller error, the bank has
-        those, without shared cores, and `.fit.fell_back` is True.
+        If separate decompositions with the same total number of parameters have a smaller error, the bank
+        stores these, without shared cores, and `.fit.fell_back` is True.
 
         Args:
             weights: shape `(num_experts, out, in)`.
@@ -384,7 +384,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
-        """Choose the fastest candidate of `contract_with_input` for one expert's rows, or RECONSTRUCT."""
+        """Choose the fastest way for an expert's rows: a route of `contract_with_input`, or RECONSTRUCT."""
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
         machine = self.machine or default_machine(x.device)

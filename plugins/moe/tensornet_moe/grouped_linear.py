@@ -102,7 +102,7 @@ def rows_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply all rows, in any order, by all matrices `(E, out, in)`, and keep one result for each row.
+    """Multiply all rows (in any order) by all matrices `(E, out, in)`; keep one result for each row.
 
     It takes as long as `E` dense layers, but has only standard operations of fixed sizes, so that exported
     programs run without Python and without custom operators.

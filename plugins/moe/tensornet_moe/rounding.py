@@ -27,9 +27,9 @@ def round_banks(
 
     The chosen formats minimize the squared relative errors of the expert matrices, summed over cores and
     banks, within the budget; each error is that of rounding one core alone. If even the smallest formats
-    exceed the budget, every core gets its smallest one. In networks of several cores, a core gets only
-    floating-point formats or at least four bits, as in `CompressionConfig.formats`. A core that no format
-    fits stays as it is; entropy-coded formats are never used.
+    exceed the budget, every core gets its smallest one. In networks of several cores, integers have at
+    least four bits, as in `CompressionConfig.formats`. If no format fits a core, the core stays as it is.
+    Entropy-coded formats are never used.
 
     Args:
         banks: the banks by name; their cores must be floats.

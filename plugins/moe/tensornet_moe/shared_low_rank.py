@@ -458,8 +458,8 @@ def shared_candidates(
 
     The rounding error of a shared core is the same in all experts, so it adds up over the experts of a token.
     The moments of single experts do not contain this effect: with equal combine weights the loss increase is
-    `per_token` times larger. In a trained mixture (8 experts, 2 per token), errors of shared cores raised
-    the loss 1.4 to 2.6 times as much as errors of private cores with the same predicted loss.
+    `per_token` times what they predict. In a trained mixture (8 experts, 2 per token), errors of shared cores
+    raised the loss 1.4 to 2.6 times as much as errors of private cores with the same predicted loss.
 
     Args:
         pattern: a key of `PATTERNS`.
@@ -659,7 +659,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses `(formats, weightings)` of a core that is rounded under the first weighting."""
+    """Predict the losses of rounding a core under the first weighting, shape `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

@@ -153,7 +153,7 @@ class SplitLayers(NamedTuple):
     """The tensor-network layers of a model by name, grouped by how an exporter writes them.
 
     Args:
-        integers: matrices of integers of the layers that can be packed.
+        integers: integer matrices of the layers that can be packed.
         low_ranks: low-rank parts of some of these layers, to be written as adapters.
         dense: for each layer that is written dense, the reason.
     """

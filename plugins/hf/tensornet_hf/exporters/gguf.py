@@ -147,7 +147,7 @@ def adapter_file(destination: Path) -> Path:
 
 
 def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
-    """Check that a file (and with "lora" its adapter) may be written, before any work is done.
+    """Check, before any work is done, that a file may be written; with "lora", check its adapter too.
 
     Raises:
         DestinationError: a file exists and `force` is not set, or it cannot be written.
