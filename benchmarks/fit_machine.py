@@ -87,7 +87,7 @@ class Timed:
 
     @property
     def fastest(self) -> float:
-        """Seconds of the fastest route other than the dense layer."""
+        """Seconds of the fastest route except `DENSE`."""
         return min(value for route, value in self.seconds.items() if route != DENSE)
 
 

@@ -70,7 +70,7 @@ KEY = ("side", "mode", "threads", "tokens", "device")
 
 
 def build(config: Any, side: str, folder: Path | None) -> nn.Module:
-    """Build one variant of the model, see `SIDES` and `GENERATING`; weights are random without a folder."""
+    """Build one variant of the model, see `SIDES` and `GENERATING`; without a folder, weights are random."""
     from transformers import AutoModelForCausalLM
 
     if folder is None:

@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw perplexities over parameter ratios, and measured loss increases over predicted ones."""
+    """Plot perplexity against parameter ratio, and measured against predicted loss increase."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -51,7 +51,7 @@ class Sizes:
         weights: number of weights in the checkpoint for speed and resuming.
         growth: numbers of weights in the checkpoints for memory.
         repeats: number of repeats, whose median is reported.
-        starts: whether to also measure workers that are started for the run.
+        starts: whether to also measure runs that start their own workers.
     """
 
     width: int

@@ -178,10 +178,10 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:
     """Build banks of chains of three cores with a shared center.
 
-    Every expert is the decomposition of the same Gaussian matrix plus noise. The option `ends=(a, b)` gives
-    the leg sizes of the first and last core. With `one_sided`, the first core has only an out-leg and the
-    last only an in-leg, both of size `a * b`. (`Run` uses the option `mask`, the probability that a step
-    does not change a shared core.)
+    All experts start as the same decomposed Gaussian matrix, with noise on private cores. The option
+    `ends=(a, b)` gives the leg sizes of the first and last core. With `one_sided`, the first core has only an
+    out-leg and the last only an in-leg, both of size `a * b`. (`Run` uses the option `mask`, the probability
+    that a step does not change a shared core.)
     """
 
     def bank(weight: Tensor) -> tm.ExpertBank:

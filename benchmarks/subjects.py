@@ -224,7 +224,7 @@ def spread(count: int, length: int) -> Tensor:
 
 
 def drawn(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
-    """Draw windows with random starts from a text of tokens `(tokens,)`, shape `(count, length)`."""
+    """Draw windows `(count, length)` with random starts from a text of tokens `(tokens,)`."""
     starts = torch.randint(len(ids) - length + 1, (count,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([ids[k : k + length] for k in starts.tolist()])
 

@@ -435,7 +435,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <W / |W|, L>` for the chain `L = live`; its gradient is the gradient of the norm."""
+        """Compute `Re <W / |W|, L>` for constant `W`, `L = live`; its gradient at `W` is that of the norm."""
         product, of_product = _transfer(frozen, _working(live))
         return times_power_of_two(product[0, 0].real, of_product - exponent)
 

@@ -310,7 +310,7 @@ def _is_one_window(arrays: dict[str, Tensor]) -> bool:
 
 
 def tokens_of_row(batch: Batch) -> float:
-    """Estimate the mean number of tokens in a row, without padding; 1 if a row is one vector."""
+    """Estimate the mean number of tokens per row, without padding; 1 if a row is one vector."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return max(1.0, float((mask != 0).sum()) / len(mask))

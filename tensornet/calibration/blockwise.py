@@ -278,7 +278,7 @@ def outer_stacks(
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find the position of the tensor `wanted` among arguments; if it is None, that of the first tensor."""
+    """Find the position of `wanted` among arguments, or of the first tensor if `wanted` is None."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:

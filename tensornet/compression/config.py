@@ -230,10 +230,10 @@ class CompressionConfig(LayerSelection):
             raise BudgetError(f"damping must be at least 0, got {self.damping!r}.")
 
     def check_says_how_far(self) -> None:
-        """Check that an option determines the size of the compressed model.
+        """Check that the options determine how far to compress.
 
         Raises:
-            BudgetError: there is no such option.
+            BudgetError: no option does.
 
         Example:
             >>> tn.CompressionConfig(param_ratio=0.5).check_says_how_far()
@@ -272,7 +272,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if one number format for all layers can meet all budgets; this needs no calibration data."""
+        """True if one number format for all layers can meet all budgets, without calibration data."""
         others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
         return self.formats is not None and all(value is None for value in others)
 

@@ -240,7 +240,7 @@ def is_known(target: Target, stats: CalibrationStats) -> bool:
 
 
 def _ran(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if the inputs of any layer that uses the weight are known."""
+    """Return True if the inputs of at least one layer that uses the weight are known."""
     uses = zip(target.names, target.kinds, strict=True)
     return any(name in (stats.rows if kind.name == "embedding" else stats.columns) for name, kind in uses)
 

@@ -35,7 +35,7 @@ _WIDTH = 9.0
 
 @dataclass(frozen=True)
 class Mark:
-    """One model in the plot of loss over bits.
+    """One model in the plot of loss against bits.
 
     Args:
         label: name of the model.

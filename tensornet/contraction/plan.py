@@ -108,7 +108,7 @@ class ContractionPlan:
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of the contraction; operands that lack the token index are read from memory.
+        """Predict the seconds of the contraction if operands without the token index are read from memory.
 
         Args:
             tokens: number of tokens.
@@ -504,7 +504,7 @@ class OperatorPlan:
     is_padded: bool
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of a route, which is a position in `applies` or `RECONSTRUCT`."""
+        """Predict the seconds of a route: a position in `applies`, or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
             return self.applies[route].seconds(tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)

@@ -42,7 +42,7 @@ class MatrixConvolution(Compound):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if low rank can make the convolution smaller, which excludes depthwise convolutions."""
+        """Return True if low rank can make the convolution smaller; depthwise convolutions never match."""
         return is_plain(module) and _can_shrink(module)
 
     @classmethod
@@ -91,7 +91,7 @@ def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the factors `U: (out, rank)` and `V: (rank, in)` of a low-rank layer smaller than its matrix."""
+    """Return the factors `U: (out, rank)`, `V: (rank, in)` of a low-rank layer; None if they save nothing."""
     if not isinstance(layer, NetworkModule) or len(layer.topology.cores) != 2:
         return None
     rows, columns = layer.topology.shape

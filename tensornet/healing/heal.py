@@ -348,8 +348,8 @@ def trained_parameters(
 def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Make one optimizer group for each parameter, with a factor `"size"` for its learning rate.
 
-    The factor is the root mean square of a core, `VECTOR_RATE` times the root mean square of a gain or bias,
-    and `CODE_RATE` for codes.
+    The factor is the root mean square for a core, `VECTOR_RATE` times the root mean square for a gain or
+    bias, and `CODE_RATE` for codes.
     """
     groups: list[dict[str, Any]] = []
     for parameter in trained:

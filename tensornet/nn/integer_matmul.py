@@ -115,7 +115,7 @@ IntegerProduct = IntegerMatrix | KernelMatrix
 
 
 def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
-    """Return True if codes have 8 bits and no zero points, and each row has one scale."""
+    """Return True if the format has 8 bits, no zero points, and one scale for each row."""
     points = number_format.bits == 8 and not number_format.zero_point
     return points and number_format.groups(columns) == 1
 

@@ -372,7 +372,7 @@ def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
 def _memory(tensor: Tensor) -> Hashable:
     """Return a key that is equal for tensors that start at the same memory address.
 
-    A tensor without plain memory, such as a meta tensor, is equal only to itself.
+    A tensor without plain memory, such as a meta tensor, has a key of its own.
     """
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
     return (tensor.device, tensor.data_ptr()) if plain else id(tensor)

@@ -275,7 +275,7 @@ def _directions(weight: Tensor, rows: Moment | None, columns: Moment | None) -> 
 def expected_steps(
     weight: Tensor, number_format: NumberFormat, rows: Moment | None, columns: Moment | None
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the steps of rows and columns that `round_to_rate` will find."""
+    """Estimate the steps that `round_to_rate` will find for rows and columns."""
     across, along = _directions(weight, rows, columns)
     return across * 2.0 ** _exponent(weight, number_format, rows, columns), along
 

@@ -215,7 +215,7 @@ def round_weight(
 
 
 def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | None) -> list[Rounding]:
-    """List the rounding methods up to `most` that the moments allow, in the order of increasing feedback.
+    """List the rounding methods that the moments allow, up to `most`, in the order of increasing feedback.
 
     Raises:
         ShapeError: `most` is not a value of `Rounding`.

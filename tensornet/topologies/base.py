@@ -295,8 +295,8 @@ class TopologyFamily(ABC):
         """List the compression candidates for one matrix with their predicted loss increases.
 
         By default there are up to 400 candidates. The matrix is decomposed at ten bond sizes, and losses at
-        other bonds are interpolated. How much fitting lowers the loss is estimated from one fit at a middle
-        bond. Override the method if the losses have a closed form.
+        other bonds are interpolated. The effect of fitting is estimated from one fit at a middle bond.
+        Override the method if the losses have a closed form.
 
         Args:
             matrix: the matrix, shape `(out, in)`.

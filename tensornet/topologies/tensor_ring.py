@@ -106,7 +106,7 @@ class TensorRingFamily(FactoredFamily):
     The first SVD is truncated at the rank `ring_bond * bond`; its index is then split into these two bonds.
     TT-SVD decomposes the rest. All left factors are orthonormal, so the certificate is
     `sqrt(sum of discarded squares) / |W|`. If `ring_bond` is absent, several values are tried and the best is
-    kept, which is often 1, an open chain.
+    kept, often 1 (an open chain).
 
     This decomposition is not optimal. `sweeps=` improves it by alternating least squares; the error is then
     measured, and need not decrease monotonically with the budget.

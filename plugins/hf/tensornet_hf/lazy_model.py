@@ -62,7 +62,7 @@ def open_lazily(
 ) -> LazyModel:
     """Build the model of a folder with weights that are memory-mapped from its files, in the stored dtype.
 
-    Layers, ties and names are those of the loaded model, since the model has the same transformers class.
+    Layers, ties and names are those of the model that transformers loads, since the class is the same.
     Code in the folder is never run. In-place changes of a mapped weight do not change the file.
 
     Args:

@@ -178,7 +178,7 @@ def _network(experts: Any) -> ExpertFFN:
 
 
 def _refuse_attention(model: PreTrainedModel) -> None:
-    """Raise TargetError if the model has a variant of attention that mixtures do not have."""
+    """Raise TargetError if the model sets an option that mixtures in transformers lack."""
     config: Any = model.config
     for name in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if getattr(config, name, False):

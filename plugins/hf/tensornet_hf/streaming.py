@@ -543,7 +543,7 @@ def _compress_shard(
 
 
 def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read the description of a shard from an earlier run; None if it is not finished or its file changed."""
+    """Read a shard's description from an earlier run; None if the shard is unfinished or its file changed."""
     record = work / "shards" / f"{file}.json"
     if not record.is_file():
         return None

@@ -359,7 +359,7 @@ def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def _read(model: PreTrainedModel, tokenizer: Any, parts: list[str]) -> dict[str, Tensor]:
-    """Tokenize passages to a padded batch of keyword arguments of a model, including `attention_mask`."""
+    """Tokenize passages into a padded batch of keyword arguments for a model, including `attention_mask`."""
     length = usual_context(model, limit=PASSAGE)
     return dict(
         tokenizer(

@@ -906,7 +906,7 @@ def _share_across(
 
 
 def _owners_place(model: nn.Module, what: str) -> None:
-    """Raise TargetError if a model cannot own what its layers share; `what` is the option in the message."""
+    """Raise TargetError if a model cannot get shared parts; `what` is the option for the message."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if hasattr(place, OWNERS):
         raise TargetError(

@@ -169,7 +169,7 @@ class SharedCoreMoE(nn.Module):
 
         Args:
             x: tokens.
-            mask: shape `(...)`, False or 0 for padding. Padding is computed too, but is ignored in losses and
+            mask: shape `(...)`, False or 0 for padding. Padding has outputs, but is ignored in losses and
                 statistics, and never takes the slot of a real token.
 
         Raises:

@@ -355,7 +355,7 @@ def _equal_columns(cores: Cores) -> Cores:
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale columns of the left factor and rows of the right one to equal norms, with the same product."""
+    """Scale columns of the left factor and rows of the right one to equal norms, keeping the product."""
     size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
     return left * size, right / size[:, None]
@@ -516,8 +516,8 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
     In the pattern `base`, the base may have any format. In `inputs` and `outputs`, a private factor may have
-    any format that factors have in low-rank networks without sharing. The remaining cores have the format of
-    this base or private factor, or the smallest allowed format of at least eight bits.
+    any format that factors have in low-rank networks without sharing. The other cores have the same format,
+    or the smallest allowed one of at least eight bits.
 
     Example:
         >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
@@ -590,7 +590,7 @@ def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: 
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
 ) -> list[tuple[Topology, int, int]]:
-    """Build the networks of all ranks, with their parameters and bytes; the shared core counts once."""
+    """List topology, total parameters and total bytes of `count` networks with a shared core, by rank."""
     found = []
     for rank in range(1, ranks + 1):
         topology = pattern_topology(pattern, rows, columns, rank)

@@ -61,7 +61,7 @@ class Stored(NamedTuple):
         name: name in the file.
         kind: name of the GGUF type.
         data: bytes of blocks as uint8, or floating-point numbers; shape `(..., rows, columns)`.
-        reason: why a weight is not stored as integers although its layer is; otherwise empty.
+        reason: why the weight of an integer layer is not stored as integers; otherwise empty.
     """
 
     name: str
@@ -258,9 +258,10 @@ class Place(NamedTuple):
 
 
 def _mark(number: int, rows: int, columns: int) -> Tensor:
-    """Make a matrix from which permutations can be read: row and column indices, and `-number` in the corner.
+    """Make a matrix from which permutations of its rows and columns can be read.
 
-    The first column contains the row indices, the first row the column indices; all other entries are zero.
+    The first column contains the row indices, and the first row the column indices. The corner is `-number`;
+    all other entries are zero.
     """
     mark = torch.zeros(rows, columns)
     mark[:, 0] = torch.arange(rows)
@@ -412,7 +413,7 @@ def _row_order(weight: Array, dense: Array) -> Array | None:
 
 
 def _is_tied_head(model: PreTrainedModel, layer: str) -> bool:
-    """Return True if a layer is the output head of a model that shares its weight with the embedding."""
+    """Return True if a layer is the output head and shares its weight with the embedding."""
     return model.get_submodule(layer) is model.get_output_embeddings() and model.config.tie_word_embeddings
 
 
