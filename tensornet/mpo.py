@@ -352,7 +352,7 @@ class MPO:
     # --- algebra ---------------------------------------------------------------------------------
 
     def __add__(self, other: "MPO") -> "MPO":
-        """Add two operators; each bond is the sum of their bonds. The certificate combines their errors."""
+        """Add two operators; their bond sizes add up. The certificate combines their errors."""
         if not isinstance(other, MPO):
             return NotImplemented
         self._check_same_dims(other, "added")
@@ -362,7 +362,7 @@ class MPO:
         return total
 
     def __sub__(self, other: "MPO") -> "MPO":
-        """Subtract two operators; each bond is the sum of their bonds."""
+        """Subtract two operators; their bond sizes add up."""
         if not isinstance(other, MPO):
             return NotImplemented
         return self + (-other)

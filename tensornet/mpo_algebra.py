@@ -28,7 +28,7 @@ _TAME = 100
 
 
 def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Add two chains with equal dims; each bond is the sum of their bonds."""
+    """Add two chains with equal dims; their bond sizes add up."""
     left, right = _same_dtype(left, right)
     last = len(left) - 1
     if last == 0:

@@ -122,7 +122,7 @@ def _mapping_argument(model: nn.Module) -> str | None:
 
 
 def _arguments(model: nn.Module) -> tuple[list[str], bool]:
-    """Return the names of the arguments of `forward`, and True if it takes arbitrary keywords too."""
+    """Return the names of the arguments of `forward`, and whether it also takes arbitrary keywords."""
     kinds = inspect.signature(unwrapped(model).forward).parameters
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return (

@@ -581,8 +581,8 @@ def bytes_for(
 ) -> int:
     """Compute the number of bytes of a matrix in an exported file.
 
-    The number is the same as in a file of this library, except for the GGUF type Q2_K and for MLX, which
-    stores rows of 32-bit words, and a scale and a bias in the model's dtype for each group.
+    The number is the same as in a file of this library, except for the GGUF type Q2_K and for MLX. MLX
+    stores rows of 32-bit words and, for each group, a scale and a bias in the model's dtype.
 
     Args:
         target: export target, a key of `MENUS`; None for files of this library.

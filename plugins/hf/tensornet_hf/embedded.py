@@ -52,7 +52,7 @@ def t5_path() -> Path:
 
 
 def calibration_text() -> str:
-    """Return about 215 kB of the text on which the models were trained, for calibration.
+    """Return text for calibration: about 215 kB of the text on which the models were trained.
 
     Example:
         >>> len(th.embedded.calibration_text()) > 200_000

@@ -112,7 +112,7 @@ class GradientMask:
         """Draw and apply a mask before every `optimizer.step()`, until `detach` is called.
 
         Args:
-            optimizer: a torch optimizer, also one wrapped by accelerate's `prepare`.
+            optimizer: a torch optimizer, possibly wrapped by accelerate's `prepare`.
 
         Raises:
             TargetError: the optimizer does not train all masked cores.
