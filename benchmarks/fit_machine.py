@@ -63,8 +63,8 @@ INTEGER_SHAPES = ((256, 512), (768, 768), (2048, 512), (1024, 2048))
 FORMATS = ("int8:row", "int8", "int6", "int4", "int3", "int2")
 FITTED = ("peak", "bandwidth", "overhead", "copy_element", "copy_run", "copy_far")
 
-#: Residual that is added to the fit for a constant that differs from its default by a factor of e. This
-#: residual keeps constants close to their defaults if the times hardly depend on them.
+#: For each constant the fit adds the residual `_STAY * log(constant / default)`, which keeps the constant
+#: close to its default if the times hardly depend on it.
 _STAY = 0.1
 #: Route number of the dense layer, in addition to the routes of `OperatorPlan.seconds`.
 DENSE = -2

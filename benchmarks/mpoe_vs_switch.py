@@ -208,7 +208,7 @@ def optimizer_of(
         options = dict(row.mask)
         if fade := options.pop("fade", None):
             options["schedule"] = tm.linear_fade(round(fade * steps))
-        # The optimizer keeps the mask alive through its hooks.
+        # The hooks of the optimizer keep the mask alive.
         tm.GradientMask(model, p=row.mask_p, seed=seed, **options).attach(optimizer)
     return optimizer
 

@@ -96,7 +96,7 @@ TABLE = [
     *jobs("ours_two_texts", "all", 60, after="refined, healed"),
     *jobs("mpo2", "mlp", 90, 80),
 ]
-#: Rows of the toy run, which contain every step of the table.
+#: Rows of the toy run; together they take every step that makes the table.
 TOY = [
     Job("dense", "-", 1.0),
     Job("ours", "all", 0.8),
@@ -245,7 +245,8 @@ class Bench:
         each = self.refine_windows // len(texts)
         parts = [self.unused(name, len(texts)) for name in texts]
         parts = [part[spread(each, len(part))] for part in parts]
-        chosen = torch.stack(parts, 1).flatten(0, 1)  # texts alternate: `refine` judges by the last rows
+        # Alternate the texts, so that the last rows, by which `refine` judges, are from all of them.
+        chosen = torch.stack(parts, 1).flatten(0, 1)
         report = refine(model, self.model(), chosen.split(2), self.stats(method), autocast=torch.bfloat16)
         return {
             "refine_tokens": chosen.numel(),

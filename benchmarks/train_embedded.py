@@ -382,7 +382,7 @@ def save(
         **facts,
     }
     for weights in folder.glob("*.safetensors"):
-        weights.chmod(0o644)  # otherwise the file mode is 0600, also in the wheel
+        weights.chmod(0o644)  # safetensors sets 0600, which the wheel would keep
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(folder.name, {k: v for k, v in record.items() if k.startswith("heldout")})
 

@@ -277,8 +277,8 @@ def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
     doubled = {**sizes, **{f"{x}'": size for x, size in sizes.items()}}
     found = []
     for group in ([bonds] if whole else [[x] for x in bonds]) if bonds else []:
-        # The environment and its conjugate have legs and the core's other bonds in common. The bonds of this
-        # Gram matrix and the bonds inside the environment get separate labels in the conjugate.
+        # In the conjugate of the environment, legs and the core's bonds outside of `group` keep their labels.
+        # The bonds in `group`, and those inside the environment, get primed labels.
         common = legs | {x for x in own if x not in group}
         plain = [tuple(x if x in common else f"{x}'" for x in labels) for labels in others]
         primed = tuple(f"{x}'" for x in group)

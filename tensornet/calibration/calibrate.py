@@ -418,7 +418,7 @@ class MomentRecorder:
         return {name: ratio for name, ratio in sorted(ratios.items()) if ratio is not None}
 
     def _moment(self, tokens: Tensor) -> Tensor:
-        # The model may run under autocast, but sums of thousands of squares are too inaccurate in 16 bits.
+        # Disable autocast, since sums of thousands of squares are too inaccurate in 16 bits.
         with torch.autocast(tokens.device.type, enabled=False):
             if tokens.shape[1] <= FULL_UP_TO:
                 return upper_gram(tokens.float())

@@ -26,7 +26,7 @@ from tensornet.linalg.weighted_svd import cholesky, damped, root
 ROWS, TOKENS = 16, 32
 #: Fractions of the mean diagonal that are added to the moments of inputs and of gradients, as for rounding.
 COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
-#: Smallest coherence; the estimate may be near zero if tokens have opposite effects or samples are few.
+#: Lower limit; the estimated coherence may be near zero for tokens of opposite effects or for few samples.
 _LEAST = 0.1
 
 

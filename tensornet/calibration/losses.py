@@ -497,7 +497,7 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
     drawn = torch.empty_like(places)
     for part in _parts(places, logits):
         sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)
-        # Choose the first class whose cumulative sum exceeds the drawn number, never one of probability 0.
+        # Choose the first class whose cumulative sum exceeds the drawn number; its probability cannot be 0.
         drawn[part] = torch.searchsorted(sums, shares[part] * sums[:, -1:], right=True)[:, 0]
     return drawn.clamp_max_(logits.shape[1] - 1)
 

@@ -416,7 +416,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         try:
             alone.append(spend_size(cap.curves, cap.allowed))
         except BudgetError as error:
-            # Name layers with a single candidate first, then the layers whose smallest candidate is largest.
+            # List layers with one candidate first, then the others, each sorted by falling minimum size.
             least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
             fixed = [size for only, size in least if only]
             text = (
@@ -502,7 +502,7 @@ def one_format(
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)
-    if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits only on request
+    if config.formats == DEFAULT_FORMATS:  # without data, use fewer than 8 bits only on request
         names = [_BLIND]
     sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
     for name in sorted(names, key=lambda x: -sizes[x]):

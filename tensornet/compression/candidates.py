@@ -43,8 +43,8 @@ from tensornet.topology import Topology
 PREDICTED_BITS = 4
 #: Number of rows that are sampled to estimate the rounding residuals of all rows.
 PREDICTED_ROWS = 64
-#: Rows and columns of the part of a matrix that is rounded to 2 or 3 bits, and sweeps of descent on it. A
-#: sweep lowers the loss of a small part by 2 to 3 % more than that of a matrix, so the part gets fewer.
+#: To estimate losses of 2 and 3 bits, a part of a matrix is rounded: its rows, columns and sweeps of descent.
+#: It gets fewer sweeps than the matrix, since each lowers the loss of a small part by 2 to 3 % more.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
@@ -80,8 +80,8 @@ def find_candidates(
             sensitive = {k: x for k, x in enumerate(known) if x is not None}
             found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
             corrections = dict(zip(sensitive, found, strict=True))
-        # Every number format needs the same decompositions of a layer. They are larger than the layer, so
-        # they are remembered only for layers with the same input, which also share the factorized moment.
+        # All number formats need the same decompositions of a layer, so they are cached; but they are large,
+        # so each cache is only for layers with the same input, which share the factorized moment.
         inputs = [0 if x is None else id(x.choice.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
@@ -254,8 +254,8 @@ def network_candidates(
     weightings = sensitivity.choice, sensitivity.forecast
     encoding = None
     if storage.quantized:
-        # If scales would underflow, the network is rounded and its loss measured. Predictions assume factors
-        # of equal magnitude, but in a pivoted network one factor has values as small as those of the matrix.
+        # Predictions need factors of equal magnitude. One factor of a pivoted network is as small as the
+        # matrix: if its scales would underflow, the network is rounded and its loss measured.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )
@@ -675,6 +675,6 @@ class Sizes:
         shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
         if number_format is not None and number_format.is_integer:
             return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
-        # A network of one core takes the same time; the factor makes the dense layer win despite rounding
-        # errors.
+        # A network of one core takes the same time as the dense layer. The factor makes the dense layer win
+        # despite rounding errors.
         return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

@@ -132,7 +132,7 @@ def compress(
     del dense
     rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
 
-    # Measure and report. There is no prediction for parameters that extensions have rounded.
+    # Measure and report. If extensions have rounded parameters, there is no prediction of the whole loss.
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, None if rounded else plan.predicted_loss_increase, options.loss_increase)

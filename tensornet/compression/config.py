@@ -208,7 +208,7 @@ class CompressionConfig(LayerSelection):
             if not value > 0:
                 raise BudgetError(f"{name} must be above 0, got {value!r}.")
         if self.param_ratio is not None and self.param_ratio > 1:
-            # `Budget` allows ratios above 1, for networks with more parameters than the matrix has elements.
+            # `Budget` allows ratios above 1, for networks larger than the matrix, so this is checked here.
             raise BudgetError(
                 f"param_ratio is a fraction of the parameters to keep, at most 1; got {self.param_ratio!r}. "
                 "50 % is param_ratio=0.5."

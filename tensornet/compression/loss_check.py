@@ -59,11 +59,11 @@ _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
 #: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
 #: predicted loss.
 _COMMON = 4
-#: A layer is measured if the squared relative error of its weight, times the power of the strongest output
-#: relative to the median output, exceeds this. The error of the strongest output may then be larger than all
-#: other outputs.
+#: A layer is measured if this is less than the squared relative error of its weight, times the power of the
+#: strongest output relative to the median output. The error of the strongest output may then be larger than
+#: all other outputs.
 _OUTLIER = 10.0
-#: Exceptions that a model raises if it needs more of the skipped blocks than their outputs.
+#: Exceptions of models that need more from a block than its output, so that blocks cannot be skipped.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]

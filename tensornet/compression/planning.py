@@ -468,7 +468,7 @@ def estimate_seconds(
         targets = [x for x in find_targets(model, config) if not x.skip]
     peak = default_machine(targets[0].weight.device).peak
     shapes = [tuple(target.matrix.shape) for target in targets]
-    # The minimum is for embeddings, whose many rows are rounded independently.
+    # The minimum is for embeddings: the work for a row does not grow with the number of rows.
     work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)
     forward = sum(p.numel() for p in model.parameters())
     steps = dict.fromkeys(("calibration", "planning", "loss check", "rounding"), 0.0)

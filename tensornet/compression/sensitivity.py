@@ -21,10 +21,10 @@ from tensornet.quantization import Rounding
 
 #: Damping of input moments, as a fraction of their mean diagonal, for stability and for inputs that are 0.
 INPUT_DAMPING = 1e-4
-#: Damping of gradient moments for the forecast of the loss. Decompositions are best with little damping, but
-#: their predicted loss is then too low: on another text, and with all layers compressed at once, errors in
-#: directions of small gradients increase the loss too. The trace of the moment is kept constant. A larger
-#: trace would double the predicted loss of integers, whose errors lie in all directions.
+#: Damping of gradient moments for predictions of the loss. Decompositions are best with little damping, but
+#: predictions with little damping are too low: on another text, and with all layers compressed at once,
+#: errors in directions of small gradients increase the loss too. The trace of the moment is kept constant,
+#: since a larger trace would double the predicted loss of integers, whose errors lie in all directions.
 FORECAST_DAMPING = 1.0
 #: Smallest damping of gradient moments, so that errors in directions without gradients are not ignored.
 _LEAST_DAMPING = 1e-6

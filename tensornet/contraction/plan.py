@@ -286,8 +286,8 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     for step in steps:
         product = step.product
         moved, weight = step.arrange_left.permutation, step.arrange_right
-        # `linear` needs a stored matrix `(columns, inner)`. The shape is compared too, since an operand
-        # that is summed over both of its indices has the same permutation.
+        # `linear` needs a stored matrix `(columns, inner)`. The permutation is not enough: an operand that is
+        # summed over both of its indices has that of a stored matrix, but not its shape.
         shape = (product.columns, product.inner)
         if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()
@@ -631,7 +631,7 @@ def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebui
     return (*bounds, (math.inf, fastest(_GRID[-1])))
 
 
-#: Token counts; between neighbours, the fastest route is assumed to change at most once.
+#: Token counts that are tried; between neighbours, the fastest route is assumed to change at most once.
 _GRID = tuple(4**k for k in range(9))
 
 

@@ -37,7 +37,7 @@ class MatrixConvolution(Compound):
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
-        # As in F.pad, the last dimension comes first. With `padding="same"` its two ends may differ.
+        # As in F.pad, the last dimension comes first. The ends of a dimension may differ (`padding="same"`).
         self.pads = tuple(stock._reversed_padding_repeated_twice)
 
     @classmethod

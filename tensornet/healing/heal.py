@@ -354,7 +354,7 @@ def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for parameter in trained:
         size = float(parameter.detach().float().square().mean().sqrt())
-        # The minimum lets biases that start at zero be trained too.
+        # With these lower limits, biases that start at zero are trained too.
         size = max(size, 1e-6) if parameter.dim() > 1 else VECTOR_RATE * max(size, 1e-2)
         size = CODE_RATE if isinstance(parameter, TrainedCodes) else size
         groups.append({"params": [parameter], "size": size})

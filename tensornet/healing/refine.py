@@ -158,7 +158,7 @@ def refine(
         )
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
-    # Only the models run in 16 bits, not computations with moments.
+    # The models run in 16 bits; computations with moments do not.
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
         stack.enter_context(unfused(teacher))

@@ -302,8 +302,8 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
 
     rows, columns = same_form([t.rows for t in terms]), same_form([t.columns for t in terms])
     left, right = torch.stack([x.flatten() for x in rows]), torch.stack([x.flatten() for x in columns])
-    # With moments as vectors r_k and c_k, this is the best rank-one approximation of sum_k r_k c_k^T. QR
-    # reduces it to the SVD of a small matrix.
+    # With the moments of term k flattened to vectors r_k and c_k, find the best rank-one approximation of
+    # sum_k r_k c_k^T. QR reduces this to the SVD of a small matrix.
     q_left, r_left = torch.linalg.qr(left.T)
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)

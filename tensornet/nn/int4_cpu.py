@@ -180,13 +180,13 @@ def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
         rows: number of rows of the matrix.
         half: number of rows in half a block.
     """
-    # The last rows belong to the last product, whose scales are the stored scales.
+    # With two products, the first has multiplied scales; the last rows have the scales of the matrix.
     found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)
     return found.permute(1, 2, 0, 3, 4)
 
 
-# Compilers do not fuse a custom operation, so the scales are copied once. With ordinary indexing, compiled
-# code would gather a scale from the pairs of scale and offset for every single code.
+# Compilers do not fuse a custom operation, so it copies the scales only once. Ordinary indexing would be
+# fused, and would gather a scale from the pairs of scale and offset for every single weight.
 @torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
 def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
     return _in_order(scales, rows, half).to(torch.float32).contiguous()
@@ -443,7 +443,7 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -
             if isinstance(core, PackedCore):
                 users.setdefault(core, []).append((module, name))
     for core, places in users.items():
-        # A core is converted only if every user multiplies by it or, as an embedding, reads its rows.
+        # A core is converted only if all its layers multiply by it or, as embeddings, read its rows.
         multiplying = [x for x, _ in places if getattr(x, "integer_core", None) is core]
         reading = [x for x, _ in places if getattr(x, "source", "") == "embedding"]
         fits = bool(multiplying) and len(multiplying) + len(reading) == len(places)

@@ -194,7 +194,7 @@ class _Product(torch.autograd.Function):
         return _pulled_back(gradients[0], ctx.matrix), None
 
 
-# Compilers generate slow code for unpacking, so they see a single opaque operation.
+# Compilers generate slow code for unpacking, so a custom operation hides it from them.
 @torch.library.custom_op("tensornet::integer_product", mutates_args=())
 def integer_product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str

@@ -76,8 +76,8 @@ def relatives(name: str, others: Iterable[str]) -> list[str]:
     return [] if path is None else [other for other in others if _counted_path(other) == path]
 
 
-#: Matches a part of a name that ends in a number. In the last part only a plain index such as `3` counts,
-#: since layers named `w_1` and `w_2` usually do different things.
+#: Matches a part of a dotted name if this part ends in a number. The last part must be a plain index like
+#: `3`, since layers named `w_1` and `w_2` usually do different things.
 _COUNTED = re.compile(r"(.*_)?\d+")
 
 

@@ -112,8 +112,8 @@ class TensorNetworkLinear(NetworkModule):
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]
         lowered = torch.is_autocast_enabled(device)
         if isinstance(core, PackedCore) and core.is_trained:
-            # The values are unpacked directly to the autocast dtype. Casting them later, and the gradients of
-            # the cast, would take two more passes over memory.
+            # The values are unpacked directly to the autocast dtype. Casting them later would take two
+            # more passes over memory: one for the values and one for their gradients.
             if self._other_terms or not lowered or input.dtype == torch.float64:
                 return None
             if not core.packed_codes().is_floating_point():

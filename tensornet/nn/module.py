@@ -162,7 +162,7 @@ class NetworkModule(nn.Module):
             ShapeError: a core does not have the shape of the topology.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        # The cores are made contiguous, like tensors from a file, so that results are bitwise equal.
+        # The cores are made contiguous, like tensors from a file, so that loading does not change results.
         self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
     def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:

@@ -800,7 +800,7 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device)
         orders[spec.name] = position.to(torch.int32)
-        # The factor `top` is absorbed into the other core of this bond, which comes later.
+        # The other core of this bond, which has a larger index, absorbs the factor `top`.
         other = next(k for k in range(index + 1, len(work)) if label in topology.cores[k].labels)
         axis = topology.cores[other].labels.index(label)
         work[other] = torch.tensordot(top @ r, work[other], ([1], [axis])).movedim(0, axis)

@@ -73,7 +73,7 @@ class KeptMatrix:
             else:
                 return matrix
         self.drop()  # frees the old matrix before the new one is built
-        # An inference tensor could not be used in a later pass that records gradients of its input.
+        # Inference tensors could not be used in a later pass that records gradients of the layer's input.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
             matrix = build().to(dtype).contiguous()
         self.matrix = matrix

@@ -419,7 +419,7 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
     """
     wanted = None if inside is None else {name[:k] for name in inside for k, x in enumerate(name) if x == "."}
     shared: Shared = {}
-    made: dict[int, nn.Module] = {}  # a module with several names is replaced by one compound
+    made: dict[int, nn.Module] = {}  # a module with several names is replaced by one `Compound`
     found = []
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not name or isinstance(module, Compound) or (wanted is not None and name not in wanted):

@@ -50,7 +50,7 @@ _EMPTY, _ROUNDINGS, _MOST_ROUNDINGS = 0.004, 5, 50
 #: Number of quantiles of rows and of columns, and number of common factors of steps, for which the entropy is
 #: estimated.
 _PLACES, _STEPS = 64, 64
-#: Largest weight in units of its step; the codes reach 127, so there is room for feedback.
+#: Largest weight in units of its step. The codes reach 127, which leaves room for feedback.
 _FARTHEST = 120
 
 
@@ -92,7 +92,7 @@ def encode(codes: Tensor) -> bytes:
     columns = _level_with(energy.mean(0)) - _FIRST
     left = energy / np.maximum(_energies()[columns + _FIRST], _LEAST)
     rows = np.rint(_OCTAVE / 2 * np.log2(left.mean(1) + _LEAST)).astype(np.int64)
-    # 2. Write the levels, minus their means; then the codes, sorted by level.
+    # 2. Write the levels, minus their means; then the codes, grouped by level.
     middle, least = int(np.rint(columns.mean())), int(np.rint(rows.mean()))
     levels = np.concatenate([columns - middle, rows - least]).clip(-128, 127)
     spread = int(_level_with(np.square(levels, dtype=np.float64).mean()))

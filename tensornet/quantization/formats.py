@@ -45,7 +45,7 @@ LEVELS = {
     2: (-127, -41, 21, 92),
 }
 #: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
-#: that share a step. Scales of 4 bits have no sign; only int2 has them, since its four values are symmetric.
+#: that share a step. Scales of 4 bits have no sign; only the four symmetric values of int2 allow this.
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
 #: Bytes of 256 weights in the GGUF type Q2_K, which also stores the lowest value of every group.
 _Q2_K_BYTES = 84
@@ -482,7 +482,7 @@ class NumberFormat:
             points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
             return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
-        # Integer differences are exact and fast in 8 bits. With two bits they are stored in units of 1/2.
+        # Integer differences are exact and fast in 8 bits. For int2, whose center is 1.5, their unit is 1/2.
         if zeros is not None:
             kind = torch.int16 if self.bits == 8 else torch.int8
             points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
@@ -635,7 +635,7 @@ def _signed(codes: Tensor) -> Tensor:
 
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
     """Multiply small integers `(..., groups, group)` by scales `(..., groups)`; products are rounded once."""
-    # Small bfloat16 scales would underflow in float16. On CPUs, float32 takes half the time of 16-bit types.
+    # Use float32: small bfloat16 scales underflow in float16, and 16-bit types take twice the time on CPUs.
     wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
     factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)
     factor = factor / 2 if halves else factor

@@ -16,7 +16,7 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import cholesky
 
-#: Damping of the moments of gradients and of inputs; gradients differ more between texts.
+#: Damping of the moments of gradients and of inputs; gradients differ more between texts than inputs do.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
 #: Additional damping of gradient moments when a dense matrix is rounded; `ROW_DAMPING` was applied before.
 #: Rounding moves errors into directions with small moments, in which another text may have larger gradients.

@@ -142,7 +142,7 @@ def predict_product_losses(
         Predicted loss increases, shape `(weightings, rank)`.
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    # Compute the norms of all terms: they are cached for other number formats and ranks.
+    # Compute the norms of all terms, not only of `rank` terms: they are cached for other formats and ranks.
     seen = [
         (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
         for each in weightings
@@ -359,7 +359,7 @@ def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
     ends = grid.points(torch.zeros_like(weight)), grid.points(torch.full_like(weight, grid.top))
     expected = variance.clone()
     for beyond in (weight - torch.maximum(*ends), torch.minimum(*ends) - weight):
-        # Larger values do not change the result, but cause subnormal numbers, which are very slow.
+        # Values beyond `_FAR` do not change the result, but cause subnormal numbers, which are very slow.
         start = ((step / 2 - beyond) / sigma).clamp_(-_FAR, _FAR)
         tail = torch.special.erfc(start / 2**0.5) / 2
         density = torch.exp(-start.square() / 2) / (2 * torch.pi) ** 0.5

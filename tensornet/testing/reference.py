@@ -94,7 +94,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # Bonds of size 1 can occur in this core alone. A tensor of ones keeps their labels in the sum.
+        # A bond of size 1 may belong to this core alone; a tensor of ones adds its label to the sum.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:

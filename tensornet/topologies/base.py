@@ -27,7 +27,7 @@ _SWEEPS = 3
 _CORE_BITS = (8, 4)
 #: Bonds that are tried, as fractions of the largest bond; losses at other bonds are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
-#: Largest number of candidates in a ladder.
+#: Largest number of candidates in a `Ladder`.
 _RUNGS = 400
 #: Keywords of builders that are not options of the family.
 _NO_OPTIONS = ("max_bond", "out_features", "in_features", "family")
@@ -132,7 +132,7 @@ class TopologyFamily(ABC):
     name: str
     #: Default options of `build` for mixtures of experts.
     mixture_options: ClassVar[Mapping[str, Any]] = {}
-    #: Whether `gauge_bonds` returns a bond even if the stored row order is longer than the omitted identity.
+    #: Whether `gauge_bonds` returns a bond even if its row order is larger than the identity that it saves.
     always_pivots: ClassVar[bool] = False
     #: Whether the cores of an exact decomposition, sliced to smaller bonds, are a good approximation.
     nested: ClassVar[bool] = False
@@ -315,7 +315,7 @@ class TopologyFamily(ABC):
                 f"With calibration data a network has at most {_MAX_LEGS} legs on each side, got "
                 f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or objective='weight'."
             )
-        legs = (*full.out_dims, *full.in_dims)  # for Tucker: its exact network is one core without bonds
+        legs = (*full.out_dims, *full.in_dims)  # for Tucker, whose exact network is one core without bonds
         largest = max(full.bond_dims.values() or legs)
         top = min(largest, max_bond or largest)
         tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})

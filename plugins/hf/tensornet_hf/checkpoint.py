@@ -574,8 +574,8 @@ def write_folder(
         with new_folder(target) as folder:
             yield folder
     except (OSError, SafetensorError) as error:
-        # Convert only errors of writing. These include errors without a file name, since safetensors does not
-        # name the file if the disk is full.
+        # Errors about other files are raised as they are. Errors that name no file are converted too, since
+        # safetensors does not name the file if the disk is full.
         names = [x for x in (getattr(error, "filename", None), getattr(error, "filename2", None)) if x]
         about = not names or any(str(name).startswith(str(target.parent)) for name in names)
         if isinstance(error, DestinationError) or not about:

@@ -728,8 +728,8 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
     steps = estimate_seconds(model, config, tokens=tokens)
     del steps["total"]
     if options.held_out is not None or options.report is not None:
-        # Three baselines are rounded, and five models read the held-out text. Calibration on a text takes
-        # about five times as long as reading it.
+        # Three baselines are rounded, and five models read the held-out text. This reading takes about as
+        # long as calibration on the same number of tokens.
         steps["baselines"] = 3 * steps["rounding"]
         if options.held_out is not None:
             steps["baselines"] += steps["calibration"] * HELD_OUT_TOKENS / tokens

@@ -322,7 +322,7 @@ def _pictures(page: Page) -> dict[str, str]:
     by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
         "svg.fonttype": "none",  # keep text as text, which is searchable and uses the font of the page
-        "svg.hashsalt": "tensornet",  # write equal plots as equal bytes
+        "svg.hashsalt": "tensornet",  # equal plots give equal bytes
         "font.size": 9,
         "axes.edgecolor": colors["grid"],
         "axes.labelcolor": colors["muted"],

@@ -65,7 +65,7 @@ FORMS: dict[tuple[str, ...], DropoutPlace] = {
 }
 _BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _BART = ("fc1", "activation_fn", "fc2")
-#: Layers of transformers that contain a network, and paths of its first matrix, activation and second matrix.
+#: Layers with a feed-forward network, and the paths of its first matrix, activation and second matrix.
 INSIDE: dict[str, tuple[str, str, str]] = {
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
@@ -685,7 +685,7 @@ def upcycle(
     put_owners(model, owners)
     for dense, mixture in zip(networks, made, strict=True):
         for name, part in dense.replacements(mixture).items():
-            if dense.inside is None:  # otherwise the hooks are those of a single linear layer
+            if dense.inside is None:  # else the hooks belong to one linear layer, not to the network
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
     structure_changed(model)

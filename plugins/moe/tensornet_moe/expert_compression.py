@@ -45,7 +45,7 @@ from tensornet.nn.unfuse import PartMatrix, unfused
 from tensornet.topology import Topology
 from tensornet_moe.shared_low_rank import PATTERNS, fit_stored, shared_candidates
 
-#: Relative saving of predicted loss up to which separate networks are preferred to shared ones.
+#: Separate networks are chosen if shared ones lower the loss, or the size, by at most this fraction.
 _ROUNDING = 1e-9
 
 

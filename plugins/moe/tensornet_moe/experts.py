@@ -640,7 +640,7 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     """Add Gaussian noise whose standard deviation is `noise` times the root mean square of the core."""
     if noise == 0:
         return core
-    size = frobenius(core) / core.numel() ** 0.5  # its squares do not underflow, however small the core is
+    size = frobenius(core) / core.numel() ** 0.5  # `frobenius` does not underflow, however small the core is
     # Drawn on the CPU, so that the noise is the same on every device.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)

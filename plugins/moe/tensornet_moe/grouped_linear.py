@@ -46,7 +46,7 @@ def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
     """Group rows that are sorted by expert."""
     experts = torch.arange(num_experts, device=expert_of_row.device)
     counts = (expert_of_row.unsqueeze(-1) == experts).sum(0)
-    # One synchronization per layer on GPUs avoids building the matrices of inactive experts.
+    # On GPUs, `tolist` synchronizes once per layer, but then inactive experts need no matrices.
     sizes = None if torch.compiler.is_compiling() else tuple(counts.tolist())
     return Groups(counts, expert_of_row, sizes)
 

@@ -143,8 +143,8 @@ class SharedCoreMoE(nn.Module):
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
         self.capacity_factor = capacity_factor
         self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout
-        #: Mask for callers that cannot pass one to `forward`. It is kept until it is replaced, since gradient
-        #: checkpointing runs the layer again after the forward pass of the model.
+        #: Mask for callers that cannot pass one to `forward`. It stays until it is replaced, since gradient
+        #: checkpointing needs it in the backward pass, where it runs the layer again.
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
@@ -275,7 +275,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) ->
     """
     tokens, k = routing.expert_indices.shape
     expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1)
-    if is_exporting():  # every expert computes all rows, in any order
+    if is_exporting():  # every expert computes all rows, so they need not be sorted
         choice = torch.arange(expert.shape[0], device=expert.device)
         weight = weight if routing.kept is None else weight * routing.kept.reshape(-1)
     elif routing.kept is None:
@@ -371,8 +371,8 @@ def _is_recomputing() -> bool:
     The routing was already counted in the first forward pass, and the loss does not depend on the
     recomputed graph.
     """
-    # A private function, since no public one tells that a backward pass is running. Without it the losses of
-    # a recomputed layer would be counted twice.
+    # No public function tells whether a backward pass is running. Without this private one, the losses of a
+    # recomputed layer would be counted twice.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

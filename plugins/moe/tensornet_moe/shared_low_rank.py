@@ -499,8 +499,8 @@ def shared_candidates(
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
-        # The shared core and the private ones may have different formats. Networks are useful only if they
-        # are smaller than dense matrices in the larger format.
+        # Networks must be smaller than dense matrices in the format of the shared core or in that of the
+        # private cores, whichever is larger.
         kinds = (storage.number_format, storage.format_of(PATTERNS[pattern]))
         limit = count * max(kind.nbytes((rows, columns), dtype) for kind in kinds)
         costs, forecasts = (plain[:, :ranks] + added.get(storage, 0)).clamp_min(0).tolist()
@@ -537,8 +537,8 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     else:
         for private, _ in topology_family("low_rank").encodings(own):
             pairs += [(private, private), (private, best)]
-    # Leave out an integer shared core with private factors in the model's dtype: most values are private, and
-    # eight bits suit them better.
+    # Leave out integer shared cores with private factors in the model's dtype: most values are private, so
+    # these are better stored as integers of eight bits.
     useful = dict.fromkeys(
         (private, shared) for private, shared in pairs if shared and (private != _FLOAT or shared == _FLOAT)
     )

@@ -87,7 +87,7 @@ def peft_adapter(
             exact = torch.equal(short.to(factor.dtype), factor)
             tensors[f"base_model.model.{name}.{part}.weight"] = short if exact else factor
     # PEFT multiplies the product of each layer by its alpha / rank. vLLM uses `lora_alpha / r` for all layers
-    # and takes ranks from the shapes. All these factors are 1 here.
+    # and takes ranks from the shapes. An alpha equal to the rank makes all these factors 1.
     ranks = {name: x.rank for name, x in low_ranks.items()}
     config = {
         "peft_type": "LORA",
@@ -134,7 +134,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
         return f"groups of {group} do not divide {columns} inputs"
     if torch.any(points % 1):  # points of int2 are half-integers; with half the scale they are odd integers
         points, scales = 2 * points, scales / 2
-    # Without zero points, the same weights may need codes of more bits.
+    # Codes without zero points may need more bits than codes with zero points.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1

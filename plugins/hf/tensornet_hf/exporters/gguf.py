@@ -212,8 +212,8 @@ def _with_converter(
             del integers[name], layers.low_ranks[name]
             layers.dense[name] = "integers plus a low rank, in a file tensor to which no adapter applies"
     whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, alone=False)
-    # Integers and half-integers up to 255 are exact in float16. If the converter keeps a tensor in float32
-    # here, llama.cpp can only read this tensor (such as a router) in float32.
+    # Convert integers to float16, in which integers and half-integers up to 255 are exact. If the converter
+    # keeps a tensor (such as a router) in float32, llama.cpp can read it only in float32.
     points = _tensors(converted("points", kinds.MOSTLY_F16, {k: x.points for k, x in integers.items()}))
     scales = _tensors(converted("scales", kinds.ALL_F32, {k: x.spread_scales for k, x in integers.items()}))
     writer, tensors = whole.gguf_writer, _tensors(whole)
@@ -238,7 +238,7 @@ def _with_converter(
         with _refusals(type(model).__name__):
             whole.prepare_metadata(vocab_only=False)
         if not any(".vocab_size" in name for name in writer.kv_data[0]):
-            writer.add_vocab_size(model.config.vocab_size)  # otherwise readers assume a known model's size
+            writer.add_vocab_size(model.config.vocab_size)  # else readers use that of a known model
 
     return writer, stored(), finish
 
@@ -311,7 +311,7 @@ def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, column
     yield Stored(name + LORA_B, *_smallest(gguf, left, nothing, nothing))
 
 
-#: Largest relative error at which a compressed weight is still recognized in the skeleton.
+#: Largest relative difference at which a compressed weight matches a tensor of the dense GGUF file.
 _LIKE = 0.7
 
 
