@@ -11,7 +11,7 @@ time is measured, otherwise wall time.
 In the modes `eager`, `compiled` and `tuned`, a row is one pass of 1 token (as for generating), 16 tokens (as
 for checking a draft) or 256 tokens (as for reading a prompt), without a KV cache and with the logits of the
 last token. `int4` has 4.25 bits per weight in one format. `planned` has 4.25 bits in the mix of formats that
-a plan chooses. For its formats of 3 bits the kernels use 4 bits, for 5 and 6 bits two matrices of 4 bits.
+a plan chooses. The kernels use 4 bits for 3-bit formats, and two matrices of 4 bits for 5 and 6 bits.
 `tuned` is compiled with Inductor's `freezing` and `max_autotune`, without its cache of graphs.
 
 The mode `generate` is the loop of transformers: 48 new tokens after a prompt of 16, with a KV cache. Each

@@ -127,7 +127,7 @@ def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 
 def bases(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of two shared bases, and a transform for each expert."""
+    """Build a bank of two shared bases with a transform for each expert."""
     rank = min(rows, columns) // 6 or 1
     topology = tm.mixture_of_bases(out_features=rows, in_features=columns, bases=2, rank=rank)
     return tm.SharedCoreExperts(topology, experts, shared=("basis",))

@@ -59,7 +59,7 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def batch(self, step: int, *, windows: int, context: int, seed: int) -> Tensor:
-        """Return the training batch of a step, which depends only on step and seed, so that runs can resume.
+        """Return the training batch of a step; it depends only on step and seed, so that runs can resume.
 
         Every pass over the text uses each window once, in another random order.
 

@@ -406,7 +406,7 @@ class MPO:
     def __matmul__(self, other: "MPO | Tensor | Array") -> "MPO | Tensor | Array":
         """Multiply by another MPO, a vector `(in,)` or matrices `(..., in, columns)`.
 
-        The bonds of a product of two MPOs are the products of their bonds. Padding of the contracted legs is
+        In a product of two MPOs, their bond sizes multiply. Padding of the contracted legs is
         set to zero first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an
         identity with these dims is inserted, which makes the bonds larger.
 
@@ -484,7 +484,7 @@ class MPO:
         return self._identity_like() if result is None else result
 
     def hadamard(self, other: "MPO") -> "MPO":
-        """Multiply two operators element by element; each bond is the product of their bonds.
+        """Multiply two operators element by element; their bond sizes multiply.
 
         Raises:
             ShapeError: the dims or shapes of the operators differ.

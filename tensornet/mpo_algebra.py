@@ -66,7 +66,7 @@ def multiply(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 @outside_autocast
 def hadamard(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
-    """Multiply two chains with equal dims element by element; each bond is the product of their bonds."""
+    """Multiply two chains with equal dims element by element; their bond sizes multiply."""
     return _site_by_site("aoib,coid->acoibd", left, right)
 
 

@@ -73,7 +73,7 @@ def matrices(
         shape: shape `(out, in)`; any shape up to `max_size` if absent.
         max_size: largest number of rows and of columns, if `shape` is absent.
         dtype: a dtype or a strategy for dtypes; real and complex dtypes if absent.
-        spectrum: one of `SPECTRA`; any if absent, but with `rank` only those that do not fix the rank.
+        spectrum: one of `SPECTRA`; any if absent; with `rank`, any that does not fix the rank.
         rank: rank, at most the smaller size; full if absent, except for `"low_rank"`.
         scales: whether the matrix may be scaled by 1e-12 or 1e12; never for 16-bit types.
 

@@ -78,8 +78,8 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
     Every process must have the same weights before the call, and afterwards keeps its own experts. Call this
     before building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
-    `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model:
-    its checkpoints are written by one process, which does not have all experts.
+    `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model,
+    since one process writes its checkpoints, but no process has all experts.
 
     Args:
         module: contains the mixtures.
