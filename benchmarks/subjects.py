@@ -302,7 +302,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
             "other source": batches(other, spread(128, len(other))),
         },
         encoder=True,
-        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # measured outputs do not depend on it
+        layers=LayerSelection(exclude_modules=("pooler.dense",)),  # measured outputs do not use the pooler
     )
 
 

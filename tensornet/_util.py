@@ -288,8 +288,8 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[obje
 
 # --- results computed once -----------------------------------------------------------------------
 
-#: Cache of the innermost `remembering` block, None outside of a block. It also stores the arguments, because
-#: the `id` of a deleted tensor could be used again.
+#: Cache of the innermost `remembering` block, None outside of a block. Keys contain the `id` of tensors.
+#: The arguments are stored too, because the `id` of a deleted tensor could be used again.
 _known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known", default=None)
 
 
