@@ -254,8 +254,8 @@ def network_candidates(
     weightings = sensitivity.choice, sensitivity.forecast
     encoding = None
     if storage.quantized:
-        # Predictions need factors of equal magnitude. One factor of a pivoted network is as small as the
-        # matrix: if its scales would underflow, the network is rounded and its loss measured.
+        # Predictions assume factors of equal magnitude, but in a pivoted network one factor has the magnitude
+        # of the matrix. If the scales of this factor would underflow, its loss is measured, not predicted.
         predicted = number_format.is_integer and not scales_underflow(
             matrix, number_format, sensitivity.choice
         )

@@ -378,12 +378,11 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """True, since cores are ordinary parameters.
-
-        `Trainer` reads this property before training, and writes checkpoints from a single process.
+        """True, since cores are ordinary parameters. `Trainer` reads this property before training.
 
         Raises:
-            TargetError: experts are distributed over processes (see `is_serializable`).
+            TargetError: experts are distributed over processes, so that `Trainer`, which writes checkpoints from
+                a single process, could not save them (see `is_serializable`).
         """
         return self.is_serializable()
 

@@ -1,7 +1,8 @@
 """Convert text to tokens and calibration batches, and generate text.
 
 - Causal language models read windows of the text, and their loss is that of the next token.
-- Encoder-decoders read the lines of the text. The answer follows a tab, or the model generates it.
+- Encoder-decoders read one example a line: the input, a tab and the target. If a line has no tab, the model
+  generates the target.
 - Encoders read passages. Masked language models are scored on masked tokens, classifiers on labels drawn from
   their own predictions, and encoders without a head by the cosine of pooled outputs.
 """
