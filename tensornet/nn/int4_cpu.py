@@ -206,7 +206,7 @@ def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` with the codes and scales of a `KernelMatrix` for two products."""
+    """Compute `x W^T` for `x: (tokens, in)` with codes and scales of a `KernelMatrix` for two products."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 

@@ -207,8 +207,8 @@ class LowRankFamily(TopologyFamily):
     ) -> list[Tensor]:
         """Predict the loss increase of rounding the factors, for every rank and weighting.
 
-        For integer formats, the increase is predicted from moments. For other formats, the factors of a few ranks
-        up to `most` are rounded, and the increases of the other ranks are interpolated.
+        For integer formats, the increase is predicted from moments. For other formats, the factors of a few
+        ranks up to `most` are rounded, and the increases of the other ranks are interpolated.
         """
         full = len(result.values)
         if round_trip.number_format is not None:

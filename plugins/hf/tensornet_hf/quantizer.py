@@ -381,8 +381,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         """True, since cores are ordinary parameters. `Trainer` reads this property before training.
 
         Raises:
-            TargetError: experts are distributed over processes, so that `Trainer`, which writes checkpoints from
-                a single process, could not save them (see `is_serializable`).
+            TargetError: experts are distributed over processes, so that `Trainer`, which writes checkpoints
+                from a single process, could not save them (see `is_serializable`).
         """
         return self.is_serializable()
 
