@@ -63,7 +63,7 @@ Row = dict[str, Any]
 
 
 class Book:
-    """Record file of one model, to which rows are added as they are measured."""
+    """File with the record of one model; rows are added when they are measured."""
 
     def __init__(self, folder: Path, subject: Subject, origin: Mapping[str, Any]) -> None:
         self.folder, self.subject, self.origin = folder, subject, origin

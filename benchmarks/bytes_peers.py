@@ -85,7 +85,10 @@ def torchao(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
 
 
 def hqq(model: Any, data: Weights, bits: int, tokenizer: Any) -> Weights:
-    """Quantize with HQQ in groups of 128 with zero points; groups of 64 without them take the same bytes."""
+    """Quantize with HQQ in groups of 128 with zero points.
+
+    The number of bytes is the same as for groups of 64 without zero points.
+    """
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     found = {}

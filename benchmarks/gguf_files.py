@@ -113,7 +113,7 @@ class Bench:
         return done.stdout + done.stderr
 
     def judge(self, name: str, file: Path, **facts: Any) -> None:
-        """Measure a file on the windows for judging; add a row with the results and `facts` to the record."""
+        """Measure a file on the test windows, and add a row with the results and `facts` to the record."""
         found = divergence(load_any(file), self.dense, self.tokens, context=self.context)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
         size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)

@@ -230,7 +230,7 @@ class Run:
         return loss + tm.collect_aux_losses(self.model).total if self.row.experts else loss
 
     def _judge(self) -> None:
-        """Judge averaged weights on the tuning and test parts, and the latest weights on the test part."""
+        """Measure averaged weights on the tuning and test parts, and the latest weights on the test part."""
         last_loss, _ = self.evaluate()
         self._exchange()
         tune_loss, _ = self.evaluate("tune")

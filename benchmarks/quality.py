@@ -256,7 +256,7 @@ class Bench:
         }
 
     def unused(self, name: str, texts: int) -> Tensor:
-        """Return the windows of a text that were not used for calibration, or all if none are left.
+        """Return the windows of a text that were not used for calibration, or all windows if all were used.
 
         Args:
             name: name of the text.

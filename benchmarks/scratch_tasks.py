@@ -130,9 +130,10 @@ def corpus_of(text: str, *, vocabulary: int) -> Corpus:
 
 
 def split(documents: Iterable[str], *, every: int = 40) -> dict[str, list[str]]:
-    """Split documents into parts: of every `every` documents, one is for tuning and one for testing.
+    """Split documents into parts for training, tuning and testing.
 
-    All others are for training, in random order.
+    Of `every` consecutive documents, one is for tuning and one for testing. All others are for training, in
+    random order.
     """
     parts: dict[str, list[str]] = {name: [] for name in PARTS}
     for i, document in enumerate(documents):

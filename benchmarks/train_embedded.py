@@ -409,7 +409,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--toy", action="store_true", help="a few steps of tiny batches, to test the script")
     options = parser.parse_args(argv)
 
-    torch.set_num_threads(1)  # sums are then made in one order, so that results are reproducible
+    torch.set_num_threads(1)  # sums then always have the same order, so results are reproducible
     split = split_chapters(read_chapters(options.text))
     provenance = {
         "text_sha256": hashlib.sha256(options.text.read_bytes()).hexdigest(),

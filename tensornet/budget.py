@@ -79,10 +79,11 @@ def caps_of_bonds(
     Args:
         max_bond: one limit for all bonds, a sequence with a limit for each bond, or None for no limits.
         count: number of bonds.
-        error: class of the exception that is raised.
+        error: class of the exception to raise.
 
     Raises:
-        BudgetError: a limit is not an integer of at least 1, or the sequence does not have length `count`.
+        BudgetError, or the class `error`: a limit is not an integer of at least 1, or the sequence does not
+            have length `count`.
     """
     if max_bond is None:
         return (None,) * count

@@ -703,13 +703,13 @@ class MPO:
         return math.log(self.error) - math.log1p(-self.error) + self._log_norm()
 
     def _log_bound_of_product(self, other: "MPO") -> float:
-        """Bound `log |A0 * B0 - A * B|` for a product with `|A * B| <= |A| |B|` in the Frobenius norm."""
+        """Bound the logarithm of the error of a product with `|A * B| <= |A| |B|` (Frobenius norm)."""
         # |A0 * B0 - A * B| <= |A0 - A| |B0| + |A| |B0 - B| with |B0| <= |B| + |B0 - B|
         mine, theirs = self._log_bound(), other._log_bound()
         return _log_add(mine + _log_add(other._log_norm(), theirs), self._log_norm() + theirs)
 
     def _certify(self, log_distance: float) -> None:
-        """Set the absolute and the relative certificate from a bound on `log |W0 - W|`."""
+        """Set the absolute and relative certificate from a bound on the logarithm of the absolute error."""
         log_norm = self._log_norm()
         self._log_distance, self.error = log_distance, 0.0
         # An infinite bound times zero is NaN; the comparisons below then set `error` to infinity.

@@ -198,7 +198,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 class _Settling:
-    """Decides from the traces of each batch's moments whether the moments have converged; see `calibrate`."""
+    """Test for convergence of the moments, by their traces in each batch; see `calibrate`."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         #: Mean square of each weight.
@@ -249,7 +249,7 @@ def checked_losses(losses: Any) -> Tensor:
 
 
 def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
-    """Return the mean loss of a token; NaN for random projections, whose values have no meaning.
+    """Return the mean loss of a token, or NaN if losses are random projections, whose mean says nothing.
 
     Raises:
         TargetError: no token has a loss.

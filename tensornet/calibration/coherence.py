@@ -1,4 +1,4 @@
-"""Coherence: how far the first-order loss changes of different tokens add up instead of canceling.
+"""Coherence: do first-order changes of the loss by different tokens add up, or do they cancel?
 
 In this module a row is a row of a batch: a text, an image. To first order, an error `E` of a weight changes
 the loss of a row by `sum_t e_t` with `e_t = g_t^T E x_t`, summed over its tokens `t` with inputs `x_t` and
@@ -24,7 +24,7 @@ from tensornet.linalg.weighted_svd import cholesky, damped, root
 
 #: Number of rows sampled for each layer, and number of tokens sampled from each row.
 ROWS, TOKENS = 16, 32
-#: Fractions of the mean diagonal that are added to the moments of inputs and of gradients, as for rounding.
+#: Fractions of the mean diagonal added to the moments of inputs and of gradients, the same as in rounding.
 COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
 #: Lower limit; the estimated coherence may be near zero for tokens of opposite effects or for few samples.
 _LEAST = 0.1

@@ -252,8 +252,8 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
     """Find the smallest candidate of each layer, and the order of the steps to larger candidates.
 
     Returns:
-        The index of the smallest candidate of each curve (if several are smallest, the one of least cost);
-        and `(curve, candidate, growth in size)` for all steps along the lower convex hulls, ordered by
+        The index of the smallest candidate of each layer (if several are smallest, the one of least cost);
+        and `(layer, candidate, growth in size)` for all steps along the lower convex hulls, ordered by
         decreasing saving per unit of size.
 
     Example:
@@ -416,7 +416,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
         try:
             alone.append(spend_size(cap.curves, cap.allowed))
         except BudgetError as error:
-            # List layers with one candidate first, then the others, each sorted by falling minimum size.
+            # List layers with one candidate first, then the others; each group by decreasing minimum size.
             least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
             fixed = [size for only, size in least if only]
             text = (

@@ -62,7 +62,7 @@ def apply_plan(
         stats: the statistics with which the plan was made. The cores depend on the moments, which a plan does
             not contain.
         progress: whether to show a progress bar.
-        made: cache of new layers by name and scheme: layers in it are reused, others are added.
+        made: cache of new layers by name and scheme. Layers in the cache are reused, others are added to it.
         dense: receives the replaced modules by name, for `put_back`.
 
     Returns:

@@ -373,7 +373,9 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Make the correction; losses that do not exceed a loss measured at a smaller prediction are ignored.
+        """Make a correction from measurements.
+
+        A measured loss is ignored unless it exceeds all losses measured at smaller predictions.
 
         Args:
             measured: pairs of predicted and measured loss increase.

@@ -242,7 +242,7 @@ def plan(
     Raises:
         TargetError: no layer is selected, or the objective needs statistics that are missing.
         NonFiniteError: a weight contains NaN or infinity; the message names the layer.
-        BudgetError: no budget is given, or it cannot be kept.
+        BudgetError: no budget is given, or it cannot be met.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))

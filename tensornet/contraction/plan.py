@@ -78,7 +78,7 @@ class ContractionPlan:
     Args:
         stored_shapes: shapes of the operands that do not have the token index.
         steps: pairwise products in order.
-        output: arrangement of the last result to the requested order and shape, including indices of size 1.
+        output: rearrangement of the last result into the requested order and shape, with indices of size 1.
         adds_bias: whether the last product is `(tokens, inner) @ (inner, columns)` and needs no permutation,
             so that it can add a bias at no cost.
         output_copy: copy that the arrangement of the output needs, or None.
@@ -215,7 +215,7 @@ def _arrange(x: Tensor, to: Arrangement) -> Tensor:
     return x.reshape(to.shape)
 
 
-# --- lowering a path, with few copies -------------------------------------------------------------
+# --- turning a path into a plan with few copies ---------------------------------------------------
 #
 # A path is a list of pairs of operands. It determines neither which operand of a pair is on the left, nor the
 # index order of each product. These choices determine how much is copied, which takes longer than the

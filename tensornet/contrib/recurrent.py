@@ -201,7 +201,7 @@ class MatrixRecurrence(Compound):
 
 
 def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to one block of memory, matrices first; otherwise cuDNN would do so with a warning."""
+    """Copy tensors to one block of memory, matrices first, since cuDNN would otherwise do so and warn."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
     parts = chunk.split([tensors[k].numel() for k in order])

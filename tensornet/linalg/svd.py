@@ -53,8 +53,9 @@ def iterated_basis(
         rank: number of vectors, at most `m`.
         slack: the iteration stops when a step lowers the energy outside of the basis by less than this
             fraction of that energy.
-        kept_slack: if given, that step must also raise the energy inside the basis by less than this fraction
-            of that energy. Singular values are then accurate unless the energy outside is large.
+        kept_slack: if given, the iteration stops only if that step also raises the energy inside the basis by
+            less than this fraction of it. Singular values are then accurate unless the energy outside is
+            large.
 
     Returns:
         Orthonormal basis of shape `(*batch, m, rank)`, or None if the energy has not converged.

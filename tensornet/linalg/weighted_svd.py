@@ -283,7 +283,7 @@ def _cast(moment: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def nearest_kronecker(terms: list[Weighting]) -> Weighting:
-    """Combine the weightings of a matrix that a model uses several times into a single weighting.
+    """Combine several weightings into one, for a matrix that a model uses several times.
 
     The result minimizes `|sum_k R_k (x) C_k - R (x) C|_F` over `R` and `C`: the nearest Kronecker product. If
     any `R_k` is diagonal, only the diagonals of all `R_k` are used; the same holds for the `C_k`.

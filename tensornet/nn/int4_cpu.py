@@ -66,7 +66,7 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Number of kernel products to sum for one product with the matrix, 1 or 2."""
+        """Number of 4-bit matrices whose products the kernel sums, 1 or 2."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
@@ -104,7 +104,7 @@ class KernelMatrix:
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield each slice of rows with its unpacked values, as the transpose of a contiguous matrix."""
         rows, columns = self.shape
-        # bfloat16 is the only 16-bit dtype with the range of the scales.
+        # The scales are in bfloat16, which has a larger range than float16.
         own = torch.float32 if dtype == torch.float16 else dtype
         factors = _in_order(self.scales, rows, self.block // 2).permute(2, 3, 0, 1, 4).to(own)
         factors = factors / _unit(self.number_format)
@@ -206,7 +206,7 @@ def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` with codes and scales of a `KernelMatrix` for two products."""
+    """Compute `x W^T` for `x: (tokens, in)` and a `KernelMatrix` that is split into two 4-bit matrices."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 
@@ -234,7 +234,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
 
 
 def products_of(number_format: NumberFormat) -> int:
-    """Return the number of kernel products to sum for one product with a matrix of this format, 1 or 2."""
+    """Return the number of 4-bit matrices into which a matrix of this format is split, 1 or 2."""
     return 2 if _low_bits(number_format) else 1
 
 
@@ -291,7 +291,7 @@ def to_kernel(number_format: NumberFormat, codes: Tensor, scales: Tensor, column
 
 
 def _low_bits(number_format: NumberFormat) -> int:
-    """Return the number of bits in the low part of each code; 0 if one product is enough."""
+    """Return the number of bits in the low part of each code; 0 if the matrix is not split."""
     assert number_format.bits is not None
     return max(number_format.bits - _BITS, 0)
 

@@ -106,7 +106,7 @@ class TensorNetworkLinear(NetworkModule):
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
-        """Compute the output with integers in their stored form; return None if this is not possible."""
+        """Compute the output directly from stored integers; return None if this is not possible."""
         if self.strategy in ("reconstruct", "cached"):
             return None
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Unfusing: replace modules that own several matrices by modules with one layer for each matrix, and undo it.
+"""Unfuse modules: replace a module that owns several matrices by one with a layer for each matrix.
 
 Recurrent layers, attention and stacks of experts store several matrices in one parameter, so a single matrix
 cannot be replaced. A `Compound` computes the same as such a stock module, but has one layer for each matrix:
@@ -267,7 +267,7 @@ class Compound(nn.Module):
         return stock
 
     def _free(self) -> None:
-        """Delete the stock module's parameters; layers that were not replaced get copies of their matrix."""
+        """Copy the matrices of layers that were not replaced, then delete the stock module's parameters."""
         stock = self._stock[0]
         for name in self.layer_names:
             if isinstance(layer := self.get_submodule(name), PartMatrix):
@@ -289,7 +289,7 @@ class Compound(nn.Module):
         place.add_module(last, layer)
 
     def __getattr__(self, name: str) -> Any:
-        """Look up an attribute in the stock module, for code that reads its sizes and options."""
+        """Look up an attribute in the stock module, for code that reads the module's sizes and options."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -314,7 +314,7 @@ def register_compound(kind: C) -> C:
 
 
 def compound_of(module: nn.Module) -> Any:
-    """Return the class of `Compound` that can replace a module, or None.
+    """Return the subclass of `Compound` that can replace a module, or None.
 
     >>> from tensornet.nn.unfuse import compound_of
     >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))

@@ -291,7 +291,7 @@ def _exponent(
 
 @remembered
 def rate_curve(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Any, Any]:
-    """Estimate the bits per weight of a coded matrix as a function of the steps, without rounding.
+    """Estimate the bits per weight of a coded matrix at several step sizes, without rounding the matrix.
 
     Args:
         weight: matrix, shape `(out, in)`.

@@ -189,7 +189,7 @@ class _Product:
     def best_right(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a right factor as it is and after a refit; return the better result and its loss."""
+        """Round a right factor with and without refitting it first; return the better result and its loss."""
         made: list[RoundedWeight | Tensor] = [self.fit_right(a), b]
         if number_format is not None:
             seen = a.mT @ times(self.weighting.rows, a)

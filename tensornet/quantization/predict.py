@@ -387,7 +387,7 @@ def _expected_on_levels(weight: Tensor, grid: Grid, number_format: NumberFormat,
 
 
 def _ratio(found: Tensor, known: Tensor) -> Tensor:
-    """Divide the sum of each row of `found` by that of `known`, shape `(stack,)`; 0 if the divisor is 0."""
+    """Divide row sums of `found` by row sums of `known`; the result is 0 where the divisor is 0."""
     total = known.sum(1)
     return torch.where(total > 0, found.sum(1) / torch.where(total > 0, total, 1.0), 0.0)
 
@@ -412,9 +412,10 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Compute the factor of each squared residual in a loss whose moment was not used for rounding.
+    """Compute the factors by which squared residuals are multiplied in a loss.
 
-    If both moments are full, their off-diagonal elements are assumed to be proportional.
+    Rounding used the moment `chosen`, but the loss is defined by `moment`. If both are full, their
+    off-diagonal elements are assumed to be equal up to a common factor.
 
     Args:
         kept: `ExpectedResiduals.rows` or `columns`, for the moment used for rounding; two tensors `(1, n)`.

@@ -253,7 +253,7 @@ def group_ranges(weight: Tensor, group: int | None, zero_point: bool) -> Tensor:
 
 
 def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
-    """Widen the scales of a format to 16 bits, and enlarge its groups to keep the size about the same.
+    """Widen the scales of a format to 16 bits, and enlarge its groups to keep about the same number of bytes.
 
     Groups become twice as large, or four times as large if scales had 4 bits, provided such sizes exist.
     """

@@ -136,8 +136,8 @@ class MPOFamily(FactoredFamily):
     ) -> dict[str, Any]:
         """Choose between balanced leg sizes and those of `unbalanced_dims`, unless dims are given.
 
-        The criterion is the product of two losses, at two numbers of parameters. Each is the loss of
-        truncating the widest bond after the moments of every leg were whitened.
+        After whitening the moments of every leg, the widest bond is truncated at each of two numbers of
+        parameters. The choice has the smallest product of the two discarded fractions.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
@@ -146,7 +146,7 @@ class MPOFamily(FactoredFamily):
         others = list(unbalanced_dims(rows, columns, len(balanced[0])))
 
         def lost(dims: Dims) -> float:
-            """Compute the criterion: a product of two discarded fractions of the squared norm."""
+            """Compute the product of the two discarded fractions of the squared norm."""
             # 1. Compute squared singular values at the widest bond, and their discarded fraction at each
             # rank.
             outs, ins = dims

@@ -185,7 +185,7 @@ class _PhaseRecorder(MomentRecorder):
         """Ignore embeddings, which are outside the blocks."""
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
-        """Copy some tokens of a layer's input in the backward phase, for `see_gradient`."""
+        """In the backward phase, copy some tokens of a layer's input for `see_gradient`."""
         return super().hold(name, x) if self.phase == "gradients" else []
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:

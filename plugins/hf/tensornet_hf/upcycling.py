@@ -97,14 +97,14 @@ class MoEConfig:
 
     These options give the variants that the MPOE paper (Gao et al. 2022) compares: `shared="center"` is MPOE;
     `shared="none"` gives every expert its own cores; `sites=1, shared="none"` gives every expert its own
-    dense matrices (Switch); and `max_bond=` truncates. `share=` chooses topology and shared cores as
-    `tensornet_moe.mixture` does.
+    dense matrices (Switch); and `max_bond=` truncates. The option `share=` replaces `shared=` and the
+    topology, as in `tensornet_moe.mixture`.
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
     a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
-    the same as before, since each router chooses the copies of its own layer's network for every token. To
-    this end the router's weights are zero for all other experts, whose probabilities are then equal and at
-    most `1 / (number of other experts)`; the biases of the layer's own experts are larger. With
+    the same as before, since each router chooses the copies of its own layer's network for every token. The
+    router's weights for all other experts are zero, so the probabilities of these experts are equal and at
+    most `1 / (number of other experts)`. The biases of the layer's own experts are above this limit. With
     `share="center"` or `"base"`, a single center or base must fit different networks. Errors are then large
     (see the report), so the model must be trained.
 
@@ -799,7 +799,7 @@ def _bank(
 
 
 def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], config: MoEConfig) -> ExpertFFN:
-    """Build experts from their banks; the biases of expert `e` are those of network `e % len(members)`."""
+    """Build experts from their banks, and give expert `e` the biases of `members[e % len(members)]`."""
     first = members[0]
     weight = first.matrix(first.matrices[0])
     biases = {name: [network.bias(name) for network in members] for name in first.matrices}

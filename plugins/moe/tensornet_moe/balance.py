@@ -58,7 +58,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         )
     loads: list[Tensor] = []
     for layer, bias in zip(layers, biases, strict=True):
-        # Also sum for layers that did not run here: a process in which they ran waits for this sum.
+        # Take part in the sum even for layers that did not run here: processes in which they ran wait for it.
         load = torch.zeros_like(bias, dtype=torch.float32)
         load += 0 if layer.assigned is None else layer.assigned
         if dist.is_available() and dist.is_initialized():

@@ -401,7 +401,9 @@ def find_stacks(
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int = 1) -> float:
-    """Compute how many of the given experts process a calibration token in a layer on average, at least 1.
+    """Compute how many of the given experts process a calibration token in a layer, on average.
+
+    The result is at least 1.
 
     Args:
         names: names of the experts.
@@ -429,12 +431,12 @@ Choice = list[int | SharedCandidate]
 def choose_jointly(
     prepared: Prepared, stacks: Sequence[Stack], across: Sequence[Stack] = ()
 ) -> tuple[Choice, str]:
-    """Choose candidates of single layers and of stacks in one budget, and name the cap that is reached first.
+    """Choose candidates of single layers and of stacks in one budget, and name the limit reached first.
 
-    A first allocation, with shared and separate candidates for every stack, finds which stacks share. Then
-    the budget is allocated again in finer steps: these stacks share, and all other layers are single. Two
-    more allocations are tried, in which no stack shares or every stack shares, so the result is never worse
-    than these two.
+    A first allocation, with shared and separate candidates for every stack, finds the stacks that share
+    cores. Then the budget is allocated again in finer steps: these stacks share cores, and all other layers
+    are single. Two more allocations are tried, in which no stack or every stack shares cores, so the result
+    is never worse than these two.
 
     Args:
         prepared: the candidates of every layer.

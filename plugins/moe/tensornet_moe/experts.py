@@ -331,7 +331,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return made
 
     def core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Return a core that the bank owns; a private core as a stack, zero-padded if bonds differ.
+        """Return a core that the bank owns; private cores are stacked, zero-padded if bonds differ.
 
         Args:
             name: name of the core.
@@ -352,7 +352,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return stacked if index is None else stacked.index_select(0, index)
 
     def cores(self, index: Tensor | None = None) -> dict[str, Tensor]:
-        """Return all cores by name, borrowed ones included; private cores as stacks of the given experts."""
+        """Return all cores by name, borrowed ones included; private cores are stacked, as in `core`."""
         borrowed = {} if self.owner_label is None else self.shared_parameters()
         # In a model on several devices, the owner may be on another device than this layer.
         device = self.stored_tensors()[0].device
@@ -665,8 +665,8 @@ def initial_cores(
     count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
     common = draw(enclosing)
     experts = [draw(topology) for topology in topologies]
-    # random_cores gives each of n cores the standard deviation (in * bonds)^(-1/2n). The shared cores are for
-    # the largest bonds, so private cores of experts with smaller bonds are rescaled.
+    # random_cores gives each of n cores the standard deviation (in * bonds)^(-1 / (2n)). The shared cores are
+    # drawn for the largest bonds, so private cores of experts with smaller bonds are rescaled.
     gains = [
         (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
         for topology in topologies

@@ -79,10 +79,10 @@ class JointFit:
 def fit_jointly(
     weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
 ) -> JointFit:
-    """Fit `weights: (E, out, in)` by shared and private cores, or separately if the error is then smaller.
+    """Fit networks with shared cores to the experts, or separate networks if their error is smaller.
 
     Args:
-        weights: the matrices of the experts.
+        weights: the matrices of the experts, shape `(E, out, in)`.
         topology: the operator of one expert.
         shared: names of shared cores.
         max_sweeps: largest number of sweeps of alternating least squares.
@@ -115,13 +115,14 @@ def fit_jointly(
 def fit_shared(
     weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
 ) -> JointFit:
-    """Fit `weights: (E, out, in)` by shared and private cores; for arguments and errors see `fit_jointly`.
+    """Fit networks with shared cores to the experts.
 
-    For low-rank networks that share one factor the fit is optimal. For all other networks, a few sweeps
-    of alternating least squares start from two sets of initial cores, and the better fit is continued. The
-    first set is the decomposition of the mean expert, which suits experts that were copied from one matrix.
-    The second consists of separate decompositions of all experts, with their shared cores averaged. The
-    problem is not convex: for unrelated experts the result is a local minimum.
+    Arguments and errors are those of `fit_jointly`. For low-rank networks that share one factor the fit is
+    optimal. For all other networks, a few sweeps of alternating least squares start from two sets of initial
+    cores, and the better fit is continued. The first set is the decomposition of the mean expert, which suits
+    experts that were copied from one matrix. The second consists of separate decompositions of all experts,
+    with their shared cores averaged. The problem is not convex: for unrelated experts the result is a local
+    minimum.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(

@@ -61,11 +61,11 @@ PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
 #: Ratio of successive ranks at which a base is fitted; the first rank is 1. At each rank, one fit
 #: from the base of the previous rank is better than three fits from the mean of the matrices.
 _GROWTH = 4
-#: Singular values below this fraction of the largest are rounding errors and limit the ranks.
+#: Singular values below this fraction of the largest are treated as zero, which limits the ranks.
 _LEAST_DIRECTION = 1e-7
 #: Ranks at which the losses of rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest number of bits of a factor: of any factor, and of a factor that must be accurate (`encodings`).
+#: Smallest numbers of bits: of any factor, and of a factor that must be accurate (`encodings`).
 _LEAST_BITS, _ACCURATE_BITS = 4, 8
 #: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128
@@ -250,7 +250,10 @@ def _factors_of_all_ranks(
 
 
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Return unit rows `(k, in)`; the first `r` span the best fit of rank `r`, under pooled moments."""
+    """Compute the best right factor that all matrices can share, with errors weighted by pooled moments.
+
+    The result has unit rows, shape `(k, in)`. Its first `r` rows are the best factor of rank `r`.
+    """
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
         size = matrices[0].shape[1]

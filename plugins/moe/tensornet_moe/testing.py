@@ -174,7 +174,7 @@ class BankLaws:
             self._made().expert_matrices(experts)
 
     def test_every_parameter_keeps_a_gradient(self) -> None:
-        """Check that all parameters get a gradient for any selection of experts."""
+        """Check that all parameters get a gradient, whichever experts are selected."""
         bank = self._made()
         bank.expert_matrices([1]).sum().backward()
         assert [name for name, p in bank.named_parameters() if p.grad is None] == []

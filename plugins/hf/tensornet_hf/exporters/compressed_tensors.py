@@ -77,8 +77,8 @@ def peft_adapter(
 
     Args:
         low_ranks: low-rank part of each layer by name.
-        dtypes: dtype of each layer by name. A factor is stored in this dtype if that is exact, otherwise in
-            float32.
+        dtypes: dtype of each layer by name. A factor is stored in this dtype if no digits are lost,
+            otherwise in float32.
     """
     tensors = {}
     for name, (left, right, _) in low_ranks.items():

@@ -158,7 +158,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
             "weights, but some of these scales are not."
         )
     step = np.ldexp((signs * common).astype(np.float64), lowest)
-    # The greatest common step might not be exact in float16, but a divisor, with larger integers, may be.
+    # If float16 does not store the greatest common step exactly, try divisors of it, with larger integers.
     for part in range(1, most + 1):
         smaller, larger = step / part, integers * part
         exact = (step.astype(np.float16) != step) & (smaller.astype(np.float16) == smaller)

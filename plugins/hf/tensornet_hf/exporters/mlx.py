@@ -72,8 +72,8 @@ def export_mlx(
 
     A linear layer or an embedding is packed if it is stored as a single matrix of integers of 2, 3, 4, 5, 6
     or 8 bits, and its number of inputs is a multiple of the group size of 32, 64 or 128. Scales and biases
-    have the dtype of the model if that is exact, otherwise float32; MLX then computes in float32 from this
-    layer on.
+    have the dtype of the model if it holds their values exactly. Otherwise they are float32, and MLX computes
+    in float32 from this layer on.
 
     Raises:
         DestinationError: see `tensornet_hf.export`.
