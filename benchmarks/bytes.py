@@ -79,7 +79,6 @@ class Book:
         return [bits for bits in sizes if (self.subject.name, method, seed, bits) not in known]
 
     def add(self, method: str, seed: int, bits: float, **found: Any) -> None:
-        """Append one row to the file."""
         row = {"model": self.subject.name, "method": method, "seed": seed, "bits": bits, **found}
         row |= {"unit": self.subject.unit, **self.origin}
         print(row, flush=True)
@@ -103,7 +102,10 @@ class Bench:
         self.recorded = self.judged()
 
     def judged(self) -> RecordedLosses:
-        """Record the dense model's losses on the judged windows; encoders use the cosine distance."""
+        """Record the dense model's losses on the windows for testing.
+
+        For encoders, the loss of any model is the cosine distance of its outputs to the dense model's.
+        """
         loss_fn = None
         if self.subject.encoder:
 
@@ -172,7 +174,7 @@ class Bench:
             self.book.add(method, seed, bits, **row)
 
     def forecast(self, plan: tn.CompressionPlan, small: nn.Module) -> Row:
-        """Return the formats of a plan, its predicted loss increase, and that measured on validation text."""
+        """Return a plan's formats, predicted loss increase, and increase measured on validation texts."""
         loss_fn = losses_against(self.dense)
         formats: Counter[str] = Counter()
         for layer in plan:
@@ -190,7 +192,7 @@ class Bench:
         }
 
     def peer(self, method: str, seed: int, sizes: Sequence[float], python: Path) -> None:
-        """Measure a peer at every size; the installed package runs in a separate process."""
+        """Measure another package (`method`) at every size, in a process of the interpreter `python`."""
         from safetensors.torch import load_file, save_file
 
         script = Path(__file__).with_name("bytes_peers.py")
@@ -254,7 +256,6 @@ def models(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
 
 
 def run(subject: Subject, given: argparse.Namespace) -> None:
-    """Measure all missing rows of one model."""
     origin = {key: provenance()[key] for key in ("date", "commit", "dirty", "device", "load", "threads")}
     origin["calibration_tokens"] = tokens_of(subject.calibration(0))
     origin["judged_tokens"] = tokens_of(subject.judged)
@@ -276,7 +277,6 @@ def run(subject: Subject, given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure the rows that the record lacks; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two sizes of the embedded model, few tokens")
     parser.add_argument("--models", nargs="+", default=["gpt2", "minilm", "smollm2"])

@@ -27,7 +27,6 @@ Weights = dict[str, Tensor]
 
 
 def peak_mib() -> int:
-    """Return the peak memory of this process so far in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) // 1024
 

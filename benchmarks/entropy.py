@@ -159,7 +159,6 @@ def every_block(subject: Subject, every: int) -> Subject:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="two layers of the embedded model, few tokens")
     parser.add_argument("--sizes", nargs="+", type=float, default=list(SIZES))

@@ -71,7 +71,6 @@ DENSE = -2
 
 
 def predict(plan: OperatorPlan, route: int, tokens: int, machine: Machine) -> float:
-    """Predict the seconds of one route with the cost model."""
     if route == DENSE:
         return dense_seconds(*plan.shape, tokens, machine)
     return plan.seconds(route, tokens, machine)
@@ -137,7 +136,6 @@ class TimedInteger:
     seconds: float
 
     def predicted(self, machine: Machine) -> float:
-        """Predict the seconds with the cost model."""
         if self.number_format is None:
             return dense_seconds(*self.shape, self.tokens, machine, 2)
         return product_seconds(self.number_format, self.shape, self.tokens, machine, 2)[1]

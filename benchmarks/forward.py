@@ -72,7 +72,6 @@ class Case:
     max_bond: int
 
     def layer(self, **options: Any) -> tn.nn.MPOLinear:
-        """Build a random layer."""
         topology = tn.topologies.mpo(out_dims=self.out_dims, in_dims=self.in_dims, max_bond=self.max_bond)
         return tn.nn.MPOLinear(topology.in_features, topology.out_features, topology=topology, **options)
 
@@ -96,7 +95,6 @@ RIVALS = ("factorized", "reconstructed") if find_spec("tltorch") else ()
 
 
 def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
-    """Build tltorch's layer with the same ranks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import tltorch

@@ -122,7 +122,6 @@ def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
 
 
 def file_bytes(model: nn.Module) -> int:
-    """Return the size of the file in which the model is saved."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         tn.save_model(model, path)
@@ -167,7 +166,6 @@ def measure(
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure the rows that the record lacks."""
     from transformers import AutoConfig, LlamaConfig
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

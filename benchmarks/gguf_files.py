@@ -155,7 +155,7 @@ class Bench:
                 self.judge(name, file, method="llama-quantize")
 
     def plans(self) -> None:
-        """For the size of every preset, write the file of a plan and measure its loss."""
+        """Write a plan's file for each given size and for the size of each preset, and measure its loss."""
         sizes = {f"{x:g} MB": round(1e6 * x) for x in self.given.megabytes}
         if self.given.tools is not None:
             sizes |= {x: (self.work / f"{x}.gguf").stat().st_size for x in self.given.presets}
@@ -214,7 +214,7 @@ class Bench:
         return stats
 
     def speed(self) -> None:
-        """For the files of plans and presets, measure `own_divergence`, and llama.cpp's tokens per second."""
+        """Measure `own_divergence` and llama.cpp's tokens per second for the files of plans and presets."""
         pairs = {
             row["name"]: row["name"].removeprefix(self.prefix)
             for row in self.rows
@@ -295,7 +295,6 @@ def models(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Measure the rows that the record lacks; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one size of the embedded model, few tokens")
     parser.add_argument("--models", nargs="+", default=["gpt2", "smollm2"])

@@ -127,7 +127,6 @@ def processor_seconds() -> float:
 
 
 def peak_mib() -> int:
-    """Return the peak memory of this process so far in MiB."""
     status = Path("/proc/self/status")
     if status.is_file():  # getrusage would include the memory of the process that started this one
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) // 1024
@@ -199,7 +198,6 @@ def record(name: str, rows: Sequence[Mapping[str, Any]], *, folder: Path = RECOR
 
 
 def processor() -> str:
-    """Return the name of the processor that the system reports."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text().splitlines():

@@ -62,7 +62,7 @@ class Recipe:
         rate: learning rate of AdamW after the warm-up.
         warmup: number of steps of the warm-up.
         weight_decay: weight decay of matrices.
-        average: the weights are averaged over about the last `1 / average` of all steps so far.
+        average: the weights are averaged over about the last fraction `1 / average` of all steps so far.
         judge_windows: number of windows for testing; half as many are for tuning.
     """
 
@@ -167,7 +167,6 @@ class Run:
         return next(float(point["tune_loss"]) for point in self.history if point["tokens"] >= tokens)
 
     def summary(self) -> dict[str, Any]:
-        """Return configuration, sizes and losses of the run for the record."""
         parameters = sum(p.numel() for p in self.model.parameters())
         return {
             **self.configuration,

@@ -152,7 +152,7 @@ CHAINS = ("two-sided ends", "one-sided ends")
 
 
 def form_layers(case: Case, names: Sequence[str]) -> dict[str, tm.SharedCoreMoE]:
-    """Build a mixture with dense experts and one for each way of sharing, all with equal router weights."""
+    """Build mixtures with equal router weights: one of dense experts, and one for each way of sharing."""
     torch.manual_seed(0)
     makers = {DENSE: DenseExperts, **{name: FORMS[name] for name in names}}
     layers = {name: mixture(case, make).train() for name, make in makers.items()}
@@ -171,7 +171,6 @@ class TwoLayers(nn.Module):
         self.pools = tm.tie_experts(self.layers) if pooled else nn.ModuleList()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens `x: (tokens, model)` to the same shape."""
         for layer in self.layers:
             x = x + layer(x)
         return x
@@ -200,7 +199,7 @@ def stepper(
 def compared(
     what: str, case: Case, steps: dict[str, Callable[[], None]], to: str, asked: float, **facts: Any
 ) -> list[dict[str, Any]]:
-    """Time several steps in turn, and make the rows that compare them with one of them.
+    """Time several steps in turn, and make a row for each that compares it with the step `to`.
 
     Args:
         what: description of the step.
@@ -261,7 +260,6 @@ def time_compiled(case: Case) -> list[dict[str, Any]]:
 
 
 def clock() -> Callable[[], float]:
-    """Return the clock for the present number of threads, see `clock_for`."""
     return clock_for(torch.get_num_threads())
 
 
@@ -302,7 +300,6 @@ def time_inference(case: Case, tokens: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="tiny sizes, for the tests")
     parser.add_argument("--records", type=Path, default=RECORDS)

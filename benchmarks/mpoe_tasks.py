@@ -106,7 +106,6 @@ class LanguageModelling:
         return torch.tensor(ids[: max(count, CONTEXT)])
 
     def model(self) -> nn.Module:
-        """Copy the trained dense model."""
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
@@ -149,7 +148,6 @@ class VowelRestoration:
         }
 
     def model(self) -> nn.Module:
-        """Copy the trained dense model."""
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:

@@ -64,7 +64,7 @@ class Row:
         max_bond: largest bond; None decomposes matrices exactly.
         shared: which cores the experts share.
         mask_p: probability of the gradient mask; 1 freezes the shared cores.
-        mask: further options of `GradientMask`; `("fade", share)` reduces the probability to 0 over this
+        mask: further options of `GradientMask`; `("fade", fraction)` reduces the probability to 0 over this
             fraction of the steps.
         across: whether all layers share one center.
     """
@@ -384,7 +384,6 @@ def toy(setting: Setting) -> Setting:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Make the missing runs and write the record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, help="folder of quotations (default: download with apt)")
     parser.add_argument("--state", type=Path, default=CACHE / "mpoe", help="folder of finished runs")

@@ -117,7 +117,6 @@ def measure_rounding(size: int, name: str, repeats: int) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run both parts and write their records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true", help="one tiny layer, to test the script")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), help="layers for planning")

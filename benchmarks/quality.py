@@ -2,8 +2,8 @@
 
 SmolLM2-135M-Instruct is calibrated on the Python tutorials and judged on the Debian handbook, by its
 perplexity over 40 evenly spread windows of 512 tokens. All methods use the same moments, except methods with
-two texts: half of their windows are from the documentation of the Linux kernel. `TABLE` lists the rows. Rows
-that are in the record are skipped, so a run can be interrupted and continued:
+two texts: these take half of their calibration windows from the documentation of the Linux kernel. `TABLE`
+lists the rows. Rows that are in the record are skipped, so a run can be interrupted and continued:
 
     OMP_NUM_THREADS=1 python benchmarks/quality.py CACHE
     python benchmarks/quality.py --toy      # this package's small GPT-2 and texts, in seconds
@@ -137,7 +137,6 @@ class Bench:
         self.heldout = self.text("heldout", self.windows)
 
     def model(self) -> Any:
-        """Load the dense model in float32."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()

@@ -183,7 +183,6 @@ def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
-    """Return the answers to the three questions."""
     by_case = {row["case"]: row for row in rows}
     flat = [row["above_idle_mb"] for row in rows if row["question"] == 2]
     return {
@@ -197,7 +196,6 @@ def summary(rows: Sequence[dict[str, Any]], sizes: Sizes) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:
-    """Run the benchmark and write its record; return its path."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--records", type=Path, default=RECORDS)

@@ -85,7 +85,6 @@ class Dense(nn.Module):
             self.down.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map tokens `(..., width)` to the same shape."""
         return self.down(nn.functional.gelu(self.up(x), approximate="tanh"))
 
 

@@ -1,6 +1,6 @@
 """Text and model for moe_from_scratch.py: several texts as tokens, and a GPT-2.
 
-The texts are Debian packages, unpacked but not installed (see `subjects.py` for the command):
+The texts are from Debian packages, unpacked but not installed (see `subjects.py` for the command):
 `postgresql-doc-17`, `linux-doc-6.12`, `python3.13-doc`, `debian-handbook`, `fortunes` and `bible-kjv` with
 `bible-kjv-text`. They are split by document into parts for training, tuning and testing. A paragraph that
 occurs in several documents is kept only in the first, so that no paragraph is in several parts.
@@ -252,5 +252,4 @@ def cross_entropy(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def gpt2_networks(model: nn.Module) -> list[nn.Module]:
-    """List the feed-forward networks of a GPT-2."""
     return [block.mlp for block in model.get_submodule("transformer.h").children()]

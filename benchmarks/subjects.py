@@ -307,7 +307,7 @@ def minilm(cache: Path, calibration: int = 512, judged: int = 400) -> Subject:
 
 
 def smollm2(cache: Path, calibration: int = 24, judged: int = 20, *, wide: bool = False) -> Subject:
-    """Return the rotated SmolLM2-135M-Instruct, with texts from the same sources as for MiniLM.
+    """Return SmolLM2-135M-Instruct after `rotate`, with texts from the same sources as for MiniLM.
 
     Args:
         cache: folder of models and texts.

@@ -297,7 +297,6 @@ def restoration(
 
 
 def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str, Any]) -> None:
-    """Train the GPT-2 and save it in a folder."""
     tokenizer = train_bpe(split.train)
     end = tokenizer.eos_token_id
     torch.manual_seed(recipe.seed)
@@ -335,7 +334,6 @@ def train_gpt2(split: Split, recipe: Recipe, folder: Path, provenance: dict[str,
 
 
 def train_t5(split: Split, recipe: Recipe, folder: Path, provenance: dict[str, Any]) -> None:
-    """Train the T5 and save it in a folder."""
     tokenizer = character_tokenizer()
     torch.manual_seed(recipe.seed)
     model = T5ForConditionalGeneration(
@@ -398,7 +396,6 @@ def write_slices(split: Split, out: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train both models and write them with their texts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

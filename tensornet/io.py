@@ -136,7 +136,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 def take_place(folder: Path, target: Path) -> None:
     """Rename a finished folder to its destination, and delete an existing folder of that name.
 
-    The existing folder is first renamed to `.NAME.*.old`. If anything fails, or after Ctrl-C, it gets its
+    The existing folder is first renamed to `.NAME.*.old`. After an error or Ctrl-C, it gets its
     name back.
 
     Raises:

@@ -456,7 +456,7 @@ class MPO:
         return self.transpose().apply(other)
 
     def __pow__(self, exponent: int) -> "MPO":
-        """Raise a square operator to a power; bonds grow to `bond ** exponent`, so round between products.
+        """Raise a square operator to a power; without rounding, its bonds have size `bond ** exponent`.
 
         Raises:
             ShapeError: the operator is not square.
@@ -694,7 +694,6 @@ class MPO:
     # is finite only if the absolute bound is below `|W|`; otherwise `W0` may be zero.
 
     def _log_bound(self) -> float:
-        """Compute the logarithm of the certified absolute error."""
         if self._log_distance is not None or self.error == 0:
             return -math.inf if self._log_distance is None else self._log_distance
         if not self.error < 1:

@@ -219,7 +219,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Compute the canonical form in double precision as `chain * 2^exponent`; return both."""
+    """Compute the canonical form in double precision, as a chain and the exponent of a power of two."""
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
@@ -425,7 +425,7 @@ def log_norm(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the Frobenius norm as `mantissa * 2^exponent` in double precision; return both numbers."""
+    """Compute the Frobenius norm in double precision, as a mantissa and the exponent of a power of two."""
     last = len(cores) - 1
     with torch.no_grad():
         frozen, exponent = _canonical(cores, last)
@@ -485,7 +485,7 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
 
 
 def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
-    """Compute the singular values at a bond as `mantissas * 2^exponent` in double precision; return both."""
+    """Compute the singular values at a bond, as mantissas and the exponent of one power of two."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"

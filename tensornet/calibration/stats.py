@@ -98,7 +98,6 @@ class CalibrationStats:
         return sum(x.numel() * x.element_size() for x in distinct.values())
 
     def _repr_html_(self) -> str:
-        """Return an HTML table for notebooks."""
         known = self.loss is not None and self.loss == self.loss  # a loss of NaN has no meaning
         loss = f", loss {self.loss:.4f}" if known else ""
         caption = f"Statistics of {self.tokens:,} tokens of {self.source}{loss}"

@@ -457,7 +457,7 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
 def allowed_bytes(
     config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
 ) -> dict[str, float]:
-    """Compute how many bytes each budget of bytes leaves for the targeted layers, by name of the budget.
+    """Compute the bytes that each size budget leaves for the targeted layers, by name of the budget.
 
     Args:
         config: the configuration.

@@ -95,7 +95,7 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into lists whose moments fit a memory limit; a layer above it is a list by itself."""
+    """Split layers into lists whose moments fit a limit; a layer above the limit is a list by itself."""
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -669,7 +669,7 @@ class Sizes:
         return plan.seconds(route, self.tokens, self.machine, itemsize)
 
     def dense_time(self, matrix: Tensor, number_format: NumberFormat | None = None) -> float:
-        """Predict the milliseconds of a dense layer, in the dtype of the matrix or in a number format."""
+        """Predict the milliseconds that a dense layer takes, with its own dtype or with a number format."""
         if self.tokens is None:
             return 0.0
         shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()

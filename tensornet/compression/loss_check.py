@@ -332,10 +332,10 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers that make the loss of a group too high.
+        """Find the layers that make the loss of a group too high; return a factor for each, by name.
 
-        If the loss of neither half of the group is too high, these are all layers of the group. `increase` is
-        the measured loss increase of the group. The result is a dict like that of `factors`.
+        The two halves of the group are measured. If neither has too high a loss, all layers of the group are
+        returned. `increase` is the measured loss increase of the group.
         """
         found: dict[str, float] = {}
         if len(group) > 1 and self.left > 1:

@@ -68,7 +68,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
-        """Average the loss increases of single tokens, shape `(tokens,)`; `facts` are the other fields."""
+        """Make a `LossIncrease` from the increases of tokens, shape `(tokens,)`, and its other fields."""
         return cls(*mean_and_error(increases), len(increases), **facts)
 
     def __str__(self) -> str:

@@ -500,7 +500,6 @@ class CompressionPlan:
         return plan_figure(self.layers, self.curve(unit="bytes"), self.predicted_loss_increase)
 
     def _repr_html_(self) -> str:
-        """Return an HTML table for notebooks."""
         total = (
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, {self.bits_per_weight:.2f} bits a weight"
         )

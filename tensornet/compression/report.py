@@ -222,7 +222,6 @@ class CompressionReport:
         return report_figure(self.layers)
 
     def _repr_html_(self) -> str:
-        """Return an HTML table for notebooks."""
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
         loss = self.plan.predicted_loss_increase
         predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"

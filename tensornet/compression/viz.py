@@ -111,7 +111,7 @@ def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increas
 
 
 def report_figure(layers: Layers) -> "Figure":
-    """Plot a finished compression: bits and ranks of all layers, and the predicted loss or error of each.
+    """Plot the bits, the ranks, and the predicted losses or the errors of all compressed layers.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.

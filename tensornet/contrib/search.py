@@ -89,7 +89,7 @@ class TopologySearch:
 
     @property
     def front(self) -> tuple[SearchPoint, ...]:
-        """Pareto front: points that no other point matches or beats in all three: parameters, error, time."""
+        """Points of the Pareto front: no other point matches or beats them in parameters, error and time."""
         front: list[tuple[tuple[float, float, float], SearchPoint]] = []
         keys = [(point.params, point.error, point.milliseconds) for point in self.points]
         for key, point in sorted(zip(keys, self.points, strict=True), key=lambda entry: entry[0]):

@@ -184,7 +184,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
     Args:
         core: the core.
         labels: label of each axis.
-        digits: digits of the tokens, shape `(tokens,)`, by out-leg.
+        digits: for each out-leg, the digits of the tokens, shape `(tokens,)`.
 
     Returns:
         The slices, shape `(tokens, *remaining axes)`; the core itself if it has no out-leg.

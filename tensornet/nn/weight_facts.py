@@ -32,7 +32,7 @@ LIKE = {Tensor.to, Tensor.type_as}
 
 
 class WeightReadError(TargetError):
-    """Raised when code reads the values of a compressed layer's weight; `layer` is the layer."""
+    """Raised when code reads the values of the weight of `layer`, a compressed layer."""
 
     layer: nn.Module | None = None
 

@@ -259,7 +259,7 @@ def round_to_rate(
 
 @remembered
 def _directions(weight: Tensor, rows: Moment | None, columns: Moment | None) -> tuple[Tensor, Tensor]:
-    """Compute the steps of rows and columns up to a common factor: `D^-1/2`, with a geometric mean of one."""
+    """Compute `D^-1/2` of rows and columns, the step sizes up to a factor, with a geometric mean of 1."""
     found = []
     for moment, size in ((rows, weight.shape[0]), (columns, weight.shape[1])):
         sensitivity = weight.new_ones(1, size)
@@ -275,7 +275,7 @@ def _directions(weight: Tensor, rows: Moment | None, columns: Moment | None) -> 
 def expected_steps(
     weight: Tensor, number_format: NumberFormat, rows: Moment | None, columns: Moment | None
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the steps that `round_to_rate` will find for rows and columns."""
+    """Estimate the step sizes of rows and columns that `round_to_rate` will find."""
     across, along = _directions(weight, rows, columns)
     return across * 2.0 ** _exponent(weight, number_format, rows, columns), along
 

@@ -285,7 +285,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def of_size(self, count: int) -> _Tiles:
-        """Return memory for at least `count` tiles, in one of a few sizes, so that views can be reused."""
+        """Return memory for `count` tiles or a few more; `count` is rounded up so that views are reused."""
         unit = max(8, 1 << max(count.bit_length() - 3, 0))
         count += -count % unit
         if count not in self._known:

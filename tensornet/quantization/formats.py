@@ -289,7 +289,7 @@ class NumberFormat:
 
     @property
     def center(self) -> float:
-        """Code (integer or half-integer) of the value 0 in formats without zero points; 0 with a table."""
+        """Code of the value 0 in formats without zero points (may be a half-integer); 0 with a table."""
         if self.table:
             return 0.0
         half = 2.0 ** (self._integer_bits() - 1)

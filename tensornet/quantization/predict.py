@@ -53,8 +53,8 @@ def predict_losses(
     Args:
         weight: matrix, shape `(out, in)`.
         number_formats: integer formats or their names.
-        weightings: weightings of the loss. Their row moments should have proportional off-diagonal elements,
-            and so should their column moments.
+        weightings: weightings of the loss. From one weighting to the next, the off-diagonal elements of the
+            row moment should change only by a common factor; likewise for the column moment.
         row_damping, column_damping: damping of the moments for rounding, as in `round_weight`; losses are
             predicted without damping.
         rounding: rounding method, see `round_weight`.

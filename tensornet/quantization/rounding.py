@@ -1,4 +1,4 @@
-"""Round a matrix to a number format with a small loss increase: to nearest, one-sided or two-sided.
+"""Round a matrix to a number format: to nearest, or with one-sided or two-sided error feedback.
 
 Error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`, but moves some
 elements out of the range of the grid, where they are clamped. So less feedback is tried too, and the result

@@ -47,8 +47,8 @@ class Outcome:
         bonds: bond sizes.
         tensors: stored tensors, whose dtype and device are checked.
         topology: topology of the result, for `check_quality`. If absent, a single bond counts as the rank of
-            two factors `(out, rank)` and `(rank, in)`; for several bonds the error must only be smaller than
-            that of the zero matrix.
+            two factors `(out, rank)` and `(rank, in)`. For several bonds the error is only compared with that
+            of the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -266,7 +266,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """Check that a matrix with NaN or infinity raises NonFiniteError with a message.
+    """Check that NonFiniteError with a message is raised for a matrix with NaN or infinity.
 
     Example:
         >>> from tensornet.testing import laws
@@ -512,7 +512,7 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
 
 
 def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that a layer takes as many bytes as the format states, and is loaded bit for bit.
+    """Check that a layer takes the bytes that the format states, and that loading preserves its matrix.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -604,7 +604,7 @@ class _Laws:
         return {}
 
     def subject(self) -> tuple[Any, ...]:
-        """Return the arguments that every law takes before the drawn ones."""
+        """Return the arguments that every law takes before those that hypothesis draws."""
         return ()
 
 

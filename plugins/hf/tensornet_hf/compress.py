@@ -429,7 +429,7 @@ def for_target(
 
     Args:
         target: name of the target.
-        config: the compression options; a list of formats in it is kept.
+        config: the compression options; if these list number formats, the list is kept.
         model: the dense model.
         folder: folder of the dense model.
 
@@ -710,7 +710,7 @@ def _print_estimate(
 
 
 def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
-    """Estimate how long a run takes, including the baselines of a report, and return the estimate as a line.
+    """Return a line that estimates the time of a run, including the baselines of a report.
 
     Args:
         model: the dense model; may be on the meta device.

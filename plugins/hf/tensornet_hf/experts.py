@@ -193,7 +193,7 @@ def experts_apart(model: nn.Module) -> Iterator[None]:
 
 
 def tell_padding(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Give split experts the attention mask of a batch, since their inputs do not show what is padding."""
+    """Give split experts the attention mask of a batch, which shows where their inputs are padding."""
     mask = batch.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None
     for module in model.modules():

@@ -160,9 +160,9 @@ def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
 def shared_tensors(tensors: Mapping[str, Tensor], layers: Collection[str], *, base: str) -> dict[str, str]:
     """Map the names of shared tensors in compressed modules to the names under which they are stored.
 
-    A tensor is stored under its first name outside the compressed modules; if all its names are inside,
-    under the first. Names in the base model come before names in a head, so that the base model can be
-    loaded alone.
+    A tensor is stored under its first name outside the compressed modules. If it has no such name, it is
+    stored under its first name. Names in the base model come before names in a head, so that the base model
+    can be loaded alone.
 
     Args:
         tensors: state dict of the model with the parameters themselves (`keep_vars=True`).

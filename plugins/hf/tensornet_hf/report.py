@@ -294,7 +294,7 @@ def _short_loss(value: float | None) -> str:
 
 
 def _blocks(page: Page) -> dict[str, list[dict[str, Any]]]:
-    """Group the rows of the layer table by block; a row has the predicted loss increase of each method."""
+    """Make the rows of the layer table, grouped by block."""
     plan, losses = page.report.plan, page.losses
     blocks: dict[str, list[dict[str, Any]]] = {}
     for name, layer in zip(layer_names([x.name for x in plan]), plan, strict=True):

@@ -313,7 +313,7 @@ def _other_files(folder: Path) -> list[str]:
 
 
 def _check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, since: str) -> None:
-    """Raise FormatError if a file changed after `before` was recorded; `since` is this time, in words."""
+    """Raise FormatError if `before` and `now` differ; `since` says in words when `before` was recorded."""
     if changed := sorted(x for x in before.keys() | now.keys() if before.get(x) != now.get(x)):
         raise FormatError(
             f"{', '.join(changed)} in {folder} changed since {since}, so finished shards belong to the old "

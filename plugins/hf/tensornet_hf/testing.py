@@ -73,7 +73,7 @@ class ExportLaws:
             assert float(error) <= 1e-6, f"{name}: relative error {float(error):.3g}"
 
     def test_report(self, tmp_path: Path) -> None:
-        """Check that the report gives the bytes, and every layer once, packed or dense with a reason."""
+        """Check that the report has the size, and lists each layer once: packed, or dense with a reason."""
         model = self._mixed()
         report = export(model, tmp_path / self.destination, target=self.target)
         assert report.packed, "no layer is packed"

@@ -1,6 +1,6 @@
 """Convert text to tokens and calibration batches, and generate text.
 
-- Causal language models read windows of the text, and their loss is that of the next token.
+- Causal language models read windows of the text and predict each next token.
 - Encoder-decoders read one example a line: the input, a tab and the target. If a line has no tab, the model
   generates the target.
 - Encoders read passages. Masked language models are scored on masked tokens, classifiers on labels drawn from

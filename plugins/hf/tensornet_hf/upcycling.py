@@ -103,10 +103,10 @@ class MoEConfig:
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
     a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
     the same as before, since each router chooses the copies of its own layer's network for every token. The
-    router's weights for all other experts are zero, so the probabilities of these experts are equal and at
-    most `1 / (number of other experts)`. The biases of the layer's own experts are above this limit. With
-    `share="center"` or `"base"`, a single center or base must fit different networks. Errors are then large
-    (see the report), so the model must be trained.
+    router's weights for all other experts are zero, so these have equal probabilities, each at most
+    `1 / (number of other experts)`. The router adds a bias to each probability. For the layer's own experts
+    this bias alone exceeds the limit, so they are chosen. With `share="center"` or `"base"`, a single center
+    or base must fit different networks. Errors are then large (see the report), so the model must be trained.
 
     Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
     `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from
@@ -344,7 +344,7 @@ class UpcycleReport:
 
     @property
     def params(self) -> int:
-        """Number of parameters of the mixtures; cores that several layers share count once."""
+        """Number of parameters of the mixtures; cores that several layers share are counted once."""
         return sum(layer.params for layer in self.layers) + self.across_params
 
     @property
@@ -432,7 +432,7 @@ class FeedForward:
 
 
 class DoneBefore(nn.Module):
-    """Identity for later parts of a network; the mixture in place of the first part computes everything.
+    """Identity that replaces the later parts of a network; a mixture replaces the first part.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """
@@ -737,10 +737,10 @@ def _function_of(network: FeedForward) -> dict[str, object]:
 
 
 def _choose_own(router: Router, place: int, layers: int) -> None:
-    """For every token, let a router choose the experts `e % layers == place`, those of its own layer.
+    """For every token, let a router choose its layer's own experts: all `e` with `e % layers == place`.
 
-    All other experts get equal probabilities, which are at most `1 / (number of other experts)`. The biases
-    of the layer's own experts are above this limit.
+    All other experts get equal probabilities, at most `1 / (number of other experts)`. The router adds a
+    bias to each probability. For the layer's own experts this bias alone exceeds that limit.
     """
     own = torch.arange(router.num_experts, device=router.weight.device) % layers == place
     router.weight[~own] = 0
@@ -751,7 +751,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 def _refuse_causal(
     config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
-    """For a router that uses later tokens, raise TargetError if a network is or may be causal."""
+    """Raise TargetError if a router that uses later tokens would be in a network that may be causal."""
     found = list(networks)
     if causal is None and isinstance(model, PreTrainedModel):
         if model.config.is_encoder_decoder:

@@ -533,7 +533,7 @@ def _unit(prepared: Prepared) -> str:
 def _options(
     stack: Stack, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
-    """List the candidates of a stack: separate ones (a candidate index for each expert), and shared ones."""
+    """List ways to store a stack, each with the indices of the experts' candidates or a shared candidate."""
     members = [prepared.candidates[place] for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 

@@ -483,7 +483,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             Relative Frobenius error that rounding adds to the matrices of all experts.
 
         Raises:
-            FormatError: an unknown or entropy-coded format, formats for unknown cores, or a pivoted storage.
+            FormatError: an unknown or entropy-coded format, formats for unknown cores, or pivoted cores.
 
         Example:
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)

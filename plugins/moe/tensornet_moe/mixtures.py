@@ -301,7 +301,7 @@ def check_group(name: str, group: int, layers: int, *, least: int = 1) -> None:
 
 
 def _function_of(experts: ExpertFFN) -> dict[str, object]:
-    """Describe shapes, activation and biases of experts, but not what their matrices are made of."""
+    """Describe the shapes, the activation and the biases of experts."""
     banks = {name: experts.bank(name) for name in experts.names}
     shapes = {name: (bank.num_experts, bank.out_features, bank.in_features) for name, bank in banks.items()}
     bias = getattr(experts, f"{experts.names[0]}_bias") is not None

@@ -1,4 +1,4 @@
-"""Pools of experts that several layers use: the pool, which owns the experts, and references in layers."""
+"""Pools of experts that several layers use, and the references to a pool in these layers."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal

@@ -573,7 +573,7 @@ def _fit_losses(
 
 
 def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the weighted SVD if it has all singular values, else the matrix and the SVD's two factors."""
+    """Return the SVD if it has all singular values, otherwise the matrix and the two factors of the SVD."""
     return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 

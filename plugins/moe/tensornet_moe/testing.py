@@ -94,7 +94,7 @@ class RouterLaws:
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     def test_refuses_non_finite(self, value: float) -> None:
-        """Check that NaN and infinity in tokens raise NonFiniteError, and are ignored in padding."""
+        """Check that NonFiniteError is raised for NaN or infinity in tokens, but not in padding."""
         router, x = self._made(), torch.randn(_TOKENS, _FEATURES)
         x[3] = value
         with pytest.raises(NonFiniteError):

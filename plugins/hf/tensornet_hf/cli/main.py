@@ -1,4 +1,4 @@
-"""Entry point of the command line; an error prints one line on stderr and sets a non-zero exit status."""
+"""Entry point of the command line, which reports an error in one line and by a non-zero exit status."""
 
 import os
 import re

@@ -102,7 +102,7 @@ def peft_adapter(
 
 
 def quantization_entry(packed: Mapping[str, str]) -> dict[str, Any]:
-    """Build the `quantization_config` of a checkpoint from the number format of each packed layer by name."""
+    """Build the `quantization_config` of a checkpoint; `packed` maps packed layers to number formats."""
     groups = {}
     for number, name in enumerate(sorted(set(packed.values()))):
         found = NumberFormat.parse(name)

@@ -171,7 +171,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
 
 
 def _nibbles(codes: Array, run: int) -> Array:
-    """Pack 4-bit codes; the first of two runs gives the low halves of bytes, the second the high halves."""
+    """Pack two runs of 4-bit codes into the low and the high halves of each run of bytes."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
 

@@ -26,7 +26,7 @@ from tensornet_moe.pool import PooledExperts
 
 
 class ParallelExperts(nn.Module):
-    """Experts of one layer distributed over a process group; replaces their `ExpertFFN`.
+    """Experts of one layer, distributed over a process group; this module replaces their `ExpertFFN`.
 
     Process `r` of `R` stores experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
     the same number of times, forward and backward, even without tokens.
