@@ -244,7 +244,6 @@ def put(model: nn.Module, weights: Mapping[str, Tensor], subject: Subject) -> No
 
 
 def models(given: argparse.Namespace) -> dict[str, Callable[[], Subject]]:
-    """Return functions that make the models, by name."""
     if given.toy:
         few = LayerSelection(target_modules=("h.3.attn.c_proj", "h.2.attn.c_proj"))
         return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000, layers=few)}

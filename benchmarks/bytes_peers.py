@@ -134,7 +134,7 @@ PACKAGES = {"gptq": "llmcompressor", "torchao": "torchao", "hqq": "hqq", "autoro
 
 
 def main() -> None:
-    """Quantize to each number of bits; an error is written to `BITS.json` and does not end the script."""
+    """Quantize to each number of bits, and write an error to `BITS.json` without ending the script."""
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

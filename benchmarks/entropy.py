@@ -124,7 +124,7 @@ def bits_for(prepared: Prepared, loss_increase: float, most: float) -> float:
 
 
 def run(subject: Subject, sizes: Sequence[float], work: Path | None, folder: Path) -> None:
-    """At every size, compare an uncoded plan to an entropy-coded plan of equal predicted loss."""
+    """Compare plans with and without entropy coding at equal predicted loss, for every size."""
     dense = subject.load()
     stats = statistics(subject, dense, work)
     losses = record_losses(dense, subject.judged, source="judged", tokens=None)

@@ -194,7 +194,7 @@ def choices(timed: Sequence[Timed], machine: Machine) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> Machine:
-    """Measure times, fit the constants, and print them; return the fitted machine."""
+    """Measure times, fit and print the machine constants, and return the fitted machine."""
     options = options_of(__doc__, arguments)
     shapes, tokens = (SHAPES[:2], (1, 16)) if options.toy else (SHAPES, TOKENS)
     shapes_of_integers = INTEGER_SHAPES[:1] if options.toy else INTEGER_SHAPES

@@ -70,7 +70,7 @@ KEY = ("side", "mode", "threads", "tokens", "device")
 
 
 def build(config: Any, side: str, folder: Path | None) -> nn.Module:
-    """Build one variant of the model, see `SIDES` and `GENERATING`; without a folder, weights are random."""
+    """Build one variant of the model, see `SIDES` and `GENERATING`; weights are random without a folder."""
     from transformers import AutoModelForCausalLM
 
     if folder is None:
@@ -105,7 +105,7 @@ def formats(side: str, count: int) -> list[str]:
 
 
 def integers(layer: nn.Linear, number_format: str) -> TensorNetworkLinear:
-    """Build a bfloat16 layer of random integers in the shape of `layer`; rounding would take longer."""
+    """Build a bfloat16 layer of random integers in the shape of `layer`, to save the time of rounding."""
     topology = dense(out_features=layer.out_features, in_features=layer.in_features)
     storage = Storage(number_format=NumberFormat.parse(number_format))
     options: dict[str, Any] = {"bias": layer.bias is not None, "storage": storage, "device": "meta"}

@@ -105,7 +105,6 @@ class Bench:
         return record("gguf_files", self.rows, folder=self.given.records)
 
     def tool(self, name: str, *arguments: object) -> str:
-        """Run a program of llama.cpp and return its output."""
         command = [str(self.given.tools / name), *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -241,7 +240,7 @@ class Bench:
             self.write()
 
     def own_divergence(self, file: Path) -> float:
-        """Measure the KL divergence of llama.cpp's logits from those of the same weights in float32."""
+        """Measure the KL divergence of a file in llama.cpp from the same weights stored in float32."""
         text = self.work / "judged.txt"
         if not text.is_file():
             tokenizer = AutoTokenizer.from_pretrained(self.subject.folder)
@@ -284,7 +283,6 @@ def picture(rows: Sequence[Row], names: Sequence[str], file: Path) -> None:
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:
-    """Return functions that make the models, by name."""
     if given.toy:
         return {"gpt2": lambda: subjects.gpt2(count=8, limit=8_000)}
     return {

@@ -254,7 +254,7 @@ class Run:
         )
 
     def evaluate(self, part: str = "test") -> tuple[float, float | None]:
-        """Judge the model's weights on a part of the text; see the function `evaluate`."""
+        """Evaluate the model on a part of the text; see the function `evaluate`."""
         limit = self.recipe.judge_windows // (2 if part == "tune" else 1)
         windows = self.corpus.windows(part, context=self.sizes.context, limit=limit)
         return evaluate(self.model, windows, self.recipe.windows)
@@ -328,7 +328,7 @@ def in_few_bits(run: Run, bits: Sequence[float]) -> Iterator[dict[str, Any]]:
 
 
 def picture(records: Path, file: Path) -> None:
-    """Plot the difference from the dense model's loss over training tokens; plot the loss over bytes."""
+    """Make two plots: loss minus that of the dense model over training tokens, and loss over bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

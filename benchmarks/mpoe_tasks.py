@@ -109,7 +109,7 @@ class LanguageModelling:
         return copy.deepcopy(self.dense)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield training batches endlessly; each pass over the text cuts windows at another offset."""
+        """Yield training batches endlessly, with windows at another offset in each pass over the text."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             offset = int(torch.randint(min(CONTEXT, len(self.train) - CONTEXT + 1), (), generator=generator))
@@ -119,7 +119,7 @@ class LanguageModelling:
                 yield {"input_ids": windows[rows], "labels": windows[rows]}
 
     def judge(self, part: str) -> list[tuple[dict[str, Tensor], int]]:
-        """List batches of disjoint windows of a part, each with its number of predicted tokens."""
+        """Split a part of the text into batches of disjoint windows, with the number of predicted tokens."""
         stream = self.parts[part]
         windows = stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(16)
         return [({"input_ids": w, "labels": w}, len(w) * (CONTEXT - 1)) for w in windows]

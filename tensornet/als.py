@@ -395,7 +395,7 @@ class Legs:
     def _moment(
         self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
     ) -> Tensor | None:
-        """Transform a moment `M` to leg-whitened coordinates, `L^-1 M L^-T`; padding gets zero weight."""
+        """Transform a moment `M` to leg-whitened coordinates, `L^-1 M L^-T`, with zero weight at padding."""
         size, count = math.prod(dims), len(dims)
         if moment is None:
             return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)

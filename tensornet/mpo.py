@@ -654,7 +654,7 @@ class MPO:
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """Convert a quimb `MatrixProductOperator` to an MPO; its in- and out-legs may differ in size."""
+        """Convert a quimb `MatrixProductOperator`, whose in- and out-legs may differ in size, to an MPO."""
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
@@ -743,7 +743,6 @@ class MPO:
 
 
 def _from_numpy(value: Any) -> Any:
-    """Copy a NumPy array to a tensor; return any other value unchanged."""
     return torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
 
 

@@ -248,7 +248,7 @@ def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
-    """Multiply a canonical chain by `2^exponent`, in its center or, if this would overflow, in all cores."""
+    """Multiply a canonical chain by `2^exponent`, spread over all cores if its center would overflow."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
@@ -567,7 +567,6 @@ def _reversed(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _is_place(value: int, first: int, end: int) -> bool:
-    """Return True if the value is a Python or NumPy integer with `first <= value < end`."""
     try:
         return first <= index(value) < end
     except TypeError:

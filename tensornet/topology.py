@@ -150,7 +150,7 @@ class Topology:
 
     @property
     def central_core(self) -> str:
-        """Name of the (first) core with the most parameters; the experts of MPOE share this core."""
+        """Name of the first core with the most parameters, which the experts of MPOE share."""
         shapes = self.core_shapes
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 

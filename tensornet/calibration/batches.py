@@ -288,7 +288,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch, about `tokens` tokens; if one row of ids has more, it is cut."""
+    """Select the first rows of a batch, about `tokens` tokens. A single row of ids with more is cut."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]

@@ -54,7 +54,7 @@ class Call:
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a block with these arguments and another hidden state; return its output hidden state."""
+        """Run a block on `hidden` and these other arguments, and return the new hidden state."""
         call = self.with_hidden(hidden)
         return hidden_of(block(*call.args, **call.kwargs))
 

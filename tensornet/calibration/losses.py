@@ -227,7 +227,7 @@ _IN_PLACE = (
 
 
 def scores_next_token(model: nn.Module) -> bool | None:
-    """Return True if a model predicts the label of the next position, False if that of the same position.
+    """Return True if a model predicts the next token, False if it predicts the label at the same position.
 
     Classes of `transformers` are recognized by the end of their name, and encoder-decoder models, which shift
     labels themselves, by their configuration. The result for any other class is None.
@@ -396,7 +396,6 @@ def field(output: Any, name: str) -> Any:
 
 
 def _logits(output: Any) -> Tensor | None:
-    """Return the class logits of an output: its field `logits`, or the output itself if it is a tensor."""
     return output if isinstance(output, Tensor) else field(output, "logits")
 
 
@@ -538,7 +537,7 @@ _drawing: ContextVar[dict[torch.device, torch.Generator] | None] = ContextVar("d
 
 @contextmanager
 def seeded_draws() -> Iterator[None]:
-    """Return a context in which losses draw random numbers with a fixed seed, not with the global generator.
+    """Return a context in which losses draw from generators with a fixed seed, not from the global one.
 
     The generators are not reset between batches, so equal batches get different random numbers.
 

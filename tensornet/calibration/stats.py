@@ -19,7 +19,7 @@ STATS_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """Second moments of the inputs and output gradients of every layer; they predict loss increases.
+    """Second moments of every layer's inputs and output gradients, which predict loss increases.
 
     A change `dW: (out, in)` of one layer's weight increases the loss of a token by about `coherence * 1/2
     tr(R dW C dW^T)`, in the K-FAC approximation of the Fisher matrix. For a linear layer with inputs `x`, and

@@ -391,7 +391,7 @@ class Cap(NamedTuple):
     allowed: float
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Compute the fraction of the limit that a choice uses; at most 1 if it is within the limit."""
+        """Compute the fraction of the limit that a choice uses."""
         return total_size(self.curves, chosen) / self.allowed
 
 

@@ -141,7 +141,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put back the stock modules that `apply_plan` has replaced, by dotted name."""
+    """Put the stock modules that `apply_plan` has replaced back at their dotted names."""
     with unfused(model):
         for name, module in dense.items():
             set_submodule(model, name, module)

@@ -158,9 +158,9 @@ def _of_layer(
 
 
 def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> list[Candidate]:
-    """Make the only candidate of a layer whose gradients are all zero, so that its errors have no known cost.
+    """Make the only candidate of a layer with zero gradients: the dense matrix, with no loss increase.
 
-    It is the dense matrix, in the largest integer format if number formats are planned.
+    If number formats are planned, it is stored in the largest integer format.
     """
     integers = [x for x in config.number_formats if x.is_integer]
     if not integers:

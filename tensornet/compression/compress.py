@@ -257,12 +257,12 @@ def observing(plan: CompressionPlan) -> CompressionConfig:
 
 
 def _named(data: Iterable[BatchLike] | ProvidedData, source: str) -> ProvidedData:
-    """Return batches as `ProvidedData`; batches without a name get the name `source`, for reports."""
+    """Convert batches to `ProvidedData` with the name `source`, unless they are `ProvidedData` already."""
     return data if isinstance(data, ProvidedData) else ProvidedData(data, source)
 
 
 def _measurable(data: ProvidedData) -> ProvidedData:
-    """Return the data, without the loss function if its values are random and cannot be compared."""
+    """Remove the loss function from the data if its values are random and so cannot be compared."""
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 

@@ -263,7 +263,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Multiply predicted losses by a factor, for the planned candidate and all smaller ones of its family."""
+    """Scale the predicted losses of the planned candidate and of the smaller candidates of its family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [
@@ -313,7 +313,7 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Find the layers whose predicted losses are far too low; return a factor for each of these, by name.
+        """Return a factor for each layer whose predicted loss is far too low, by name.
 
         The layers of a group are measured together.
         """
@@ -349,7 +349,7 @@ class _Trial:
         return found or dict.fromkeys((layer.name for layer in group), factor)
 
     def _allowed(self, group: Group) -> float:
-        """Compute the measured loss increase of a group up to which its predictions are not changed."""
+        """Compute the measured loss increase above which the predictions of a group are raised."""
         predicted = self.common * _predicted(group)
         return max(_TOO_LOW * predicted, predicted + self.common * _SHARE * self.total)
 

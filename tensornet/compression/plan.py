@@ -344,7 +344,7 @@ class CompressionPlan:
         return math.exp(self.dense_loss + increase) if known else None  # type: ignore[operator]
 
     def predictions(self) -> dict[str, float | None]:
-        """Collect all predictions in a JSON-ready dict; unknown predictions are None."""
+        """Collect all predictions in a JSON-ready dict, with None for unknown ones."""
         names = (
             "predicted_loss_increase",
             "predicted_kl",
@@ -626,6 +626,5 @@ def _check(plan: CompressionPlan) -> None:
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """Sum the values; return None if there are no values, or if any value is None."""
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) else None

@@ -88,7 +88,7 @@ def layer_sensitivity(
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Compute the gradient moment of `forecast_weighting` from that of `choice`, in one pass over memory."""
+    """Damp the gradient moment of `choice` further; the result is that of `forecast_weighting`."""
     least, most = max(damping, _LEAST_DAMPING), max(damping, FORECAST_DAMPING)
     further = moment / (1 + most)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
@@ -204,12 +204,11 @@ def _spread(frequencies: Tensor) -> Tensor:
 
 
 def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
-    """Return True if a moment exists and is not zero."""
     return moment is not None and bool(moment.any())
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Use the means over its relatives as moments of a layer that never ran in calibration.
+    """Return the mean moments of a layer's relatives, for a layer that never ran in calibration.
 
     Raises:
         TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.
@@ -246,7 +245,7 @@ def _ran(target: Target, stats: CalibrationStats) -> bool:
 
 
 def never_ran(target: Target) -> TargetError:
-    """Build the error for a weight without calibration statistics."""
+    """Build the exception for a weight without calibration statistics."""
     return TargetError(
         f"Layer {target.name!r} never ran during calibration, so the effect of errors in it is unknown. "
         "Calibrate with data for which it runs, or exclude it."

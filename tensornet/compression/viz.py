@@ -313,7 +313,6 @@ def draw_bits(axes: "Axes", layers: Layers) -> None:
 
 
 def _plain(axes: "Axes", *, grid: str | None) -> None:
-    """Remove ticks, frames and other decoration from axes."""
     axes.tick_params(length=0, which="both", colors=COLORS["muted"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["grid"])

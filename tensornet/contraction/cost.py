@@ -245,7 +245,7 @@ class Product:
         return (self.batch, self.rows, self.tokens_in) == (1, 1, "rows")
 
     def at(self, tokens: int) -> tuple[int, int, int, int]:
-        """Return the sizes `(batch, rows, inner, columns)` for a number of tokens."""
+        """Return the sizes `(batch, rows, inner, columns)` of the product for `tokens` tokens."""
         return (
             self.batch * (tokens if self.tokens_in == "batch" else 1),
             self.rows * (tokens if self.tokens_in == "rows" else 1),

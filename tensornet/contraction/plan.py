@@ -132,7 +132,7 @@ class ContractionPlan:
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:
-        """Count the elements of the largest result of a step for a number of tokens."""
+        """Count the elements of the largest intermediate result, for a number of tokens."""
         sizes = [0]
         for step in self.steps:
             batch, rows, _, columns = step.product.at(tokens)
@@ -398,7 +398,7 @@ def _arrangement(
 
 
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
-    """Build the arrangement with one dimension for each group; the first group, the batch, may be empty."""
+    """Build an arrangement with one dimension for each group, but none for an empty batch (group 0)."""
     kept = groups if groups[0] else groups[1:]
     shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)

@@ -104,7 +104,7 @@ def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _can_shrink(module: Any) -> bool:
-    """Return True if there is one group, or a factorization of rank 1 is smaller than a group's matrix."""
+    """Return True if there is only one group, or if a group's matrix is larger than factors of rank 1."""
     rows = module.out_channels // module.groups
     columns = module.in_channels // module.groups * math.prod(module.kernel_size)
     return module.groups == 1 or rows + columns < rows * columns

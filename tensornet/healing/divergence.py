@@ -89,7 +89,7 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 def _block(
     student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute the sum of the divergences of a block of tokens, and the difference of the distributions."""
+    """Sum the divergences of a block, and return the student's probabilities minus the teacher's."""
     dtype = _work_dtype(student)
     new, old = (x.to(dtype, copy=True).div_(temperature) for x in (student, teacher))
     for logits in (new, old):

@@ -209,7 +209,7 @@ def default_rate(parameters: Parameters) -> float:
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Repeat the batches endlessly, after skipping the first `skip`, which an earlier run has used."""
+    """Repeat the batches endlessly, but skip the first `skip` batches, which an earlier run has used."""
     position = 0
     while True:
         before = position
@@ -268,7 +268,7 @@ def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Map names to the trainable stored tensors of layers; a tied tensor is listed once."""
+    """Map names to the trainable stored tensors of layers, listing each tied tensor once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, core in module.stored.items():

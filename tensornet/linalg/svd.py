@@ -441,7 +441,7 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
 
 
 def _project(work: Tensor, U: Tensor, method: str) -> Factors:
-    """Compute singular values and right singular vectors from left singular vectors `U`, and sort them."""
+    """Compute the sorted SVD of matrices from their left singular vectors `U`."""
     projected = U.mH @ work  # shape: (*batch, rank, n); its rows are orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
     U, projected = (

@@ -128,7 +128,7 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose the table of an `nn.Embedding`; the new layer shares no memory with it.
+        """Decompose the table of an `nn.Embedding` into a new layer that shares no memory with it.
 
         Args:
             layer: the embedding; it is not changed.

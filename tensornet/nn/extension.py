@@ -119,7 +119,7 @@ _EXTENSIONS: list[ModelExtension] = []
 
 
 def register_extension(extension: ModelExtension) -> ModelExtension:
-    """Register an extension; its methods are then called for every model.
+    """Register an extension, so that its methods are called for every model.
 
     Args:
         extension: an instance, not a class.

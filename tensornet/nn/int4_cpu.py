@@ -85,7 +85,7 @@ class KernelMatrix:
         return self.codes.nbytes + self.scales.nbytes
 
     def row_scales(self, dtype: torch.dtype) -> None:
-        """Return None, as there is nothing to apply to the outputs: `blocks` applies all scales."""
+        """Return None, since `blocks` already applies all scales."""
 
     @property
     def kernel_tokens(self) -> int:
@@ -199,14 +199,14 @@ def _(scales: Tensor, rows: int, half: int) -> Tensor:
 
 
 def multiply_int4(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` with the codes and scales of a `KernelMatrix` of one product."""
+    """Compute `x W^T` for `x: (tokens, in)`, from a `KernelMatrix` whose `products` is 1."""
     group = x.shape[1] // scales.shape[0]
     y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu.default(x, codes, group, scales)
     return y
 
 
 def multiply_int4_twice(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute `x W^T` for `x: (tokens, in)` and a `KernelMatrix` that is split into two 4-bit matrices."""
+    """Compute `x W^T` for `x: (tokens, in)`, from a `KernelMatrix` whose `products` is 2."""
     high, low = multiply_int4(x, codes, scales).chunk(2, dim=1)
     return high + low
 
@@ -239,7 +239,7 @@ def products_of(number_format: NumberFormat) -> int:
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes that a matrix takes in the layout of the kernel; `has_layout` must return True for it.
+    """Count the bytes of a matrix for which `has_layout` returns True, in the layout of the kernel.
 
     Example:
         >>> from tensornet.nn.int4_cpu import layout_bytes
@@ -344,7 +344,7 @@ def _block_rows() -> int | None:
 
 
 class Int4Core(nn.Module):
-    """Integer matrix of a layer that was prepared for inference; it replaces a `PackedCore`.
+    """Integer matrix that replaces a `PackedCore` when a layer is prepared for inference.
 
     Args:
         matrix: the matrix in the layout of the kernel.

@@ -48,7 +48,7 @@ class IntegerMatrix:
 
     @classmethod
     def of(cls, core: PackedCore) -> "IntegerMatrix":
-        """Make the matrix of a core, without the column scales of entropy-coded cores."""
+        """Make an integer matrix from a core, ignoring the column scales of an entropy-coded core."""
         zeros = core.tensors.get("zeros")
         codes = core.packed_codes()
         return cls(core.number_format, codes, core.scale_values, zeros, core.columns, core.scales)

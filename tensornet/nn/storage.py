@@ -366,7 +366,7 @@ class PackedCore(nn.Module):
         return f"{self.number_format.name}, {self.shape}"
 
     def _put(self, name: str, tensor: Tensor) -> None:
-        """Register a tensor: floating-point numbers as a parameter, others as a buffer."""
+        """Register a floating-point tensor as a parameter, any other tensor as a buffer."""
         if not tensor.is_floating_point():
             delattr(self, name) if hasattr(self, name) else None
             self.register_buffer(name, tensor)
@@ -547,7 +547,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """List each core's name, shape before packing, and number of ordered rows (None if not pivoted)."""
+    """For each core, yield its name, its shape before packing, and the length of its row order or None."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:
@@ -717,7 +717,7 @@ def _rounded(
 
 
 def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
-    """List the integer cores of which single rows can be read: each out-leg index has its own stored row."""
+    """List the integer cores that store one row for each combination of out-leg indices."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     found = []
     for spec in topology.cores:

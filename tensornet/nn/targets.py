@@ -170,7 +170,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
 
 def list_weights(model: nn.Module) -> list[Target]:
-    """List every weight of a model once; `skip` tells why a weight can never be compressed.
+    """List every weight of a model once, with the reason (`skip`) if it can never be compressed.
 
     Args:
         model: any module, unfused as for `find_targets`.

@@ -141,7 +141,7 @@ class Stack:
         ]
 
     def joined(self, matrices: list[nn.Parameter], like: Tensor, shared: Shared) -> nn.Parameter:
-        """Join matrices into one parameter of the stock module, the inverse of `views`.
+        """Join matrices into one parameter of the stock module; this is the inverse of `views`.
 
         Args:
             matrices: matrices of the layers.

@@ -236,7 +236,7 @@ def descend(
 
     For arguments that are not listed here, see these functions.
 
-    Products of a moment and the error take most of the time, so each step reuses those of the step before.
+    Products of a moment and the error take most of the time, so each step reuses those of the last step.
 
     Args:
         zero: zero point of each element, or one number for all.

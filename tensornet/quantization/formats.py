@@ -102,9 +102,10 @@ _PATTERN = re.compile(
 
 
 class Levels(NamedTuple):
-    """Table of levels, and the nearest level for each interval of length 1/2 above the lowest level.
+    """Table of levels, and a table of the nearest level in each interval of length 1/2.
 
-    Since levels are integers, the midpoint of two levels is never inside such an interval.
+    The intervals begin at the lowest level. Since levels are integers, the midpoint of two levels is
+    never inside an interval.
     """
 
     values: Tensor
@@ -634,7 +635,7 @@ def _signed(codes: Tensor) -> Tensor:
 
 
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
-    """Multiply small integers `(..., groups, group)` by scales `(..., groups)`; products are rounded once."""
+    """Multiply integers `(..., groups, group)` by scales `(..., groups)`, and round each product once."""
     # Use float32: small bfloat16 scales underflow in float16, and 16-bit types take twice the time on CPUs.
     wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
     factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)

@@ -55,7 +55,7 @@ def round_product(
     order: Tensor | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedProduct:
-    """Round the factors of a product `A B` to integers; each factor is refitted after the other is rounded.
+    """Round the factors of a product `A B` to integers, and refit each factor after the other is rounded.
 
     Args:
         left: factor `A`, shape `(out, rank)`.
@@ -170,7 +170,7 @@ class _Product:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the rows of a left factor that do not form an identity; the row moment weights the errors."""
+        """Round the rows of a left factor outside of its identity, weighting errors by the row moment."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:
@@ -182,7 +182,7 @@ class _Product:
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a left factor as it is and after a refit; return the better result and its loss."""
+        """Round a left factor without and with a refit, and return the better result and its loss."""
         made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
         return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
 

@@ -63,7 +63,7 @@ class Moment:
 
     @cached_property
     def feedback(self) -> tuple[Tensor, Tensor]:
-        """Factor `M = U D U^T`; rows and columns of `M` are sorted in the order of rounding.
+        """Factor `M = U D U^T`, with the rows and columns of `M` in the order of rounding.
 
         `U` is unit upper triangular.
 

@@ -128,7 +128,7 @@ def predict_product_losses(
 
     The terms are orthogonal in the loss, so their expected losses add up. An error of `b_k` is weighted by
     the norm of `a_k` and the input moment, an error of `a_k` by the norm of `b_k` and the gradient moment.
-    The moments of different weightings are assumed to have proportional off-diagonal elements.
+    The off-diagonal elements of the moments are assumed to differ between weightings only by a factor.
 
     Args:
         left: vectors `a_k`, shape `(out, terms)`.
@@ -236,7 +236,7 @@ class ExpectedResiduals:
         return known * _ratio(found, known[:, self.sample])[:, None]
 
     def by_column(self, rows: Tensor) -> Tensor:
-        """Sum the squared residuals of each column, weighted by `rows`; the result is `(stack, in)`."""
+        """Sum the squared residuals of each column, weighted by `rows`, shape `(stack, in)`."""
         seen = rows if self.sample is None else rows[:, self.sample]
         found = (self.squares * seen[:, :, None]).sum(1, dtype=torch.float64)
         if self.sample is None:
@@ -247,7 +247,7 @@ class ExpectedResiduals:
         return self.format.spread(weighted.sum(1), size) * _ratio(found, known)[:, None]
 
     def _range_sums(self, columns: Tensor) -> Tensor:
-        """Sum the squared group ranges of each row, weighted by `columns`; the result is `(stack, out)`."""
+        """Sum the squared group ranges of each row, weighted by `columns`, shape `(stack, out)`."""
         assert self.ranges is not None
         of_groups = self.format.grouped(columns).sum(-1)
         return (self.ranges * of_groups[:, None, :]).sum(2, dtype=torch.float64)

@@ -229,7 +229,7 @@ def possible_roundings(most: Rounding, rows: Moment | None, columns: Moment | No
 def fed_back(
     way: Rounding, rows: Moment | None, columns: Moment | None
 ) -> tuple[Moment | None, Moment | None]:
-    """Select the moments for feedback; for one-sided rounding, `columns` if it is full, else `rows`."""
+    """Select the moments for feedback. One-sided rounding uses `columns` if full, otherwise `rows`."""
     if way == "nearest":
         return None, None
     if way == "two_sided":

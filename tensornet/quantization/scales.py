@@ -126,7 +126,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype in which they are stored; scales out of its range become zero.
+    """Round scales to the dtype in which they are stored, and set overflowing scales to zero.
 
     Integer scales are not rounded here, since they depend on the other scales of their super-block.
     """

@@ -46,9 +46,9 @@ class Outcome:
         params: number of stored elements; None if `param_ratio` is not supported.
         bonds: bond sizes.
         tensors: stored tensors, whose dtype and device are checked.
-        topology: topology of the result, for `check_quality`. If absent, a single bond counts as the rank of
-            two factors `(out, rank)` and `(rank, in)`. For several bonds the error is only compared with that
-            of the zero matrix.
+        topology: topology of the result, for `check_quality`. If absent, a result with one bond is judged as
+            a product of two factors, `(out, rank)` and `(rank, in)`. A result with several bonds must only
+            have a smaller error than the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws

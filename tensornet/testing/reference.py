@@ -104,7 +104,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
 
 
 def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
-    """Reshape a matrix to `(legs up to a bond, legs after the bond)`; the dims must not need padding.
+    """Reshape a matrix without padding to `(legs up to a bond, legs after the bond)`.
 
     Example:
         >>> from tensornet.testing import reference

@@ -456,7 +456,7 @@ def check_options(name: str, options: Mapping[str, Any], known: Collection[str] 
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Lower a curve so that its value at `index` is at most `known`; the first value is unchanged."""
+    """Lower a curve to at most `known` at `index`, without changing its first value."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)

@@ -174,7 +174,7 @@ class DenseFamily(TopologyFamily):
         }
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Return the same topology, since the sum of two matrices is a matrix."""
+        """Return the same topology: a dense matrix can contain any low-rank matrix that is added."""
         return topology
 
 

@@ -186,7 +186,7 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
         return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
 
     def exact_factors(padded: int) -> tuple[int, ...]:
-        """Choose factors one by one: the divisor of the rest nearest to `rest ** (1 / missing factors)`."""
+        """Split an integer into factors in turn, each the divisor nearest to `rest ** (1 / factors left)`."""
         factors, rest = [], padded
         for left in range(sites, 1, -1):
             root = rest ** (1 / left)

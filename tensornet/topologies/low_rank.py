@@ -154,7 +154,7 @@ class LowRankFamily(TopologyFamily):
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Build the network of a given rank from the whitened SVD; its two factors have equal norms."""
+        """Build the network of a given rank from the whitened SVD, with two factors of equal norm."""
         left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
         cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)

@@ -194,7 +194,7 @@ class ResidualFamily(TopologyFamily):
             return core.reshape(kept.shape).to(kept) if isinstance(core, Tensor) else core
 
         def rounded(a: Tensor, b: Tensor) -> tuple[dict[str, Tensor | RoundedWeight], Tensor]:
-            """Round the factors that have an integer format; return both factors, and their product."""
+            """Round the factors that have an integer format, and return both factors and their product."""
             made: list[Tensor | RoundedWeight] = [a.reshape(-1, rank), b.reshape(rank, -1)]
             if left in formats or right in formats:
                 product = round_product(

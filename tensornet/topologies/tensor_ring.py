@@ -109,7 +109,7 @@ class TensorRingFamily(FactoredFamily):
     kept, often 1 (an open chain).
 
     This decomposition is not optimal. `sweeps=` improves it by alternating least squares; the error is then
-    measured, and need not decrease monotonically with the budget.
+    measured, and need not decrease as the budget grows.
 
     Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithms 1 and 2.
 

@@ -102,7 +102,7 @@ def _mixtures(part: nn.Module) -> list[SharedCoreMoE]:
 
 
 def _fit(mask: Any, given: Mapping[str, Any], *tokens: str) -> Tensor | None:
-    """Cut an attention mask to the tokens of this call; its first columns may describe cached tokens."""
+    """Cut an attention mask, which may also cover cached tokens, to the tokens of this call."""
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return None  # a mask of more dimensions is not a padding mask
     called = next((given[name] for name in tokens if given.get(name) is not None), None)

@@ -339,7 +339,7 @@ def load(
 
 
 def compile_generation(model: PreTrainedModel) -> None:
-    """Let `generate` compile the forward pass of a single token; prompts still run in eager mode.
+    """Let `generate` compile the forward pass of a single token, but not that of prompts.
 
     Raises:
         TargetError: the model cannot generate.

@@ -145,7 +145,7 @@ def quantization_method(folder: Path) -> str:
 
 
 def load_any(folder: Path) -> PreTrainedModel:
-    """Load a dense or compressed model, one quantized by another library, or a GGUF file (dequantized).
+    """Load a dense, compressed or quantized model from a folder, or dequantize a GGUF file.
 
     Raises:
         FormatError: the path is not a model, or the model cannot be loaded.

@@ -122,7 +122,7 @@ class SplitDbrx(SplitExperts):
         return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the weighted sum of the chosen experts' outputs; `hidden_states` has a batch dimension."""
+        """Compute the weighted sum of the chosen experts' outputs for a batch of `hidden_states`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         mixed = super().forward(flat, top_k_index, top_k_weights)
         return mixed.view(len(hidden_states), -1, hidden_states.shape[-1])
@@ -177,7 +177,7 @@ class SplitJetMoe(SplitExperts):
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Within a `with` block, split the experts of a model into layers, and let them ignore padding."""
+    """Within a `with` block, split the experts of a model into layers, and let the experts ignore padding."""
     names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -247,7 +247,7 @@ def _equal(first: Slice, second: Slice) -> bool:
 
 
 def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
-    """Set mapped tensors as parameters and buffers of a model, by name; tied parameters stay tied."""
+    """Replace a model's parameters and buffers by mapped tensors of the same names, and keep ties."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:

@@ -271,7 +271,7 @@ def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
 
 
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
-    """Build a layer like `base` with `delta` added to the last term of its sum; other terms do not change."""
+    """Build a layer like `base` with `delta` added to the last term of its sum."""
     (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
     cores, storage = base.cores, base.storage
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()

@@ -131,7 +131,7 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
 
 
 def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
-    """Describe the compressed modules of a model for saving; `layers` is empty for an ordinary model.
+    """Describe the compressed modules of a model for saving, with empty `layers` for an ordinary model.
 
     Args:
         model: any model.
@@ -317,7 +317,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
 
 
 def _renaming(names: list[str], tensors: Mapping[str, Slice]) -> Callable[[str], str]:
-    """Return the function from names in the description to names in the weight files.
+    """Return a function that converts names in the description to names in the weight files.
 
     The names differ by a prefix if either the description or the files were written for a submodule.
     """
@@ -624,7 +624,7 @@ def _place_layers(
 
 
 def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Add to the base model the modules that own shared cores, each under its label."""
+    """Add the modules that own shared cores to the base model, each under its label."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if owners and not hasattr(place, OWNERS):
         place.add_module(OWNERS, nn.ModuleDict())

@@ -289,7 +289,6 @@ def render(page: Page) -> str:
 
 
 def _short_loss(value: float | None) -> str:
-    """Format a predicted loss increase with two digits, or as a dash if it is unknown."""
     return "–" if value is None else f"{value:.2g}"
 
 

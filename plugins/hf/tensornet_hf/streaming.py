@@ -487,7 +487,7 @@ def _compress_shard(
     stats: Path | None,
     device: str,
 ) -> dict[str, Any]:
-    """Compress the layers of a shard and write its file; workers call this function.
+    """Compress the layers of a shard, and write its file.
 
     The function uses a single thread: the result must not depend on the order of summation, and other workers
     need the processor cores.

@@ -262,7 +262,7 @@ def calibration_data(
 
 
 def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tensor:
-    """Draw random windows of a text without replacement; every call draws the same windows.
+    """Draw random windows of a text without replacement, the same windows in every call.
 
     Args:
         ids: token ids of the text, shape `(length,)`.
@@ -349,7 +349,7 @@ def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Bat
 
 @torch.no_grad()
 def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Generate greedy answers of an encoder-decoder as labels; labels after an answer's end are IGNORED."""
+    """Generate an encoder-decoder's answers greedily, as labels with `IGNORED` after the end of an answer."""
     generate: Any = model.generate
     inputs = as_batch(batch, model, model.device)
     labels = generate(**inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:].cpu()

@@ -249,7 +249,7 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `Trainer`; if rates are relative, each parameter gets its own group."""
+        """Create the optimizer of `Trainer`, with a group for each parameter if rates are relative."""
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.relative and not made:

@@ -193,7 +193,7 @@ class ExpertBank(nn.Module, ABC):
 
     @property
     def num_params(self) -> int:
-        """Number of parameters that this bank owns; borrowed cores are counted by their owner."""
+        """Number of parameters that this bank owns, without borrowed cores."""
         return sum(p.numel() for p in self.parameters())
 
 
@@ -245,7 +245,7 @@ class SharedCores(nn.Module):
         return getattr(self, f"core_{name}")
 
     def check_fits(self, bank: Any) -> None:
-        """Raise unless a `SharedCoreExperts` can borrow these cores.
+        """Check that a `SharedCoreExperts` can borrow these cores.
 
         Raises:
             TopologyError: the bank shares other cores.

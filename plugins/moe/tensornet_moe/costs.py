@@ -173,7 +173,7 @@ def describe(
 
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
-    """Add what the experts of one layer cost for one token."""
+    """Add the cost of one layer's experts for one token to `cost`."""
     routed = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
     for network, count in ((routed, layer.router.experts_per_token), (layer.shared_expert, 1)):
         if network is None:

@@ -453,7 +453,7 @@ def choose_jointly(
     least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is limited
 
     def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
-        """Allocate once, and return those of the given stacks that then share a core."""
+        """Allocate the budget once, and return the stacks of `some` that share a core in the result."""
         try:
             made, bound_by = choose_sharing(prepared, some, or_separate=or_separate)
         except BudgetError as error:

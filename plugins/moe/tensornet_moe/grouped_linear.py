@@ -36,7 +36,10 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Indices of experts with rows; None if unknown; `[0]` if there are none, so that gradients exist."""
+        """Indices of the experts that have rows, or None if they are unknown.
+
+        If no expert has rows, the result is `[0]`, so that gradients exist.
+        """
         if self.sizes is None:
             return None
         return [e for e, size in enumerate(self.sizes) if size] or [0]
@@ -72,7 +75,7 @@ def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply rows by the matrices `(n, out, in)` of the active experts or of all, with `grouped_mm`."""
+    """Multiply rows by the matrices `(n, out, in)` of all experts, or of the active ones, by `grouped_mm`."""
     active = groups.active
     counts = groups.counts
     if active is not None and len(active) == len(matrices) < len(counts):
@@ -102,7 +105,7 @@ def rows_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply all rows (in any order) by all matrices `(E, out, in)`; keep one result for each row.
+    """Multiply all rows, in any order, by all matrices `(E, out, in)`, and keep one result for each row.
 
     It takes as long as `E` dense layers, but has only standard operations of fixed sizes, so that exported
     programs run without Python and without custom operators.

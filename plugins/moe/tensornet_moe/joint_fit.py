@@ -214,7 +214,7 @@ def _stacked_network(whole: Topology, networks: Sequence[TensorNetwork], like: T
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:
-    """Compute the relative Frobenius error over a whole stack, at any scale of its elements.
+    """Compute the relative Frobenius error over a whole stack, without overflow or underflow.
 
     Example:
         >>> stack_error(torch.ones(2, 3, 3) * 1e-30, torch.zeros(2, 3, 3))

@@ -169,7 +169,7 @@ class LowRankDeltaExperts(ExpertBank):
         return self.base.active_params(top_k) + top_k * self.rank * (self.out_features + self.in_features)
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of `apply_rows`, which applies the deltas separately or builds matrices."""
+        """Count the multiply-adds of the computation that `apply_rows` chooses."""
         each, sides = self.out_features * self.in_features, self.out_features + self.in_features
         if rows * sides >= self.num_experts * each:
             return self.base.multiply_adds(rows) + self.num_experts * self.rank * each

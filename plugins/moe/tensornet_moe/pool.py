@@ -113,7 +113,7 @@ class ExpertPool(nn.Module):
 
 
 class PooledExperts(Borrower, nn.Module):
-    """Experts of a layer that uses an `ExpertPool`; the parameters belong to the pool.
+    """Experts of a layer that uses an `ExpertPool`, which owns their parameters.
 
     Args:
         owner: the pool; or its label, if the pool is set later by `lend_shared_cores`.

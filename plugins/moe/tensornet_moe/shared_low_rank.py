@@ -365,7 +365,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
-    """Round a shared core if it has an integer format, with errors weighted by pooled moments."""
     return matrix if number_format is None else round_dense(matrix, number_format, weighting)
 
 
@@ -394,7 +393,7 @@ def _moments_of_left(right: Tensor, weighting: Weighting) -> Weighting:
 
 
 def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Average matrices, each weighted by the traces of its moments."""
+    """Compute the mean of matrices, weighted by the traces of their moments."""
     sizes = [
         _trace(x.rows, w.shape[0]) * _trace(x.columns, w.shape[1])
         for w, x in zip(matrices, weightings, strict=True)
@@ -555,7 +554,7 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Predict the losses of the fits at all ranks, under `choice` and `forecast`, shape `(2, ranks)`."""
+    """Predict the losses of fits at all ranks, weighted by `choice` and `forecast`, shape `(2, ranks)`."""
     choices = [x.choice for x in sensitivities]
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
@@ -593,7 +592,7 @@ def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: 
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
 ) -> list[tuple[Topology, int, int]]:
-    """List topology, total parameters and total bytes of `count` networks with a shared core, by rank."""
+    """For each rank, return the topology of one network, and the parameters and bytes of all networks."""
     found = []
     for rank in range(1, ranks + 1):
         topology = pattern_topology(pattern, rows, columns, rank)
@@ -662,7 +661,7 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses of rounding a core under the first weighting, shape `(formats, weightings)`."""
+    """Predict the losses of a core that is rounded for the first weighting, shape `(formats, weightings)`."""
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

@@ -5,7 +5,7 @@ from tensornet.topology import CoreSpec, Topology
 
 
 def mixture_of_bases(*, out_features: int, in_features: int, bases: int, rank: int | None = None) -> Topology:
-    """Build the network `W = A sum_k a_k B_k`; with shared `B_k` these are the experts of MoBE.
+    """Build the network `W = A sum_k a_k B_k`, which is an expert of MoBE if the `B_k` are shared.
 
     The transform `A` is on the shorter side: `A: (out, rank)` if `out <= in`, else the product is `(sum_k a_k
     B_k) A` with `A: (rank, in)`. In a `SharedCoreExperts` use `shared=("basis",)`; the default

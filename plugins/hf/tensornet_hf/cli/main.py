@@ -132,7 +132,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _quiet(debug: bool) -> list[str]:
-    """Silence warnings of other libraries, about which users of the program can do nothing.
+    """Silence warnings of other libraries, since users of the program cannot act on them.
 
     Returns:
         A list that collects this library's warnings, to be printed after a success.

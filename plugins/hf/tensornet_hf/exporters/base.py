@@ -210,7 +210,7 @@ def split_layers(model: nn.Module, networks: Networks) -> SplitLayers:
 
 
 def tied_layers(model: nn.Module) -> dict[str, str]:
-    """Map each tensor-network layer with shared tensors to the name of another layer that uses them."""
+    """Map the name of each tied tensor-network layer to the name of another layer with the same tensors."""
     users: dict[int, list[str]] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, NetworkModule):

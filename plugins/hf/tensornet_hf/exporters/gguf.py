@@ -147,7 +147,7 @@ def adapter_file(destination: Path) -> Path:
 
 
 def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
-    """Check, before any work is done, that a file may be written; with "lora", check its adapter too.
+    """Check that the GGUF file may be written, and with `networks="lora"` also its adapter file.
 
     Raises:
         DestinationError: a file exists and `force` is not set, or it cannot be written.
