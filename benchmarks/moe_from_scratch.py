@@ -141,7 +141,7 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Write the state; if this is interrupted, the earlier file remains."""
+        """Write the state. An interruption leaves the earlier file intact."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         part = self.file.with_suffix(".part")
         torch.save(

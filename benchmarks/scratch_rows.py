@@ -199,7 +199,7 @@ def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: t
 
 
 def pool(row: Row, sizes: Sizes, generator: torch.Generator) -> Networks:
-    """Build pools of experts that several layers use; each layer has its own router and always-on expert.
+    """Build pools of experts for several layers. Each layer has its own router and always-on expert.
 
     Options: `span`, the number of neighbouring layers that use one pool, all by default; `center`, whether
     the experts of a pool are chains with a shared center (with the options of `mpoe_banks`) or dense

@@ -140,7 +140,7 @@ class KernelMatrix:
         return values.view(-1, columns).to(dtype)
 
     def _joined(self, nibbles: Sequence[Tensor]) -> Tensor:
-        """Compute `value / scale` in float32; `nibbles` are the 4-bit codes of one or two kernel products."""
+        """Compute `value / scale` in float32 from the 4-bit codes of one or two kernel products."""
         low = _low_bits(self.number_format)
         high, *rest = (codes.to(torch.float32) for codes in nibbles)
         if low:

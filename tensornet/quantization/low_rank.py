@@ -200,7 +200,7 @@ class _Product:
         return min(zip(made, costs, strict=True), key=lambda found: found[1])
 
     def values(self, made: RoundedWeight | Tensor) -> Tensor:
-        """Return the whole left factor, with the identity if it is pivoted."""
+        """Return the whole left factor, including the rows of the identity if it is pivoted."""
         return self._whole(made if isinstance(made, Tensor) else made.dequantize(torch.float64))
 
     def cost(self, made: RoundedWeight | Tensor, b: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Base class of families that factor rows and columns into legs; functions that choose leg sizes."""
+"""Base class of families that factor rows and columns into legs, and functions that choose leg sizes."""
 
 import math
 import warnings

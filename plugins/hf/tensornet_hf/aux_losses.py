@@ -43,7 +43,7 @@ def join_aux_losses(model: PreTrainedModel) -> None:
 
 
 class _AuxLosses:
-    """Forward hooks of one module; they are methods, not closures, so that the model can be pickled.
+    """Forward hooks of one module, as methods instead of closures, so that the model can be pickled.
 
     Args:
         names: names of the arguments of the module's `forward`, in order.

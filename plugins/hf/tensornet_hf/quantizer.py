@@ -648,7 +648,7 @@ def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
 
 
 def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:
-    """Return the name of a layer as given, with the prefix of the base model, and without it."""
+    """Return possible names of a layer: as given, with the prefix of the base model, and without it."""
     prefix = f"{model.base_model_prefix}."
     return layer, prefix + layer, layer.removeprefix(prefix)
 

@@ -577,7 +577,7 @@ def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
 
 
 def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
-    """Predict the losses of one matrix at all ranks, like `_fit_losses`; infinite at ranks not in `terms`."""
+    """Predict the losses of one matrix at all ranks; they are infinite at ranks that `terms` lacks."""
     choice, forecast = sensitivity.choice, sensitivity.forecast
     if isinstance(terms, WeightedSVD):
         found = torch.stack([terms.error, other_tail_costs(terms, choice, forecast)])
