@@ -138,7 +138,7 @@ class Bench:
         return self.moments[seed]
 
     def loss_increase(self, model: nn.Module) -> Row:
-        """Measure the loss increase over the dense model and the standard error, and generate a sample."""
+        """Measure the loss increase over the dense model with its standard error, and generate a sample."""
         found = measure(model, self.recorded)
         row = {"loss_increase": found.mean, "standard_error": found.stderr, "dense_loss": found.dense_loss}
         if self.sample is not None:

@@ -1,4 +1,4 @@
-"""Quantize a model with an installed package; write a file of dequantized weights for each bit width.
+"""Quantize a model with an installed package, and write dequantized weights to a file for each bit width.
 
 `bytes.py` calls this script with the Python of an environment that has the extra `peers`. The script does not
 import tensornet, which may need a newer version of transformers than that environment has.

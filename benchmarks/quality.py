@@ -159,7 +159,7 @@ class Bench:
         return windows if count is None else windows[spread(count, len(windows))]
 
     def stats(self, method: str) -> tn.CalibrationStats:
-        """Return statistics of the texts of a method, with the same number of windows of each text."""
+        """Return the statistics of a method, from the same number of windows of each of its texts."""
         texts = METHODS[method].texts
         if texts in self.moments:
             return self.moments[texts]
@@ -340,7 +340,6 @@ def picture(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def is_row_of(row: dict[str, Any], job: Job) -> bool:
-    """Return True if a recorded row is the result of a job."""
     return all(row.get(key) == getattr(job, key) for key in ("method", "layers", "ratio", "after"))
 
 

@@ -274,7 +274,7 @@ def perplexity(model: PreTrainedModel, stream: torch.Tensor) -> float:
 
 
 def character_accuracy(guess: str, target: str) -> float:
-    """Return the fraction of the positions of the longer text at which both texts have the same character."""
+    """Count the positions at which two texts agree, as a fraction of the longer text's length."""
     return sum(a == b for a, b in zip(guess, target, strict=False)) / max(len(guess), len(target))
 
 

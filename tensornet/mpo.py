@@ -528,7 +528,9 @@ class MPO:
         return product
 
     def trace(self) -> Tensor:
-        """Compute the trace of a square operator, a 0-dimensional tensor; out- and in-dims may differ.
+        """Compute the trace of a square operator as a 0-dimensional tensor.
+
+        Out-dims and in-dims may differ.
 
         Raises:
             ShapeError: the operator is not square.

@@ -216,7 +216,7 @@ class _Settling:
         return self.relative_error() <= TOLERANCE
 
     def relative_error(self) -> float:
-        """Estimate the relative standard error of the reference scheme's predicted loss, see `calibrate`."""
+        """Estimate the relative standard error of a reference scheme's predicted loss, see `calibrate`."""
         names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
         scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
         # shape: (batches, layers); zero if a layer did not run on a batch

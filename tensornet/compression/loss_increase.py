@@ -420,7 +420,7 @@ def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, floa
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate points linearly in logarithms, with a constant ratio `y / x` beyond the end points."""
+    """Interpolate points linearly on logarithmic axes, with constant `y / x` beyond the end points."""
     if not points or x <= 0:
         return x
     below = [point for point in points if point[0] <= x]

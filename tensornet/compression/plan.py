@@ -311,7 +311,7 @@ class CompressionPlan:
 
     @property
     def predicted_loss_increase(self) -> float | None:
-        """Predicted loss increase per token due to errors in all layers; None without gradients.
+        """Predicted loss increase per token due to errors in all layers, or None if gradients are missing.
 
         The prediction is of second order in the errors and neglects interactions between layers. It is
         accurate for small loss increases and too low for large ones, unless measurements have corrected it.

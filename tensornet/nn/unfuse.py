@@ -208,7 +208,7 @@ class Compound(nn.Module):
 
     @property
     def type_name(self) -> str:
-        """Name of the stock module's type; reports count parameters by type."""
+        """Name of the stock module's type, for reports."""
         return type(self._stock[0]).__name__
 
     @property

@@ -104,7 +104,7 @@ def _along_columns(columns: Tensor, x: Tensor) -> Tensor:
 def _compatible(
     gain: Tensor, change: Tensor, gradient: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    """Select changes of one column that lower the loss increase of each matrix when they are made together.
+    """Select changes of one column that together lower the loss increase of each matrix.
 
     Returns:
         A mask of the changes, and `R` times the changes, both of shape `(stack, out)`; None if no change

@@ -211,9 +211,10 @@ class TopologyFamily(ABC):
         num_params: Callable[[Topology], int],
         **options: Any,
     ) -> dict[str, Any]:
-        """Choose options of `build` that give good leg sizes for a matrix; by default the given options.
+        """Choose options of `build` that give good leg sizes for a matrix.
 
-        Override the method if leg sizes can be chosen, and can be compared without decomposing.
+        By default these are the given options. Override the method if leg sizes can be chosen, and can be
+        compared without decomposing the matrix.
 
         Args:
             matrix: the matrix, shape `(out, in)`.

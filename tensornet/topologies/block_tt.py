@@ -106,7 +106,7 @@ class BlockTTFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose a matrix; all blocks of a bond have the same rank."""
+        """Decompose a matrix, with the same rank in all blocks of a bond."""
         shape = (matrix.shape[0], matrix.shape[1])
 
         def at(bonds: Sequence[int]) -> Topology:

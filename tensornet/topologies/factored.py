@@ -115,7 +115,10 @@ class FactoredFamily(TopologyFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Choose missing dims as balanced factors; override the method if the number of sites is fixed."""
+        """Choose missing dims as balanced factors.
+
+        Override the method if the number of sites is fixed.
+        """
         return choose_dims(shape, out_dims, in_dims, sites, self.default_sites)
 
 

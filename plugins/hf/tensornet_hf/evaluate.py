@@ -65,7 +65,7 @@ class ModelFacts:
 
     @property
     def loss_increase(self) -> float | None:
-        """Measured loss increase; if it was not measured, the predicted loss increase (or None)."""
+        """Measured loss increase if there is one, otherwise the predicted loss increase, or None."""
         return self.predicted if self.quality is None else self.quality.mean
 
     @property

@@ -85,7 +85,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """Return the sizes of the layer; otherwise PEFT would guess them and print a warning."""
+        """Return the sizes of the layer, which PEFT would otherwise guess with a warning."""
         assert isinstance(module, TensorNetworkLinear)
         return module.in_features, module.out_features
 

@@ -554,7 +554,7 @@ def _finished(work: Path, file: str) -> dict[str, Any] | None:
 def _run(
     tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
 ) -> Iterator[dict[str, Any]]:
-    """Compress shards in this process, in worker processes or with an executor; yield their descriptions.
+    """Compress shards in this process, in worker processes or with an executor, and yield their descriptions.
 
     Raises:
         WorkerError: a worker died.

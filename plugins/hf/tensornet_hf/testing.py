@@ -54,7 +54,7 @@ class ExportLaws:
         return LlamaForCausalLM(LlamaConfig(**_SIZES, num_attention_heads=2)).eval()
 
     def folder(self, model: PreTrainedModel, path: Path) -> Path:
-        """Save the dense model; add a tokenizer if the target needs one."""
+        """Save the dense model, with a tokenizer if the target needs one."""
         model.save_pretrained(path)
         return path
 

@@ -396,7 +396,7 @@ def mix_texts(texts: Sequence[str]) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text at the first line end after every `PIECE` characters; lines longer than this are cut too."""
+    """Cut a text into pieces of about `PIECE` characters, at line ends where possible."""
     piece = ""
     for part in re.findall(rf"[^\n]{{1,{PIECE}}}\n?|\n", text):
         piece += part

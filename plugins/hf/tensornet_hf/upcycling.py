@@ -906,7 +906,7 @@ def _share_across(
 
 
 def _owners_place(model: nn.Module, what: str) -> None:
-    """Raise TargetError if a model cannot get shared parts; `what` is the option for the message."""
+    """Raise TargetError if shared cores or experts cannot be added; `what` is the option for the message."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
     if hasattr(place, OWNERS):
         raise TargetError(

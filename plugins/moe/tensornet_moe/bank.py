@@ -24,7 +24,7 @@ from tensornet_moe.stacked import resolve_shared
 
 
 class Borrower:
-    """Base of modules that use parameters of an owner elsewhere in the model, such as a `SharedCores`.
+    """Base class of modules that use parameters of another module, their owner.
 
     A shared parameter belongs to its owner alone, and borrowers refer to the owner without registering it. So
     state dicts, optimizers and FSDP units contain the parameter once. The description (`spec`) of a borrower

@@ -413,7 +413,6 @@ def _row_order(weight: Array, dense: Array) -> Array | None:
 
 
 def _is_tied_head(model: PreTrainedModel, layer: str) -> bool:
-    """Return True if a layer is the output head and shares its weight with the embedding."""
     return model.get_submodule(layer) is model.get_output_embeddings() and model.config.tie_word_embeddings
 
 

@@ -1,4 +1,4 @@
-"""Expert parallelism: each process stores the private cores of some experts; shared cores are replicated.
+"""Expert parallelism: each process stores the private cores of some experts, and all shared cores.
 
 Tokens are sent to the process of their expert and back (two all-to-all exchanges per layer). So the gradients
 of private cores already contain the tokens of all processes. All other gradients, also those of shared cores,
