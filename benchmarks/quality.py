@@ -219,7 +219,7 @@ class Bench:
         return self.prepared[key]
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
-        """Heal for a fixed time, on a text that is used neither for calibration nor for judging."""
+        """Heal a model for a fixed time, on a text that is used neither for calibration nor for testing."""
         text = self.text("training", None, self.length // 2)
         order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
         report = tn.heal(

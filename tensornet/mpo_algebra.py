@@ -435,7 +435,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <W / |W|, L>` for constant `W`, `L = live`; its gradient at `W` is that of the norm."""
+        """Compute `Re <W / |W|, L>` with `L = live`; its gradient in `L` is that of the norm at `W`."""
         product, of_product = _transfer(frozen, _working(live))
         return times_power_of_two(product[0, 0].real, of_product - exponent)
 
@@ -502,7 +502,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
     frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <u_j v_j, L>` for the chain `L = live`; its gradient is that of the singular values."""
+        """Compute `Re <u_j v_j, L>` with `L = live`; its gradient in `L` is that of the singular values."""
         live = _working(live)
         before, of_before = _transfer(frozen[: bond + 1], live[: bond + 1])
         after, of_after = _transfer(_reversed(frozen[bond + 1 :]), _reversed(live[bond + 1 :]))

@@ -247,7 +247,7 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Return True if the classes of a model are tokens: if an embedding has one row for each class.
+    """Return True if an embedding has one row for each class, so that the classes are tokens.
 
     If the model does not tell which embedding reads its tokens, all embeddings are tried.
     """

@@ -247,7 +247,7 @@ class CompressionConfig(LayerSelection):
             )
 
     def counts_model(self, budget: str) -> bool:
-        """Return True if a budget of bytes counts the whole model, False if only the targeted layers.
+        """Return True if a budget of bytes is for the whole model instead of only the targeted layers.
 
         Example:
             >>> config = tn.CompressionConfig(bits_per_weight=4.25)
@@ -293,7 +293,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the topology families that a plan may use; empty for a menu, which lists formats only."""
+        """Names of the topology families that a plan may use; none if `formats` is the name of a menu."""
         if self.menu is not None:
             return ()
         if self.fixed:

@@ -398,7 +398,7 @@ class Forecast:
         return _along(self.points, predicted)
 
     def kl(self, predicted: float) -> float:
-        """Convert a predicted loss increase to a divergence; without measurements, return it unchanged."""
+        """Convert a predicted loss increase to a divergence; without measurements, the two are equal."""
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:

@@ -38,7 +38,7 @@ BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets of a model and their candidates; they are slow to find, but the same for all budgets.
+    """Targets of a model and their candidates, which are slow to find and the same for all budgets.
 
     Made by `prepare`, without copying the weights.
 

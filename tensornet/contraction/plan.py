@@ -101,7 +101,7 @@ class ContractionPlan:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """All copies: those of the steps and that of the output."""
+        """Copies of all steps and of the output."""
         if self.terms:
             return tuple(copy for _, plan in self.terms for copy in plan.copies)
         inner = tuple(copy for step in self.steps for copy in step.copies)
@@ -504,7 +504,7 @@ class OperatorPlan:
     is_padded: bool
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of a route: a position in `applies`, or `RECONSTRUCT`."""
+        """Predict the seconds of `route`, a position in `applies` or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
             return self.applies[route].seconds(tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)

@@ -246,5 +246,5 @@ def _forms(family: TopologyFamily, max_sites: int) -> list[dict[str, Any]]:
 
 
 def _mean(seconds: Sequence[float]) -> float:
-    """Compute the geometric mean of times in seconds; return milliseconds."""
+    """Compute the geometric mean in milliseconds of times in seconds."""
     return 1e3 * math.exp(sum(map(math.log, seconds)) / len(seconds))

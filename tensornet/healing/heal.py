@@ -204,7 +204,7 @@ def heal(
 
 
 def default_rate(parameters: Parameters) -> float:
-    """Return the default learning rate: absolute for `"trainable"`, else relative, see `relative_groups`."""
+    """Return the default learning rate: absolute for `"trainable"`, else relative (see `relative_groups`)."""
     return 1e-4 if parameters == "trainable" else 5e-4
 
 

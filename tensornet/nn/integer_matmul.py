@@ -1,4 +1,4 @@
-"""Products with an integer matrix: by a kernel of torch that reads the codes, or by unpacking blocks of rows.
+"""Multiply by an integer matrix, with a kernel of torch that reads the codes or by unpacking blocks of rows.
 
 An unpacked block of rows fits into the processor's cache, while a whole unpacked matrix would be written to
 memory and read again. Forward and backward passes allocate only one block and the output.

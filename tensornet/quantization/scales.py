@@ -1,4 +1,4 @@
-"""Scales and zero points of groups: search, least-squares refit, and underflow.
+"""Search and refit the scales and zero points of groups.
 
 The search minimizes `sum_j C_jj (w_j - q_j)^2` for every group. It tries several ranges, since clamping a few
 elements is often better than a coarse grid. The refit minimizes `(w - q) C (w - q)^T` for given codes, over

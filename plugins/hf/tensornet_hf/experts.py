@@ -112,7 +112,7 @@ class SplitExperts(Compound):
 
 @register_compound
 class SplitDbrx(SplitExperts):
-    """Replacement for the experts of DBRX: stacks are parameters `(experts * rows, in)` of a child module."""
+    """Replacement for the experts of DBRX, whose child module has stacks of shape `(experts * rows, in)`."""
 
     replaces = ("transformers.models.dbrx.modeling_dbrx.DbrxExperts",)
 

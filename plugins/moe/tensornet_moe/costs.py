@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class ModelCosts:
-    """Costs of a model, see `describe`; prints as a table.
+    """Costs of a model, as returned by `describe`; `print` shows them as a table.
 
     Args:
         parts: cost of `"embeddings"`, `"experts"`, `"routers"` and `"other"`.

@@ -1,4 +1,4 @@
-"""Routers, which choose the experts of each token and their weights; registry of routers; expert capacity."""
+"""Routers, which choose the experts of each token and their weights, and the registry of routers."""
 
 import math
 from abc import ABC, abstractmethod

@@ -346,7 +346,7 @@ def _round_base(
 
 
 def _equal_columns(cores: Cores) -> Cores:
-    """Normalize the columns of private left factors; scale the rows of the shared right factor instead.
+    """Move the mean norms of the private left factors' columns into the rows of the shared right factor.
 
     Elements in the same row of a left factor share a quantization scale, so small columns would be lost to
     rounding next to large ones. Each row of the right factor has its own scales.

@@ -224,7 +224,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] | str:
-    """Split a layer into integers and a low-rank part (or None); return the reason if this is impossible.
+    """Split a layer into integers and a low-rank part (or None), or return the reason why not.
 
     Example:
         >>> from tensornet_hf.exporters.base import split_weight
