@@ -89,7 +89,7 @@ def _work_dtype(logits: Tensor) -> torch.dtype:
 def _block(
     student: Tensor, teacher: Tensor, temperature: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """Sum the divergences of a block, and return the student's probabilities minus the teacher's."""
+    """Return the summed divergence of a block, and the student's probabilities minus the teacher's."""
     dtype = _work_dtype(student)
     new, old = (x.to(dtype, copy=True).div_(temperature) for x in (student, teacher))
     for logits in (new, old):
