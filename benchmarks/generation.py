@@ -5,8 +5,8 @@
 The model is SmolLM2-135M (see `subjects.py`) with its 210 linear layers in integers and all other layers
 dense, prepared by `tn.nn.prepare_for_inference`. The weights are random integers, since speed does not depend
 on their values. All variants (column `side`) compute in bfloat16, except one: the dense model in float32.
-Ratios are to the dense model in bfloat16, which is timed in turn with the others. With one thread processor
-time is measured, otherwise wall time.
+Ratios are to the dense model in bfloat16, which is timed in turn with the others. Processor time is
+measured for one thread, otherwise wall time.
 
 In the modes `eager`, `compiled` and `tuned`, a row is one pass of 1 token (as for generating), 16 tokens (as
 for checking a draft) or 256 tokens (as for reading a prompt), without a KV cache and with the logits of the

@@ -59,7 +59,7 @@ class IntegerMatrix:
         return len(self.codes), self.columns
 
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
-        """Return scales of the rows, shape `(out,)`, if the outputs are scaled instead of the weights.
+        """Return the scale of each row, shape `(out,)`, if outputs can be scaled instead of weights.
 
         Scaling the outputs is faster. It needs codes of 8 bits (exact in bfloat16) and one scale for each
         row; otherwise the result is None. The result is also None for `torch.float16`, in which products with

@@ -44,9 +44,9 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     separate weight, so model and file grow by `vocab_size * hidden_size` weights.
 
     The model must have the structure of Llama, Mistral, Qwen 2 or Qwen 3: blocks with RMS norms before
-    attention and MLP, with or without biases. Products are computed in float64 on the CPU, and the model is
-    in float32 until it gets its dtype back, so weights in half precision are rounded once. The logits of a
-    few tokens before and after rotation are compared.
+    attention and MLP, with or without biases. Products are computed in float64 on the CPU. The model is
+    converted to float32 and at the end back to its dtype, so weights in half precision are rounded once. The
+    logits of a few tokens before and after rotation are compared.
 
     Args:
         model: a dense causal language model.

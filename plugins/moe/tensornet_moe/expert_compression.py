@@ -186,8 +186,8 @@ def compress_experts(
     """Compress a model in place like `tensornet.compress`, and let the experts of a mixture share a core.
 
     Every stack of experts gets separate networks, or networks with a shared projection of the inputs, basis
-    of the outputs or base matrix. The choice with the smaller predicted loss is taken, in one budget with all
-    other layers. A stack does not share if one of its experts got no gradient.
+    of the outputs or base matrix, whichever has the smaller predicted loss. One budget limits the stacks and
+    all other layers together. Experts of a stack share nothing if one of them got no gradient.
 
     Args:
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.

@@ -113,9 +113,9 @@ class LowRankDeltaExperts(ExpertBank):
     def from_experts(cls, weights: Tensor, *, rank: int) -> "LowRankDeltaExperts":
         """Fit different experts by one dense base and low-rank deltas.
 
-        Several bases are tried: the mean of the matrices, and means of the matrices minus the deltas for an
-        earlier base (`tensornet_moe.shared_low_rank`). The base that fits best is taken. The deltas are
-        truncated SVDs of the differences from the base.
+        Several bases are tried (`tensornet_moe.shared_low_rank`). The first is the mean of the matrices. For
+        each later one, the deltas of the previous base are subtracted from the matrices before the mean is
+        taken. The base that fits best is kept. The deltas are truncated SVDs of the differences from it.
 
         Args:
             weights: shape `(num_experts, out, in)`.

@@ -132,10 +132,10 @@ class StackPlan:
 
 @lru_cache(maxsize=1024)
 def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) -> StackPlan:
-    """Plan the contraction that builds `num_experts` matrices; the plan is valid for other numbers, too.
+    """Plan the contraction that builds the matrices of `num_experts` experts.
 
-    For a chain with a shared center of bonds `l` and `r` one expert costs about
-    `(l + r) * out_features * in_features` multiply-adds.
+    The plan is valid for other numbers of experts, too. For a chain with a shared center of bonds `l` and `r`
+    one expert costs about `(l + r) * out_features * in_features` multiply-adds.
     """
     legs = (*topology.out_labels, *topology.in_labels)
     sizes = {**topology.size_of, EXPERTS: num_experts}
