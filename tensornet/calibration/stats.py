@@ -34,8 +34,8 @@ class CalibrationStats:
         loss: mean loss of a token; None if no loss was computed.
         source: name of the data, for reports.
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
-        coherence: by module name, how far the first-order loss changes of tokens in the same text or image
-            add up: the mean square of their sum, divided by its value for independent tokens. It is estimated
+        coherence: by module name, whether first-order changes of the loss by tokens of one text or image add
+            up: the mean square of their sum, divided by its value for independent tokens. It is estimated
             from 32 tokens of each of 16 texts (see `tensornet.calibration.coherence`). A missing entry means
             1.
         counts: number of tokens that each layer received, by module name; behind a router they are fewer than
