@@ -128,7 +128,7 @@ def fit(timed: Sequence[Timed], start: Machine) -> Machine:
 
 @dataclass(frozen=True)
 class TimedInteger:
-    """Measured seconds of a bfloat16 layer, which is dense if `number_format` is None."""
+    """Measured seconds of a layer on bfloat16 inputs: packed in `number_format`, or dense if it is None."""
 
     number_format: NumberFormat | None
     shape: tuple[int, int]

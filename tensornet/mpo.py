@@ -408,7 +408,7 @@ class MPO:
 
         In a product of two MPOs, their bond sizes multiply. Padding of the contracted legs is
         set to zero first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an
-        identity with these dims is inserted, which makes the bonds larger.
+        identity that converts the out-dims to the in-dims is inserted, which makes the bonds larger.
 
         Raises:
             ShapeError: the shapes do not fit, or the two MPOs have different numbers of sites.

@@ -21,7 +21,7 @@ BatchLike = Batch | Tensor | Sequence[Any]
 IGNORED = -100
 #: Dtypes that models accept for token indices, but that losses do not accept for labels.
 _SHORT = (torch.int32, torch.int16, torch.int8, torch.uint8)
-#: Name of a model's first argument, if the signature of its `forward` does not show the name.
+#: Name that is assumed for a model's first argument if the `forward` of the model names no arguments.
 _FIRST = "input_ids"
 #: Pattern for string annotations of arguments that are mappings.
 _MAPPINGS = re.compile(r"(typing\.|t\.)?(dict|Dict|Mapping|MutableMapping)\b")

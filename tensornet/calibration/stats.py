@@ -189,7 +189,7 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
 
 
 def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
-    """Read four elements of the weight of each target, by name; targets on the meta device are skipped."""
+    """Map the name of each target to four elements of its weight; targets on the meta device are skipped."""
     found = {}
     for target in targets:
         matrix = target.matrix

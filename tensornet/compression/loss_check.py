@@ -59,9 +59,9 @@ _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
 #: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
 #: predicted loss.
 _COMMON = 4
-#: A layer is measured if this is less than the squared relative error of its weight, times the power of the
-#: strongest output relative to the median output. The error of the strongest output may then be larger than
-#: all other outputs.
+#: A layer is measured if the product of two numbers is larger than this: the squared relative error of its
+#: weight, and the power of its strongest output relative to the median output. The error of the strongest
+#: output may then be larger than all other outputs.
 _OUTLIER = 10.0
 #: Exceptions of models that need more from a block than its output, so that blocks cannot be skipped.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)

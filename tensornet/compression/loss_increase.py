@@ -348,8 +348,8 @@ class Forecast:
     Args:
         points: pairs `(predicted, measured)` of loss increases, positive and increasing.
         source: name of the data.
-        kl_points: pairs of predicted loss increases and measured Kullback-Leibler divergences of predicted
-            tokens, positive and increasing.
+        kl_points: pairs of predicted loss increases and measured Kullback-Leibler divergences between
+            predicted distributions of tokens, positive and increasing.
 
     Raises:
         BudgetError: the points are not positive and increasing.

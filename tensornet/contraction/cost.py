@@ -56,7 +56,8 @@ class Machine:
 
     def efficiency(self, rows: int, inner: int, columns: int) -> float:
         """Compute the fraction of the peak that a product `(rows, inner) @ (inner, columns)` can reach."""
-        # For a single row only `inner` matters: reading the matrix takes longest, and is counted separately.
+        # For a single row, the efficiency of the arithmetic depends only on `inner`. Reading the matrix takes
+        # most of the time, but is counted separately.
         sizes = (inner,) if rows == 1 else (rows, inner, columns)
         reached = 1.0
         for size in sizes:

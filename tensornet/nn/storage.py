@@ -617,7 +617,8 @@ def stored_core(
         topology: topology of the network.
         storage: how its cores are stored.
         name: name of the core.
-        value: the rounded core viewed as a matrix, or the values of the core without its identity rows.
+        value: for an integer format, the rounded core viewed as a matrix; for other formats, the values of
+            the core without its identity rows.
         dtype: dtype of the model.
         order: position of each row of a pivoted core, see `StoredCores`; None if the core is not pivoted.
     """

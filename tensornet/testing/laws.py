@@ -512,7 +512,7 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
 
 
 def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that a layer takes the bytes that the format states, and that loading preserves its matrix.
+    """Check that a layer takes as many bytes as the format states, and that loading preserves its matrix.
 
     Example:
         >>> from tensornet.quantization import NumberFormat

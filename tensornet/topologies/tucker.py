@@ -121,8 +121,8 @@ class TuckerFamily(FactoredFamily):
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
-        # A factor can have more parameters than its lower rank saves in the core. Then legs that the limits
-        # do not truncate are kept complete, without factors.
+        # A factor can have more parameters than its lower rank saves in the core. In that case,
+        # legs that no rank limit truncates are kept whole, without factors.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
         topology = at(ranks)
         if at(whole).num_params < topology.num_params:

@@ -156,7 +156,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def read_dense(folder: str | Path) -> Checkpoint:
-    """Check the folder of a dense model that is to be compressed, like `read_checkpoint`.
+    """Check the folder of a model as `read_checkpoint` does, and check that the model is dense.
 
     Raises:
         FormatError: the folder is invalid, see `read_checkpoint`.
@@ -560,7 +560,7 @@ def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
 def write_folder(
     destination: str | os.PathLike[str], *, force: bool = False, sources: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
-    """Yield a new folder that becomes `destination` when the block ends without an error.
+    """Yield a new folder that becomes `destination` if the `with` block ends without an error.
 
     After an error (such as a full disk) the new folder is removed, and `destination` is unchanged. The
     arguments are those of `check_free`.

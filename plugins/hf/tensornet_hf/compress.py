@@ -596,8 +596,8 @@ def _calibration(
         config: the compression options, or a plan.
         options: further options.
         text: calibration text; if None, statistics are read if `options.statistics` is an existing file.
-        streamed_to: run the model block by block and write the statistics to this file; if an interrupted run
-            has written the file, read it.
+        streamed_to: run the model block by block and write the statistics to this file; if the file exists
+            from an interrupted run, read it instead.
 
     Raises:
         BudgetError: the statistics belong to another text.

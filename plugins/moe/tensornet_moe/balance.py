@@ -58,7 +58,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         )
     loads: list[Tensor] = []
     for layer, bias in zip(layers, biases, strict=True):
-        # Take part in the sum even for layers that did not run here: processes in which they ran wait for it.
+        # Each sum waits for all processes. So take part in it even if the layer did not run in this process.
         load = torch.zeros_like(bias, dtype=torch.float32)
         load += 0 if layer.assigned is None else layer.assigned
         if dist.is_available() and dist.is_initialized():

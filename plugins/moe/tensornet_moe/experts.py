@@ -190,7 +190,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             if name not in names:
                 pieces = [_leading(core, each.core_shapes[name]) for each in topologies]
                 cores[name] = [with_noise(piece, noise, generator) for piece in pieces]
-        if topologies[0] != network.topology:  # the first expert has smaller bonds than the network
+        if topologies[0] != network.topology:  # the first expert's bonds are smaller than the network's
             shapes = topologies[0].core_shapes.values()
             own = [_leading(core, shape) for core, shape in zip(network.cores, shapes, strict=True)]
             error = stack_error(weight[None], TensorNetwork(topologies[0], own).to_matrix()[None])
@@ -474,7 +474,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
         Cores are rounded to nearest, with a search for the best scale of each group; error feedback would
         gain little, since errors in different elements of a core affect the matrices nearly independently.
-        `"float"` undoes the packing. Borrowed cores are not changed.
+        `"float"` undoes the packing. Cores that belong to another bank are not changed.
 
         Args:
             storage: the name of one format for all cores, or a `Storage` with a format for each core.

@@ -162,7 +162,7 @@ def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ..
 
 
 def _end(size: int) -> int:
-    """Choose an end core's leg size: the largest divisor of `size`, at most 64 and at most 4 * middle leg."""
+    """Choose an end leg: the largest divisor of `size`, at most 64 and at most four times the middle leg."""
     return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 

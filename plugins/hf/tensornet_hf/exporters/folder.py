@@ -47,8 +47,8 @@ class PackedModel(NamedTuple):
 
     Args:
         stock: copy of the model with dense layers, for `save_pretrained`.
-        state: tensors to write by name.
-        packed: number format of every packed layer by name.
+        state: tensors to write, by name.
+        packed: number format of every packed layer, by name.
         dense: reasons why the other compressed layers are written dense, by layer name.
         low_ranks: low-rank matrices that are added to packed layers, by name.
     """
@@ -158,7 +158,7 @@ def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, t
 def model_folder(
     model: PackedModel, destination: Path, *, source: Path | None, force: bool
 ) -> Iterator[Path]:
-    """Write a packed model to a folder, which becomes `destination` when the block ends without an error.
+    """Write a packed model to a folder that becomes `destination` if the `with` block ends without an error.
 
     Small files of the folder `source`, such as its tokenizer, are copied.
     """

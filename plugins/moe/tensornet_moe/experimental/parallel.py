@@ -1,8 +1,8 @@
 """Expert parallelism: each process stores the private cores of some experts, and all shared cores.
 
 Tokens are sent to the process of their expert and back (two all-to-all exchanges per layer). So the gradients
-of private cores already contain the tokens of all processes. All other gradients, also those of shared cores,
-are averaged over processes, as in data parallelism.
+of private cores already contain the contributions of tokens from all processes. All other gradients, also
+those of shared cores, are averaged over processes, as in data parallelism.
 """
 
 from collections.abc import Mapping
