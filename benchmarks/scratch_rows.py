@@ -270,9 +270,11 @@ _TABLE = (
     Row("dense x4", "dense", hidden=4.0),
     Row("Switch", "switch", experts=8, combine="prob"),
     fine("private", "switch", 30),
+    fine("private, normalized", "switch", 30, normalize=True),
     fine("private, 6", "switch", 30, **_SIX),
     # Experts in one pool for all layers, or in one pool for every two layers.
     fine("pool, half", "pool", 56),
+    fine("pool, half, normalized", "pool", 56, normalize=True),
     fine("pool, half, 6", "pool", 57, **_SIX),
     fine("pool, quarter", "pool", 24),
     fine("pool, quarter, 6", "pool", 24, **_SIX),
