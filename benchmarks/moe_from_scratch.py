@@ -337,7 +337,7 @@ def picture(records: Path, file: Path) -> None:
     seed, longest = min(run["seed"] for run in runs), max(run["tokens"] for run in runs)
     done = {r["row"]["name"]: r["history"] for r in runs if (r["seed"], r["tokens"]) == (seed, longest)}
     dense = {point["tokens"]: point["loss"] for point in done["dense"]}
-    figure = Figure(figsize=(9.2, 4.0), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, (name, history) in enumerate(sorted(done.items(), key=lambda x: x[1][-1]["loss"])):
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "markersize": 4}
@@ -347,11 +347,14 @@ def picture(records: Path, file: Path) -> None:
         found = [x for x in small if (x["row"], x["seed"]) == (name, seed)]
         found.sort(key=lambda x: x["bytes"])
         right.plot([x["bytes"] / 1000 for x in found], [x["loss"] for x in found], label=name, **style)
-    left.set(xlabel="million tokens", ylabel="held-out loss minus that of the dense model, nats")
+    left.set(xlabel="million tokens", ylabel="loss minus that of the dense model, nats")
     right.set(xscale="log", xlabel="model in int4, int8 and float32, KB", ylabel="held-out loss, nats")
+    marks = [2**k * 125 for k in range(1, 7)]
+    right.set_xticks(marks, labels=[f"{mark:,}" for mark in marks])
+    right.minorticks_off()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "moe"}):
         figure.savefig(file, metadata={"Date": None})
 
