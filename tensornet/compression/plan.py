@@ -585,7 +585,9 @@ class CompressionPlan:
         try:
             data = json.loads(Path(path).read_text())
         except (OSError, ValueError, RecursionError) as error:
-            raise FormatError(f"Cannot read a compression plan from {path}: {error}") from error
+            raise FormatError(
+                f"Cannot read a compression plan from {path}: {error}. Give a file that `save` wrote."
+            ) from error
         return cls.from_dict(data)
 
 

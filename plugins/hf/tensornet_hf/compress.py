@@ -159,8 +159,8 @@ class CompressOptions:
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
-                f"{{share_experts}} cannot be combined with {' and '.join(asked)}, which process layers one "
-                "by one."
+                f"{{share_experts}} cannot be combined with {' and '.join(asked)}: layers that share a core "
+                "cannot be processed one by one. Leave out one or the other."
             )
         whole: tuple[str, ...] = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
         whole += ("share_experts", "rotate")

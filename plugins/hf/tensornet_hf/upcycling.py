@@ -263,7 +263,7 @@ class MoEConfig:
             if given := [name for name, default in chosen.items() if getattr(self, name) != default]:
                 raise ValueError(
                     f"share={self.share!r} (in a pool 'none' by default) already chooses cores and dims: "
-                    f"leave out {', '.join(given)}, or leave out share and pool."
+                    f"leave out {', '.join(f'{name}=' for name in given)}, or leave out share= and pool=."
                 )
             if self.share == "base" and self.noise:
                 raise ValueError(

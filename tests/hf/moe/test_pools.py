@@ -198,7 +198,7 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     [
         ({"share": "ends"}, "Unknown share='ends'; choose one of center, none, base"),
         ({"share": "base", "noise": 0.1}, "noise is added to private cores"),
-        ({"share": "center", "sites": 3}, "leave out sites"),
+        ({"share": "center", "sites": 3}, "leave out sites="),
         ({"pool": "all", "topology": "tucker"}, "leave out topology"),
         ({"pool": "all", "share_across_layers": True}, "leave out share_across_layers"),
         ({"pool": "layers"}, r'pool \(or "all"\) must be an integer of at least 2'),

@@ -178,11 +178,12 @@ def as_options(text: str, command: str) -> str:
         name, value = found["name"], found["value"]
         if value is None:
             return flags[name] if "_" in name else name  # a name without underscores may be an ordinary word
-        return f"{flags[name]} {value.strip(chr(39))}".rstrip()
+        plain = value.strip("\"'")
+        return f"{flags[name]} {plain}" if plain else flags[name]
 
     if not flags:
         return text
-    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>'\w+'|\w*))?"
+    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>'\w+'|\"\w+\"|\w*))?"
     return re.sub(pattern, replace, text)
 
 
