@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from tensornet.nn.int4_cpu import KernelMatrix
-from tensornet.nn.storage import PackedCore, unpacked
+from tensornet.nn.storage import PackedCore, aligned, unpacked
 from tensornet.quantization import NumberFormat
 
 #: Number of elements to unpack at a time, with and without applying scales.
@@ -106,6 +106,8 @@ class IntegerMatrix:
     def by_kernel(self, x: Tensor) -> Tensor:
         """Multiply with the kernel: `(tokens, in)` to `(tokens, out)`."""
         codes, scales = self.codes.view(torch.int8), self.scales.reshape(-1)
+        if not torch.compiler.is_compiling():
+            x, codes = aligned(x), aligned(codes)
         y: Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes, scales)
         return y
 

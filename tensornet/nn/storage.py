@@ -232,6 +232,12 @@ class PackedCore(nn.Module):
         found: torch.device = getattr(self, self.names[0]).device
         return found
 
+    def align(self) -> None:
+        """Copy stored tensors that kernels cannot read where they are, such as those of a mapped file."""
+        for name in self.names:
+            if name in self._buffers:
+                self._buffers[name] = aligned(getattr(self, name))
+
     @property
     def counts(self) -> dict[str, int]:
         """Number of values in each stored tensor; a packed code or zero point counts as one value."""
@@ -730,6 +736,14 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return a tensor, copied if it does not begin at a multiple of 16 bytes.
+
+    Kernels for integers in torch 2.15 end the process if their inputs are not aligned.
+    """
+    return x if type(x) is not Tensor or not x.is_cpu or x.data_ptr() % 16 == 0 else x.clone()
 
 
 def unpacked(

@@ -499,6 +499,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             for part, module in model.get_submodule(name).named_modules(prefix=name):
                 if isinstance(module, PackedCore):
                     module.check_finite(part)
+                    module.align()
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
