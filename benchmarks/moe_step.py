@@ -95,11 +95,6 @@ def mixture(case: Case, make: Callable[[int, int, int], tm.ExpertBank]) -> tm.Sh
     return tm.SharedCoreMoE(router, tm.ExpertFFN(banks, activation="relu"))
 
 
-def _end(size: int) -> int:
-    """Choose the leg size of end cores: 4 if 16 divides the size of the matrix, else 2."""
-    return 4 if size % 16 == 0 else 2
-
-
 def _halves(size: int) -> tuple[int, int]:
     small = max(x for x in range(1, int(size**0.5) + 1) if size % x == 0)
     return small, size // small
@@ -107,7 +102,7 @@ def _halves(size: int) -> tuple[int, int]:
 
 def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     """Build a bank of three-core chains with a shared center; each end core has an out-leg and an in-leg."""
-    a = min(_end(rows), _end(columns))
+    a = 4 if rows % 16 == columns % 16 == 0 else 2
     legs = {"out_dims": (a, rows // a**2, a), "in_dims": (a, columns // a**2, a)}
     return tm.SharedCoreExperts(tn.topologies.mpo(**legs), experts)
 

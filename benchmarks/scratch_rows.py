@@ -166,12 +166,10 @@ def dims(row: Row, sizes: Sizes, rows: int) -> dict[str, tuple[int, ...]]:
     """Choose the dims of the chain for a matrix of `rows` rows: a large middle leg between small ones."""
     a, b = row.options.get("ends", (4, 4))
     hidden = round(row.hidden * sizes.hidden)
-    width_dims, hidden_dims = (a, sizes.width // (a * b), b), (a, hidden // (a * b), b)
-    up = rows == hidden
+    outs, ins = (hidden, sizes.width) if rows == hidden else (sizes.width, hidden)
     if row.options.get("one_sided"):
-        outs, ins = (hidden, sizes.width) if up else (sizes.width, hidden)
         return {"out_dims": (a * b, outs // (a * b), 1), "in_dims": (1, ins // (a * b), a * b)}
-    return {"out_dims": hidden_dims if up else width_dims, "in_dims": width_dims if up else hidden_dims}
+    return {"out_dims": (a, outs // (a * b), b), "in_dims": (a, ins // (a * b), b)}
 
 
 def mpoe_banks(row: Row, sizes: Sizes, pair: tuple[Tensor, Tensor], generator: torch.Generator) -> Banks:

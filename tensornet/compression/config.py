@@ -266,7 +266,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def menu(self) -> str | None:
-        """Name of the menu of formats (see `MENUS`) that the user has chosen; None if there is none."""
+        """Name in `MENUS` with which `formats` begins, or None."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 

@@ -49,7 +49,7 @@ class KeptMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cached matrix; 0 if there is none."""
+        """Size of the cached matrix in bytes, or 0 before a matrix is cached."""
         return 0 if self.matrix is None else self.matrix.nbytes
 
     def drop(self) -> None:

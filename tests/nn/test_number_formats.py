@@ -347,6 +347,31 @@ def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tok
     torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.2)
 
 
+def at_offset(x: torch.Tensor, offset: int) -> torch.Tensor:
+    """Copy to memory that begins `offset` bytes after a multiple of 16."""
+    memory = torch.empty(x.nbytes + 16, dtype=torch.uint8)
+    start = (offset - memory.data_ptr()) % 16
+    return memory[start : start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def test_the_int8_kernel_gets_aligned_memory() -> None:
+    """In torch 2.15 it ends the process otherwise."""
+    made = topology_family("dense").decompose(torch.randn(64, 96), Budget()).network
+    stored = Storage(number_format=NumberFormat.parse("int8:row"))
+    layer = linear_from_network(made, bias=None, source="linear", storage=stored).bfloat16()
+    x, core = at_offset(torch.randn(8, 96, dtype=torch.bfloat16), 2), layer.integer_core
+    assert isinstance(core, PackedCore)
+    assert integer_matmul.IntegerMatrix.of(core).has_kernel(x)
+    codes = core.codes.clone()
+    core.codes = at_offset(codes, 8)
+    expected = copy.deepcopy(layer).float()(x.float())
+    for _ in range(2):  # chosen, then remembered
+        torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.2)
+    core.align()
+    assert core.codes.data_ptr() % 16 == 0
+    assert torch.equal(core.codes, codes)
+
+
 @pytest.mark.parametrize("name", ["int8:row", "int4:g32", "int3:g32:zero", "nl4:g32:float16"])
 @pytest.mark.parametrize(
     "family",
