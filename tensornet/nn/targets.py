@@ -162,7 +162,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     if not selected:
         raise TargetError(
             f"Nothing to compress. Compressible layers: {summary(layers)}.{_compressed_before(model)}"
-            f"{_skipped(dense)}{_unknown_layers(model)}"
+            f"{_skipped(dense)}{_unknown_layers(model)}{_own_rounding(model)}"
         )
     if dense:
         warnings.warn(f"Left dense:{_skipped(dense)}", stacklevel=2)
@@ -431,6 +431,12 @@ def _unknown_layers(model: nn.Module) -> str:
         "(subclasses, and embeddings with max_norm); "
         "tensornet.nn.register_layer_kind makes a type compressible."
     )
+
+
+def _own_rounding(model: nn.Module) -> str:
+    """Compose a hint that names the modules that round themselves, such as banks of experts."""
+    names = [name or "model" for name, m in model.named_modules() if callable(getattr(m, "quantize", None))]
+    return f" Round {shortened(names)} by their method quantize, as in quantize('int4')." if names else ""
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import FormatError
+from tensornet.errors import FormatError, TargetError
 from tensornet.healing import trained_scales
 from tensornet.nn import build_module, module_spec
 from tensornet.nn.storage import Storage
@@ -243,6 +243,12 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
     assert 0 < float((expected - dense).abs().max()) < 0.5 * float(dense.abs().max())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(th.load(tmp_path).eval()), expected)
+
+
+def test_a_bare_mixture_is_told_how_to_round_itself() -> None:
+    moe = tm.mixture(d_model=16, d_ff=32, experts=3, top_k=1, share="center")
+    with pytest.raises(TargetError, match=r"Round experts\.gate, experts\.up, experts\.down by their method quantize"):
+        tn.compress(moe, tn.CompressionConfig(bits_per_weight=4.25), progress=False)
 
 
 @pytest.mark.parametrize(
