@@ -341,6 +341,7 @@ def picture(records: Path, file: Path) -> None:
     left, right = figure.subplots(1, 2)
     for number, (name, history) in enumerate(sorted(done.items(), key=lambda x: x[1][-1]["loss"])):
         style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "markersize": 4}
+        style["linestyle"] = "--" if name.startswith("dense") else "-"
         shown = [point for point in history if point["tokens"] in dense]
         losses = [point["loss"] - dense[point["tokens"]] for point in shown]
         left.plot([point["tokens"] / MILLION for point in shown], losses, label=name, **style)
