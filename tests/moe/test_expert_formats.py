@@ -247,7 +247,7 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
 
 def test_a_bare_mixture_is_told_how_to_round_itself() -> None:
     moe = tm.mixture(d_model=16, d_ff=32, experts=3, top_k=1, share="center")
-    with pytest.raises(TargetError, match=r"Round experts\.gate, experts\.up, experts\.down by their method quantize"):
+    with pytest.raises(TargetError, match=r"Round experts\.gate, .* by their method quantize"):
         tn.compress(moe, tn.CompressionConfig(bits_per_weight=4.25), progress=False)
 
 
