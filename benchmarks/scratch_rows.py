@@ -278,8 +278,8 @@ _TABLE = (
     fine("pool, quarter, 6", "pool", 24, **_SIX),
     fine("pool, quarter, 6, root rates", "pool", 24, root_rates=True, **_SIX),
     fine("pool, quarter, 6, normalized", "pool", 24, normalize=True, **_SIX),
-    fine("pool, quarter, 12", "pool", 24, **{**_SIX, "top_k": 12}),
-    fine("pool, quarter, 12 of 48", "pool", 48, **{**_SIX, "top_k": 12, "hidden": 1 / 8}),
+    fine("pool, quarter, 12", "pool", 24, **(_SIX | {"top_k": 12})),
+    fine("pool, quarter, 12 of 48", "pool", 48, **(_SIX | {"top_k": 12, "hidden": 1 / 8})),
     fine("pairs, quarter, 6", "pool", 12, span=2, **_SIX),
     fine("pairs, quarter, 6, root rates", "pool", 12, span=2, root_rates=True, **_SIX),
     # Experts that share the center of their chains, in each layer or in a pool for all layers.

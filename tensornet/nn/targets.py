@@ -19,6 +19,7 @@ from tensornet.nn.layer_kinds import (
     own_parameters,
 )
 from tensornet.nn.module import NetworkModule
+from tensornet.nn.storage import Storage
 from tensornet.nn.unfuse import OWN_FORWARD, RECOMPUTED, Compound, compound_of, reason_against
 
 ALL = "all"
@@ -435,7 +436,10 @@ def _unknown_layers(model: nn.Module) -> str:
 
 def _own_rounding(model: nn.Module) -> str:
     """Compose a hint that names the modules that round themselves, such as banks of experts."""
-    names = [name or "model" for name, m in model.named_modules() if callable(getattr(m, "quantize", None))]
+    stored = (
+        (name, m) for name, m in model.named_modules() if isinstance(getattr(m, "storage", None), Storage)
+    )
+    names = [name or "model" for name, m in stored if hasattr(m, "quantize")]
     return f" Round {shortened(names)} by their method quantize, as in quantize('int4')." if names else ""
 
 
