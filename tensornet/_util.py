@@ -199,11 +199,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside any `DataParallel`, `DistributedDataParallel` and `torch.compile` wrappers.
-
-    >>> type(unwrapped(nn.DataParallel(nn.Linear(4, 4)))).__name__
-    'Linear'
-    """
+    """Return the model inside any `DataParallel`, `DistributedDataParallel` and `torch.compile` wrappers."""
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
@@ -299,18 +295,6 @@ def remembering() -> Iterator[None]:
 
     The compression candidates of one layer share decompositions. Since decompositions can be larger than
     the layer, the cache is emptied when the block ends.
-
-    Example:
-        >>> import torch
-        >>> @remembered
-        ... def double(x):
-        ...     return 2 * x
-        >>> x = torch.ones(2)
-        >>> with remembering():
-        ...     double(x) is double(x)
-        True
-        >>> double(x) is double(x)
-        False
     """
     token = _known.set({})
     try:

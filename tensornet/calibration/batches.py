@@ -160,12 +160,6 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
     Returns:
         A mask of this shape, True at tokens; None if no padding is known.
-
-    Example:
-        >>> from tensornet.calibration.batches import token_mask
-        >>> batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
-        >>> token_mask(batch, torch.Size([3, 2])).tolist()  # tokens first
-        [[True, True], [True, False], [True, False]]
     """
     masks: dict[torch.Size, Tensor] = {}
     for name in ("attention_mask", "decoder_attention_mask"):
@@ -221,12 +215,6 @@ class BatchSample:
 
     Args:
         batches: the batches; a generator that can be iterated only once is allowed.
-
-    Example:
-        >>> from tensornet.calibration.batches import BatchSample
-        >>> sample = BatchSample(torch.full((2, 3), float(k)) for k in range(100))
-        >>> len(list(sample)), [int(batch[0, 0]) for batch in sample.kept]
-        (100, [0, 16, 32, 48, 64, 80, 96])
     """
 
     def __init__(self, batches: Iterable[BatchLike]) -> None:
@@ -259,12 +247,6 @@ def some_rows(
         model: the model that the batches are for.
         tokens: total number of tokens; at least one row is selected.
         parts: largest number of batches from which rows are selected.
-
-    Example:
-        >>> from tensornet.calibration.batches import some_rows
-        >>> batches = [{"input_ids": torch.ones(16, 128, dtype=torch.int64)}] * 8
-        >>> [tuple(batch["input_ids"].shape) for batch in some_rows(batches, torch.nn.Linear(1, 1), 1024)]
-        [(2, 128), (2, 128), (2, 128), (2, 128)]
     """
     device = next(model.parameters()).device
     if not batches:
@@ -276,13 +258,7 @@ def some_rows(
 
 
 def tokens_of(batch: Batch) -> int:
-    """Estimate the number of tokens in a batch, without padding.
-
-    Example:
-        >>> from tensornet.calibration.batches import tokens_of
-        >>> tokens_of({"input_ids": torch.ones(4, 7, dtype=torch.int64)})
-        28
-    """
+    """Estimate the number of tokens in a batch, without padding."""
     first = next((x for x in batch.values() if isinstance(x, Tensor) and x.ndim), None)
     return 1 if first is None else round(len(first) * tokens_of_row(batch))
 

@@ -179,11 +179,6 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
     This is assumed for float32 models with matrices of at least 2^18 elements, on devices with bfloat16
     arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
-
-    Example:
-        >>> from tensornet.calibration.calibrate import fast_dtype
-        >>> fast_dtype(torch.nn.Linear(8, 8)) is None
-        True
     """
     large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
     if not large or any(p.dtype != torch.float32 for p in large):

@@ -61,14 +61,6 @@ class CoherenceSample:
 
     Args:
         name: name of the layer; it is the seed of the random choice.
-
-    Example:
-        >>> from tensornet.calibration.coherence import CoherenceSample
-        >>> x, gradient = torch.ones(2, 5, 3), torch.ones(2, 5, 4)  # five equal tokens
-        >>> sample = CoherenceSample("layer")
-        >>> sample.add(sample.hold(x, None, {"input": x}), gradient, {"input": x})
-        >>> round(sample.ratio(torch.eye(3), torch.eye(4)), 4)
-        5.0
     """
 
     def __init__(self, name: str) -> None:
@@ -156,11 +148,6 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
 
     Returns:
         The transformed vectors, in single precision if this is accurate enough, else in double precision.
-
-    Example:
-        >>> from tensornet.calibration.coherence import whitened
-        >>> whitened(torch.tensor([[2.0, 0.0]]), torch.diag(torch.tensor([4.0, 1.0])), 0.0).tolist()
-        [[1.0, 0.0]]
     """
     if moment.ndim == 1:
         return x.double() / damped(moment, damping).sqrt()
@@ -181,13 +168,7 @@ def _root(moment: Tensor, damping: float) -> Tensor | None:
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows in a batch, and all possible numbers of tokens per row.
-
-    Example:
-        >>> from tensornet.calibration.coherence import row_sizes
-        >>> row_sizes({"input_ids": torch.ones(4, 7), "decoder_input_ids": torch.ones(4, 3)})
-        (4, frozenset({3, 7}))
-    """
+    """Return the number of rows in a batch, and all possible numbers of tokens per row."""
     tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
     rows = len(tensors[0]) if tensors else 1
     return rows, frozenset(x.shape[1] for x in tensors if x.ndim > 1 and len(x) == rows)
@@ -204,13 +185,6 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
 
     Returns:
         The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.
-
-    Example:
-        >>> from tensornet.calibration.coherence import by_rows
-        >>> shapes = (4, 7, 8), (7, 4, 8), (28, 8), (12, 7, 8)
-        >>> [tuple(by_rows(torch.zeros(shape), rows=4, tokens={7}).shape) for shape in shapes]
-        [(4, 7, 8), (4, 7, 8), (4, 7, 8), (4, 21, 8)]
-        >>> by_rows(torch.zeros(20, 8), rows=4, tokens={7})
     """
     first, *others = x.shape[:-1]
     if not others:

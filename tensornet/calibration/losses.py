@@ -84,15 +84,6 @@ def own_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises:
         TargetError: the model returns no loss.
-
-    Example:
-        >>> from tensornet.calibration.losses import own_losses
-        >>> class Copier(torch.nn.Embedding):
-        ...     def forward(self, input_ids, labels):
-        ...         logits = super().forward(input_ids)
-        ...         return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
-        >>> own_losses(Copier(9, 9), {"input_ids": torch.ones(2, 3, dtype=torch.long)}).shape
-        torch.Size([6])
     """
     labels = _labels(batch)
     output = run_model(model, batch if labels is None else {**batch, "labels": labels})
@@ -231,13 +222,6 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
     Classes of `transformers` are recognized by the end of their name, and encoder-decoder models, which shift
     labels themselves, by their configuration. The result for any other class is None.
-
-    Example:
-        >>> from tensornet.calibration.losses import scores_next_token
-        >>> class TinyForCausalLM(torch.nn.Module):
-        ...     pass
-        >>> scores_next_token(TinyForCausalLM()), scores_next_token(torch.nn.Linear(2, 2))
-        (True, None)
     """
     model = unwrapped(model)
     name = type(model).__name__
@@ -314,12 +298,6 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
             rows of the batch.
         wanted: output of the reference model.
         batch: the arguments of both models; padding in outputs `(rows, tokens, ...)` is ignored.
-
-    Example:
-        >>> from tensornet.calibration.losses import output_distances
-        >>> old = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
-        >>> output_distances(0.5 * old, old, {"x": old}).tolist()
-        [0.25, 0.25]
     """
     new, old = (_output_rows(x, batch) for x in (outputs, wanted))
     return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)
@@ -465,11 +443,6 @@ def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
 
     Returns:
         The losses, shape `(tokens,)`; they can be differentiated once with respect to the logits.
-
-    Example:
-        >>> from tensornet.calibration.losses import token_entropies
-        >>> token_entropies(torch.zeros(3, 4), torch.tensor([0, 2]), torch.tensor([1, 3])).tolist()
-        [1.3862943649291992, 1.3862943649291992]
     """
     found: Tensor = _TokenEntropies.apply(logits, places, labels)
     return found
@@ -485,11 +458,6 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
 
     Returns:
         The class indices, shape `(tokens,)`.
-
-    Example:
-        >>> from tensornet.calibration.losses import drawn_labels
-        >>> drawn_labels(torch.tensor([[0.0, 100.0], [100.0, 0.0]]), torch.tensor([0, 1])).tolist()
-        [1, 0]
     """
     like: Any = {"dtype": torch.float64, "device": logits.device}
     shares = torch.rand(len(places), 1, generator=draws_on(logits.device), **like)
@@ -540,15 +508,6 @@ def seeded_draws() -> Iterator[None]:
     """Return a context in which losses draw from generators with a fixed seed, not from the global one.
 
     The generators are not reset between batches, so equal batches get different random numbers.
-
-    Example:
-        >>> from tensornet.calibration.losses import draws_on, seeded_draws
-        >>> def two():
-        ...     with seeded_draws():
-        ...         return [float(torch.rand((), generator=draws_on(torch.device("cpu")))) for _ in range(2)]
-        >>> first, second = two()
-        >>> first != second, two() == [first, second]
-        (True, True)
     """
     token = _drawing.set({})
     try:

@@ -45,12 +45,6 @@ class Candidate:
             `predicted_loss` uses more damping.
         milliseconds: predicted time of a forward pass; 0 if no token count was given.
         number_format: for a dense matrix, the name of its number format as the user gave it; else empty.
-
-    Example:
-        >>> from tensornet.compression.allocate import Candidate
-        >>> from tensornet.nn.storage import Storage
-        >>> Candidate(None, Storage(), num_bytes=64, params=16, predicted_loss=0.0, error=0.0).cost
-        0.0
     """
 
     topology: Topology | None
@@ -189,17 +183,6 @@ def decide_alone(
 
     Raises:
         BudgetError: the ratio cannot be kept; the error is that of the first layer that failed.
-
-    Example:
-        >>> from tensornet.compression.allocate import decide_alone
-        >>> from tensornet.errors import BudgetError
-        >>> def rank(index, ratio):  # of square matrices
-        ...     width = (40, 2)[index]
-        ...     if (found := int(ratio * width / 2)) == 0:
-        ...         raise BudgetError("rank 1 is too large")
-        ...     return found
-        >>> decide_alone([1600, 4], 0.5, rank, lambda index: ("dense", 4))
-        [9, 'dense']
     """
     refused: dict[int, BudgetError] = {}
     share = ratio
@@ -255,13 +238,6 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
         The index of the smallest candidate of each layer (if several are smallest, the one of least cost);
         and `(layer, candidate, growth in size)` for all steps along the lower convex hulls, ordered by
         decreasing saving per unit of size.
-
-    Example:
-        >>> from tensornet.compression.allocate import CostCurve, hull_steps
-        >>> sizes = torch.tensor([1.0, 2.0, 4.0])
-        >>> curves = [CostCurve(sizes, torch.tensor(costs)) for costs in ([9.0, 3.0, 0.0], [8.0, 6.0, 0.0])]
-        >>> hull_steps(curves)
-        ([0, 0], [(0, 1, 1.0), (1, 2, 3.0), (0, 2, 2.0)])
     """
     start, steps = [], []
     for layer, curve in enumerate(curves):
@@ -275,13 +251,7 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Return the indices of the points on the decreasing part of the lower convex hull, by increasing size.
-
-    Example:
-        >>> from tensornet.compression.allocate import lower_hull
-        >>> lower_hull([4, 2, 3, 1], [0.0, 1.0, 0.9, 5.0])
-        [3, 1, 0]
-    """
+    """Return the indices of the points on the decreasing part of the lower convex hull, smallest first."""
     hull: list[int] = []
     for k in sorted(range(len(sizes)), key=lambda index: (sizes[index], costs[index], index)):
         if hull and costs[k] >= costs[hull[-1]]:

@@ -177,17 +177,6 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
     A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. If times are
     predicted, hulls over weighted sums of bytes and time are used too, since a plan may have limits on both.
     The dense matrix in each number format is always kept, for plans with one format for all layers.
-
-    Example:
-        >>> from tensornet.compression.candidates import Candidate, pruned
-        >>> from tensornet.nn.storage import Storage
-        >>> sizes, costs = (1, 2, 3), (4.0, 3.9, 0.0)
-        >>> all_of_them = [
-        ...     Candidate(None, Storage(), size, size, cost, cost, cost)
-        ...     for size, cost in zip(sizes, costs)
-        ... ]
-        >>> [x.num_bytes for x in pruned(all_of_them)]
-        [1, 3]
     """
     costs = [x.cost for x in candidates]
     sizes = [[float(x.num_bytes) for x in candidates], [float(x.params) for x in candidates]]

@@ -168,13 +168,7 @@ class LayerPlan:
 
 
 def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
-    """Describe number formats, family and bonds in a few words; bonds of size 1 are left out.
-
-    Example:
-        >>> topology = tn.topologies.low_rank(out_features=64, in_features=64, rank=8)
-        >>> describe(topology, Storage(number_format="int8"))
-        'int8 low_rank 8'
-    """
+    """Describe number formats, family and bonds in a few words; bonds of size 1 are left out."""
     if topology is None:
         return "dense"
     bonds = [size for size in topology.bond_dims.values() if size > 1]
@@ -208,11 +202,6 @@ class LossCheck:
     Args:
         layers: number of layers of the plan that were measured in their planned scheme.
         raised: predicted losses that were too low and were raised; the final plan may have other schemes.
-
-    Example:
-        >>> from tensornet.compression.plan import LossCheck, RaisedLoss
-        >>> print(LossCheck(28, (RaisedLoss("output.dense", "int2 dense", 25.5),)))
-        28 layers checked by measuring, predicted loss raised of output.dense in int2 dense (26x)
     """
 
     layers: int

@@ -188,13 +188,7 @@ FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def fused_groups(names: Sequence[str]) -> list[list[int]]:
-    """Group layers that servers such as vLLM fuse: siblings whose names are in the same set of `FUSED`.
-
-    Example:
-        >>> from tensornet.compression.planning import fused_groups
-        >>> fused_groups(["0.attn.q_proj", "0.attn.k_proj", "0.attn.o_proj", "1.attn.q_proj"])
-        [[0, 1], [2], [3]]
-    """
+    """Group layers that servers such as vLLM fuse: siblings whose names are in the same set of `FUSED`."""
     groups: dict[tuple[str, Any], list[int]] = {}
     for k, name in enumerate(names):
         parent, _, child = name.rpartition(".")
@@ -456,13 +450,6 @@ def estimate_seconds(
 
     Raises:
         TargetError: no layer is selected.
-
-    Example:
-        >>> from tensornet.compression.planning import estimate_seconds
-        >>> model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.Linear(256, 10))
-        >>> found = estimate_seconds(model, tn.CompressionConfig(bits_per_weight=4.25))
-        >>> found["total"] > found["planning"] > 0
-        True
     """
     with unfused(model):
         targets = [x for x in find_targets(model, config) if not x.skip]

@@ -35,9 +35,6 @@ class Coverage:
         excluded: number of elements of matrices that the configuration excludes, by type of module.
         unknown: number of elements of parameters that cannot be compressed, by type of module, with the
             reason in brackets if the type is known.
-
-    >>> print(Coverage(1000, 800, {"Embedding": 150}, {"LayerNorm": 50}))
-    covers 80.0 % of 1.00k parameters; excluded: Embedding 150; skipped: LayerNorm 50
     """
 
     total: int
@@ -71,11 +68,6 @@ def measure_coverage(
         targets: every weight of the model, from `find_targets` or `list_weights`.
         layers: names of the layers in the plan.
         unseen: names of layers that never ran in calibration.
-
-    >>> from tensornet.nn.targets import list_weights
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
-    >>> print(measure_coverage(list_weights(model), ["0"]))
-    covers 72.7 % of 88 parameters; skipped: LayerNorm 16, biases 8
     """
     planned, never_ran = set(layers), set(unseen)
     excluded: Counter[str] = Counter()
@@ -99,11 +91,7 @@ def measure_coverage(
 
 
 def compact_count(value: float) -> str:
-    """Format a number with three significant digits and a unit, k, M or B.
-
-    >>> compact_count(940800)
-    '941k'
-    """
+    """Format a number with three significant digits and a unit, k, M or B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{f'{value / size:#.3g}'.rstrip('.')}{unit}"

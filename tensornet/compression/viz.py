@@ -67,13 +67,7 @@ class LayerName(NamedTuple):
 
 
 def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Split the names of layers after the number of their block.
-
-    Example:
-        >>> from tensornet.compression.viz import layer_names
-        >>> layer_names(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"])[0]
-        LayerName(block=0, place='layers.0', kind='mlp.up_proj')
-    """
+    """Split the names of layers after the number of their block."""
     parts = [name.split(".") for name in names]
     shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # `commonprefix` accepts lists too
     found = []
@@ -328,11 +322,6 @@ def grid_of(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple
 
     Returns:
         Labels of rows and of columns, and `(row, column)` of each layer by its name.
-
-    Example:
-        >>> from tensornet.compression.viz import grid_of
-        >>> grid_of(["h.0.up", "h.0.down", "h.1.up"])
-        (['up', 'down'], ['0', '1'], {'h.0.up': (0, 0), 'h.0.down': (1, 0), 'h.1.up': (0, 1)})
     """
     rows: dict[str, int] = {}
     columns: dict[tuple[str, int], int] = {}

@@ -33,13 +33,6 @@ class Machine:
         half_size: number of rows, columns or summed indices at which a product reaches half of the peak.
         unpack_pass: time per element of each pass over a block of packed integers.
         kernel_peak: multiply-adds per second of torch's kernels for packed integers; 0 if there are none.
-
-    Example:
-        >>> import dataclasses
-        >>> from tensornet.contraction.cost import default_machine
-        >>> machine = dataclasses.replace(default_machine("cpu"), name="mine", bandwidth=40e9)
-        >>> machine.efficiency(64, 64, 64) < 1
-        True
     """
 
     name: str
@@ -150,10 +143,6 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
     Args:
         device: the device to measure.
         repeats: number of repetitions of each measurement, of which the fastest counts.
-
-    Example:
-        >>> tn.contraction.cost.measure_machine(repeats=1).peak > 1e6
-        True
     """
     where = torch.device(device)
     base = default_machine(where)

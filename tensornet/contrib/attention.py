@@ -15,14 +15,7 @@ _INPUTS = ("q_proj", "k_proj", "v_proj")
 
 @register_compound
 class MatrixAttention(Compound):
-    """Replacement for `nn.MultiheadAttention` with the same arguments, masks and results.
-
-    >>> from tensornet.contrib.attention import MatrixAttention
-    >>> stock = torch.nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> x = torch.randn(3, 5, 8)
-    >>> torch.allclose(MatrixAttention(stock, {})(x, x, x)[0], stock(x, x, x)[0], atol=1e-6)
-    True
-    """
+    """Replacement for `nn.MultiheadAttention` with the same arguments, masks and results."""
 
     replaces = (nn.MultiheadAttention,)
 

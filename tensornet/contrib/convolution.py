@@ -20,12 +20,6 @@ class MatrixConvolution(Compound):
     A low-rank matrix `U V` is applied as two convolutions: `V` with the kernel, then `U` with a kernel of
     size 1. For other networks the kernel is rebuilt. During calibration the linear layers are called with
     unfolded inputs `(batch, points, in_channels * kernel)`.
-
-    >>> from tensornet.contrib.convolution import MatrixConvolution
-    >>> stock = torch.nn.Conv2d(8, 4, 3, stride=2)
-    >>> x = torch.randn(2, 8, 9, 9)
-    >>> torch.allclose(MatrixConvolution(stock, {})(x), stock(x), atol=1e-5)
-    True
     """
 
     replaces = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -29,12 +29,6 @@ class MatrixRecurrence(Compound):
 
     In each call the matrices are rebuilt and passed to PyTorch's fused operation; multiplying by cores in
     every time step would be much slower. During calibration the layers are called in every time step.
-
-    >>> from tensornet.contrib.recurrent import MatrixRecurrence
-    >>> stock = torch.nn.LSTM(6, 5, num_layers=2, bidirectional=True)
-    >>> x = torch.randn(7, 3, 6)
-    >>> torch.allclose(MatrixRecurrence(stock, {})(x)[0], stock(x)[0], atol=1e-6)
-    True
     """
 
     replaces = (nn.RNN, nn.LSTM, nn.GRU)

@@ -39,12 +39,6 @@ class SearchPoint:
         params: number of parameters.
         error: certified relative Frobenius error.
         milliseconds: predicted time of a forward pass, the geometric mean over the token counts.
-
-    Example:
-        >>> from tensornet.contrib.search import search_topology
-        >>> point = search_topology(torch.randn(32, 48), param_ratio=0.5).best()
-        >>> point.params <= 32 * 48 / 2, 0 < point.error < 1
-        (True, True)
     """
 
     topology: Topology
@@ -73,12 +67,6 @@ class TopologySearch:
         max_params: largest number of parameters.
         dense_milliseconds: predicted time of a dense layer.
         points: all decompositions, in the order of increasing parameters.
-
-    Example:
-        >>> from tensornet.contrib.search import search_topology
-        >>> found = search_topology(torch.randn(32, 48), param_ratio=0.5)
-        >>> found.best("params").params <= found.best("error").params
-        True
     """
 
     shape: tuple[int, int]
@@ -186,13 +174,6 @@ def search_topology(
         TopologyError: a family is unknown, or no family is given.
         TypeError: `machine` is neither a `Machine` nor None.
         ValueError: `tokens` is not an integer of at least 1, or `max_sites` not an integer of at least 2.
-
-    Example:
-        >>> from tensornet.contrib.search import search_topology
-        >>> found = search_topology(torch.randn(32, 48), param_ratio=0.5, tokens=(1, 256))
-        >>> best = found.best("error")
-        >>> best.topology.shape, best.params <= found.max_params
-        ((32, 48), True)
     """
     check_dense(matrix, "search_topology", "a matrix of shape (out, in)", 2)
     check_finite(matrix, "The matrix")

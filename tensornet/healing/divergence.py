@@ -36,14 +36,6 @@ def divergence(
 
     Reference:
         Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", equation 2.
-
-    Example:
-        >>> from tensornet.healing.divergence import divergence
-        >>> teacher = torch.tensor([[0.0, 0.0]])
-        >>> student = torch.tensor([[1.0, 0.0]], requires_grad=True)
-        >>> divergence(student, teacher).backward()
-        >>> torch.allclose(student.grad, student.detach().softmax(-1) - 0.5)
-        True
     """
     rows = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(-1)
     new, old = (x.reshape(-1, x.shape[-1]) for x in (student, teacher.detach()))

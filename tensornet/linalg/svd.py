@@ -109,11 +109,6 @@ class TruncatedSVD:
         Vh: right singular vectors, shape `(rank, n)`.
         error: certified relative Frobenius error of the truncation, `sqrt(sum discarded S^2) / |matrix|`.
         method: the method that was used: `"exact"`, `"gram"` or `"randomized"`.
-
-    Example:
-        >>> found = tn.truncated_svd(torch.diag(torch.tensor([4.0, 3.0, 0.0])), max_rank=1)
-        >>> found.S, round(found.error, 3), found.method
-        (tensor([4.]), 0.6, 'gram')
     """
 
     U: Tensor

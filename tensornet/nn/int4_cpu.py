@@ -239,15 +239,7 @@ def products_of(number_format: NumberFormat) -> int:
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes of a matrix for which `has_layout` returns True, in the layout of the kernel.
-
-    Example:
-        >>> from tensornet.nn.int4_cpu import layout_bytes
-        >>> from tensornet.quantization import NumberFormat
-        >>> number_format = NumberFormat.parse("int3")
-        >>> number_format.nbytes((64, 1024)), layout_bytes(number_format, (64, 1024))
-        (26624, 36864)
-    """
+    """Count the bytes of a matrix for which `has_layout` returns True, in the layout of the kernel."""
     rows, columns = shape
     group = _kernel_group(number_format, columns)
     assert group is not None

@@ -66,11 +66,6 @@ def relatives(name: str, others: Iterable[str]) -> list[str]:
 
     These are the layers whose names differ only in the last number, such as other experts of a mixture. Such
     a number is an index of a module list, or the end of a key such as `expert_3`.
-
-    Example:
-        >>> from tensornet.nn.layer_kinds import relatives
-        >>> relatives("experts.0.up", ["experts.1.up", "experts.1.down", "head"])
-        ['experts.1.up']
     """
     path = _counted_path(name)
     return [] if path is None else [other for other in others if _counted_path(other) == path]
@@ -185,11 +180,6 @@ def layer_kind(name: str) -> LayerKind:
 
     Raises:
         TargetError: the name is unknown; the message lists the registered kinds.
-
-    Example:
-        >>> from tensornet.nn.layer_kinds import layer_kind
-        >>> layer_kind("embedding").name
-        'embedding'
     """
     if name not in _KINDS:
         raise TargetError(f"Unknown layer kind {name!r}; registered are {', '.join(sorted(_KINDS))}.")
@@ -197,13 +187,7 @@ def layer_kind(name: str) -> LayerKind:
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
-    """Return the registered layer kind that matches a module, or None.
-
-    Example:
-        >>> from tensornet.nn.layer_kinds import kind_of
-        >>> kind_of(torch.nn.Linear(4, 4)).name, kind_of(torch.nn.LayerNorm(4))
-        ('linear', None)
-    """
+    """Return the registered layer kind that matches a module, or None."""
     return next((kind for kind in _KINDS.values() if kind.matches(module)), None)
 
 
@@ -217,9 +201,6 @@ def is_plain(module: nn.Module) -> bool:
 
     With `weight_norm`, `spectral_norm` or `prune` of `torch.nn.utils` this is False: their hooks compute the
     attribute `weight` before each pass from parameters of other names.
-
-    >>> is_plain(torch.nn.Linear(4, 4)), is_plain(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4)))
-    (True, False)
     """
     names = own_parameters(module).keys()
     return "weight" in names and names <= {"weight", "bias"} and "bias" not in vars(module)
@@ -246,15 +227,6 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Copy the hooks of a module to the module that replaces it.
 
     Both modules share the dictionaries of hooks, so that an existing handle can still remove its hook.
-
-    >>> old, new = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-    >>> handle = old.register_forward_hook(lambda module, inputs, output: 0 * output)
-    >>> carry_hooks(old, new)
-    >>> bool(new(torch.ones(4)).any())
-    False
-    >>> handle.remove()
-    >>> bool(new(torch.ones(4)).any())
-    True
     """
     if old is new:
         return
@@ -272,13 +244,7 @@ def carry_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Return True if a module has its own `forward` instead of the method of its class.
-
-    >>> layer = torch.nn.Linear(4, 4)
-    >>> layer.forward = lambda x: torch.zeros(4)
-    >>> has_own_forward(layer), has_own_forward(torch.nn.Linear(4, 4))
-    (True, False)
-    """
+    """Return True if a module has its own `forward` instead of the method of its class."""
     values = vars(module)
     forward = values.get(WRAPPED if HOOK in values else "forward")
     if forward is None:

@@ -67,11 +67,6 @@ class NetworkModule(nn.Module):
 
     Raises:
         ValueError: the strategy is unknown.
-
-    Example:
-        >>> layer = tn.nn.TensorNetworkLinear(tn.topologies.mpo(out_dims=(4, 4), in_dims=(4, 4), max_bond=4))
-        >>> isinstance(layer, tn.nn.module.NetworkModule), [name for name, _ in layer.named_parameters()]
-        (True, ['core_0', 'core_1', 'bias'])
     """
 
     strategy: Strategy

@@ -55,11 +55,6 @@ class Storage:
 
     Raises:
         FormatError: a format is unknown, or a core is named twice.
-
-    Example:
-        >>> storage = Storage(number_format="int4", core_formats={"left": "int8"})
-        >>> storage.format_of("matrix").name, storage.format_of("left").name
-        ('int4', 'int8')
     """
 
     pivoted: bool = False
@@ -135,12 +130,7 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Count stored values: elements, scales, zero points and row orders; a packed integer counts as one.
-
-        Example:
-            >>> Storage(number_format="int4").num_params(tn.topologies.dense(out_features=2, in_features=64))
-            130
-        """
+        """Count stored values (elements, scales, zero points, row orders); a packed integer counts as one."""
         return sum(count for *_, count in _stored_parts(topology, self, torch.float32))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
@@ -154,13 +144,7 @@ class Storage:
         return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
-        """Count the stored values and the bytes of one core, scales and zero points included.
-
-        Example:
-            >>> topology = tn.topologies.low_rank(out_features=6, in_features=64, rank=2)
-            >>> Storage(number_format="int4").core_size(topology, "1", torch.float32)
-            (130, 68)
-        """
+        """Count the stored values and the bytes of one core, scales and zero points included."""
         parts = [part for part in _stored_parts(topology, self, dtype) if part[0] == name]
         size = sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
         return sum(count for *_, count in parts), size
@@ -189,12 +173,6 @@ class PackedCore(nn.Module):
         tensors: stored tensors by name, with the shapes and dtypes that `layout` returns; a stack of cores
             has additional leading dimensions.
         axis: axis of the bond on which the core is pivoted; None if it is not.
-
-    Example:
-        >>> topology = tn.topologies.dense(out_features=2, in_features=64)
-        >>> core = encode(topology, Storage(number_format="int4"), [torch.ones(2, 64)])["core_matrix"]
-        >>> core(torch.float32).shape, [name for name, _ in core.half().named_buffers()]
-        (torch.Size([2, 64]), ['codes', 'scales'])
     """
 
     codes: Tensor
@@ -501,11 +479,6 @@ def layout(
 
     Raises:
         FormatError: the storage names a core that the topology does not have.
-
-    Example:
-        >>> topology = tn.topologies.dense(out_features=2, in_features=64)
-        >>> list(layout(topology, Storage(number_format="int4:g32:zero"), torch.float32))
-        ['core_matrix.codes', 'core_matrix.scales', 'core_matrix.zeros']
     """
     if unknown := sorted(dict(storage.core_formats).keys() - set(topology.core_names)):
         raise FormatError(
@@ -685,13 +658,6 @@ def decode(cores: Iterable[Tensor | PackedCore], dtype: torch.dtype | None = Non
     Args:
         cores: tensors, which are returned unchanged, and packed cores.
         dtype: dtype of decoded packed cores; by default, that of their values, or float32 for integers.
-
-    Example:
-        >>> topology = tn.topologies.low_rank(out_features=6, in_features=4, rank=2)
-        >>> cores = [torch.randn(shape) for shape in topology.core_shapes.values()]
-        >>> kept = encode(topology, Storage(pivoted=True), cores)
-        >>> [tuple(core.shape) for core in decode(kept.values())]
-        [(1, 6, 1, 2), (2, 1, 4, 1)]
     """
     return tuple(core(dtype) if isinstance(core, nn.Module) else core for core in cores)
 

@@ -35,11 +35,6 @@ class KeptMatrix:
     and `eval()` after it.
 
     The matrix is not saved with its layer, nor copied, nor moved to another device.
-
-    Example:
-        >>> kept, core = KeptMatrix(), torch.ones(2, 2)
-        >>> torch.equal(kept.get([core], core, lambda: 2 * core), 2 * core), kept.nbytes
-        (True, 16)
     """
 
     def __init__(self) -> None:
@@ -226,13 +221,6 @@ def product_seconds(
 
     Returns:
         One of `INT4_KERNELS`, `"int8 kernel"` or `"unpacked"`, and the time in seconds.
-
-    Example:
-        >>> from tensornet.contraction.cost import CPU
-        >>> product_seconds(NumberFormat.parse("int8:row"), (512, 512), 1, CPU, 2)[0]
-        'int8 kernel'
-        >>> product_seconds(NumberFormat.parse("int3"), (512, 512), 256, CPU, 2)[0]
-        'unpacked'
     """
     elements, size = shape[0] * shape[1], number_format.nbytes(shape)
     prepared = prepared and has_layout(number_format, shape)
@@ -301,12 +289,6 @@ class StrategyCost:
         memory_bytes: size of the largest intermediate tensor, or of the cached matrix.
         refused: why the layer does not use this strategy now; empty if it can use it.
         integers: how integer cores are read, `"unpacked"` or the name of a kernel; empty if there are none.
-
-    Example:
-        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
-        >>> cost = tn.nn.TensorNetworkLinear(topology).explain(tokens=64).costs[0]
-        >>> cost.strategy, cost.multiply_adds > 0
-        ('factorized', True)
     """
 
     strategy: str
@@ -329,12 +311,6 @@ class Explanation:
         costs: the cost of each strategy.
         choice: the strategy that the layer uses now.
         dense_milliseconds: time of a dense layer of this shape, for comparison.
-
-    Example:
-        >>> topology = tn.topologies.mpo(out_dims=(16, 16), in_dims=(16, 16), max_bond=16)
-        >>> explanation = tn.nn.TensorNetworkLinear(topology).explain(tokens=64)
-        >>> explanation.tokens, explanation.choice in {cost.strategy for cost in explanation.costs}
-        (64, True)
     """
 
     description: str

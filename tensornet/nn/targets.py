@@ -129,12 +129,6 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
     Raises:
         TargetError: a pattern matches no layer that can be compressed, no target is left, or a selected layer
             is wrapped by an adapter.
-
-    Example:
-        >>> from tensornet.nn.targets import LayerSelection, find_targets
-        >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))
-        >>> [(x.name, x.skip) for x in find_targets(model, LayerSelection())]
-        [('0', 'embedding'), ('1', ''), ('1.bias', 'bias')]
     """
     weights = list_weights(model)
     layers = [x for x in weights if x.kinds]
@@ -353,11 +347,6 @@ def users_outside(model: nn.Module, groups: Sequence[Target]) -> dict[str, str]:
 
     Returns:
         The name of such a module, by the name of the target.
-
-    >>> model = nn.ModuleDict({"table": nn.Embedding(5, 4, max_norm=1.0), "head": nn.Linear(4, 5)})
-    >>> model["head"].weight = model["table"].weight
-    >>> users_outside(model, all_targets(model))
-    {'head': 'table'}
     """
     places: dict[Hashable, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -444,21 +433,13 @@ def _own_rounding(model: nn.Module) -> str:
 
 
 def summary(groups: Sequence[Target], limit: int = 8) -> str:
-    """Join the names of targets in one line, and count the names beyond a limit.
-
-    >>> summary(all_targets(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), limit=1)
-    '0, and 1 more'
-    """
+    """Join the names of targets in one line, and count the names beyond a limit."""
     names = [group.name for group in groups]
     return shortened(names, limit) or "none (supported: nn.Linear, nn.Embedding, modules of several matrices)"
 
 
 def shortened(names: Sequence[str], limit: int = 8) -> str:
-    """Join names in one line, and count the names beyond a limit.
-
-    >>> shortened(["up", "down", "gate"], limit=2)
-    'up, down, and 1 more'
-    """
+    """Join names in one line, and count the names beyond a limit."""
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -467,13 +448,7 @@ BASE = "base_layer"
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """List the names of the adapters inside a model, such as LoRA layers of PEFT.
-
-    >>> class Adapter(nn.Module):
-    ...     adapter_layer_names = ("down",)
-    >>> adapter_names(nn.Sequential(nn.Linear(4, 4), Adapter()))
-    ['1']
-    """
+    """List the names of the adapters inside a model, such as LoRA layers of PEFT."""
     modules = model.named_modules(remove_duplicate=False)
     return [x for x, m in modules if isinstance(getattr(type(m), "adapter_layer_names", None), tuple)]
 

@@ -53,12 +53,6 @@ class PartMatrix(nn.Module):
     Args:
         matrix: the matrix; if it is a parameter, it is shared, not copied.
         bias: shape `(out_features,)`; if it is a parameter, it is shared, not copied.
-
-    Example:
-        >>> from tensornet.nn.unfuse import PartMatrix
-        >>> layer = PartMatrix(torch.randn(4, 8), bias=torch.zeros(4))
-        >>> layer(torch.randn(3, 8)).shape
-        torch.Size([3, 4])
     """
 
     bias: Tensor | None
@@ -107,13 +101,6 @@ class Stack:
         columns: number of columns of each stored matrix.
         transposed: True if each matrix is stored as `(in_features, out_features)`.
         bias: if there is only one layer, the dotted name of its bias in the stock module, or None.
-
-    Example:
-        >>> from tensornet.nn.unfuse import Stack
-        >>> stack = Stack("in_proj_weight", names=("query", "key", "value"), columns=16)
-        >>> parameter = torch.nn.Parameter(torch.randn(48, 16))
-        >>> [tuple(view.shape) for view in stack.views(parameter, {})]
-        [(16, 16), (16, 16), (16, 16)]
     """
 
     parameter: str
@@ -169,13 +156,6 @@ class Compound(nn.Module):
         stock: the module to replace. It is stored, but not as a submodule; its parameters are not copied.
         stacks: locations of its matrices.
         shared: matrices of modules that were unfused before, so that tied parameters stay tied.
-
-    Example:
-        >>> from tensornet.nn.unfuse import compound_of
-        >>> attention = torch.nn.MultiheadAttention(16, 2)
-        >>> compound = compound_of(attention)(attention, {})
-        >>> compound.type_name, compound.layer_names
-        ('MultiheadAttention', ('q_proj', 'k_proj', 'v_proj', 'out_proj'))
     """
 
     #: Types that the class replaces, or their full names; if empty, `matches` decides alone.
@@ -314,12 +294,7 @@ def register_compound(kind: C) -> C:
 
 
 def compound_of(module: nn.Module) -> Any:
-    """Return the subclass of `Compound` that can replace a module, or None.
-
-    >>> from tensornet.nn.unfuse import compound_of
-    >>> compound_of(torch.nn.LSTM(4, 4)).__name__, compound_of(torch.nn.Linear(4, 4))
-    ('MatrixRecurrence', None)
-    """
+    """Return the subclass of `Compound` that can replace a module, or None."""
     return next((kind for kind in _compounds_for(module) if kind.matches(module)), None)
 
 
@@ -330,11 +305,7 @@ def _compounds_for(module: nn.Module) -> Iterator[type[Compound]]:
 
 
 def reason_against(module: nn.Module) -> str | None:
-    """Return a short reason why a module is not compressed; None if no reason is known.
-
-    >>> reason_against(torch.nn.Conv1d(8, 8, 3, groups=8))
-    'groups too small for low rank'
-    """
+    """Return a short reason why a module is not compressed; None if no reason is known."""
     if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
         return RECOMPUTED
     if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
@@ -344,11 +315,7 @@ def reason_against(module: nn.Module) -> str | None:
 
 
 def type_and_reason(module: nn.Module) -> str:
-    """Return the type name of a module, followed by the reason why it is not compressed, if known.
-
-    >>> type_and_reason(torch.nn.Conv1d(8, 8, 3, groups=8)), type_and_reason(torch.nn.LayerNorm(4))
-    ('Conv1d (groups too small for low rank)', 'LayerNorm')
-    """
+    """Return the type name of a module, followed by the reason why it is not compressed, if known."""
     reason = reason_against(module)
     return type(module).__name__ if reason is None else f"{type(module).__name__} ({reason})"
 
@@ -387,13 +354,6 @@ def unfused(model: nn.Module) -> Iterator[None]:
     Modules with several matrices (recurrent layers, stacks of experts) are replaced by equivalent modules
     with one layer for each matrix; extensions do the same for their own classes. On exit, stock modules whose
     layers were not replaced are restored. Contexts may be nested.
-
-    Example:
-        >>> from tensornet.nn.unfuse import unfused
-        >>> model = torch.nn.Sequential(torch.nn.MultiheadAttention(16, 2))
-        >>> with unfused(model):
-        ...     print([name for name, _ in model[0].named_children()])
-        ['q_proj', 'k_proj', 'v_proj', 'out_proj']
     """
     with ExitStack() as stack:
         stack.callback(fuse, model, unfuse(model))
@@ -411,11 +371,6 @@ def unfuse(model: nn.Module, *, inside: Iterable[str] | None = None) -> list[str
 
     Returns:
         Names of the modules that were replaced.
-
-    >>> from tensornet.nn.unfuse import unfuse
-    >>> model = nn.Sequential(nn.Conv1d(4, 4, 3))
-    >>> unfuse(model), [name for name, _ in model.named_modules()]
-    (['0'], ['', '0', '0.matrix'])
     """
     wanted = None if inside is None else {name[:k] for name in inside for k, x in enumerate(name) if x == "."}
     shared: Shared = {}

@@ -38,16 +38,7 @@ class WeightReadError(TargetError):
 
 
 class WeightFacts(Tensor):
-    """Tensor with the dtype, device and shape of a weight, but without values.
-
-    >>> layer = tn.nn.MPOLinear(8, 4, max_bond=2)
-    >>> layer.weight.dtype, tuple(layer.weight.shape), layer.weight.requires_grad
-    (torch.float32, (4, 8), True)
-    >>> layer.weight.norm()
-    Traceback (most recent call last):
-        ...
-    tensornet.nn.weight_facts.WeightReadError: norm was called on the weight of a compressed layer, which ...
-    """
+    """Tensor with the dtype, device and shape of a weight, but without values."""
 
     _trained: tuple[Tensor, ...] = ()
     _layer: nn.Module | None = None

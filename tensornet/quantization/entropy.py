@@ -77,13 +77,6 @@ def encode(codes: Tensor) -> bytes:
 
     Raises:
         MissingDependencyError: the package constriction is not installed.
-
-    Example:
-        >>> from tensornet.quantization.entropy import decode, encode
-        >>> codes = torch.randn(64, 64).mul(2).round().add(128).to(torch.uint8)
-        >>> coded = encode(codes)
-        >>> 8 * len(coded) / codes.numel() < 3.7, torch.equal(decode(coded, codes.shape), codes)
-        (True, True)
     """
     stream = require_coder("Entropy coding")
     # 1. Fit the variances: first the factor of each column, then the factor of each row.

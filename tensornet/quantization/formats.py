@@ -590,12 +590,6 @@ def bytes_for(
         number_format: number format of the matrix.
         shape: shape `(out, in)` of the matrix.
         dtype: dtype of the model.
-
-    Example:
-        >>> from tensornet.quantization.formats import bytes_for
-        >>> int4 = tn.quantization.NumberFormat.parse("int4")
-        >>> [bytes_for(target, int4, (8, 64), torch.bfloat16) for target in (None, "mlx")]
-        [272, 288]
     """
     rows, size = shape
     if target == "gguf" and number_format.scale_bits == 4:

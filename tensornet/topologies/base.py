@@ -88,13 +88,6 @@ class Ladder:
             `(weightings, candidates)`.
         errors: relative Frobenius error of each candidate, shape `(candidates,)`.
         complete: whether the last candidate has the bonds of an exact network.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> family = tn.topologies.topology_family("low_rank")
-        >>> ladder = family.ladder(torch.randn(12, 8), [Weighting()])
-        >>> len(ladder.topologies), ladder.losses.shape
-        (8, torch.Size([1, 8]))
     """
 
     topologies: tuple[Topology, ...]

@@ -88,11 +88,6 @@ class BlockTTFamily(FactoredFamily):
     `sqrt(sum of discarded squares) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
-
-    Example:
-        >>> found = tn.decompose(torch.randn(12, 8), "block_tt", out_dims=(3, 4), in_dims=(2, 4), max_bond=1)
-        >>> found.network.topology.family, found.error < 1
-        ('block_tt', True)
     """
 
     name = "block_tt"

@@ -95,13 +95,7 @@ def round_dense(
 
 
 class DenseFamily(TopologyFamily):
-    """Dense matrices: one core, whose size in bytes depends only on the number format.
-
-    Example:
-        >>> found = tn.decompose(torch.randn(12, 8), "dense")
-        >>> found.network.num_params, found.error
-        (96, 0.0)
-    """
+    """Dense matrices: one core, whose size in bytes depends only on the number format."""
 
     name = "dense"
 

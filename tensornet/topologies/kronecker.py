@@ -79,12 +79,6 @@ class KroneckerFamily(FactoredFamily):
     best `t` terms are the `t` leading singular pairs, and the certified error is the exact error.
 
     Reference: Van Loan, Pitsianis 1993, "Approximation with Kronecker Products".
-
-    Example:
-        >>> matrix = torch.kron(torch.randn(3, 2), torch.randn(4, 4))
-        >>> found = tn.decompose(matrix, "kronecker", out_dims=(3, 4), in_dims=(2, 4), max_bond=1)
-        >>> found.network.num_params, found.error < 1e-5
-        (22, True)
     """
 
     name = "kronecker"

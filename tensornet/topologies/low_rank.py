@@ -67,13 +67,7 @@ def low_rank(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class LowRankFamily(TopologyFamily):
-    """Low-rank matrices, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`.
-
-    Example:
-        >>> found = tn.decompose(torch.randn(12, 8), "low_rank", max_bond=3)
-        >>> found.network.topology.core_shapes
-        {'0': (1, 12, 1, 3), '1': (3, 1, 8, 1)}
-    """
+    """Low-rank matrices, decomposed by truncated SVD into `U sqrt(S)` and `sqrt(S) Vh`."""
 
     name = "low_rank"
     always_pivots = True

@@ -86,13 +86,7 @@ def chain(
 
 
 class MPOFamily(FactoredFamily):
-    """Matrix product operators, decomposed by TT-SVD. See `mpo` and `tt_svd`.
-
-    Example:
-        >>> found = tn.decompose(torch.randn(12, 8), "mpo", out_dims=(3, 4), in_dims=(2, 4), max_bond=4)
-        >>> found.network.topology.bond_dims
-        {'b0': 1, 'b1': 4, 'b2': 1}
-    """
+    """Matrix product operators, decomposed by TT-SVD. See `mpo` and `tt_svd`."""
 
     name = "mpo"
     builder = mpo

@@ -77,13 +77,7 @@ def residual(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class ResidualFamily(TopologyFamily):
-    """Dense matrix plus a low-rank matrix, useful if the dense matrix is stored in few bits.
-
-    Example:
-        >>> topology = tn.topologies.topology_family("residual").build(6, 4, max_bond=2)
-        >>> topology.family, topology.core_names
-        ('residual', ('base', '0', '1'))
-    """
+    """Dense matrix plus a low-rank matrix, useful if the dense matrix is stored in few bits."""
 
     name = "residual"
 

@@ -112,12 +112,6 @@ class TensorRingFamily(FactoredFamily):
     measured, and need not decrease as the budget grows.
 
     Reference: Zhao, Zhou, Xie, Zhang, Cichocki 2016, "Tensor Ring Decomposition", algorithms 1 and 2.
-
-    Example:
-        >>> matrix = torch.randn(12, 8)
-        >>> found = tn.decompose(matrix, "tensor_ring", out_dims=(3, 4), in_dims=(2, 4), max_bond=3)
-        >>> found.network.topology.family, found.error < 1
-        ('tensor_ring', True)
     """
 
     name = "tensor_ring"

@@ -90,11 +90,6 @@ class TuckerFamily(FactoredFamily):
 
     Reference: Vannieuwenhoven, Vandebril, Meerbergen 2012, "A New Truncation Strategy for the
     Higher-Order Singular Value Decomposition".
-
-    Example:
-        >>> found = tn.decompose(torch.randn(12, 8), "tucker", out_dims=(3, 4), in_dims=(2, 4), max_bond=2)
-        >>> found.network.num_params, 0 < found.error < 1
-        (38, True)
     """
 
     name = "tucker"

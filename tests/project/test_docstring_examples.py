@@ -2,7 +2,7 @@
 
 Examples run module by module, offline, from a fixed seed, with warnings as errors. Tracebacks and other
 output may be shortened by an ellipsis. They see `torch` and the packages under their usual names, those of
-layers above their own excepted. Examples of public names see nothing else: whoever copies one needs no more.
+layers above their own excepted, and nothing else: whoever copies one needs no more.
 """
 
 from __future__ import annotations
@@ -47,12 +47,9 @@ def usual_names(package: str) -> dict[str, object]:
 def examples(module: ModuleType) -> list[doctest.DocTest]:
     """Collect the docstrings of a module that hold examples."""
     known = usual_names(module.__name__.split(".")[0])
-    public = {(found.__module__, name.split(".")[-1]) for name, found in public_objects()}
     tests = doctest.DocTestFinder(exclude_empty=True).find(module, module.__name__)
     for test in tests:
-        own = test.name.removeprefix(f"{module.__name__}.").split(".")[0]
-        inside = {} if (module.__name__, own) in public else vars(module)
-        test.globs = {"__name__": "__main__"} | inside | known
+        test.globs = {"__name__": "__main__"} | known
     return [test for test in tests if test.examples]
 
 

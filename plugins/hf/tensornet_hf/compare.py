@@ -72,12 +72,6 @@ def compare_folders(
         FormatError: a path is not a model, or the model cannot be loaded.
         MissingDependencyError: the package of another quantizer is not installed.
         TargetError: a model cannot generate text.
-
-    Example:
-        >>> from tensornet_hf.compare import compare_folders
-        >>> (facts,) = compare_folders([th.embedded.gpt2_path()], prompt="And", new_tokens=4)
-        >>> facts.scheme, facts.params
-        ('dense', 940800)
     """
     folders = [resolve_folder(path) for path in paths]
     methods = [quantization_method(folder) for folder in folders]  # raises before models are loaded
@@ -127,11 +121,6 @@ def quantization_method(folder: Path) -> str:
 
     Raises:
         FormatError: the path is neither a model folder nor a GGUF file.
-
-    Example:
-        >>> from tensornet_hf.compare import quantization_method
-        >>> quantization_method(th.embedded.gpt2_path())
-        'dense'
     """
     if folder.suffix == GGUF and folder.is_file():
         return "gguf"
@@ -199,13 +188,7 @@ def load_any(folder: Path) -> PreTrainedModel:
 
 
 def count_weights(folder: Path) -> int:
-    """Count the weights of a folder's dense model from its configuration; tied weights count once.
-
-    Example:
-        >>> from tensornet_hf.compare import count_weights
-        >>> count_weights(th.embedded.gpt2_path())
-        940800
-    """
+    """Count the weights of a folder's dense model from its configuration; tied weights count once."""
     model = empty_model(Checkpoint(folder, read_json(folder / "config.json"), None, {}))
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())

@@ -63,10 +63,6 @@ class OptionError(ValueError):
 
     Args:
         template: message with the names of options in braces, which the command line replaces by `--name`.
-
-    Example:
-        >>> str(th.compress.OptionError("{refine} needs {calibration}."))
-        'refine needs calibration.'
     """
 
     def __init__(self, template: str) -> None:
@@ -191,12 +187,6 @@ class PlannedFolder:
         plan: the plan; it can be edited, saved, and applied by `compress_folder`.
         sizes: parameters and bytes of the whole model, before and after (`model_params_before`, ...).
         coverage: counts of the parameters that the plan covers and of those that it skips.
-
-    Example:
-        >>> config = tn.CompressionConfig(topology="low_rank", param_ratio=0.5, objective="weight")
-        >>> planned = th.plan_folder(th.embedded.gpt2_path(), config)
-        >>> planned.sizes["model_bytes_after"] < planned.sizes["model_bytes_before"]
-        True
     """
 
     plan: CompressionPlan
@@ -716,13 +706,6 @@ def estimate(model: PreTrainedModel, config: CompressionConfig, options: Compres
         model: the dense model; may be on the meta device.
         config: the compression options.
         options: further options.
-
-    Example:
-        >>> from tensornet_hf.compress import estimate
-        >>> config = tn.CompressionConfig(bits_per_weight=4.25)
-        >>> text = estimate(th.load(th.embedded.gpt2_path()), config, th.CompressOptions(calibration="a.txt"))
-        >>> text.startswith("estimated time "), "calibration" in text
-        (True, True)
     """
     tokens = options.calibration_tokens or MOST_TOKENS
     steps = estimate_seconds(model, config, tokens=tokens)

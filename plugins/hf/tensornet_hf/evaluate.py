@@ -318,12 +318,6 @@ def divergence(
         ShapeError, ValueError: see `perplexity`.
         TargetError: a model does not predict the next token, or the vocabularies differ.
         NonFiniteError: a prediction is NaN or infinite.
-
-    Example:
-        >>> from tensornet_hf.evaluate import divergence
-        >>> model = th.load(th.embedded.gpt2_path())
-        >>> divergence(model, model, torch.arange(64), context=32).mean
-        (0.0, 0.0)
     """
     device = next(model.parameters()).device
     batches = _windows(model, tokens, context, stride, batch_size)
@@ -394,14 +388,6 @@ def record_held_out(
     Raises:
         TargetError: the model is not a language model, or no token of the text is scored.
         ValueError: the text is too short.
-
-    Example:
-        >>> from tensornet_hf.evaluate import record_held_out
-        >>> model = th.load(th.embedded.gpt2_path())
-        >>> text = th.embedded.heldout_text()
-        >>> recorded = record_held_out(model, th.embedded.gpt2_path(), text, tokens=512)
-        >>> tn.compression.measure(model, recorded).mean
-        0.0
     """
     if not model.can_generate():
         raise TargetError(
@@ -433,13 +419,7 @@ _OFFLINE = (
 
 
 class TaskError(TensorNetError, ValueError):
-    """Raised for an unknown task, or for a task whose data cannot be loaded.
-
-    Example:
-        >>> from tensornet_hf.evaluate import TaskError
-        >>> issubclass(TaskError, ValueError)
-        True
-    """
+    """Raised for an unknown task, or for a task whose data cannot be loaded."""
 
 
 @dataclass(frozen=True)

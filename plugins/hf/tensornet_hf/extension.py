@@ -59,10 +59,6 @@ def sample_batch(model: nn.Module) -> dict[str, Tensor] | None:
     Returns:
         Keyword arguments of `forward` on the model's device, or None if the model is not a transformers
         model, or its inputs are not text, images or sound.
-
-    Example:
-        >>> {name: tuple(x.shape) for name, x in sample_batch(th.load(th.embedded.gpt2_path())).items()}
-        {'input_ids': (1, 8)}
     """
     if not isinstance(model, PreTrainedModel):
         return None

@@ -75,14 +75,6 @@ def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> d
     """Return configurations of baselines with about the same bytes as a plan, by name.
 
     Without statistics there is no GPTQ baseline, since GPTQ needs second moments of the inputs.
-
-    Example:
-        >>> from tensornet_hf.report import baseline_configs
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        >>> plan = tn.plan(model, tn.CompressionConfig(max_bond=8)).replace_layer("0", None, "int4")
-        >>> nearest = tn.plan(model, baseline_configs(plan, None)["round to nearest"])
-        >>> nearest["0"].scheme, nearest.bytes_after == plan.bytes_after
-        ('int4 dense', True)
     """
     names = [layer.name for layer in plan]
     formats = [NumberFormat(bits, group) for bits in BITS for group in (64, 32, 128)]  # with 16-bit scales
@@ -399,24 +391,12 @@ def compact_bytes(value: float) -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id unchanged, and a folder's name without its path, since reports must not reveal paths.
-
-    Example:
-        >>> from tensornet_hf.report import display_name
-        >>> display_name("HuggingFaceTB/SmolLM2-135M")
-        'HuggingFaceTB/SmolLM2-135M'
-    """
+    """Return a hub id unchanged, and a folder's name without its path, which reports must not reveal."""
     path = Path(source).expanduser()
     local = path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
     return path.resolve().name if local else str(source)
 
 
 def display_command(words: Sequence[str]) -> str:
-    """Join the words of a command, with absolute paths shortened to their last part.
-
-    Example:
-        >>> from tensornet_hf.report import display_command
-        >>> display_command(["tensornet", "compress", "/home/me/model", "--bits", "4.25"])
-        'tensornet compress model --bits 4.25'
-    """
+    """Join the words of a command, with absolute paths shortened to their last part."""
     return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in words])

@@ -80,13 +80,7 @@ MAX_SHARD_BYTES = 2_000_000_000
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """Raised if a worker process died.
-
-    Example:
-        >>> from tensornet_hf.streaming import WorkerError
-        >>> issubclass(WorkerError, RuntimeError)
-        True
-    """
+    """Raised if a worker process died."""
 
 
 def compress_checkpoint(

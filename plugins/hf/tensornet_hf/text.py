@@ -274,11 +274,6 @@ def random_windows(ids: Tensor, context: int, tokens: int | None = None) -> Tens
 
     Raises:
         ValueError: the text is shorter than one window.
-
-    Example:
-        >>> from tensornet_hf.text import random_windows
-        >>> random_windows(torch.arange(100), context=8, tokens=30).shape
-        torch.Size([3, 8])
     """
     count = len(ids) // context
     if (wanted := count if tokens is None else min(count, tokens // context)) == 0:
@@ -383,12 +378,6 @@ def mix_texts(texts: Sequence[str]) -> str:
 
     Args:
         texts: one or more texts; a single text is returned unchanged.
-
-    Example:
-        >>> from tensornet_hf.text import PIECE, mix_texts
-        >>> mixed = mix_texts(["a" * 3 * PIECE, "b"])
-        >>> mixed[0], mixed[PIECE : PIECE + 5]
-        ('a', '\nb\naa')
     """
     if len(texts) == 1:
         return texts[0]

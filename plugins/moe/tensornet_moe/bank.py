@@ -300,13 +300,6 @@ def lend_shared_cores(model: nn.Module) -> int:
     Raises:
         FormatError: a borrower's label belongs to no owner in the model, or to several.
         TopologyError, ShapeError: an owner has other cores or experts than its borrower expects.
-
-    Example:
-        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
-        >>> specs = [part.spec() for part in (owner, *banks)]
-        >>> model = torch.nn.ModuleList(tn.nn.build_module(spec, device=None, dtype=None) for spec in specs)
-        >>> tm.bank.lend_shared_cores(model)
-        2
     """
     borrowers = [part for part in model.modules() if isinstance(part, Borrower)]
     waiting = [part for part in borrowers if part.owner_label is not None and part.owner is None]

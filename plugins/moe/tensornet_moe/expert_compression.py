@@ -62,14 +62,6 @@ class SharedStack:
         bytes_before, bytes_after: bytes of all experts.
         loss_increase: predicted loss increase, not yet corrected by measured losses.
         errors: measured relative Frobenius error of each expert.
-
-    Example:
-        >>> topology = tn.topologies.low_rank(out_features=8, in_features=8, rank=2)
-        >>> sizes = {"params_before": 128, "params_after": 48, "bytes_before": 512, "bytes_after": 192}
-        >>> names, errors = ("0.w", "1.w"), (0.3, 0.4)
-        >>> sizes |= {"loss_increase": 0.1, "errors": errors}
-        >>> print(SharedStack(names, "inputs", topology, Storage(), **sizes))
-        0.w and 1 more  shared inputs, low_rank 2, 512 -> 192 bytes, errors 0.3000 to 0.4000
     """
 
     names: tuple[str, ...]
@@ -409,11 +401,6 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int
         names: names of the experts.
         layers: number of layers to which they belong.
         stats: calibration statistics; if they have no token counts, two experts per token are assumed.
-
-    Example:
-        >>> counts = {"experts.0.up": 60, "experts.1.up": 90}
-        >>> experts_per_token([*counts], tn.CalibrationStats({}, {}, tokens=100, counts=counts))
-        1.5
     """
     known = {name: stats.counts[name] for name in names if name in stats.counts}
     if not known:

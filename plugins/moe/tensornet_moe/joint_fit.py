@@ -49,12 +49,6 @@ class JointFit:
         fell_back: True if `alone_error` was smaller, so that the separate decompositions are returned.
         sweeps: number of sweeps of alternating least squares.
         converged: whether the error converged within `max_sweeps`.
-
-    Example:
-        >>> experts = torch.randn(8, 8).expand(4, 8, 8)
-        >>> fit = tm.SharedCoreExperts.from_experts(experts, topology="mpo").fit
-        >>> fit.error < 1e-5, fit.shared, fit.fell_back
-        (True, ('1',), False)
     """
 
     topologies: tuple[Topology, ...]
@@ -214,12 +208,7 @@ def _stacked_network(whole: Topology, networks: Sequence[TensorNetwork], like: T
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:
-    """Compute the relative Frobenius error over a whole stack, without overflow or underflow.
-
-    Example:
-        >>> stack_error(torch.ones(2, 3, 3) * 1e-30, torch.zeros(2, 3, 3))
-        1.0
-    """
+    """Compute the relative Frobenius error over a whole stack, without overflow or underflow."""
     scale = safe_scale(target)
     work = target.to(working_dtype(target.dtype)) / scale
     total = frobenius(work)

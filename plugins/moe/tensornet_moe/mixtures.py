@@ -188,11 +188,6 @@ def experts_from(
         ValueError: an unknown `share`.
         ShapeError: the sides have no divisors for the legs of a center.
         NonFiniteError: NaN or infinity in `weights`.
-
-    Example:
-        >>> bank = tm.mixtures.experts_from(torch.randn(2, 8, 8), experts=4, share="none")
-        >>> bank.expert_matrices()[1].equal(bank.expert_matrices()[3]), bank.error
-        (True, 0.0)
     """
     check_weights(weights, "matrices", "out", "in")
     topology, shared, rank = _parts(share, *weights.shape[1:])

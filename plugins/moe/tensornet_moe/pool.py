@@ -119,13 +119,6 @@ class PooledExperts(Borrower, nn.Module):
         owner: the pool; or its label, if the pool is set later by `lend_shared_cores`.
         num_experts, in_features, out_features: number and size of the experts; only needed if `owner` is a
             label.
-
-    Example:
-        >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
-        >>> pool = tm.ExpertPool(tm.ExpertFFN({"up": up, "down": down}))
-        >>> experts = tm.SharedCoreMoE(tm.SwitchRouter(8, 4), pool).experts
-        >>> type(experts).__name__, experts.owner is pool, list(experts.parameters())
-        ('PooledExperts', True, [])
     """
 
     owner_kind: ClassVar[type[nn.Module]] = ExpertPool
@@ -173,13 +166,6 @@ def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
     Raises:
         TargetError: a pool belongs to two modules, two pools have the same label, or a layer uses a pool that
             the model does not contain.
-
-    Example:
-        >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
-        >>> model = torch.nn.Module()
-        >>> model.pool = tm.ExpertPool(tm.ExpertFFN({"up": up, "down": down}))
-        >>> list(tm.pool.find_pools(model))
-        ['pool']
     """
     pools: dict[str, ExpertPool] = {}
     seen: set[tuple[int, str]] = set()

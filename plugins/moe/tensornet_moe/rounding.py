@@ -38,12 +38,6 @@ def round_banks(
 
     Returns:
         Names of the parameters that are now stored in a number format, with the name of the format.
-
-    Example:
-        >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(64, 64), num_experts=4, sites=3)
-        >>> formats = [tn.quantization.NumberFormat.parse(name) for name in ("int8", "int4")]
-        >>> tm.rounding.round_banks({"bank": bank}, formats, bits_per_weight=7)
-        {'bank.core_0': 'int8', 'bank.core_1': 'int4', 'bank.core_2': 'int8'}
     """
     places: list[tuple[str, str]] = []
     choices: list[list[NumberFormat]] = []

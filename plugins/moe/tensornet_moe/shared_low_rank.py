@@ -130,15 +130,6 @@ def fit_low_rank(
     Returns:
         The cores of each network by name, as matrices: codes for integer formats, else values. The shared
         core is the same object in all networks.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> common = torch.randn(2, 8)
-        >>> matrices = [torch.randn(6, 2) @ common for _ in range(3)]
-        >>> first, *others = fit_low_rank("inputs", matrices, [Weighting()] * 3, 2)
-        >>> made = (first["0"] @ first["1"]).float()
-        >>> torch.allclose(made, matrices[0], atol=1e-4), others[0]["1"] is first["1"]
-        (True, True)
     """
     work = _in_double(matrices)
     topology = pattern_topology(pattern, work[0].shape[0], work[0].shape[1], rank)
@@ -167,14 +158,6 @@ def fit_stored(
     Returns:
         Stored cores of each network, named as by `tensornet.nn.storage.encode`. The shared core is the same
         object in all networks; it is a parameter if it has the dtype of the matrices.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> matrices = [torch.randn(6, 2) @ torch.randn(2, 64) for _ in range(3)]
-        >>> storage = Storage(number_format="int8")
-        >>> first, *others = fit_stored("inputs", matrices, [Weighting()] * 3, 2, storage)
-        >>> sorted(first), others[0]["core_1"] is first["core_1"]
-        (['core_0', 'core_1'], True)
     """
     shared, dtype = PATTERNS[pattern], matrices[0].dtype
     topology = pattern_topology(pattern, matrices[0].shape[0], matrices[0].shape[1], rank)
@@ -473,15 +456,6 @@ def shared_candidates(
     Returns:
         One candidate for each combination of formats and each rank `1 ... k`. Its topology is that of one
         matrix; its size and predicted losses are those of all matrices together. `error` is not predicted.
-
-    Example:
-        >>> from tensornet.linalg.weighted_svd import Weighting
-        >>> matrices = [torch.randn(32, 64) for _ in range(3)]
-        >>> seen = [Sensitivity(Weighting(), Weighting())] * 3
-        >>> formats = [_FLOAT, NumberFormat.parse("int8")]
-        >>> found = shared_candidates("inputs", matrices, seen, formats)
-        >>> sorted({str(x.storage.number_format) for x in found})
-        ['float', 'int8']
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
     dense, dtype = count * rows * columns, matrices[0].dtype
@@ -520,11 +494,6 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     In the pattern `base`, the base may have any format. In `inputs` and `outputs`, a private factor may have
     any format that factors have in low-rank networks without sharing. The other cores have the same format,
     or the smallest allowed one of at least eight bits.
-
-    Example:
-        >>> allowed = [NumberFormat.parse(name) for name in ("int8", "int4")]
-        >>> [sorted(x.to_dict().get("core_formats", {})) for x in encodings("inputs", allowed)]
-        [[], [], ['1']]
     """
     own = [x for x in formats if (x == _FLOAT or x.is_integer) and x.for_networks]
     accurate = [x for x in own if x == _FLOAT or (x.bits or 0) >= _ACCURATE_BITS]

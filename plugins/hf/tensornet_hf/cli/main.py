@@ -165,12 +165,7 @@ def _one_line(error: Exception) -> str:
 
 
 def as_options(text: str, command: str) -> str:
-    """Replace the names of Python arguments in a message by the names of a command's options.
-
-    Example:
-        >>> as_options("Give a budget: bits_per_weight=4.25 or max_bytes=.", "compress")
-        'Give a budget: --bits 4.25 or --max-bytes.'
-    """
+    """Replace the names of Python arguments in a message by the names of a command's options."""
     described = [x for kind in OPTIONS.get(command, ()) for x in fields(kind)]
     flags = {x.name: spelled(x) for x in described if x.metadata and x.metadata["kind"] != "flag"}
 

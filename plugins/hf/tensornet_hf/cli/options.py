@@ -30,10 +30,6 @@ def parse_size(text: str | int) -> int:
 
     Raises:
         typer.BadParameter: not a size, or less than one byte.
-
-    Examples:
-        >>> parse_size("60MB"), parse_size("1.5KiB"), parse_size("60_000")
-        (60000000, 1536, 60000)
     """
     match = _SIZE.fullmatch(str(text).strip())
     factor = None if match is None else _UNITS.get(match[2].upper())
@@ -53,10 +49,6 @@ def parse_share(text: str | float) -> float:
     Raises:
         typer.BadParameter: not a number, or out of range; above 1 the message explains how to write a
             percentage.
-
-    Examples:
-        >>> parse_share("0.5")
-        0.5
     """
     try:
         share = float(text)
@@ -77,10 +69,6 @@ def parse_pool(text: str | int) -> str | int:
 
     Raises:
         typer.BadParameter: the text is neither `all` nor a number.
-
-    Example:
-        >>> parse_pool("all"), parse_pool("2")
-        ('all', 2)
     """
     if text == "all":
         return text
@@ -97,10 +85,6 @@ def parse_device(text: str | torch.device) -> torch.device:
 
     Raises:
         typer.BadParameter: the device is unknown or not available; the message lists the available ones.
-
-    Examples:
-        >>> parse_device("cpu")
-        device(type='cpu')
     """
     try:
         device = torch.device(text)
@@ -128,10 +112,6 @@ def parse_pairs(option: str, given: Sequence[str] | None) -> dict[str, Any]:
 
     Raises:
         typer.BadParameter: a value has no `=`, or a key is given twice.
-
-    Example:
-        >>> parse_pairs("--topology-option", ["out_dims=[8, 96]", "sites=2"])
-        {'out_dims': [8, 96], 'sites': 2}
     """
     found: dict[str, Any] = {}
     for text in given or ():
@@ -205,13 +185,7 @@ _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
 
 
 def spelled(described: Field[Any]) -> str:
-    """Return the name of a field's option on the command line.
-
-    Example:
-        >>> from dataclasses import fields
-        >>> [spelled(x) for x in fields(tn.CompressionConfig) if x.name == "bits_per_weight"]
-        ['--bits']
-    """
+    """Return the name of a field's option on the command line."""
     return f"--{(described.metadata['name'] or described.name).replace('_', '-')}"
 
 
@@ -239,12 +213,7 @@ def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[...
 
 
 def help_of(kind: type, name: str) -> str:
-    """Return the first sentence about an argument in the docstring of a class, as a help text.
-
-    Example:
-        >>> help_of(tn.CompressionConfig, "max_bond")
-        'Largest bond of every network.'
-    """
+    """Return the first sentence about an argument in the docstring of a class, as a help text."""
     _, _, entry = (inspect.getdoc(kind) or "").partition(f"\n    {name}: ")
     entry, _, _ = re.sub(r"\n {8}", " ", entry).partition("\n")
     text = entry.partition(". ")[0].rstrip(".")

@@ -224,13 +224,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] | str:
-    """Split a layer into integers and a low-rank part (or None), or return the reason why not.
-
-    Example:
-        >>> from tensornet_hf.exporters.base import split_weight
-        >>> split_weight(tn.nn.MPOLinear(16, 16, max_bond=2))
-        "a network of the family 'mpo', not one matrix"
-    """
+    """Split a layer into integers and a low-rank part (or None), or return the reason why not."""
     topology = layer.topology
     legs = (*topology.out_labels, *topology.in_labels)
     matrices = [parts for parts, part in topology.parts if [core.labels for core in part.cores] == [legs]]

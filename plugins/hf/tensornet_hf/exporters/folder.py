@@ -209,11 +209,6 @@ def words(codes: Tensor, bits: int) -> Tensor:
 
     Returns:
         `torch.int32`, shape `(rows, ceil(columns * bits / 32))`.
-
-    Example:
-        >>> from tensornet_hf.exporters.folder import words
-        >>> words(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 3).tolist()  # 0b011_010_001
-        [[209]]
     """
     columns, run = codes.shape[1], 8 // math.gcd(8, bits)  # `run` codes fill whole bytes
     runs = torch.nn.functional.pad(codes, (0, -columns % run)).unflatten(1, (-1, run))

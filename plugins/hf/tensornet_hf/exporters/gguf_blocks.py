@@ -62,12 +62,6 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
 
     Raises:
         FormatError: the type cannot store this matrix exactly; the message says why.
-
-    Example:
-        >>> import numpy as np
-        >>> from tensornet_hf.exporters.gguf_blocks import write_blocks
-        >>> write_blocks("Q4_0", np.ones((2, 64)), np.ones((2, 2), np.float32)).shape  # 18 bytes a block
-        (2, 36)
     """
     found, rows = TYPES[kind], points.shape[0]
     if points.shape[1] % found.block:

@@ -93,21 +93,6 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         TargetError: there is no process group or no mixture; or the experts are not `SharedCoreExperts`,
             belong to an `ExpertPool`, or are already distributed.
         TopologyError: the experts cannot be divided evenly over processes, or the experts' bonds differ.
-
-    Example:
-        >>> import torch.distributed as dist
-        >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        >>> down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        >>> moe = tm.SharedCoreMoE(tm.TopKRouter(8, 4, top_k=2), tm.ExpertFFN({"up": up, "down": down}))
-        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        >>> shard_experts(moe)[:2]
-        ['experts.local.up.core_0', 'experts.local.up.core_2']
-        >>> moe(torch.randn(5, 8)).square().sum().backward()
-        >>> average_gradients(moe)  # then optimizer.step()
-        >>> gather_experts(moe)
-        >>> type(moe.experts).__name__
-        'ExpertFFN'
-        >>> dist.destroy_process_group()
     """
     group = group if group is not None else dist.group.WORLD
     if group is None:
