@@ -10,6 +10,7 @@ from types import ModuleType
 from tensornet import errors, nn, topologies
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compounds import attention, convolution, recurrent  # noqa: F401 (register their kinds)
 from tensornet.compression.apply import apply_plan, decompress
 from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
@@ -17,7 +18,6 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan
 from tensornet.compression.report import CompressionReport
 from tensornet.compression.serialization import load_model, save_model
-from tensornet.contrib import attention, convolution, recurrent  # noqa: F401 (register their kinds)
 from tensornet.decompose import decompose
 from tensornet.errors import TensorNetError
 from tensornet.healing.heal import heal

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tensornet import interop
 from tensornet import mpo_algebra as algebra
 from tensornet._util import check_dense, check_size, check_sizes, html_table, outside_autocast
 from tensornet.budget import Budget
-from tensornet.contrib import interop
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import Method, check_finite, frobenius
 from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd_stack
@@ -651,7 +651,7 @@ class MPO:
     # --- other libraries -------------------------------------------------------------------------
 
     def to_quimb(self) -> Any:
-        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.contrib.interop`."""
+        """Convert the operator to a quimb `MatrixProductOperator`. See `tensornet.interop`."""
         return interop.to_quimb(self.cores)
 
     @classmethod

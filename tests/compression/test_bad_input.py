@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import tensornet as tn
-from tensornet.contrib.search import search_topology
 from tensornet.errors import BudgetError, ShapeError, TopologyError
 from tensornet.topologies import (
     Budget,
@@ -81,7 +80,6 @@ def chain(bonds: object) -> Any:
 MATRIX_TAKERS: dict[str, Callable[[Tensor], object]] = {
     "MPO.from_matrix": tn.MPO.from_matrix,
     "truncated_svd": tn.truncated_svd,
-    "search_topology": lambda matrix: search_topology(matrix, param_ratio=0.5),
     **{
         f"Topology {name!r}": lambda matrix, name=name: topology_family(name).decompose(matrix, Budget())
         for name in topology_names()

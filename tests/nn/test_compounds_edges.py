@@ -15,8 +15,8 @@ from torch.nn.utils.prune import l1_unstructured
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import tensornet as tn
-from tensornet.contrib.attention import MatrixAttention
-from tensornet.contrib.recurrent import MatrixRecurrence
+from tensornet.compounds.attention import MatrixAttention
+from tensornet.compounds.recurrent import MatrixRecurrence
 from tensornet.errors import FormatError, ShapeError, TargetError
 from tensornet.nn.unfuse import fuse, unfuse, unfused
 

@@ -29,6 +29,7 @@ SCRIPTS = {
     ),
     "image_accuracy": ((), f"accuracy: {NUMBER} on 6 images"),
     "compress_cnn": ((), rf"(?s)dense: {NUMBER}.*healed: {NUMBER}\nloaded: {NUMBER}"),
+    "search_topology": ((), rf"(?s)low_rank .*? error {NUMBER}, .*smallest error: mpo .*? error {NUMBER}, "),
 }
 
 
@@ -75,6 +76,11 @@ def test_compress_cnn(tmp_path: Path) -> None:
     dense, healed, loaded = numbers("compress_cnn", tmp_path)
     assert healed > 0.8 * dense
     assert loaded == healed
+
+
+def test_search_topology(tmp_path: Path) -> None:
+    low_rank, planted = numbers("search_topology", tmp_path)
+    assert planted < 1e-4 < low_rank
 
 
 def test_every_script_is_short_tested_and_in_the_table() -> None:

@@ -1,0 +1,1 @@
+"""Replacements for stock modules with several matrices: attention, convolutions and recurrent layers."""

@@ -1,1 +1,0 @@
-"""Features built on the core: further kinds of layers, topology search, conversion to other libraries."""
