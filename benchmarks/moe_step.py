@@ -121,13 +121,6 @@ def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     return tm.LowRankDeltaExperts(base, min(rows, columns) // 48 or 1)
 
 
-def bases(experts: int, rows: int, columns: int) -> tm.ExpertBank:
-    """Build a bank of two shared bases with a transform for each expert."""
-    rank = min(rows, columns) // 6 or 1
-    topology = tm.mixture_of_bases(out_features=rows, in_features=columns, bases=2, rank=rank)
-    return tm.SharedCoreExperts(topology, experts, shared=("basis",))
-
-
 def block_trains(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     """Build a bank of block tensor trains of two cores, without sharing."""
     topology = tn.topologies.block_tt(out_dims=_halves(rows), in_dims=_halves(columns), max_bond=1)
@@ -139,7 +132,6 @@ FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
     "two-sided ends": two_sided,
     "one-sided ends": one_sided,
     "base and deltas": base_and_deltas,
-    "bases": bases,
     "block tensor trains": block_trains,
 }
 #: Ways of sharing whose steps are also measured with `torch.compile`.

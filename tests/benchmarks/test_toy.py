@@ -28,7 +28,7 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
     "decomposition": (4, {"milliseconds", "bytes", "error", "speedup"}),
     "forward": (3, {"milliseconds", "bytes", "over_dense"}),
     "planning": (1, {"seconds", "losses", "peak_mib"}),
-    "moe_step": (14, {"seconds", "ratio", "asked"}),
+    "moe_step": (12, {"seconds", "ratio", "asked"}),
     "moe_from_scratch": (12, {"bytes", "seconds", "history", "flops_per_token"}),
     "mpoe_vs_switch": (9, {"loss", "bytes", "seconds_per_step", "expert_parameters"}),
     "scale": (5, {"question", "case"}),

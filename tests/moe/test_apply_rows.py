@@ -30,15 +30,17 @@ def shared(topology: tn.Topology, names: str | tuple[str, ...], experts: int = E
     return tm.SharedCoreExperts(topology, experts, shared=names, dtype=torch.float64)
 
 
+def tucker(rows: int, columns: int) -> tn.Topology:
+    return tn.topologies.tucker(out_dims=(rows,), in_dims=(columns,), max_bond=5)
+
+
 BANKS = {
     "one-sided ends": lambda: shared(one_sided(), "center"),
     "two-sided ends": lambda: shared(tn.topologies.mpo(out_dims=(2, 8, 2), in_dims=(2, 4, 2)), "center"),
     "block tensor trains": lambda: shared(
         tn.topologies.block_tt(out_dims=(4, 8), in_dims=(4, 4), max_bond=1), "none"
     ),
-    "bases": lambda: shared(
-        tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=2, rank=3), ("basis",)
-    ),
+    "tucker": lambda: shared(tucker(OUT, IN), "center"),
     "all shared": lambda: shared(one_sided(), "all"),
     "padded": lambda: shared(
         tn.topologies.mpo(out_dims=(6, 6), in_dims=(4, 5), out_features=OUT, in_features=IN), ("0",)
@@ -94,7 +96,7 @@ def test_deltas_are_not_multiplied_out_for_few_rows(monkeypatch: pytest.MonkeyPa
     assert built == []
 
 
-@pytest.mark.parametrize("name", ["one-sided ends", "base and deltas", "all shared", "bases"])
+@pytest.mark.parametrize("name", ["one-sided ends", "base and deltas", "all shared", "tucker"])
 def test_compiled_and_kept_agree(name: str) -> None:
     torch.manual_seed(0)
     network = tm.ExpertFFN({"up": BANKS[name](), "down": _turned(name)}, bias=True).double().eval()
@@ -110,7 +112,7 @@ def test_compiled_and_kept_agree(name: str) -> None:
 def _turned(name: str) -> tm.ExpertBank:
     if name == "base and deltas":
         return deltas(shared(tn.topologies.dense(out_features=IN, in_features=OUT), "all"))
-    if name == "bases":
-        return shared(tm.mixture_of_bases(out_features=IN, in_features=OUT, bases=2, rank=3), ("basis",))
+    if name == "tucker":
+        return shared(tucker(IN, OUT), "center")
     topology = tn.topologies.mpo(out_dims=(4, 4, 1), in_dims=(1, 8, 4))
     return shared(topology, "all" if name == "all shared" else "center")

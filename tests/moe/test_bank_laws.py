@@ -17,7 +17,7 @@ from tensornet.errors import NonFiniteError, ShapeError, TopologyError
 from tensornet.nn import module as nn_module
 from tensornet_moe.testing import BankLaws
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "extend.md"
+GUIDES = Path(__file__).resolve().parents[2] / "docs" / "guides"
 E = 4
 OUT, IN = BankLaws.shape
 DOUBLE: dict[str, Any] = {"dtype": torch.float64}
@@ -75,14 +75,27 @@ class TestBlockTensorTrains(_OfTopology):
 
 
 class TestMixtureOfBases(_OfTopology):
+    """The first topology of docs/guides/sharing.md."""
+
     def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
-        rank = None if whole else 5
-        return tm.mixture_of_bases(out_features=shape[0], in_features=shape[1], bases=3, rank=rank)
+        made: tn.Topology = topologies_of_guide()["mixture_of_bases"](shape, 3, None if whole else 5)
+        return made
 
 
 class TestScaledBases(_OfTopology):
+    """The second topology of docs/guides/sharing.md."""
+
     def topology(self, shape: tuple[int, int], *, whole: bool) -> tn.Topology:
-        return tm.scaled_bases(out_features=shape[0], in_features=shape[1], bases=1 if whole else 2)
+        made: tn.Topology = topologies_of_guide()["scaled_bases"](shape, 1 if whole else 2)
+        return made
+
+
+def topologies_of_guide() -> dict[str, Any]:
+    names: dict[str, Any] = {"tn": tn}
+    blocks = python_blocks(GUIDES / "sharing.md")
+    (code,) = [block.code for block in blocks if "def mixture_of_bases(" in block.code]
+    exec(code, names)
+    return names
 
 
 class TestSharedDown(BankLaws):
@@ -157,7 +170,9 @@ class TestGuide(BankLaws):
     def _registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(nn_module, "_BUILDERS", nn_module._BUILDERS.copy())
         self.names: dict[str, Any] = {"torch": torch, "nn": nn, "tn": tn, "tm": tm}
-        (code,) = [block.code for block in python_blocks(GUIDE) if "(tm.ExpertBank)" in block.code]
+        (code,) = [
+            block.code for block in python_blocks(GUIDES / "extend.md") if "(tm.ExpertBank)" in block.code
+        ]
         exec(code, self.names)
 
     def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
@@ -180,32 +195,6 @@ class TestGuide(BankLaws):
 def test_parameter_counts() -> None:
     deltas = tm.LowRankDeltaExperts.from_dense(torch.randn(OUT, IN), num_experts=E, rank=2)
     assert deltas.num_params == OUT * IN + E * 2 * (OUT + IN)
-    bases = tm.SharedCoreExperts(
-        tm.mixture_of_bases(out_features=OUT, in_features=IN, bases=3, rank=5), E, shared=("basis",)
-    )
-    assert bases.num_params == 3 * OUT * 5 + E * (3 + 5 * IN)
-    scaled = tm.SharedCoreExperts(
-        tm.scaled_bases(out_features=OUT, in_features=IN, bases=3), E, shared=("basis",)
-    )
-    assert scaled.num_params == 3 * OUT * IN + E * 3 * (OUT + IN)
-
-
-def test_the_transform_stands_on_the_shorter_side() -> None:
-    for rows, columns in ((12, 8), (8, 12)):
-        shapes = tm.mixture_of_bases(out_features=rows, in_features=columns, bases=3, rank=5).core_shapes
-        assert shapes["mix"] == (3,)
-        assert shapes["basis"] == ((12, 5, 3) if rows == 12 else (3, 5, 12))
-        assert shapes["transform"] == ((5, 8) if rows == 12 else (8, 5))
-
-
-def test_scales_multiply_the_rows_and_columns_of_each_base() -> None:
-    bank = tm.SharedCoreExperts(
-        tm.scaled_bases(out_features=OUT, in_features=IN, bases=2), E, shared=("basis",)
-    )
-    rows, basis, columns = (bank.get_parameter(f"core_{name}") for name in ("rows", "basis", "columns"))
-    for e, made in enumerate(bank.expert_matrices()):
-        want = sum(torch.diag(rows[e, k]) @ basis[k] @ torch.diag(columns[e, k]) for k in range(2))
-        assert torch.allclose(made, want, atol=1e-5)
 
 
 # --- given experts -------------------------------------------------------------------------------
@@ -258,11 +247,3 @@ def test_deltas_refuse_what_they_cannot_be() -> None:
         tm.LowRankDeltaExperts.from_experts(torch.randn(OUT, IN), rank=1)
     with pytest.raises(NonFiniteError):
         tm.LowRankDeltaExperts.from_experts(torch.full((2, OUT, IN), torch.nan), rank=1)
-
-
-@pytest.mark.parametrize("option", ["bases", "rank", "in_features", "out_features"])
-@pytest.mark.parametrize("build", [tm.mixture_of_bases, tm.scaled_bases])
-def test_bases_refuse_sizes_below_one(build: Any, option: str) -> None:
-    if option != "rank" or build is tm.mixture_of_bases:
-        with pytest.raises(TopologyError, match=option):
-            build(**{"out_features": 4, "in_features": 4, "bases": 2, option: 0})

@@ -21,7 +21,6 @@ from tensornet_moe.routers import (
     TopKRouter,
     register_router,
 )
-from tensornet_moe.topologies import mixture_of_bases, scaled_bases
 
 __all__ = [
     "ExpertBank",
@@ -46,11 +45,9 @@ __all__ = [
     "linear_fade",
     "load_balancing_loss",
     "mixture",
-    "mixture_of_bases",
     "parameter_groups",
     "register_router",
     "router_z_loss",
-    "scaled_bases",
     "share_across_layers",
     "shared_parameters",
     "tie_experts",
