@@ -96,7 +96,7 @@ $(VENV)/.made-dev: pyproject.toml $(VENV)/.made
 
 # Every extra that a test would otherwise be skipped without.
 $(VENV)/.made-all: $(VENV)/.made-dev
-	$(BIN)/python -m pip install -e '.[all,test,export,gguf,eval,torchao]' 'llama-cpp-py-sync==0.11739'
+	$(BIN)/python -m pip install -e '.[all,test,export,gguf,eval]' 'llama-cpp-py-sync==0.11739'
 	@touch $@
 
 # The site is built from the sources: pages of the API are read, not imported.

@@ -51,7 +51,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import Prepared, check_loss, prepare
 from tensornet.quantization.formats import MENUS
-from tensornet_hf.compare import load_any
+from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
 
@@ -113,7 +113,7 @@ class Bench:
 
     def judge(self, name: str, file: Path, **facts: Any) -> None:
         """Measure a file on the test windows, and add a row with the results and `facts` to the record."""
-        found = divergence(load_any(file), self.dense, self.tokens, context=self.context)
+        found = divergence(load_gguf(file), self.dense, self.tokens, context=self.context)
         origin = {x: provenance()[x] for x in ("date", "commit", "dirty", "device", "load", "threads")}
         size, weights = file.stat().st_size, sum(p.numel() for p in self.dense.parameters() if p.ndim > 1)
         row = {

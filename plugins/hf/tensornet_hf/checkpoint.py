@@ -28,11 +28,12 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 from torch import nn
 from torch._dynamo import lookup_backend
-from transformers import AutoConfig, CompileConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.utils import logging
 
 import tensornet as tn
-from tensornet._util import unwrapped
+from tensornet._util import require, unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
 from tensornet.io import Slice, new_folder, read_headers
 from tensornet.nn import prepare_for_inference
@@ -335,6 +336,39 @@ def load(
         prepare_for_inference(model)
     if inference == "compiled":
         compile_generation(model)
+    return model
+
+
+def load_gguf(file: Path) -> PreTrainedModel:
+    """Load a GGUF file, dequantized to float32, to run it with transformers.
+
+    Raises:
+        FormatError: the file is missing or damaged, or transformers does not know all weights of the model.
+        MissingDependencyError: the package `gguf` is not installed.
+    """
+    require(("gguf",), extra="gguf", user="Reading GGUF files")
+    verbosity = logging.get_verbosity()
+    try:
+        logging.set_verbosity_error()
+        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if config.model_type == "gpt2":  # transformers sets `n_ctx` only
+            config.n_positions = config.n_ctx
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # the parser raises anything for a damaged file
+        raise FormatError(
+            f"transformers cannot load {file}; it may be damaged, or of an architecture or version that "
+            f"transformers does not read. {type(error).__name__}: {first_line(error)}"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise FormatError(
+            f"transformers does not find all weights of a {type(model).__name__} in {file}: "
+            f"{', '.join(missing[:5])}. Evaluate the folder from which the file was made."
+        )
     return model
 
 

@@ -33,19 +33,17 @@ MOST_LOGITS = 16_000_000
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Size, quality and speed of a model in a comparison.
+    """Size and quality of a model in a comparison.
 
     Args:
         name: name in reports.
         params: count of stored numbers of the whole model, scales included.
         bytes: size of the weight files, or of the tensors if nothing was saved; None if unknown.
-        bits: bits per weight of the compressed layers, scales included (of the whole model in
-            `tensornet_hf.compare`); None if unknown.
-        scheme: short name of the number format, ranks or quantization method.
+        bits: bits per weight of the compressed layers, scales included; None if unknown.
+        scheme: short name of the number format or ranks.
         quality: loss on a text, and loss increase over the first model; None if not measured.
         predicted: predicted loss increase, or None.
         sample: generated text, or None.
-        milliseconds: time to generate a token, or None if not measured.
     """
 
     name: str
@@ -56,7 +54,6 @@ class ModelFacts:
     quality: LossIncrease | None = None
     predicted: float | None = None
     sample: str | None = None
-    milliseconds: float | None = None
 
     @property
     def measured(self) -> bool:
@@ -95,7 +92,6 @@ class ModelFacts:
             "quality": quality,
             "predicted_loss_increase": self.predicted,
             "sample": self.sample,
-            "milliseconds": self.milliseconds,
         }
 
 

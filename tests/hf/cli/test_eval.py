@@ -1,4 +1,4 @@
-"""`tensornet eval`: tasks against a count of their own, and bad input."""
+"""`tensornet eval` and `compress --held-out`: tasks against a count of their own, and bad input."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 
 import tensornet_hf as th
 from tensornet.errors import TargetError
-from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
 from tensornet_hf.evaluate import TaskError, run_tasks
 from tensornet_hf.text import load_tokenizer
 
@@ -116,3 +116,37 @@ def test_without_the_harness_the_pip_line_is_named(tensornet: Run, monkeypatch: 
     assert (status, out) == (1, "")
     assert "tensornet eval --tasks needs lm_eval" in err
     assert "pip install 'tensornet-torch[eval]'" in err
+
+
+@pytest.mark.slow
+def test_held_out_text_measures_plain_methods_of_the_same_bytes(tensornet: Run) -> None:
+    Path("cal.txt").write_text(calibration_text()[:8_000])
+    Path("held.txt").write_text(heldout_text()[:6_000])
+    how = ("--bits", 4.25, "--formats", "int5,int4,int3", "--target", "*.h.[01].mlp.c_fc")
+    arguments = ("compress", gpt2_path(), "small", *how, "--calibration", "cal.txt", "--held-out", "held.txt")
+    status, out, _ = tensornet(*arguments, "--report", "r.html")
+    assert status == 0
+    measured = {x.split()[2]: x for x in out.splitlines() if x.startswith("held out")}
+    assert list(measured) == ["original", "compressed", "round", "GPTQ", "plain"]
+    page = Path("r.html").read_text()
+    assert "measured</em>" in page
+    assert "gpt2, compressed" in page
+    assert str(gpt2_path()) not in page
+    loss = float(json.loads(tensornet("eval", "small", "--text", "held.txt", "--json")[1])["loss"])
+    dense = float(json.loads(tensornet("eval", gpt2_path(), "--text", "held.txt", "--json")[1])["loss"])
+    increase = float(measured["compressed"].partition("loss increase ")[2].split(",")[0])
+    assert loss - dense == pytest.approx(increase, abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "classifier"])
+def test_a_text_says_nothing_about_models_that_write_none(
+    tensornet: Run, kind: str, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    Path("cal.txt").write_text("\n\n".join(["rain falls a cat", "the sun shines warm"] * 8))
+    Path("held.txt").write_text("the wet kitten\n\na warm rain shines\n")
+    texts = ("--calibration", "cal.txt", "--held-out", "held.txt")
+    status, _, err = tensornet("compress", folder, "small", "--bits", 5, *texts)
+    assert status == 1
+    assert "no loss can be measured on text without labels" in err
+    assert not Path("small").exists()

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.errors import DestinationError, FormatError, TargetError
-from tensornet_hf.compare import load_any
+from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.exporters.gguf import _smallest
 
 pytestmark = [
@@ -238,11 +238,11 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     cases = {"empty": b"", "header": content[:100], "half": content[: len(content) // 2]}
     for what, (place, number) in changes.items():
         cases[what] = content[:place] + struct.pack("<Q", number) + content[place + 8 :]
-    assert load_any(file).config.model_type == "llama"
+    assert load_gguf(file).config.model_type == "llama"
     for changed in cases.values():
         damaged.write_bytes(changed)
         with pytest.raises(FormatError, match=r"damaged\.gguf"):
-            load_any(damaged)
+            load_gguf(damaged)
 
 
 def test_bad_destinations(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tensornet_hf.compare import load_any
+from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.testing import ExportLaws
 
@@ -34,7 +34,7 @@ class TestGguf(ExportLaws):
         return path
 
     def weights(self, destination: Path) -> dict[str, Tensor]:
-        return matrices(load_any(destination))
+        return matrices(load_gguf(destination))
 
 
 class TestCompressedTensors(ExportLaws):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
@@ -22,6 +22,7 @@ from tensornet_hf.checkpoint import (
     HUB,
     check_free,
     load,
+    load_gguf,
     on_device,
     read_checkpoint,
     resolve_folder,
@@ -49,7 +50,6 @@ from tensornet_hf.cli.options import (
     spelled,
     with_options,
 )
-from tensornet_hf.compare import compare_folders, load_any, prompt_of
 from tensornet_hf.compress import (
     DEFAULT,
     CompressOptions,
@@ -61,6 +61,7 @@ from tensornet_hf.compress import (
 )
 from tensornet_hf.embedded import data_path, gpt2_path
 from tensornet_hf.evaluate import divergence, perplexity, run_tasks
+from tensornet_hf.exporters.base import GGUF
 from tensornet_hf.exporters.export import TARGETS, find_target
 from tensornet_hf.exporters.export import export as export_model
 from tensornet_hf.inspect import inspect_folder
@@ -236,7 +237,7 @@ def evaluate(
         raise typer.BadParameter("--reference compares predictions on a text; add --text FILE.")
     content = None if text is None else read_text(text)
     folder, other = resolve_folder(path), None if reference is None else resolve_folder(reference)
-    model = on_device(load_any(folder), device)
+    model = _loaded(folder, device)
     tokenizer = load_tokenizer(folder)
     found: dict[str, Any] = {}
     if text is not None and content is not None:
@@ -247,7 +248,7 @@ def evaluate(
         if other is None:
             measured = perplexity(model, ids, **windows)
         else:
-            compared = divergence(model, on_device(load_any(other), device), ids, **windows)
+            compared = divergence(model, _loaded(other, device), ids, **windows)
             measured = compared.perplexity
             found["divergence"] = {"reference": reference, **asdict(compared)}
             del found["divergence"]["perplexity"]  # is added to `found` below
@@ -277,61 +278,8 @@ def evaluate(
         print_lines(f"lm-evaluation-harness {scores.version}")
 
 
-def compare(
-    paths: Annotated[
-        list[str],
-        typer.Argument(
-            help="Model folders, hub ids or GGUF files, the dense model first. Models of other quantizers "
-            "are supported."
-        ),
-    ],
-    text: Annotated[
-        Path | None, typer.Option(help="Text file (UTF-8) on which the loss is measured.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="Text to continue greedily (default: the beginning of --text)."),
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuation in tokens.")] = 40,
-    device: Device = CPU,
-    as_json: Json = False,
-) -> None:
-    """Compare models by bytes on disk, bits per weight, time per token, loss and sample text."""
-    content = None if text is None else read_text(text)
-    prompt = prompt_of(content) if prompt is None else prompt
-    name = "the text" if text is None else text.name
-    found = compare_folders(
-        paths,
-        text=content,
-        name=name,
-        prompt=prompt,
-        new_tokens=new_tokens,
-        device=device,
-        progress=sys.stderr.isatty(),
-    )
-    if as_json:
-        print_json({"prompt": prompt, "models": [model.to_dict() for model in found]})
-        return
-    header = ["", "method", "bytes", "bits a weight", "parameters", "ms a token"]
-    header += [] if text is None else ["perplexity", "loss increase", "KL"]
-    rows = []
-    for model in found:
-        row = [model.name, model.scheme, compact_bytes(model.bytes or 0), f"{model.bits:.2f}"]
-        row += [f"{model.params:,}", f"{model.milliseconds:.2f}"]
-        if (quality := model.quality) is not None:
-            known = quality.kl_mean is not None and model is not found[0]
-            row.append(f"{model.perplexity:.3f}")
-            row.append("" if model is found[0] else f"{quality.mean:+.4f}")
-            row.append(f"{quality.kl_mean:.4f}" if known else "")
-        rows.append(row)
-    print_table(header, rows)
-    print_lines("", "Bytes, bits a weight and parameters, scales included, are those of the whole model.")
-    if (quality := found[0].quality) is not None:
-        print_lines(f"Loss: {quality.tokens:,} tokens scored on {quality.source}.")
-    for model in found:
-        if model.sample is not None:
-            written = f"{prompt}{model.sample}".replace("\n", "\n  ")
-            print_lines("", f"{model.name} writes:", f"  {written}")
+def _loaded(path: Path, device: torch.device) -> PreTrainedModel:
+    return on_device(load_gguf(path) if path.suffix == GGUF else load(path), device)
 
 
 def generate(

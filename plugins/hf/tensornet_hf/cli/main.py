@@ -22,7 +22,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
     "inspect": commands.inspect,
     "eval": commands.evaluate,
-    "compare": commands.compare,
     "generate": commands.generate,
     "decompress": commands.decompress,
     "export": commands.export,
