@@ -15,6 +15,7 @@ from torch import nn
 from tensornet._util import check_type
 from tensornet.errors import TargetError
 from tensornet.nn.module import module_spec
+from tensornet.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -115,20 +116,21 @@ class ModelExtension:
         return None
 
 
-_EXTENSIONS: list[ModelExtension] = []
+#: Extensions by the full names of their classes.
+_EXTENSIONS: Registry[ModelExtension] = Registry("model extension", error=TypeError)
 
 
 def register_extension(extension: ModelExtension) -> ModelExtension:
     """Register an extension, so that its methods are called for every model.
 
     Args:
-        extension: an instance, not a class.
+        extension: an instance, not a class; one instance of each class.
 
     Returns:
         The same extension.
 
     Raises:
-        TypeError: `extension` is not a `ModelExtension`.
+        TypeError: `extension` is not a `ModelExtension`, or another instance of its class is registered.
 
     Example:
         >>> class Mine(tn.nn.ModelExtension):
@@ -137,29 +139,30 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
         True
     """
     check_type("extension", extension, ModelExtension, "pass an instance of your subclass of it")
-    _EXTENSIONS.append(extension)
+    kind = type(extension)
+    _EXTENSIONS.add(f"{kind.__module__}.{kind.__qualname__}", extension)
     return extension
 
 
 def extensions() -> tuple[ModelExtension, ...]:
     """Return the registered extensions, in the order of their registration."""
-    return tuple(_EXTENSIONS)
+    return _EXTENSIONS.values()
 
 
 def provided_data(model: nn.Module) -> ProvidedData | None:
     """Return the calibration data of the first extension that has data for this model, or None."""
-    return next((data for x in _EXTENSIONS if (data := x.calibration_data(model)) is not None), None)
+    return next((data for x in extensions() if (data := x.calibration_data(model)) is not None), None)
 
 
 def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
     """Return the batch of the first extension that knows how to call this model, or None."""
-    return next((batch for x in _EXTENSIONS if (batch := x.sample_batch(model)) is not None), None)
+    return next((batch for x in extensions() if (batch := x.sample_batch(model)) is not None), None)
 
 
 def round_others(model: nn.Module, config: Any) -> dict[str, str]:
     """Call `ModelExtension.round_others` of every extension, and join the results."""
     rounded: dict[str, str] = {}
-    for extension in _EXTENSIONS:
+    for extension in extensions():
         rounded |= extension.round_others(model, config)
     if rounded:
         structure_changed(model)
@@ -171,7 +174,7 @@ def structure_changed(model: nn.Module) -> None:
 
     Code that replaces layers calls this once, after the last one.
     """
-    handled = [extension.layers_replaced(model) for extension in _EXTENSIONS]
+    handled = [extension.layers_replaced(model) for extension in extensions()]
     if any(handled) or not callable(getattr(type(model), "save_pretrained", None)):
         return
     if any(map(_is_special, model.modules())):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tensornet._util import import_optional
 from tensornet.errors import TargetError
+from tensornet.registry import Registry
 
 
 class LayerKind(ABC):
@@ -151,14 +152,14 @@ def _fill(layer: nn.Module, *, weight: Tensor, bias: Tensor | None) -> nn.Module
     return layer
 
 
-_KINDS: dict[str, LayerKind] = {}
+_KINDS: Registry[LayerKind] = Registry("layer kind", error=TargetError)
 
 
 def register_layer_kind(kind: LayerKind) -> LayerKind:
     """Register a layer kind, so that modules of this kind can be compressed.
 
     Raises:
-        TargetError: a kind of this name is already registered.
+        TargetError: another kind of this name is already registered.
 
     Example:
         >>> from tensornet.nn import LayerKind, register_layer_kind
@@ -167,11 +168,9 @@ def register_layer_kind(kind: LayerKind) -> LayerKind:
         ...     matches = matrix = build = None
         >>> register_layer_kind(AnotherLinear())
         Traceback (most recent call last):
-        tensornet.errors.TargetError: A layer kind named 'linear' is already registered.
+        tensornet.errors.TargetError: A layer kind named 'linear' is already registered...
     """
-    if kind.name in _KINDS:
-        raise TargetError(f"A layer kind named {kind.name!r} is already registered.")
-    _KINDS[kind.name] = kind
+    _KINDS.add(kind.name, kind)
     return kind
 
 
@@ -181,8 +180,6 @@ def layer_kind(name: str) -> LayerKind:
     Raises:
         TargetError: the name is unknown; the message lists the registered kinds.
     """
-    if name not in _KINDS:
-        raise TargetError(f"Unknown layer kind {name!r}; registered are {', '.join(sorted(_KINDS))}.")
     return _KINDS[name]
 
 

@@ -33,6 +33,7 @@ from tensornet.nn.strategy import (
 )
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import Rounding
+from tensornet.registry import Registry
 from tensornet.topology import Topology
 
 R = TypeVar("R")
@@ -330,7 +331,9 @@ class NetworkModule(nn.Module):
 #: Function that makes an uninitialized module from its description: `(spec, device, dtype) -> module`.
 Builder = Callable[[Mapping[str, Any], torch.device | str | None, torch.dtype | None], nn.Module]
 
-_BUILDERS: dict[str, Builder] = {}
+_BUILDERS: Registry[Builder] = Registry(
+    "module type", error=FormatError, hint="If a plugin defines this type, import the plugin first."
+)
 
 
 def register_module_type(name: str, builder: Builder) -> None:
@@ -341,7 +344,7 @@ def register_module_type(name: str, builder: Builder) -> None:
         builder: function `(spec, device, dtype) -> module`; the module may be uninitialized.
 
     Raises:
-        ValueError: the name is already registered.
+        FormatError: the name is already registered with another function.
 
     Example:
         >>> class Doubled(torch.nn.Identity):
@@ -351,9 +354,7 @@ def register_module_type(name: str, builder: Builder) -> None:
         >>> tn.nn.build_module({"type": "doubled"})
         Doubled()
     """
-    if name in _BUILDERS:
-        raise ValueError(f"A module type named {name!r} is already registered.")
-    _BUILDERS[name] = builder
+    _BUILDERS.add(name, builder)
 
 
 def module_spec(module: nn.Module) -> dict[str, Any] | None:
@@ -367,7 +368,7 @@ def module_spec(module: nn.Module) -> dict[str, Any] | None:
     """
     spec = getattr(module, "spec", None)
     described = spec() if callable(spec) else None
-    return described if isinstance(described, dict) and described.get("type") in _BUILDERS else None
+    return described if isinstance(described, dict) and _BUILDERS.get(described.get("type")) else None
 
 
 def build_module(
@@ -393,12 +394,8 @@ def build_module(
         True
     """
     kind = spec.get("type")
-    if not isinstance(kind, str) or kind not in _BUILDERS:
-        raise FormatError(
-            f"Unknown module type {kind!r} in the stored description; known types are "
-            f"{', '.join(sorted(_BUILDERS))}. If a plugin defines this type, import the plugin first."
-        )
+    builder = _BUILDERS[kind]
     try:
-        return _BUILDERS[kind](spec, device, dtype)
+        return builder(spec, device, dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise FormatError(f"Bad description of a {kind!r} module: {error}") from error

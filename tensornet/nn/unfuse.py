@@ -31,6 +31,7 @@ from tensornet.nn.layer_kinds import (
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.strategy import CACHED
 from tensornet.nn.weight_facts import weight_facts
+from tensornet.registry import Registry
 
 #: Types whose weight may be recomputed before each pass by a hook of `torch.nn.utils`.
 _STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -283,13 +284,14 @@ class Compound(nn.Module):
             return getattr(stock[0], name)
 
 
-_COMPOUNDS: list[type[Compound]] = []
+#: Compounds by their full names.
+_COMPOUNDS: Registry[type[Compound]] = Registry("compound", error=TypeError)
 C = TypeVar("C", bound=type[Compound])
 
 
 def register_compound(kind: C) -> C:
     """Register a subclass of `Compound`; it takes precedence over classes registered before."""
-    _COMPOUNDS.insert(0, kind)
+    _COMPOUNDS.add(f"{kind.__module__}.{kind.__qualname__}", kind)
     return kind
 
 
@@ -301,7 +303,8 @@ def compound_of(module: nn.Module) -> Any:
 def _compounds_for(module: nn.Module) -> Iterator[type[Compound]]:
     kind = type(module)
     names = kind, f"{kind.__module__}.{kind.__qualname__}"
-    return (x for x in _COMPOUNDS if not x.replaces or any(name in x.replaces for name in names))
+    latest_first = reversed(_COMPOUNDS.values())
+    return (x for x in latest_first if not x.replaces or any(name in x.replaces for name in names))
 
 
 def reason_against(module: nn.Module) -> str | None:

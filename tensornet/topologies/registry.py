@@ -11,13 +11,16 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from tensornet.errors import TopologyError
+from tensornet.registry import Registry
 from tensornet.topologies.base import TopologyFamily
 from tensornet.topology import Topology
 
 #: Group of entry points by which other packages provide families; each points to a family instance.
 ENTRY_POINTS = "tensornet.topologies"
 
-_FAMILIES: dict[str, TopologyFamily] = {}
+_FAMILIES: Registry[TopologyFamily] = Registry(
+    "topology", error=TopologyError, hint="register_topology adds a family of your own."
+)
 
 
 def register_topology(family: TopologyFamily, *, replace: bool = False) -> TopologyFamily:
@@ -28,8 +31,8 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         replace: whether to replace a registered family of the same name.
 
     Raises:
-        TopologyError: `family` is not an instance of a family or has no name, or its name is registered and
-            `replace` is False.
+        TopologyError: `family` is not an instance of a family or has no name, or another family has its name
+            and `replace` is False.
 
     Example:
         >>> from tensornet.topologies.mpo import MPOFamily
@@ -46,12 +49,10 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
         )
     if not isinstance(getattr(family, "name", None), str):
         raise TopologyError(f"{type(family).__name__} needs a class attribute `name`, a string.")
-    if family.name in _FAMILIES and not replace:
-        raise TopologyError(
-            f"A topology named {family.name!r} is already registered; pass replace=True to replace it, "
-            "or choose another name."
-        )
-    _FAMILIES[family.name] = family
+    if replace:
+        _FAMILIES.remove(family.name)
+    advice = "pass replace=True to replace it, or choose another name"
+    _FAMILIES.add(family.name, family, advice=advice)
     return family
 
 
@@ -76,12 +77,8 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
                 "tensornet.register_topology(family) first, here and where they are loaded."
             )
         return name
-    known = isinstance(name, str)
-    if known and name not in _FAMILIES:
+    if isinstance(name, str) and _FAMILIES.get(name) is None:
         _load_entry_points()
-    if not known or name not in _FAMILIES:
-        exist = f"registered are {', '.join(sorted(_FAMILIES))}"
-        raise TopologyError(f"Unknown topology {name!r}; {exist}.")
     return _FAMILIES[name]
 
 
@@ -113,18 +110,16 @@ def registered(family: TopologyFamily) -> Iterator[TopologyFamily]:
     try:
         yield family
     finally:
-        del _FAMILIES[family.name]
+        _FAMILIES.remove(family.name)
         if before is not None:
-            _FAMILIES[family.name] = before
+            _FAMILIES.add(family.name, before)
 
 
 @cache
 def _load_entry_points() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            family = entry.load()
-            if family not in _FAMILIES.values():  # importing its module may have registered it
-                register_topology(family)
+            register_topology(entry.load())
         except (Exception, SystemExit) as error:  # errors of another package must not break this one
             trouble = f"could not be loaded from {entry.value!r}: {type(error).__name__}: {error}"
             warnings.warn(f"The topology {entry.name!r} {trouble}", RuntimeWarning, stacklevel=2)

@@ -13,6 +13,7 @@ import tensornet as tn
 from tensornet.errors import CalibrationWarning
 from tensornet.nn import extension as extensions
 from tensornet.nn.extension import ModelExtension, ProvidedData, register_extension
+from tensornet.registry import Registry
 
 CONFIG = tn.CompressionConfig(param_ratio=0.5, target_modules="all")
 
@@ -61,7 +62,7 @@ class Stacks(ModelExtension):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> list[ModelExtension]:
-    monkeypatch.setattr(extensions, "_EXTENSIONS", [])
+    monkeypatch.setattr(extensions, "_EXTENSIONS", Registry("model extension", error=TypeError))
     return extensions._EXTENSIONS
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tensornet._util import check_size
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet.nn import register_module_type
+from tensornet.registry import Registry
 from tensornet_moe.bank import check_not_negative
 
 Combine = Literal["unit", "prob", "sigmoid"]
@@ -173,7 +174,7 @@ class Router(nn.Module, ABC):
         Raises:
             TypeError: the class is not registered.
         """
-        name = next((name for name, kind in _ROUTERS.items() if kind is type(self)), None)
+        name = next((name for name in _ROUTERS if _ROUTERS[name] is type(self)), None)
         if name is None:
             raise TypeError(
                 f"{type(self).__name__} cannot be saved: register it, here and where it is loaded, as in "
@@ -225,7 +226,7 @@ class Router(nn.Module, ABC):
         return f"{sizes}, jitter={self.jitter}, combine={self.combine}, normalize={self.normalize}"
 
 
-_ROUTERS: dict[str, type[Router]] = {}
+_ROUTERS: Registry[type[Router]] = Registry("router")
 
 
 def register_router(name: str, kind: type[Router]) -> None:
@@ -249,14 +250,9 @@ def register_router(name: str, kind: type[Router]) -> None:
     """
     if not (isinstance(kind, type) and issubclass(kind, Router)):
         raise TypeError(f"register_router takes a subclass of Router, got {kind!r}; give the class itself.")
-    known = _ROUTERS.get(name)
-    if known is kind:
+    if _ROUTERS.get(name) is kind:
         return
-    if known is not None:
-        raise ValueError(
-            f"A router named {name!r} is registered already ({known.__name__}); choose another name."
-        )
-    _ROUTERS[name] = kind
+    _ROUTERS.add(name, kind)
 
     def build(
         spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
@@ -272,8 +268,6 @@ def router_kind(name: str) -> type[Router]:
     Raises:
         ValueError: an unknown name; the message lists the registered ones.
     """
-    if name not in _ROUTERS:
-        raise ValueError(f"Unknown router {name!r}; choose one of {', '.join(_ROUTERS)}.")
     return _ROUTERS[name]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet.nn import extension as extensions
+from tensornet.registry import Registry
 
 
 class Model(nn.Module):
@@ -25,7 +26,7 @@ class Model(nn.Module):
 
 @pytest.fixture(autouse=True)
 def no_extensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extensions, "_EXTENSIONS", [])
+    monkeypatch.setattr(extensions, "_EXTENSIONS", Registry("model extension", error=TypeError))
 
 
 class Saving(extensions.ModelExtension):
