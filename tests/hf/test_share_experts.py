@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from mixture_models import EXPERTS, FAMILIES, SIZES, logits, mixture, planted, tokens
+from mixture_models import EXPERTS, FAMILIES, logits, mixture, planted, tokens
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
@@ -45,68 +45,13 @@ def test_each_stack_chooses_and_never_grows(family: str) -> None:
     assert report.predicted_loss_increase < (alone.plan.predicted_loss_increase or 0.0)
 
 
-def narrow_experts() -> PreTrainedModel:
-    """A mixture of three layers whose experts all read the same eight directions."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = SIZES | {"hidden_size": 48, "intermediate_size": 8, "num_hidden_layers": 3}
-        model = MixtralForCausalLM(MixtralConfig(num_local_experts=EXPERTS, **sizes)).eval()
-        basis, _ = torch.linalg.qr(torch.randn(48, 8))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("gate_up_proj"):
-                parameter.copy_(parameter @ basis @ basis.T)
-    return model
-
-
-def shared(
-    model: PreTrainedModel, layers: str | list[str], ratio: float, *, across_layers: bool
-) -> tm.ExpertsReport:
-    config = tn.CompressionConfig(layers, param_ratio=ratio)
-    options = {"calibration": BATCHES, "across_layers": across_layers, "progress": False}
-    return tm.compress_experts(model, config, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("layers", ["*gate_up_proj*", "*experts*"])
-def test_experts_of_all_layers_share_what_they_have_in_common(layers: str, tmp_path: Path) -> None:
-    model, dense = narrow_experts(), narrow_experts()
-    report = shared(model, layers, 0.3, across_layers=True)
-    narrow = shared(narrow_experts(), layers, 0.3, across_layers=False)
-    (wide,) = [x for x in report.stacks if "gate_up_proj" in x.names[0]]
-    assert wide.pattern == "inputs"
-    assert {(name.split(".")[2], name.split(".")[5]) for name in wide.names} == {
-        (str(layer), str(expert)) for layer in range(3) for expert in range(EXPERTS)
-    }
-    assert report.predicted_loss_increase < 0.9 * narrow.predicted_loss_increase
-    assert report.param_ratio <= 0.3
-    assert report.model_bytes_after == model_size(model)[1]
-    if layers == "*gate_up_proj*":  # eight directions fit the budget only once for all layers
-        torch.testing.assert_close(logits(model), logits(dense), atol=1e-4, rtol=1e-4)
-
-    # One owner of the core, in the model and on the disk.
-    want = logits(model)
-    th.save(model, tmp_path / "small")
-    (file,) = (tmp_path / "small").glob("*.safetensors")
-    assert sum(x.nbytes for x in load_file(file).values()) == model_size(model)[1]
-    for again in (model, th.load(tmp_path / "small").eval()):
-        assert torch.equal(logits(again), want)
-        cores = [again.get_submodule(name).core_1 for name in wide.names]
-        assert len({id(core) for core in cores}) == 1
-
-
-def test_layers_without_a_common_basis_share_by_themselves() -> None:
-    wide, narrow = (shared(planted("mixtral"), "*experts*", 0.6, across_layers=x) for x in (True, False))
-    assert wide.predicted_loss_increase <= narrow.predicted_loss_increase * (1 + 1e-9)
-    assert {len(x.names) for x in wide.stacks} == {EXPERTS}
-
-
 def test_a_mixture_may_share_everything_and_another_nothing() -> None:
     model = planted("mixtral")
     with torch.no_grad():
         for parameter in model.model.layers[0].mlp.experts.parameters():
             parameter.copy_(parameter[:1].expand_as(parameter))
-    some = ["*layers.0*experts*", "*layers.1*experts.0.*"]
-    report = shared(model, some, 0.3, across_layers=False)
+    config = tn.CompressionConfig(["*layers.0*experts*", "*layers.1*experts.0.*"], param_ratio=0.3)
+    report = tm.compress_experts(model, config, calibration=BATCHES, progress=False)
     sharing = {name.split(".")[2] for stack in report.stacks for name in stack.names}
     assert sharing == {"0"}
     assert {layer.name.split(".")[2] for layer in report.layers} == {"1"}

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -87,8 +87,8 @@ class CompressOptions:
         refine: after compression, refit each layer to the dense model's outputs on unused calibration text.
         heal: after compression, train the cores for this many steps to match the dense model's outputs on the
             calibration text.
-        share_experts: let the experts of each layer (or of all layers) share cores where this lowers the
-            predicted loss increase. `"layers"` tries both, see `tensornet_moe.compress_experts`.
+        share_experts: let the experts of each layer share cores where this lowers the predicted loss
+            increase, see `tensornet_moe.compress_experts`.
         rotate: first rotate a Llama-like model, which spreads outliers of its weights and keeps its outputs;
             compare with and without, since it does not always help. A tied output head becomes a separate
             weight. See `tensornet_hf.rotate`.
@@ -122,7 +122,7 @@ class CompressOptions:
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
     heal: int = option(0, "after", "integer")
-    share_experts: Literal["layer", "layers"] | None = option(None, "layers", choices=("layer", "layers"))
+    share_experts: bool = option(False, "layers", "flag")
     rotate: bool = option(False, "layers", "flag")
     dtype: str | None = option(None, "output", choices=tuple(DTYPES))
     device: torch.device | str = option("cpu", "run", "device")
@@ -150,8 +150,6 @@ class CompressOptions:
         dtype_of(self.dtype)
         if self.report is not None:
             check_place("The report", Path(self.report))
-        if self.share_experts not in (None, "layer", "layers"):
-            raise OptionError(f"{{share_experts}} is 'layer' or 'layers', got {self.share_experts!r}.")
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
@@ -353,10 +351,7 @@ def compress_folder(
     done: CompressionReport | ExpertsReport
     if options.share_experts:
         assert isinstance(config, CompressionConfig)  # checked with the options
-        across = options.share_experts == "layers"
-        done = compress_experts(
-            model, config, calibration=calibration, across_layers=across, progress=options.progress
-        )
+        done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         done = tn.compress(
             model, config, calibration=calibration, validation=validation, progress=options.progress

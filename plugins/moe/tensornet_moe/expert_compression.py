@@ -1,10 +1,10 @@
 """Compression of a model whose stacks of experts may share a core.
 
-A stack has one matrix, such as the up projection, of each expert in a mixture, or in the mixtures of all
-layers. Its networks may share a projection of the inputs, a basis of the outputs or a base matrix
-(`shared_low_rank.py`). When the budget is allocated, a stack counts as one layer. Its candidates are the best
-separate networks of every total size, and the shared networks of every rank and number format; one of them is
-chosen. Parameters or bytes saved by sharing go to the layers where they lower the predicted loss most.
+A stack has one matrix, such as the up projection, of each expert in a mixture. Its networks may share a
+projection of the inputs, a basis of the outputs or a base matrix (`shared_low_rank.py`). When the budget is
+allocated, a stack counts as one layer. Its candidates are the best separate networks of every total size, and
+the shared networks of every rank and number format; one of them is chosen. Parameters or bytes saved by
+sharing go to the layers where they lower the predicted loss most.
 """
 
 import time
@@ -172,7 +172,6 @@ def compress_experts(
     config: CompressionConfig,
     *,
     calibration: Calibration | None = None,
-    across_layers: bool = False,
     progress: bool = True,
 ) -> ExpertsReport:
     """Compress a model in place like `tensornet.compress`, and let the experts of a mixture share a core.
@@ -185,8 +184,6 @@ def compress_experts(
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
         config: the options, with a budget of parameters, bytes or predicted loss.
         calibration: batches of the model's arguments, or statistics with gradients.
-        across_layers: also consider cores that the experts of all layers share. They are chosen where their
-            predicted loss is lower than that of cores shared in each layer and that of separate networks.
         progress: show progress bars.
 
     Raises:
@@ -234,10 +231,7 @@ def compress_experts(
 
     # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
     stacks = find_stacks(prepared.targets, stats, config, progress=progress)
-    wide: tuple[Stack, ...] = ()
-    if across_layers:
-        wide = find_stacks(prepared.targets, stats, config, across_layers=True, progress=progress)
-    chosen, bound_by = choose_jointly(prepared, stacks, wide)
+    chosen, bound_by = choose_jointly(prepared, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
     plan = CompressionPlan(())
     if alone:
@@ -328,7 +322,6 @@ def find_stacks(
     stats: CalibrationStats,
     config: CompressionConfig,
     *,
-    across_layers: bool = False,
     progress: bool = False,
 ) -> tuple[Stack, ...]:
     """Group the experts of each mixture, and predict the losses of all ways to share a core.
@@ -337,44 +330,33 @@ def find_stacks(
         targets: the targeted weights.
         stats: calibration statistics with gradients.
         config: options of the compression.
-        across_layers: instead group the experts of all mixtures, if their matrices have the same name and
-            shape. Groups within a single mixture are left out.
         progress: show a progress bar.
 
     Raises:
         TargetError: no target is an expert of a mixture.
     """
-    layers: dict[tuple[object, ...], list[int]] = {}  # values: targets for one matrix of one mixture
+    stacks: dict[tuple[object, ...], list[int]] = {}  # values: targets for one matrix of one mixture
     for place, target in enumerate(targets):
         owner, number, matrix = ["", "", *target.name.rsplit(".", 2)][-3:]
         if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix) and number.isdigit():
             kind = (matrix, target.matrix.shape, target.matrix.dtype)
-            layers.setdefault((owner, *kind), []).append(place)
-    groups = [[members] for members in layers.values() if len(members) > 1]
-    if not groups:
+            stacks.setdefault((owner, *kind), []).append(place)
+    several = [members for members in stacks.values() if len(members) > 1]
+    if not several:
         raise TargetError(
             f"compress_experts found no stack of experts among the {len(targets)} targeted layers: nothing "
             "could share a core. Target the experts of a mixture that keeps them as one parameter of "
             "shape (experts, out, in), or use tensornet.compress."
         )
-    if across_layers:
-        kinds: dict[tuple[object, ...], list[list[int]]] = {}
-        for key, members in layers.items():
-            kinds.setdefault(key[1:], []).append(members)
-        groups = [together for together in kinds.values() if len(together) > 1]
     found = []
-    for group_of_layers in tqdm(groups, desc="stacks", disable=not progress, unit="stack"):
-        members = [place for layer in group_of_layers for place in layer]
+    for members in tqdm(several, desc="stacks", disable=not progress, unit="stack"):
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
         weights = [sensitivity for sensitivity in known if sensitivity is not None]
         if len(weights) < len(group):  # an expert got no gradient: do not share
             continue
         matrices = [target.matrix for target in group]
-        # The rounding error of a shared core adds up over the experts of a token in one layer, but hardly
-        # over layers: equal random errors in 4 layers of a trained mixture cost 1.0 to 1.25 times as much
-        # as independent ones.
-        per_token = experts_per_token([target.names[0] for target in group], stats, len(group_of_layers))
+        per_token = experts_per_token([target.names[0] for target in group], stats)
         formats = layer_formats(matrices, weights, config)
         pairs = [
             (pattern, candidate)
@@ -392,21 +374,18 @@ def find_stacks(
     return tuple(found)
 
 
-def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int = 1) -> float:
-    """Compute how many of the given experts process a calibration token in a layer, on average.
-
-    The result is at least 1.
+def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
+    """Compute how many experts of a layer process a calibration token, on average; at least 1.
 
     Args:
         names: names of the experts.
-        layers: number of layers to which they belong.
         stats: calibration statistics; if they have no token counts, two experts per token are assumed.
     """
     known = {name: stats.counts[name] for name in names if name in stats.counts}
     if not known:
-        return float(min(2, len(names) // layers))
+        return float(min(2, len(names)))
     tokens = max(stats.tokens, stats.scored, 1)  # `stats.tokens` is too small if only experts were observed
-    return max(1.0, sum(known.values()) / tokens / layers)
+    return max(1.0, sum(known.values()) / tokens)
 
 
 # --- one allocation over separate and shared networks ---------------------------------------------
@@ -415,9 +394,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats, layers: int
 Choice = list[int | SharedCandidate]
 
 
-def choose_jointly(
-    prepared: Prepared, stacks: Sequence[Stack], across: Sequence[Stack] = ()
-) -> tuple[Choice, str]:
+def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice, str]:
     """Choose candidates of single layers and of stacks in one budget, and name the limit reached first.
 
     A first allocation, with shared and separate candidates for every stack, finds the stacks that share
@@ -427,9 +404,7 @@ def choose_jointly(
 
     Args:
         prepared: the candidates of every layer.
-        stacks: the stacks of each mixture, which do not overlap.
-        across: stacks over several mixtures, which do not overlap each other. They are first tried
-            without `stacks`; those that share are also tried with the `stacks` that they do not overlap.
+        stacks: the stacks with their shared candidates.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -452,15 +427,9 @@ def choose_jointly(
         return [stack for stack in some if stack[0].members in sharing]
 
     attempt(())
-    for some in (stacks, across):
-        if some:
-            attempt(some)
-            paying = attempt(some, or_separate=True)
-            attempt(paying)
-    if across and paying:
-        taken = {place for stack in paying for place in stack[0].members}
-        others = [stack for stack in stacks if taken.isdisjoint(stack[0].members)]
-        attempt(attempt([*paying, *others], or_separate=True))
+    if stacks:
+        attempt(stacks)
+        attempt(attempt(stacks, or_separate=True))
     if not found:
         raise refused[0]
     least = min(measure for measure, _, _ in found)

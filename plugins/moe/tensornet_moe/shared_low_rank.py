@@ -12,12 +12,11 @@ The shared factor comes from one SVD of all matrices under pooled moments, which
 have the same moments. Each private factor is then the least-squares optimum under the moments of its matrix.
 The shared factors of all ranks are nested, so the losses of all ranks are predicted together.
 
-In number formats the shared core is rounded once, with moments pooled over the matrices: an error `E` of the
-shared `B` in `W_e = A_e B` costs `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted
-again, which compensates a part of this rounding error, and are rounded with their own moments. The loss
-increase by rounding is predicted without rounding, at a few ranks, and interpolated to the others. Only a
-base is really rounded, once for each format, so that what the low-rank products compensate of its error is
-computed exactly.
+The patterns `inputs` and `outputs` may be stored in number formats. The shared core is then rounded once,
+with moments pooled over the matrices: an error `E` of the shared `B` in `W_e = A_e B` costs
+`1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which compensates a part
+of this rounding error, and are rounded with their own moments. The loss increase by rounding is predicted
+without rounding, at a few ranks, and interpolated to the others. A base keeps the dtype of the model.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
@@ -47,10 +46,10 @@ from tensornet.linalg.weighted_svd import (
     weighted_svd,
 )
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, stored_core
-from tensornet.quantization import NumberFormat, RoundedWeight, round_product
+from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.quantization.low_rank import round_factor
 from tensornet.quantization.moments import DENSE_ROW_DAMPING, LEAST_DAMPING
-from tensornet.quantization.predict import predict_losses, predict_product_losses, spaced_rows
+from tensornet.quantization.predict import predict_losses, spaced_rows
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual
@@ -65,8 +64,8 @@ _GROWTH = 4
 _LEAST_DIRECTION = 1e-7
 #: Ranks at which the losses of rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest numbers of bits: of any factor, and of a factor that must be accurate (`encodings`).
-_LEAST_BITS, _ACCURATE_BITS = 4, 8
+#: Smallest number of bits of a factor that must be accurate (`encodings`).
+_ACCURATE_BITS = 8
 #: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128
 #: Format of cores that keep the dtype of the model.
@@ -125,7 +124,7 @@ def fit_low_rank(
         matrices: each `(out, in)`.
         weightings: sensitivity of the loss to errors in each matrix.
         rank: rank of the factors.
-        storage: number formats of the cores.
+        storage: number formats of the cores; those of the pattern `base` keep their dtype.
 
     Returns:
         The cores of each network by name, as matrices: codes for integer formats, else values. The shared
@@ -138,8 +137,7 @@ def fit_low_rank(
         return [dict(zip(topology.core_names, each, strict=True)) for each in cores]
     kinds = {core: storage.format_of(core) for core in topology.core_names}
     integers = {core: kind if kind.is_integer else None for core, kind in kinds.items()}
-    rounded = _round_base if pattern == "base" else _round_factors
-    return rounded(pattern, work, weightings, cores, integers)
+    return _round_factors(pattern, work, weightings, cores, integers)
 
 
 @torch.no_grad()
@@ -292,8 +290,12 @@ def _round_factors(
     if pattern == "inputs":
         cores = _equal_columns(cores)
     core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
-    shared = _round_shared(cores[0][int(core)], formats[core], _seen_by_shared(pattern, cores, weightings))
-    value, found = _value(shared), []
+    value, number_format = cores[0][int(core)], formats[core]
+    shared: Core = value
+    if number_format is not None:
+        shared = round_dense(value, number_format, _seen_by_shared(pattern, cores, weightings))
+        value = shared.dequantize(torch.float64)
+    found = []
     for w, (left, right), x in zip(matrices, cores, weightings, strict=True):
         if pattern == "inputs":
             private = round_factor(w, left, value, "left", formats[own], x)
@@ -301,31 +303,6 @@ def _round_factors(
             private = round_factor(w, value, right, "right", formats[own], x)
         found.append({own: private, core: shared})
     return found
-
-
-def _round_base(
-    pattern: str,
-    matrices: Sequence[Tensor],
-    weightings: Sequence[Weighting],
-    cores: Cores,
-    formats: Mapping[str, NumberFormat | None],
-) -> list[dict[str, Core]]:
-    """Round the base once; then fit low-rank factors to the remainders, and round them."""
-    base, rank = cores[0][0], cores[0][1].shape[1]
-    shared = _round_shared(base, formats[BASE], pooled(weightings, base))
-    pairs: list[tuple[Core, Core]] = []
-    for w, x in zip(matrices, weightings, strict=True):
-        rest = w - _value(shared)
-        left, right = _balanced(*weighted_svd(rest, x).factors(rank))
-        if formats["0"] is None:
-            pairs.append((left, right))
-        else:
-            made = round_product(left, right, formats["0"], formats["1"], x, target=rest)
-            pairs.append((made.left, made.right))
-    if formats[BASE] is None:  # an unrounded base can compensate a part of the factors' rounding errors
-        rests = [w - _value(a) @ _value(b) for w, (a, b) in zip(matrices, pairs, strict=True)]
-        shared = _mean(rests, weightings)
-    return [{BASE: shared, "0": a, "1": b} for a, b in pairs]
 
 
 def _equal_columns(cores: Cores) -> Cores:
@@ -338,21 +315,6 @@ def _equal_columns(cores: Cores) -> Cores:
     size = torch.where(size > 0, size, torch.ones_like(size))
     right = size[:, None] * cores[0][1]
     return [(left / size, right) for left, _ in cores]
-
-
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale columns of the left factor and rows of the right one to equal norms, keeping the product."""
-    size = (right.norm(dim=1) / left.norm(dim=0).clamp_min(1e-300)).sqrt()
-    size = torch.where(size > 0, size, torch.ones_like(size))
-    return left * size, right / size[:, None]
-
-
-def _round_shared(matrix: Tensor, number_format: NumberFormat | None, weighting: Weighting) -> Core:
-    return matrix if number_format is None else round_dense(matrix, number_format, weighting)
-
-
-def _value(core: Core) -> Tensor:
-    return core.dequantize(torch.float64) if isinstance(core, RoundedWeight) else core
 
 
 # --- moments --------------------------------------------------------------------------------------
@@ -466,12 +428,11 @@ def shared_candidates(
     work = _in_double(matrices)
     plain = _fit_losses(pattern, work, sensitivities, ranks)
     ranks = int(plain[0].isfinite().sum())
-    storages = encodings(pattern, formats) if formats else [PLAIN]
+    storages = encodings(pattern, formats)
     quantized = [storage for storage in storages if storage.quantized]
     added: dict[Storage, Tensor] = {}
     if ranks and quantized:
-        predict = _rounding_of_base if pattern == "base" else _rounding_of_factors
-        losses = predict(pattern, work, sensitivities, quantized, ranks, per_token)
+        losses = _rounding_of_factors(pattern, work, sensitivities, quantized, ranks, per_token)
         added = dict(zip(quantized, losses, strict=True))
     found = []
     for storage in storages:
@@ -491,23 +452,18 @@ def shared_candidates(
 def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     """List the combinations of allowed number formats for private and shared cores under a sharing pattern.
 
-    In the pattern `base`, the base may have any format. In `inputs` and `outputs`, a private factor may have
-    any format that factors have in low-rank networks without sharing. The other cores have the same format,
-    or the smallest allowed one of at least eight bits.
+    Cores of the pattern `base` keep the dtype of the model. In `inputs` and `outputs`, a private factor may
+    have any format that factors have in low-rank networks without sharing. The shared core has the same
+    format, or the smallest allowed one of at least eight bits. Without formats, all cores keep their dtype.
     """
+    if pattern == "base" or not formats:
+        return [PLAIN] if _FLOAT in formats or not formats else []
     own = [x for x in formats if (x == _FLOAT or x.is_integer) and x.for_networks]
     accurate = [x for x in own if x == _FLOAT or (x.bits or 0) >= _ACCURATE_BITS]
     best = min(accurate, key=lambda x: x.nbytes((64, 64)), default=None)
     pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # (private, shared)
-    if pattern == "base":
-        for shared in own:
-            if shared == _FLOAT or (shared.bits or 0) >= _LEAST_BITS:
-                pairs.append((shared, shared))
-            if best is not None:
-                pairs.append((best, shared))
-    else:
-        for private, _ in topology_family("low_rank").encodings(own):
-            pairs += [(private, private), (private, best)]
+    for private, _ in topology_family("low_rank").encodings(own):
+        pairs += [(private, private), (private, best)]
     # Leave out integer shared cores with private factors in the model's dtype: most values are private, so
     # these are better stored as integers of eight bits.
     useful = dict.fromkeys(
@@ -528,7 +484,10 @@ def _fit_losses(
     tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
     if pattern == "base":
         tries = (
-            [_terms(w - base, each) for w, each in zip(matrices, svds, strict=True)]
+            [
+                each if len(each.values) == min(w.shape) else (w - base, each.left, each.right)
+                for w, each in zip(matrices, svds, strict=True)
+            ]
             for base, svds in _bases(matrices, choices)
         )
     best = torch.full((2, ranks), torch.inf, dtype=torch.float64)
@@ -538,11 +497,6 @@ def _fit_losses(
             found += _rank_losses(each, sensitivity, ranks)
         best = torch.where(found[0] < best[0], found, best)
     return best
-
-
-def _terms(rest: Tensor, found: WeightedSVD) -> Factors | WeightedSVD:
-    """Return the SVD if it has all singular values, otherwise the matrix and the two factors of the SVD."""
-    return found if len(found.values) == min(rest.shape) else (rest, found.left, found.right)
 
 
 def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
@@ -637,45 +591,3 @@ def _rounding(
     losses = predict_losses(core, integers, weightings, row_damping=row_damping, sample=sample)
     found[torch.tensor([x.is_integer for x in formats])] = losses.double().cpu().clamp_min(0)
     return found
-
-
-def _rounding_of_base(
-    pattern: str,
-    matrices: Sequence[Tensor],
-    sensitivities: Sequence[Sensitivity],
-    storages: Sequence[Storage],
-    ranks: int,
-    per_token: float,
-) -> list[Tensor]:
-    """Predict the loss increase of rounding base and factors; results are as in `_rounding_of_factors`.
-
-    The base is assumed to be the mean of the matrices at every rank.
-    """
-    core, choices = PATTERNS[pattern], [x.choice for x in sensitivities]
-    base = _mean(matrices, choices)
-    whole = pooled(choices, base)
-    with remembering():
-        rounded = {
-            kind: _value(_round_shared(base, kind, whole))
-            for kind in dict.fromkeys(storage.format_of(core) for storage in storages)
-            if kind.is_integer
-        }
-    losses = [torch.zeros(2, ranks, dtype=torch.float64) for _ in storages]
-    for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
-        weightings = [sensitivity.choice, sensitivity.forecast]
-        with remembering():
-            known = {}  # format of the base -> losses of the remainder at all ranks, and balanced factors
-            for kind, value in {**rounded, _FLOAT: base}.items():
-                rest = matrix - value
-                made = weighted_svd(rest, sensitivity.choice)
-                costs = _rank_losses(_terms(rest, made), sensitivity, ranks)
-                known[kind] = costs, _balanced(made.left, made.right)
-            for total, storage in zip(losses, storages, strict=True):
-                costs, (left, right) = known[storage.format_of(core)]
-                more = per_token * (costs - known[_FLOAT][0])
-                total += torch.where(costs.isfinite(), more, torch.inf)
-                if storage.number_format.is_integer:
-                    product = predict_product_losses(left, right, storage.number_format, weightings)
-                    product = product[:, :ranks].double().cpu()
-                    total += torch.nn.functional.pad(product, (0, ranks - product.shape[1]), value=torch.inf)
-    return losses

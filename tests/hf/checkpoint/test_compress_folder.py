@@ -56,7 +56,7 @@ def test_options_that_exclude_one_another_are_named_as_in_python() -> None:
     with pytest.raises(th.compress.OptionError, match=r"^workers never .* dtype would need"):
         th.CompressOptions(workers=2, dtype="float16")
     with pytest.raises(th.compress.OptionError, match="share_experts cannot be combined with report"):
-        th.CompressOptions(share_experts="layer", report="page.html")
+        th.CompressOptions(share_experts=True, report="page.html")
     with pytest.raises(th.compress.OptionError, match="workers writes to a local folder"):
         th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(workers=2))
 

@@ -216,7 +216,6 @@ def test_experts_share_cores(tensornet: Run) -> None:
         "--target",
         "*experts*",
         "--share-experts",
-        "layer",
     )
     status, out, err = tensornet(*how, "--calibration", "default", *FEW)
     assert status == 0, err

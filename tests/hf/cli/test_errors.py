@@ -137,7 +137,7 @@ WRONG = [
     ("compress GPT2 out HALF --heal 3", "--heal trains on the calibration text; add --calibration"),
     ("compress GPT2 out HALF --refine", "--refine refits layers on the calibration text; add --calibration"),
     (
-        "compress GPT2 out HALF --refine --calibration text.txt --share-experts layer",
+        "compress GPT2 out HALF --refine --calibration text.txt --share-experts",
         "cannot be combined with --refine",
     ),
     ("compress x y --param-ratio 50", "if it is a percentage, write 0.5 for 50 %"),
