@@ -14,7 +14,6 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.entropy import require_coder
 from tensornet.quantization.formats import MENUS
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
@@ -100,10 +99,10 @@ class CompressionConfig(LayerSelection):
             may have any of these formats; cores of networks may have floats and integers of at least four
             bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
             replaced by formats of the same size with 16-bit scales. The name of a menu, a list of formats
-            without networks, is allowed too: `"entropy"` has entropy-coded integers for the smallest files;
-            `"gguf"`, `"compressed-tensors"` and `"mlx"` have the formats of these files, and count bytes in
-            them. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the
-            only ones used from it, as in `("gguf", "int4:g32:float16", "float")`.
+            without networks, is allowed too: `"gguf"`, `"compressed-tensors"` and `"mlx"` have the formats of
+            these files, and count bytes in them. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats
+            after the name of a menu are the only ones used from it, as in
+            `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is
@@ -168,8 +167,6 @@ class CompressionConfig(LayerSelection):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
-        if any(each.rate is not None for each in self.number_formats):
-            require_coder("Planning entropy-coded formats")
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
         whole = self.menu in ("gguf", "mlx") or any(self.counts_model(name) for name in counted)
         if self.target_modules is None and whole:

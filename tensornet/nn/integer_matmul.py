@@ -48,10 +48,9 @@ class IntegerMatrix:
 
     @classmethod
     def of(cls, core: PackedCore) -> "IntegerMatrix":
-        """Make an integer matrix from a core, ignoring the column scales of an entropy-coded core."""
+        """Make an integer matrix from a core."""
         zeros = core.tensors.get("zeros")
-        codes = core.packed_codes()
-        return cls(core.number_format, codes, core.scale_values, zeros, core.columns, core.scales)
+        return cls(core.number_format, core.codes, core.scale_values, zeros, core.columns, core.scales)
 
     @property
     def shape(self) -> tuple[int, int]:

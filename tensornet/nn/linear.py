@@ -116,7 +116,7 @@ class TensorNetworkLinear(NetworkModule):
             # more passes over memory: one for the values and one for their gradients.
             if self._other_terms or not lowered or input.dtype == torch.float64:
                 return None
-            if not core.packed_codes().is_floating_point():
+            if not core.codes.is_floating_point():
                 return None
             return linear(input, core.matrix(torch.get_autocast_dtype(device)), self.bias)
         if lowered or is_exporting() or input.dtype != self.compute_like.dtype:
@@ -124,10 +124,9 @@ class TensorNetworkLinear(NetworkModule):
         if bool(self._other_terms) if is_compiling() else transforms_active():
             return None
         matrix = self._integers_of(core)
-        coded = isinstance(core, PackedCore) and core.number_format.rate is not None
-        y = multiply(input * core.column_values(input.dtype) if coded else input, matrix, self.bias)
+        y = multiply(input, matrix, self.bias)
         if not self._other_terms:
-            if not coded and matrix.kernel_tokens and not is_compiling():
+            if matrix.kernel_tokens and not is_compiling():
                 self._quick = _kernel_product(self, core, matrix)
             return y
         machine, tokens = self.machine or default_machine(input.device), input.numel() // self.in_features
@@ -142,7 +141,7 @@ class TensorNetworkLinear(NetworkModule):
         if not isinstance(core, PackedCore):
             return core.integers  # type: ignore[return-value]
         known = self._integers
-        if known is None or known.codes is not core.packed_codes() or known.scale_bits is not core.scales:
+        if known is None or known.codes is not core.codes or known.scale_bits is not core.scales:
             known = IntegerMatrix.of(core)
             # Scales that are computed from stored integers are not cached, since the integers may change.
             computed = core.number_format.scale_bits is not None

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tensornet._util import is_exporting, outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, entropy
+from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
 from tensornet.quantization.formats import SUPER_BLOCK, pack, packed_bytes, unpack
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
@@ -163,9 +163,6 @@ class PackedCore(nn.Module):
     integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits, so that
     `.to()` and `.half()` do not convert them. Tied layers share this module.
 
-    Entropy-coded integers are stored as `coded`, `scales` and `column_scales`. The bytes are decoded when
-    they are first needed; the decoded codes, of 8 bits each, then stay in memory too.
-
     Args:
         number_format: format of the elements.
         shape: shape of the core.
@@ -181,8 +178,6 @@ class PackedCore(nn.Module):
     zeros: Tensor
     steps: Tensor
     order: Tensor
-    coded: Tensor
-    column_scales: Tensor
 
     def __init__(
         self,
@@ -195,7 +190,6 @@ class PackedCore(nn.Module):
         super().__init__()
         self.number_format, self.shape, self.columns, self.axis = number_format, tuple(shape), columns, axis
         self.names = tuple(tensors)
-        self._decoded: tuple[Tensor, int, Tensor] | None = None
         for name, tensor in tensors.items():
             self._put(name, tensor)
 
@@ -220,8 +214,6 @@ class PackedCore(nn.Module):
     def counts(self) -> dict[str, int]:
         """Number of values in each stored tensor; a packed code or zero point counts as one value."""
         found = {name: tensor.numel() for name, tensor in self.tensors.items()}
-        if "coded" in found:
-            found["coded"] = len(self.scales) * self.columns
         if "codes" in found:
             found["codes"] = math.prod(self.codes.shape[:-1]) * self.columns
         if "steps" in found:
@@ -255,25 +247,6 @@ class PackedCore(nn.Module):
         groups = number_format.groups(self.columns)
         return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
-    def packed_codes(self) -> Tensor:
-        """Return the packed codes; entropy-coded bytes are decoded at first use and after a change.
-
-        Raises:
-            FormatError: the entropy-coded bytes are damaged.
-            MissingDependencyError: the package that decodes them is not installed.
-        """
-        if self.number_format.rate is None:
-            return self.codes
-        known, coded = self._decoded, self.coded
-        if known is not None and (is_exporting() or torch.compiler.is_compiling()):
-            return known[2]
-        version = 0 if coded.is_inference() else coded._version
-        if known is None or known[0] is not coded or known[1] != version:
-            found = entropy.decode(coded.cpu().numpy().tobytes(), (len(self.scales), self.columns))
-            known = coded, version, self.number_format.pack(found).to(coded.device)
-            self._decoded = known
-        return known[2]
-
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
         """Return the core as a tensor, differentiable with respect to its stored floating-point tensors.
 
@@ -306,43 +279,24 @@ class PackedCore(nn.Module):
             index: indices of the rows to unpack, or of the matrices in a stack, shape `(n,)`; all if absent.
         """
         number_format, parts = self.number_format, self.tensors
-        coded = number_format.rate is not None
-        if coded:
-            parts = {"codes": self.packed_codes(), "scales": self.scales}
         if index is not None:  # before scales are viewed as floats, since some float dtypes cannot be indexed
             parts = {name: tensor.index_select(0, index) for name, tensor in parts.items() if name != "order"}
-        wide = torch.promote_types(dtype, torch.float32) if coded else dtype
         scales = self._scale_values(parts)
-        values = unpacked(number_format, parts["codes"], scales, parts.get("zeros"), self.columns, wide)
-        return (values * self.column_values(wide)).to(dtype) if coded else values
-
-    def column_values(self, dtype: torch.dtype) -> Tensor:
-        """Return the scale of each column of an entropy-coded core, shape `(columns,)`."""
-        return _floating(self.column_scales, self.number_format.column_dtype).to(dtype)
+        return unpacked(number_format, parts["codes"], scales, parts.get("zeros"), self.columns, dtype)
 
     def check_finite(self, name: str) -> None:
-        """Check that all scales are finite and that entropy-coded bytes can be decoded.
+        """Check that all scales are finite.
 
         Args:
             name: name of this module in its model, for the message.
 
         Raises:
-            FormatError: a scale is NaN or infinite, or the bytes are damaged.
+            FormatError: a scale is NaN or infinite.
         """
-        damaged = None
         if "scales" in self.names and not bool(self.scale_values.float().isfinite().all()):
-            damaged = f"{self.trained_scales} has NaN or infinite scales, so that the weight has no value"
-        if self.number_format.rate is not None:
-            if not bool(self.column_values(torch.float32).isfinite().all()):
-                damaged = "column_scales has NaN or infinite scales, so that the weight has no value"
-            try:
-                self.packed_codes()
-            except FormatError as error:
-                damaged = f"coded cannot be read: {error}"
-        if damaged is not None:
             raise FormatError(
-                f"{name}.{damaged}. The file is damaged: copy or download it again, or compress the model "
-                "again."
+                f"{name}.{self.trained_scales} has NaN or infinite scales, so that the weight has no value. "
+                "The file is damaged: copy or download it again, or compress the model again."
             )
 
     def extra_repr(self) -> str:
@@ -382,8 +336,7 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
     """Convert scales and bfloat16 cores to trainable float32 parameters.
 
     8-bit scales are not trained, since rounding them again would undo the training steps. If scales are
-    integers, only their steps are trained. In entropy-coded cores only the scales of rows are trained, since
-    changed codes would need another number of bytes.
+    integers, only their steps are trained.
 
     Args:
         model: a model with compressed layers or experts; cores that are already converted do not change.
@@ -403,7 +356,7 @@ def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[Packed
         if number_format.scale_dtype.itemsize > 1:
             name = core.trained_scales
             core._put(name, _floating(getattr(core, name), number_format.scale_dtype).float())
-        if codes and number_format.rate is None:
+        if codes:
             made = TrainedCodes(number_format.unpack(core.codes, core.columns).float())
             core._put("codes", made)
     return found
@@ -432,7 +385,7 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
             continue
         if (scales := getattr(core, core.trained_scales)).is_floating_point():
             core._put(core.trained_scales, _bits(whole(scales), number_format.scale_dtype))
-        if core.packed_codes().is_floating_point():
+        if core.codes.is_floating_point():
             codes = whole(core.codes).round().clamp(0, number_format.top).to(torch.uint8)
             core._put("codes", number_format.pack(codes))
 
@@ -508,11 +461,6 @@ def _stored_parts(
             yield name, part, kept, own, math.prod(kept)
             continue
         rows, columns = kept
-        if number_format.rate is not None:
-            yield name, "coded", (number_format.coded_bytes(kept),), torch.uint8, rows * columns
-            yield name, "scales", (rows, 1), _BITS[number_format.scale_dtype], rows
-            yield name, "column_scales", (columns,), _BITS[number_format.column_dtype], columns
-            continue
         groups, bits = number_format.groups(columns), number_format.bits
         yield name, "codes", (rows, packed_bytes(columns, bits)), torch.uint8, rows * columns
         if number_format.scale_bits is None:
@@ -609,13 +557,7 @@ def stored_core(
     tensors = {} if order is None else {"order": order}
     if isinstance(value, RoundedWeight):
         assert number_format.bits is not None
-        if value.column_scales is not None:
-            coded = entropy.encode(value.codes)
-            padded = coded.ljust(number_format.coded_bytes(value.codes.shape), b"\0")
-            tensors["coded"] = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(value.codes.device)
-            tensors["column_scales"] = _bits(value.column_scales, number_format.column_dtype)
-        else:
-            tensors["codes"] = number_format.pack(value.codes)
+        tensors["codes"] = number_format.pack(value.codes)
         if number_format.scale_bits is None:
             tensors["scales"] = _bits(value.scales, number_format.scale_dtype)
         else:

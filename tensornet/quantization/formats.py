@@ -10,9 +10,6 @@ equally spaced levels.
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
 with 16-bit scales, and are more accurate, since codes are chosen after the scale is rounded. Scales may also
 be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
-
-Entropy-coded formats have a scale for each row and each column, and codes of 8 bits that a range coder writes
-with fewer bits, see `tensornet.quantization.entropy`.
 """
 
 import math
@@ -49,14 +46,10 @@ LEVELS = {
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
 #: Bytes of 256 weights in the GGUF type Q2_K, which also stores the lowest value of every group.
 _Q2_K_BYTES = 84
-#: Smallest and largest number of bits per weight of entropy-coded formats, in steps of 1/8.
-RATES = (1.0, 6.0)
 _FLOATS = ("float", "bf16")
-#: Lists of formats by name. `"entropy"` gives the smallest files of this library. The others are targets of
-#: `tensornet_hf.export`, which can store these formats exactly (MLX in 16-bit models) if the group size
-#: divides the number of inputs of a layer.
+#: Lists of formats by the name of a target of `tensornet_hf.export`, which can store these formats exactly
+#: (MLX in 16-bit models) if the group size divides the number of inputs of a layer.
 MENUS: dict[str, tuple[str, ...]] = {
-    "entropy": ("float", "int8", *(f"ec{rate / 4:g}" for rate in range(24, 4, -1))),
     "gguf": (
         "float",
         "int8:g32:float16",
@@ -94,7 +87,6 @@ MENUS: dict[str, tuple[str, ...]] = {
         "int2:float8",
     ),
 }
-_CODED = re.compile(r"ec(\d(\.\d+)?)")
 _PATTERN = re.compile(
     r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
     r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)))?"
@@ -131,8 +123,6 @@ class NumberFormat:
             the integer times a step in `torch.float16`, which `SUPER_BLOCK` weights share. Integers of 6 and
             8 bits have a sign. Integers of 4 bits, for two-bit codes only, have none; their steps have 9
             significant bits, so that 1.5 times a step is exact too.
-        rate: number of bits per weight in a file, for entropy-coded formats. Each row and each column has a
-            scale; in memory, codes have 8 bits.
 
     Raises:
         FormatError: this combination of arguments does not exist.
@@ -151,17 +141,8 @@ class NumberFormat:
     dtype: torch.dtype | None = None
     table: bool = False
     scale_bits: int | None = None
-    rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.rate is not None:
-            plain = NumberFormat(8, None)
-            possible = RATES[0] <= self.rate <= RATES[1] and self.rate * 8 % 1 == 0
-            if not possible or replace(self, rate=None) != plain:
-                raise FormatError(
-                    f"Entropy-coded formats have {RATES[0]:g} to {RATES[1]:g} bits in steps of 1/8, such as "
-                    f"'ec3.25', one scale in torch.bfloat16 for each row, and no zero points; got {self!r}."
-                )
         if self.bits is None:
             other = self.group is not None or self.zero_point or self.table or self.scale_bits
             if other or self.dtype not in (None, torch.bfloat16):
@@ -201,8 +182,7 @@ class NumberFormat:
             name: `"float"`, `"bf16"`, or the name of an integer format. It begins with `int2` ... `int8` or,
                 with a table, `nl2` ... `nl4`. Optional suffixes, in this order: the group, `:g16`, `:g32`,
                 `:g64` (the default), `:g128` or `:row`; `:zero` for zero points; `:float16` or `:float8` for
-                the dtype of scales, or `:s4`, `:s6` or `:s8` for integer scales. An entropy-coded format is
-                `ec` and the bits per weight, such as `"ec3.25"`.
+                the dtype of scales, or `:s4`, `:s6` or `:s8` for integer scales.
 
         Raises:
             FormatError: the name is unknown; the message lists the known names.
@@ -213,14 +193,12 @@ class NumberFormat:
             return cls()
         if name == "bf16":
             return cls(dtype=torch.bfloat16)
-        if isinstance(name, str) and (coded := _CODED.fullmatch(name)):
-            return cls(8, None, rate=float(coded[1]))
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
             raise FormatError(
                 f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
                 "a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', 'int3:g64:zero', "
-                "'int4:g32:float8'; and entropy-coded integers, such as 'ec3.25'."
+                "'int4:g32:float8'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
         scale_bits = int(found["scale"]) if found["scale"] else None
@@ -238,8 +216,6 @@ class NumberFormat:
         """Shortest name that `parse` accepts for this format."""
         if self.bits is None:
             return "float" if self.dtype is None else "bf16"
-        if self.rate is not None:
-            return f"ec{self.rate:g}"
         parts = [f"nl{self.bits}" if self.table else f"int{self.bits}"]
         if self.group != DEFAULT_GROUP:
             parts.append("row" if self.group is None else f"g{self.group}")
@@ -261,22 +237,7 @@ class NumberFormat:
     @property
     def for_networks(self) -> bool:
         """True if plans may use this format for cores of networks, and not only for dense matrices."""
-        return not self.table and self.scale_bits is None and self.rate is None
-
-    @property
-    def column_dtype(self) -> torch.dtype:
-        """Dtype of the column scales of entropy-coded formats; these scales need little accuracy."""
-        return torch.float8_e5m2
-
-    def coded_bytes(self, shape: Sequence[int]) -> int:
-        """Count the bytes of the coded stream of a matrix, padding included.
-
-        Raises:
-            FormatError: the format is not entropy-coded.
-        """
-        if self.rate is None:
-            raise FormatError(f"The format {self.name!r} is not entropy-coded; use for example 'ec3.25'.")
-        return 16 + 4 * math.ceil(self.rate * math.prod(shape) / 32)
+        return not self.table and self.scale_bits is None
 
     @property
     def span(self) -> int | None:
@@ -551,12 +512,6 @@ class NumberFormat:
         rows, size = math.prod(sizes[:-1]), sizes[-1]
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize
-        if self.rate is not None:
-            return (
-                self.coded_bytes(sizes)
-                + rows * self.scale_dtype.itemsize
-                + math.prod(sizes[:-2]) * size * self.column_dtype.itemsize
-            )
         groups = self.groups(size)
         each = packed_bytes(size, self.bits)
         if self.scale_bits is None:

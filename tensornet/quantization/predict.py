@@ -16,7 +16,6 @@ from torch import Tensor
 from tensornet._util import outside_autocast, remembered
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
-from tensornet.quantization.entropy import expected_steps
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import COLUMN_DAMPING, LEAST_DAMPING, Moment, damped_moment
@@ -87,15 +86,11 @@ def predict_losses(
     losses = []
     for number_format in formats:
         # 2. Predict the residuals for each rounding method that may be the best.
-        if number_format.rate is not None:
-            expected = [_expect_coded(work, number_format, rows, columns, ways[-1], sample)]
-        else:
-            scales, zeros = search_scales(part, number_format, importance)
-            tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
-            expected = [
-                expect(work, number_format, scales, zeros, rows, columns, way, sample)
-                for way in reversed(tried)
-            ]
+        scales, zeros = search_scales(part, number_format, importance)
+        tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
+        expected = [
+            expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
+        ]
         # 3. Compute the losses of these residuals under every weighting.
         found = [
             torch.cat(
@@ -297,35 +292,6 @@ def expect(
     if sample is not None:
         ranges = group_ranges(weight, number_format.group, number_format.zero_point).square()
     return ExpectedResiduals(square, by_row, by_column, number_format, sample, ranges)
-
-
-def _expect_coded(
-    weight: Tensor,
-    number_format: NumberFormat,
-    rows: Moment | None,
-    columns: Moment | None,
-    way: Rounding,
-    sample: Tensor | None,
-) -> ExpectedResiduals:
-    """Predict the residuals of an entropy-coded format; arguments as for `expect`, for a single matrix."""
-    across, along = expected_steps(weight[0], number_format, rows, columns)
-    by_row, by_column = (
-        _residual_weights(moment, moment is not None and moment is fed, weight, n)
-        for moment, fed, n in zip(
-            (rows, columns), fed_back(way, rows, columns), weight.shape[1:], strict=True
-        )
-    )
-    chosen = slice(None) if sample is None else sample
-    steps = across[chosen, None] * along
-    variance = (by_row[1][0, chosen, None] * by_column[1] - 1).clamp_min_(0) / 12
-    # Compute the mean of `(t - round(t))^2` for a normally distributed `t` of this variance by its Fourier
-    # series. It is 1/12 unless `t` stays close to one integer.
-    turn = torch.cos(2 * torch.pi * weight[0, chosen] / steps)
-    fading = torch.exp(-2 * torch.pi**2 * variance)
-    waves = turn * fading - (2 * turn**2 - 1) * fading**4 / 4 + (4 * turn**3 - 3 * turn) * fading**9 / 9
-    square = steps.square() * (1 / 12 - waves / torch.pi**2).clamp_min_(0)
-    ranges = None if sample is None else across.square()[None, :, None]
-    return ExpectedResiduals(square[None], by_row, by_column, number_format, sample, ranges)
 
 
 def _residual_weights(

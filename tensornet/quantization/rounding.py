@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from tensornet._util import outside_autocast
-from tensornet.errors import FormatError, ShapeError
+from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.quantization.descent import descend
-from tensornet.quantization.entropy import round_to_rate
 from tensornet.quantization.feedback import Grid, round_with_feedback
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import (
@@ -51,7 +50,6 @@ class RoundedWeight:
         number_format: the number format.
         rounding: the best rounding method for each matrix of the stack.
         loss_increase: exact loss increase `1/2 tr(R E C E^T)` under the damped moments, shape `(...)`.
-        column_scales: column scales of an entropy-coded matrix, shape `(in,)`; None for other formats.
 
     Example:
         >>> from tensornet.quantization import NumberFormat, round_weight
@@ -66,7 +64,6 @@ class RoundedWeight:
     number_format: NumberFormat
     rounding: tuple[Rounding, ...]
     loss_increase: Tensor
-    column_scales: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -75,11 +72,7 @@ class RoundedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Convert the codes to values, shape `(..., out, in)`."""
-        if self.column_scales is None:
-            return self.number_format.decode(self.codes, self.scales, self.zeros, dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        values = self.number_format.decode(self.codes, self.scales, None, wide)
-        return values.mul_(self.column_scales.to(wide)).to(dtype)
+        return self.number_format.decode(self.codes, self.scales, self.zeros, dtype)
 
 
 class _Solution(NamedTuple):
@@ -131,7 +124,7 @@ def round_weight(
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
-        FormatError: the format is not an integer format, or is entropy-coded and the weight is a stack.
+        FormatError: the format is not an integer format.
         NonFiniteError: the weight or a moment contains NaN or infinity.
         ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
@@ -158,14 +151,6 @@ def round_weight(
     r = damped_moment(rows, out, lead, row_damping, work, "rows")
     c = damped_moment(columns, size, lead, column_damping, work, "columns")
     ways = possible_roundings(rounding, r, c)
-    if number_format.rate is not None:  # no code is clamped, so the method with the most feedback is best
-        if lead:
-            raise FormatError(f"{number_format.name!r} stores one matrix, got shape {tuple(weight.shape)}.")
-        coded = round_to_rate(work[0], number_format, r, c, fed_back(ways[-1], r, c))
-        codes = coded.codes.to(torch.uint8)
-        return RoundedWeight(
-            codes, coded.scales, None, number_format, (ways[-1],), coded.loss, coded.column_scales
-        )
 
     # 2. Find the scale and zero point of each group, with errors weighted by the diagonal of C.
     start, zeros = search_scales(work, number_format, None if c is None else c.diagonal[:, None, :])

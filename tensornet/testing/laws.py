@@ -697,7 +697,7 @@ class FamilyLaws(DecompositionLaws):
 
 
 class FormatLaws(_Laws):
-    """Laws of an integer `NumberFormat` that is not entropy-coded: set `number_format` to its name.
+    """Laws of an integer `NumberFormat`: set `number_format` to its name.
 
     Example:
         >>> from tensornet.testing import laws

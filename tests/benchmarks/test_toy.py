@@ -18,7 +18,6 @@ SCRIPTS: dict[str, tuple[int, set[str]]] = {
         8,
         {"loss_increase", "standard_error", "bits_per_weight", "seconds", "peak_mib", "unit", "commit"},
     ),
-    "entropy": (2, {"file_bits", "predicted", "loss_increase", "kl", "decode_seconds", "memory_bits"}),
     "gguf_files": (
         1,
         {"loss_increase", "kl", "bytes", "asked_bytes", "predicted", "types", "seconds", "peak_mib"},

@@ -27,7 +27,6 @@ from tensornet.topologies.dense import round_dense
 
 FAMILIES = ["block_tt", "dense", "kronecker", "low_rank", "mpo", "residual", "tensor_ring", "tucker"]
 INTEGERS = ["int8", "int5:g32", "int4:g32:zero", "int3:row:float16", "int2:g32:float8", "nl4:g32:float16"]
-INTEGERS += ["ec2.5"]
 FORMATS = ["bf16", *INTEGERS]
 SHAPE = (20, 36)
 
@@ -407,26 +406,3 @@ def test_numbers_from_bits_without_a_view(dtype: torch.dtype, monkeypatch: pytes
     found, finite = storage._floating(bits, dtype), truth.float().isfinite()
     normal = truth.float().abs() >= 2.0**-126  # smaller ones are zero on some processors
     assert torch.equal(found[finite & normal].float(), truth[finite & normal].float())
-
-
-def test_scales_of_columns_multiply_the_inputs() -> None:
-    """In an entropy-coded layer, whichever way it computes; they are all 1 without moments."""
-    torch.manual_seed(0)
-    found = layer("dense", "ec4")
-    (core,) = found.stored_cores
-    assert isinstance(core, PackedCore)
-    before = found.to_matrix().detach()
-    factors = 2.0 ** torch.randint(-3, 4, (SHAPE[1],))
-    core.column_scales.copy_(factors.to(torch.float8_e5m2).view(core.column_scales.dtype))
-    matrix = before * factors
-    assert torch.equal(found.to_matrix(), matrix)
-    for tokens in (1, 300):
-        x = torch.randn(tokens, SHAPE[1])
-        for strategy in ("auto", "factorized", "reconstruct", "cached"):
-            tn.nn.set_strategy(found.eval(), strategy)
-            y = found(x)
-            torch.testing.assert_close(y, x @ matrix.T + found.bias, rtol=1e-4, atol=1e-4)
-    tn.nn.set_strategy(found, "auto")
-    small = tn.nn.prepare_for_inference(copy.deepcopy(found).bfloat16())
-    y, expected = small(x.bfloat16()).float().detach(), (x @ matrix.T + found.bias).detach()
-    assert float((y - expected).norm() / expected.norm()) < 0.02

@@ -40,10 +40,7 @@ def fitting(number_format: NumberFormat, size: int) -> int:
     return size if number_format.scale_bits is None else 256 * (1 + size % 2)
 
 
-@given(
-    st.one_of(FORMATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)]))
-    | st.builds(NumberFormat, bits=st.just(8), rate=st.integers(8, 48).map(lambda x: x / 8))
-)
+@given(st.one_of(FORMATS, st.sampled_from([NumberFormat(), NumberFormat(dtype=torch.bfloat16)])))
 def test_names_are_read_back(number_format: NumberFormat) -> None:
     assert NumberFormat.parse(number_format.name) == number_format
     assert NumberFormat.parse(number_format) is number_format
@@ -124,7 +121,6 @@ def test_bytes_of_the_usual_cases() -> None:
     int2 = NumberFormat.parse("int2:g16:s4")
     assert int2.bits_per_weight((128, 512)) == 2.3125
     assert 8 * bytes_for("gguf", int2, (128, 512), torch.float32) == 2.625 * 128 * 512  # of Q2_K
-    assert NumberFormat.parse("ec3.25").nbytes((8, 64)) == 16 + 8 * 64 * 3.25 / 8 + 2 * 8 + 64
     assert len(format_names()) == 12
     with pytest.raises(TopologyError, match="shape must be a sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]

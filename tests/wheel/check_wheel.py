@@ -41,10 +41,6 @@ class Extra:
 EXTRAS = {
     "hf": Extra(("transformers", "accelerate"), "import tensornet_hf"),
     "viz": Extra(("matplotlib",), "import matplotlib.pyplot, jinja2"),
-    "entropy": Extra(
-        ("constriction",),
-        "import torch; from tensornet.quantization import round_weight; round_weight(torch.eye(8), 'ec3')",
-    ),
     "interop": Extra(("quimb", "tensorly"), "import quimb.tensor, tensorly"),
     "testing": Extra(
         ("hypothesis",), "from tensornet.testing.strategies import register_profiles; register_profiles()"

@@ -483,7 +483,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
             Relative Frobenius error that rounding adds to the matrices of all experts.
 
         Raises:
-            FormatError: an unknown or entropy-coded format, formats for unknown cores, or pivoted cores.
+            FormatError: an unknown format, formats for unknown cores, or pivoted cores.
 
         Example:
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
@@ -686,17 +686,12 @@ def check_storage(storage: Storage, topology: Topology) -> None:
     """Check that a storage sets number formats, and nothing else, for cores of this topology.
 
     Raises:
-        FormatError: the storage is pivoted, or has an entropy-coded format or formats for unknown cores.
+        FormatError: the storage is pivoted, or has formats for unknown cores.
     """
     if not isinstance(storage, Storage) or storage.pivoted:
         raise FormatError(
             f"Cores of experts have number formats only, got {storage!r}; write "
             "Storage(number_format='int8') or the name of a format."
-        )
-    if any(storage.format_of(name).rate is not None for name in topology.core_names):
-        raise FormatError(
-            f"Entropy-coded formats store single matrices, not cores of experts; got {storage!r}. Use "
-            "'int4' or another format of integers."
         )
     layout(topology, storage, torch.float32)
 

@@ -29,7 +29,6 @@ def round_banks(
     banks, within the budget; each error is that of rounding one core alone. If even the smallest formats
     exceed the budget, every core gets its smallest one. In networks of several cores, integers have at
     least four bits, as in `CompressionConfig.formats`. If no format fits a core, the core stays as it is.
-    Entropy-coded formats are never used.
 
     Args:
         banks: the banks by name; their cores must be floats.
@@ -45,7 +44,7 @@ def round_banks(
     numbers = 0
     for name, bank in banks.items():
         dense = len(bank.topology.cores) == 1
-        allowed = [x for x in formats if x.rate is None and (_fits(x, bank) if dense else _for_network(x))]
+        allowed = [x for x in formats if (_fits(x, bank) if dense else _for_network(x))]
         for core in bank.owned_cores if allowed else ():
             topologies = (bank.topology,) if core in bank.shared else bank.topologies
             sizes, costs = [], []

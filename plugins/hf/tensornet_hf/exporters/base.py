@@ -261,11 +261,10 @@ def _integers(layer: NetworkModule, position: int) -> IntegerMatrix | str:
     """Return the integers of a core, or the reason why it is not a matrix of integers."""
     core, name = layer.stored_cores[position], layer.topology.core_names[position]
     number_format = layer.storage.format_of(name)
-    bits = None if number_format.rate is not None else number_format.bits
-    if not isinstance(core, PackedCore) or bits is None or core.axis is not None:
+    if not isinstance(core, PackedCore) or number_format.bits is None or core.axis is not None:
         return f"stored as {number_format.name}, not as integers"
     scales = core.scale_values.float()
     zeros = torch.full_like(scales, number_format.center)
     if "zeros" in core.names:
-        zeros = unpack(core.zeros, bits, scales.shape[-1]).float()
+        zeros = unpack(core.zeros, number_format.bits, scales.shape[-1]).float()
     return IntegerMatrix(number_format.unpack(core.codes, core.columns), scales, zeros, number_format)
