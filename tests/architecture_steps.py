@@ -264,7 +264,7 @@ def attempt(trial: Trial, step: str) -> Exception | None:
     """The error of a step, None if it is right."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="(Left|Put back) dense")
+            warnings.filterwarnings("ignore", message="Left dense")
             STEPS[step](trial)
     except Exception as error:
         return error

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet._util import check_type
+from tensornet._util import check_type, in_eval_mode, uncompiled, without_cache
+from tensornet.calibration.batches import Batch, run_model
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -23,15 +24,18 @@ from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.nn.targets import (
+    ADAPTER,
     Target,
-    all_targets,
     check_holder,
     compressed_names,
+    list_weights,
+    matches,
     refuse_wrapped,
     shortened,
     split_by_adapters,
 )
 from tensornet.nn.unfuse import fuse, reason_against, unfused
+from tensornet.nn.weight_facts import WeightReadError
 from tensornet.quantization import NumberFormat, Rounding
 from tensornet.quantization.scales import scales_underflow, with_wide_scales
 from tensornet.topologies import topology_family
@@ -52,7 +56,7 @@ def apply_plan(
     *,
     progress: bool = False,
     made: MadeLayers | None = None,
-    dense: dict[str, nn.Module] | None = None,
+    batch: Batch | None = None,
 ) -> dict[str, float]:
     """Decompose the planned layers and replace them in place; if a decomposition fails, none is replaced.
 
@@ -63,13 +67,14 @@ def apply_plan(
             not contain.
         progress: whether to show a progress bar.
         made: cache of new layers by name and scheme. Layers in the cache are reused, others are added to it.
-        dense: receives the replaced modules by name, for `put_back`.
+        batch: keyword arguments of the model; the model is run on them once, before the replacement is final.
 
     Returns:
         Certified relative Frobenius error of each replaced layer, by name.
 
     Raises:
-        TargetError: the model has no layer of a planned name or shape, or the statistics are missing.
+        TargetError: the model has no layer of a planned name or shape, the statistics are missing, or code
+            outside of a layer reads its weight when the model is run.
         TopologyError: the family of a planned topology makes cores of other shapes than planned.
 
     Example:
@@ -97,7 +102,7 @@ def apply_plan(
     modules: dict[str, nn.Module] = {}
     errors = {}
     with unfused(model):
-        targets = {target.name: target for target in all_targets(model)}
+        targets = {target.name: target for target in list_weights(model) if target.kinds}
         for layer in work:
             _check_fits(model, layer, targets.get(layer.name))
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
@@ -116,12 +121,53 @@ def apply_plan(
                     made[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
         _warn_of_underflow(work, targets, modules, plan, stats)
-        before = {name: model.get_submodule(name) for name in modules}
+        dense = {name: model.get_submodule(name) for name in modules}
         with replaced(model, modules):
+            if batch is not None:
+                _refuse_readers(model, batch, dense)
             structure_changed(model)
-    if dense is not None:
-        dense.update(before)
     return errors
+
+
+@torch.no_grad()
+def run_once(model: nn.Module, batch: Batch) -> None:
+    """Run a model once in eval mode, without gradients; the random state does not change."""
+    with torch.random.fork_rng(devices=[]), in_eval_mode(model), uncompiled(), without_cache(model):
+        run_model(model, batch)
+
+
+def _refuse_readers(model: nn.Module, batch: Batch, dense: Mapping[str, nn.Module]) -> None:
+    """Run a compressed model, and find all layers whose weight is read by code outside of the layer.
+
+    Args:
+        model: the compressed model. If there are such layers, they are dense afterwards.
+        batch: keyword arguments of the model.
+        dense: the replaced modules, by name.
+
+    Raises:
+        TargetError: there are such layers; the message shows patterns that exclude them.
+    """
+    patterns: list[str] = []
+    while True:
+        try:
+            run_once(model, batch)
+            break
+        except WeightReadError as error:
+            read = [name for name in dense if model.get_submodule(name) is error.layer]
+            if not read:
+                raise
+            # The same layer of the other blocks is read too, so one pattern names the layers of all blocks.
+            new = [".".join("*" if x.isdigit() else x for x in name.split(".")) for name in read]
+            patterns += new
+            for name in dense:
+                if any(matches(name, pattern) for pattern in new):
+                    set_submodule(model, name, dense[name])
+    if patterns:
+        raise TargetError(
+            f"The code of {type(model).__name__} reads the weight of {', '.join(patterns)} outside of the "
+            "layer, but compressed layers do not have this matrix. No layer was replaced. Keep these layers "
+            f"dense by exclude_modules={patterns}; in a plan, by plan.replace_layer(name, None)."
+        )
 
 
 @contextmanager
@@ -138,14 +184,6 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
         raise
-
-
-def put_back(model: nn.Module, dense: Mapping[str, nn.Module]) -> None:
-    """Put the stock modules that `apply_plan` has replaced back at their dotted names."""
-    with unfused(model):
-        for name, module in dense.items():
-            set_submodule(model, name, module)
-        structure_changed(model)
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -232,6 +270,11 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         if found is not None and (reason := reason_against(found)) is not None:
             raise TargetError(f"The plan names {layer.name!r}, which cannot be replaced: {reason}.")
         raise TargetError(f"The plan names a layer {layer.name!r} that this model does not have.")
+    if target.skip not in ("", ADAPTER):  # adapters get another message
+        raise TargetError(
+            f"The plan names {layer.name!r}, which cannot be replaced: {target.skip}. Keep it dense by "
+            f"plan.replace_layer({layer.name!r}, None)."
+        )
     if tuple(target.matrix.shape) != layer.shape:
         raise TargetError(
             f"The plan was made for {layer.name!r} of shape {layer.shape}, but in this model it has shape "

@@ -1,21 +1,19 @@
-"""Compression in one call: calibrate, plan, check the predicted losses, replace layers, run, report."""
+"""Compression in one call: calibrate, plan, check the predicted losses, replace layers, report."""
 
 import time
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from tensornet._util import in_eval_mode, uncompiled, without_cache
-from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batch, run_model, some_rows
+from tensornet.calibration.batches import Batch, BatchLike, BatchSample, some_rows
 from tensornet.calibration.calibrate import calibrate
 from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan, put_back
+from tensornet.compression.apply import apply_plan, run_once
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
@@ -23,8 +21,8 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
-from tensornet.nn.extension import ProvidedData, provided_data, round_others, sample_batch
-from tensornet.nn.targets import READ, check_model, list_weights
+from tensornet.nn.extension import ProvidedData, provided_data, round_others
+from tensornet.nn.targets import check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
 #: Calibration data of `compress`: batches, batches with a name and a loss, or statistics.
@@ -46,8 +44,8 @@ def compress(
     `CompressionConfig`), and the loss is measured before and after compression, on at most 2,048 tokens. A
     `CalibrationWarning` is given if the loss increase is far above its prediction, or above the allowed one.
 
-    After the replacement the model is run on one batch. If code outside of a layer reads its weight, the
-    layer becomes dense again (`CompressionReport.put_back`).
+    After the replacement the model is run on one row of a batch. If other code of the model reads the weight
+    of a replaced layer, all layers become dense again, and an error names those to exclude.
 
     Args:
         model: any module.
@@ -109,27 +107,13 @@ def compress(
         with unfused(model):
             weights = list_weights(model)
 
-    # Plan, apply the plan, and run one batch. If other code reads weights of layers, make these layers dense
-    # again and plan the others again.
+    # Plan, and apply the plan.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
-    batch = _batch_to_run(model, data.batches)
-    returned: dict[str, str] = {}
-    while True:
-        plan = config if isinstance(config, CompressionPlan) else prepared.plan(progress=progress)  # type: ignore[union-attr]
-        made = {} if prepared is None else dict(prepared.made)
-        dense: dict[str, nn.Module] = {}
-        errors = apply_plan(model, plan, stats, progress=progress, made=made, dense=dense)
-        read = {} if batch is None else _put_back_readers(model, batch, plan, weights, dense)
-        returned |= read
-        if prepared is None or not read:
-            break
-        put_back(model, dense)
-        prepared = prepared.without(read, READ)
-    kept = [layer.name for layer in plan if layer.name not in returned]
-    for name in returned.keys() & {layer.name for layer in plan}:
-        plan = plan.replace_layer(name, None)
-    del dense
+    plan = config if isinstance(config, CompressionPlan) else prepared.plan(progress=progress)  # type: ignore[union-attr]
+    made = {} if prepared is None else dict(prepared.made)
+    row = _row_to_run(model, data.batches)
+    errors = apply_plan(model, plan, stats, progress=progress, made=made, batch=row)
     rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
 
     # Measure and report. If extensions have rounded parameters, there is no prediction of the whole loss.
@@ -137,18 +121,15 @@ def compress(
     if measured is not None:
         warn_of_loss(measured, None if rounded else plan.predicted_loss_increase, options.loss_increase)
     params_after, bytes_after = model_size(model)
-    weights = [replace(x, skip=READ) if x.name in returned else x for x in weights]
     return CompressionReport(
         model_params_before=params_before,
         model_params_after=params_after,
         model_bytes_before=bytes_before,
         model_bytes_after=bytes_after,
         seconds=time.perf_counter() - start,
-        plan=plan.with_errors({name: errors[name] for name in errors if name not in returned}),
-        coverage=measure_coverage(weights, [*kept, *rounded], unseen=plan.unseen),
+        plan=plan.with_errors(errors),
+        coverage=measure_coverage(weights, [*(layer.name for layer in plan), *rounded], unseen=plan.unseen),
         measured=measured,
-        put_back=returned,
-        was_run=batch is not None,
         rounded=rounded,
     )
 
@@ -266,91 +247,15 @@ def _measurable(data: ProvidedData) -> ProvidedData:
     return replace(data, loss_fn=None) if data.loss_fn in (*PROJECTIONS, sampled_losses) else data
 
 
-# --- code that reads the weight of a replaced layer -----------------------------------------------------
+def _row_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
+    """Return one row of a batch on which the dense model runs; None if there is none.
 
-
-def run_once(model: nn.Module, batch: Batch, *, training: bool = False) -> None:
-    """Run a model once without gradients; modes, buffers and the random state do not change."""
-    buffers = {name: x.clone() for name, x in model.named_buffers()} if training else {}
-    with ExitStack() as stack:
-        for each in (torch.no_grad(), torch.random.fork_rng(devices=[]), in_eval_mode(model), uncompiled()):
-            stack.enter_context(each)
-        stack.enter_context(without_cache(model))
-        stack.callback(model.eval)
-        stack.callback(lambda: [model.get_buffer(name).copy_(x) for name, x in buffers.items()])
-        model.train(training)
-        run_model(model, batch)
-
-
-def _batch_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
-    """Find a batch on which the dense model runs: one row of a batch, a whole batch, or `sample_batch`.
-
-    Returns:
-        The batch; None if the model runs on none of them.
+    A model need not run on a batch that is meant for a loss function.
     """
-    kept = list(batches)
-    device = next((x.device for x in model.parameters()), torch.device("cpu"))
-    choices: list[Any] = []
-    if kept:
-        choices = [lambda: some_rows(kept, model, 1)[0], lambda: as_batch(kept[0], model, device)]
-    for choice in (*choices, lambda: sample_batch(model)):
-        try:
-            if (batch := choice()) is not None:
-                run_once(model, batch)
-                return batch
-        except Exception:
-            continue
+    try:
+        if rows := some_rows(list(batches), model, 1):
+            run_once(model, rows[0])
+            return rows[0]
+    except Exception:
+        return None
     return None
-
-
-def _put_back_readers(
-    model: nn.Module,
-    batch: Batch,
-    plan: CompressionPlan,
-    weights: Iterable[Any],
-    dense: Mapping[str, nn.Module],
-) -> dict[str, str]:
-    """Run a compressed model, and put back dense layers whose weight is read by code outside of the layer.
-
-    Some code reads weights only in training mode, so the model is run in both modes.
-
-    Args:
-        model: the compressed model.
-        batch: a batch on which the dense model runs.
-        plan: the plan that was applied.
-        weights: all weights of the model, see `find_targets`.
-        dense: the replaced modules, by name.
-
-    Returns:
-        Reasons why planned layers were put back, by layer name.
-
-    Raises:
-        Exception: the compressed model fails on the batch for another reason; all layers are put back first.
-    """
-    planned = {layer.name for layer in plan}
-    names_of = {x: (target.names[0], target.names) for target in weights for x in target.names}
-    returned: dict[str, str] = {}
-    for training in (False, True):
-        while True:
-            try:
-                run_once(model, batch, training=training)
-                break
-            except BaseException as error:
-                reader = getattr(error, "layer", None)
-                read = [x for x, module in model.named_modules(remove_duplicate=False) if module is reader]
-                found = [x for x in read if x in dense and names_of[x][0] in planned - returned.keys()]
-                if reader is not None and found:
-                    name, names = names_of[found[0]]
-                    put_back(model, {x: dense[x] for x in names})
-                    returned[name] = str(error).partition(" on the weight")[0] + " outside of the layer"
-                elif training and isinstance(error, Exception):  # some models cannot be trained on one row
-                    break
-                else:
-                    put_back(model, dense)
-                    raise
-    if returned:
-        warnings.warn(
-            f"Put back dense, because other code of the model reads their weights: {', '.join(returned)}.",
-            stacklevel=2,
-        )
-    return returned

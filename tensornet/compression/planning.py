@@ -5,7 +5,7 @@ the error of its outputs or of its weight.
 """
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
 from tensornet.contraction.cost import default_machine
-from tensornet.errors import BudgetError, CalibrationWarning, TargetError
+from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
@@ -120,32 +120,6 @@ class Prepared:
             for k, place in zip(group, places[index], strict=True):
                 chosen[k] = place
         return self.planned(chosen, bound_by)
-
-    def without(self, names: Collection[str], reason: str) -> "Prepared":
-        """Return a copy without some targets, which then stay dense.
-
-        Args:
-            names: names of these targets.
-            reason: reason to skip them, for reports.
-
-        Raises:
-            TargetError: no target is left.
-        """
-        kept = [k for k, target in enumerate(self.targets) if target.name not in names]
-        if not kept:
-            raise TargetError(f"No layer is left to compress; skipped: {', '.join(names)} ({reason}).")
-        gone = [target.matrix for target in self.targets if target.name in names]
-        return replace(
-            self,
-            weights=tuple(replace(x, skip=reason) if x.name in names else x for x in self.weights),
-            targets=tuple(self.targets[k] for k in kept),
-            candidates=tuple(self.candidates[k] for k in kept) if self.candidates else (),
-            spectra=tuple(self.spectra[k] for k in kept) if self.spectra else (),
-            rest=(
-                self.rest[0] + sum(matrix.numel() for matrix in gone),
-                self.rest[1] + sum(matrix.nbytes for matrix in gone),
-            ),
-        )
 
     def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
         """Make the plan that consists of the chosen candidate of each layer.

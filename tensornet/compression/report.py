@@ -126,8 +126,6 @@ class CompressionReport:
         coverage: counts of the parameters that the plan covers and does not cover.
         measured: loss increase measured on a few rows of the data, to compare with
             `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
-        put_back: layers that are dense again because other code reads their weight, with the reason.
-        was_run: whether the compressed model was run on a batch, to find code that reads weights.
         rounded: number formats of parameters that do not belong to layers, such as the shared cores of
             experts, by name. They are not part of the plan and its predictions.
 
@@ -147,8 +145,6 @@ class CompressionReport:
     plan: CompressionPlan
     coverage: Coverage
     measured: LossIncrease | None = None
-    put_back: Mapping[str, str] = field(default_factory=dict)
-    was_run: bool = True
     rounded: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -185,9 +181,6 @@ class CompressionReport:
         if self.rounded:
             counts = Counter(self.rounded.values()).items()
             lines.append("rounded outside of layers: " + ", ".join(f"{n} in {name}" for name, n in counts))
-        lines += [f"put back dense: {name} ({reason})" for name, reason in self.put_back.items()]
-        if not self.was_run:
-            lines.append("not run: no batch to find code that reads the weights of replaced layers")
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
@@ -236,7 +229,6 @@ class CompressionReport:
             "param_ratio": self.param_ratio,
             "coverage": self.coverage.to_dict(),
             "measured": None if self.measured is None else asdict(self.measured),
-            "put_back": dict(self.put_back),
             "rounded": dict(self.rounded),
             "loss_check": None if check is None else asdict(check),
             **self.plan.predictions(),

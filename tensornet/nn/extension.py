@@ -105,15 +105,16 @@ class ModelExtension:
         """
         return None
 
-    def sample_batch(self, model: nn.Module) -> Mapping[str, Any] | None:
-        """Return keyword arguments for a call of a model, or of a part of a model; None if unknown.
+    def dense_layers(self, model: nn.Module) -> Mapping[str, str]:
+        """Return a short reason for each layer that must stay dense, by the name of the layer.
 
-        A compressed model is called once with them, to find code that reads the weight of a replaced layer.
+        An example is a layer whose `weight` is read by other code of the model, since a compressed layer does
+        not have this matrix.
 
         Args:
-            model: the model, compressed or not.
+            model: the unfused model.
         """
-        return None
+        return {}
 
 
 #: Extensions by the full names of their classes.
@@ -154,9 +155,9 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
     return next((data for x in extensions() if (data := x.calibration_data(model)) is not None), None)
 
 
-def sample_batch(model: nn.Module) -> Mapping[str, Any] | None:
-    """Return the batch of the first extension that knows how to call this model, or None."""
-    return next((batch for x in extensions() if (batch := x.sample_batch(model)) is not None), None)
+def dense_layers(model: nn.Module) -> dict[str, str]:
+    """Call `ModelExtension.dense_layers` of every extension, and join the results."""
+    return {name: reason for x in extensions() for name, reason in x.dense_layers(model).items()}
 
 
 def round_others(model: nn.Module, config: Any) -> dict[str, str]:

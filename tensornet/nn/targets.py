@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tensornet._util import check_type
 from tensornet.errors import TargetError
+from tensornet.nn.extension import dense_layers
 from tensornet.nn.layer_kinds import (
     LayerKind,
     has_own_forward,
@@ -53,7 +54,6 @@ class LayerSelection:
 EXCLUDED, HEAD, TABLE = "excluded by the configuration", "output head", "embedding"
 #: Reasons to skip a weight that cannot be compressed; `unfuse.reason_against` and `list_weights` give others.
 ADAPTER = "of an adapter"
-READ = "weight read past the layer"
 UNSEEN = "never ran in calibration"
 BIAS, UNKNOWN = "bias", "no layer kind"
 
@@ -176,13 +176,15 @@ def list_weights(model: nn.Module) -> list[Target]:
     layers = all_targets(model)
     tied = users_outside(model, layers)
     adapters, _ = split_by_adapters(model, (name for layer in layers for name in layer.names))
+    dense = dense_layers(model)
     found = []
     for layer in layers:
-        skip = ""
         if not adapters.isdisjoint(layer.names):
             skip = ADAPTER
         elif layer.name in tied:
             skip = f"tied to {type(model.get_submodule(tied[layer.name])).__name__}"
+        else:
+            skip = next((dense[name] for name in layer.names if name in dense), "")
         found.append(replace(layer, skip=skip))
     seen = {id(layer.weight) for layer in layers}
     biases = {id(layer_bias(module)) for layer in layers for module in layer.modules}

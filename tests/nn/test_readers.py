@@ -1,8 +1,9 @@
-"""Layers whose weight the code of a model reads: put back dense, and said."""
+"""Layers whose weight the code of a model reads: known ones stay dense, others are named by an error."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet_hf as th
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import read_checkpoint
+from tensornet_hf.extension import READ
 
 
 class Reader(nn.Module):
@@ -43,49 +47,61 @@ def config(targets: str | list[str] | None, **options: Any) -> tn.CompressionCon
 
 
 X = torch.randn(3, 24)
-READ = r"0\.multiplied, 0\.passed"
 
 
-@pytest.mark.parametrize("targets", ["all", None])
-def test_layers_whose_weight_is_read_are_put_back_dense(targets: str | None) -> None:
-    model = nn.Sequential(Reader(), nn.Linear(24, 24)).eval()
-    state = copy.deepcopy(model.state_dict())
-    with pytest.warns(UserWarning, match=READ):
-        report = tn.compress(model, config(targets), calibration=[X], progress=False)
-    assert list(report.put_back) == ["0.multiplied", "0.passed"]
-    assert report.coverage.unknown["Linear (weight read past the layer)"] == 2 * 24 * 24
+@pytest.mark.parametrize("given", ["config", "plan"])
+def test_a_run_finds_all_layers_whose_weight_is_read(given: str) -> None:
+    """The error restores the model, and names the layers of all blocks by patterns that exclude them."""
+    model = nn.Sequential(Reader(), nn.Linear(24, 24), Reader()).eval()
+    stock, state = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    options = config("all") if given == "config" else tn.plan(model, config("all"))
+    with pytest.raises(tn.errors.TargetError) as caught:
+        tn.compress(model, options, calibration=[X], progress=False)
+    patterns = ["*.multiplied", "*.passed"]
+    assert f"exclude_modules={patterns}" in str(caught.value)
+    assert all(module is stock[name] for name, module in model.named_modules())
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    tn.compress(model, config("all", exclude_modules=patterns), calibration=[X], progress=False)
     assert {name for name, x in model.named_modules() if isinstance(x, tn.nn.module.NetworkModule)} == {
-        *("0.measured", "0.asked", "0.called", "1")
+        *(f"{k}.{name}" for k in (0, 2) for name in ("measured", "asked", "called")),
+        "1",
     }
-    assert torch.equal(model[0].multiplied.weight, state["0.multiplied.weight"])
     assert model(X).shape == (3, 24)
 
 
-class InTraining(nn.Module):
-    """Writes into a weight in training mode alone, and counts its runs in a buffer."""
+class Broken(nn.Module):
+    """Fails once its layer was replaced."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.norm = nn.Linear(24, 24), nn.Linear(24, 24), nn.BatchNorm1d(24)
+        self.layer = nn.Linear(24, 24)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.first.weight.data.clamp_(-1.0, 1.0)
-        return self.norm(self.second(self.first(x)))
+        if not isinstance(self.layer, nn.Linear):
+            raise RuntimeError("broken")
+        return self.layer(x)
 
 
-def test_code_of_training_is_run_too_and_changes_nothing() -> None:
-    model = InTraining().eval()
-    before, state = copy.deepcopy(dict(model.named_buffers())), torch.random.get_rng_state()
-    with pytest.warns(UserWarning, match="first"):
-        report = tn.compress(model, config(None), calibration=[X], progress=False)
-    assert list(report.put_back) == ["first"]
-    assert all(torch.equal(x, before[name]) for name, x in model.named_buffers())
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert not model.training
+def test_another_error_of_the_compressed_model_restores_the_model() -> None:
+    model = Broken()
+    stock = model.layer
+    with pytest.raises(RuntimeError, match="broken"):
+        tn.compress(model, config("all"), calibration=[X], progress=False)
+    assert model.layer is stock
 
 
-#: Layers that are put back dense in each model; the numbers of the blocks are left out.
+def test_a_plan_cannot_replace_a_layer_that_an_extension_keeps_dense() -> None:
+    model = MODELS["mamba"][0]()
+    reads = "backbone.layers.0.mixer.dt_proj"
+    with pytest.warns(UserWarning, match="Left dense"):
+        plan = tn.plan(model, config("*.mixer.*"))
+    assert reads not in [layer.name for layer in plan]
+    layer = dataclasses.replace(plan.layers[0], name=reads, shape=(64, 2))
+    with pytest.raises(tn.errors.TargetError, match="outside"):
+        tn.apply_plan(model, dataclasses.replace(plan, layers=(layer,)))
+
+
+#: Layers that stay dense in each model, since transformers reads their weights; blocks have no numbers.
 DENSE = {
     "modernbert": set(),
     "modernbert_decoder": set(),
@@ -109,7 +125,6 @@ def numbers_left_out(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-@pytest.mark.filterwarnings("ignore:Put back dense")
 @pytest.mark.filterwarnings("ignore:Left dense")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
@@ -120,8 +135,10 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     with torch.no_grad():
         dense = first_floats(model, inputs)
     full = tn.CompressionConfig(target_modules="all", topology="mpo", objective="weight")
-    report = tn.compress(model, full, progress=False)
-    assert {numbers_left_out(x) for x in report.put_back} == DENSE[name]
+    tn.compress(model, full, progress=False)
+    with unfused(model):
+        read = [x.name for x in list_weights(model) if x.skip == READ]
+    assert {numbers_left_out(x) for x in read} == DENSE[name]
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)
     with torch.no_grad():
@@ -136,14 +153,14 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Put back dense")
+@pytest.mark.filterwarnings("ignore:Left dense")
 def test_files_without_the_model_show_the_same(tmp_path: Path) -> None:
-    """A model that is compressed from its files is never loaded; its readers are found all the same."""
+    """A model that is compressed from its files is never loaded; its readers stay dense all the same."""
     model = MODELS["gemma3n"][0]()
     model.save_pretrained(tmp_path / "dense")
     options = tn.CompressionConfig(max_bond=4, objective="weight")
-    with pytest.warns(UserWarning, match="altup"):
-        th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", options)
+    th.compress_checkpoint(tmp_path / "dense", tmp_path / "files", options)
     tn.compress(model, options, progress=False)
     names = set(read_checkpoint(tmp_path / "files").compression.layers)
     assert names == set(model.config.quantization_config.layers)
+    assert not any("altup.prediction" in name or "altup.correction" in name for name in names)

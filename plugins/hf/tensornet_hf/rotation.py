@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from tensornet._util import in_eval_mode
 from tensornet.errors import TargetError
-from tensornet.nn.extension import sample_batch
 from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
 
@@ -29,6 +28,8 @@ LINEAR = (
 UNTOUCHED = ("self_attn.q_norm", "self_attn.k_norm")
 #: Largest change of the logits that float32 rounding can explain, relative to their norm.
 TOLERANCE = 1e-3
+#: Number of tokens on which logits are compared.
+_TOKENS = 8
 #: Number of rows that are multiplied at once, since a float64 copy of an embedding would be too large.
 ROWS = 8192
 
@@ -141,10 +142,10 @@ def _orthogonal(size: int, generator: torch.Generator) -> Tensor:
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Compute the logits of a sample batch of a few tokens, in float64."""
-    batch: Any = sample_batch(model)
+    """Compute the logits of a few tokens, in float64."""
+    tokens = torch.arange(_TOKENS, device=model.device)[None] % model.config.vocab_size
     with in_eval_mode(model):
-        return model(**batch, use_cache=False).logits.double().cpu()
+        return model(tokens, use_cache=False).logits.double().cpu()
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:

@@ -10,7 +10,6 @@ separately, in this process or in workers. A resumed run skips finished shards. 
     .NAME.partial/out/           the new model folder, which is renamed to NAME when it is complete
 """
 
-import copy
 import hashlib
 import json
 import os
@@ -31,14 +30,12 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 import tensornet as tn
 import tensornet.compression
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan, set_submodule
+from tensornet.compression.apply import apply_plan
 from tensornet.compression.compress import observing
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
@@ -56,10 +53,8 @@ from tensornet.io import (
     write_shard,
     write_tensors,
 )
-from tensornet.nn.extension import sample_batch
-from tensornet.nn.targets import READ, Target, find_targets, list_weights
+from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
-from tensornet.nn.weight_facts import WeightReadError, weight_facts
 from tensornet_hf.checkpoint import (
     CARD,
     INDEX,
@@ -125,8 +120,7 @@ def compress_checkpoint(
         progress: show progress bars.
 
     Returns:
-        A report like that of `tensornet.compress`. A layer stays dense if code outside of it reads its
-        weight; `put_back` and a warning list these layers.
+        A report like that of `tensornet.compress`.
 
     Raises:
         DestinationError: the destination exists, another run is writing it, or writing failed (full disk);
@@ -174,20 +168,7 @@ def compress_checkpoint(
 
         # Make a plan for the whole model, unless an interrupted run has already saved it.
         lazy = open_lazily(source, spill=work)
-        targets = _mapped_targets(lazy, source, options)
-        readers = _layers_read(lazy.model, targets)
-        if plan is not None:
-            if read := [x.name for x in plan if x.topology is not None and x.name in readers]:
-                raise TargetError(
-                    f"The code of {type(lazy.model).__name__} reads the weight of {read[0]!r} outside of the "
-                    "layer, so the layer cannot be replaced. Keep it dense with "
-                    f"plan.replace_layer({read[0]!r}, None)."
-                )
-            readers = []
-        if readers:
-            excluded = options.exclude_modules or ()
-            excluded = (excluded,) if isinstance(excluded, str) else tuple(excluded)
-            options = replace(options, exclude_modules=(*excluded, *readers))
+        _check_mapped(lazy, source, options)
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         if plan is None:
@@ -196,7 +177,7 @@ def compress_checkpoint(
                 plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
-            weights = [replace(x, skip=READ) if x.name in readers else x for x in list_weights(lazy.model)]
+            weights = list_weights(lazy.model)
 
         # Compress every unfinished shard in this process, in worker processes or with the executor.
         shards = _cut(lazy, source, plan, max_shard_bytes)
@@ -224,11 +205,6 @@ def compress_checkpoint(
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
         take_place(work / "out", target)
         shutil.rmtree(work)
-    if readers:
-        warnings.warn(
-            f"Left dense, because other code of the model reads their weights: {', '.join(readers)}.",
-            stacklevel=2,
-        )
     if lazy.surplus:
         warnings.warn(
             f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
@@ -244,7 +220,6 @@ def compress_checkpoint(
         seconds=time.perf_counter() - started,
         plan=plan.with_errors({name: x for part in parts for name, x in part["errors"].items()}),
         coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
-        put_back=dict.fromkeys(readers, READ),
     )
 
 
@@ -347,73 +322,12 @@ def _begin(
         (work / name).mkdir(exist_ok=True)
 
 
-class _OnlyCalled(nn.Module):
-    """Layer that computes the same as a dense layer, but raises WeightReadError if its weight is read."""
+def _check_mapped(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> None:
+    """Check that the weight of each layer to compress can be mapped from the files.
 
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        self._stock = (stock,)
-        self.register_forward_hook(lambda *_: None)  # unfused modules call a layer only if it has hooks
-
-    @property
-    def weight(self) -> Tensor:
-        stock = self._stock[0].weight
-        assert isinstance(stock, Tensor)
-        return weight_facts(stock, stock.shape, layer=self)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._stock[0](*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_stock"][0], name)
-
-
-@torch.no_grad()
-def _layers_read(model: PreTrainedModel, targets: Sequence[Target]) -> list[str]:
-    """Return the names of the target layers whose weight is read by code outside of the layer.
-
-    A copy of the model runs on a sample batch. Each weight of the copy is a single zero that is expanded to
-    the shape of the weight, so that it needs no memory.
+    Raises:
+        TargetError: a weight cannot be mapped.
     """
-    zeros: dict[int, Any] = {}
-    for parameter in model.parameters():
-        zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-        zeros[id(parameter)] = nn.Parameter(zero, False)
-    for buffer in model.buffers():
-        zeros[id(buffer)] = torch.zeros_like(buffer, device="cpu")
-    model = copy.deepcopy(model, zeros)
-    batch: Any = sample_batch(model)
-    found: list[str] = []
-    if batch is None:
-        return found
-    with unfused(model):
-        stock = {name: model.get_submodule(name) for target in targets for name in target.names}
-        placed = {name: _OnlyCalled(module) for name, module in stock.items()}
-        names = {id(placed[name]): target.names for target in targets for name in target.names}
-        for name, module in placed.items():
-            set_submodule(model, name, module)
-        for training in (False, True):
-            while True:
-                try:
-                    model.train(training)(**batch)
-                    break
-                except WeightReadError as error:
-                    read = names[id(error.layer)]
-                    found.append(read[0])
-                    for name in read:
-                        set_submodule(model, name, stock[name])
-                        for parameter in stock[name].parameters():  # expanded zeros cannot be written to
-                            parameter.data = torch.zeros_like(parameter)
-                except Exception:  # the model needs true weights or another batch
-                    break
-    return found
-
-
-def _mapped_targets(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> list[Target]:
-    """Return the layers to compress; raise TargetError if a weight cannot be mapped from the files."""
     with unfused(lazy.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # planning repeats these warnings
         targets = [x for x in find_targets(lazy.model, config) if not x.skip]
@@ -428,7 +342,6 @@ def _mapped_targets(lazy: LazyModel, source: Checkpoint, config: CompressionConf
                 f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
                 "use tensornet.compress."
             )
-    return targets
 
 
 def _cut(

@@ -16,6 +16,7 @@ from sharded_folders import contents
 import tensornet as tn
 from tensornet.errors import FormatError
 from tensornet_hf import CompressOptions, load
+from tensornet_hf.cli.main import as_options
 from tensornet_hf.compress import estimate
 from tensornet_hf.embedded import gpt2_path, t5_path
 
@@ -179,6 +180,11 @@ def test_one_line_a_status_and_nothing_else(
     assert said.startswith("tensornet: ")
     assert re.search(message, said)
     assert contents(tmp_path) == before  # no hidden partial folder either
+
+
+def test_a_list_of_patterns_becomes_a_repeated_option() -> None:
+    found = as_options("Keep them dense by exclude_modules=['*.read', 'head'].", "compress")
+    assert shlex.split(found.strip("."))[-4:] == ["--exclude", "*.read", "--exclude", "head"]
 
 
 def test_debug_lets_the_error_through(tensornet: Run) -> None:

@@ -15,7 +15,6 @@ from hf_models import ARCHITECTURES
 from mixture_models import EXPERTS, FAMILIES, logits, mixture, tokens
 from safetensors.torch import load_file, save_file
 from sharded_folders import HALF, contents, save
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 import tensornet as tn
 import tensornet_hf as th
@@ -311,27 +310,3 @@ def test_damaged_experts(
     save_file(tensors, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(error, match=match):
         th.compress_checkpoint(tmp_path / "dense", tmp_path / "ours", tn.CompressionConfig(param_ratio=0.5))
-
-
-def test_layers_whose_weight_is_read_stay_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = save("gpt2", tmp_path / "dense")
-    original = GPT2Attention.forward
-
-    def forward(self: GPT2Attention, *args: Any, **kwargs: Any) -> Any:
-        _ = self.c_proj.weight * 1
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(GPT2Attention, "forward", forward)
-    with pytest.warns(UserWarning, match=r"transformer\.h\.0\.attn\.c_proj"):
-        report = th.compress_checkpoint(source, tmp_path / "ours", LINEARS)
-    assert set(report.put_back) == {f"transformer.h.{k}.attn.c_proj" for k in range(2)}
-    assert report.put_back.keys().isdisjoint(x.name for x in report.plan)
-    th.load(tmp_path / "ours")(torch.arange(4)[None])
-    excluded = dataclasses.replace(LINEARS, exclude_modules=["attn.c_proj"])
-    assert not th.compress_checkpoint(source, tmp_path / "again", excluded).put_back
-    plan = tn.plan(th.load(source), LINEARS)
-    with pytest.raises(TargetError, match=r"attn\.c_proj"):
-        th.compress_checkpoint(source, tmp_path / "planned", plan)
-    for k in range(2):
-        plan = plan.replace_layer(f"transformer.h.{k}.attn.c_proj", None)
-    th.compress_checkpoint(source, tmp_path / "mended", plan)

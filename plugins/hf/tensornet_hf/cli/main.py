@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import sys
 import warnings
+from ast import literal_eval
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated
@@ -172,12 +174,14 @@ def as_options(text: str, command: str) -> str:
         name, value = found["name"], found["value"]
         if value is None:
             return flags[name] if "_" in name else name  # a name without underscores may be an ordinary word
+        if value.startswith("["):  # a list of patterns: the option is repeated
+            return " ".join(f"{flags[name]} {shlex.quote(x)}" for x in literal_eval(value))
         plain = value.strip("\"'")
         return f"{flags[name]} {plain}" if plain else flags[name]
 
     if not flags:
         return text
-    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>'\w+'|\"\w+\"|\w*))?"
+    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>\['[^\]]*'\]|'\w+'|\"\w+\"|\w*))?"
     return re.sub(pattern, replace, text)
 
 
