@@ -19,7 +19,21 @@ from hypothesis import settings
 from tensornet.testing.strategies import register_profiles
 
 # Two test workers on two cores: more threads each would only wait for one another.
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+# TENSORNET_TEST_SEED=1, 2, ... moves every seed that tests and code set, since a law holds for any of them.
+SEED = int(os.environ.get("TENSORNET_TEST_SEED", "0"))
+
+
+class _MovedGenerator(torch.Generator):
+    def manual_seed(self, seed: int) -> torch.Generator:
+        return super().manual_seed(seed + SEED)
+
+
+if SEED:
+    _manual_seed = torch.manual_seed
+    torch.manual_seed = lambda seed: _manual_seed(seed + SEED)
+    torch.Generator = _MovedGenerator  # type: ignore[misc]
 
 register_profiles()
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
@@ -75,6 +89,6 @@ def _no_network() -> Iterator[None]:
 def _seed() -> None:
     """Every test starts from the same random state and without compiled code, alone or in any order."""
     torch.compiler.reset()  # what earlier tests compiled counts against the limit of recompilations
-    random.seed(0)
-    np.random.seed(0)
+    random.seed(SEED)
+    np.random.seed(SEED)
     torch.manual_seed(0)

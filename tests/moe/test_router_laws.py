@@ -141,8 +141,8 @@ class _Bent(tm.SwitchRouter):
         return self.bend(super().select(logits, probs, mask))
 
 
-def _off_by_one(r: tm.Routing) -> tm.Routing:
-    return replace(r, expert_indices=r.expert_indices + 1)
+def _beyond_the_last(r: tm.Routing) -> tm.Routing:
+    return replace(r, expert_indices=r.expert_indices + r.num_experts)
 
 
 def _twice(r: tm.Routing) -> tm.Routing:
@@ -162,8 +162,14 @@ def _by_place(r: tm.Routing) -> tm.Routing:
     return replace(r, expert_indices=torch.arange(len(r.expert_indices))[:, None] % r.num_experts)
 
 
-def _by_the_last(r: tm.Routing) -> tm.Routing:
-    return replace(r, expert_indices=r.expert_indices[-1:].expand_as(r.expert_indices))
+def _by_the_batch(r: tm.Routing) -> tm.Routing:
+    """Weights depend on the most certain choice in the batch, padding included."""
+    return replace(r, weights=r.weights * r.probs.max())
+
+
+def _by_the_count(r: tm.Routing) -> tm.Routing:
+    """The expert depends on how many tokens there are, so also on later ones."""
+    return replace(r, expert_indices=torch.full_like(r.expert_indices, len(r.probs) % r.num_experts))
 
 
 def _at_random(r: tm.Routing) -> tm.Routing:
@@ -173,12 +179,13 @@ def _at_random(r: tm.Routing) -> tm.Routing:
 @pytest.mark.parametrize(
     ("bend", "law"),
     [
-        (_off_by_one, lambda laws: laws.test_shapes(13)),
+        (_beyond_the_last, lambda laws: laws.test_shapes(13)),
         (_twice, lambda laws: laws.test_no_expert_twice()),
         (_half, lambda laws: laws.test_equal_experts_act_as_one()),
         (_detached, lambda laws: laws.test_trains()),
         (_by_place, lambda laws: laws.test_padding_decides_nothing()),
-        (_by_the_last, lambda laws: laws.test_causal()),
+        (_by_the_batch, lambda laws: laws.test_padding_decides_nothing()),
+        (_by_the_count, lambda laws: laws.test_causal()),
         (_at_random, lambda laws: laws.test_deterministic_in_eval()),
     ],
 )

@@ -29,6 +29,9 @@ import pytest  # noqa: E402 - asks for it first
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 
+#: Allowed difference of combine weights, in float32. A product of another batch size is rounded differently.
+_ROUNDING = 100 * torch.finfo(torch.float32).eps
+
 
 class RouterLaws:
     """Laws of routers: subclass as `class TestMine(RouterLaws)` and define `router`."""
@@ -47,7 +50,7 @@ class RouterLaws:
         assert {routing.weights.dtype, routing.probs.dtype, routing.logits.dtype} == {torch.float32}
         assert not routing.expert_indices.is_floating_point()
         assert bool(((routing.expert_indices >= 0) & (routing.expert_indices < _EXPERTS)).all())
-        assert torch.allclose(routing.probs.sum(-1), torch.ones(tokens), atol=1e-5)
+        assert torch.allclose(routing.probs.sum(-1), torch.ones(tokens), rtol=0, atol=_ROUNDING)
         assert int(routing.load().sum()) <= tokens * k
 
     def test_no_expert_twice(self) -> None:
@@ -60,7 +63,7 @@ class RouterLaws:
         routing = self._made()(torch.randn(_TOKENS, _FEATURES))
         sums, computed = _weights(routing).sum(-1), _computed(routing)
         assert bool(computed.any())
-        assert torch.allclose(sums[computed], torch.ones(int(computed.sum())), atol=1e-5)
+        assert torch.allclose(sums[computed], torch.ones(int(computed.sum())), rtol=0, atol=_ROUNDING)
 
     def test_trains(self) -> None:
         """Check that the combine weights have a gradient with respect to the router weight."""
@@ -76,7 +79,7 @@ class RouterLaws:
         mask = torch.arange(_TOKENS) % 3 != 1
         padded = x.masked_fill(~mask[:, None], 1e4)
         alone, masked = router(x[mask]), router(padded, mask)
-        assert torch.equal(_dense(masked)[mask], _dense(alone))
+        torch.testing.assert_close(_dense(masked)[mask], _dense(alone), rtol=0, atol=_ROUNDING)
         assert torch.equal(masked.load(), alone.load())
         assert int(masked.dropped()) == int(alone.dropped())
 
@@ -85,7 +88,7 @@ class RouterLaws:
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         whole = _dense(router(x))
         for seen in range(1, _TOKENS):
-            assert torch.allclose(_dense(router(x[:seen])), whole[:seen], atol=1e-6)
+            torch.testing.assert_close(_dense(router(x[:seen])), whole[:seen], rtol=0, atol=_ROUNDING)
 
     def test_deterministic_in_eval(self) -> None:
         """Check that equal tokens get equal experts in eval mode."""
@@ -122,7 +125,6 @@ class RouterLaws:
         assert torch.equal(_dense(again.eval()(x)), _dense(router(x)))
 
     def _made(self) -> Router:
-        torch.manual_seed(0)
         return self.router(_FEATURES, _EXPERTS)
 
 
@@ -255,11 +257,9 @@ class BankLaws:
         assert not others or any(not torch.equal(p, old) for p, old in zip(others, kept, strict=True))
 
     def _made(self) -> ExpertBank:
-        torch.manual_seed(0)
         return self.bank(_EXPERTS, self.shape)
 
     def _transposed(self) -> ExpertBank:
-        torch.manual_seed(1)
         return self.bank(_EXPERTS, (self.shape[1], self.shape[0]))
 
 
