@@ -2,9 +2,9 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
-from typing import Any, get_origin
+from typing import Any, Literal, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -175,16 +175,71 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
     """Broadcast a mask `(rows, tokens)` to a shape, see `token_mask`; None if the sizes do not fit."""
     rows, tokens = mask.shape
+    layout = token_layout(shape, rows, {tokens})
+    if layout is None:
+        return None
     rest = [1] * (len(shape) - 2)
-    if shape[:2] == (rows, tokens):
-        return mask.reshape(rows, tokens, *rest).expand(shape)
-    if shape[:1] == (rows * tokens,):
-        return mask.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    if shape[:2] == (tokens, rows):
-        return mask.T.reshape(tokens, rows, *rest).expand(shape)
-    if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):
-        return mask[:, None].expand(shape)
+    if layout == "merged":
+        mask = mask.reshape(-1, *[1] * (len(shape) - 1))
+    elif layout == "tokens last":
+        mask = mask[:, None]
+    else:
+        mask = (mask if layout == "rows first" else mask.T).reshape(*shape[:2], *rest)
+    return mask.expand(shape)
+
+
+Layout = Literal["rows first", "merged", "tokens first", "tokens last"]
+
+
+def token_layout(shape: torch.Size, rows: int, tokens: Collection[int]) -> Layout | None:
+    """Find out from sizes which dimensions of a tensor inside a model are rows of the batch, and tokens.
+
+    Args:
+        shape: shape of the tensor without its last dimension, the features.
+        rows: number of rows in the batch.
+        tokens: possible numbers of tokens per row.
+
+    Returns:
+        `"rows first"` for `(rows, tokens, ...)`, `"merged"` for `(rows * tokens, ...)`, `"tokens first"` for
+        `(tokens, rows, ...)`, `"tokens last"` for `(rows, heads, tokens)`: the first of these that fits. None
+        if none does.
+    """
+    first, second = (*shape, None, None)[:2]
+    if first == rows and second in tokens:
+        return "rows first"
+    if first in {rows * count for count in tokens}:
+        return "merged"
+    if first in tokens and second == rows:
+        return "tokens first"
+    if len(shape) == 3 and first == rows and shape[2] in tokens:
+        return "tokens last"
     return None
+
+
+def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
+    """Return the number of rows in a batch, and all possible numbers of tokens per row."""
+    tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
+    rows = len(tensors[0]) if tensors else 1
+    return rows, frozenset(x.shape[1] for x in tensors if x.ndim > 1 and len(x) == rows)
+
+
+def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
+    """Reshape the input of a layer to `(rows, tokens, features)`.
+
+    Args:
+        x: input in a layout of `token_layout`; or `(rows * windows, ..., features)`, where all windows of an
+            image and their tokens belong to one row.
+        rows: number of rows in the batch.
+        tokens: possible numbers of tokens per row.
+
+    Returns:
+        The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.
+    """
+    layout = token_layout(x.shape[:-1], rows, tokens)
+    if layout == "tokens first":
+        x = x.transpose(0, 1)
+    windows = x.shape[0] % rows == 0 if x.ndim > 2 else x.shape[0] == rows
+    return x.reshape(rows, -1, x.shape[-1]) if (layout or windows) and x.numel() else None
 
 
 def _ended_labels(batch: Batch) -> Tensor | None:

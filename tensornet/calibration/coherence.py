@@ -12,14 +12,14 @@ few directions that all tokens share would dominate, although the errors in thes
 """
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tensornet._util import remembered
-from tensornet.calibration.batches import Batch
+from tensornet.calibration.batches import Batch, by_rows, row_sizes
 from tensornet.linalg.weighted_svd import cholesky, damped, root
 
 #: Number of rows sampled for each layer, and number of tokens sampled from each row.
@@ -165,31 +165,3 @@ def _root(moment: Tensor, damping: float) -> Tensor | None:
     shifted.diagonal().add_(damping * shifted.diagonal().mean())
     lower, positive = cholesky(shifted)
     return lower if positive else None
-
-
-def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows in a batch, and all possible numbers of tokens per row."""
-    tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
-    rows = len(tensors[0]) if tensors else 1
-    return rows, frozenset(x.shape[1] for x in tensors if x.ndim > 1 and len(x) == rows)
-
-
-def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
-    """Reshape the input of a layer to `(rows, tokens, features)`.
-
-    Args:
-        x: input of shape `(rows, ..., features)` or `(tokens, rows, ..., features)`. Rows and tokens, or rows
-            and windows of an image, may also be merged into one dimension.
-        rows: number of rows in the batch.
-        tokens: possible numbers of tokens per row.
-
-    Returns:
-        The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.
-    """
-    first, *others = x.shape[:-1]
-    if not others:
-        known = first == rows or first in {rows * count for count in tokens}
-        return x.reshape(rows, -1, x.shape[-1]) if known and x.numel() else None
-    if first != rows and others[0] == rows and first in tokens:
-        x, first = x.transpose(0, 1), rows
-    return x.reshape(rows, -1, x.shape[-1]) if first % rows == 0 and x.numel() else None

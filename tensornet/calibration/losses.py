@@ -8,7 +8,7 @@ a fixed seed during calibration and otherwise with the global generator.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tensornet._util import unwrapped
 from tensornet.calibration.batches import IGNORED, Batch, run_model, takes_labels, token_mask
 from tensornet.errors import TargetError
+from tensornet.softmax_losses import cross_entropies, row_blocks
 
 TokenLosses = Callable[[nn.Module, Batch], Tensor]
 
@@ -31,7 +32,7 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
     loss from token labels, or if labels and logits do not match token by token. If the labels are
     floating-point numbers in the shape of an output tensor, the loss of each row is the mean squared
-    difference.
+    difference. See `tensornet.calibration.losses.loss_rule`.
 
     Raises:
         TargetError: the model returns neither logits nor a loss, or a tensor that does not fit the labels; or
@@ -43,38 +44,38 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
         >>> label_losses(model, {"input": torch.randn(5, 8), "labels": torch.tensor([0, 1, 2, 0, 1])}).shape
         torch.Size([5])
     """
-    labels, logits, output = _predict(model, batch)
-    if isinstance(output, Tensor) and logits is None:
-        return _squared(model, output, labels)
-    if logits is None or labels is None:
-        if (loss := field(output, "loss")) is not None:
-            return loss.expand(_scored(labels, batch))
+    rule, labels, logits, output = loss_rule(model, batch)
+    if rule == "cross entropy":
+        assert logits is not None
+        assert labels is not None
+        return cross_entropies(*_aligned(model, batch, logits, labels))
+    if rule == "squared error":
+        return (output - labels).square().reshape(len(output), -1).mean(-1)
+    if rule == "own":
+        own: Tensor = field(output, "loss")
+        return own.expand(_scored(labels, batch))
+    if isinstance(output, Tensor):
+        what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
         raise TargetError(
-            f"{type(model).__name__} returns neither logits for each token nor a loss, so the effect of "
-            "weight errors cannot be measured. For hidden states use tensornet.calibration.cosine_losses, "
-            "otherwise a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
-            "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
-            "tensornet.compress(model, config, calibration=stats)."
+            f"{type(model).__name__} returns a tensor of shape {tuple(output.shape)}, and the batch has "
+            f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
+            "indices, one for each row of logits, or floating-point numbers in the shape of the output; or "
+            "choose objective='activation', which needs no loss; or call tensornet.calibrate with a loss_fn, "
+            "a function (model, batch) -> losses of shape (tokens,), and pass calibration=statistics."
         )
-    if scores_next_token(model) is None and labels.ndim == 2:
-        if (loss := _own_loss(model, batch, labels, output)) is not None:
-            return loss.expand(_scored(labels, batch))
-        inputs = batch.get("input_ids", torch.empty(0))
-        if inputs.shape == labels.shape and bool(((inputs == labels) | (labels == IGNORED)).all()):
-            raise TargetError(
-                f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads. Only "
-                "classes such as *ForCausalLM are known to predict the next token. Pass loss_fn, a function "
-                "(model, batch) -> losses of shape (tokens,)."
-            )
-    return token_entropies(*_aligned(model, batch, logits, labels))
-
-
-def _own_loss(model: nn.Module, batch: Batch, labels: Tensor, output: Any) -> Tensor | None:
-    """Return the mean loss that a model computes from token labels; None if it computes no loss."""
-    if "labels" not in batch and takes_labels(model):
-        output = run_model(model, {**batch, "labels": labels})
-    loss: Tensor | None = field(output, "loss")
-    return loss
+    if logits is not None:
+        raise TargetError(
+            f"{type(model).__name__} computes no loss, and the labels are the tokens that it reads. Only "
+            "classes such as *ForCausalLM are known to predict the next token. Pass loss_fn, a function "
+            "(model, batch) -> losses of shape (tokens,)."
+        )
+    raise TargetError(
+        f"{type(model).__name__} returns neither logits for each token nor a loss, so the effect of "
+        "weight errors cannot be measured. For hidden states use tensornet.calibration.cosine_losses, "
+        "otherwise a loss of your own: stats = tensornet.calibrate(model, batches, loss_fn=...), where "
+        "loss_fn is a function (model, batch) -> losses of shape (tokens,), then "
+        "tensornet.compress(model, config, calibration=stats)."
+    )
 
 
 def own_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -90,24 +91,6 @@ def own_losses(model: nn.Module, batch: Batch) -> Tensor:
     if (loss := field(output, "loss")) is None:
         raise TargetError(f"{type(model).__name__} returns no loss: pass a loss_fn of your own.")
     return loss.expand(_scored(labels, batch))
-
-
-def _squared(model: nn.Module, output: Tensor, labels: Tensor | None) -> Tensor:
-    """Compute the mean squared difference between output and labels of each row, shape `(rows,)`.
-
-    Raises:
-        TargetError: the labels are not floating-point numbers in the shape of the output.
-    """
-    if labels is None or labels.shape != output.shape or not labels.is_floating_point():
-        what = "no labels" if labels is None else f"labels of shape {tuple(labels.shape)} and {labels.dtype}"
-        raise TargetError(
-            f"{type(model).__name__} returns a tensor of shape {tuple(output.shape)}, and the batch has "
-            f"{what}, so no loss can be computed. Pass pairs (inputs, labels), where labels are class "
-            "indices, one for each row of logits, or floating-point numbers in the shape of the output; or "
-            "choose objective='activation', which needs no loss; or call tensornet.calibrate with a loss_fn, "
-            "a function (model, batch) -> losses of shape (tokens,), and pass calibration=statistics."
-        )
-    return (output - labels).square().reshape(len(output), -1).mean(-1)
 
 
 def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -128,7 +111,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
     """
     labels, logits, output = _predict(model, batch)
     if logits is not None and labels is not None:
-        logits, places, _ = _aligned(model, batch, logits, labels)
+        logits, _, places = _aligned(model, batch, logits, labels)
     elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
         raise TargetError(
             f"{type(model).__name__} returns no logits for tokens or rows, from which labels could be drawn; "
@@ -136,7 +119,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
         )
     else:
         places = torch.arange(len(logits), device=logits.device)
-    return token_entropies(logits, places, drawn_labels(logits, places))
+    return cross_entropies(logits, drawn_labels(logits, places), places)
 
 
 def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -177,32 +160,71 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
+#: Which loss a model has, see `loss_rule`.
+Rule = Literal["cross entropy", "squared error", "own", "hidden states", "outputs", "none"]
+
+
+def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tensor | None, Any]:
+    """Run a model on a batch, and decide from its output which loss it has.
+
+    - `"cross entropy"`: there are logits and a label for each token or row, and it is known which label
+      belongs to which position (the labels are of rows, or the class is known to `scores_next_token`, or the
+      labels are not the input tokens).
+    - `"own"`: the model computes a loss. It is used if the class is unknown, or if logits and labels do not
+      match.
+    - `"squared error"`: the output is a tensor, and the labels are floating-point numbers of its shape.
+    - `"hidden states"`: the output contains only hidden states or embeddings, which are compared with those
+      of the dense model by their cosine.
+    - `"outputs"`: there are no labels; outputs are compared with those of the dense model.
+    - `"none"`: there are labels, but none of the above applies.
+
+    Returns:
+        The rule; the labels `batch["labels"]`, or, if absent, the `input_ids` without padding; the logits if
+        they fit the labels; and the output.
+    """
+    labels, logits, output = _predict(model, batch)
+    given = "labels" in batch
+    if only_hidden(output):
+        return "hidden states", labels, logits, output
+    if logits is not None and labels is not None:
+        if labels.ndim != 2 or scores_next_token(model) is not None:
+            return "cross entropy", labels, logits, output
+        if not given and takes_labels(model):
+            output = run_model(model, {**batch, "labels": labels})
+        if field(output, "loss") is not None:
+            return "own", labels, logits, output
+        inputs = batch.get("input_ids", torch.empty(0))
+        if given and not (inputs.shape == labels.shape and _equal_where_scored(inputs, labels)):
+            return "cross entropy", labels, logits, output
+        return "none" if given else "outputs", labels, logits, output
+    if isinstance(output, Tensor):
+        fits = labels is not None and labels.is_floating_point() and labels.shape == output.shape
+        rule: Rule = "squared error" if fits else "none" if given else "outputs"
+        return rule, labels, None, output
+    if field(output, "loss") is not None:
+        return "own", labels, None, output
+    return "outputs" if not given and _tensors(output, batch) else "none", labels, None, output
+
+
+def _equal_where_scored(inputs: Tensor, labels: Tensor) -> bool:
+    return bool(((inputs == labels) | (labels == IGNORED)).all())
+
+
 @torch.no_grad()
 def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
-    """Choose the loss function for a model from its output for one batch.
-
-    The choice is `cosine_losses` if the output has only hidden states or sentence embeddings, `output_losses`
-    if there are neither labels nor a loss, and otherwise `label_losses`. There is one exception: `own_losses`
-    is chosen if labels are tokens, the class of the model does not show to which position a label belongs,
-    and the model computes a loss.
+    """Choose the loss function for a model by `loss_rule` on one batch.
 
     Returns:
         The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
     """
-    labels, logits, output = _predict(model, batch)
-    if only_hidden(output):
-        return cosine_losses, False
-    given = "labels" in batch
-    if logits is not None and labels is not None:
-        if labels.ndim == 2 and scores_next_token(model) is None:
-            if _own_loss(model, batch, labels, output) is not None:
-                return own_losses, False
-            if not given:
-                return output_losses, False
+    rule, _, logits, _ = loss_rule(model, batch)
+    if rule == "cross entropy":
+        assert logits is not None
         return label_losses, logits.ndim == 3 and _has_table(model, logits.shape[-1])
-    if not given and field(output, "loss") is None and _tensors(output, batch):
-        return output_losses, False
-    return label_losses, False
+    chosen: Mapping[Rule, TokenLosses] = {"hidden states": cosine_losses, "outputs": output_losses}
+    # A model whose logits are scored by its own loss has to be called with labels.
+    own = own_losses if logits is not None else label_losses
+    return {**chosen, "own": own}.get(rule, label_losses), False
 
 
 #: Endings of the class names of models whose logits are scored by the next label (`_DECODERS`), and of models
@@ -280,18 +302,16 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
             judged_by, _ = default_losses(teacher, batch)
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
-        wanted, found = wanted_of(batch), run_model(model, batch)
-        if judged_by is cosine_losses:
-            return 1 - (pooled(found, batch) * pooled(wanted, batch)).sum(-1)
-        return output_distances(found, wanted, batch) / 2
+        return output_distances(run_model(model, batch), wanted_of(batch), batch)
 
     return losses
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the squared distance of each output row from the row of a reference model, shape `(rows,)`.
+    """Compute the distance of each output row from the row of a reference model, shape `(rows,)`.
 
-    The distance is relative to the squared norm of the reference row.
+    The distance is one minus the cosine of mean-pooled hidden states (`only_hidden`), and for other outputs
+    half the squared difference relative to the squared norm of the reference row.
 
     Args:
         outputs: output of a model: a tensor, or an object or mapping of tensors, whose first dimension is the
@@ -299,8 +319,10 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
         wanted: output of the reference model.
         batch: the arguments of both models; padding in outputs `(rows, tokens, ...)` is ignored.
     """
+    if only_hidden(wanted):
+        return 1 - (pooled(outputs, batch) * pooled(wanted, batch)).sum(-1)
     new, old = (_output_rows(x, batch) for x in (outputs, wanted))
-    return (new - old).square().sum(-1) / old.square().sum(-1).clamp_min(_TINY)
+    return (new - old).square().sum(-1) / (2 * old.square().sum(-1)).clamp_min(_TINY)
 
 
 #: Smallest squared norm by which a distance is divided.
@@ -415,7 +437,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 
 
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits `(positions, classes)`, the positions that have a label, and their labels."""
+    """Return the logits `(positions, classes)`, the labels, and the positions of the labels."""
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and bool(scores_next_token(model))
     padded = causal and mask is not None and mask.shape == labels.shape
@@ -426,26 +448,7 @@ def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> 
         keep &= batch["attention_mask"] != 0
     places = keep.reshape(-1).nonzero().squeeze(1)
     # Token indices may be int32, but losses accept only int64.
-    return logits.reshape(-1, logits.shape[-1]), places, labels.reshape(-1)[places].long()
-
-
-#: Number of logits processed at a time: on a CPU, where they fit into the cache, and on other devices.
-_CACHED, _CHUNK = 1 << 18, 1 << 27
-
-
-def token_entropies(logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
-    """Compute the cross entropy of labels for some rows of the logits, in single precision.
-
-    Args:
-        logits: logits of all positions, shape `(rows, classes)`.
-        places: indices of the rows that have a label, without repetition, shape `(tokens,)`.
-        labels: class indices of these rows, shape `(tokens,)`.
-
-    Returns:
-        The losses, shape `(tokens,)`; they can be differentiated once with respect to the logits.
-    """
-    found: Tensor = _TokenEntropies.apply(logits, places, labels)
-    return found
+    return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)[places].long(), places
 
 
 @torch.no_grad()
@@ -462,41 +465,11 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
     like: Any = {"dtype": torch.float64, "device": logits.device}
     shares = torch.rand(len(places), 1, generator=draws_on(logits.device), **like)
     drawn = torch.empty_like(places)
-    for part in _parts(places, logits):
+    for part in row_blocks(len(places), logits):
         sums = logits[places[part]].float().softmax(1).cumsum(1, dtype=torch.float64)
         # Choose the first class whose cumulative sum exceeds the drawn number; its probability cannot be 0.
         drawn[part] = torch.searchsorted(sums, shares[part] * sums[:, -1:], right=True)[:, 0]
     return drawn.clamp_max_(logits.shape[1] - 1)
-
-
-class _TokenEntropies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, places: Tensor, labels: Tensor) -> Tensor:
-        sums, losses = (logits.new_empty(len(places), dtype=torch.float32) for _ in range(2))
-        for part in _parts(places, logits):
-            some = logits[places[part]].float()
-            torch.logsumexp(some, 1, out=sums[part])
-            losses[part] = sums[part] - some.gather(1, labels[part, None])[:, 0]
-        ctx.save_for_backward(logits, places, labels, sums)
-        return losses
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits, places, labels, sums = ctx.saved_tensors
-        whole = len(places) == len(logits)  # `places` has no repetitions
-        found = torch.empty_like(logits) if whole else torch.zeros_like(logits)
-        for part in _parts(places, logits):
-            some = logits[places[part]].float().sub_(sums[part, None]).exp_()
-            some[torch.arange(len(some), device=some.device), labels[part]] -= 1
-            found[places[part]] = some.mul_(gradient[part, None]).to(logits.dtype)
-        return found, None, None
-
-
-def _parts(places: Tensor, logits: Tensor) -> list[slice]:
-    """Split the rows into slices whose logits are processed together."""
-    step = max(1, (_CACHED if logits.is_cpu else _CHUNK) // max(logits.shape[1], 1))
-    return [slice(k, k + step) for k in range(0, len(places), step)]
 
 
 #: Generators of the innermost `seeded_draws` context by device; None outside of such contexts.

@@ -24,6 +24,7 @@ from tensornet.calibration.batches import Batch, BatchLike, BatchSample, as_batc
 from tensornet.calibration.losses import TokenLosses, field, losses_against
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
+from tensornet.softmax_losses import kl_divergences
 
 #: Largest number of tokens (rows for models without tokens) on which the loss for a report is measured, and
 #: largest number of batches from which they are taken.
@@ -105,15 +106,15 @@ class RecordedLosses:
         batches: keyword arguments of the model for each batch.
         loss_fn: loss function, which may have stored outputs of the dense model.
         losses: losses of all batches, shape `(losses,)`.
-        log_probs: log-probabilities that the dense model predicts for the first tokens, one tensor of shape
-            `(tokens, vocabulary)` for each batch.
+        logits: logits of the dense model for the first tokens, one tensor of shape `(tokens, vocabulary)` for
+            each batch.
         source: name of the text, for reports.
     """
 
     batches: Sequence[Batch]
     loss_fn: TokenLosses
     losses: Tensor
-    log_probs: Sequence[Tensor]
+    logits: Sequence[Tensor]
     source: str
 
 
@@ -160,10 +161,10 @@ def record_losses(
             parts = [as_batch(batch, model, device) for batch in every]
         else:
             parts = some_rows(sample.kept, model, tokens, parts=BATCHES)
-        losses, log_probs = _run(model, parts, loss_fn, _LOGITS)
+        losses, logits = _run(model, parts, loss_fn, _LOGITS)
     except _NOT_MEASURED:
         return None
-    return RecordedLosses(parts, loss_fn, losses, log_probs, source) if len(losses) else None
+    return RecordedLosses(parts, loss_fn, losses, logits, source) if len(losses) else None
 
 
 def measure(
@@ -208,7 +209,7 @@ def measure(
             "No loss can be measured: pass batches on which the model has a loss, as a list or another "
             "collection that can be iterated over again."
         )
-    losses, log_probs = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
+    losses, logits = _run(model, recorded.batches, recorded.loss_fn, _LOGITS)
     if isinstance(reference, nn.Module):
         with opposite_errors(reference, model):
             mirrored, _ = _run(model, recorded.batches, recorded.loss_fn, 0)
@@ -217,9 +218,9 @@ def measure(
         if abs(mean) <= 2 * error:
             losses = losses - odd
     divergences = [
-        (p.exp() * (p - q)).sum(-1).double().cpu()
-        for p, q in zip(recorded.log_probs, log_probs, strict=False)
-        if p.shape == q.shape
+        kl_divergences(new, old).double().cpu()
+        for new, old in zip(logits, recorded.logits, strict=False)
+        if new.shape == old.shape
     ]
     kl = mean_and_error(torch.cat(divergences)) if divergences else (None, None)
     return LossIncrease.of(
@@ -235,8 +236,8 @@ def measure(
 def _run(
     model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute all losses, and the log-probabilities of the first tokens (at most `numbers` values)."""
-    losses, log_probs = [], []
+    """Compute all losses, and return the logits of the first tokens (at most `numbers` values)."""
+    losses, first = [], []
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -259,10 +260,10 @@ def _run(
                 if isinstance(ids, Tensor) and ids.shape == logits.shape[:2] and numbers >= width:
                     masked = isinstance(mask, Tensor) and mask.shape == ids.shape
                     kept = (logits[mask != 0] if masked else logits).reshape(-1, width)[: numbers // width]
-                    log_probs.append(kept.float().log_softmax(-1))
+                    first.append(kept.clone())  # a view would keep all logits in memory
                     numbers -= kept.numel()
             seen.clear()
-    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64), log_probs
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64), first
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:

@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from tensornet._util import check_size, in_eval_mode, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
-from tensornet.calibration.losses import field, only_hidden, output_distances, pooled
+from tensornet.calibration.losses import field, output_distances
 from tensornet.errors import FormatError, NonFiniteError, TargetError
-from tensornet.healing.divergence import divergence
 from tensornet.io import check_place, write_tensors
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import TrainedCodes, pack_after_training, unpack_for_training
+from tensornet.softmax_losses import kl_divergences
 
 #: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
@@ -227,8 +227,7 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
     """Compute the mean divergence of the distributions that both models predict for all tokens, in nats.
 
-    For models without logits, the distance is one minus the cosine of each row's mean-pooled hidden states,
-    or the squared difference of other outputs relative to the square of the teacher's outputs.
+    For models without logits, the distance is the mean of `output_distances`.
 
     Args:
         student: output of the compressed model.
@@ -237,16 +236,18 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
         temperature: temperature of the softmax; the divergence is multiplied by its square.
 
     Returns:
-        The distance, a scalar.
+        The distance, a scalar; NaN if all tokens are padding.
+
+    Reference:
+        Hinton, Vinyals, Dean 2015, "Distilling the Knowledge in a Neural Network", equation 2.
     """
-    if isinstance(student, Tensor):
-        return (student - teacher).float().square().sum() / teacher.float().square().sum().clamp_min(1e-30)
     new, old = (field(x, "logits") for x in (student, teacher))
-    if new is None and only_hidden(student):
-        return (1 - (pooled(student, batch) * pooled(teacher, batch)).sum(-1)).mean()
     if new is None:
         return output_distances(student, teacher, batch).mean()
-    return divergence(new, old, token_mask(batch, new.shape[:-1]), temperature)
+    mask = token_mask(batch, new.shape[:-1])
+    rows = None if mask is None or bool(mask.all()) else mask.reshape(-1).nonzero().squeeze(-1)
+    new, old = (x.reshape(-1, x.shape[-1]) for x in (new, old))
+    return kl_divergences(new, old, rows, temperature).mean() * temperature**2
 
 
 # --- what is trained ------------------------------------------------------------------------------

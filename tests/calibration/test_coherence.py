@@ -12,14 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tensornet as tn
+from tensornet.calibration.batches import by_rows, row_sizes
 from tensornet.calibration.coherence import (
     COLUMN_DAMPING,
     ROW_DAMPING,
     ROWS,
     TOKENS,
     CoherenceSample,
-    by_rows,
-    row_sizes,
     whitened,
 )
 

@@ -23,6 +23,7 @@ from tensornet.compression.loss_increase import (
     record_losses,
 )
 from tensornet.errors import NonFiniteError, ShapeError, TargetError, TensorNetError
+from tensornet.softmax_losses import cross_entropies, kl_divergences
 from tensornet_hf.text import calibration_data, first_line, load_tokenizer, token_ids, usual_context
 
 #: Largest number of tokens that are read from a held-out text.
@@ -241,7 +242,7 @@ def _windows(
     if positions is not None and context > positions:
         raise ValueError(f"context {context} is more than the {positions} positions of this model.")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    batch_size = min(batch_size, max(1, MOST_LOGITS // (context * vocabulary)))
+    batch_size = min(batch_size, max(1, MOST_LOGITS // (max(context, 1) * vocabulary)))
     device = next(model.parameters()).device
     return text_windows(tokens.to(device), context=context, stride=stride, batch_size=batch_size)
 
@@ -324,7 +325,7 @@ def divergence(
             ids = batch["input_ids"]
             labels = batch.get("labels", ids)[:, 1:]
             ours, dense = (
-                x(input_ids=ids.to(next(x.parameters()).device)).logits[:, :-1].float().to(device)
+                x(input_ids=ids.to(next(x.parameters()).device)).logits[:, :-1].to(device)
                 for x in (model, reference)
             )
             if ours.shape != dense.shape:
@@ -333,13 +334,13 @@ def divergence(
                     "a compressed model with its original."
                 )
             scored = labels != IGNORED
-            q, p, labels = ours[scored].log_softmax(-1), dense[scored].log_softmax(-1), labels[scored]
-            divergences.append((p.exp() * (p - q)).sum(-1).double().cpu())
-            same.append((p.argmax(-1) == q.argmax(-1)).double().cpu())
-            chosen = labels[:, None]
-            losses.append(-q.gather(1, chosen)[:, 0].double().cpu())
-            increases.append((p - q).gather(1, chosen)[:, 0].double().cpu())
-    found, agreed, increase, loss = (torch.cat(x) for x in (divergences, same, increases, losses))
+            ours, dense, labels = ours[scored], dense[scored], labels[scored]
+            divergences.append(kl_divergences(ours, dense).double().cpu())
+            same.append((ours.argmax(-1) == dense.argmax(-1)).double().cpu())
+            loss, before = (cross_entropies(x, labels).double().cpu() for x in (ours, dense))
+            losses.append(loss)
+            increases.append(loss - before)
+    found, agreed, increase, every = (torch.cat(x) for x in (divergences, same, increases, losses))
     if not bool(found.isfinite().all()):
         raise NonFiniteError(
             "A prediction is NaN or infinite: check the models' weights, and use a dtype of larger range."
@@ -350,7 +351,7 @@ def divergence(
         _quantile(found, 0.99),
         mean_and_error(agreed),
         mean_and_error(increase),
-        _perplexity(float(loss.mean()), len(loss), batches, context, stride),
+        _perplexity(float(every.mean()), len(every), batches, context, stride),
     )
 
 

@@ -93,8 +93,9 @@ def test_bad_input(model: TinyForCausalLM) -> None:
         perplexity(model, tokens[None], context=4)
     with pytest.raises(ValueError, match=r"context 65 is more than the 64 positions"):
         perplexity(model, tokens, context=65)
-    with pytest.raises(ValueError, match="context must be at least 2"):
-        perplexity(model, tokens, context=1)
+    for context in (1, 0, -3):
+        with pytest.raises(ValueError, match="context must be at least 2"):
+            perplexity(model, tokens, context=context)
     with pytest.raises(ValueError, match="stride must be between 1 and the context 4, got 5"):
         perplexity(model, tokens, context=4, stride=5)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):

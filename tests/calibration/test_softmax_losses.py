@@ -1,4 +1,4 @@
-"""The divergence in blocks equals the plain formula, in value and gradient."""
+"""Cross entropies and divergences in blocks equal the plain formulas, in value and gradient."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tensornet.healing import divergence as module
-from tensornet.healing.divergence import divergence
+import tensornet.softmax_losses as module
+from tensornet.healing.heal import output_distance
+from tensornet.softmax_losses import cross_entropies, kl_divergences
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, mask: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    batch = {} if mask is None else {"attention_mask": mask}
+    return output_distance({"logits": student}, {"logits": teacher}, batch, temperature)
 
 
 def plain(student: Tensor, teacher: Tensor, mask: Tensor | None, temperature: float) -> Tensor:
@@ -86,3 +94,34 @@ def test_the_teacher_and_losses_under_no_grad_have_no_gradient() -> None:
     assert not divergence(student.detach(), teacher.requires_grad_()).requires_grad
     with torch.no_grad():
         assert not divergence(student, teacher).requires_grad
+
+
+def test_divergences_of_rows() -> None:
+    (student, teacher), rows = logits(torch.float64), torch.tensor([20, 3, 4])
+    new, old = (x.reshape(21, -1) for x in (student, teacher))
+    found = kl_divergences(new, old, rows, 2.0)
+    expected = torch.stack([plain(new[[k]], old[[k]], None, 2.0) / 4 for k in rows.tolist()])
+    torch.testing.assert_close(found, expected)
+    weights = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((weights * x).sum(), student)[0] for x in (found, expected))
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 5, 12])
+def test_cross_entropies_and_gradients_are_those_of_torch(
+    dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 3 * 7)
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(12, 7)).to(dtype).requires_grad_()
+    rows, labels = torch.randperm(12)[:count], torch.randint(7, (count,))
+    weights = torch.randn(count)
+    wanted = nn.functional.cross_entropy(logits[rows].float(), labels, reduction="none")
+    (expected,) = torch.autograd.grad((weights * wanted).sum(), logits)
+    found = cross_entropies(logits, labels, rows)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), logits)
+    torch.testing.assert_close(found, wanted)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, expected)
