@@ -50,7 +50,7 @@ from subjects import Subject, tokens_of
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import Prepared, check_loss, prepare
-from tensornet.quantization.formats import MENUS
+from tensornet.quantization.menus import MENUS
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
 from tensornet_hf.evaluate import divergence
@@ -171,7 +171,9 @@ class Bench:
     def plan(self, name: str, size: int) -> None:
         """Write the file of the plan for one size, and measure its loss."""
         subject, batches = self.subject, self.subject.calibration(0)
-        formats = ("gguf", *(x for x in MENUS["gguf"] if x not in SLOW)) if self.given.fast else "gguf"
+        formats = (
+            ("gguf", *(x for x in MENUS["gguf"].formats if x not in SLOW)) if self.given.fast else "gguf"
+        )
         asked = tn.CompressionConfig(max_bytes=size, formats=formats)
         config = for_target("gguf", asked, self.dense, subject.folder)
         seconds = {}

@@ -56,9 +56,8 @@ class Registry(Generic[T]):
         close = get_close_matches(str(name), self._items)
         similar = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         hint = f" {self.hint}" if self.hint else ""
-        raise self.error(
-            f"Unknown {self.kind} {name!r}; registered are {', '.join(sorted(self))}.{similar}{hint}"
-        )
+        known = ", ".join(sorted(self)) or "none"
+        raise self.error(f"Unknown {self.kind} {name!r}; registered are {known}.{similar}{hint}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._items)

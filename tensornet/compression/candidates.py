@@ -30,7 +30,7 @@ from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.strategy import product_seconds, unpacking_seconds
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
-from tensornet.quantization.formats import bytes_for
+from tensornet.quantization.menus import bytes_for
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.predict import spaced_rows
 from tensornet.quantization.scales import scales_underflow, storable_formats

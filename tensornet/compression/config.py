@@ -14,7 +14,7 @@ from tensornet.budget import Budget
 from tensornet.errors import BudgetError, FormatError, TopologyError
 from tensornet.nn.targets import ALL, LayerSelection
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.formats import MENUS
+from tensornet.quantization.menus import MENUS
 from tensornet.topologies import TopologyFamily, topology_family, topology_names
 from tensornet.topologies.base import check_options
 from tensornet.topologies.registry import fixed_topologies
@@ -99,10 +99,10 @@ class CompressionConfig(LayerSelection):
             may have any of these formats; cores of networks may have floats and integers of at least four
             bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
             replaced by formats of the same size with 16-bit scales. The name of a menu, a list of formats
-            without networks, is allowed too: `"gguf"`, `"compressed-tensors"` and `"mlx"` have the formats of
-            these files, and count bytes in them. `"gguf"` and `"mlx"` plan embeddings and heads too. Formats
-            after the name of a menu are the only ones used from it, as in
-            `("gguf", "int4:g32:float16", "float")`.
+            without networks, is allowed too. tensornet_hf registers the menus `"gguf"`, `"mlx"` and
+            `"compressed-tensors"`, which have the formats of these files, and count bytes in them. `"gguf"`
+            and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the only ones used
+            from it, as in `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is
@@ -168,7 +168,9 @@ class CompressionConfig(LayerSelection):
         super().__post_init__()
         object.__setattr__(self, "formats", _checked_formats(self))
         counted = [name for name in BYTE_BUDGETS if getattr(self, name) is not None]
-        whole = self.menu in ("gguf", "mlx") or any(self.counts_model(name) for name in counted)
+        whole = (self.menu is not None and MENUS[self.menu].whole_model) or any(
+            self.counts_model(name) for name in counted
+        )
         if self.target_modules is None and whole:
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
@@ -258,7 +260,7 @@ class CompressionConfig(LayerSelection):
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
         """Number formats in which layers may be stored; empty if only floating-point networks are planned."""
-        names = MENUS[self.formats] if isinstance(self.formats, str) else self.formats or ()
+        names = MENUS[self.formats].formats if isinstance(self.formats, str) else self.formats or ()
         return tuple(NumberFormat.parse(name) for name in names if name not in MENUS)
 
     @property
@@ -373,18 +375,22 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
         if config.topology != AUTO:
             raise FormatError(f"formats={menu!r} has no networks; leave out topology={config.topology!r}.")
         names = dict.fromkeys(NumberFormat.parse(name).name for name in chosen)
-        menu_names = {NumberFormat.parse(name).name for name in MENUS[menu]}
+        possible = MENUS[menu].formats
+        menu_names = {NumberFormat.parse(name).name for name in possible}
         if others := [name for name in names if name not in menu_names]:
-            raise FormatError(
-                f"The formats of {menu!r} are {', '.join(MENUS[menu])}; got {', '.join(others)}."
-            )
+            raise FormatError(f"The formats of {menu!r} are {', '.join(possible)}; got {', '.join(others)}.")
         return (menu, *names) if names else menu
-    if isinstance(formats, str) or not isinstance(formats, Sequence) or not formats:
+    if isinstance(formats, str):
+        _ = MENUS[formats]  # raises an error, which lists the menus
+    if not isinstance(formats, Sequence) or not formats:
         raise FormatError(
-            f"formats must be a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu "
-            f"({', '.join(MENUS)}); got {formats!r}. Write a single format as ('int4',)."
+            f"formats must be a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu; got "
+            f"{formats!r}. Write a single format as ('int4',)."
         )
-    return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
+    try:
+        return tuple(dict.fromkeys(NumberFormat.parse(name).name for name in formats))
+    except FormatError as error:
+        raise FormatError(f"{error} {MENUS.hint}") from error
 
 
 def _checked_options(config: CompressionConfig) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.formats import bytes_for
+from tensornet.quantization.menus import bytes_for
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 

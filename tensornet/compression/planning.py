@@ -28,6 +28,7 @@ from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
+from tensornet.quantization.menus import MENUS
 from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
 from tensornet.topologies.registry import topology_of_shape
@@ -104,7 +105,7 @@ class Prepared:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
         # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
         names = [target.name for target in self.targets]
-        groups = fused_groups(names) if config.menu in FUSING else [[k] for k in range(len(names))]
+        groups = fused_groups(names, () if config.menu is None else MENUS[config.menu].fused)
         joined = [_joined([self.candidates[k] for k in group]) for group in groups]
         found, bound_by = choose_candidates(
             self.targets,
@@ -156,17 +157,12 @@ class Prepared:
         return replace(self.facts, layers=tuple(layers), loss_check=check)
 
 
-#: Export targets whose kernels fuse layers: the layers of each set in `FUSED` need the same number format.
-FUSING = ("compressed-tensors",)
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
-
-def fused_groups(names: Sequence[str]) -> list[list[int]]:
-    """Group layers that servers such as vLLM fuse: siblings whose names are in the same set of `FUSED`."""
+def fused_groups(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Group layers that an export target fuses: siblings with names in the same set, see `Menu.fused`."""
     groups: dict[tuple[str, Any], list[int]] = {}
     for k, name in enumerate(names):
         parent, _, child = name.rpartition(".")
-        fused = next((x for x in FUSED if child in x), child)
+        fused = next((x for x in sets if child in x), child)
         groups.setdefault((parent, fused), []).append(k)
     return list(groups.values())
 

@@ -30,7 +30,8 @@ from tensornet._util import is_exporting, outside_autocast
 from tensornet.errors import FormatError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding
-from tensornet.quantization.formats import SUPER_BLOCK, pack, packed_bytes, unpack
+from tensornet.quantization.formats import SUPER_BLOCK
+from tensornet.quantization.packing import pack, packed_bytes, unpack
 from tensornet.topologies import topology_family
 from tensornet.topologies.rounded_cores import StoredCores, matrix_view
 from tensornet.topology import Topology

@@ -24,13 +24,16 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from tensornet._util import check_sizes, is_exporting
-from tensornet.errors import FormatError, ShapeError
+from tensornet.errors import FormatError
+from tensornet.quantization.packing import pack, packed_bytes, unpack
 
 #: Numbers of bits of integer formats.
 BITS = (8, 7, 6, 5, 4, 3, 2)
 #: Sizes of groups; None is one group per row.
 GROUPS = (16, 32, 64, 128, None)
 DEFAULT_GROUP = 64
+#: Sizes of groups that may have zero points: those of MLX, and of Q4_1 and Q5_1 in GGUF files.
+ZERO_POINT_GROUPS = (32, 64, 128)
 #: Dtype of scales for each suffix of the name of a format.
 SCALE_DTYPES = {"": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e5m2}
 #: Levels of the formats `nl<bits>`, by bits, as multiples of the scale. The 16 levels are those of the GGUF
@@ -44,49 +47,7 @@ LEVELS = {
 #: Numbers of bits of integer scales, in formats that end in `:s4`, `:s6` or `:s8`, and the number of weights
 #: that share a step. Scales of 4 bits have no sign; only the four symmetric values of int2 allow this.
 SCALE_BITS, SUPER_BLOCK = (4, 6, 8), 256
-#: Bytes of 256 weights in the GGUF type Q2_K, which also stores the lowest value of every group.
-_Q2_K_BYTES = 84
 _FLOATS = ("float", "bf16")
-#: Lists of formats by the name of a target of `tensornet_hf.export`, which can store these formats exactly
-#: (MLX in 16-bit models) if the group size divides the number of inputs of a layer.
-MENUS: dict[str, tuple[str, ...]] = {
-    "gguf": (
-        "float",
-        "int8:g32:float16",
-        "int6:g16:s8",
-        "int5:g32:float16",
-        "int4:g32:float16",
-        "nl4:g32:float16",
-        "nl4:g32:s6",
-        "int3:g16:s6",
-        "int2:g16:s4",
-    ),
-    "compressed-tensors": (
-        "float",
-        "int8",
-        "int8:g128",
-        "int6",
-        "int5",
-        "int4:g32",
-        "int4",
-        "int4:g128",
-        "int3:g32",
-    ),
-    "mlx": (
-        "float",
-        "int8",
-        "int6",
-        "int5",
-        "int4:g32",
-        "int4",
-        "int4:g128",
-        "int3:g32",
-        "int3",
-        "int3:g128",
-        "int2:g32:float8",
-        "int2:float8",
-    ),
-}
 _PATTERN = re.compile(
     r"(?P<kind>int|nl)(?P<bits>\d)(:(g(?P<group>\d+)|(?P<row>row)))?(?P<zero>:zero)?"
     r"(:((?P<dtype>float16|float8)|s(?P<scale>\d)))?"
@@ -112,9 +73,10 @@ class NumberFormat:
         bits: number of bits of an integer code, 2 to 8; None for floating-point formats.
         group: number of neighbouring elements of a row that share a scale; the last group of a row may be
             shorter. None is one group per row.
-        zero_point: True if every group has its own zero point, an integer of `bits` bits. Otherwise the value
-            0 is in the middle of the codes. From three bits on it is a code; with two bits it is between two
-            codes, since four symmetric values fit a normal distribution better.
+        zero_point: True if every group has its own zero point, an integer of `bits` bits. This needs groups
+            of `ZERO_POINT_GROUPS` and any number of bits except 7. Otherwise the value 0 is in the middle of
+            the codes. From three bits on it is a code; with two bits it is between two codes, since four
+            symmetric values fit a normal distribution better.
         scale_dtype: dtype of scales or, with `scale_bits`, of their steps: `torch.bfloat16`; `torch.float16`,
             which underflows below 6e-8; or `torch.float8_e5m2`, which underflows below 1.5e-5.
         dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
@@ -158,6 +120,11 @@ class NumberFormat:
         if self.group not in GROUPS:
             raise FormatError(
                 f"Groups have 16, 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
+            )
+        if self.zero_point and (self.bits == 7 or self.group not in ZERO_POINT_GROUPS):
+            raise FormatError(
+                "Zero points need 2, 3, 4, 5, 6 or 8 bits and groups of 32, 64 or 128 inputs, as in the "
+                f"files of other runtimes; got {self!r}. Leave out ':zero'."
             )
         if self.scale_dtype not in SCALE_DTYPES.values():
             names = ", ".join(map(str, SCALE_DTYPES.values()))
@@ -489,7 +456,7 @@ class NumberFormat:
         Args:
             packed: packed codes, as returned by `pack`.
             scales: scales, shape `(..., out, groups)`.
-            zeros: zero points, packed by the function `formats.pack`; None without zero points.
+            zeros: zero points, packed by `packing.pack`; None without zero points.
             size: number of columns.
             dtype: dtype of the values.
         """
@@ -532,30 +499,6 @@ class NumberFormat:
         return self.bits
 
 
-def bytes_for(
-    target: str | None, number_format: NumberFormat, shape: tuple[int, int], dtype: torch.dtype
-) -> int:
-    """Compute the number of bytes of a matrix in an exported file.
-
-    The number is the same as in a file of this library, except for the GGUF type Q2_K and for MLX. MLX
-    stores rows of 32-bit words and, for each group, a scale and a bias in the model's dtype.
-
-    Args:
-        target: export target, a key of `MENUS`; None for files of this library.
-        number_format: number format of the matrix.
-        shape: shape `(out, in)` of the matrix.
-        dtype: dtype of the model.
-    """
-    rows, size = shape
-    if target == "gguf" and number_format.scale_bits == 4:
-        return rows * size // SUPER_BLOCK * _Q2_K_BYTES
-    if target != "mlx" or number_format.bits is None:
-        return number_format.nbytes(shape, dtype)
-    return rows * (
-        4 * math.ceil(size * number_format.bits / 32) + 2 * number_format.groups(size) * dtype.itemsize
-    )
-
-
 def format_names() -> tuple[str, ...]:
     """List the names without suffixes: floating-point formats, then integers, then tables of levels."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
@@ -590,146 +533,3 @@ def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool 
     factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)
     factor = factor / 2 if halves else factor
     return ((points if wide else points.to(dtype)) * factor).to(dtype).flatten(-2)
-
-
-# --- packing codes of 2 to 8 bits into bytes, row by row -------------------------------------------
-#
-# For example, 8 codes of 3 bits fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
-# codes, and its bytes into 3 planes of the same length. The k-th codes of all segments fill the k-th bytes of
-# all planes. So packing and unpacking are vectorized shifts of whole segments, and rows can be selected
-# without unpacking. In general, `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes; the last
-# segment may be padded.
-
-
-def packed_bytes(size: int, bits: int) -> int:
-    """Compute the number of bytes of a packed row: `ceil(size / segments) * planes`."""
-    segments, planes = _layout(bits)
-    return math.ceil(size / segments) * planes
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack codes into bytes along the last dimension.
-
-    Args:
-        codes: codes from 0 to `2**bits - 1` in `torch.uint8`, shape `(..., size)`.
-        bits: number of bits of each code, 2 to 8.
-
-    Returns:
-        Bytes in `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
-
-    Raises:
-        ShapeError: the codes have another dtype, no dimension, or are too large.
-    """
-    segments, planes = _layout(bits)
-    if not isinstance(codes, Tensor) or codes.dtype != torch.uint8 or codes.ndim == 0:
-        got = f"{codes.dtype} of shape {tuple(codes.shape)}" if isinstance(codes, Tensor) else type(codes)
-        raise ShapeError(f"pack needs codes as torch.uint8 with at least one dimension, got {got}.")
-    if codes.numel() and int(codes.max()) >> bits:
-        raise ShapeError(f"pack got a code of {int(codes.max())}; {bits} bits hold 0 to {2**bits - 1}.")
-    size = codes.shape[-1]
-    length = math.ceil(size / segments)
-    padded = torch.nn.functional.pad(codes, (0, length * segments - size))
-    parts = padded.reshape(*codes.shape[:-1], segments, length)
-    packed = codes.new_zeros(*codes.shape[:-1], planes, length)
-    for segment in range(segments):
-        plane, offset = divmod(segment * bits, 8)
-        code = parts[..., segment, :]
-        packed[..., plane, :] |= code << offset
-        if offset + bits > 8:
-            packed[..., plane + 1, :] |= code >> (8 - offset)
-    return packed.reshape(*codes.shape[:-1], planes * length)
-
-
-def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
-    """Unpack codes; this is the inverse of `pack`.
-
-    Args:
-        packed: bytes in `torch.uint8`, shape `(..., packed_bytes(size, bits))`.
-        bits: number of bits of each code.
-        size: number of codes in a row.
-
-    Returns:
-        Codes in `torch.uint8`, shape `(..., size)`.
-
-    Raises:
-        ShapeError: the bytes have another dtype or length.
-    """
-    segments, planes = _layout(bits)
-    expected = packed_bytes(size, bits)
-    if packed.dtype != torch.uint8 or packed.ndim == 0 or packed.shape[-1] != expected:
-        raise ShapeError(
-            f"unpack got {packed.dtype} of shape {tuple(packed.shape)}; {size} codes of {bits} bits are "
-            f"packed as torch.uint8 of shape (..., {expected}). The file is damaged or belongs to another "
-            "format."
-        )
-    length = math.ceil(size / segments)
-    parts = packed.reshape(*packed.shape[:-1], planes, length)
-    # Exporters to ONNX shift bytes as if they were signed.
-    parts = parts.to(torch.int32) if is_exporting() else parts
-    whole = _stacked if torch.compiler.is_compiling() else _shifted
-    codes = whole(parts, bits).bitwise_and_(2**bits - 1).to(torch.uint8)
-    return codes.reshape(*packed.shape[:-1], segments * length)[..., :size]
-
-
-def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Extract the codes from byte planes, one segment at a time, without writing to views (for compilers)."""
-    found = []
-    for segment in range(_layout(bits)[0]):
-        plane, offset = divmod(segment * bits, 8)
-        code = parts[..., plane, :] >> offset
-        if offset + bits > 8:
-            code = code | (parts[..., plane + 1, :] << (8 - offset))
-        found.append(code)
-    return torch.stack(found, -2)
-
-
-def _shifted(parts: Tensor, bits: int) -> Tensor:
-    """Extract the codes from byte planes, all segments at once, with few passes over memory."""
-    first, down, up, runs = _shifts(bits, parts.device)
-    if parts.shape[-2] == 1:
-        return parts >> down
-    codes = parts.index_select(-2, first).bitwise_right_shift_(down)
-    rest = parts[..., 1:, :] << up
-    for into, read in runs:
-        codes[..., into, :] |= rest[..., read, :]
-    return codes
-
-
-@lru_cache(maxsize=64)
-def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, list[tuple[slice, slice]]]:
-    """Compute the planes and shifts that `_shifted` needs.
-
-    Returns:
-        For each segment, its first plane and the right shift of this plane. For each segment that continues
-        in a second plane, the left shift of that plane. Slices of these segments and of their second planes.
-    """
-    segments, planes = _layout(bits)
-    starts = [divmod(segment * bits, 8) for segment in range(segments)]
-    crossing = [k for k, (_, offset) in enumerate(starts) if offset + bits > 8]
-    assert len(crossing) == planes - 1
-    runs: list[tuple[slice, slice]] = []
-    done = 0
-    while done < planes - 1:
-        step = crossing[done + 1] - crossing[done] if done + 1 < planes - 1 else 1
-        stop = done + 1
-        while stop < planes - 1 and crossing[stop] - crossing[stop - 1] == step:
-            stop += 1
-        runs.append((slice(crossing[done], crossing[stop - 1] + 1, step), slice(done, stop)))
-        done = stop
-    with torch.inference_mode(False):
-        first = torch.tensor([plane for plane, _ in starts], device=device)
-        down = torch.tensor([[offset] for _, offset in starts], dtype=torch.uint8, device=device)
-        up = torch.tensor([[8 - starts[k][1]] for k in crossing], dtype=torch.uint8, device=device)
-    return first, down, up, runs
-
-
-def _layout(bits: int) -> tuple[int, int]:
-    """Compute the number of segments and the number of byte planes.
-
-    Raises:
-        ShapeError: `bits` is not from 2 to 8.
-    """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
-        raise ShapeError(f"Codes have 2 to 8 bits, got {bits!r}.")
-    common = math.gcd(8, bits)
-    return 8 // common, bits // common

@@ -12,6 +12,7 @@ from tensornet.compression.candidates import format_losses, layer_formats, losse
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.linalg.weighted_svd import Weighting, damped, weighted_svd
 from tensornet.quantization import NumberFormat, predict, predict_losses
+from tensornet.quantization.menus import MENUS, Menu
 from tensornet.quantization.predict import predict_product_losses, spaced_rows
 from tensornet.topologies.dense import round_dense
 
@@ -116,14 +117,15 @@ def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
     assert found.choice == pytest.approx(exact, rel=0.12)  # without it a sixth too low
 
 
-def test_formats_that_do_not_fit_a_matrix_are_left_out() -> None:
+def test_formats_that_do_not_fit_a_matrix_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of 320 weights has no whole number of super-blocks; such a layer keeps its own format instead."""
+    monkeypatch.setattr(MENUS, "_items", {"super": Menu(("float", "nl4:g32:s6", "int4:g128"))})
     formats = [NumberFormat.parse(name) for name in ("int3:g16:s6", "int3:g32")]
     layers = [(torch.randn(8, size), Sensitivity(Weighting(), Weighting())) for size in (256, 320)]
     assert [list(x) for x in losses_of_parts(layers, formats)] == [formats, formats[1:]]
     config = tn.CompressionConfig(bits_per_weight=4, formats=tuple(x.name for x in formats))
     chosen = [layer_formats([matrix], [seen], config) for matrix, seen in layers]
     assert chosen == [tuple(formats), (NumberFormat(), formats[1])]
-    menu = tn.CompressionConfig(bits_per_weight=4, formats="gguf")
+    menu = tn.CompressionConfig(bits_per_weight=4, formats="super")
     assert NumberFormat.parse("nl4:g32:s6") in layer_formats([layers[0][0]], [layers[0][1]], menu)
     assert all(x.divides(320) for x in layer_formats([layers[1][0]], [layers[1][1]], menu))

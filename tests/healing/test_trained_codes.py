@@ -19,7 +19,7 @@ from tensornet.nn.storage import PackedCore, Storage, TrainedCodes
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import Budget, topology_family
 
-FORMATS = ["int8", "int8:row:zero", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
+FORMATS = ["int8", "int8:g32:zero", "int5:g32", "int4:g32:zero", "int3:row", "int2:g32:float8"]
 FAMILIES = ["dense", "low_rank", "mpo", "residual"]
 SHAPE = (20, 36)
 

@@ -25,6 +25,7 @@ from page_blocks import check_output, python_blocks, run_blocks, with_outputs
 from tensornet import _util
 from tensornet.errors import MissingDependencyError
 from tensornet.quantization import formats
+from tensornet.quantization.menus import MENUS
 from tensornet_hf.exporters.export import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +48,7 @@ def shown_pictures(path: Path) -> list[str]:
 @pytest.fixture
 def restored() -> Iterator[None]:
     """Restore what a page may change: the hypothesis profile, and tables of formats and export targets."""
-    tables: tuple[dict[Any, Any], ...] = (formats.LEVELS, formats.MENUS, TARGETS)
+    tables: tuple[dict[Any, Any], ...] = (formats.LEVELS, MENUS._items, TARGETS)
     before = [dict(table) for table in tables]
     yield
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -20,7 +20,7 @@ import tensornet as tn
 from tensornet._util import require
 from tensornet.errors import DestinationError, TargetError
 from tensornet.nn.module import NetworkModule
-from tensornet.quantization.formats import MENUS
+from tensornet.quantization.menus import MENUS
 from tensornet_hf.exporters.export import TARGETS, export
 
 require(("pytest",), extra="testing", user="tensornet_hf.testing")
@@ -106,7 +106,7 @@ class ExportLaws:
     def test_planned_layers_are_packed(self, bits: float, tmp_path: Path) -> None:
         """Check that the target can pack all layers of a plan that was made for it."""
         model = self.model()
-        assert self.target in MENUS, f"add the formats of {self.target!r} to MENUS"
+        assert self.target in MENUS, f"register the target {self.target!r} by register_target"
         _, dense = TARGETS[self.target].facts(model, self.folder(model, tmp_path / "dense"))
         config = tn.CompressionConfig(
             bits_per_weight=bits,

@@ -15,7 +15,7 @@ from tensornet.network import TensorNetwork
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, decode
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.formats import unpack
+from tensornet.quantization.packing import unpack
 from tensornet_hf.report import compact_bytes
 
 #: Suffix of files for llama.cpp.

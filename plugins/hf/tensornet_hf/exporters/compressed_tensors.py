@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tensornet.errors import TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.quantization import NumberFormat
+from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
 from tensornet_hf.exporters.folder import (
     Packed,
@@ -32,6 +33,11 @@ from tensornet_hf.exporters.folder import (
 
 #: Layer types that are packed, see `tensornet.nn.layer_kinds`.
 KINDS = ("linear",)
+#: Formats that can be packed. vLLM fuses layers of the same inputs, which then need the same format.
+COMPRESSED_TENSORS_MENU = Menu(
+    ("float", "int8", "int8:g128", "int6", "int5", "int4:g32", "int4", "int4:g128", "int3:g32"),
+    fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+)
 
 
 @torch.no_grad()

@@ -9,12 +9,17 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from tensornet.errors import DestinationError
+from tensornet.quantization.menus import MENUS, Menu
 from tensornet_hf.checkpoint import check_free, load, resolve_folder
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks
-from tensornet_hf.exporters.compressed_tensors import KINDS, export_compressed_tensors
+from tensornet_hf.exporters.compressed_tensors import (
+    COMPRESSED_TENSORS_MENU,
+    KINDS,
+    export_compressed_tensors,
+)
 from tensornet_hf.exporters.folder import folder_facts
-from tensornet_hf.exporters.gguf import check_files, export_gguf, file_facts
-from tensornet_hf.exporters.mlx import export_mlx, packed_kinds
+from tensornet_hf.exporters.gguf import GGUF_MENU, check_files, export_gguf, file_facts
+from tensornet_hf.exporters.mlx import MLX_MENU, export_mlx, packed_kinds
 
 
 class Target(NamedTuple):
@@ -25,19 +30,36 @@ class Target(NamedTuple):
             the tokenizer, or None), `force`, `networks`, and options of the target.
         facts: function that takes a dense model and its folder. It returns what a plan needs to know: the
             bytes of the files in addition to the weights, and the names of layers that stay dense.
+        menu: the number formats of plans for this target.
     """
 
     export: Callable[..., ExportReport]
     facts: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
+    menu: Menu
 
 
-#: Targets by name. To add a target, write an entry here, and list the number formats that it can store in
-#: `tensornet.quantization.formats.MENUS`.
-TARGETS: dict[str, Target] = {
-    "gguf": Target(export_gguf, file_facts),
-    "compressed-tensors": Target(export_compressed_tensors, lambda model, _: folder_facts(model, KINDS)),
-    "mlx": Target(export_mlx, lambda model, _: folder_facts(model, packed_kinds(model))),
-}
+#: Targets by name, see `register_target`.
+TARGETS: dict[str, Target] = {}
+
+
+def register_target(name: str, target: Target) -> None:
+    """Add a target, which `export` then writes, and whose menu `CompressionConfig(formats=name)` then uses.
+
+    Raises:
+        FormatError: another target has this name.
+    """
+    MENUS.add(name, target.menu)
+    TARGETS[name] = target
+
+
+register_target("gguf", Target(export_gguf, file_facts, GGUF_MENU))
+register_target(
+    "compressed-tensors",
+    Target(export_compressed_tensors, lambda model, _: folder_facts(model, KINDS), COMPRESSED_TENSORS_MENU),
+)
+register_target(
+    "mlx", Target(export_mlx, lambda model, _: folder_facts(model, packed_kinds(model)), MLX_MENU)
+)
 
 
 def find_target(destination: str | os.PathLike[str], target: str | None = None) -> str | None:

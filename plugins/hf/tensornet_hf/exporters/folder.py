@@ -23,7 +23,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
-from tensornet.quantization.formats import pack
+from tensornet.quantization.packing import pack
 from tensornet_hf.checkpoint import copy_small_files, weight_bytes, write_folder
 from tensornet_hf.exporters.base import (
     ExportReport,

