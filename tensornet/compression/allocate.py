@@ -43,7 +43,6 @@ class Candidate:
         cost: loss increase for comparing candidates, predicted with little damping of the gradient moments.
             Little damping ranks candidates best but underestimates the loss on other text, so
             `predicted_loss` uses more damping.
-        milliseconds: predicted time of a forward pass; 0 if no token count was given.
         number_format: for a dense matrix, the name of its number format as the user gave it; else empty.
     """
 
@@ -54,7 +53,6 @@ class Candidate:
     predicted_loss: float
     error: float
     cost: float = 0.0
-    milliseconds: float = 0.0
     number_format: str = ""
 
     def scaled(self, factor: float) -> "Candidate":
@@ -63,7 +61,7 @@ class Candidate:
 
 
 class CostCurve(NamedTuple):
-    """Sizes (parameters, bytes or milliseconds) and costs of the candidates of one layer.
+    """Sizes (parameters or bytes) and costs of the candidates of one layer.
 
     Both tensors have shape `(candidates,)`. Costs may have any unit, but must add up over layers.
     """
@@ -271,12 +269,10 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 _BLIND = "int8"
 #: Largest number of layers named in an error.
 _NAMED = 4
-#: Largest number of rounds that adjust the weights of several limits.
-_ROUNDS = 80
 
 
 def curve_of(candidates: Sequence[Candidate], unit: str) -> CostCurve:
-    """Make the cost curve of a layer, with `"params"`, `"num_bytes"` or `"milliseconds"` as size."""
+    """Make the cost curve of a layer, with `"params"` or `"num_bytes"` as size."""
     sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
     return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
 
@@ -324,14 +320,12 @@ def choose_candidates(
         add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
     for name, allowed in allowed_bytes(config, targets, rest).items():
         add(name, "num_bytes", allowed)
-    if config.max_milliseconds is not None:
-        add("max_milliseconds", "milliseconds", config.max_milliseconds)
     if not caps:
         assert config.loss_increase is not None
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
         return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
-    chosen, bound_by = spend_all(caps, names)
+    chosen, bound_by = choose_within(caps, names)
     for name in _common_formats(candidates):  # use one format for all layers if this costs less
         same = [uniform(found)[name] for found in candidates]
         cheaper = total_cost(caps[0].curves, same) < total_cost(caps[0].curves, chosen)
@@ -365,11 +359,12 @@ class Cap(NamedTuple):
         return total_size(self.curves, chosen) / self.allowed
 
 
-def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
-    """Choose one candidate for each layer, so that several limits are met and the total cost is small.
+def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
+    """Choose one candidate for each layer, so that all limits are met and the total cost is small.
 
-    The limits are combined into one limit by a weighted mean; a choice that meets all limits meets this one
-    too. The weights of exceeded limits are raised until all limits are met.
+    Usually the best choice for the tightest limit meets the others too. If none does, as may happen with
+    limits in different units, the size of each candidate is the largest of its shares of the limits: where
+    these sizes sum to at most 1, all limits are met.
 
     Args:
         caps: the limits.
@@ -399,27 +394,19 @@ def spend_all(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int]
             more = f"{text if fixed else ''} The largest are {shown}." if shown else ""
             raise BudgetError(f"{cap.name}: {error}{more}") from error
     kept = [chosen for chosen in alone if all(cap.use(chosen) <= 1 for cap in caps)]
-    weights, allowed = torch.full((len(caps),), 1 / len(caps), dtype=torch.float64), 1.0
-    for round_ in range(0 if kept or len(caps) == 1 else _ROUNDS):
-        mixed = []
-        for layer, curve in enumerate(caps[0].curves):  # weighted mean of sizes, each relative to its limit
-            sizes = torch.stack([cap.curves[layer].sizes / cap.allowed for cap in caps])
-            mixed.append(CostCurve(weights @ sizes, curve.costs))
-        least_use = sum(float(curve.sizes.min()) for curve in mixed)
-        chosen = spend_size(mixed, max(least_use * (1 + 1e-12), allowed))
-        use = torch.tensor([cap.use(chosen) for cap in caps], dtype=torch.float64)
-        if bool((use <= 1).all()):
-            kept.append(chosen)
-            allowed = 1.0
-        else:  # changing the weights may not suffice if candidates are few, so tighten the limit
-            allowed *= 0.99
-        weights = weights * use.clamp(0.5, 2.0) ** (0.95**round_)
-        weights = weights / weights.sum()
     if not kept:
-        raise BudgetError(
-            f"{' and '.join(cap.name for cap in caps)} contradict each other: no choice of candidates was "
-            "found that keeps them all. Leave out one of them, or raise it."
+        shares = (
+            torch.stack([cap.curves[k].sizes / cap.allowed for cap in caps]).amax(0)
+            for k in range(len(caps[0].curves))
         )
+        joint = [CostCurve(x, curve.costs) for x, curve in zip(shares, caps[0].curves, strict=True)]
+        try:
+            kept = [spend_size(joint, 1.0)]
+        except BudgetError as error:
+            raise BudgetError(
+                f"{' and '.join(cap.name for cap in caps)} contradict each other: no choice of candidates "
+                "was found that keeps them all. Leave out one of them, or raise it."
+            ) from error
     best = min(kept, key=lambda chosen: total_cost(caps[0].curves, chosen))
     return best, max(caps, key=lambda cap: cap.use(best)).name
 

@@ -1,4 +1,4 @@
-"""Candidates of every layer: networks and number formats, with their bytes, time and predicted loss increase.
+"""Candidates of every layer: networks and number formats, with their sizes and predicted loss increases.
 
 The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
 from the moments alone. With 2 and 3 bits, where clamping and scales matter most, a part of the matrix is
@@ -21,13 +21,10 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.contraction.cost import default_machine, dense_seconds
-from tensornet.contraction.plan import plan_operator
 from tensornet.errors import BudgetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
-from tensornet.nn.strategy import product_seconds, unpacking_seconds
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.menus import bytes_for
@@ -48,8 +45,10 @@ PREDICTED_ROWS = 64
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
-#: Bonds at which times are predicted, as fractions of the largest bond; other times are interpolated.
-_TIMED = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+#: Stored values and bytes of the networks of a ladder, which are the same for all layers of one shape. The
+#: key is the first and the last topology, the number of topologies, and how cores are stored.
+Counts = dict[tuple[Topology, Topology, int, Storage, torch.dtype], list[tuple[int, int]]]
 
 
 def find_candidates(
@@ -70,8 +69,7 @@ def find_candidates(
         BudgetError: a layer has no candidate left.
     """
     few = few_bits(config.number_formats)
-    device = targets[0].weight.device if targets else torch.device("cpu")
-    sizes = Sizes(config.tokens, device)
+    counts: Counts = {}
     for some in _chunks(targets):
         with remembering():  # layers with the same inputs share the factorized moment
             known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
@@ -86,9 +84,9 @@ def find_candidates(
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
                 run = [
-                    _insensitive(some[k].matrix, config, sizes)
+                    _insensitive(some[k].matrix, config)
                     if (sensitivity := known[k]) is None
-                    else _of_layer(some[k], sensitivity, config, objective, sizes, corrections.get(k))
+                    else _of_layer(some[k], sensitivity, config, objective, counts, corrections.get(k))
                     for k in places
                 ]
             yield from run
@@ -114,7 +112,7 @@ def _of_layer(
     sensitivity: Sensitivity,
     config: CompressionConfig,
     objective: str,
-    sizes: "Sizes",
+    counts: Counts,
     corrections: "Corrections | None",
 ) -> list[Candidate]:
     """Find all candidates of one layer, and drop those that are never the best choice.
@@ -131,21 +129,21 @@ def _of_layer(
     found: list[Candidate] = []
     if not config.formats:
         for family in families:
-            found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, sizes)
+            found += network_candidates(matrix, sensitivity, Storage(pivoted=pivoted), family, config, counts)
     else:
         formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
             corrections = None  # corrections are for other formats
         found = dense_candidates(
-            matrix, sensitivity, formats, sizes, corrections, config.number_formats, config.menu
+            matrix, sensitivity, formats, corrections, config.number_formats, config.menu
         )
-        other_caps = config.rel_error, config.param_ratio, config.tokens
-        rivals = found if other_caps == (None, None, None) else []  # else larger networks may be better
+        limited = config.rel_error is not None or config.param_ratio is not None
+        rivals = [] if limited else found  # with other limits, larger networks may be better
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
-                more = network_candidates(matrix, sensitivity, storage, family, config, sizes, known)
+                more = network_candidates(matrix, sensitivity, storage, family, config, counts, known)
                 found = [*found, *(x for x in more if x.topology is not None)]  # `found` has the dense ones
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
@@ -157,36 +155,27 @@ def _of_layer(
     return pruned(found) if objective == "curvature" else found  # other objectives have no common budget
 
 
-def _insensitive(matrix: Tensor, config: CompressionConfig, sizes: "Sizes") -> list[Candidate]:
+def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:
     """Make the only candidate of a layer with zero gradients: the dense matrix, with no loss increase.
 
     If number formats are planned, it is stored in the largest integer format.
     """
     integers = [x for x in config.number_formats if x.is_integer]
     if not integers:
-        size, time = matrix.numel() * matrix.element_size(), sizes.dense_time(matrix)
-        return [Candidate(None, PLAIN, size, matrix.numel(), 0.0, 0.0, 0.0, time)]
+        return [Candidate(None, PLAIN, matrix.nbytes, matrix.numel(), 0.0, 0.0)]
     largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
-    made = dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest], sizes)
+    made = dense_candidates(matrix, Sensitivity(Weighting(), Weighting()), [largest])
     return [x.scaled(0.0) for x in made]
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Drop the candidates that no budget of bytes, parameters and time would choose.
+    """Drop the candidates that no budget of bytes or parameters would choose.
 
-    A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. If times are
-    predicted, hulls over weighted sums of bytes and time are used too, since a plan may have limits on both.
-    The dense matrix in each number format is always kept, for plans with one format for all layers.
+    A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. The dense
+    matrix in each number format is always kept, for plans with one format for all layers.
     """
     costs = [x.cost for x in candidates]
     sizes = [[float(x.num_bytes) for x in candidates], [float(x.params) for x in candidates]]
-    times = [x.milliseconds for x in candidates]
-    if any(times):
-        most, longest = max(sizes[0]), max(times)
-        for share in (0.25, 0.5, 0.75, 1.0):
-            sizes.append(
-                [(1 - share) * a / most + share * b / longest for a, b in zip(sizes[0], times, strict=True)]
-            )
     kept = {k for size in sizes for k in lower_hull(size, costs)}
     return [x for k, x in enumerate(candidates) if k in kept or x.number_format]
 
@@ -207,7 +196,7 @@ def network_candidates(
     storage: Storage,
     family: TopologyFamily,
     config: CompressionConfig,
-    sizes: "Sizes | None" = None,
+    counts: Counts | None = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
     """List the networks of one family that may replace a matrix, for one storage, by increasing bond.
@@ -220,14 +209,14 @@ def network_candidates(
         storage: how the cores are stored.
         family: a registered topology family.
         config: limits and options of the family; networks with an error above `rel_error` are dropped.
-        sizes: counts bytes and predicts times; pass the same object for all layers.
+        counts: sizes of ladders that were counted before; new ones are added.
         rivals: other candidates of the layer. Networks above the lower convex hull of the rivals' costs over
             bytes are dropped, some before their cores are rounded, since rounding only adds loss.
 
     Raises:
         TopologyError: an option is unknown, or does not fit the matrix.
     """
-    sizes = sizes or Sizes()
+    counts = {} if counts is None else counts
     options, max_bond = config.family_options(family.name), config.max_bond
     rows, columns = matrix.shape
     number_format = storage.number_format
@@ -256,32 +245,38 @@ def network_candidates(
         )
         if rivals and predicted:
             bound = family.ladder(matrix, weightings, max_bond=max_bond, **options)
-            least = [size for _, size, _ in sizes.of(bound.topologies, storage, matrix.dtype)]
+            least = [size for _, size in _counted(bound.topologies, storage, matrix.dtype, counts)]
             useful = _below_hull(rivals, least, bound.losses[0].tolist())
             if not useful:
                 return []
             max_bond = max(bound.topologies[useful[-1]].bond_dims.values(), default=1)
     ladder = family.ladder(matrix, weightings, max_bond=max_bond, round_trip=encoding, **options)
-    known = sizes.of(ladder.topologies, storage, matrix.dtype)
-    dense_params, dense_bytes = matrix.numel(), matrix.numel() * matrix.element_size()
-    dense_time = sizes.dense_time(matrix)
+    known = _counted(ladder.topologies, storage, matrix.dtype, counts)
     (costs, losses), errors = ladder.losses.tolist(), ladder.errors.tolist()
     places: Sequence[int] = range(len(known))
     if rivals:
-        places = _below_hull(rivals, [size for _, size, _ in known], costs)
+        places = _below_hull(rivals, [size for _, size in known], costs)
     found = []
     for k in places:
-        params, size, time = known[k]
-        saves = params < dense_params or size < dense_bytes or time < dense_time
+        params, size = known[k]
+        saves = params < matrix.numel() or size < matrix.nbytes
         if (config.rel_error is not None and errors[k] > config.rel_error) or (ladder.complete and not saves):
-            continue  # a network must save parameters, bytes or time
+            continue  # a network must save parameters or bytes
         stored = storage.for_topology(ladder.topologies[k])
-        found.append(
-            Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k], time)
-        )
+        found.append(Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k]))
     if ladder.complete:
-        found.append(Candidate(None, PLAIN, dense_bytes, dense_params, 0.0, 0.0, 0.0, dense_time))
+        found.append(Candidate(None, PLAIN, matrix.nbytes, matrix.numel(), 0.0, 0.0))
     return found
+
+
+def _counted(
+    topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype, counts: Counts
+) -> list[tuple[int, int]]:
+    """Return `(stored values, bytes)` of topologies, which are sorted by bond, and add them to `counts`."""
+    key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
+    if key not in counts:
+        counts[key] = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
+    return counts[key]
 
 
 def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
@@ -387,7 +382,6 @@ def dense_candidates(
     matrix: Tensor,
     sensitivity: Sensitivity,
     formats: Sequence[NumberFormat],
-    sizes: "Sizes | None" = None,
     corrections: Corrections | None = None,
     names: Sequence[NumberFormat] | None = None,
     target: str | None = None,
@@ -398,12 +392,10 @@ def dense_candidates(
         matrix: the weight, shape `(out, in)`.
         sensitivity: sensitivity of the loss to errors of the weight.
         formats: number formats that this layer may have.
-        sizes: counts bytes and predicts times.
         corrections: see `format_losses`.
         names: for each of `formats`, the format of the configuration that it replaces in this layer.
         target: export target in whose files the bytes are counted; None for files of this library.
     """
-    sizes = sizes or Sizes()
     topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
     losses = format_losses(matrix, sensitivity, formats, corrections)
     found = []
@@ -419,7 +411,6 @@ def dense_candidates(
                 loss.forecast,
                 loss.error,
                 loss.choice,
-                sizes.dense_time(matrix, number_format),
                 asked.name,
             )
         )
@@ -610,60 +601,3 @@ def _predicted(
         FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
         for _, choice, forecast, plain in found.tolist()
     ]
-
-
-# --- sizes and times --------------------------------------------------------------------------------
-
-
-class Sizes:
-    """Counts stored values and bytes, predicts times, and reuses the results for layers of the same shape.
-
-    Times are those of a forward pass by the fastest contraction that does not cache the matrix.
-
-    Args:
-        tokens: number of tokens in the forward pass; if absent, all times are 0.
-        device: device whose constants the cost model uses.
-    """
-
-    def __init__(self, tokens: int | None = None, device: torch.device | str = "cpu") -> None:
-        self.tokens, self.machine = tokens, default_machine(torch.device(device))
-        self._known: dict[Hashable, list[tuple[int, int, float]]] = {}
-
-    def of(
-        self, topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype
-    ) -> list[tuple[int, int, float]]:
-        """Return `(stored values, bytes, milliseconds)` of topologies, which must be sorted by bond."""
-        # The first and the last topology identify the list; hashing all topologies would be slow.
-        key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
-        if key not in self._known:
-            counts = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
-            times = [0.0] * len(topologies)
-            if self.tokens is not None:
-                last = len(topologies) - 1
-                tried = sorted({round(fraction * last) for fraction in _TIMED})
-                some = [self._seconds(topologies[k], dtype.itemsize) for k in tried]
-                times = (1e3 * np.interp(np.arange(last + 1), tried, some)).tolist()
-                if storage.quantized:
-                    unpacked = [
-                        unpacking_seconds(x, storage, self.machine, dtype.itemsize) for x in topologies
-                    ]
-                    times = [a + 1e3 * b for a, b in zip(times, unpacked, strict=True)]
-            self._known[key] = [(*count, time) for count, time in zip(counts, times, strict=True)]
-        return self._known[key]
-
-    def _seconds(self, topology: Topology, itemsize: int) -> float:
-        assert self.tokens is not None
-        plan = plan_operator(topology)
-        route = plan.fastest(self.tokens, self.machine, itemsize)
-        return plan.seconds(route, self.tokens, self.machine, itemsize)
-
-    def dense_time(self, matrix: Tensor, number_format: NumberFormat | None = None) -> float:
-        """Predict the milliseconds that a dense layer takes, with its own dtype or with a number format."""
-        if self.tokens is None:
-            return 0.0
-        shape, itemsize = (matrix.shape[0], matrix.shape[1]), matrix.element_size()
-        if number_format is not None and number_format.is_integer:
-            return 1e3 * product_seconds(number_format, shape, self.tokens, self.machine, itemsize)[1]
-        # A network of one core takes the same time as the dense layer. The factor makes the dense layer win
-        # despite rounding errors.
-        return (1 - 1e-9) * 1e3 * dense_seconds(*shape, self.tokens, self.machine, itemsize)

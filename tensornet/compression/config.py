@@ -25,7 +25,7 @@ OBJECTIVES = ("auto", "weight", "activation", "curvature")
 ROUNDINGS = get_args(Rounding)
 AUTO = "auto"
 #: Budgets for all layers together; they need the sensitivity of the loss to errors in each layer.
-WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase", "max_milliseconds")
+WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase")
 #: Budgets that limit bytes.
 BYTE_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes")
 #: Number formats to plan with if bits per weight or a byte ratio are given without formats.
@@ -105,10 +105,6 @@ class CompressionConfig(LayerSelection):
             from it, as in `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
-        max_milliseconds: largest predicted time of one forward pass through the targeted layers. The time is
-            that of `tokens` tokens by the cost model of `layer.explain`, in eval mode on the device of the
-            model. It needs the curvature objective.
-        tokens: number of tokens for max_milliseconds: 1 for generating, the length of a text for reading it.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
             the predicted loss increase; auto takes the last one that the calibration data allow.
             `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
@@ -155,8 +151,6 @@ class CompressionConfig(LayerSelection):
     whole_model: bool | None = option(None, "advanced", "flag")
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
-    max_milliseconds: float | None = option(None, "advanced", "number")
-    tokens: int | None = option(None, "advanced", "integer")
     objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
     rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
     damping: float = option(0.1, "advanced", "number")
@@ -178,7 +172,7 @@ class CompressionConfig(LayerSelection):
         for name, choices in (("objective", OBJECTIVES), ("rounding", ROUNDINGS)):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
-        for name in ("max_bond", "sites", "tokens"):
+        for name in ("max_bond", "sites"):
             if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
         for name in ("pivoted", "whole_model", "require_calibrated", "verify"):
@@ -195,11 +189,6 @@ class CompressionConfig(LayerSelection):
             BudgetError: a budget is out of range, or contradicts another option.
         """
         _ = self.budget  # checks max_bond, rel_error and param_ratio
-        if self.max_milliseconds is not None and self.tokens is None:
-            raise BudgetError(
-                "max_milliseconds depends on the number of tokens in a forward pass: give tokens=1 for "
-                "generating, or the length of a text."
-            )
         for name in WHOLE_MODEL_BUDGETS:
             if (value := getattr(self, name)) is None:
                 continue
@@ -241,8 +230,8 @@ class CompressionConfig(LayerSelection):
         if not (budgets or self.formats or self.topology != AUTO):
             raise BudgetError(
                 "No option says how far to compress. Give a budget: bits_per_weight=4.25, byte_ratio=0.25, "
-                "max_bytes=, param_ratio=0.5, max_bond=, rel_error=, loss_increase= or max_milliseconds=. "
-                "Or give topology= to store every layer as such a network without loss."
+                "max_bytes=, param_ratio=0.5, max_bond=, rel_error= or loss_increase=. Or give "
+                " topology= to store every layer as such a network without loss."
             )
 
     def counts_model(self, budget: str) -> bool:
@@ -272,8 +261,7 @@ class CompressionConfig(LayerSelection):
     @property
     def one_format_keeps(self) -> bool:
         """True if one number format for all layers can meet all budgets, without calibration data."""
-        others = (self.param_ratio, self.loss_increase, self.max_milliseconds)
-        return self.formats is not None and all(value is None for value in others)
+        return self.formats is not None and self.param_ratio is None and self.loss_increase is None
 
     @property
     def needs_curvature(self) -> bool:
@@ -345,7 +333,7 @@ def _checked_topology(config: CompressionConfig) -> str | tuple[Topology, ...]:
             "topology must be the name of a family, a registered family, a Topology or a list of topologies, "
             f"got {given!r:.200}."
         )
-    choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats", "tokens")
+    choosing = ("topology_options", "sites", "max_bond", "rel_error", "param_ratio", "formats")
     if clashing := [name for name in (*choosing, *WHOLE_MODEL_BUDGETS) if getattr(config, name) is not None]:
         raise TopologyError(
             f"A topology fixes all dims and bonds: leave out {', '.join(clashing)}, or give the name of a "

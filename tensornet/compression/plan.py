@@ -48,7 +48,6 @@ class LayerPlan:
             measurements of the whole model; None without calibrated gradients.
         curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected.
         byte_curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
-        milliseconds: predicted time of a forward pass; None if no token count was given.
         dtype: dtype of the weight.
         target: export target in whose files the bytes are counted; None for files of this library.
 
@@ -69,7 +68,6 @@ class LayerPlan:
     loss_increase: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
     byte_curve: tuple[tuple[int, float], ...] = ()
-    milliseconds: float | None = None
     dtype: torch.dtype = torch.float32
     target: str | None = None
 
@@ -230,7 +228,6 @@ class CompressionPlan:
         rounding: how integers are rounded, see `CompressionConfig`.
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
-        tokens: number of tokens for which `milliseconds` were predicted.
         forecast: corrects the sum of the predicted losses by loss increases measured on validation data.
         topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
@@ -253,7 +250,6 @@ class CompressionPlan:
     damping: float = 0.0
     dense_loss: float | None = None
     calibration: str | None = None
-    tokens: int | None = None
     forecast: Forecast = UNMEASURED
     topology_options: Mapping[str, Any] | None = None
     of_tokens: bool = False
@@ -321,11 +317,6 @@ class CompressionPlan:
         return self.forecast.kl(total) if total is not None and self.of_tokens else None
 
     @property
-    def predicted_milliseconds(self) -> float | None:
-        """Predicted time of a forward pass of `tokens` tokens through all layers, by the cost model."""
-        return _sum([layer.milliseconds for layer in self.layers])
-
-    @property
     def predicted_perplexity(self) -> float | None:
         """Predicted perplexity on the calibration text; None if no token loss was predicted."""
         increase = self.predicted_loss_increase
@@ -334,12 +325,7 @@ class CompressionPlan:
 
     def predictions(self) -> dict[str, float | None]:
         """Collect all predictions in a JSON-ready dict, with None for unknown ones."""
-        names = (
-            "predicted_loss_increase",
-            "predicted_kl",
-            "predicted_perplexity",
-            "predicted_milliseconds",
-        )
+        names = ("predicted_loss_increase", "predicted_kl", "predicted_perplexity")
         return {name: getattr(self, name) for name in names}
 
     def predicted_change(self) -> str:
@@ -423,7 +409,7 @@ class CompressionPlan:
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
             kept.num_params(topology)  # raises an error if `kept` has formats for unknown cores
             made = {"bound_by": "edited", "error": None, "storage": kept, "loss_increase": None}
-        edited = replace(old, topology=topology, milliseconds=None, **made)
+        edited = replace(old, topology=topology, **made)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def with_errors(self, errors: Mapping[str, float]) -> "CompressionPlan":
@@ -465,8 +451,6 @@ class CompressionPlan:
             lines.append(
                 f"not checked by measuring: {len(uncertain)} layers whose predicted loss is uncertain"
             )
-        if self.predicted_milliseconds is not None:
-            lines.append(f"predicted for {self.tokens} tokens: {self.predicted_milliseconds:.4g} ms")
         return "\n".join(lines)
 
     def plot(self) -> "Figure":

@@ -22,7 +22,6 @@ from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig,
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
-from tensornet.contraction.cost import default_machine
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
@@ -83,9 +82,8 @@ class Prepared:
 
         Args:
             progress: whether to show a progress bar if layers are decomposed one by one.
-            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes`, `loss_increase` and
-                `max_milliseconds` (for the `tokens` of the configuration); they replace the budgets of the
-                configuration.
+            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes` and `loss_increase`;
+                they replace the budgets of the configuration.
 
         Raises:
             BudgetError: the budget cannot be met, or contains another limit, such as `max_bond`, on which
@@ -146,7 +144,6 @@ class Prepared:
                 loss_increase=candidate.predicted_loss if predicts else None,
                 curve=hull_of(found, "params") if predicts else (),
                 byte_curve=hull_of(found, "num_bytes") if predicts else (),
-                milliseconds=candidate.milliseconds if self.config.tokens is not None else None,
                 dtype=target.matrix.dtype,
                 target=self.config.menu,
             )
@@ -183,7 +180,7 @@ def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list
     sums = []
     for place in places:
         same = [found[k] for found, k in zip(group, place, strict=True)]
-        parts = ("num_bytes", "params", "predicted_loss", "cost", "milliseconds")
+        parts = ("num_bytes", "params", "predicted_loss", "cost")
         sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
     return sums, places
 
@@ -261,7 +258,6 @@ def prepare(
         rounding=config.rounding,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
         calibration=stats.source if stats is not None else None,
-        tokens=config.tokens,
         topology_options=config.topology_options,
         of_tokens=stats is not None and stats.of_tokens,
         unseen=unseen,
@@ -389,52 +385,3 @@ def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> 
         if kept_new != kept_old:
             return kept_new
     return new.error < old.error
-
-
-# --- time -------------------------------------------------------------------------------------------
-
-#: Multiply-adds for a matrix `(m, n)`, in units of `m n (m + n)`: for planning with number formats, for
-#: rounding, and for planning or decomposing networks without number formats.
-_PLANNING, _ROUNDING, _NETWORKS = 22.0, 26.0, 3.0
-#: Time of calibrating on a token, with gradients and moments, in units of a forward pass.
-_CALIBRATION = 5.0
-#: Typical number of measurements in the loss check, and number of tokens in each.
-_CHECKED, _CHECK_TOKENS = 12, 1024
-
-
-def estimate_seconds(
-    model: nn.Module, config: CompressionConfig, *, tokens: int = 32_768
-) -> dict[str, float]:
-    """Estimate how long each step of `compress` will take, from the shapes of the layers.
-
-    On an idle machine the estimate is right within a factor of two.
-
-    Args:
-        model: the dense model, which may be on the meta device.
-        config: the options.
-        tokens: number of calibration tokens.
-
-    Returns:
-        Seconds of the steps `"calibration"`, `"planning"`, `"loss check"` and `"rounding"`, and their sum,
-        `"total"`.
-
-    Raises:
-        TargetError: no layer is selected.
-    """
-    with unfused(model):
-        targets = [x for x in find_targets(model, config) if not x.skip]
-    peak = default_machine(targets[0].weight.device).peak
-    shapes = [tuple(target.matrix.shape) for target in targets]
-    # The minimum is for embeddings: the work for a row does not grow with the number of rows.
-    work = sum(m * n * min(m + n, 3 * min(m, n)) for m, n in shapes)
-    forward = sum(p.numel() for p in model.parameters())
-    steps = dict.fromkeys(("calibration", "planning", "loss check", "rounding"), 0.0)
-    if config.objective != "weight":
-        moments = sum(m * m + n * n for m, n in shapes)
-        steps["calibration"] = tokens * (_CALIBRATION * forward + moments)
-    steps["planning"] = work * (_PLANNING if config.formats else _NETWORKS)
-    steps["rounding"] = work * (_ROUNDING if config.formats else _NETWORKS)
-    if config.formats and config.verify and config.objective != "weight":
-        steps["loss check"] = _CHECKED * _CHECK_TOKENS * forward
-    seconds = {name: amount / peak for name, amount in steps.items()}
-    return {**seconds, "total": sum(seconds.values())}

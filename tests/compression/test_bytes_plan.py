@@ -21,7 +21,7 @@ from tensornet.compression import Prepared, prepare
 from tensornet.compression.allocate import (
     Cap,
     CostCurve,
-    spend_all,
+    choose_within,
     spend_size,
     total_cost,
     total_size,
@@ -96,24 +96,35 @@ def test_several_caps_are_all_kept(layers: list[CostCurve], data: st.DataObject)
     ]
     caps = [
         Cap(name, made, data.draw(st.integers(1, 160)))
-        for name, made in (("max_bytes", layers), ("max_milliseconds", others))
+        for name, made in (("max_bytes", layers), ("param_ratio", others))
     ]
     try:
-        chosen, name = spend_all(caps)
+        chosen, name = choose_within(caps)
     except tn.errors.BudgetError:
         return
     assert all(total_size(cap.curves, chosen) <= cap.allowed * (1 + 1e-12) for cap in caps)
     assert name == max(caps, key=lambda cap: cap.use(chosen)).name
 
 
+def test_a_choice_that_no_limit_alone_finds() -> None:
+    """Each limit alone chooses the candidate that exceeds the other one."""
+    costs = torch.tensor([10.0, 0.0, 0.0, 2.0]).double()
+    first, second = torch.tensor([[1.0, 9.0, 1.0, 5.0], [1.0, 1.0, 9.0, 5.0]]).double()
+    caps = [
+        Cap("max_bytes", [CostCurve(first, costs)], 5.0),
+        Cap("param_ratio", [CostCurve(second, costs)], 5.0),
+    ]
+    assert choose_within(caps)[0] == [3]
+
+
 def test_caps_that_contradict_each_other() -> None:
     sizes, costs = torch.tensor([1.0, 9.0]).double(), torch.tensor([5.0, 0.0]).double()
     caps = [
         Cap("max_bytes", [CostCurve(sizes, costs)], 2.0),
-        Cap("max_milliseconds", [CostCurve(sizes.flip(0), costs)], 2.0),
+        Cap("param_ratio", [CostCurve(sizes.flip(0), costs)], 2.0),
     ]
-    with pytest.raises(tn.errors.BudgetError, match="max_bytes and max_milliseconds contradict each other"):
-        spend_all(caps)
+    with pytest.raises(tn.errors.BudgetError, match="max_bytes and param_ratio contradict"):
+        choose_within(caps)
 
 
 # --- plans ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 from functools import cache
@@ -29,8 +28,6 @@ from tensornet.compression.allocate import (
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.sensitivity import FORECAST_DAMPING
 from tensornet.linalg.weighted_svd import damped
-from tensornet.nn.int4_cpu import has_layout
-from tensornet.quantization import NumberFormat
 
 MLP = "*.mlp.*"
 
@@ -239,65 +236,6 @@ def test_tied_embedding_and_head_are_one_layer_with_both_prices() -> None:
     ids = tokens()[0]
     rows = model.transformer.wte(ids)
     torch.testing.assert_close(rows, model.lm_head.to_matrix()[ids])
-
-
-@cache
-def wide_stats() -> tuple[nn.Module, CalibrationStats]:
-    """Two layers large enough for a smaller one to be faster."""
-    model = nn.Sequential(nn.Linear(384, 512), nn.Linear(512, 384))
-    rows = {"0": torch.rand(512), "1": torch.rand(384)}
-    columns = {"0": torch.rand(384), "1": torch.rand(512)}
-    return model, CalibrationStats(rows, columns, tokens=10, loss=1.0)
-
-
-def test_milliseconds_are_a_budget() -> None:
-    model, stats = wide_stats()
-    prepared = prepare(model, CompressionConfig(param_ratio=1.0, tokens=1), stats)
-    slow = prepared.plan().predicted_milliseconds
-    assert slow is not None
-    plans = [prepared.plan(max_milliseconds=share * slow) for share in (0.9, 0.6)]
-    for plan, share in zip(plans, (0.9, 0.6), strict=True):
-        assert 0.8 * share * slow < plan.predicted_milliseconds <= share * slow  # type: ignore[operator]
-        assert {layer.bound_by for layer in plan} <= {"max_milliseconds", "dense"}
-    assert plans[0].predicted_loss_increase < plans[1].predicted_loss_increase  # type: ignore[operator]
-    assert "predicted for 1 tokens" in str(plans[0])
-    assert tn.CompressionPlan.from_dict(plans[0].to_dict()) == plans[0]
-
-
-def test_predicted_times_are_those_that_layers_explain() -> None:
-    model, stats = wide_stats()
-    plan = tn.plan(model, CompressionConfig(param_ratio=0.4, tokens=7), stats)
-    twin = copy.deepcopy(model).eval()
-    tn.apply_plan(twin, plan, stats)
-    for layer in plan:
-        made = twin.get_submodule(layer.name)
-        if layer.topology is None:
-            continue
-        told = made.explain(7)
-        fastest = min(told["factorized"].milliseconds, told["reconstruct"].milliseconds)
-        assert layer.milliseconds == pytest.approx(fastest, rel=0.05)
-
-
-@pytest.mark.parametrize("tokens", [1, 256])
-def test_predicted_times_know_how_integers_are_read(tokens: int) -> None:
-    model = nn.Sequential(nn.Linear(128, 192)).bfloat16()
-    stats = CalibrationStats({"0": torch.rand(192)}, {"0": torch.rand(128)}, tokens=10, loss=1.0)
-    times = {}
-    for name in ("int2", "int3", "int4", "int6", "int8:row"):
-        config = CompressionConfig(bits_per_weight=8.5, tokens=tokens, formats=(name,))
-        plan = tn.plan(model, config, stats)
-        tn.apply_plan(twin := copy.deepcopy(model).eval(), plan, stats)
-        twin = tn.nn.prepare_for_inference(twin)
-        for layer in plan:
-            told = twin.get_submodule(layer.name).explain(tokens)
-            assert told.choice == "factorized"
-            if layer.topology.family == "dense":  # type: ignore[union-attr]
-                assert layer.milliseconds == pytest.approx(told["factorized"].milliseconds)
-        times[name] = [plan["0"].milliseconds, twin[0].explain(tokens).dense_milliseconds]
-    if tokens == 1 and has_layout(NumberFormat.parse("int4"), (192, 128)):
-        assert times["int3"][0] == times["int4"][0] < times["int4"][1] < times["int2"][0]
-        assert times["int4"][0] < times["int6"][0] < times["int2"][0]
-    assert times["int8:row"][0] < times["int2"][0]
 
 
 def test_tokens_that_were_not_read_are_not_given_up() -> None:

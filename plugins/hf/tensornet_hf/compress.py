@@ -5,7 +5,6 @@
 import copy
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,6 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import estimate_seconds
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.errors import BudgetError, TargetError
 from tensornet.healing import refine
@@ -39,11 +37,11 @@ from tensornet_hf.checkpoint import (
     weight_bytes,
 )
 from tensornet_hf.embedded import calibration_text
-from tensornet_hf.evaluate import HELD_OUT_TOKENS, ModelFacts, record_held_out
+from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks
 from tensornet_hf.exporters.export import TARGETS, export, find_target
 from tensornet_hf.exporters.gguf import check_files
-from tensornet_hf.lazy_model import mapped_model, open_lazily
+from tensornet_hf.lazy_model import mapped_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
@@ -339,7 +337,6 @@ def compress_folder(
         rotate(model)
     if held_out is not None:
         record_held_out(model, folder, held_out, tokens=2)  # raises early if no loss can be measured
-    _print_estimate(model, config, options)
     calibration = _calibration(model, folder, config, options, text)
     validation = _validation(model, folder, options)
     stats = None if calibration is None else calibration.statistics
@@ -478,7 +475,6 @@ def plan_folder(
         checked = for_target(options.export, checked, model, folder)
     if options.rotate:
         rotate(model)
-    _print_estimate(model, checked, options)
     calibration = _calibration(model, folder, checked, options, options.text)
     validation = _validation(model, folder, options)
     data = gather(model, checked, calibration, progress=options.progress)
@@ -658,7 +654,6 @@ def _compress_streamed(
     Calibration statistics are saved in the staging folder of the destination, so that a resumed run can read
     them.
     """
-    _print_estimate(open_lazily(read_dense(folder), only=()).model, config, options)
     statistics = None if options.statistics is None else Path(options.statistics)
     if text is not None:
         observed = observing(config) if isinstance(config, CompressionPlan) else config
@@ -684,43 +679,6 @@ def _compress_streamed(
         force=options.force,
         progress=options.progress,
     )
-
-
-def _print_estimate(
-    model: PreTrainedModel, config: CompressionConfig | CompressionPlan, options: CompressOptions
-) -> None:
-    """Print an estimate of the duration of the whole run on stderr, if progress is shown."""
-    if options.progress and isinstance(config, CompressionConfig):
-        sys.stderr.write(f"tensornet: {estimate(model, config, options)}\n")
-
-
-def estimate(model: PreTrainedModel, config: CompressionConfig, options: CompressOptions) -> str:
-    """Return a line that estimates the time of a run, including the baselines of a report.
-
-    Args:
-        model: the dense model; may be on the meta device.
-        config: the compression options.
-        options: further options.
-    """
-    tokens = options.calibration_tokens or MOST_TOKENS
-    steps = estimate_seconds(model, config, tokens=tokens)
-    del steps["total"]
-    if options.held_out is not None or options.report is not None:
-        # Three baselines are rounded, and five models read the held-out text. This reading takes about as
-        # long as calibration on the same number of tokens.
-        steps["baselines"] = 3 * steps["rounding"]
-        if options.held_out is not None:
-            steps["baselines"] += steps["calibration"] * HELD_OUT_TOKENS / tokens
-    if options.statistics is not None and Path(options.statistics).exists():
-        steps["calibration"] = 0.0
-    told = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in steps.items() if seconds)
-    more = [f"--{name}" for name in ("refine", "heal") if getattr(options, name)]
-    without = f", without {' and '.join(more)}" if more else ""
-    return f"estimated time {_duration(sum(steps.values()))}{without} ({told}); a busy machine takes longer"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{max(1.0, seconds):.0f} s"
 
 
 def _correct(

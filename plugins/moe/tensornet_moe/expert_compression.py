@@ -284,7 +284,6 @@ def _check_options(config: CompressionConfig) -> None:
     apart = {
         "max_bond": config.max_bond is not None,
         "rel_error": config.rel_error is not None,
-        "max_milliseconds": config.max_milliseconds is not None,
         "topology": bool(config.fixed),
         "objective": config.objective not in ("auto", "curvature"),
     }

@@ -200,15 +200,3 @@ def test_command_line_measures_where_there_is_a_loss(
     else:
         assert (status, out) == (1, "")
         assert "neither a language model nor an encoder" in err
-
-
-def test_command_line_plans_for_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("And he said unto them. " * 200)
-    command = ["compress", str(gpt2_path()), "--dry-run", "--json", "--calibration", str(text)]
-    assert run([*command, "--max-milliseconds", "1000", "--tokens", "64"]) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert plan["tokens"] == 64
-    assert sum(layer["loss_increase"] for layer in plan["layers"]) < 1e-6  # there is time enough
-    assert run([*command, "--max-milliseconds", "1000"]) == 1
-    assert "--tokens 1 for generating" in capsys.readouterr().err

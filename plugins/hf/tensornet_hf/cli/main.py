@@ -35,14 +35,7 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "compress": (CompressionConfig, CompressOptions),
     "upcycle": (MoEConfig,),
 }
-#: Advice for options that were removed.
-REMOVED = {
-    "--int8": "Use --formats int8 with --bits 8.25.",
-    "--sentences": "examples/sentence_encoder.py compares the vectors of an encoder.",
-    "--reference": "examples/sentence_encoder.py compares the vectors of an encoder.",
-    "--labels": "Measure the accuracy of a classifier in Python, as examples/image_accuracy.py does.",
-    "--images": "examples/image_accuracy.py measures the accuracy on images.",
-}
+
 
 ALL = "--help-all"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
@@ -107,8 +100,7 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:
-        removed = REMOVED.get(getattr(error, "option_name", ""))
-        advice = removed or "See tensornet --help, or tensornet COMMAND --help."
+        advice = "See tensornet --help, or tensornet COMMAND --help."
         if message := error.format_message():  # empty if the help was printed
             _say(f"{message.rstrip('.')}. {advice}")
         return WRONG_USAGE
