@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from hf_architectures import EXCEPTIONS, Architecture
+from hf_models import assert_generates_alike
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
@@ -168,9 +169,14 @@ def generate(trial: Trial) -> None:
     """The loaded model continues its input like the dense model."""
     inputs = trial.architecture.batch()
     inputs.pop("decoder_input_ids", None)
-    options = {"max_new_tokens": 4, "do_sample": False}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     found = trial.loaded.generate(**inputs, **options)
-    assert torch.equal(found, trial.dense.generate(**inputs, **options))
+    assert_generates_alike(found, trial.dense.generate(**inputs, **options), CLOSE)
 
 
 def decompress(trial: Trial) -> None:

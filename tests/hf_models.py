@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,19 @@ EVERY_LAYER = tn.CompressionConfig(target_modules="all", topology="mpo")
 def logits(model: nn.Module, architecture: Architecture) -> Tensor:
     with torch.no_grad():
         return model(**architecture.inputs()).logits
+
+
+def assert_generates_alike(found: Any, expected: Any, tolerance: float) -> None:
+    """Compare the logits of each new token relative to the largest one.
+
+    Both are what `generate` returns with `return_dict_in_generate=True, output_logits=True`. After a tie
+    within rounding they may go on differently.
+    """
+    for a, b in zip(found.logits, expected.logits, strict=False):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(b.abs().max()))
+        if not torch.equal(a.argmax(-1), b.argmax(-1)):
+            return
+    assert torch.equal(found.sequences, expected.sequences)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -35,35 +35,32 @@ def unit_upper(matrix: Tensor) -> Tensor:
     return (lower / lower.diagonal()).flip(0, 1)
 
 
-def slow_nearest(target: Tensor, grid: Grid) -> Tensor:
-    """Code, or level, of the nearest point, against all of them."""
-    if grid.levels is None:
-        return target.round().clamp(0, grid.top)
-    return grid.levels.values[(target[..., None] - grid.levels.values).abs().argmin(-1)]
+def assert_nearest(codes: Tensor, target: Tensor, grid: Grid) -> None:
+    """Check that no point of the grid is nearer to its target, in steps, than the chosen one.
+
+    Targets depend on all codes before. So the codes of two algorithms may differ after a tie within rounding,
+    and this law still holds for both.
+    """
+    points = torch.arange(grid.top + 1).to(target) if grid.levels is None else grid.levels.values
+    assert bool(torch.isin(codes, points).all())
+    nearest = (target[..., None] - points).abs().amin(-1)
+    torch.testing.assert_close((target - codes).abs(), nearest, rtol=1e-9, atol=1e-9)
 
 
-def slow_codes(matrix: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
-    """Two-sided rounding by its definition: each element is `w + (U_R^T E U_C - E)` over what came before."""
-    error, codes = torch.zeros_like(matrix), torch.zeros_like(matrix)
-    scale = grid.scale[0]
-    for i in range(matrix.shape[0]):
-        for j in range(matrix.shape[1]):
-            coupled = rows[: i + 1, i] @ error[: i + 1, : j + 1] @ columns[: j + 1, j]  # E_ij is still 0
-            divisor = scale[i, j] if scale[i, j] != 0 else torch.ones(())
-            zero = grid.zero[0, i, j] if isinstance(grid.zero, Tensor) else grid.zero
-            codes[i, j] = slow_nearest((matrix[i, j] + coupled) / divisor + zero, grid)
-            error[i, j] = matrix[i, j] - (codes[i, j] - zero) * scale[i, j]
-    return codes
+def fed_back(matrix: Tensor, codes: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:
+    """What each element was rounded from, in steps: `w + (U_R^T E U_C - E)`, with errors of those before."""
+    error = matrix - grid.points(codes)[0]
+    return ((matrix + rows.T @ error @ columns - error) / grid.divisor + grid.zero)[0]
 
 
-def gptq(matrix: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """GPTQ as published: by the Cholesky factor of the inverse Hessian, updating the remaining weights."""
-    work, codes = matrix.clone(), torch.zeros_like(matrix)
+def fed_back_by_gptq(matrix: Tensor, codes: Tensor, grid: Grid, columns: Tensor) -> Tensor:
+    """The same for GPTQ as published: the Cholesky factor of the inverse Hessian updates what remains."""
+    work, target = matrix.clone(), torch.zeros_like(matrix)
     upper = torch.linalg.cholesky(torch.linalg.inv(columns)).mT  # H^-1 = upper^T upper
     scale = grid.scale[0]
     for j in range(matrix.shape[1]):
         zero = grid.zero[0, :, j] if isinstance(grid.zero, Tensor) else grid.zero
-        codes[:, j] = slow_nearest(work[:, j] / scale[:, j] + zero, grid)
+        target[:, j] = work[:, j] / scale[:, j] + zero
         gone = (work[:, j] - (codes[:, j] - zero) * scale[:, j]) / upper[j, j]
         work[:, j:] -= gone[:, None] * upper[j, j:]
-    return codes
+    return target

@@ -156,7 +156,8 @@ def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path
 
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
 def test_generates_the_same_with_and_without_cache(name: str) -> None:
-    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.3)).eval()
+    # In float32 ties of rounding would say nothing of the cache.
+    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.3)).eval().double()
     inputs = ARCHITECTURES[name].inputs(labels=False)
     inputs = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
     with_cache, without = (
