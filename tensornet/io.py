@@ -1,12 +1,16 @@
 """Files: write files and folders atomically; read and assemble safetensors files without loading tensors."""
 
+import errno
+import glob
 import hashlib
 import json
 import math
 import mmap
 import os
+import secrets
 import shutil
-import tempfile
+import stat
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,32 +52,46 @@ def check_place(what: str, path: Path) -> None:
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 
 
+def _temporary(target: Path, suffix: str) -> Path:
+    """Return an unused name next to a file or folder, `.NAME.PROCESS-RANDOM.SUFFIX`."""
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{suffix}")
+
+
 @contextmanager
-def new_file(path: Path, *, what: str | None = None) -> Iterator[Path]:
+def new_file(path: Path, *, what: str | None = None, force: bool = True) -> Iterator[Path]:
     """Yield a temporary path to write to, and rename it to `path` if the block ends without an error.
 
-    After an error, an existing file `path` is unchanged.
+    After an error, an existing file `path` is unchanged. If `path` is a symbolic link, its target is written.
 
     Args:
         path: final path of the file.
         what: subject of the error message, such as `"The checkpoint"`.
+        force: replace an existing file.
 
     Raises:
-        DestinationError: the file cannot be written, and `what` is given.
-        OSError: the file cannot be written, and `what` is absent.
+        DestinationError: the file cannot be written, or exists without `force`, and `what` is given.
+        OSError: the file cannot be written, or exists without `force`, and `what` is absent.
     """
     if what is not None:
         check_place(what, path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = Path(os.path.realpath(path))
+    partial = _temporary(target, "tmp")
     try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode  # follows the umask, which cannot be read without changing it
         yield partial
+        partial.chmod(stat.S_IMODE(mode))  # safetensors creates files that only their owner can read
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        if not force:
+            target.touch(exist_ok=False)  # claims the name, or fails if another run was faster
+        partial.replace(target)
     except OSError as error:
         if what is None:
             raise
-        raise DestinationError(f"{what} cannot be written to {path}: {error}") from error
+        taken = isinstance(error, FileExistsError)
+        why = "it exists already. Choose another name, or set force=True (--force)." if taken else error
+        raise DestinationError(f"{what} cannot be written to {path}: {why}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -107,53 +125,120 @@ def intact(path: Path, written: Written) -> bool:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to write to, and rename it to `target` if the block ends without an error.
 
-    After an error, an existing folder `target` is unchanged.
+    After an error, an existing folder `target` is unchanged. If `target` is a symbolic link, the folder that
+    it names is written. A warning lists temporary folders that killed processes left behind.
+
+    Args:
+        target: final path of the folder; may exist if it is empty.
+        force: replace an existing folder.
 
     Raises:
-        DestinationError: the temporary folder cannot be created next to `target`.
+        DestinationError: the temporary folder cannot be created next to `target`; or `target` exists when
+            the new folder is complete, and `force` is not set.
         OSError: the temporary folder cannot be renamed to `target`.
     """
+    target = Path(os.path.realpath(target))
+    folder = _temporary(target, "partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        if remains := [str(path) for path in _remains(target)]:
+            warnings.warn(
+                f"Runs that were interrupted while writing {target} left {', '.join(remains)}. Delete them, "
+                "unless another machine is writing there.",
+                stacklevel=3,  # the caller of the `with` statement
+            )
+        folder.mkdir()
     except OSError as error:
         raise DestinationError(f"Cannot write {target}: {error}.") from error
     try:
         yield folder
-        os.umask(mask := os.umask(0))  # the umask can only be read by setting it
-        folder.chmod(0o777 & ~mask)  # mkdtemp and safetensors give permissions to the owner only
+        mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # follows the umask
         for file in folder.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~mask)
-        take_place(folder, target)
+                file.chmod(mode)  # safetensors creates files that only their owner can read
+        take_place(folder, target, force=force)
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # does nothing after a success: the folder was renamed
 
 
-def take_place(folder: Path, target: Path) -> None:
-    """Rename a finished folder to its destination, and delete an existing folder of that name.
+def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
+    """Rename a finished folder to its destination, which may be an empty folder.
 
-    The existing folder is first renamed to `.NAME.*.old`. After an error or Ctrl-C, it gets its
-    name back.
+    With `force`, an existing folder is first renamed to `.NAME.*.old/NAME`, and deleted at the end. After an
+    error or Ctrl-C, it gets its name back; after a crash, `restore` gives it back.
 
     Raises:
+        DestinationError: the destination exists and `force` is not set.
         OSError: a folder cannot be renamed.
     """
-    if not target.exists():
-        folder.rename(target)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    earlier = old / target.name
+    while True:
+        old = _temporary(target, "old")
+        earlier = old / target.name
+        try:
+            if force and target.exists():
+                old.mkdir()
+                target.rename(earlier)
+            folder.rename(target)  # fails if the destination contains files
+            return
+        except OSError as error:
+            taken = error.errno in (errno.ENOTEMPTY, errno.EEXIST)
+            if taken and not force:
+                raise DestinationError(
+                    f"{target} exists already: another run has written it. Choose another name, or replace "
+                    "it with force=True (--force)."
+                ) from error
+            if not (taken or error.errno == errno.ENOENT) or not folder.exists():
+                raise
+            # Another run that may replace this folder was faster at one of the renames: try again.
+        finally:  # the block may have been interrupted before or after each rename
+            if earlier.exists() and not target.exists():
+                earlier.rename(target)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def moved_aside(target: Path) -> Path | None:
+    """Return where a killed run of `take_place` has left the folder of this name; None if it is in place."""
+    if target.exists():
+        return None
+    return next((x for x in target.parent.glob(f".{glob.escape(target.name)}.*.old/*") if x.is_dir()), None)
+
+
+def restore(target: Path) -> None:
+    """Give a folder its name back if a killed run of `take_place` has moved it aside, and warn about it."""
+    target = Path(os.path.realpath(target))
+    if (earlier := moved_aside(target)) is not None:
+        earlier.rename(target)
+        earlier.parent.rmdir()
+        warnings.warn(
+            f"A run was interrupted while it replaced {target}: its earlier content was restored.",
+            stacklevel=2,
+        )
+
+
+def _remains(target: Path) -> list[Path]:
+    """List the temporary folders of a destination whose processes no longer run on this machine."""
+    found = []
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*-*.*"):
+        process = path.name.removeprefix(f".{target.name}.").partition("-")[0]
+        if path.suffix in (".partial", ".old") and process.isdecimal() and not _is_running(int(process)):
+            found.append(path)
+    return sorted(found)
+
+
+def _is_running(process: int) -> bool:
+    """Return True if a process of this number may be running on this machine."""
+    if os.name == "nt":
+        return True  # signal 0 would end the process
     try:
-        target.rename(earlier)
-        folder.rename(target)
-    finally:  # the block may have been interrupted before or after each rename
-        if earlier.exists() and not target.exists():
-            earlier.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 # --- safetensors files ----------------------------------------------------------------------------

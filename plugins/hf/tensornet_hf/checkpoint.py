@@ -35,7 +35,7 @@ from transformers.utils import logging
 import tensornet as tn
 from tensornet._util import require, unwrapped
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import Slice, new_folder, read_headers
+from tensornet.io import Slice, moved_aside, new_folder, read_headers, restore
 from tensornet.nn import prepare_for_inference
 from tensornet.nn.targets import adapter_names
 from tensornet_hf.quantizer import (
@@ -131,9 +131,10 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         why = (
             "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         )
-        raise FormatError(
-            f"{folder} is not a model folder: it {why}. Give a folder of save_pretrained, or a hub id."
-        )
+        advice = "Give a folder of save_pretrained, or a hub id."
+        if (earlier := moved_aside(folder)) is not None:
+            advice = f"A run that was replacing it was interrupted, and left it as {earlier}: rename it."
+        raise FormatError(f"{folder} is not a model folder: it {why}. {advice}")
     config = read_json(folder / "config.json")
     compression = read_compression(config)
     files, index = weight_files(folder)
@@ -151,7 +152,7 @@ def read_checkpoint(folder: str | Path) -> Checkpoint:
         raise FormatError(
             f"{folder} contains cores ({cores[0]} and {len(cores) - 1} more), but its config.json has no "
             "quantization_config that describes them. Restore the config.json that was saved with the model, "
-            "or import tensornet_hf and save the model again."
+            "or save the model again with tensornet_hf.save(model, folder)."
         )
     return Checkpoint(folder, config, compression, tensors)
 
@@ -605,8 +606,9 @@ def write_folder(
     target = Path(destination).expanduser().absolute()
     check_free(target, force=force, sources=sources)
     try:
-        with new_folder(target) as folder:
+        with new_folder(target, force=force) as folder:
             yield folder
+            check_free(target, force=force, sources=sources)  # it may have been written in the meantime
     except (OSError, SafetensorError) as error:
         # Errors about other files are raised as they are. Errors that name no file are converted too, since
         # safetensors does not name the file if the disk is full.
@@ -625,14 +627,16 @@ def check_free(
 ) -> None:
     """Check that a destination may be written, before any work is done.
 
+    If a killed run has moved an existing folder aside to replace it, the folder first gets its name back.
+
     Args:
         destination: the new folder, or `hf://owner/name`.
         force: allow replacing an existing model folder; not needed for an empty folder.
         sources: folders that are read, and so must not be replaced.
 
     Raises:
-        DestinationError: the destination exists and `force` is not set; or it is or contains a source, is a
-            file, or is not a valid hub address.
+        DestinationError: the destination exists and `force` is not set; or it is or contains a source or the
+            working directory, is a file, or is not a valid hub address.
     """
     if str(destination).startswith(HUB):
         name = _repository(str(destination))
@@ -652,11 +656,17 @@ def check_free(
             "files."
         )
     real = target.resolve()
+    if Path.cwd().is_relative_to(real):  # renaming another folder to it would leave the process in no folder
+        raise DestinationError(
+            f"{target} is or contains the working directory, which cannot be replaced while it is in use. "
+            "Choose another destination, or run in another folder."
+        )
     for source in sources:
         if source.exists() and (real == source.resolve() or real in source.resolve().parents):
             raise DestinationError(
                 f"{target} is or contains the source {source}; choose another destination."
             )
+    restore(target)
     if not target.exists():
         return
     if not target.is_dir():

@@ -320,7 +320,7 @@ def compress_folder(
             raise OptionError(
                 "{workers} can only write a model folder, since a GGUF file needs the whole model."
             )
-        check_files(Path(destination), networks=options.networks, force=options.force)
+        check_files(Path(destination), force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
     if options.workers is not None:
@@ -659,7 +659,7 @@ def _compress_streamed(
         observed = observing(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
-        with staging(destination.expanduser().absolute()) as work:
+        with staging(destination.expanduser().resolve()) as work:
             for left in work.glob(f"{SPILL}*"):  # remains of a run that was killed
                 shutil.rmtree(left)
             file = work / f"statistics-{key[:16]}.safetensors"

@@ -144,7 +144,7 @@ def compress_checkpoint(
             raise ValueError(f"{name} must be at least 1, got {number}.")
     if executor is None:
         torch.empty(0, device=device)  # raises if the device is not available
-    folder, target = Path(src), Path(os.path.abspath(Path(dst).expanduser()))
+    folder, target = Path(src), Path(dst).expanduser().resolve()
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
@@ -154,6 +154,7 @@ def compress_checkpoint(
     plan = config if isinstance(config, CompressionPlan) else None
     options = observing(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
+        check_free(target, force=force, sources=(folder,))  # the run that had the lock may have written it
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
@@ -203,8 +204,9 @@ def compress_checkpoint(
         parts = list(done.values())
         _finish(work, source, type(lazy.model).__name__, parts)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
-        take_place(work / "out", target)
-        shutil.rmtree(work)
+        check_free(target, force=force, sources=(folder,))
+        take_place(work / "out", target, force=force)
+        shutil.rmtree(work, ignore_errors=True)  # another run may be waiting for the lock in it
     if lazy.surplus:
         warnings.warn(
             f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +83,85 @@ def test_the_source_is_never_replaced(old_model: Path, tmp_path: Path) -> None:
     for target in (old_model, link, tmp_path):
         with pytest.raises(DestinationError, match="is or contains the source"):
             check_free(target, force=True, sources=(old_model,))
+
+
+def test_the_working_directory_is_never_replaced(
+    tmp_path: Path, old_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", old_model):
+        monkeypatch.chdir(folder)
+        for target in (".", folder, tmp_path):
+            with pytest.raises(DestinationError, match="working directory"):
+                th.save(GPT2.compressed, target, force=True)
+        assert Path("x").absolute().parent == folder
+
+
+#: Save a model of a given seed once the file `go` exists.
+WRITER = """
+import sys, time
+from pathlib import Path
+import torch, tensornet_hf as th
+from tensornet.errors import DestinationError
+model, place, number = th.load(th.embedded.gpt2_path()), Path(sys.argv[1]), int(sys.argv[2])
+with torch.no_grad():
+    model.transformer.wpe.weight.fill_(number)
+(place / f"ready{number}").touch()
+while not (place / "go").exists():
+    time.sleep(0.001)
+try:
+    th.save(model, place / "model")
+    print("saved")
+except DestinationError as error:
+    print("refused" if "exists" in str(error) else error)
+"""
+
+
+def number_in(folder: Path) -> int:
+    return int(th.load(folder).transformer.wpe.weight[0, 0])
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_saves_and_the_other_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    runs = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in (1, 2)]
+    while not all((tmp_path / f"ready{number}").exists() for number in (1, 2)):
+        assert all(run.poll() is None for run in runs)
+        time.sleep(0.01)
+    (tmp_path / "go").touch()
+    said = [run.communicate(timeout=600)[0].strip() for run in runs]
+    assert sorted(said) == ["refused", "saved"]
+    assert number_in(tmp_path / "model") == said.index("saved") + 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_saved_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    def write(target: Path, other: str, *, force: bool) -> None:
+        with write_folder(target, force=force) as folder:
+            (folder / "config.json").write_text("{}")
+            target.mkdir()
+            (target / other).write_text("other")
+
+    with pytest.raises(DestinationError, match="exists"):
+        write(tmp_path / "model", "config.json", force=False)
+    with pytest.raises(DestinationError, match="not a model folder"):
+        write(tmp_path / "home", "thesis.tex", force=True)
+    assert contents(tmp_path) == {"model/config.json": b"other", "home/thesis.tex": b"other"}
+
+
+def test_a_model_that_a_killed_run_moved_aside(tmp_path: Path, old_model: Path) -> None:
+    aside = tmp_path / ".model.1-00000000.old"
+    aside.mkdir()
+    old_model.rename(aside / "model")
+    with pytest.raises(FormatError, match=re.escape(str(aside))):
+        th.load(old_model)
+    with (
+        pytest.warns(UserWarning, match="restored"),
+        pytest.raises(DestinationError, match="exists"),
+    ):
+        check_free(old_model)
+    assert contents(tmp_path) == {"model/config.json": b"{}", "model/old": b"old"}
+    assert not aside.exists()
 
 
 def test_full_disk(tmp_path: Path) -> None:

@@ -195,6 +195,23 @@ def test_factors_are_exact_in_the_adapter_of_peft(
     assert settings["r"] == settings["lora_alpha"] == 12
 
 
+def test_factors_that_float16_lacks(tmp_path: Path) -> None:
+    """Factors of a bfloat16 model that are too small or too large for float16 are stored in bfloat16."""
+    model = residual("llama", base="int3:g32:float16", factors="float").to(torch.bfloat16)
+    for layer in model.modules():
+        if isinstance(layer, NetworkModule):
+            _, left, right = layer.stored_cores
+            left.data.mul_(2.0**20)  # the product of the factors stays the same
+            right.data.mul_(2.0**-20)
+    report = th.export(model, tmp_path / "model.gguf", networks="lora")
+    assert "blk.1.ffn_down.weight" in report.ranks
+    found = tensors_of(tmp_path / "model-lora.gguf")
+    _, left, right = model.model.layers[1].mlp.down_proj.stored_cores
+    for ending, factor in (("a", right), ("b", left)):
+        stored = found[f"blk.1.ffn_down.weight.lora_{ending}"]
+        assert torch.equal(stored, factor.detach().float().reshape(stored.shape))
+
+
 def test_skeleton_gives_the_same_adapter(tmp_path: Path) -> None:
     th.export(model_of("llama").half(), tmp_path / "base.gguf")
     model = residual("llama", base="int4:g32:float16")
@@ -296,10 +313,17 @@ def test_two_files_are_one_destination(tmp_path: Path, monkeypatch: pytest.Monke
     assert adapter.read_text() == "mine"
     report = th.export(model, file, networks="lora", force=True)
     assert report.adapter_bytes == adapter.stat().st_size > 4
-    # Another model with no low rank replaces both.
-    report = th.export(model_of("llama"), file, networks="lora", force=True)
-    assert (report.adapter, report.adapter_bytes) == (None, 0)
-    assert [x.name for x in tmp_path.iterdir()] == ["model.gguf"]
+    # Another file without low ranks replaces both.
+    for changed, networks in ((model_of("llama"), "lora"), (model, "dense")):
+        adapter.write_text("old")
+        report = th.export(changed, file, networks=networks, force=True)
+        assert (report.adapter, report.adapter_bytes) == (None, 0)
+        assert [x.name for x in tmp_path.iterdir()] == ["model.gguf"]
+    # So an adapter that is alone is not given another model without force.
+    file.rename(adapter)
+    with pytest.raises(DestinationError, match=r"model-lora\.gguf exists"):
+        th.export(model, file)
+    assert [x.name for x in tmp_path.iterdir()] == ["model-lora.gguf"]
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

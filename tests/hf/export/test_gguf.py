@@ -13,6 +13,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BertTokenizerFast,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
@@ -243,6 +245,14 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         damaged.write_bytes(changed)
         with pytest.raises(FormatError, match=r"damaged\.gguf"):
             load_gguf(damaged)
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    """The converter reads the tokenizer of Gemma 3 even if the file gets no vocabulary."""
+    with pytest.raises(TargetError, match="source=") as caught:
+        th.export(Gemma3ForCausalLM(Gemma3TextConfig(**HEADS)), tmp_path / "model.gguf")
+    assert "tokenizer" in str(caught.value)
+    assert "Update" not in str(caught.value)
 
 
 def test_bad_destinations(tmp_path: Path) -> None:

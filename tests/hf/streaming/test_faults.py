@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def source(pristine: Path, tmp_path: Path) -> Path:
 
 def shard(source: Path) -> Path:
     return min(source.glob("*.safetensors"))
+
+
+class Meanwhile(ThreadPoolExecutor):
+    """Executor that also saves another model at the destination of the run."""
+
+    def __init__(self, destination: Path) -> None:
+        super().__init__(1)
+        self.destination = destination
+
+    def submit(self, *arguments: Any, **options: Any) -> Future[Any]:
+        if not self.destination.exists():
+            self.destination.mkdir()
+            (self.destination / "config.json").write_text("{}")
+        return super().submit(*arguments, **options)
+
+
+def test_a_model_saved_during_the_run_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DestinationError, match="exists"):
+        th.compress_checkpoint(source, out, CONFIG, executor=Meanwhile(out), **SMALL)
+    assert (out / "config.json").read_text() == "{}"
+    th.compress_checkpoint(source, out, CONFIG, force=True, **SMALL)
+    th.load(out)
 
 
 def refused(source: Path, match: str, error: type[Exception] = FormatError) -> None:

@@ -105,8 +105,8 @@ def export(
 
     Residual layers are a matrix of integers plus a low-rank matrix. With `networks="lora"` the integers are
     packed, and all low-rank matrices become a LoRA adapter with exactly the same factors, to be loaded
-    together with the model. The adapter of `model.gguf` is `model-lora.gguf`; in a folder it is the subfolder
-    `lora`.
+    together with the model. In a folder it is the subfolder `lora`; the adapter of `model.gguf` is the file
+    `model-lora.gguf`, which `force` replaces or removes.
 
     Args:
         model_or_folder: a compressed or dense model (it is not changed), or its folder or hub id.
@@ -154,7 +154,7 @@ def export(
     )
     folder = origin if source is None else Path(source)
     if name == "gguf":
-        check_files(Path(destination), networks=networks, force=force)
+        check_files(Path(destination), force=force)
     else:
         check_free(destination, force=force, sources=() if folder is None else (folder,))
     model = model_or_folder if origin is None else load(origin)

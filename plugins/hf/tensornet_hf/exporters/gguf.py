@@ -158,10 +158,10 @@ def export_gguf(
         lora.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)  # llama.cpp then does not scale the products
         with ExitStack() as files:  # both files get their names after both have been written
             if ranks:
-                _write(lora, files.enter_context(new_file(adapter, what="The adapter")))
-            _write(writer, files.enter_context(new_file(destination, what="The model")))
-    if networks == "lora" and not ranks:
-        adapter.unlink(missing_ok=True)  # an old adapter belongs to the file that was replaced
+                _write(lora, files.enter_context(new_file(adapter, what="The adapter", force=force)))
+            _write(writer, files.enter_context(new_file(destination, what="The model", force=force)))
+    if force and not ranks:
+        adapter.unlink(missing_ok=True)  # it belongs to the file that was replaced
     return ExportReport(
         destination,
         packed,
@@ -178,15 +178,14 @@ def adapter_file(destination: Path) -> Path:
     return destination.with_name(f"{destination.stem}-lora{destination.suffix}")
 
 
-def check_files(destination: Path, *, networks: Networks, force: bool) -> None:
-    """Check that the GGUF file may be written, and with `networks="lora"` also its adapter file.
+def check_files(destination: Path, *, force: bool) -> None:
+    """Check that a GGUF file and its adapter file may be written, or removed if there is no new adapter.
 
     Raises:
         DestinationError: a file exists and `force` is not set, or it cannot be written.
     """
     check_new_file(destination, force=force)
-    if networks == "lora":
-        check_new_file(adapter_file(destination), force=force)
+    check_new_file(adapter_file(destination), force=force)  # an old adapter would be added to the new model
 
 
 def _write(writer: Any, path: Path) -> None:
@@ -533,6 +532,12 @@ def _refusals(kind: str) -> Iterator[None]:
             logger.setLevel(logging.ERROR)
         yield
     except (NotImplementedError, KeyError, ValueError, FileNotFoundError, TypeError, AttributeError) as error:
+        if isinstance(error, FileNotFoundError) and error.filename:
+            raise TargetError(
+                f"{CONVERTER} cannot convert this {kind} without the file {Path(error.filename).name!r} of "
+                "its tokenizer. Name the folder that contains it (source=), or give a GGUF file of the dense "
+                "model (skeleton=, --skeleton), from which names and tokenizer are taken."
+            ) from error
         version = importlib.metadata.version(CONVERTER)
         raise TargetError(
             f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Update {CONVERTER}, or "
@@ -631,7 +636,9 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
                 continue
             if np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), values):
                 return kind, data
-    half = values.astype(np.float16)
+    values = np.ascontiguousarray(values)  # its bytes are looked at; permuted columns are not contiguous
+    with np.errstate(over="ignore"):  # infinity differs from the value, which is then stored in another type
+        half = values.astype(np.float16)
     if np.array_equal(half.astype(np.float32), values):
         return "F16", half
     bits = values.view(np.uint32)
