@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -123,15 +124,26 @@ def test_integers_count_as_one_number_each() -> None:
 
 
 def test_expert_choice_and_other_routers() -> None:
-    class Every(tm.Router):
+    class Odd(tm.Router):
+        """One expert for every other token, and two for the others."""
+
         def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> tm.Routing:
-            raise NotImplementedError
+            kept = torch.tensor([[True, False], [True, True]]).repeat(len(probs) // 2, 1)
+            experts = torch.arange(2).expand(len(probs), 2)
+            return tm.Routing(experts, kept.float(), probs, logits, mask, kept)
 
     choice = tm.ExpertChoiceRouter(D, E, capacity_factor=1.5)
-    for router, count in ((choice, 1.5), (Every(D, E), E), (tm.SwitchRouter(D, E), 1)):
-        experts = tm.ExpertFFN({"up": bank("dense", F, D), "down": bank("dense", D, F)})
+    experts = tm.ExpertFFN({"up": bank("dense", F, D), "down": bank("dense", D, F)})
+    for router, count in ((choice, 1.5), (tm.SwitchRouter(D, E), 1)):
         found = tm.describe(tm.SharedCoreMoE(router, experts)).parts["experts"]
         assert found.active == found.multiply_adds == count * 2 * D * F
+    moe = tm.SharedCoreMoE(Odd(D, E), experts)
+    with pytest.raises(TargetError, match="experts_per_token"):
+        tm.describe(moe)
+    moe(torch.randn(4, D), torch.tensor([1, 1, 1, 0]))  # 1, 2 and 1 experts, and padding
+    found = tm.describe(moe, tokens=3).parts["experts"]
+    assert found.active == pytest.approx(4 / 3 * 2 * D * F)
+    assert found.multiply_adds == pytest.approx(4 / 3 * 2 * D * F)
 
 
 def test_deltas_are_applied_to_few_rows_by_themselves() -> None:

@@ -187,6 +187,7 @@ def _at_random(r: tm.Routing) -> tm.Routing:
         (_by_the_batch, lambda laws: laws.test_padding_decides_nothing()),
         (_by_the_count, lambda laws: laws.test_causal()),
         (_at_random, lambda laws: laws.test_deterministic_in_eval()),
+        (_by_place, lambda laws: laws.test_biases_move_the_load()),
     ],
 )
 def test_a_bent_router_breaks_its_law(bend: Select, law: Callable[[RouterLaws], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +171,25 @@ def test_bad_options_are_refused(make: object, message: str) -> None:
 
 
 # --- capacity ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("factor", [0.4, 1.0, 1.5])
+def test_capacity_limits_the_choices_that_a_router_kept(factor: float, masked: bool) -> None:
+    routing = tm.TopKRouter(FEATURES, E, top_k=3)(torch.randn(TOKENS, FEATURES))
+    kept, mask = torch.rand(TOKENS, 3) > 0.4, torch.rand(TOKENS) > 0.3 if masked else None
+    real = torch.ones(TOKENS, dtype=torch.bool) if mask is None else mask
+    limited = limit_capacity(replace(routing, kept=kept, mask=mask), factor)
+    slots = [math.ceil(factor * int((kept & real[:, None]).sum()) / E)] * E
+    want = torch.zeros_like(kept)
+    for wanted in (real, ~real):  # padding is served last
+        for place in range(3):
+            for token in wanted.nonzero().flatten().tolist():
+                expert = int(routing.expert_indices[token, place])
+                if kept[token, place] and slots[expert] > 0:
+                    want[token, place], slots[expert] = True, slots[expert] - 1
+    assert limited.kept is not None
+    assert torch.equal(limited.kept, want)
 
 
 def test_capacity_drops_later_tokens() -> None:

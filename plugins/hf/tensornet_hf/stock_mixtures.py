@@ -162,7 +162,7 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
         )
     return {
         "experts": layer.num_experts,
-        "top_k": int(router.experts_per_token),
+        "top_k": router.top_k,
         "hidden": network.bank(network.names[0]).out_features,
         "activation": network.activation,
         "combine": router.combine,

@@ -87,7 +87,8 @@ def describe(
     - Stored: every stored value once. A pool counts once, however many layers use it.
     - Active: stored values that one token uses, counted in each layer that uses them: one row of an
       embedding; in a mixture the router, `top_k` experts (shared cores once) and the always-on expert;
-      everything else in full.
+      everything else in full. If the number of experts depends on the tokens
+      (`Router.experts_per_token` is None), it is the mean of the last forward pass.
     - Multiply-adds of a forward pass, for one token: each weight of two dimensions counts once, the matrices
       of experts count `top_k` times. The matrices of all experts are built from cores once in a pass, so a
       token's share is `1 / tokens`. Attention scores, which depend on the length of the text, and elementwise
@@ -108,7 +109,8 @@ def describe(
     Raises:
         ValueError: `tokens` is below 1.
         FormatError: an unknown number format.
-        TargetError: experts are spread over processes; or a pool is missing from the model or contained
+        TargetError: experts are spread over processes; a router does not say how many experts a token gets,
+            and its mixture has not run; or a pool is missing from the model or contained
             twice, or two pools have the same label.
 
     Example:
@@ -175,7 +177,16 @@ def describe(
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
     """Add the cost of one layer's experts for one token to `cost`."""
     routed = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
-    for network, count in ((routed, layer.router.experts_per_token), (layer.shared_expert, 1)):
+    per_token = layer.router.experts_per_token
+    if per_token is None:
+        if layer.stats is None:
+            raise TargetError(
+                f"The {type(layer.router).__name__} of {name!r} does not say how many experts it chooses for "
+                "a token: call the model once before describe, which then counts the choices. If the number "
+                "is fixed, define the property experts_per_token of the router."
+            )
+        per_token = float(layer.stats.load.sum() / layer.stats.tokens.clamp_min(1))
+    for network, count in ((routed, per_token), (layer.shared_expert, 1)):
         if network is None:
             continue
         if not isinstance(network, ExpertFFN):

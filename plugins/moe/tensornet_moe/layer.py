@@ -185,19 +185,20 @@ class SharedCoreMoE(nn.Module):
                 raise ShapeError(f"The mask has shape {tuple(mask.shape)}, the tokens {tuple(x.shape[:-1])}.")
             mask = mask.reshape(-1).to(x.device, torch.bool)  # the mask may be on another device
         flat = x.reshape(-1, x.shape[-1])
-        routing = self.router(flat, mask)
-        if self.capacity_factor is not None and routing.kept is None:
-            routing = limit_capacity(routing, self.capacity_factor)
+        chosen = routing = self.router(flat, mask)
+        if self.capacity_factor is not None:
+            routing = limit_capacity(chosen, self.capacity_factor)
         if not is_exporting():  # exported programs only return outputs
-            self._remember(routing)
+            self._remember(chosen, routing)
         y = self.dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat, one_group(flat))
         y = nn.functional.dropout(y, self.dropout, self.training)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _remember(self, routing: Routing) -> None:
-        usage = _usage(routing.probs, routing.expert_indices, self.num_experts, routing.mask)
+    def _remember(self, chosen: Routing, routing: Routing) -> None:
+        # The load that routers balance is that of their choices, whatever the capacity drops of them.
+        usage = _usage(chosen.probs, chosen.expert_indices, self.num_experts, chosen.mask, chosen.kept)
         balance, z = _balance(usage), router_z_loss(routing.logits, routing.mask)
         pooled = self.balanced_pool is not None
         total = (0 if pooled else self.balance_coef) * balance + self.z_coef * z
@@ -377,7 +378,12 @@ def _is_recomputing() -> bool:
 
 
 def load_balancing_loss(
-    router_probs: Tensor, expert_indices: Tensor, *, num_experts: int, mask: Tensor | None = None
+    router_probs: Tensor,
+    expert_indices: Tensor,
+    *,
+    num_experts: int,
+    mask: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Tensor:
     """Compute `E * sum_e f_e P_e`: expert `e` has a fraction `f_e` of choices and mean probability `P_e`.
 
@@ -389,6 +395,7 @@ def load_balancing_loss(
         expert_indices: experts chosen for each token, shape `(tokens, k)`.
         num_experts: `E`.
         mask: shape `(tokens,)`, False or 0 for padding, which is excluded from both means.
+        kept: shape `(tokens, k)`, False for listed experts that the router did not choose, see `Routing`.
 
     Returns:
         A scalar; 0 if there is no token.
@@ -403,12 +410,20 @@ def load_balancing_loss(
         >>> tm.load_balancing_loss(probabilities, even, num_experts=3)
         tensor(1.0000)
     """
-    return _balance(_usage(router_probs, expert_indices, num_experts, mask))
+    return _balance(_usage(router_probs, expert_indices, num_experts, mask, kept))
 
 
-def _usage(router_probs: Tensor, expert_indices: Tensor, num_experts: int, mask: Tensor | None) -> Usage:
+def _usage(
+    router_probs: Tensor,
+    expert_indices: Tensor,
+    num_experts: int,
+    mask: Tensor | None,
+    kept: Tensor | None,
+) -> Usage:
     real = router_probs.new_ones(len(router_probs)) if mask is None else mask.to(router_probs.dtype)
     chosen = expert_indices.unsqueeze(-1) == torch.arange(num_experts, device=expert_indices.device)
+    if kept is not None:
+        chosen = chosen & kept.bool().unsqueeze(-1)
     counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))
     # `where` instead of a product: padding may be NaN, and 0 * NaN is NaN
     return Usage(counts, torch.where(real[:, None] > 0, router_probs, 0).sum(0), real.sum())

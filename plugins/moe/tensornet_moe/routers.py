@@ -160,9 +160,9 @@ class Router(nn.Module, ABC):
         """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
 
     @property
-    def experts_per_token(self) -> float:
-        """Mean number of experts that process a token; all of them unless a subclass overrides this."""
-        return self.num_experts
+    def experts_per_token(self) -> float | None:
+        """Mean number of experts that process a token; None if it depends on the tokens (the default)."""
+        return None
 
     def ranked(self, probs: Tensor) -> Tensor:
         """Add the biases of experts to `probs: (tokens, E)`; `select` chooses experts by these sums."""
@@ -278,14 +278,15 @@ def check_capacity(factor: float | None) -> None:
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
-    """Drop choices of an expert that exceed its capacity `ceil(capacity_factor * k * tokens / E)`.
+    """Drop choices of an expert that exceed its capacity `ceil(capacity_factor * choices / E)`.
 
+    If every token has `k` experts, there are `k * tokens` choices.
     First choices of all tokens are served before second choices, earlier tokens before later ones, padding
     last. A dropped choice contributes nothing, and the weights of the other choices do not change. If all
     choices of a token are dropped, its output is 0, so that only the residual connection remains.
 
     Args:
-        routing: a decision whose `kept` is None.
+        routing: the decision of a router.
         capacity_factor: with 1, the capacity of an expert is its load under an even distribution.
 
     Reference:
@@ -294,14 +295,18 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     tokens, k = routing.expert_indices.shape
     experts = torch.arange(routing.num_experts, device=routing.expert_indices.device)
     chosen = routing.expert_indices.T.reshape(-1, 1) == experts  # shape: (k * tokens, E), first choices first
-    real = None if routing.mask is None else routing.mask.repeat(k)
-    counted = chosen if real is None else chosen & real[:, None]
-    position = (counted.cumsum(0) * chosen).sum(-1)  # 1-based position in the queue of its expert
-    if real is not None:
-        position = torch.where(real, position, (counted.sum(0) + (chosen & ~real[:, None]).cumsum(0))[chosen])
-    count = tokens if routing.mask is None else int(routing.mask.sum())
-    capacity = math.ceil(capacity_factor * k * count / routing.num_experts)
-    return replace(routing, kept=(position <= capacity).reshape(k, tokens).T)
+    if routing.kept is not None:
+        chosen = chosen & routing.kept.T.reshape(-1, 1)
+    queue, choices = chosen.cumsum(0), k * tokens
+    if routing.mask is not None:  # padding queues behind all tokens
+        real = routing.mask.repeat(k)[:, None]
+        tokens_first = (chosen & real).cumsum(0)
+        queue = torch.where(real, tokens_first, tokens_first[-1:] + (chosen & ~real).cumsum(0))
+    if routing.mask is not None or routing.kept is not None:
+        choices = int((chosen if routing.mask is None else chosen & real).sum())
+    capacity = math.ceil(capacity_factor * choices / routing.num_experts)
+    fits = (chosen & (queue <= capacity)).any(-1)
+    return replace(routing, kept=fits.reshape(k, tokens).T)
 
 
 class TopKRouter(Router):

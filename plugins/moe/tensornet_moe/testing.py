@@ -8,6 +8,7 @@ They need pytest (extra `testing`). Set a law to None if it does not apply, for 
 for a router that uses the whole batch.
 """
 
+import copy
 import json
 from typing import Any
 
@@ -18,8 +19,10 @@ from tensornet._util import require
 from tensornet.errors import NonFiniteError
 from tensornet.nn import build_module
 from tensornet_moe.bank import ExpertBank, SharedCores, lend_shared_cores
+from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows
+from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.mask import GradientMask
 from tensornet_moe.routers import Router, Routing
 
@@ -111,6 +114,27 @@ class RouterLaws:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(router(x).logits, exact)
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
+
+    def test_balancing_counts_the_choices(self) -> None:
+        """Check that a mixture balances the load: the choices in `kept`, not all that are listed."""
+        router, x = self._made(), torch.randn(_TOKENS, _FEATURES)
+        bank = SharedCoreExperts.from_dense(torch.randn(_FEATURES, _FEATURES), num_experts=_EXPERTS)
+        moe = SharedCoreMoE(router, ExpertFFN({"up": bank, "down": copy.deepcopy(bank)})).eval()
+        moe(x)
+        assert moe.stats is not None
+        routing = router(x)
+        fractions = routing.load() / routing.load().sum()
+        want = _EXPERTS * (fractions * routing.probs.mean(0)).sum()
+        assert torch.allclose(moe.stats.balance, want, rtol=1e-4)
+
+    def test_biases_move_the_load(self) -> None:
+        """Check that `select` chooses by `ranked`, so that biases move an uneven load."""
+        router, x = self._made().eval(), torch.randn(1, _FEATURES).expand(_TOKENS, -1)  # equal tokens
+        load = router(x).load()
+        if bool((load != load[0]).any()):
+            router.bias_rate = 1.0  # more than the differences of probabilities
+            router.bias_steps = (load.float().mean() - load).sign().long()
+            assert not torch.equal(router(x).load(), load)
 
     def test_survives_a_checkpoint(self) -> None:
         """Check that the router and its arguments can be rebuilt from `spec` and the state dict."""
