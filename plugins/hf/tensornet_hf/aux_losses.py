@@ -2,8 +2,11 @@
 
 Model classes such as T5 and GPT-2 have no code for routers, so forward hooks do the work. Before a forward
 pass they give the padding mask to the mixtures in the model; after it they add the mixtures' auxiliary losses
-to the model's loss. Every submodule that can be called alone (an encoder, a model without its head) has these
-hooks, but only the hooks of the outermost running module act.
+to the model's loss. `upcycle` registers these hooks, and so does loading if the saved model had them. A
+mixture that was put into a model by hand gets none, since the training loop may add its losses.
+
+Every submodule that can be called alone (an encoder, a model without its head) has these hooks, but only the
+hooks of the outermost running module act.
 """
 
 import inspect
@@ -23,7 +26,12 @@ FRAMES = ("input_features", "input_values", "pixel_values")
 _ENCLOSED = "_tensornet_enclosed"
 
 
-def join_aux_losses(model: PreTrainedModel) -> None:
+def joins_aux_losses(model: nn.Module) -> bool:
+    """Return True if the auxiliary losses of a model's mixtures are added to its loss."""
+    return any(hasattr(part, _ENCLOSED) for part in model.modules())
+
+
+def join_aux_losses(model: nn.Module) -> None:
     """Register hooks that give a model's mixtures the padding mask and add their losses to the model's loss.
 
     If labels are given in training mode, the model returns task loss + `collect_aux_losses(model).total`. In

@@ -37,7 +37,7 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.module import NetworkModule, build_module, module_spec
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
-from tensornet_hf.aux_losses import join_aux_losses
+from tensornet_hf.aux_losses import join_aux_losses, joins_aux_losses
 from tensornet_moe.bank import lend_shared_cores
 from tensornet_moe.experimental.parallel import ParallelExperts
 
@@ -64,6 +64,8 @@ class TensorNetworkConfig(QuantizationConfigMixin):
     Args:
         layers: description of each compressed module by its name in the model (see `NetworkModule.spec`).
         ties: parameters that are stored under another name, as `{name: name of the stored parameter}`.
+        aux_losses: whether the auxiliary losses of mixtures are added to the model's loss in training, as
+            after `upcycle`; otherwise the training loop adds them.
         format_version: version of this description.
         quant_method: always `"tensornet"`.
         load_with: a hint for people who read the file.
@@ -87,6 +89,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
         *,
         layers: Mapping[str, Any] | None = None,
         ties: Mapping[str, str] | None = None,
+        aux_losses: bool = False,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         load_with: str = LOAD_WITH,
@@ -106,6 +109,11 @@ class TensorNetworkConfig(QuantizationConfigMixin):
         self.load_with = load_with
         self.layers: dict[str, Any] = _mapping("layers", layers, Mapping)
         self.ties: dict[str, str] = _mapping("ties", ties, str)
+        if not isinstance(aux_losses, bool):
+            raise FormatError(
+                f"The entry 'aux_losses' of quantization_config is true or false, got {aux_losses!r:.200}"
+            )
+        self.aux_losses = aux_losses
         self.compression: dict[str, Any] | None = None
         if compression or options:
             self.compression = CompressionConfig.from_dict({**(compression or {}), **options}).to_dict()
@@ -140,7 +148,8 @@ def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) 
     layers = layer_descriptions(model)
     base = getattr(model, "base_model_prefix", "")
     ties = shared_tensors(model.state_dict(keep_vars=True), layers, base=base)
-    return TensorNetworkConfig(layers=layers, ties=ties, compression=compression)
+    joins = joins_aux_losses(model)
+    return TensorNetworkConfig(layers=layers, ties=ties, aux_losses=joins, compression=compression)
 
 
 def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -500,6 +509,8 @@ class TensorNetworkQuantizer(HfQuantizer):
                 if isinstance(module, PackedCore):
                     module.check_finite(part)
                     module.align()
+        if self.quantization_config.aux_losses:
+            join_aux_losses(model)
         prepare_for_saving(model, compression=compression)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict]:
@@ -560,7 +571,6 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
         model.is_quantized = False  # type: ignore[assignment]  # True would only forbid .half() and .float()
         model.config.quantization_config = config
         remove_dense_ties(model, config.layers)
-        join_aux_losses(model)
     elif isinstance(before, TensorNetworkQuantizer):
         before.remove_quantization_config(model)
         restore_dense_ties(model)

@@ -31,6 +31,7 @@ from tensornet.nn.targets import PATTERN_RULES, matches
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.registry import fixed_topologies, topology_of_shape
 from tensornet.topology import Topology
+from tensornet_hf.aux_losses import join_aux_losses
 from tensornet_hf.quantizer import OWNERS, put_owners
 from tensornet_moe import (
     ExpertBank,
@@ -688,6 +689,7 @@ def upcycle(
             if dense.inside is None:  # else the hooks belong to one linear layer, not to the network
                 carry_hooks(model.get_submodule(name), part)
             set_submodule(model, name, part)
+    join_aux_losses(model)
     structure_changed(model)
     across = sum(p.numel() for owner in owners.values() for p in owner.parameters())
     pools = 0 if config.pool is None else len(groups)

@@ -234,6 +234,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "a module of another kind": lambda config: config["quantization_config"]["layers"].update(
         {"transformer.h.0.ln_1": spec(config)}
     ),
+    "auxiliary losses are a word": lambda config: config["quantization_config"].update(aux_losses="no"),
     "layers is a list": lambda config: config["quantization_config"].update(layers=[1, 2]),
     "ties to nowhere": lambda config: config["quantization_config"]["ties"].update(a="b"),
     "ties to itself": lambda config: config["quantization_config"]["ties"].update({CORE: CORE}),

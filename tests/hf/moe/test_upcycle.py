@@ -225,6 +225,30 @@ def test_auxiliary_losses_join_in_training_only(name: str) -> None:
     torch.testing.assert_close(model(**inputs).loss, task_loss(model, inputs), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_saving_and_loading_do_not_change_the_loss(by_hand: bool, tmp_path: Path) -> None:
+    """The loop of a mixture put in by hand adds its losses; those of `upcycle` join the model's loss."""
+    inputs = ARCHITECTURES["gpt2"].inputs(labels=True)
+    if by_hand:
+        model = ARCHITECTURES["gpt2"].dense
+        width = model.config.n_embd
+        model.transformer.h[1].mlp = tm.mixture(d_model=width, d_ff=24, experts=4, balance_coef=0.5)
+    else:
+        model = upcycled("gpt2", th.MoEConfig(num_experts=4, sites=3, aux_loss_coef=0.5))
+    th.save(model, tmp_path / "saved")
+    for each in (model, th.load(tmp_path / "saved")):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        each.train()
+        loss, task = each(**inputs).loss, task_loss(each, inputs)
+        if by_hand:
+            torch.testing.assert_close(loss, task)
+            assert float(tm.collect_aux_losses(each).total.detach()) > 0.25
+        else:
+            assert float((loss - task).detach()) > 0.25
+
+
 def test_padding_of_a_decoder_counts_for_nothing() -> None:
     model = upcycled("gpt2").train()
     ids = torch.randint(3, 100, (2, 9))
