@@ -114,12 +114,31 @@ def compress(
     made = {} if prepared is None else dict(prepared.made)
     row = _row_to_run(model, data.batches)
     errors = apply_plan(model, plan, stats, progress=progress, made=made, batch=row)
-    rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
-
-    # Measure and report. If extensions have rounded parameters, there is no prediction of the whole loss.
-    measured = None if before is None else measure(model, before)
+    measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:
-        warn_of_loss(measured, None if rounded else plan.predicted_loss_increase, options.loss_increase)
+        warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
+
+    # Round what does not belong to layers, such as the cores of experts. No plan predicts the loss of this,
+    # so it is measured.
+    rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
+    if rounded and before is not None:
+        measured = measure(model, before)
+        warn_of_loss(measured, None, options.loss_increase)
+    predicted = plan.predicted_loss_increase if rounded else None
+    if predicted is not None and (measured is None or measured.exceeds(predicted)):
+        known = "Pass calibration=batches to measure it"
+        if measured is not None and measured_layers is not None:
+            known = (
+                f"Measured: {measured_layers.mean:.2g} before, {measured.mean:.2g} after they were rounded"
+            )
+        warnings.warn(
+            f"The predicted loss increase of {predicted:.2g} leaves out {len(rounded)} parameters that were "
+            f"rounded but belong to no layer, such as the cores of experts. {known}.",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+
+    # Report.
     params_after, bytes_after = model_size(model)
     return CompressionReport(
         model_params_before=params_before,
@@ -130,6 +149,7 @@ def compress(
         plan=plan.with_errors(errors),
         coverage=measure_coverage(weights, [*(layer.name for layer in plan), *rounded], unseen=plan.unseen),
         measured=measured,
+        measured_layers=measured_layers,
         rounded=rounded,
     )
 

@@ -128,6 +128,8 @@ class CompressionReport:
             `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
         rounded: number formats of parameters that do not belong to layers, such as the shared cores of
             experts, by name. They are not part of the plan and its predictions.
+        measured_layers: loss increase measured before the parameters in `rounded` were rounded, which is what
+            the plan predicts; equal to `measured` if there are none.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -146,6 +148,7 @@ class CompressionReport:
     coverage: Coverage
     measured: LossIncrease | None = None
     rounded: Mapping[str, str] = field(default_factory=dict)
+    measured_layers: LossIncrease | None = None
 
     @property
     def layers(self) -> tuple[LayerPlan, ...]:
@@ -181,6 +184,10 @@ class CompressionReport:
         if self.rounded:
             counts = Counter(self.rounded.values()).items()
             lines.append("rounded outside of layers: " + ", ".join(f"{n} in {name}" for name, n in counts))
+            if self.plan.predicted_loss_increase is not None:
+                part = self.measured_layers
+                known = "" if part is None else f"; without them {part.mean:.4f} was measured"
+                lines.append(f"the predicted loss increase leaves these parameters out{known}")
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
@@ -206,6 +213,8 @@ class CompressionReport:
         before, after = self.model_bytes_before / 1e6, self.model_bytes_after / 1e6
         loss = self.plan.predicted_loss_increase
         predicted = "" if loss is None else f", predicted loss increase {loss:.4f}"
+        if self.rounded and loss is not None:
+            predicted += " (of the layers alone)"
         if self.measured is not None:
             predicted += f", measured {self.measured.mean:.4f} on {self.measured.source}"
         rows = [
@@ -229,6 +238,7 @@ class CompressionReport:
             "param_ratio": self.param_ratio,
             "coverage": self.coverage.to_dict(),
             "measured": None if self.measured is None else asdict(self.measured),
+            "measured_layers": None if self.measured_layers is None else asdict(self.measured_layers),
             "rounded": dict(self.rounded),
             "loss_check": None if check is None else asdict(check),
             **self.plan.predictions(),

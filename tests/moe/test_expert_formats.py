@@ -16,7 +16,7 @@ from torch import Tensor
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import FormatError, TargetError
+from tensornet.errors import CalibrationWarning, FormatError, TargetError
 from tensornet.healing import trained_scales
 from tensornet.nn import build_module, module_spec
 from tensornet.nn.storage import Storage
@@ -241,6 +241,23 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
     assert 0 < float((expected - dense).abs().max()) < 0.5 * float(dense.abs().max())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(th.load(tmp_path).eval()), expected)
+
+
+def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
+    model, batches = gpt2().eval(), [{"input_ids": IDS, "labels": IDS}]
+    th.upcycle(model, share="none", experts=3, top_k=1)
+    config = tn.CompressionConfig(formats=("int4",), verify=False)
+    layers_alone, unmeasured = copy.deepcopy(model), copy.deepcopy(model)
+    stats = tn.calibrate(model, batches, config=config)
+    report = tn.compress(model, config, calibration=batches, progress=False)
+    of_layers = tn.compress(layers_alone, report.plan, calibration=batches, progress=False).measured
+    assert report.measured is not None
+    assert report.measured_layers is not None
+    assert of_layers is not None
+    assert report.measured_layers.mean == pytest.approx(of_layers.mean, rel=1e-4)
+    assert report.measured.mean != report.measured_layers.mean
+    with pytest.warns(CalibrationWarning, match="leaves out"):
+        tn.compress(unmeasured, config, calibration=stats, progress=False)
 
 
 def test_a_bare_mixture_is_told_how_to_round_itself() -> None:
