@@ -7,7 +7,6 @@ many layers. Every row has the bytes and milliseconds of these layers:
 
 - `dense`: `nn.Linear`;
 - `auto`: our layer with the default strategy, which stores only the cores;
-- `cached`: our layer with `strategy="cached"`, which needs memory for the matrix;
 - `factorized` and `reconstructed`: tltorch's layer with the same ranks, if it is installed.
 
 Goals: a low-rank layer takes at most 1.05 times as long as a dense layer; the route that `auto` chooses takes
@@ -104,7 +103,7 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
 
 
 def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
-    """Return functions that apply the layer to `x`, one for each route except the cached matrix."""
+    """Return functions that apply the layer to `x`, one for each route."""
 
     def contract(candidate: int) -> Tensor:
         return contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
@@ -123,7 +122,6 @@ def measure(case: Case, tokens: int, threads: int, seconds: float) -> dict[str, 
     sides: dict[str, nn.Module] = {
         "dense": nn.Linear(auto.in_features, auto.out_features),
         "auto": auto,
-        "cached": case.layer(strategy="cached").eval(),
         **{name: rival(case, bonds, name) for name in RIVALS},
     }
     x, machine = torch.randn(tokens, auto.in_features), default_machine("cpu")

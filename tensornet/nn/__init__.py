@@ -2,11 +2,11 @@
 
 from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import ModelExtension, register_extension
-from tensornet.nn.int4_cpu import prepare_for_inference
 from tensornet.nn.layer_kinds import LayerKind, register_layer_kind
 from tensornet.nn.linear import MPOLinear, TensorNetworkLinear
 from tensornet.nn.module import build_module, module_spec, register_module_type
-from tensornet.nn.strategy import cached_bytes, set_strategy
+from tensornet.nn.prepare import prepare_for_inference
+from tensornet.nn.strategy import set_strategy
 
 __all__ = [
     "LayerKind",
@@ -15,7 +15,6 @@ __all__ = [
     "ModelExtension",
     "TensorNetworkLinear",
     "build_module",
-    "cached_bytes",
     "module_spec",
     "prepare_for_inference",
     "register_extension",

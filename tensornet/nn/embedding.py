@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from tensornet._util import transforms_active
 from tensornet.contraction.plan import TOKENS, ContractionPlan, plan_contraction, plan_sum, run
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.int4_cpu import Int4Core
 from tensornet.nn.layer_kinds import kind_of, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
-from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, row_cores, storage_entry
-from tensornet.nn.strategy import CACHED, Strategy, transforms_active
+from tensornet.nn.storage import PLAIN, Storage, decode, row_cores, storage_entry
+from tensornet.nn.strategy import Strategy
 from tensornet.nn.unfuse import type_and_reason
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
@@ -34,7 +34,7 @@ class MPOEmbedding(NetworkModule):
         topology: topology of `W`; its out-legs index the vocabulary, its in-legs the embedding dimension.
         padding_idx: stored for information only; the row with this index is treated like any other row.
         strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices,
-            `"reconstruct"` builds the table in each call, `"cached"` keeps the table in eval mode.
+            `"reconstruct"` builds the table in each call.
 
     Example:
         >>> table = torch.nn.Embedding(1000, 64)
@@ -65,8 +65,6 @@ class MPOEmbedding(NetworkModule):
         """Map token indices `input: (...)` to vectors `(..., embedding_dim)`."""
         if self.strategy == "reconstruct":
             return nn.functional.embedding(input, self.to_matrix())
-        if self.strategy == "cached" and self.route(input.numel()) == CACHED:
-            return nn.functional.embedding(input, self.kept_matrix())
         return self._look_up(input)
 
     def _look_up(self, indices: Tensor) -> Tensor:
@@ -104,7 +102,7 @@ class MPOEmbedding(NetworkModule):
         digits[first] = torch.where(outside, size, digits[first])
         slices, sizes = [], topology.size_of
         for spec, core in zip(topology.cores, self.stored_cores, strict=True):
-            if spec.name in self._row_cores and isinstance(core, (PackedCore, Int4Core)):
+            if spec.name in self._row_cores and not isinstance(core, Tensor):
                 # Unpack only the requested rows of integers.
                 row = torch.zeros_like(flat)
                 for label in (x for x in spec.labels if x in digits):

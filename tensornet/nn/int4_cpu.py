@@ -1,4 +1,4 @@
-"""Models prepared for inference: integer matrices in the layout of torch's int4 kernel on the CPU.
+"""Integer matrices in the layout of torch's int4 kernel on the CPU, see `tensornet.nn.prepare`.
 
 The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. The low 4 bits of byte
 `[block, input, k]` are the code of row `k` of the block, the high 4 bits are the code of row `k + half`,
@@ -21,18 +21,14 @@ prepared:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import Self
+from torch import Tensor
 
 from tensornet._util import is_exporting
-from tensornet.errors import TargetError
-from tensornet.nn.storage import PackedCore
 from tensornet.quantization import NumberFormat
 
 #: Group sizes that the kernel supports.
@@ -333,121 +329,3 @@ def _block_rows() -> int | None:
             if torch.equal(found, (low | (high << 4)).flatten()):
                 return block
     return None
-
-
-class Int4Core(nn.Module):
-    """Integer matrix that replaces a `PackedCore` when a layer is prepared for inference.
-
-    Args:
-        matrix: the matrix in the layout of the kernel.
-        shape: shape of the core.
-    """
-
-    codes: Tensor
-    scales: Tensor
-
-    def __init__(self, matrix: KernelMatrix, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.shape, self._matrix = shape, matrix
-        self.register_buffer("codes", matrix.codes)
-        self.register_buffer("scales", matrix.scales.view(torch.int16))  # not changed by `.half()`
-        self.register_state_dict_pre_hook(_refuse_saving)
-        self.eval()
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the codes."""
-        return self.codes.device
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """Stored tensors by name."""
-        return {"codes": self.codes, "scales": self.scales}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Number of values in each stored tensor; a packed code counts as one value."""
-        rows, columns = self._matrix.shape
-        return {"codes": rows * columns, "scales": rows * len(self.scales)}
-
-    @property
-    def integers(self) -> KernelMatrix:
-        """Matrix to pass to `tensornet.nn.integer_matmul.multiply`."""
-        if self._matrix.codes is not self.codes:
-            self._matrix = replace(self._matrix, codes=self.codes, scales=self.scales.view(torch.bfloat16))
-        return self._matrix
-
-    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Unpack the core to a tensor of its shape, in float32 by default."""
-        return self.integers.dense(dtype or torch.float32).reshape(self.shape)
-
-    def matrix(self, dtype: torch.dtype, index: Tensor) -> Tensor:
-        """Unpack the rows with the given indices, shape `(n,)`, to values of shape `(n, columns)`."""
-        return self.integers.rows(index, dtype)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set eval mode, and refuse training mode.
-
-        Raises:
-            TargetError: `mode` is True.
-        """
-        if mode:
-            raise TargetError(
-                "A model that was prepared for inference cannot be trained: load or compress it again."
-            )
-        return super().train(mode)
-
-
-def _refuse_saving(module: nn.Module, *_: object) -> None:
-    raise TargetError(
-        "A model that was prepared for inference cannot be saved, since its layout depends on the processor. "
-        "Save the model before prepare_for_inference, or load it again."
-    )
-
-
-@torch.no_grad()
-def prepare_for_inference(model: nn.Module, *, max_growth: float = MAX_GROWTH) -> nn.Module:
-    """Convert integer layers to the layout of torch's int4 kernel for the CPU, so that passes are faster.
-
-    A layer is converted if it is stored as one integer matrix, computes in bfloat16 on the CPU, and has the
-    strategy `"auto"` or `"factorized"`. An embedding that is tied to a converted output head reads its rows
-    from the converted matrix. Other layers are not changed.
-
-    Args:
-        model: any model; it is changed in place and set to eval mode. Training or saving it afterwards raises
-            TargetError.
-        max_growth: largest size of a converted layer, relative to its stored bytes; `int2` needs 2.
-
-    Returns:
-        The same model.
-
-    Example:
-        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64)).bfloat16()
-        >>> config = tn.CompressionConfig(formats=("int4",), objective="weight")
-        >>> _ = tn.compress(model, config, progress=False)
-        >>> tn.nn.prepare_for_inference(model)(torch.ones(1, 64).bfloat16()).shape
-        torch.Size([1, 64])
-    """
-    model.eval()
-    users: dict[PackedCore, list[tuple[Any, str]]] = {}
-    for module in model.modules():
-        for name, core in module.named_children():
-            if isinstance(core, PackedCore):
-                users.setdefault(core, []).append((module, name))
-    for core, places in users.items():
-        # A core is converted only if all its layers multiply by it or, as embeddings, read its rows.
-        multiplying = [x for x, _ in places if getattr(x, "integer_core", None) is core]
-        reading = [x for x, _ in places if getattr(x, "source", "") == "embedding"]
-        fits = bool(multiplying) and len(multiplying) + len(reading) == len(places)
-        for layer in (*multiplying, *reading):
-            fits &= layer.dtype == torch.bfloat16 and layer.strategy in ("auto", "factorized")
-        if not fits or core.is_trained or core.device.type != "cpu":
-            continue
-        if not has_layout(core.number_format, (len(core.scales), core.columns), max_growth):
-            continue
-        made = Int4Core(
-            to_kernel(core.number_format, core.codes, core.scale_values, core.columns), core.shape
-        )
-        for layer, name in places:
-            setattr(layer, name, made)
-    return model

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from tensornet._util import check_input, is_exporting
-from tensornet.contraction.cost import default_machine
+from tensornet._util import check_input, is_exporting, transforms_active
+from tensornet.contraction.cost import default_machine, dense_seconds
 from tensornet.contraction.plan import PLANNED_TOKENS, RECONSTRUCT, contract_with_input, plan_operator
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
@@ -18,8 +18,9 @@ from tensornet.network import TensorNetwork
 from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
+from tensornet.nn.prepare import PreparedLinear
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, storage_entry
-from tensornet.nn.strategy import CACHED, Strategy, transforms_active
+from tensornet.nn.strategy import Strategy
 from tensornet.nn.unfuse import type_and_reason
 from tensornet.quantization import Rounding
 from tensornet.topologies import TopologyFamily
@@ -89,8 +90,6 @@ class TensorNetworkLinear(NetworkModule):
         # 3. Use the route of the strategy. An exported program has one route for all token counts.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
-        if route == CACHED:
-            return linear(input, self.kept_matrix(), self.bias)
         if route == RECONSTRUCT:
             return linear(input, self.to_matrix(), self.bias)
         products = self.plan.applies[route].matrices
@@ -107,7 +106,7 @@ class TensorNetworkLinear(NetworkModule):
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
         """Compute the output directly from stored integers; return None if this is not possible."""
-        if self.strategy in ("reconstruct", "cached"):
+        if self.strategy == "reconstruct":
             return None
         core, device = getattr(self, self._integer_name), input.device.type  # type: ignore[arg-type]
         lowered = torch.is_autocast_enabled(device)
@@ -147,6 +146,26 @@ class TensorNetworkLinear(NetworkModule):
             computed = core.number_format.scale_bits is not None
             self._integers = None if computed or is_compiling() else known
         return known
+
+    def prepared(self, max_growth: float) -> PreparedLinear | None:
+        """Return a dense layer if it generates faster than this network, see `prepare_for_inference`.
+
+        Args:
+            max_growth: largest size of the matrix, relative to the stored bytes of the network.
+
+        Returns:
+            The dense layer; None if the network should stay as it is.
+        """
+        like, shape = self._like(), self.topology.shape
+        stored = sum(tensor.nbytes for tensor in self._tensors())
+        too_large = shape[0] * shape[1] * like.element_size() > max_growth * stored
+        if too_large or self.strategy != "auto" or self.storage.quantized:
+            return None
+        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
+        fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
+        if fastest <= dense_seconds(*shape, 1, machine, itemsize):
+            return None
+        return PreparedLinear(self.own_matrix(), self.bias)
 
     @classmethod
     def from_linear(

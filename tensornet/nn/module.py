@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from tensornet.contraction.cost import Machine, default_machine, dense_seconds
+from tensornet.contraction.cost import Machine, default_machine
 from tensornet.contraction.plan import (
     PLANNED_TOKENS,
     RECONSTRUCT,
@@ -22,15 +22,7 @@ from tensornet.errors import FormatError, ShapeError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork, check_cores, random_cores
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, decode, empty, encode, put_core
-from tensornet.nn.strategy import (
-    CACHED,
-    Explanation,
-    KeptMatrix,
-    Strategy,
-    check_strategy,
-    explain,
-    may_keep,
-)
+from tensornet.nn.strategy import Explanation, Strategy, check_strategy, explain
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.quantization import Rounding
 from tensornet.registry import Registry
@@ -59,9 +51,8 @@ class NetworkModule(nn.Module):
         source: name of the layer kind that this module replaces (see `layer_kinds`); `decompress` restores a
             layer of this kind.
         strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix in
-            each call and frees it, `"auto"` uses whichever of these two the cost model predicts to be faster,
-            `"cached"` keeps the rebuilt matrix in eval mode while no core needs a gradient (faster, but needs
-            memory). See `explain` and `set_strategy`.
+            each call and frees it, `"auto"` uses whichever of these two the cost model predicts to be faster.
+            See `explain`, `set_strategy` and `prepare_for_inference`.
         storage: how the cores are stored.
         device: device of the cores; `"meta"` allocates nothing.
         dtype: dtype of the cores.
@@ -89,7 +80,7 @@ class NetworkModule(nn.Module):
         self.topology, self.source, self.storage = topology, source, storage
         # Stored as attributes, since every pass reads them.
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
-        self.strategy, self.machine, self.kept = strategy, None, KeptMatrix()
+        self.strategy, self.machine = strategy, None
         self._quick: Callable[[Tensor], Tensor | None] | None = None
         # Contractions are planned in the first pass, so that loading a model is fast.
         self._plan: OperatorPlan | None = None
@@ -196,7 +187,6 @@ class NetworkModule(nn.Module):
             put_core(self, name, core)
         if like is not None and self.storage.own_dtypes:
             self.compute_like = like.new_empty(0)
-        self.kept.drop()
 
     @property
     def network(self) -> TensorNetwork:
@@ -231,10 +221,6 @@ class NetworkModule(nn.Module):
             return matrix.contiguous()
         return matrix.clone(memory_format=torch.contiguous_format)
 
-    def kept_matrix(self) -> Tensor:
-        """Return the cached matrix for the route `CACHED`, rebuilt if it is absent or out of date."""
-        return self.kept.get(self._tensors(), self._like(), self.to_matrix)
-
     def _tensors(self) -> list[Tensor]:
         """Return all stored tensors from which the matrix is built."""
         found: list[Tensor] = []
@@ -243,8 +229,7 @@ class NetworkModule(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as in `nn.Module`, and drop the cached matrix."""
-        self.kept.drop()
+        """Set the mode as in `nn.Module`, and forget the shortcut of earlier passes."""
         self._quick = None
         return super().train(mode)
 
@@ -260,22 +245,19 @@ class NetworkModule(nn.Module):
         return self._plan
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """Choose the route of a pass: a contraction of input and cores, the rebuilt or the cached matrix.
+        """Choose the route of a pass: a contraction of input and cores, or the rebuilt matrix.
 
         Args:
             tokens: number of input vectors.
             on_cpu: whether the pass runs on the CPU; by default, whether the cores are on the CPU.
 
         Returns:
-            The position of a contraction in `plan.applies`, `RECONSTRUCT`, or `CACHED`.
+            The position of a contraction in `plan.applies`, or `RECONSTRUCT`.
         """
-        strategy = self.strategy
-        if strategy == "reconstruct":
+        if self.strategy == "reconstruct":
             return RECONSTRUCT
-        if strategy == "cached" and may_keep(self, self._tensors()):
-            return CACHED
         on_cpu = self._like().device.type == "cpu" if on_cpu is None else on_cpu
-        return choose(self._bounds(on_cpu, strategy != "factorized"), tokens)
+        return choose(self._bounds(on_cpu, self.strategy != "factorized"), tokens)
 
     @_constant_in_traces
     def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
@@ -305,20 +287,6 @@ class NetworkModule(nn.Module):
     def integer_core(self) -> nn.Module | None:
         """The layer's only core, if this is an integer matrix; None for all other layers."""
         return None
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of the dense matrix in the dtype of the computation."""
-        out_features, in_features = self.topology.shape
-        return out_features * in_features * self._like().element_size()
-
-    @property
-    def seconds_saved(self) -> float:
-        """Predicted time in seconds that a cached matrix saves in a pass of one token."""
-        like = self._like()
-        machine, itemsize = self.machine or default_machine(like.device), like.element_size()
-        fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
-        return fastest - dense_seconds(*self.topology.shape, 1, machine, itemsize)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_plan": None, "_routes": {}, "_quick": None}

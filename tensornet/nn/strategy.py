@@ -1,15 +1,12 @@
 """Strategies: apply a layer with its cores or with the rebuilt matrix, and predict the cost of each."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tensornet._util import check_size, transforms_active
+from tensornet._util import check_size
 from tensornet.contraction.cost import Machine, check_machine, default_machine, dense_seconds
 from tensornet.contraction.plan import RECONSTRUCT
 from tensornet.errors import TargetError
@@ -20,93 +17,8 @@ from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
 #: How a layer is applied, see `tensornet.nn.module.NetworkModule`.
-Strategy = Literal["auto", "factorized", "reconstruct", "cached"]
-STRATEGIES = ("auto", "factorized", "reconstruct", "cached")
-#: The route that uses a cached matrix; `OperatorPlan.seconds` defines all other routes.
-CACHED = -2
-
-
-class KeptMatrix:
-    """Cache for the dense matrix of a layer with the strategy "cached".
-
-    The matrix is valid while the tensors from which it was built are the same objects with the same addresses
-    and versions. PyTorch increases the version of a tensor at every in-place change, so optimizer steps,
-    `copy_` and `load_state_dict` are detected. Writing into `parameter.data` is not detected: call `train()`
-    and `eval()` after it.
-
-    The matrix is not saved with its layer, nor copied, nor moved to another device.
-    """
-
-    def __init__(self) -> None:
-        self.matrix: Tensor | None = None
-        self.states: list[tuple[Tensor, int, int]] = []
-        self._aliases: list[Tensor] = []  # kept alive, so that no other tensor gets the same address
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the cached matrix in bytes, or 0 before a matrix is cached."""
-        return 0 if self.matrix is None else self.matrix.nbytes
-
-    def drop(self) -> None:
-        """Free the matrix; the next pass that needs it rebuilds it."""
-        self.matrix, self.states, self._aliases = None, [], []
-
-    def get(self, tensors: Sequence[Tensor], like: Tensor, build: Callable[[], Tensor]) -> Tensor:
-        """Return the matrix, rebuilt if it is absent or out of date. Call this only if `may_keep` is true.
-
-        Args:
-            tensors: tensors from which the matrix is built.
-            like: tensor with the dtype and device of the module; autocast may lower the dtype.
-            build: function that rebuilds the matrix.
-        """
-        dtype = compute_dtype(like)
-        matrix = self.matrix
-        if matrix is not None and matrix.dtype == dtype and len(tensors) == len(self.states):
-            for tensor, (known, version, address) in zip(tensors, self.states, strict=True):
-                if tensor is not known or known._version != version or known.data_ptr() != address:
-                    break
-            else:
-                return matrix
-        self.drop()  # frees the old matrix before the new one is built
-        # Inference tensors could not be used in a later pass that records gradients of the layer's input.
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(like.device.type, enabled=False):
-            matrix = build().to(dtype).contiguous()
-        self.matrix = matrix
-        self.states = [(x, x._version, x.data_ptr()) for x in tensors]
-        self._aliases = [x.detach() for x in tensors]
-        return matrix
-
-    def __reduce__(self) -> tuple[type["KeptMatrix"], tuple[()]]:
-        return KeptMatrix, ()
-
-
-def may_keep(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Return True if a module with the strategy "cached" may use a cached matrix now.
-
-    This is the case in eval mode if no gradients of the cores are recorded. Inside a trace or a `torch.func`
-    transform the result is False, since their tensors must not be stored.
-
-    Args:
-        module: the layer or bank.
-        tensors: tensors from which the matrix is built.
-    """
-    if module.training or torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
-        return False
-    recording = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference() or tensor.is_meta:
-            return False
-        if recording and tensor.requires_grad:
-            return False
-    return True
-
-
-def compute_dtype(core: Tensor) -> torch.dtype:
-    """Return the dtype in which a core is multiplied: the autocast dtype if enabled, else its own dtype."""
-    kind = core.device.type
-    if not torch.is_autocast_enabled(kind) or core.dtype == torch.float64 or core.is_complex():
-        return core.dtype
-    return torch.get_autocast_dtype(kind)
+Strategy = Literal["auto", "factorized", "reconstruct"]
+STRATEGIES = ("auto", "factorized", "reconstruct")
 
 
 def check_strategy(strategy: str) -> None:
@@ -120,40 +32,28 @@ def check_strategy(strategy: str) -> None:
 
 
 def set_strategy(
-    model: nn.Module,
-    strategy: Strategy | None = None,
-    *,
-    cache_limit: int | None = None,
-    machine: Machine | None = None,
-) -> dict[str, int]:
+    model: nn.Module, strategy: Strategy | None = None, *, machine: Machine | None = None
+) -> None:
     """Set the strategy and the cost model of every tensor-network layer and bank of shared-core experts.
-
-    `"cached"` saves time but needs memory for the matrices; all other strategies store only the cores.
 
     Args:
         model: any module.
         strategy: the strategy of all layers; None leaves every layer as it is.
-        cache_limit: limit on the total bytes of cached matrices. The layers that save most time per byte in
-            a pass of one token are cached first, and layers that do not fit get `"auto"`. None sets no limit.
         machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`;
             None leaves them as they are.
-
-    Returns:
-        Bytes of the cached matrix of each layer, by name.
 
     Raises:
         TargetError: the model has no tensor-network layer.
         TypeError: `machine` is not a `Machine`.
-        ValueError: the strategy is unknown, or the limit is negative.
+        ValueError: the strategy is unknown.
 
     Example:
         >>> model = torch.nn.Sequential(tn.nn.MPOLinear(64, 64, max_bond=4))
-        >>> tn.nn.set_strategy(model, "cached")
-        {'0': 16384}
+        >>> tn.nn.set_strategy(model, "reconstruct")
+        >>> model[0].strategy
+        'reconstruct'
     """
-    layers: dict[str, Any] = {
-        name: module for name, module in model.named_modules() if _kept_by(module) is not None
-    }
+    layers: list[Any] = [x for x in model.modules() if {"strategy", "machine"} <= vars(x).keys()]
     if not layers:
         raise TargetError(
             f"{type(model).__name__} has no compressed layer. Compress it first, or check that you passed "
@@ -162,35 +62,9 @@ def set_strategy(
     check_machine(machine)
     if strategy is not None:
         check_strategy(strategy)
-    if cache_limit is not None and (not isinstance(cache_limit, Integral) or cache_limit < 0):
-        raise ValueError(f"cache_limit must be a number of bytes of at least 0, got {cache_limit!r}.")
-    for layer in layers.values():
+    for layer in layers:
         layer.strategy = strategy or layer.strategy
         layer.machine = machine or layer.machine
-        layer.kept.drop()
-    cached = [layer for layer in layers.values() if layer.strategy == "cached"]
-    if cache_limit is not None:
-        gains = {id(layer): layer.seconds_saved / layer.matrix_bytes for layer in cached}
-        for layer in sorted(cached, key=lambda layer: gains[id(layer)], reverse=True):
-            fits = layer.matrix_bytes <= cache_limit
-            cache_limit -= layer.matrix_bytes if fits else 0
-            layer.strategy = "cached" if fits else "auto"
-    return {name: layer.matrix_bytes for name, layer in layers.items() if layer.strategy == "cached"}
-
-
-def cached_bytes(model: nn.Module) -> int:
-    """Count the bytes of all cached matrices of a model; 0 unless the strategy is `"cached"`.
-
-    Example:
-        >>> tn.nn.cached_bytes(tn.nn.MPOLinear(64, 64, max_bond=4))
-        0
-    """
-    return sum(kept.nbytes for module in model.modules() if (kept := _kept_by(module)) is not None)
-
-
-def _kept_by(module: nn.Module) -> KeptMatrix | None:
-    kept = vars(module).get("kept")
-    return kept if isinstance(kept, KeptMatrix) else None
 
 
 # --- predicted time of products with integer matrices ------------------------------------------------
@@ -282,11 +156,11 @@ class StrategyCost:
     """Predicted cost of one forward pass.
 
     Args:
-        strategy: `"factorized"`, `"reconstruct"` or `"cached"`.
+        strategy: `"factorized"` or `"reconstruct"`.
         milliseconds: predicted time.
         multiply_adds: number of multiply-adds.
         moved: number of elements that permutations copy.
-        memory_bytes: size of the largest intermediate tensor, or of the cached matrix.
+        memory_bytes: size of the largest intermediate tensor.
         refused: why the layer does not use this strategy now; empty if it can use it.
         integers: how integer cores are read, `"unpacked"` or the name of a kernel; empty if there are none.
     """
@@ -357,9 +231,9 @@ def explain(layer: Any, tokens: int) -> Explanation:
     plan, topology, storage, like = layer.plan, layer.topology, layer.storage, layer._like()
     machine, itemsize = layer.machine or default_machine(like.device), like.element_size()
     route = plan.fastest(tokens, machine, itemsize, rebuild=False)
-    contraction, elements = plan.applies[route], topology.out_features * topology.in_features
+    contraction = plan.applies[route]
     unpacking = unpacking_seconds(topology, storage, machine, itemsize)
-    choice = {RECONSTRUCT: "reconstruct", CACHED: "cached"}.get(layer.route(tokens), "factorized")
+    choice = "reconstruct" if layer.route(tokens) == RECONSTRUCT else "factorized"
     integers = kernel = UNPACKED if storage.quantized else ""
     factorized = plan.seconds(route, tokens, machine, itemsize) + unpacking
     core = layer.integer_core
@@ -369,18 +243,10 @@ def explain(layer: Any, tokens: int) -> Explanation:
             number_format, topology.shape, tokens, machine, itemsize, prepared=prepared
         )
         choice = "factorized"
-    refused = {}
-    if layer.strategy in ("factorized", "reconstruct"):
-        refused = {x: f'the layer has strategy="{layer.strategy}"' for x in STRATEGIES if x != layer.strategy}
-    elif layer.strategy == "auto":
-        refused["cached"] = 'needs memory for the matrix; enable it by strategy="cached"'
-    elif layer.training:
-        refused["cached"] = "only in eval"
-    elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in layer._tensors()):
-        refused["cached"] = "gradients of the cores are recorded; use torch.no_grad()"
+    fixed = layer.strategy if layer.strategy != "auto" else ""
+    refused = {x: f'the layer has strategy="{fixed}"' for x in STRATEGIES if fixed and x != fixed}
     dense = dense_seconds(topology.out_features, topology.in_features, tokens, machine, itemsize)
     rebuilt = plan.seconds(RECONSTRUCT, tokens, machine, itemsize) + unpacking
-    products = tokens * elements
     costs = (
         StrategyCost(
             "factorized",
@@ -394,13 +260,12 @@ def explain(layer: Any, tokens: int) -> Explanation:
         StrategyCost(
             "reconstruct",
             1e3 * rebuilt,
-            plan.matrix.multiply_adds(1) + products,
+            plan.matrix.multiply_adds(1) + tokens * math.prod(topology.shape),
             plan.matrix.moved(1),
             math.prod(topology.padded_shape) * itemsize,
             refused.get("reconstruct", ""),
             integers,
         ),
-        StrategyCost("cached", 1e3 * dense, products, 0, elements * itemsize, refused.get("cached", "")),
     )
     description = f"{topology.family} {topology.shape}, bonds {list(topology.bond_dims.values())}"
     return Explanation(description, machine.name, tokens, costs, choice, 1e3 * dense)

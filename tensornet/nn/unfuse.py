@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tensornet.contraction.plan import PLANNED_TOKENS
 from tensornet.nn.extension import extensions
 from tensornet.nn.layer_kinds import (
     ACCELERATE,
@@ -29,7 +28,6 @@ from tensornet.nn.layer_kinds import (
     register_layer_kind,
 )
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.strategy import CACHED
 from tensornet.nn.weight_facts import weight_facts
 from tensornet.registry import Registry
 
@@ -332,11 +330,8 @@ def is_observed(*layers: nn.Module) -> bool:
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix of a compound's layer; it has a gradient unless the route is `CACHED`."""
-    if isinstance(layer, NetworkModule):
-        return layer.kept_matrix() if layer.route(PLANNED_TOKENS) == CACHED else layer.to_matrix()
-    assert isinstance(layer, PartMatrix)
-    return layer.matrix
+    """Return the matrix of a compound's layer, with gradient."""
+    return layer.to_matrix() if isinstance(layer, NetworkModule) else layer.weight  # type: ignore[return-value]
 
 
 def _set_parameter(module: nn.Module, name: str, value: nn.Parameter) -> None:

@@ -162,14 +162,13 @@ def test_no_token_at_all_still_gives_every_parameter_a_gradient() -> None:
 def test_only_active_experts_are_built_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
     moe = make_moe("switch", dtype=torch.float32)
     built: list[object] = []
-    original = tm.SharedCoreExperts._rebuild
-    monkeypatch.setattr(
-        tm.SharedCoreExperts,
-        "_rebuild",
-        lambda self, index: (built.append(None if index is None else index.tolist()), original(self, index))[
-            1
-        ],
-    )
+    original = tm.SharedCoreExperts.cores
+
+    def cores(self: tm.SharedCoreExperts, index: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        built.append(None if index is None else index.tolist())
+        return original(self, index)
+
+    monkeypatch.setattr(tm.SharedCoreExperts, "cores", cores)
     x = torch.rand(64, FEATURES) + 0.1
     nn.init.zeros_(moe.router.weight)
     moe.router.weight.data[3] = 1.0
@@ -183,7 +182,7 @@ def test_only_active_experts_are_built_and_once(monkeypatch: pytest.MonkeyPatch)
             moe(x[:2])
     assert built == 12 * [[3]], "nothing is kept unless it is asked for"
     built.clear()
-    tn.nn.set_strategy(moe, "cached")
+    tn.nn.prepare_for_inference(moe)
     with torch.no_grad():
         for _ in range(3):
             moe(x)

@@ -66,50 +66,6 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
         tm.SharedCores(CHAIN, "none")
 
 
-# --- kept matrices -------------------------------------------------------------------------------
-
-
-def test_matrices_are_kept_in_eval_and_dropped_when_anything_changes() -> None:
-    bank = make().eval()
-    bank.strategy = "cached"
-    with torch.no_grad():
-        kept = bank.expert_matrices()
-        assert bank.expert_matrices() is kept
-        bank.core_0.mul_(2)
-        assert torch.allclose(bank.expert_matrices(), 2 * kept)
-        bank.core_1.data = bank.core_1.data * 2
-        assert torch.allclose(bank.expert_matrices(), 4 * kept)
-        assert bank.train().expert_matrices() is not bank.expert_matrices()
-        assert bank.to(torch.float32).eval().expert_matrices().dtype == torch.float32
-    assert bank.expert_matrices().requires_grad  # gradients in eval are not lost
-    assert copy.deepcopy(bank).kept.nbytes == 0
-
-
-def test_kept_matrices_know_autocast_and_their_limit() -> None:
-    bank = tm.SharedCoreExperts(CHAIN, E).eval()
-    bank.strategy = "cached"
-    with torch.no_grad():
-        plain = bank.expert_matrices()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert bank.expert_matrices().dtype == torch.bfloat16
-        assert torch.equal(bank.expert_matrices(), plain)
-    exact = E * 12 * 12 * 4
-    for limit, keeps in ((exact, True), (exact - 1, False), (0, False), (2**30, True)):
-        tn.nn.set_strategy(bank, "cached", cache_limit=limit)
-        with torch.no_grad():
-            assert bank.keeps_matrices() is keeps
-            assert (bank.expert_matrices() is bank.expert_matrices()) is keeps
-
-
-def test_a_borrowed_center_that_changes_drops_kept_matrices() -> None:
-    model = Layers().eval()
-    tn.nn.set_strategy(model, "cached")
-    with torch.no_grad():
-        kept = model.layers[0].expert_matrices()
-        model.center.core_1.mul_(2)
-        assert torch.allclose(model.layers[0].expert_matrices(), 2 * kept)
-
-
 # --- storage -------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import tensornet as tn
 from tensornet.topologies import topology_names
 
-STRATEGIES = ("factorized", "reconstruct", "cached", "auto")
+STRATEGIES = ("factorized", "reconstruct", "auto")
 
 
 @pytest.mark.parametrize("index", [50, 53, 10**6, -1, -60])

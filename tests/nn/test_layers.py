@@ -15,7 +15,7 @@ from tensornet.topologies import topology_family
 
 FAMILIES = ("block_tt", "kronecker", "low_rank", "mpo", "tensor_ring", "tucker")
 families = pytest.mark.parametrize("family", FAMILIES)
-STRATEGIES = ("factorized", "reconstruct", "cached", "auto")
+STRATEGIES = ("factorized", "reconstruct", "auto")
 
 
 def linear(out_features: int = 23, in_features: int = 18, dtype: torch.dtype = torch.float64) -> nn.Linear:

@@ -387,10 +387,7 @@ def test_compiled_exported_and_under_autocast(family: str, name: str) -> None:
     torch.testing.assert_close(program.module()(x).detach(), expected, rtol=1e-4, atol=1e-4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert made(x).dtype == torch.bfloat16
-    made.strategy = "cached"
     with torch.no_grad():
-        torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
-        assert tn.nn.cached_bytes(made) == 4 * SHAPE[0] * SHAPE[1]
         half = copy.deepcopy(made).bfloat16()
         assert made.to(torch.bfloat16)(x.bfloat16()).equal(half(x.bfloat16())), "codes are the same, not this"
 

@@ -1,4 +1,4 @@
-"""Layers prepared for inference: the same numbers from the layout of torch's int4 kernel."""
+"""Layers prepared for inference: the same numbers from torch's int4 kernel and from dense matrices."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import tensornet as tn
 from tensornet.errors import TargetError
 from tensornet.nn import int4_cpu
 from tensornet.nn.embedding import embedding_from_network
-from tensornet.nn.int4_cpu import KERNEL_TOKENS, MAX_GROWTH, Int4Core, has_layout, layout_bytes, to_kernel
+from tensornet.nn.int4_cpu import KERNEL_TOKENS, MAX_GROWTH, has_layout, layout_bytes, to_kernel
 from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.prepare import Int4Core, PreparedLinear
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
-from tensornet.topologies import Budget, topology_family
+from tensornet.topologies import Budget, low_rank, mpo, topology_family
 
 SHAPE = (192, 128)
 ONCE = ["int4", "int4:g32", "int4:row", "int4:g128:float8", "int3"]
@@ -25,9 +26,10 @@ TWICE = ["int5", "int6:g128", "int7:row", "int8"]
 LARGER = ["int2", "int5:g32"]
 LAYOUTS = [*ONCE, *TWICE]
 
-pytestmark = pytest.mark.skipif(
+needs_kernel = pytest.mark.skipif(
     not has_layout(NumberFormat.parse("int4"), SHAPE), reason="this build of torch has no such kernel"
 )
+CHAIN = mpo(out_dims=(8, 4, 8), in_dims=(4, 8, 4), max_bond=24)
 
 
 def layer(name: str, shape: tuple[int, int] = SHAPE) -> TensorNetworkLinear:
@@ -57,6 +59,7 @@ def close(found: torch.Tensor, truth: torch.Tensor) -> None:
     assert float((found.float() - truth).abs().max()) <= 0.01 * float(truth.abs().max())
 
 
+@needs_kernel
 @pytest.mark.parametrize("shape", [SHAPE, (64, 1152)])
 @pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
 def test_values_are_those_of_the_stored_integers(
@@ -85,6 +88,7 @@ def test_values_are_those_of_the_stored_integers(
             close(matrix.by_kernel(tokens(3, columns)), tokens(3, columns).float() @ values.T)
 
 
+@needs_kernel
 @pytest.mark.parametrize("count", [1, KERNEL_TOKENS // 2 + 1, KERNEL_TOKENS + 1])
 @pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
 def test_products(name: str, count: int) -> None:
@@ -105,6 +109,7 @@ def test_products(name: str, count: int) -> None:
         close(moved(x), expected(name, x))
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -122,6 +127,7 @@ def test_other_formats_and_shapes_stay_as_they_are(name: str, shape: tuple[int, 
     close(made(tokens(2, shape[1])), expected(name, tokens(2, shape[1]), shape))
 
 
+@needs_kernel
 def test_only_layers_that_gain_are_converted() -> None:
     network = topology_family("dense").decompose(torch.randn(192, 128), Budget()).network
     storage = Storage(number_format=NumberFormat.parse("int4"))
@@ -129,10 +135,11 @@ def test_only_layers_that_gain_are_converted() -> None:
     head = linear_from_network(network, bias=None, source="linear", storage=storage)
     head.share_cores(table)
     alone = embedding_from_network(network, storage=storage)
-    first, second, cached, chain = layer("int4"), layer("int4"), layer("int4"), tn.nn.MPOLinear(64, 64)
+    first, second, fixed = layer("int4"), layer("int4"), layer("int4")
+    chain = tn.nn.MPOLinear(64, 64, strategy="factorized")
     second.share_cores(first)
-    cached.strategy = "cached"
-    parts = [table, head, first, second, cached, chain, alone, layer("int2"), layer("int4").float()]
+    fixed.strategy = "reconstruct"
+    parts = [table, head, first, second, fixed, chain, alone, layer("int2"), layer("int4").float()]
     model = nn.ModuleList([x.bfloat16() if k < 7 else x for k, x in enumerate(parts)])
     assert tn.nn.prepare_for_inference(model) is model
     assert not model.training
@@ -147,6 +154,7 @@ def test_only_layers_that_gain_are_converted() -> None:
     assert layout_bytes(number_format, SHAPE) > MAX_GROWTH * number_format.nbytes(SHAPE)
 
 
+@needs_kernel
 @pytest.mark.parametrize("name", [*LAYOUTS, *LARGER])
 def test_a_tied_embedding_reads_the_rows_of_the_prepared_head(name: str) -> None:
     network = topology_family("dense").decompose(torch.randn(SHAPE), Budget()).network
@@ -163,6 +171,7 @@ def test_a_tied_embedding_reads_the_rows_of_the_prepared_head(name: str) -> None
     assert torch.equal(table.to_matrix(), matrix)
 
 
+@needs_kernel
 def test_training_and_saving_are_refused() -> None:
     model = nn.Sequential(prepared("int4"))
     assert model.eval() is model
@@ -172,6 +181,7 @@ def test_training_and_saving_are_refused() -> None:
         model.state_dict()
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -207,6 +217,7 @@ def test_compiled_exported_and_under_autocast(name: str, count: int) -> None:
         close(torch.export.export(made, (x,)).module()(x), expected(name, x))
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     ("name", "count", "kernel"),
     [
@@ -224,3 +235,82 @@ def test_explain_names_the_kernel(name: str, count: int, kernel: str) -> None:
     assert kernel in str(told)
     plain = layer(name).explain(count)["factorized"].integers
     assert plain == ("int8 kernel" if kernel == "int8 kernel" else "unpacked")
+
+
+# --- networks ------------------------------------------------------------------------------------
+
+
+def chain(**options: object) -> TensorNetworkLinear:
+    """A layer whose cores take longer for one token than its matrix."""
+    made = tn.nn.TensorNetworkLinear(CHAIN, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    nn.init.normal_(made.bias)
+    return made
+
+
+def test_a_slow_network_becomes_a_dense_layer() -> None:
+    shared = chain()
+    model = nn.ModuleDict({"first": nn.Sequential(shared), "again": shared})
+    x = torch.randn(2, 3, shared.in_features, dtype=torch.float64)
+    seen: list[torch.Size] = []
+    shared.register_forward_hook(lambda layer, args, y: seen.append(y.shape))
+    expected, bias = shared(x), shared.bias
+    assert tn.nn.prepare_for_inference(model) is model
+    made = model["again"]
+    assert isinstance(made, PreparedLinear)
+    assert next(iter(model["first"].children())) is made, "a layer with two names is converted once"
+    assert bias is not None
+    assert made.bias is not None
+    assert made.bias.data_ptr() == bias.data_ptr()
+    torch.testing.assert_close(made(x), expected)
+    assert seen == 2 * [expected.shape], "hooks stay"
+    pulled = x.clone().requires_grad_()
+    made(pulled).sum().backward()
+    assert pulled.grad is not None
+    assert [p.requires_grad for p in model.parameters()] == [False, False]
+    torch.testing.assert_close(copy.deepcopy(model)["again"](x), expected)
+    with pytest.raises(TargetError, match="cannot be trained"):
+        model.train()
+    with pytest.raises(TargetError, match="cannot be saved"):
+        model.state_dict()
+    alone = tn.nn.prepare_for_inference(chain())
+    assert isinstance(alone, PreparedLinear), "a single layer is returned"
+
+
+@pytest.mark.parametrize(
+    ("made", "max_growth"),
+    [
+        (lambda: chain(strategy="factorized"), None),
+        (lambda: chain(strategy="reconstruct"), None),
+        (lambda: chain(storage=Storage(number_format=NumberFormat.parse("int8"))), None),
+        (chain, 1.0),
+        (lambda: tn.nn.TensorNetworkLinear(low_rank(out_features=2048, in_features=2048, rank=64)), None),
+        (lambda: tn.nn.TensorNetworkLinear(tn.topologies.dense(out_features=8, in_features=8)), None),
+        (lambda: tn.nn.MPOEmbedding(CHAIN), None),
+    ],
+    ids=["factorized", "reconstruct", "integers", "too large", "low rank is faster", "one core", "embedding"],
+)
+def test_other_networks_stay(made: Callable[[], nn.Module], max_growth: float | None) -> None:
+    model = nn.Sequential(made())
+    before = model[0]
+    tn.nn.prepare_for_inference(model, max_growth=max_growth)
+    assert model[0] is before
+    model.train()
+
+
+def test_the_limit_is_relative_to_the_stored_bytes() -> None:
+    rows, columns = CHAIN.shape
+    growth = rows * columns / sum(core.numel() for core in chain().cores)
+    for limit, kind in ((0.99 * growth, tn.nn.TensorNetworkLinear), (1.01 * growth, PreparedLinear)):
+        assert type(tn.nn.prepare_for_inference(chain(), max_growth=limit)) is kind
+
+
+def test_the_layers_of_compounds_are_prepared() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LSTM(32, 64, batch_first=True))
+    config = tn.CompressionConfig(topology="mpo", sites=3, max_bond=12, target_modules="all")
+    tn.compress(model, config, progress=False)
+    x = torch.randn(2, 5, 32)
+    expected = model(x)[0]
+    tn.nn.prepare_for_inference(model)
+    assert any(isinstance(part, PreparedLinear) for part in model.modules())
+    torch.testing.assert_close(model(x)[0], expected)

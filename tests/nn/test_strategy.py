@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
-from collections.abc import Callable
 from dataclasses import replace
 
 import opt_einsum
@@ -26,7 +24,7 @@ from tensornet.contraction.plan import (
     run,
 )
 from tensornet.errors import TargetError
-from tensornet.nn.strategy import CACHED, STRATEGIES
+from tensornet.nn.strategy import STRATEGIES
 from tensornet.topologies import low_rank, mpo
 
 TOPOLOGIES = {
@@ -191,9 +189,6 @@ def test_strategies_agree_with_the_dense_layer(name: str, strategy: str, trainin
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(ValueError, match="Unknown strategy 'fast'; choose one of auto, factorized"):
         small(strategy="fast")
-    for limit in (-1, "64MB", 1.5):
-        with pytest.raises(ValueError, match="cache_limit must be a number of bytes"):
-            tn.nn.set_strategy(small(), "cached", cache_limit=limit)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Unknown strategy 'fast'"):
         tn.nn.set_strategy(small(), "fast")  # type: ignore[arg-type]
 
@@ -207,7 +202,6 @@ def test_embedding_strategies_agree() -> None:
         for strategy in STRATEGIES:
             tn.nn.set_strategy(layer, strategy)  # type: ignore[arg-type]
             torch.testing.assert_close(layer(indices), expected)
-            assert (layer.kept.nbytes > 0) == (strategy == "cached")
 
 
 @pytest.mark.parametrize("gradients", [False, True])
@@ -224,107 +218,6 @@ def test_every_pass_in_float16_is_contracted_in_float32(gradients: bool) -> None
         half = copy.deepcopy(layer).half()
         for x in (few, few, whole, few):
             torch.testing.assert_close(half(x.half()), expected.half().expand(len(x), -1))
-
-
-# --- kept matrices ------------------------------------------------------------------------------
-
-
-def kept(layer: tn.nn.MPOLinear) -> torch.Tensor:
-    """Run the layer so that it keeps a matrix, and return that matrix."""
-    layer.eval()
-    with torch.no_grad():
-        layer(torch.randn(3, 16))
-    assert layer.kept.matrix is not None
-    return layer.kept.matrix
-
-
-def _optimizer_step(layer: tn.nn.MPOLinear) -> None:
-    for parameter in layer.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    torch.optim.SGD(layer.parameters(), lr=0.1).step()
-
-
-def _in_inference_mode(layer: tn.nn.MPOLinear) -> None:
-    with torch.inference_mode():
-        layer.cores[1].mul_(2)
-
-
-def _data(layer: tn.nn.MPOLinear) -> None:
-    for _ in range(4):  # the allocator likes to give a freed address again
-        layer.cores[1].data = torch.randn_like(layer.cores[1])
-
-
-CHANGES: dict[str, Callable[[tn.nn.MPOLinear], object]] = {
-    "optimizer": _optimizer_step,
-    "inference mode": _in_inference_mode,
-    "a detached view": lambda layer: layer.cores[1].detach().mul_(2),
-    "load": lambda layer: layer.load_state_dict(small().state_dict()),
-    "load by assignment": lambda layer: layer.load_state_dict(small().state_dict(), assign=True),
-    "data": _data,
-    "set_cores": lambda layer: layer.set_cores(small().cores),
-    "new parameter": lambda layer: setattr(layer, "core_1", nn.Parameter(torch.randn_like(layer.core_1))),
-    "dtype": lambda layer: layer.double(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_of_a_core_is_seen(change: str) -> None:
-    layer = small(strategy="cached")
-    first = kept(layer)
-    assert kept(layer) is not first, "eval() frees it"
-    before = kept(layer).clone()
-    CHANGES[change](layer)
-    x = torch.randn(3, 16, dtype=layer.weight.dtype)
-    with torch.no_grad():
-        for _ in range(2):
-            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.to_matrix(), layer.bias))
-        if change != "dtype":
-            assert not torch.allclose(layer.to_matrix(), before), "the change changed nothing"
-
-
-def test_the_matrix_is_kept_between_passes_and_used_only_where_it_may_be() -> None:
-    layer = small(strategy="cached")
-    first, x = kept(layer), torch.randn(3, 16)
-    other = {f"core_{k}": torch.randn_like(core) for k, core in enumerate(layer.cores)}
-    with torch.no_grad():
-        layer(x)
-        assert layer.kept.matrix is first
-        expected = x @ tn.TensorNetwork(layer.topology, list(other.values())).to_matrix().T + layer.bias
-        torch.testing.assert_close(torch.func.functional_call(layer, other, (x,)), expected)
-        torch.testing.assert_close(torch.func.vmap(layer)(x), x @ first.T + layer.bias)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            low = layer(x)
-            assert (low.dtype, layer.kept.nbytes) == (torch.bfloat16, 16 * 24 * 2)
-        torch.testing.assert_close(low.float(), layer(x), rtol=3e-2, atol=3e-2)
-        assert layer.kept.nbytes == 16 * 24 * 4
-    assert layer(x).requires_grad
-    layer.train()
-    assert layer.kept.nbytes == 0
-    layer(x)
-    assert layer.kept.nbytes == 0, "training"
-    layer.eval()(x)
-    assert layer.kept.nbytes == 0, "gradients of the cores are recorded"
-
-
-def test_it_serves_frozen_layers_whose_input_wants_a_gradient() -> None:
-    layer = small(strategy="cached", dtype=torch.float64).eval().requires_grad_(False)
-    with torch.inference_mode():
-        layer(torch.randn(3, 16, dtype=torch.float64))  # built here, used outside
-    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).sum(), x)
-    torch.testing.assert_close(grad, layer.to_matrix().sum(0).expand(3, -1))
-    assert layer.kept.nbytes > 0
-
-
-def test_a_kept_matrix_is_no_state() -> None:
-    layer = small(strategy="cached")
-    kept(layer)
-    assert set(layer.state_dict()) == {"core_0", "core_1", "core_2", "bias"}
-    again = pickle.loads(pickle.dumps(layer))
-    assert copy.deepcopy(layer).kept.nbytes == again.kept.nbytes == 0
-    x = torch.randn(3, 16)
-    with torch.no_grad():
-        torch.testing.assert_close(again(x), layer(x))
 
 
 # --- choices ------------------------------------------------------------------------------------
@@ -345,29 +238,19 @@ def test_few_tokens_are_contracted_and_many_rebuild() -> None:
     layer = tn.nn.MPOLinear(768, 768, max_bond=16)
     assert layer.route(1) >= 0
     assert layer.route(4096) == RECONSTRUCT
-    layer.eval()
-    with torch.no_grad():
-        assert layer.route(4096) == RECONSTRUCT
-        layer.strategy = "cached"
-        assert layer.route(4096) == CACHED
 
 
 def test_explanation() -> None:
     layer = small()
     told = layer.explain(tokens=7)
     assert told.choice == ("reconstruct" if layer.route(7) == RECONSTRUCT else "factorized")
-    assert "needs memory" in told["cached"].refused
-    assert told["cached"].multiply_adds == 7 * 16 * 24
-    assert told["cached"].memory_bytes == 16 * 24 * 4
-    layer.strategy = "cached"
-    assert layer.explain(7)["cached"].refused == "only in eval"
-    layer.eval()
-    assert "gradients" in layer.explain(7)["cached"].refused
-    with torch.no_grad():
-        assert layer.explain(7)["cached"].refused == ""
+    assert {cost.strategy for cost in told.costs} == {"factorized", "reconstruct"}
+    assert {cost.refused for cost in told.costs} == {""}
+    layer.strategy = "reconstruct"
+    assert "reconstruct" in layer.explain(7)["factorized"].refused
     text = str(told)
     assert "7 tokens" in text
-    assert all(name in text for name in ("factorized", "reconstruct", "cached", "dense layer"))
+    assert all(name in text for name in ("factorized", "reconstruct", "dense layer"))
     for tokens in (1.5, "a"):
         with pytest.raises(ValueError, match=f"tokens must be an integer of at least 1, got {tokens!r}"):
             layer.explain(tokens)  # type: ignore[arg-type]
@@ -377,23 +260,19 @@ def test_explanation() -> None:
         told["fast"]
 
 
-def test_limit_of_a_model_goes_where_it_gains_most() -> None:
+def test_a_strategy_is_set_for_all_layers() -> None:
     model = nn.Sequential(
-        tn.nn.MPOLinear(256, 256, max_bond=64), tn.nn.MPOLinear(256, 256, max_bond=1), nn.Linear(2, 2)
+        tn.nn.MPOLinear(16, 16, max_bond=4), tn.nn.MPOEmbedding(TOPOLOGIES["mpo"]), nn.Linear(2, 2)
     )
-    allowed = tn.nn.set_strategy(model, "cached", cache_limit=256 * 256 * 4 + 100)
-    assert allowed == {"0": 256 * 256 * 4}
-    assert tn.nn.set_strategy(model, cache_limit=0) == {}
-    assert tn.nn.set_strategy(model, "cached", cache_limit=10**9) == {"0": 262144, "1": 262144}
-    with torch.no_grad():
-        model[:2].eval()(torch.randn(1, 256))
-    assert tn.nn.cached_bytes(model) == 2 * 262144
+    tn.nn.set_strategy(model, "factorized", machine=GPU)
+    assert [(x.strategy, x.machine) for x in model[:2]] == 2 * [("factorized", GPU)]
+    tn.nn.set_strategy(model, machine=CPU)
+    assert [(x.strategy, x.machine) for x in model[:2]] == 2 * [("factorized", CPU)]
     with pytest.raises(TargetError, match="no compressed layer"):
         tn.nn.set_strategy(nn.Linear(2, 2))
-    layer = tn.nn.MPOLinear(16, 16, max_bond=4)
     with pytest.raises(TypeError, match="measure_machine"):
-        tn.nn.set_strategy(layer, "cached", machine="cpu")  # type: ignore[arg-type]
-    assert layer.strategy == "auto"
+        tn.nn.set_strategy(model, "auto", machine="cpu")  # type: ignore[arg-type]
+    assert model[0].strategy == "factorized"
 
 
 def test_machines() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -49,8 +50,7 @@ def test_what_comes_after() -> None:
     with torch.device("meta"):
         refine(model, teacher, [(X, Y)])
         tn.heal(model, teacher, [(X, Y)], steps=20, lr=1e-2)
-        tn.nn.set_strategy(model, "cached", cache_limit=1000)
-        model.eval()(X)
+        tn.nn.prepare_for_inference(copy.deepcopy(model))(X)
     assert (model(X) - teacher(X)).square().sum().item() < before
     with torch.device("meta"):
         tn.decompress(model)

@@ -277,7 +277,7 @@ def load(
 
     Args:
         path: a folder written by `save_pretrained`, or a hub id.
-        inference: True converts integer layers for generation on the CPU (see
+        inference: True converts layers to forms that generate faster (see
             `tensornet.nn.prepare_for_inference`); the model can then be neither trained nor saved.
             `"compiled"` also lets `generate` use a static cache and compile the step of one token. Its first
             call then takes a minute or more, and compilation is repeated for a new cache length: set

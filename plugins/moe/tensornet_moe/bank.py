@@ -148,8 +148,7 @@ class ExpertBank(nn.Module, ABC):
             Shape `(rows, out_features)`.
         """
         active = groups.active
-        # If the matrices are cached, use all of them: selecting the active ones would copy them.
-        selected = active is not None and len(active) < self.num_experts and not self.keeps_matrices()
+        selected = active is not None and len(active) < self.num_experts
         matrices = self.expert_matrices(active if selected else None).to(x.dtype)
         if takes_grouped_mm(x, self.out_features, groups):
             return grouped_linear(x, matrices, groups)
@@ -181,10 +180,6 @@ class ExpertBank(nn.Module, ABC):
                 f"experts must be a non-empty list of indices in [0, {self.num_experts}), got {experts}."
             )
         return index.to(self.stored_tensors()[0].device)
-
-    def keeps_matrices(self) -> bool:
-        """Return True if the matrices of all experts are cached."""
-        return False
 
     @property
     def dtype(self) -> torch.dtype:

@@ -33,7 +33,7 @@ from tensornet.nn.storage import (
     storage_entry,
     stored_core,
 )
-from tensornet.nn.strategy import KeptMatrix, Strategy, may_keep
+from tensornet.nn.strategy import Strategy
 from tensornet.quantization import NumberFormat, round_weight
 from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
@@ -42,6 +42,7 @@ from tensornet.topology import Topology
 from tensornet_moe.bank import Borrower, ExpertBank, SharedCores, check_not_negative, check_weights
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
 from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
+from tensornet_moe.prepared import PreparedExperts
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
 #: On CPUs, matrices with at least this many elements are built and used one at a time, so that they fit the
@@ -116,7 +117,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
-        self.kept = KeptMatrix()
         #: Relative Frobenius error with respect to the original matrices; None for a new bank.
         self.error: float | None = None
         #: Result of the joint fit of `from_experts`; None for other banks.
@@ -275,17 +275,13 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return found
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build expert matrices (see `plan_stack` for the cost), or read them from the cache."""
-        kept = self._kept()
-        if experts is None:
-            return self._rebuild(None) if kept is None else kept
-        index = self.check_experts(experts)
-        return self._rebuild(index) if kept is None else kept.index_select(0, index)
+        """Build expert matrices; see `plan_stack` for the cost."""
+        index = None if experts is None else self.check_experts(experts)
+        count = self.num_experts if index is None else len(index)
+        return build_matrices(self.plan, self.cores(index), count)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
         """Compute `y_r = W_e(r) x_r`, core by core if this is predicted to be faster; see `ExpertBank`."""
-        if self.keeps_matrices():
-            return super().apply_rows(x, groups)
         if len(self.shared) == len(self.topology.cores):
             return self._apply_to_all(x)
         if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
@@ -398,27 +394,26 @@ class SharedCoreExperts(Borrower, ExpertBank):
         ]
         return [list(cores) for cores in zip(*columns, strict=True)]
 
-    def keeps_matrices(self) -> bool:
-        """Return True if the matrices are cached now, by the strategy "cached" in eval mode."""
-        return self.strategy == "cached" and may_keep(self, self.stored_tensors())
+    @torch.no_grad()
+    def prepared(self, max_growth: float) -> PreparedExperts | None:
+        """Return a bank of dense matrices, which is faster; see `tensornet.nn.prepare_for_inference`.
 
-    @property
-    def matrix_bytes(self) -> int:
-        """Bytes of the matrices of all experts in the dtype of the cores."""
-        return self.num_experts * self.out_features * self.in_features * self.dtype.itemsize
+        Args:
+            max_growth: largest size of the matrices, relative to the bytes of the cores.
 
-    @property
-    def seconds_saved(self) -> float:
-        """Predicted seconds that cached matrices save in a forward pass of one token."""
-        return self.plan.multiply_adds(1) / default_machine(self.stored_tensors()[0].device).peak
-
-    def _kept(self) -> Tensor | None:
-        if not self.keeps_matrices():
+        Returns:
+            The bank; None if it would be too large, or if this bank has only one core, integer cores, or a
+            strategy other than `"auto"`.
+        """
+        count = 1 if len(self.shared) == len(self.topology.cores) else self.num_experts
+        matrix_bytes = count * self.out_features * self.in_features * self.dtype.itemsize
+        stored = {id(tensor): tensor.nbytes for tensor in self.stored_tensors()}  # shared ones occur twice
+        too_large = matrix_bytes > max_growth * sum(stored.values())
+        stays = len(self.topology.cores) == 1 or self.storage.quantized or self.strategy != "auto"
+        if too_large or stays:
             return None
-        return self.kept.get(self.stored_tensors(), self.compute_like, lambda: self._rebuild(None))
-
-    def _rebuild(self, index: Tensor | None) -> Tensor:
-        return build_matrices(self.plan, self.cores(index), self.num_experts if index is None else len(index))
+        matrices = build_matrices(self.plan, self.cores(), count)
+        return PreparedExperts(matrices.clone(memory_format=torch.contiguous_format), self.num_experts)
 
     # --- stored cores ---
 
@@ -505,7 +500,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
                 sizes = [topology.core_shapes[name] for topology in self.topologies]
                 pieces = zip(values[name], sizes, strict=True)
                 self._store(name, [core[tuple(map(slice, size))].contiguous() for core, size in pieces])
-        self.kept.drop()
         added = frobenius(before - self.expert_matrices()) / max(frobenius(before), 1e-300)
         self.error = None if self.error is None else self.error + added * (1 + self.error)
         return added

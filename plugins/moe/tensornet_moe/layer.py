@@ -76,8 +76,8 @@ class SharedCoreMoE(nn.Module):
     """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
 
     Each pass rebuilds the matrices of all experts that get tokens, or multiplies by cores if this is faster.
-    After `tensornet.nn.set_strategy(moe, "cached")` the matrices of all experts are cached in eval mode
-    without gradients. Any `Router`, and any `ExpertFFN` with any `ExpertBank`, can be used.
+    `tensornet.nn.prepare_for_inference` replaces the cores by the matrices of all experts. Any `Router`, and
+    any `ExpertFFN` with any `ExpertBank`, can be used.
 
     Args:
         router: chooses the experts of each token.

@@ -155,7 +155,7 @@ def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5_gated"])
-def test_generates_the_same_with_and_without_cache(name: str) -> None:
+def test_generates_the_same_with_and_without_cache_and_prepared(name: str, tmp_path: Path) -> None:
     # In float32 ties of rounding would say nothing of the cache.
     model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, noise=0.3)).eval().double()
     inputs = ARCHITECTURES[name].inputs(labels=False)
@@ -165,12 +165,11 @@ def test_generates_the_same_with_and_without_cache(name: str) -> None:
         for cache in (True, False)
     )
     assert torch.equal(with_cache, without)
-    assert tn.nn.cached_bytes(model) == 0
-    tn.nn.set_strategy(model, "cached")
-    with torch.no_grad():
-        assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), without)
-        assert tn.nn.cached_bytes(model) > 0
-        assert all(m.keeps_matrices() for m in model.modules() if isinstance(m, tm.SharedCoreExperts))
+    tn.nn.prepare_for_inference(model)
+    assert not any(isinstance(m, tm.SharedCoreExperts) for m in model.modules())
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), without)
+    with pytest.raises(TargetError, match="cannot be saved"):
+        th.save(model, tmp_path / "prepared")
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import model_size
 from tensornet.errors import TargetError
 from tensornet.nn import prepare_for_inference
+from tensornet.nn.int4_cpu import MAX_GROWTH
 from tensornet_hf.checkpoint import (
     HUB,
     check_free,
@@ -304,7 +305,7 @@ def generate(
     """Let a model continue a prompt, or answer it if it is an encoder-decoder or a chat model."""
     folder = resolve_folder(path)
     model = on_device(load(folder), device)
-    prepare_for_inference(model)
+    prepare_for_inference(model, max_growth=MAX_GROWTH)  # no dense model comes back by surprise
     tokenizer = load_tokenizer(folder)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     text = continue_text(
