@@ -28,8 +28,8 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float | None = None) 
     - A layer that is one integer matrix is converted to the layout of torch's int4 kernel, if it computes in
       bfloat16 on the CPU. An embedding that is tied to a converted output head reads its rows from the
       converted matrix.
-    - A network of floating-point cores becomes a dense layer, if a pass of one token is predicted to be
-      faster with the dense matrix.
+    - A network of floating-point cores becomes a dense layer, unless a pass of one token is predicted to be
+      clearly faster with the cores, as for low rank at half the parameters.
     - A bank of shared-core experts (`tensornet_moe`) of floating-point cores becomes a stack of dense
       matrices.
 
