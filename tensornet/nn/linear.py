@@ -27,8 +27,8 @@ from tensornet.topologies import TopologyFamily
 from tensornet.topologies.mpo import MPOFamily
 from tensornet.topology import Topology
 
-#: Largest predicted time of a pass of one token, relative to that of the dense matrix, at which a network stays
-#: a network in a prepared model. For chains of several cores, predictions are up to three times too short.
+#: A network stays in a prepared model if its predicted time for one token is at most this fraction of that of
+#: the dense matrix. For chains of several cores, predictions are up to three times too short.
 _CLEARLY_FASTER = 2 / 3
 
 
@@ -163,7 +163,8 @@ class TensorNetworkLinear(NetworkModule):
         like, shape = self._like(), self.topology.shape
         stored = sum(tensor.nbytes for tensor in self._tensors())
         too_large = shape[0] * shape[1] * like.element_size() > max_growth * stored
-        if too_large or self.strategy != "auto" or self.storage.quantized:
+        stays = len(self.topology.cores) == 1 or self.storage.quantized or self.strategy != "auto"
+        if too_large or stays:
             return None
         machine, itemsize = self.machine or default_machine(like.device), like.element_size()
         fastest = self.plan.seconds(self.plan.fastest(1, machine, itemsize), 1, machine, itemsize)
