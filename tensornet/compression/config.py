@@ -120,9 +120,9 @@ class CompressionConfig(LayerSelection):
         require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
             leaving them dense. An example is the vision tower of a model that was calibrated on text. Layers
             left dense do not count in budgets of the targeted layers, and a warning names them.
-        verify: whether to measure the loss of layers with large errors before anything is replaced, and to
-            plan again if a prediction was far too low. See `check_loss`. This needs number formats and
-            batches; statistics alone are not enough.
+        verify: whether to measure the loss of layers with large errors before anything is replaced. If a
+            prediction was far too low, the layers are planned again, see `check_loss`. This needs number
+            formats and batches; statistics alone are not enough.
 
     Raises:
         BudgetError: a limit is not a number, out of range, or in conflict with the objective.
@@ -189,6 +189,11 @@ class CompressionConfig(LayerSelection):
             BudgetError: a budget is out of range, or contradicts another option.
         """
         _ = self.budget  # checks max_bond, rel_error and param_ratio
+        if self.whole_model is not None and all(getattr(self, name) is None for name in BYTE_BUDGETS):
+            budgets = ", ".join(f"{name}=" for name in BYTE_BUDGETS)
+            raise BudgetError(
+                f"whole_model says which bytes a budget counts: give {budgets}, or leave it out."
+            )
         for name in WHOLE_MODEL_BUDGETS:
             if (value := getattr(self, name)) is None:
                 continue

@@ -559,7 +559,8 @@ class CompressionPlan:
             data = json.loads(Path(path).read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise FormatError(
-                f"Cannot read a compression plan from {path}: {error}. Give a file that `save` wrote."
+                f"Cannot read a compression plan from {path}: {error}. Give a file of plan.save, or the "
+                "output of tensornet compress --dry-run --json."
             ) from error
         return cls.from_dict(data)
 

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from tensornet.healing import refine
 from tensornet.healing.heal import heal
 from tensornet.io import check_place
 from tensornet.nn.extension import ProvidedData
+from tensornet.nn.targets import find_targets
+from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
     check_free,
@@ -105,7 +108,7 @@ class CompressOptions:
 
     Raises:
         OptionError: two options exclude each other, or an option needs another one.
-        DestinationError: the report cannot be written.
+        DestinationError: the report or the statistics cannot be written.
         ValueError: an unknown dtype.
 
     Example:
@@ -146,8 +149,19 @@ class CompressOptions:
             if file is not None and (other := used.setdefault(Path(file).resolve(), name)) != name:
                 raise OptionError(f"{{{name}}} is the file of {{{other}}}; give a text from another source.")
         dtype_of(self.dtype)
-        if self.report is not None:
-            check_place("The report", Path(self.report))
+        for what, place in (("The report", self.report), ("Statistics", self.statistics)):
+            if place is not None:
+                check_place(what, Path(place))
+        if not texts:
+            if self.calibration_tokens is not None:
+                raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
+            if self.statistics is not None and not Path(self.statistics).exists():
+                raise OptionError(
+                    f"{{statistics}} names {self.statistics}, which does not exist. Correct the name, or add "
+                    "{calibration} to collect the statistics."
+                )
+        if not self.resume and self.workers is None and not self.heal:
+            raise OptionError("Only runs with {workers} or {heal} are resumed; leave out {resume}.")
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
@@ -420,7 +434,8 @@ def for_target(
 
     Raises:
         BudgetError: `max_bytes` is not larger than the metadata.
-        TargetError: the exporter does not support this model or tokenizer.
+        TargetError: the exporter does not support this model or tokenizer, or can pack none of the selected
+            layers.
     """
     overhead, full = TARGETS[target].facts(model, folder)
     changes: dict[str, Any] = {}
@@ -431,6 +446,17 @@ def for_target(
     if full:
         given = config.exclude_modules or ()
         changes["exclude_modules"] = (*((given,) if isinstance(given, str) else given), *full)
+        try:
+            with unfused(model), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # planning repeats these warnings
+                find_targets(model, replace(config, **changes))
+        except TargetError as error:
+            others = " or ".join(name for name in TARGETS if name != target)
+            raise TargetError(
+                f"The target {target!r} can pack none of the layers that the options select: it does not "
+                f"support the types of {len(full)} layers of this {type(model).__name__}, such as "
+                f"{full[0]}. Export to {others}, or write a model folder without a target."
+            ) from error
     if config.max_bytes is not None:
         if config.max_bytes <= overhead:
             raise BudgetError(
@@ -549,14 +575,22 @@ def _check_data(
             "{validation} corrects the predicted loss increase. A prediction needs {calibration}, and the "
             "objective curvature or auto."
         )
+    if config.objective == "weight" and options.statistics is not None:
+        raise OptionError("{statistics} weight errors, which {objective} weight does not use; leave out one.")
+    weighted = has_data and config.objective not in ("weight", "activation")
+    if config.damping != CompressionConfig.damping and not weighted:
+        raise OptionError(
+            "{damping} changes moments of gradients, which need {calibration} and the objective curvature or "
+            "auto; leave it out."
+        )
     if has_data or config.objective == "weight":
         return config
     if config.objective == "auto" and config.rel_error is not None and not config.needs_curvature:
         return replace(config, objective="weight")
     raise BudgetError(
         "A calibration text is needed, to measure how errors of the weights affect the loss. Give text like "
-        "the model's later input with --calibration FILE (calibration= in Python), or use the embedded text "
-        "with --calibration default. --objective weight needs no text, but loses more quality than necessary."
+        "the model's later input with calibration=FILE, or use the embedded text with calibration='default'. "
+        "objective='weight' needs no text, but loses more quality than necessary."
     )
 
 

@@ -7,6 +7,7 @@
   their own predictions, and encoders without a head by the cosine of pooled outputs.
 """
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,8 +136,8 @@ def continue_text(
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}.")
     if chat and not tokenizer.chat_template:
         raise TargetError(
             f"The {type(tokenizer).__name__} has no chat template, which chat=True (--chat) needs. Leave out "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sharded_folders import contents
 
 from tensornet.errors import FormatError
-from tensornet_hf.cli.main import as_options
+from tensornet_hf.cli.main import as_options, options_of
 from tensornet_hf.embedded import gpt2_path, t5_path
 
 Run = Callable[..., tuple[int, str, str]]
@@ -63,6 +63,16 @@ FAILED = [
     ("compress GPT2 out --rel-error 0.5 --target re:(", "not a regular expression"),
     ("compress GPT2 out --bits 4.25", "with --calibration FILE.*--calibration default"),
     ("compress GPT2 out", "says how far"),
+    ("compress GPT2 out --bits 4 --objective weight", "--formats int4"),
+    ("compress GPT2 out HALF --whole-model", "--whole-model.*--max-bytes"),
+    ("compress GPT2 out HALF --damping -1", "--damping must"),
+    ("compress GPT2 out HALF --sites 0", "--sites must"),
+    ("compress GPT2 out HALF --statistics taken", "taken"),
+    (
+        "compress GPT2 out --bits 8.5 --objective weight --export compressed-tensors",
+        "'compressed-tensors' can pack none",
+    ),
+    ("upcycle GPT2 out --experts 4 --noise -1", "--noise must"),
     ("compress GPT2 out --rel-error 0.5 --workers 0", "workers.* must be at least 1"),
     (
         "compress GPT2 out --param-ratio 0.0001 --objective weight",
@@ -94,15 +104,16 @@ FAILED = [
     ("upcycle GPT2 out --share center --sites 3", "leave out --sites, or leave out --share and --pool"),
     ("eval T5 --text text.txt", "not a causal language model"),
     ("eval GPT2 --text text.txt --context 500", "more than the 128 positions"),
-    ("eval GPT2 --text text.txt --stride 500", "stride must be between 1 and"),
+    ("eval GPT2 --text text.txt --stride 500", "--stride must be between 1"),
     ("eval GPT2 --text absent.txt", r"There is no file absent\.txt"),
     ("eval GPT2 --text empty.txt", r"empty\.txt contains no text"),
     ("eval GPT2 --text latin.txt", r"latin\.txt is not UTF-8 text"),
     ("generate GPT2 --prompt ''", "prompt is empty"),
-    ("generate GPT2 --prompt a --max-new-tokens 0", "max_new_tokens must be at least 1"),
+    ("generate GPT2 --prompt a --max-new-tokens 0", "--max-new-tokens must be at least 1"),
     ("generate GPT2 --prompt a --max-new-tokens 500", "has 128 positions"),
-    ("generate GPT2 --prompt a --temperature -1", "temperature must be at least 0"),
-    ("generate GPT2 --prompt a --chat", r"no chat template, which chat=True \(--chat\) needs"),
+    ("generate GPT2 --prompt a --temperature -1", "--temperature must be at least 0"),
+    ("generate GPT2 --prompt a --temperature nan", "--temperature must be at least 0"),
+    ("generate GPT2 --prompt a --chat", "no chat template, which --chat needs"),
     ("eval magic --text text.txt", "quantized by 'magic'"),
 ]
 #: Command lines that ask for what does not go together.
@@ -112,6 +123,16 @@ WRONG = [
     ("inspect x --what", "--what"),
     ("compress x --max-bond y", "--max-bond"),
     ("compress GPT2 --rel-error 0.5", "--dry-run"),
+    ("compress GPT2 out --int8", "No such option"),
+    ("compress GPT2 out --formatt int8", "--formats"),
+    ("compress GPT2 out HALF --statistics absent", "--statistics.*--calibration"),
+    ("compress GPT2 out HALF --calibration text.txt --statistics stats", "--statistics.*--objective"),
+    ("compress GPT2 out HALF --calibration-tokens 100", "add --calibration"),
+    ("compress GPT2 out HALF --no-resume", "leave out --no-resume"),
+    ("compress GPT2 out HALF --damping 0.2", "--damping.*--calibration"),
+    ("compress GPT2 out --plan p.json --no-verify", "leave out --no-verify"),
+    ("eval GPT2 --text text.txt --limit 3 --shots 0", "--tasks NAMES, or leave out --shots and --limit"),
+    ("eval GPT2 --tasks x --context 9", "--text FILE, or leave out --context"),
     ("compress GPT2 out --plan p.json --topology mpo --target c_fc", "leave out --target and --topology"),
     ("compress GPT2 out --rel-error 0.5 --dry-run --report r.html", "--report would need"),
     ("compress GPT2 --bits 4.25 --held-out text.txt --dry-run", "only plans, but --held-out would"),
@@ -144,7 +165,7 @@ WRONG = [
     ("compress GPT2 out CHAIN --topology-option sites", "takes KEY=VALUE, such as sites=3; got 'sites'"),
     ("compress GPT2 out CHAIN --topology-option a=2 --topology-option a=3", "sets a twice"),
     ("eval GPT2", "Say what to measure: --text FILE"),
-    ("eval GPT2 --text x --task-path .", "--task-path needs --tasks"),
+    ("eval GPT2 --text x --task-path .", "leave out --task-path"),
     *(
         (f"{command} --device nothing", "nothing is not available on this machine")
         for command in ("compress x y", "upcycle x y", "decompress x y", "eval x", "generate x", "demo")
@@ -178,9 +199,28 @@ def test_one_line_a_status_and_nothing_else(
     assert contents(tmp_path) == before  # no hidden partial folder either
 
 
-def test_a_list_of_patterns_becomes_a_repeated_option() -> None:
-    found = as_options("Keep them dense by exclude_modules=['*.read', 'head'].", "compress")
-    assert shlex.split(found.strip("."))[-4:] == ["--exclude", "*.read", "--exclude", "head"]
+@pytest.mark.parametrize(
+    ("text", "translated"),
+    [
+        ("damping must be at least 0", "--damping must be at least 0"),
+        ("the damping of max_bond", "the damping of --max-bond"),
+        ("give formats=('int4',) or rel_error=0.5.", "give --formats int4 or --rel-error 0.5."),
+        ("exclude_modules=['*.read', 'head'].", "--exclude '*.read' --exclude head."),
+        ("calibration=batches, or calibration='default'", "--calibration FILE, or --calibration default"),
+        ("bits_per_weight= and max_bytes=", "--bits and --max-bytes"),
+        ("force=True (--force), resume=False (--no-resume)", "--force, --no-resume"),
+        ("'rel_error' in /tmp/max_bond/x has formats", "'rel_error' in /tmp/max_bond/x has formats"),
+    ],
+)
+def test_messages_name_options(text: str, translated: str) -> None:
+    assert as_options(text, options_of("compress")) == translated
+
+
+def test_negated_options_say_what_is_left_out(tensornet: Run) -> None:
+    shown = " ".join(re.sub(r"[│\s]+", " ", tensornet("compress", "--help-all")[1]).split())
+    assert "--no-verify Do not measure" in shown
+    assert "--no-resume Do not continue" in shown
+    assert "Do not whether" not in shown
 
 
 def test_debug_lets_the_error_through(tensornet: Run) -> None:

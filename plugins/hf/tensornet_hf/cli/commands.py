@@ -193,13 +193,18 @@ def inspect(path: Source, as_json: Json = False) -> None:
 
 
 def evaluate(
-    path: Source,
+    path: Annotated[
+        str, typer.Argument(help="Model folder, GGUF file, or hub id if there is no such folder or file.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="Text file (UTF-8) on which the perplexity is measured.")
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Dense model; measure the Kullback-Leibler divergence from it on --text."),
+        typer.Option(
+            help="Dense model (folder, GGUF file or hub id); measure the Kullback-Leibler divergence from it "
+            "on --text."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,
@@ -232,10 +237,14 @@ def evaluate(
         raise typer.BadParameter(
             "Say what to measure: --text FILE (perplexity) or --tasks NAMES (lm-evaluation-harness)."
         )
-    if task_path is not None and tasks is None:
-        raise typer.BadParameter("--task-path needs --tasks.")
     if reference is not None and text is None:
         raise typer.BadParameter("--reference compares predictions on a text; add --text FILE.")
+    for needed, chosen, options in (
+        ("--tasks NAMES", tasks, {"--task-path": task_path, "--shots": shots, "--limit": limit}),
+        ("--text FILE", text, {"--context": context, "--stride": stride}),
+    ):
+        if unused := [name for name, value in options.items() if value is not None and chosen is None]:
+            raise typer.BadParameter(f"Add {needed}, or leave out {' and '.join(unused)}.")
     content = None if text is None else read_text(text)
     folder, other = resolve_folder(path), None if reference is None else resolve_folder(reference)
     model = _loaded(folder, device)

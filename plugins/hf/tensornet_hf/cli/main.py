@@ -1,24 +1,19 @@
 """Entry point of the command line, which reports an error in one line and by a non-zero exit status."""
 
+import ast
 import os
 import re
 import shlex
 import sys
 import warnings
-from ast import literal_eval
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from transformers.utils import logging
 
-from tensornet.compression.config import CompressionConfig
 from tensornet_hf.cli import commands
-from tensornet_hf.cli.options import spelled
-from tensornet_hf.compress import CompressOptions
 from tensornet_hf.report import versions
-from tensornet_hf.upcycling import MoEConfig
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
@@ -30,13 +25,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "upcycle": commands.upcycle,
     "demo": commands.demo,
 }
-#: Dataclasses whose fields are the options of a command.
-OPTIONS: dict[str, tuple[type, ...]] = {
-    "compress": (CompressionConfig, CompressOptions),
-    "upcycle": (MoEConfig,),
-}
-
-
 ALL = "--help-all"
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
 
@@ -100,9 +88,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         status = command.main(args=rest, prog_name="tensornet", standalone_mode=False)
     except _click.ClickException as error:
-        advice = "See tensornet --help, or tensornet COMMAND --help."
         if message := error.format_message():  # empty if the help was printed
-            _say(f"{message.rstrip('.')}. {advice}")
+            _say(f"{message.rstrip('.')}. See tensornet --help, or tensornet COMMAND --help.")
         return WRONG_USAGE
     except (KeyboardInterrupt, typer.Abort):  # newer versions of typer return the status instead
         status = INTERRUPTED
@@ -112,7 +99,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:  # users see one line; --debug shows the traceback
         if debug:
             raise
-        _say(as_options(_one_line(error), next((x for x in rest if x in OPTIONS), "")))
+        _say(as_options(_one_line(error), options_of(next((x for x in rest if x in COMMANDS), ""))))
         return FAILED
     if status == INTERRUPTED:
         resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
@@ -157,24 +144,54 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text} (add --debug to see the traceback)"
 
 
-def as_options(text: str, command: str) -> str:
-    """Replace the names of Python arguments in a message by the names of a command's options."""
-    described = [x for kind in OPTIONS.get(command, ()) for x in fields(kind)]
-    flags = {x.name: spelled(x) for x in described if x.metadata and x.metadata["kind"] != "flag"}
+def as_options(text: str, options: Mapping[str, Any]) -> str:
+    """Translate the Python arguments that a message names to options of the command line.
 
-    def replace(found: re.Match[str]) -> str:
-        name, value = found["name"], found["value"]
-        if value is None:
-            return flags[name] if "_" in name else name  # a name without underscores may be an ordinary word
-        if value.startswith("["):  # a list of patterns: the option is repeated
-            return " ".join(f"{flags[name]} {shlex.quote(x)}" for x in literal_eval(value))
-        plain = value.strip("\"'")
-        return f"{flags[name]} {plain}" if plain else flags[name]
+    Translated are assignments (`formats=('int4',)`), names with underscores (`max_bond`), and names that are
+    the subject of a rule (`damping must be`). Other words with the name of an option stay as they are.
 
-    if not flags:
+    Args:
+        text: the message.
+        options: options of the command by the name of their argument.
+    """
+    if not options:
         return text
-    pattern = rf"(?<![\w.'\"-])(?P<name>{'|'.join(flags)})\b(?:=(?P<value>\['[^\]]*'\]|'\w+'|\"\w+\"|\w*))?"
-    return re.sub(pattern, replace, text)
+    names = "|".join(sorted(map(re.escape, options), key=len, reverse=True))
+    value = r"\[[^\]]*\]|\([^)]*\)|'[^']*'|\"[^\"]*\"|[\w.]*\w|"
+    outside = r"(?<![\w.'\"/-])"  # not a part of a path, a quotation or another word
+    text = re.sub(
+        rf"{outside}(?P<name>{names})=(?P<value>{value})",
+        lambda x: _assigned(options[x["name"]], x["value"]),
+        text,
+    )
+    spoken = "|".join(re.escape(x) for x in options if "_" in x) or "$."  # the last matches nothing
+    pattern = rf"{outside}(?:(?P<rule>{names})(?= must )|(?P<spoken>{spoken})\b(?![/'(]))"
+    text = re.sub(pattern, lambda x: options[x["rule"] or x["spoken"]].opts[0], text)
+    # Messages often give both names, as in `force=True (--force)` and `(skeleton=, --skeleton)`.
+    return re.sub(r"(--[\w-]+)(?: \S+)? \(\1\)|(?<=\()(--[\w-]+), \2(?=\))", r"\1\2", text)
+
+
+def _assigned(option: Any, value: str) -> str:
+    """Return an option with a value that is written as in Python."""
+    flag = option.opts[0]
+    if option.is_flag:
+        return option.secondary_opts[0] if value == "False" and option.secondary_opts else flag
+    try:
+        given = ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # a word that stands for a value, such as `batches`
+        given = option.metavar if option.metavar == "FILE" and value else value
+    if not isinstance(given, (list, tuple)):
+        return f"{flag} {given}".rstrip()
+    if option.multiple:
+        return " ".join(f"{flag} {shlex.quote(str(each))}" for each in given)
+    return f"{flag} {','.join(map(str, given))}"
+
+
+def options_of(command: str) -> dict[str, Any]:
+    """Return the options of a command by the names of their arguments; empty for an unknown command."""
+    program: Any = typer.main.get_command(_program())
+    parameters = program.commands[command].params if command in COMMANDS else []
+    return {x.name: x for x in parameters if x.param_type_name == "option" and x.name != "help"}
 
 
 def _say(text: str) -> None:

@@ -185,8 +185,9 @@ _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
 
 
 def spelled(described: Field[Any]) -> str:
-    """Return the name of a field's option on the command line."""
-    return f"--{(described.metadata['name'] or described.name).replace('_', '-')}"
+    """Return the name of a field's option on the command line: `--no-...` if its default is True."""
+    prefix = "--no-" if described.default is True else "--"
+    return prefix + (described.metadata["name"] or described.name).replace("_", "-")
 
 
 def with_options(*classes: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -228,10 +229,11 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
     more = dict(more)
     default = described.default
     if facts["kind"] == "flag":
-        off = flag.replace("--", "--no-", 1)
-        flag = f"{flag}/{off}" if default is None else off if default else flag
+        flag = f"{flag}/{flag.replace('--', '--no-', 1)}" if default is None else flag
         kind, more = bool, {"metavar": " "}
-        text = f"Do not {text[0].lower()}{text[1:]}" if default is True else text
+        if default is not None:
+            text = text.removeprefix("Whether to ")
+            text = f"Do not {text[0].lower()}{text[1:]}" if default else f"{text[0].upper()}{text[1:]}"
     if kind == list[str]:
         text += " Repeatable."
     if facts["choices"]:
