@@ -85,18 +85,18 @@ $(LOWEST)/.made: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) on this machine" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(LOWEST)
 	$(LOWEST)/bin/python -m pip install uv
-	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[all,test]' 'setuptools>=70'
+	$(LOWEST)/bin/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[test,interop]' 'setuptools>=70'
 	@touch $@
 
 # One environment for tests and linters, so that types are checked against the packages that are tested.
 $(VENV)/.made-dev: pyproject.toml $(VENV)/.made
 	@echo "Setting up $(VENV), once: the first time PyTorch is downloaded, which can take some minutes."
-	$(BIN)/python -m pip install -e '.[all,test,lint]'
+	$(BIN)/python -m pip install -e '.[test,interop,lint]'
 	@touch $@
 
 # Every extra that a test would otherwise be skipped without.
 $(VENV)/.made-all: $(VENV)/.made-dev
-	$(BIN)/python -m pip install -e '.[all,test,export,gguf,eval]' 'llama-cpp-py-sync==0.11739'
+	$(BIN)/python -m pip install -e '.[all,test,eval]' 'llama-cpp-py-sync==0.11739'
 	@touch $@
 
 # The site is built from the sources: pages of the API are read, not imported.

@@ -243,6 +243,15 @@ def by_hand(model: PreTrainedModel) -> None:
     mlp.c_fc = tn.nn.TensorNetworkLinear.from_linear(mlp.c_fc, topology="low_rank", max_bond=4)
 
 
+def test_a_folder_that_does_not_describe_its_layers_says_what_helps(tmp_path: Path) -> None:
+    model = ARCHITECTURES["gpt2"].dense
+    by_hand(model)
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(FormatError, match=r"tensornet_hf\.save"):
+        th.load(tmp_path / "bare")
+    same(th.load(th.save(model, tmp_path / "whole")), model, ARCHITECTURES["gpt2"])
+
+
 def tied_table(model: PreTrainedModel) -> None:
     model.transformer.wte = tn.nn.MPOEmbedding.from_embedding(model.transformer.wte, max_bond=4)
 
