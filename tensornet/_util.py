@@ -91,15 +91,15 @@ def check_size(name: str, value: Any, *, least: int = 1, error: type[ValueError]
     return size
 
 
-def check_sizes(name: str, values: Any) -> tuple[int, ...]:
+def check_sizes(name: str, values: Any, *, least: int = 1) -> tuple[int, ...]:
     """Convert a sequence of sizes, which may be NumPy integers, to a tuple of `int`.
 
     Raises:
-        TopologyError: `values` is not a sequence of integers of at least 1.
+        TopologyError: `values` is not a sequence of integers of at least `least`.
     """
     if not isinstance(values, Sequence | torch.Size) or isinstance(values, str):
         raise TopologyError(f"{name} must be a sequence of integers, for example (4, 8, 8); got {values!r}.")
-    return tuple(check_size(f"Every entry of {name}", value) for value in values)
+    return tuple(check_size(f"Every entry of {name}", value, least=least) for value in values)
 
 
 def check_type(name: str, value: Any, kind: type, advice: str) -> None:

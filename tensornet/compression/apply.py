@@ -37,7 +37,7 @@ from tensornet.nn.targets import (
 from tensornet.nn.unfuse import fuse, reason_against, unfused
 from tensornet.nn.weight_facts import WeightReadError
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.scales import scales_underflow, with_wide_scales
+from tensornet.quantization.scales import scale_fault, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
@@ -120,7 +120,7 @@ def apply_plan(
                 if made is not None:
                     made[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
-        _warn_of_underflow(work, targets, modules, plan, stats)
+        _warn_of_scales(work, targets, modules, plan, stats)
         dense = {name: model.get_submodule(name) for name in modules}
         with replaced(model, modules):
             if batch is not None:
@@ -282,37 +282,44 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         )
 
 
-def _warn_of_underflow(
+def _warn_of_scales(
     work: Sequence[LayerPlan],
     targets: Mapping[str, Target],
     made: Mapping[str, nn.Module],
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
-    """Warn of layers in which some weights became zero because scales of the number format underflowed."""
-    found: dict[str, list[str]] = {}
+    """Warn of layers with scales that are too small or too large for their dtype."""
+    found: dict[tuple[str, str], list[str]] = {}
     for layer in work:
         target = targets[layer.name]
-        packed = [core for core in made[target.names[0]].modules() if isinstance(core, PackedCore)]
-        zeroed = [
-            core.number_format
-            for core in packed
-            if core.number_format.is_integer and bool((core.scale_values.float() == 0).any())
-        ]
-        if not zeroed:
+        suspects = []
+        for core in made[target.names[0]].modules():
+            if not isinstance(core, PackedCore) or not core.number_format.is_integer:
+                continue
+            sizes, limit = core.scale_values.double().abs(), torch.finfo(core.number_format.scale_dtype).max
+            if bool(((sizes == 0) | (sizes >= limit)).any()):
+                suspects.append(core.number_format)
+        if not suspects:
             continue
         seen = layer_weighting(target, plan.objective, stats, plan.damping)
-        for number_format in dict.fromkeys(zeroed):
-            if scales_underflow(target.matrix, number_format, seen):
-                found.setdefault(number_format.name, []).append(repr(layer.name))
-    for name, layers in found.items():
+        for number_format in dict.fromkeys(suspects):
+            if (fault := scale_fault(target.matrix, number_format, seen)) is not None:
+                found.setdefault((number_format.name, fault), []).append(repr(layer.name))
+    for (name, kind), layers in found.items():
         number_format = NumberFormat.parse(name)
-        limits = torch.finfo(number_format.scale_dtype)
+        limits, wide = torch.finfo(number_format.scale_dtype), with_wide_scales(number_format)
         others = f" and {len(layers) - _NAMED} others" if len(layers) > _NAMED else ""
+        became, bound = ("zero", "below") if kind == "underflow" else ("smaller", "above")
+        number = limits.smallest_normal * limits.eps if kind == "underflow" else limits.max
+        advice = (
+            "Leave these layers out (exclude_modules=)"
+            if wide == number_format
+            else f"Use bfloat16 scales, as in formats=({wide.name!r},)"
+        )
         warnings.warn(
-            f"Weights of {', '.join(layers[:_NAMED])}{others} became zero: the scales of {name!r} have "
-            f"{limits.bits} bits and underflow below {limits.smallest_normal * limits.eps:.1e}. Use bfloat16 "
-            f"scales, as in formats=({with_wide_scales(number_format).name!r},).",
+            f"Weights of {', '.join(layers[:_NAMED])}{others} became {became}: the scales of {name!r} have "
+            f"{limits.bits} bits and {kind} {bound} {number:.1e}. {advice}.",
             stacklevel=2,
         )
 

@@ -21,7 +21,8 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
-from tensornet.errors import BudgetError
+from tensornet.errors import BudgetError, FormatError
+from tensornet.linalg.svd import frobenius
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.nn.storage import PLAIN, Storage, decode, encode
@@ -30,7 +31,7 @@ from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.menus import bytes_for
 from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.predict import spaced_rows
-from tensornet.quantization.scales import scales_underflow, storable_formats
+from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
 from tensornet.topologies.base import RoundTrip
 from tensornet.topologies.dense import round_dense
@@ -67,7 +68,16 @@ def find_candidates(
 
     Raises:
         BudgetError: a layer has no candidate left.
+        FormatError: a layer is complex, and no format stores complex numbers.
     """
+    if config.formats and NumberFormat() not in config.number_formats:
+        for target in targets:
+            if target.matrix.is_complex():
+                raise FormatError(
+                    f"Layer {target.name!r} has dtype {target.matrix.dtype}, which only the format 'float' "
+                    "stores. Add it, as in formats=('float', 'int8'), or leave out the layer "
+                    f"(exclude_modules={target.name!r})."
+                )
     few = few_bits(config.number_formats)
     counts: Counts = {}
     for some in _chunks(targets):
@@ -75,7 +85,9 @@ def find_candidates(
             known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
         corrections: dict[int, Corrections] = {}
         if few:
-            sensitive = {k: x for k, x in enumerate(known) if x is not None}
+            sensitive = {
+                k: x for k, x in enumerate(known) if x is not None and not some[k].matrix.is_complex()
+            }
             found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
             corrections = dict(zip(sensitive, found, strict=True))
         # All number formats need the same decompositions of a layer, so they are cached; but they are large,
@@ -160,7 +172,7 @@ def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:
 
     If number formats are planned, it is stored in the largest integer format.
     """
-    integers = [x for x in config.number_formats if x.is_integer]
+    integers = [x for x in config.number_formats if x.is_integer and not matrix.is_complex()]
     if not integers:
         return [Candidate(None, PLAIN, matrix.nbytes, matrix.numel(), 0.0, 0.0)]
     largest = max(integers, key=lambda x: x.nbytes(matrix.shape))
@@ -233,10 +245,8 @@ def network_candidates(
     encoding = None
     if storage.quantized:
         # Predictions assume factors of equal magnitude, but in a pivoted network one factor has the magnitude
-        # of the matrix. If the scales of this factor would underflow, its loss is measured, not predicted.
-        predicted = number_format.is_integer and not scales_underflow(
-            matrix, number_format, sensitivity.choice
-        )
+        # of the matrix. If the scales of this factor were out of range, its loss is measured, not predicted.
+        predicted = number_format.is_integer and not scale_fault(matrix, number_format, sensitivity.choice)
         encoding = RoundTrip(
             lambda network: round_trip(
                 network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding
@@ -426,7 +436,7 @@ def format_losses(
     """Predict the losses of a dense matrix in each number format, in the order of `formats`.
 
     Predictions for 2 and 3 bits are corrected by the measured losses of a part of the matrix. For floats, and
-    for integers whose scales underflow, the whole matrix is rounded.
+    for integers whose scales are out of range, the whole matrix is rounded.
 
     Args:
         matrix: the weight, shape `(out, in)`.
@@ -435,7 +445,7 @@ def format_losses(
         corrections: losses of a part of the matrix, computed by `losses_of_parts` if absent; a single call of
             that function for several matrices is faster.
     """
-    coarse = [x for x in formats if scales_underflow(matrix, x, sensitivity.choice)]
+    coarse = [x for x in formats if scale_fault(matrix, x, sensitivity.choice)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
     found = {}
     for number_format in (x for x in formats if x not in integers):
@@ -459,8 +469,9 @@ def layer_formats(
     """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
     A format is replaced by the dtype of the model if the size of its super-blocks (or, for an export
-    target, the size of its groups) does not divide the number of inputs. If the configuration has the default
-    formats and 8-bit scales would underflow, formats with 16-bit scales are used instead.
+    target, the size of its groups) does not divide the number of inputs, or if a weight is complex. If the
+    configuration has the default formats and 8-bit scales would be out of range, formats with 16-bit scales
+    are used instead.
 
     Args:
         matrices: the weights.
@@ -470,6 +481,8 @@ def layer_formats(
     Returns:
         The formats, in the order of the configuration.
     """
+    if any(w.is_complex() for w in matrices):
+        return (NumberFormat(),) * len(config.number_formats)
     fits = NumberFormat.fits if config.menu is None else NumberFormat.divides
     found = tuple(
         x if all(fits(x, w.shape[1]) for w in matrices) else NumberFormat() for x in config.number_formats
@@ -588,7 +601,7 @@ def _predicted(
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
     weightings = [known, sensitivity.choice, sensitivity.forecast, Weighting()]
-    norm = float(matrix.square().sum(dtype=torch.float64).clamp_min(1e-300))
+    norm = max(frobenius(matrix) ** 2, 1e-300)
     found = predict_losses(
         matrix,
         formats,

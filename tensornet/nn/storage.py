@@ -300,6 +300,40 @@ class PackedCore(nn.Module):
                 "The file is damaged: copy or download it again, or compress the model again."
             )
 
+    # torch passes the metadata of a state dict only to these two methods. Stored bits alone do not say which
+    # numbers they mean, and the description belongs neither into files nor into the names of tensors.
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the tensors, and the name of the number format in the metadata of the state dict."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (metadata := getattr(destination, "_metadata", None)) is not None:
+            metadata.setdefault(prefix[:-1], {})["number_format"] = self.number_format.name
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        """Load the tensors, after a check that they belong to this number format.
+
+        Raises:
+            FormatError: the state is that of another number format, or of unpacked integers in training.
+        """
+        own, given = self.number_format.name, local_metadata.get("number_format")
+        if given not in (None, own):
+            raise FormatError(
+                f"{prefix[:-1]} is stored as {own}, but the state dict has it as {given}. Compress the model "
+                "by the plan from which the state dict comes, or load a file by tensornet.load_model."
+            )
+        for name, tensor in self.tensors.items():
+            found = state_dict.get(prefix + name)
+            if found is None or (found.is_floating_point() and tensor.is_floating_point()):
+                continue
+            if found.dtype != tensor.dtype:
+                raise FormatError(
+                    f"{prefix}{name} is stored as {tensor.dtype}, but the state dict has {found.dtype}. It "
+                    "belongs to another number format, or to a model in training (`unpack_for_training`)."
+                )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
     def extra_repr(self) -> str:
         """Show the number format and shape in `print(model)`."""
         return f"{self.number_format.name}, {self.shape}"
@@ -517,7 +551,12 @@ def encode(
 
     Returns:
         Plain tensors or packed cores, by the names `core_<name>`.
+
+    Raises:
+        FormatError: a core is complex, and its format stores only real numbers.
     """
+    for name, core in zip(topology.core_names, cores, strict=True):
+        storage.format_of(name).check_real(core)
     orders: dict[str, Tensor] = {}
     tensors = _pivot(topology, cores, orders) if storage.pivoted else list(cores)
     named: dict[str, Tensor | RoundedWeight] = dict(zip(topology.core_names, tensors, strict=True))

@@ -233,6 +233,18 @@ class NumberFormat:
         """Return the table of levels in the dtype and on the device of `like`, or None without a table."""
         return _levels(self._integer_bits(), like.dtype, like.device) if self.table else None
 
+    def check_real(self, weight: Tensor) -> None:
+        """Check that a weight is real, unless this is the format `float`, which stores complex numbers too.
+
+        Raises:
+            FormatError: the weight is complex.
+        """
+        if weight.is_complex() and self != NumberFormat():
+            raise FormatError(
+                f"{self.name!r} stores real numbers, and the weight has dtype {weight.dtype}. Use the format "
+                "'float', for example with a low rank."
+            )
+
     # --- groups ----------------------------------------------------------------------------------
 
     def divides(self, size: int) -> bool:
@@ -292,8 +304,9 @@ class NumberFormat:
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
 
-        Each step that is tried is the largest scale of the super-block divided by a large integer.
-        Scales that are already integers times a step are reproduced exactly.
+        A step is the largest scale of the super-block divided by a large integer, or one of the three
+        smallest steps. The integer of the largest scale must then be large too, so that results of
+        `scales_of` are factored exactly: a layer stores the scales for which its codes were chosen.
 
         Args:
             scales, importance: see `storable`.
@@ -312,19 +325,26 @@ class NumberFormat:
         weights = (
             torch.ones_like(blocks) if importance is None else importance.to(blocks).reshape(blocks.shape)
         )
-        largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
+        place = blocks.abs().argmax(-1, keepdim=True)
+        largest = blocks.gather(-1, place)[..., 0]
         limit = torch.finfo(torch.float16).max if zero else 2.0**15
         step, integers = torch.zeros_like(largest, dtype=torch.float16), torch.zeros_like(blocks)
         least = (weights * blocks.square()).sum(-1)
-        farthest, toward = (lowest, 1) if zero else (highest, -1)
-        for number in range(farthest, farthest * 3 // 4 + toward, toward):
+        farthest, smallest, toward = (lowest, -(2.0**-24), 1) if zero else (highest, 2.0**-22, -1)
+        steps = [(k * smallest * largest.sign()).half() for k in (1, 2, 3)]
+        numbers = range(farthest, farthest * 3 // 4 + toward, toward)
+        for number in numbers:
             tried = (largest / number).clamp(-limit, limit).half()
             if not zero:  # round to 9 significant bits
                 tried = ((tried.view(torch.int16) + 2) & ~3).view(torch.float16)
+            steps.append(tried)
+        for k, tried in enumerate(steps):
             divisor = torch.where(tried == 0, 1, tried.to(blocks))[..., None]
             found = (blocks / divisor).round_().clamp_(lowest, highest)
             error = (weights * (blocks - found * tried.to(blocks)[..., None]).square_()).sum(-1)
             better = error < least
+            if k >= 3:
+                better &= found.gather(-1, place)[..., 0].abs() >= abs(numbers[-1])
             least, step = torch.where(better, error, least), torch.where(better, tried, step)
             integers = torch.where(better[..., None], found, integers)
         return (integers + zero).to(torch.uint8).reshape(scales.shape), step
@@ -475,7 +495,7 @@ class NumberFormat:
             shape: shape `(..., out, in)` of the tensor.
             dtype: dtype of the model, which is used only by the format `float`.
         """
-        sizes = check_sizes("shape", shape)
+        sizes = check_sizes("shape", shape, least=0)
         rows, size = math.prod(sizes[:-1]), sizes[-1]
         if self.bits is None:
             return rows * size * (self.dtype or dtype).itemsize

@@ -5,6 +5,7 @@ the gradients with respect to the outputs and `C` the moment of the inputs. Roun
 adds a fraction of the mean of the diagonal to the diagonal.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.errors import ShapeError
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import check_finite, largest_element
 from tensornet.linalg.weighted_svd import cholesky
 
 #: Damping of the moments of gradients and of inputs; gradients differ more between texts than inputs do.
@@ -27,6 +28,9 @@ DENSE_ROW_DAMPING = 0.8
 ESTIMATE_DAMPING = 0.1
 #: Damping of moments that are already damped; it only prevents singular matrices.
 LEAST_DAMPING = 1e-6
+#: Largest binary exponent of squared weights, of moments and of their products for which errors are computed
+#: in float32, whose exponents reach 127. Errors are smaller than weights, and sums are larger than terms.
+_FLOAT32_EXPONENT = 80
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,25 @@ class Moment:
         triangle = unit + torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
         lower = (triangle * kept.sqrt()[:, None, :]).flip(1, 2)
         return kept * torch.cholesky_inverse(lower).diagonal(dim1=1, dim2=2).flip(1)
+
+
+def rounding_dtype(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> torch.dtype:
+    """Choose the dtype of computations for rounding a weight under its moments.
+
+    It is float64 for float64 weights, and if squared weights, moments or their products could leave the range
+    of float32; otherwise float32.
+
+    Args:
+        weight: matrix or stack of matrices.
+        rows, columns: moments of the gradients and of the inputs, or None.
+    """
+    if weight.dtype == torch.float64:
+        return torch.float64
+    sizes = [0.0 if x is None or x.numel() == 0 else largest_element(x) for x in (weight, rows, columns)]
+    square, row, column = (math.frexp(size)[1] if math.isfinite(size) else 0 for size in sizes)
+    square *= 2
+    exponents = (square, row, column, square + row, square + column, square + row + column)
+    return torch.float64 if max(map(abs, exponents)) > _FLOAT32_EXPONENT else torch.float32
 
 
 def damped_moment(

@@ -18,7 +18,13 @@ from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.moments import COLUMN_DAMPING, LEAST_DAMPING, Moment, damped_moment
+from tensornet.quantization.moments import (
+    COLUMN_DAMPING,
+    LEAST_DAMPING,
+    Moment,
+    damped_moment,
+    rounding_dtype,
+)
 from tensornet.quantization.rounding import Rounding, fed_back, possible_roundings
 from tensornet.quantization.scales import group_ranges, search_scales
 
@@ -72,11 +78,13 @@ def predict_losses(
         >>> bool(100 < four / eight < 500)
         True
     """
-    work = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)[None]
-    check_finite(work, "The weight")
     formats, chosen = [NumberFormat.parse(name) for name in number_formats], weightings[0]
+    for number_format in formats:
+        number_format.check_real(weight)
+    check_finite(weight, "The weight")
     if not formats:
-        return work.new_zeros(0, len(weightings))
+        return torch.zeros(0, len(weightings), dtype=torch.float64, device=weight.device)
+    work = weight.detach().to(rounding_dtype(weight, chosen.rows, chosen.columns))[None]
     # 1. Factorize the moments once for all formats.
     rows = damped_moment(chosen.rows, work.shape[1], (), row_damping, work, "rows")
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
@@ -177,7 +185,7 @@ def _expect_factor(
     rounding: Rounding,
 ) -> "ExpectedResiduals":
     """Predict the residuals of rounding one factor with the most feedback that its moments allow."""
-    work = factor.float()[None]
+    work = factor.to(rounding_dtype(factor.float(), rows, columns))[None]
     # Damping is the same as for dense matrices, so that the cached factorization can be reused.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")

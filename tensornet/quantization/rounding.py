@@ -24,6 +24,7 @@ from tensornet.quantization.moments import (
     Moment,
     damped_moment,
     loss_increase,
+    rounding_dtype,
 )
 from tensornet.quantization.scales import refit_scales, search_scales
 
@@ -108,8 +109,8 @@ def round_weight(
     """Round a weight to an integer format with a small loss increase `1/2 tr(R E C E^T)`.
 
     Args:
-        weight: matrix of shape `(out, in)` or stack of shape `(..., out, in)`. Computations are in float64
-            for float64 weights, otherwise in float32.
+        weight: matrix of shape `(out, in)` or stack of shape `(..., out, in)`. For the dtype of computations
+            see `rounding_dtype`.
         number_format: integer format or its name.
         rows: moment `R` of the gradients at the outputs: shape `(out, out)` or `(out,)` for all matrices, or
             `(..., out, out)` for each. If absent or zero, it is the identity.
@@ -124,7 +125,7 @@ def round_weight(
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:
-        FormatError: the format is not an integer format.
+        FormatError: the format is not an integer format, or the weight is complex.
         NonFiniteError: the weight or a moment contains NaN or infinity.
         ShapeError: a moment has the wrong shape, or `rounding` is unknown.
 
@@ -140,12 +141,13 @@ def round_weight(
     """
     # 1. Reshape the weight to a stack of matrices, and damp the moments.
     number_format = NumberFormat.parse(number_format)
+    number_format.check_real(weight)
     if weight.ndim < 2:
         raise ShapeError(f"round_weight needs a matrix (..., out, in), got shape {tuple(weight.shape)}.")
     if weight.numel() == 0:
         return _nothing(weight, number_format)
     check_finite(weight, "The weight")
-    lead, dtype = tuple(weight.shape[:-2]), torch.float64 if weight.dtype == torch.float64 else torch.float32
+    lead, dtype = tuple(weight.shape[:-2]), rounding_dtype(weight, rows, columns)
     work = weight.detach().to(dtype).reshape(-1, *weight.shape[-2:])
     stack, out, size = work.shape
     r = damped_moment(rows, out, lead, row_damping, work, "rows")

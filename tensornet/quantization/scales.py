@@ -7,13 +7,14 @@ all scales of a row together.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.errors import ShapeError
-from tensornet.linalg.svd import check_finite
+from tensornet.linalg.svd import check_finite, safe_scale
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat, nearest
 
@@ -26,8 +27,8 @@ _POLISHED = 2
 #: Number of elements that are searched at a time: on a CPU, to fit into its cache; elsewhere, to limit
 #: memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Fraction of the weighted sum of squares below which underflow is accepted. Losing this fraction would cause
-#: the same relative error as rounding to 8 bits.
+#: Fraction of the weighted sum of squares of groups whose scales may be out of range. Losing this fraction
+#: would cause the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
 #: Group sizes for scales of at most 8 bits, and for the 16-bit scales that replace them. Doubling the
 #: group keeps the number of bytes about the same.
@@ -126,14 +127,11 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
 
 
 def _stored(scale: Tensor, number_format: NumberFormat) -> Tensor:
-    """Round scales to the dtype in which they are stored, and set overflowing scales to zero.
+    """Round scales to the dtype in which they are stored.
 
     Integer scales are not rounded here, since they depend on the other scales of their super-block.
     """
-    if number_format.scale_bits is not None:
-        return scale
-    kept = scale.to(number_format.scale_dtype).to(scale.dtype)
-    return torch.where(kept.isfinite(), kept, torch.zeros_like(kept))
+    return scale if number_format.scale_bits is not None else number_format.storable(scale).to(scale.dtype)
 
 
 def _candidates(flat: Tensor, number_format: NumberFormat) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,34 +213,39 @@ def refit_scales(
 
 
 @torch.no_grad()
-def scales_underflow(weight: Tensor, number_format: NumberFormat, weighting: Weighting | None = None) -> bool:
-    """Return True if scales of important groups are too small for their dtype.
+def scale_fault(
+    weight: Tensor, number_format: NumberFormat, weighting: Weighting | None = None
+) -> Literal["underflow", "overflow"] | None:
+    """Tell whether scales of important groups are too small or too large for their dtype.
 
-    Such a scale has less than two bits of precision, or is rounded to zero.
+    A scale that is too small has less than two bits of precision, or is rounded to zero.
 
     Args:
         weight: matrix, shape `(out, in)`.
-        number_format: number format; the result is False for floating-point formats.
+        number_format: number format; the result is None for floating-point formats.
         weighting: sensitivity of the loss to errors of the weight; the diagonals of its moments give the
             importance of each element. If absent, all elements are equally important.
     """
-    if not number_format.is_integer or number_format.scale_dtype == torch.bfloat16:  # a large range
-        return False
-    limits = torch.finfo(number_format.scale_dtype)
-    smallest = 4 * limits.smallest_normal * limits.eps
-    ranges = group_ranges(weight, number_format.group, number_format.zero_point)
+    if not number_format.is_integer:
+        return None
+    limits, bits = torch.finfo(number_format.scale_dtype), number_format.scale_bits
+    smallest, largest = 4 * limits.smallest_normal * limits.eps, limits.max
+    if bits is not None:  # small multiples of the smallest step are inaccurate
+        smallest, largest = {4: 8, 6: 4, 8: 16}[bits] * smallest, 2.0 ** (bits - 1) * largest
+    ranges = group_ranges(weight, number_format.group, number_format.zero_point).double()
     steps = ranges / (number_format.top if number_format.zero_point else -number_format.lowest)
-    if number_format.scale_bits is not None:  # small multiples of the smallest step are inaccurate
-        steps = steps / {4: 8, 6: 4, 8: 16}[number_format.scale_bits]
-    small = steps < smallest
-    if not bool(small.any()):
-        return False
-    energy, seen = weight.double().square(), weighting or Weighting()
+    small, large = steps < smallest, steps > largest
+    if not bool((small | large).any()):
+        return None
+    energy, seen = (weight.double() / safe_scale(weight)).square(), weighting or Weighting()
     for moment, axis in ((seen.rows, 1), (seen.columns, 0)):
         if moment is not None:
             energy *= (moment if moment.ndim == 1 else moment.diagonal()).to(energy).unsqueeze(axis)
     of_groups = number_format.grouped(energy).sum(-1)
-    return float(of_groups[small].sum()) > _NEGLIGIBLE * float(of_groups.sum())
+    limit = _NEGLIGIBLE * float(of_groups.sum())
+    if float(of_groups[large].sum()) > limit:
+        return "overflow"
+    return "underflow" if float(of_groups[small].sum()) > limit else None
 
 
 @remembered
@@ -271,5 +274,5 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
 def storable_formats(
     weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
 ) -> tuple[NumberFormat, ...]:
-    """Give formats 16-bit scales if their own scales would underflow in this matrix."""
-    return tuple(with_wide_scales(x) if scales_underflow(weight, x, weighting) else x for x in number_formats)
+    """Give formats bfloat16 scales if their own scales would be out of range in this matrix."""
+    return tuple(with_wide_scales(x) if scale_fault(weight, x, weighting) else x for x in number_formats)

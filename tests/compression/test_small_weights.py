@@ -1,4 +1,4 @@
-"""Layers of small weights: number formats hold them whose scales do not underflow, or a warning says so."""
+"""Small and large weights: number formats whose scales can store them are used, or a warning says so."""
 
 from __future__ import annotations
 
@@ -79,6 +79,30 @@ def test_a_format_that_underflows_is_warned_of(objective: str) -> None:
         report, error = compressed(1e-5, formats=(EIGHT_BIT_SCALES,), objective=objective)
     assert error > 0.5
     assert report.plan["0"].error == pytest.approx(error, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["int4:float16", "int4:g32:float8"])
+def test_a_format_that_overflows_is_warned_of(name: str) -> None:
+    with pytest.warns(UserWarning, match=rf"'0'.*'{name}'.*overflow"):
+        compressed(1e8, formats=(name,))
+
+
+@pytest.mark.parametrize("size", [1e-26, 1e24])
+def test_weights_whose_squares_leave_the_range_of_float32(size: float) -> None:
+    errors = []
+    for factor in (1.0, size):
+        torch.manual_seed(0)
+        layer = nn.Sequential(nn.Linear(64, 48))
+        with torch.no_grad():
+            weight = layer[0].weight.mul_(factor).clone()
+        config = CompressionConfig(formats=("int4",), objective="weight", target_modules="all")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            report = tn.compress(layer, config, progress=False)
+        gap = (layer[0].to_matrix().detach().double() - weight.double()) / factor
+        errors.append(float(gap.norm() / (weight.double() / factor).norm()))
+        assert report.layers[0].error == pytest.approx(errors[-1], rel=1e-3)
+    assert errors[1] <= 1.1 * errors[0]
 
 
 def test_an_unused_row_is_not_warned_of() -> None:

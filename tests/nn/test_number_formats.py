@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -403,3 +404,66 @@ def test_numbers_from_bits_without_a_view(dtype: torch.dtype, monkeypatch: pytes
     found, finite = storage._floating(bits, dtype), truth.float().isfinite()
     normal = truth.float().abs() >= 2.0**-126  # smaller ones are zero on some processors
     assert torch.equal(found[finite & normal].float(), truth[finite & normal].float())
+
+
+@pytest.mark.parametrize(
+    ("stored", "given"),
+    [("int4:g32", "int4:g32:float16"), ("int4", "nl4"), ("int8:g32:s8", "int8:g32:s6"), ("bf16", "float")],
+)
+def test_the_state_of_another_format_is_refused(stored: str, given: str, tmp_path: Path) -> None:
+    """Its tensors may have the same names, shapes and dtypes, but mean other numbers."""
+    shape = (4, 256)
+    layers = []
+    for name in (stored, given):
+        stock = nn.Linear(shape[1], shape[0])
+        kept = Storage(pivoted=True, number_format=name)  # type: ignore[arg-type]
+        made = topology_family("low_rank").decompose(stock.weight.detach(), Budget(max_bond=2)).network
+        if name.startswith(("int", "nl")):
+            kept = Storage(number_format=name)  # type: ignore[arg-type]
+            made = topology_family("dense").decompose(stock.weight.detach(), Budget()).network
+        layers.append(
+            nn.Sequential(linear_from_network(made, bias=stock.bias, source="linear", storage=kept))
+        )
+    mine, other = layers
+    before = {name: tensor.clone() for name, tensor in mine.state_dict().items()}
+    torch.save(other.state_dict(), tmp_path / "state.pt")
+    for state in (other.state_dict(), torch.load(tmp_path / "state.pt")):
+        with pytest.raises(FormatError, match=rf"\b{stored}\b.*\b{given}\b"):
+            mine.load_state_dict(state)
+    cores = {name: tensor for name, tensor in mine.state_dict().items() if "core" in name}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in cores.items())
+    mine.load_state_dict(copy.deepcopy(mine).state_dict())
+    mine.load_state_dict(dict(before))  # plain dicts do not say which format they have
+
+
+def test_the_state_of_a_model_in_training_is_refused() -> None:
+    """Its codes are numbers, not packed, and its scales are numbers, not bits."""
+    packed, trained = layer("dense", "int8"), layer("dense", "int8")
+    unpack_for_training(trained, codes=True)
+    for one, other in ((packed, trained), (trained, packed)):
+        with pytest.raises(FormatError, match="training"):
+            one.load_state_dict(other.state_dict())
+    trained.load_state_dict(copy.deepcopy(trained).state_dict())
+
+
+@pytest.mark.parametrize("size", [2e-3, 1e-4, 1e-5, 3e-6])
+@pytest.mark.parametrize("name", ["int8:g32:s8", "int6:g16:s8", "int3:g16:s6", "nl4:g32:s6", "int2:g16:s4"])
+def test_a_layer_stores_what_was_rounded(name: str, size: float) -> None:
+    """Integer scales, with steps that may be subnormal; bit for bit."""
+    torch.manual_seed(0)
+    weight = size * torch.randn(40, 256)
+    rounded = round_weight(weight, name)
+    topology = topology_family("dense").build(*weight.shape)
+    core = storage.stored_core(topology, Storage(number_format=name), "matrix", rounded, torch.float32)  # type: ignore[arg-type]
+    assert isinstance(core, PackedCore)
+    assert torch.equal(core.scale_values, rounded.scales)
+    assert torch.equal(core.matrix(torch.float32), rounded.dequantize())
+
+
+@pytest.mark.parametrize("name", ["int4", "bf16"])
+def test_complex_cores_are_refused(name: str) -> None:
+    made = topology_family("low_rank").decompose(
+        torch.randn(8, 64, dtype=torch.complex64), Budget(max_bond=2)
+    )
+    with pytest.raises(FormatError, match="complex64"):
+        encode(made.network.topology, Storage(number_format=name), made.network.cores)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from devices import DEVICES
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tensornet.errors import FormatError, ShapeError, TopologyError
@@ -172,6 +172,7 @@ def test_trained_codes_of_a_table_have_the_slope_of_their_neighbours() -> None:
 
 
 @given(SUPER_BLOCKS, st.integers(0, 1000), st.integers(-30, 15))
+@example(NumberFormat.parse("int2:g16:s4"), 0, -21)
 def test_integer_scales_are_close_and_stay_as_they_are(
     number_format: NumberFormat, seed: int, power: int
 ) -> None:

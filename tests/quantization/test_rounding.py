@@ -220,12 +220,49 @@ def test_values_are_differentiable_by_the_scales() -> None:
     torch.testing.assert_close(scales.grad[:, 1], points[:, 64:].sum(1))
 
 
+@pytest.mark.parametrize("power", [-110, -80, -64, 60, 100])
+@pytest.mark.parametrize("name", ["int4", "nl4:g32", "int3:zero"])
+def test_powers_of_two_change_nothing_but_scales(name: str, power: int) -> None:
+    """Squares of these weights underflow or overflow in float32; bfloat16 scales can be as small or large."""
+    matrix, columns, rows = weight(9, 70, 0).float(), moment(70, 0).float(), moment(9, 1).float()
+    expected = round_weight(matrix.double(), name, rows=rows, columns=columns)
+    got = round_weight(matrix * 2.0**power, name, rows=rows, columns=columns)
+    assert torch.equal(got.codes, expected.codes)
+    assert torch.equal(got.scales.double(), expected.scales.double() * 2.0**power)
+    torch.testing.assert_close(got.loss_increase, expected.loss_increase * 4.0**power, rtol=1e-9, atol=0)
+    found, exact = (
+        float(predict_losses(x, (name,), [Weighting(rows, columns)])) for x in (matrix * 2.0**power, matrix)
+    )
+    assert found == pytest.approx(exact * 4.0**power, rel=1e-2)
+
+
+@pytest.mark.parametrize("powers", [(80, 80), (-80, -80), (120, 0), (0, -120), (-120, -120), (100, 110)])
+def test_powers_of_two_of_moments_change_nothing(powers: tuple[int, int]) -> None:
+    matrix, columns, rows = weight(9, 70, 0).float(), moment(70, 0).float(), moment(9, 1).float()
+    expected = round_weight(matrix.double(), "int4", rows=rows, columns=columns)
+    got = round_weight(matrix, "int4", rows=rows * 2.0 ** powers[0], columns=columns * 2.0 ** powers[1])
+    assert got.rounding == expected.rounding == ("two_sided",)
+    assert torch.equal(got.codes, expected.codes)
+    factor = 2.0 ** sum(powers)
+    torch.testing.assert_close(got.loss_increase, expected.loss_increase * factor, rtol=1e-9, atol=0)
+
+
+def test_complex_weights_are_refused() -> None:
+    complex_weight = torch.complex(weight(4, 64, 0), weight(4, 64, 1))
+    for name in ("int4", "int2:g16:s4"):
+        with pytest.raises(FormatError, match="complex128"):
+            round_weight(complex_weight, name)
+    with pytest.raises(FormatError, match="complex128"):
+        predict_losses(complex_weight, ("int4",), [Weighting()])
+
+
 @pytest.mark.parametrize("shape", [(0, 40), (3, 0), (2, 0, 40)])
 def test_no_elements_have_no_codes(shape: tuple[int, ...]) -> None:
     """Such as the free rows of a pivoted factor of full rank."""
     assert round_weight(torch.zeros(3, 0), "nl4:g32:s6").scales.shape == (3, 0)
     made = round_weight(torch.zeros(shape), "int4:g32:zero", columns=torch.ones(shape[-1]))
     assert made.codes.shape == made.dequantize().shape == shape
+    assert made.nbytes == 0
     assert made.scales.shape == made.zeros.shape == (*shape[:-1], made.number_format.groups(shape[-1]))  # type: ignore[union-attr]
 
 
