@@ -11,7 +11,11 @@ from tensornet.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on bonds, error and parameters of one decomposition; the tightest limit decides each bond.
+    """Limits on bonds, error and parameters of one decomposition.
+
+    Limits may be combined. The bonds are the smallest with an error of at most `rel_error`, or without
+    `rel_error` the largest that the other limits allow. If the other limits do not allow an error of
+    `rel_error`, the decomposition raises `BudgetError`.
 
     Args:
         max_bond: largest bond dimension, at least 1, or a sequence with a limit for each bond. Chains count

@@ -47,7 +47,8 @@ def decompose(
         The network and its certificate.
 
     Raises:
-        BudgetError: a limit is out of range, or the smallest network of the family exceeds it.
+        BudgetError: a limit is out of range, or the smallest network of the family exceeds it, or an error of
+            `rel_error` is not possible within the other limits.
         NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: the matrix is not a dense tensor of floating-point or complex numbers, or its shape is not
             that of the topology.

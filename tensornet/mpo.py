@@ -20,8 +20,8 @@ from tensornet import mpo_algebra as algebra
 from tensornet._util import check_dense, check_size, check_sizes, html_table, outside_autocast
 from tensornet.budget import Budget
 from tensornet.errors import ShapeError
-from tensornet.linalg.svd import Method, check_finite, frobenius
-from tensornet.linalg.tt_svd import default_tolerance, has_full_bonds, tt_svd_stack
+from tensornet.linalg.svd import Method, check_finite, check_rel_error, default_tolerance, frobenius
+from tensornet.linalg.tt_svd import has_full_bonds, tt_svd_stack
 from tensornet.network import TensorNetwork
 from tensornet.topologies.factored import choose_dims
 from tensornet.topologies.mpo import chain
@@ -181,6 +181,8 @@ class MPO:
         cores, errors, _ = tt_svd_stack(stacked, rows, columns, budget, method=method)
         found = []
         for item, error in enumerate(errors):
+            limits = {"max_bond": max_bond, "param_ratio": param_ratio}
+            check_rel_error(error, rel_error, limits, stacked.dtype)
             chosen = [core[item] for core in cores]
             found.append(cls(chosen, out_features=shape[0], in_features=shape[1], error=error))
             if error > 0:
@@ -591,7 +593,7 @@ class MPO:
             (1 + e)`, where `e` is the error of this MPO and `d` the error of the truncation.
 
         Raises:
-            BudgetError: a limit is out of range.
+            BudgetError: a limit is out of range, or `max_bond` does not allow an error of `rel_error`.
             NonFiniteError: the operator contains NaN or infinity.
 
         Example:
@@ -603,6 +605,7 @@ class MPO:
         if rel_error is None:
             rel_error = default_tolerance(self.dtype)
         cores, cut = algebra.round_chain(self._masked, max_bond=budget.max_bond, rel_error=rel_error)
+        check_rel_error(cut, budget.rel_error, {"max_bond": max_bond}, self.dtype)
         rounded = self._like(cores, error=_plus(self.error, cut, self.error * cut if cut else 0.0))
         if rounded.error:
             own = math.log(cut) + self._log_norm() if cut else -math.inf

@@ -19,7 +19,7 @@ from torch import Tensor
 from tensornet._util import outside_autocast
 from tensornet.budget import caps_of_bonds
 from tensornet.errors import NonFiniteError, ShapeError
-from tensornet.linalg.svd import check_finite, largest_element, result_dtype, truncated_svd, working_dtype
+from tensornet.linalg.svd import capped_svd, check_finite, largest_element, result_dtype, working_dtype
 
 Cores = tuple[Tensor, ...]
 
@@ -280,7 +280,7 @@ def round_chain(
         cores: the chain; each core has the shape `(left, out, in, right)`.
         max_bond: limit for all bonds, or a sequence with a limit for each bond.
         rel_error: largest Frobenius error relative to the norm of the chain. Error that one bond does not use
-            is available to the next bonds.
+            is available to the next bonds. If `max_bond` does not allow this error, it is exceeded.
 
     Returns:
         The left-canonical cores, and the certified relative error `sqrt(sum of discarded squares) / norm`. A
@@ -304,7 +304,7 @@ def round_chain(
             block = work[k].reshape(-1, right)
             energy = float(torch.linalg.vector_norm(block)) ** 2
             tolerance = bond_tolerance(rel_error, total, spent, energy, bonds_left=len(work) - 1 - k)
-            factors = truncated_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
+            factors = capped_svd(block, max_rank=caps[k], rel_error=tolerance, method="exact")
             spent += factors.error**2 * energy
             work[k] = factors.U.reshape(left, out, in_, -1)
             rest = factors.S[:, None] * factors.Vh

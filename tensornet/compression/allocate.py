@@ -325,7 +325,10 @@ def choose_candidates(
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
         losses = [torch.tensor([x.predicted_loss for x in found]).double() for found in candidates]
         return spend_cost(curves, forecast.uncorrected(config.loss_increase), losses), "loss_increase"
-    chosen, bound_by = choose_within(caps, names)
+    try:
+        chosen, bound_by = choose_within(caps, names)
+    except BudgetError as error:
+        raise BudgetError(f"{error}{_with_rel_error(config)}") from error
     for name in _common_formats(candidates):  # use one format for all layers if this costs less
         same = [uniform(found)[name] for found in candidates]
         cheaper = total_cost(caps[0].curves, same) < total_cost(caps[0].curves, chosen)
@@ -485,6 +488,12 @@ def uniform(candidates: Sequence[Candidate]) -> dict[str, int]:
     return {x.number_format: k for k, x in enumerate(candidates) if x.number_format}
 
 
+def _with_rel_error(config: CompressionConfig) -> str:
+    """Return a sentence for errors that names `rel_error` if it limits the candidates."""
+    limit = f" These candidates keep rel_error={config.rel_error}; a larger error needs less."
+    return "" if config.rel_error is None else limit
+
+
 def _choose_alone(
     targets: Sequence[Target], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
 ) -> list[int]:
@@ -496,7 +505,9 @@ def _choose_alone(
             try:
                 return spend_size([curve_of(candidates[index], "params")], ratio * sizes[index])[0]
             except BudgetError as error:
-                raise BudgetError(f"Layer {targets[index].name!r}: {error}") from error
+                raise BudgetError(
+                    f"Layer {targets[index].name!r}: {error}{_with_rel_error(config)}"
+                ) from error
 
         def stay(index: int) -> tuple[int, float]:
             """Return index and size of the dense matrix, or of the smallest candidate if none is dense."""

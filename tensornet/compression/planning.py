@@ -342,7 +342,7 @@ def _plan_by_weight(
             made = replace(stays, topology=topology, bound_by="topology", error=None, storage=storage)
             return replace(made, loss_increase=None)
         budget = replace(config.budget, param_ratio=ratio)
-        best: Decomposition | None = None
+        attempts: list[Decomposition] = []
         refusals = []
         for family in config.families:
             try:
@@ -352,10 +352,13 @@ def _plan_by_weight(
             except BudgetError as error:
                 refusals.append(f"{family}: {error}")
                 continue
-            if best is None or _better(found, best, config.rel_error):
-                best = found
-        if best is None:
+            attempts.append(found)
+        if not attempts:
             raise BudgetError(f"Layer {target.name!r} cannot keep the budget. " + " ".join(refusals))
+        if config.rel_error is None:
+            best = min(attempts, key=lambda x: x.error)
+        else:
+            best = min(attempts, key=lambda x: x.network.num_params)
         topology = best.network.topology
         if not budget.unlimited and topology.num_params >= target.matrix.numel():
             return stays
@@ -371,17 +374,3 @@ def _plan_by_weight(
             return [decide(index, None) for index in range(len(targets))]
         sizes = [target.matrix.numel() for target in targets]
         return decide_alone(sizes, config.param_ratio, decide, lambda index: (dense(index), sizes[index]))
-
-
-def _better(new: Decomposition, old: Decomposition, rel_error: float | None) -> bool:
-    """Return True if the new decomposition is better than the old one.
-
-    If both are within `rel_error`, the smaller one is better, otherwise the more accurate one.
-    """
-    if rel_error is not None:
-        kept_new, kept_old = new.error <= rel_error, old.error <= rel_error
-        if kept_new and kept_old:
-            return new.network.num_params < old.network.num_params
-        if kept_new != kept_old:
-            return kept_new
-    return new.error < old.error

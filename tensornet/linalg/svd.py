@@ -6,8 +6,9 @@ loses half of the 16 digits, while float32 has only 7.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +143,39 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_complex or dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def default_tolerance(dtype: torch.dtype) -> float:
+    """Return the default relative error `eps^(3/4)`, with `eps` of the dtype of the result.
+
+    It is 1.8e-12 in double and 6.4e-6 in single precision: above the rounding errors of a matrix that was
+    computed in this precision, so that its exact rank is found.
+    """
+    return torch.finfo(result_dtype(dtype)).eps ** 0.75
+
+
+def check_rel_error(
+    error: float, rel_error: float | None, limits: Mapping[str, Any], dtype: torch.dtype
+) -> None:
+    """Check that a certified error is at most `rel_error`, up to rounding.
+
+    Args:
+        error: the certified error.
+        rel_error: largest relative error that the caller allows; None allows any.
+        limits: the other limits of the caller by name, None for those that are absent.
+        dtype: dtype of the matrix.
+
+    Raises:
+        BudgetError: the error is larger; the message names all limits.
+    """
+    if rel_error is None or error <= rel_error + default_tolerance(dtype):
+        return
+    given = [f"{name}={value}" for name, value in limits.items() if value is not None]
+    within = f"within {' and '.join(given)}" if given else "by this method"
+    raise BudgetError(
+        f"rel_error={rel_error} cannot be kept {within}, where the relative error is {error:.4g}. "
+        f"Allow a larger error{f', or raise or leave out {given[0]}' if given else ''}."
+    )
+
+
 def is_single(dtype: torch.dtype) -> bool:
     """Return True if the dtype has single or half precision."""
     return dtype not in (torch.float64, torch.complex128)
@@ -211,7 +245,7 @@ def truncated_svd(
     """Compute a truncated SVD with a certified error, without gradient.
 
     This is the best low-rank approximation in the Frobenius norm (Eckart-Young). The rank is the smallest
-    that satisfies `rel_error`, but at most `max_rank`.
+    that satisfies `rel_error`; if this is larger than `max_rank`, an error is raised.
 
     The methods are:
 
@@ -238,7 +272,8 @@ def truncated_svd(
     Raises:
         NonFiniteError: the matrix contains NaN or infinity.
         ShapeError: the input is not a matrix of floating-point or complex numbers.
-        BudgetError: `max_rank` or `rel_error` is out of range.
+        BudgetError: `max_rank` or `rel_error` is out of range, or a rank of `max_rank` does not satisfy
+            `rel_error`.
         ValueError: the method is unknown.
 
     Reference:
@@ -249,6 +284,21 @@ def truncated_svd(
         >>> found.U.shape[1] == len(found.S), found.error <= 0.5
         (True, True)
     """
+    found = capped_svd(matrix, max_rank=max_rank, rel_error=rel_error, method=method)
+    check_rel_error(found.error, rel_error, {"max_rank": max_rank}, matrix.dtype)
+    return found
+
+
+@torch.no_grad()
+@outside_autocast
+def capped_svd(
+    matrix: Tensor,
+    *,
+    max_rank: int | None = None,
+    rel_error: float | None = None,
+    method: Method = "auto",
+) -> TruncatedSVD:
+    """Compute `truncated_svd`, but with `max_rank` values if more would be needed to satisfy `rel_error`."""
     check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
     check_method(method)
     if max_rank is not None:

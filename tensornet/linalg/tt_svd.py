@@ -172,15 +172,6 @@ def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[-1], 0, rows - matrix.shape[-2]))
 
 
-def default_tolerance(dtype: torch.dtype) -> float:
-    """Return the default relative error `eps^(3/4)`, with `eps` of the dtype of the result.
-
-    It is 1.8e-12 in double and 6.4e-6 in single precision: above the rounding errors of a matrix that was
-    computed in this precision, so that its exact rank is found.
-    """
-    return torch.finfo(result_dtype(dtype)).eps ** 0.75
-
-
 @torch.no_grad()
 def has_full_bonds(
     matrices: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], tolerance: float

@@ -116,7 +116,8 @@ def check_exact(decompose: Decompose, matrix: Tensor) -> None:
 def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """Check that the certified error is at least the true error and at most `rel_error`.
 
-    A certified error above 1, even infinity, is useless but allowed.
+    If the other limits of the budget do not allow an error of `rel_error`, a decomposition must raise
+    `BudgetError`. A certified error above 1, even infinity, is useless but allowed.
 
     Example:
         >>> from tensornet.testing import laws
@@ -124,19 +125,17 @@ def check_certificate(decompose: Decompose, matrix: Tensor, budget: Budget) -> N
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", rel_error=budget.rel_error))
         >>> laws.check_certificate(decompose, torch.randn(6, 4), tn.topologies.Budget(rel_error=0.3))
     """
-    outcome = _within(decompose, matrix, budget)
+    outcome, budget = _within(decompose, matrix, budget)
     error = _true_error(matrix, outcome)
     slack = tolerance(matrix.dtype)
     assert error <= outcome.error * (1 + 1e-5) + slack, (
         f"true error {error:.6g} exceeds the certificate {outcome.error:.6g} under {budget}"
     )
     assert outcome.error >= 0, f"certificate {outcome.error} is not a number of at least 0"
-    if budget.rel_error is not None:  # other limits may require a larger error, so omit them
-        alone = Budget(rel_error=budget.rel_error)
-        kept = outcome if alone == budget else _within(decompose, matrix, alone)
-        assert kept.error <= budget.rel_error + slack, (
-            f"certificate {kept.error:.6g} exceeds the promise rel_error={budget.rel_error}"
-        )
+    assert budget.rel_error is None or outcome.error <= budget.rel_error + slack, (
+        f"certificate {outcome.error:.6g} exceeds rel_error under {budget}; raise BudgetError if the other "
+        "limits do not allow this error"
+    )
 
 
 def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
@@ -148,7 +147,7 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
         >>> laws.check_caps(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
-    outcome = _within(decompose, matrix, budget)
+    outcome, budget = _within(decompose, matrix, budget)
     if budget.max_bond is not None:
         caps = budget.max_bond
         bonds = outcome.bonds
@@ -199,7 +198,7 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
         >>> laws.check_quality(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
-    outcome = _within(decompose, matrix, budget)
+    outcome, budget = _within(decompose, matrix, budget)
     error, topology = _true_error(matrix, outcome), outcome.topology
     if topology is None and len(outcome.bonds) == 1:
         rank = min(outcome.bonds[0], *matrix.shape)
@@ -226,7 +225,7 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
         >>> laws.check_input_kept(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
     before = matrix.clone()
-    outcome = _within(decompose, matrix, budget)
+    outcome, _ = _within(decompose, matrix, budget)
     assert torch.equal(matrix, before), "the input was changed"
     for tensor in (outcome.matrix, *outcome.tensors):
         assert not _share_memory(tensor, matrix), "the result shares memory with the input"
@@ -241,7 +240,7 @@ def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget)
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
         >>> laws.check_dtype_and_device(decompose, torch.randn(6, 4).half(), tn.topologies.Budget(max_bond=2))
     """
-    outcome = _within(decompose, matrix, budget)
+    outcome, _ = _within(decompose, matrix, budget)
     for tensor in (outcome.matrix, *outcome.tensors):
         expected = (result_dtype(matrix.dtype), matrix.device)
         assert (tensor.dtype, tensor.device) == expected, (
@@ -258,7 +257,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
         ...     return laws.Outcome.of(tn.decompose(matrix, "low_rank", max_bond=budget.max_bond))
         >>> laws.check_deterministic(decompose, torch.randn(6, 4), tn.topologies.Budget(max_bond=2))
     """
-    first, second = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
+    (first, _), (second, _) = _within(decompose, matrix, budget), _within(decompose, matrix, budget)
     assert float(first.error) == float(second.error), f"not reproducible: {first.error} and {second.error}"
     assert len(first.tensors) == len(second.tensors), "not reproducible: another number of tensors"
     pairs = zip((first.matrix, *first.tensors), (second.matrix, *second.tensors), strict=True)
@@ -285,11 +284,20 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
     assert message.strip(), f"the error for a matrix with {value} has no message; say what was wrong"
 
 
-def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> Outcome:
-    """Decompose within the budget; in a hypothesis test, skip examples that raise BudgetError."""
+def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> tuple[Outcome, Budget]:
+    """Decompose within the budget, or without `rel_error` if the other limits do not allow this error.
+
+    In a hypothesis test, examples for which both raise BudgetError are skipped.
+
+    Returns:
+        The outcome, and its budget.
+    """
     try:
-        return decompose(matrix, budget)
+        return decompose(matrix, budget), budget
     except BudgetError:
+        rest = replace(budget, rel_error=None)
+        if rest not in (budget, Budget()):
+            return _within(decompose, matrix, rest)
         if currently_in_test_context():
             reject()
         raise

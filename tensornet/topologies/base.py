@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from tensornet._util import check_dense, outside_autocast
 from tensornet.als import fit_weighted, leading, legs_of
 from tensornet.budget import Budget, uniform_caps
 from tensornet.errors import BudgetError, TopologyError
+from tensornet.linalg.svd import check_rel_error
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight
@@ -96,6 +98,19 @@ class Ladder:
     complete: bool
 
 
+def _keeping_rel_error(decompose: Callable[..., Decomposition]) -> Callable[..., Decomposition]:
+    """Let a method `decompose` raise BudgetError if its result exceeds `rel_error`."""
+
+    @wraps(decompose)
+    def checked(self: "TopologyFamily", matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
+        made = decompose(self, matrix, budget, **options)
+        limits = {"max_bond": budget.max_bond, "param_ratio": budget.param_ratio}
+        check_rel_error(made.error, budget.rel_error, limits, matrix.dtype)
+        return made
+
+    return checked
+
+
 class TopologyFamily(ABC):
     """Base class of a family of tensor networks. Subclass it and pass an instance to `register_topology`.
 
@@ -112,7 +127,8 @@ class TopologyFamily(ABC):
     - A subclass with another name behaves like its parent.
 
     The decomposition methods of a subclass automatically run without gradients and without autocast, whose
-    16-bit products would violate the error bound.
+    16-bit products would violate the error bound; and `decompose` raises `BudgetError` if the error exceeds
+    `rel_error`, because other limits do not allow a smaller one.
 
     Example:
         >>> family = tn.topologies.topology_family("low_rank")
@@ -132,6 +148,8 @@ class TopologyFamily(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "decompose" in vars(cls):
+            cls.decompose = _keeping_rel_error(cls.decompose)  # type: ignore[method-assign]
         for name in ("decompose", "decompose_to", "fit", "ladder", "round_cores"):
             if name in vars(cls):
                 setattr(cls, name, torch.no_grad()(outside_autocast(vars(cls)[name])))
@@ -219,6 +237,7 @@ class TopologyFamily(ABC):
 
     # --- decompositions --------------------------------------------------------------------------
 
+    @_keeping_rel_error
     @outside_autocast
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
         """Decompose `matrix: (out_features, in_features)` into a network within the budget.
@@ -227,7 +246,8 @@ class TopologyFamily(ABC):
         `rel_error` it is the smallest sufficient limit, found by bisection with `decompose_to`.
 
         Raises:
-            BudgetError: the smallest network of this family exceeds the budget.
+            BudgetError: the smallest network of this family exceeds the budget, or no network within the
+                other limits has an error of at most `rel_error`.
             NonFiniteError: the matrix contains NaN or infinity.
             TopologyError: the options do not fit the shape.
         """

@@ -14,6 +14,7 @@ from tensornet.budget import Budget, caps_of_bonds, uniform_caps
 from tensornet.errors import TopologyError
 from tensornet.linalg.svd import (
     TruncatedSVD,
+    capped_svd,
     result_dtype,
     truncated_svd,
 )
@@ -93,7 +94,7 @@ class LowRankFamily(TopologyFamily):
         shape, exact = (rows, columns), [min(rows, columns)]
         what = f"a network of the family {self.name!r}"
         caps, bound_by = uniform_caps(budget, shape, exact, lambda bonds: bonds[0] * (rows + columns), what)
-        result = truncated_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error)
+        result = capped_svd(matrix, max_rank=caps[0], rel_error=budget.rel_error)
         rank = result.S.numel()
         if rank < caps[0]:
             bound_by = "rel_error"

@@ -267,6 +267,16 @@ def test_a_model_of_the_hub_has_its_tokenizer_in_the_cache(
     assert "King James" in found.source
 
 
+@pytest.mark.parametrize("objective", ["weight", "activation", "curvature"])
+@pytest.mark.parametrize("limits", [{"max_bond": 4}, {"param_ratio": 0.2}])
+def test_an_error_that_other_limits_do_not_allow(objective: str, limits: dict[str, float]) -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    config = tn.CompressionConfig(rel_error=1e-3, objective=objective, **limits)  # type: ignore[arg-type]
+    with pytest.raises(tn.errors.BudgetError, match=r"rel_error=0\.001"):
+        tn.compress(model, config, calibration=[(torch.randn(70, 64), torch.arange(70) % 64)], progress=False)
+    assert type(model[0]) is nn.Linear
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -146,7 +147,11 @@ def test_rounding_keeps_its_caps_and_its_promise(
     rounding = 10 * laws.tolerance(operator.dtype)
     caps = data.draw(st.tuples(*[st.integers(1, 4)] * (len(operator) - 1)))
     for cap in (caps, max(caps, default=1)):
-        rounded = operator.round(max_bond=cap, rel_error=promise)
+        try:
+            rounded = operator.round(max_bond=cap, rel_error=promise)
+        except tn.errors.BudgetError:
+            continue
+        assert promise is None or rounded.error <= promise + laws.tolerance(operator.dtype)
         each = caps if isinstance(cap, tuple) else [cap] * len(rounded.bond_dims)
         assert all(bond <= most for bond, most in zip(rounded.bond_dims, each, strict=True))
         assert reference.relative_error(dense(operator), rounded.to_matrix()) <= rounded.error + rounding
@@ -154,6 +159,28 @@ def test_rounding_keeps_its_caps_and_its_promise(
         alone = operator.round(rel_error=promise)
         assert alone.error <= promise * (1 + 1e-9)
         assert reference.relative_error(dense(operator), alone.to_matrix()) <= promise + rounding
+
+
+@pytest.mark.parametrize("limits", [{"max_bond": 2}, {"param_ratio": 0.3}])
+def test_an_error_that_other_limits_do_not_allow(limits: dict[str, float]) -> None:
+    matrix = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    (name,) = limits
+    for decompose in (
+        lambda **more: tn.MPO.from_matrix(matrix, **more),
+        *(partial(tn.decompose, matrix, family) for family in ("low_rank", "mpo", "tucker", "tensor_ring")),
+    ):
+        with pytest.raises(tn.errors.BudgetError, match=rf"rel_error=0\.01.*{name}"):
+            decompose(rel_error=0.01, **limits)
+    assert tn.MPO.from_matrix(matrix, rel_error=0.9, max_bond=16).error <= 0.9
+
+
+def test_a_bond_that_does_not_allow_the_error_of_rounding() -> None:
+    matrix = torch.randn(16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    operator = tn.MPO.from_matrix(matrix)
+    with pytest.raises(tn.errors.BudgetError, match=r"rel_error=0\.01.*max_bond=2"):
+        operator.round(max_bond=2, rel_error=0.01)
+    with pytest.raises(tn.errors.BudgetError, match=r"rel_error=0\.01.*max_rank=2"):
+        tn.truncated_svd(matrix, max_rank=2, rel_error=0.01)
 
 
 def test_rounding_undoes_a_sum() -> None:
