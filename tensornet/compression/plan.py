@@ -103,7 +103,7 @@ class LayerPlan:
     @property
     def scheme(self) -> str:
         """Number formats, topology family and bonds, or `"dense"`."""
-        return describe(self.topology, self.storage)
+        return scheme_name(self.topology, self.storage)
 
     @property
     def has_large_error(self) -> bool:
@@ -165,7 +165,7 @@ class LayerPlan:
         return cls(**known)
 
 
-def describe(topology: Topology | None, storage: Storage = PLAIN) -> str:
+def scheme_name(topology: Topology | None, storage: Storage = PLAIN) -> str:
     """Describe number formats, family and bonds in a few words; bonds of size 1 are left out."""
     if topology is None:
         return "dense"

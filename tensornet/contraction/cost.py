@@ -214,7 +214,7 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Product:
+class MatmulShape:
     """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
 
     Args:
@@ -244,7 +244,7 @@ class Product:
         )
 
 
-def product_seconds(product: Product, tokens: int, machine: Machine, itemsize: int = 4) -> float:
+def product_seconds(product: MatmulShape, tokens: int, machine: Machine, itemsize: int = 4) -> float:
     """Predict the seconds of a matrix product whose operands are in a cache; `itemsize` is in bytes."""
     batch, rows, inner, columns = product.at(tokens)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
@@ -275,6 +275,6 @@ def dense_seconds(
 
     `from_memory=False` means that the weight is in a cache, because it was just rebuilt.
     """
-    product = Product(1, 1, in_features, out_features, "rows")
+    product = MatmulShape(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0
     return read + product_seconds(product, tokens, machine, itemsize)

@@ -22,7 +22,7 @@ from tensornet.contraction.cost import (
     CPU,
     Copy,
     Machine,
-    Product,
+    MatmulShape,
     copy_seconds,
     dense_seconds,
     product_seconds,
@@ -67,7 +67,7 @@ class PairStep:
     right: int
     arrange_left: Arrangement
     arrange_right: Arrangement
-    product: Product
+    product: MatmulShape
     copies: tuple[Copy, ...]
 
 
@@ -341,7 +341,7 @@ def _ways(
                         right=b,
                         arrange_left=_grouped(left, (batch, rows, inner), size_of),
                         arrange_right=_grouped(right, (batch, inner, columns), size_of),
-                        product=Product(**sizes, tokens_in=tokens_in),
+                        product=MatmulShape(**sizes, tokens_in=tokens_in),
                         copies=tuple(copy for copy in copies if copy is not None),
                     )
                     yield step, (*batch, *rows, *columns)

@@ -119,7 +119,7 @@ class TruncatedSVD:
     method: str
 
 
-class Factors(NamedTuple):
+class TruncatedStack(NamedTuple):
     """Truncated SVDs of a stack of matrices in double precision, before signs are fixed.
 
     Shapes: `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`. `discarded` is the sum of
@@ -331,7 +331,7 @@ def factorize(
     *,
     single: bool,
     method: Method = "auto",
-) -> Factors:
+) -> TruncatedStack:
     """Compute truncated SVDs of a stack of double-precision matrices, all with the same rank.
 
     Args:
@@ -411,7 +411,7 @@ def relative(discarded: float, total: float) -> float:
     return math.sqrt(max(discarded, 0.0) / total) if total > 0 else 0.0
 
 
-def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
+def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> TruncatedStack:
     rows, columns = work.shape[-2:]
     if columns >= _TALL * rows:
         return _flip(_exact(work.mH, cap, allowed))
@@ -422,7 +422,9 @@ def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> Factors:
     U, S, Vh = _lapack_svd(work)
     energies = S.square()
     rank = keep_rank(energies, cap, allowed)
-    return Factors(U[..., :rank], S[..., :rank], Vh[..., :rank, :], energies[..., rank:].sum(-1), "exact")
+    return TruncatedStack(
+        U[..., :rank], S[..., :rank], Vh[..., :rank, :], energies[..., rank:].sum(-1), "exact"
+    )
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -442,7 +444,7 @@ def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U.reshape(*batch, *U.shape[1:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[1:])
 
 
-def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors:
+def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> TruncatedStack:
     if work.shape[-2] > work.shape[-1]:
         return _flip(_gram(work.mH, cap, allowed, single))
     values, vectors = torch.linalg.eigh(work @ work.mH)
@@ -460,7 +462,7 @@ def _gram(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Facto
     return _exact(work, cap, allowed) if unresolved or missed else found
 
 
-def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> Factors | None:
+def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) -> TruncatedStack | None:
     if work.shape[-2] > work.shape[-1]:
         flipped = _randomized(work.mH, cap, allowed, single)
         return None if flipped is None else _flip(flipped)
@@ -485,7 +487,7 @@ def _randomized(work: Tensor, cap: int, allowed: Tensor | None, single: bool) ->
     return None if missed else found
 
 
-def _project(work: Tensor, U: Tensor, method: str) -> Factors:
+def _project(work: Tensor, U: Tensor, method: str) -> TruncatedStack:
     """Compute the sorted SVD of matrices from their left singular vectors `U`."""
     projected = U.mH @ work  # shape: (*batch, rank, n); its rows are orthogonal up to rounding
     S, order = torch.linalg.vector_norm(projected, dim=-1).sort(dim=-1, descending=True, stable=True)
@@ -498,10 +500,10 @@ def _project(work: Tensor, U: Tensor, method: str) -> Factors:
     discarded = total - S.square().sum(-1)
     if bool((discarded < 1e-6 * total).any()):  # the difference of large numbers is inaccurate
         discarded = energy(work - U @ projected)
-    return Factors(U, S, Vh, discarded, method)
+    return TruncatedStack(U, S, Vh, discarded, method)
 
 
-def _flip(factors: Factors) -> Factors:
+def _flip(factors: TruncatedStack) -> TruncatedStack:
     return factors._replace(U=factors.Vh.mH, Vh=factors.U.mH)
 
 

@@ -26,7 +26,7 @@ WIDE_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class IntegerMatrix:
+class PackedMatrix:
     """Integer matrix `(out, in)` in its stored form.
 
     Args:
@@ -47,7 +47,7 @@ class IntegerMatrix:
     scale_bits: Tensor | None = None
 
     @classmethod
-    def of(cls, core: PackedCore) -> "IntegerMatrix":
+    def of(cls, core: PackedCore) -> "PackedMatrix":
         """Make an integer matrix from a core."""
         zeros = core.tensors.get("zeros")
         return cls(core.number_format, core.codes, core.scale_values, zeros, core.columns, core.scales)
@@ -65,7 +65,7 @@ class IntegerMatrix:
         unscaled integers may overflow.
         """
         trained = self.codes.is_floating_point()
-        if trained or dtype == torch.float16 or not scales_by_row(self.number_format, self.columns):
+        if trained or dtype == torch.float16 or not is_int8_per_row(self.number_format, self.columns):
             return None
         return self.scales[:, 0].to(dtype)
 
@@ -112,10 +112,10 @@ class IntegerMatrix:
 
 
 #: Integer matrix as it is stored, or in the layout of torch's int4 kernel.
-IntegerProduct = IntegerMatrix | KernelMatrix
+StoredMatrix = PackedMatrix | KernelMatrix
 
 
-def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
+def is_int8_per_row(number_format: NumberFormat, columns: int) -> bool:
     """Return True if the format has 8 bits, no zero points, and one scale for each row."""
     points = number_format.bits == 8 and not number_format.zero_point
     return points and number_format.groups(columns) == 1
@@ -123,12 +123,12 @@ def scales_by_row(number_format: NumberFormat, columns: int) -> bool:
 
 def has_int8_kernel(number_format: NumberFormat, shape: tuple[int, int]) -> bool:
     """Return True if torch's int8 kernel can read stored matrices of this format and shape."""
-    plain = scales_by_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
+    plain = is_int8_per_row(number_format, shape[1]) and number_format.scale_dtype == torch.bfloat16
     # If a size is not a multiple of 32, the kernel reads out of bounds and crashes.
     return plain and all(n % _KERNEL_STEP == 0 for n in shape)
 
 
-def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
+def multiply(x: Tensor, matrix: StoredMatrix, bias: Tensor | None) -> Tensor:
     """Compute `x W^T + bias` for an integer matrix `W`, differentiable with respect to input and bias.
 
     Args:
@@ -142,18 +142,18 @@ def multiply(x: Tensor, matrix: IntegerProduct, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         y = _traced(flat, matrix, recorded=recorded)
     elif recorded:
-        y = _Product.apply(flat, matrix)
+        y = _Multiplication.apply(flat, matrix)
     else:
         y = _product(flat, matrix)
     y = y.reshape(*x.shape[:-1], out_features)
     return y if bias is None else y + bias
 
 
-def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
+def _traced(x: Tensor, matrix: StoredMatrix, *, recorded: bool) -> Tensor:
     """Compute `x W^T` for `x: (tokens, in)`, by operations that a compiler can differentiate."""
     if matrix.has_kernel(x) and not recorded:
         return matrix.by_kernel(x)
-    if not isinstance(matrix, IntegerMatrix):
+    if not isinstance(matrix, PackedMatrix):
         return linear(x, matrix.dense(x.dtype))
     if not recorded and (scales := matrix.row_scales(x.dtype)) is not None:
         return linear(x, matrix.codes.view(torch.int8).to(x.dtype)) * scales
@@ -162,7 +162,7 @@ def _traced(x: Tensor, matrix: IntegerProduct, *, recorded: bool) -> Tensor:
     return y
 
 
-def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
+def _product(x: Tensor, matrix: StoredMatrix) -> Tensor:
     """Compute `x W^T` for `x: (tokens, in)`, without gradients."""
     if matrix.has_kernel(x):
         return matrix.by_kernel(x.contiguous())
@@ -174,7 +174,7 @@ def _product(x: Tensor, matrix: IntegerProduct) -> Tensor:
     return y if scales is None else y.mul_(scales)
 
 
-def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
+def _pulled_back(gradient: Tensor, matrix: StoredMatrix) -> Tensor:
     """Compute the gradient of the input, `(tokens, in)`, from that of the output, `(tokens, out)`."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     scales = matrix.row_scales(gradient.dtype)
@@ -184,9 +184,9 @@ def _pulled_back(gradient: Tensor, matrix: IntegerProduct) -> Tensor:
     return made
 
 
-class _Product(torch.autograd.Function):
+class _Multiplication(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: IntegerProduct) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: StoredMatrix) -> Tensor:
         ctx.matrix = matrix
         return _product(x, matrix)
 
@@ -202,7 +202,7 @@ def integer_product(
 ) -> Tensor:
     """Compute `x W^T` for `x: (tokens, in)` and a stored integer matrix `W: (out, in)`."""
     parsed = NumberFormat.parse(number_format)
-    return _product(x, IntegerMatrix(parsed, codes, scales, zeros, x.shape[1]))
+    return _product(x, PackedMatrix(parsed, codes, scales, zeros, x.shape[1]))
 
 
 @torch.library.custom_op("tensornet::integer_product_gradient", mutates_args=())
@@ -210,7 +210,7 @@ def _gradient(
     gradient: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str, columns: int
 ) -> Tensor:
     parsed = NumberFormat.parse(number_format)
-    return _pulled_back(gradient, IntegerMatrix(parsed, codes, scales, zeros, columns))
+    return _pulled_back(gradient, PackedMatrix(parsed, codes, scales, zeros, columns))
 
 
 @integer_product.register_fake

@@ -15,7 +15,7 @@ from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
-from tensornet.nn.integer_matmul import IntegerMatrix, IntegerProduct, multiply
+from tensornet.nn.integer_matmul import PackedMatrix, StoredMatrix, multiply
 from tensornet.nn.layer_kinds import kind_of, layer_bias, layer_kind
 from tensornet.nn.module import NetworkModule, register_module_type
 from tensornet.nn.prepare import PreparedLinear
@@ -78,7 +78,7 @@ class TensorNetworkLinear(NetworkModule):
         name = topology.core_names[positions[0]]
         whole = len(positions) == 1 and topology.shape == topology.padded_shape
         self._integer_name = f"core_{name}" if whole and storage.format_of(name).is_integer else None
-        self._integers: IntegerMatrix | None = None
+        self._integers: PackedMatrix | None = None
         zeros = torch.zeros(self.out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", nn.Parameter(zeros) if zeros is not None else None)
 
@@ -140,12 +140,12 @@ class TensorNetworkLinear(NetworkModule):
             y = y + contract_with_input(plan, cores, input, candidate=route)
         return y
 
-    def _integers_of(self, core: nn.Module) -> IntegerProduct:
+    def _integers_of(self, core: nn.Module) -> StoredMatrix:
         if not isinstance(core, PackedCore):
             return core.integers  # type: ignore[return-value]
         known = self._integers
         if known is None or known.codes is not core.codes or known.scale_bits is not core.scales:
-            known = IntegerMatrix.of(core)
+            known = PackedMatrix.of(core)
             # Scales that are computed from stored integers are not cached, since the integers may change.
             computed = core.number_format.scale_bits is not None
             self._integers = None if computed or is_compiling() else known
@@ -287,7 +287,7 @@ def _two_products(
 
 
 def _kernel_product(
-    layer: TensorNetworkLinear, core: nn.Module, matrix: IntegerProduct
+    layer: TensorNetworkLinear, core: nn.Module, matrix: StoredMatrix
 ) -> Callable[[Tensor], Tensor | None]:
     """Make a function that uses a torch kernel to multiply by the layer's only core, without gradients."""
     strategy, (out_features, in_features) = layer.strategy, matrix.shape

@@ -757,9 +757,9 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
         rows = work[index].movedim(spec.labels.index(label), -1)
         q, r = torch.linalg.qr(rows.reshape(-1, rows.shape[-1]))
         order, pivots = _choose_rows(q)
-        top, rest = q[order[:pivots]], q[order[pivots:]]
-        # The entries of rest @ top^-1 are bounded, since pivoted QR has chosen a well-conditioned `top`.
-        work[index] = torch.linalg.solve(top.T, rest.T).T
+        top, bottom = q[order[:pivots]], q[order[pivots:]]
+        # The entries of bottom @ top^-1 are bounded, since pivoted QR has chosen a well-conditioned `top`.
+        work[index] = torch.linalg.solve(top.T, bottom.T).T
         position = torch.empty_like(order)
         position[order] = torch.arange(len(order), device=order.device)
         orders[spec.name] = position.to(torch.int32)

@@ -11,7 +11,7 @@ from tensornet.contraction.cost import Machine, check_machine, default_machine, 
 from tensornet.contraction.plan import RECONSTRUCT
 from tensornet.errors import TargetError
 from tensornet.nn.int4_cpu import KERNEL_TOKENS, has_layout, layout_bytes, products_of
-from tensornet.nn.integer_matmul import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, scales_by_row
+from tensornet.nn.integer_matmul import INT8_TOKENS, WIDE_TOKENS, has_int8_kernel, is_int8_per_row
 from tensornet.nn.storage import PackedCore, Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
@@ -111,7 +111,7 @@ def product_seconds(
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
         passes = unpack_passes(number_format, 4)  # 2-byte elements take as long as 4-byte elements
-    elif scales_by_row(number_format, shape[1]):
+    elif is_int8_per_row(number_format, shape[1]):
         passes = 1.0  # only the codes are converted; the outputs are scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
     return UNPACKED, seconds + dense_seconds(*shape, tokens, machine, wide, from_memory=False)

@@ -76,8 +76,8 @@ def sweep_codes(
             column.add_(steps.mul_(which))
             further = couplings[start + k, :, start + k + 1 : block.stop].transpose(0, 1)
             here[k + 1 :].addcmul_(further, spread)
-        rest = columns[:, block.stop :, block]
-        gradient[block.stop :] += _along_columns(rest, _times(rows, moved))
+        later = columns[:, block.stop :, block]
+        gradient[block.stop :] += _along_columns(later, _times(rows, moved))
     return codes.permute(1, 2, 0).contiguous()
 
 

@@ -93,7 +93,7 @@ def round_product(
             f"target= has shape {tuple(wanted.shape)}; the product has shape {(a.shape[0], b.shape[1])}."
         )
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
-    product = _Product(wanted, Weighting(rows, columns), order, rounding)
+    product = _FactorRounding(wanted, Weighting(rows, columns), order, rounding)
     if right_format is None:
         made = product.rounded_left(a, b, left_format)
         fitted = product.fit_right(product.values(made))
@@ -130,12 +130,12 @@ def round_factor(
     """
     a, b, wanted = left.double(), right.double(), target.double()
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
-    product = _Product(wanted, Weighting(rows, columns), None, rounding)
+    product = _FactorRounding(wanted, Weighting(rows, columns), None, rounding)
     return (product.best_left if side == "left" else product.best_right)(a, b, number_format)[0]
 
 
 @dataclass(frozen=True)
-class _Product:
+class _FactorRounding:
     """Matrix that a product approximates, the error weighting, and the row order of a pivoted left factor."""
 
     wanted: Tensor

@@ -105,9 +105,9 @@ def _shifted(parts: Tensor, bits: int) -> Tensor:
     if parts.shape[-2] == 1:
         return parts >> down
     codes = parts.index_select(-2, first).bitwise_right_shift_(down)
-    rest = parts[..., 1:, :] << up
+    upper = parts[..., 1:, :] << up
     for into, read in runs:
-        codes[..., into, :] |= rest[..., read, :]
+        codes[..., into, :] |= upper[..., read, :]
     return codes
 
 

@@ -28,7 +28,7 @@ from tensornet.compression.allocate import (
     uniform,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.plan import describe
+from tensornet.compression.plan import scheme_name
 from tensornet.compression.report import model_size
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
@@ -208,7 +208,7 @@ def test_editing_the_storage_of_a_layer() -> None:
     assert edited.predicted_loss_increase is None
     rank = tn.topologies.low_rank(out_features=256, in_features=64, rank=4)
     edited = edited.replace_layer(name, rank, Storage(number_format=NumberFormat.parse("int4")))
-    assert describe(edited[name].topology, edited[name].storage) == "int4 low_rank 4"
+    assert scheme_name(edited[name].topology, edited[name].storage) == "int4 low_rank 4"
     tn.apply_plan(model, edited, stats)
     assert model.get_submodule(name).storage == edited[name].storage
     assert plan.replace_layer(name, None)[name].bits_per_weight == 32
@@ -241,7 +241,7 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
     name = prepared.targets[0].name
     silent = replace(stats, rows={**stats.rows, name: torch.zeros_like(stats.rows[name])})
     plan = tn.plan(model, CompressionConfig(bits_per_weight=5, formats=FORMATS), silent)
-    assert describe(plan[name].topology, plan[name].storage) == "int8 dense"
+    assert scheme_name(plan[name].topology, plan[name].storage) == "int8 dense"
 
 
 def test_budgets_that_nothing_keeps() -> None:

@@ -337,7 +337,7 @@ def test_the_int8_kernel_where_it_can_read_the_codes(shape: tuple[int, int], tok
     layer = linear_from_network(made, bias=torch.ones(shape[0]), source="linear", storage=stored).bfloat16()
     x, core = torch.randn(tokens, shape[1], dtype=torch.bfloat16), layer.integer_core
     assert isinstance(core, PackedCore)
-    assert integer_matmul.IntegerMatrix.of(core).has_kernel(x) == (shape == (64, 96) and tokens < 10)
+    assert integer_matmul.PackedMatrix.of(core).has_kernel(x) == (shape == (64, 96) and tokens < 10)
     expected = copy.deepcopy(layer).float()(x.float())
     for _ in range(2):  # chosen, then remembered
         torch.testing.assert_close(layer(x).float(), expected, rtol=0.02, atol=0.2)
@@ -361,7 +361,7 @@ def test_the_int8_kernel_gets_aligned_memory() -> None:
     layer = linear_from_network(made, bias=None, source="linear", storage=stored).bfloat16()
     x, core = at_offset(torch.randn(8, 96, dtype=torch.bfloat16), 2), layer.integer_core
     assert isinstance(core, PackedCore)
-    assert integer_matmul.IntegerMatrix.of(core).has_kernel(x)
+    assert integer_matmul.PackedMatrix.of(core).has_kernel(x)
     codes = core.codes.clone()
     core.codes = at_offset(codes, 8)
     expected = copy.deepcopy(layer).float()(x.float())

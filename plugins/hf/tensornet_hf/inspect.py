@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensornet.compression.plan import describe
+from tensornet.compression.plan import scheme_name
 from tensornet.nn.storage import Storage
 from tensornet.topology import Topology
 from tensornet_hf.checkpoint import read_checkpoint, weight_bytes
@@ -46,7 +46,7 @@ def inspect_folder(folder: str | Path) -> dict[str, Any]:
         form, shape = " ".join(part for part in ("+".join(_formats(spec)), str(spec["type"])) if part), None
         if spec["type"] in ("linear", "embedding"):
             topology = Topology.from_dict(spec["topology"])
-            form, shape = describe(topology, Storage.from_dict(spec.get("storage", {}))), topology.shape
+            form, shape = scheme_name(topology, Storage.from_dict(spec.get("storage", {}))), topology.shape
         layers.append(
             {
                 "name": name,

@@ -138,7 +138,7 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
 # --- describing a model ---------------------------------------------------------------------------------
 
 
-def describe(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
+def config_of(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
     """Describe the compressed modules of a model for saving, with empty `layers` for an ordinary model.
 
     Args:
@@ -565,7 +565,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     before = getattr(model, "hf_quantizer", None)
     if compression is None and isinstance(before, TensorNetworkQuantizer):
         compression = before.quantization_config.compression
-    config = describe(model, compression=compression)
+    config = config_of(model, compression=compression)
     if config.layers:
         model.hf_quantizer = TensorNetworkQuantizer(config)  # type: ignore[assignment]
         model.is_quantized = False  # type: ignore[assignment]  # True would only forbid .half() and .float()

@@ -68,7 +68,7 @@ from tensornet_hf.checkpoint import (
     write_card,
 )
 from tensornet_hf.lazy_model import LazyModel, open_lazily
-from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, describe, replaced_names
+from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, config_of, replaced_names
 
 #: Default size of a shard in bytes of the source; the compressed tensors of a shard must fit into memory.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -423,7 +423,7 @@ def _compress_shard(
                 tensor.data = tensor.data.to(device)
         before = model.state_dict(keep_vars=True)
         errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
-        after, described = model.state_dict(keep_vars=True), describe(model)
+        after, described = model.state_dict(keep_vars=True), config_of(model)
 
         # New tensors: those of compressed layers, and a guard (`replaced_names`) for each replaced weight.
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}

@@ -31,7 +31,7 @@ from tensornet.compression.compress import Calibration, gather
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
-from tensornet.compression.plan import CompressionPlan, LayerPlan, describe
+from tensornet.compression.plan import CompressionPlan, LayerPlan, scheme_name
 from tensornet.compression.planning import Prepared, prepare
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
@@ -78,7 +78,8 @@ class SharedStack:
     def __str__(self) -> str:
         return (
             f"{self.names[0]} and {len(self.names) - 1} more  shared {self.pattern}, "
-            f"{describe(self.topology, self.storage)}, {self.bytes_before:,} -> {self.bytes_after:,} bytes, "
+            f"{scheme_name(self.topology, self.storage)}, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, "
             f"errors {min(self.errors):.4f} to {max(self.errors):.4f}"
         )
 

@@ -234,13 +234,13 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
     integers = _integers(layer, position)
     if isinstance(integers, str):
         return integers
-    rest = [(positions, part) for positions, part in topology.parts if positions != matrices[0]]
-    if not rest:
+    others = [(positions, part) for positions, part in topology.parts if positions != matrices[0]]
+    if not others:
         return integers, None
     cores = decode(layer.stored_cores, torch.float32)
     rows, columns = topology.shape
-    if [part.family for _, part in rest] == ["low_rank"]:
-        left, right = rest[0][0]
+    if [part.family for _, part in others] == ["low_rank"]:
+        left, right = others[0][0]
         found = _integers(layer, right)
         return integers, LowRank(
             cores[left].reshape(rows, -1).float(),
@@ -248,7 +248,7 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
             None if isinstance(found, str) else found,
         )
     # Rebuild the matrix of any other network, and check whether its rank is low.
-    networks = [TensorNetwork(part, [cores[k].double() for k in positions]) for positions, part in rest]
+    networks = [TensorNetwork(part, [cores[k].double() for k in positions]) for positions, part in others]
     u, s, vh = torch.linalg.svd(torch.stack([x.to_matrix() for x in networks]).sum(0), full_matrices=False)
     rank = max(1, int((s > s[0] * max(topology.shape) * torch.finfo(torch.float32).eps).sum()))
     if rank * (rows + columns) >= rows * columns:

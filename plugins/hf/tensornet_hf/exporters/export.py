@@ -147,8 +147,8 @@ def export(
             "that ends in .gguf."
         )
     exporter = TARGETS[name].export
-    if rest := options.keys() - signature(exporter).parameters.keys():
-        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(rest))}.")
+    if unknown := options.keys() - signature(exporter).parameters.keys():
+        raise ValueError(f"The target {name!r} has no option {', '.join(sorted(unknown))}.")
     origin = (
         None if isinstance(model_or_folder, PreTrainedModel) else resolve_folder(os.fspath(model_or_folder))
     )
