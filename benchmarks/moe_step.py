@@ -113,8 +113,7 @@ def two_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
 
 def one_sided(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     """Build the bank of `tm.mixture(share="center")`: the first core has no in-leg, the last no out-leg."""
-    weight = torch.randn(1, rows, columns)
-    return tm.mixtures.experts_from(weight, experts=experts, share="center", noise=0.05)
+    return tm.mixtures.make_bank(torch.empty(0, rows, columns), experts=experts, share="center")
 
 
 def base_and_deltas(experts: int, rows: int, columns: int) -> tm.ExpertBank:
@@ -159,7 +158,9 @@ class TwoLayers(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(mixture(case, DenseExperts) for _ in range(2))
-        self.pools = tm.tie_experts(self.layers) if pooled else nn.ModuleList()
+        self.pool = tm.ExpertPool(self.layers[0].experts) if pooled else None
+        for layer in self.layers if pooled else ():
+            layer.experts = tm.PooledExperts(self.pool)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -46,6 +46,7 @@ from mpoe_tasks import (
     read_quotations,
 )
 
+from tensornet.topologies import mpo
 from tensornet_hf.embedded import heldout_text
 
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "benchmarks"
@@ -157,7 +158,16 @@ def build(task: Task, row: Row, *, seed: int) -> nn.Module:
     model = task.model()
     if row.experts == 0:
         return model
-    th.upcycle(model, moe_config(row, task))
+    words: dict[str, Any] = {"router": "switch", "balance_coef": BALANCE}
+    if row.across:
+        words |= {"pool": "all", "balance": "layer"}
+    th.upcycle(model, experts=experts_of(row), **words)
+    if row.across:  # each layer has the experts that start as its network; they share the center
+        (pool,) = (part for part in model.modules() if isinstance(part, tm.ExpertPool))
+        layers = mixtures(model)
+        for place, layer in enumerate(layers):
+            layer.experts = tm.PooledExperts(pool, range(place, pool.num_experts, len(layers)))
+            layer.router = tm.SwitchRouter(task.d_model, row.experts)
     torch.manual_seed(seed)
     # Draw routers again: `upcycle` seeds layer k with seed + k, so different seeds would share some routers.
     for layer in mixtures(model):
@@ -165,20 +175,24 @@ def build(task: Task, row: Row, *, seed: int) -> nn.Module:
     return model
 
 
-def moe_config(row: Row, task: Task) -> th.MoEConfig:
-    """Make the options of `upcycle`: chains with a large middle core, or dense matrices for Switch."""
-    common: dict[str, Any] = {"num_experts": row.experts, "aux_loss_coef": BALANCE}
-    if row.ends is None:
-        return th.MoEConfig(**common, sites=1, shared="none")
-    a, b = row.ends
-    return th.MoEConfig(
-        **common,
-        shared=row.shared,
-        share_across_layers=row.across,
-        model_dims=(a, task.d_model // (a * b), b),
-        hidden_dims=(a, task.d_ff // (a * b), b),
-        max_bond=row.max_bond,
-    )
+def experts_of(row: Row) -> Callable[[Tensor], tm.ExpertBank]:
+    """Return the function that makes experts: chains with a large center, or dense matrices for Switch."""
+
+    def make(weights: Tensor) -> tm.ExpertBank:
+        rows, columns = weights.shape[1:]
+        if row.ends is None:
+            return tm.mixtures.make_bank(weights, experts=row.experts, share="none")
+        a, b = row.ends
+        legs = {size: (a, size // (a * b), b) for size in (rows, columns)}
+        options: dict[str, Any] = {"out_dims": legs[rows], "in_dims": legs[columns], "max_bond": row.max_bond}
+        if len(weights) == 1:
+            return tm.SharedCoreExperts.from_dense(
+                weights[0], num_experts=row.experts, shared=row.shared, **options
+            )
+        center = ("1",)
+        return tm.mixtures.experts_from(weights, len(weights) * row.experts, mpo(**options), center)
+
+    return make
 
 
 def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
@@ -191,7 +205,7 @@ def expert_parameters(model: nn.Module) -> int:
     names = {"mlp", "DenseReluDense"}  # names of the networks in GPT-2 and T5
     sites = [m for name, m in model.named_modules() if name.rpartition(".")[2] in names]
     parts = [getattr(site, "experts", site) for site in sites]
-    parts += [m for m in model.modules() if isinstance(m, tm.SharedCores)]
+    parts += [m for m in model.modules() if isinstance(m, tm.ExpertPool)]
     return sum(p.numel() for part in parts for p in part.parameters())
 
 

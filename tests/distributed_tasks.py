@@ -25,21 +25,18 @@ FEATURES, EXPERTS, LAYERS, CLASSES, ROWS = 12, 4, 2, 5, 24
 TOPOLOGY = {"out_dims": (3, 4, 2), "in_dims": (2, 3, 2)}
 
 
-def experts_of(center: tm.SharedCores | None) -> tm.ExpertFFN:
-    """Experts that borrow a center, or own one."""
+def experts_of(number: int) -> tm.ExpertFFN:
+    """Experts that share a center."""
     up = mpo(**TOPOLOGY)
     down = mpo(out_dims=TOPOLOGY["in_dims"], in_dims=TOPOLOGY["out_dims"])
-    banks = {
-        "up": tm.SharedCoreExperts(up, EXPERTS, shared=center if center is not None else "center"),
-        "down": tm.SharedCoreExperts(down, EXPERTS),
-    }
+    banks = {"up": tm.SharedCoreExperts(up, number), "down": tm.SharedCoreExperts(down, number)}
     return tm.ExpertFFN(banks, bias=True)
 
 
 class Block(nn.Module):
     """A mixture with a residual connection."""
 
-    def __init__(self, experts: tm.ExpertFFN | tm.ExpertPool) -> None:
+    def __init__(self, experts: tm.ExpertFFN | tm.ExpertPool | tm.PooledExperts) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(FEATURES)
         self.moe = tm.SharedCoreMoE(tm.TopKRouter(FEATURES, EXPERTS, top_k=2), experts)
@@ -49,14 +46,19 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Two blocks and a head; both blocks use one `"center"` of the model, one `"pool"`, or `"nothing"`."""
+    """Two blocks and a head; blocks share `"nothing"`, the experts of a `"pool"`, or only a `"center"`."""
 
     def __init__(self, common: str = "nothing") -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.center = tm.SharedCores(mpo(**TOPOLOGY)) if common == "center" else None
-        self.pool = tm.ExpertPool(experts_of(None)) if common == "pool" else None
-        self.blocks = nn.ModuleList(Block(self.pool or experts_of(self.center)) for _ in range(LAYERS))
+        number = EXPERTS * (LAYERS if common == "center" else 1)
+        self.pool = None if common == "nothing" else tm.ExpertPool(experts_of(number))
+        self.blocks = nn.ModuleList()
+        for layer in range(LAYERS):
+            experts: Any = experts_of(EXPERTS) if self.pool is None else self.pool
+            if common == "center":  # experts of its own for each layer
+                experts = tm.PooledExperts(experts, range(layer * EXPERTS, (layer + 1) * EXPERTS))
+            self.blocks.append(Block(experts))
         self.head = nn.Linear(FEATURES, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ def biases(rank: int, ranks: int) -> tuple[Tensor, Tensor]:
     torch.manual_seed(0)
     router = tm.SwitchRouter(FEATURES, EXPERTS, bias_rate=0.1)
     nn.init.normal_(router.weight)
-    moe = tm.SharedCoreMoE(router, experts_of(None))
+    moe = tm.SharedCoreMoE(router, experts_of(EXPERTS))
     moe(batch(0, rank, ranks)[0][: 6 * (rank + 1)])
     load = moe.stats.load.float()
     tm.update_biases(moe)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tensornet.compression.apply import replaced
 from tensornet.errors import FormatError, TargetError
 from tensornet.io import write_tensors
-from tensornet.nn.extension import structure_changed
+from tensornet.nn.extension import extensions, structure_changed
 from tensornet.nn.layer_kinds import has_own_forward, kind_of
 from tensornet.nn.module import NetworkModule, build_module
 from tensornet.nn.storage import PackedCore, tie
@@ -34,7 +34,8 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         path: path of the file.
 
     Raises:
-        TargetError: the model is on the meta device, or its state dict contains something other than tensors.
+        TargetError: the model is on the meta device, its state dict contains something other than tensors, or
+            it uses parameters that it does not contain (see `tensornet.nn.ModelExtension.check_whole`).
         DestinationError: the file cannot be written.
 
     Example:
@@ -48,6 +49,8 @@ def save_model(model: nn.Module, path: str | Path) -> None:
             f"{type(model).__name__} cannot be written: {odd[0]!r} in its state_dict() is not a tensor with "
             "values. Load the model first, or leave this entry out of its state."
         )
+    for extension in extensions():
+        extension.check_whole(model)
     owners: dict[int, str] = {}
     ties = {name: owner for name, x in state.items() if (owner := owners.setdefault(id(x), name)) != name}
     tensors, taken = {}, set()
@@ -77,7 +80,8 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FormatError: the file is missing, damaged, or of another model; `model` is then unchanged.
-        TargetError: the model is on the meta device.
+        TargetError: the model is on the meta device, or it uses parameters that it does not contain, which
+            the file therefore lacks.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -89,6 +93,8 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise TargetError("load_model needs a model that is in memory; this model is on the meta device.")
+    for extension in extensions():
+        extension.check_whole(model)
     header, state = _read(Path(path))
     apart = unfuse(model, inside=header["layers"])
     try:

@@ -83,6 +83,15 @@ class ModelExtension:
         """
         return False
 
+    def check_whole(self, model: nn.Module) -> None:
+        """Raise TargetError if modules of a model use parameters that the model does not contain.
+
+        This is called before a model is saved or loaded.
+
+        Args:
+            model: the whole model.
+        """
+
     def round_others(self, model: nn.Module, config: Any) -> Mapping[str, str]:
         """Round parameters that do not belong to layers, such as cores of expert banks, to number formats.
 

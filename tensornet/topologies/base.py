@@ -139,8 +139,6 @@ class TopologyFamily(ABC):
 
     #: Name used in configurations and files.
     name: str
-    #: Default options of `build` for mixtures of experts.
-    mixture_options: ClassVar[Mapping[str, Any]] = {}
     #: Whether `gauge_bonds` returns a bond even if its row order is larger than the identity that it saves.
     always_pivots: ClassVar[bool] = False
     #: Whether the cores of an exact decomposition, sliced to smaller bonds, are a good approximation.

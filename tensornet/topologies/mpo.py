@@ -1,8 +1,8 @@
 """Matrix product operators (tensor-train matrices): a chain of cores `(left, out, in, right)`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,8 +92,6 @@ class MPOFamily(FactoredFamily):
     builder = mpo
     nested = True
     always_pivots = True
-    #: Five cores, as in Gao et al. 2022.
-    mixture_options: ClassVar[Mapping[str, Any]] = {"sites": 5}
 
     def decompose_at(
         self,

@@ -122,7 +122,7 @@ def test_one_pool_serves_all_layers(bench: ModuleType, corpus: Any, tmp_path: Pa
     sizes = replace(bench.toy_sizes(), layers=4)
     run = bench.Run(bench.ROWS["pool, half"], sizes, bench.Recipe(windows=4), corpus, 0, folder=tmp_path)
     (pool,) = run.model.owner
-    assert all(block.mlp.experts.owner is pool for block in run.model.transformer.h)
+    assert all(block.mlp.experts.pool is pool for block in run.model.transformer.h)
     experts, always = 56 * (2 * 80 * 80 + 80 + 80), 4 * (2 * 160 * 80 + 160 + 80)
     assert sum(p.numel() for p in pool.parameters()) == experts
     assert not any("experts" in name for name, _ in run.model.transformer.named_parameters())

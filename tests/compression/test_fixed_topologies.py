@@ -71,9 +71,6 @@ def test_calibration_weighs_its_errors() -> None:
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TopologyError, match=message):
         tn.CompressionConfig(**options)
-    if options.keys() <= {"topology", "param_ratio", "sites"}:
-        with pytest.raises(TopologyError, match=message):
-            th.MoEConfig(**options)
 
 
 def test_a_layer_without_a_topology_is_named() -> None:
@@ -118,15 +115,3 @@ def test_models_are_compressed_while_they_load_and_from_file_to_file(tmp_path: P
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
     for found in (streamed, loaded):
         assert found.transformer.h[0].mlp.c_fc.topology.core_shapes == topology.core_shapes
-
-
-def test_mixtures_take_one_for_each_shape() -> None:
-    dense = gpt2()
-    width = dense.config.n_embd
-    up = mpo(out_dims=(4, width), in_dims=(width, 1), max_bond=4)
-    down = mpo(out_dims=(width, 1), in_dims=(4, width), max_bond=4)
-    th.upcycle(dense, th.MoEConfig(num_experts=2, topology=[up, down]))
-    banks = [module for module in dense.modules() if type(module).__name__ == "SharedCoreExperts"]
-    assert {bank.topology for bank in banks} == {up, down}
-    with pytest.raises(TopologyError, match="is a matrix of shape"):
-        th.upcycle(gpt2(), th.MoEConfig(num_experts=2, topology=up))

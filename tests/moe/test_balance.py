@@ -96,12 +96,12 @@ def test_layers_may_prefer_experts_of_an_even_pool() -> None:
     found = {}
     for balance in ("pool", "layer"):
         pool = tm.ExpertPool(network(4), balance=balance)  # type: ignore[arg-type]
-        layers = nn.ModuleList(tm.SharedCoreMoE(tm.TopKRouter(FEATURES, 4, top_k=2), pool) for _ in range(2))
+        layers = [tm.SharedCoreMoE(tm.TopKRouter(FEATURES, 4, top_k=2), pool) for _ in range(2)]
         for layer, half in zip(layers, (slice(0, 2), slice(2, 4)), strict=True):
             with torch.no_grad():
                 layer.router.weight.zero_()[half] = 5.0
             layer(torch.ones(6, FEATURES))
-        found[balance] = tm.collect_aux_losses(layers).balance
+        found[balance] = tm.collect_aux_losses(nn.ModuleList([pool, *layers])).balance
     assert torch.allclose(found["pool"], torch.ones(2))
     assert torch.allclose(found["layer"], torch.full((2,), 2.0))
 

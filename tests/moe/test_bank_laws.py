@@ -36,17 +36,6 @@ class TestMPOE(BankLaws):
         return tm.SharedCoreExperts.from_dense(weight, num_experts=num_experts, topology=chain(self.shape))
 
 
-class TestBorrowedCenter(TestMPOE):
-    def bank(self, num_experts: int, shape: tuple[int, int]) -> tm.ExpertBank:
-        owner = tm.SharedCores(chain(shape, 3), **DOUBLE)
-        return tm.SharedCoreExperts(chain(shape, 3), num_experts, shared=owner, **DOUBLE)
-
-    def owners(self, bank: tm.ExpertBank) -> list[tm.SharedCores]:
-        assert isinstance(bank, tm.SharedCoreExperts)
-        assert bank.owner is not None
-        return [bank.owner]
-
-
 class _OfTopology(BankLaws):
     """Banks of a topology in which some cores are shared; `whole` is one that represents any matrix."""
 

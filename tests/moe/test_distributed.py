@@ -31,9 +31,8 @@ single = functools.cache(tasks.single)
 @pytest.mark.parametrize(
     ("how", "ranks", "common"),
     [
-        *((how, ranks, common) for how, ranks in HOW_MANY for common in ("nothing", "center")),
-        ("ddp", 2, "pool"),
-        ("fsdp2", 2, "pool"),
+        *((how, ranks, "nothing") for how, ranks in HOW_MANY),
+        *((how, 2, common) for how in ("ddp", "fsdp2") for common in ("center", "pool")),
     ],
 )
 def test_same_as_one_process(how: str, ranks: int, common: str, tmp_path: Path) -> None:

@@ -118,17 +118,6 @@ def test_scales_train_and_integers_stay(name: str) -> None:
     assert all(torch.equal(x, codes[k]) for k, x in integers(made).items())
 
 
-def test_borrowed_cores_stay_as_their_owner_stores_them() -> None:
-    topology = tn.topologies.mpo(out_dims=(2, 4, 2), in_dims=(2, 4, 2), max_bond=3)
-    owner = tm.SharedCores(topology, "center")
-    borrower = tm.SharedCoreExperts(topology, 2, shared=owner)
-    borrower.quantize("int8")
-    assert sorted(borrower.stored) == ["core_0.codes", "core_0.scales", "core_2.codes", "core_2.scales"]
-    assert borrower.shared_parameters()["1"] is owner.core("1")
-    borrower.expert_matrices().sum().backward()
-    assert owner.core("1").grad is not None
-
-
 def test_bad_formats() -> None:
     made = bank()
     before = {k: x.clone() for k, x in made.state_dict().items()}

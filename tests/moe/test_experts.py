@@ -314,3 +314,9 @@ def test_unknown_shared_cores_are_refused() -> None:
         tm.SharedCoreExperts(CHAIN, 0)
     with pytest.raises(IndexError, match=r"in \[0, 3\)"):
         make("chain").expert_matrices([3])
+
+
+def test_sums_cannot_be_shared() -> None:
+    topology = tn.topologies.residual(out_features=8, in_features=8, rank=2)
+    with pytest.raises(TopologyError, match=r"single networks, and 'residual' is a sum; take 'mpo'"):
+        tm.SharedCoreExperts(topology, 2)

@@ -12,6 +12,7 @@ import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import NonFiniteError, ShapeError
 from tensornet_moe.joint_fit import fit_shared
+from tensornet_moe.mixtures import experts_from
 
 DIMS = {"out_dims": (2, 3, 2), "in_dims": (3, 2, 2)}
 CHAIN = tn.topologies.mpo(**DIMS, max_bond=4)
@@ -125,7 +126,7 @@ def test_names_of_families_are_taken() -> None:
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e160), (torch.float32, 1e-30)])
 def test_errors_know_no_scale(dtype: torch.dtype, scale: float) -> None:
-    """Of joint fits, of layers with one center, and of upcycled matrices whose bonds differ."""
+    """Of joint fits, of pools with one center, and of upcycled matrices whose bonds differ."""
     weights = torch.randn(3, 8, 12).to(dtype)
 
     def gap(bank: tm.SharedCoreExperts, like: Tensor) -> float:
@@ -135,9 +136,9 @@ def test_errors_know_no_scale(dtype: torch.dtype, scale: float) -> None:
     bank, plain = (tm.SharedCoreExperts.from_experts(weights * x, max_bond=3) for x in (scale, 1.0))
     assert bank.error == pytest.approx(plain.error, rel=1e-3)
     assert gap(bank, weights) == pytest.approx(bank.error, rel=1e-4)
-    _, banks = tm.share_across_layers(weights * scale, num_experts=2, max_bond=3)
-    for weight, layer in zip(weights, banks, strict=True):
-        assert gap(layer, weight) == pytest.approx(layer.error, rel=1e-4)
+    chain = tn.topologies.mpo(out_dims=(2, 2, 2), in_dims=(3, 2, 2), max_bond=3)
+    pooled = experts_from(weights * scale, 6, chain, ("1",))
+    assert gap(pooled, weights.repeat(2, 1, 1)) == pytest.approx(pooled.error, rel=1e-4)
     small = [tn.topologies.mpo(out_dims=(2, 4), in_dims=(4, 3), max_bond=3)] * 2
     grown = tm.SharedCoreExperts.from_dense(weights[0] * scale, num_experts=2, topology=small)
     assert gap(grown, weights[0]) == pytest.approx(grown.error, rel=1e-4)

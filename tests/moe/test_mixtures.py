@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+import tensornet as tn
 import tensornet_moe as tm
 from tensornet.errors import ShapeError
 from tensornet.nn import build_module
-from tensornet_moe.mixtures import _end
+from tensornet_moe.mixtures import _end_leg
+from tensornet_moe.pool import connect_pools
 
 D, F, E = 64, 128, 6  # ends of 16 on both sides
 
@@ -54,7 +56,7 @@ def test_it_trains_and_is_rebuilt_from_its_description(share: str) -> None:
     torch.manual_seed(0)
     model = nn.Module()
     model.pool = tm.ExpertPool(tm.mixture(d_model=D, d_ff=F, experts=E, share="center").experts)
-    words = {"share": model.pool} if share == "pool" else {"d_ff": F, "experts": E, "share": share}
+    words = {"pool": model.pool} if share == "pool" else {"d_ff": F, "experts": E, "share": share}
     model.moe = tm.mixture(d_model=D, **words)  # type: ignore[arg-type]
     x, target = torch.randn(2, 100, D)
     optimizer = torch.optim.Adam(tm.parameter_groups(model, lr=0.01))
@@ -68,7 +70,7 @@ def test_it_trains_and_is_rebuilt_from_its_description(share: str) -> None:
     assert losses[-1] < 0.8 * losses[0]
     again = nn.Module()
     again.pool, again.moe = build_module(model.pool.spec()), build_module(model.moe.spec())
-    tm.bank.lend_shared_cores(again)
+    connect_pools(again)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.moe(x), model.moe(x))
 
@@ -80,35 +82,92 @@ def test_routers_by_name_and_by_object() -> None:
     assert (choice.router.capacity_factor, choice.router.combine) == (2.0, "prob")
     own = tm.TopKRouter(D, 8, top_k=3)
     assert tm.mixture(d_model=D, router=own).router is own
-    with pytest.raises(TypeError, match="normalize, top_k: give these to the router that you built"):
+    with pytest.raises(TypeError, match="top_k, normalize: give these"):
         tm.mixture(d_model=D, router=own, top_k=2, normalize=True)
     with pytest.raises(TypeError, match="top_k"):
         tm.mixture(d_model=D, router="switch", top_k=2)
+
+
+def test_the_load_is_balanced_in_one_way_by_default() -> None:
+    """The rules that `upcycle` has as well: a loss, or biases, or neither if the experts choose."""
+    pool = tm.ExpertPool(tm.mixture(d_model=D, experts=E, share="none").experts)
+    found = [
+        (layer.router.bias_rate, layer.balance_coef)
+        for layer in (
+            tm.mixture(d_model=D),
+            tm.mixture(d_model=D, bias_rate=0.1),
+            tm.mixture(d_model=D, pool=pool),
+            tm.mixture(d_model=D, pool=pool, bias_rate=0.0),
+            tm.mixture(d_model=D, router="expert_choice"),
+            tm.mixture(d_model=D, bias_rate=0.1, balance_coef=0.5),
+        )
+    ]
+    assert found == [(0.0, 0.01), (0.1, 0.0), (0.001, 0.0), (0.0, 0.01), (0.0, 0.0), (0.1, 0.5)]
+
+
+def test_capacity_losses_rank_and_an_expert_for_every_token() -> None:
+    words = {"capacity_factor": 0.5, "z_coef": 0.25, "share": "base", "rank": 3, "shared_expert": 32}
+    moe = tm.mixture(d_model=D, d_ff=F, experts=E, **words)  # type: ignore[arg-type]
+    assert (moe.capacity_factor, moe.z_coef) == (0.5, 0.25)
+    assert moe.experts.bank("up").rank == 3
+    shapes = [tuple(moe.shared_expert.bank(name).expert_matrices().shape) for name in moe.experts.names]
+    assert shapes == [(1, 32, D), (1, 32, D), (1, D, 32)]
+    x = torch.randn(12, D)
+    y = moe(x)
+    assert int(moe.stats.load.max()) <= math.ceil(0.5 * 2 * 12 / E)
+    gate, up, down = (moe.shared_expert.bank(name).expert_matrices()[0] for name in moe.experts.names)
+    moe.shared_expert = None
+    torch.testing.assert_close(y - moe(x), (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T)
+
+
+def test_banks_of_the_callers_own() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def rings(weights: torch.Tensor) -> tm.SharedCoreExperts:
+        seen.append(tuple(weights.shape))
+        legs = {"out_dims": (8, weights.shape[1] // 8), "in_dims": (8, weights.shape[2] // 8)}
+        return tm.SharedCoreExperts(tn.topologies.tensor_ring(**legs, max_bond=2), 5, shared=("0",))
+
+    moe = tm.mixture(d_model=D, d_ff=F, experts=rings, gated=False)
+    assert seen == [(0, F, D), (0, D, F)]  # there are no matrices that experts could start as
+    assert (moe.num_experts, moe.router.num_experts) == (5, 5)
+    with pytest.raises(ValueError, match="leave"):
+        tm.mixture(d_model=D, experts=rings, share="none")
+    with pytest.raises(TypeError, match="ExpertBank"):
+        tm.mixture(d_model=D, experts=lambda weights: weights)
+    with pytest.raises(ShapeError, match="for weights of shape"):
+        tm.mixture(d_model=D, experts=lambda weights: tm.mixture(d_model=8, d_ff=8).experts.bank("up"))
 
 
 @pytest.mark.parametrize(
     ("size", "end"), [(8, 4), (12, 6), (64, 16), (80, 16), (512, 32), (768, 48), (2730, 42), (11008, 64)]
 )
 def test_an_end_is_short(size: int, end: int) -> None:
-    assert _end(size) == end
+    assert _end_leg(size) == end
 
 
 def test_bad_words_are_refused() -> None:
     pool = tm.ExpertPool(tm.mixture(d_model=D, d_ff=F, experts=E, share="none").experts)
-    assert (
-        tm.mixture(d_model=D, d_ff=F, experts=E, activation="silu", gated=True, share=pool).num_experts == E
-    )
-    for words in ({"d_ff": 4 * F}, {"experts": 8}, {"activation": "gelu"}, {"gated": False}):
+    assert tm.mixture(d_model=D, d_ff=F, activation="silu", gated=True, pool=pool).num_experts == E
+    for words in ({"d_ff": 4 * F}, {"activation": "gelu"}, {"gated": False}):
         (name,) = words
         with pytest.raises(ShapeError, match=f"{name}=.*but the experts of the pool 'pool' have {name}="):
-            tm.mixture(d_model=D, share=pool, **words)  # type: ignore[arg-type]
+            tm.mixture(d_model=D, pool=pool, **words)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="d_model=32"):
-        tm.mixture(d_model=32, share=pool)
-    with pytest.raises(ValueError, match="Unknown share='all'; choose one of center, none, base, or an Exp"):
+        tm.mixture(d_model=32, pool=pool)
+    with pytest.raises(ValueError, match="share= and rank="):
+        tm.mixture(d_model=D, pool=pool, share="none")
+    with pytest.raises(TypeError, match="range"):
+        tm.mixture(d_model=D, pool=pool, experts=8)
+    with pytest.raises(IndexError, match="6 experts"):
+        tm.mixture(d_model=D, pool=pool, experts=range(4, 7))
+    with pytest.raises(ValueError, match="Unknown share='all'; choose one of center, none, base"):
         tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Unknown share=<class"):
-        tm.mixture(d_model=D, share=tm.ExpertPool)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="top_k=4 with num_experts=3"):
+    with pytest.raises(ValueError, match="rank= is the rank of the deltas"):
+        tm.mixture(d_model=D, rank=2)
+    with pytest.raises(TypeError, match=r"no option normalise; similar are \['normalize'\]"):
+        tm.mixture(d_model=D, normalise=True)
+    with pytest.raises(ValueError, match="top_k=4 with experts=3"):
         tm.mixture(d_model=D, experts=3, top_k=4)
     with pytest.raises(TypeError, match="'switch' has no top_k"):
         tm.mixture(d_model=D, router="switch", top_k=2)

@@ -17,7 +17,7 @@ import tensornet_moe as tm
 from tensornet.errors import FormatError, ShapeError, TargetError
 from tensornet.nn import build_module
 from tensornet_moe.grouped_linear import one_group
-from tensornet_moe.pool import ExpertPool, PooledExperts, find_pools
+from tensornet_moe.pool import ExpertPool, PooledExperts, connect_pools, find_pools
 
 E, FEATURES, HIDDEN = 5, 8, 12
 LEGS = {8: (2, 2, 2), 12: (2, 3, 2)}
@@ -128,19 +128,19 @@ def test_descriptions_rebuild_a_pool_and_its_layers() -> None:
     parts = (model.pool, *model.layers)
     specs = json.loads(json.dumps([part.spec() for part in parts]))
     again = nn.ModuleList(build_module(spec) for spec in specs)
-    with pytest.raises(RuntimeError, match=r"ExpertPool labelled 'pool'.*lend_shared_cores"):
+    with pytest.raises(RuntimeError, match=r"labelled 'pool'.*connect_pools"):
         again[1](x)
-    assert tm.bank.lend_shared_cores(again) == 3
+    assert connect_pools(again) == 3
     again.load_state_dict(nn.ModuleList(parts).state_dict())
     assert torch.equal(again[2](x), model.layers[1](x))
     with pytest.raises(FormatError, match="labelled 'pool', of which SharedCoreMoE has 0"):
-        tm.bank.lend_shared_cores(build_module(specs[1]))
+        connect_pools(build_module(specs[1]))
 
 
 def test_copies_and_exported_programs_have_one_pool() -> None:
     model, x = Pooled().eval(), torch.randn(6, FEATURES)
     copied = copy.deepcopy(model)
-    assert copied.layers[2].experts.owner is copied.pool is not model.pool
+    assert copied.layers[2].experts.pool is copied.pool is not model.pool
     program = torch.export.export(model, (x,))
     assert sum(name.endswith("up.core_matrix") for name in program.state_dict) == 1
     assert torch.allclose(program.module()(x), model(x), atol=1e-6)
@@ -148,46 +148,124 @@ def test_copies_and_exported_programs_have_one_pool() -> None:
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
 
 
-# --- groups of layers ----------------------------------------------------------------------------
+# --- ranges of experts ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, None])
-def test_groups_of_layers_use_the_experts_of_their_first(group: int | None) -> None:
-    model, size = nn.Module(), group or 4
-    model.layers = nn.ModuleList(mixture(network()) for _ in range(4))
-    first = [layer.experts for layer in model.layers]
-    model.pools = tm.tie_experts(model.layers, group=group)
-    owners = [layer.experts.owner for layer in model.layers]
-    assert [owner.experts for owner in owners] == [first[k - k % size] for k in range(4)]
-    assert list(model.pools) == list(dict.fromkeys(owners))
-    assert list(find_pools(model).values()) == list(model.pools)
+class Ranges(nn.Module):
+    """Layers with experts of their own, all in one pool, in neighbouring or alternating places."""
+
+    def __init__(self, bank: Bank, places: list[range], label: str = "pool") -> None:
+        super().__init__()
+        self.pool = tm.ExpertPool(network(bank), label=label)
+        self.layers = nn.ModuleList(
+            tm.SharedCoreMoE(
+                tm.TopKRouter(FEATURES, len(place), top_k=2, bias_rate=0.5), PooledExperts(self.pool, place)
+            )
+            for place in places
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
 
 
-def test_groups_may_differ_from_one_another() -> None:
-    layers = [mixture(network(hidden=hidden)) for hidden in (12, 12, 8, 8)]
-    assert [pool.experts.bank("up").out_features for pool in tm.tie_experts(layers, group=2)] == [12, 8]
+def by_hand(model: Ranges, x: Tensor) -> Tensor:
+    """The model computed expert by expert from the matrices of the pool."""
+    experts = model.pool.experts
+    up, down = (experts.bank(name).expert_matrices() for name in ("up", "down"))
+    for layer in model.layers:
+        routing = layer.router(x)
+        y = torch.zeros_like(x)
+        for choice in range(2):
+            for row, expert in enumerate(routing.expert_indices[:, choice].tolist()):
+                e = layer.experts.experts[expert]
+                hidden = nn.functional.gelu(up[e] @ x[row] + experts.up_bias[e])
+                out = down[e] @ hidden + experts.down_bias[e]
+                y = y.index_add(0, torch.tensor([row]), (routing.weights[row, choice] * out)[None])
+        x = x + y
+    return x
 
 
-def test_layers_that_cannot_be_tied_are_refused() -> None:
-    layers = [mixture(network()) for _ in range(4)]
-    with pytest.raises(ValueError, match=r"group=3 does not divide the 4 layers; choose one of 1, 2, 4"):
-        tm.tie_experts(layers, group=3)
-    with pytest.raises(ValueError, match="group must be an integer"):
-        tm.tie_experts(layers, group=0)
-    with pytest.raises(ValueError, match="different layers"):
-        tm.tie_experts([layers[0], layers[0]])
-    with pytest.raises(ValueError, match="different layers"):
-        tm.tie_experts([])
-    with pytest.raises(ShapeError, match=r"layers 0 and 1 cannot be tied.*12, 8.*8, 8"):
-        tm.tie_experts([layers[0], mixture(network(hidden=8))])
-    with pytest.raises(ShapeError, match=r"cannot be tied.*relu"):
-        tm.tie_experts([layers[0], mixture(network(activation="relu"))])
-    with pytest.raises(TypeError, match="Layer 1 to tie must be a SharedCoreMoE, got Linear"):
-        tm.tie_experts([layers[0], nn.Linear(2, 2)])  # type: ignore[list-item]
-    assert all(isinstance(layer.experts, tm.ExpertFFN) for layer in layers)  # nothing was changed
-    tm.tie_experts(layers[:2])
-    with pytest.raises(TypeError, match="layers of a pool are tied already"):
-        tm.tie_experts(layers)
+PLACES = {"neighbours": [range(3), range(3, 5)], "alternating": [range(0, 5, 2), range(1, 5, 2)]}
+
+
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("bank", BANKS.values(), ids=BANKS)
+def test_a_layer_uses_its_range_of_the_experts(bank: Bank, places: list[range]) -> None:
+    torch.manual_seed(0)
+    model = Ranges(bank, places).double()
+    x = torch.randn(12, FEATURES, dtype=torch.float64)
+    y, want = model(x), by_hand(model, x)
+    torch.testing.assert_close(y, want)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found, truth = (torch.autograd.grad(z.square().sum(), parameters) for z in (y, want))
+    for mine, other in zip(found, truth, strict=True):
+        torch.testing.assert_close(mine, other)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), y)
+    program = torch.export.export(model.eval(), (x,))
+    torch.testing.assert_close(program.module()(x), y)
+
+
+def test_a_center_for_all_layers_is_a_pool() -> None:
+    """Saved, copied, masked and counted once, though no layer uses the experts of another."""
+    model = Ranges(center, PLACES["neighbours"])
+    assert sum(name.endswith("up.core_1") for name in model.state_dict()) == 1
+    assert len(tm.shared_parameters(model)) == 2
+    sharers = {
+        id(p): group["sharers"] for group in tm.parameter_groups(model, lr=1.0) for p in group["params"]
+    }
+    up = model.pool.experts.bank("up")
+    assert (sharers[id(up.core_1)], sharers[id(up.core_0)]) == (E, 1)
+    copied = copy.deepcopy(model)
+    assert copied.layers[1].experts.pool is copied.pool is not model.pool
+    specs = json.loads(json.dumps([part.spec() for part in (model.pool, *model.layers)]))
+    again = nn.ModuleList(build_module(spec) for spec in specs)
+    assert connect_pools(again) == 2
+    again.load_state_dict(nn.ModuleList([model.pool, *model.layers]).state_dict())
+    x = torch.randn(6, FEATURES)
+    torch.testing.assert_close(again[2](x), model.layers[1](x))
+
+
+def test_layers_with_ranges_are_balanced_alone() -> None:
+    """The balancing loss of a pool without overlap is the mean of its layers' own, and so are the biases."""
+    torch.manual_seed(0)
+    model = Ranges(dense, [range(2), range(2, 4)])
+    x = torch.randn(30, FEATURES)
+    model(x)
+    own = [layer.aux_losses.usage[0] for layer in model.layers]
+    alone = [2 * (u.counts / u.counts.sum() * u.probabilities / u.tokens).sum() for u in own]
+    losses = tm.collect_aux_losses(model)
+    share = 2 / E * 2  # two layers of two experts, in a pool of five of which one is unused
+    torch.testing.assert_close(losses.balance * share, torch.stack(alone).mean().expand(2).detach())
+    load = tm.expert_load(model)
+    assert load["pool"].tolist() == [*load["layers.0"].tolist(), *load["layers.1"].tolist(), 0]
+    tm.update_biases(model)
+    for name, layer in zip(("layers.0", "layers.1"), model.layers, strict=True):
+        counts = load[name].float()
+        assert torch.equal(layer.router.bias_steps, (counts.mean() - counts).sign().long())
+
+
+def test_costs_of_a_range_are_those_of_its_experts() -> None:
+    model = Ranges(center, [range(3), range(3, 5)])
+    alone = nn.ModuleList()
+    for layer in model.layers:
+        banks = {}
+        for name, legs in (("up", (12, 8)), ("down", (8, 12))):
+            topology = tn.topologies.mpo(out_dims=LEGS[legs[0]], in_dims=LEGS[legs[1]], max_bond=3)
+            banks[name] = tm.SharedCoreExperts(topology, layer.num_experts)
+        alone.append(tm.SharedCoreMoE(layer.router, tm.ExpertFFN(banks, bias=True)))
+    found, want = (tm.describe(x, tokens=60).parts["experts"] for x in (model, alone))
+    assert (found.active, found.multiply_adds) == pytest.approx((want.active, want.multiply_adds))
+
+
+@pytest.mark.parametrize(
+    "experts", [range(0), range(4, 0, -1), range(-1, 3), range(3, 6), range(5, 9)], ids=str
+)
+def test_ranges_that_a_pool_lacks_are_refused(experts: range) -> None:
+    with pytest.raises(IndexError, match="range"):
+        PooledExperts(tm.ExpertPool(network()), experts)
 
 
 # --- bad input -----------------------------------------------------------------------------------
@@ -199,8 +277,8 @@ def test_a_pool_of_another_width_or_count_is_refused() -> None:
         tm.SharedCoreMoE(tm.SwitchRouter(9, E), pool)
     with pytest.raises(ShapeError, match="for 4 experts"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 4), pool)
-    with pytest.raises(ShapeError, match=r"has .* = \(5, 8, 8\), the layer was built for \(5, 8, 9\)"):
-        PooledExperts("pool", num_experts=5, in_features=8, out_features=9).borrow(pool)
+    with pytest.raises(ShapeError, match=r"have .* = \(8, 8\), the layer was built for \(8, 9\)"):
+        PooledExperts("pool", range(5), in_features=8, out_features=9).connect(pool)
     with pytest.raises(TypeError, match="ExpertFFN, got SharedCoreExperts"):
         tm.ExpertPool(center(8, 8))  # type: ignore[arg-type]
 
@@ -226,6 +304,25 @@ def test_a_pool_has_one_owner() -> None:
     pair = nn.ModuleList(ExpertPool(network()) for _ in range(2))
     with pytest.raises(TargetError, match="'0' and '1' have the same label"):
         find_pools(pair)
+
+
+def test_a_pool_that_the_model_does_not_own_is_refused(tmp_path: Path) -> None:
+    """It would be neither trained nor saved, so whatever sees the whole model says so."""
+    whole, x = Pooled(), torch.randn(6, FEATURES)
+    tn.save_model(whole, tmp_path / "whole")
+    model = nn.Sequential(*whole.layers)
+    model.train()(x)
+    for use in (
+        lambda: tm.collect_aux_losses(model),
+        lambda: tm.update_biases(model),
+        lambda: tn.save_model(model, tmp_path / "model"),
+        lambda: tn.load_model(model, tmp_path / "whole"),
+    ):
+        with pytest.raises(TargetError, match=r"'pool'.*model\.pool = pool"):
+            use()
+    assert not (tmp_path / "model").exists()
+    tn.load_model(again := Pooled(), tmp_path / "whole")
+    torch.testing.assert_close(again(x), whole(x))
 
 
 def test_a_checkpoint_without_the_pool_is_refused() -> None:

@@ -26,13 +26,13 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(10, FEATURES)
-        self.owner = tm.SharedCores(CHAIN)
         pooled = tm.LowRankDeltaExperts(tm.SharedCoreExperts(WHOLE, E, shared="all"), 2)
         self.pool = tm.ExpertPool(
-            tm.ExpertFFN({"up": pooled, "down": tm.SharedCoreExperts(CHAIN, E, shared=self.owner)}, bias=True)
+            tm.ExpertFFN({"up": pooled, "down": tm.SharedCoreExperts(CHAIN, E)}, bias=True)
         )
-        borrowing = tm.SharedCoreExperts(CHAIN, 3, shared=self.owner)
-        own = tm.ExpertFFN({"up": borrowing, "down": tm.SharedCoreExperts(CHAIN, 3, shared="ends")})
+        own = tm.ExpertFFN(
+            {"up": tm.SharedCoreExperts(CHAIN, 3), "down": tm.SharedCoreExperts(CHAIN, 3, shared="ends")}
+        )
         self.layers = nn.ModuleList([layer(self.pool), layer(own), layer(self.pool), layer(self.pool)])
         self.head = nn.Linear(FEATURES, 10)
         self.head.weight = self.embed.weight
@@ -40,15 +40,16 @@ class Model(nn.Module):
 
 SHARERS = {
     "embed.weight": 1,
-    "owner.core_1": 3 * E + 3,  # four experts in three layers, and three in one
     "pool.experts.up.base.core_matrix": 3 * E,
     "pool.experts.up.left": 3,
     "pool.experts.up.right": 3,
     "pool.experts.down.core_0": 3,
+    "pool.experts.down.core_1": 3 * E,
     "pool.experts.down.core_2": 3,
     "pool.experts.up_bias": 3,
     "pool.experts.down_bias": 3,
     "layers.1.experts.up.core_0": 1,
+    "layers.1.experts.up.core_1": 3,
     "layers.1.experts.up.core_2": 1,
     "layers.1.experts.down.core_0": 3,
     "layers.1.experts.down.core_1": 1,
@@ -80,12 +81,12 @@ def test_any_optimizer_takes_the_groups(kind: str) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    before = model.owner.core_1.detach().clone()
+    before = model.pool.experts.down.core_1.detach().clone()
     optimizer.step()
     scheduler.step()
-    assert not torch.equal(model.owner.core_1, before)
+    assert not torch.equal(model.pool.experts.down.core_1, before)
     rates = {group["sharers"]: group["lr"] for group in optimizer.param_groups}
-    assert rates[15] == pytest.approx(0.05 / math.sqrt(15))
+    assert rates[12] == pytest.approx(0.05 / math.sqrt(12))
 
 
 def test_the_step_of_plain_descent_is_divided_by_the_root() -> None:

@@ -104,12 +104,10 @@ def test_broken_package_is_named_and_does_no_harm(tmp_path: Path, code: str, tro
 
 
 def test_a_family_stands_for_its_name() -> None:
-    import tensornet_hf as th
     import tensornet_moe as tm
 
     family = tn.topologies.topology_family("low_rank")
     assert tn.CompressionConfig(topology=family, max_bond=2).topology == "low_rank"
-    assert th.MoEConfig(topology=family, max_bond=2).topology == "low_rank"
     layer, weight = torch.nn.Linear(6, 4), torch.randn(4, 6)
     made = tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2)
     assert made.topology.family == "low_rank"
@@ -118,7 +116,6 @@ def test_a_family_stands_for_its_name() -> None:
     stranger = type(family)()
     for use in (
         lambda: tn.CompressionConfig(topology=stranger),
-        lambda: th.MoEConfig(topology=stranger),
         lambda: tn.nn.TensorNetworkLinear.from_linear(layer, topology=stranger),
     ):
         with pytest.raises(TopologyError, match=r"'low_rank' is not registered.*register_topology"):

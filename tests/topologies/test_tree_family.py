@@ -171,8 +171,12 @@ def test_unknown_options_are_refused_with_those_of_the_family() -> None:
 def test_a_model_is_upcycled_with_a_shared_root(tmp_path: Path) -> None:
     model, batches = gpt2()
     expected = model.eval()(batches[0]).logits
-    config = th.MoEConfig(num_experts=2, topology="tree", shared=["root"], sites=3)
-    th.upcycle(model, config)
+
+    def trees(weights: torch.Tensor) -> tm.SharedCoreExperts:
+        options = {"topology": "tree", "shared": ["root"], "sites": 3}
+        return tm.SharedCoreExperts.from_dense(weights[0], num_experts=2, **options)  # type: ignore[arg-type]
+
+    th.upcycle(model, experts=trees)
     torch.testing.assert_close(model.eval()(batches[0]).logits, expected, atol=1e-3, rtol=1e-3)
     banks = [module for module in model.modules() if isinstance(module, tm.SharedCoreExperts)]
     assert {bank.topology.family for bank in banks} == {"tree"}

@@ -18,7 +18,7 @@ from tensornet_hf.stock_mixtures import set_experts_implementation, stock_mixtur
 from tensornet_hf.streamed_calibration import calibrate_checkpoint
 from tensornet_hf.streaming import compress_checkpoint
 from tensornet_hf.trainer import GradientMaskCallback, RouterBiasCallback, RouterStatsCallback
-from tensornet_hf.upcycling import MoEConfig, UpcycleReport, upcycle
+from tensornet_hf.upcycling import MoEConfig, UpcycleOptions, UpcycleReport, upcycle
 
 __all__ = [
     "CompressOptions",
@@ -29,6 +29,7 @@ __all__ = [
     "RouterBiasCallback",
     "RouterStatsCallback",
     "TensorNetworkConfig",
+    "UpcycleOptions",
     "UpcycleReport",
     "calibrate_checkpoint",
     "compress_checkpoint",

@@ -38,8 +38,8 @@ from tensornet.nn.module import NetworkModule, build_module, module_spec
 from tensornet.nn.storage import PackedCore, tie
 from tensornet.nn.unfuse import fuse, unfuse
 from tensornet_hf.aux_losses import join_aux_losses, joins_aux_losses
-from tensornet_moe.bank import lend_shared_cores
 from tensornet_moe.experimental.parallel import ParallelExperts
+from tensornet_moe.pool import connect_pools, find_pools
 
 METHOD = "tensornet"
 FORMAT_VERSION = 1
@@ -48,8 +48,8 @@ LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or te
 GUARD_SHAPE = (0,)
 #: Name of each dtype in torch, by its name in the header of a safetensors file.
 DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}
-#: Attribute of a base model that contains the cores which its layers share.
-OWNERS = "shared_cores"
+#: Attribute of a base model that contains the pools of experts which `upcycle` made.
+POOLS = "expert_pools"
 
 _T = TypeVar("_T")
 
@@ -517,7 +517,11 @@ class TensorNetworkQuantizer(HfQuantizer):
         """Return the tensors to save, each shared tensor once, and guards (see `replaced_names`).
 
         transformers calls this method before it writes config.json.
+
+        Raises:
+            TargetError: a layer uses a pool of experts that the model does not contain.
         """
+        find_pools(model)
         # Users may have replaced layers since the model was described.
         prepare_for_saving(model)
         if not hasattr(model, "hf_quantizer"):  # all layers are dense now
@@ -630,32 +634,38 @@ def _place_layers(
         for part in (*built[layer].modules(), *([parent] if bare else [])):
             part._is_hf_initialized = True
         model.set_submodule(name, built[layer])
-    lend_shared_cores(model)
+    connect_pools(model)
     return names
 
 
-def put_owners(model: nn.Module, owners: Mapping[str, nn.Module]) -> None:
-    """Add the modules that own shared cores to the base model, each under its label."""
+def put_pools(model: nn.Module, pools: Mapping[str, nn.Module]) -> None:
+    """Add pools of experts to the base model, each under its label."""
     place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if owners and not hasattr(place, OWNERS):
-        place.add_module(OWNERS, nn.ModuleDict())
-    for label, owner in owners.items():
-        place.get_submodule(OWNERS).add_module(label, owner)
+    if pools and not hasattr(place, POOLS):
+        place.add_module(POOLS, nn.ModuleDict())
+    for label, pool in pools.items():
+        place.get_submodule(POOLS).add_module(label, pool)
 
 
-def make_room(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Add an empty module to a model for each owner of shared cores in the model's description.
+def make_room(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
+    """Add an empty module to a model for each pool of experts in the model's description.
 
     Model classes of transformers do not have such modules.
 
     Args:
         model: a model on the meta device; changed in place.
-        layers: names of all modules in the description.
+        layers: description of each module by its name in the saved model.
     """
-    for layer in layers:
-        parent, _, label = layer.rpartition(".")
-        if parent.rpartition(".")[2] == OWNERS:
-            put_owners(model, {label: nn.Module()})
+    for layer in (name for name, spec in layers.items() if spec.get("type") == "expert_pool"):
+        inner = layer.removeprefix(f"{model.base_model_prefix}.")
+        *path, label = inner.split(".")
+        # What `upcycle` adds belongs to the base model, whether the saved class has a head or not.
+        part: nn.Module = model.base_model if inner != layer or path == [POOLS] else model
+        for name in path:
+            if not hasattr(part, name):  # such as the list of several pools
+                part.add_module(name, nn.ModuleDict())
+            part = part.get_submodule(name)
+        part.add_module(label, nn.Module())
 
 
 def _possible_names(model: PreTrainedModel, layer: str) -> tuple[str, str, str]:

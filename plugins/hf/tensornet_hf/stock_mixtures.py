@@ -20,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tensornet._util import check_type
 from tensornet.errors import TargetError
-from tensornet_hf.quantizer import OWNERS, layer_descriptions
+from tensornet_hf.quantizer import POOLS, layer_descriptions
 from tensornet_moe import ExpertFFN, SharedCoreMoE, SwitchRouter, TopKRouter
 from tensornet_moe.ffn import ACTIVATIONS
 from tensornet_moe.layer import dispatch
@@ -33,7 +33,7 @@ COUNTERPARTS: dict[str, tuple[Any, Any]] = {
     "MistralForCausalLM": (MixtralForCausalLM, MixtralConfig),
     "Qwen3ForCausalLM": (Qwen3MoeForCausalLM, Qwen3MoeConfig),
 }
-_MIXTURE_TYPES = ("shared_core_moe", "expert_pool", "shared_cores")
+_MIXTURE_TYPES = ("shared_core_moe", "expert_pool")
 #: Configuration entries that are not copied, since they describe the dense model or its files.
 _NOT_COPIED = (
     "architectures",
@@ -119,10 +119,11 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
         made: PreTrainedModel = kind(config_kind(**options))
 
     # Copy all tensors except those of the mixtures, which become stacks of matrices.
-    kept = {key: x for key, x in model.state_dict().items() if not {"mlp", OWNERS} & set(key.split("."))}
+    kept = {key: x for key, x in model.state_dict().items() if not {"mlp", POOLS} & set(key.split("."))}
     for index, layer in enumerate(layers):
         network = _network(layer.experts)
-        gate, up, down = (network.bank(name).expert_matrices().to(model.dtype) for name in network.names)
+        used = layer.experts.experts if isinstance(layer.experts, PooledExperts) else range(layer.num_experts)
+        gate, up, down = (network.bank(name).expert_matrices(used).to(model.dtype) for name in network.names)
         mlp = f"model.layers.{index}.mlp"
         kept[f"{mlp}.gate.weight"] = layer.router.weight
         kept[f"{mlp}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
@@ -172,7 +173,7 @@ def _facts(name: str, layer: SharedCoreMoE, kind: type[PreTrainedModel]) -> dict
 def _network(experts: Any) -> ExpertFFN:
     """Return the experts of a layer, or those of its pool if it uses a pool."""
     if isinstance(experts, PooledExperts):
-        experts = experts.lender().experts
+        experts = experts.pool.experts
     check_type("The experts of a layer", experts, ExpertFFN, "gather_experts(model) if they are distributed")
     return experts
 
@@ -268,7 +269,10 @@ def _run_implementation(name: str, x: Tensor, routing: Routing, experts: ExpertF
     if stock.has_bias:
         setattr(stock, f"{stack}_bias", torch.cat([x.to(dtype) for x in biases[:-1]], dim=1))
         stock.down_proj_bias = biases[-1].to(dtype)
+    chosen = routing.expert_indices
+    if isinstance(experts, PooledExperts):
+        chosen = experts.experts.start + experts.experts.step * chosen
     weights = routing.weights if routing.kept is None else routing.weights * routing.kept
     compute: Any = ALL_EXPERTS_FUNCTIONS[name]
-    y: Tensor = compute(stock, x.to(dtype), routing.expert_indices, weights)
+    y: Tensor = compute(stock, x.to(dtype), chosen, weights)
     return y

@@ -11,7 +11,7 @@ replaces the first matrix, and identities replace the activation and the second 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
 from tensornet._util import check_size, in_eval_mode
-from tensornet.budget import Budget
 from tensornet.compression.apply import set_submodule
 from tensornet.compression.config import option
 from tensornet.errors import BudgetError, NonFiniteError, ShapeError, TargetError, TopologyError
@@ -28,11 +27,9 @@ from tensornet.nn import register_module_type
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, kind_of, layer_bias
 from tensornet.nn.targets import PATTERN_RULES, matches
-from tensornet.topologies import TopologyFamily, topology_family
-from tensornet.topologies.registry import fixed_topologies, topology_of_shape
-from tensornet.topology import Topology
+from tensornet.topologies import topology_family
 from tensornet_hf.aux_losses import join_aux_losses
-from tensornet_hf.quantizer import OWNERS, put_owners
+from tensornet_hf.quantizer import POOLS, put_pools
 from tensornet_moe import (
     ExpertBank,
     ExpertFFN,
@@ -41,15 +38,25 @@ from tensornet_moe import (
     Router,
     SharedCoreExperts,
     SharedCoreMoE,
-    SharedCores,
     TopKRouter,
-    share_across_layers,
 )
 from tensornet_moe.bank import check_not_negative
+from tensornet_moe.experts import with_noise
 from tensornet_moe.ffn import ACTIVATIONS
-from tensornet_moe.mixtures import SHARES, Share, check_group, experts_from
+from tensornet_moe.mixtures import (
+    SHARES,
+    MakeBank,
+    Share,
+    check_options,
+    experts_from,
+    make_bank,
+    make_layer,
+    make_router,
+    new_experts,
+)
 from tensornet_moe.pool import BALANCES, Balance
 from tensornet_moe.routers import COMBINE, Combine, check_capacity, router_kind
+from tensornet_moe.stacked import resolve_shared
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
@@ -86,213 +93,182 @@ INSIDE: dict[str, tuple[str, str, str]] = {
 }
 _ACTIVATION_NAMES = ("act", "act_fn", "activation", "activation_fn")
 _PROBE_TOKENS = 8
-_BUDGETS = ("max_bond", "rel_error", "param_ratio")
-_ROUTER_OPTIONS = ("jitter", "combine", "normalize", "bias_rate")
-#: Options of `MoEConfig` that have another name in `tensornet_moe.mixture`, keyed by that name.
-_WORDS = {"experts": "num_experts", "balance_coef": "aux_loss_coef"}
 
 
 @dataclass(frozen=True)
-class MoEConfig:
-    """Options of `upcycle`: experts, router, shared cores and auxiliary losses.
-
-    These options give the variants that the MPOE paper (Gao et al. 2022) compares: `shared="center"` is MPOE;
-    `shared="none"` gives every expert its own cores; `sites=1, shared="none"` gives every expert its own
-    dense matrices (Switch); and `max_bond=` truncates. The option `share=` replaces `shared=` and the
-    topology, as in `tensornet_moe.mixture`.
+class UpcycleOptions:
+    """Options of `upcycle`. Those that `tensornet_moe.mixture` has too mean the same, with the same defaults.
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
-    a pool for `g` layers starts as the network of layer `e % g`. With `share="none"` the model then computes
-    the same as before, since each router chooses the copies of its own layer's network for every token. The
-    router's weights for all other experts are zero, so these have equal probabilities, each at most
-    `1 / (number of other experts)`. The router adds a bias to each probability. For the layer's own experts
-    this bias alone exceeds the limit, so they are chosen. With `share="center"` or `"base"`, a single center
-    or base must fit different networks. Errors are then large (see the report), so the model must be trained.
+    a pool for `g` layers starts as the network of layer `e % g`, and each router chooses the copies of its
+    own layer's network for every token: its weights for all other experts are zero, so these have equal
+    probabilities, each at most `1 / (number of other experts)`, and a bias that exceeds this limit is added
+    to the probabilities of the layer's own experts. So at the start the layers share nothing, and a token is
+    computed by `top_k` copies of one network, which takes `top_k` times the arithmetic of the dense model.
+    What the layers share later depends on `balance`. With `"layer"`, the biases decrease by `bias_rate` in
+    each step until each layer uses all experts evenly. With `"pool"`, the load is even from the start, so a
+    layer uses the experts of another layer only for tokens for which its router prefers these experts by more
+    than the bias.
 
-    Which experts a layer uses after training depends on `balance`. With `"layer"`, the biases decrease by
-    `bias_rate` in each step until each layer uses all experts evenly. With `"pool"`, the load is even from
-    the start, so a layer uses the experts of another layer only for tokens for which its router prefers these
-    experts by more than the bias.
+    With `share="none"`, which is the default in a pool, the model computes the same as before. With
+    `"center"` or `"base"`, a single center or base must fit different networks. Errors are then large (see
+    the report), so the model must be trained.
 
     Args:
-        num_experts: number of experts of each network, or of each pool.
-        top_k: number of experts that process each token.
-        router: type of the routers: switch (one expert per token), topk, expert_choice, or auto, which is
-            switch for one expert per token and otherwise topk. `"expert_choice"` is only for encoders, since
-            it uses later tokens. Routers of your own have the name given to `tensornet_moe.register_router`.
-        shared: cores that all experts share: center, ends, none, all, or names of cores.
-        share_across_layers: also share these cores between all layers of the same shape; such a model must be
-            trained. A single core cannot fit unrelated layers, so the model starts far from the dense model;
-            see `tensornet_moe.share_across_layers`.
-        topology: topology family of the decomposition. Or a list of topologies, one for each shape of the
-            networks' matrices.
-        sites: number of cores of a chain (default: 5, as in the MPOE paper).
-        model_dims: factors of the model's width, the same for every matrix.
-        hidden_dims: factors of the width of the hidden layer.
-        max_bond: largest bond dimension of each matrix (default: no truncation).
-        rel_error: largest relative error of each matrix (Frobenius norm).
-        param_ratio: fraction of a matrix's parameters that the cores of an expert may have, such as 0.5.
-        noise: relative noise on the private cores, which makes the experts differ.
-        aux_loss_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
-        z_loss_coef: weight of the router z-loss.
+        experts: number of experts of each network, or of each pool: at least `N * top_k` for `N` layers. In
+            Python, also a function that makes the bank of one matrix, as in `tensornet_moe.mixture`. In a
+            pool, its argument contains the matrices of all layers.
+        top_k: number of experts for each token (default: 2 for the router topk).
+        share: what the experts share: a core (center), nothing (none) or a dense matrix (base); the default
+            is center, and none in a pool. See `tensornet_moe.mixture`.
+        pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
+        rank: rank of the deltas of share base (default: a sixteenth of the shorter side of a matrix).
+        router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
+            is only for encoders, since it uses later tokens. Routers of your own have the name given to
+            `tensornet_moe.register_router`.
+        shared_expert: number of hidden features of a new expert that computes every token (default: no such
+            expert). Its output is zero at the start.
         capacity_factor: slots of each expert relative to an even load (default: no limit). With
             `"expert_choice"`: average number of experts for each token (default 1).
-        jitter: relative noise on the inputs of the routers in training.
-        combine: how the outputs of the chosen experts are weighted. Only with `"unit"` does the model
-            initially compute the same as the dense model; see `tensornet_moe.Router`.
-        target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
-            feed-forward networks).
-        matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
-        seed: seed of the routers and the noise.
-        share: what experts share: a core (center), nothing (none) or a dense matrix (base); replaces `shared`
-            and the topology. See `tensornet_moe.mixture`. In a pool the default is `"none"`.
-        pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
-            `num_experts` is then the size of a pool, at least `N * top_k`.
-        balance: balance the load of a pool over all of its layers together, or in each layer. See
-            `ExpertPool`.
+        balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer);
+            the default is pool. See `ExpertPool`.
+        balance_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
+        z_coef: weight of the router z-loss.
         bias_rate: step size of router biases, which balance the load without an auxiliary loss (default:
             0.001 with a pool, otherwise 0). Pools need such biases. See `tensornet_moe.update_biases`, and
             `RouterBiasCallback` for `Trainer`.
+        combine: how the outputs of the chosen experts are weighted (default: unit). Only with `"unit"` does
+            the model initially compute the same as the dense model; see `tensornet_moe.Router`.
         normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
+        jitter: relative noise on the inputs of the routers in training.
+        noise: relative noise on the private parameters, which makes the experts differ.
+        seed: seed of the routers and the noise.
+        target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
+            feed-forward networks).
+        matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
+        router_options: other arguments of a router that you registered.
 
     Raises:
-        ValueError, BudgetError: an option is out of its range, or two options exclude each other.
+        ValueError, TypeError: an option is out of its range or unknown, or two options exclude each other.
 
     Example:
-        >>> th.MoEConfig(num_experts=4, router="topk", top_k=2).top_k
-        2
+        >>> th.UpcycleOptions(experts=4, share="none").router
+        'topk'
     """
 
-    num_experts: int = option(8, "experts", "integer", name="experts")
-    top_k: int = option(1, "experts", "integer")
-    router: str = option("auto", "routing", "text")
-    shared: str | Sequence[str] = option("center", "advanced", "names")
-    share_across_layers: bool = option(False, "advanced", "flag")
-    topology: str | TopologyFamily | Topology | Sequence[Topology] = option("mpo", "advanced", "text")
-    sites: int | None = option(None, "advanced", "integer")
-    model_dims: Sequence[int] | None = None
-    hidden_dims: Sequence[int] | None = None
-    max_bond: int | None = option(None, "advanced", "integer")
-    rel_error: float | None = option(None, "advanced", "number")
-    param_ratio: float | None = option(None, "advanced", "share")
-    noise: float = option(0.0, "experts", "number")
-    aux_loss_coef: float | None = option(None, "routing", "number")
-    z_loss_coef: float = option(0.0, "routing", "number")
-    capacity_factor: float | None = option(None, "routing", "number")
-    jitter: float = option(0.0, "routing", "number")
-    combine: Combine = option("unit", "advanced", choices=COMBINE)
-    target_modules: Sequence[str] | None = option(None, "layers", "patterns", name="target")
-    matrices: Sequence[str] | None = None
-    seed: int = option(0, "experts", "integer")
+    experts: int | MakeBank = option(8, "experts", "integer")
+    top_k: int | None = option(None, "experts", "integer")
     share: Share | None = option(None, "experts", choices=SHARES)
     pool: Literal["all"] | int | None = option(None, "experts", "pool")
-    balance: Balance = option("pool", "routing", choices=BALANCES)
+    rank: int | None = option(None, "experts", "integer")
+    router: str = option("topk", "routing", "text")
+    shared_expert: int | None = option(None, "experts", "integer")
+    capacity_factor: float | None = option(None, "routing", "number")
+    balance: Balance | None = option(None, "routing", choices=BALANCES)
+    balance_coef: float | None = option(None, "routing", "number")
+    z_coef: float = option(0.0, "routing", "number")
     bias_rate: float | None = option(None, "routing", "number")
+    combine: Combine | None = option(None, "advanced", choices=COMBINE)
     normalize: bool = option(False, "routing", "flag")
+    jitter: float = option(0.0, "routing", "number")
+    noise: float = option(0.0, "experts", "number")
+    seed: int = option(0, "experts", "integer")
+    target_modules: Sequence[str] | None = option(None, "layers", "patterns", name="target")
+    matrices: Sequence[str] | None = None
+    router_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        Budget(max_bond=self.max_bond, rel_error=self.rel_error, param_ratio=self.param_ratio)
-        for name in ("num_experts", "top_k", "sites"):
-            if (size := getattr(self, name)) is not None:
-                check_size(name, size, error=ValueError)
-        if isinstance(self.topology, TopologyFamily):
-            object.__setattr__(self, "topology", topology_family(self.topology).name)
-        elif not isinstance(self.topology, str):
-            if not (fixed := fixed_topologies(self.topology)):
-                raise TopologyError(
-                    "topology must be the name of a family, a registered family, a Topology or a list of "
-                    f"topologies, got {self.topology!r:.200}."
-                )
-            choosing = ("sites", "model_dims", "hidden_dims", "max_bond", "rel_error", "param_ratio")
-            if given := [name for name in choosing if getattr(self, name) is not None]:
-                raise TopologyError(
-                    f"A topology fixes all dims and bonds: leave out {', '.join(given)}, or give the name of "
-                    "a family."
-                )
-            object.__setattr__(self, "topology", fixed)
-        if self.router == "auto":
-            object.__setattr__(self, "router", "switch" if self.top_k == 1 else "topk")
-        kind = router_kind(self.router)
-        self._check_sharing(kind)
-        if self.bias_rate is None:
-            object.__setattr__(self, "bias_rate", 0.0 if self.pool is None else 0.001)
-        if self.aux_loss_coef is None:
-            object.__setattr__(self, "aux_loss_coef", 0.0 if self.bias_rate else 0.01)
-        if self.combine not in COMBINE:
-            raise ValueError(f"Unknown combine={self.combine!r}; choose one of {', '.join(COMBINE)}.")
-        if not 1 <= self.top_k <= self.num_experts:
-            raise ValueError(
-                f"top_k={self.top_k} with num_experts={self.num_experts}: top_k must be between 1 and "
-                "num_experts."
-            )
-        if self.top_k != 1 and "top_k" not in kind.options:
-            raise ValueError(f'top_k={self.top_k} needs router="topk"; {self.router!r} has no top_k.')
-        for name in ("aux_loss_coef", "z_loss_coef", "noise", "bias_rate"):
-            check_not_negative(**{name: getattr(self, name)})
         check_capacity(self.capacity_factor)
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"jitter must be in [0, 1), got {self.jitter}.")
-        lists = ("model_dims", "hidden_dims", "matrices", "target_modules")
-        for name in lists:
+        check_not_negative(noise=self.noise, z_coef=self.z_coef, balance_coef=self.balance_coef or 0.0)
+        for name in ("matrices", "target_modules"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
                 raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
-        if self.model_dims and self.hidden_dims and len(self.model_dims) != len(self.hidden_dims):
-            raise ValueError(
-                f"model_dims={self.model_dims} and hidden_dims={self.hidden_dims} must have the same length, "
-                "with a factor for each site (1 for a site without a factor)."
-            )
-        if self.share_across_layers and self.shared in ("none", (), []):
-            raise ValueError(
-                'share_across_layers=True needs shared cores, so it cannot be combined with shared="none".'
-            )
-        if self.share_across_layers and (self.rel_error is not None or self.param_ratio is not None):
-            raise ValueError(
-                "share_across_layers=True needs the same bonds in all layers: limit them with max_bond, not "
-                "with rel_error or param_ratio, which would choose different bonds for each layer."
-            )
-
-    def _check_sharing(self, kind: type[Router]) -> None:
-        """Raise ValueError if `share` or `pool` cannot be combined with the other options."""
-        if self.share not in (None, *SHARES):
-            raise ValueError(f"Unknown share={self.share!r}; choose one of {', '.join(SHARES)}.")
-        if self.pool is not None and self.share is None:
-            object.__setattr__(self, "share", "none")
-        if self.share is not None:
-            chosen = {"shared": "center", "topology": "mpo", "share_across_layers": False}
-            chosen |= dict.fromkeys(("sites", "model_dims", "hidden_dims", *_BUDGETS))
-            if given := [name for name, default in chosen.items() if getattr(self, name) != default]:
-                raise ValueError(
-                    f"share={self.share!r} (in a pool 'none' by default) already chooses cores and dims: "
-                    f"leave out {', '.join(f'{name}=' for name in given)}, or leave out share= and pool=."
-                )
-            if self.share == "base" and self.noise:
-                raise ValueError(
-                    'noise is added to private cores, but share="base" has none: leave out one of the two.'
-                )
-        if self.balance not in BALANCES:
-            raise ValueError(f"Unknown balance={self.balance!r}; choose one of {', '.join(BALANCES)}.")
+        # These refuse what is out of its range before a model is touched.
+        router = self.make_router(
+            1, 8 * (self.top_k or 1) if callable(self.experts) else self.experts, seed=0
+        )
+        if not callable(self.experts):
+            make_bank(torch.empty(0, 2**16, 2**16, device="meta"), **self._words())
         if self.pool is None:
+            if self.balance is not None:
+                raise ValueError(
+                    f"balance={self.balance!r} needs pool=, since it says whether the load of a pool is "
+                    "balanced over its layers together. Without a pool, each layer is balanced alone."
+                )
             return
+        if self.balance not in (None, *BALANCES):
+            raise ValueError(f"Unknown balance={self.balance!r}; choose one of {', '.join(BALANCES)}.")
         if self.pool != "all":
             check_size('pool (or "all")', self.pool, least=2, error=ValueError)
-        if not issubclass(kind, TopKRouter) or self.bias_rate == 0:
+        if not isinstance(router, TopKRouter) or router.bias_rate == 0:
             raise ValueError(
                 'A pool needs router="switch" or "topk" and a bias_rate above 0, since biases let each layer '
                 "choose its own experts at the start."
             )
 
-    def make_router(self, num_features: int, *, seed: int) -> Router:
+    def _words(self) -> dict[str, Any]:
+        """Return the arguments of `tensornet_moe.mixtures.make_bank`."""
+        share = self.share
+        if share is None and self.pool is not None and not callable(self.experts):
+            share = "none"
+        return {"experts": self.experts, "share": share, "rank": self.rank}
+
+    def make_router(self, num_features: int, num_experts: int, *, seed: int) -> Router:
         """Build a router in float32 on the CPU, with random weights that depend on `seed`."""
-        kind = router_kind(self.router)
-        options = {key: getattr(self, key, None) for key in (*_ROUTER_OPTIONS, *kind.options)}
-        given = {key: value for key, value in options.items() if value is not None}
-        with torch.device("cpu"):
-            router = kind(num_features, self.num_experts, **given)
+        router = make_router(
+            self.router,
+            num_features,
+            num_experts,
+            pooled=self.pool is not None,
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor,
+            bias_rate=self.bias_rate,
+            combine=self.combine or "unit",
+            normalize=self.normalize,
+            jitter=self.jitter,
+            device="cpu",
+            **self.router_options,
+        )
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             router.weight.normal_(0, 0.1 / num_features**0.5, generator=generator)
         return router
+
+
+def MoEConfig(
+    num_experts: int = 8, *, sites: int = 5, router: str = "switch", **options: Any
+) -> UpcycleOptions:
+    """Return options of `upcycle` for the form of the MPOE paper, whose experts are chains of `sites` cores.
+
+    All experts share the center, which is the largest core of the chain. The bonds are not truncated, so the
+    model computes the same as before.
+
+    Args:
+        num_experts: number of experts of each network, or of each pool.
+        sites: number of cores of each matrix. With 1, every expert owns a dense matrix, as in Switch.
+        router: as in `UpcycleOptions`; the paper's is switch.
+        options: other options of `UpcycleOptions`, except those that say what the experts are.
+
+    Reference:
+        Gao et al. 2022, section 4.1; five cores as in the paper.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
+        >>> _ = th.upcycle(model, th.MoEConfig(num_experts=2, sites=3))
+        >>> model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names
+        ('0', '1', '2')
+    """
+    check_size("num_experts", num_experts, error=ValueError)
+    check_size("sites", sites, error=ValueError)
+
+    def chains(weights: Tensor) -> SharedCoreExperts:
+        topology = topology_family("mpo").build(*weights.shape[1:], sites=sites)
+        shared = resolve_shared(topology, "center" if sites > 1 else "none")
+        return experts_from(weights, num_experts, topology, shared)
+
+    return _options({"experts": chains, "router": router, **options})
 
 
 @dataclass(frozen=True)
@@ -328,7 +304,7 @@ class UpcycleReport:
     Example:
         >>> from transformers import AutoModelForCausalLM
         >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
-        >>> report = th.upcycle(model, th.MoEConfig(num_experts=2))
+        >>> report = th.upcycle(model, experts=2)
         >>> report.num_experts, report.dense_experts_ratio < 1
         (2, True)
     """
@@ -577,7 +553,7 @@ def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) ->
 @torch.no_grad()
 def upcycle(
     model: nn.Module,
-    config: MoEConfig | None = None,
+    config: UpcycleOptions | None = None,
     *,
     causal: bool | None = None,
     progress: bool = False,
@@ -602,8 +578,8 @@ def upcycle(
             `"expert_choice"`. By default, all models count as causal except encoders of encoder-decoder
             models, masked language models, image classifiers, and encoders of the same architectures.
         progress: show a progress bar.
-        words: options of `MoEConfig` under the names of `tensornet_moe.mixture`: `experts`, `top_k` (default
-            2), `share`, `router` (default `"topk"`), `balance_coef`; all others under their own names.
+        words: the options themselves: `experts`, `top_k`, `share`, `pool`, `router` and all others of
+            `UpcycleOptions`, or arguments of a router that you registered.
 
     Raises:
         TargetError: no feed-forward network is found, a network computes something else, or the router uses
@@ -621,69 +597,55 @@ def upcycle(
         >>> len(report.layers), report.dense_experts_ratio < 0.4
         (4, True)
         >>> model = AutoModelForCausalLM.from_pretrained(th.embedded.gpt2_path())
-        >>> print(th.upcycle(model, th.MoEConfig(num_experts=4, pool="all")))
-        4 feed-forward networks became 4 experts in 1 pool: ...
+        >>> print(th.upcycle(model, experts=8, pool="all"))
+        4 feed-forward networks became 8 experts in 1 pool: ...
     """
     if config is None:
-        named = {_WORDS.get(name, name): value for name, value in words.items()}
-        if len(named) < len(words):
-            raise TypeError(f"upcycle got the same option under two names: {', '.join(words)}.")
-        named.setdefault("router", "topk")
-        if isinstance(named["router"], str) and "top_k" in router_kind(named["router"]).options:
-            named.setdefault("top_k", 2)
-        config = MoEConfig(**named)
+        config = _options(words)
     elif words:
         raise TypeError(
-            f"upcycle takes either a MoEConfig or words, but got both: add {', '.join(words)} to the config."
+            f"upcycle takes either a config or words, but got both: add {', '.join(words)} to the config."
         )
-    if not isinstance(model, nn.Module) or not isinstance(config, MoEConfig):
+    if not isinstance(model, nn.Module) or not isinstance(config, UpcycleOptions):
         raise TypeError(
-            "upcycle takes a model and a MoEConfig, got a "
+            "upcycle takes a model and UpcycleOptions, got a "
             f"{type(model).__name__} and a {type(config).__name__}."
         )
     networks = find_feed_forwards(model, target_modules=config.target_modules, matrices=config.matrices)
     if not router_kind(config.router).causal and causal is not False:
         _refuse_causal(config, model, networks, causal)
     groups = _groups(model, networks, config)
-    owners: dict[str, nn.Module] = {}
-    banks: Mapping[tuple[int, str], SharedCoreExperts] = {}
-    if config.share_across_layers:
-        cores, banks = _share_across(model, networks, config, progress)
-        owners |= cores
+    pools: dict[str, ExpertPool] = {}
     made: list[SharedCoreMoE] = []
     entries = []
+    count = 0
     for number, group in enumerate(tqdm(groups, desc="upcycling", disable=not progress, unit="layer")):
         members = [networks[index] for index in group]
-        names = " to ".join(dict.fromkeys((members[0].names[0], members[-1].names[0])))
-        own: dict[str, SharedCoreExperts | LowRankDeltaExperts] = {}
-        for position, name in enumerate(members[0].matrices):
-            if (group[0], name) in banks:
-                own[name] = banks[group[0], name]
-                continue
-            with _errors_name(f"{names}.{name}"):
-                own[name] = _bank(members, name, config, seed=(config.seed + group[0]) * 3 + position)
-        network = _experts(members, own, config)
+        banks = _banks(members, config, seed=config.seed + group[0])
+        network = _experts(members, banks)
+        count = network.num_experts
         experts: ExpertFFN | ExpertPool = network
         if config.pool is not None:
+            _check_number(count, len(group), config)
             label = "pool" if len(groups) == 1 else f"pool{number}"
-            owners[label] = experts = ExpertPool(network, label=label, balance=config.balance)
-        shared = {id(p): p.numel() for bank in own.values() for p in bank.shared_parameters().values()}
+            pools[label] = experts = ExpertPool(network, label=label, balance=config.balance or "pool")
+        shared = {id(p): p.numel() for bank in banks.values() for p in bank.shared_parameters().values()}
         for place, index in enumerate(group):
             mixture = _mixture(networks[index], experts, config, seed=config.seed + index)
             if config.pool is not None:
                 _choose_own(mixture.router, place, len(group))
             made.append(mixture)
-            layers = [networks[index].layer(name) for name in own]
+            layers = [networks[index].layer(name) for name in banks]
             entries.append(
                 UpcycledLayer(
                     name=networks[index].names[0],
                     dense_params=sum(p.numel() for layer in layers for p in layer.parameters()),
                     params=sum(p.numel() for p in mixture.parameters()),
                     shared_params=sum(shared.values()),
-                    error=max(bank.error or 0.0 for bank in own.values()),
+                    error=max(getattr(bank, "error", None) or 0.0 for bank in banks.values()),
                 )
             )
-    put_owners(model, owners)
+    put_pools(model, pools)
     for dense, mixture in zip(networks, made, strict=True):
         for name, part in dense.replacements(mixture).items():
             if dense.inside is None:  # else the hooks belong to one linear layer, not to the network
@@ -691,16 +653,25 @@ def upcycle(
             set_submodule(model, name, part)
     join_aux_losses(model)
     structure_changed(model)
-    across = sum(p.numel() for owner in owners.values() for p in owner.parameters())
-    pools = 0 if config.pool is None else len(groups)
-    return UpcycleReport(tuple(entries), config.num_experts, across, pools)
+    across = sum(p.numel() for pool in pools.values() for p in pool.parameters())
+    return UpcycleReport(tuple(entries), count, across, len(pools))
 
 
-def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig) -> list[list[int]]:
+def _options(words: Mapping[str, Any]) -> UpcycleOptions:
+    """Make options of words; words that are not options must be arguments of the router."""
+    known = [field.name for field in fields(UpcycleOptions)]
+    own = {name: value for name, value in words.items() if name not in known}
+    options = UpcycleOptions(**{name: value for name, value in words.items() if name in known})
+    router = router_kind(options.router)
+    check_options([name for name in own if name not in router.options], "upcycle", [*known, *router.options])
+    return replace(options, router_options={**options.router_options, **own})
+
+
+def _groups(model: nn.Module, networks: Sequence[FeedForward], config: UpcycleOptions) -> list[list[int]]:
     """Group the indices of networks by the pool that they use; without pools each network is a group.
 
     Raises:
-        ValueError: the size of a group does not divide the number of networks, or a pool has too few experts.
+        ValueError: the size of a group does not divide the number of networks.
         ShapeError: networks of a group have different shapes or activations.
         TargetError: the model cannot own pools, or networks of a group are on different devices.
     """
@@ -711,14 +682,12 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig
         raise ValueError(
             f"A pool needs several layers, but {networks[0].names[0]} is the only network to replace."
         )
-    check_group("pool", size, len(networks), least=2)
-    if config.num_experts < size * config.top_k:
+    if len(networks) % size:
+        divisors = [str(n) for n in range(2, len(networks) + 1) if len(networks) % n == 0]
         raise ValueError(
-            f"num_experts={config.num_experts} is too small for a pool of {size} layers with "
-            f"top_k={config.top_k}: each layer starts with top_k experts of its own, so at least "
-            f"{size * config.top_k} are needed. Give more experts, or choose smaller groups, such as pool=2."
+            f"pool={size} does not divide the {len(networks)} layers; choose one of {', '.join(divisors)}."
         )
-    _owners_place(model, "pool")
+    _check_place(model)
     for index, network in enumerate(networks):
         first = networks[index - index % size]
         have, want = _function_of(network), _function_of(first)
@@ -727,8 +696,28 @@ def _groups(model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig
                 f"{first.names[0]} and {network.names[0]} cannot use the same pool: they are {want} and "
                 f"{have}. Choose equal networks with target_modules=[...], or smaller groups, such as pool=2."
             )
-        _same_device([n.matrix(name) for n in (first, network) for name in n.matrices], "pool", "experts")
+        weights = [n.matrix(name) for n in (first, network) for name in n.matrices]
+        if len(devices := {str(w.device) for w in weights}) > 1:
+            raise TargetError(
+                f"The experts of a pool are on a single device, but {first.names[0]} and {network.names[0]} "
+                f"are on {', '.join(sorted(devices))}. Move the model to one device, or leave out pool=."
+            )
     return [list(range(k, k + size)) for k in range(0, len(networks), size)]
+
+
+def _check_place(model: nn.Module) -> None:
+    """Raise TargetError if pools cannot be added to a model."""
+    place = model.base_model if isinstance(model, PreTrainedModel) else model
+    if hasattr(place, POOLS):
+        raise TargetError(
+            "Layers of this model already use a pool of experts. Upcycle all layers that are to use pools in "
+            "a single call, with target_modules=[...]."
+        )
+    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        raise TargetError(
+            f"pool= adds a submodule for the experts, but a {type(place).__name__} would treat it as a "
+            "layer. Put the container into a module of its own, and upcycle this module."
+        )
 
 
 def _function_of(network: FeedForward) -> dict[str, object]:
@@ -736,6 +725,19 @@ def _function_of(network: FeedForward) -> dict[str, object]:
     dropout = network.dropout if network.dropout_place == "hidden" else 0.0
     shapes = {name: tuple(network.matrix(name).shape) for name in network.matrices}
     return {"(out, in)": shapes, "activation": network.activation, "dropout": dropout}
+
+
+def _check_number(experts: int, layers: int, config: UpcycleOptions) -> None:
+    """Raise ValueError if a pool has too few experts for its layers to start with experts of their own."""
+    router = config.make_router(1, experts, seed=0)
+    assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
+    top_k = router.top_k
+    if experts < layers * top_k:
+        raise ValueError(
+            f"experts={experts} is too small for a pool of {layers} layers with top_k={top_k}: each layer "
+            f"starts with top_k experts of its own, so at least {layers * top_k} are needed. Give more "
+            "experts, or choose smaller groups, such as pool=2."
+        )
 
 
 def _choose_own(router: Router, place: int, layers: int) -> None:
@@ -751,7 +753,7 @@ def _choose_own(router: Router, place: int, layers: int) -> None:
 
 
 def _refuse_causal(
-    config: MoEConfig, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
+    config: UpcycleOptions, model: nn.Module, networks: Sequence[FeedForward], causal: bool | None
 ) -> None:
     """Raise TargetError if a router that uses later tokens would be in a network that may be causal."""
     found = list(networks)
@@ -778,29 +780,36 @@ def _refuse_causal(
     )
 
 
-def _bank(
-    members: Sequence[FeedForward], name: str, config: MoEConfig, *, seed: int
-) -> SharedCoreExperts | LowRankDeltaExperts:
-    """Build the experts of one matrix; expert `e` starts as this matrix of network `e % len(members)`."""
-    weights = [network.matrix(name) for network in members]
-    if config.share is not None:
-        return experts_from(
-            torch.stack([weight.to(weights[0]) for weight in weights]),
-            experts=config.num_experts,
-            share=config.share,
-            noise=config.noise,
-            seed=seed,
-        )
-    return SharedCoreExperts.from_dense(
-        weights[0],
-        seed=seed,
-        rel_error=config.rel_error,
-        param_ratio=config.param_ratio,
-        **_options(members[0], name, config),
-    )
+def _banks(members: Sequence[FeedForward], config: UpcycleOptions, *, seed: int) -> dict[str, ExpertBank]:
+    """Build the experts of each matrix; expert `e` starts as that of network `e % len(members)`.
+
+    Raises:
+        ValueError: noise was asked for deltas, which start at zero.
+    """
+    names = " to ".join(dict.fromkeys((members[0].names[0], members[-1].names[0])))
+    banks: dict[str, ExpertBank] = {}
+    for position, name in enumerate(members[0].matrices):
+        weights = [network.matrix(name) for network in members]
+        with _errors_name(f"{names}.{name}"):
+            bank = make_bank(
+                torch.stack([w.to(weights[0]) for w in weights]), **config._words(), seed=3 * seed + position
+            )
+        if config.noise:
+            if isinstance(bank, LowRankDeltaExperts):
+                raise ValueError(
+                    f"noise={config.noise} is added to private cores, but deltas start at zero: leave out "
+                    "noise=."
+                )
+            shared = {id(p) for p in bank.shared_parameters().values()}
+            generator = torch.Generator().manual_seed(3 * seed + position)
+            for parameter in bank.parameters():
+                if id(parameter) not in shared:
+                    parameter.copy_(with_noise(parameter, config.noise, generator))
+        banks[name] = bank.requires_grad_(True)
+    return banks
 
 
-def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], config: MoEConfig) -> ExpertFFN:
+def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank]) -> ExpertFFN:
     """Build experts from their banks, and give expert `e` the biases of `members[e % len(members)]`."""
     first = members[0]
     weight = first.matrix(first.matrices[0])
@@ -814,121 +823,40 @@ def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank], co
         dtype=weight.dtype,
     )
     for name, each in biases.items():
-        for expert in range(config.num_experts):
+        for expert in range(experts.num_experts):
             if (bias := each[expert % len(each)]) is not None:
                 getattr(experts, f"{name}_bias")[expert] = bias
-    for bank in banks.values():
-        bank.requires_grad_(True)
     return experts
 
 
 def _mixture(
-    network: FeedForward, experts: ExpertFFN | ExpertPool, config: MoEConfig, *, seed: int
+    network: FeedForward, experts: ExpertFFN | ExpertPool, config: UpcycleOptions, *, seed: int
 ) -> SharedCoreMoE:
     """Build the mixture that replaces a network, with given experts and a new router drawn from `seed`."""
     first = network.matrix(network.matrices[0])
-    # If the router itself has a capacity, experts choose tokens, so the load is always balanced and the
-    # balancing loss would be constant.
-    choice = "capacity_factor" in router_kind(config.router).options
-    assert config.aux_loss_coef is not None
-    return SharedCoreMoE(
-        config.make_router(first.shape[1], seed=seed).to(device=first.device, dtype=first.dtype),
+    where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
+    always = None
+    if config.shared_expert is not None:
+        always = new_experts(
+            network.matrices,
+            first.shape[1],
+            config.shared_expert,
+            experts=1,
+            share="none",
+            activation=network.activation,
+            **where,
+        )
+        for parameter in always.bank(network.matrices[-1]).parameters():
+            parameter.zero_()
+    return make_layer(
+        config.make_router(first.shape[1], experts.num_experts, seed=seed).to(**where),
         experts,
-        capacity_factor=None if choice else config.capacity_factor,
-        balance_coef=0.0 if choice else config.aux_loss_coef,
-        z_coef=config.z_loss_coef,
+        shared_expert=always,
+        capacity_factor=config.capacity_factor,
+        balance_coef=config.balance_coef,
+        z_coef=config.z_coef,
         dropout=network.dropout if network.dropout_place == "output" else 0.0,
     )
-
-
-def _options(network: FeedForward, name: str, config: MoEConfig) -> dict[str, Any]:
-    """Select the options of a bank of experts for a matrix; the topology family checks the dims."""
-    options: dict[str, Any] = {
-        "num_experts": config.num_experts,
-        "topology": config.topology,
-        "shared": config.shared,
-        "noise": config.noise,
-        "max_bond": config.max_bond,
-    }
-    if isinstance(config.topology, tuple):
-        rows, columns = network.matrix(name).shape
-        return options | {"topology": topology_of_shape(config.topology, (rows, columns), name)}
-    assert isinstance(config.topology, str)
-    family = topology_family(config.topology)
-    dims = (config.model_dims, config.hidden_dims)
-    if {"out_dims", "in_dims"} <= set(family.options):
-        out_dims, in_dims = dims if name == network.matrices[-1] else dims[::-1]
-        chosen: dict[str, Any] = {"sites": config.sites, "out_dims": out_dims, "in_dims": in_dims}
-    else:
-        chosen = {"sites": config.sites, "model_dims": dims[0], "hidden_dims": dims[1]}
-    if config.sites is None and dims == (None, None):
-        chosen |= family.mixture_options
-    return options | {key: value for key, value in chosen.items() if value is not None}
-
-
-# --- cores that layers share ----------------------------------------------------------------------------
-
-
-def _share_across(
-    model: nn.Module, networks: Sequence[FeedForward], config: MoEConfig, progress: bool
-) -> tuple[dict[str, SharedCores], dict[tuple[int, str], SharedCoreExperts]]:
-    """Build banks whose shared cores are used by all layers that have a matrix of the same name and shape.
-
-    Returns:
-        The owners of the shared cores, by label; and the banks, by index of the network and name of the
-        matrix. A matrix without a counterpart in another layer has no bank.
-
-    Raises:
-        TargetError: the model already has shared cores, or is a container, which would treat the owner as a
-            layer; or layers that would share cores are on different devices.
-    """
-    _owners_place(model, "share_across_layers=True")
-    groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-    for index, network in enumerate(networks):
-        for name in network.matrices:
-            groups.setdefault((name, tuple(network.matrix(name).shape)), []).append(index)
-    shared = [(*key, users) for key, users in groups.items() if len(users) > 1]
-    owners: dict[str, SharedCores] = {}
-    banks: dict[tuple[int, str], SharedCoreExperts] = {}
-    for name, shape, users in tqdm(
-        shared, desc="fitting layers jointly", disable=not progress, unit="matrix"
-    ):
-        weights = [networks[index].matrix(name) for index in users]
-        _same_device(weights, "share_across_layers=True", name)
-        label = f"{name}_{shape[0]}x{shape[1]}"
-        with _errors_name(f"{name} of {len(weights)} layers"):
-            owners[label], made = share_across_layers(
-                torch.stack([w.to(weights[0]) for w in weights]),
-                label=label,
-                seed=config.seed,
-                **_options(networks[users[0]], name, config),
-            )
-        banks |= {(index, name): bank for index, bank in zip(users, made, strict=True)}
-    return owners, banks
-
-
-def _owners_place(model: nn.Module, what: str) -> None:
-    """Raise TargetError if shared cores or experts cannot be added; `what` is the option for the message."""
-    place = model.base_model if isinstance(model, PreTrainedModel) else model
-    if hasattr(place, OWNERS):
-        raise TargetError(
-            "Layers of this model already share cores or experts. Upcycle all layers that are to share in a "
-            "single call, with target_modules=[...]."
-        )
-    if isinstance(place, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        raise TargetError(
-            f"{what} adds a submodule for what layers share, but a {type(place).__name__} would treat the "
-            "submodule as a layer. Put the container into a module of its own, and upcycle this module."
-        )
-
-
-def _same_device(weights: Sequence[Tensor], what: str, name: str) -> None:
-    """Raise TargetError if layers that share cores or experts are on different devices."""
-    if len(devices := {str(w.device) for w in weights}) > 1:
-        raise TargetError(
-            f"{what} keeps what layers share on a single device, but {name} of these layers are on "
-            f"{', '.join(sorted(devices))}. Move the model to one device, or share only within each layer."
-        )
 
 
 @contextmanager

@@ -2,16 +2,16 @@
 
 import tensornet_moe.rounding  # noqa: F401  (registers itself)
 from tensornet_moe.balance import expert_load, update_biases
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.costs import ModelCosts, describe
 from tensornet_moe.expert_compression import ExpertsReport, compress_experts
-from tensornet_moe.experts import SharedCoreExperts, share_across_layers
+from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE, collect_aux_losses, load_balancing_loss, router_z_loss
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
 from tensornet_moe.mask import GradientMask, linear_fade, shared_parameters
-from tensornet_moe.mixtures import mixture, tie_experts
-from tensornet_moe.pool import ExpertPool
+from tensornet_moe.mixtures import mixture
+from tensornet_moe.pool import ExpertPool, PooledExperts
 from tensornet_moe.rates import parameter_groups
 from tensornet_moe.routers import (
     ExpertChoiceRouter,
@@ -31,11 +31,11 @@ __all__ = [
     "GradientMask",
     "LowRankDeltaExperts",
     "ModelCosts",
+    "PooledExperts",
     "Router",
     "Routing",
     "SharedCoreExperts",
     "SharedCoreMoE",
-    "SharedCores",
     "SwitchRouter",
     "TopKRouter",
     "collect_aux_losses",
@@ -48,8 +48,6 @@ __all__ = [
     "parameter_groups",
     "register_router",
     "router_z_loss",
-    "share_across_layers",
     "shared_parameters",
-    "tie_experts",
     "update_biases",
 ]

@@ -25,6 +25,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
 
     Raises:
         RuntimeError: no router has biases, or no mixture was trained since the last call.
+        TargetError: a layer uses a pool that the model does not contain.
 
     Reference:
         DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.1.2; Wang et al. 2024,
@@ -41,6 +42,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         >>> router.bias_steps
         tensor([-1,  1,  1])
     """
+    find_pools(model)
     layers: list[Any] = []
     biases: list[Tensor] = []
     for layer in model.modules():
@@ -66,10 +68,12 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         loads.append(load)
         layer.assigned = None
     pools = [layer.balanced_pool for layer in layers]
-    for pool, load, bias in zip(pools, loads, biases, strict=True):
-        alike = [x for x, other in zip(loads, pools, strict=True) if other is pool]
-        whole = load if pool is None else torch.stack(alike).sum(0)
-        bias += (whole.mean() - whole).sign().to(torch.int64)
+    for layer, pool, load, bias in zip(layers, pools, loads, biases, strict=True):
+        if pool is not None:
+            each = zip(layers, loads, pools, strict=True)
+            spread = [x.experts.in_pool(own) for x, own, other in each if other is pool]
+            load = torch.stack(spread).sum(0)[torch.tensor(layer.experts.experts, device=load.device)]
+        bias += (load.mean() - load).sign().to(torch.int64)
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
@@ -102,6 +106,6 @@ def expert_load(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(layer, SharedCoreMoE) and layer.stats is not None:
             loads[name] = layer.stats.load
             if isinstance(layer.experts, PooledExperts):
-                pool = pools[id(layer.experts.owner)]
-                over_pools[pool] = over_pools.get(pool, 0) + layer.stats.load
+                pool = pools[id(layer.experts.pool)]
+                over_pools[pool] = over_pools.get(pool, 0) + layer.experts.in_pool(layer.stats.load)
     return {**loads, **over_pools}

@@ -14,7 +14,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import dense
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.layer import SharedCoreMoE
@@ -94,8 +94,8 @@ def describe(
       token's share is `1 / tokens`. Attention scores, which depend on the length of the text, and elementwise
       operations are not counted.
     - Bytes: the model with all matrices of linear layers, embeddings and `SharedCoreExperts` in one number
-      format, scales included. Everything else stays as it is: norms, biases, routers, low-rank deltas,
-      borrowed cores, and layers that are compressed already.
+      format, scales included. Everything else stays as it is: norms, biases, routers, low-rank deltas
+      and layers that are compressed already.
 
     Args:
         model: any model, usually with mixtures.
@@ -116,7 +116,7 @@ def describe(
     Example:
         >>> model = torch.nn.Module()
         >>> model.pool = tm.ExpertPool(tm.mixture(d_model=64, d_ff=64, experts=16, share="none").experts)
-        >>> model.layers = torch.nn.ModuleList(tm.mixture(d_model=64, share=model.pool) for _ in range(4))
+        >>> model.layers = torch.nn.ModuleList(tm.mixture(d_model=64, pool=model.pool) for _ in range(4))
         >>> print(tm.describe(model))
                               stored    active a token   multiply-adds a token
         embeddings                 0                 0                       0
@@ -132,7 +132,7 @@ def describe(
     rooms: dict[int, str] = {}
     compressed: set[int] = set()
     for part in model.modules():
-        room = "experts" if isinstance(part, ExpertFFN | ExpertBank | SharedCores) else None
+        room = "experts" if isinstance(part, ExpertFFN | ExpertBank) else None
         room = "routers" if isinstance(part, Router) else room
         room = "embeddings" if isinstance(part, nn.Embedding | MPOEmbedding) else room
         if room is not None:
@@ -176,7 +176,6 @@ def describe(
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
     """Add the cost of one layer's experts for one token to `cost`."""
-    routed = layer.experts.owner.experts if isinstance(layer.experts, PooledExperts) else layer.experts
     per_token = layer.router.experts_per_token
     if per_token is None:
         if layer.stats is None:
@@ -186,7 +185,13 @@ def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> No
                 "is fixed, define the property experts_per_token of the router."
             )
         per_token = float(layer.stats.load.sum() / layer.stats.tokens.clamp_min(1))
-    for network, count in ((routed, per_token), (layer.shared_expert, 1)):
+    routed, used = layer.experts, 1.0
+    if isinstance(routed, PooledExperts):
+        # Banks count the cost of all their experts. If a layer uses a part of them, its cost is that part of
+        # the cost of as many more rows.
+        used = routed.num_experts / routed.pool.num_experts
+        routed = routed.pool.experts
+    for network, count, part in ((routed, per_token, used), (layer.shared_expert, 1, 1.0)):
         if network is None:
             continue
         if not isinstance(network, ExpertFFN):
@@ -194,7 +199,7 @@ def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> No
         for key in network.names:
             bank, bias = network.bank(key), getattr(network, f"{key}_bias")
             cost.active += bank.active_params(count) + (0 if bias is None else count * bank.out_features)
-            cost.multiply_adds += bank.multiply_adds(round(tokens * count)) / tokens
+            cost.multiply_adds += part * bank.multiply_adds(round(tokens * count / part)) / tokens
 
 
 def _bytes(model: nn.Module, formats: Sequence[str]) -> dict[str, int]:
@@ -208,7 +213,7 @@ def _bytes(model: nn.Module, formats: Sequence[str]) -> dict[str, int]:
         if isinstance(part, SharedCoreExperts):
             replaced.update(id(tensor) for tensor in part.stored.values())
             for name, storage in storages.items():
-                for core in part.owned_cores:
+                for core in part.topology.core_names:
                     topologies = (part.topology,) if core in part.shared else part.topologies
                     sizes[name] += sum(storage.core_size(t, core, part.dtype)[1] for t in topologies)
         elif (kind := kind_of(part)) is not None and id(part.weight) not in replaced:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,9 @@ from tensornet.topologies import TopologyFamily, topology_family
 from tensornet.topologies.factored import pad_core
 from tensornet.topologies.rounded_cores import matrix_view
 from tensornet.topology import Topology
-from tensornet_moe.bank import Borrower, ExpertBank, SharedCores, check_not_negative, check_weights
+from tensornet_moe.bank import ExpertBank, check_not_negative, check_weights
 from tensornet_moe.grouped_linear import Groups, takes_grouped_mm
-from tensornet_moe.joint_fit import JointFit, fit_jointly, fit_shared, stack_error
+from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.prepared import PreparedExperts
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
@@ -50,37 +50,34 @@ from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack
 BUILT_ALONE = 2**18
 
 
-class SharedCoreExperts(Borrower, ExpertBank):
+class SharedCoreExperts(ExpertBank):
     """Expert matrices whose tensor networks share some cores and keep the other cores private.
 
     A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. If the
     experts' bonds differ, each private core is stored with its true size as `core_<name>_expert_<e>`. An
     expert with smaller bonds uses the leading block of a shared core. Nothing is padded in storage, so
     parameter counts are exact and a small expert stays small in training. A core is a parameter, or a
-    `PackedCore` if its number format is not that of the model.
+    `PackedCore` if its number format is not that of the model. An optimizer treats a stacked core as one
+    parameter, so weight decay and momentum also move experts whose gradients are zero.
 
     Args:
         topology: topology of all experts; or a sequence with one for each expert, which may differ only in
             their bonds.
         num_experts: number of experts.
-        shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, core names, or a `SharedCores`
-            that owns them.
-        owner_label: label of the `SharedCores` that owns the shared cores, if the owner will be set by
-            `borrow`.
-        storage: number formats of the cores that the bank owns; see `quantize`.
+        shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, or core names.
+        storage: number formats of the cores; see `quantize`.
         device, dtype: device and dtype of the cores.
 
     A new bank has Gaussian cores with `Var(W) = 1 / in_features` for every expert.
 
     Raises:
         TopologyError: unknown cores, or topologies that differ in more than their bonds.
-        ShapeError: a borrowed core has another shape.
         ValueError: `num_experts` is below 1 or is not the number of topologies.
 
     Reference:
         Gao et al. 2022, "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language
-        Models", section 4.1. Sharing other cores than the center, different bonds and sharing across layers
-        are our extensions.
+        Models", section 4.1. Sharing other cores than the center and different bonds are our extensions.
+        Layers that share cores use ranges of the experts of one bank, see `ExpertPool`.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -90,7 +87,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
         ['1']
     """
 
-    owner_kind: ClassVar[type[nn.Module]] = SharedCores
     compute_like: Tensor
 
     def __init__(
@@ -98,8 +94,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         topology: Topology | Sequence[Topology],
         num_experts: int,
         *,
-        shared: str | Sequence[str] | SharedCores = "center",
-        owner_label: str | None = None,
+        shared: str | Sequence[str] = "center",
         storage: Storage = PLAIN,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -109,11 +104,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         enclosing = enclosing_topology(topologies)
         super().__init__(num_experts, enclosing.shape)
         self.topology, self.topologies = enclosing, topologies
-        self.shared = resolve_shared(enclosing, shared.names if isinstance(shared, SharedCores) else shared)
-        self.owner_label = owner_label
-        if isinstance(shared, SharedCores):
-            self.owner_label = shared.label
-            self.borrow(shared)
+        self.shared = resolve_shared(enclosing, shared)
         self.plan = plan_stack(enclosing, self.shared, num_experts)
         self.strategy: Strategy = "auto"
         self.machine: Machine | None = None
@@ -125,8 +116,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         self.storage = storage
         self._compute_like(torch.empty(0, dtype=dtype, device=device))
         for name, core in initial_cores(topologies, enclosing, self.shared, device, dtype).items():
-            if self.owner_label is None or name not in self.shared:
-                self._store(name, core)
+            self._store(name, core)
 
     @classmethod
     @torch.no_grad()
@@ -241,7 +231,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
     def _from_cores(
         cls,
         topologies: Sequence[Topology],
-        shared: Sequence[str] | SharedCores,
+        shared: Sequence[str],
         cores: Mapping[str, Tensor | Sequence[Tensor]],
         error: float | None,
         dtype: torch.dtype,
@@ -259,13 +249,10 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return bank
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of shared cores by name, borrowed ones included; see `ExpertBank`.
+        """Return the trained parameters of shared cores by name; see `ExpertBank`.
 
         For an integer core, these are its scales while they are trained (`tensornet.healing.trained_scales`).
         """
-        if self.owner_label is not None:
-            owner: SharedCores = self.lender()
-            return {name: owner.core(name) for name in self.shared}
         found: dict[str, nn.Parameter] = {}
         for name in self.shared:
             core = getattr(self, f"core_{name}")
@@ -327,7 +314,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return made
 
     def core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Return a core that the bank owns; private cores are stacked, zero-padded if bonds differ.
+        """Return a core; private cores are stacked, zero-padded if bonds differ.
 
         Args:
             name: name of the core.
@@ -348,14 +335,8 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return stacked if index is None else stacked.index_select(0, index)
 
     def cores(self, index: Tensor | None = None) -> dict[str, Tensor]:
-        """Return all cores by name, borrowed ones included; private cores are stacked, as in `core`."""
-        borrowed = {} if self.owner_label is None else self.shared_parameters()
-        # In a model on several devices, the owner may be on another device than this layer.
-        device = self.stored_tensors()[0].device
-        return {
-            name: borrowed[name].to(device) if name in borrowed else self.core(name, index)
-            for name in self.topology.core_names
-        }
+        """Return all cores by name; private cores are stacked, as in `core`."""
+        return {name: self.core(name, index) for name in self.topology.core_names}
 
     def active_params(self, top_k: float) -> float:
         """Count the elements of the cores that `top_k` experts use; see `ExpertBank`."""
@@ -432,19 +413,13 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
     @property
     def stored(self) -> dict[str, Tensor]:
-        """Parameters and buffers that store the cores of this bank (not borrowed ones), by name."""
+        """Parameters and buffers that store the cores of this bank, by name."""
         buffers = {name: x for name, x in self.named_buffers() if name != "compute_like"}
         return {**dict(self.named_parameters()), **buffers}
 
-    @property
-    def owned_cores(self) -> tuple[str, ...]:
-        """Names of the cores that this bank stores itself."""
-        stems = {key.partition(".")[0].removeprefix("core_").partition("_expert_")[0] for key in self.stored}
-        return tuple(name for name in self.topology.core_names if name in stems)
-
     def stored_tensors(self) -> tuple[Tensor, ...]:
-        """Return every tensor that the matrices are built from, borrowed ones included."""
-        return (*self.stored.values(), *self.shared_parameters().values())
+        """Return every tensor that the matrices are built from."""
+        return tuple(self.stored.values())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -469,7 +444,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
 
         Cores are rounded to nearest, with a search for the best scale of each group; error feedback would
         gain little, since errors in different elements of a core affect the matrices nearly independently.
-        `"float"` undoes the packing. Cores that belong to another bank are not changed.
+        `"float"` undoes the packing.
 
         Args:
             storage: the name of one format for all cores, or a `Storage` with a format for each core.
@@ -489,12 +464,11 @@ class SharedCoreExperts(Borrower, ExpertBank):
         storage = Storage(number_format=storage) if isinstance(storage, str) else storage  # type: ignore[arg-type]
         check_storage(storage, self.topology)
         before, like = self.expert_matrices(), self.compute_like
-        owned = self.owned_cores
-        values = {name: self.core(name).to(like) for name in owned}
-        whole = owned if len(set(self.topologies)) == 1 else [name for name in owned if name in self.shared]
+        values = {name: core.to(like) for name, core in self.cores().items()}
+        same = len(set(self.topologies)) == 1
         self.storage = storage
-        for name in owned:
-            if name in whole:
+        for name in values:
+            if same or name in self.shared:
                 self._store(name, values[name])
             else:  # bonds differ: each expert's core has its own scales
                 sizes = [topology.core_shapes[name] for topology in self.topologies]
@@ -511,7 +485,6 @@ class SharedCoreExperts(Borrower, ExpertBank):
             "type": "shared_core_experts",
             "num_experts": self.num_experts,
             "shared": list(self.shared),
-            "owner": self.owner_label,
             "topologies": [t.to_dict() for t in (self.topologies[:1] if same else self.topologies)],
             **storage_entry(self.storage),
         }
@@ -521,7 +494,7 @@ class SharedCoreExperts(Borrower, ExpertBank):
         return (
             f"{self.num_experts} x ({self.out_features}, {self.in_features}), "
             f"topology={self.topology.family}, bonds={list(self.topology.bond_dims.values())}, "
-            f"shared={list(self.shared)}{f' of {self.owner_label!r}' if self.owner_label else ''}"
+            f"shared={list(self.shared)}"
         )
 
 
@@ -533,7 +506,6 @@ def _build(
         topologies[0] if len(topologies) == 1 else topologies,
         spec["num_experts"],
         shared=spec["shared"],
-        owner_label=spec["owner"],
         storage=Storage.from_dict(spec.get("storage", {})),
         device=device,
         dtype=dtype,
@@ -541,77 +513,6 @@ def _build(
 
 
 register_module_type("shared_core_experts", _build)
-
-
-@torch.no_grad()
-def share_across_layers(
-    weights: Tensor,
-    *,
-    num_experts: int,
-    label: str = "shared",
-    topology: Topology | str | TopologyFamily = "mpo",
-    shared: str | Sequence[str] = "center",
-    noise: float = 0.0,
-    seed: int = 0,
-    max_bond: int | None = None,
-    max_sweeps: int = 10,
-    **options: Any,
-) -> tuple[SharedCores, list[SharedCoreExperts]]:
-    """Upcycle several layers at once, with cores shared by all experts of all layers (our extension).
-
-    The matrices of the layers are fitted jointly (see `fit_shared`); all experts of a layer start as the fit
-    of its matrix. Shared cores fit unrelated layers badly (see `.error` of each bank), so the model must be
-    trained before use.
-
-    Args:
-        weights: the dense matrix of each layer, shape `(layers, out, in)`.
-        num_experts: number of experts in each layer.
-        label: name by which banks find the owner of the shared cores when a model is loaded.
-        topology: an explicit topology, or a family's name.
-        shared: the cores to share.
-        noise, seed: as in `SharedCoreExperts.from_dense`; layer k uses `seed + k`.
-        max_bond: cap on the bonds, if `topology` is a name.
-        max_sweeps: largest number of sweeps of alternating least squares.
-        options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
-
-    Returns:
-        The owner, and a bank for each layer that borrows from it. Put the owner into the model that contains
-        the layers. `.error` of a bank is the relative Frobenius error of that layer's matrix before noise.
-
-    Raises:
-        ShapeError: `weights` is not a stack of matrices of the topology's shape.
-        NonFiniteError: NaN or infinity in `weights`.
-        TopologyError: `shared` selects no core, or an unknown one.
-        ValueError: `noise` is below 0 or `num_experts` below 1.
-
-    Example:
-        >>> owner, banks = tm.share_across_layers(torch.randn(2, 8, 8), num_experts=3, max_bond=4)
-        >>> owner.names, len(banks), banks[0].owner is owner
-        (('1',), 2, True)
-    """
-    check_weights(weights, "layers", "out", "in")
-    check_not_negative(noise=noise)
-    check_size("num_experts", num_experts, error=ValueError)
-    if isinstance(topology, str | TopologyFamily):
-        topology = topology_family(topology).build(*weights.shape[1:], max_bond=max_bond, **options)
-    owner = SharedCores(topology, shared, label=label, device="meta")
-    fit = fit_shared(weights, topology, owner.names, max_sweeps=max_sweeps)
-    for name in owner.names:
-        core = fit.cores[name].to(weights.dtype).contiguous()
-        owner.register_parameter(f"core_{name}", nn.Parameter(core, requires_grad=True))
-    banks = []
-    for layer, weight in enumerate(weights):
-        generator = torch.Generator().manual_seed(seed + layer)
-        own = {n: core[layer] for n, core in fit.cores.items() if n not in owner.names}
-        cores = {
-            name: [with_noise(core, noise, generator) for _ in range(num_experts)]
-            for name, core in own.items()
-        }
-        plan = plan_stack(topology, topology.core_names, 1)
-        error = stack_error(weight[None], build_matrices(plan, {**fit.cores, **own}, 1))
-        bank = SharedCoreExperts._from_cores((topology,) * num_experts, owner, cores, error, weights.dtype)
-        banks.append(bank)
-    return owner, banks
 
 
 # --- initial cores ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import check_not_negative
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import group_rows, one_group
-from tensornet_moe.pool import ExpertPool, PooledExperts
+from tensornet_moe.pool import ExpertPool, PooledExperts, find_pools
 from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacity
 
 
@@ -82,7 +82,7 @@ class SharedCoreMoE(nn.Module):
     Args:
         router: chooses the experts of each token.
         experts: the feed-forward networks; or an `ExpertPool`, which other layers use as well and which the
-            model owns.
+            model owns; or a range of its experts, a `PooledExperts`.
         shared_expert: a network of one expert that processes every token, with combine weight 1, in addition
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
         capacity_factor: None keeps every choice (dropless). A number drops the choices beyond
@@ -161,7 +161,7 @@ class SharedCoreMoE(nn.Module):
     @property
     def balanced_pool(self) -> ExpertPool | None:
         """Pool over which the load of this layer is balanced; None if the layer is balanced by itself."""
-        pool = self.experts.owner if isinstance(self.experts, PooledExperts) else None
+        pool = self.experts.pool if isinstance(self.experts, PooledExperts) else None
         return pool if pool is not None and pool.balance == "pool" else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -321,6 +321,7 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Raises:
         RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
             no gradient in training because of reentrant gradient checkpointing.
+        TargetError: a layer uses a pool that the model does not contain.
 
     Example:
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -336,6 +337,7 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
         raise RuntimeError(
             "collect_aux_losses: the model has no SharedCoreMoE; pass the model that contains the mixtures."
         )
+    find_pools(model)
     layers = [layer for layer in layers if layer.aux_losses is not None]
     if not layers:
         raise RuntimeError(
@@ -349,7 +351,7 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
         layer.aux_losses = None
     total = torch.stack([loss.total for loss in losses]).sum()
     for members in pools.values():
-        usages = [usage for k in members for usage in losses[k].usage]
+        usages = [_usage_of_pool(layers[k], usage) for k in members for usage in losses[k].usage]
         balance = _balance(Usage(*(torch.stack(terms).sum(0) for terms in zip(*usages, strict=True))))
         total = total + sum(layers[k].balance_coef for k in members) * balance
         for k in members:
@@ -364,6 +366,12 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     return AuxLosses(
         total, torch.cat([loss.balance for loss in losses]), torch.cat([loss.z for loss in losses])
     )
+
+
+def _usage_of_pool(layer: SharedCoreMoE, usage: Usage) -> Usage:
+    assert isinstance(layer.experts, PooledExperts)
+    counts, probabilities = map(layer.experts.in_pool, (usage.counts, usage.probabilities))
+    return Usage(counts, probabilities, usage.tokens)
 
 
 def _is_recomputing() -> bool:

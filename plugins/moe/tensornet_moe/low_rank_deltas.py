@@ -180,7 +180,7 @@ class LowRankDeltaExperts(ExpertBank):
         return self.base.shared_parameters()
 
     def stored_tensors(self) -> tuple[Tensor, ...]:
-        """Return the deltas and every tensor that the base stores or borrows."""
+        """Return the deltas and every tensor that the base stores."""
         # `parameters()` also returns the originals of parametrized cores.
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
 

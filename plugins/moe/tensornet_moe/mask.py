@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tensornet.errors import FormatError, TargetError
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank
 
 Granularity = Literal["core", "element"]
 GRANULARITIES = ("core", "element")
@@ -38,8 +38,8 @@ class GradientMask:
     none.
 
     Args:
-        module_or_parameters: a module, to mask the shared cores of all its banks (also borrowed ones, each
-            once), or the parameters to mask.
+        module_or_parameters: a module, to mask the shared cores of all its banks (each once), or the
+            parameters to mask.
         p: probability of skipping a core, in `[0, 1]`.
         granularity: `"core"` or `"element"`.
         seed: seed of the generator.
@@ -254,8 +254,6 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
     for part in module.modules():
         if isinstance(part, ExpertBank):
             found.update((id(p), p) for p in part.shared_parameters().values())
-        elif isinstance(part, SharedCores):
-            found.update((id(p), p) for p in part.parameters())
     return list(found.values())
 
 

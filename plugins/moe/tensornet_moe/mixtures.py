@@ -1,32 +1,35 @@
-"""Mixtures of experts built in one line, and experts that several layers of a model share."""
+"""Mixtures of experts built in one line; `tensornet_hf.upcycle` builds its mixtures of the same parts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tensornet._util import check_size, check_type
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.topologies import dense, mpo
 from tensornet.topology import Topology
-from tensornet_moe.bank import ExpertBank, check_weights
-from tensornet_moe.experts import SharedCoreExperts, with_noise
+from tensornet_moe.bank import ExpertBank
+from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.joint_fit import fit_shared
 from tensornet_moe.layer import SharedCoreMoE
 from tensornet_moe.low_rank_deltas import LowRankDeltaExperts
-from tensornet_moe.pool import Balance, ExpertPool, PooledExperts
-from tensornet_moe.routers import Router, router_kind
+from tensornet_moe.pool import ExpertPool, PooledExperts
+from tensornet_moe.routers import Combine, Router, TopKRouter, router_kind
 
 Share = Literal["center", "none", "base"]
 SHARES = ("center", "none", "base")
+#: Function that makes the bank of one matrix from the matrices `(networks, out, in)` that experts start as.
+MakeBank = Callable[[Tensor], ExpertBank]
 
 #: Largest leg of the end cores of a chain in `mixture`. With 64, rebuilding a matrix costs at most as much as
 #: multiplying `64 + 64` tokens by it.
 _LONGEST_END = 64
-#: The rank of deltas in `mixture` is the shorter side of the matrix divided by this number.
+#: By default the rank of deltas is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
 #: Largest number of sweeps of alternating least squares when a center is fitted to several matrices.
 _SWEEPS = 10
@@ -36,18 +39,29 @@ def mixture(
     *,
     d_model: int,
     d_ff: int | None = None,
-    experts: int | None = None,
+    experts: int | MakeBank | range | None = None,
     top_k: int | None = None,
-    share: Share | ExpertPool = "center",
+    share: Share | None = None,
+    pool: ExpertPool | None = None,
+    rank: int | None = None,
     router: str | Router = "topk",
+    shared_expert: int | None = None,
+    capacity_factor: float | None = None,
+    balance_coef: float | None = None,
+    z_coef: float = 0.0,
+    bias_rate: float | None = None,
+    combine: Combine | None = None,
+    normalize: bool = False,
+    jitter: float = 0.0,
     activation: str | None = None,
     gated: bool | None = None,
-    balance_coef: float = 0.01,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     **router_options: Any,
 ) -> SharedCoreMoE:
     """Build a mixture of experts for training from scratch; everything but the sizes has a default.
+
+    `tensornet_hf.upcycle` takes the same words, with the same defaults, to start from a dense model.
 
     `share` determines how the matrices `(out, in)` of the experts are stored:
 
@@ -56,32 +70,50 @@ def mixture(
       as one dense matrix; each expert owns both ends. The first core has a leg of size `a` that divides
       `out`, the last a leg of size `b` that divides `in`, both at most 64. So an expert owns `a**2 + b**2`
       values for each matrix, and rebuilding a matrix costs as much as multiplying `a + b` tokens by it.
-    - `"base"`: one dense matrix for all experts, and for each a low-rank delta that starts at zero, of rank
-      `min(out, in) / 16`.
-    - an `ExpertPool`: the layer uses the experts of the pool, which belongs to the model.
+    - `"base"`: one dense matrix for all experts, and for each a low-rank delta that starts at zero.
 
-    For other legs, bonds, ranks or banks build a `SharedCoreMoE` from a router and an `ExpertFFN` yourself.
+    For other topologies, legs, bonds or banks, `experts` is a function that makes the bank of a matrix.
 
     Args:
         d_model: number of features of a token.
         d_ff: number of features of an expert's hidden layer; `4 * d_model` if absent.
-        experts: number of experts; 8 if absent.
+        experts: number of experts; 8 if absent. Or a function `weights -> ExpertBank` that makes the bank of
+            one matrix; `weights` has shape `(networks, out, in)` and contains the matrices of the dense
+            networks that experts start as. Here there are none, so its shape is `(0, out, in)`. With a pool:
+            the range of the pool's experts that the layer uses; all if absent.
         top_k: number of experts for each token; 2 if absent. Only for routers with this argument.
-        share: what the experts share, as above. The experts of a pool exist already, so `d_ff`, `experts`,
-            `activation` and `gated` must then be absent or agree with them.
+        share: what the experts share, as above; `"center"` if absent.
+        pool: use the experts of this pool, which belongs to the model. They exist already, so `d_ff`,
+            `activation` and `gated` must be absent or agree with them, and `share` and `rank` absent.
+        rank: rank of the deltas of `share="base"`; `min(out, in) / 16` if absent.
         router: a `Router`, or its name: `"topk"`, `"switch"`, `"expert_choice"`, or a name that was given to
             `register_router`.
+        shared_expert: number of hidden features of an expert that computes every token, in addition to those
+            that the router chooses; no such expert if absent.
+        capacity_factor: slots of each expert relative to an even load; no limit if absent. See
+            `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
+        balance_coef: weight of the balancing loss. If absent 0.01, or 0 if the load is balanced by biases
+            (`bias_rate`) or by the router itself (`"expert_choice"`).
+        z_coef: weight of the router z-loss, see `router_z_loss`.
+        bias_rate: step size of router biases, which balance the load without a loss. If absent 0, or 0.001
+            for the routers `"topk"` and `"switch"` of a pool. Call `update_biases` after each training step.
+        combine: how the outputs of a token's experts are weighted, see `Router`. `"sigmoid"` if absent, which
+            is best for training from scratch. (`upcycle` has another default, `"unit"`, since only with it a
+            mixture computes what the dense model did.)
+        normalize: normalize the logits of the router, see `Router`.
+        jitter: relative noise on the inputs of the router in training.
         activation: a name in `tensornet_moe.ffn.ACTIVATIONS`; `"silu"` if absent.
         gated: True (if absent): an expert is `W_down (act(W_gate x) * W_up x)`. False: `W_down act(W_up x)`.
-        balance_coef: weight of the balancing loss, see `SharedCoreMoE`.
         device, dtype: device and dtype of all parameters.
-        router_options: arguments of the named router, for example `bias_rate=`, `normalize=`. `combine` is
-            `"sigmoid"` if absent, which is best for training from scratch, see `Router`.
+        router_options: other arguments of a router that you registered.
 
     Raises:
-        ValueError: an unknown `share`, router or activation, a size below 1, or `top_k` above `experts`.
-        ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center.
-        TypeError: `router_options` that the named router does not have, or any if `router` is a `Router`.
+        ValueError: an unknown `share`, router or activation, a size below 1, `top_k` above `experts`, or
+            words that exclude each other.
+        ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center; or
+            a bank that was made has another shape.
+        IndexError: the pool does not have these experts.
+        TypeError: options that the named router does not have, or any if `router` is a `Router`.
 
     Reference:
         `"center"`: Gao et al. 2022, section 4.1; `"base"`: Gu et al. 2025 (D2-MoE), section 3; pools: Huang
@@ -92,212 +124,267 @@ def mixture(
         >>> moe(torch.randn(2, 5, 64)).shape
         torch.Size([2, 5, 64])
         >>> pool = tm.ExpertPool(tm.mixture(d_model=64, experts=16, share="none").experts)
-        >>> layers = [tm.mixture(d_model=64, share=pool, bias_rate=0.001) for _ in range(4)]
+        >>> layers = [tm.mixture(d_model=64, pool=pool) for _ in range(4)]
         >>> layers[0].num_experts, layers[0].router.top_k
         (16, 2)
     """
-    if isinstance(share, ExpertPool):
-        network: ExpertFFN | ExpertPool = share
-        own = share.experts
-        have: dict[str, Any] = {
+    where: dict[str, Any] = {"device": device, "dtype": dtype}
+    if pool is not None:
+        own = pool.experts
+        have = {
             "d_model": own.in_features,
             "d_ff": own.bank(own.names[0]).out_features,
-            "experts": own.num_experts,
             "activation": own.activation,
             "gated": own.gated,
         }
-        for name, value in zip(have, (d_model, d_ff, experts, activation, gated), strict=True):
+        for name, value in zip(have, (d_model, d_ff, activation, gated), strict=True):
             if value is not None and value != have[name]:
                 raise ShapeError(
-                    f"{name}={value!r}, but the experts of the pool {share.label!r} have {name}="
+                    f"{name}={value!r}, but the experts of the pool {pool.label!r} have {name}="
                     f"{have[name]!r}; leave it out, or build a pool of other experts."
                 )
-        experts = own.num_experts
+        if share is not None or rank is not None:
+            raise ValueError("share= and rank= are for new experts, but those of a pool exist already.")
+        network: Any = PooledExperts(pool, experts)  # type: ignore[arg-type]  # it checks that this is a range
+        names = own.names
     else:
-        experts = 8 if experts is None else experts
-        d_ff = 4 * d_model if d_ff is None else d_ff
-        for name, size in (("d_model", d_model), ("d_ff", d_ff), ("experts", experts)):
-            check_size(name, size, error=ValueError)
-        where: dict[str, Any] = {"device": device, "dtype": dtype}
-        names = ("up",) if gated is False else ("gate", "up")
-        shapes = {**dict.fromkeys(names, (d_ff, d_model)), "down": (d_model, d_ff)}
-        matrices: dict[str, ExpertBank] = {}
-        for name, shape in shapes.items():
-            topology, shared, rank = _parts(share, *shape)
-            bank = SharedCoreExperts(topology, experts, shared=shared, **where)
-            matrices[name] = bank if rank is None else LowRankDeltaExperts(bank, rank, **where)
-        network = ExpertFFN(matrices, activation=activation or "silu", **where)
-    if isinstance(router, str):
-        kind = router_kind(router)
-        if top_k is not None and "top_k" not in kind.options:
-            raise TypeError(f'top_k={top_k} needs router="topk"; {router!r} has no top_k.')
-        if "top_k" in kind.options:
-            router_options["top_k"] = 2 if top_k is None else top_k
-        options = {"combine": "sigmoid", "device": device, "dtype": dtype, **router_options}
-        router = kind(d_model, experts, **options)
-    elif router_options or top_k is not None:
-        surplus = [*router_options, *(() if top_k is None else ("top_k",))]
-        raise TypeError(f"{', '.join(surplus)}: give these to the router that you built, or name a router.")
-    return SharedCoreMoE(router, network, balance_coef=balance_coef)
+        names = ("up", "down") if gated is False else ("gate", "up", "down")
+        network = new_experts(
+            names, d_model, d_ff, experts=experts, share=share, rank=rank, activation=activation, **where
+        )
+    if isinstance(router, Router):
+        given = {"top_k": top_k, "combine": combine, "bias_rate": bias_rate, "normalize": normalize or None}
+        given |= {"jitter": jitter or None, **router_options}
+        if surplus := [name for name, value in given.items() if value is not None]:
+            raise TypeError(f"{', '.join(surplus)}: give these to the router that you built, or name one.")
+    else:
+        router = make_router(
+            router,
+            d_model,
+            network.num_experts,
+            pooled=pool is not None,
+            top_k=top_k,
+            capacity_factor=capacity_factor,
+            bias_rate=bias_rate,
+            combine=combine or "sigmoid",
+            normalize=normalize,
+            jitter=jitter,
+            **router_options,
+            **where,
+        )
+    always = None
+    if shared_expert is not None:
+        activation = activation or (pool.experts.activation if pool is not None else None)
+        always = new_experts(
+            names, d_model, shared_expert, experts=1, share="none", activation=activation, **where
+        )
+    return make_layer(
+        router,
+        network,
+        shared_expert=always,
+        capacity_factor=capacity_factor,
+        balance_coef=balance_coef,
+        z_coef=z_coef,
+    )
 
 
-def _parts(share: str, rows: int, columns: int) -> tuple[Topology, tuple[str, ...], int | None]:
-    """Choose topology, shared cores and rank of deltas (None without deltas) for a matrix; see `mixture`."""
+# --- the parts, of which `tensornet_hf.upcycle` makes its mixtures --------------------------------------
+
+
+def new_experts(
+    names: Sequence[str],
+    d_model: int,
+    d_ff: int | None,
+    *,
+    activation: str | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    **words: Any,
+) -> ExpertFFN:
+    """Make experts with random matrices; `words` are those of `make_bank`, and the last name maps back."""
+    d_ff = 4 * d_model if d_ff is None else d_ff
+    for name, size in (("d_model", d_model), ("d_ff", d_ff)):
+        check_size(name, size, error=ValueError)
+    shapes = {**dict.fromkeys(names[:-1], (d_ff, d_model)), names[-1]: (d_model, d_ff)}
+    banks = {
+        name: make_bank(torch.empty(0, *shape, device=device, dtype=dtype), **words)
+        for name, shape in shapes.items()
+    }
+    return ExpertFFN(banks, activation=activation or "silu", device=device, dtype=dtype)
+
+
+def make_bank(
+    weights: Tensor,
+    *,
+    experts: int | MakeBank | None = None,
+    share: Share | None = None,
+    rank: int | None = None,
+    seed: int = 0,
+) -> ExpertBank:
+    """Make the bank of one matrix, as `experts`, `share` and `rank` of `mixture` say.
+
+    Expert `e` starts as matrix `e % networks`; without networks it is random.
+
+    Args:
+        weights: matrices of the dense networks, shape `(networks, out, in)`.
+        experts, share, rank: see `mixture`.
+        seed: seed of the deltas of a base.
+
+    Raises:
+        ValueError: an unknown `share`, a number below 1, or words that exclude each other.
+        ShapeError: the sides have no divisors for the legs of a center; or `experts` made a bank of matrices
+            of another shape.
+        TypeError: `experts` did not make a bank.
+        NonFiniteError: NaN or infinity in `weights`.
+    """
+    rows, columns = weights.shape[1:]
+    if callable(experts):
+        if share is not None or rank is not None:
+            raise ValueError(
+                "share= and rank= are for a number of experts, but experts= makes banks of its own: leave "
+                "out one of the two."
+            )
+        bank = experts(weights)
+        check_type("What experts= made", bank, ExpertBank, "for example SharedCoreExperts(topology, 8)")
+        if (bank.out_features, bank.in_features) != (rows, columns):
+            raise ShapeError(
+                f"experts= made matrices of shape ({bank.out_features}, {bank.in_features}) for weights of "
+                f"shape {tuple(weights.shape)}."
+            )
+        return bank
+    experts, share = 8 if experts is None else experts, share or "center"
+    check_size("experts", experts, error=ValueError)
     if share not in SHARES:
-        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}, or an ExpertPool.")
+        raise ValueError(f"Unknown share={share!r}; choose one of {', '.join(SHARES)}.")
+    if rank is not None and share != "base":
+        raise ValueError(f'rank= is the rank of the deltas of share="base", got share={share!r}.')
     whole = dense(out_features=rows, in_features=columns)
     if share == "none":
-        return whole, (), None
+        return experts_from(weights, experts, whole, ())
     if share == "base":
-        return whole, whole.core_names, max(min(rows, columns) // _SIDE_PER_RANK, 1)
+        rank = max(min(rows, columns) // _SIDE_PER_RANK, 1) if rank is None else rank
+        if len(weights) > 1:
+            stack = weights[[e % len(weights) for e in range(experts)]]
+            return LowRankDeltaExperts.from_experts(stack, rank=rank)
+        if len(weights) == 1:
+            return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
+        base = experts_from(weights, experts, whole, whole.core_names)
+        return LowRankDeltaExperts(base, rank, device=weights.device, dtype=weights.dtype)
     # An end with legs on both sides of the matrix trains equally well, but the matrix that is built from it
     # must be copied to bring its rows and columns into order, which makes a training step a third slower.
-    first, last = _end(rows), _end(columns)
+    first, last = _end_leg(rows), _end_leg(columns)
     if first == 1 or last == 1:
         raise ShapeError(
             f"Matrices of shape {rows} x {columns} have no legs for a shared center: each side needs a "
             f"factor in 2..{_LONGEST_END}. Choose sizes with small factors, or share='base'."
         )
-    return mpo(out_dims=(first, rows // first, 1), in_dims=(1, columns // last, last)), ("1",), None
+    chain = mpo(out_dims=(first, rows // first, 1), in_dims=(1, columns // last, last))
+    return experts_from(weights, experts, chain, ("1",))
 
 
-def _end(size: int) -> int:
+def _end_leg(size: int) -> int:
     """Choose an end leg: the largest divisor of `size`, at most 64 and at most four times the middle leg."""
     return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
 @torch.no_grad()
 def experts_from(
-    weights: Tensor, *, experts: int, share: Share, noise: float = 0.0, seed: int = 0
-) -> SharedCoreExperts | LowRankDeltaExperts:
-    """Make a bank whose experts start as given matrices, expert `e` as matrix `e % matrices`.
+    weights: Tensor, experts: int, topology: Topology, shared: Sequence[str]
+) -> SharedCoreExperts:
+    """Make experts of a topology that start as given matrices, expert `e` as matrix `e % networks`.
 
-    For `share="none"` this is exact. Otherwise different matrices are fitted jointly by one center
-    (`fit_shared`) or by one base with deltas; the fit of a single matrix is exact. `.error` of the bank is
-    the relative Frobenius error.
+    Without networks the experts are random. The fit of one network is a decomposition. Several networks are
+    fitted jointly (`fit_shared`), or stored exactly if each expert owns a dense matrix. `.error` of the bank
+    is the relative Frobenius error.
 
     Args:
-        weights: shape `(matrices, out, in)`.
+        weights: shape `(networks, out, in)`.
         experts: number of experts.
-        share: see `mixture`.
-        noise: standard deviation of Gaussian noise on each private core, relative to the root mean square of
-            the core; not for `"base"`.
-        seed: seed of the noise, and of the deltas of a base.
+        topology: topology of each expert.
+        shared: names of the cores that all experts share.
 
     Raises:
-        ValueError: an unknown `share`.
-        ShapeError: the sides have no divisors for the legs of a center.
         NonFiniteError: NaN or infinity in `weights`.
     """
-    check_weights(weights, "matrices", "out", "in")
-    topology, shared, rank = _parts(share, *weights.shape[1:])
-    same = [e % len(weights) for e in range(experts)]
-    if rank is not None:
-        if len(weights) > 1:
-            return LowRankDeltaExperts.from_experts(weights[same], rank=rank)
-        return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
+    if len(weights) == 0:
+        return SharedCoreExperts(topology, experts, shared=shared, device=weights.device, dtype=weights.dtype)
     if len(weights) == 1:
-        return SharedCoreExperts.from_dense(
-            weights[0], num_experts=experts, topology=topology, shared=shared, noise=noise, seed=seed
-        )
+        return SharedCoreExperts.from_dense(weights[0], num_experts=experts, topology=topology, shared=shared)
     error = 0.0
-    if share == "none":
+    if not shared and len(topology.cores) == 1:
         check_finite(weights, "The stack of expert matrices")
         found = dict.fromkeys(topology.core_names, weights)
     else:
-        fit = fit_shared(weights, topology, shared, max_sweeps=_SWEEPS)
+        fit = fit_shared(weights, topology, tuple(shared), max_sweeps=_SWEEPS)
         found, error = dict(fit.cores), fit.error
-    generator = torch.Generator().manual_seed(seed)
+    same = [e % len(weights) for e in range(experts)]
     cores: dict[str, Tensor | Sequence[Tensor]] = {
-        name: core if name in shared else [with_noise(core[k], noise, generator) for k in same]
-        for name, core in found.items()
+        name: core if name in shared else core[same] for name, core in found.items()
     }
     return SharedCoreExperts._from_cores((topology,) * experts, shared, cores, error, weights.dtype)
 
 
-def tie_experts(
-    layers: Sequence[SharedCoreMoE],
+def make_router(
+    name: str,
+    num_features: int,
+    num_experts: int,
     *,
-    group: int | None = None,
-    label: str = "pool",
-    balance: Balance = "pool",
-) -> nn.ModuleList:
-    """Replace the experts of neighbouring layers, in place, by one `ExpertPool` for each group of layers.
-
-    The pool of a group has the experts of its first layer, biases included; routers, always-on experts and
-    the settings of each layer stay.
-
-    Args:
-        layers: mixtures with experts of their own, in the order of the model.
-        group: number of layers that use one pool; all layers if absent.
-        label: label of the pool; with several pools a number is appended.
-        balance: `"pool"` or `"layer"`, see `ExpertPool`.
-
-    Returns:
-        The pools, in the order of the layers. Assign them to the model that contains the layers.
+    pooled: bool,
+    top_k: int | None,
+    capacity_factor: float | None,
+    bias_rate: float | None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Router:
+    """Build the router of a name with the defaults of `mixture`; `pooled` says that the experts are a pool's.
 
     Raises:
-        ValueError: `group` does not divide the number of layers, there is no layer, or one is given twice;
-            or an unknown `balance`.
-        TypeError: a layer is not a SharedCoreMoE with experts of its own.
-        ShapeError: the experts of a group differ in number, names, shapes, biases or activation.
-
-    Reference:
-        "Expert Tying" (arXiv 2606.16825) for `group=2`; UniPool (arXiv 2605.06665) for all layers.
-
-    Example:
-        >>> def layer():
-        ...     up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
-        ...     down = tm.SharedCoreExperts.from_dense(torch.randn(8, 16), num_experts=4)
-        ...     return tm.SharedCoreMoE(tm.SwitchRouter(8, 4), tm.ExpertFFN({"up": up, "down": down}))
-        >>> model = torch.nn.Module()
-        >>> model.layers = torch.nn.ModuleList(layer() for _ in range(4))
-        >>> model.pools = tm.tie_experts(model.layers, group=2)
-        >>> [layer.experts.owner_label for layer in model.layers]
-        ['pool0', 'pool0', 'pool1', 'pool1']
+        ValueError: an unknown name, or an option out of its range.
+        TypeError: an option that this router does not have.
     """
-    layers = list(layers)
-    if not layers or len({id(layer) for layer in layers}) != len(layers):
-        raise ValueError(f"Expected different layers to tie, got {len(layers)} of which some are the same.")
-    networks: list[Any] = []
-    for position, layer in enumerate(layers):
-        check_type(f"Layer {position} to tie", layer, SharedCoreMoE, "pass the mixtures of the model")
-        advice = "layers of a pool are tied already"
-        check_type(f"The experts of layer {position}", layer.experts, ExpertFFN, advice)
-        networks.append(layer.experts)
-    group = len(layers) if group is None else group
-    check_group("group", group, len(layers))
-    functions = [_function_of(network) for network in networks]
-    for position, function in enumerate(functions):
-        first = position - position % group
-        if function != functions[first]:
-            raise ShapeError(
-                f"The experts of layers {first} and {position} cannot be tied: they are {functions[first]} "
-                f"and {function}. Build them alike, or tie layers of equal shapes."
-            )
-    pools = nn.ModuleList()
-    for k in range(0, len(layers), group):
-        name = label if group == len(layers) else f"{label}{k // group}"
-        pool = ExpertPool(networks[k], label=name, balance=balance)
-        pools.append(pool)
-        for layer in layers[k : k + group]:
-            layer.experts = PooledExperts(pool)
-    return pools
+    kind = router_kind(name)
+    if "top_k" in kind.options:
+        options["top_k"] = top_k = 2 if top_k is None else top_k
+        if top_k > num_experts:
+            raise ValueError(f"top_k={top_k} with experts={num_experts}: top_k must be at most experts.")
+    if "capacity_factor" in kind.options and capacity_factor is not None:
+        options["capacity_factor"] = capacity_factor
+    if bias_rate is None:
+        bias_rate = 0.001 if pooled and issubclass(kind, TopKRouter) else 0.0
+    known = ("combine", "normalize", "jitter", *kind.options)
+    check_options([key for key in options if key not in known], f"The router {name!r}", known)
+    router = kind(num_features, num_experts, bias_rate=bias_rate, device=device, dtype=dtype, **options)
+    if top_k is not None and "top_k" not in kind.options and top_k != router.experts_per_token:
+        raise TypeError(f'top_k={top_k} needs router="topk"; {name!r} has no top_k.')
+    return router
 
 
-def check_group(name: str, group: int, layers: int, *, least: int = 1) -> None:
-    """Raise ValueError unless `group` is at least `least` and divides the number of layers."""
-    check_size(name, group, least=least, error=ValueError)
-    if layers % group:
-        divisors = [str(size) for size in range(least, layers + 1) if layers % size == 0]
-        raise ValueError(
-            f"{name}={group} does not divide the {layers} layers; choose one of {', '.join(divisors)}."
+def check_options(unknown: Sequence[str], what: str, known: Sequence[str]) -> None:
+    """Raise TypeError if there is an unknown option; the message lists the ones that resemble it."""
+    if unknown:
+        near = dict.fromkeys(x for name in unknown for x in get_close_matches(name, known))
+        raise TypeError(
+            f"{what} has no option {', '.join(unknown)}; "
+            f"{f'similar are {list(near)}' if near else f'options are {sorted(known)}'}."
         )
 
 
-def _function_of(experts: ExpertFFN) -> dict[str, object]:
-    """Describe the shapes, the activation and the biases of experts."""
-    banks = {name: experts.bank(name) for name in experts.names}
-    shapes = {name: (bank.num_experts, bank.out_features, bank.in_features) for name, bank in banks.items()}
-    bias = getattr(experts, f"{experts.names[0]}_bias") is not None
-    return {"(experts, out, in)": shapes, "activation": experts.activation, "bias": bias}
+def make_layer(
+    router: Router,
+    experts: ExpertFFN | ExpertPool | PooledExperts,
+    *,
+    balance_coef: float | None,
+    capacity_factor: float | None,
+    **options: Any,
+) -> SharedCoreMoE:
+    """Join router and experts to a layer with the defaults of `mixture`; `options` as in `SharedCoreMoE`."""
+    # If the router itself has a capacity, experts choose tokens, so the load is always balanced and the
+    # balancing loss would be constant.
+    choice = "capacity_factor" in type(router).options
+    if balance_coef is None:
+        balance_coef = 0.0 if choice or router.bias_rate > 0 else 0.01
+    capacity_factor = None if choice else capacity_factor
+    return SharedCoreMoE(
+        router, experts, balance_coef=balance_coef, capacity_factor=capacity_factor, **options
+    )

@@ -1,15 +1,14 @@
 """Pools of experts that several layers use, and the references to a pool in these layers."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from tensornet._util import check_type
-from tensornet.errors import ShapeError, TargetError
-from tensornet.nn import build_module, register_module_type
-from tensornet_moe.bank import Borrower
+from tensornet.errors import FormatError, ShapeError, TargetError
+from tensornet.nn import ModelExtension, build_module, register_extension, register_module_type
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups
 
@@ -18,10 +17,11 @@ BALANCES = ("pool", "layer")
 
 
 class ExpertPool(nn.Module):
-    """Pool of whole experts that several layers use; each of these layers has its own router.
+    """Pool of experts that several layers use; each of these layers has its own router.
 
-    The experts are an `ExpertFFN` of any banks: private matrices, a shared center, low-rank deltas, cores in
-    number formats. Give the pool to the layers in place of experts, and assign it to the model that contains
+    A pool is the only owner of parameters that layers share. The experts are an `ExpertFFN` of any banks:
+    private matrices, a shared center, low-rank deltas, cores in number formats. Give the pool, or a range of
+    its experts (`PooledExperts`), to the layers in place of experts. Assign it to the model that contains
     them, so that its parameters are counted, trained and saved once. With FSDP put it into the root unit.
 
     Args:
@@ -37,7 +37,7 @@ class ExpertPool(nn.Module):
     Reference:
         Huang et al. 2026, "UniPool: A Globally Shared Expert Pool for Mixture-of-Experts" (arXiv 2605.06665):
         one pool for all layers, balanced as a whole. "Expert Tying" (arXiv 2606.16825): pools of two
-        neighbouring layers, see `tie_experts`. Pools whose experts share cores are our extension.
+        neighbouring layers. Pools whose experts share cores, and ranges of a pool, are our extension.
 
     Example:
         >>> def bank(rows, columns):
@@ -93,15 +93,6 @@ class ExpertPool(nn.Module):
         y: Tensor = self.experts(x, groups)
         return y
 
-    def check_fits(self, borrower: Any) -> None:
-        """Raise ShapeError unless this pool has the number and size of experts that a layer expects."""
-        have, want = _sizes(self), _sizes(borrower)
-        if have != want:
-            raise ShapeError(
-                f"The pool labelled {self.label!r} has (experts, in, out) = {have}, the layer was built for "
-                f"{want}."
-            )
-
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
         options = {"label": self.label, "balance": self.balance}
@@ -112,52 +103,167 @@ class ExpertPool(nn.Module):
         return f"label={self.label!r}, balance={self.balance!r}"
 
 
-class PooledExperts(Borrower, nn.Module):
-    """Experts of a layer that uses an `ExpertPool`, which owns their parameters.
+class PooledExperts(nn.Module):
+    """Experts of a layer that uses an `ExpertPool`: all experts of the pool, or a range of them.
+
+    The pool belongs to the model alone. A layer refers to it without registering it, so state dicts,
+    optimizers and FSDP units contain its parameters once. The description (`spec`) of a layer contains the
+    label of its pool; after a model is built from descriptions, `connect_pools` sets the pools.
+
+    With ranges that do not overlap, every layer has experts of its own, but shares the cores that all experts
+    of the pool share, for example one center for all layers. A model that applies one block several times can
+    give each pass experts of its own in the same way.
 
     Args:
-        owner: the pool; or its label, if the pool is set later by `lend_shared_cores`.
-        num_experts, in_features, out_features: number and size of the experts; only needed if `owner` is a
-            label.
+        pool: the pool; or its label, if the pool is set later.
+        experts: indices of the pool's experts that the layer uses, in ascending order; all if absent. Needed
+            if `pool` is a label.
+        in_features, out_features: sizes of a token; only needed if `pool` is a label.
+
+    Raises:
+        TypeError: `experts` is not a range.
+        IndexError: the range is empty or descending, or contains experts that the pool does not have.
+
+    Example:
+        >>> pool = tm.ExpertPool(tm.mixture(d_model=8, d_ff=16, experts=6).experts)
+        >>> first, second = (
+        ...     tm.SharedCoreMoE(tm.SwitchRouter(8, 3), tm.PooledExperts(pool, range(3 * k, 3 * k + 3)))
+        ...     for k in range(2)
+        ... )
+        >>> second(torch.randn(5, 8)).shape
+        torch.Size([5, 8])
     """
 
-    owner_kind: ClassVar[type[nn.Module]] = ExpertPool
-
     def __init__(
-        self, owner: ExpertPool | str, *, num_experts: int = 0, in_features: int = 0, out_features: int = 0
+        self,
+        pool: ExpertPool | str,
+        experts: range | None = None,
+        *,
+        in_features: int = 0,
+        out_features: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(owner, ExpertPool):
-            num_experts, in_features, out_features = _sizes(owner)
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
-        self.owner_label = owner.label if isinstance(owner, ExpertPool) else owner
-        if isinstance(owner, ExpertPool):
-            self.borrow(owner)
+        if isinstance(pool, ExpertPool):
+            experts = range(pool.num_experts) if experts is None else experts
+            in_features, out_features = pool.in_features, pool.out_features
+        check_type("experts", experts, range, "for example range(8)")
+        assert experts is not None
+        if len(experts) == 0 or experts.step < 1 or experts.start < 0:
+            raise IndexError(f"A layer uses one or more experts of a pool in ascending order, got {experts}.")
+        self.experts, self.in_features, self.out_features = experts, in_features, out_features
+        self.label = pool.label if isinstance(pool, ExpertPool) else pool
+        # In a tuple, so that the pool is not registered as a submodule.
+        self._pool: tuple[ExpertPool, ...] = ()
+        if isinstance(pool, ExpertPool):
+            self.connect(pool)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts that the layer uses."""
+        return len(self.experts)
+
+    @property
+    def pool(self) -> ExpertPool:
+        """The pool.
+
+        Raises:
+            RuntimeError: the pool was not set yet.
+        """
+        if not self._pool:
+            raise RuntimeError(
+                f"The pool labelled {self.label!r} was not given to a layer that uses it: call "
+                "tensornet_moe.pool.connect_pools(model) on the model that contains both."
+            )
+        return self._pool[0]
+
+    def connect(self, pool: ExpertPool) -> None:
+        """Set the pool.
+
+        Raises:
+            IndexError: the layer uses experts that the pool does not have.
+            ShapeError: the pool's experts have other sizes than the layer was built for.
+        """
+        if self.experts[-1] >= pool.num_experts:
+            raise IndexError(
+                f"The pool labelled {pool.label!r} has {pool.num_experts} experts, the layer uses "
+                f"{self.experts}."
+            )
+        have, want = (pool.in_features, pool.out_features), (self.in_features, self.out_features)
+        if have != want:
+            raise ShapeError(
+                f"The experts of the pool labelled {pool.label!r} have (in, out) = {have}, the layer was "
+                f"built for {want}."
+            )
+        self._pool, self.label = (pool,), pool.label
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Apply the experts of the pool; see `ExpertFFN.forward`.
+        """Apply the experts of the layer; see `ExpertFFN.forward`.
 
         Raises:
             RuntimeError: the pool was not set yet, or is on another device than the rows.
         """
-        pool: ExpertPool = self.lender()
+        pool = self.pool
         # An offloaded pool is on the meta device until hooks load it.
         if pool.device not in (x.device, torch.device("meta")):
             raise RuntimeError(
                 f"The pool labelled {pool.label!r} is on {pool.device}, a layer that uses it on {x.device}. "
                 "Assign the pool to the model that contains the layers, and move the whole model."
             )
+        if len(self.experts) < pool.num_experts:
+            sizes = None
+            if groups.sizes is not None:
+                rows = dict(zip(self.experts, groups.sizes, strict=True))
+                sizes = tuple(rows.get(expert, 0) for expert in range(pool.num_experts))
+            expert_of_row = self.experts.start + self.experts.step * groups.expert_of_row
+            groups = Groups(self.in_pool(groups.counts), expert_of_row, sizes)
         y: Tensor = pool(x, groups)  # called as a module, so that hooks of the pool run
         return y
 
+    def in_pool(self, values: Tensor) -> Tensor:
+        """Return values of the layer's experts, shape `(E,)`, with zeros for all others of the pool."""
+        index = torch.tensor(self.experts, device=values.device)
+        return values.new_zeros(self.pool.num_experts).index_copy(0, index, values)
+
     def spec(self) -> dict[str, Any]:
         """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
-        sizes = {name: getattr(self, name) for name in ("num_experts", "in_features", "out_features")}
-        return {"type": "pooled_experts", "owner": self.owner_label, **sizes}
+        return {
+            "type": "pooled_experts",
+            "pool": self.label,
+            "experts": [self.experts.start, self.experts.stop, self.experts.step],
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+        }
 
     def extra_repr(self) -> str:
         """Describe the module for `print(model)`."""
-        return f"{self.num_experts} experts of the pool {self.owner_label!r}"
+        return f"{self.experts} of the pool {self.label!r}"
+
+
+def connect_pools(model: nn.Module) -> int:
+    """For each layer that was built from a description, find its pool by label and connect the two.
+
+    Args:
+        model: a model with pools, and layers that use them.
+
+    Returns:
+        Number of layers that were connected.
+
+    Raises:
+        FormatError: a layer's label belongs to no pool in the model, or to several.
+        IndexError, ShapeError: a pool has other experts than its layer expects.
+    """
+    pools = [part for part in model.modules() if isinstance(part, ExpertPool)]
+    waiting = [part for part in model.modules() if isinstance(part, PooledExperts) and not part._pool]
+    for part in waiting:
+        found = [pool for pool in pools if pool.label == part.label]
+        if len(found) != 1:
+            raise FormatError(
+                f"A layer uses the pool labelled {part.label!r}, of which {type(model).__name__} has "
+                f"{len(found)}; its labels are {sorted({pool.label for pool in pools}) or 'none'}. Put the "
+                "pool into the model, and give every pool a label of its own."
+            )
+        part.connect(found[0])
+    return len(waiting)
 
 
 def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
@@ -191,16 +297,12 @@ def find_pools(model: nn.Module) -> dict[str, ExpertPool]:
                 )
         pools[name] = part
     for name, part in model.named_modules():
-        if isinstance(part, PooledExperts) and not any(part.owner is pool for pool in pools.values()):
+        if isinstance(part, PooledExperts) and not any(part.pool is pool for pool in pools.values()):
             raise TargetError(
-                f"{name!r} uses the pool labelled {part.owner_label!r}, which {type(model).__name__} does "
+                f"{name!r} uses the pool labelled {part.label!r}, which {type(model).__name__} does "
                 "not contain, so that it would be neither trained nor saved. Assign it: model.pool = pool."
             )
     return pools
-
-
-def _sizes(experts: Any) -> tuple[int, int, int]:
-    return experts.num_experts, experts.in_features, experts.out_features
 
 
 def _build_pool(
@@ -213,9 +315,18 @@ def _build_pool(
 def _build_pooled(
     spec: Mapping[str, Any], device: torch.device | str | None, dtype: torch.dtype | None
 ) -> PooledExperts:
-    sizes = {name: spec[name] for name in ("num_experts", "in_features", "out_features")}
-    return PooledExperts(spec["owner"], **sizes)
+    sizes = {name: spec[name] for name in ("in_features", "out_features")}
+    return PooledExperts(spec["pool"], range(*spec["experts"]), **sizes)
+
+
+class PoolExtension(ModelExtension):
+    """Refuses to save or load a model whose layers use a pool that the model does not contain."""
+
+    def check_whole(self, model: nn.Module) -> None:
+        """Raise TargetError if a pool is missing from the model or contained twice; see `find_pools`."""
+        find_pools(model)
 
 
 register_module_type("expert_pool", _build_pool)
 register_module_type("pooled_experts", _build_pooled)
+register_extension(PoolExtension())

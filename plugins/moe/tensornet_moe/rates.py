@@ -17,9 +17,9 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
     lower rate compensates for this. (`GradientMask` instead skips steps of such tensors.) The number of
     sharers is, for
 
-    - a core that the `E` experts of a bank share: `E`, summed over the banks that borrow it (`SharedCores`),
-      and times the number of layers if the bank belongs to an `ExpertPool`;
-    - any other tensor of a pool: the number of layers that use it;
+    - a core that all experts of a bank share: the number of experts, or for a bank in an `ExpertPool` the
+      number of experts of each layer that uses the pool, summed over the layers;
+    - any other tensor of a pool: the mean number of layers that use an expert;
     - every other parameter: 1, even if an output layer and an embedding are tied.
 
     Args:
@@ -62,8 +62,11 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 def count_sharers(model: nn.Module) -> Counter[int]:
     """Count the sharers (see `parameter_groups`) of every parameter of banks and pools, keyed by `id`."""
     pools = find_pools(model).values()
-    layers = Counter(id(part.owner) for part in model.modules() if isinstance(part, PooledExperts))
-    uses = {id(part): layers[id(pool)] for pool in pools for part in pool.modules()}
+    used: Counter[int] = Counter()  # experts that layers use, by the id of their pool
+    for part in model.modules():
+        if isinstance(part, PooledExperts):
+            used[id(part.pool)] += part.num_experts
+    uses = {id(part): used[id(pool)] for pool in pools for part in pool.modules()}
     banks = [part for part in model.modules() if isinstance(part, ExpertBank)]
     # Banks inside another bank, such as the base of low-rank deltas, are counted with the outer one.
     inner = {id(part) for bank in banks for part in bank.modules() if part is not bank}
@@ -71,8 +74,9 @@ def count_sharers(model: nn.Module) -> Counter[int]:
     for bank in banks:
         if id(bank) not in inner:
             for parameter in bank.shared_parameters().values():
-                sharers[id(parameter)] += bank.num_experts * uses.get(id(bank), 1)
+                sharers[id(parameter)] += uses.get(id(bank), bank.num_experts)
     for pool in pools:
         for parameter in pool.parameters():
-            sharers[id(parameter)] = sharers[id(parameter)] or layers[id(pool)]
+            layers = round(used[id(pool)] / pool.num_experts)
+            sharers[id(parameter)] = sharers[id(parameter)] or layers
     return sharers

@@ -45,7 +45,7 @@ def round_banks(
     for name, bank in banks.items():
         dense = len(bank.topology.cores) == 1
         allowed = [x for x in formats if (_fits(x, bank) if dense else _for_network(x))]
-        for core in bank.owned_cores if allowed else ():
+        for core in bank.topology.core_names if allowed else ():
             topologies = (bank.topology,) if core in bank.shared else bank.topologies
             sizes, costs = [], []
             for number_format in allowed:
@@ -62,7 +62,7 @@ def round_banks(
     found = {place: choices[k][index] for k, (place, index) in enumerate(zip(places, chosen, strict=True))}
     named: dict[str, str] = {}
     for name, bank in banks.items():
-        own = {core: found[name, core] for core in bank.owned_cores if (name, core) in found}
+        own = {core: found[name, core] for core in bank.topology.core_names if (name, core) in found}
         for key in bank.stored if own else ():
             number_format = own[key.removeprefix("core_").partition("_expert_")[0]]
             if number_format != FLOAT:

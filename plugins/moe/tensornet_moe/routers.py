@@ -233,9 +233,9 @@ def register_router(name: str, kind: type[Router]) -> None:
     """Register a router class under the name that configurations and checkpoints use.
 
     Args:
-        name: name for `MoEConfig(router=name)`.
+        name: name for `mixture(router=name)` and `tensornet_hf.upcycle(model, router=name)`.
         kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
-            Options that are also fields of `MoEConfig` (`top_k`, `capacity_factor`) are taken from there.
+            They become words of `mixture` and `upcycle`.
 
     Raises:
         TypeError: not a subclass of `Router`.

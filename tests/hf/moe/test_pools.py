@@ -12,7 +12,7 @@ import torch
 from hf_models import ARCHITECTURES, enable_checkpointing, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import tensornet_hf as th
 import tensornet_moe as tm
@@ -52,7 +52,7 @@ def test_the_model_computes_what_it_did(name: str, words: dict[str, Any]) -> Non
     architecture, model = ARCHITECTURES[name], upcycled(name, **words)
     expected = logits(architecture.dense, architecture)
     torch.testing.assert_close(logits(model, architecture), expected, atol=1e-4, rtol=1e-4)
-    sizes = {len({id(m.experts.owner) for m in mixtures(model)})} if "pool" in words else set()
+    sizes = {len({id(m.experts.pool) for m in mixtures(model)})} if "pool" in words else set()
     assert sizes == (
         {2} if words.get("pool") == 2 and name == "t5_gated" else {1} if "pool" in words else set()
     )
@@ -71,9 +71,10 @@ def test_biases_fade_until_a_layer_uses_all_experts() -> None:
     layer, x = mixtures(model)[0], torch.randn(50, 24)
     chosen = []
     for _ in range(8):
-        layer(x)
+        for other in mixtures(model):
+            other(x)
         chosen.append(set(layer.router(x).expert_indices.flatten().tolist()))
-        tm.update_biases(layer)
+        tm.update_biases(model)
     assert chosen[0] <= {0, 2, 4, 6}
     assert set().union(*chosen) > {0, 2, 4, 6}
 
@@ -83,7 +84,7 @@ def test_biases_fade_until_a_layer_uses_all_experts() -> None:
 def test_different_networks_with_one_center_have_the_error_of_the_report(share: str) -> None:
     dense, model = (ARCHITECTURES["gpt2"].dense for _ in range(2))
     report = th.upcycle(model, **POOL, share=share)
-    experts = model.transformer.shared_cores.pool.experts
+    experts = model.transformer.expert_pools.pool.experts
     errors = []
     for name in ("c_fc", "c_proj"):
         want = torch.stack([getattr(dense.transformer.h[e % 2].mlp, name).weight.T for e in range(8)])
@@ -140,13 +141,76 @@ def test_a_body_alone_has_the_pool(tmp_path: Path) -> None:
     inputs = ARCHITECTURES["gpt2"].inputs()
     wanted = model.transformer(**inputs).last_hidden_state
     torch.testing.assert_close(body(**inputs).last_hidden_state, wanted, atol=0, rtol=0)
-    assert list(find_pools(body)) == ["shared_cores.pool"]
+    assert list(find_pools(body)) == ["expert_pools.pool"]
+
+
+def test_classes_with_and_without_a_head_share_checkpoints(tmp_path: Path) -> None:
+    model = upcycled("gpt2", **POOL, share="center").eval()
+    model.save_pretrained(tmp_path / "head")
+    AutoModel.from_pretrained(tmp_path / "head").save_pretrained(tmp_path / "body")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "body")
+    inputs = ARCHITECTURES["gpt2"].inputs(labels=False)
+    wanted = model.transformer(**inputs).last_hidden_state
+    torch.testing.assert_close(back.transformer(**inputs).last_hidden_state, wanted, atol=0, rtol=0)
+    assert list(find_pools(back)) == ["transformer.expert_pools.pool"]
+
+
+def by_hand(place: str) -> PreTrainedModel:
+    """A model whose mixtures, each with a range of a pool's experts, were not made by `upcycle`."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"].dense
+    pool = tm.ExpertPool(tm.mixture(d_model=24, d_ff=8, experts=4).experts)
+    for k, layer in enumerate(model.model.layers):
+        layer.mlp = tm.mixture(d_model=24, pool=pool, experts=range(2 * k, 2 * k + 2))
+    owner, _, name = place.rpartition(".")
+    if place == "model.pools.0":
+        model.model.pools = nn.ModuleList([pool])
+    elif place:
+        model.get_submodule(owner).add_module(name, pool)
+    return model.eval()
+
+
+@pytest.mark.parametrize("place", ["pool", "model.pool", "model.layers.0.pool", "model.pools.0"])
+def test_a_pool_made_by_hand_is_loaded_where_it_was(place: str, tmp_path: Path) -> None:
+    model = by_hand(place)
+    th.save(model, tmp_path)
+    for loaded in (th.load(tmp_path).eval(), type(model).from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(
+            logits(loaded, ARCHITECTURES["llama"]), logits(model, ARCHITECTURES["llama"]), atol=0, rtol=0
+        )
+        assert list(find_pools(loaded)) == [place]
+        assert [layer.experts.experts for layer in mixtures(loaded)] == [range(2), range(2, 4)]
+
+
+def test_a_pool_that_no_model_owns_is_not_saved(tmp_path: Path) -> None:
+    model = by_hand("")
+    with pytest.raises(TargetError, match=r"model\.pool = pool"):
+        th.save(model, tmp_path / "saved")
+    with pytest.raises(TargetError, match=r"model\.pool = pool"):
+        model.save_pretrained(tmp_path / "written")
+    assert not (tmp_path / "saved").exists()
+    assert not list((tmp_path / "written").glob("*.safetensors"))
+
+
+def test_experts_of_the_callers_own_in_a_pool() -> None:
+    """A function gets the matrices of all layers of the pool, and makes as many experts as it likes."""
+    dense, model = (ARCHITECTURES["gpt2"].dense for _ in range(2))
+    seen: list[tuple[int, ...]] = []
+
+    def every_layer_twice(weights: torch.Tensor) -> tm.SharedCoreExperts:
+        seen.append(tuple(weights.shape))
+        return tm.SharedCoreExperts.from_experts(weights.repeat(2, 1, 1), shared="none")
+
+    report = th.upcycle(model, experts=every_layer_twice, pool="all")
+    assert (report.num_experts, seen) == (4, [(2, 96, 24), (2, 24, 96)])
+    expected = logits(dense, ARCHITECTURES["gpt2"])
+    torch.testing.assert_close(logits(model, ARCHITECTURES["gpt2"]), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lost", ["description", "tensors", "both"])
 def test_a_checkpoint_without_its_pool_is_one_clear_error(lost: str, tmp_path: Path) -> None:
     upcycled("gpt2", **POOL).save_pretrained(tmp_path)
-    pool, weights = "transformer.shared_cores.pool", tmp_path / "model.safetensors"
+    pool, weights = "transformer.expert_pools.pool", tmp_path / "model.safetensors"
     if lost != "tensors":
         config = json.loads((tmp_path / "config.json").read_text())
         del config["quantization_config"]["layers"][pool]
@@ -155,9 +219,9 @@ def test_a_checkpoint_without_its_pool_is_one_clear_error(lost: str, tmp_path: P
         kept = {name: x for name, x in load_file(weights).items() if not name.startswith(pool)}
         save_file(kept, weights, metadata={"format": "pt"})
     message = {
-        "description": r"shared_cores\.pool.* config\.json does not describe",
-        "tensors": r"shared_cores\.pool.* is missing",
-        "both": r"ExpertPool labelled 'pool', of which GPT2LMHeadModel has 0",
+        "description": r"expert_pools\.pool.* config\.json does not describe",
+        "tensors": r"expert_pools\.pool.* is missing",
+        "both": r"pool labelled 'pool', of which GPT2LMHeadModel has 0",
     }
     with pytest.raises(FormatError, match=message[lost]):
         th.load(tmp_path)
@@ -170,11 +234,11 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     inputs, model = ARCHITECTURES["gpt2"].inputs(labels=True), upcycled("gpt2", **POOL).train()
     copies, checked = copy.deepcopy(model), copy.deepcopy(model)
     for layer in mixtures(copies):
-        layer.experts = copy.deepcopy(layer.experts.owner.experts)
+        layer.experts = copy.deepcopy(layer.experts.pool.experts)
     enable_checkpointing(checked)
     for run in (model, copies, checked):
         run(**inputs, use_cache=False).loss.backward()
-    pool = model.transformer.shared_cores.pool
+    pool = model.transformer.expert_pools.pool
     for name, parameter in pool.experts.named_parameters():
         each = [layer.experts.get_parameter(name).grad for layer in mixtures(copies)]
         torch.testing.assert_close(parameter.grad, sum(each), atol=1e-6, rtol=1e-4, msg=name)
@@ -186,7 +250,7 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     optimizer.step()
     tm.update_biases(model)
     layers = mixtures(model)
-    assert layers[0].experts.owner is layers[1].experts.owner is pool
+    assert layers[0].experts.pool is layers[1].experts.pool is pool
     assert not torch.equal(before["experts.c_fc.core_matrix"], pool.experts.bank("c_fc").core("matrix"))
 
 
@@ -197,10 +261,6 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
     ("options", "message"),
     [
         ({"share": "ends"}, "Unknown share='ends'; choose one of center, none, base"),
-        ({"share": "base", "noise": 0.1}, "noise is added to private cores"),
-        ({"share": "center", "sites": 3}, "leave out sites="),
-        ({"pool": "all", "topology": "tucker"}, "leave out topology"),
-        ({"pool": "all", "share_across_layers": True}, "leave out share_across_layers"),
         ({"pool": "layers"}, r'pool \(or "all"\) must be an integer of at least 2'),
         ({"pool": 1}, "at least 2, got 1"),
         ({"pool": 2, "balance": "expert"}, "Unknown balance='expert'"),
@@ -211,7 +271,7 @@ def test_a_step_trains_the_pool_with_the_gradients_of_all_layers() -> None:
 )
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        th.MoEConfig(**options)
+        th.UpcycleOptions(**options)
 
 
 @pytest.mark.parametrize(
@@ -219,13 +279,14 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     [
         ({"pool": 3, "experts": 8}, ValueError, "pool=3 does not divide the 4 layers; choose one of 2, 4"),
         ({"pool": "all", "experts": 7}, ValueError, "a pool of 4 layers with top_k=2.*at least 8"),
-        ({"pool": "all", "experts": 2, "top_k": 3}, ValueError, "top_k=3 with num_experts=2"),
+        ({"pool": "all", "experts": 2, "top_k": 3}, ValueError, "top_k=3 with experts=2"),
+        ({"experts": 4, "share": "base", "noise": 0.1}, ValueError, "noise=0.1 is added to private cores"),
         (
             {"pool": "all", "target_modules": ["encoder.block.0.layer.1.DenseReluDense"]},
             ValueError,
             "the only network to replace",
         ),
-        ({"experts": 2, "num_experts": 3}, TypeError, "the same option under two names"),
+        ({"num_experts": 3}, TypeError, r"no option num_experts; similar are \['experts'"),
         ({"d_ff": 3}, TypeError, "d_ff"),
         ({"config": th.MoEConfig(), "experts": 3}, TypeError, "got both: add experts"),
     ],
@@ -259,11 +320,11 @@ def test_layers_that_differ_cannot_use_one_pool() -> None:
 def test_models_without_a_place_for_a_pool_are_refused() -> None:
     part = nn.Sequential()
     part.fc1, part.act, part.fc2 = nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)
-    with pytest.raises(TargetError, match="pool adds a submodule for what layers share, but a Sequential"):
+    with pytest.raises(TargetError, match="pool= adds a submodule for the experts, but a Sequential"):
         th.upcycle(nn.Sequential(part, copy.deepcopy(part)), **POOL)
     model = ARCHITECTURES["t5_relu"].dense
     th.upcycle(model, pool=2, experts=4, target_modules=["encoder.*.DenseReluDense"])
-    with pytest.raises(TargetError, match="already share cores or experts"):
+    with pytest.raises(TargetError, match="already use a pool"):
         th.upcycle(model, pool=2, experts=4, target_modules=["decoder.*.DenseReluDense"])
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +54,8 @@ class Watch(TrainerCallback):
 def model_of(*, across: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = ARCHITECTURES["gpt2"].dense
-    th.upcycle(model, replace(CONFIG, share_across_layers=across))
+    config = th.UpcycleOptions(experts=4, router="switch", share="center", pool="all", noise=0.05)
+    th.upcycle(model, config if across else CONFIG)
     return model
 
 
@@ -229,11 +229,13 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (destination / "tokenizer.json").is_file()
     assert run(command) == 1
     assert "exists" in capsys.readouterr().err
-    assert run([*command, "--force", "--sites", "3", "--share-across-layers", "--max-bond", "4"]) == 0
+    assert run([*command, "--force", "--pool", "2", "--share", "center"]) == 0
     report = json.loads(capsys.readouterr().out)
-    shared = sum(p.numel() for p in tm.shared_parameters(th.load(destination)))
-    assert report["across_params"] == shared > 0
-    pool = [
+    loaded = th.load(destination)
+    pools = [part for part in loaded.modules() if isinstance(part, tm.ExpertPool)]
+    assert report["across_params"] == sum(p.numel() for pool in pools for p in pool.parameters())
+    assert [len(tm.shared_parameters(pool)) for pool in pools] == [2, 2]
+    words = [
         "--pool",
         "all",
         "--experts",
@@ -245,7 +247,7 @@ def test_upcycle_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         "0.01",
         "--force",
     ]
-    assert run(["upcycle", str(gpt2_path()), str(destination), *pool, "--json"]) == 0
+    assert run(["upcycle", str(gpt2_path()), str(destination), *words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pools"] == 1
     model = th.load(destination)
     torch.testing.assert_close(model(x).logits, th.load(gpt2_path())(x).logits, atol=1e-4, rtol=1e-4)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import inspect
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import tensornet as tn
 import tensornet_hf as th
 import tensornet_moe as tm
-from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError, TopologyError
+from tensornet.errors import FormatError, NonFiniteError, TargetError, TopologyError
 from tensornet_hf.checkpoint import read_checkpoint
 from tensornet_hf.embedded import gpt2_path
 from tensornet_hf.upcycling import INSIDE, DoneBefore
 
 CONFIG = th.MoEConfig(num_experts=4, sites=3)
 THREE = th.MoEConfig(num_experts=3, sites=3)
+WORDS = th.UpcycleOptions(experts=4)
 
 
-def upcycled(name: str, config: th.MoEConfig = CONFIG) -> PreTrainedModel:
+def upcycled(name: str, config: th.UpcycleOptions = CONFIG) -> PreTrainedModel:
     model = ARCHITECTURES[name].dense
     th.upcycle(model, config)
     return model
@@ -42,22 +44,33 @@ def mixtures(model: nn.Module) -> list[tm.SharedCoreMoE]:
 TOPK = th.MoEConfig(num_experts=4, sites=3, router="topk", top_k=2)
 NOISY = replace(TOPK, noise=0.1)
 CHOICE = replace(CONFIG, router="expert_choice", capacity_factor=4.0)
-ACROSS = replace(CONFIG, share_across_layers=True, noise=0.1)
+POOLED = th.UpcycleOptions(experts=8, pool="all", share="center", noise=0.1)
+
+
+def with_ends(weights: torch.Tensor) -> tm.SharedCoreExperts:
+    """Experts whose ends are shared, in chains of the caller's own legs."""
+    legs = {24: (2, 3, 4), 96: (4, 4, 6)}
+    out_dims, in_dims = (legs[size] for size in weights.shape[1:])
+    topology = tn.topologies.mpo(out_dims=out_dims, in_dims=in_dims)
+    return tm.SharedCoreExperts.from_dense(weights[0], num_experts=4, topology=topology, shared="ends")
+
+
 #: Models and options after which a model computes what it did before, for any routing.
 SAME = [
     *((name, CONFIG) for name in ("gpt2", "t5_relu", "t5_gated", "llama")),
     ("gpt2", TOPK),
-    ("gpt2", replace(CONFIG, shared="none", sites=1)),  # Switch: dense experts
-    *(("gpt2", replace(CONFIG, shared=shared)) for shared in ("none", "ends", "all")),
+    ("gpt2", th.MoEConfig(num_experts=4, sites=1)),  # Switch: dense experts
+    ("gpt2", th.UpcycleOptions(experts=with_ends)),
     ("gpt2", replace(CONFIG, capacity_factor=4.0)),
-    ("gpt2", replace(CONFIG, model_dims=(2, 3, 4), hidden_dims=(4, 4, 6), sites=None)),
+    *(("gpt2", replace(WORDS, share=share)) for share in ("none", "center", "base")),
+    ("t5_gated", replace(WORDS, shared_expert=12)),
     ("bert", CHOICE),
     ("vit", replace(CHOICE, matrices=("fc1", "fc2"))),
 ]
 
 
 @pytest.mark.parametrize(("name", "config"), SAME)
-def test_upcycled_model_computes_what_the_dense_one_did(name: str, config: th.MoEConfig) -> None:
+def test_upcycled_model_computes_what_the_dense_one_did(name: str, config: th.UpcycleOptions) -> None:
     architecture = ARCHITECTURES[name]
     model = upcycled(name, config)
     expected = logits(architecture.dense, architecture)
@@ -121,17 +134,17 @@ def test_a_shared_network_stays_shared() -> None:
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("gpt2", ACROSS),
-        ("t5_relu", ACROSS),
-        ("bert", ACROSS),
+        ("gpt2", POOLED),
+        ("t5_relu", POOLED),
+        ("bert", POOLED),
         *(pytest.param(x, NOISY, marks=pytest.mark.slow) for x in ("gpt2", "t5_relu", "t5_gated", "llama")),
     ],
 )
-def test_saved_and_loaded_by_both_doors(name: str, config: th.MoEConfig, tmp_path: Path) -> None:
+def test_saved_and_loaded_by_both_doors(name: str, config: th.UpcycleOptions, tmp_path: Path) -> None:
     architecture, model = ARCHITECTURES[name], upcycled(name, config)
     model.save_pretrained(tmp_path)
-    owned = {f"{n}.core_1" for n, m in model.named_modules() if isinstance(m, tm.SharedCores)}
-    if config.share_across_layers:  # stored once, under their owner
+    owned = {n for n, p in model.named_parameters() if n.endswith("core_1") and "expert_pools.pool." in n}
+    if config.pool is not None:  # stored once, in the pool
         assert owned == {n for n in read_checkpoint(tmp_path).tensors if n.endswith("core_1")} != set()
     for loaded in (th.load(tmp_path), type(model).from_pretrained(tmp_path)):
         torch.testing.assert_close(logits(loaded, architecture), logits(model, architecture), atol=0, rtol=0)
@@ -205,7 +218,7 @@ def task_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.
 
 @pytest.mark.parametrize("name", ["gpt2", "t5_relu"])
 def test_auxiliary_losses_join_in_training_only(name: str) -> None:
-    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, aux_loss_coef=0.5, z_loss_coef=0.25))
+    model = upcycled(name, th.MoEConfig(num_experts=4, sites=3, balance_coef=0.5, z_coef=0.25))
     inputs = ARCHITECTURES[name].inputs(labels=True)
     model.train()
     loss = model(**inputs).loss
@@ -233,7 +246,7 @@ def test_saving_and_loading_do_not_change_the_loss(by_hand: bool, tmp_path: Path
         width = model.config.n_embd
         model.transformer.h[1].mlp = tm.mixture(d_model=width, d_ff=24, experts=4, balance_coef=0.5)
     else:
-        model = upcycled("gpt2", th.MoEConfig(num_experts=4, sites=3, aux_loss_coef=0.5))
+        model = upcycled("gpt2", th.MoEConfig(num_experts=4, sites=3, balance_coef=0.5))
     th.save(model, tmp_path / "saved")
     for each in (model, th.load(tmp_path / "saved")):
         for module in each.modules():
@@ -297,55 +310,49 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"top_k": 9}, ValueError, "top_k=9 with num_experts=8"),
-        ({"top_k": 2, "router": "switch"}, ValueError, 'top_k=2 needs router="topk"'),
+        ({"top_k": 9}, ValueError, "top_k=9 with experts=8"),
+        ({"top_k": 2, "router": "switch"}, TypeError, 'top_k=2 needs router="topk"'),
         ({"router": "hash"}, ValueError, "Unknown router 'hash'"),
-        ({"num_experts": 0}, ValueError, "num_experts"),
+        ({"experts": 0}, ValueError, "experts"),
+        ({"share": "ends"}, ValueError, "Unknown share='ends'"),
+        ({"rank": 0, "share": "base"}, ValueError, "rank"),
+        ({"rank": 2}, ValueError, "rank= is"),
         ({"capacity_factor": float("nan")}, ValueError, "capacity_factor"),
         ({"noise": -0.1}, ValueError, "noise"),
-        ({"z_loss_coef": float("nan")}, ValueError, "z_loss_coef"),
+        ({"z_coef": float("nan")}, ValueError, "z_coef"),
+        ({"balance_coef": -1.0}, ValueError, "balance_coef"),
         ({"jitter": 1.0}, ValueError, "jitter"),
-        ({"hidden_dims": 24}, ValueError, "hidden_dims must be a list, got 24"),
+        ({"balance": "layer"}, ValueError, "balance='layer' needs pool="),
         ({"target_modules": "mlp"}, ValueError, "target_modules must be a list, got 'mlp'"),
-        ({"model_dims": (4, 6), "hidden_dims": (4, 4, 6)}, ValueError, "a factor for each site"),
-        ({"max_bond": 0}, BudgetError, "max_bond"),
         ({"combine": "x"}, ValueError, "combine"),
-        ({"topology": 3}, TopologyError, "topology must be the name"),
-        ({"share_across_layers": True, "shared": "none"}, ValueError, "needs shared cores"),
-        ({"share_across_layers": True, "rel_error": 0.1}, ValueError, "limit them with max_bond"),
-        ({"share_across_layers": True, "param_ratio": 0.5}, ValueError, "limit them with max_bond"),
+        ({"share_across_layers": True}, TypeError, r"similar are \['shared_expert'|options are"),
+        ({"top_p": 0.5}, TypeError, "top_p"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        th.MoEConfig(**options)
+        th.upcycle(nn.Linear(2, 2), **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        (
-            {"model_dims": (2, 2), "hidden_dims": (4, 4)},
-            TopologyError,
-            r"h\.0\.mlp\.c_fc: .*which is less than",
-        ),
-        ({"shared": "middle"}, TopologyError, r"h\.0\.mlp\.c_fc: .*one of center, ends, none, all"),
-        ({"topology": "mps"}, TopologyError, r"Unknown topology 'mps'; registered are .*mpo"),
-        (
-            {"topology": "mps", "share_across_layers": True},
-            TopologyError,
-            "c_fc of 2 layers: Unknown topology",
-        ),
-    ],
-)
-def test_experts_that_do_not_fit_name_their_matrix(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_experts_that_do_not_fit_name_their_matrix() -> None:
     model = ARCHITECTURES["gpt2"].dense
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(error, match=message):
-        th.upcycle(model, th.MoEConfig(**options))
+    legs = {"out_dims": (2, 2), "in_dims": (4, 4)}
+    with pytest.raises(TopologyError, match=r"h\.0\.mlp\.c_fc: .*which is less than"):
+        th.upcycle(model, experts=lambda w: tm.SharedCoreExperts.from_dense(w[0], num_experts=2, **legs))
     assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_the_words_are_those_of_a_mixture() -> None:
+    """`mixture` and `upcycle` have the same words, and the same defaults for each."""
+    signature = inspect.signature(tm.mixture).parameters
+    options = {field.name: field for field in fields(th.UpcycleOptions)}
+    only_new = {"d_model", "d_ff", "activation", "gated", "device", "dtype"}
+    only_upcycled = {"balance", "noise", "seed", "target_modules", "matrices"}
+    assert signature.keys() - only_new == options.keys() - only_upcycled
+    assert options["experts"].default == 8  # None in a mixture, since a pool has experts already
+    for name in signature.keys() - only_new - {"experts", "router_options"}:
+        assert signature[name].default == options[name].default, name
 
 
 def test_a_weight_with_nan_is_named() -> None:
@@ -572,7 +579,7 @@ def test_no_expert_network_is_one_clear_error(
 
 @pytest.mark.parametrize("arguments", [("gpt2", THREE), (nn.Linear(2, 2), {"num_experts": 3})])
 def test_what_is_no_model_or_no_configuration_is_refused(arguments: tuple[Any, Any]) -> None:
-    with pytest.raises(TypeError, match="upcycle takes a model and a MoEConfig, got a"):
+    with pytest.raises(TypeError, match="upcycle takes a model and UpcycleOptions, got a"):
         th.upcycle(*arguments)
 
 
@@ -607,11 +614,7 @@ def test_bert_is_found_by_the_dotted_names_of_its_layers() -> None:
     architecture = ARCHITECTURES["bert"]
     model = architecture.dense
     config = th.MoEConfig(
-        num_experts=2,
-        sites=3,
-        target_modules=["*.layer.1"],
-        matrices=("intermediate.dense", "output.dense"),
-        share_across_layers=True,
+        num_experts=2, sites=3, target_modules=["*.layer.1"], matrices=("intermediate.dense", "output.dense")
     )
     report = th.upcycle(model, config)
     assert [layer.name for layer in report.layers] == ["bert.encoder.layer.1"]

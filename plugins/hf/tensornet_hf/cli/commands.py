@@ -75,9 +75,8 @@ from tensornet_hf.text import (
     token_ids,
     usual_context,
 )
-from tensornet_hf.upcycling import MoEConfig
+from tensornet_hf.upcycling import UpcycleOptions
 from tensornet_hf.upcycling import upcycle as upcycle_model
-from tensornet_moe.stacked import SHARED_KEYWORDS
 
 #: Prompt for the model of the demo.
 PROMPT = "And it came to pass in those days, that"
@@ -409,7 +408,7 @@ def export(
         print_lines(str(report))
 
 
-@with_options(MoEConfig)
+@with_options(UpcycleOptions)
 def upcycle(
     source: Source,
     destination: NewFolder = None,
@@ -430,10 +429,7 @@ def upcycle(
     With --share center or none, the mixture initially computes the same as the dense model. --help-all also
     shows rare options.
     """
-    chosen = collect(MoEConfig, given)
-    if chosen.get("shared") in [(word,) for word in SHARED_KEYWORDS]:
-        (chosen["shared"],) = chosen["shared"]
-    config = MoEConfig(**chosen)
+    config = UpcycleOptions(**collect(UpcycleOptions, given))
     if destination is None and not dry_run:
         raise typer.BadParameter("Give a destination or --dry-run.")
     stored, folder = dtype_of(dtype), resolve_folder(source)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from tensornet.errors import TargetError, TopologyError
 from tensornet.nn.extension import structure_changed
-from tensornet_moe.bank import ExpertBank, SharedCores
+from tensornet_moe.bank import ExpertBank
 from tensornet_moe.experts import SharedCoreExperts
 from tensornet_moe.ffn import ExpertFFN
 from tensornet_moe.grouped_linear import Groups, group_rows
 from tensornet_moe.layer import SharedCoreMoE
+from tensornet_moe.mask import shared_parameters
 from tensornet_moe.pool import PooledExperts
 
 
@@ -32,16 +33,15 @@ class ParallelExperts(nn.Module):
     the same number of times, forward and backward, even without tokens.
 
     Args:
-        local: the experts of this process.
-        shared: owners of the shared cores, by the name of the bank; each process has a copy of these cores.
+        local: the experts of this process; each process has a copy of the shared cores.
         group: the processes.
 
     Built by `shard_experts`.
     """
 
-    def __init__(self, local: ExpertFFN, shared: nn.ModuleDict, group: dist.ProcessGroup) -> None:
+    def __init__(self, local: ExpertFFN, group: dist.ProcessGroup) -> None:
         super().__init__()
-        self.local, self.shared = local, shared
+        self.local = local
         self._group = (group,)  # a group cannot be copied or pickled
         self.num_experts = local.num_experts * dist.get_world_size(group)
         self.in_features, self.out_features = local.in_features, local.out_features
@@ -199,19 +199,14 @@ def _check(name: str, moe: SharedCoreMoE, ranks: int) -> None:
 def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     here = slice(rank * experts.num_experts // ranks, (rank + 1) * experts.num_experts // ranks)
-    shared, banks = nn.ModuleDict(), {}
+    banks = {}
     for name in experts.names:
         bank: Any = experts.bank(name)
-        owner = bank.owner
-        if bank.shared and owner is None:  # shared cores are replicated, so keep them outside the experts
-            shared[name] = owner = SharedCores(bank.topology, bank.shared, device="meta")
-            for core, parameter in bank.shared_parameters().items():
-                owner.register_parameter(f"core_{core}", parameter)
         cores = {core: bank.core(core)[here].clone() for core in _private(bank)}
-        banks[name] = _bank_like(bank, here.stop - here.start, bank.shared if owner is None else owner, cores)
+        banks[name] = _bank_like(bank, here.stop - here.start, cores)
     biases = {name: bias if bias is None else bias[here] for name, bias in _biases(experts).items()}
-    made = ParallelExperts(_ffn_like(experts, banks, biases), shared, group)
-    for parameter in made.local.parameters():
+    made = ParallelExperts(_ffn_like(experts, banks, biases), group)
+    for parameter in _private_parameters(made):
         # Gradients of private cores are sums over the tokens of all processes: divide for the average.
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
@@ -224,23 +219,23 @@ def _gather(experts: ParallelExperts) -> ExpertFFN:
     banks = {}
     for name in local.names:
         bank: Any = local.bank(name)
-        own = bank.owner is None or name in experts.shared
         cores = {core: _gather_rows(bank.core(core), group) for core in _private(bank)}
-        banks[name] = _bank_like(bank, experts.num_experts, bank.shared if own else bank.owner, cores)
-        for core, parameter in bank.shared_parameters().items() if own else ():
-            banks[name].register_parameter(f"core_{core}", parameter)
+        banks[name] = _bank_like(bank, experts.num_experts, cores)
     biases = {name: b if b is None else _gather_rows(b, group) for name, b in _biases(local).items()}
     return _ffn_like(local, banks, biases)
 
 
-def _bank_like(
-    bank: SharedCoreExperts, count: int, shared: Any, cores: Mapping[str, Tensor]
-) -> SharedCoreExperts:
-    """Build a bank like `bank`, with `count` experts and the given cores; frozen cores stay frozen."""
-    made = SharedCoreExperts._from_cores((bank.topology,) * count, shared, cores, bank.error, bank.dtype)
+def _bank_like(bank: SharedCoreExperts, count: int, cores: Mapping[str, Tensor]) -> SharedCoreExperts:
+    """Build a bank with `count` experts, the shared cores of `bank` and the given private cores.
+
+    Frozen cores stay frozen.
+    """
+    made = SharedCoreExperts._from_cores((bank.topology,) * count, bank.shared, cores, bank.error, bank.dtype)
     made._compute_like(bank.compute_like)
     for core in cores:
         made.get_parameter(f"core_{core}").requires_grad_(bank.get_parameter(f"core_{core}").requires_grad)
+    for core, parameter in bank.shared_parameters().items():
+        made.register_parameter(f"core_{core}", parameter)
     return made
 
 
@@ -271,6 +266,6 @@ def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
 
 def _private_parameters(module: nn.Module) -> list[nn.Parameter]:
     """Collect the parameters that differ between processes: those of experts, without shared cores."""
-    return [
-        p for part in module.modules() if isinstance(part, ParallelExperts) for p in part.local.parameters()
-    ]
+    found = [part.local for part in module.modules() if isinstance(part, ParallelExperts)]
+    shared = {id(core) for local in found for core in shared_parameters(local)}
+    return [p for local in found for p in local.parameters() if id(p) not in shared]
