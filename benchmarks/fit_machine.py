@@ -35,7 +35,7 @@ from harness import clock_for, paired_medians, rounds, with_threads
 from tensornet.contraction.cost import Machine, default_machine, dense_seconds
 from tensornet.contraction.plan import OperatorPlan
 from tensornet.nn.int4_cpu import prepare_for_inference
-from tensornet.nn.strategy import product_seconds
+from tensornet.nn.strategy import integer_seconds
 from tensornet.quantization import NumberFormat
 
 SHAPES = (
@@ -138,7 +138,7 @@ class TimedInteger:
     def predicted(self, machine: Machine) -> float:
         if self.number_format is None:
             return dense_seconds(*self.shape, self.tokens, machine, 2)
-        return product_seconds(self.number_format, self.shape, self.tokens, machine, 2)[1]
+        return integer_seconds(self.number_format, self.shape, self.tokens, machine, 2)[1]
 
 
 @torch.no_grad()

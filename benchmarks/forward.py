@@ -105,8 +105,8 @@ def rival(case: Case, bonds: Sequence[int], implementation: str) -> nn.Module:
 def strategies(layer: tn.nn.MPOLinear, x: Tensor) -> dict[int, Callable[[], Tensor]]:
     """Return functions that apply the layer to `x`, one for each route."""
 
-    def contract(candidate: int) -> Tensor:
-        return contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
+    def contract(route: int) -> Tensor:
+        return contract_with_input(layer.plan, layer.cores, x, route=route, bias=layer.bias)
 
     ways: dict[int, Callable[[], Tensor]] = {
         k: lambda k=k: contract(k) for k in range(len(layer.plan.applies))

@@ -104,8 +104,8 @@ class TensorNetwork:
             )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
         machine = default_machine(core.device)
-        candidate = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
-        return contract_with_input(plan, self.cores, x, candidate=candidate)
+        route = plan.fastest(tokens, machine, core.element_size(), rebuild=False)
+        return contract_with_input(plan, self.cores, x, route=route)
 
     def flops(self, tokens: int) -> int:
         """Count the floating-point operations of `apply` on `tokens` vectors; a multiply-add counts as two.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tensornet.nn.unfuse import Compound, Shared, Stack, register_compound
+from tensornet.nn.unfuse import Compound, Shared, StackedMatrices, register_compound
 
 
 class Experts(nn.Module):
@@ -27,7 +27,7 @@ class SplitExperts(Compound):
 
     def __init__(self, stock: Experts, shared: Shared) -> None:
         names = tuple(f"{k}.w" for k in range(len(stock.w)))
-        super().__init__(stock, (Stack("w", names, stock.w.shape[-1]),), shared)
+        super().__init__(stock, (StackedMatrices("w", names, stock.w.shape[-1]),), shared)
 
     def forward(self, x: Tensor) -> Tensor:
         layers = (self.get_submodule(name) for name in self.layer_names)

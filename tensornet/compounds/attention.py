@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from tensornet.errors import ShapeError
 from tensornet.nn.layer_kinds import own_parameters
-from tensornet.nn.unfuse import Compound, Shared, Stack, register_compound
+from tensornet.nn.unfuse import Compound, Shared, StackedMatrices, register_compound
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 
@@ -22,12 +22,12 @@ class MatrixAttention(Compound):
     def __init__(self, stock: nn.MultiheadAttention, shared: Shared) -> None:
         width = stock.embed_dim
         if stock._qkv_same_embed_dim:
-            stacks = [Stack("in_proj_weight", _INPUTS, width)]
+            stacks = [StackedMatrices("in_proj_weight", _INPUTS, width)]
         else:
             widths = zip(_INPUTS, (width, stock.kdim, stock.vdim), strict=True)
-            stacks = [Stack(f"{name}_weight", (name,), columns) for name, columns in widths]
+            stacks = [StackedMatrices(f"{name}_weight", (name,), columns) for name, columns in widths]
         bias = None if stock.out_proj.bias is None else "out_proj.bias"
-        stacks.append(Stack("out_proj.weight", ("out_proj",), width, bias=bias))
+        stacks.append(StackedMatrices("out_proj.weight", ("out_proj",), width, bias=bias))
         super().__init__(stock, tuple(stacks), shared)
         self.embed_dim, self.num_heads, self.head_dim = width, stock.num_heads, stock.head_dim
         self.dropout, self.batch_first = stock.dropout, stock.batch_first

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from tensornet.nn.layer_kinds import is_plain
 from tensornet.nn.module import NetworkModule
-from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed, register_compound
+from tensornet.nn.unfuse import (
+    Compound,
+    Shared,
+    StackedMatrices,
+    dense_matrix,
+    is_observed,
+    register_compound,
+)
 
 
 @register_compound
@@ -27,7 +34,7 @@ class MatrixConvolution(Compound):
     def __init__(self, stock: nn.Conv1d | nn.Conv2d | nn.Conv3d, shared: Shared) -> None:
         columns = stock.in_channels // stock.groups * math.prod(stock.kernel_size)
         names = ("matrix",) if stock.groups == 1 else tuple(f"matrix_{k}" for k in range(stock.groups))
-        super().__init__(stock, (Stack("weight", names, columns),), shared)
+        super().__init__(stock, (StackedMatrices("weight", names, columns),), shared)
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode

@@ -10,7 +10,14 @@ from torch.nn.utils.rnn import PackedSequence
 
 from tensornet.errors import ShapeError
 from tensornet.nn.layer_kinds import own_parameters
-from tensornet.nn.unfuse import Compound, Shared, Stack, dense_matrix, is_observed, register_compound
+from tensornet.nn.unfuse import (
+    Compound,
+    Shared,
+    StackedMatrices,
+    dense_matrix,
+    is_observed,
+    register_compound,
+)
 
 #: The states of one direction: hidden state, or hidden and cell state.
 State = tuple[Tensor, ...]
@@ -36,7 +43,8 @@ class MatrixRecurrence(Compound):
     def __init__(self, stock: nn.RNNBase, shared: Shared) -> None:
         matrices = {n: p for n, p in own_parameters(stock).items() if n.startswith("weight_")}
         stacks = tuple(
-            Stack(name, (name.replace("weight", "matrix"),), p.shape[1]) for name, p in matrices.items()
+            StackedMatrices(name, (name.replace("weight", "matrix"),), p.shape[1])
+            for name, p in matrices.items()
         )
         super().__init__(stock, stacks, shared)
         self.mode, self.num_layers, self.bias = stock.mode, stock.num_layers, stock.bias

@@ -32,7 +32,7 @@ from tensornet.topology import Topology
 # --- a lowered contraction as data, and its execution ---------------------------------------------
 
 #: Label of the token index, the only index whose size may change between calls.
-TOKENS = "tokens"
+TOKEN = "tokens"
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def lower_path(
     size_of: Mapping[str, int],
     path: Sequence[tuple[int, int]],
 ) -> ContractionPlan:
-    """Convert a contraction order to a plan that is fast for `size_of[TOKENS]` tokens.
+    """Convert a contraction order to a plan that is fast for `size_of[TOKEN]` tokens.
 
     Args:
         operands: labels of each operand.
@@ -242,7 +242,7 @@ def lower_path(
         path: contraction order: pairs of positions in the list of remaining operands, as in `opt_einsum`.
     """
     squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
-    kept, tokens = _squeeze(output, size_of), size_of.get(TOKENS, 1)
+    kept, tokens = _squeeze(output, size_of), size_of.get(TOKEN, 1)
 
     # Each entry of the beam: predicted seconds so far, labels of the remaining operands, steps so far.
     beam: list[tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = [(0.0, squeezed, ())]
@@ -270,7 +270,7 @@ def lower_path(
     _, (result,), steps = min(beam, key=whole)
     in_order = result == kept
     return ContractionPlan(
-        stored_shapes=tuple(_shape(labels, size_of) for labels in squeezed if TOKENS not in labels),
+        stored_shapes=tuple(_shape(labels, size_of) for labels in squeezed if TOKEN not in labels),
         steps=steps,
         output=_arrangement(result, kept, _shape(output, size_of), size_of),
         adds_bias=in_order and bool(steps) and steps[-1].product.is_linear,
@@ -318,9 +318,9 @@ def _ways(
         size_of: size of each label.
     """
     pairs = [(first, second), (second, first)]
-    if TOKENS in operands[first] or TOKENS in operands[second]:
+    if TOKEN in operands[first] or TOKEN in operands[second]:
         # Put the operand with the token index on the left, so that the token index stays first.
-        pairs = [(a, b) for a, b in pairs if TOKENS in operands[a]]
+        pairs = [(a, b) for a, b in pairs if TOKEN in operands[a]]
     shared = set(operands[first]) & set(operands[second])
     for a, b in pairs:
         left, right = operands[a], operands[b]
@@ -331,7 +331,7 @@ def _ways(
                 for inner in dict.fromkeys(summed):
                     groups = {"batch": batch, "rows": rows, "inner": inner, "columns": columns}
                     sizes = {name: _size(group, size_of) for name, group in groups.items()}
-                    tokens_in = next((name for name, group in groups.items() if TOKENS in group), None)
+                    tokens_in = next((name for name, group in groups.items() if TOKEN in group), None)
                     copies = [
                         _copy(left, (batch, rows, inner), size_of),
                         _copy(right, (batch, inner, columns), size_of),
@@ -371,23 +371,23 @@ def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) 
 def _written(labels: Labels, target: Labels, size_of: Mapping[str, int]) -> Copy:
     run = 1
     for a, b in zip(reversed(labels), reversed(target), strict=True):
-        if a != b or a == TOKENS:
+        if a != b or a == TOKEN:
             break
         run *= size_of[a]
-    return Copy(_size(labels, size_of), run, TOKENS in labels)
+    return Copy(_size(labels, size_of), run, TOKEN in labels)
 
 
 def _squeeze(labels: Sequence[str], size_of: Mapping[str, int]) -> Labels:
-    return tuple(x for x in labels if x == TOKENS or size_of[x] > 1)
+    return tuple(x for x in labels if x == TOKEN or size_of[x] > 1)
 
 
 def _size(labels: Sequence[str], size_of: Mapping[str, int]) -> int:
     """Multiply the sizes of all labels except the token index."""
-    return math.prod(size_of[x] for x in labels if x != TOKENS)
+    return math.prod(size_of[x] for x in labels if x != TOKEN)
 
 
 def _shape(labels: Sequence[str], size_of: Mapping[str, int]) -> tuple[int, ...]:
-    return tuple(-1 if x == TOKENS else size_of[x] for x in labels)
+    return tuple(-1 if x == TOKEN else size_of[x] for x in labels)
 
 
 def _arrangement(
@@ -400,7 +400,7 @@ def _arrangement(
 def _grouped(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Arrangement:
     """Build an arrangement with one dimension for each group, but none for an empty batch (group 0)."""
     kept = groups if groups[0] else groups[1:]
-    shape = tuple(-1 if TOKENS in group else _size(group, size_of) for group in kept)
+    shape = tuple(-1 if TOKEN in group else _size(group, size_of) for group in kept)
     return _arrangement(labels, tuple(x for group in groups for x in group), shape, size_of)
 
 
@@ -419,7 +419,7 @@ def plan_contraction(
     Args:
         operands: labels of each operand.
         output: labels of the result; every other label is summed.
-        size_of: size of each label; the size of `TOKENS` is the expected number of tokens.
+        size_of: size of each label; the size of `TOKEN` is the expected number of tokens.
         optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders for up to 4 operands, and
             only some orders for more operands.
 
@@ -439,8 +439,8 @@ def find_path(
     """Find a pairwise contraction order with few multiply-adds; arguments as for `plan_contraction`."""
     if len(operands) == 1:
         return []
-    squeezed = [tuple(x for x in labels if x == TOKENS or size_of[x] > 1) for labels in operands]
-    kept = tuple(x for x in output if x == TOKENS or size_of[x] > 1)
+    squeezed = [tuple(x for x in labels if x == TOKEN or size_of[x] > 1) for labels in operands]
+    kept = tuple(x for x in output if x == TOKEN or size_of[x] > 1)
     symbol: dict[str, str] = {}
     for labels in (*squeezed, kept):
         for label in labels:
@@ -530,10 +530,10 @@ def plan_operator(topology: Topology) -> OperatorPlan:
 def _applies(topology: Topology) -> Iterator[ContractionPlan]:
     """Plan the application of one network to an input, in several contraction orders."""
     cores = [core.labels for core in topology.cores]
-    operands = [(TOKENS, *topology.in_labels), *cores]
-    output = (TOKENS, *topology.out_labels)
+    operands = [(TOKEN, *topology.in_labels), *cores]
+    output = (TOKEN, *topology.out_labels)
     tried = [
-        (tokens, find_path(operands, output, {**topology.size_of, TOKENS: tokens})) for tokens in _PATH_TOKENS
+        (tokens, find_path(operands, output, {**topology.size_of, TOKEN: tokens})) for tokens in _PATH_TOKENS
     ]
     tried += [(_PATH_TOKENS[1], path) for path in _sweeps(len(operands))]
     seen: set[tuple[tuple[int, int], ...]] = set()
@@ -541,7 +541,7 @@ def _applies(topology: Topology) -> Iterator[ContractionPlan]:
         builds_matrix = all(0 not in step for step in path[:-1])  # the input is used in the last step only
         if tuple(path) not in seen and (len(cores) == 1 or not builds_matrix):
             seen.add(tuple(path))
-            lowered = lower_path(operands, output, {**topology.size_of, TOKENS: tokens}, path)
+            lowered = lower_path(operands, output, {**topology.size_of, TOKEN: tokens}, path)
             yield _with_shape(lowered, (-1, topology.padded_shape[0]))
 
 
@@ -686,7 +686,7 @@ def contract_with_input(
     cores: Sequence[Tensor],
     x: Tensor,
     *,
-    candidate: int = 0,
+    route: int = 0,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Apply the operator core by core, without building its matrix.
@@ -695,7 +695,7 @@ def contract_with_input(
         plan: plan of the operator.
         cores: the cores, in the order of the topology.
         x: input, shape `(..., in_features)`.
-        candidate: the route, a position in `plan.applies`.
+        route: the route, a position in `plan.applies`.
         bias: bias, shape `(out_features,)`, or None.
 
     Returns:
@@ -710,7 +710,7 @@ def contract_with_input(
     if padded_in != in_features:
         flat = torch.nn.functional.pad(flat, (0, padded_in - in_features))
     whole = padded_out == out_features
-    y = run(plan.applies[candidate], [flat, *cores], bias=bias if whole else None)
+    y = run(plan.applies[route], [flat, *cores], bias=bias if whole else None)
     if not whole:
         y = y[:, :out_features]
         y = y if bias is None else y + bias.to(y.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from tensornet._util import transforms_active
-from tensornet.contraction.plan import TOKENS, ContractionPlan, plan_contraction, plan_sum, run
+from tensornet.contraction.plan import TOKEN, ContractionPlan, plan_contraction, plan_sum, run
 from tensornet.decompose import decompose
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
@@ -203,8 +203,8 @@ def plan_lookup(topology: Topology) -> ContractionPlan:
     operands = []
     for core in topology.cores:
         rest = tuple(x for x in core.labels if x not in legs)
-        operands.append((TOKENS, *rest) if len(rest) < len(core.labels) else rest)
-    return plan_contraction(operands, (TOKENS, *topology.in_labels), {**topology.size_of, TOKENS: 256})
+        operands.append((TOKEN, *rest) if len(rest) < len(core.labels) else rest)
+    return plan_contraction(operands, (TOKEN, *topology.in_labels), {**topology.size_of, TOKEN: 256})
 
 
 def embedding_from_network(

@@ -101,7 +101,7 @@ class TensorNetworkLinear(NetworkModule):
             largest, fastest = self._bounds(input.is_cpu, self.strategy != "factorized")[0]
             if route == fastest and self.strategy in ("auto", "factorized"):
                 self._quick = _two_products(self, products, largest)
-        return contract_with_input(self.plan, self.cores, input, candidate=route, bias=self.bias)
+        return contract_with_input(self.plan, self.cores, input, route=route, bias=self.bias)
 
     @property
     def integer_core(self) -> nn.Module | None:
@@ -137,7 +137,7 @@ class TensorNetworkLinear(NetworkModule):
             plan = plan_operator(part)
             route = plan.fastest(max(tokens, 1), machine, input.element_size(), rebuild=False)
             cores = decode((getattr(self, self._core_names[k]) for k in positions), input.dtype)
-            y = y + contract_with_input(plan, cores, input, candidate=route)
+            y = y + contract_with_input(plan, cores, input, route=route)
         return y
 
     def _integers_of(self, core: nn.Module) -> StoredMatrix:

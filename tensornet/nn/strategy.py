@@ -74,7 +74,7 @@ INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
 INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 
 
-def product_seconds(
+def integer_seconds(
     number_format: NumberFormat,
     shape: tuple[int, int],
     tokens: int,
@@ -239,7 +239,7 @@ def explain(layer: Any, tokens: int) -> Explanation:
     core = layer.integer_core
     if core is not None and layer.strategy in ("auto", "factorized"):
         number_format, prepared = storage.format_of(topology.core_names[0]), not isinstance(core, PackedCore)
-        kernel, factorized = product_seconds(
+        kernel, factorized = integer_seconds(
             number_format, topology.shape, tokens, machine, itemsize, prepared=prepared
         )
         choice = "factorized"

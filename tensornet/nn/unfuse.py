@@ -91,7 +91,7 @@ class _PartKind(LayerKind):
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedMatrices:
     """Location of matrices that are stacked along the rows of one parameter of a stock module.
 
     Args:
@@ -160,7 +160,7 @@ class Compound(nn.Module):
     #: Types that the class replaces, or their full names; if empty, `matches` decides alone.
     replaces: ClassVar[tuple[type[nn.Module] | str, ...]] = ()
 
-    def __init__(self, stock: nn.Module, stacks: tuple[Stack, ...], shared: Shared) -> None:
+    def __init__(self, stock: nn.Module, stacks: tuple[StackedMatrices, ...], shared: Shared) -> None:
         super().__init__()
         taken = {stack.parameter for stack in stacks}
         for name, parameter in own_parameters(stock).items():

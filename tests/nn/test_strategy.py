@@ -16,7 +16,7 @@ import tensornet as tn
 from tensornet.contraction.cost import CPU, GPU, default_machine, machine_with_threads, measure_machine
 from tensornet.contraction.plan import (
     RECONSTRUCT,
-    TOKENS,
+    TOKEN,
     contract_to_matrix,
     contract_with_input,
     plan_contraction,
@@ -53,16 +53,16 @@ def contractions(draw: st.DrawFn) -> tuple[list[tuple[str, ...]], tuple[str, ...
     sizes = {label: draw(st.integers(1, 3)) for label in labels}
     groups = st.lists(st.sampled_from(labels), min_size=1, max_size=3, unique=True).map(tuple)
     operands = draw(st.lists(groups, min_size=1, max_size=4))
-    operands[0] = (TOKENS, *operands[0])
+    operands[0] = (TOKEN, *operands[0])
     used = [x for x in labels if any(x in labels_of for labels_of in operands)]
     single = [x for x in used if sum(x in labels_of for labels_of in operands) == 1]
     kept = draw(st.permutations(sorted(set(single) | set(draw(st.lists(st.sampled_from(used)))))))
-    return operands, (TOKENS, *kept), {TOKENS: 3} | {x: sizes[x] for x in used}
+    return operands, (TOKEN, *kept), {TOKEN: 3} | {x: sizes[x] for x in used}
 
 
 # Both indices of the second operand are summed, in another order than the first has them.
 @example(
-    case=([(TOKENS, "l0", "l1"), ("l1", "l0")], (TOKENS,), {TOKENS: 3, "l0": 2, "l1": 2}),
+    case=([(TOKEN, "l0", "l1"), ("l1", "l0")], (TOKEN,), {TOKEN: 3, "l0": 2, "l1": 2}),
     seed=0,
 )
 @given(contractions(), st.integers(0, 2**31))
@@ -93,8 +93,8 @@ def test_every_candidate_gives_the_dense_result(name: str) -> None:
     nn.init.normal_(layer.bias)
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64)
     expected = nn.functional.linear(x, layer.to_matrix(), layer.bias)
-    for candidate in range(len(layer.plan.applies)):
-        y = contract_with_input(layer.plan, layer.cores, x, candidate=candidate, bias=layer.bias)
+    for route in range(len(layer.plan.applies)):
+        y = contract_with_input(layer.plan, layer.cores, x, route=route, bias=layer.bias)
         torch.testing.assert_close(y, expected)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensornet.nn.unfuse import Compound, Shared, Stack, fuse, register_compound, unfuse
+from tensornet.nn.unfuse import Compound, Shared, StackedMatrices, fuse, register_compound, unfuse
 
 #: Attributes that transformers' `use_experts_implementation` sets on experts modules.
 FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
@@ -32,7 +32,7 @@ class SplitExperts(Compound):
         count: int = stock.num_experts  # type: ignore[assignment]
         self.names = tuple(name.replace(".", "_") for name in layouts)
         stacks = tuple(
-            Stack(
+            StackedMatrices(
                 parameter,
                 tuple(f"{number}.{name}" for number in range(count)),
                 stock.get_parameter(parameter).shape[-1],

@@ -280,7 +280,7 @@ class SharedCoreExperts(ExpertBank):
             plan, cores = plan_operator(self.topology), self._cores_of_each()
             return torch.cat(
                 [
-                    contract_with_input(plan, cores[e], piece, candidate=route)
+                    contract_with_input(plan, cores[e], piece, route=route)
                     for e, piece in zip(groups.active, pieces, strict=True)
                 ]
             )
@@ -356,7 +356,7 @@ class SharedCoreExperts(ExpertBank):
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
             cores = list(self.cores().values())
-            return contract_with_input(plan_operator(self.topology), cores, x, candidate=route)
+            return contract_with_input(plan_operator(self.topology), cores, x, route=route)
         matrix = build_matrices(self.plan, self.cores(), 1).squeeze(0)
         return nn.functional.linear(x, matrix.to(x.dtype))
 

@@ -10,12 +10,12 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from tensornet.contraction.plan import TOKENS, ContractionPlan, find_path, plan_contraction, run
+from tensornet.contraction.plan import TOKEN, ContractionPlan, find_path, plan_contraction, run
 from tensornet.errors import TopologyError
 from tensornet.topology import Topology
 
 #: Label of the expert index; when a plan is used again, only the size of this label may differ.
-EXPERTS = TOKENS
+EXPERT = TOKEN
 
 #: Largest number of cores for which all contraction orders are tried; a heuristic is used for more.
 _EXHAUSTIVE_CORES = 7
@@ -138,11 +138,11 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
     one expert costs about `(l + r) * out_features * in_features` multiply-adds.
     """
     legs = (*topology.out_labels, *topology.in_labels)
-    sizes = {**topology.size_of, EXPERTS: num_experts}
+    sizes = {**topology.size_of, EXPERT: num_experts}
     cores = {
-        core.name: core.labels if core.name in shared else (EXPERTS, *core.labels) for core in topology.cores
+        core.name: core.labels if core.name in shared else (EXPERT, *core.labels) for core in topology.cores
     }
-    output = legs if len(shared) == len(cores) else (EXPERTS, *legs)
+    output = legs if len(shared) == len(cores) else (EXPERT, *legs)
     optimize = "optimal" if len(cores) <= _EXHAUSTIVE_CORES else "auto"
     path = find_path(list(cores.values()), output, sizes, optimize)
     fused: dict[str, str] = {}
@@ -160,7 +160,7 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
         merge = None
         if len(names) > 1:
             merge = plan_contraction([cores[name] for name in names], merged, sizes, optimize=optimize)
-        groups.append(Group(names, merge, tuple(-1 if x == EXPERTS else sizes[x] for x in labels)))
+        groups.append(Group(names, merge, tuple(-1 if x == EXPERT else sizes[x] for x in labels)))
         operands.append(labels)
     wanted = tuple(dict.fromkeys(fused.get(x, x) for x in output))
     return StackPlan(
@@ -201,13 +201,13 @@ def _mergeable(
     path: Sequence[tuple[int, int]],
 ) -> list[tuple[str, ...]]:
     """Find the largest groups of cores that the contraction path merges into small tensors."""
-    limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERTS)
+    limit = _SMALL * math.prod(sizes[x] for x in output if x != EXPERT)
     work: list[tuple[tuple[str, ...], bool]] = [((name,), True) for name in cores]  # (names, is small)
     groups: list[tuple[str, ...]] = []
     for a, b in path:
         (left, left_small), (right, right_small) = work[a], work[b]
         names = (*left, *right)
-        size = math.prod(sizes[x] for x in _labels_left(names, cores, output) if x != EXPERTS)
+        size = math.prod(sizes[x] for x in _labels_left(names, cores, output) if x != EXPERT)
         small = left_small and right_small and size <= limit
         if not small:
             groups += [group for group, ready in ((left, left_small), (right, right_small)) if ready]
