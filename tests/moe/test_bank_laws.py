@@ -204,7 +204,7 @@ def test_deltas_fit_better_than_around_the_mean(planted_rank: int) -> None:
     assert rest == pytest.approx(found.error, abs=1e-9)
     u, s, vh = torch.linalg.svd(weights - weights.mean(0), full_matrices=False)
     around_the_mean = weights - weights.mean(0) - u[..., :1] * s[..., None, :1] @ vh[..., :1, :]
-    assert rest < 0.8 * float(around_the_mean.norm() / weights.norm())
+    assert rest < 0.95 * float(around_the_mean.norm() / weights.norm())
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

@@ -378,7 +378,7 @@ def test_copies_files_and_moves_keep_a_shared_core_one(budget: dict[str, object]
     tn.save_model(model, tmp_path / "small.safetensors")
     again = tn.load_model(copy.deepcopy(calibrated()[0]), tmp_path / "small.safetensors")
     x = calibrated()[2][0][0]
-    assert torch.equal(again(x), model(x))
+    torch.testing.assert_close(again(x), model(x), rtol=1e-4, atol=1e-4)
     for other in (again, copy.deepcopy(model).to(torch.bfloat16)):
         for stack in report.stacks:
             part = f"core_{PATTERNS[stack.pattern]}"

@@ -212,7 +212,8 @@ def test_a_smaller_expert_keeps_the_leading_singular_values() -> None:
     assert torch.allclose(matrices[0], weight, atol=1e-10)
     error = float((matrices[1] - weight).norm().detach() / weight.norm())
     alone = tn.MPO.from_matrix(weight, out_dims=(2, 3, 2), in_dims=(3, 2, 2), max_bond=2).error
-    assert error <= 1.2 * alone
+    # The squares of what the two bonds cut add up; alone, the error is at least the larger one.
+    assert error <= 2**0.5 * alone + 1e-9
 
 
 def test_topologies_that_differ_in_more_than_bonds_are_refused() -> None:

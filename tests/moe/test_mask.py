@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 
@@ -174,18 +175,21 @@ def test_schedule_fades_and_is_clipped() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_compensation_scales_the_update_under_every_optimizer(name: str) -> None:
-    plain, scaled = Model(1), Model(1)
-    scaled.load_state_dict(plain.state_dict())
-    first, second = (OPTIMIZERS[name](m.parameters()) for m in (plain, scaled))
-    tm.GradientMask(scaled, p=0.5, compensate=True).attach(second)
-    before = plain.centers[0].detach().clone()
-    for model, optimizer in ((plain, first), (scaled, second)):
+    plain = Model(1)
+    models = [copy.deepcopy(plain) for _ in range(20)]  # the first draw masks the core in about half of them
+    before, moves = plain.centers[0].detach().clone(), []
+    for seed, model in enumerate([*models, plain]):
+        optimizer = OPTIMIZERS[name](model.parameters())
+        if model is not plain:
+            tm.GradientMask(model, p=0.5, compensate=True, seed=seed).attach(optimizer)
         backward(model)
         optimizer.step()
-    moved = scaled.centers[0] - before
-    if not bool(moved.any()):  # this draw masked it: the next that does not must be twice as far
-        pytest.fail("choose a seed whose first draw keeps the core")
-    assert torch.allclose(moved, 2 * (plain.centers[0] - before), rtol=1e-4, atol=1e-7)
+        moves.append((model.centers[0] - before).detach())
+    *scaled, alone = moves
+    kept = [moved for moved in scaled if bool(moved.any())]
+    assert 0 < len(kept) < 20
+    for moved in kept:
+        torch.testing.assert_close(moved, 2 * alone, rtol=1e-4, atol=1e-7)
 
 
 # --- bad input -----------------------------------------------------------------------------------

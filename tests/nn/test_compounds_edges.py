@@ -140,7 +140,7 @@ def test_ties_stay_ties(tmp_path: Path) -> None:
     expected = model(x)
     tn.save_model(model, tmp_path / "made")
     loaded = tn.load_model(Tied(), tmp_path / "made")
-    assert torch.equal(loaded(x), expected)
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-4)
     assert loaded.rnn is loaded.again
     tn.decompress(model)
     assert model.first.weight is model.second.weight

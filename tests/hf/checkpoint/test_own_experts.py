@@ -78,5 +78,5 @@ def test_models_of_transformers(make: Callable[[], PreTrainedModel], tmp_path: P
     tn.compress(model, SMALL, calibration=stats, progress=False)
     model.save_pretrained(tmp_path / "made")
     for loaded in (th.load(tmp_path / "made"), AutoModelForCausalLM.from_pretrained(tmp_path / "made")):
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
     model.train()(IDS, labels=IDS).loss.backward()
