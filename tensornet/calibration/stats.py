@@ -1,8 +1,10 @@
 """Statistics that calibration collects, and the files that store them."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import safetensors
@@ -75,16 +77,11 @@ class CalibrationStats:
         Raises:
             TargetError: a weight differs by more than its rounding to 16 bits; the message names the layer.
         """
-        for name, found in weight_samples(x for x in targets if x.name in self.fingerprint).items():
-            known = self.fingerprint[name]
-            tolerance = 0.01 * max(map(abs, known))
-            if len(known) != len(found) or any(
-                abs(a - b) > tolerance for a, b in zip(known, found, strict=True)
-            ):
-                raise TargetError(
-                    f"These statistics ({self.source}) were collected on another model: the weight of "
-                    f"{name!r} differs. Calibrate this model, or pass the statistics collected on it."
-                )
+        if (name := first_difference(self.fingerprint, targets)) is not None:
+            raise TargetError(
+                f"These statistics ({self.source}) were collected on another model: the weight of {name!r} "
+                "differs. Calibrate this model, or pass the statistics collected on it."
+            )
 
     @property
     def has_gradients(self) -> bool:
@@ -197,8 +194,23 @@ def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
             rows, columns = (
                 torch.linspace(0, size - 1, 4, device=matrix.device).round().long() for size in matrix.shape
             )
-            found[target.name] = tuple(matrix[rows, columns].float().tolist())
+            found[target.name] = tuple(matrix[rows, columns].real.float().tolist())
     return found
+
+
+def first_difference(samples: Mapping[str, Sequence[float]], targets: Iterable[Target]) -> str | None:
+    """Return the name of the first weight that differs from its sample by more than rounding to 16 bits.
+
+    Args:
+        samples: samples from `weight_samples`; weights without a sample are not compared.
+        targets: targets of a model.
+    """
+    for name, found in weight_samples(x for x in targets if samples.get(x.name)).items():
+        tolerance = 0.01 * max(map(abs, samples[name]))
+        pairs = zip_longest(samples[name], found, fillvalue=math.inf)
+        if any(abs(a - b) > tolerance for a, b in pairs):
+            return name
+    return None
 
 
 def _trace(moment: Tensor) -> float:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from tensornet._util import check_type, in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, run_model
-from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats, first_difference
 from tensornet.compression.candidates import relative_gap
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import layer_weighting
@@ -73,8 +73,9 @@ def apply_plan(
         Certified relative Frobenius error of each replaced layer, by name.
 
     Raises:
-        TargetError: the model has no layer of a planned name or shape, the statistics are missing, or code
-            outside of a layer reads its weight when the model is run.
+        TargetError: the model has no layer of a planned name, shape or dtype, the plan or the statistics
+            were made for other weights, the statistics are missing, or code outside of a layer reads its
+            weight when the model is run.
         TopologyError: the family of a planned topology makes cores of other shapes than planned.
 
     Example:
@@ -107,6 +108,14 @@ def apply_plan(
             _check_fits(model, layer, targets.get(layer.name))
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
+        planned = [targets[layer.name] for layer in work]
+        if (name := first_difference({layer.name: layer.sample for layer in work}, planned)) is not None:
+            raise TargetError(
+                f"The plan was made for another model: the weight of {name!r} differs. Plan the compression "
+                "of this model."
+            )
+        if stats is not None and plan.objective != "weight":
+            stats.check_weights(planned)
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
             target, key = targets[layer.name], (layer.name, layer.topology, layer.storage)
             if key in known:
@@ -275,10 +284,11 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
             f"The plan names {layer.name!r}, which cannot be replaced: {target.skip}. Keep it dense by "
             f"plan.replace_layer({layer.name!r}, None)."
         )
-    if tuple(target.matrix.shape) != layer.shape:
+    planned, found = (layer.shape, layer.dtype), (tuple(target.matrix.shape), target.matrix.dtype)
+    if planned != found:
         raise TargetError(
-            f"The plan was made for {layer.name!r} of shape {layer.shape}, but in this model it has shape "
-            f"{tuple(target.matrix.shape)}."
+            f"The plan was made for {layer.name!r} of shape {planned[0]} in {planned[1]}, but in this model "
+            f"it has shape {found[0]} in {found[1]}. Plan the compression of this model."
         )
 
 

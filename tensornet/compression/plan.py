@@ -49,6 +49,8 @@ class LayerPlan:
         curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected.
         byte_curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
         dtype: dtype of the weight.
+        sample: four elements of the weight, from `weight_samples`, to recognize the model; if absent, they
+            are not compared.
         target: export target in whose files the bytes are counted; None for files of this library.
 
     Example:
@@ -69,6 +71,7 @@ class LayerPlan:
     curve: tuple[tuple[int, float], ...] = ()
     byte_curve: tuple[tuple[int, float], ...] = ()
     dtype: torch.dtype = torch.float32
+    sample: tuple[float, ...] = ()
     target: str | None = None
 
     @property
@@ -136,6 +139,7 @@ class LayerPlan:
             "baseline_error": self.baseline_error,
             "topology": None if self.topology is None else self.topology.to_dict(),
             "singular_values": list(self.singular_values),
+            "sample": list(self.sample),
             "storage": self.storage.to_dict(),
             "curve": [list(point) for point in self.curve],
             "byte_curve": [list(point) for point in self.byte_curve],
@@ -157,6 +161,7 @@ class LayerPlan:
             "shape": (data["shape"][0], data["shape"][1]),
             "topology": None if topology is None else Topology.from_dict(topology),
             "singular_values": tuple(data["singular_values"]),
+            "sample": tuple(data["sample"]),
             "storage": Storage.from_dict(data["storage"]),
             "curve": tuple((int(size), loss) for size, loss in data["curve"]),
             "byte_curve": tuple((int(size), loss) for size, loss in data["byte_curve"]),

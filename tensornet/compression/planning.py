@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
-from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone, uniform
 from tensornet.compression.apply import MadeLayers, check_stats
 from tensornet.compression.candidates import find_candidates, hull_of
@@ -128,6 +128,7 @@ class Prepared:
             bound_by: name of the tightest budget.
         """
         predicts = self.facts.objective == "curvature"
+        samples = weight_samples(self.targets)
         layers = []
         for target, found, index, spectrum in zip(
             self.targets, self.candidates, chosen, self.spectra, strict=True
@@ -145,6 +146,7 @@ class Prepared:
                 curve=hull_of(found, "params") if predicts else (),
                 byte_curve=hull_of(found, "num_bytes") if predicts else (),
                 dtype=target.matrix.dtype,
+                sample=samples[target.name],
                 target=self.config.menu,
             )
             layers.append(layer)
@@ -319,6 +321,7 @@ def _plan_by_weight(
         BudgetError: a layer cannot meet the budget; the message names the layer.
     """
     bar = tqdm(total=len(targets), desc="planning", disable=not progress, unit="layer")
+    samples = weight_samples(targets)
 
     def dense(index: int) -> LayerPlan:
         target = targets[index]
@@ -331,6 +334,7 @@ def _plan_by_weight(
             singular_values=tuple(singular_values(target.matrix).tolist()),
             loss_increase=None if stats is None or not stats.has_gradients else 0.0,
             dtype=target.matrix.dtype,
+            sample=samples[target.name],
         )
 
     def decide(index: int, ratio: float | None) -> LayerPlan:

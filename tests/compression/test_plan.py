@@ -101,7 +101,7 @@ def test_a_plan_for_another_model() -> None:
     wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
     narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
     made = tn.plan(wide, tn.CompressionConfig(max_bond=2, objective="weight"))
-    with pytest.raises(TargetError, match=r"of shape \(7, 5\), but in this model it has shape \(6, 5\)"):
+    with pytest.raises(TargetError, match=r"\(7, 5\).*\(6, 5\)"):
         tn.apply_plan(narrow, made)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,32 @@ def test_statistics_of_another_model() -> None:
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
     with pytest.raises(TargetError, match="statistics of gradients, and these statistics contain none"):
         tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradients=False))
+
+
+def test_a_plan_of_another_model() -> None:
+    """Layers have equal names and shapes, but other weights or another dtype."""
+    model, stats = gpt2_stats()
+    torch.manual_seed(7)
+    other = GPT2LMHeadModel(model.config)
+    config = CompressionConfig(target_modules=MLP, param_ratio=0.6)
+    blind = replace(config, objective="weight")
+    for plan, known in ((tn.plan(model, config, stats), stats), (tn.plan(model, blind), None)):
+        plan = tn.CompressionPlan.from_dict(plan.to_dict())
+        with pytest.raises(TargetError, match="another model"):
+            tn.apply_plan(other, plan, known)
+        with pytest.raises(TargetError, match="float32"):
+            tn.apply_plan(copy.deepcopy(model).bfloat16(), plan, known)
+        tn.apply_plan(copy.deepcopy(model), plan, known)
+
+
+def test_a_plan_with_the_statistics_of_another_model() -> None:
+    model, stats = gpt2_stats()
+    torch.manual_seed(7)
+    other = GPT2LMHeadModel(model.config)
+    config = CompressionConfig(target_modules=MLP, param_ratio=0.6)
+    plan = tn.plan(other, config, tn.calibrate(other, list(tokens()), config=config))
+    with pytest.raises(TargetError, match="collected on another model"):
+        tn.apply_plan(copy.deepcopy(other), plan, stats)
 
 
 @pytest.mark.parametrize("pivoted", [True, False])
