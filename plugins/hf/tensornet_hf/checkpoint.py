@@ -344,7 +344,8 @@ def load_gguf(file: Path) -> PreTrainedModel:
     """Load a GGUF file, dequantized to float32, to run it with transformers.
 
     Raises:
-        FormatError: the file is missing or damaged, or transformers does not know all weights of the model.
+        FormatError: the file is missing or damaged, transformers does not know all weights of the model, or
+            the model is a mixture that transformers would read as a dense Llama.
         MissingDependencyError: the package `gguf` is not installed.
     """
     require(("gguf",), extra="gguf", user="Reading GGUF files")
@@ -352,12 +353,20 @@ def load_gguf(file: Path) -> PreTrainedModel:
     try:
         logging.set_verbosity_error()
         config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if config.model_type == "llama" and (experts := _count_experts(file)):
+            raise FormatError(
+                f"{file} is a mixture of {experts} experts, which transformers would load as a Llama with "
+                "random feed-forward networks. Evaluate the folder from which the file was made, or run the "
+                "file with llama.cpp."
+            )
         if config.model_type == "gpt2":  # transformers sets `n_ctx` only
             config.n_positions = config.n_ctx
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # the parser raises anything for a damaged file
+        if isinstance(error, FormatError):
+            raise
         raise FormatError(
             f"transformers cannot load {file}; it may be damaged, or of an architecture or version that "
             f"transformers does not read. {type(error).__name__}: {first_line(error)}"
@@ -371,6 +380,14 @@ def load_gguf(file: Path) -> PreTrainedModel:
             f"{', '.join(missing[:5])}. Evaluate the folder from which the file was made."
         )
     return model
+
+
+def _count_experts(file: Path) -> int:
+    """Read how many experts each layer of a GGUF file has. Mixtral has the architecture of Llama there."""
+    import gguf
+
+    field = gguf.GGUFReader(file).fields.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch="llama"))
+    return 0 if field is None else int(field.contents())
 
 
 def compile_generation(model: PreTrainedModel) -> None:

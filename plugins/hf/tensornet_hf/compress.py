@@ -41,7 +41,7 @@ from tensornet_hf.checkpoint import (
 )
 from tensornet_hf.embedded import calibration_text
 from tensornet_hf.evaluate import ModelFacts, record_held_out
-from tensornet_hf.exporters.base import NETWORKS, Networks
+from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.export import TARGETS, export, find_target
 from tensornet_hf.exporters.gguf import check_files
 from tensornet_hf.lazy_model import mapped_model
@@ -437,6 +437,7 @@ def for_target(
         TargetError: the exporter does not support this model or tokenizer, or can pack none of the selected
             layers.
     """
+    refuse_mixtures(model)
     overhead, full = TARGETS[target].facts(model, folder)
     changes: dict[str, Any] = {}
     if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):

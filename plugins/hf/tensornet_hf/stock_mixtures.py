@@ -51,9 +51,12 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
     """Convert an upcycled model to one of transformers' own mixtures, with dense experts.
 
     Llama and Mistral become Mixtral, and Qwen 3 becomes Qwen 3 MoE. Shared cores, low-rank deltas, integers
-    and pools become dense experts in every layer. The new model computes the same as `model` in eval mode.
-    Its `save_pretrained` writes a checkpoint that transformers loads without this library and runs with all
-    of its implementations of experts (such as `experts_implementation="grouped_mm"`).
+    and pools become dense experts in every layer; convert before you compress the other layers. Routers with
+    biases have no counterpart, so the pools of `upcycle`, which use them, are refused.
+
+    The new model computes the same as `model` in eval mode. Its `save_pretrained` writes a checkpoint that
+    transformers loads without this library and runs with all of its implementations of experts (such as
+    `experts_implementation="grouped_mm"`).
 
     Args:
         model: a model whose feed-forward networks are all mixtures; it is not changed.
@@ -102,8 +105,9 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
     found = layer_descriptions(model).items()
     if others := [part for part, spec in found if spec["type"] not in _MIXTURE_TYPES]:
         raise TargetError(
-            f"{', '.join(others[:5])} are compressed, but mixtures of transformers have dense layers. Save "
-            "the model without conversion: th.save(model, folder)."
+            f"{', '.join(others[:5])} are compressed, but mixtures of transformers have dense layers. First "
+            "convert the model, then compress the result, which can also be exported to GGUF; or save this "
+            "one without conversion: th.save(model, folder)."
         )
 
     # Build the configuration of the mixture, and a model with uninitialized weights.

@@ -80,7 +80,10 @@ def _for_network(number_format: NumberFormat) -> bool:
 
 
 class BankExtension(ModelExtension):
-    """Rounds cores of banks if `tensornet.compress` is given one number format or `bits_per_weight`."""
+    """Rounds cores of banks if `tensornet.compress` is given one number format or `bits_per_weight`.
+
+    Low-rank deltas (`LowRankDeltaExperts`) and banks of users keep their dtype; only a base is rounded.
+    """
 
     def round_others(self, model: nn.Module, config: CompressionConfig) -> Mapping[str, str]:
         """Round the cores of all banks that the configuration selects; see `round_banks`."""

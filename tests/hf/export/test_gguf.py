@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from pathlib import Path
@@ -245,6 +246,35 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         damaged.write_bytes(changed)
         with pytest.raises(FormatError, match=r"damaged\.gguf"):
             load_gguf(damaged)
+
+
+def test_a_mixture_is_not_read_as_a_llama(tmp_path: Path) -> None:
+    th.export(model_of("mixtral"), tmp_path / "model.gguf")
+    with pytest.raises(FormatError, match="mixture of 4 experts"):
+        load_gguf(tmp_path / "model.gguf")
+
+
+def test_a_skeleton_does_not_take_experts(tmp_path: Path) -> None:
+    th.export(model_of("mixtral"), tmp_path / "base.gguf")
+    model = compressed("mixtral", "int8:g32:float16")
+    with pytest.raises(TargetError, match="Skeletons"):
+        th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "base.gguf")
+
+
+@pytest.mark.parametrize("target", ["gguf", "mlx", "compressed-tensors"])
+def test_mixtures_of_this_library_are_refused_or_converted_first(target: str, tmp_path: Path) -> None:
+    model = model_of("llama")
+    th.upcycle(model, share="center", experts=2, top_k=1)
+    config = tn.CompressionConfig(formats=("int4:g32:float16",), objective="weight")
+    rounded, stock = copy.deepcopy(model), th.stock_mixture(model)
+    for each in (rounded, stock):
+        tn.compress(each, config, progress=False)
+    name = "model.gguf" if target == "gguf" else "model"
+    with pytest.raises(TargetError, match="stock_mixture"):
+        th.export(rounded, tmp_path / name, target=target)
+    assert not list(tmp_path.iterdir())
+    if target == "gguf":
+        assert "blk.0.ffn_gate_exps.weight" in th.export(stock, tmp_path / name).packed
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

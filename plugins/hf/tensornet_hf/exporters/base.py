@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from tensornet.errors import DestinationError, TargetError
 from tensornet.io import check_place
@@ -16,6 +16,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, decode
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.packing import unpack
+from tensornet_hf.quantizer import layer_descriptions
 from tensornet_hf.report import compact_bytes
 
 #: Suffix of files for llama.cpp.
@@ -147,6 +148,18 @@ class LowRank(NamedTuple):
     def rank(self) -> int:
         """Number of columns of the left factor."""
         return self.left.shape[1]
+
+
+def refuse_mixtures(model: PreTrainedModel) -> None:
+    """Raise TargetError if a model has mixtures of this library, which other runtimes cannot compute."""
+    for name, spec in layer_descriptions(model).items():
+        if not isinstance(model.get_submodule(name), NetworkModule):
+            raise TargetError(
+                f"{name} is a {spec['type']!r}, which no other runtime has. Convert a Llama, Mistral or Qwen "
+                "3 by stock = tensornet_hf.stock_mixture(model) before it is compressed, then compress and "
+                "export stock: gguf packs its experts, mlx writes them dense. Other models can only be "
+                "saved: tensornet_hf.save(model, folder)."
+            )
 
 
 class SplitLayers(NamedTuple):

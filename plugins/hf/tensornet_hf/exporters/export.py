@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from tensornet.errors import DestinationError
 from tensornet.quantization.menus import MENUS, Menu
 from tensornet_hf.checkpoint import check_free, load, resolve_folder
-from tensornet_hf.exporters.base import GGUF, ExportReport, Networks
+from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
     KINDS,
@@ -95,7 +95,7 @@ def export(
 
     | target | written | read by |
     |---|---|---|
-    | `"gguf"` | one file, `.gguf` | llama.cpp, Ollama, LM Studio; transformers (`gguf_file=`) |
+    | `"gguf"` | one file, `.gguf` | llama.cpp, Ollama, LM Studio; transformers, but no mixtures |
     | `"compressed-tensors"` | a folder | transformers with `compressed-tensors`, vLLM |
     | `"mlx"` | a folder | `mlx-lm` |
 
@@ -126,7 +126,8 @@ def export(
     Raises:
         DestinationError: the destination exists already, is the source, or cannot be written; no new files
             are left.
-        TargetError: the target cannot store this model, or `networks="refuse"` forbids a layer.
+        TargetError: the target cannot store this model (no target stores the mixtures of this library, see
+            `stock_mixture`), or `networks="refuse"` forbids a layer.
         ValueError: an unknown target or option.
         MissingDependencyError: a package that the target needs is not installed.
 
@@ -157,5 +158,6 @@ def export(
         check_files(Path(destination), force=force)
     else:
         check_free(destination, force=force, sources=() if folder is None else (folder,))
-    model = model_or_folder if origin is None else load(origin)
+    model: Any = model_or_folder if origin is None else load(origin)
+    refuse_mixtures(model)
     return exporter(model, Path(destination), source=folder, force=force, networks=networks, **options)

@@ -369,6 +369,12 @@ def _with_skeleton(
     known = {tensor.name: tensor for tensor in reader.tensors}
     wanted: dict[str, str] = {}  # name in the file -> name of the layer
     for layer in (*layers.integers, *layers.dense):
+        if model.get_submodule(layer).source == "part":
+            raise TargetError(
+                f"Skeletons do not support compressed experts: {layer!r} is one of several matrices in one "
+                "tensor of the file. Export without skeleton, or leave the experts dense (exclude_modules=, "
+                "--exclude)."
+            )
         name = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
         if name not in known and not _is_tied_head(model, layer):
             raise TargetError(
@@ -539,10 +545,13 @@ def _refusals(kind: str) -> Iterator[None]:
                 "model (skeleton=, --skeleton), from which names and tokenizer are taken."
             ) from error
         version = importlib.metadata.version(CONVERTER)
+        # The converter raises NotImplementedError for architectures and tokenizers that it does not know.
+        newer = isinstance(error, NotImplementedError)
+        update = f" A newer {CONVERTER} may support it." if newer else ""
         raise TargetError(
-            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Update {CONVERTER}, or "
-            "give a GGUF file of the dense model (skeleton=, --skeleton), from which names and tokenizer are "
-            "taken."
+            f"{CONVERTER} {version} cannot convert this {kind}: {first_line(error)} Give a GGUF file of the "
+            "dense model (skeleton=, --skeleton), from which names and tokenizer are taken, or export to mlx "
+            f"or compressed-tensors.{update}"
         ) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

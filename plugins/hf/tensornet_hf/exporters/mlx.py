@@ -139,7 +139,8 @@ def export_mlx(
         if run.returncode:
             raise TargetError(
                 f"mlx-lm {importlib.metadata.version('mlx-lm')} cannot load this {type(model).__name__}: "
-                f"{run.stderr.strip()[-500:]} Update mlx-lm, or export to another target."
+                f"{run.stderr.strip()[-500:]} Export to gguf or compressed-tensors. A newer mlx-lm helps "
+                "only if this one does not know the architecture."
             )
     return folder_report(found, destination)
 
