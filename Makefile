@@ -16,7 +16,7 @@ LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all test-lowest lint format wheel-test docs docs-pictures names clean test-gpu
+.PHONY: help demo test test-all test-lowest lint format wheel-test docs docs-pictures names clean test-gpu test-portable
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ test: $(VENV)/.made-dev ## run the tests, in a few minutes
 
 test-all: $(VENV)/.made-all ## all tests, with every extra: architectures, kill tests, toy benchmarks, code of pages
 	$(PYTEST) -n $(WORKERS) $(ARGS)
+
+test-portable: $(VENV)/.made-dev ## the tests of `make test` with PyTorch's kernels for any processor
+	ATEN_CPU_CAPABILITY=default $(PYTEST) -n $(WORKERS) -m "not slow" $(ARGS)
 
 test-gpu: $(VENV)/.made-dev ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make: PyTorch finds no CUDA device here")'
