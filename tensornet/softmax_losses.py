@@ -68,13 +68,13 @@ class _SoftmaxLosses(torch.autograd.Function):
             gradient = torch.empty_like(logits) if count == len(logits) else torch.zeros_like(logits)
         for part in row_blocks(count, logits):
             index = part if rows is None else rows[part]
-            log_p = (logits[index].to(dtype) / temperature).log_softmax(1)
+            log_p = _log_softmax(logits[index].to(dtype), temperature)
             if target.ndim == 1:
                 label = target[part, None]
                 losses[part] = -log_p.gather(1, label)[:, 0]
                 q = torch.zeros_like(log_p).scatter_(1, label, 1.0) if gradient is not None else log_p
             else:
-                log_q = (target[index].to(dtype) / temperature).log_softmax(1)
+                log_q = _log_softmax(target[index].to(dtype), temperature)
                 q = log_q.exp()
                 losses[part] = log_q.sub_(log_p).mul_(q).sum(1)
             if gradient is not None:
@@ -94,4 +94,11 @@ class _SoftmaxLosses(torch.autograd.Function):
         factor = outer / ctx.temperature
         if rows is not None:
             factor = factor.new_zeros(len(gradient)).index_copy_(0, rows, factor)
-        return torch.mul(gradient, factor[:, None], out=torch.empty_like(gradient)), None, None, None
+        found = torch.empty_like(gradient)
+        for part in row_blocks(len(found), found):
+            found[part] = gradient[part].to(factor.dtype) * factor[part, None]
+        return found, None, None, None
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return (logits if temperature == 1 else logits / temperature).log_softmax(1)
