@@ -192,9 +192,9 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [x for k, x in enumerate(candidates) if k in kept or x.number_format]
 
 
-def hull_of(candidates: Sequence[Candidate], unit: str) -> tuple[tuple[int, float], ...]:
-    """Compute the lower convex hull of `(size, predicted loss)`, with `"params"` or `"num_bytes"` as size."""
-    sizes = [getattr(x, unit) for x in candidates]
+def hull_of(candidates: Sequence[Candidate]) -> tuple[tuple[int, float], ...]:
+    """Compute the lower convex hull of `(bytes, predicted loss)`."""
+    sizes = [x.num_bytes for x in candidates]
     losses = [x.predicted_loss for x in candidates]
     return tuple((sizes[k], losses[k]) for k in lower_hull(sizes, losses))
 

@@ -29,6 +29,7 @@ from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate
 from tensornet.compression.apply import apply_plan
+from tensornet.compression.layer_names import layer_names
 from tensornet.compression.loss_increase import (
     UNMEASURED,
     Forecast,
@@ -39,7 +40,6 @@ from tensornet.compression.loss_increase import (
 )
 from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss
 from tensornet.compression.planning import Prepared
-from tensornet.compression.viz import layer_names
 from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import unfused

@@ -42,12 +42,12 @@ class LayerPlan:
         bound_by: name of the limit that determined the choice, or `"dense"`.
         error: relative Frobenius error of the weight: an estimate in a plan, certified in a report; None if
             it is unknown because the plan was edited.
-        singular_values: singular values of the weight in descending order.
+        baseline_error: relative error of a plain truncated SVD of the same size, for comparison; None if the
+            plan was edited.
         storage: how the cores are stored.
         loss_increase: predicted loss increase per token due to errors in this layer alone, not corrected by
             measurements of the whole model; None without calibrated gradients.
-        curve: `(parameters, predicted loss increase)` of the candidates on the convex hull, not corrected.
-        byte_curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
+        curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
         dtype: dtype of the weight.
         sample: four elements of the weight, from `weight_samples`, to recognize the model; if absent, they
             are not compared.
@@ -65,11 +65,10 @@ class LayerPlan:
     topology: Topology | None
     bound_by: str
     error: float | None
-    singular_values: tuple[float, ...] = ()
+    baseline_error: float | None = None
     storage: Storage = PLAIN
     loss_increase: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
-    byte_curve: tuple[tuple[int, float], ...] = ()
     dtype: torch.dtype = torch.float32
     sample: tuple[float, ...] = ()
     target: str | None = None
@@ -113,18 +112,21 @@ class LayerPlan:
         """True if the error is so large that the predicted loss increase is uncertain, see `LARGE_ERROR`."""
         return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
 
-    @property
-    def baseline_error(self) -> float:
-        """Relative error of a plain truncated SVD of the same size, for comparison; 0 for a dense layer.
+    def with_baseline(self, spectrum: Sequence[float]) -> "LayerPlan":
+        """Return the plan with the `baseline_error` that follows from the singular values of the weight.
 
         If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model.
+
+        Args:
+            spectrum: singular values of the weight in descending order.
         """
         if self.topology is None:
-            return 0.0
+            return replace(self, baseline_error=0.0)
         size = self.bytes_after // self.dtype.itemsize if self.storage.own_dtypes else self.params_after
-        energies = torch.tensor(self.singular_values, dtype=torch.float64).square()
+        energies = torch.tensor(spectrum, dtype=torch.float64).square()
         rank, total = max(1, size // sum(self.shape)), float(energies.sum())
-        return math.sqrt(float(energies[rank:].sum()) / total) if total > 0 else 0.0
+        share = float(energies[rank:].sum()) / total if total > 0 else 0.0
+        return replace(self, baseline_error=math.sqrt(share))
 
     def summary(self) -> dict[str, Any]:
         """Return name, scheme, sizes and errors as a JSON-ready dict, for reports."""
@@ -136,13 +138,10 @@ class LayerPlan:
         return {
             **{field.name: getattr(self, field.name) for field in fields(self)},
             "shape": list(self.shape),
-            "baseline_error": self.baseline_error,
             "topology": None if self.topology is None else self.topology.to_dict(),
-            "singular_values": list(self.singular_values),
             "sample": list(self.sample),
             "storage": self.storage.to_dict(),
             "curve": [list(point) for point in self.curve],
-            "byte_curve": [list(point) for point in self.byte_curve],
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -160,11 +159,9 @@ class LayerPlan:
         known |= {
             "shape": (data["shape"][0], data["shape"][1]),
             "topology": None if topology is None else Topology.from_dict(topology),
-            "singular_values": tuple(data["singular_values"]),
             "sample": tuple(data["sample"]),
             "storage": Storage.from_dict(data["storage"]),
             "curve": tuple((int(size), loss) for size, loss in data["curve"]),
-            "byte_curve": tuple((int(size), loss) for size, loss in data["byte_curve"]),
             "dtype": dtype,
         }
         return cls(**known)
@@ -349,26 +346,19 @@ class CompressionPlan:
             return f", perplexity {math.exp(before):.4g} -> {math.exp(after):.4g}"
         return f", from {before:.4g} to {after:.4g}"
 
-    def curve(self, points: int = 64, *, unit: str = "params") -> list[tuple[int, float]]:
+    def curve(self, points: int = 64) -> list[tuple[int, float]]:
         """Compute the predicted loss increase of the best plans over their size, without planning again.
 
         Args:
             points: largest number of points.
-            unit: unit of the size, `"params"` or `"bytes"`.
 
         Returns:
-            Pairs `(size of all targeted layers, predicted loss increase)`, by decreasing size; empty without
+            Pairs `(bytes of all targeted layers, predicted loss increase)`, by decreasing size; empty without
             calibrated gradients.
-
-        Raises:
-            ValueError: the unit is unknown.
         """
-        if unit not in ("params", "bytes"):
-            raise ValueError(f"The unit of a curve must be 'params' or 'bytes', got {unit!r}.")
-        curves = [layer.curve if unit == "params" else layer.byte_curve for layer in self.layers]
-        if not all(curves):
+        if not all(layer.curve for layer in self.layers):
             return []
-        hulls = [torch.tensor(curve, dtype=torch.float64) for curve in curves]
+        hulls = [torch.tensor(layer.curve, dtype=torch.float64) for layer in self.layers]
         pairs = frontier([CostCurve(hull[:, 0], hull[:, 1]) for hull in hulls], points)
         return [(int(size), self.forecast.corrected(cost)) for size, cost in pairs]
 
@@ -406,6 +396,7 @@ class CompressionPlan:
             made: dict[str, Any] = {
                 "bound_by": "dense",
                 "error": 0.0,
+                "baseline_error": 0.0,
                 "storage": PLAIN,
                 "loss_increase": loss,
             }
@@ -413,7 +404,8 @@ class CompressionPlan:
             _check_topology(old, topology)
             kept = (storage or replace(old.storage, core_formats=())).for_topology(topology)
             kept.num_params(topology)  # raises an error if `kept` has formats for unknown cores
-            made = {"bound_by": "edited", "error": None, "storage": kept, "loss_increase": None}
+            unknown = dict.fromkeys(("error", "baseline_error", "loss_increase"))
+            made = {"bound_by": "edited", "storage": kept, **unknown}
         edited = replace(old, topology=topology, **made)
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
@@ -431,10 +423,10 @@ class CompressionPlan:
         for layer in self.layers:
             size = f"{layer.bytes_before:,} -> {layer.bytes_after:,}"
             count = f"{layer.params_before:,} -> {layer.params_after:,}"
-            error = "?" if layer.error is None else f"{layer.error:.4f}"
+            error, baseline = ("?" if x is None else f"{x:.4f}" for x in (layer.error, layer.baseline_error))
             lines.append(
                 f"{layer.name:<{width}}  {layer.scheme:<28} {layer.bits_per_weight:>6.2f} {size:>24} "
-                f"{count:>24} {error:>8} {layer.baseline_error:>9.4f}"
+                f"{count:>24} {error:>8} {baseline:>9}"
             )
         lines.append(
             f"these layers: {self.bytes_before:,} -> {self.bytes_after:,} bytes, "
@@ -475,7 +467,7 @@ class CompressionPlan:
         """
         from tensornet.compression.viz import plan_figure
 
-        return plan_figure(self.layers, self.curve(unit="bytes"), self.predicted_loss_increase)
+        return plan_figure(self.layers, self.curve(), self.predicted_loss_increase)
 
     def _repr_html_(self) -> str:
         total = (

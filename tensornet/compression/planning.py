@@ -140,16 +140,14 @@ class Prepared:
                 topology=candidate.topology,
                 bound_by="dense" if candidate.topology is None else bound_by,
                 error=candidate.error,
-                singular_values=spectrum,
                 storage=candidate.storage,
                 loss_increase=candidate.predicted_loss if predicts else None,
-                curve=hull_of(found, "params") if predicts else (),
-                byte_curve=hull_of(found, "num_bytes") if predicts else (),
+                curve=hull_of(found) if predicts else (),
                 dtype=target.matrix.dtype,
                 sample=samples[target.name],
                 target=self.config.menu,
             )
-            layers.append(layer)
+            layers.append(layer.with_baseline(spectrum))
         check = self.facts.loss_check
         if check is not None and self.measured is not None:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
@@ -331,7 +329,7 @@ def _plan_by_weight(
             topology=None,
             bound_by="dense",
             error=0.0,
-            singular_values=tuple(singular_values(target.matrix).tolist()),
+            baseline_error=0.0,
             loss_increase=None if stats is None or not stats.has_gradients else 0.0,
             dtype=target.matrix.dtype,
             sample=samples[target.name],
@@ -344,7 +342,7 @@ def _plan_by_weight(
             topology = topology_of_shape(config.fixed, stays.shape, f"Layer {target.name!r}")
             storage = Storage(pivoted=bool(config.pivoted)).for_topology(topology)
             made = replace(stays, topology=topology, bound_by="topology", error=None, storage=storage)
-            return replace(made, loss_increase=None)
+            return replace(made, loss_increase=None).with_baseline(singular_values(target.matrix).tolist())
         budget = replace(config.budget, param_ratio=ratio)
         attempts: list[Decomposition] = []
         refusals = []
@@ -371,7 +369,8 @@ def _plan_by_weight(
             forecast = forecast_weighting(target, stats, config.damping)
             gap = target.matrix - best.network.to_matrix()
             loss = 0.0 if forecast is None else forecast.cost(gap)
-        return replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)
+        made = replace(stays, topology=topology, bound_by=best.bound_by, error=best.error, loss_increase=loss)
+        return made.with_baseline(singular_values(target.matrix).tolist())
 
     with bar:
         if config.param_ratio is None:

@@ -228,7 +228,7 @@ class CompressionReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-ready dict, without singular values."""
+        """Convert to a JSON-ready dict."""
         check = self.plan.loss_check
         return {
             "layers": [layer.summary() for layer in self.layers],

@@ -1,12 +1,15 @@
-"""Plots of plans and reports: loss over bits, bits and ranks of layers, predicted losses of layers."""
+"""Figures of plans and reports, and the parts of figures that the HTML report of `tensornet_hf` draws too.
 
-import os.path
+Only `plot` methods and that report import this module, which needs matplotlib when a figure is drawn.
+"""
+
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from tensornet._util import import_optional
+from tensornet.compression.layer_names import layer_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +31,7 @@ COLORS = {
     "dense": "#98a2b3",
 }
 #: Limits of the logarithmic axis of predicted loss increases in nats; above the upper one a model is useless.
-_FLOOR, _USELESS = 1e-7, 12.0
+FLOOR, _USELESS = 1e-7, 12.0
 #: Default width of a figure in inches.
 _WIDTH = 9.0
 
@@ -53,33 +56,6 @@ class Mark:
 
 
 # --- whole figures ----------------------------------------------------------------------------------
-
-
-class LayerName(NamedTuple):
-    """Parts of the name of a layer: the index and the name of its block, and its name inside the block.
-
-    For a layer outside of blocks the index is None, and the name of its parent takes the place of the block.
-    """
-
-    block: int | None
-    place: str
-    kind: str
-
-
-def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Split the names of layers after the number of their block."""
-    parts = [name.split(".") for name in names]
-    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # `commonprefix` accepts lists too
-    found = []
-    for part in parts:
-        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
-        if at is None or at == len(part) - 1:
-            block, cut = None, len(part) - 1
-        else:
-            block, cut = int(part[at]), at + 1
-        first = max(0, min(shared - 1, cut - 2))
-        found.append(LayerName(block, ".".join(part[first:cut]), ".".join(part[cut:])))
-    return found
 
 
 def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increase: float | None) -> "Figure":
@@ -118,80 +94,13 @@ def report_figure(layers: Layers) -> "Figure":
         values.bar(places, [layer.loss_increase or 0.0 for layer in layers], color=COLORS["ours"])
         values.set_ylabel("predicted loss increase")
     else:
-        errors = {"svd": [x.baseline_error for x in layers], "ours": [x.error or 0.0 for x in layers]}
+        errors = {"svd": [x.baseline_error or 0.0 for x in layers], "ours": [x.error or 0.0 for x in layers]}
         for role, marker in (("svd", "s"), ("ours", "o")):
             values.plot(places, errors[role], marker, color=COLORS[role], markersize=4)
         values.legend(["plain SVD, same size", "this model"], frameon=False, fontsize=8)
         values.set_ylabel("relative error of the weight")
     values.set_xlabel("layer, in the order of the model")
-    _plain(values, grid="y")
-    return figure
-
-
-def losses_figure(
-    layers: Layers, others: Mapping[str, Mapping[str, float]], *, width: float = _WIDTH
-) -> "Figure":
-    """Plot predicted loss increases, with a panel for each kind of layer and a line for each method.
-
-    Args:
-        layers: layers of a plan that predicts losses.
-        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by the name of the layer.
-        width: width of the figure in inches.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    module = import_optional("matplotlib.figure", extra="viz", user="a picture of losses")
-    from matplotlib.ticker import MaxNLocator, NullFormatter
-
-    losses = {**others, "this plan": {layer.name: layer.loss_increase or 0.0 for layer in layers}}
-    styles: dict[str, dict[str, Any]] = {
-        "plain SVD": {"marker": "s", "color": COLORS["svd"], "markersize": 3.5},
-        "round to nearest": {"marker": "^", "color": COLORS["nearest"], "markersize": 4},
-        "this plan": {"marker": "o", "color": COLORS["ours"], "markersize": 4.5},
-    }
-    values = [x for known in losses.values() for x in known.values() if x > _FLOOR]
-    low, high = min(values, default=_FLOOR) / 2, max(values, default=1.0) * 2
-    # Each kind of layer has a panel, with block numbers as horizontal axis; without blocks, there is one
-    # panel.
-    kinds, blocks, cells = grid_of([layer.name for layer in layers])
-    panels = [
-        (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
-    ]
-    if len(blocks) == 1:
-        panels = [("", kinds, [(row, x) for x, (row, _) in cells.items()])]
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    figure: Figure = module.Figure(figsize=(width, 0.6 + 1.75 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for number, axes in enumerate(grid.flat):
-        axes.set_visible(number < len(panels))
-        if number >= len(panels):
-            continue
-        title, ticks, places = panels[number]
-        for method, known in losses.items():
-            points = [(x, max(known[name], low)) for x, name in sorted(places)]
-            axes.plot(*zip(*points, strict=True), label=method, linewidth=1, **styles[method])
-
-        def label(value: float, _: float, ticks: Sequence[str] = ticks) -> str:
-            return ticks[int(value)] if 0 <= value < len(ticks) else ""
-
-        axes.set_yscale("log")
-        axes.set_ylim(low, high)
-        axes.set_xlim(-0.5, len(ticks) - 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.xaxis.set_major_formatter(label)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(title, loc="left", fontsize=9, color=COLORS["ink"])
-        _plain(axes, grid="y")
-        axes.tick_params(labelsize=7.5)
-        if number + columns >= len(panels) > 1:
-            axes.set_xlabel("block", fontsize=8)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("predicted loss", fontsize=8)
-    lines = grid.flat[0].lines[::-1]
-    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), fontsize=8.5)
+    simplify_axes(values, grid="y")
     return figure
 
 
@@ -231,7 +140,7 @@ def draw_loss_over_bits(
     from matplotlib.ticker import FixedLocator, NullFormatter
 
     weights = sum(layer.params_before for layer in layers)
-    shown = [(8 * size / weights, loss) for size, loss in sorted(curve) if _FLOOR < loss < _USELESS]
+    shown = [(8 * size / weights, loss) for size, loss in sorted(curve) if FLOOR < loss < _USELESS]
     if shown:
         points = zip(*shown, strict=True)
         axes.plot(*points, color=COLORS["ours"], label="this method, predicted", linewidth=2)
@@ -239,7 +148,7 @@ def draw_loss_over_bits(
     for mark in marks:
         fill = mark.color if mark.measured else "none"
         style: dict[str, Any] = {"color": mark.color, "markerfacecolor": fill, "markersize": 8, "zorder": 4}
-        if mark.loss_increase > _FLOOR:
+        if mark.loss_increase > FLOOR:
             values.append(min(mark.loss_increase, _USELESS))
             axes.plot([mark.bits], values[-1:], "o", **style)
         else:  # zero cannot be drawn on a logarithmic axis, so the mark is at its lower end
@@ -271,7 +180,7 @@ def draw_loss_over_bits(
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.set_xlim(0.9 * smallest, 1.1 * dense)
     axes.set_xlabel("bits of a weight, scales included")
-    _plain(axes, grid="both")
+    simplify_axes(axes, grid="both")
 
 
 def draw_bits(axes: "Axes", layers: Layers) -> None:
@@ -303,10 +212,11 @@ def draw_bits(axes: "Axes", layers: Layers) -> None:
     step = max(1, len(columns) // 16)
     axes.set_xticks(list(range(0, len(columns), step)), columns[::step])
     axes.set_xlabel("block" if len(columns) > 1 else "")
-    _plain(axes, grid=None)
+    simplify_axes(axes, grid=None)
 
 
-def _plain(axes: "Axes", *, grid: str | None) -> None:
+def simplify_axes(axes: "Axes", *, grid: str | None) -> None:
+    """Remove tick marks and two of the four spines, and draw grid lines: `"x"`, `"y"`, `"both"` or None."""
     axes.tick_params(length=0, which="both", colors=COLORS["muted"])
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(COLORS["grid"])
@@ -314,7 +224,7 @@ def _plain(axes: "Axes", *, grid: str | None) -> None:
     axes.yaxis.label.set_color(COLORS["muted"])
     axes.set_axisbelow(True)
     if grid is not None:
-        axes.grid(axis=grid, color=COLORS["grid"])  # type: ignore[arg-type]  # "x", "y" or "both"
+        axes.grid(axis=grid, color=COLORS["grid"])  # type: ignore[arg-type]
 
 
 def grid_of(names: Sequence[str]) -> tuple[list[str], list[str], dict[str, tuple[int, int]]]:

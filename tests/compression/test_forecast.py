@@ -68,7 +68,7 @@ def test_a_measured_forecast_comes_true() -> None:
     assert [layer.topology for layer in plan] == [x.topology for x in prepared.plan(param_ratio=0.5)]
     for size, found in plan.curve():
         assert found >= 0
-        if size <= 0.9 * plan.params_before:
+        if size <= 0.9 * plan.bytes_before:
             assert found > 0
 
 

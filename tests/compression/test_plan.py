@@ -62,7 +62,7 @@ def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
     assert tn.CompressionPlan.load(tmp_path / "plan.json") == edited
     (line,) = [line for line in str(edited).splitlines() if line.startswith(NAME)]
     sizes = r" +[0-9.]+( +[0-9,]+ -> [0-9,]+){2}"
-    assert re.fullmatch(rf"{NAME} +{family}( [0-9x]+)?{sizes} +\? +0\.\d{{4}}", line)
+    assert re.fullmatch(rf"{NAME} +{family}( [0-9x]+)?{sizes} +\? +\?", line)
     error = tn.apply_plan(model, edited, stats)[NAME]
     whole = any(len(cores) == 1 for cores, _ in edited[NAME].topology.parts)  # a core that is the matrix
     assert 0 < error < 2 or (error == 0 and whole)

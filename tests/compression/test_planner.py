@@ -163,8 +163,8 @@ def test_the_curve_runs_through_every_budget() -> None:
     assert curve == sorted(curve, reverse=True)
     for ratio in (0.8, 0.5):
         plan = tn.plan(model, CompressionConfig(param_ratio=ratio), stats)
-        below = max(cost for size, cost in curve if size >= plan.params_after)
-        above = min(cost for size, cost in curve if size <= plan.params_after)
+        below = max(cost for size, cost in curve if size >= plan.bytes_after)
+        above = min(cost for size, cost in curve if size <= plan.bytes_after)
         # Chosen by the cost with little damping, which ranks near ties otherwise than the forecast does.
         assert below <= plan.predicted_loss_increase + 1e-9 <= 1.02 * above + 2e-9  # type: ignore[operator]
 

@@ -3,7 +3,6 @@
 import io
 import subprocess
 import sys
-from dataclasses import replace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -13,7 +12,7 @@ from torch import nn
 
 import tensornet as tn
 from tensornet._util import ROWS, html_table
-from tensornet.compression.viz import grid_of, losses_figure
+from tensornet.compression.viz import grid_of
 
 Made = tuple[tn.CompressionPlan, tn.CalibrationStats, tn.CompressionReport]
 
@@ -68,23 +67,6 @@ def test_report_draws(made: Made) -> None:
     blind = tn.compress(nn.Sequential(Block()), tn.CompressionConfig(param_ratio=0.5), progress=False)
     assert "relative error of the weight" in text_of(blind.plot())
     assert len(blind.plan.plot().axes) == 1  # no curve where nothing is predicted
-
-
-def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method(made: Made) -> None:
-    layers = list(made[0])
-    others = {x: {layer.name: 0.5 for layer in layers} for x in ("plain SVD", "round to nearest")}
-    figure = losses_figure(layers, others)
-    assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
-    assert [line.get_label() for line in figure.axes[0].lines] == [
-        "plain SVD",
-        "round to nearest",
-        "this plan",
-    ]
-    expected = [layer.loss_increase for layer in layers if layer.name.endswith("up")]
-    assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx(expected)
-    alone = [replace(layer, name=str(k)) for k, layer in enumerate(layers[:2])]  # without blocks: one panel
-    (axes,) = losses_figure(alone, {}).axes
-    assert list(axes.lines[0].get_xdata()) == [0, 1]
 
 
 @pytest.mark.parametrize("count", [1, 30])

@@ -23,11 +23,12 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet._util import require
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression import viz
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.layer_names import layer_names
 from tensornet.compression.loss_increase import measure
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import CompressionReport, compact_count, model_size
-from tensornet.compression.viz import COLORS, layer_names
 from tensornet.io import write_file
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.formats import BITS
@@ -307,8 +308,6 @@ def _pictures(page: Page) -> dict[str, str]:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from tensornet.compression import viz
-
     colors = viz.COLORS
     by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
@@ -336,7 +335,7 @@ def _pictures(page: Page) -> dict[str, str]:
             for x in page.models[1:]
             if x.loss_increase is not None and x.bits is not None
         ]
-        curve = plan.curve(unit="bytes")
+        curve = plan.curve()
         if curve or len(marks) > 1:
             figure = Figure(figsize=(6.0, 4.0), layout="constrained")
             axes = figure.subplots()
@@ -354,12 +353,76 @@ def _pictures(page: Page) -> dict[str, str]:
             figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=9.5)
             found["loss"] = _svg(figure)
         if all(layer.loss_increase is not None for layer in layers):
-            found["layers"] = _svg(viz.losses_figure(layers, page.losses, width=_WIDTH))
+            found["layers"] = _svg(losses_figure(layers, page.losses, width=_WIDTH))
         names, _, _ = viz.grid_of([layer.name for layer in layers])
         figure = Figure(figsize=(_WIDTH, 0.7 + 0.34 * len(names)), layout="constrained")
         viz.draw_bits(figure.subplots(), layers)
         found["bits"] = _svg(figure)
     return found
+
+
+def losses_figure(
+    layers: Sequence[LayerPlan], others: Mapping[str, Mapping[str, float]], *, width: float
+) -> Any:
+    """Plot predicted loss increases, with a panel for each kind of layer and a line for each method.
+
+    Args:
+        layers: layers of a plan that predicts losses.
+        others: losses of the baselines `"plain SVD"` and `"round to nearest"`, by the name of the layer.
+        width: width of the figure in inches.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    losses = {**others, "this plan": {layer.name: layer.loss_increase or 0.0 for layer in layers}}
+    styles: dict[str, dict[str, Any]] = {
+        "plain SVD": {"marker": "s", "color": viz.COLORS["svd"], "markersize": 3.5},
+        "round to nearest": {"marker": "^", "color": viz.COLORS["nearest"], "markersize": 4},
+        "this plan": {"marker": "o", "color": viz.COLORS["ours"], "markersize": 4.5},
+    }
+    values = [x for known in losses.values() for x in known.values() if x > viz.FLOOR]
+    low, high = min(values, default=viz.FLOOR) / 2, max(values, default=1.0) * 2
+    # Each kind of layer has a panel, with block numbers as horizontal axis; without blocks, there is one
+    # panel.
+    kinds, blocks, cells = viz.grid_of([layer.name for layer in layers])
+    panels = [
+        (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
+    ]
+    if len(blocks) == 1:
+        panels = [("", kinds, [(row, x) for x, (row, _) in cells.items()])]
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(width, 0.6 + 1.75 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for number, axes in enumerate(grid.flat):
+        axes.set_visible(number < len(panels))
+        if number >= len(panels):
+            continue
+        title, ticks, places = panels[number]
+        for method, known in losses.items():
+            points = [(x, max(known[name], low)) for x, name in sorted(places)]
+            axes.plot(*zip(*points, strict=True), label=method, linewidth=1, **styles[method])
+
+        def label(value: float, _: float, ticks: Sequence[str] = ticks) -> str:
+            return ticks[int(value)] if 0 <= value < len(ticks) else ""
+
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+        axes.set_xlim(-0.5, len(ticks) - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_formatter(label)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_title(title, loc="left", fontsize=9, color=viz.COLORS["ink"])
+        viz.simplify_axes(axes, grid="y")
+        axes.tick_params(labelsize=7.5)
+        if number + columns >= len(panels) > 1:
+            axes.set_xlabel("block", fontsize=8)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("predicted loss", fontsize=8)
+    lines = grid.flat[0].lines[::-1]
+    figure.legend(handles=lines, loc="outside upper left", ncols=len(lines), fontsize=8.5)
+    return figure
 
 
 def _svg(figure: Any) -> str:
@@ -370,7 +433,7 @@ def _svg(figure: Any) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' (?:xmlns|xmlns:xlink)="[^"]*"', "", text, count=2)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # several plots on a page would repeat ids
-    for role, color in COLORS.items():
+    for role, color in viz.COLORS.items():
         text = text.replace(color, f"var(--{role})")
     return text
 

@@ -1,5 +1,6 @@
 """The HTML report: right numbers, a true first screen, nothing fetched, nothing executed."""
 
+import copy
 import math
 import re
 from dataclasses import replace
@@ -18,6 +19,7 @@ from tensornet_hf.report import (
     compact_bytes,
     display_command,
     display_name,
+    losses_figure,
     versions,
     write_report,
 )
@@ -73,7 +75,9 @@ def a_page(models: list[ModelFacts] | None = None, prompt: str | None = None, **
 def predicted(page: Page) -> Page:
     """The page of a plan with predicted losses: 0.1 for each layer, nothing for dense ones."""
     layers = tuple(
-        replace(x, loss_increase=0.1, byte_curve=((x.bytes_after, 0.1), (x.bytes_before, 0.0)))
+        replace(
+            x, loss_increase=0.1, baseline_error=None, curve=((x.bytes_after, 0.1), (x.bytes_before, 0.0))
+        )
         for x in page.report.plan
     )
     plan = tn.CompressionPlan(layers, objective="curvature", dense_loss=3.0)
@@ -193,3 +197,23 @@ def test_names_and_numbers_are_short(tmp_path: Path) -> None:
     words = ["tensornet", "compress", str(tmp_path), "--report", f"{tmp_path}/r.html"]
     assert display_command(words) == f"tensornet compress {tmp_path.name} --report r.html"
     assert [compact_bytes(x) for x in (7, 1234, 3.8e6, 2e9)] == ["7 B", "1.23 kB", "3.80 MB", "2.00 GB"]
+
+
+def test_losses_have_one_panel_for_each_kind_and_one_line_for_each_method() -> None:
+    block = nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+    model = nn.ModuleList([block, copy.deepcopy(block)])
+    config = tn.CompressionConfig(max_bond=2, objective="weight", target_modules="all")
+    layers = [replace(x, loss_increase=0.1 * (k + 1)) for k, x in enumerate(tn.plan(model, config))]
+    others = {x: {layer.name: 0.5 for layer in layers} for x in ("plain SVD", "round to nearest")}
+    figure = losses_figure(layers, others, width=8)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["up", "down"]
+    assert [line.get_label() for line in figure.axes[0].lines] == [
+        "plain SVD",
+        "round to nearest",
+        "this plan",
+    ]
+    expected = [layer.loss_increase for layer in layers if layer.name.endswith("up")]
+    assert list(figure.axes[0].lines[-1].get_ydata()) == pytest.approx(expected)
+    alone = [replace(layer, name=str(k)) for k, layer in enumerate(layers[:2])]  # without blocks: one panel
+    (axes,) = losses_figure(alone, {}, width=8).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 1]

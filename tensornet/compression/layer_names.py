@@ -1,0 +1,32 @@
+"""Names of layers: their block, and their place and kind in it."""
+
+import os.path
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class LayerName(NamedTuple):
+    """Parts of the name of a layer: the index and the name of its block, and its name inside the block.
+
+    For a layer outside of blocks the index is None, and the name of its parent takes the place of the block.
+    """
+
+    block: int | None
+    place: str
+    kind: str
+
+
+def layer_names(names: Sequence[str]) -> list[LayerName]:
+    """Split the names of layers after the number of their block."""
+    parts = [name.split(".") for name in names]
+    shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # `commonprefix` accepts lists too
+    found = []
+    for part in parts:
+        at = next((k for k, word in enumerate(part) if word.isdigit()), None)
+        if at is None or at == len(part) - 1:
+            block, cut = None, len(part) - 1
+        else:
+            block, cut = int(part[at]), at + 1
+        first = max(0, min(shared - 1, cut - 2))
+        found.append(LayerName(block, ".".join(part[first:cut]), ".".join(part[cut:])))
+    return found
