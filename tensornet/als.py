@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tensornet.contraction.plan import ContractionPlan, plan_contraction, plan_matrix, run
+from tensornet.damping import FIT_DAMPING
 from tensornet.linalg.svd import result_dtype, working_dtype
 from tensornet.linalg.tt_svd import pad_matrix
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, root, times, transposed
@@ -42,8 +43,6 @@ _STEPS = 2
 _CUTOFF = {torch.float32: 1e-9, torch.complex64: 1e-9, torch.float64: 1e-12, torch.complex128: 1e-12}
 #: Conjugate gradient steps for each core in each sweep, in leg-whitened coordinates.
 _LEG_STEPS = 6
-#: Damping of the moments of legs, since a moment may be singular.
-_FACTOR_DAMPING = 1e-4
 
 #: Function that decomposes a matrix into a network of a given topology.
 Decompose = Callable[[Tensor, Topology], TensorNetwork]
@@ -430,7 +429,7 @@ def legs_of(topology: Topology, weighting: Weighting) -> Legs:
     if all(sum(leg in labels for labels in labels_of) == 1 for leg in (*sides[0], *sides[1])):
         for labels, dims, moment in zip(sides, sizes, (weighting.rows, weighting.columns), strict=True):
             factors = [] if moment is None else leg_moments(moment, dims)
-            roots |= {x: root(damped(f, _FACTOR_DAMPING)) for x, f in zip(labels, factors, strict=False)}
+            roots |= {x: root(damped(f, FIT_DAMPING)) for x, f in zip(labels, factors, strict=False)}
     return Legs(roots, sides, sizes)
 
 

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from tensornet._util import remembered
 from tensornet.calibration.batches import Batch, by_rows, row_sizes
+from tensornet.damping import COLUMN_DAMPING, ROW_DAMPING
 from tensornet.linalg.weighted_svd import cholesky, damped, root
 
 #: Number of rows sampled for each layer, and number of tokens sampled from each row.
-ROWS, TOKENS = 16, 32
-#: Fractions of the mean diagonal added to the moments of inputs and of gradients, the same as in rounding.
-COLUMN_DAMPING, ROW_DAMPING = 0.01, 0.1
+SAMPLED_ROWS, SAMPLED_TOKENS = 16, 32
 #: Lower limit; the estimated coherence may be near zero for tokens of opposite effects or for few samples.
 _LEAST = 0.1
 
@@ -90,10 +89,10 @@ class CoherenceSample:
         for row, count in enumerate(tokens.sum(1).tolist()):
             if count < 2:
                 continue
-            slot = self._seen if self._seen < ROWS else self._random.randrange(self._seen + 1)
+            slot = self._seen if self._seen < SAMPLED_ROWS else self._random.randrange(self._seen + 1)
             self._seen += 1
-            if slot < ROWS:  # reservoir sampling: every row of all batches has the same probability
-                chosen = self._random.sample(range(count), min(count, TOKENS))
+            if slot < SAMPLED_ROWS:  # reservoir sampling: every row of all batches has the same probability
+                chosen = self._random.sample(range(count), min(count, SAMPLED_TOKENS))
                 places = tokens[row].nonzero()[:, 0][chosen]
                 held[slot] = HeldTokens(slot, row, places, by_row[row, places], count)
         return list(held.values())

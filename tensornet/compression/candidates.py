@@ -21,6 +21,7 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.allocate import Candidate, lower_hull
 from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.sensitivity import Sensitivity, layer_sensitivity
+from tensornet.damping import DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, FormatError
 from tensornet.linalg.svd import frobenius
 from tensornet.linalg.weighted_svd import Weighting
@@ -29,7 +30,6 @@ from tensornet.nn.storage import PLAIN, Storage, decode, encode
 from tensornet.nn.targets import Target
 from tensornet.quantization import NumberFormat, Rounding, predict_losses
 from tensornet.quantization.menus import bytes_for
-from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.quantization.predict import spaced_rows
 from tensornet.quantization.scales import scale_fault, storable_formats
 from tensornet.topologies import TopologyFamily, dense, topology_family
@@ -92,7 +92,7 @@ def find_candidates(
             corrections = dict(zip(sensitive, found, strict=True))
         # All number formats need the same decompositions of a layer, so they are cached; but they are large,
         # so each cache is only for layers with the same input, which share the factorized moment.
-        inputs = [0 if x is None else id(x.choice.columns) for x in known]
+        inputs = [0 if x is None else id(x.weighting.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
                 run = [
@@ -158,7 +158,7 @@ def _of_layer(
                 more = network_candidates(matrix, sensitivity, storage, family, config, counts, known)
                 found = [*found, *(x for x in more if x.topology is not None)]  # `found` has the dense ones
     if config.rel_error is not None:
-        found = keep_promise(found, matrix, sensitivity.choice, config.rel_error)
+        found = keep_promise(found, matrix, sensitivity.weighting, config.rel_error)
     if not found:
         raise BudgetError(
             f"Layer {target.name!r}: no rank up to max_bond={config.max_bond} has a relative error of at "
@@ -240,16 +240,16 @@ def network_candidates(
             size = storage.num_bytes(family.build(rows, columns, max_bond=middle, **options), matrix.dtype)
             low, high = (middle, high) if size < limit else (low, middle - 1)
         max_bond = low
-    options = family.search_legs(matrix, sensitivity.choice, storage.num_params, **options)
-    weightings = sensitivity.choice, sensitivity.forecast
+    options = family.search_legs(matrix, sensitivity.weighting, storage.num_params, **options)
+    weightings = sensitivity.weighting, sensitivity.forecast
     encoding = None
     if storage.quantized:
         # Predictions assume factors of equal magnitude, but in a pivoted network one factor has the magnitude
         # of the matrix. If the scales of this factor were out of range, its loss is measured, not predicted.
-        predicted = number_format.is_integer and not scale_fault(matrix, number_format, sensitivity.choice)
+        predicted = number_format.is_integer and not scale_fault(matrix, number_format, sensitivity.weighting)
         encoding = RoundTrip(
             lambda network: round_trip(
-                network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding
+                network, storage, matrix.dtype, sensitivity.weighting, sensitivity.rounding
             ),
             number_format if predicted else None,
         )
@@ -374,13 +374,13 @@ class FormatLosses(NamedTuple):
     """Predicted losses and error of a dense matrix in one number format.
 
     Args:
-        choice: loss increase under the weighting by which candidates are chosen.
-        forecast: loss increase under the weighting by which losses are predicted.
+        cost: loss increase under `Sensitivity.weighting`.
+        predicted_loss: loss increase under `Sensitivity.forecast`.
         error: relative Frobenius error; an estimate if the matrix was not rounded.
     """
 
-    choice: float
-    forecast: float
+    cost: float
+    predicted_loss: float
     error: float
 
 
@@ -418,9 +418,9 @@ def dense_candidates(
                 storage,
                 bytes_for(target, number_format, topology.shape, matrix.dtype),
                 storage.num_params(topology),
-                loss.forecast,
+                loss.predicted_loss,
                 loss.error,
-                loss.choice,
+                loss.cost,
                 asked.name,
             )
         )
@@ -445,13 +445,13 @@ def format_losses(
         corrections: losses of a part of the matrix, computed by `losses_of_parts` if absent; a single call of
             that function for several matrices is faster.
     """
-    coarse = [x for x in formats if scale_fault(matrix, x, sensitivity.choice)]
+    coarse = [x for x in formats if scale_fault(matrix, x, sensitivity.weighting)]
     integers = [x for x in formats if x.is_integer and x not in coarse]
     found = {}
     for number_format in (x for x in formats if x not in integers):
         topology = dense(out_features=matrix.shape[0], in_features=matrix.shape[1])
         storage, network = Storage(number_format=number_format), TensorNetwork(topology, (matrix,))
-        stored = round_trip(network, storage, matrix.dtype, sensitivity.choice, sensitivity.rounding)
+        stored = round_trip(network, storage, matrix.dtype, sensitivity.weighting, sensitivity.rounding)
         found[number_format] = _losses(matrix, stored.to_matrix(), sensitivity)
     sample = spaced_rows(matrix, PREDICTED_ROWS)
     found |= dict(zip(integers, _predicted(matrix, sensitivity, integers, sample), strict=True))
@@ -489,7 +489,7 @@ def layer_formats(
     )
     if config.formats == DEFAULT_FORMATS:
         for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
-            found = storable_formats(matrix, found, sensitivity.choice)
+            found = storable_formats(matrix, found, sensitivity.weighting)
     return found
 
 
@@ -521,11 +521,11 @@ def part_of(
             return None
         return moment[places] if moment.ndim == 1 else moment[places][:, places]
 
-    choice, forecast = (
+    weighting, forecast = (
         Weighting(some(x.rows, rows), some(x.columns, columns))
-        for x in (sensitivity.choice, sensitivity.forecast)
+        for x in (sensitivity.weighting, sensitivity.forecast)
     )
-    return matrix[rows][:, columns], Sensitivity(choice, forecast, sensitivity.rounding)
+    return matrix[rows][:, columns], Sensitivity(weighting, forecast, sensitivity.rounding)
 
 
 @torch.no_grad()
@@ -548,7 +548,8 @@ def losses_of_parts(
     groups: dict[Hashable, list[int]] = {}
     for index, (part, seen) in enumerate(parts):
         full = all(
-            moment is not None and moment.ndim == 2 for moment in (seen.choice.rows, seen.choice.columns)
+            moment is not None and moment.ndim == 2
+            for moment in (seen.weighting.rows, seen.weighting.columns)
         )
         kind = (part.shape, part.dtype, part.device, part.shape == layers[index][0].shape)
         groups.setdefault(kind if full else index, []).append(index)
@@ -556,11 +557,11 @@ def losses_of_parts(
     for places in groups.values():
         some = [parts[k] for k in places]
         weights, seen = some[0]
-        weighting = seen.choice
+        weighting = seen.weighting
         if len(some) > 1:
             weights = torch.stack([part for part, _ in some])
             rows, columns = (
-                torch.stack([m for _, each in some if (m := getattr(each.choice, side)) is not None])
+                torch.stack([m for _, each in some if (m := getattr(each.weighting, side)) is not None])
                 for side in ("rows", "columns")
             )
             weighting = Weighting(rows, columns)
@@ -586,7 +587,7 @@ def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLos
     if not bool(error.any()):
         return FormatLosses(0.0, 0.0, 0.0)
     return FormatLosses(
-        sensitivity.choice.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
+        sensitivity.weighting.cost(error), sensitivity.forecast.cost(error), relative_gap(matrix, kept)
     )
 
 
@@ -597,10 +598,10 @@ def _predicted(
     sample: Tensor | None = None,
 ) -> list[FormatLosses]:
     """Predict the losses and errors of a matrix in integer formats, without rounding it."""
-    known = sensitivity.choice  # the moments that rounding uses
+    known = sensitivity.weighting  # the moments that rounding uses
     if sensitivity.rounding != "two_sided":
         known = Weighting(None, known.columns if sensitivity.rounding == "one_sided" else None)
-    weightings = [known, sensitivity.choice, sensitivity.forecast, Weighting()]
+    weightings = [known, sensitivity.weighting, sensitivity.forecast, Weighting()]
     norm = max(frobenius(matrix) ** 2, 1e-300)
     found = predict_losses(
         matrix,
@@ -611,6 +612,6 @@ def _predicted(
         sample=sample,
     )
     return [
-        FormatLosses(choice, forecast, (2 * plain / norm) ** 0.5)
-        for _, choice, forecast, plain in found.tolist()
+        FormatLosses(cost, predicted, (2 * plain / norm) ** 0.5)
+        for _, cost, predicted, plain in found.tolist()
     ]

@@ -49,7 +49,7 @@ from tensornet.nn.unfuse import unfused
 MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 MEASURED_SHARES = (0.9, 0.75, 0.6)
 #: Number of tokens on which the loss of layers is measured.
-TOKENS = 1024
+CHECK_TOKENS = 1024
 #: Three limits: rounds of planning and measuring; groups of layers in a round (blocks are merged if there are
 #: more); and measurements in a round to find layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
@@ -106,15 +106,15 @@ def check_loss(
         >>> check_loss(prepared, model, batches).plan().loss_check.layers > 0
         True
     """
-    if prepared.facts.objective != "curvature" or not prepared.config.formats or not len(batches):
+    if prepared.template.objective != "curvature" or not prepared.config.formats or not len(batches):
         return prepared
     given, trial = prepared, None
-    check = prepared.facts.loss_check or LossCheck(0)
+    check = prepared.template.loss_check or LossCheck(0)
     measured = prepared.measured or frozenset()
     assert prepared.stats is not None  # the curvature objective needs statistics
     powers = _outlier_powers(prepared.targets, prepared.stats)
     for _ in range(ROUNDS):
-        prepared = replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
+        prepared = replace(prepared, template=replace(prepared.template, loss_check=check), measured=measured)
         plan = prepared.plan(**budget)
         suspects = {raised.layer for raised in check.raised}  # other schemes of these layers are checked too
         groups = _groups(plan, powers, suspects)
@@ -144,7 +144,7 @@ def check_loss(
         prepared = replace(prepared, candidates=tuple(candidates))
         if not factors:
             break
-    return replace(prepared, facts=replace(prepared.facts, loss_check=check), measured=measured)
+    return replace(prepared, template=replace(prepared.template, loss_check=check), measured=measured)
 
 
 def correct_by_measuring(
@@ -192,10 +192,10 @@ def correct_by_measuring(
         >>> prepared.plan().forecast.source
         'validation data'
     """
-    if prepared.facts.objective != "curvature":
+    if prepared.template.objective != "curvature":
         raise BudgetError(
             f"Measurements correct predicted losses, which only objective='curvature' has, not "
-            f"{prepared.facts.objective!r}."
+            f"{prepared.template.objective!r}."
         )
     if budgets is None and prepared.config.formats:
         least = 8 * sum(min(x.num_bytes for x in found) for found in prepared.candidates)
@@ -207,7 +207,7 @@ def correct_by_measuring(
     alone = replace(
         prepared,
         config=replace(prepared.config, whole_model=False),
-        facts=replace(prepared.facts, forecast=UNMEASURED),
+        template=replace(prepared.template, forecast=UNMEASURED),
     )
     found, divergences = [], []
     for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
@@ -220,7 +220,7 @@ def correct_by_measuring(
         if increase.kl_mean is not None:
             divergences.append((made.predicted_loss_increase, increase.kl_mean))
     forecast = Forecast.through(found, source, divergences)
-    return replace(prepared, facts=replace(prepared.facts, forecast=forecast))
+    return replace(prepared, template=replace(prepared.template, forecast=forecast))
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
@@ -297,7 +297,7 @@ class _Trial:
         self.model, self.stats, self.made = model, prepared.stats, prepared.made
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
-        self.batches: list[Batch] = some_rows(batches, model, TOKENS)
+        self.batches: list[Batch] = some_rows(batches, model, CHECK_TOKENS)
         with in_eval_mode(model):
             self.loss_fn(model, self.batches[0])  # the first call chooses the loss of the model
             chains = find_chains(model, self.batches[0])

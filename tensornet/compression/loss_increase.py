@@ -28,7 +28,7 @@ from tensornet.softmax_losses import kl_divergences
 
 #: Largest number of tokens (rows for models without tokens) on which the loss for a report is measured, and
 #: largest number of batches from which they are taken.
-TOKENS, BATCHES = 2048, 8
+REPORT_TOKENS, REPORT_BATCHES = 2048, 8
 #: Largest number of logits of the dense model that are stored for the divergence (128 MB in float32).
 _LOGITS = 1 << 25
 #: A loss increase is far above its prediction if the increase minus `_ERRORS` standard errors exceeds
@@ -68,9 +68,9 @@ class LossIncrease:
     kl_stderr: float | None = None
 
     @classmethod
-    def of(cls, increases: Tensor, **facts: Any) -> "LossIncrease":
+    def of(cls, increases: Tensor, **fields: Any) -> "LossIncrease":
         """Make a `LossIncrease` from the increases of tokens, shape `(tokens,)`, and its other fields."""
-        return cls(*mean_and_error(increases), len(increases), **facts)
+        return cls(*mean_and_error(increases), len(increases), **fields)
 
     def __str__(self) -> str:
         noise = f"standard error {self.stderr:.2g}, {self.tokens:,} losses on {self.source}"
@@ -124,7 +124,7 @@ def record_losses(
     *,
     loss_fn: TokenLosses | None = None,
     source: str = "calibration data",
-    tokens: int | None = TOKENS,
+    tokens: int | None = REPORT_TOKENS,
 ) -> RecordedLosses | None:
     """Record the losses of a dense model on a few rows, before the model is compressed in place.
 
@@ -160,7 +160,7 @@ def record_losses(
         if tokens is None:
             parts = [as_batch(batch, model, device) for batch in every]
         else:
-            parts = some_rows(sample.kept, model, tokens, parts=BATCHES)
+            parts = some_rows(sample.kept, model, tokens, parts=REPORT_BATCHES)
         losses, logits = _run(model, parts, loss_fn, _LOGITS)
     except _NOT_MEASURED:
         return None

@@ -49,7 +49,7 @@ class Prepared:
         candidates: candidates of each target; empty if each layer is planned separately by the error of its
             weight.
         spectra: singular values of each target.
-        facts: a plan without layers, with everything known from calibration and measurements.
+        template: a plan without layers, with everything known from calibration and measurements.
         stats: calibration statistics.
         rest: number of elements, and bytes, of the parameters that are not targeted, for budgets of the whole
             model.
@@ -60,7 +60,7 @@ class Prepared:
         >>> from tensornet.compression import prepare
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64))
         >>> prepared = prepare(model, tn.CompressionConfig(max_bond=8, topology="low_rank"))
-        >>> prepared.facts.objective, len(prepared.targets)
+        >>> prepared.template.objective, len(prepared.targets)
         ('weight', 1)
     """
 
@@ -69,7 +69,7 @@ class Prepared:
     targets: tuple[Target, ...]
     candidates: tuple[Sequence[Candidate], ...]
     spectra: tuple[tuple[float, ...], ...]
-    facts: CompressionPlan
+    template: CompressionPlan
     stats: CalibrationStats | None = None
     rest: tuple[int, int] = (0, 0)
     measured: frozenset[tuple[str, str]] | None = None
@@ -97,8 +97,8 @@ class Prepared:
         config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
         if not self.candidates:
             layers = _plan_by_weight(self.targets, config, self.stats, progress=progress)
-            return replace(self.facts, layers=tuple(layers))
-        objective = self.facts.objective
+            return replace(self.template, layers=tuple(layers))
+        objective = self.template.objective
         if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
         # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
@@ -110,7 +110,7 @@ class Prepared:
             [candidates for candidates, _ in joined],
             config,
             objective,
-            forecast=self.facts.forecast,
+            forecast=self.template.forecast,
             rest=self.rest,
             names=[", ".join(names[k] for k in group) for group in groups],
         )
@@ -127,7 +127,7 @@ class Prepared:
             chosen: index of the chosen candidate of each layer.
             bound_by: name of the tightest budget.
         """
-        predicts = self.facts.objective == "curvature"
+        predicts = self.template.objective == "curvature"
         samples = weight_samples(self.targets)
         layers = []
         for target, found, index, spectrum in zip(
@@ -148,10 +148,10 @@ class Prepared:
                 target=self.config.menu,
             )
             layers.append(layer.with_baseline(spectrum))
-        check = self.facts.loss_check
+        check = self.template.loss_check
         if check is not None and self.measured is not None:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
-        return replace(self.facts, layers=tuple(layers), loss_check=check)
+        return replace(self.template, layers=tuple(layers), loss_check=check)
 
 
 def fused_groups(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -251,7 +251,7 @@ def prepare(
     targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
-    facts = CompressionPlan(
+    template = CompressionPlan(
         (),
         objective=objective,
         damping=config.damping if objective != "weight" else 0.0,
@@ -269,14 +269,14 @@ def prepare(
     )
     alone = objective == "weight" and not config.formats and not config.pivoted
     if alone or config.fixed:
-        return Prepared(config, weights, targets, (), (), facts, stats, rest)
+        return Prepared(config, weights, targets, (), (), template, stats, rest)
     found = find_candidates(targets, config, objective, stats)
     candidates, spectra = [], []
     work = tqdm(targets, desc="planning", disable=not progress, unit="layer")
     for target, each in zip(work, found, strict=True):
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
-    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), facts, stats, rest)
+    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), template, stats, rest)
 
 
 def _seen(

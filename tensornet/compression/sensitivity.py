@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.config import CompressionConfig
+from tensornet.damping import FIT_DAMPING, FORECAST_ROW_DAMPING, LEAST_DAMPING
 from tensornet.errors import ShapeError, TargetError
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import Weighting, check_weighting, damped, nearest_kronecker
@@ -19,15 +20,6 @@ from tensornet.nn.layer_kinds import relatives
 from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
-#: Damping of input moments, as a fraction of their mean diagonal, for stability and for inputs that are 0.
-INPUT_DAMPING = 1e-4
-#: Damping of gradient moments for predictions of the loss. Decompositions are best with little damping, but
-#: predictions with little damping are too low: on another text, and with all layers compressed at once,
-#: errors in directions of small gradients increase the loss too. The trace of the moment is kept constant,
-#: since a larger trace would double the predicted loss of integers, whose errors lie in all directions.
-FORECAST_DAMPING = 1.0
-#: Smallest damping of gradient moments, so that errors in directions without gradients are not ignored.
-_LEAST_DAMPING = 1e-6
 #: Fraction of the token frequencies that is spread evenly over all rows of an embedding, since other texts
 #: read other rows. With a smaller fraction, the ratio of measured to predicted loss of SmolLM2's embedding
 #: was four times as large for low rank as for integers (benchmarks/records/bytes.md).
@@ -39,12 +31,12 @@ class Sensitivity:
     """Weightings of errors in one matrix.
 
     Args:
-        choice: weighting with little damping, for choosing and fitting candidates.
+        weighting: weighting with little damping, for choosing and fitting candidates.
         forecast: weighting with more damping, for predicting the loss increase.
         rounding: how integers are rounded, see `CompressionConfig`.
     """
 
-    choice: Weighting
+    weighting: Weighting
     forecast: Weighting
     rounding: Rounding = "two_sided"
 
@@ -62,7 +54,7 @@ def layer_sensitivity(
         target: the weight.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
-        damping: fraction of the mean diagonal that is added to gradient moments for `Sensitivity.choice`.
+        damping: fraction of the mean diagonal that is added to gradient moments for `Sensitivity.weighting`.
         rounding: how integers are rounded, see `CompressionConfig`.
 
     Returns:
@@ -71,25 +63,26 @@ def layer_sensitivity(
     Raises:
         TargetError: see `layer_weighting`.
     """
-    choice = layer_weighting(target, objective, stats, damping)
-    if choice is None:
+    weighting = layer_weighting(target, objective, stats, damping)
+    if weighting is None:
         return None
     if objective != "curvature":
-        return Sensitivity(choice, choice, rounding)
+        return Sensitivity(weighting, weighting, rounding)
     if len(target.names) == 1 and target.kinds[0].name != "embedding":
-        assert choice.rows is not None
-        return Sensitivity(choice, replace(choice, rows=_damped_further(choice.rows, damping)), rounding)
+        assert weighting.rows is not None
+        further = replace(weighting, rows=_damped_further(weighting.rows, damping))
+        return Sensitivity(weighting, further, rounding)
     forecast = forecast_weighting(target, stats, damping)
     assert forecast is not None
-    known, same = choice.columns, forecast.columns
+    known, same = weighting.columns, forecast.columns
     if known is not None and same is not None and torch.equal(known, same):
         forecast = replace(forecast, columns=known)  # later code recognizes equal moments by identity
-    return Sensitivity(choice, forecast, rounding)
+    return Sensitivity(weighting, forecast, rounding)
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Damp the gradient moment of `choice` further; the result is that of `forecast_weighting`."""
-    least, most = max(damping, _LEAST_DAMPING), max(damping, FORECAST_DAMPING)
+    """Damp the gradient moment of `weighting` further; the result is that of `forecast_weighting`."""
+    least, most = max(damping, LEAST_DAMPING), max(damping, FORECAST_ROW_DAMPING)
     further = moment / (1 + most)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
     own = further if moment.ndim == 1 else further.diagonal()
@@ -100,7 +93,7 @@ def _damped_further(moment: Tensor, damping: float) -> Tensor:
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
     """Make the weighting that predicts the loss increase of errors in one weight.
 
-    Half of the trace of the gradient moment is spread evenly over its diagonal, see `FORECAST_DAMPING`.
+    Half of the trace of the gradient moment is spread evenly over its diagonal, see `FORECAST_ROW_DAMPING`.
 
     Returns:
         The weighting; None if all gradients are zero, so that errors do not change the loss.
@@ -108,7 +101,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     Raises:
         TargetError: see `layer_weighting`.
     """
-    amount = max(damping, FORECAST_DAMPING)
+    amount = max(damping, FORECAST_ROW_DAMPING)
     found = layer_weighting(target, "curvature", stats, amount)
     if found is None:
         return None
@@ -158,7 +151,7 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
             break
     else:
         _, columns = _of_relatives(target, stats)
-    return Weighting(None, damped(columns, INPUT_DAMPING)) if _counts(columns) else Weighting()
+    return Weighting(None, damped(columns, FIT_DAMPING)) if _counts(columns) else Weighting()
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
@@ -178,7 +171,7 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
         TargetError: no layer that uses this weight ran during calibration.
     """
     terms = []
-    damping = max(damping, _LEAST_DAMPING)
+    damping = max(damping, LEAST_DAMPING)
     for name, kind in zip(target.names, target.kinds, strict=True):
         if name not in stats.rows and name not in stats.columns:
             continue
@@ -189,11 +182,11 @@ def curvature_weighting(target: Target, stats: CalibrationStats, damping: float)
             terms.append(Weighting(_spread(rows), damped(columns, damping)))
         else:
             coherent = damped(rows, damping) * stats.coherence.get(name, 1.0)
-            terms.append(Weighting(coherent, damped(columns, INPUT_DAMPING)))
+            terms.append(Weighting(coherent, damped(columns, FIT_DAMPING)))
     if not terms and not _ran(target, stats):
         rows, columns = _of_relatives(target, stats)
         if _counts(rows) and _counts(columns):
-            terms.append(Weighting(damped(rows, damping), damped(columns, INPUT_DAMPING)))
+            terms.append(Weighting(damped(rows, damping), damped(columns, FIT_DAMPING)))
     return nearest_kronecker(terms) if terms else None
 
 

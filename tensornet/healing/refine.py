@@ -31,7 +31,7 @@ from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batc
 from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
 from tensornet.calibration.calibrate import mirrored, upper_gram
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.sensitivity import INPUT_DAMPING
+from tensornet.damping import FIT_DAMPING, ROW_DAMPING
 from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance
 from tensornet.linalg.weighted_svd import Weighting, damped
@@ -82,7 +82,7 @@ def refine(
     *,
     correction: float = 0.5,
     anchor: float = 1.0,
-    damping: float = 0.1,
+    damping: float = ROW_DAMPING,
     autocast: torch.dtype | None = None,
     progress: bool = False,
 ) -> RefineReport:
@@ -197,7 +197,7 @@ def refine(
                 if columns is not None:
                     columns = columns.to(known) * moments.tokens
                     known = columns if columns.ndim == 2 else columns.diag()
-                metric = damped(real + anchor * known, INPUT_DAMPING)
+                metric = damped(real + anchor * known, FIT_DAMPING)
                 step = torch.linalg.solve(metric, (weight @ (moments.mixed.double() - real)).T).T
                 layer = layers[name]
                 wanted = (weight + correction * step).to(layer.weight.dtype)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tensornet._util import outside_autocast
+from tensornet.damping import LEAST_DAMPING
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, times
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.moments import LEAST_DAMPING
 from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 
 

@@ -17,17 +17,6 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, largest_element
 from tensornet.linalg.weighted_svd import cholesky
 
-#: Damping of the moments of gradients and of inputs; gradients differ more between texts than inputs do.
-ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Additional damping of gradient moments when a dense matrix is rounded; `ROW_DAMPING` was applied before.
-#: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
-#: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
-#: lowers the measured loss increase (benchmarks/records/bytes.md).
-DENSE_ROW_DAMPING = 0.8
-#: Damping of moments that are estimated from a few random gradients, see `rounded_cores.seen_moments`.
-ESTIMATE_DAMPING = 0.1
-#: Damping of moments that are already damped; it only prevents singular matrices.
-LEAST_DAMPING = 1e-6
 #: Largest binary exponent of squared weights, of moments and of their products for which errors are computed
 #: in float32, whose exponents reach 127. Errors are smaller than weights, and sums are larger than terms.
 _FLOAT32_EXPONENT = 80

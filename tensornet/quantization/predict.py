@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from tensornet._util import outside_autocast, remembered
+from tensornet.damping import COLUMN_DAMPING, LEAST_DAMPING
 from tensornet.linalg.svd import check_finite
 from tensornet.linalg.weighted_svd import Weighting, closest_shift, times
 from tensornet.quantization.feedback import Grid
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import (
-    COLUMN_DAMPING,
-    LEAST_DAMPING,
     Moment,
     damped_moment,
     rounding_dtype,

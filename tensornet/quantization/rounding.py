@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from tensornet._util import outside_autocast
+from tensornet.damping import COLUMN_DAMPING, ROW_DAMPING
 from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite
 from tensornet.quantization.descent import descend
 from tensornet.quantization.feedback import Grid, round_with_feedback
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.moments import (
-    COLUMN_DAMPING,
-    ROW_DAMPING,
     Moment,
     damped_moment,
     loss_increase,

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tensornet._util import check_size
 from tensornet.budget import Budget, caps_of_bonds
+from tensornet.damping import DENSE_ROW_DAMPING
 from tensornet.errors import BudgetError, TopologyError
 from tensornet.linalg.svd import check_finite, result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.network import TensorNetwork
 from tensornet.quantization import NumberFormat, RoundedWeight, Rounding, round_weight
-from tensornet.quantization.moments import DENSE_ROW_DAMPING
 from tensornet.topologies.base import (
     Decomposition,
     Ladder,

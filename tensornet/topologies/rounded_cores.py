@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tensornet.als import fit_network
 from tensornet.contraction.plan import plan_matrix, run
+from tensornet.damping import ROW_DAMPING
 from tensornet.linalg.weighted_svd import Weighting, root, times
 from tensornet.network import TensorNetwork
 from tensornet.quantization.formats import NumberFormat
-from tensornet.quantization.moments import ESTIMATE_DAMPING
 from tensornet.quantization.rounding import RoundedWeight, Rounding, round_weight
 from tensornet.topology import Topology
 
@@ -100,8 +100,8 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
                 rows=rows,
                 columns=columns,
                 rounding=stored.rounding,
-                row_damping=ESTIMATE_DAMPING,
-                column_damping=ESTIMATE_DAMPING,
+                row_damping=ROW_DAMPING,
+                column_damping=ROW_DAMPING,
             )
             for rows, columns in moments
         ]

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration.batches import by_rows, row_sizes
 from tensornet.calibration.coherence import (
-    COLUMN_DAMPING,
-    ROW_DAMPING,
-    ROWS,
-    TOKENS,
+    SAMPLED_ROWS,
+    SAMPLED_TOKENS,
     CoherenceSample,
     whitened,
 )
+from tensornet.damping import COLUMN_DAMPING, ROW_DAMPING
 
 
 class Pooled(nn.Module):
@@ -125,7 +124,7 @@ def long_rows(count: int) -> tuple[Tensor, Tensor]:
 
 
 def test_some_tokens_stand_for_all() -> None:
-    x, gradient = long_rows(ROWS)
+    x, gradient = long_rows(SAMPLED_ROWS)
     columns, rows = (torch.einsum("rti,rtj->ij", y, y) for y in (x, gradient))
     a, b = (
         whitened(x.flatten(0, 1), columns, COLUMN_DAMPING),
@@ -150,10 +149,10 @@ def test_memory_is_bounded_and_every_row_has_the_same_chance() -> None:
         for run in range(16):
             x = torch.full((4, 50, 1), float(run))
             sample.add(sample.hold(x, None, {"x": x}), x, {"x": x})
-        assert len(sample._kept) == ROWS
-        assert {tuple(one.x.shape) for one in sample._kept.values()} == {(TOKENS, 1)}
+        assert len(sample._kept) == SAMPLED_ROWS
+        assert {tuple(one.x.shape) for one in sample._kept.values()} == {(SAMPLED_TOKENS, 1)}
         kept.update(int(one.x[0]) for one in sample._kept.values())
-    expected = 300 * ROWS / 16
+    expected = 300 * SAMPLED_ROWS / 16
     assert all(abs(kept[run] - expected) < 6 * expected**0.5 for run in range(16))
 
 

@@ -31,8 +31,8 @@ def test_some_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = format_losses(matrix, sensitivity, FORMATS)
     monkeypatch.setattr(candidates, "SAMPLED_ROWS", 160)
     for found, exact in zip(sampled, format_losses(matrix, sensitivity, FORMATS), strict=True):
-        assert found.choice == pytest.approx(exact.choice, rel=0.25)
-        assert found.forecast == pytest.approx(exact.forecast, rel=0.25)
+        assert found.cost == pytest.approx(exact.cost, rel=0.25)
+        assert found.predicted_loss == pytest.approx(exact.predicted_loss, rel=0.25)
         assert found.error == pytest.approx(exact.error, rel=0.15)
 
 
@@ -41,16 +41,16 @@ def test_a_small_matrix_is_measured_exactly() -> None:
     matrix, sensitivity = case(40)
     found = format_losses(matrix, sensitivity, FORMATS)
     for each, number_format in zip(found[1:], FORMATS[1:], strict=True):
-        error = matrix - round_dense(matrix, number_format, sensitivity.choice).dequantize()
-        assert each.choice == pytest.approx(sensitivity.choice.cost(error))
-        assert each.forecast == pytest.approx(sensitivity.forecast.cost(error))
+        error = matrix - round_dense(matrix, number_format, sensitivity.weighting).dequantize()
+        assert each.cost == pytest.approx(sensitivity.weighting.cost(error))
+        assert each.predicted_loss == pytest.approx(sensitivity.forecast.cost(error))
 
 
 def test_without_moments_and_with_zeros() -> None:
     plain = Sensitivity(Weighting(), Weighting())
     for found in format_losses(torch.zeros(4, 64), plain, FORMATS):
-        assert (found.choice, found.forecast, found.error) == (0.0, 0.0, 0.0)
-    losses = [x.choice for x in format_losses(torch.randn(300, 64), plain, FORMATS)]
+        assert (found.cost, found.predicted_loss, found.error) == (0.0, 0.0, 0.0)
+    losses = [x.cost for x in format_losses(torch.randn(300, 64), plain, FORMATS)]
     assert losses == sorted(losses)
 
 
@@ -58,7 +58,7 @@ def test_predictions_of_some_rows_stand_for_all() -> None:
     """Losses, rows and columns of a sample scaled by ranges, against those of all rows."""
     matrix, sensitivity = case(300)
     matrix[7] *= 20  # the sample must hold the row that matters
-    weightings = [sensitivity.choice, sensitivity.forecast, Weighting()]
+    weightings = [sensitivity.weighting, sensitivity.forecast, Weighting()]
     sample = spaced_rows(matrix, 64)
     assert sample is not None
     assert len(sample.unique()) == 64
@@ -72,8 +72,8 @@ def test_predictions_of_some_rows_stand_for_all() -> None:
 
 def test_products_are_predicted_by_some_rows_of_the_factors(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix, sensitivity = case(160)
-    found = weighted_svd(matrix, sensitivity.choice)
-    weightings = [sensitivity.choice, sensitivity.forecast]
+    found = weighted_svd(matrix, sensitivity.weighting)
+    weightings = [sensitivity.weighting, sensitivity.forecast]
     exact = predict_product_losses(*found.factors(96), "int4:g32", weightings)
     monkeypatch.setattr(predict, "SAMPLED_ROWS", 48)
     sampled = predict_product_losses(*found.factors(96), "int4:g32", weightings)
@@ -96,7 +96,7 @@ def test_parts_of_several_matrices_are_measured_as_alone() -> None:
     few = candidates.few_bits(FORMATS)
     cases = [case(40), case(40), case(24)]
     cases[1] = -2 * cases[1][0].flip(0), cases[1][1]
-    flat = cases[0][1].choice
+    flat = cases[0][1].weighting
     assert flat.rows is not None
     diagonal = Weighting(flat.rows.diagonal(), flat.columns)
     cases.append((cases[0][0], Sensitivity(diagonal, diagonal)))
@@ -104,17 +104,17 @@ def test_parts_of_several_matrices_are_measured_as_alone() -> None:
     for each, measured in zip(cases, found, strict=True):
         together = format_losses(*each, FORMATS, measured)
         for one, other in zip(together, format_losses(*each, FORMATS), strict=True):
-            assert one.choice == pytest.approx(other.choice, rel=1e-5)
-            assert one.forecast == pytest.approx(other.forecast, rel=1e-5)
+            assert one.cost == pytest.approx(other.cost, rel=1e-5)
+            assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-5)
 
 
 def test_predictions_know_the_damping_that_only_rounding_needs() -> None:
     matrix, sensitivity = case(96)
     number_format = NumberFormat.parse("int4:g32")
     (found,) = format_losses(matrix, sensitivity, [number_format])
-    made = round_dense(matrix, number_format, sensitivity.choice).dequantize()
-    exact = sensitivity.choice.cost(matrix - made)
-    assert found.choice == pytest.approx(exact, rel=0.12)  # without it a sixth too low
+    made = round_dense(matrix, number_format, sensitivity.weighting).dequantize()
+    exact = sensitivity.weighting.cost(matrix - made)
+    assert found.cost == pytest.approx(exact, rel=0.12)  # without it a sixth too low
 
 
 def test_formats_that_do_not_fit_a_matrix_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,7 +141,7 @@ def test_other_schemes_of_a_layer_whose_loss_was_raised_are_measured_too() -> No
     sure = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=8.25)
     assert not sure.measured  # eight bits are taken at their word
     suspected = LossCheck(0, (RaisedLoss("blocks.2.up", "int2:g32:float8 dense", 3.0),))
-    again = replace(prepared, facts=replace(prepared.facts, loss_check=suspected))
+    again = replace(prepared, template=replace(prepared.template, loss_check=suspected))
     again = check_loss(again, model, batches, loss_fn=in_place, bits_per_weight=8.25)
     assert again.measured is not None
     assert {name for name, _ in again.measured} == {"blocks.2.up"}

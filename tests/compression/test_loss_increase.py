@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import tensornet as tn
 from tensornet.calibration.losses import label_losses
 from tensornet.compression import LossIncrease, measure, record_losses
-from tensornet.compression.loss_increase import TOKENS, Forecast, warn_of_loss
+from tensornet.compression.loss_increase import REPORT_TOKENS, Forecast, warn_of_loss
 
 X = torch.randn(256, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(256) % 4
@@ -143,8 +143,8 @@ def test_the_work_is_bounded() -> None:
     ids = torch.randint(50, (64, 100))
     before = record_losses(model, [(ids, ids)] * 100)
     assert before is not None
-    assert TOKENS / 2 < measure(model, before).tokens <= 1.1 * TOKENS
-    assert sum(seen) < 4 * TOKENS  # dense, compressed, and a look at the first batch
+    assert REPORT_TOKENS / 2 < measure(model, before).tokens <= 1.1 * REPORT_TOKENS
+    assert sum(seen) < 4 * REPORT_TOKENS  # dense, compressed, and a look at the first batch
 
 
 def test_models_without_a_loss_are_not_measured() -> None:

@@ -26,7 +26,7 @@ from tensornet.compression.allocate import (
     total_size,
 )
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.sensitivity import FORECAST_DAMPING
+from tensornet.damping import FORECAST_ROW_DAMPING
 from tensornet.linalg.weighted_svd import damped
 
 MLP = "*.mlp.*"
@@ -139,7 +139,7 @@ def test_the_plan_predicts_what_carrying_it_out_costs() -> None:
             continue
         made = twin.get_submodule(layer.name)
         error = (dense[layer.name] - made.to_matrix().detach()).double()
-        rows = damped(stats.rows[layer.name], FORECAST_DAMPING) / (1 + FORECAST_DAMPING)
+        rows = damped(stats.rows[layer.name], FORECAST_ROW_DAMPING) / (1 + FORECAST_ROW_DAMPING)
         columns = stats.columns[layer.name].double()
         cost = 0.5 * stats.coherence[layer.name] * float(torch.trace(rows @ error @ columns @ error.T))
         assert layer.loss_increase == pytest.approx(cost, rel=0.02, abs=1e-6)

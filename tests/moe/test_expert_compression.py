@@ -99,7 +99,7 @@ def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> N
         "outputs": gaussian(OUT, 3, seed=1).double() @ gaussian(E, 3, IN).double(),
         "base": gaussian(OUT, IN, seed=3).double().expand(E, OUT, IN),
     }[pattern]
-    stored = fit_stored(pattern, list(made), [x.choice for x in sensitivities()], 3)
+    stored = fit_stored(pattern, list(made), [x.weighting for x in sensitivities()], 3)
     for want, found in zip(made, matrices_of(pattern, 3, stored, Storage(), made[0]), strict=True):
         assert torch.allclose(found, want, atol=1e-8)
     core = PATTERNS[pattern]
@@ -109,7 +109,7 @@ def test_a_planted_pattern_is_found_exactly_under_any_moments(pattern: str) -> N
 
 @pytest.mark.parametrize("pattern", ["inputs", "outputs"])
 def test_private_factors_are_optimal_under_their_own_moments(pattern: str) -> None:
-    matrices, weightings = list(gaussian(E, OUT, IN).double()), [x.choice for x in sensitivities()]
+    matrices, weightings = list(gaussian(E, OUT, IN).double()), [x.weighting for x in sensitivities()]
     fits = fit_low_rank(pattern, matrices, weightings, 3)
     for matrix, weighting, cores in zip(matrices, weightings, fits, strict=True):
         name = "0" if pattern == "inputs" else "1"
@@ -136,7 +136,7 @@ def test_diagonal_moments_weigh_as_their_matrices() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_factor_is_fitted_to_what_rounding_left(side: str) -> None:
     a, b = gaussian(OUT, 6).double(), gaussian(6, IN, seed=1).double()
-    weighting = sensitivities()[0].choice
+    weighting = sensitivities()[0].weighting
     rough = (
         (a, b + 0.1 * gaussian(6, IN, seed=2)) if side == "left" else (a + 0.1 * gaussian(OUT, 6, seed=2), b)
     )
@@ -147,10 +147,10 @@ def test_a_factor_is_fitted_to_what_rounding_left(side: str) -> None:
 
 
 def test_pooled_moments_are_exact_where_matrices_agree() -> None:
-    weighting, error = sensitivities()[0].choice, gaussian(OUT, IN).double()
+    weighting, error = sensitivities()[0].weighting, gaussian(OUT, IN).double()
     for one in (weighting, Weighting(weighting.rows, None), Weighting(None, weighting.columns)):
         assert pooled([one] * 3, error).cost(error) == pytest.approx(3 * one.cost(error))
-    many = [x.choice for x in sensitivities()]
+    many = [x.weighting for x in sensitivities()]
     white = torch.stack([gaussian(OUT, IN, seed=k).double() for k in range(200)])  # equal traces
     costs = [sum(x.cost(e) for e in white) for x in (*many, pooled(many, error))]
     assert costs[-1] == pytest.approx(sum(costs[:-1]), rel=0.02)
@@ -166,14 +166,14 @@ def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, plant
     found = shared_candidates(pattern, matrices, sensitivities())
     assert len(found) > 2
     for rank in range(1, len(found) + 1, 3):
-        fits = fit_low_rank(pattern, matrices, [x.choice for x in sensitivities()], rank)
+        fits = fit_low_rank(pattern, matrices, [x.weighting for x in sensitivities()], rank)
         core = PATTERNS[pattern]
         once = fits[0][core].numel()  # type: ignore[union-attr]
         numbers = sum(x.numel() for cores in fits for x in cores.values())  # type: ignore[union-attr]
         assert found[rank - 1].params == numbers - (E - 1) * once
         made = [cores["0"] @ cores["1"] + cores.get("base", 0) for cores in fits]  # type: ignore[operator]
         errors = [w.double() - m for w, m in zip(matrices, made, strict=True)]
-        for name, kind in (("cost", "choice"), ("predicted_loss", "forecast")):
+        for name, kind in (("cost", "weighting"), ("predicted_loss", "forecast")):
             wanted = sum(getattr(x, kind).cost(e) for x, e in zip(sensitivities(), errors, strict=True))
             assert getattr(found[rank - 1], name) == pytest.approx(wanted, rel=1e-5, abs=1e-8)
 
@@ -181,7 +181,7 @@ def test_predicted_losses_of_all_ranks_are_those_of_the_fits(pattern: str, plant
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["inputs", "outputs"])
 def test_predicted_losses_and_bytes_in_number_formats_are_those_of_the_fits(pattern: str) -> None:
-    matrices, weightings = list(PLANTED[pattern](3)), [x.choice for x in sensitivities()]
+    matrices, weightings = list(PLANTED[pattern](3)), [x.weighting for x in sensitivities()]
     found = shared_candidates(pattern, matrices, sensitivities(), FORMATS)
     storages = list(dict.fromkeys(x.storage for x in found))
     assert storages == [Storage(), *encodings(pattern, FORMATS)[1:]]
@@ -197,7 +197,7 @@ def test_predicted_losses_and_bytes_in_number_formats_are_those_of_the_fits(patt
             assert sum(sizes) == candidate.num_bytes
             made = matrices_of(pattern, rank, stored, storage, matrices[0])
             errors = [(w - m).double() for w, m in zip(matrices, made, strict=True)]
-            cost = sum(x.choice.cost(e) for x, e in zip(sensitivities(), errors, strict=True))
+            cost = sum(x.weighting.cost(e) for x, e in zip(sensitivities(), errors, strict=True))
             # Refitted factors make up for a part of the rounding error, which predictions leave out.
             assert 0.85 < candidate.cost / cost < 1.9, (storage, rank)
 

@@ -19,7 +19,7 @@ import tensornet_hf as th
 from tensornet.nn.targets import list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import read_checkpoint
-from tensornet_hf.extension import READ
+from tensornet_hf.extension import READ_REASON
 
 
 class Reader(nn.Module):
@@ -137,7 +137,7 @@ def test_models_that_read_weights(name: str, tmp_path: Path) -> None:
     full = tn.CompressionConfig(target_modules="all", topology="mpo", objective="weight")
     tn.compress(model, full, progress=False)
     with unfused(model):
-        read = [x.name for x in list_weights(model) if x.skip == READ]
+        read = [x.name for x in list_weights(model) if x.skip == READ_REASON]
     assert {numbers_left_out(x) for x in read} == DENSE[name]
     model.save_pretrained(tmp_path)
     loaded = th.load(tmp_path)

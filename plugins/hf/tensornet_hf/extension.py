@@ -15,7 +15,7 @@ from tensornet_hf.quantizer import prepare_for_saving
 from tensornet_hf.text import embedded_text
 
 #: Reason why the layers of `READ_OUTSIDE` stay dense.
-READ = "weight read outside of the layer"
+READ_REASON = "weight read outside of the layer"
 #: Layers whose `weight` the code of transformers uses without calling the layer, by the class of the module
 #: that contains them; both are patterns.
 READ_OUTSIDE: Mapping[str, Sequence[str]] = {
@@ -56,7 +56,7 @@ class TransformersExtension(ModelExtension):
     def dense_layers(self, model: nn.Module) -> dict[str, str]:
         """Return the layers of `READ_OUTSIDE`, whose weight transformers reads outside of the layer."""
         return {
-            ".".join(filter(None, (name, child))): READ
+            ".".join(filter(None, (name, child))): READ_REASON
             for name, module in model.named_modules(remove_duplicate=False)
             if type(module).__module__.startswith("transformers")
             for kind, layers in READ_OUTSIDE.items()

@@ -398,7 +398,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 #: Number of tokens of the package's text that are used for calibration if no other data is given.
-TOKENS = 16_384
+DEFAULT_TOKENS = 16_384
 
 
 def embedded_text(model: nn.Module) -> ProvidedData | None:
@@ -412,7 +412,7 @@ def embedded_text(model: nn.Module) -> ProvidedData | None:
     if not model.name_or_path:
         return None
     try:
-        data = calibration_data(model, Path(model.name_or_path), calibration_text(), tokens=TOKENS)
+        data = calibration_data(model, Path(model.name_or_path), calibration_text(), tokens=DEFAULT_TOKENS)
     except FormatError:
         return None
     return ProvidedData(data.batches, f"{data.tokens:,} tokens of the embedded text (King James Bible)")

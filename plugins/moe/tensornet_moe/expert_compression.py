@@ -262,7 +262,7 @@ def compress_experts(
 
     # Measure and report.
     params_after, bytes_after = model_size(model)
-    predicted = prepared.facts.forecast.corrected(totals_of(chosen, prepared)[1])
+    predicted = prepared.template.forecast.corrected(totals_of(chosen, prepared)[1])
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
@@ -458,7 +458,7 @@ def choose_sharing(
         [*(candidates[place] for place in single), *([each for each, _ in some] for some in options)],
         prepared.config,
         "curvature",
-        forecast=prepared.facts.forecast,
+        forecast=prepared.template.forecast,
         rest=prepared.rest,
         names=[targets[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from tensornet._util import outside_autocast, remembering
 from tensornet.compression.allocate import Candidate
 from tensornet.compression.sensitivity import Sensitivity
+from tensornet.damping import DENSE_ROW_DAMPING, LEAST_DAMPING
 from tensornet.linalg.svd import working_dtype
 from tensornet.linalg.weighted_svd import (
     WeightedSVD,
@@ -48,7 +49,6 @@ from tensornet.linalg.weighted_svd import (
 from tensornet.nn.storage import PLAIN, PackedCore, Storage, stored_core
 from tensornet.quantization import NumberFormat, RoundedWeight
 from tensornet.quantization.low_rank import round_factor
-from tensornet.quantization.moments import DENSE_ROW_DAMPING, LEAST_DAMPING
 from tensornet.quantization.predict import predict_losses, spaced_rows
 from tensornet.topologies import low_rank, topology_family
 from tensornet.topologies.dense import round_dense
@@ -479,16 +479,16 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Predict the losses of fits at all ranks, weighted by `choice` and `forecast`, shape `(2, ranks)`."""
-    choices = [x.choice for x in sensitivities]
-    tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, choices)]
+    """Predict the losses of fits at all ranks under `weighting` and `forecast`, shape `(2, ranks)`."""
+    weightings = [x.weighting for x in sensitivities]
+    tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, weightings)]
     if pattern == "base":
         tries = (
             [
                 each if len(each.values) == min(w.shape) else (w - base, each.left, each.right)
                 for w, each in zip(matrices, svds, strict=True)
             ]
-            for base, svds in _bases(matrices, choices)
+            for base, svds in _bases(matrices, weightings)
         )
     best = torch.full((2, ranks), torch.inf, dtype=torch.float64)
     for terms in tries:
@@ -501,12 +501,12 @@ def _fit_losses(
 
 def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
     """Predict the losses of one matrix at all ranks; they are infinite at ranks that `terms` lacks."""
-    choice, forecast = sensitivity.choice, sensitivity.forecast
+    weighting, forecast = sensitivity.weighting, sensitivity.forecast
     if isinstance(terms, WeightedSVD):
-        found = torch.stack([terms.error, other_tail_costs(terms, choice, forecast)])
+        found = torch.stack([terms.error, other_tail_costs(terms, weighting, forecast)])
     else:
-        costs = leading_costs(*terms, choice)
-        found = torch.stack([costs, costs if forecast is choice else leading_costs(*terms, forecast)])
+        costs = leading_costs(*terms, weighting)
+        found = torch.stack([costs, costs if forecast is weighting else leading_costs(*terms, forecast)])
     found = found[:, 1 : ranks + 1].cpu()
     return torch.nn.functional.pad(found, (0, ranks - found.shape[1]), value=torch.inf)
 
@@ -540,7 +540,7 @@ def _rounding_of_factors(
 ) -> list[Tensor]:
     """For each storage, predict the losses of rounding both factors; shapes are as in `_fit_losses`."""
     core = PATTERNS[pattern]
-    kinds = [[x.choice for x in sensitivities], [x.forecast for x in sensitivities]]
+    kinds = [[x.weighting for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
     private = list(dict.fromkeys(x.number_format for x in storages))
     shared = list(dict.fromkeys(x.format_of(core) for x in storages))
