@@ -19,7 +19,7 @@ import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression.plan import LayerPlan
 from tensornet.errors import FormatError, TargetError
-from tensornet.nn.int4_cpu import Int4Core
+from tensornet.nn.prepare import Int4Core
 from tensornet.nn.storage import Storage
 from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family
