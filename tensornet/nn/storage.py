@@ -590,6 +590,8 @@ def stored_core(
         order: position of each row of a pivoted core, see `StoredCores`; None if the core is not pivoted.
     """
     shape, number_format = topology.core_shapes[name], storage.format_of(name)
+    if isinstance(value, Tensor):
+        number_format.check_real(value)
     if isinstance(value, Tensor) and order is None:
         value = value.to(dtype).reshape(shape if value.numel() == math.prod(shape) else value.shape)
         if number_format == FLOAT:
