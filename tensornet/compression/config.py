@@ -189,11 +189,6 @@ class CompressionConfig(LayerSelection):
             BudgetError: a budget is out of range, or contradicts another option.
         """
         _ = self.budget  # checks max_bond, rel_error and param_ratio
-        if self.whole_model is not None and all(getattr(self, name) is None for name in BYTE_BUDGETS):
-            budgets = ", ".join(f"{name}=" for name in BYTE_BUDGETS)
-            raise BudgetError(
-                f"whole_model says which bytes a budget counts: give {budgets}, or leave it out."
-            )
         for name in WHOLE_MODEL_BUDGETS:
             if (value := getattr(self, name)) is None:
                 continue

@@ -19,7 +19,7 @@ import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import gather, observing, prepare_checked
-from tensornet.compression.config import AUTO, DEFAULT_FORMATS, CompressionConfig, option
+from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
 from tensornet.errors import BudgetError, TargetError
@@ -370,8 +370,8 @@ def compress_folder(
     notes: tuple[str, ...] = ()
     checkpoint = None
     if options.heal and not uploaded:
-        facts = [options.calibration_tokens, options.refine, options.heal, options.rotate]
-        key = [config.to_dict(), text, *facts]
+        key: list[Any] = [config.to_dict(), text]
+        key += [options.calibration_tokens, options.refine, options.heal, options.rotate]
         checkpoint = _healing_file(Path(destination), folder, key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
         notes = _correct(model, teacher, folder, text, stats, options, checkpoint)
@@ -438,15 +438,15 @@ def for_target(
             layers.
     """
     refuse_mixtures(model)
-    overhead, full = TARGETS[target].facts(model, folder)
+    overhead, dense = TARGETS[target].constraints(model, folder)
     changes: dict[str, Any] = {}
     if config.topology == AUTO and config.formats in (None, DEFAULT_FORMATS):
         changes["formats"] = target
         taken = config.target_modules
         changes["target_modules"] = None if taken == "all" else taken
-    if full:
+    if dense:
         given = config.exclude_modules or ()
-        changes["exclude_modules"] = (*((given,) if isinstance(given, str) else given), *full)
+        changes["exclude_modules"] = (*((given,) if isinstance(given, str) else given), *dense)
         try:
             with unfused(model), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # planning repeats these warnings
@@ -455,8 +455,8 @@ def for_target(
             others = " or ".join(name for name in TARGETS if name != target)
             raise TargetError(
                 f"The target {target!r} can pack none of the layers that the options select: it does not "
-                f"support the types of {len(full)} layers of this {type(model).__name__}, such as "
-                f"{full[0]}. Export to {others}, or write a model folder without a target."
+                f"support the types of {len(dense)} layers of this {type(model).__name__}, such as "
+                f"{dense[0]}. Export to {others}, or write a model folder without a target."
             ) from error
     if config.max_bytes is not None:
         if config.max_bytes <= overhead:
@@ -575,6 +575,11 @@ def _check_data(
         raise OptionError(
             "{validation} corrects the predicted loss increase. A prediction needs {calibration}, and the "
             "objective curvature or auto."
+        )
+    if config.whole_model is not None and all(getattr(config, name) is None for name in BYTE_BUDGETS):
+        budgets = ", ".join(f"{{{name}}}" for name in BYTE_BUDGETS)
+        raise OptionError(
+            f"{{whole_model}} says which bytes a budget counts; add {budgets}, or leave it out."
         )
     if config.objective == "weight" and options.statistics is not None:
         raise OptionError("{statistics} weight errors, which {objective} weight does not use; leave out one.")

@@ -107,7 +107,7 @@ class ExportLaws:
         """Check that the target can pack all layers of a plan that was made for it."""
         model = self.model()
         assert self.target in MENUS, f"register the target {self.target!r} by register_target"
-        _, dense = TARGETS[self.target].facts(model, self.folder(model, tmp_path / "dense"))
+        _, dense = TARGETS[self.target].constraints(model, self.folder(model, tmp_path / "dense"))
         config = tn.CompressionConfig(
             bits_per_weight=bits,
             formats=self.target,

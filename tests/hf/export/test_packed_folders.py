@@ -29,7 +29,7 @@ import tensornet_hf as th
 from tensornet.errors import DestinationError, MissingDependencyError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
-from tensornet_hf.exporters.folder import words
+from tensornet_hf.exporters.folder import pack_rows
 
 TARGETS = ("compressed-tensors", "mlx")
 #: Layer of a model, its format, and what becomes of it in both targets: a format, or a word of the reason.
@@ -182,7 +182,7 @@ def test_words_are_one_stream_of_bits_for_each_row() -> None:
     for bits in range(2, 9):
         for columns in (1, 9, 32, 50):
             codes = torch.randint(0, 2**bits, (3, columns), dtype=torch.uint8)
-            found = words(codes, bits)
+            found = pack_rows(codes, bits)
             assert found.shape == (3, -(-columns * bits // 32))
             for row, packed in zip(codes.tolist(), found.tolist(), strict=True):
                 stream = sum(code << (bits * k) for k, code in enumerate(row))

@@ -224,11 +224,11 @@ def help_of(kind: type, name: str) -> str:
 
 def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
     """Convert a field of a dataclass to a parameter of a command, with None as the default."""
-    facts, flag = described.metadata, spelled(described)
-    kind, more = _KINDS.get(facts["kind"], (str, {"metavar": "NAME"}))
+    metadata, flag = described.metadata, spelled(described)
+    kind, more = _KINDS.get(metadata["kind"], (str, {"metavar": "NAME"}))
     more = dict(more)
     default = described.default
-    if facts["kind"] == "flag":
+    if metadata["kind"] == "flag":
         flag = f"{flag}/{flag.replace('--', '--no-', 1)}" if default is None else flag
         kind, more = bool, {"metavar": " "}
         if default is not None:
@@ -236,11 +236,11 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
             text = f"Do not {text[0].lower()}{text[1:]}" if default else f"{text[0].upper()}{text[1:]}"
     if kind == list[str]:
         text += " Repeatable."
-    if facts["choices"]:
-        text += f" One of {', '.join(facts['choices'])}."
+    if metadata["choices"]:
+        text += f" One of {', '.join(metadata['choices'])}."
     if type(default) in (int, float, str) and default not in (0, ""):
         text += f" (default: {default})"
-    more |= {"rich_help_panel": GROUPS[facts["group"]], "hidden": facts["group"] == "advanced"}
+    more |= {"rich_help_panel": GROUPS[metadata["group"]], "hidden": metadata["group"] == "advanced"}
     option = typer.Option(flag, help=text, show_default=False, **more)
     return inspect.Parameter(
         described.name,

@@ -26,8 +26,8 @@ from tensornet_hf.exporters.folder import (
     Packed,
     folder_report,
     model_folder,
+    pack_rows,
     packed_model,
-    words,
     write_adapter,
 )
 
@@ -150,7 +150,7 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     if not torch.equal(scale.to(scales.dtype), scales):
         return f"scales are not exact in {dtype}"
     tensors = {
-        "weight_packed": words((points + 2 ** (bits - 1)).to(torch.uint8), bits),
+        "weight_packed": pack_rows((points + 2 ** (bits - 1)).to(torch.uint8), bits),
         "weight_scale": scale,
         "weight_shape": torch.tensor([rows, columns]),
     }

@@ -17,8 +17,8 @@ from tensornet_hf.exporters.compressed_tensors import (
     KINDS,
     export_compressed_tensors,
 )
-from tensornet_hf.exporters.folder import folder_facts
-from tensornet_hf.exporters.gguf import GGUF_MENU, check_files, export_gguf, file_facts
+from tensornet_hf.exporters.folder import folder_constraints
+from tensornet_hf.exporters.gguf import GGUF_MENU, check_files, export_gguf, file_constraints
 from tensornet_hf.exporters.mlx import MLX_MENU, export_mlx, packed_kinds
 
 
@@ -28,13 +28,13 @@ class Target(NamedTuple):
     Args:
         export: function that writes a model to a destination. Its keyword arguments are `source` (folder of
             the tokenizer, or None), `force`, `networks`, and options of the target.
-        facts: function that takes a dense model and its folder. It returns what a plan needs to know: the
-            bytes of the files in addition to the weights, and the names of layers that stay dense.
+        constraints: function of a dense model and its folder, for planning. It returns the bytes of the files
+            in addition to the weights, and the names of layers that the target stores dense.
         menu: the number formats of plans for this target.
     """
 
     export: Callable[..., ExportReport]
-    facts: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
+    constraints: Callable[[PreTrainedModel, Path], tuple[int, tuple[str, ...]]]
     menu: Menu
 
 
@@ -52,13 +52,15 @@ def register_target(name: str, target: Target) -> None:
     TARGETS[name] = target
 
 
-register_target("gguf", Target(export_gguf, file_facts, GGUF_MENU))
+register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU))
 register_target(
     "compressed-tensors",
-    Target(export_compressed_tensors, lambda model, _: folder_facts(model, KINDS), COMPRESSED_TENSORS_MENU),
+    Target(
+        export_compressed_tensors, lambda model, _: folder_constraints(model, KINDS), COMPRESSED_TENSORS_MENU
+    ),
 )
 register_target(
-    "mlx", Target(export_mlx, lambda model, _: folder_facts(model, packed_kinds(model)), MLX_MENU)
+    "mlx", Target(export_mlx, lambda model, _: folder_constraints(model, packed_kinds(model)), MLX_MENU)
 )
 
 

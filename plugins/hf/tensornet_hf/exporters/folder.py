@@ -135,8 +135,8 @@ def packed_model(
     )
 
 
-def folder_facts(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
-    """Collect what a plan needs to know about a folder of packed layers (see `export.Target.facts`).
+def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[int, tuple[str, ...]]:
+    """Collect what a plan needs to know about a folder of packed layers (see `export.Target.constraints`).
 
     Args:
         model: the dense model.
@@ -200,7 +200,7 @@ def folder_report(model: PackedModel, destination: Path) -> ExportReport:
     )
 
 
-def words(codes: Tensor, bits: int) -> Tensor:
+def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack the codes of each row into a stream of bits, lowest bits first, stored as 32-bit words.
 
     Args:

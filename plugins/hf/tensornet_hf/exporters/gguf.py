@@ -219,9 +219,11 @@ def _with_converter(
     `layers.dense`.
     """
 
-    def converted(part: str, float_type: Any, matrices: Mapping[str, Tensor], *, alone: bool = True) -> Any:
+    def converted(
+        part: str, float_type: Any, matrices: Mapping[str, Tensor], *, zero_others: bool = True
+    ) -> Any:
         folder = work / part
-        stock_copy(model, matrices, alone=alone).save_pretrained(folder)
+        stock_copy(model, matrices, zero_others=zero_others).save_pretrained(folder)
         if source is not None:
             copy_small_files(source, folder)
         with _refusals(type(model).__name__):
@@ -242,7 +244,7 @@ def _with_converter(
         for name in marks.keys() - {place.layer for place in places.values()}:
             del integers[name], layers.low_ranks[name]
             layers.dense[name] = "integers plus a low rank, in a file tensor to which no adapter applies"
-    whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, alone=False)
+    whole = converted("weights", kinds.ALL_F32, {k: x.values for k, x in integers.items()}, zero_others=False)
     # Convert integers to float16, in which integers and half-integers up to 255 are exact. If the converter
     # keeps a tensor (such as a router) in float32, llama.cpp can read it only in float32.
     points = _tensors(converted("points", kinds.MOSTLY_F16, {k: x.points for k, x in integers.items()}))
@@ -438,23 +440,23 @@ def _row_order(weight: Array, dense: Array) -> Array | None:
     if weight.shape != dense.shape:
         return None
 
-    def alike(order: Array) -> bool:
+    def matches(order: Array) -> bool:
         return bool(np.linalg.norm(weight[order] - dense) <= _LIKE * np.linalg.norm(dense))
 
     same = np.arange(len(weight))
-    if alike(same):
+    if matches(same):
         return same
     rows, other = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in (weight, dense))
     order = (other @ rows.T).argmax(axis=1)
-    return order if len(np.unique(order)) == len(order) and alike(order) else None
+    return order if len(np.unique(order)) == len(order) and matches(order) else None
 
 
 def _is_tied_head(model: PreTrainedModel, layer: str) -> bool:
     return model.get_submodule(layer) is model.get_output_embeddings() and model.config.tie_word_embeddings
 
 
-def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
-    """Collect what a plan needs to know about a GGUF file of a model (see `export.Target.facts`).
+def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ...]]:
+    """Collect what a plan needs to know about a GGUF file of a model (see `export.Target.constraints`).
 
     Args:
         model: the dense model.
@@ -493,18 +495,20 @@ def file_facts(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[str, ..
     return header + padding + vectors, tuple(layers)
 
 
-def stock_copy(model: PreTrainedModel, matrices: Mapping[str, Tensor], *, alone: bool) -> PreTrainedModel:
+def stock_copy(
+    model: PreTrainedModel, matrices: Mapping[str, Tensor], *, zero_others: bool
+) -> PreTrainedModel:
     """Copy a model, with dense layers of given weights in place of tensor-network layers.
 
     Args:
         model: a compressed model; it is not changed, and the copy shares its parameters.
         matrices: weight of each layer by name, shape `(out, in)`.
-        alone: whether all other weights are set to zero; if False, they keep their values.
+        zero_others: whether all other weights are set to zero; if False, they keep their values.
     """
     copied = light_copy(model)
     assert isinstance(copied, PreTrainedModel)
     copied.config = copy.deepcopy(model.config)
-    if not alone:
+    if not zero_others:
         decompress(copied, matrices)
         return copied
     zeros: dict[int, nn.Parameter] = {}  # tied parameters stay tied

@@ -34,8 +34,8 @@ from tensornet_hf.exporters.folder import (
     PackedModel,
     folder_report,
     model_folder,
+    pack_rows,
     packed_model,
-    words,
     write_adapter,
 )
 
@@ -194,5 +194,5 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     for kind in (dtype, torch.float32):
         tensors = {name: x.to(kind) for name, x in exact.items()}
         if all(torch.equal(tensors[name].double(), x) for name, x in exact.items()):
-            return NumberFormat(bits, group), {"weight": words(codes, bits).view(torch.uint32), **tensors}
+            return NumberFormat(bits, group), {"weight": pack_rows(codes, bits).view(torch.uint32), **tensors}
     return f"scales times zero points are not exact in {dtype} and float32"
