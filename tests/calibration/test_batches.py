@@ -122,9 +122,7 @@ def test_a_tensor_is_the_first_argument_of_any_model() -> None:
 
 
 def test_a_loss_of_labels_without_labels_is_refused() -> None:
-    with pytest.raises(
-        TargetError, match=r"shape .64, 10., and the batch has no labels.*objective='activation'"
-    ):
+    with pytest.raises(TargetError, match=r"no labels"):
         label_losses(classifier(), as_batch(X, classifier(), CPU))
 
 

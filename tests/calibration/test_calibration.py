@@ -201,9 +201,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_hooks_go_when_a_batch_fails() -> None:
     model = gpt2()
-    with pytest.raises(TargetError, match=r"index 100000, but embedding 'transformer.wte' has only the rows"):
+    with pytest.raises(TargetError, match=r"100000.*transformer\.wte"):
         tn.calibrate(model, [torch.tensor([[1, 100_000]])])
-    with pytest.raises(TargetError, match=r"index -1, but.*another tokenizer"):
+    with pytest.raises(TargetError, match="index -1"):
         tn.calibrate(model, [torch.tensor([[1, -1]])])
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
     assert model.transformer.h[0].mlp.c_fc.weight.requires_grad
@@ -222,7 +222,7 @@ def test_indices_may_be_of_32_bits(make: Callable[[], nn.Module], labelled: bool
 
 def test_save_and_load_keep_moments_and_sharing(tmp_path: Path) -> None:
     stats = tn.calibrate(llama(), [BATCH], source="five words")
-    with pytest.raises(tn.errors.DestinationError, match="The statistics cannot be written to"):
+    with pytest.raises(tn.errors.DestinationError, match="cannot be written"):
         stats.save(tmp_path / "no folder" / "stats.safetensors")
     stats.save(tmp_path / "stats.safetensors")
     loaded = CalibrationStats.load(tmp_path / "stats.safetensors")
@@ -240,7 +240,7 @@ def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "stats.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(tn.errors.FormatError, match="Cannot read calibration statistics"):
+    with pytest.raises(tn.errors.FormatError, match="Cannot read"):
         CalibrationStats.load(path)
 
 
@@ -265,7 +265,7 @@ def test_what_is_no_calibration_data(batches: object, message: str) -> None:
     ("losses", "got"), [(None, "NoneType"), (3.0, "float"), (torch.ones(2), "a tensor that does not")]
 )
 def test_a_loss_function_that_gives_no_losses(losses: object, got: str) -> None:
-    with pytest.raises(tn.errors.TargetError, match=f"losses of all tokens that have a loss.*got {got}"):
+    with pytest.raises(tn.errors.TargetError, match=f"got {got}"):
         tn.calibrate(gpt2(), [BATCH], loss_fn=lambda model, batch: losses)  # type: ignore[arg-type,return-value]
 
 
@@ -280,7 +280,7 @@ def test_model_without_a_loss_names_what_to_pass() -> None:
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"total": self.layer(x).sum()}
 
-    with pytest.raises(tn.errors.TargetError, match=r"effect of weight errors cannot be.*a loss of your own"):
+    with pytest.raises(tn.errors.TargetError, match="loss of your own"):
         tn.calibrate(Total(), [vectors()["x"]])
 
 

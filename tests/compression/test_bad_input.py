@@ -112,24 +112,24 @@ def test_what_is_no_matrix_is_refused_by_name(name: str, matrix: Tensor, message
 
 
 def test_what_is_no_stack_is_refused() -> None:
-    with pytest.raises(ShapeError, match=r"MPO\.from_matrices needs a stack .*got list"):
+    with pytest.raises(ShapeError, match="got list"):
         tn.MPO.from_matrices([torch.ones(3, 4)])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget", [{"rel_error": "0.1"}, {"param_ratio": "half"}, {"rel_error": True}])
 def test_budgets_are_numbers(budget: dict[str, object]) -> None:
-    with pytest.raises(BudgetError, match=f"{next(iter(budget))} must be a number, got"):
+    with pytest.raises(BudgetError, match="must be a number"):
         Budget(**budget)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", topology_names())
 def test_what_is_no_budget_is_refused(name: str) -> None:
-    with pytest.raises(BudgetError, match=r"Expected a Budget, got 0\.5; write Budget\(max_bond=8\)"):
+    with pytest.raises(BudgetError, match=r"Expected a Budget"):
         topology_family(name).decompose(torch.ones(4, 6), 0.5)  # type: ignore[arg-type]
 
 
 def test_bonds_of_a_decomposition_that_no_leg_can_use_are_clipped_and_said() -> None:
-    with pytest.warns(UserWarning, match=r"bond_dims \(99,\) is larger .* clipped to \(4,\)"):
+    with pytest.warns(UserWarning, match=r"clipped to \(4,\)"):
         made = chain([99])
     assert made.network.topology.bond_dims["b1"] == 4
 
@@ -144,18 +144,18 @@ def test_topologies_hold_plain_integers(name: str) -> None:
 
 def test_sizes_of_a_topology_are_integers() -> None:
     core = CoreSpec("a", ("o", "i"))
-    with pytest.raises(TopologyError, match=r"The size of label 'o' must be an integer .* got 2\.5"):
+    with pytest.raises(TopologyError, match=r"label 'o'.*2\.5"):
         tn.Topology("mine", (core,), (("o", 2.5), ("i", 3)), ("o",), ("i",), 2, 3)  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match=r"in_features must be an integer .* got 3\.0"):
+    with pytest.raises(TopologyError, match=r"in_features.*3\.0"):
         tn.Topology("mine", (core,), (("o", 2), ("i", 3)), ("o",), ("i",), 2, 3.0)  # type: ignore[arg-type]
 
 
 def test_cores_and_inputs_of_other_kinds_are_refused() -> None:
     topology = low_rank(out_features=4, in_features=3, rank=1)
-    with pytest.raises(ShapeError, match=r"Core '0' must be a torch\.Tensor, got ndarray"):
+    with pytest.raises(ShapeError, match="got ndarray"):
         tn.TensorNetwork(topology, [np.ones((1, 4, 1, 1)), np.ones((1, 1, 3, 1))])  # type: ignore[list-item]
     network = tn.TensorNetwork(topology, [torch.ones(1, 4, 1, 1), torch.ones(1, 1, 3, 1)])
-    with pytest.raises(ValueError, match="tokens must be an integer of at least 0, got -3"):
+    with pytest.raises(ValueError, match=r"tokens.*-3"):
         network.flops(-3)
     for x, got in ((torch.tensor(3.0), "a number without dimensions"), (np.ones(3), "ndarray")):
         with pytest.raises(ShapeError, match=f"in_features=3.*, got {got}"):

@@ -193,9 +193,7 @@ def test_the_smallest_model_within_a_loss() -> None:
     plan = prepared.plan(loss_increase=rises[1])
     assert plan.predicted_loss_increase <= rises[1]  # type: ignore[operator]
     assert plan.bits_per_weight < 6.0
-    with pytest.raises(
-        tn.errors.BudgetError, match=r"bits_per_weight and loss_increase=.* contradict each other"
-    ):
+    with pytest.raises(tn.errors.BudgetError, match="contradict"):
         prepared.plan(loss_increase=rises[0] / 10, bits_per_weight=2.6)
 
 
@@ -212,15 +210,13 @@ def test_editing_the_storage_of_a_layer() -> None:
     tn.apply_plan(model, edited, stats)
     assert model.get_submodule(name).storage == edited[name].storage
     assert plan.replace_layer(name, None)[name].bits_per_weight == 32
-    with pytest.raises(tn.errors.FormatError, match="Unknown number format 'int9'"):
+    with pytest.raises(tn.errors.FormatError, match="'int9'"):
         plan.replace_layer(name, None, "int9")
 
 
 def test_without_calibration_data_layers_become_int8() -> None:
     model = calibrated()[0]
-    with pytest.warns(
-        tn.errors.CalibrationWarning, match="get one number format, int8 unless formats= names others"
-    ):
+    with pytest.warns(tn.errors.CalibrationWarning, match="one number format"):
         report = tn.compress(model, CompressionConfig(bits_per_weight=9), progress=False)
     assert {layer.scheme for layer in report.layers} == {"int8 dense"}
     assert report.plan.objective == "weight"
@@ -230,7 +226,7 @@ def test_without_calibration_data_layers_become_int8() -> None:
     assert report.byte_ratio < 0.5
     model = calibrated()[0]
     config = CompressionConfig(bits_per_weight=4.25, objective="weight")
-    with pytest.raises(tn.errors.BudgetError, match=r"one format, int8, which takes .* formats=\('int4',\)"):
+    with pytest.raises(tn.errors.BudgetError, match=r"formats=\('int4',\)"):
         tn.compress(model, config, progress=False)
     report = tn.compress(model, replace(config, formats=("int4",)), progress=False)
     assert {layer.scheme for layer in report.layers} == {"int4 dense"}
@@ -247,9 +243,7 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
     int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
-    with pytest.raises(
-        tn.errors.BudgetError, match=r"bits_per_weight: The budget allows .* smallest candidates"
-    ):
+    with pytest.raises(tn.errors.BudgetError, match=r"bits_per_weight: .*smallest"):
         replace(prepared, candidates=int8).plan(bits_per_weight=4)
-    with pytest.raises(tn.errors.BudgetError, match="max_bytes=100 allows 100 bytes for the whole model"):
+    with pytest.raises(tn.errors.BudgetError, match="max_bytes=100"):
         prepared.plan(max_bytes=100)

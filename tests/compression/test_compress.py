@@ -93,7 +93,7 @@ def test_heads_are_targets_on_request() -> None:
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
 def test_a_pattern_without_a_layer_is_an_error(option: str) -> None:
-    with pytest.raises(tn.errors.TargetError, match=r"'c_fc' matches no layer .*blocks\.0\.up.*'re:'"):
+    with pytest.raises(tn.errors.TargetError, match=r"'c_fc' matches.*blocks\.0\.up"):
         names(Model(), **{option: "c_fc"})
 
 
@@ -217,9 +217,7 @@ def test_batches_and_statistics_are_the_same_thing() -> None:
 
 
 def test_without_data_a_warning_says_what_to_pass() -> None:
-    with pytest.warns(
-        tn.errors.CalibrationWarning, match="error of its weights alone.*Pass calibration=batches"
-    ):
+    with pytest.warns(tn.errors.CalibrationWarning, match="calibration=batches"):
         report = tn.compress(Model(), tn.CompressionConfig(param_ratio=0.5), progress=False)
     assert report.plan.objective == "weight"
 
@@ -228,7 +226,7 @@ def test_without_data_a_warning_says_what_to_pass() -> None:
     "option", [{"loss_increase": 0.1}, {"max_bytes": 1000}, {"objective": "curvature", "param_ratio": 0.5}]
 )
 def test_data_that_is_needed_is_asked_for(option: dict[str, object]) -> None:
-    with pytest.raises(tn.errors.TargetError, match="needs calibrated gradients: pass calibration=batches"):
+    with pytest.raises(tn.errors.TargetError, match="calibrated gradients"):
         tn.compress(Model(), tn.CompressionConfig(**option), progress=False)  # type: ignore[arg-type]
 
 
@@ -239,7 +237,7 @@ def test_a_language_model_is_calibrated_on_the_embedded_text() -> None:
     ids = token_ids(load_tokenizer(gpt2_path()), heldout_text())[: 24 * 128].reshape(24, 128)
     models = [copy.deepcopy(dense) for _ in range(2)]
     options = {"param_ratio": 0.5}
-    with pytest.warns(tn.errors.CalibrationWarning, match="using 16,384 tokens of the embedded text"):
+    with pytest.warns(tn.errors.CalibrationWarning, match="embedded text"):
         report = tn.compress(models[0], tn.CompressionConfig(**options), progress=False)  # type: ignore[arg-type]
     assert report.plan.calibration is not None
     assert "King James" in report.plan.calibration
@@ -285,7 +283,7 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     model = Model()
     with torch.no_grad():
         model.blocks[1].up.weight[2, 3] = value
-    with pytest.raises(tn.errors.NonFiniteError, match=r"Layer 'blocks\.1\.up' contains 1 NaN or infinite"):
+    with pytest.raises(tn.errors.NonFiniteError, match=r"blocks\.1\.up.*NaN"):
         tn.compress(model, HALF, progress=False)
     assert type(model.blocks[0].up) is nn.Linear  # nothing was replaced
 
@@ -327,7 +325,7 @@ def test_options_out_of_range(options: dict[str, object], message: str) -> None:
 
 
 def test_a_budget_no_network_can_meet_names_the_layer() -> None:
-    with pytest.raises(tn.errors.BudgetError, match=r"Layer 'blocks\.0\.up' cannot keep the budget"):
+    with pytest.raises(tn.errors.BudgetError, match=r"blocks\.0\.up.*budget"):
         tn.compress(Model(), tn.CompressionConfig(param_ratio=0.001, objective="weight"), progress=False)
 
 
@@ -335,5 +333,5 @@ def test_options_as_a_dictionary() -> None:
     config = tn.CompressionConfig(target_modules=("a", "b"), param_ratio=0.5, pivoted=True)
     again = tn.CompressionConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
-    with pytest.raises(ValueError, match="Unknown compression options colour; the options are"):
+    with pytest.raises(ValueError, match="colour"):
         tn.CompressionConfig.from_dict({"colour": "red"})

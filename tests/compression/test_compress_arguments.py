@@ -16,9 +16,7 @@ from tensornet.nn.extension import ProvidedData
 
 
 def test_a_model_that_is_a_layer_itself() -> None:
-    with pytest.raises(
-        TargetError, match=r"The model is itself a Linear.*torch\.nn\.ModuleList\(\[layer\]\)"
-    ):
+    with pytest.raises(TargetError, match="ModuleList"):
         tn.compress(nn.Linear(8, 8), HALF, progress=False)
     with pytest.raises(TargetError, match=r"call to_linear\(\)"):
         tn.decompress(tn.nn.MPOLinear.from_linear(nn.Linear(8, 8), max_bond=2))
@@ -30,9 +28,9 @@ def test_embeddings_that_shorten_their_rows_stay() -> None:
         model, tn.CompressionConfig(target_modules="all", param_ratio=0.5, objective="weight"), progress=False
     )
     assert [layer.name for layer in report.layers] == ["1"]
-    with pytest.raises(TargetError, match=r"Nothing to compress.*types Embedding are skipped.*max_norm"):
+    with pytest.raises(TargetError, match=r"Nothing to compress.*max_norm"):
         tn.compress(nn.Sequential(model[0]), HALF, progress=False)
-    with pytest.raises(TargetError, match="got Embedding whose max_norm changes its rows"):
+    with pytest.raises(TargetError, match="max_norm"):
         tn.nn.MPOEmbedding.from_embedding(model[0])
 
 
@@ -40,11 +38,11 @@ def test_compressing_twice_says_so() -> None:
     model = Model()
     plan = tn.plan(model, HALF)
     tn.compress(model, HALF, progress=False)
-    with pytest.raises(TargetError, match=r"layers are compressed already, such as blocks\.0\.up"):
+    with pytest.raises(TargetError, match=r"compressed already.*blocks\.0\.up"):
         tn.compress(model, HALF, progress=False)
-    with pytest.raises(TargetError, match=r"'up' matches no.*compressed already"):
+    with pytest.raises(TargetError, match=r"'up'.*compressed already"):
         tn.compress(model, tn.CompressionConfig(target_modules="up", max_bond=2), progress=False)
-    with pytest.raises(TargetError, match=r"Layer 'blocks\.0\.up' is a tensor-network layer already"):
+    with pytest.raises(TargetError, match=r"blocks\.0\.up.*already"):
         tn.apply_plan(model, plan)
 
 
@@ -85,7 +83,7 @@ def test_arguments_of_other_types() -> None:
     for message, call in calls.items():
         with pytest.raises(TypeError, match=message):
             call()
-    with pytest.raises(TargetError, match="pass a list, not an iterator"):
+    with pytest.raises(TargetError, match="iterator"):
         tn.compress(model, config, calibration=stats, validation=iter([ids]), progress=False)  # type: ignore[arg-type]
 
 

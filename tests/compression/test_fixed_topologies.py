@@ -74,7 +74,7 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
 
 
 def test_a_layer_without_a_topology_is_named() -> None:
-    with pytest.raises(TopologyError, match=r"Layer '2' is a matrix of shape \(24, 48\), .* \(48, 24\)"):
+    with pytest.raises(TopologyError, match=r"'2'.*\(24, 48\).*\(48, 24\)"):
         tn.plan(model(), tn.CompressionConfig(topology=UP))
 
 
@@ -84,7 +84,7 @@ def test_families_that_are_not_registered_are_refused() -> None:
 
     topology = Own().build(48, 24, max_bond=3)
     for value in (topology, [topology], topology.to_dict()):
-        with pytest.raises(TopologyError, match="Unknown topology 'own'; registered are"):
+        with pytest.raises(TopologyError, match="'own'"):
             tn.CompressionConfig(topology=value)
     with pytest.raises(TopologyError, match=r"call tensornet\.register_topology"):
         tn.CompressionConfig(topology=Own())
@@ -97,7 +97,7 @@ def test_layers_take_it() -> None:
     assert tn.nn.MPOEmbedding.from_embedding(table, topology=UP).topology == UP
     family = tn.topologies.topology_family("mpo")
     assert tn.nn.TensorNetworkLinear.from_linear(layer, topology=family, max_bond=2).topology.family == "mpo"
-    with pytest.raises(TopologyError, match="fixes all dims and bonds: drop max_bond"):
+    with pytest.raises(TopologyError, match="max_bond"):
         tn.nn.TensorNetworkLinear.from_linear(layer, topology=UP, max_bond=2)
     assert tn.decompose(layer.weight, family, max_bond=2).network.topology.family == "mpo"
 

@@ -95,7 +95,7 @@ def test_a_measured_plan_is_kept() -> None:
     alone = prepared.plan(param_ratio=0.6)
     assert alone.predicted_kl == alone.predicted_loss_increase  # equal to second order
     assert f"KL divergence {plan.predicted_kl:.4f}" in str(plan)
-    with pytest.raises(FormatError, match="must be positive and increase"):
+    with pytest.raises(FormatError, match="increase"):
         tn.CompressionPlan.from_dict(
             {**plan.to_dict(), "forecast": {"points": [[1, -1]], "source": None, "kl_points": []}}
         )

@@ -211,7 +211,7 @@ def test_compress_verifies_where_batches_are_at_hand() -> None:
         assert form(report.plan, GUILTY) == "int2:g32:float8 dense"
         assert "not checked by measuring: 3 layers whose predicted loss is uncertain" in text
         assert report.to_dict()["loss_check"] is None
-    with pytest.raises(ValueError, match="verify must be True or False, got 1"):
+    with pytest.raises(ValueError, match="verify"):
         CompressionConfig(verify=1)  # type: ignore[arg-type]
 
 
@@ -337,7 +337,7 @@ def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
     _, batches, _stats, prepared = made()
     with pytest.warns(
         tn.errors.CalibrationWarning,
-        match=r"not checked by measuring, because Stubborn .* \(it holds a lock\)",
+        match=r"Stubborn.*lock",
     ):
         plan = check_loss(prepared, Stubborn(), batches, loss_fn=in_place).plan()
     assert plan.loss_check is None

@@ -200,7 +200,7 @@ def test_a_model_that_fits_its_calibration_data_is_named(budget: dict[str, float
     model = classifier(300)
     before = loss(model)
     assert before < 1e-2
-    with pytest.warns(tn.errors.CalibrationWarning, match="probably trained on these data") as seen:
+    with pytest.warns(tn.errors.CalibrationWarning, match="trained on") as seen:
         report = tn.compress(model, tn.CompressionConfig(**budget), calibration=loader(), progress=False)  # type: ignore[arg-type]
     assert ("loss_increase=0.02 allowed" in str(seen[0].message)) == ("loss_increase" in budget)
     assert report.measured is not None
@@ -261,5 +261,5 @@ def test_noise_is_left_out() -> None:
     with pytest.raises(tn.errors.BudgetError, match="higher loss"):
         Forecast.through([(0.1, -0.01), (0.2, math.nan)])
     for points in (((0.2, 0.1), (0.1, 0.2)), ((0.0, 0.1),), ((0.1, math.nan),)):
-        with pytest.raises(tn.errors.BudgetError, match="must be positive and increase"):
+        with pytest.raises(tn.errors.BudgetError, match="increase"):
             Forecast(points)

@@ -71,9 +71,9 @@ def test_editing_to_any_family(family: str, tmp_path: Path) -> None:
 
 def test_edits_that_do_not_fit() -> None:
     _, _, plan = prepared()
-    with pytest.raises(TopologyError, match=r"has shape \(96, 24\), but the topology is for \(10, 10\)"):
+    with pytest.raises(TopologyError, match=r"\(96, 24\).*\(10, 10\)"):
         plan.replace_layer(NAME, topology_family("mpo").build(10, 10))
-    with pytest.raises(TopologyError, match="or None to stay dense; got 'mpo'"):
+    with pytest.raises(TopologyError, match="got 'mpo'"):
         plan.replace_layer(NAME, "mpo")  # type: ignore[arg-type]
 
 
@@ -90,13 +90,13 @@ def test_leaving_a_layer_dense() -> None:
 
 def test_a_calibrated_plan_needs_its_statistics_again() -> None:
     model, _, plan = prepared()
-    with pytest.raises(TargetError, match=r"made with objective='curvature': pass the same calibration"):
+    with pytest.raises(TargetError, match="same calibration"):
         tn.apply_plan(model, plan)
 
 
 def test_a_plan_for_another_model() -> None:
     _, stats, plan = prepared()
-    with pytest.raises(TargetError, match="that this model does not have"):
+    with pytest.raises(TargetError, match="does not have"):
         tn.apply_plan(nn.Sequential(nn.Linear(3, 4)), plan, stats)
     wide = nn.ModuleDict({"layer": nn.Linear(5, 7)})
     narrow = nn.ModuleDict({"layer": nn.Linear(5, 6)})
@@ -163,10 +163,10 @@ def test_a_damaged_plan(change: Any) -> None:
 
 def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    with pytest.raises(FormatError, match="Cannot read a compression plan"):
+    with pytest.raises(FormatError, match="Cannot read"):
         tn.CompressionPlan.load(path)
     path.write_text("[]")
-    with pytest.raises(FormatError, match="Not a compression plan"):
+    with pytest.raises(FormatError, match=r"Not a.* plan"):
         tn.CompressionPlan.load(path)
 
 

@@ -186,9 +186,7 @@ def test_what_forms_depend_on_is_no_budget() -> None:
     with pytest.raises(tn.errors.BudgetError, match="got max_bond"):
         prepare(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
     inputs = prepare(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
-    with pytest.raises(
-        tn.errors.BudgetError, match="max_bytes needs objective='curvature', not 'activation'"
-    ):
+    with pytest.raises(tn.errors.BudgetError, match=r"max_bytes.*curvature"):
         inputs.plan(max_bytes=60_000)
 
 
@@ -199,7 +197,7 @@ def test_caps_on_single_layers_hold_in_a_global_plan() -> None:
     assert max(max(x.topology.bond_dims.values()) for x in plan if x.topology) <= 9
     exact = tn.plan(model, CompressionConfig(param_ratio=0.9, rel_error=0.5), stats)
     assert all(layer.error <= 0.5 for layer in exact)
-    with pytest.raises(tn.errors.BudgetError, match=r"no rank up to max_bond=1 .* rel_error=0.01"):
+    with pytest.raises(tn.errors.BudgetError, match=r"max_bond=1.*rel_error"):
         tn.plan(model, CompressionConfig(max_bond=1, rel_error=0.01), stats)
 
 

@@ -80,11 +80,11 @@ def test_a_budget_with_room_for_all_leaves_all_dense(budget: dict[str, Any], top
 def test_statistics_of_another_model() -> None:
     _, stats = gpt2_stats()
     other = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=101, n_positions=64))
-    with pytest.raises(TargetError, match=r"collected on another model: .*'transformer\.h\.0\.attn\.c_attn'"):
+    with pytest.raises(TargetError, match="another model"):
         tn.plan(other, CompressionConfig(param_ratio=0.8), stats)
     model, _ = gpt2_stats()
     plan = tn.plan(model, CompressionConfig(param_ratio=0.8), stats)
-    with pytest.raises(TargetError, match="statistics of gradients, and these statistics contain none"):
+    with pytest.raises(TargetError, match="statistics of gradients"):
         tn.apply_plan(copy.deepcopy(model), plan, tn.calibrate(model, list(tokens()), gradients=False))
 
 

@@ -137,7 +137,7 @@ def test_another_model_is_refused_and_stays(
     tn.save_model(compressed(param_ratio=0.5), tmp_path / "m")
     other = make()
     state, modules = copy.deepcopy(other.state_dict()), [*other.modules()]
-    with pytest.raises(FormatError, match=f"m is of another model: .*{message}"):
+    with pytest.raises(FormatError, match=f"another model: .*{message}"):
         tn.load_model(other, tmp_path / "m")
     assert all(a is b for a, b in zip(other.modules(), modules, strict=True))
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in state.items())
@@ -166,13 +166,13 @@ def test_files_of_something_else(tmp_path: Path) -> None:
 def test_models_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         empty = Model()
-    with pytest.raises(TargetError, match=r"'table.weight' in its state_dict"):
+    with pytest.raises(TargetError, match=r"'table\.weight'"):
         tn.save_model(empty, tmp_path / "m")
     tn.save_model(compressed(param_ratio=0.5), tmp_path / "m")
-    with pytest.raises(TargetError, match="on the meta device"):
+    with pytest.raises(TargetError, match="meta device"):
         tn.load_model(empty, tmp_path / "m")
     before = (tmp_path / "m").read_bytes()
-    with pytest.raises(OSError, match=r"The model cannot be written to .*folder that exists"):
+    with pytest.raises(OSError, match="cannot be written"):
         tn.save_model(model(0), tmp_path / "no" / "folder")
     assert (tmp_path / "m").read_bytes() == before
     assert [x.name for x in tmp_path.iterdir()] == ["m"]

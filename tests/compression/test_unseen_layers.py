@@ -66,11 +66,11 @@ def test_they_count_in_budgets_of_the_whole_model() -> None:
 def test_who_wants_a_refusal_gets_it() -> None:
     stats = tn.calibrate(towers(), [BATCH])
     strict = replace(HALF, require_calibrated=True)
-    with pytest.raises(TargetError, match=r"'vision.0' never ran during calibration.*or exclude it"):
+    with pytest.raises(TargetError, match=r"'vision\.0' never ran"):
         tn.plan(towers(), strict, stats)
     tn.plan(towers(), replace(strict, exclude_modules="vision.*"), stats)
     tn.plan(towers(), strict, tn.calibrate(towers(), [BATCH | {"image": torch.randn(9, 8)}]))
-    with pytest.raises(ValueError, match="require_calibrated must be True or False, got 'yes'"):
+    with pytest.raises(ValueError, match="require_calibrated"):
         replace(HALF, require_calibrated="yes")  # type: ignore[arg-type]
 
 
@@ -112,7 +112,7 @@ def test_text_alone_calibrates_the_text_model_of_a_multimodal_one(tmp_path: Path
     ids = torch.randint(3, 80, (4, 20), generator=torch.Generator().manual_seed(0))
     model = architecture.dense
     stats = tn.calibrate(model, [{"input_ids": ids, "labels": ids}], config=HALF)
-    with pytest.warns(CalibrationWarning, match=r"never ran during calibration: model\.vision_tower\."):
+    with pytest.warns(CalibrationWarning, match=r"never ran.*model\.vision_tower\."):
         report = tn.compress(model, HALF, calibration=stats, progress=False)
     assert not any("vision" in layer.name for layer in report.layers)
     architecture.dense.save_pretrained(tmp_path / "dense")

@@ -202,5 +202,5 @@ def test_blocks_that_are_no_chain_are_refused_by_name(skip: bool) -> None:
         [f"parts.{k}" for k in range(3)],
         [{"input_ids": torch.ones(5, 4)}],
     )
-    with pytest.raises(TargetError, match=r"parts\.1 of Stack does not read what the previous block"):
+    with pytest.raises(TargetError, match=r"parts\.1 of Stack"):
         run.enter(skip=skip)

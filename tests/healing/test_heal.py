@@ -145,7 +145,7 @@ def test_the_distance_of_encoders_is_what_calibration_measures() -> None:
 
 def test_nothing_to_heal() -> None:
     teacher, _ = pair()
-    with pytest.raises(TargetError, match="no compressed layer with trainable cores"):
+    with pytest.raises(TargetError, match="trainable cores"):
         tn.heal(copy.deepcopy(teacher), teacher, batches(), steps=1)
     eight = copy.deepcopy(teacher)
     tn.compress(
@@ -154,15 +154,15 @@ def test_nothing_to_heal() -> None:
     with pytest.raises(TargetError, match="parameters='vectors'"):
         tn.heal(eight, teacher, batches(), steps=1, parameters="cores")
     frozen = copy.deepcopy(teacher).requires_grad_(False)
-    with pytest.raises(TargetError, match="no parameter requires gradients"):
+    with pytest.raises(TargetError, match="requires gradients"):
         tn.heal(frozen, teacher, batches(), steps=1, parameters="trainable")
 
 
 def test_no_data() -> None:
     teacher, student = pair()
-    with pytest.raises(TargetError, match="ran out of batches"):
+    with pytest.raises(TargetError, match="out of batches"):
         tn.heal(student, teacher, [], steps=1)
-    with pytest.raises(TargetError, match="ran out of batches"):
+    with pytest.raises(TargetError, match="out of batches"):
         tn.heal(student, teacher, iter(batches(2)), steps=3)
 
 
@@ -193,7 +193,7 @@ def test_options_out_of_range(options: dict[str, object]) -> None:
 @pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
 def test_data_that_is_no_collection_of_batches(data: object) -> None:
     teacher, student = pair()
-    with pytest.raises(TargetError, match="heal takes an iterable of batches, got"):
+    with pytest.raises(TargetError, match="iterable"):
         tn.heal(student, teacher, data, steps=1)  # type: ignore[arg-type]
 
 

@@ -104,14 +104,14 @@ def test_checkpoint_of_another_compression(tmp_path: Path) -> None:
     tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
     other = copy.deepcopy(teacher)
     tn.compress(other, tn.CompressionConfig(param_ratio=0.3, objective="weight", topology="low_rank"))
-    with pytest.raises(FormatError, match="belongs to another compressed model"):
+    with pytest.raises(FormatError, match="another compressed model"):
         tn.heal(other, teacher, batches(), steps=2, checkpoint=path)
 
 
 def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
     teacher, student = pair()
     for path in (tmp_path, tmp_path / "none" / "heal.safetensors"):
-        with pytest.raises(DestinationError, match="name a file in a folder that exists"):
+        with pytest.raises(DestinationError, match="name a file"):
             tn.heal(student, teacher, batches(), steps=1, checkpoint=path)
 
 

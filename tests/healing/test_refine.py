@@ -154,20 +154,20 @@ def test_nothing_to_refine() -> None:
         refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}])
     model = Chain()
     tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
-    with pytest.raises(TargetError, match="at least one batch"):
+    with pytest.raises(TargetError, match="one batch"):
         refine(model, Chain(), [])
 
 
 @pytest.mark.parametrize("options", [{"correction": 1.1}, {"anchor": -1.0}, {"damping": float("nan")}])
 def test_options_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"correction from 0 to 1.*got"):
+    with pytest.raises(ValueError, match="correction"):
         refine(Chain(), Chain(), [{"input_ids": torch.randn(3, 10)}], **options)
 
 
 def test_the_teacher_must_be_dense() -> None:
     model = Chain()
     tn.compress(model, tn.CompressionConfig(topology="mpo"), progress=False)
-    with pytest.raises(TargetError, match=r"'first'.*no stock layer in the teacher"):
+    with pytest.raises(TargetError, match=r"'first'.*teacher"):
         refine(model, copy.deepcopy(model), [{"input_ids": torch.randn(3, 10)}])
 
 
@@ -218,5 +218,5 @@ def test_an_interrupted_run_leaves_the_old_cores(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("data", [None, 5, "text", torch.ones(2, 3), {"input_ids": torch.ones(2, 3)}])
 def test_data_that_is_no_collection_of_batches(data: object) -> None:
     teacher, model, _ = small_pair()
-    with pytest.raises(TargetError, match="refine takes an iterable of batches, got"):
+    with pytest.raises(TargetError, match="iterable"):
         refine(model, teacher, data)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def shared_mixture() -> tuple[PreTrainedModel, PreTrainedModel, list[dict[str, T
 def test_refitting_skips_layers_that_share_a_core() -> None:
     dense, small, batches, stats = shared_mixture()
     cores = [core.clone() for core in shared_core(small)]
-    with pytest.warns(UserWarning, match="share cores with other layers"):
+    with pytest.warns(UserWarning, match="share cores"):
         report = refine(small, dense, batches, stats)
     sharing = {name for name, why in report.left.items() if "shares cores" in why}
     assert len(sharing) >= E

@@ -161,9 +161,9 @@ def test_model_and_adapters_are_saved_apart(tmp_path: Path) -> None:
     torch.testing.assert_close(
         logits(load_adapters(compressed(), tmp_path / "adapters")), before, rtol=1e-4, atol=1e-4
     )
-    with pytest.raises(ValueError, match=r"Target module MPOLinear\(.*\) is not supported"):
+    with pytest.raises(ValueError, match=r"MPOLinear.*not supported"):
         PeftModel.from_pretrained(compressed(), tmp_path / "adapters")  # PEFT alone does not know our layers
-    with pytest.raises(ValueError, match=r"Target module MPOLinear\(.*\) is not supported"):
+    with pytest.raises(ValueError, match=r"MPOLinear.*not supported"):
         get_peft_model(compressed(), LoraConfig(target_modules=["q_proj"]))
     th.save(made.unload(), tmp_path / "model")
     again = load_adapters(th.load(tmp_path / "model"), tmp_path / "adapters").eval()
@@ -201,7 +201,7 @@ def test_merging_into_eight_bits_is_said() -> None:
     tn.compress(model, tn.CompressionConfig(**I8), progress=False)
     made = get_peft_model(model, lora_config(model, r=2))
     before = logits(made)
-    with pytest.warns(UserWarning, match="rounds integer cores again"):
+    with pytest.warns(UserWarning, match="integer cores"):
         made.merge_adapter()
     torch.testing.assert_close(logits(made), before, atol=0.1, rtol=0.1)
 
@@ -257,7 +257,7 @@ def test_stock_adapters_over_cores_do_not_merge() -> None:
     with pytest.raises(TargetError, match=r"q_proj\.base_layer is compressed.*tensornet\.decompress"):
         merge_adapters(made)
     torch.testing.assert_close(logits(made), before, atol=0, rtol=0)
-    with pytest.raises(TargetError, match="weight of a compressed layer"):
+    with pytest.raises(TargetError, match="compressed layer"):
         copy.deepcopy(made).merge_and_unload()
     merged = merge_adapters(tn.decompress(made))
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-5)

@@ -56,11 +56,11 @@ def test_a_plan_stays_until_the_new_one_is_complete(tmp_path: Path, monkeypatch:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(DestinationError, match=r"The plan cannot be written to .*No space left"):
+    with pytest.raises(DestinationError, match=r"The plan.*No space left"):
         plan.save(path)
     assert path.read_bytes() == before
     assert [x.name for x in tmp_path.iterdir()] == ["plan.json"]
-    with pytest.raises(DestinationError, match="name a file in a folder that exists"):
+    with pytest.raises(DestinationError, match="name a file"):
         plan.save(tmp_path / "none" / "plan.json")
 
 
@@ -74,7 +74,7 @@ def test_a_name_that_occurs_twice(tmp_path: Path) -> None:
     """The safetensors package takes the last of the two."""
     entry = json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})
     (tmp_path / "x").write_bytes(header_of(f'{{"a":{entry},"a":{entry}}}', b"0000"))
-    with pytest.raises(FormatError, match="truncated or damaged: a name occurs twice in its header"):
+    with pytest.raises(FormatError, match="occurs twice"):
         read_header(tmp_path / "x")
 
 
@@ -94,7 +94,7 @@ def test_every_dtype_is_located(tmp_path: Path) -> None:
 def test_two_files_with_one_name(tmp_path: Path) -> None:
     for name in "ab":
         write_tensors(tmp_path / name, {"x": torch.ones(2)})
-    with pytest.raises(FormatError, match=r"b and .*a both store 'x'"):
+    with pytest.raises(FormatError, match="both store 'x'"):
         read_headers([tmp_path / "a", tmp_path / "b"])
 
 

@@ -279,7 +279,7 @@ def test_non_finite_elements_are_counted() -> None:
     matrix = torch.ones(3, 3, dtype=torch.complex64)
     matrix[0, 0] = complex(0, math.inf)
     matrix[1, 1] = math.nan
-    with pytest.raises(NonFiniteError, match="2 NaN or infinite values among 9 elements"):
+    with pytest.raises(NonFiniteError, match=r"2 NaN .*9"):
         tn.truncated_svd(matrix)
 
 

@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_all_tokens_of_the_pool_or_layer(balance: str, check
     found.total.backward()
     for layer, gradient in zip(model.layers, truth, strict=True):
         assert torch.allclose(layer.router.weight.grad, gradient, atol=1e-6)
-    with pytest.raises(RuntimeError, match="no mixture has run"):
+    with pytest.raises(RuntimeError, match="has run"):
         tm.collect_aux_losses(model)
 
 
@@ -144,7 +144,7 @@ def test_a_step_moves_each_bias_towards_an_even_load(balance: str, checkpointed:
         assert layer.router.bias_steps.tolist() == [
             (int(x) < float(load.mean())) - (int(x) > float(load.mean())) for x in load
         ]
-    with pytest.raises(RuntimeError, match="no mixture was trained since"):
+    with pytest.raises(RuntimeError, match="trained since"):
         tm.update_biases(model)
 
 
@@ -192,13 +192,13 @@ def test_processes_have_the_same_biases(tmp_path: Path) -> None:
 
 
 def test_bad_balance_is_refused() -> None:
-    with pytest.raises(ValueError, match="Unknown balance='model'; choose one of pool, layer"):
+    with pytest.raises(ValueError, match="balance='model'"):
         Model("model")
-    with pytest.raises(ValueError, match="bias_rate must be at least 0"):
+    with pytest.raises(ValueError, match="bias_rate"):
         tm.TopKRouter(FEATURES, E, bias_rate=-1.0)
-    with pytest.raises(ValueError, match="load is even without a bias"):
+    with pytest.raises(ValueError, match="even without"):
         tm.ExpertChoiceRouter(FEATURES, E, bias_rate=0.1)
-    with pytest.raises(RuntimeError, match="no router of the model has biases"):
+    with pytest.raises(RuntimeError, match="has biases"):
         tm.update_biases(Model())
 
 

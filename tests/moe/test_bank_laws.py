@@ -220,15 +220,15 @@ def test_deltas_fit_at_any_scale(scale: float) -> None:
 
 
 def test_topologies_of_unequal_shapes_are_named() -> None:
-    with pytest.raises(TopologyError, match=r"experts 0 and 1 .*\(12, 8\) with legs .* and 'mpo' of shape"):
+    with pytest.raises(TopologyError, match=r"experts 0 and 1.*\(12, 8\)"):
         tm.SharedCoreExperts([chain((OUT, IN)), chain((IN, OUT))], 2)
 
 
 def test_deltas_refuse_what_they_cannot_be() -> None:
     base = tm.SharedCoreExperts(chain((OUT, IN), 3), E)
-    with pytest.raises(ShapeError, match="rank=9 exceeds the shorter side of 12 x 8"):
+    with pytest.raises(ShapeError, match="rank=9"):
         tm.LowRankDeltaExperts(base, 9)
-    with pytest.raises(ValueError, match="rank must be an integer"):
+    with pytest.raises(ValueError, match="rank"):
         tm.LowRankDeltaExperts(base, 0)
     with pytest.raises(TypeError, match="ExpertBank, got Linear"):
         tm.LowRankDeltaExperts(nn.Linear(2, 2), 1)  # type: ignore[arg-type]

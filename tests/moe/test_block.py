@@ -210,7 +210,7 @@ def test_padding_changes_no_loss_and_no_statistic() -> None:
     moe.token_mask = mask
     moe(x)
     assert torch.allclose(tm.collect_aux_losses(moe).total, with_padding.total)
-    with pytest.raises(ShapeError, match=r"mask has shape \(2, 6\), the tokens \(2, 5\)"):
+    with pytest.raises(ShapeError, match=r"\(2, 6\).*\(2, 5\)"):
         moe(x[:, :5])
 
 
@@ -223,7 +223,7 @@ def test_total_is_weighted_and_summed_over_layers() -> None:
     assert losses.balance.shape == losses.z.shape == (2,)
     wanted = (0.5 * losses.balance[0] + 0.25 * losses.z[0]) + 2.0 * losses.balance[1]
     assert torch.allclose(losses.total, wanted)
-    with pytest.raises(RuntimeError, match="no mixture has run since"):
+    with pytest.raises(RuntimeError, match="has run since"):
         tm.collect_aux_losses(model)
     with pytest.raises(RuntimeError, match="has no SharedCoreMoE"):
         tm.collect_aux_losses(nn.Linear(2, 2))
@@ -306,22 +306,22 @@ def test_a_description_makes_an_empty_twin(router: str) -> None:
 
 def test_parts_that_do_not_fit_are_refused() -> None:
     banks = {"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(DOWN, E)}
-    with pytest.raises(ShapeError, match="do not fit each other"):
+    with pytest.raises(ShapeError, match="do not fit"):
         tm.ExpertFFN({"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(DOWN, E + 1)})
-    with pytest.raises(ShapeError, match="do not fit each other"):
+    with pytest.raises(ShapeError, match="do not fit"):
         tm.ExpertFFN({"wi": tm.SharedCoreExperts(UP, E), "wo": tm.SharedCoreExperts(UP, E)})
-    with pytest.raises(ValueError, match="Unknown activation 'sine'; known are gelu"):
+    with pytest.raises(ValueError, match="'sine'"):
         tm.ExpertFFN(banks, activation="sine")
-    with pytest.raises(ValueError, match=r"two matrices, or three if gated; got \['wi'\]"):
+    with pytest.raises(ValueError, match=r"got \['wi'\]"):
         tm.ExpertFFN({"wi": banks["wi"]})
-    with pytest.raises(ShapeError, match="router is for 3 experts and tokens of size 8"):
+    with pytest.raises(ShapeError, match="3 experts"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 3), tm.ExpertFFN(banks))
-    with pytest.raises(TypeError, match="router must be a Router, got Linear"):
+    with pytest.raises(TypeError, match="a Router, got Linear"):
         tm.SharedCoreMoE(nn.Linear(2, 2), tm.ExpertFFN(banks))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="'wi' must be an ExpertBank, got Linear"):
+    with pytest.raises(TypeError, match=r"'wi'.*ExpertBank"):
         tm.ExpertFFN({"wi": nn.Linear(2, 2), "wo": banks["wo"]})  # type: ignore[dict-item]
     experts = tm.ExpertFFN(banks)
-    with pytest.raises(ShapeError, match=r"shared expert has .* = .* expected \(1, 8, 8\)"):
+    with pytest.raises(ShapeError, match=r"shared expert.*\(1, 8, 8\)"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), experts, shared_expert=experts)
-    with pytest.raises(ValueError, match="capacity_factor must be above 0"):
+    with pytest.raises(ValueError, match="capacity_factor"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, E), tm.ExpertFFN(banks), capacity_factor=0)

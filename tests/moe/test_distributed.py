@@ -63,7 +63,7 @@ def test_one_checkpoint_for_any_number_of_processes(ranks: int, tmp_path: Path) 
 
 
 def test_no_processes_at_all() -> None:
-    with pytest.raises(TargetError, match="Start the script with torchrun"):
+    with pytest.raises(TargetError, match="torchrun"):
         parallel.shard_experts(tasks.Model())
 
 
@@ -83,7 +83,7 @@ def test_sharding_and_gathering_give_the_same_model_back(alone: object) -> None:
     assert "blocks.0.moe.experts.local.up.core_0" in names
     assert not any("core_1" in name for name in names)  # the center is everybody's
     torch.testing.assert_close(model(x).detach(), expected)
-    with pytest.raises(TargetError, match="spread over processes already"):
+    with pytest.raises(TargetError, match="already"):
         parallel.shard_experts(model)
     with pytest.raises(TargetError, match="gather_experts"):
         model.blocks[0].moe.spec()
@@ -92,15 +92,15 @@ def test_sharding_and_gathering_give_the_same_model_back(alone: object) -> None:
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not model.blocks[0].moe.experts.up.core_0.requires_grad
-    with pytest.raises(TargetError, match="no experts that are spread"):
+    with pytest.raises(TargetError, match="no experts"):
         parallel.gather_experts(model)
 
 
 def test_what_cannot_be_sharded(alone: object, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TargetError, match="no SharedCoreMoE"):
         parallel.shard_experts(nn.Linear(2, 2))
-    with pytest.raises(TargetError, match="belong to a pool"):
+    with pytest.raises(TargetError, match="pool"):
         parallel.shard_experts(tasks.Model("pool"))
     monkeypatch.setattr(dist, "get_world_size", lambda *_: 3)
-    with pytest.raises(TopologyError, match=r"4 experts of 'blocks\.0\.moe' cannot be spread evenly over 3"):
+    with pytest.raises(TopologyError, match="evenly over 3"):
         parallel.shard_experts(tasks.Model())

@@ -433,7 +433,7 @@ def test_refuses_models_without_stacks_and_without_gradients() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     batches = [(torch.randn(8, 16), torch.randint(16, (8,)))]
     options = tn.CompressionConfig("*", param_ratio=0.5)
-    with pytest.raises(TargetError, match="no stack of experts"):
+    with pytest.raises(TargetError, match="no stack"):
         tm.compress_experts(model, options, calibration=batches, progress=False)
     stats = tn.calibrate(model, batches, gradients=False)
     with pytest.raises(TargetError, match="gradients"):

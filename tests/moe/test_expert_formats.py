@@ -121,9 +121,9 @@ def test_scales_train_and_integers_stay(name: str) -> None:
 def test_bad_formats() -> None:
     made = bank()
     before = {k: x.clone() for k, x in made.state_dict().items()}
-    with pytest.raises(FormatError, match="Unknown number format 'int9'; known are"):
+    with pytest.raises(FormatError, match="'int9'"):
         made.quantize("int9")
-    with pytest.raises(FormatError, match="formats for cores 7; the topology 'mpo' has 0, 1, 2"):
+    with pytest.raises(FormatError, match="cores 7"):
         made.quantize(Storage(core_formats={"7": "int4"}))  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="number formats only"):
         made.quantize(Storage(pivoted=True))
@@ -251,7 +251,7 @@ def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
 
 def test_a_bare_mixture_is_told_how_to_round_itself() -> None:
     moe = tm.mixture(d_model=16, d_ff=32, experts=3, top_k=1, share="center")
-    with pytest.raises(TargetError, match=r"Round experts\.gate, .* by their method quantize"):
+    with pytest.raises(TargetError, match=r"experts\.gate.*quantize"):
         tn.compress(moe, tn.CompressionConfig(bits_per_weight=4.25), progress=False)
 
 

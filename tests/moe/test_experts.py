@@ -218,9 +218,9 @@ def test_a_smaller_expert_keeps_the_leading_singular_values() -> None:
 
 def test_topologies_that_differ_in_more_than_bonds_are_refused() -> None:
     other = tn.topologies.mpo(out_dims=(3, 2, 2), in_dims=(3, 2, 2), max_bond=4)
-    with pytest.raises(TopologyError, match="experts 0 and 1 differ in more than their bonds"):
+    with pytest.raises(TopologyError, match="0 and 1 differ"):
         tm.SharedCoreExperts([CHAIN, other], 2)
-    with pytest.raises(ValueError, match="Got 2 topologies for num_experts=3"):
+    with pytest.raises(ValueError, match="num_experts=3"):
         tm.SharedCoreExperts([CHAIN, SMALL], 3)
 
 
@@ -259,7 +259,7 @@ def test_noise_is_relative_private_and_reproducible() -> None:
     again = tm.SharedCoreExperts.from_dense(weight, **kwargs, noise=0.1, seed=5)
     assert torch.equal(noisy.core_0, again.core_0)
     for noise in (-0.1, float("nan"), "much"):
-        with pytest.raises(ValueError, match="noise must be at least 0"):
+        with pytest.raises(ValueError, match="noise"):
             tm.SharedCoreExperts.from_dense(weight, num_experts=2, noise=noise)
 
 
@@ -275,7 +275,7 @@ def test_a_weight_that_does_not_fit_is_refused() -> None:
         tm.SharedCoreExperts.from_dense(torch.randn(10, 12), num_experts=2, topology=CHAIN)
     weight = torch.randn(12, 12)
     weight[3, 4] = torch.nan
-    with pytest.raises(NonFiniteError, match="1 NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="1 NaN"):
         tm.SharedCoreExperts.from_dense(weight, num_experts=2)
     with pytest.raises(TopologyError, match="drop max_bond"):
         tm.SharedCoreExperts.from_dense(torch.randn(12, 12), num_experts=2, topology=CHAIN, max_bond=3)
@@ -293,7 +293,7 @@ def test_a_weight_that_does_not_fit_is_refused() -> None:
 def test_what_is_no_matrix_is_refused(weight: Tensor, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         tm.SharedCoreExperts.from_dense(weight, num_experts=2)
-    with pytest.raises(ShapeError, match=r"shape \(num_experts, out, in\), got"):
+    with pytest.raises(ShapeError, match="num_experts, out, in"):
         tm.SharedCoreExperts.from_experts(weight)
 
 
@@ -307,11 +307,11 @@ def test_what_is_no_number_of_experts_is_refused(count: object) -> None:
 
 
 def test_unknown_shared_cores_are_refused() -> None:
-    with pytest.raises(TopologyError, match="is not one of center, ends, none, all"):
+    with pytest.raises(TopologyError, match="center, ends"):
         make("chain", "middle")
-    with pytest.raises(TopologyError, match=r"No core is named \['7'\]"):
+    with pytest.raises(TopologyError, match=r"\['7'\]"):
         make("chain", ["7"])
-    with pytest.raises(ValueError, match="num_experts must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="num_experts"):
         tm.SharedCoreExperts(CHAIN, 0)
     with pytest.raises(IndexError, match=r"in \[0, 3\)"):
         make("chain").expert_matrices([3])
@@ -319,5 +319,5 @@ def test_unknown_shared_cores_are_refused() -> None:
 
 def test_sums_cannot_be_shared() -> None:
     topology = tn.topologies.residual(out_features=8, in_features=8, rank=2)
-    with pytest.raises(TopologyError, match=r"single networks, and 'residual' is a sum; take 'mpo'"):
+    with pytest.raises(TopologyError, match="'residual' is a sum"):
         tm.SharedCoreExperts(topology, 2)

@@ -147,11 +147,11 @@ def test_errors_know_no_scale(dtype: torch.dtype, scale: float) -> None:
 
 
 def test_bad_stacks_are_refused() -> None:
-    with pytest.raises(ShapeError, match=r"\(num_experts, out, in\), got \(12, 12\)"):
+    with pytest.raises(ShapeError, match=r"got \(12, 12\)"):
         tm.SharedCoreExperts.from_experts(torch.randn(12, 12))
     with pytest.raises(ShapeError, match=r"\(num_experts, 12, 12\)"):
         tm.SharedCoreExperts.from_experts(torch.randn(2, 12, 10), topology=CHAIN)
     weights = related(2, 0.1)
     weights[1, 3, 3] = torch.inf
-    with pytest.raises(NonFiniteError, match="stack of expert matrices contains 1"):
+    with pytest.raises(NonFiniteError, match="contains 1"):
         tm.SharedCoreExperts.from_experts(weights, topology=CHAIN)

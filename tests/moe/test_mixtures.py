@@ -151,7 +151,7 @@ def test_bad_words_are_refused() -> None:
     assert tm.mixture(d_model=D, d_ff=F, activation="silu", gated=True, pool=pool).num_experts == E
     for words in ({"d_ff": 4 * F}, {"activation": "gelu"}, {"gated": False}):
         (name,) = words
-        with pytest.raises(ShapeError, match=f"{name}=.*but the experts of the pool 'pool' have {name}="):
+        with pytest.raises(ShapeError, match=f"{name}=.*'pool'"):
             tm.mixture(d_model=D, pool=pool, **words)  # type: ignore[arg-type]
     with pytest.raises(ShapeError, match="d_model=32"):
         tm.mixture(d_model=32, pool=pool)
@@ -169,11 +169,11 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, normalise=True)
     with pytest.raises(ValueError, match="top_k=4 with experts=3"):
         tm.mixture(d_model=D, experts=3, top_k=4)
-    with pytest.raises(TypeError, match="'switch' has no top_k"):
+    with pytest.raises(TypeError, match="top_k"):
         tm.mixture(d_model=D, router="switch", top_k=2)
-    with pytest.raises(ValueError, match="d_ff must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="d_ff"):
         tm.mixture(d_model=D, d_ff=0)
     with pytest.raises(ValueError, match="Unknown router 'best'"):
         tm.mixture(d_model=D, router="best")
-    with pytest.raises(ShapeError, match="37 x 41 have no legs for a shared center"):
+    with pytest.raises(ShapeError, match="37 x 41"):
         tm.mixture(d_model=41, d_ff=37)

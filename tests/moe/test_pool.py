@@ -133,7 +133,7 @@ def test_descriptions_rebuild_a_pool_and_its_layers() -> None:
     assert connect_pools(again) == 3
     again.load_state_dict(nn.ModuleList(parts).state_dict())
     assert torch.equal(again[2](x), model.layers[1](x))
-    with pytest.raises(FormatError, match="labelled 'pool', of which SharedCoreMoE has 0"):
+    with pytest.raises(FormatError, match=r"'pool'.*has 0"):
         connect_pools(build_module(specs[1]))
 
 
@@ -273,7 +273,7 @@ def test_ranges_that_a_pool_lacks_are_refused(experts: range) -> None:
 
 def test_a_pool_of_another_width_or_count_is_refused() -> None:
     pool = tm.ExpertPool(network())
-    with pytest.raises(ShapeError, match="for 5 experts and tokens of size 9, the experts are 5"):
+    with pytest.raises(ShapeError, match="tokens of size 9"):
         tm.SharedCoreMoE(tm.SwitchRouter(9, E), pool)
     with pytest.raises(ShapeError, match="for 4 experts"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 4), pool)
@@ -285,7 +285,7 @@ def test_a_pool_of_another_width_or_count_is_refused() -> None:
 
 def test_a_pool_on_another_device_is_refused() -> None:
     experts, rows = PooledExperts(tm.ExpertPool(network())), torch.empty(3, FEATURES, device="meta")
-    with pytest.raises(RuntimeError, match="pool labelled 'pool' is on cpu, a layer that uses it on meta"):
+    with pytest.raises(RuntimeError, match=r"cpu.*meta"):
         experts(rows, one_group(rows))
 
 
@@ -296,13 +296,13 @@ def test_a_pool_has_one_owner() -> None:
     whole = nn.ModuleDict({"first": model, "second": model})
     assert list(find_pools(whole)) == ["first.pool"]
     model.layers[1].pool = model.pool
-    with pytest.raises(TargetError, match=r"owned twice, as 'pool' and as 'layers\.1\.pool'"):
+    with pytest.raises(TargetError, match="owned twice"):
         tm.parameter_groups(model, lr=1.0)
     del model.layers[1].pool, model.pool
-    with pytest.raises(TargetError, match=r"'layers\.0\.experts' uses the pool .*model\.pool = pool"):
+    with pytest.raises(TargetError, match=r"model\.pool = pool"):
         tm.parameter_groups(model, lr=1.0)
     pair = nn.ModuleList(ExpertPool(network()) for _ in range(2))
-    with pytest.raises(TargetError, match="'0' and '1' have the same label"):
+    with pytest.raises(TargetError, match="same label"):
         find_pools(pair)
 
 

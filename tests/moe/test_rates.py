@@ -109,5 +109,5 @@ def test_a_pool_without_layers_and_models_without_mixtures_have_one_group() -> N
 
 @pytest.mark.parametrize("rate", [-1e-3, math.nan, math.inf, "0.1", None])
 def test_bad_rates_are_refused(rate: object) -> None:
-    with pytest.raises(ValueError, match="lr must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="lr"):
         tm.parameter_groups(nn.Linear(2, 2), lr=rate)  # type: ignore[arg-type]

@@ -150,7 +150,7 @@ def test_jitter_acts_in_training_only(name: str) -> None:
 
 
 def test_tokens_of_another_size_are_refused() -> None:
-    with pytest.raises(ShapeError, match=rf"takes tokens of size {FEATURES}, got \(3, {FEATURES + 1}\)"):
+    with pytest.raises(ShapeError, match=rf"size {FEATURES}, got"):
         routers()["switch"](torch.randn(3, FEATURES + 1))
 
 

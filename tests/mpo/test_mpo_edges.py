@@ -43,7 +43,7 @@ def test_half_times_a_complex_number_keeps_the_imaginary_part(factor: complex) -
 def test_operators_on_different_devices_are_refused(operation: str) -> None:
     chain = operator(8, 8, out_dims=(2, 4), in_dims=(2, 4))
     other = tn.MPO([core.to("meta") for core in chain.cores])
-    with pytest.raises(ShapeError, match=r"on cpu.* on meta"):
+    with pytest.raises(ShapeError, match=r"cpu.*meta"):
         getattr(chain, operation)(other)
 
 
@@ -90,7 +90,7 @@ def test_items_of_a_stack_may_differ_in_magnitude(budget: dict[str, float], dtyp
 def test_factors_that_no_single_number_holds_are_refused(family: str) -> None:
     """Elements that fit single precision, with a norm that does not: no infinity, and no certificate of 0."""
     matrix = torch.full((64, 64), 3e38)
-    with pytest.raises(NonFiniteError, match=r"factors overflow in torch\.float32; divide it"):
+    with pytest.raises(NonFiniteError, match="overflow"):
         tn.topologies.topology_family(family).decompose(matrix, Budget(max_bond=1))
     double = tn.topologies.topology_family(family).decompose(matrix.double(), Budget(max_bond=2))
     assert reference.relative_error(matrix.double(), double.network.to_matrix()) < 1e-7

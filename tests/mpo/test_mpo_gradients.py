@@ -110,7 +110,7 @@ def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
         "round": lambda: operator.round(max_bond=1).cores[0].sum(),
     }[name]()
     first = torch.autograd.grad(value, cores, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives; for those of the norm use inner"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         torch.autograd.grad(first[0].sum(), cores, allow_unused=True)
 
 

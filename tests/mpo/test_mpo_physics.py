@@ -274,9 +274,9 @@ def test_caps_may_differ_from_bond_to_bond(family: str, count: int, data: st.Dat
         assert all(bond <= cap for bond, cap in zip(bonds, caps, strict=True))
     error = reference.relative_error(matrix, found.network.to_matrix())
     assert error <= found.error * (1 + 1e-9) + 1e-12
-    with pytest.raises(BudgetError, match=rf"has {count + 1} entries, the network has {count} bonds"):
+    with pytest.raises(BudgetError, match=rf"{count + 1} entries"):
         tn.decompose(matrix, family, max_bond=(*caps, 1), **dims)
-    with pytest.raises(TopologyError, match=rf"has {count + 1} entries, the network has {count} bonds"):
+    with pytest.raises(TopologyError, match=rf"{count + 1} entries"):
         topology_family(family).build(12, 18, max_bond=(*caps, 1), **dims)
 
 
@@ -284,7 +284,7 @@ def test_caps_may_differ_from_bond_to_bond(family: str, count: int, data: st.Dat
 def test_one_bond_takes_one_cap(family: str) -> None:
     found = tn.decompose(torch.randn(12, 18), family, max_bond=(2,))
     assert 2 in found.network.topology.bond_dims.values()
-    with pytest.raises(BudgetError, match="has 2 entries, the network has 1 bonds"):
+    with pytest.raises(BudgetError, match="2 entries"):
         tn.decompose(torch.randn(12, 18), family, max_bond=(2, 2))
 
 

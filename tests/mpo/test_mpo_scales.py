@@ -62,7 +62,7 @@ def test_canonical_form_keeps_an_operator_without_a_norm() -> None:
 def test_spectrum_that_no_number_holds_is_refused_and_the_entropy_is_not() -> None:
     for factor in (1e4, 1e-4):
         operator = uniform(factor)
-        with pytest.raises(NonFiniteError, match="largest singular value, about 2"):
+        with pytest.raises(NonFiniteError, match="singular value"):
             operator.bond_spectrum(50)
         assert float(operator.bond_entropy(50)) == pytest.approx(0, abs=1e-12)
 

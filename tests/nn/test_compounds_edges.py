@@ -67,7 +67,7 @@ def test_attention_without_a_batch() -> None:
     for options in ({}, {"need_weights": False}, {"average_attn_weights": False}):
         mine, wanted = (each(x, x, x, key_padding_mask=padded, **options) for each in (ours, stock))
         torch.testing.assert_close(mine, wanted, **CLOSE)
-    with pytest.raises(ShapeError, match=r"is_causal is a hint.*pass it as well"):
+    with pytest.raises(ShapeError, match="is_causal"):
         ours(x, x, x, is_causal=True)
 
 
@@ -102,11 +102,9 @@ def test_states_of_recurrent_layers(make: type[nn.RNNBase], kind: str) -> None:
 
 def test_recurrent_layers_refuse_other_shapes() -> None:
     ours = MatrixRecurrence(nn.LSTM(5, 6), {})
-    with pytest.raises(ShapeError, match=r"LSTM needs a sequence.*input_size=5, got \(4, 2, 6\)"):
+    with pytest.raises(ShapeError, match="input_size=5"):
         ours(torch.randn(4, 2, 6))
-    with pytest.raises(
-        ShapeError, match=r"LSTM needs initial states.*\(1, 2, 6\).*\(1, 3, 6\).*leave hx out"
-    ):
+    with pytest.raises(ShapeError, match=r"initial states.*\(1, 3, 6\)"):
         ours(torch.randn(4, 2, 5), (torch.randn(1, 3, 6), torch.randn(1, 3, 6)))
 
 
@@ -169,7 +167,7 @@ def test_modules_that_are_something_else_are_left_alone() -> None:
 
 
 def test_a_module_that_nothing_holds_is_refused() -> None:
-    with pytest.raises(TargetError, match=r"The model is itself a LSTM.*Put it into a module"):
+    with pytest.raises(TargetError, match="itself a LSTM"):
         tn.compress(nn.LSTM(8, 8), tn.CompressionConfig(param_ratio=0.5, objective="weight"), progress=False)
 
 
@@ -191,7 +189,7 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
     for other in ("lstm", "conv1d"):
         model = CASES[other].model()
         before = {name: (id(p), p.sum().item()) for name, p in model.named_parameters()}
-        with pytest.raises(FormatError, match="is of another model"):
+        with pytest.raises(FormatError, match="another model"):
             tn.load_model(model, tmp_path / "made")
         assert {name: (id(p), p.sum().item()) for name, p in model.named_parameters()} == before
 

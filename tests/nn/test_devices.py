@@ -23,16 +23,16 @@ def compressed() -> nn.Sequential:
 
 @pytest.mark.parametrize("family", tn.topologies.topology_names())
 def test_a_matrix_without_numbers_is_not_decomposed(family: str) -> None:
-    with pytest.raises(ShapeError, match="on the meta device; load it first"):
+    with pytest.raises(ShapeError, match="meta device"):
         tn.decompose(META, family, max_bond=2)
 
 
 def test_a_model_without_numbers_is_neither_compressed_nor_calibrated() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, device="meta"))
-    with pytest.raises(TargetError, match=r"layer '1' is on the meta device and has no values"):
+    with pytest.raises(TargetError, match=r"'1'.*meta device"):
         tn.compress(model, tn.CompressionConfig(max_bond=2, target_modules="all"), progress=False)
     assert type(model[0]) is nn.Linear, "left as it was"
-    with pytest.raises(TargetError, match=r"layer '1' is on the meta device and has no values"):
+    with pytest.raises(TargetError, match=r"'1'.*meta device"):
         tn.calibrate(model, [torch.randn(4, 8)])
 
 
@@ -51,6 +51,6 @@ def test_an_input_elsewhere_is_refused_as_by_stock_layers(strategy: str) -> None
 def test_a_teacher_elsewhere_is_refused(parameters: str) -> None:
     student, teacher = compressed(), nn.Sequential(nn.Linear(8, 8)).to("meta")
     before = copy.deepcopy(student.state_dict())
-    with pytest.raises(TargetError, match=r"on cpu and its teacher on meta.*teacher\.to\(\"cpu\"\)"):
+    with pytest.raises(TargetError, match=r"cpu.*teacher.*meta"):
         tn.heal(student, teacher, [torch.randn(4, 8)], steps=2, parameters=parameters)
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())

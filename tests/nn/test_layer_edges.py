@@ -18,7 +18,7 @@ def test_indices_outside_the_table_are_refused(family: str, index: int) -> None:
     """As by nn.Embedding: digit by digit they would wrap around to rows of other tokens, or of padding."""
     layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16), topology=family, max_bond=3)
     indices = torch.tensor([[3, index]])
-    with pytest.raises(IndexError, match=rf"index {index} is outside the table, .* 0 to 49"):
+    with pytest.raises(IndexError, match=rf"index {index}.*49"):
         layer(indices)
     # where no number may be looked at, the core itself is asked for an element that it does not have
     with pytest.raises(IndexError, match="out of bounds"):
@@ -32,7 +32,7 @@ def test_indices_outside_the_table_are_refused(family: str, index: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool])
 def test_indices_are_integers(dtype: torch.dtype) -> None:
     layer = tn.nn.MPOEmbedding.from_embedding(nn.Embedding(50, 16))
-    with pytest.raises(tn.errors.ShapeError, match=rf"torch\.int64 or torch\.int32, got {dtype}"):
+    with pytest.raises(tn.errors.ShapeError, match=rf"got {dtype}"):
         layer(torch.ones(3, dtype=dtype))
 
 
@@ -43,9 +43,7 @@ def test_input_without_dimensions_is_refused(strategy: str, training: bool) -> N
     for recording in (True, False):
         with torch.set_grad_enabled(recording):
             layer(torch.randn(2, 12))  # has a shortcut ready
-            with pytest.raises(
-                tn.errors.ShapeError, match=r"shape \(\); its last dimension must be in_features=12"
-            ):
+            with pytest.raises(tn.errors.ShapeError, match="in_features=12"):
                 layer(torch.tensor(1.0))
 
 

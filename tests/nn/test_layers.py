@@ -77,14 +77,14 @@ def test_mpo_linear_takes_a_topology_or_dims() -> None:
     by_dims = tn.nn.MPOLinear(18, 23, out_dims=(4, 6), in_dims=(6, 3), max_bond=3)
     by_topology = tn.nn.MPOLinear(18, 23, topology=by_dims.topology)
     assert by_topology.topology == by_dims.topology
-    with pytest.raises(ShapeError, match=r"describes a matrix of shape \(23, 18\)"):
+    with pytest.raises(ShapeError, match=r"\(23, 18\)"):
         tn.nn.MPOLinear(23, 18, topology=by_dims.topology)
 
 
 def test_other_layers_are_refused() -> None:
-    with pytest.raises(TargetError, match=r"takes nn\.Linear or Conv1D, got Embedding"):
+    with pytest.raises(TargetError, match="got Embedding"):
         tn.nn.TensorNetworkLinear.from_linear(nn.Embedding(3, 4))
-    with pytest.raises(TargetError, match=r"takes nn\.Embedding, got Linear"):
+    with pytest.raises(TargetError, match="got Linear"):
         tn.nn.MPOEmbedding.from_embedding(nn.Linear(3, 4))
 
 

@@ -83,7 +83,7 @@ def test_only_a_gauge_that_saves_numbers_is_fixed() -> None:
 
 def test_a_family_that_is_not_registered_has_no_known_gauge() -> None:
     strange = Topology.from_dict({**topology_family("mpo").build(4, 4).to_dict(), "family": "strange"})
-    with pytest.raises(TopologyError, match="Unknown topology 'strange'; registered are"):
+    with pytest.raises(TopologyError, match="'strange'"):
         tn.nn.TensorNetworkLinear(strange, storage=PIVOTED)
 
 

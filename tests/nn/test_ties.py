@@ -147,7 +147,7 @@ def test_heads_of_scaled_embeddings_stay_tied(name: str, tmp_path: Path) -> None
     model: PreTrainedModel = OUTSIDE[name]().eval()
     before = sum(p.numel() for p in model.parameters())
     head = model.lm_head.weight
-    with pytest.warns(UserWarning, match=r"lm_head \(tied to .*Scaled"):
+    with pytest.warns(UserWarning, match=r"lm_head .*Scaled"):
         report = tn.compress(model, low_rank("all"), progress=False)
     assert model.lm_head.weight is model.get_input_embeddings().weight is head
     layers = [layer for layer in report.layers if layer.scheme != "dense"]
@@ -179,10 +179,10 @@ class Outside(nn.Module):
 def test_a_head_that_is_named_is_left_dense_too() -> None:
     model = Outside()
     model.head.weight = model.table.weight
-    with pytest.warns(UserWarning, match=r"head \(tied to Scaled: .*register_layer_kind"):
+    with pytest.warns(UserWarning, match=r"Scaled.*register_layer_kind"):
         report = tn.compress(model, low_rank(["head", "inner"]), progress=False)
     assert [layer.name for layer in report.layers] == ["inner"]
-    with pytest.raises(TargetError, match=r"head \(tied to Scaled: .*untie"):
+    with pytest.raises(TargetError, match=r"Scaled.*untie"):
         tn.compress(model, low_rank("head"), progress=False)
 
 

@@ -87,5 +87,5 @@ def test_a_plan_alone_leaves_the_model_in_its_own_form() -> None:
 
 @pytest.mark.parametrize("extension", [Stacks, lambda model: True, None])
 def test_only_instances_can_be_registered(extension: object) -> None:
-    with pytest.raises(TypeError, match=r"extension must be .*ModelExtension.* got"):
+    with pytest.raises(TypeError, match="ModelExtension"):
         register_extension(extension)

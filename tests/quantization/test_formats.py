@@ -77,9 +77,9 @@ def test_unknown_names_list_the_known(name: object) -> None:
 
 
 def test_combinations_that_do_not_exist() -> None:
-    with pytest.raises(FormatError, match="floating-point format is one of float, bf16"):
+    with pytest.raises(FormatError, match="floating-point format"):
         NumberFormat(group=64)
-    with pytest.raises(FormatError, match="2 to 8 bits and no dtype"):
+    with pytest.raises(FormatError, match="no dtype"):
         NumberFormat(16)
     with pytest.raises(FormatError, match="no zero points"):
         NumberFormat.parse("nl4:zero")
@@ -96,9 +96,9 @@ def test_combinations_that_do_not_exist() -> None:
             NumberFormat.parse(name)
     with pytest.raises(FormatError, match="Integer scales"):
         NumberFormat(4, 32, scale_bits=6)
-    with pytest.raises(FormatError, match=r"one of torch\.bfloat16, torch\.float16, torch\.float8_e5m2"):
+    with pytest.raises(FormatError, match=r"torch\.float8_e5m2"):
         NumberFormat(4, scale_dtype=torch.float32)
-    with pytest.raises(FormatError, match="'bf16' has no codes"):
+    with pytest.raises(FormatError, match="no codes"):
         _ = NumberFormat(dtype=torch.bfloat16).top
 
 
@@ -132,7 +132,7 @@ def test_bytes_of_the_usual_cases() -> None:
     int2 = NumberFormat.parse("int2:g16:s4")
     assert int2.bits_per_weight((128, 512)) == 2.3125
     assert len(format_names()) == 12
-    with pytest.raises(TopologyError, match="shape must be a sequence"):
+    with pytest.raises(TopologyError, match="sequence"):
         NumberFormat.parse("int4").nbytes(7)  # type: ignore[arg-type]
 
 
@@ -265,14 +265,14 @@ def test_rows_can_be_sliced_while_packed() -> None:
 
 
 def test_bad_packing() -> None:
-    with pytest.raises(ShapeError, match=r"code of 9; 3 bits hold 0 to 7"):
+    with pytest.raises(ShapeError, match="code of 9"):
         pack(torch.tensor([9], dtype=torch.uint8), 3)
-    with pytest.raises(ShapeError, match=r"torch\.uint8 with at least one dimension, got torch\.int64"):
+    with pytest.raises(ShapeError, match=r"got torch\.int64"):
         pack(torch.tensor([1]), 3)
     for bits in (1, 9, 4.0, True):
-        with pytest.raises(ShapeError, match="2 to 8 bits"):
+        with pytest.raises(ShapeError, match="to 8 bits"):
             pack(torch.zeros(8, dtype=torch.uint8), bits)  # type: ignore[arg-type]
     packed = pack(torch.zeros(2, 16, dtype=torch.uint8), 3)
     for size in (8, 17, 160):
-        with pytest.raises(ShapeError, match=r"shape \(2, 6\).*damaged or belongs to another format"):
+        with pytest.raises(ShapeError, match=r"\(2, 6\).*damaged"):
             unpack(packed, 3, size)

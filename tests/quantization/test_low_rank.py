@@ -42,7 +42,7 @@ def test_factors_stand_for_their_product() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ShapeError, match=r"factors \(out, rank\) and \(rank, in\)"):
+    with pytest.raises(ShapeError, match=r"\(out, rank\)"):
         round_product(weight(4, 6, 0), weight(4, 6, 0), INT4, INT4, Weighting())
     with pytest.raises(ShapeError, match="target= has shape"):
         round_product(weight(4, 2, 0), weight(2, 6, 0), INT4, INT4, Weighting(), target=weight(6, 4, 0))

@@ -272,7 +272,7 @@ def test_bad_input() -> None:
         round_weight(matrix * torch.inf, "int4")
     with pytest.raises(NonFiniteError, match="The moment columns="):
         round_weight(matrix, "int4", columns=columns * torch.nan)
-    with pytest.raises(ShapeError, match=r"rows= has shape \(6, 6\).*\(4,\), \(4, 4\)"):
+    with pytest.raises(ShapeError, match=r"rows=.*\(6, 6\)"):
         round_weight(matrix, "int4", rows=columns)
     with pytest.raises(ShapeError, match="nearest, one_sided, two_sided"):
         round_weight(matrix, "int4", rounding="gptq")  # type: ignore[arg-type]
@@ -280,5 +280,5 @@ def test_bad_input() -> None:
         round_weight(matrix, "int4", columns=-columns)
     with pytest.raises(ShapeError, match="needs a matrix"):
         round_weight(matrix[0], "int4")
-    with pytest.raises(FormatError, match="'bf16' has no codes"):
+    with pytest.raises(FormatError, match="no codes"):
         round_weight(matrix, "bf16")

@@ -85,20 +85,20 @@ def test_zero_matrix_has_no_error() -> None:
 
 def test_what_decompose_cannot_take_is_refused() -> None:
     matrix = torch.randn(8, 9)
-    with pytest.raises(TopologyError, match="drop max_bond, rel_error, param_ratio and sites"):
+    with pytest.raises(TopologyError, match="max_bond, rel_error"):
         tn.decompose(matrix, tree(2), sites=2)
-    with pytest.raises(TopologyError, match="fixes all dims and bonds"):
+    with pytest.raises(TopologyError, match="fixes all"):
         tn.decompose(matrix, tree(2), max_bond=2)
-    with pytest.raises(TopologyError, match="Unknown topology 'mpoo'; registered are"):
+    with pytest.raises(TopologyError, match="'mpoo'"):
         tn.decompose(matrix, "mpoo")
-    with pytest.raises(TopologyError, match="does not know the options flavour"):
+    with pytest.raises(TopologyError, match="flavour"):
         tn.decompose(matrix, "mpo", flavour="sweet")
-    with pytest.raises(ShapeError, match=r"is for matrices of shape \(8, 9\), got \(9, 8\)"):
+    with pytest.raises(ShapeError, match=r"\(8, 9\), got \(9, 8\)"):
         tn.decompose(matrix.T, tree(2))
-    with pytest.raises(ShapeError, match=r"decompose needs a matrix of shape \(out, in\)"):
+    with pytest.raises(ShapeError, match=r"\(out, in\)"):
         tn.decompose(matrix[0], tree(2))
     matrix[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match="1 NaN or infinite value"):
+    with pytest.raises(NonFiniteError, match="1 NaN"):
         tn.decompose(matrix, tree(2))
 
 

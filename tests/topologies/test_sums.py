@@ -104,13 +104,13 @@ def test_terms_that_do_not_fit_are_refused(terms: tuple[tuple[str, tuple[str, ..
 @pytest.mark.parametrize("terms", [3, [3], [["dense"]], [["dense", 3]], [[3, ["base"]]]])
 def test_terms_of_another_type_are_refused(terms: object) -> None:
     data = {**residual(out_features=4, in_features=6, rank=2).to_dict(), "terms": terms}
-    with pytest.raises(TopologyError, match="Not a topology description"):
+    with pytest.raises(TopologyError, match="topology description"):
         tn.Topology.from_dict(data)
 
 
 def test_bonds_belong_to_one_term() -> None:
     cores = (CoreSpec("a", ("o", "i", "b")), CoreSpec("c", ("o", "i", "b")))
-    with pytest.raises(TopologyError, match="Bond 'b' joins two terms"):
+    with pytest.raises(TopologyError, match="Bond 'b'"):
         tn.Topology(
             "mine",
             cores,
@@ -125,9 +125,9 @@ def test_bonds_belong_to_one_term() -> None:
 
 def test_bad_options() -> None:
     family = topology_family("residual")
-    with pytest.raises(TopologyError, match="does not know the options network"):
+    with pytest.raises(TopologyError, match="options network"):
         family.build(4, 4, network="mpo")
-    with pytest.raises(BudgetError, match=r"allows 12 parameters .* 'residual' needs 24 at bond 1"):
+    with pytest.raises(BudgetError, match=r"12 .*'residual' needs 24"):
         family.decompose(torch.randn(4, 4), Budget(param_ratio=0.75))
 
 

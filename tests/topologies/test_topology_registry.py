@@ -28,11 +28,11 @@ def test_registering_something_else_is_refused() -> None:
     class Nameless(LowRankFamily):
         name = None  # type: ignore[assignment]
 
-    with pytest.raises(TopologyError, match=r"takes an instance of .*; write LowRankFamily\(\)"):
+    with pytest.raises(TopologyError, match="LowRankFamily"):
         register_topology(LowRankFamily, replace=True)  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match=r"takes an instance of .*, got 'mpo'"):
+    with pytest.raises(TopologyError, match="got 'mpo'"):
         register_topology("mpo")  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match="Nameless needs a class attribute `name`"):
+    with pytest.raises(TopologyError, match="Nameless"):
         register_topology(Nameless())
 
 
@@ -118,5 +118,5 @@ def test_a_family_stands_for_its_name() -> None:
         lambda: tn.CompressionConfig(topology=stranger),
         lambda: tn.nn.TensorNetworkLinear.from_linear(layer, topology=stranger),
     ):
-        with pytest.raises(TopologyError, match=r"'low_rank' is not registered.*register_topology"):
+        with pytest.raises(TopologyError, match="register_topology"):
             use()

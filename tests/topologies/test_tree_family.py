@@ -77,7 +77,7 @@ def test_the_error_is_exact_and_a_promise_is_kept() -> None:
         assert true == pytest.approx(made.error, rel=1e-9)
     made = TREE.decompose(matrix, Budget(max_bond=(2, 3, 4, 5), param_ratio=0.9), sites=3)
     assert list(made.network.topology.bond_dims.values()) == [2, 3, 4, 5]
-    with pytest.raises(BudgetError, match="a network of the family 'tree' needs"):
+    with pytest.raises(BudgetError, match="'tree' needs"):
         TREE.decompose(matrix, Budget(param_ratio=1e-4))
 
 
@@ -158,13 +158,13 @@ def test_a_tree_is_embedded() -> None:
 
 
 def test_unknown_options_are_refused_with_those_of_the_family() -> None:
-    with pytest.raises(TopologyError, match="'tree' does not know the options depth; it knows sites"):
+    with pytest.raises(TopologyError, match=r"'tree'.*depth"):
         tn.CompressionConfig(topology="tree", topology_options={"depth": 2}, param_ratio=0.5)
-    with pytest.raises(TopologyError, match=r"topology_options .* need the name of a family"):
+    with pytest.raises(TopologyError, match="name of a family"):
         tn.CompressionConfig(topology_options={"sites": 2}, param_ratio=0.5)
-    with pytest.raises(TopologyError, match="must be a mapping"):
+    with pytest.raises(TopologyError, match="mapping"):
         tn.CompressionConfig(topology="tree", topology_options="sites", param_ratio=0.5)  # type: ignore[arg-type]
-    with pytest.raises(TopologyError, match="sites=3 contradicts topology_options sites=2"):
+    with pytest.raises(TopologyError, match="contradicts"):
         tn.CompressionConfig(topology="tree", topology_options={"sites": 2}, sites=3, param_ratio=0.5)
 
 

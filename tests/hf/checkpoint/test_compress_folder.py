@@ -53,11 +53,11 @@ def test_a_plan_is_what_is_applied(source: Path, tmp_path: Path) -> None:
 
 def test_options_that_exclude_one_another_are_named_as_in_python() -> None:
     """The command line, where they are spelled otherwise, tests more of them."""
-    with pytest.raises(th.compress.OptionError, match=r"^workers never .* dtype would need"):
+    with pytest.raises(th.compress.OptionError, match=r"workers.*dtype"):
         th.CompressOptions(workers=2, dtype="float16")
-    with pytest.raises(th.compress.OptionError, match="share_experts cannot be combined with report"):
+    with pytest.raises(th.compress.OptionError, match=r"share_experts.*report"):
         th.CompressOptions(share_experts=True, report="page.html")
-    with pytest.raises(th.compress.OptionError, match="workers writes to a local folder"):
+    with pytest.raises(th.compress.OptionError, match="local folder"):
         th.compress_folder(gpt2_path(), "hf://a/b", HALF, th.CompressOptions(workers=2))
 
 
@@ -81,5 +81,5 @@ def test_several_texts_are_mixed(tmp_path: Path) -> None:
     options = th.CompressOptions(calibration=[tmp_path / f"{name}.txt" for name in texts])
     assert options.text == mix_texts(list(texts.values()))
     assert options.source == "one.txt and other.txt"
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*absent\.txt"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         _ = th.CompressOptions(calibration=tmp_path / "absent.txt").text

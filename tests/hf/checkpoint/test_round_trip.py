@@ -336,7 +336,7 @@ def test_a_model_without_its_head(tmp_path: Path) -> None:
     again = transformers.GPT2ForSequenceClassification.from_pretrained(tmp_path / "base")
     torch.testing.assert_close(again.transformer(ids)[0], base(ids)[0], rtol=1e-4, atol=1e-4)
     # transformers would tie a head to the table; with none stored it would be random
-    with pytest.raises(FormatError, match=r"lm_head\.weight .* transformer\.wte.*is a tensor network"):
+    with pytest.raises(FormatError, match=r"lm_head\.weight.*transformer\.wte"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 

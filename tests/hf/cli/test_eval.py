@@ -100,13 +100,13 @@ def test_shots_limit_and_the_likelier_answer(tmp_path: Path) -> None:
 def test_tasks_that_need_the_network_say_so(tmp_path: Path, encoder: Path) -> None:
     model, tokenizer = th.load(gpt2_path()), load_tokenizer(gpt2_path())
     folder = task_folder(tmp_path, data=str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(TaskError, match=r"data of verses cannot be loaded.*Offline, save the data as JSON"):
+    with pytest.raises(TaskError, match=r"verses.*JSON"):
         run_tasks(model, tokenizer, ["verses"], task_path=folder)
     with pytest.raises(TaskError, match="Unknown task 'verse'"):
         run_tasks(model, tokenizer, ["verse"], task_path=folder)
-    with pytest.raises(TaskError, match="no task file or folder"):
+    with pytest.raises(TaskError, match="no task file"):
         run_tasks(model, tokenizer, ["verses"], task_path=tmp_path / "no")
-    with pytest.raises(TargetError, match="generates text, but BertModel does not"):
+    with pytest.raises(TargetError, match="BertModel"):
         run_tasks(th.load(encoder), load_tokenizer(encoder), ["verses"], task_path=folder)
 
 

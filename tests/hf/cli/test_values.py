@@ -38,29 +38,27 @@ def test_sizes(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-5", "6XB", "1e9", "nan", "1..5MB", "60 MB MB"])
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(typer.BadParameter, match=r"is not a size; write bytes, such as 60000, or a unit"):
+    with pytest.raises(typer.BadParameter, match="not a size"):
         parse_size(text)
-    with pytest.raises(typer.BadParameter, match="less than one byte"):
+    with pytest.raises(typer.BadParameter, match="one byte"):
         parse_size("0.2B")
 
 
 def test_shares() -> None:
     assert (parse_share("1"), parse_share(0.25)) == (1.0, 0.25)
-    with pytest.raises(typer.BadParameter, match=r"50 is above 1.* write 0.5 for 50 %"):
+    with pytest.raises(typer.BadParameter, match=r"write 0\.5"):
         parse_share("50")
     for text in ("0", "-1", "nan", "1000"):
-        with pytest.raises(typer.BadParameter, match=r"is not in \(0, 1\]"):
+        with pytest.raises(typer.BadParameter, match=r"\(0, 1\]"):
             parse_share(text)
-    with pytest.raises(typer.BadParameter, match="is not a number"):
+    with pytest.raises(typer.BadParameter, match="not a number"):
         parse_share("half")
 
 
 def test_devices() -> None:
     assert parse_device("cpu") == torch.device("cpu")
     for text in ("gpu", "meta", "cuda:99", "cpu:x"):
-        with pytest.raises(
-            typer.BadParameter, match=rf"{text} is not available on this machine; choose one of cpu"
-        ):
+        with pytest.raises(typer.BadParameter, match=rf"{text} is not available"):
             parse_device(text)
 
 

@@ -202,7 +202,7 @@ def test_skeleton_of_another_model_is_refused(tmp_path: Path) -> None:
         torch.nn.init.normal_(parameter)
     th.export(other, tmp_path / "base.gguf")
     model = compressed("llama", "int8:g32:float16")
-    with pytest.raises(TargetError, match="belong to this model"):
+    with pytest.raises(TargetError, match="belong"):
         th.export(model, tmp_path / "model.gguf", skeleton=tmp_path / "base.gguf")
     (tmp_path / "bad.gguf").write_text("no")
     with pytest.raises(TargetError, match="GGUF"):

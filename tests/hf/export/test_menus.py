@@ -90,7 +90,7 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
     for wrong in (5, [["int4"]], ()):
         with pytest.raises(FormatError, match="format"):
             tn.CompressionConfig(bits_per_weight=6, formats=wrong)  # type: ignore[arg-type]
-    with pytest.raises(FormatError, match=r"formats of 'gguf' are float, .*; got int7"):
+    with pytest.raises(FormatError, match=r"'gguf'.*int7"):
         tn.CompressionConfig(bits_per_weight=6, formats=("gguf", "int7"))
 
 

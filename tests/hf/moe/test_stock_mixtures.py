@@ -163,13 +163,13 @@ def test_what_has_no_ordinary_counterpart_is_refused(
 
 
 def test_other_models_are_refused() -> None:
-    with pytest.raises(TargetError, match="attention of GPT2LMHeadModel; only LlamaForCausalLM"):
+    with pytest.raises(TargetError, match="GPT2LMHeadModel"):
         th.stock_mixture(ARCHITECTURES["gpt2"].dense)
-    with pytest.raises(TypeError, match="model must be a PreTrainedModel, got Linear"):
+    with pytest.raises(TypeError, match="got Linear"):
         th.stock_mixture(nn.Linear(2, 2))  # type: ignore[arg-type]
     biased = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True))
     th.upcycle(biased, share="none", experts=2, top_k=1)
-    with pytest.raises(TargetError, match="attention_bias=True has no counterpart"):
+    with pytest.raises(TargetError, match="attention_bias"):
         th.stock_mixture(biased)
 
 
@@ -246,11 +246,9 @@ def upcycled_gpt2() -> PreTrainedModel:
 
 def test_implementations_refuse_what_they_cannot_do() -> None:
     model = upcycled("llama")
-    with pytest.raises(
-        ValueError, match=r"Unknown implementation of experts 'fast'; choose one of tensornet"
-    ):
+    with pytest.raises(ValueError, match="'fast'"):
         th.set_experts_implementation(model, "fast")
-    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no mixture.*model\.set_experts"):
+    with pytest.raises(TargetError, match="no mixture"):
         th.set_experts_implementation(MAKE["llama"](), "grouped_mm")
     first = next(x for x in model.modules() if isinstance(x, tm.SharedCoreMoE))
     first.experts.dropout = 0.1

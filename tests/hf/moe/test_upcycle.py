@@ -163,9 +163,7 @@ def test_a_checkpoint_with_another_number_of_experts_is_one_clear_error(tmp_path
     upcycled("gpt2").save_pretrained(tmp_path)
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"num_experts": 4', '"num_experts": 6'))
-    with pytest.raises(
-        FormatError, match=r"router.weight is stored with shape \[4, 24\], but its description says \[6, 24\]"
-    ):
+    with pytest.raises(FormatError, match=r"\[4, 24\].*\[6, 24\]"):
         th.load(tmp_path)
 
 
@@ -366,9 +364,7 @@ def test_a_weight_with_nan_is_named() -> None:
 
 
 def test_mixtures_are_not_upcycled_again() -> None:
-    with pytest.raises(
-        TargetError, match=r"2 networks are mixtures already; the first is transformer\.h\.0\.mlp"
-    ):
+    with pytest.raises(TargetError, match=r"mixtures already.*transformer\.h\.0\.mlp"):
         th.upcycle(upcycled("gpt2"), CONFIG)
 
 
@@ -391,16 +387,14 @@ def test_five_sites_by_default() -> None:
 def test_expert_choice_is_refused_where_tokens_see_only_earlier_ones(name: str) -> None:
     model = ARCHITECTURES[name].dense
     before = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(
-        TargetError, match=r"looks at later tokens, but 2 of 2 .* are not known to be in an encoder"
-    ):
+    with pytest.raises(TargetError, match=r"2 of 2 .*encoder"):
         th.upcycle(model, CHOICE)
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
 def test_expert_choice_in_an_encoder_decoder_is_for_the_encoder() -> None:
     model = ARCHITECTURES["t5_relu"].dense
-    with pytest.raises(TargetError, match=r"2 of 4 .* is decoder\.block\.0.*such as encoder\.block"):
+    with pytest.raises(TargetError, match=r"2 of 4 .*decoder\.block\.0"):
         th.upcycle(model, CHOICE)
     th.upcycle(model, replace(CHOICE, target_modules=["encoder.block.*.DenseReluDense"]))
     assert len(mixtures(model)) == len(mixtures(model.get_encoder())) == 2
@@ -442,9 +436,9 @@ def test_experts_of_a_model_are_not_upcycled() -> None:
         "encoder.block.0.layer.1.mlp",
         "decoder.block.0.layer.2.mlp",
     ]
-    with pytest.raises(TargetError, match=r"expert_0 is already an expert of a mixture"):
+    with pytest.raises(TargetError, match="already an expert"):
         th.upcycle(model, replace(CONFIG, target_modules=["encoder.*.expert_0"]))
-    with pytest.raises(TargetError, match=r"no feed-forward network.*expert_0 is already an expert of"):
+    with pytest.raises(TargetError, match=r"no feed-forward.*already an expert"):
         th.upcycle(model, CONFIG)
 
 

@@ -83,7 +83,7 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     with torch.no_grad():  # one model is decomposed from its file by one thread, the other one in memory
         found, wanted = (th.load(tmp_path / x)(**inputs).logits for x in ("ours", "reference"))
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
-    with pytest.raises(TargetError, match="pass the same calibration statistics"):
+    with pytest.raises(TargetError, match="same calibration"):
         th.compress_checkpoint(source, tmp_path / "none", expected.plan)
     other = th.load(source)
     for parameter in other.parameters():
@@ -118,11 +118,11 @@ def test_blocks_get_the_arguments_of_their_own_batch(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_streamed(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"has 2 stacks of blocks \(encoder.block, decoder.block\)"):
+    with pytest.raises(TargetError, match="2 stacks"):
         th.calibrate_checkpoint(save("t5_relu", tmp_path / "t5"), batches("t5"), tmp_path / "stats")
     save("gpt2", tmp_path / "gpt2")
     one = [{"input_ids": torch.ones(2, 1, dtype=torch.long)}]
-    with pytest.raises(TargetError, match="No token of the calibration data has a loss"):
+    with pytest.raises(TargetError, match="No token"):
         th.calibrate_checkpoint(tmp_path / "gpt2", one, tmp_path / "stats")
     with pytest.raises(TargetError, match="no batches"):
         th.calibrate_checkpoint(tmp_path / "gpt2", [], tmp_path / "stats")

@@ -219,7 +219,7 @@ def test_a_source_that_changed_is_refused(tmp_path: Path, stop_after: Callable[[
         th.compress_checkpoint(source, out, LINEARS, **SMALL)
     (source / "tokenizer.json").write_text("{}")
     again = stop_after(-1)
-    with pytest.raises(FormatError, match=r"tokenizer\.json in .* changed since the interrupted run"):
+    with pytest.raises(FormatError, match=r"tokenizer\.json.*changed"):
         th.compress_checkpoint(source, out, LINEARS, **SMALL)
     th.compress_checkpoint(source, out, LINEARS, resume=False, **SMALL)
     assert len(again) == len(list(out.glob("*.safetensors")))

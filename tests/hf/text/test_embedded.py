@@ -125,11 +125,11 @@ def test_t5_pairs_are_distinct_and_readable(split: str, t5: tuple[Model, Tokeniz
 
 
 def test_t5_pairs_refuses_an_unknown_split() -> None:
-    with pytest.raises(ValueError, match="Unknown split 'train': expected 'calibration' or 'heldout'"):
+    with pytest.raises(ValueError, match="'train'"):
         embedded.t5_pairs("train")  # type: ignore[arg-type]
 
 
 def test_missing_data_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(embedded, "files", lambda _: tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"embedded data 'gpt2' is missing.*Install tensornet-torch"):
+    with pytest.raises(FileNotFoundError, match="'gpt2' is missing"):
         embedded.gpt2_path()

@@ -87,21 +87,21 @@ def test_states_how_it_was_measured_and_puts_the_training_flag_back(model: TinyF
 
 def test_bad_input(model: TinyForCausalLM) -> None:
     tokens = torch.arange(10)
-    with pytest.raises(ShapeError, match="at least two token ids"):
+    with pytest.raises(ShapeError, match="two token"):
         perplexity(model, tokens[:1], context=4)
-    with pytest.raises(ShapeError, match="at least two token ids"):
+    with pytest.raises(ShapeError, match="two token"):
         perplexity(model, tokens[None], context=4)
-    with pytest.raises(ValueError, match=r"context 65 is more than the 64 positions"):
+    with pytest.raises(ValueError, match=r"context 65.*64"):
         perplexity(model, tokens, context=65)
     for context in (1, 0, -3):
-        with pytest.raises(ValueError, match="context must be at least 2"):
+        with pytest.raises(ValueError, match="at least 2"):
             perplexity(model, tokens, context=context)
-    with pytest.raises(ValueError, match="stride must be between 1 and the context 4, got 5"):
+    with pytest.raises(ValueError, match=r"stride.*got 5"):
         perplexity(model, tokens, context=4, stride=5)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size"):
         perplexity(model, tokens, context=4, batch_size=0)
     nn.init.constant_(model.head.bias, float("nan"))
-    with pytest.raises(NonFiniteError, match="loss on this text is nan"):
+    with pytest.raises(NonFiniteError, match="is nan"):
         perplexity(model, tokens, context=4)
 
 

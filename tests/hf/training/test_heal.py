@@ -120,7 +120,7 @@ def test_trainer_heals_with_adapters_that_merge(form: str, tmp_path: Path) -> No
     assert after < 0.9 * before
     assert all(torch.equal(x, old[name]) for name, x in adapted.state_dict().items() if "lora" not in name)
     if form == "dense":
-        with pytest.warns(UserWarning, match="Merging rounds integer cores again"):
+        with pytest.warns(UserWarning, match="integer cores"):
             merge_adapters(adapted)
     else:  # the network takes the adapters in, and integers beside it stay as they are
         merged = merge_adapters(adapted)
@@ -192,7 +192,7 @@ def test_trainer_refuses_what_would_teach_nothing(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"copy\.deepcopy\(model\)"):
         heal(student, student, Examples(), **options)
     frozen = copy.deepcopy(student).requires_grad_(False)
-    with pytest.raises(TargetError, match="no parameter requires gradients"):
+    with pytest.raises(TargetError, match="requires gradients"):
         heal(frozen, student, Examples(), parameters="trainable", **options)
 
 
