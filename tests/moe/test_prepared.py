@@ -75,19 +75,7 @@ def test_banks_that_stay() -> None:
     assert [new is old for new, old in zip(model, before, strict=True)] == [True, True, True, False]
 
 
-def test_banks_that_borrow_a_core_and_a_pool() -> None:
-    center = tm.SharedCores(CHAIN, "center")
-    model = nn.Module()
-    model.center, model.banks = (
-        center,
-        nn.ModuleList(tm.SharedCoreExperts(CHAIN, E, shared=center) for _ in "ab"),
-    )
-    expected = [x.expert_matrices() for x in model.banks]
-    tn.nn.prepare_for_inference(model)
-    for made, matrices in zip(model.banks, expected, strict=True):
-        assert isinstance(made, PreparedExperts)
-        torch.testing.assert_close(made.expert_matrices(), matrices)
-
+def test_layers_with_a_pool() -> None:
     experts = mixture().experts
     assert isinstance(experts, tm.ExpertFFN)
     pooled = nn.Module()

@@ -124,7 +124,7 @@ def describe(
         routers                4,096             4,096                   4,096
         other                      0                 0                       0
         total                200,704           102,400                 102,400
-        bytes: now 802,816, float 802,816, bf16 409,600, int8 219,136, int4 120,832
+        bytes: now 803,328, float 803,328, bf16 410,112, int8 219,648, int4 121,344
     """
     check_size("tokens", tokens, error=ValueError)
     find_pools(model)
