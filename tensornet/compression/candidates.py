@@ -481,16 +481,22 @@ def layer_formats(
     Returns:
         The formats, in the order of the configuration.
     """
-    if any(w.is_complex() for w in matrices):
-        return (NumberFormat(),) * len(config.number_formats)
-    fits = NumberFormat.fits if config.menu is None else NumberFormat.divides
     found = tuple(
-        x if all(fits(x, w.shape[1]) for w in matrices) else NumberFormat() for x in config.number_formats
+        x if all(format_fits(x, w, config) for w in matrices) else NumberFormat()
+        for x in config.number_formats
     )
     if config.formats == DEFAULT_FORMATS:
         for matrix, sensitivity in zip(matrices, sensitivities, strict=True):
             found = storable_formats(matrix, found, sensitivity.weighting)
     return found
+
+
+def format_fits(number_format: NumberFormat, matrix: Tensor, config: CompressionConfig) -> bool:
+    """Return True if a matrix can be stored in a number format, in a file of the export target if any."""
+    if number_format == NumberFormat():
+        return True
+    fits = number_format.fits if config.menu is None else number_format.divides
+    return not matrix.is_complex() and fits(matrix.shape[1])
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:

@@ -4,21 +4,22 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tensornet._util import html_table
+from tensornet._util import check_number, check_size, html_table
 from tensornet.compression.allocate import CostCurve, frontier
 from tensornet.compression.config import OBJECTIVES, ROUNDINGS
 from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
 from tensornet.nn.storage import PLAIN, Storage
+from tensornet.nn.targets import shortened
 from tensornet.quantization import NumberFormat, Rounding
-from tensornet.quantization.menus import bytes_for
+from tensornet.quantization.menus import MENUS, bytes_for
 from tensornet.topologies import dense
 from tensornet.topology import Topology
 
@@ -153,7 +154,7 @@ class LayerPlan:
             KeyError, TypeError, ValueError: the data is not the plan of a layer.
         """
         topology, dtype = data["topology"], getattr(torch, data["dtype"], None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(f"unknown dtype {data['dtype']!r}, expected a float dtype such as 'float32'")
         known = {field.name: data[field.name] for field in fields(cls)}
         known |= {
@@ -234,6 +235,8 @@ class CompressionPlan:
         topology_options: options with which the family built the topologies.
         of_tokens: True if `dense_loss` is the cross entropy of tokens, whose exponential is the perplexity.
         unseen: names of targeted layers that stay dense because they never ran in calibration.
+        unfit: for each number format that does not fit some layers, because its groups do not divide their
+            number of inputs, the names of these layers.
         loss_check: result of measuring layers with large errors while planning; None if there were no
             batches.
 
@@ -256,6 +259,7 @@ class CompressionPlan:
     topology_options: Mapping[str, Any] | None = None
     of_tokens: bool = False
     unseen: tuple[str, ...] = ()
+    unfit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     loss_check: LossCheck | None = None
     rounding: Rounding = "two_sided"
 
@@ -441,6 +445,9 @@ class CompressionPlan:
                 f"predicted loss increase{' per token' if self.of_tokens else ''}: "
                 f"{self.predicted_loss_increase:.4f}{self.predicted_change()}{kl}, {where}"
             )
+        for layers in dict.fromkeys(self.unfit.values()):
+            names = [name for name, others in self.unfit.items() if others == layers]
+            lines.append(f"{', '.join(names)} not planned, since they do not fit: {shortened(layers)}")
         uncertain = [x for x in self.layers if x.has_large_error and x.loss_increase and x.storage.own_dtypes]
         if self.loss_check is not None:
             lines.append(str(self.loss_check))
@@ -497,6 +504,7 @@ class CompressionPlan:
             "forecast": asdict(self.forecast),
             "topology_options": None if self.topology_options is None else dict(self.topology_options),
             "unseen": list(self.unseen),
+            "unfit": {name: list(layers) for name, layers in self.unfit.items()},
             "loss_check": None if self.loss_check is None else asdict(self.loss_check),
             "layers": [layer.to_dict() for layer in self.layers],
         }
@@ -527,6 +535,7 @@ class CompressionPlan:
                     },
                 ),
                 "unseen": tuple(data["unseen"]),
+                "unfit": {name: tuple(layers) for name, layers in data["unfit"].items()},
                 "loss_check": check
                 and LossCheck(int(check["layers"]), tuple(RaisedLoss(**x) for x in check["raised"])),
                 "layers": tuple(LayerPlan.from_dict(layer) for layer in data["layers"]),
@@ -585,6 +594,11 @@ def _check(plan: CompressionPlan) -> None:
         raise ValueError(f"unknown objective {plan.objective!r}, choose one of {', '.join(OBJECTIVES)}")
     if plan.rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {plan.rounding!r}, choose one of {', '.join(ROUNDINGS)}")
+    check_number("damping", plan.damping)
+    if plan.dense_loss is not None:
+        check_number("dense_loss", plan.dense_loss)
+    if not isinstance(plan.of_tokens, bool) or not isinstance(plan.calibration, str | None):
+        raise TypeError(f"got of_tokens={plan.of_tokens!r} and calibration={plan.calibration!r}")
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
     if not plan.layers:
@@ -593,6 +607,19 @@ def _check(plan: CompressionPlan) -> None:
     if count > 1:
         raise ValueError(f"layer {name!r} is listed {count} times")
     for layer in plan:
+        where = f"of layer {layer.name!r}"
+        if not isinstance(layer.name, str) or not isinstance(layer.bound_by, str):
+            raise TypeError(f"name and bound_by {where} must be texts, got bound_by={layer.bound_by!r}")
+        for size in layer.shape:
+            check_size(f"shape {where}", size)
+        for name in ("error", "loss_increase"):
+            if (value := getattr(layer, name)) is not None:
+                check_number(f"{name} {where}", value)
+        for name in ("singular_values", "sample", "curve", "byte_curve"):
+            for value in getattr(layer, name):
+                check_number(f"{name} {where}", value[1] if name.endswith("curve") else value)
+        if layer.target is not None:
+            _ = MENUS[layer.target]  # raises an error, which lists the targets
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
             layer.storage.num_params(layer.topology)

@@ -17,16 +17,17 @@ from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone, uniform
 from tensornet.compression.apply import MadeLayers, check_stats
-from tensornet.compression.candidates import find_candidates, hull_of
+from tensornet.compression.candidates import find_candidates, format_fits, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import forecast_weighting, is_known, never_ran, resolve_objective
-from tensornet.errors import BudgetError, CalibrationWarning
+from tensornet.errors import BudgetError, CalibrationWarning, FormatError
 from tensornet.linalg.svd import check_finite, singular_values
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target, check_holder, check_loaded, find_targets, summary
 from tensornet.nn.unfuse import unfused
+from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import MENUS
 from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
@@ -251,6 +252,7 @@ def prepare(
     targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
+    unfit = _unfit(targets, config)
     template = CompressionPlan(
         (),
         objective=objective,
@@ -261,6 +263,7 @@ def prepare(
         topology_options=config.topology_options,
         of_tokens=stats is not None and stats.of_tokens,
         unseen=unseen,
+        unfit=unfit,
     )
     params, size = model_size(model)
     rest = (
@@ -277,6 +280,28 @@ def prepare(
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
     return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), template, stats, rest)
+
+
+def _unfit(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:
+    """Find number formats that do not fit the inputs of some layers, which are then planned without them.
+
+    Returns:
+        The names of these layers, by the name of the format.
+
+    Raises:
+        FormatError: no format fits any layer.
+    """
+    formats = [x for x in config.number_formats if x != NumberFormat()]
+    found = {x: [y.name for y in targets if not format_fits(x, y.matrix, config)] for x in formats}
+    if formats and all(len(names) == len(targets) for names in found.values()):
+        first = targets[0]
+        raise FormatError(
+            f"No layer can be stored in {', '.join(x.name for x in formats)}: the number of inputs must be a "
+            f"multiple of {' or '.join(str(s) for s in dict.fromkeys(x.span for x in formats))}, but "
+            f"{first.name!r} is {first.matrix.shape[0]} x {first.matrix.shape[1]} in {first.matrix.dtype}. "
+            "Name other formats, such as int4:g32, or target other layers."
+        )
+    return {x.name: tuple(names) for x, names in found.items() if names}
 
 
 def _seen(

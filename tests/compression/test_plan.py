@@ -18,6 +18,7 @@ import tensornet as tn
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression import apply
 from tensornet.errors import FormatError, NonFiniteError, TargetError, TopologyError
+from tensornet.quantization import NumberFormat
 from tensornet.topologies import topology_family, topology_names
 
 NAME = "transformer.h.0.mlp.c_fc"
@@ -94,6 +95,23 @@ def test_a_calibrated_plan_needs_its_statistics_again() -> None:
         tn.apply_plan(model, plan)
 
 
+@pytest.mark.parametrize("objective", ["weight", "activation"])
+def test_formats_that_fit_no_layer(objective: str) -> None:
+    """A format with super-blocks of 256 weights fits one layer of two, or none."""
+    model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 8))
+    batches = [torch.randn(8, 256)]
+    name = NumberFormat.parse("int6:g16:s8").name
+    config = tn.CompressionConfig(formats=("float", name), objective=objective)  # type: ignore[arg-type]
+    plan = tn.compress(model, config, calibration=batches, progress=False).plan
+    assert plan.unfit == {name: ("1",)}
+    assert f"{name} not planned" in str(plan)
+    assert tn.CompressionPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    narrow = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(FormatError, match="multiple of 256"):
+        tn.compress(narrow, config, calibration=[torch.randn(8, 64)], progress=False)
+    assert type(narrow[0]) is nn.Linear
+
+
 def test_a_plan_for_another_model() -> None:
     _, stats, plan = prepared()
     with pytest.raises(TargetError, match="does not have"):
@@ -151,6 +169,25 @@ def test_nothing_is_replaced_when_a_layer_fails() -> None:
         lambda data: data.update(damping=-1),
         lambda data: data["layers"][0].update(shape=[3, 4]),
         lambda data: data["layers"][0].update(dtype="uint8"),
+        lambda data: data.update(dense_loss="low"),
+        lambda data: data.update(damping=True),
+        lambda data: data.update(of_tokens="yes"),
+        lambda data: data.update(calibration=5),
+        lambda data: data.update(unseen=5),
+        lambda data: data.update(unfit=["int4"]),
+        lambda data: data["layers"][0].update(error="abc"),
+        lambda data: data["layers"][0].update(loss_increase="abc"),
+        lambda data: data["layers"][0].update(loss_increase=[1.0]),
+        lambda data: data["layers"][0].update(singular_values=["a"]),
+        lambda data: data["layers"][0].update(singular_values=3.0),
+        lambda data: data["layers"][0].update(sample=["a"]),
+        lambda data: data["layers"][0].update(curve=[[1, "a"]]),
+        lambda data: data["layers"][0].update(byte_curve=[["a", 1.0]]),
+        lambda data: data["layers"][0].update(bound_by=7),
+        lambda data: data["layers"][0].update(name=7),
+        lambda data: data["layers"][0].update(target="foo"),
+        lambda data: data["layers"][0].update(target=["gguf"]),
+        lambda data: data["layers"][1].update(shape=["a", "b"], topology=None),
     ],
 )
 def test_a_damaged_plan(change: Any) -> None:
