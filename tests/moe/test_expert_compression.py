@@ -27,7 +27,7 @@ from tensornet.nn.storage import PackedCore, Storage
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.low_rank import round_factor
 from tensornet_moe.expert_compression import (
-    Stack,
+    StackCandidates,
     choose_jointly,
     choose_sharing,
     find_stacks,
@@ -259,7 +259,7 @@ def config(**options: object) -> tn.CompressionConfig:
 
 
 @cache
-def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Prepared, tuple[Stack, ...]]:
+def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Prepared, tuple[StackCandidates, ...]]:
     model, stats, _ = calibrated(seed)
     options = config(param_ratio=0.5, formats=formats)
     prepared = prepare(model, options, stats)

@@ -313,8 +313,8 @@ class SharedCandidate:
     candidate: Candidate
 
 
-#: All shared candidates of one stack; not empty.
-Stack = tuple[SharedCandidate, ...]
+#: Shared candidates of one stack; not empty.
+StackCandidates = tuple[SharedCandidate, ...]
 
 
 def find_stacks(
@@ -323,7 +323,7 @@ def find_stacks(
     config: CompressionConfig,
     *,
     progress: bool = False,
-) -> tuple[Stack, ...]:
+) -> tuple[StackCandidates, ...]:
     """Group the experts of each mixture, and predict the losses of all ways to share a core.
 
     Args:
@@ -394,7 +394,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
 Choice = list[int | SharedCandidate]
 
 
-def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice, str]:
+def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
     """Choose candidates of single layers and of stacks in one budget, and name the limit reached first.
 
     A first allocation, with shared and separate candidates for every stack, finds the stacks that share
@@ -414,7 +414,7 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
     least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is limited
 
-    def attempt(some: Sequence[Stack], *, or_separate: bool = False) -> list[Stack]:
+    def attempt(some: Sequence[StackCandidates], *, or_separate: bool = False) -> list[StackCandidates]:
         """Allocate the budget once, and return the stacks of `some` that share a core in the result."""
         try:
             made, bound_by = choose_sharing(prepared, some, or_separate=or_separate)
@@ -437,7 +437,7 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[Stack]) -> tuple[Choice,
 
 
 def choose_sharing(
-    prepared: Prepared, stacks: Sequence[Stack], *, or_separate: bool = False
+    prepared: Prepared, stacks: Sequence[StackCandidates], *, or_separate: bool = False
 ) -> tuple[Choice, str]:
     """Choose shared networks for the given stacks, and single candidates for all other layers.
 
@@ -487,7 +487,7 @@ def _unit(prepared: Prepared) -> str:
 
 
 def _options(
-    stack: Stack, prepared: Prepared, *, or_separate: bool
+    stack: StackCandidates, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
     """List ways to store a stack, each with the indices of the experts' candidates or a shared candidate."""
     members = [prepared.candidates[place] for place in stack[0].members]

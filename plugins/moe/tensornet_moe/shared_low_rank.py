@@ -72,7 +72,7 @@ _SAMPLED_ROWS = 128
 _FLOAT = NumberFormat()
 
 #: A matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
-Factors = tuple[Tensor, Tensor, Tensor]
+FactoredMatrix = tuple[Tensor, Tensor, Tensor]
 #: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
 Cores = list[tuple[Tensor, ...]]
 #: Core of a network: integer codes, or floating-point values.
@@ -213,7 +213,7 @@ def _fits(
 
 def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
-) -> Iterator[Factors]:
+) -> Iterator[FactoredMatrix]:
     """Yield each matrix with two factors whose first `r` components are its least-squares fit of rank `r`."""
     if pattern == "outputs":
         for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
@@ -481,7 +481,9 @@ def _fit_losses(
 ) -> Tensor:
     """Predict the losses of fits at all ranks under `weighting` and `forecast`, shape `(2, ranks)`."""
     weightings = [x.weighting for x in sensitivities]
-    tries: Iterable[Iterable[Factors | WeightedSVD]] = [_factors_of_all_ranks(pattern, matrices, weightings)]
+    tries: Iterable[Iterable[FactoredMatrix | WeightedSVD]] = [
+        _factors_of_all_ranks(pattern, matrices, weightings)
+    ]
     if pattern == "base":
         tries = (
             [
@@ -499,7 +501,7 @@ def _fit_losses(
     return best
 
 
-def _rank_losses(terms: Factors | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
+def _rank_losses(terms: FactoredMatrix | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
     """Predict the losses of one matrix at all ranks; they are infinite at ranks that `terms` lacks."""
     weighting, forecast = sensitivity.weighting, sensitivity.forecast
     if isinstance(terms, WeightedSVD):

@@ -90,7 +90,7 @@ def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
 
 
 @dataclass(frozen=True)
-class Group:
+class MergedCores:
     """Cores that are merged into one tensor before the rest is contracted.
 
     Args:
@@ -121,7 +121,7 @@ class StackPlan:
 
     topology: Topology
     shared: tuple[str, ...]
-    groups: tuple[Group, ...]
+    groups: tuple[MergedCores, ...]
     contraction: ContractionPlan
 
     def multiply_adds(self, num_experts: int) -> int:
@@ -160,7 +160,7 @@ def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) ->
         merge = None
         if len(names) > 1:
             merge = plan_contraction([cores[name] for name in names], merged, sizes, optimize=optimize)
-        groups.append(Group(names, merge, tuple(-1 if x == EXPERT else sizes[x] for x in labels)))
+        groups.append(MergedCores(names, merge, tuple(-1 if x == EXPERT else sizes[x] for x in labels)))
         operands.append(labels)
     wanted = tuple(dict.fromkeys(fused.get(x, x) for x in output))
     return StackPlan(
