@@ -129,12 +129,12 @@ def test_a_loss_of_labels_without_labels_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((X, Y[:5]), r"labels of shape \(5,\)"),
-        ((X, torch.randn(64)), r"labels of shape \(64,\) and torch.float32"),
-        ({"input_ids": X}, "Sequential.forward takes no input_ids; its arguments are input"),
+        ((X, Y[:5]), r"shape \(5,\)"),
+        ((X, torch.randn(64)), r"torch\.float32"),
+        ({"input_ids": X}, "no input_ids"),
         ({"input": X, "mask": X, "labels": Y}, "takes no mask"),
-        ((X, Y, Y), "pair .inputs, labels.*got a tuple of Tensor, Tensor, Tensor"),
-        ([], "got a list of nothing"),
+        ((X, Y, Y), "tuple of Tensor, Tensor"),
+        ([], "list of nothing"),
         ("text", "got a str"),
     ],
 )

@@ -247,13 +247,13 @@ def test_bad_statistics_file(tmp_path: Path, content: bytes | None) -> None:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        (torch.ones(2, 8, dtype=torch.long), r"got Tensor; pass a list, \[batch\]"),
-        ({"input_ids": torch.ones(2, 8, dtype=torch.long)}, "got dict; pass a list"),
-        (7, "takes an iterable of batches, got int"),
+        (torch.ones(2, 8, dtype=torch.long), "got Tensor"),
+        ({"input_ids": torch.ones(2, 8, dtype=torch.long)}, "got dict"),
+        (7, "got int"),
         ([], "got no batches"),
-        (["In the beginning"], r"must be a mapping .* got a str"),
-        ([torch.ones(8, dtype=torch.long)], r"must have shape \(rows, tokens\), got \(8,\)"),
-        ([torch.ones(2, 1, dtype=torch.long)], "No token of the calibration data has a loss"),
+        (["In the beginning"], r"mapping.*str"),
+        ([torch.ones(8, dtype=torch.long)], r"got \(8,\)"),
+        ([torch.ones(2, 1, dtype=torch.long)], "No token"),
     ],
 )
 def test_what_is_no_calibration_data(batches: object, message: str) -> None:

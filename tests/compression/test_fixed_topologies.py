@@ -60,12 +60,12 @@ def test_calibration_weighs_its_errors() -> None:
     [
         (
             {"topology": UP, "param_ratio": 0.5, "sites": 2},
-            "all dims and bonds: leave out sites, param_ratio",
+            "sites, param_ratio",
         ),
-        ({"topology": UP, "bits_per_weight": 4}, "leave out formats, bits_per_weight"),
-        ({"topology": [UP, UP]}, r"Two topologies are for matrices of shape \(48, 24\)"),
-        ({"topology": [UP, "mpo"]}, "a Topology or a list of topologies, got"),
-        ({"topology": 3}, "a Topology or a list of topologies, got 3"),
+        ({"topology": UP, "bits_per_weight": 4}, "formats, bits_per_weight"),
+        ({"topology": [UP, UP]}, r"Two topologies.*\(48, 24\)"),
+        ({"topology": [UP, "mpo"]}, "list of topologies"),
+        ({"topology": 3}, "topologies, got 3"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:

@@ -110,7 +110,7 @@ def test_a_plan_with_the_statistics_of_another_model() -> None:
     other = GPT2LMHeadModel(model.config)
     config = CompressionConfig(target_modules=MLP, param_ratio=0.6)
     plan = tn.plan(other, config, tn.calibrate(other, list(tokens()), config=config))
-    with pytest.raises(TargetError, match="collected on another model"):
+    with pytest.raises(TargetError, match="another model"):
         tn.apply_plan(copy.deepcopy(other), plan, stats)
 
 

@@ -54,14 +54,14 @@ def test_given_dims_are_kept() -> None:
 @pytest.mark.parametrize(
     ("call", "word"),
     [
-        (lambda: balanced_factors(0, 1), "both must be at least 1"),
-        (lambda: balanced_factors(5, 0), "both must be at least 1"),
+        (lambda: balanced_factors(0, 1), "at least 1"),
+        (lambda: balanced_factors(5, 0), "at least 1"),
         (lambda: choose_dims((12, 10), (3, 4), None, 3), "sites=3 contradicts"),
-        (lambda: choose_dims((12, 10), (3, 4), (10,), None), "same number of sites"),
+        (lambda: choose_dims((12, 10), (3, 4), (10,), None), "number of sites"),
         (lambda: choose_dims((12, 10), (), (), None), "at least one"),
-        (lambda: choose_dims((12, 10), (3, 3), (5, 2), None), r"out_dims .* is less than 12"),
-        (lambda: choose_dims((12, 10), (3, 4), (5, 1), None), r"in_dims .* is less than 10"),
-        (lambda: choose_dims((12, 10), (12, 0), (5, 2), None), "at least 1, got 0"),
+        (lambda: choose_dims((12, 10), (3, 3), (5, 2), None), r"out_dims.*12"),
+        (lambda: choose_dims((12, 10), (3, 4), (5, 1), None), r"in_dims.*10"),
+        (lambda: choose_dims((12, 10), (12, 0), (5, 2), None), "got 0"),
     ],
 )
 def test_dims_that_do_not_fit_are_refused(call: Callable[[], object], word: str) -> None:

@@ -264,9 +264,9 @@ def test_iterated_basis_of_a_stack() -> None:
     [
         (torch.zeros(3), {}, ShapeError, "got shape"),
         (torch.zeros(2, 3, 4), {}, ShapeError, "got shape"),
-        (torch.zeros(0, 3), {}, ShapeError, "at least one element"),
+        (torch.zeros(0, 3), {}, ShapeError, "one element"),
         (torch.ones(3, 3, dtype=torch.int64), {}, ShapeError, r"torch\.int64"),
-        (torch.ones(3, 3), {"method": "qr"}, ValueError, "Unknown SVD method 'qr'"),
+        (torch.ones(3, 3), {"method": "qr"}, ValueError, "'qr'"),
         (torch.ones(3, 3), {"max_rank": 0}, BudgetError, "max_rank must be"),
     ],
 )

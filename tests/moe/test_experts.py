@@ -284,9 +284,9 @@ def test_a_weight_that_does_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.ones(4, 4, dtype=torch.long), r"shape \(out, in\), got \(4, 4\), torch.int64"),
-        (torch.ones(4), r"shape \(out, in\), got \(4,\), torch.float32"),
-        (torch.ones(0, 4), r"shape \(out, in\), got \(0, 4\)"),
+        (torch.ones(4, 4, dtype=torch.long), r"torch\.int64"),
+        (torch.ones(4), r"got \(4,\)"),
+        (torch.ones(0, 4), r"got \(0, 4\)"),
         ([[1.0]], "got a list"),
     ],
 )

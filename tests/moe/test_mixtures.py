@@ -82,7 +82,7 @@ def test_routers_by_name_and_by_object() -> None:
     assert (choice.router.capacity_factor, choice.router.combine) == (2.0, "prob")
     own = tm.TopKRouter(D, 8, top_k=3)
     assert tm.mixture(d_model=D, router=own).router is own
-    with pytest.raises(TypeError, match="top_k, normalize: give these"):
+    with pytest.raises(TypeError, match="top_k, normalize"):
         tm.mixture(d_model=D, router=own, top_k=2, normalize=True)
     with pytest.raises(TypeError, match="top_k"):
         tm.mixture(d_model=D, router="switch", top_k=2)
@@ -135,7 +135,7 @@ def test_banks_of_the_callers_own() -> None:
         tm.mixture(d_model=D, experts=rings, share="none")
     with pytest.raises(TypeError, match="ExpertBank"):
         tm.mixture(d_model=D, experts=lambda weights: weights)
-    with pytest.raises(ShapeError, match="for weights of shape"):
+    with pytest.raises(ShapeError, match="weights of shape"):
         tm.mixture(d_model=D, experts=lambda weights: tm.mixture(d_model=8, d_ff=8).experts.bank("up"))
 
 
@@ -161,11 +161,11 @@ def test_bad_words_are_refused() -> None:
         tm.mixture(d_model=D, pool=pool, experts=8)
     with pytest.raises(IndexError, match="6 experts"):
         tm.mixture(d_model=D, pool=pool, experts=range(4, 7))
-    with pytest.raises(ValueError, match="Unknown share='all'; choose one of center, none, base"):
+    with pytest.raises(ValueError, match="share='all'"):
         tm.mixture(d_model=D, share="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="rank= is the rank of the deltas"):
+    with pytest.raises(ValueError, match="rank="):
         tm.mixture(d_model=D, rank=2)
-    with pytest.raises(TypeError, match=r"no option normalise; similar are \['normalize'\]"):
+    with pytest.raises(TypeError, match=r"normalise; similar.*'normalize'"):
         tm.mixture(d_model=D, normalise=True)
     with pytest.raises(ValueError, match="top_k=4 with experts=3"):
         tm.mixture(d_model=D, experts=3, top_k=4)

@@ -277,7 +277,7 @@ def test_a_pool_of_another_width_or_count_is_refused() -> None:
         tm.SharedCoreMoE(tm.SwitchRouter(9, E), pool)
     with pytest.raises(ShapeError, match="for 4 experts"):
         tm.SharedCoreMoE(tm.SwitchRouter(FEATURES, 4), pool)
-    with pytest.raises(ShapeError, match=r"have .* = \(8, 8\), the layer was built for \(8, 9\)"):
+    with pytest.raises(ShapeError, match=r"\(8, 8\).*\(8, 9\)"):
         PooledExperts("pool", range(5), in_features=8, out_features=9).connect(pool)
     with pytest.raises(TypeError, match="ExpertFFN, got SharedCoreExperts"):
         tm.ExpertPool(center(8, 8))  # type: ignore[arg-type]

@@ -126,7 +126,7 @@ def test_only_routers_are_registered() -> None:
 
 def test_a_taken_name_is_refused() -> None:
     tm.register_router("sharp", Sharp)  # again is no harm
-    with pytest.raises(ValueError, match="'switch' is already registered"):
+    with pytest.raises(ValueError, match="'switch' is already"):
         tm.register_router("switch", Sharp)
 
 

@@ -158,11 +158,11 @@ def test_tokens_of_another_size_are_refused() -> None:
     ("make", "message"),
     [
         (lambda: tm.TopKRouter(FEATURES, E, top_k=5), "top_k=5 with num_experts=4"),
-        (lambda: tm.TopKRouter(FEATURES, E, top_k=0), "top_k must be an integer of at least 1, got 0"),
-        (lambda: tm.ExpertChoiceRouter(FEATURES, E, capacity_factor=5), r"\(0, num_experts=4\], got 5"),
-        (lambda: tm.SwitchRouter(FEATURES, E, jitter=1.5), "jitter must lie in"),
-        (lambda: tm.SwitchRouter(FEATURES, E, combine="mean"), "choose one of unit, prob"),  # type: ignore[arg-type]
-        (lambda: tm.SwitchRouter(FEATURES, 0), "num_experts must be an integer of at least 1"),
+        (lambda: tm.TopKRouter(FEATURES, E, top_k=0), r"top_k.*got 0"),
+        (lambda: tm.ExpertChoiceRouter(FEATURES, E, capacity_factor=5), r"num_experts=4.*got 5"),
+        (lambda: tm.SwitchRouter(FEATURES, E, jitter=1.5), "jitter"),
+        (lambda: tm.SwitchRouter(FEATURES, E, combine="mean"), "unit, prob"),  # type: ignore[arg-type]
+        (lambda: tm.SwitchRouter(FEATURES, 0), "num_experts"),
     ],
 )
 def test_bad_options_are_refused(make: object, message: str) -> None:

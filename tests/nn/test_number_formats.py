@@ -253,13 +253,13 @@ def test_one_core_may_have_a_format_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"int4": True}, "storage has the entries.*int4"),
-        ({"pivoted": 1}, "storage has the entries"),
-        ({"number_format": "int9"}, "Unknown number format 'int9'"),
-        ({"number_format": 4}, "storage has the entries"),
-        ({"core_formats": ["int4"]}, "storage has the entries"),
-        ({"core_formats": {"0": None}}, "storage has the entries"),
-        ({"core_formats": {"7": "int4"}}, "number formats for cores 7"),
+        ({"int4": True}, r"entries.*int4"),
+        ({"pivoted": 1}, r"storage.*entries"),
+        ({"number_format": "int9"}, "'int9'"),
+        ({"number_format": 4}, r"storage.*entries"),
+        ({"core_formats": ["int4"]}, r"storage.*entries"),
+        ({"core_formats": {"0": None}}, r"storage.*entries"),
+        ({"core_formats": {"7": "int4"}}, "cores 7"),
     ],
 )
 def test_bad_descriptions(data: dict[str, object], message: str) -> None:

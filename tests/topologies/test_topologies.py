@@ -143,13 +143,13 @@ def decompose_ring(shape: tuple[int, int], max_bond: int | None = None, **option
 @pytest.mark.parametrize(
     ("build", "said"),
     [
-        (lambda: mpo(**DIMS, bond_dims=(99,)), r"bond_dims \(99,\) .* clipped to \(12,\)"),
-        (lambda: tensor_ring(**DIMS, bond_dims=(99, 2)), r"bond_dims \(99, 2\) .* clipped to \(24, 2\)"),
-        (lambda: tensor_ring(**DIMS, bond_dims=(2, 99)), r"bond_dims \(2, 99\) .* clipped to \(2, 24\)"),
-        (lambda: decompose_ring((24, 20), ring_bond=99, **DIMS), r"ring_bond \(99,\) .* clipped to \(12,\)"),
-        (lambda: block_tt(**DIMS, bond_dims=(99,)), r"bond_dims \(99,\) .* clipped to \(3,\)"),
-        (lambda: tucker(**DIMS, ranks=(3, 9, 4, 5)), r"ranks \(3, 9, 4, 5\) .* clipped to \(3, 8, 4, 5\)"),
-        (lambda: kronecker(**DIMS, terms=99), r"terms \(99,\) .* clipped to \(12,\)"),
+        (lambda: mpo(**DIMS, bond_dims=(99,)), r"\(99,\).*\(12,\)"),
+        (lambda: tensor_ring(**DIMS, bond_dims=(99, 2)), r"\(99, 2\).*\(24, 2\)"),
+        (lambda: tensor_ring(**DIMS, bond_dims=(2, 99)), r"\(2, 99\).*\(2, 24\)"),
+        (lambda: decompose_ring((24, 20), ring_bond=99, **DIMS), r"ring_bond.*\(12,\)"),
+        (lambda: block_tt(**DIMS, bond_dims=(99,)), r"\(99,\).*\(3,\)"),
+        (lambda: tucker(**DIMS, ranks=(3, 9, 4, 5)), r"ranks.*\(3, 8, 4, 5\)"),
+        (lambda: kronecker(**DIMS, terms=99), r"terms.*\(12,\)"),
     ],
 )
 def test_bonds_beyond_the_maximum_are_clipped_and_that_is_said(
@@ -177,11 +177,11 @@ def test_bad_input_of_every_family(name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "word"),
     [
-        (lambda: topology_family("mps"), TopologyError, "Unknown topology 'mps'; registered are"),
+        (lambda: topology_family("mps"), TopologyError, "'mps'"),
         (lambda: kronecker(out_dims=(2, 2, 2), in_dims=(2, 2, 2)), TopologyError, "two factors"),
         (lambda: topology_family("kronecker").build(8, 8, sites=3), TopologyError, "got sites=3"),
-        (lambda: tensor_ring(out_dims=(4,), in_dims=(4,)), TopologyError, "at least two sites, got 1"),
-        (lambda: decompose_ring((4, 4), sites=1), TopologyError, "at least two sites, got 1"),
+        (lambda: tensor_ring(out_dims=(4,), in_dims=(4,)), TopologyError, "two sites"),
+        (lambda: decompose_ring((4, 4), sites=1), TopologyError, "two sites"),
         (lambda: decompose_ring((12, 18), 3, ring_bond=5), BudgetError, "ring_bond=5"),
     ],
 )

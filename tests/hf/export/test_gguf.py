@@ -250,7 +250,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_mixture_is_not_read_as_a_llama(tmp_path: Path) -> None:
     th.export(model_of("mixtral"), tmp_path / "model.gguf")
-    with pytest.raises(FormatError, match="mixture of 4 experts"):
+    with pytest.raises(FormatError, match="4 experts"):
         load_gguf(tmp_path / "model.gguf")
 
 

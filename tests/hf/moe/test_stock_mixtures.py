@@ -142,12 +142,12 @@ def with_other_counts(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize(
     ("words", "change", "message"),
     [
-        ({"combine": "sigmoid"}, None, "combine='sigmoid', which MixtralForCausalLM does not support"),
+        ({"combine": "sigmoid"}, None, "combine='sigmoid'"),
         ({"combine": "prob"}, None, "combine='prob'"),
         ({"normalize": True}, None, "normalized logits"),
-        ({"bias_rate": 0.001}, with_bias, r"layers\.1\.mlp has biases of the router"),
+        ({"bias_rate": 0.001}, with_bias, "biases of the router"),
         ({}, with_capacity, "a capacity"),
-        ({}, without_one, r"layers\.1\.mlp is not a mixture"),
+        ({}, without_one, "not a mixture"),
         ({}, with_cores, "q_proj.* are compressed"),
         ({}, with_other_counts, "layer 1 .*'experts': 5"),
     ],

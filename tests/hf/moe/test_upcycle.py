@@ -323,7 +323,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         ({"balance_coef": -1.0}, ValueError, "balance_coef"),
         ({"jitter": 1.0}, ValueError, "jitter"),
         ({"balance": "layer"}, ValueError, "balance='layer' needs pool="),
-        ({"target_modules": "mlp"}, ValueError, "target_modules must be a list, got 'mlp'"),
+        ({"target_modules": "mlp"}, ValueError, r"target_modules.*'mlp'"),
         ({"combine": "x"}, ValueError, "combine"),
         ({"share_across_layers": True}, TypeError, r"similar are \['shared_expert'|options are"),
         ({"top_p": 0.5}, TypeError, "top_p"),
@@ -338,7 +338,7 @@ def test_experts_that_do_not_fit_name_their_matrix() -> None:
     model = ARCHITECTURES["gpt2"].dense
     before = {name: type(module) for name, module in model.named_modules()}
     legs = {"out_dims": (2, 2), "in_dims": (4, 4)}
-    with pytest.raises(TopologyError, match=r"h\.0\.mlp\.c_fc: .*which is less than"):
+    with pytest.raises(TopologyError, match=r"h\.0\.mlp\.c_fc: .*less than"):
         th.upcycle(model, experts=lambda w: tm.SharedCoreExperts.from_dense(w[0], num_experts=2, **legs))
     assert {name: type(module) for name, module in model.named_modules()} == before
 
@@ -543,23 +543,23 @@ def test_a_network_that_the_caller_names() -> None:
         (
             nn.Sequential(nn.Linear(4, 4)),
             {},
-            "no feed-forward network that can become experts.*Looked for modules",
+            "no feed-forward",
         ),
-        (nn.Sequential(Own()), {"target_modules": ["mlp"]}, "Pattern 'mlp' matches no feed-forward network"),
+        (nn.Sequential(Own()), {"target_modules": ["mlp"]}, "'mlp' matches"),
         (
             nn.Sequential(Own(between=2.0)),
             {"matrices": ("expand", "shrink"), "target_modules": ["0"]},
-            "0 computes more than expand and shrink with an activation, and Own is not a class",
+            "Own is not",
         ),
         (
             nn.Sequential(Own(between=2.0)),
             {"matrices": ("expand", "shrink")},
-            "These modules were checked and refused: 0",
+            "refused: 0",
         ),
         (
             nn.Sequential(nn.ModuleDict({"up": nn.Linear(4, 6), "down": nn.Linear(6, 4)})),
             {"matrices": ("up", "down"), "target_modules": ["0"]},
-            "it has no activation named act, ",
+            "activation named act",
         ),
     ],
 )
@@ -575,7 +575,7 @@ def test_no_expert_network_is_one_clear_error(
 
 @pytest.mark.parametrize("arguments", [("gpt2", THREE), (nn.Linear(2, 2), {"num_experts": 3})])
 def test_what_is_no_model_or_no_configuration_is_refused(arguments: tuple[Any, Any]) -> None:
-    with pytest.raises(TypeError, match="upcycle takes a model and UpcycleOptions, got a"):
+    with pytest.raises(TypeError, match="UpcycleOptions"):
         th.upcycle(*arguments)
 
 

@@ -292,11 +292,11 @@ def drop_expert(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (drop_expert, FormatError, r"describes 3 experts in .*gate_up_proj, but 2 are stored"),
+        (drop_expert, FormatError, r"3 experts in .*gate_up_proj"),
         (
             lambda x: x.update({W1.format(1): torch.ones(40, 24)}),
             FormatError,
-            r"experts\.1\.gate_up_proj with shape \[88, 24\].*\[84, 24\]",
+            r"\[88, 24\].*\[84, 24\]",
         ),
         (lambda x: x[W1.format(1)].fill_(torch.inf), NonFiniteError, r"experts\.1\.gate_up_proj"),
     ],
