@@ -612,12 +612,11 @@ def _check(plan: CompressionPlan) -> None:
             raise TypeError(f"name and bound_by {where} must be texts, got bound_by={layer.bound_by!r}")
         for size in layer.shape:
             check_size(f"shape {where}", size)
-        for name in ("error", "loss_increase"):
+        for name in ("error", "baseline_error", "loss_increase"):
             if (value := getattr(layer, name)) is not None:
                 check_number(f"{name} {where}", value)
-        for name in ("singular_values", "sample", "curve", "byte_curve"):
-            for value in getattr(layer, name):
-                check_number(f"{name} {where}", value[1] if name.endswith("curve") else value)
+        for value in (*layer.sample, *(loss for _, loss in layer.curve)):
+            check_number(f"sample and curve {where}", value)
         if layer.target is not None:
             _ = MENUS[layer.target]  # raises an error, which lists the targets
         if layer.topology is not None:
