@@ -115,12 +115,12 @@ class UpcycleOptions:
     the report), so the model must be trained.
 
     Args:
-        experts: number of experts of each network, or of each pool: at least `N * top_k` for `N` layers. In
-            Python, also a function that makes the bank of one matrix, as in `tensornet_moe.mixture`. In a
-            pool, its argument contains the matrices of all layers.
+        experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
+            `g * top_k`. In Python, also a function that makes the bank of one matrix, as in
+            `tensornet_moe.mixture`. In a pool, its argument contains the matrices of all layers.
         top_k: number of experts for each token (default: 2 for the router topk).
-        share: what the experts share: a core (center), nothing (none) or a dense matrix (base); the default
-            is center, and none in a pool. See `tensornet_moe.mixture`.
+        share: what the experts share: a core (center), nothing (none) or a dense matrix (base) (default:
+            center, or none in a pool). See `tensornet_moe.mixture`.
         pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
         rank: rank of the deltas of share base (default: a sixteenth of the shorter side of a matrix).
         router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
@@ -130,8 +130,8 @@ class UpcycleOptions:
             expert). Its output is zero at the start.
         capacity_factor: slots of each expert relative to an even load (default: no limit). With
             `"expert_choice"`: average number of experts for each token (default 1).
-        balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer);
-            the default is pool. See `ExpertPool`.
+        balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
+            (default: pool). See `ExpertPool`.
         balance_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
         z_coef: weight of the router z-loss.
         bias_rate: step size of router biases, which balance the load without an auxiliary loss (default:
