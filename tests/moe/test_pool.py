@@ -202,9 +202,18 @@ def test_a_layer_uses_its_range_of_the_experts(bank: Bank, places: list[range]) 
     found, truth = (torch.autograd.grad(z.square().sum(), parameters) for z in (y, want))
     for mine, other in zip(found, truth, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("bank", BANKS.values(), ids=BANKS)
+def test_ranges_in_compiled_and_exported_programs(bank: Bank, places: list[range]) -> None:
+    model = Ranges(bank, places).double().eval()
+    x = torch.randn(12, FEATURES, dtype=torch.float64)
+    y = by_hand(model, x)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), y)
-    program = torch.export.export(model.eval(), (x,))
+    program = torch.export.export(model, (x,))
     torch.testing.assert_close(program.module()(x), y)
 
 
