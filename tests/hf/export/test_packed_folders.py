@@ -29,6 +29,7 @@ import tensornet_hf as th
 from tensornet.errors import DestinationError, MissingDependencyError, TargetError
 from tensornet_hf.cli.main import run
 from tensornet_hf.embedded import gpt2_path
+from tensornet_hf.exporters.export import TARGETS as REGISTERED
 from tensornet_hf.exporters.folder import pack_rows
 
 TARGETS = ("compressed-tensors", "mlx")
@@ -246,8 +247,11 @@ def test_models_without_layers_to_pack_are_refused(target: str, tmp_path: Path) 
 
 
 def test_experts_cannot_go_to_compressed_tensors(tmp_path: Path) -> None:
+    model = OF_MLX["mixtral"]()
     with pytest.raises(TargetError, match="experts"):
-        th.export(OF_MLX["mixtral"](), tmp_path / "out", target="compressed-tensors")
+        th.export(model, tmp_path / "out", target="compressed-tensors")
+    with pytest.raises(TargetError, match="experts"):  # before a plan for this target is made
+        REGISTERED["compressed-tensors"].constraints(tn.decompress(model), tmp_path)
 
 
 def test_mlx_needs_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

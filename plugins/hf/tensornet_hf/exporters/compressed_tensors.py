@@ -24,6 +24,7 @@ from tensornet.quantization.menus import Menu
 from tensornet_hf.exporters.base import ExportReport, IntegerMatrix, LowRank, Networks
 from tensornet_hf.exporters.folder import (
     Packed,
+    folder_constraints,
     folder_report,
     model_folder,
     pack_rows,
@@ -61,11 +62,7 @@ def export_compressed_tensors(
         TargetError: no layer can be packed, `networks="refuse"` forbids a layer, or the model has experts.
     """
     found = packed_model(model, _pack, networks=networks, kinds=KINDS, packs_tied=False)
-    if stacks := [name for name, x in found.stock.named_parameters() if x.ndim == 3 and "experts" in name]:
-        raise TargetError(
-            f"{stacks[0]} contains the matrices of all experts. In this format, transformers only loads "
-            "packed experts, which this exporter cannot write. Export to mlx or gguf."
-        )
+    _refuse_experts(found.stock)
     found.stock.config.quantization_config = quantization_entry(found.packed)
     with model_folder(found, destination, source=source, force=force) as folder:
         if found.low_ranks:
@@ -74,6 +71,20 @@ def export_compressed_tensors(
             }
             write_adapter(folder, "adapter_model.safetensors", *peft_adapter(found.low_ranks, dtypes))
     return folder_report(found, destination)
+
+
+def compressed_tensors_constraints(model: PreTrainedModel) -> tuple[int, tuple[str, ...]]:
+    """Collect the constraints of a plan, see `folder_constraints`; raise TargetError for stacked experts."""
+    _refuse_experts(model)
+    return folder_constraints(model, KINDS)
+
+
+def _refuse_experts(model: PreTrainedModel) -> None:
+    if stacks := [name for name, x in model.named_parameters() if x.ndim == 3 and "experts" in name]:
+        raise TargetError(
+            f"{stacks[0]} contains the matrices of all experts. In this format, transformers only loads "
+            "packed experts, which this exporter cannot write. Export to mlx or gguf."
+        )
 
 
 def peft_adapter(

@@ -14,7 +14,7 @@ from tensornet_hf.checkpoint import check_free, load, resolve_folder
 from tensornet_hf.exporters.base import GGUF, ExportReport, Networks, refuse_mixtures
 from tensornet_hf.exporters.compressed_tensors import (
     COMPRESSED_TENSORS_MENU,
-    KINDS,
+    compressed_tensors_constraints,
     export_compressed_tensors,
 )
 from tensornet_hf.exporters.folder import folder_constraints
@@ -56,7 +56,9 @@ register_target("gguf", Target(export_gguf, file_constraints, GGUF_MENU))
 register_target(
     "compressed-tensors",
     Target(
-        export_compressed_tensors, lambda model, _: folder_constraints(model, KINDS), COMPRESSED_TENSORS_MENU
+        export_compressed_tensors,
+        lambda model, _: compressed_tensors_constraints(model),
+        COMPRESSED_TENSORS_MENU,
     ),
 )
 register_target(
