@@ -16,6 +16,7 @@ from tensornet.compression.candidates import relative_gap
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
+from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
 from tensornet.nn.extension import structure_changed
@@ -382,5 +383,7 @@ def _compressed(
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
-    gap = result.error if layer.storage.plain else relative_gap(matrix, first.to_matrix())
+    # The bound is for the cores as they were computed, so it is replaced where storing them rounds them.
+    exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
+    gap = result.error if exact else relative_gap(matrix, first.to_matrix())
     return [made[id(module)] for module in target.modules], gap

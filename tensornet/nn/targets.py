@@ -371,12 +371,18 @@ def _memory(tensor: Tensor) -> Hashable:
 
 
 def check_model(model: Any) -> None:
-    """Check that `model` is a module.
+    """Check that `model` is a module whose parameters have shapes.
 
     Raises:
-        TypeError: it is not; the message shows its type.
+        TargetError: a lazy module has not run yet, so that its parameters have no shape.
+        TypeError: it is not a module; the message shows its type.
     """
     check_type("model", model, nn.Module, "load it first, for example with AutoModel.from_pretrained")
+    lazy = (name for name, x in model.named_parameters() if isinstance(x, nn.UninitializedParameter))
+    if (name := next(lazy, None)) is not None:
+        raise TargetError(
+            f"The parameter {name!r} of a lazy module has no shape yet. Run the model on a batch first."
+        )
 
 
 def check_holder(model: Any) -> None:

@@ -275,6 +275,16 @@ def test_an_error_that_other_limits_do_not_allow(objective: str, limits: dict[st
     assert type(model[0]) is nn.Linear
 
 
+def test_a_lazy_layer_that_has_not_run() -> None:
+    model = nn.Sequential(nn.LazyLinear(8))
+    with pytest.raises(tn.errors.TargetError, match=r"'0\.weight'"):
+        tn.compress(model, HALF, progress=False)
+    with pytest.raises(tn.errors.TargetError, match="lazy"):
+        tn.plan(model, HALF)
+    model(torch.randn(2, 16))
+    tn.compress(model, HALF, progress=False)
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

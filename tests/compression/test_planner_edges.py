@@ -104,6 +104,16 @@ def test_a_plan_of_another_model() -> None:
         tn.apply_plan(copy.deepcopy(model), plan, known)
 
 
+def test_the_error_of_a_layer_in_16_bits_includes_the_rounding_of_cores() -> None:
+    model = nn.Sequential(nn.Linear(32, 24)).bfloat16()
+    exact = model[0].weight.detach().double()
+    plan = tn.plan(model, CompressionConfig(topology="low_rank", max_bond=4, objective="weight"))
+    plan = plan.replace_layer("0", tn.topologies.low_rank(out_features=24, in_features=32, rank=24))
+    error = tn.apply_plan(model, plan)["0"]
+    true = float((model[0].to_matrix().detach().double() - exact).norm() / exact.norm())
+    assert 1e-4 < true <= error * (1 + 1e-6)
+
+
 def test_a_plan_with_the_statistics_of_another_model() -> None:
     model, stats = gpt2_stats()
     torch.manual_seed(7)
