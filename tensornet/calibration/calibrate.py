@@ -138,7 +138,7 @@ def calibrate(
             batch = as_batch(given, model, device)
             if tokens is not None and tokens_of(batch) > tokens - read:
                 batch = first_rows(batch, tokens - read)
-            recorder.batch = batch
+            recorder.expect(batch)
             # The cache of autocast is disabled, since 16-bit weights would stay in it until the last batch.
             lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
             with lower, torch.set_grad_enabled(gradients):
@@ -150,7 +150,8 @@ def calibrate(
                 if gradients:
                     assert loss_fn is not None
                     each = checked_losses(loss_fn(model, batch))
-                    each.sum().backward()
+                    with recorder.differentiating():
+                        each.sum().backward()
                     total += float(each.detach().sum())
                     scored += each.numel()
                 elif loss_fn is not None:  # the loss function calls the model
@@ -270,6 +271,26 @@ class MomentRecorder:
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
+        self._differentiating = False
+        self._sampled: set[str] = set()  # layers of which tokens of this batch were sampled
+
+    def expect(self, batch: Mapping[str, Any]) -> None:
+        """Set the batch on which the model runs next; padding in the batch is ignored."""
+        self.batch = dict(batch)
+        self._sampled.clear()
+
+    @contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Return a context for the backward pass, in which gradient checkpointing runs layers once more.
+
+        Inputs are not recorded again. Tokens are sampled only for layers that ran without gradients before,
+        as they do in the forward pass of reentrant checkpointing.
+        """
+        self._differentiating = True
+        try:
+            yield
+        finally:
+            self._differentiating = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -282,7 +303,7 @@ class MomentRecorder:
 
     def see_input(self, name: str, x: Tensor) -> None:
         """Add the moment of a layer's input to the sums; layers that read the same tensor share a moment."""
-        if not self.seeing:
+        if not self.seeing or self._differentiating:
             return
         if self._last is None or not self._last.joins(name, x):
             self._settle()
@@ -320,7 +341,7 @@ class MomentRecorder:
 
     def see_indices(self, name: str, indices: Tensor, rows: int) -> None:
         """Count how often each row of an embedding is looked up."""
-        if not self.seeing:
+        if not self.seeing or self._differentiating:
             return
         mask = token_mask(self.batch, indices.shape)
         chosen = (indices if mask is None else indices[mask]).reshape(-1)
@@ -329,8 +350,9 @@ class MomentRecorder:
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
         """Copy a layer's inputs for some tokens; `see_gradient` needs them to estimate the coherence."""
-        if not self.seeing:
+        if not self.seeing or (self._differentiating and name in self._sampled):
             return []
+        self._sampled.add(name)
         mask = token_mask(self.batch, x.shape[:-1])
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
@@ -522,12 +544,13 @@ def observed(
         check_loaded(targets)
         layers = {id(m): (n, m) for x in targets for n, m in zip(x.names, x.modules, strict=True)}
         wanted = [(p, p.requires_grad) for p in model.parameters()]
-        handles = [
-            x.register_forward_pre_hook(_index_hook(name), with_kwargs=True)
-            for name, x in model.named_modules()
+        handles = []
+        for name, module in model.named_modules():
             # Subclasses may be called with something other than indices, such as an attention mask.
-            if isinstance(x, nn.Embedding) and type(x).forward is nn.Embedding.forward
-        ]
+            if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+                handles.append(module.register_forward_pre_hook(_index_hook(name), with_kwargs=True))
+                # Reentrant checkpointing differentiates a block only if its input requires gradients.
+                handles.append(module.register_forward_hook(_start_graph))
         for name, module in layers.values():
             handles.append(module.register_forward_pre_hook(_input_hook(name, recorder), with_kwargs=True))
             handles.append(module.register_forward_hook(_output_hook(name, recorder), with_kwargs=True))
@@ -539,6 +562,14 @@ def observed(
                 handle.remove()
             for parameter, flag in wanted:
                 parameter.requires_grad_(flag)
+
+
+def _start_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Make an output require gradients, since weights are frozen and the graph starts at the first layer."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    # The output is copied, since the model may change it in place, which autograd forbids for a leaf.
+    return output.detach().requires_grad_().clone()
 
 
 def _index_hook(name: str) -> Any:
@@ -575,9 +606,7 @@ def _output_hook(name: str, recorder: MomentRecorder) -> Any:
     ) -> Tensor | None:
         if not torch.is_grad_enabled():
             return None
-        if not output.requires_grad:  # weights are frozen, so the graph starts at the first layer
-            # The output is copied, since the model may change it in place, which autograd forbids for a leaf.
-            output = output.detach().requires_grad_().clone()
+        output = _start_graph(module, args, output)
         (given,) = (*args, *kwargs.values())
         paired = given.is_floating_point() and given.shape[:-1] == output.shape[:-1]
         held = recorder.hold(name, given) if paired else []

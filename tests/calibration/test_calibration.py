@@ -13,12 +13,14 @@ import torch
 from hf_models import bert, gpt2, llama, opt, t5_relu
 from mixture_models import mixture
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import tensornet as tn
 from tensornet.calibration import cosine_losses, sampled_losses
 from tensornet.calibration.batches import token_mask
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.errors import TargetError
+from tensornet.nn.targets import LayerSelection
 
 calibrating = importlib.import_module("tensornet.calibration.calibrate")
 BATCH = {
@@ -393,3 +395,54 @@ def test_statistics_of_another_model_are_refused(tmp_path: Path) -> None:
     nn.init.normal_(other.second.weight)
     with pytest.raises(tn.errors.TargetError, match="another model"):
         tn.plan(other, config, loaded)
+
+
+class Checkpointed(nn.Module):
+    """An embedding, two blocks that may be run again in the backward pass, and a head."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(20, 8), nn.Linear(8, 20)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8)) for _ in range(2)
+        )
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.table(x)
+        for block in self.blocks:
+            again = self.reentrant
+            hidden = block(hidden) if again is None else checkpoint(block, hidden, use_reentrant=again)
+        return self.head(hidden)
+
+
+# PyTorch warns so whenever a model with reentrant checkpointing runs without gradients.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("config", [None, LayerSelection()], ids=["all", "without_embedding"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_counts_tokens_once(reentrant: bool, config: LayerSelection | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(20, (12, 2, 3, 16), generator=generator)
+    batches = [(x, y) for x, y in ids]
+    expected = tn.calibrate(Checkpointed(None), batches, config=config)
+    stats = tn.calibrate(Checkpointed(reentrant), batches, config=config)
+    assert stats.tokens == expected.tokens == 12 * 3 * 16
+    assert stats.counts == expected.counts
+    for side in ("rows", "columns"):
+        assert getattr(stats, side).keys() == getattr(expected, side).keys()
+        for name, moment in getattr(expected, side).items():
+            torch.testing.assert_close(getattr(stats, side)[name], moment)
+    assert stats.coherence == pytest.approx(expected.coherence, rel=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_hugging_face_models(reentrant: bool) -> None:
+    model = llama()
+    expected = tn.calibrate(model, [BATCH])
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    stats = tn.calibrate(model.train(), [BATCH])
+    assert model.training
+    assert stats.counts == expected.counts
+    torch.testing.assert_close(stats.rows, expected.rows)

@@ -132,7 +132,9 @@ def calibrate_checkpoint(
                 for number, batch in enumerate(given):
                     recorder.expect(batch)
                     hidden = states[position, number].requires_grad_()
-                    chain.run(number, hidden).backward(states[position + 1, number])
+                    output = chain.run(number, hidden)
+                    with recorder.differentiating():
+                        output.backward(states[position + 1, number])
                     assert hidden.grad is not None
                     states[position, number] = hidden.grad
                     del states[position + 1, number]
@@ -171,10 +173,6 @@ class _PhaseRecorder(MomentRecorder):
         """Clear all moments, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
         super().__init__()
         self.phase = phase
-
-    def expect(self, batch: Mapping[str, Any]) -> None:
-        """Set the batch on which the model runs next; padding in the batch is ignored."""
-        self.batch = dict(batch)
 
     def see_input(self, name: str, x: Tensor) -> None:
         """Record an input in the forward phase."""
