@@ -1,4 +1,4 @@
-"""Number formats of weights, and rounding weights to them with a small loss increase."""
+"""Number formats of weights, and functions that round weights to them with a small loss increase."""
 
 from tensornet.quantization.formats import NumberFormat
 from tensornet.quantization.low_rank import RoundedProduct, round_product

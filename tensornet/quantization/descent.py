@@ -1,13 +1,14 @@
-"""Coordinate descent on the exact loss increase after rounding: change codes, and refit scales.
+"""Coordinate descent after rounding: change codes and refit scales to lower the exact loss increase.
 
 Let `P = R E C` for the error `E`. Changing the error of one element by `d` changes the loss by `d P_ij + 1/2
 d^2 R_ii C_jj`, so a sweep over the columns finds the codes that should be changed. Changes in a column
-interact through `R`. So only the best changes are made, few enough that together they gain at least half of
-the sum of their single gains. The scales of one group in all rows interact too; they solve a linear system.
-No step increases the loss. If only the diagonal of `R` is known, as in output layers with a large vocabulary,
-rows are independent: all changes that lower the loss are made, and every scale has a closed form.
+interact through `R`. So only the best changes are made: few enough that together they gain at least half of
+the sum of their separate gains. The scales of one group of columns in all rows interact too, so they are
+found by solving a linear system. No step increases the loss. If only the diagonal of `R` is known, as in
+output layers with a large vocabulary, rows are independent. Then all changes that lower the loss are made,
+and every scale has a closed form.
 
-Small matrices are processed in stacks, since function calls take longer than their arithmetic.
+Small matrices are processed in stacks, since a function call takes longer than the arithmetic on one of them.
 
 Reference:
     Behdin et al. 2023, "QuantEase" (coordinate descent on codes, inputs only).
@@ -23,9 +24,9 @@ from tensornet.quantization.formats import NumberFormat
 _BLOCK = 64
 #: Changes made together must achieve at least this fraction of the sum of their separate gains.
 _KEPT = 0.5
-#: The needed rows of a moment are selected before a product if they are at most `1 / _FEW` of all rows.
+#: If a product needs at most `1 / _FEW` of the rows of a moment, these rows are selected first.
 _FEW = 6
-#: Number of conjugate gradient steps for the scales of one group in all rows.
+#: Number of conjugate gradient steps that solve for the scales of one group of columns in all rows.
 _STEPS = 6
 
 
@@ -37,7 +38,7 @@ def sweep_codes(
     columns: Tensor,
     gradient: Tensor | None = None,
 ) -> Tensor:
-    """Change codes so that the loss increase becomes smaller, in one pass over all columns.
+    """Lower the loss increase by changing codes, in one pass over all columns.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
@@ -86,7 +87,7 @@ def _by_column(x: Tensor) -> Tensor:
 
 
 def _times(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (n, stack, out)` by row moments, which are matrices or vectors (their diagonals)."""
+    """Multiply `x: (n, stack, out)` by row moments, given as matrices or as diagonals."""
     if rows.ndim == 2:
         return x * rows
     if len(rows) == 1:
@@ -153,7 +154,7 @@ def sweep_scales(
     columns: Tensor,
     product: Tensor | None = None,
 ) -> Tensor:
-    """Refit the scales under both moments, one group after another, for all rows together.
+    """Refit the scales to lower the loss increase, one group of columns at a time, for all rows together.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
@@ -165,7 +166,7 @@ def sweep_scales(
         product: product `E C` for the error of these codes and scales, if known; it is overwritten.
 
     Returns:
-        The new scales, not rounded to the dtype of scales.
+        The new scales, not yet rounded to the dtype in which they are stored.
     """
     scales = scales.clone()
     size = weight.shape[2]
@@ -217,7 +218,7 @@ def _conjugate_gradients(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def times_rows(rows: Tensor, x: Tensor) -> Tensor:
-    """Multiply `x: (stack, out, in)` by the row moment or its diagonal."""
+    """Multiply `x: (stack, out, in)` from the left by row moments, given as matrices or as diagonals."""
     return rows[..., None] * x if rows.ndim == 2 else rows @ x
 
 
@@ -236,7 +237,7 @@ def descend(
 
     For arguments that are not listed here, see these functions.
 
-    Products of a moment and the error take most of the time, so each step reuses those of the last step.
+    Products of a moment and the error take most of the time, so each step reuses those of the previous step.
 
     Args:
         zero: zero point of each element, or one number for all.

@@ -60,7 +60,7 @@ class Grid:
         return self.nearest((target / self.divisor).add_(self.zero))
 
     def nearest(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """Round `x = value / scale + zero`, which may be overwritten, to the nearest codes (or levels)."""
+        """Round `x = value / scale + zero` to the nearest codes (or levels); `x` may be overwritten."""
         return nearest(x, self.top, self.levels, out)
 
     @property
@@ -69,7 +69,7 @@ class Grid:
         return torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
 
     def transposed(self) -> "Grid":
-        """Transpose the grid."""
+        """Return the transposed grid."""
         zero = self.zero.mT if isinstance(self.zero, Tensor) else self.zero
         return Grid(self.scale.mT, zero, self.top, self.levels)
 
@@ -121,7 +121,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
 
 
 def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """Round one column after another, with feedback from the columns before.
+    """Round one column after another, with feedback from all previous columns.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
@@ -208,8 +208,8 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
         _round_tiles(tiles, grid)
         solved_by_tile.diagonal(offset, 2, 4).copy_(values[-5:-2].permute(0, 3, 1, 2, 4))
 
-        # 4. Add the feedback of the errors of these tiles to the tiles below, and that of `half` to the tiles
-        # on the left. Tiles of other blocks get the feedback of a whole block in one product.
+        # 4. Feed the errors of these tiles back to the tiles below, and their `half` to the tiles on the
+        # left. Tiles of other blocks get the feedback of a whole block in one product.
         for i, j in zip(range(a.start, a.stop), range(b.start, b.stop), strict=True):
             r, c = slice(i * TILE, (i + 1) * TILE), slice(j * TILE, (j + 1) * TILE)
             start = r.start - r.start % BLOCK
@@ -218,7 +218,7 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
                 above[:, r.stop : stop, c].baddbmm_(rows[:, r, r.stop : stop].mT, error[:, r, c])
             elif stop < size:
                 above[:, stop:, c].baddbmm_(rows[:, start:stop, stop:].mT, error[:, start:stop, c])
-            end = width - (width - c.stop) // BLOCK * BLOCK  # blocks are counted from the right
+            end = width - (width - c.stop) // BLOCK * BLOCK  # the first block is at the right edge
             begin = max(end - BLOCK, 0)
             if c.start > begin:
                 left[:, r, begin : c.start].baddbmm_(half[:, r, c], columns[:, c, begin : c.start])
@@ -227,19 +227,22 @@ def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tens
     return codes.flip(2)[:, :m, :n]
 
 
-#: Positions in the list of inputs of each tile: feedback from above; weights plus feedback from the left;
-#: `weight + scale * zero`; scales; divisors; zero points, unless they are one number.
+#: Positions of three inputs of each tile. The inputs are, in this order: feedback from above; weights plus
+#: feedback from the left; `weight + scale * zero`; scales; divisors; zero points, unless they are one number.
 _ABOVE, _LEFT, _ZERO = 0, 1, 5
 
 
 def _diagonal(offset: int, rows: int, columns: int) -> tuple[slice, slice]:
-    """Return the row and column indices of a diagonal of a matrix `(rows, columns)`."""
+    """Return slices of the row and column indices of a diagonal of a matrix `(rows, columns)`."""
     start, stop = max(0, -offset), min(rows, columns - offset)
     return slice(start, stop), slice(start + offset, stop + offset)
 
 
 class _Step(NamedTuple):
-    """Views of one antidiagonal of a stack of tiles, shape `(elements, stack)`, and of its feedback."""
+    """Views of the elements on one antidiagonal of a stack of tiles, and of the elements that it affects.
+
+    The views of the antidiagonal have shape `(elements, stack)`.
+    """
 
     above: Tensor
     target: Tensor
@@ -250,7 +253,8 @@ class _Step(NamedTuple):
     code: Tensor
     error: Tensor
     half: Tensor
-    #: Views of the rows below and of the columns rounded later, each with its feedback coefficients.
+    #: Views of the rows below, and of the columns that are rounded later, each followed by its feedback
+    #: coefficients.
     below: Tensor
     row_couplings: Tensor
     further: Tensor
@@ -259,9 +263,9 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Data of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of the antidiagonals.
+    """Data of a stack of tiles, shape `(planes, TILE, TILE, stack)`, and views of their antidiagonals.
 
-    The planes are the inputs, see `_ABOVE`; the results (codes, errors and `half`); and the feedback
+    The planes are the inputs (see `_ABOVE`), the results (codes, errors and `half`), and the feedback
     coefficients between rows (transposed) and between columns.
     """
 
@@ -272,7 +276,7 @@ class _Tiles:
 class _TileBuffer:
     """Memory for stacks of tiles, with cached views of the antidiagonals.
 
-    The tile index is the innermost one, so that equal positions of all tiles are adjacent in memory.
+    The tile index is the last one, so that the same element of all tiles is contiguous in memory.
 
     Args:
         grid: the rounding grid.
@@ -285,7 +289,7 @@ class _TileBuffer:
         self._known: dict[int, _Tiles] = {}
 
     def of_size(self, count: int) -> _Tiles:
-        """Return memory for `count` tiles or a few more; `count` is rounded up so that views are reused."""
+        """Return memory for `count` tiles, rounded up to a few more, so that cached views can be reused."""
         unit = max(8, 1 << max(count.bit_length() - 3, 0))
         count += -count % unit
         if count not in self._known:

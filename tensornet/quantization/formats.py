@@ -4,7 +4,7 @@ An integer format stores a code of `bits` bits for every element, and a scale fo
 elements of a row: `value = scale * (code - zero)`. Without zero points, all groups have the same `zero`.
 
 In formats with a table, codes are positions in a table of unequally spaced levels: `value = scale *
-level[code]`. Since most weights are close to zero, 16 such levels have a sixth less squared error than 16
+level[code]`. Since most weights are close to zero, 16 such levels have one sixth less squared error than 16
 equally spaced levels.
 
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
@@ -55,7 +55,7 @@ _PATTERN = re.compile(
 
 
 class Levels(NamedTuple):
-    """Table of levels, and a table of the nearest level in each interval of length 1/2.
+    """Table of levels, and table of the level that is nearest to each interval of length 1/2.
 
     The intervals begin at the lowest level. Since levels are integers, the midpoint of two levels is
     never inside an interval.
@@ -74,9 +74,9 @@ class NumberFormat:
         group: number of neighbouring elements of a row that share a scale; the last group of a row may be
             shorter. None is one group per row.
         zero_point: True if every group has its own zero point, an integer of `bits` bits. This needs groups
-            of `ZERO_POINT_GROUPS` and any number of bits except 7. Otherwise the value 0 is in the middle of
-            the codes. From three bits on it is a code; with two bits it is between two codes, since four
-            symmetric values fit a normal distribution better.
+            of `ZERO_POINT_GROUPS` and any number of bits except 7. If False, the value 0 is in the middle of
+            the codes. With three or more bits, it is the value of a code. With two bits, it is between two
+            codes, since four symmetric values fit a normal distribution better.
         scale_dtype: dtype of scales or, with `scale_bits`, of their steps: `torch.bfloat16`; `torch.float16`,
             which underflows below 6e-8; or `torch.float8_e5m2`, which underflows below 1.5e-5.
         dtype: dtype of the elements of a floating-point format; None is the dtype of the model.
@@ -143,7 +143,7 @@ class NumberFormat:
 
     @classmethod
     def parse(cls, name: "str | NumberFormat") -> "NumberFormat":
-        """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"`, `"int3:g64:zero"`.
+        """Read a format from its name, such as `"int4"`, `"int4:g128"`, `"int8:row"` or `"int3:g64:zero"`.
 
         Args:
             name: `"float"`, `"bf16"`, or the name of an integer format. It begins with `int2` ... `int8` or,
@@ -290,8 +290,8 @@ class NumberFormat:
 
         Args:
             scales: scales, shape `(..., groups)`.
-            importance: factors of the squared errors that are minimized when scales are rounded to integers;
-                if absent, all are equal.
+            importance: weight of the squared error of each scale when scales are rounded to integers; if
+                absent, all weights are equal.
 
         Returns:
             Scales in `scale_dtype`, or in float32 if they are integers times steps.
@@ -302,11 +302,12 @@ class NumberFormat:
         return scales.clamp(-limit, limit).to(self.scale_dtype)
 
     def factored(self, scales: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Approximate scales by integers times one step for each super-block of `SUPER_BLOCK` weights.
+        """Approximate scales by integers times a step that each super-block of `SUPER_BLOCK` weights shares.
 
-        A step is the largest scale of the super-block divided by a large integer, or one of the three
-        smallest steps. The integer of the largest scale must then be large too, so that results of
-        `scales_of` are factored exactly: a layer stores the scales for which its codes were chosen.
+        Candidates for the step are the largest scale of the super-block divided by large integers, and the
+        three smallest steps. With a candidate of the first kind, the integer of the largest scale must also
+        be large. Then results of `scales_of` are factored exactly, so that a layer stores the very scales for
+        which its codes were chosen.
 
         Args:
             scales, importance: see `storable`.
@@ -398,7 +399,7 @@ class NumberFormat:
         zeros: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Tensor:
-        """Compute the values `scale * (code - zero)` or `scale * level[code]`, with gradient.
+        """Compute the values `scale * (code - zero)` or `scale * level[code]` of codes, differentiably.
 
         Codes that are trained are floating-point numbers. They are rounded here, but their gradient is
         computed as if they were not (the straight-through estimator of Bengio, Leonard, Courville 2013). The
@@ -431,7 +432,8 @@ class NumberFormat:
             points = table.index_select(0, codes.reshape(-1).long()).view(codes.shape)
             return _scaled(self.grouped(points), scales, dtype)[..., : codes.shape[-1]]
         grouped, halves = self.grouped(codes), False
-        # Integer differences are exact and fast in 8 bits. For int2, whose center is 1.5, their unit is 1/2.
+        # Differences `code - zero` are exact and fast in 8-bit integers. For int2, whose center is 1.5, twice
+        # the difference is computed.
         if zeros is not None:
             kind = torch.int16 if self.bits == 8 else torch.int8
             points = grouped.to(kind) - zeros.to(kind).unsqueeze(-1)
@@ -520,7 +522,7 @@ class NumberFormat:
 
 
 def format_names() -> tuple[str, ...]:
-    """List the names without suffixes: floating-point formats, then integers, then tables of levels."""
+    """List all format names without suffixes: floating point, then integers, then tables of levels."""
     return (*_FLOATS, *(f"int{bits}" for bits in BITS), *(f"nl{bits}" for bits in LEVELS))
 
 
@@ -542,12 +544,18 @@ def _levels(bits: int, dtype: torch.dtype, device: torch.device) -> Levels:
 
 
 def _signed(codes: Tensor) -> Tensor:
-    """Convert codes below 128 to signed bytes, as a view except in compiled code (ONNX has no such views)."""
+    """Convert codes below 128 to signed bytes.
+
+    The result is a view, except in compiled code, since ONNX has no such views.
+    """
     return codes.to(torch.int8) if is_compiling() else codes.view(torch.int8)
 
 
 def _scaled(points: Tensor, scales: Tensor, dtype: torch.dtype, *, halves: bool = False) -> Tensor:
-    """Multiply integers `(..., groups, group)` by scales `(..., groups)`, and round each product once."""
+    """Multiply integers `(..., groups, group)` by scales `(..., groups)`, and round each product only once.
+
+    If `halves` is True, the integers count halves.
+    """
     # Use float32: small bfloat16 scales underflow in float16, and 16-bit types take twice the time on CPUs.
     wide = dtype == torch.float16 or (dtype == torch.bfloat16 and points.is_cpu)
     factor = scales.to(torch.float32 if wide else dtype).unsqueeze(-1)

@@ -1,8 +1,8 @@
 """Round the factors of a low-rank product `A B`, each with its own moments.
 
 An error `F` of `B` is an error `A F` of the product, so the moments for `F` are `A^T R A` and `C`. The
-moments of an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted, which compensates a
-part of the rounding error. `A` may be pivoted: then some of its rows form an identity, and only the other
+moments for an error of `A` are `R` and `B C B^T`. After `B` is rounded, `A` is refitted to compensate part of
+the rounding error. `A` may be pivoted: then some of its rows form an identity matrix, and only the other
 rows, called free, are fitted and rounded.
 """
 
@@ -26,10 +26,10 @@ class RoundedProduct:
     """Product `A B` with one or both factors rounded to integers.
 
     Args:
-        left: rounded or floating-point factor `A`, shape `(out, rank)`; if it is pivoted, without the rows
-            of the identity.
+        left: rounded or floating-point factor `A`, shape `(out, rank)`. If `A` is pivoted, the rows of the
+            identity are omitted.
         right: rounded or floating-point factor `B`, shape `(rank, in)`.
-        loss_increase: exact loss increase of the product with respect to the target.
+        loss_increase: loss increase `1/2 tr(R E C E^T)` for the error `E` of the product.
 
     Example:
         >>> from tensornet.quantization import RoundedProduct
@@ -55,7 +55,9 @@ def round_product(
     order: Tensor | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedProduct:
-    """Round the factors of a product `A B` to integers, and refit each factor after the other is rounded.
+    """Round one or both factors of a product `A B` to integers.
+
+    A factor is refitted to compensate part of the rounding error of the other factor.
 
     Args:
         left: factor `A`, shape `(out, rank)`.
@@ -63,13 +65,14 @@ def round_product(
         left_format: integer format of `A`; None keeps it in floating point.
         right_format: integer format of `B`; None keeps it in floating point.
         weighting: damped moments of the product.
-        target: matrix `(out, in)` that the product approximates; the product itself if absent.
+        target: matrix `(out, in)` that the product approximates; by default, the product itself.
         order: if `A` is pivoted, the position of each of its rows in a matrix that has the identity first and
-            the other rows below it; None if not pivoted.
-        rounding: rounding method, see `round_weight`.
+            the other rows below it; None if `A` is not pivoted.
+        rounding: rounding method (see `round_weight`).
 
     Raises:
-        FormatError, NonFiniteError, ShapeError: see `round_weight`; also if shapes do not fit each other.
+        FormatError, NonFiniteError, ShapeError: see `round_weight`.
+        ShapeError: the shapes of the factors and of the target do not match.
 
     Example:
         >>> from tensornet.linalg.weighted_svd import Weighting
@@ -115,9 +118,9 @@ def round_factor(
     weighting: Weighting,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight | Tensor:
-    """Round one factor of a product, and keep the other.
+    """Round one factor of a product, and leave the other unchanged.
 
-    The factor is rounded as it is, and after a refit; the result with the smaller loss is returned.
+    The given factor and a refitted one are both rounded; the result with the smaller loss is returned.
 
     Args:
         target: matrix `(out, in)` that the product approximates.
@@ -126,7 +129,7 @@ def round_factor(
         side: the factor to round.
         number_format: integer format of this factor; None refits it without rounding.
         weighting: damped moments of the product.
-        rounding: rounding method, see `round_weight`.
+        rounding: rounding method (see `round_weight`).
     """
     a, b, wanted = left.double(), right.double(), target.double()
     rows, columns = (None if x is None else x.to(wanted) for x in (weighting.rows, weighting.columns))
@@ -136,7 +139,10 @@ def round_factor(
 
 @dataclass(frozen=True)
 class _FactorRounding:
-    """Matrix that a product approximates, the error weighting, and the row order of a pivoted left factor."""
+    """The problem of rounding two factors such that their product approximates the matrix `wanted`.
+
+    If the left factor is pivoted, `order` is the position of each of its rows, as in `round_product`.
+    """
 
     wanted: Tensor
     weighting: Weighting
@@ -144,7 +150,7 @@ class _FactorRounding:
     rounding: Rounding
 
     def _split(self, rank: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the left factor's rows that form an identity, and of all other rows."""
+        """Return the indices of the left factor's rows that form an identity, and those of all other rows."""
         if self.order is None:
             every = torch.arange(len(self.wanted), device=self.wanted.device)
             return every[:0], every
@@ -170,7 +176,7 @@ class _FactorRounding:
     def rounded_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> RoundedWeight | Tensor:
-        """Round the rows of a left factor outside of its identity, weighting errors by the row moment."""
+        """Round all rows of a left factor that do not belong to its identity."""
         _, free = self._split(len(b))
         moment = self.weighting.rows
         if moment is not None:
@@ -182,7 +188,7 @@ class _FactorRounding:
     def best_left(
         self, a: Tensor, b: Tensor, number_format: NumberFormat | None
     ) -> tuple[RoundedWeight | Tensor, float]:
-        """Round a left factor without and with a refit, and return the better result and its loss."""
+        """Round a left factor with and without refitting it first; return the better result and its loss."""
         made = [self.rounded_left(factor, b, number_format) for factor in (self.fit_left(b), a)]
         return min(((x, self.cost(x, b)) for x in made), key=lambda found: found[1])
 
@@ -215,7 +221,7 @@ class _FactorRounding:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor, with errors weighted by the given, already damped moments."""
+        """Round a factor under moments that are already damped."""
         return round_weight(
             factor,
             number_format,

@@ -1,7 +1,7 @@
 """Menus: the number formats that the files of an export target can store, and their sizes in these files.
 
-A library with an exporter registers the menu of its target, so that a plan can use only formats that the
-target stores, and count bytes as in its files.
+A library that exports models registers a menu for each of its export targets. Plans for a target then use
+only formats that the target can store, and predict the size of the target's files.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,15 +16,15 @@ from tensornet.registry import Registry
 
 @dataclass(frozen=True)
 class Menu:
-    """Number formats that an export target can store exactly, if their groups divide the rows of a matrix.
+    """Number formats that an export target can store exactly, if each row consists of complete groups.
 
     Args:
         formats: names of the formats.
-        num_bytes: computes the bytes of a matrix in a file of the target from its format, its shape `(out,
-            in)`, and the dtype of the model.
+        num_bytes: function that computes how many bytes a matrix takes in a file of the target. Its arguments
+            are the format and the shape `(out, in)` of the matrix, and the dtype of the model.
         whole_model: True if the target stores embeddings and heads in these formats too.
-        fused: sets of layer names. The target's software fuses the layers of a set if they have the same
-            parent, so they need the same format.
+        fused: sets of layer names. The target's software fuses layers of one set that have the same parent
+            module, so they need the same format.
     """
 
     formats: tuple[str, ...]
@@ -33,7 +33,7 @@ class Menu:
     fused: tuple[tuple[str, ...], ...] = ()
 
 
-#: Menus by the names of export targets.
+#: Menus by the name of the export target.
 MENUS: Registry[Menu] = Registry(
     "menu of number formats",
     error=FormatError,
@@ -45,7 +45,7 @@ MENUS: Registry[Menu] = Registry(
 def bytes_for(
     target: str | None, number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype
 ) -> int:
-    """Compute the number of bytes of a matrix in a file.
+    """Compute how many bytes a matrix takes in a file.
 
     Args:
         target: name of an export target in `MENUS`; None for files of this library.

@@ -17,8 +17,9 @@ from tensornet.errors import ShapeError
 from tensornet.linalg.svd import check_finite, largest_element
 from tensornet.linalg.weighted_svd import cholesky
 
-#: Largest binary exponent of squared weights, of moments and of their products for which errors are computed
-#: in float32, whose exponents reach 127. Errors are smaller than weights, and sums are larger than terms.
+#: Rounding computes in float32 only if the binary exponents of squared weights, of moments, and of their
+#: products are at most this number. It is less than 127, the largest exponent of float32, since sums exceed
+#: their terms. Errors need no check of their own, since they are smaller than the weights.
 _FLOAT32_EXPONENT = 80
 
 
@@ -118,7 +119,8 @@ def damped_moment(
     """Check and damp the moments of a stack of matrices; return None if they are missing or zero.
 
     Args:
-        moment: moment of all matrices, shape `(n, n)` or `(n,)`, or of each matrix, shape `(*lead, n, n)`.
+        moment: one moment for all matrices, shape `(n, n)` or `(n,)`, or one for each matrix, shape
+            `(*lead, n, n)`.
         size: number `n` of rows or columns.
         lead: leading dimensions of the weight.
         damping: fraction of the mean diagonal that is added to the diagonal.

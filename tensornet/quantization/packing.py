@@ -1,10 +1,10 @@
 """Pack integer codes of 2 to 8 bits into bytes, row by row, and unpack them.
 
-For example, 8 codes of 3 bits fill 3 bytes. A row of `n` codes is split into 8 segments of `ceil(n / 8)`
-codes, and its bytes into 3 planes of the same length. The k-th codes of all segments fill the k-th bytes of
-all planes. So packing and unpacking are vectorized shifts of whole segments, and rows can be selected
-without unpacking. In general, `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)` planes; the last
-segment may be padded.
+For example, 8 codes of 3 bits fill 3 bytes. So a row of `n` 3-bit codes is split into 8 segments of
+`ceil(n / 8)` codes, and its bytes are split into 3 planes of the same length. The k-th codes of all segments
+fill the k-th bytes of all planes. Packing and unpacking are then vectorized shifts of whole segments, and
+rows can be selected without unpacking. In general, `8 / gcd(8, bits)` segments fill `bits / gcd(8, bits)`
+planes; the last segment may be padded.
 """
 
 import math
@@ -18,7 +18,7 @@ from tensornet.errors import ShapeError
 
 
 def packed_bytes(size: int, bits: int) -> int:
-    """Compute the number of bytes of a packed row: `ceil(size / segments) * planes`."""
+    """Compute the number of bytes of a packed row of `size` codes: `ceil(size / segments) * planes`."""
     segments, planes = _layout(bits)
     return math.ceil(size / segments) * planes
 
@@ -80,7 +80,7 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
         )
     length = math.ceil(size / segments)
     parts = packed.reshape(*packed.shape[:-1], planes, length)
-    # Exporters to ONNX shift bytes as if they were signed.
+    # ONNX exporters shift bytes as if they were signed, so 32-bit integers are shifted instead.
     parts = parts.to(torch.int32) if is_exporting() else parts
     whole = _stacked if torch.compiler.is_compiling() else _shifted
     codes = whole(parts, bits).bitwise_and_(2**bits - 1).to(torch.uint8)
@@ -88,7 +88,10 @@ def unpack(packed: Tensor, bits: int, size: int) -> Tensor:
 
 
 def _stacked(parts: Tensor, bits: int) -> Tensor:
-    """Extract the codes from byte planes, one segment at a time, without writing to views (for compilers)."""
+    """Extract the codes from byte planes, one segment at a time.
+
+    Compiled code uses this function, since it does not write to views.
+    """
     found = []
     for segment in range(_layout(bits)[0]):
         plane, offset = divmod(segment * bits, 8)
@@ -116,8 +119,9 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
     """Compute the planes and shifts that `_shifted` needs.
 
     Returns:
-        For each segment, its first plane and the right shift of this plane. For each segment that continues
-        in a second plane, the left shift of that plane. Slices of these segments and of their second planes.
+        The first plane of each segment, and the right shift of this plane. For each segment that continues in
+        a second plane, the left shift of that plane. Pairs of slices that select segments with a second
+        plane, and these second planes.
     """
     segments, planes = _layout(bits)
     starts = [divmod(segment * bits, 8) for segment in range(segments)]

@@ -1,9 +1,9 @@
-"""Predict the loss increase of rounding a matrix, or the factors of a product, without rounding.
+"""Predict by how much rounding a matrix, or the factors of a product, will increase the loss.
 
 The formula `s^2/24 tr D_R tr D_C` for scales `s` and moments `U D U^T` assumes that residuals are uniform in
 a rounding interval. But feedback moves some elements out of the range of the grid, where they are clamped; at
-4 bits this increases the loss by a fifth. So the squared residual of each element is predicted with its
-probability of being clamped. Sums over all rows are estimated from a sample of rows.
+4 bits this increases the loss by a fifth. So the prediction of each squared residual includes the probability
+that the element is clamped. Sums over all rows are estimated from a sample of rows.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ from tensornet.quantization.scales import group_ranges, search_scales
 _FAR = 12.0
 #: Number of quadrature nodes for tables of levels.
 _NODES = 9
-#: Largest number of bits for which less feedback may give a smaller loss, because of clamping.
+#: Up to this number of bits, less feedback may give a smaller loss, since fewer elements are clamped.
 _CLAMPED_BITS = 4
-#: Number of sampled rows of a factor.
+#: Number of rows of a factor that are sampled to predict its residuals.
 SAMPLED_ROWS = 128
 
 
@@ -51,8 +51,8 @@ def predict_losses(
 ) -> Tensor:
     """Predict the loss increases of `round_weight` for several formats, under several weightings.
 
-    The first weighting is used for rounding. For layers of a trained language model, predictions were too
-    high by 1 to 15 % with 4 or more bits, and wrong by up to a third with 2 bits.
+    Rounding is assumed to use the first weighting. For layers of a trained language model, predictions were
+    too high by 1 to 15 % with 4 or more bits, and wrong by up to a third with 2 bits.
 
     Args:
         weight: matrix, shape `(out, in)`.
@@ -61,7 +61,7 @@ def predict_losses(
             row moment should change only by a common factor; likewise for the column moment.
         row_damping, column_damping: damping of the moments for rounding, as in `round_weight`; losses are
             predicted without damping.
-        rounding: rounding method, see `round_weight`.
+        rounding: rounding method (see `round_weight`).
         sample: indices of the rows from which losses are estimated; all rows if absent.
 
     Returns:
@@ -129,7 +129,8 @@ def predict_product_losses(
     """Predict the loss increase of `round_product` at every rank of a whitened SVD `sum_k a_k b_k^T`.
 
     The terms are orthogonal in the loss, so their expected losses add up. An error of `b_k` is weighted by
-    the norm of `a_k` and the input moment, an error of `a_k` by the norm of `b_k` and the gradient moment.
+    the norm of `a_k` and by the input moment. An error of `a_k` is weighted by the norm of `b_k` and by the
+    gradient moment.
     The off-diagonal elements of the moments are assumed to differ between weightings only by a factor.
 
     Args:
@@ -137,14 +138,15 @@ def predict_product_losses(
         right: vectors `b_k`, shape `(terms, in)`.
         number_format: integer format of both factors, or its name.
         weightings: weightings of the loss; rounding uses the first.
-        rounding: rounding method, see `round_weight`.
+        rounding: rounding method (see `round_weight`).
         rank: largest rank; the number of terms if absent.
 
     Returns:
         Predicted loss increases, shape `(weightings, rank)`.
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    # Compute the norms of all terms, not only of `rank` terms: they are cached for other formats and ranks.
+    # Compute the norms of all terms, not only of `rank` terms, since they are cached for other formats and
+    # ranks.
     seen = [
         (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
         for each in weightings
@@ -163,9 +165,9 @@ def predict_product_losses(
 
 @remembered
 def _norms(factor: Tensor, axis: int, moment: Tensor | None, known: Tensor | None = None) -> Tensor:
-    """Compute squared norms of columns (`axis` 0) or rows (1) of a matrix under a moment, in float64.
+    """Compute squared norms of a matrix's columns (`axis=0`) or rows (`axis=1`) under a moment, in float64.
 
-    `known` is another moment, for which norms are cached. If `moment` is a diagonal matrix plus a multiple of
+    `known` is another moment, whose norms are cached. If `moment` is a diagonal matrix plus a multiple of
     `known`, no further matrix product is needed.
     """
     vectors = factor if axis == 0 else factor.mT
@@ -200,10 +202,11 @@ def _expect_factor(
 
 @dataclass(frozen=True)
 class ExpectedResiduals:
-    """Expected squared residuals of rounding a stack of matrices with feedback.
+    """Expected squared rounding residuals of all elements in a stack of matrices or in a sample of rows.
 
-    Squared residuals of a group are about proportional to its squared range. So a sum over sampled rows is
-    scaled by the ratio of two sums of squared ranges: that of all rows, and that of the sampled rows.
+    Sums over all rows are estimated from sums over the sampled rows. Squared residuals of a group are about
+    proportional to the squared range of the group. So a sum over the sampled rows is multiplied by the sum of
+    squared ranges of all rows, and divided by that of the sampled rows.
 
     Args:
         squares: squared residuals, shape `(stack, out, in)`, or `(stack, sampled, in)`.
@@ -222,7 +225,7 @@ class ExpectedResiduals:
     ranges: Tensor | None = None
 
     def loss(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Compute half the sums of squared residuals weighted by `rows` and `columns`, shape `(stack,)`."""
+        """Compute half the sum of each matrix's squared residuals, weighted by `rows` and `columns`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return 0.5 * (found * rows).sum(1)
@@ -230,7 +233,7 @@ class ExpectedResiduals:
         return 0.5 * known.sum(1) * _ratio(found * rows[:, self.sample], known[:, self.sample])
 
     def by_row(self, columns: Tensor) -> Tensor:
-        """Sum the squared residuals of each row, weighted by `columns`; the result is `(stack, out)`."""
+        """Sum the squared residuals of each row, weighted by `columns`; return shape `(stack, out)`."""
         found = (self.squares * columns[:, None, :]).sum(2, dtype=torch.float64)
         if self.sample is None:
             return found
@@ -238,7 +241,7 @@ class ExpectedResiduals:
         return known * _ratio(found, known[:, self.sample])[:, None]
 
     def by_column(self, rows: Tensor) -> Tensor:
-        """Sum the squared residuals of each column, weighted by `rows`, shape `(stack, in)`."""
+        """Sum the squared residuals of each column, weighted by `rows`; return shape `(stack, in)`."""
         seen = rows if self.sample is None else rows[:, self.sample]
         found = (self.squares * seen[:, :, None]).sum(1, dtype=torch.float64)
         if self.sample is None:
@@ -249,7 +252,7 @@ class ExpectedResiduals:
         return self.format.spread(weighted.sum(1), size) * _ratio(found, known)[:, None]
 
     def _range_sums(self, columns: Tensor) -> Tensor:
-        """Sum the squared group ranges of each row, weighted by `columns`, shape `(stack, out)`."""
+        """Sum the squared group ranges of each row, weighted by `columns`; return shape `(stack, out)`."""
         assert self.ranges is not None
         of_groups = self.format.grouped(columns).sum(-1)
         return (self.ranges * of_groups[:, None, :]).sum(2, dtype=torch.float64)
@@ -316,10 +319,10 @@ def _residual_weights(
 
 
 def expected_residuals(weight: Tensor, grid: Grid, spread: Tensor) -> Tensor:
-    """Predict squared rounding residuals: `s^2/12` inside a grid of step `s`, more outside of it.
+    """Predict squared rounding residuals on an equally spaced grid with clamping.
 
-    They are `s^2/12 P(inside) + E[(t - end)^2; t outside]`, where `t` is the weight plus normally distributed
-    feedback.
+    With the step `s`, they are `s^2/12 P(t inside) + E[(t - end)^2; t outside]`. Here `t` is the weight plus
+    normally distributed feedback, and `end` is the nearest end of the grid.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
@@ -385,13 +388,14 @@ def spaced_rows(weight: Tensor, count: int) -> Tensor | None:
 def unit_losses(
     kept: tuple[Tensor, Tensor], chosen: Tensor | None, moment: Tensor | None, damping: float
 ) -> Tensor:
-    """Compute the factors by which squared residuals are multiplied in a loss.
+    """Compute the factor by which the loss weights the squared residuals of each row or column.
 
     Rounding used the moment `chosen`, but the loss is defined by `moment`. If both are full, their
     off-diagonal elements are assumed to be equal up to a common factor.
 
     Args:
-        kept: `ExpectedResiduals.rows` or `columns`, for the moment used for rounding; two tensors `(1, n)`.
+        kept: `ExpectedResiduals.rows` or `ExpectedResiduals.columns`: two tensors of shape `(1, n)` that
+            belong to the moment used for rounding.
         chosen: moment used for rounding, before damping, shape `(n, n)` or `(n,)`, or None for the identity.
         moment: moment that defines the loss, in the same shapes.
         damping: fraction of the mean diagonal that was added for rounding, but is not part of the loss.

@@ -1,8 +1,8 @@
 """Round a matrix to a number format: to nearest, or with one-sided or two-sided error feedback.
 
-Error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`, but moves some
-elements out of the range of the grid, where they are clamped. So less feedback is tried too, and the result
-with the smallest loss is kept for each matrix.
+With scales `s`, error feedback lowers the loss increase from `s^2/24 tr R tr C` to `s^2/24 tr D_R tr D_C`
+(`feedback` defines `D`). But it moves some elements out of the range of the grid, where they are clamped. So
+methods with less feedback are tried too, and the result with the smallest loss is kept for each matrix.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from tensornet.quantization.moments import (
 )
 from tensornet.quantization.scales import refit_scales, search_scales
 
-#: Rounding methods, from no error feedback to feedback along inputs and outputs, see `round_weight`.
+#: Rounding methods, from no error feedback to feedback along inputs and outputs (see `round_weight`).
 Rounding = Literal["nearest", "one_sided", "two_sided"]
 #: The values of `Rounding`, in the order of increasing feedback.
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -114,13 +114,14 @@ def round_weight(
         rows: moment `R` of the gradients at the outputs: shape `(out, out)` or `(out,)` for all matrices, or
             `(..., out, out)` for each. If absent or zero, it is the identity.
         columns: moment `C` of the inputs, in shapes as for `rows`.
-        rounding: the last method to try: `"nearest"` without feedback; then `"one_sided"` (GPTQ, LDLQ) with
-            feedback along the inputs, or along the outputs if only their moment is full; then `"two_sided"`
-            with feedback along both. Feedback along inputs or outputs needs their full moment.
+        rounding: the method with the most feedback; methods with less feedback are tried too. `"nearest"` has
+            no feedback. `"one_sided"` (GPTQ, LDLQ) has feedback along the inputs, or along the outputs if
+            only `rows` is a full moment. `"two_sided"` has feedback along both. Feedback along inputs or
+            outputs needs their full moment; without it, less feedback is used.
         row_damping: fraction of the mean diagonal of `R` that is added to its diagonal. Use 0 if `R` is
             damped already.
         column_damping: fraction of the mean diagonal of `C` that is added to its diagonal.
-        refits: number of times that scales are refitted and codes are rounded again.
+        refits: how many times scales are refitted and codes are rounded again.
         sweeps: number of sweeps of coordinate descent afterwards.
 
     Raises:

@@ -18,20 +18,20 @@ from tensornet.linalg.svd import check_finite, safe_scale
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.quantization.formats import NumberFormat, nearest
 
-#: Largest range that is tried, as a fraction of the largest element.
+#: Largest range that is tried, as a multiple of the largest element.
 _WIDEST = 1.1
 #: Number of ranges that are tried.
 _TRIED = 24
 #: Number of alternations of rounding and weighted least squares after the search.
 _POLISHED = 2
-#: Number of elements that are searched at a time: on a CPU, to fit into its cache; elsewhere, to limit
-#: memory.
+#: Number of elements that are processed at a time in the search. On a CPU, it is small, so that they fit into
+#: the cache; on other devices, it only limits memory.
 _CACHED, _CHUNK = 1 << 16, 1 << 22
-#: Fraction of the weighted sum of squares of groups whose scales may be out of range. Losing this fraction
-#: would cause the same relative error as rounding to 8 bits.
+#: Scales may be out of range in groups that together have at most this fraction of the matrix's weighted sum
+#: of squares. Losing this fraction would cause the same relative error as rounding to 8 bits.
 _NEGLIGIBLE = 1e-4
-#: Group sizes for scales of at most 8 bits, and for the 16-bit scales that replace them. Doubling the
-#: group keeps the number of bytes about the same.
+#: New group size for each old one, when 16-bit scales replace scales of at most 8 bits. Doubling the group
+#: size keeps the number of bytes about the same.
 _WIDER = {16: 32, 32: 64, 64: 128}
 
 
@@ -92,7 +92,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
     best_cost = (flat * flat).mul_(importance).sum(0)
 
     def points(scale: Tensor, zero: Tensor) -> Tensor:
-        """Compute the nearest codes minus their zero points, or the nearest levels."""
+        """Round each element to the grid, in units of the scale: to `code - zero`, or to a level."""
         found = flat / torch.where(scale == 0, torch.ones_like(scale), scale)
         if levels is not None:
             return nearest(found, top, levels)
@@ -105,7 +105,7 @@ def _search(flat: Tensor, number_format: NumberFormat, importance: Tensor) -> tu
         return found.clamp_(-center, top - center)
 
     def offer(scale: Tensor, zero: Tensor) -> None:
-        """Store the given scale and zero point in the groups where their error is the smallest so far."""
+        """Adopt the given scale and zero point in the groups where their error is the smallest so far."""
         nonlocal best_scale, best_zero, best_cost
         error = torch.addcmul(against, points(scale, zero), scale)
         cost = error.mul_(error).mul_(importance).sum(0)
@@ -218,7 +218,7 @@ def scale_fault(
 ) -> Literal["underflow", "overflow"] | None:
     """Tell whether scales of important groups are too small or too large for their dtype.
 
-    A scale that is too small has less than two bits of precision, or is rounded to zero.
+    A scale that is too small has fewer than two bits of precision, or is rounded to zero.
 
     Args:
         weight: matrix, shape `(out, in)`.
@@ -274,5 +274,5 @@ def with_wide_scales(number_format: NumberFormat) -> NumberFormat:
 def storable_formats(
     weight: Tensor, number_formats: Sequence[NumberFormat], weighting: Weighting | None = None
 ) -> tuple[NumberFormat, ...]:
-    """Give formats bfloat16 scales if their own scales would be out of range in this matrix."""
+    """Replace each format whose scales would be out of range in this matrix by one with bfloat16 scales."""
     return tuple(with_wide_scales(x) if scale_fault(weight, x, weighting) else x for x in number_formats)
