@@ -2,9 +2,10 @@
 
 Each candidate of a layer has a size and a cost. With a Lagrange multiplier `m`, every layer takes the
 candidate with the least `cost + m * size`. Among all choices with the same total size this choice has the
-least total cost (Everett's theorem). As `m` decreases, every layer moves along the lower convex hull of its
-candidates. These steps are taken in the order of the cost they save per unit of size, until no further step
-fits. The rest of the budget is used such that a larger budget never leads to a larger cost.
+least total cost (Everett's theorem). As `m` decreases, every layer steps along the lower convex hull of its
+candidates, from small to large ones. The steps of all layers are sorted by the cost that they save per unit
+of size, and taken until no further step fits. The rest of the budget is used in a way that a larger budget
+never leads to a larger cost.
 
 Reference:
     Everett 1963, "Generalized Lagrange multiplier method for solving problems of optimum allocation of
@@ -38,7 +39,7 @@ class Candidate:
         storage: how the cores are stored.
         num_bytes: exact size in bytes, including scales and padding.
         params: number of stored values, including scales.
-        predicted_loss: predicted loss increase, in nats per token with calibrated gradients.
+        predicted_loss: predicted loss increase; in nats per token if gradients were calibrated.
         error: relative Frobenius error.
         cost: loss increase for comparing candidates, predicted with little damping of the gradient moments.
             Little damping ranks candidates best but underestimates the loss on other text, so
@@ -106,8 +107,8 @@ def spend_size(curves: Sequence[CostCurve], budget: float) -> list[int]:
             walk[layer], left = candidate, left - growth
         else:
             blocked.add(layer)
-    # `other`: stop at the first step that does not fit, then replace one candidate by the one that saves
-    # most. `walk` or `other` is returned, whichever costs less.
+    # `other`: stop at the first step that does not fit. Then, in one layer, switch to another candidate: the
+    # one that saves the most cost among those that fit. The cheaper of `walk` and `other` is returned.
     other, left = list(start), budget - total_size(curves, start)
     for layer, candidate, growth in steps:
         if growth > left:
@@ -156,7 +157,8 @@ def spend_cost(
     while charge(high) <= allowed and high < 1e12:
         high *= 4
     for _ in range(100):
-        middle = (max(low, high * 1e-12) * high) ** 0.5  # multipliers span many orders of magnitude
+        # Bisect on a logarithmic scale, since multipliers span many orders of magnitude.
+        middle = (max(low, high * 1e-12) * high) ** 0.5
         low, high = (middle, high) if charge(middle) <= allowed else (low, middle)
     return [curve.best(low) for curve in curves]
 
@@ -170,7 +172,7 @@ def decide_alone(
     """Choose the candidate of each layer separately, with the same parameter ratio for all layers.
 
     Even the smallest candidate of a tiny matrix may have more parameters than the ratio allows. Such a layer
-    stays dense, and the ratio of the other layers is lowered, so that all layers together keep the ratio.
+    stays dense, and the ratio of the other layers is lowered, so that all layers together meet `ratio`.
 
     Args:
         dense: number of parameters of each dense layer.
@@ -180,7 +182,7 @@ def decide_alone(
         stay: function that returns the candidate of a layer that stays dense, and its number of parameters.
 
     Raises:
-        BudgetError: the ratio cannot be kept; the error is that of the first layer that failed.
+        BudgetError: the ratio cannot be met; the error is that of the first layer that failed.
     """
     refused: dict[int, BudgetError] = {}
     share = ratio
@@ -203,7 +205,7 @@ def decide_alone(
 
 
 def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float, float]]:
-    """Compute `(total size, total cost)` of optimal choices of candidates, by decreasing size.
+    """Compute pairs `(total size, total cost)` of optimal choices of candidates, sorted by decreasing size.
 
     Args:
         curves: the cost curve of each layer.
@@ -211,7 +213,8 @@ def frontier(curves: Sequence[CostCurve], points: int = 64) -> list[tuple[float,
     """
     steps = [c.costs.max() / (c.sizes.max() - c.sizes.min()).clamp_min(1) for c in curves]
     steepest = max(max(float(step) for step in steps), 1e-300)
-    top = float(torch.tensor(steepest, dtype=torch.float64).log10())  # choices change near this multiplier
+    # The choices of candidates change at multipliers near `steepest`.
+    top = float(torch.tensor(steepest, dtype=torch.float64).log10())
     exponents = torch.logspace(top - 8, top + 3, points - 1, base=10, dtype=torch.float64)
     multipliers = [0.0, *exponents.tolist()]
     allocations = [[curve.best(multiplier) for curve in curves] for multiplier in multipliers]
@@ -249,7 +252,7 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
 
 def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Return the indices of the points on the decreasing part of the lower convex hull, smallest first."""
+    """Return indices of the points on the decreasing part of the lower convex hull, by increasing size."""
     hull: list[int] = []
     for k in sorted(range(len(sizes)), key=lambda index: (sizes[index], costs[index], index)):
         if hull and costs[k] >= costs[hull[-1]]:
@@ -267,12 +270,12 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 #: Number format of all layers if there are neither calibration data nor `formats`.
 _BLIND = "int8"
-#: Largest number of layers named in an error.
+#: Largest number of layers named in an error message.
 _NAMED = 4
 
 
 def curve_of(candidates: Sequence[Candidate], unit: str) -> CostCurve:
-    """Make the cost curve of a layer, with `"params"` or `"num_bytes"` as size."""
+    """Make the cost curve of a layer; `unit` is the attribute used as size: `"params"` or `"num_bytes"`."""
     sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
     return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
 
@@ -287,7 +290,7 @@ def choose_candidates(
     rest: tuple[int, int] = (0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
-    """Choose one candidate for each layer, such that all budgets of a configuration are kept.
+    """Choose one candidate for each layer, so that all budgets of a configuration are met.
 
     Args:
         targets: the weights to compress.
@@ -295,9 +298,9 @@ def choose_candidates(
         config: the configuration.
         objective: objective for which the candidates were made.
         forecast: corrects predicted losses by measured losses.
-        rest: number of elements, and bytes, of the parameters that are not targeted, for budgets of the whole
-            model.
-        names: name of each target or group for errors; by default, the names of the targets.
+        rest: number of elements and number of bytes of all parameters that are not targeted; they count in
+            budgets of the whole model.
+        names: name of each target or group, for error messages; by default, the names of the targets.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest budget.
@@ -358,20 +361,20 @@ class Cap(NamedTuple):
     allowed: float
 
     def use(self, chosen: Sequence[int]) -> float:
-        """Compute the fraction of the limit that a choice uses."""
+        """Compute the fraction of the limit that a choice of candidates uses."""
         return total_size(self.curves, chosen) / self.allowed
 
 
 def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[int], str]:
     """Choose one candidate for each layer, so that all limits are met and the total cost is small.
 
-    Usually the best choice for the tightest limit meets the others too. If none does, as may happen with
-    limits in different units, the size of each candidate is the largest of its shares of the limits: where
-    these sizes sum to at most 1, all limits are met.
+    Usually the best choice for one of the limits meets the others too. If no such choice does, as may happen
+    with limits in different units, the size of each candidate is replaced by its share of a limit: the
+    largest of these shares over all limits. If the replaced sizes sum to at most 1, all limits are met.
 
     Args:
         caps: the limits.
-        names: names of the layers, for errors.
+        names: names of the layers, for error messages.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest limit.
@@ -384,7 +387,8 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
         try:
             alone.append(spend_size(cap.curves, cap.allowed))
         except BudgetError as error:
-            # List layers with one candidate first, then the others; each group by decreasing minimum size.
+            # The message names the layers with one candidate first. Within these and within the others,
+            # layers with a larger minimum size are named first.
             least = [(len(curve.sizes) == 1, float(curve.sizes.min())) for curve in cap.curves]
             fixed = [size for only, size in least if only]
             text = (
@@ -417,12 +421,12 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
 def allowed_bytes(
     config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
 ) -> dict[str, float]:
-    """Compute the bytes that each size budget leaves for the targeted layers, by name of the budget.
+    """Map the name of each budget of bytes to the number of bytes that it leaves for the targeted layers.
 
     Args:
         config: the configuration.
         targets: the weights to compress.
-        rest: number of elements, and bytes, of the parameters that are not targeted.
+        rest: number of elements and number of bytes of all parameters that are not targeted.
 
     Raises:
         BudgetError: the parameters that are not targeted already exceed a budget.
@@ -452,7 +456,7 @@ def one_format(
     config: CompressionConfig,
     rest: tuple[int, int],
 ) -> tuple[list[int], str]:
-    """Without calibration data, choose one number format for all layers: the largest within the budgets.
+    """Choose the largest number format with which all layers meet the budgets; used without calibration data.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest budget.
@@ -462,7 +466,7 @@ def one_format(
     """
     caps = allowed_bytes(config, targets, rest)
     names = _common_formats(candidates)
-    if config.formats == DEFAULT_FORMATS:  # without data, use fewer than 8 bits only on request
+    if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits are used only on request
         names = [_BLIND]
     sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
     for name in sorted(names, key=lambda x: -sizes[x]):
@@ -479,17 +483,17 @@ def one_format(
 
 
 def _common_formats(candidates: Sequence[Sequence[Candidate]]) -> list[str]:
-    """List the number formats in which every layer has its dense matrix as a candidate."""
+    """List the number formats in which the dense matrix of every layer can be stored."""
     return [x for x in uniform(candidates[0]) if all(x in uniform(found) for found in candidates)]
 
 
 def uniform(candidates: Sequence[Candidate]) -> dict[str, int]:
-    """Map each number format to the index of the candidate that is the dense matrix in this format."""
+    """Map each number format to the index of the candidate that stores the dense matrix in this format."""
     return {x.number_format: k for k, x in enumerate(candidates) if x.number_format}
 
 
 def _with_rel_error(config: CompressionConfig) -> str:
-    """Return a sentence for errors that names `rel_error` if it limits the candidates."""
+    """Return a sentence about `rel_error` for error messages; the text is empty if `rel_error` is not set."""
     limit = f" These candidates keep rel_error={config.rel_error}; a larger error needs less."
     return "" if config.rel_error is None else limit
 
@@ -510,7 +514,7 @@ def _choose_alone(
                 ) from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Return index and size of the dense matrix, or of the smallest candidate if none is dense."""
+            """Return index and size of the dense candidate; without one, those of the smallest candidate."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

@@ -42,7 +42,8 @@ from tensornet.quantization.scales import scale_fault, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: By layer name and scheme: a new module for each module that uses the weight, and the relative error.
+#: Map from the name of a layer and its scheme to the new modules, one for each module that uses the weight,
+#: and the relative error of the weight.
 MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Largest number of layers named in a warning.
 _NAMED = 5
@@ -59,7 +60,7 @@ def apply_plan(
     made: MadeLayers | None = None,
     batch: Batch | None = None,
 ) -> dict[str, float]:
-    """Decompose the planned layers and replace them in place; if a decomposition fails, none is replaced.
+    """Decompose the planned layers and replace them in place; if a decomposition fails, no layer is replaced.
 
     Args:
         model: the model for which the plan was made.
@@ -74,9 +75,9 @@ def apply_plan(
         Certified relative Frobenius error of each replaced layer, by name.
 
     Raises:
-        TargetError: the model has no layer of a planned name, shape or dtype, the plan or the statistics
-            were made for other weights, the statistics are missing, or code outside of a layer reads its
-            weight when the model is run.
+        TargetError: the model has no layer of a planned name, shape or dtype; the plan or the statistics
+            were made for other weights; the statistics are missing; or code outside of a layer reads the
+            layer's weight when the model is run.
         TopologyError: the family of a planned topology makes cores of other shapes than planned.
 
     Example:
@@ -147,15 +148,15 @@ def run_once(model: nn.Module, batch: Batch) -> None:
 
 
 def _refuse_readers(model: nn.Module, batch: Batch, dense: Mapping[str, nn.Module]) -> None:
-    """Run a compressed model, and find all layers whose weight is read by code outside of the layer.
+    """Run a compressed model, and raise an error if code outside of a replaced layer reads its weight.
 
     Args:
-        model: the compressed model. If there are such layers, they are dense afterwards.
+        model: the compressed model. Layers whose weight is read from outside are dense afterwards.
         batch: keyword arguments of the model.
         dense: the replaced modules, by name.
 
     Raises:
-        TargetError: there are such layers; the message shows patterns that exclude them.
+        TargetError: a weight is read from outside; the message shows patterns that exclude all such layers.
     """
     patterns: list[str] = []
     while True:
@@ -182,14 +183,14 @@ def _refuse_readers(model: nn.Module, batch: Batch, dense: Mapping[str, nn.Modul
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace the modules at dotted names; if the `with` block raises an error, restore all of them."""
+    """Replace the modules at dotted names; if the `with` block raises an error, all old modules return."""
     before = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
             set_submodule(model, name, module)
             carry_hooks(before[name], module)
         yield
-    except BaseException:  # KeyboardInterrupt as well
+    except BaseException:  # also after a KeyboardInterrupt
         for name, module in before.items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module)
@@ -197,7 +198,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set a module at a dotted name, in the training mode of its parent module."""
+    """Set a module at a dotted name, and give it the training mode of its new parent module."""
     parent_name, _, child = name.rpartition(".")
     parent = model.get_submodule(parent_name)
     module.train(parent.training)
@@ -207,7 +208,7 @@ def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """Replace every tensor-network layer by a stock layer; tied layers stay tied.
+    """Replace every tensor-network layer by a stock layer, such as `nn.Linear`; tied layers stay tied.
 
     Args:
         model: the compressed model.
@@ -236,7 +237,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
             f"{shortened(odd)} has its own forward, which a stock layer would lose: delete it "
             "first (`del layer.forward`), and set it again afterwards."
         )
-    dense: dict[tuple[int, ...], nn.Module] = {}  # by the ids of all stored tensors, which tied layers share
+    dense: dict[tuple[int, ...], nn.Module] = {}  # by the ids of the stored tensors: tied layers share them
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
@@ -244,7 +245,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
         made = module.to_embedding if isinstance(module, MPOEmbedding) else module.to_linear
         stock = made(matrix)
         stored = list(module.stored.values())
-        cores = [x for x in stored if isinstance(x, nn.Parameter)]  # empty if all are integers
+        cores = [x for x in stored if isinstance(x, nn.Parameter)]  # empty if all cores are integers
         stock.weight.requires_grad_(not cores or any(x.requires_grad for x in cores))
         copy = dense.setdefault(tuple(map(id, stored)), stock)
         if copy is not stock:
@@ -300,7 +301,7 @@ def _warn_of_scales(
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
-    """Warn of layers with scales that are too small or too large for their dtype."""
+    """Warn of layers in which scales of integers are too small or too large for the dtype of the scales."""
     found: dict[tuple[str, str], list[str]] = {}
     for layer in work:
         target = targets[layer.name]
@@ -383,7 +384,8 @@ def _compressed(
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
         made[id(module)] = new
     assert first is not None
-    # The bound is for the cores as they were computed, so it is replaced where storing them rounds them.
+    # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
+    # is measured instead.
     exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
     gap = result.error if exact else relative_gap(matrix, first.to_matrix())
     return [made[id(module)] for module in target.modules], gap

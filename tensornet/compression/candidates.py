@@ -41,14 +41,17 @@ from tensornet.topology import Topology
 PREDICTED_BITS = 4
 #: Number of rows that are sampled to estimate the rounding residuals of all rows.
 PREDICTED_ROWS = 64
-#: To estimate losses of 2 and 3 bits, a part of a matrix is rounded: its rows, columns and sweeps of descent.
-#: It gets fewer sweeps than the matrix, since each lowers the loss of a small part by 2 to 3 % more.
+#: To estimate losses of 2 and 3 bits, only a part of a matrix is rounded. These are the numbers of its rows
+#: and columns, and of the sweeps of coordinate descent. A whole matrix gets more sweeps, because each sweep
+#: lowers the loss of a small part by 2 to 3 % more than that of the whole matrix.
 SAMPLED_ROWS, SAMPLED_COLUMNS, _SWEEPS = 128, 512, 1
 #: Largest number of layers whose parts are rounded together, and largest size of their moments in bytes.
 _LAYERS, _MOMENT_BYTES = 28, 1 << 28
 
-#: Stored values and bytes of the networks of a ladder, which are the same for all layers of one shape. The
-#: key is the first and the last topology, the number of topologies, and how cores are stored.
+#: Cache for the sizes of networks. A ladder is a list of topologies of one family with increasing bonds. Each
+#: entry has the number of stored values and the number of bytes of every network of one ladder. Layers of
+#: equal shape share entries. The key is the first and the last topology, the number of topologies, the
+#: storage of the cores, and the dtype of the model.
 Counts = dict[tuple[Topology, Topology, int, Storage, torch.dtype], list[tuple[int, int]]]
 
 
@@ -58,7 +61,7 @@ def find_candidates(
     objective: str,
     stats: CalibrationStats | None,
 ) -> Iterator[list[Candidate]]:
-    """Yield, layer by layer, the list of candidates that meet the limits on single layers.
+    """Yield the candidates of each layer as a list; all of them meet the limits on single layers.
 
     Args:
         targets: the weights to compress.
@@ -68,7 +71,7 @@ def find_candidates(
 
     Raises:
         BudgetError: a layer has no candidate left.
-        FormatError: a layer is complex, and no format stores complex numbers.
+        FormatError: a layer is complex, and none of the configured formats stores complex numbers.
     """
     if config.formats and NumberFormat() not in config.number_formats:
         for target in targets:
@@ -90,8 +93,8 @@ def find_candidates(
             }
             found = losses_of_parts([(some[k].matrix, x) for k, x in sensitive.items()], few)
             corrections = dict(zip(sensitive, found, strict=True))
-        # All number formats need the same decompositions of a layer, so they are cached; but they are large,
-        # so each cache is only for layers with the same input, which share the factorized moment.
+        # All number formats need the same decompositions of a layer, so decompositions are cached. Since they
+        # are large, a cache is cleared after the layers with the same input, which share a factorized moment.
         inputs = [0 if x is None else id(x.weighting.columns) for x in known]
         for _, places in groupby(range(len(some)), inputs.__getitem__):
             with remembering():
@@ -105,7 +108,10 @@ def find_candidates(
 
 
 def _chunks(targets: Sequence[Target]) -> Iterator[list[Target]]:
-    """Split layers into lists whose moments fit a limit; a layer above the limit is a list by itself."""
+    """Split layers into lists of at most `_LAYERS` layers, with at most `_MOMENT_BYTES` of moments each.
+
+    A layer whose moments are larger is a list by itself.
+    """
     some: list[Target] = []
     size = 0
     for target in targets:
@@ -145,18 +151,18 @@ def _of_layer(
     else:
         formats = layer_formats([matrix], [sensitivity], config)
         if formats != config.number_formats:
-            corrections = None  # corrections are for other formats
+            corrections = None  # the corrections were measured with other formats
         found = dense_candidates(
             matrix, sensitivity, formats, corrections, config.number_formats, config.menu
         )
         limited = config.rel_error is not None or config.param_ratio is not None
-        rivals = [] if limited else found  # with other limits, larger networks may be better
+        rivals = [] if limited else found  # with these limits, larger networks may be better
         for family in families if objective != "weight" else []:
             for number_format, others in family.encodings(formats):
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
                 more = network_candidates(matrix, sensitivity, storage, family, config, counts, known)
-                found = [*found, *(x for x in more if x.topology is not None)]  # `found` has the dense ones
+                found = [*found, *(x for x in more if x.topology is not None)]  # `found` has dense ones
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.weighting, config.rel_error)
     if not found:
@@ -170,7 +176,7 @@ def _of_layer(
 def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:
     """Make the only candidate of a layer with zero gradients: the dense matrix, with no loss increase.
 
-    If number formats are planned, it is stored in the largest integer format.
+    If integer formats are planned, the matrix is stored in the largest of them.
     """
     integers = [x for x in config.number_formats if x.is_integer and not matrix.is_complex()]
     if not integers:
@@ -181,10 +187,10 @@ def _insensitive(matrix: Tensor, config: CompressionConfig) -> list[Candidate]:
 
 
 def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Drop the candidates that no budget of bytes or parameters would choose.
+    """Drop the candidates that are not the best choice for any budget of bytes or parameters.
 
     A candidate is kept if it lies on the lower convex hull of the cost over bytes or parameters. The dense
-    matrix in each number format is always kept, for plans with one format for all layers.
+    matrix in each number format is always kept, since a plan may use one format for all layers.
     """
     costs = [x.cost for x in candidates]
     sizes = [[float(x.num_bytes) for x in candidates], [float(x.params) for x in candidates]]
@@ -193,7 +199,7 @@ def pruned(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def hull_of(candidates: Sequence[Candidate]) -> tuple[tuple[int, float], ...]:
-    """Compute the lower convex hull of `(bytes, predicted loss)`."""
+    """Return those points `(bytes, predicted loss)` of the candidates that are on their lower convex hull."""
     sizes = [x.num_bytes for x in candidates]
     losses = [x.predicted_loss for x in candidates]
     return tuple((sizes[k], losses[k]) for k in lower_hull(sizes, losses))
@@ -211,7 +217,7 @@ def network_candidates(
     counts: Counts | None = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
-    """List the networks of one family that may replace a matrix, for one storage, by increasing bond.
+    """List the networks of one family that may replace a matrix, stored in one way, by increasing bond.
 
     The dense matrix is the last candidate, unless `max_bond` excludes some networks.
 
@@ -221,9 +227,9 @@ def network_candidates(
         storage: how the cores are stored.
         family: a registered topology family.
         config: limits and options of the family; networks with an error above `rel_error` are dropped.
-        counts: sizes of ladders that were counted before; new ones are added.
+        counts: cache of sizes, see `Counts`; new sizes are added.
         rivals: other candidates of the layer. Networks above the lower convex hull of the rivals' costs over
-            bytes are dropped, some before their cores are rounded, since rounding only adds loss.
+            bytes are dropped. Since rounding only adds loss, some are dropped before their cores are rounded.
 
     Raises:
         TopologyError: an option is unknown, or does not fit the matrix.
@@ -244,8 +250,9 @@ def network_candidates(
     weightings = sensitivity.weighting, sensitivity.forecast
     encoding = None
     if storage.quantized:
-        # Predictions assume factors of equal magnitude, but in a pivoted network one factor has the magnitude
-        # of the matrix. If the scales of this factor were out of range, its loss is measured, not predicted.
+        # Predictions assume factors of equal magnitude. But if redundant elements are left out (`pivoted`),
+        # one factor has the magnitude of the matrix. If the scales of this factor would be out of range, the
+        # loss of the network is measured instead of predicted.
         predicted = number_format.is_integer and not scale_fault(matrix, number_format, sensitivity.weighting)
         encoding = RoundTrip(
             lambda network: round_trip(
@@ -282,7 +289,7 @@ def network_candidates(
 def _counted(
     topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype, counts: Counts
 ) -> list[tuple[int, int]]:
-    """Return `(stored values, bytes)` of topologies, which are sorted by bond, and add them to `counts`."""
+    """Return `(stored values, bytes)` of each topology of a ladder, with `counts` as cache."""
     key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
     if key not in counts:
         counts[key] = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
@@ -290,7 +297,7 @@ def _counted(
 
 
 def _below_hull(rivals: Sequence[Candidate], sizes: Sequence[int], costs: Sequence[float]) -> list[int]:
-    """Return the indices of the points below the lower hull of the rivals, or smaller than all rivals.
+    """Return indices of the points that are below the lower hull of the rivals or smaller than all rivals.
 
     Args:
         rivals: candidates that define the hull.
@@ -355,7 +362,7 @@ def round_trip(
         rounding: how integers are rounded, see `CompressionConfig`.
     """
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
-    # Integers are decoded to the dtype of the network's cores, not to that of the model.
+    # Cores with number formats are decoded to the dtype of the given cores, not to the dtype of the model.
     seen = network.cores[0].dtype if storage.own_dtypes else None
     return TensorNetwork(network.topology, decode(kept.values(), seen))
 
@@ -396,7 +403,7 @@ def dense_candidates(
     names: Sequence[NumberFormat] | None = None,
     target: str | None = None,
 ) -> list[Candidate]:
-    """Make one candidate, the dense matrix, for each number format, in the order of `formats`.
+    """Make a candidate that stores the dense matrix in each number format, in the order of `formats`.
 
     Args:
         matrix: the weight, shape `(out, in)`.
@@ -492,7 +499,7 @@ def layer_formats(
 
 
 def format_fits(number_format: NumberFormat, matrix: Tensor, config: CompressionConfig) -> bool:
-    """Return True if a matrix can be stored in a number format, in a file of the export target if any."""
+    """Return True if a matrix can be stored in a number format, and in files of the export target, if any."""
     if number_format == NumberFormat():
         return True
     fits = number_format.fits if config.menu is None else number_format.divides
@@ -500,7 +507,7 @@ def format_fits(number_format: NumberFormat, matrix: Tensor, config: Compression
 
 
 def few_bits(formats: Sequence[NumberFormat]) -> list[NumberFormat]:
-    """List the integer formats of less than 4 bits, whose predictions are corrected by measured losses."""
+    """List the integer formats with fewer than 4 bits; their predictions are corrected by measured losses."""
     return [x for x in formats if x.is_integer and (x.bits or 0) < PREDICTED_BITS]
 
 
@@ -538,10 +545,10 @@ def part_of(
 def losses_of_parts(
     layers: Sequence[tuple[Tensor, Sensitivity]], formats: Sequence[NumberFormat]
 ) -> list[Corrections]:
-    """Round a part of each matrix to formats of 2 and 3 bits, and predict the losses of the same part.
+    """Measure the losses of a part of each matrix when it is rounded to 2 and 3 bits, and predict them too.
 
-    Parts of equal shape are rounded as one stack, since many small calls have more overhead than arithmetic.
-    Formats that do not fit a matrix are left out.
+    Parts of equal shape are stacked and rounded together, since the overhead of many small calls would be
+    larger than the arithmetic. Formats that do not fit a matrix are skipped.
 
     Args:
         layers: pairs of a weight and the sensitivity of the loss to its errors.
@@ -588,7 +595,7 @@ def losses_of_parts(
 
 
 def _losses(matrix: Tensor, kept: Tensor, sensitivity: Sensitivity) -> FormatLosses:
-    """Compute the losses and the relative error if the matrix `kept` replaces `matrix`."""
+    """Compute the losses and the relative error that result if the matrix `kept` replaces `matrix`."""
     error = matrix - kept
     if not bool(error.any()):
         return FormatLosses(0.0, 0.0, 0.0)

@@ -42,18 +42,19 @@ def compress(
 
     If there are batches, predicted losses of number formats are checked by measuring (see `verify` of
     `CompressionConfig`), and the loss is measured before and after compression, on at most 2,048 tokens. A
-    `CalibrationWarning` is given if the loss increase is far above its prediction, or above the allowed one.
+    `CalibrationWarning` is given if the measured loss increase is far above the predicted one, or above the
+    allowed one.
 
     After the replacement the model is run on one row of a batch. If other code of the model reads the weight
-    of a replaced layer, all layers become dense again, and an error names those to exclude.
+    of a replaced layer, all layers become dense again, and an error names the layers to exclude.
 
     Args:
         model: any module.
-        config: the options; or a plan, which may have been edited or loaded and is applied unchanged.
-        calibration: batches, see `calibrate`; or `ProvidedData`, which has batches with a name for reports
-            and possibly a loss or saved statistics; or only statistics. If absent, an installed plugin may
-            provide text; without any data, plans minimize the error of the weights. A `CalibrationWarning`
-            reports both cases.
+        config: the options; or a plan, possibly edited or loaded from a file, that is applied unchanged.
+        calibration: batches, see `calibrate`; or `ProvidedData`, which has batches, a name for reports, and
+            possibly a loss function or saved statistics; or only statistics. If absent, an installed plugin
+            may provide text; without any data, plans minimize the error of the weights. A
+            `CalibrationWarning` reports both cases.
         validation: batches like those of `calibration`, preferably from another source, or `ProvidedData`.
             Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
             predicted losses; a budget of `loss_increase` then uses the corrected predictions. This needs
@@ -61,7 +62,7 @@ def compress(
         progress: whether to show progress bars.
 
     Returns:
-        A report of every layer, with certified error, predicted loss, and the error of a plain SVD.
+        A report with the certified error, the predicted loss, and the error of a plain SVD for every layer.
 
     Raises:
         TargetError, BudgetError, NonFiniteError, TopologyError: raised before any layer is replaced, or after
@@ -118,8 +119,8 @@ def compress(
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
 
-    # Round what does not belong to layers, such as the cores of experts. No plan predicts the loss of this,
-    # so it is measured.
+    # Round parameters that do not belong to layers, such as the cores of experts. Plans do not predict the
+    # loss increase of this rounding, so it is measured.
     rounded = {} if isinstance(config, CompressionPlan) else round_others(model, config)
     if rounded and before is not None:
         measured = measure(model, before)
@@ -163,8 +164,8 @@ def gather(
     error of the weights.
 
     Returns:
-        Batches and loss function for measurements, and `statistics`, which are None if they are not needed or
-        there is no data.
+        A few batches and the loss function, for measurements, and `statistics`. The statistics are None if
+        they are not needed or if there is no data.
     """
     if isinstance(calibration, CalibrationStats):
         return ProvidedData([], calibration.source, statistics=calibration)
@@ -201,7 +202,7 @@ def gather(
             progress=progress,
         )
     else:
-        for _ in sample:  # stores a few batches, since some loaders can be iterated over only once
+        for _ in sample:  # `sample` stores a few batches, since some loaders can be iterated over only once
             pass
     return _measurable(replace(data, batches=sample.kept, statistics=stats))
 
@@ -252,7 +253,7 @@ def prepare_checked(
 
 
 def observing(plan: CompressionPlan) -> CompressionConfig:
-    """Make a configuration for calibrating the layers of a plan; the configuration's budget is not used."""
+    """Make a configuration that selects the layers of a plan for calibration; `max_bond` has no effect."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]
 
@@ -268,9 +269,9 @@ def _measurable(data: ProvidedData) -> ProvidedData:
 
 
 def _row_to_run(model: nn.Module, batches: Iterable[BatchLike]) -> Batch | None:
-    """Return one row of a batch on which the dense model runs; None if there is none.
+    """Return one row of the batches on which to run the model; None if the dense model does not run on it.
 
-    A model need not run on a batch that is meant for a loss function.
+    This may happen if the batches are made for a loss function and not for the model itself.
     """
     try:
         if rows := some_rows(list(batches), model, 1):
