@@ -1,8 +1,8 @@
 """The console script `tensornet`.
 
 The script is installed even without the extra `cli`. The command line itself is part of the plugin
-`tensornet_hf`, which is imported only after its dependencies were found. Otherwise a missing package would
-end in a traceback instead of installation advice.
+`tensornet_hf`. The plugin is imported only after its dependencies have been found; otherwise a missing
+package would end in a traceback instead of installation advice.
 """
 
 from __future__ import annotations

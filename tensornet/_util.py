@@ -121,7 +121,7 @@ _DEVICES = ("cpu", "cuda")
 
 
 def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Disable autocast inside a function, because 16-bit products would violate its error bounds."""
+    """Decorate a function to run without autocast, whose 16-bit products would violate its error bounds."""
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -135,7 +135,7 @@ def outside_autocast(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
-    """Make the CPU the default device inside a function, whatever `torch.set_default_device` has set.
+    """Decorate a function to run with the CPU as default device, whatever `torch.set_default_device` has set.
 
     Sensitivities and ranks are computed on the CPU, even if the weights are on another device. Do not
     decorate a function that runs a model: the model may rely on the default device.
@@ -143,7 +143,7 @@ def on_cpu_unless_said(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":  # the context below would slow down every operation
+        if torch.get_default_device().type == "cpu":  # the `with` below would slow down every operation
             return function(*args, **kwargs)
         with torch.device("cpu"):
             return function(*args, **kwargs)
@@ -182,10 +182,10 @@ def uncompiled() -> Iterator[None]:
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key/value cache of a model inside the block.
 
-    Passes over whole texts do not need a cache. If one block of a transformer runs several times on the same
-    batch, the cache would append the tokens of every run.
+    Passes over whole texts do not need a cache. When one block of a transformer runs several times on the
+    same batch, a cache would append the tokens of every run.
     """
-    # Submodules may have configurations of their own.
+    # Submodules may have their own configurations.
     found = (getattr(module, "config", None) for module in model.modules())
     configs: list[Any] = [*{id(x): x for x in found if getattr(x, "use_cache", None) is not None}.values()]
     flags = [config.use_cache for config in configs]
@@ -210,9 +210,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def transforms_active() -> bool:
-    """Return True inside a `torch.func` transform, whose tensors must not be cached for later calls.
+    """Return True inside a `torch.func` transform.
 
-    PyTorch has no public function for this.
+    Tensors made inside a transform must not be cached for later calls. PyTorch has no public function for
+    this check.
     """
     return bool(torch._C._are_functorch_transforms_active())
 
@@ -260,7 +261,10 @@ def require(modules: Sequence[str], *, extra: str, user: str) -> None:
 
 
 def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
-    """Import a module (a dotted name) of an optional package; other arguments and errors as for `require`."""
+    """Import a module of an optional package.
+
+    `module` is a dotted name; the other arguments and the errors are those of `require`.
+    """
     require((module.partition(".")[0],), extra=extra, user=user)
     return import_module(module)
 
@@ -284,14 +288,14 @@ def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[obje
 
 # --- results computed once -----------------------------------------------------------------------
 
-#: Cache of the innermost `remembering` block, None outside of a block. Keys contain the `id` of tensors.
-#: The arguments are stored too, because the `id` of a deleted tensor could be used again.
+#: Cache of the innermost `remembering` block; None outside any block. Keys contain the `id` of tensors. The
+#: arguments are stored too, because Python may reuse the `id` of a deleted tensor.
 _known: ContextVar[dict[Hashable, tuple[Any, Any]] | None] = ContextVar("known", default=None)
 
 
 @contextmanager
 def remembering() -> Iterator[None]:
-    """Cache the results of `remembered` functions inside the block.
+    """Cache the results of functions decorated with `remembered` inside the block.
 
     The compression candidates of one layer share decompositions. Since decompositions can be larger than
     the layer, the cache is emptied when the block ends.
@@ -304,7 +308,7 @@ def remembering() -> Iterator[None]:
 
 
 def remembered(function: Callable[P, R]) -> Callable[P, R]:
-    """Cache the results of a function inside a `remembering` block.
+    """Decorate a function so that its results are cached inside a `remembering` block.
 
     A tensor argument matches only the same, unmodified tensor object; other arguments are compared by value.
     All callers get the same result object and must not change it.

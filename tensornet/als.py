@@ -1,12 +1,12 @@
 """Alternating least squares: fit the cores of any network to a matrix under a two-sided weighting.
 
 The weighted error is quadratic in each core. It is minimized over one core after another by conjugate
-gradients, which need only the contraction and its adjoint, so that a core may have any size. Few steps are
-enough, because they are preconditioned by the Gram matrix of the core's environment (the network without that
-core). Without a weighting, one step solves for the core exactly, in any gauge and any topology.
+gradients. They need only the contraction and its adjoint, so cores can have any size. Few steps are enough,
+because they are preconditioned by the Gram matrix of the core's environment (the network without that core).
+Without a weighting, one step solves for the core exactly, in any gauge and any topology.
 
-With a weighting, `fit_weighted` starts from a decomposition in coordinates in which the moment of every leg
-is the identity.
+With a weighting, `fit_weighted` starts from a decomposition in transformed coordinates: in these, the moment
+of every leg (row digit or column digit) is the identity.
 
 Reference:
     Holtz, Rohwedder, Schneider 2012, "The alternating linear scheme for tensor optimization in the tensor
@@ -32,8 +32,9 @@ from tensornet.topology import Topology
 
 #: Fitting stops after a sweep that lowers the error by less than this fraction.
 TOLERANCE = 1e-3
-#: Largest combined size of a core's bonds for which the whole Gram matrix is inverted. For larger cores the
-#: Gram matrix of each bond is inverted; without loops, the whole matrix is the Kronecker product of these.
+#: Largest product of a core's bond sizes for which the whole Gram matrix is inverted. For larger cores, the
+#: Gram matrix of each bond is inverted. In a network without loops, the whole matrix is the Kronecker product
+#: of these.
 _WHOLE = 256
 #: Number of random starts, and number of sweeps after which only the best start is continued.
 _STARTS, _TRIAL_SWEEPS = 3, 5
@@ -82,12 +83,12 @@ def fit_network(
 
     Args:
         matrix: the matrix to approximate, shape `(out, in)`.
-        network: initial network of any topology, real or complex. All arithmetic uses its dtype.
+        network: initial network of any topology, real or complex. All arithmetic uses the dtype of its cores.
         weighting: sensitivity of the loss to errors; `Weighting()` gives the Frobenius norm.
         sweeps: largest number of sweeps over all cores.
         steps: number of conjugate gradient steps for each core in each sweep.
         tolerance: fitting stops after a sweep that lowers the error by less than this fraction.
-        only: positions of the cores to fit; all cores if absent.
+        only: positions of the cores to fit; None fits all cores.
 
     Raises:
         ShapeError: the shape of a moment does not fit the matrix.
@@ -114,11 +115,13 @@ def fit_network(
 def fit_from_random(
     matrix: Tensor, topology: Topology, *, max_sweeps: int = 200, tolerance: float = 1e-5, seed: int = 0
 ) -> Fit:
-    """Fit a network of any topology to a matrix: refine the best of several random starts until it converges.
+    """Fit a network of any topology to a matrix by alternating least squares from several random starts.
+
+    After a few sweeps, only the best start is continued, until it converges.
 
     Args:
-        matrix: the matrix, shape `(out, in)`, finite, elements of moderate size.
-        topology: topology of the network, for this shape.
+        matrix: the matrix, shape `(out, in)`. Its elements must be finite and of moderate size.
+        topology: topology of the network, for a matrix of this shape.
         max_sweeps: largest number of sweeps over all cores.
         tolerance: fitting stops after a sweep that lowers the error by less than this fraction.
         seed: seed of the random starts.
@@ -142,7 +145,7 @@ def fit_from_random(
 
 
 def _matrix(topology: Topology, cores: Sequence[Tensor]) -> Tensor:
-    """Contract the cores to the matrix `(out, in)`, without padding."""
+    """Contract the cores to the matrix `(out, in)` and remove padding."""
     dense = run(plan_matrix(topology), cores).reshape(topology.padded_shape)
     return dense[: topology.out_features, : topology.in_features]
 
@@ -215,10 +218,10 @@ def _improve(
 
 
 def preconditioner(topology: Topology, cores: Sequence[Tensor], index: int) -> Callable[[Tensor], Tensor]:
-    """Build a function that multiplies the core at `index` by the inverse Gram matrix of its environment.
+    """Build the function that applies the inverse Gram matrix of the environment of the core at `index`.
 
-    For large cores, one Gram matrix for each bond is inverted instead, as an approximation. The function is
-    linear and positive semi-definite.
+    The function maps a tensor with the shape of the core to one of the same shape; it is linear and positive
+    semi-definite. For large cores, one Gram matrix for each bond is inverted instead, as an approximation.
     """
     grams = plan_grams(topology, index)
     others = [core.to(working_dtype(core.dtype)) for k, core in enumerate(cores) if k != index]
@@ -250,9 +253,9 @@ class GramPlan:
     Args:
         plan: contraction whose operands are the conjugates of the other cores, then the other cores. Its
             result can be reshaped to `(batch, size, size)`.
-        batch: combined size of the legs that the core shares with other cores.
-        size: combined size of the bonds that the matrix acts on.
-        order: permutation of the core's axes: batch, bonds, all others.
+        batch: product of the sizes of the legs that the core shares with other cores.
+        size: product of the sizes of the bonds that the matrix acts on.
+        order: permutation of the core's axes: shared legs first, then these bonds, then all other axes.
         back: inverse of the permutation `order`.
     """
 
@@ -265,7 +268,7 @@ class GramPlan:
 
 @lru_cache(maxsize=4096)
 def plan_grams(topology: Topology, index: int) -> tuple[GramPlan, ...]:
-    """Plan the Gram matrix of a core's environment; if this matrix is too large, plan one for each bond."""
+    """Plan the Gram matrix of a core's environment or, if it is too large, one Gram matrix for each bond."""
     legs, sizes = {*topology.out_labels, *topology.in_labels}, topology.size_of
     own = topology.cores[index].labels
     others = [core.labels for k, core in enumerate(topology.cores) if k != index]
@@ -299,10 +302,10 @@ def fit_weighted(
 ) -> TensorNetwork:
     """Fit a network to a matrix under a weighting, starting from the better of two decompositions.
 
-    The first start is the result of `decompose` in leg-whitened coordinates, see `Legs`. It is refined by
+    The first start is the result of `decompose` in leg-whitened coordinates (see `Legs`). It is refined by
     alternating least squares in these coordinates, where a few steps do as much as hundreds of steps in the
-    coordinates of the matrix. If the plain decomposition has a smaller weighted error, it is refined and
-    returned instead.
+    coordinates of the matrix. If decomposing the matrix itself gives a smaller weighted error, that result is
+    refined and returned instead.
 
     Args:
         decompose: function that decomposes a matrix into a network of a given topology.
@@ -326,9 +329,9 @@ def fit_weighted(
 
 
 def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
-    """Cut each bond of a network to the size in `topology`, keeping its first indices.
+    """Truncate each bond of a network to its size in `topology` by keeping the first values of its index.
 
-    The indices of each bond must be sorted by importance, as after TT-SVD.
+    The values must be sorted by importance, as after TT-SVD.
     """
     sizes = topology.core_shapes.values()
     cut = [core[tuple(slice(n) for n in shape)] for core, shape in zip(network.cores, sizes, strict=True)]
@@ -339,11 +342,11 @@ def leading(network: TensorNetwork, topology: Topology) -> TensorNetwork:
 class Legs:
     """Leg-whitened coordinates, in which the moment of every leg is the identity.
 
-    The moments of the matrix are approximated by Kronecker products of moments of the legs.
+    For this purpose, each moment of the matrix is approximated by a Kronecker product of moments of the legs.
 
     Args:
-        roots: for each leg label, `L` and its inverse, where `L L^T` is the moment of the leg; both are
-            vectors if the moment is diagonal. Legs without a moment are absent.
+        roots: for each leg label, a matrix `L` with `L L^T` equal to the moment of the leg, and the inverse
+            of `L`. Both are vectors if the moment is diagonal. Legs without a moment are absent.
         sides: labels of the out-legs, and of the in-legs.
         dims: sizes of the out-legs, and of the in-legs.
     """
@@ -383,7 +386,10 @@ class Legs:
         return TensorNetwork(topology, kept)
 
     def whitened_matrix(self, matrix: Tensor) -> Tensor:
-        """Compute `Lr^T W Lc`; its shape is given by the products of the leg sizes."""
+        """Compute `Lr^T W Lc`, the padded matrix in leg-whitened coordinates.
+
+        `Lr` and `Lc` are the Kronecker products of the roots of the out-legs and of the in-legs.
+        """
         shape = tuple(math.prod(dims) for dims in self.dims)
         work = pad_matrix(matrix.double(), shape[0], shape[1]).reshape(*self.dims[0], *self.dims[1])
         for axis, label in enumerate((*self.sides[0], *self.sides[1])):
@@ -394,7 +400,7 @@ class Legs:
     def _moment(
         self, labels: Sequence[str], dims: Sequence[int], features: int, moment: Tensor | None
     ) -> Tensor | None:
-        """Transform a moment `M` to leg-whitened coordinates, `L^-1 M L^-T`, with zero weight at padding."""
+        """Transform a moment `M` to leg-whitened coordinates, `L^-1 M L^-T`; padding gets zero weight."""
         size, count = math.prod(dims), len(dims)
         if moment is None:
             return None if size == features else pad_vector(torch.ones(features, dtype=torch.float64), size)
@@ -422,7 +428,7 @@ class Legs:
 
 
 def legs_of(topology: Topology, weighting: Weighting) -> Legs:
-    """Compute leg-whitened coordinates. If there is no weighting or cores share a leg, no leg is whitened."""
+    """Compute leg-whitened coordinates; without a weighting, or if cores share a leg, no leg is whitened."""
     roots: dict[str, tuple[Tensor, Tensor]] = {}
     sides, sizes = (topology.out_labels, topology.in_labels), (topology.out_dims, topology.in_dims)
     labels_of = [core.labels for core in topology.cores]
@@ -448,8 +454,8 @@ def _on_axis(tensor: Tensor, axis: int, factor: Tensor) -> Tensor:
 def leg_moments(moment: Tensor, dims: Sequence[int]) -> list[Tensor]:
     """Approximate a moment `(n, n)` or `(n,)` by a Kronecker product of one moment for each leg.
 
-    The moment of a leg is the partial trace over the other legs, scaled to a mean diagonal of 1. The product
-    of `dims` may exceed `n`; padding has zero weight.
+    The moment of a leg is the partial trace over the other legs, scaled so that its diagonal has mean 1. The
+    product of `dims` may exceed `n`; padding has zero weight.
     """
     size = math.prod(dims)
     count = len(dims)

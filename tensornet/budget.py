@@ -1,4 +1,4 @@
-"""The limits of a decomposition: on bonds, error and number of parameters."""
+"""The limits of a decomposition: largest bonds, largest error and largest number of parameters."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,16 +11,16 @@ from tensornet.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits on bonds, error and parameters of one decomposition.
+    """Limits on the bonds, the error and the number of parameters of one decomposition.
 
-    Limits may be combined. The bonds are the smallest with an error of at most `rel_error`, or without
-    `rel_error` the largest that the other limits allow. If the other limits do not allow an error of
-    `rel_error`, the decomposition raises `BudgetError`.
+    Limits can be combined. With `rel_error`, a decomposition chooses the smallest bonds whose error is at
+    most `rel_error`; it raises `BudgetError` if the other limits do not allow such bonds. Without
+    `rel_error`, it chooses the largest bonds that the other limits allow.
 
     Args:
-        max_bond: largest bond dimension, at least 1, or a sequence with a limit for each bond. Chains count
-            their bonds from left to right, rings have the closing bond last, and Tucker networks have one
-            rank for each leg, out-legs first. A limit above the bond of an exact network has no effect.
+        max_bond: largest bond dimension, at least 1, or a sequence with a limit for each bond. The order of
+            bonds is from left to right in a chain; the closing bond of a ring is last. In a Tucker network,
+            each leg has one rank, out-legs first. A limit above the bond of an exact network has no effect.
         rel_error: largest relative Frobenius error `|W - W'| / |W|`, in `[0, 1)`.
         param_ratio: largest number of parameters as a fraction of `out_features * in_features`, above 0.
 
@@ -60,7 +60,7 @@ class Budget:
         return self.max_bond is None and self.rel_error is None and self.param_ratio is None
 
     def caps_of_bonds(self, count: int) -> tuple[int | None, ...]:
-        """Expand `max_bond` to one limit for each of `count` bonds, see the function `caps_of_bonds`."""
+        """Expand `max_bond` to one limit for each of `count` bonds; see the function `caps_of_bonds`."""
         return caps_of_bonds(self.max_bond, count)
 
 
@@ -109,7 +109,7 @@ def uniform_caps(
     params: Callable[[list[int]], int],
     what: str,
 ) -> tuple[list[int], str]:
-    """Find the largest bonds within `max_bond` and `param_ratio`, and name the limit that decides.
+    """Find the largest bonds within `max_bond` and `param_ratio`, and name the limit that bounds them.
 
     `param_ratio` is converted to a common limit for all bonds.
 
@@ -117,7 +117,7 @@ def uniform_caps(
         budget: the limits of the caller.
         shape: shape `(out_features, in_features)` of the matrix, without padding.
         exact: bonds of the exact network.
-        params: function that returns the number of parameters for given bonds; need not be monotone.
+        params: function that returns the number of parameters for given bonds; it need not be monotone.
         what: name of the network, for the error message.
 
     Returns:

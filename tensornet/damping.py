@@ -1,27 +1,28 @@
-"""Damping: which fraction of the mean diagonal is added to the diagonal of a second moment, and why.
+"""Damping constants: fractions of the mean diagonal that are added to the diagonal of a second moment.
 
-A layer has two moments: that of its rows, from the gradients of its outputs, and that of its columns, from
-its inputs. Where both are damped, the rows come first. `CompressionConfig.damping` is the damping of rows
-for choosing and fitting networks.
+The weight of a layer has two moments. The row moment is computed from the gradients of the layer's outputs,
+the column moment from its inputs. Pairs of dampings list the row moment first. When networks are chosen and
+fitted, `CompressionConfig.damping` is the damping of the row moment.
 """
 
-#: Damping of rows and of columns in rounding, for moments from data. Moments of rows need more, since
-#: gradients differ more between texts than inputs do. Moments that are estimated from a few random
-#: gradients (`rounded_cores.seen_moments`) are damped like rows on both sides.
+#: Damping of the row and the column moment when weights are rounded, for moments computed from data. The row
+#: moment needs more damping, since gradients vary more between texts than inputs do. If both moments are
+#: estimated from a few random gradients (`rounded_cores.seen_moments`), both get the damping of rows.
 ROW_DAMPING, COLUMN_DAMPING = 0.1, 0.01
-#: Additional damping of rows when a dense matrix is rounded; `CompressionConfig.damping` was applied
-#: before. Rounding moves errors into directions with small moments, in which another text may have larger
-#: gradients. Without this damping, two-sided rounding halves the predicted loss increase of a language
-#: model, but hardly lowers the measured loss increase (benchmarks/records/bytes.md).
+#: Damping of the row moment when a dense matrix is rounded, in addition to `CompressionConfig.damping`.
+#: Rounding moves errors into directions with small moments, in which another text may have larger gradients.
+#: Without this damping, two-sided rounding halves the predicted loss increase of a language model, but hardly
+#: lowers the measured loss increase (benchmarks/records/bytes.md).
 DENSE_ROW_DAMPING = 0.8
-#: Damping of rows for predictions of the loss. Decompositions are best with little damping, but predictions
-#: with little damping are too low: on another text, and with all layers compressed at once, errors in
-#: directions of small gradients increase the loss too. The trace of the moment is kept constant, since a
-#: larger trace would double the predicted loss of integers, whose errors lie in all directions.
+#: Damping of the row moment when a loss increase is predicted. Decompositions are best with little damping,
+#: but predictions with little damping are too low. On another text, and with all layers compressed at once,
+#: errors in directions of small gradients increase the loss too. The trace of the moment is kept constant: a
+#: larger trace would double the predicted loss increase of integer formats, whose errors lie in all
+#: directions.
 FORECAST_ROW_DAMPING = 1.0
-#: Damping of moments that may be singular, when networks are fitted: of columns, for inputs that are 0, and
-#: of the moments of legs.
+#: Damping of moments that may be singular when networks are fitted. These are the column moment, if an input
+#: is always 0, and the moments of single legs.
 FIT_DAMPING = 1e-4
-#: Smallest damping, of moments that are already damped, and of rows if `CompressionConfig.damping` is 0:
-#: errors in directions without data must not count as nothing.
+#: Smallest damping, used for moments that are already damped, and for the row moment if
+#: `CompressionConfig.damping` is 0. Without it, errors in directions without data would have no weight.
 LEAST_DAMPING = 1e-6

@@ -28,16 +28,15 @@ def decompose(
     param_ratio: float | None = None,
     **options: Any,
 ) -> Decomposition:
-    """Decompose a matrix into a network of any topology, without gradient.
+    """Decompose a matrix into a network of any topology (not differentiable).
 
-    Topologies of registered families have algorithms of their own. Any other topology is fitted by
-    alternating least squares from random starts with a fixed seed; the result is a local minimum, and its
-    error is measured.
+    Each registered family has its own algorithm. Any other topology is fitted by alternating least squares
+    from random starts with a fixed seed. The result is then a local minimum, and its error is measured.
 
     Args:
         matrix: the matrix, shape `(out_features, in_features)`, real or complex.
-        topology: a `Topology`, which fixes all dims and bonds, or a registered family or its name. A family
-            chooses dims and bonds within the limits below.
+        topology: a `Topology`, a registered family, or the name of a family. A `Topology` fixes all dims and
+            bonds; a family chooses them within the limits below.
         max_bond: limit for all bonds, or a sequence with a limit for each bond; for families only.
         rel_error: largest relative Frobenius error; for families only.
         param_ratio: largest number of parameters, as a fraction of the dense matrix; for families only.
@@ -84,7 +83,7 @@ def decompose(
     cores = balance_norms(found.network.cores)
     kept = TensorNetwork(topology, [core.to(dtype) for core in cores])
     total, residual = frobenius(work), frobenius(work - kept.to(work.dtype).to_matrix())
-    factor = scale ** (1 / len(cores))  # distributes the scale evenly over the cores
+    factor = scale ** (1 / len(cores))  # distribute the scale evenly over the cores
     return Decomposition(
         TensorNetwork(topology, [scaled_back(core, factor, dtype) for core in cores]),
         residual / total if total > 0 else 0.0,

@@ -18,15 +18,15 @@ from tensornet.errors import ShapeError
 def to_quimb(cores: Sequence[Tensor]) -> Any:
     """Convert cores to a quimb `MatrixProductOperator` with out-legs `k0, k1, ...` and in-legs `b0, b1, ...`.
 
-    The arrays are copies in NumPy; bfloat16 is converted to float32. If out- and in-legs differ in size,
-    quimb's `to_dense` needs the lists of their names.
+    The arrays are NumPy copies of the cores; bfloat16 is converted to float32. If out- and in-legs differ in
+    size, pass the names of the out-legs and of the in-legs to quimb's `to_dense`.
     """
     quimb = import_optional("quimb.tensor", extra="interop", user="to_quimb")
     if cores[0].dtype == torch.bfloat16:
         cores = [core.float() for core in cores]
     arrays = [
         core.detach().cpu().resolve_conj().permute(0, 3, 1, 2).numpy().copy() for core in cores
-    ]  # quimb: (l, r, k, b)
+    ]  # quimb's axis order: left bond, right bond, out-leg, in-leg
     if len(arrays) == 1:
         arrays = [arrays[0][0, 0]]
     else:
@@ -65,7 +65,10 @@ def from_quimb(operator: Any) -> tuple[Tensor, ...]:
 
 
 def to_tensorly(cores: Sequence[Tensor]) -> Any:
-    """Convert cores to a TensorLy `TTMatrix`; to compute with it, TensorLy needs PyTorch as backend."""
+    """Convert cores to a TensorLy `TTMatrix` of PyTorch tensors.
+
+    Call `tensorly.set_backend("pytorch")` before you compute with the result.
+    """
     tensorly = import_optional("tensorly.tt_matrix", extra="interop", user="to_tensorly")
     return tensorly.TTMatrix(list(cores))
 

@@ -47,21 +47,22 @@ class Written:
 
 
 def check_place(what: str, path: Path) -> None:
-    """Raise DestinationError if `path` is a folder or has no parent folder; `what` begins the message."""
+    """Raise DestinationError if `path` is a folder or in no existing folder; `what` begins the message."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 
 
 def _temporary(target: Path, suffix: str) -> Path:
-    """Return an unused name next to a file or folder, `.NAME.PROCESS-RANDOM.SUFFIX`."""
+    """Return an unused path `.NAME.PROCESS-RANDOM.SUFFIX` in the folder that contains `target`."""
     return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.{suffix}")
 
 
 @contextmanager
 def new_file(path: Path, *, what: str | None = None, force: bool = True) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `path` if the block ends without an error.
+    """Yield a temporary path to write to, and rename that file to `path` if the block ends without an error.
 
-    After an error, an existing file `path` is unchanged. If `path` is a symbolic link, its target is written.
+    After an error, an existing file `path` is unchanged. If `path` is a symbolic link, the file that it
+    points to is replaced.
 
     Args:
         path: final path of the file.
@@ -69,8 +70,8 @@ def new_file(path: Path, *, what: str | None = None, force: bool = True) -> Iter
         force: replace an existing file.
 
     Raises:
-        DestinationError: the file cannot be written, or exists without `force`, and `what` is given.
-        OSError: the file cannot be written, or exists without `force`, and `what` is absent.
+        DestinationError: the file cannot be written, or it exists and `force` is False.
+        OSError: the same, if `what` is absent.
     """
     if what is not None:
         check_place(what, path)
@@ -97,7 +98,7 @@ def new_file(path: Path, *, what: str | None = None, force: bool = True) -> Iter
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
-    """Write chunks of bytes to a file atomically; arguments and errors as for `new_file`."""
+    """Write chunks of bytes to a file atomically; `what` and the errors are as for `new_file`."""
     total, checksum = 0, hashlib.sha256()
     with new_file(path, what=what) as made, made.open("wb") as file:
         for chunk in chunks:
@@ -108,7 +109,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | 
 
 
 def file_digest(path: Path) -> Written:
-    """Compute name, length and checksum of an existing file."""
+    """Return the name, the length and the SHA-256 checksum of an existing file."""
     checksum = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -129,10 +130,10 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to write to, and rename it to `target` if the block ends without an error.
 
     After an error, an existing folder `target` is unchanged. If `target` is a symbolic link, the folder that
-    it names is written. A warning lists temporary folders that killed processes left behind.
+    it points to is replaced. A warning lists temporary folders that killed processes left behind.
 
     Args:
-        target: final path of the folder; may exist if it is empty.
+        target: final path of the folder; an empty folder may already exist there.
         force: replace an existing folder.
 
     Raises:
@@ -165,10 +166,10 @@ def new_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
-    """Rename a finished folder to its destination, which may be an empty folder.
+    """Rename a finished folder to `target`, which may already exist as an empty folder.
 
-    With `force`, an existing folder is first renamed to `.NAME.*.old/NAME`, and deleted at the end. After an
-    error or Ctrl-C, it gets its name back; after a crash, `restore` gives it back.
+    With `force`, an existing folder is first renamed to `.NAME.*.old/NAME`, and is deleted at the end. After
+    an error or Ctrl-C, this function renames it back; after a crash, `restore` does so.
 
     Raises:
         DestinationError: the destination exists and `force` is not set.
@@ -192,7 +193,7 @@ def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
                 ) from error
             if not (taken or error.errno == errno.ENOENT) or not folder.exists():
                 raise
-            # Another run that may replace this folder was faster at one of the renames: try again.
+            # Another run replaced the target between two of these steps: try again.
         finally:  # the block may have been interrupted before or after each rename
             if earlier.exists() and not target.exists():
                 earlier.rename(target)
@@ -200,14 +201,17 @@ def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
 
 
 def moved_aside(target: Path) -> Path | None:
-    """Return where a killed run of `take_place` has left the folder of this name; None if it is in place."""
+    """Return the path to which a killed run of `take_place` moved the existing folder `target`.
+
+    The result is None if `target` exists, or if no such path is found.
+    """
     if target.exists():
         return None
     return next((x for x in target.parent.glob(f".{glob.escape(target.name)}.*.old/*") if x.is_dir()), None)
 
 
 def restore(target: Path) -> None:
-    """Give a folder its name back if a killed run of `take_place` has moved it aside, and warn about it."""
+    """Rename a folder back to `target` if a killed run of `take_place` moved it away, and issue a warning."""
     target = Path(os.path.realpath(target))
     if (earlier := moved_aside(target)) is not None:
         earlier.rename(target)
@@ -219,7 +223,7 @@ def restore(target: Path) -> None:
 
 
 def _remains(target: Path) -> list[Path]:
-    """List the temporary folders of a destination whose processes no longer run on this machine."""
+    """List temporary folders for `target` left behind by processes that no longer run on this machine."""
     found = []
     for path in target.parent.glob(f".{glob.escape(target.name)}.*-*.*"):
         process = path.name.removeprefix(f".{target.name}.").partition("-")[0]
@@ -229,7 +233,7 @@ def _remains(target: Path) -> list[Path]:
 
 
 def _is_running(process: int) -> bool:
-    """Return True if a process of this number may be running on this machine."""
+    """Return True if a process with this id may be running on this machine."""
     if os.name == "nt":
         return True  # signal 0 would end the process
     try:
@@ -327,7 +331,7 @@ def read_headers(files: Iterable[Path]) -> dict[str, Slice]:
     """Read the headers of several safetensors files, and return the location of every tensor by name.
 
     Raises:
-        FormatError: a header cannot be read, see `read_header`, or two files have tensors of the same name.
+        FormatError: a header cannot be read (see `read_header`), or two files have a tensor of the same name.
     """
     tensors: dict[str, Slice] = {}
     for file in files:
@@ -371,7 +375,10 @@ def write_tensors(
     *,
     what: str | None = None,
 ) -> None:
-    """Write contiguous tensors that do not share memory to a safetensors file; errors as for `new_file`."""
+    """Write a safetensors file of contiguous tensors, none of which share memory.
+
+    `what` and the errors are as for `new_file`.
+    """
     with new_file(Path(path), what=what) as made:
         try:
             save_file(dict(tensors), made, dict(metadata))
@@ -380,10 +387,10 @@ def write_tensors(
 
 
 def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str, str] = PYTORCH) -> Written:
-    """Copy tensors from other files to a new safetensors file, with one chunk of bytes in memory at a time.
+    """Copy tensors from other files to a new safetensors file, one chunk of bytes at a time.
 
-    The safetensors package would need all tensors loaded or mapped, and the process is killed if a mapped
-    file is truncated. The result is byte for byte the file that safetensors would write.
+    The safetensors package would need all tensors loaded or memory-mapped, and a process is killed if a file
+    that it has mapped is truncated. The result is byte for byte the file that safetensors would write.
 
     Args:
         path: file to write.

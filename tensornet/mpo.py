@@ -34,8 +34,8 @@ class MPO:
     """Matrix product operator: a matrix `(out_features, in_features)` stored as a chain of cores.
 
     `len(mpo)` is the number of sites and `mpo[k]` is core `k`. `mpo @ x` multiplies by a vector, a matrix or
-    another operator, `mpo ** n` is a power, and `np.asarray(mpo)` is the dense matrix. All methods are
-    differentiable unless their first line says otherwise.
+    another operator, `mpo ** n` is a power, and `np.asarray(mpo)` is the dense matrix. Methods that return an
+    MPO or a tensor are differentiable unless their first line says otherwise.
 
     Args:
         cores: tensors or NumPy arrays; core `k` has the shape `(d_{k-1}, o_k, i_k, d_k)`, with
@@ -67,7 +67,7 @@ class MPO:
     ) -> None:
         self.cores = _check_chain([_from_numpy(core) for core in cores])
         self.error = error
-        #: Logarithm of a bound on the absolute error; None if no bound is known that is tighter than `error`.
+        #: Logarithm of a bound on the absolute error; None if `error` gives the tightest known bound.
         self._log_distance: float | None = None
         self._features = (
             _features("out_features", out_features, self.out_dims),
@@ -88,7 +88,7 @@ class MPO:
         param_ratio: float | None = None,
         method: Method = "auto",
     ) -> "MPO":
-        """Decompose a matrix into an MPO by TT-SVD, without gradient.
+        """Decompose a matrix into an MPO by TT-SVD (not differentiable).
 
         If no limit is given, the relative error is at most `eps^(3/4)`: 1.8e-12 in double and 6.4e-6 in
         single precision. The bonds are then the numerical ranks; an exponential, for example, has bond 1.
@@ -104,7 +104,7 @@ class MPO:
             max_bond: limit for all bonds, or a sequence with a limit for each bond.
             rel_error: largest relative Frobenius error.
             param_ratio: largest number of parameters, as a fraction of `out * in`.
-            method: algorithm of each SVD, see `truncated_svd`.
+            method: algorithm of each SVD; see `truncated_svd`.
 
         Returns:
             An MPO whose `error` is the certificate. The chain is canonical: all cores but one are orthonormal
@@ -152,13 +152,13 @@ class MPO:
         param_ratio: float | None = None,
         method: Method = "auto",
     ) -> "list[MPO]":
-        """Decompose each matrix of a stack into an MPO, all with equal bonds, without gradient.
+        """Decompose each matrix of a stack into an MPO; all MPOs have the same bonds (not differentiable).
 
         Args:
             batch: the matrices, shape `(items, out, in)`.
             out_dims, in_dims, sites, max_bond, param_ratio, method: as in `from_matrix`.
-            rel_error: largest relative Frobenius error of each item. Each bond has the largest size that any
-                item needs.
+            rel_error: largest relative Frobenius error of each item. Each bond is as large as the most
+                demanding item requires.
 
         Returns:
             One MPO for each item, each with its own certificate.
@@ -205,13 +205,14 @@ class MPO:
             out_dims: sizes of the out-legs.
             in_dims: sizes of the in-legs, `out_dims` if absent. Different dims with the same product give
                 the same matrix with larger bonds.
-            features: number of rows and of columns without padding; the smaller product of the dims if
-                absent.
+            features: number of rows and of columns without padding; if absent, the smaller of the products of
+                `out_dims` and of `in_dims`.
             dtype: dtype of the cores, torch's default if absent.
             device: device of the cores, torch's default if absent.
 
         Raises:
-            ShapeError: `out_dims` and `in_dims` have different lengths, or `features` exceeds their product.
+            ShapeError: `out_dims` and `in_dims` have different lengths, or `features` exceeds the product of
+                either.
 
         Example:
             >>> tn.MPO.identity((2, 3)).to_matrix().equal(torch.eye(6))
@@ -277,7 +278,7 @@ class MPO:
         return self._copy([core.to(*args, **options) for core in self.cores])
 
     def clone(self) -> "MPO":
-        """Copy the operator and its cores, with gradients; `copy.copy` would share the cores."""
+        """Copy the operator and its cores differentiably; `copy.copy` would share the cores."""
         return self._copy([core.clone() for core in self.cores])
 
     def detach(self) -> "MPO":
@@ -408,9 +409,9 @@ class MPO:
     def __matmul__(self, other: "MPO | Tensor | Array") -> "MPO | Tensor | Array":
         """Multiply by another MPO, a vector `(in,)` or matrices `(..., in, columns)`.
 
-        In a product of two MPOs, their bond sizes multiply. Padding of the contracted legs is
-        set to zero first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an
-        identity that converts the out-dims to the in-dims is inserted, which makes the bonds larger.
+        In a product of two MPOs, their bond sizes multiply. The padding of the contracted legs is set to zero
+        first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an identity that
+        converts the out-dims to the in-dims is inserted, which makes the bonds larger.
 
         Raises:
             ShapeError: the shapes do not fit, or the two MPOs have different numbers of sites.
@@ -451,7 +452,7 @@ class MPO:
     def __rmatmul__(self, other: Array) -> Array: ...
 
     def __rmatmul__(self, other: Tensor | Array) -> Tensor | Array:
-        """Multiply a vector `(out,)` or matrices `(..., rows, out)` by the operator from the right."""
+        """Compute `other @ self` for a vector `(out,)` or matrices `(..., rows, out)`."""
         if not isinstance(other, Tensor | np.ndarray):
             return NotImplemented
         self._check_product(other, -1, self.shape[0], "from the left by")
@@ -565,7 +566,7 @@ class MPO:
         return self.transpose().conj()
 
     def canonicalize(self, *, center: int = -1) -> "MPO":
-        """Make all cores but `center` orthonormal by QR, with gradient. See `mpo_algebra.canonicalize`.
+        """Make all cores except `center` orthonormal by QR, differentiably. See `mpo_algebra.canonicalize`.
 
         Example:
             >>> operator = tn.MPO([torch.ones(1, 2, 2, 3), torch.ones(3, 4, 2, 1)]).canonicalize(center=1)
@@ -576,21 +577,21 @@ class MPO:
 
     @outside_autocast
     def round(self, *, max_bond: int | Sequence[int] | None = None, rel_error: float | None = None) -> "MPO":
-        """Truncate the bonds to a relative error of at most `rel_error`, with gradient.
+        """Truncate the bonds differentiably, to a relative error of at most `rel_error`.
 
-        The chosen ranks are treated as constants. The gradient exists if, at every bond, the smallest kept
-        singular value differs from the largest discarded one; see `mpo_algebra.round_chain`.
+        Derivatives treat the chosen ranks as constants. The gradient exists if, at every bond, the smallest
+        kept singular value differs from the largest discarded one; see `mpo_algebra.round_chain`.
 
         Args:
             max_bond: limit for all bonds, or a sequence with a limit for each bond.
             rel_error: largest relative Frobenius error of the truncation. The default `eps^(3/4)`, 1.8e-12 in
-                double and 6.4e-6 in single precision, removes the redundant bonds of sums and products; 0
+                double and 6.4e-6 in single precision, removes the redundant bonds of sums and products. 0
                 removes exact zeros only. (quimb's `compress` truncates at 1e-10 of the largest singular value
                 of each bond, torchTT's `round` at a relative error of 1e-12.)
 
         Returns:
-            A left-canonical MPO. Its `error` with respect to the matrix that this MPO approximates is `e + d
-            (1 + e)`, where `e` is the error of this MPO and `d` the error of the truncation.
+            A left-canonical MPO. Its `error` is `e + d (1 + e)`, where `e` is the `error` of this MPO and `d`
+            the error of the truncation. Both values refer to the matrix that this MPO approximates.
 
         Raises:
             BudgetError: a limit is out of range, or `max_bond` does not allow an error of `rel_error`.
@@ -622,7 +623,7 @@ class MPO:
         return math.exp(bound) if (bound := self._log_bound()) < 709 else math.inf
 
     def norm(self) -> Tensor:
-        """Compute the Frobenius norm, a 0-dimensional tensor with gradient. See `mpo_algebra.norm`."""
+        """Compute the Frobenius norm as a differentiable 0-dimensional tensor. See `mpo_algebra.norm`."""
         return algebra.norm(self._masked)
 
     def log_norm(self) -> Tensor:
@@ -644,11 +645,11 @@ class MPO:
         return algebra.inner(self._masked, other.cores)
 
     def bond_spectrum(self, k: int) -> Tensor:
-        """Compute the singular values at bond `k`, the bond to the right of core `k`, with gradient."""
+        """Compute the singular values at bond `k` (to the right of core `k`), differentiably."""
         return algebra.bond_spectrum(self._masked, k)
 
     def bond_entropy(self, k: int) -> Tensor:
-        """Compute the entanglement entropy at bond `k` in nats, with gradient."""
+        """Compute the entanglement entropy at bond `k` in nats, differentiably."""
         return algebra.bond_entropy(self._masked, k)
 
     # --- other libraries -------------------------------------------------------------------------
@@ -659,7 +660,7 @@ class MPO:
 
     @classmethod
     def from_quimb(cls, operator: Any) -> "MPO":
-        """Convert a quimb `MatrixProductOperator`, whose in- and out-legs may differ in size, to an MPO."""
+        """Convert a quimb `MatrixProductOperator` to an MPO; in- and out-legs may differ in size."""
         return cls(interop.from_quimb(operator))
 
     def to_tensorly(self) -> Any:
@@ -675,7 +676,7 @@ class MPO:
 
     @property
     def _masked(self) -> tuple[Tensor, ...]:
-        """Return cores whose padding is set to zero, so that it does not contribute to the norm."""
+        """Return the cores of the operator with its padding set to zero, for example to compute its norm."""
         return algebra.mask_padding(self.cores, *self.shape)
 
     def _like(self, cores: Sequence[Tensor], *, error: float = 0.0) -> "MPO":
@@ -707,16 +708,16 @@ class MPO:
         return math.log(self.error) - math.log1p(-self.error) + self._log_norm()
 
     def _log_bound_of_product(self, other: "MPO") -> float:
-        """Bound the logarithm of the error of a product with `|A * B| <= |A| |B|` (Frobenius norm)."""
+        """Bound the logarithm of the error of any product that satisfies `|A * B| <= |A| |B|` (Frobenius)."""
         # |A0 * B0 - A * B| <= |A0 - A| |B0| + |A| |B0 - B| with |B0| <= |B| + |B0 - B|
         mine, theirs = self._log_bound(), other._log_bound()
         return _log_add(mine + _log_add(other._log_norm(), theirs), self._log_norm() + theirs)
 
     def _certify(self, log_distance: float) -> None:
-        """Set the absolute and relative certificate from a bound on the logarithm of the absolute error."""
+        """Set the absolute and relative certificates, given a bound on the log of the absolute error."""
         log_norm = self._log_norm()
         self._log_distance, self.error = log_distance, 0.0
-        # An infinite bound times zero is NaN; the comparisons below then set `error` to infinity.
+        # `log_distance` is NaN if an infinite bound was multiplied by zero; `error` then becomes infinite.
         if log_distance != -math.inf:
             ratio = math.exp(log_distance - log_norm) if log_distance < log_norm else 1.0
             self.error = ratio / (1 - ratio) if ratio < 1 else math.inf
@@ -803,5 +804,5 @@ def _log_add(*logarithms: float) -> float:
 
 
 def _plus(*errors: float) -> float:
-    """Add certificates; the sum is infinite if any of them is infinite or NaN (infinity times zero)."""
+    """Add relative errors; the sum is infinite if one of them is infinite or NaN (infinity times zero)."""
     return math.fsum(errors) if all(map(math.isfinite, errors)) else math.inf

@@ -1,4 +1,4 @@
-"""Linear algebra on matrices stored as chains of cores `(left, out, in, right)`, without building the matrix.
+"""Linear algebra on matrices stored as chains of cores `(left, out, in, right)`; no matrix is built.
 
 All functions are pure; `tensornet.MPO` wraps them in a class. A chain has `n` cores and end bonds of size 1;
 bond `k` is on the right of core `k`.
@@ -47,7 +47,7 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> Cores:
 
 
 def scale(cores: Sequence[Tensor], factor: complex | Tensor) -> Cores:
-    """Multiply a chain by a number: scale its last core."""
+    """Multiply a chain by a number by scaling its last core."""
     last = cores[-1]
     if not isinstance(factor, Tensor | int | float | complex):  # a Fraction or a NumPy number
         plain = complex if isinstance(factor, Complex) and not isinstance(factor, Real) else float
@@ -90,7 +90,7 @@ def transpose(cores: Sequence[Tensor]) -> Cores:
 
 @outside_autocast
 def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Compute the Frobenius inner product `sum conj(left) * right`, a 0-dimensional tensor with gradient.
+    """Compute the Frobenius inner product `sum conj(left) * right` as a differentiable 0-dimensional tensor.
 
     16-bit cores are contracted in single precision. Intermediate results cannot overflow; the result can.
     """
@@ -117,10 +117,10 @@ def _transfer(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, 
 
 
 def leading_projector(dims: Sequence[int], features: int, *, like: Tensor) -> Cores | None:
-    """Build the diagonal projector onto the first `features` of `prod(dims)` indices as a chain.
+    """Build, as a chain, the diagonal projector onto the first `features` of `prod(dims)` indices.
 
-    The digits of an index and of `features - 1` are compared from the most significant digit on. The bonds
-    have size 2, for two states: bond value 0 means that all digits so far are equal, and 1 that the index is
+    The chain compares the digits of an index with those of `features - 1`, the most significant digit first.
+    Its bonds have size 2: value 0 means that all digits so far are equal, and value 1 that the index is
     already smaller.
 
     Returns:
@@ -179,7 +179,7 @@ def identity_chain(out_dims: Sequence[int], in_dims: Sequence[int], *, like: Ten
 
 
 def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -> Cores:
-    """Set the padded rows and columns of a chain to zero; bonds grow at most fourfold."""
+    """Set the padded rows and columns of a chain to zero; each bond becomes at most four times as large."""
     rows = leading_projector([core.shape[1] for core in cores], out_features, like=cores[0])
     columns = leading_projector([core.shape[2] for core in cores], in_features, like=cores[0])
     masked = tuple(cores)
@@ -192,19 +192,19 @@ def mask_padding(cores: Sequence[Tensor], out_features: int, in_features: int) -
 
 @outside_autocast
 def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
-    """Make every core except `center` orthonormal by QR decompositions, with gradient.
+    """Make every core except `center` orthonormal by QR decompositions, differentiably.
 
     Cores before `center` become left-orthonormal and cores after it right-orthonormal, so that the norm of
     the center is the norm of the operator. QR may reduce the bonds. The diagonal of each triangular factor is
     made real and positive, so the result is unique. As for `torch.linalg.qr`, the gradient exists if the
-    columns of each factorized matrix are independent.
+    columns of each factorized matrix are linearly independent.
 
-    If the norm exceeds the range of the dtype, all cores are multiplied by the same power of two, and are
-    orthonormal up to this factor.
+    If the norm is outside the range of the dtype, a power of two is distributed over all cores. They are then
+    orthonormal up to a factor.
 
     Args:
         cores: the chain.
-        center: site of the center; negative sites count from the end.
+        center: site of the center; a negative value counts sites from the end.
 
     Raises:
         NonFiniteError: the operator contains NaN or infinity.
@@ -219,7 +219,7 @@ def canonicalize(cores: Sequence[Tensor], center: int) -> Cores:
 
 
 def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tensor]:
-    """Compute the canonical form in double precision, as a chain and the exponent of a power of two."""
+    """Compute the canonical form in double precision: a chain and the exponent of a power of two."""
     work, total = [], torch.zeros((), dtype=torch.float64, device=cores[0].device)
     for core in cores:
         check_finite(core, "The operator")
@@ -242,13 +242,13 @@ def _canonical(cores: Sequence[Tensor], center: int) -> tuple[list[Tensor], Tens
 
 
 def _tamed(tensor: Tensor) -> tuple[Tensor, Tensor | float]:
-    """Split off a power of two if later products could overflow or underflow in double precision."""
+    """Split off a power of two, but only if later products could leave the range of double precision."""
     size = largest_element(tensor)
     return (tensor, 0.0) if size == 0 or 2.0**-_TAME < size < 2.0**_TAME else split_exponent(tensor)
 
 
 def _with_exponent(work: Sequence[Tensor], exponent: Tensor, center: int, dtype: torch.dtype) -> Cores:
-    """Multiply a canonical chain by `2^exponent`, spread over all cores if its center would overflow."""
+    """Multiply a canonical chain by `2^exponent`: the center if the norm fits `dtype`, else all cores."""
     norm = float(torch.log2(torch.linalg.vector_norm(work[center].detach())) + exponent)
     limits = torch.finfo(dtype)
     if norm == -math.inf or math.log2(limits.tiny) < norm < math.log2(limits.max):
@@ -269,9 +269,9 @@ def round_chain(
     max_bond: int | Sequence[int] | None = None,
     rel_error: float | None = None,
 ) -> tuple[Cores, float]:
-    """Truncate the bonds of a chain, with gradient: canonicalize it, then truncate each bond by an SVD.
+    """Truncate the bonds of a chain differentiably: canonicalize it, then truncate each bond by an SVD.
 
-    The chosen ranks are treated as constants. The gradient exists if, at every bond, the smallest kept
+    Derivatives treat the chosen ranks as constants. The gradient exists if, at every bond, the smallest kept
     singular value is positive and differs from the largest discarded one. For functions of the individual
     cores, rather than of the operator, the kept singular values must also be distinct. Otherwise the gradient
     is finite but meaningless. There are no second derivatives.
@@ -279,12 +279,12 @@ def round_chain(
     Args:
         cores: the chain; each core has the shape `(left, out, in, right)`.
         max_bond: limit for all bonds, or a sequence with a limit for each bond.
-        rel_error: largest Frobenius error relative to the norm of the chain. Error that one bond does not use
-            is available to the next bonds. If `max_bond` does not allow this error, it is exceeded.
+        rel_error: largest Frobenius error relative to the norm of the chain. The part of this error that one
+            bond does not use is available to the next bonds. The error is larger if `max_bond` requires it.
 
     Returns:
         The left-canonical cores, and the certified relative error `sqrt(sum of discarded squares) / norm`. A
-        norm outside the range of the dtype is spread over the cores, see `canonicalize`.
+        norm outside the range of the dtype is distributed over the cores; see `canonicalize`.
 
     Raises:
         BudgetError: the length of `max_bond` is not the number of bonds.
@@ -312,7 +312,7 @@ def round_chain(
     error = math.sqrt(spent / total) if total > 0 else 0.0
     if _needs_gradient(cores):
         live = _rounded_with_gradient(cores, canonical, work, exponent)
-        # Keep the values computed above: the added difference is zero, but has the gradient.
+        # Keep the values computed above: the added difference is zero, but autograd differentiates it.
         work = [value + (same - same.detach()) for value, same in zip(work, live, strict=True)]
     return _with_exponent(work, exponent, len(work) - 1, result_dtype(cores[0].dtype)), error
 
@@ -320,13 +320,13 @@ def round_chain(
 def _rounded_with_gradient(
     cores: Sequence[Tensor], canonical: Sequence[Tensor], rounded: Sequence[Tensor], exponent: Tensor
 ) -> list[Tensor]:
-    """Repeat the rounding of a chain with operations that can be differentiated.
+    """Repeat the rounding of a chain with operations that autograd can differentiate.
 
     Let `M` be an unfolding of the chain and `Q` a constant orthonormal basis of its row space. `M Q` has the
     same left singular vectors as `M`, and their derivatives agree too. So `Q`, which is made of the
     right-canonical cores, is treated as a constant, and no QR is differentiated. (QR has no gradient if a
-    bond is larger than its rank, as in sums.) `rounded`, the result without gradient, fixes the ranks and
-    phases.
+    bond is larger than its rank, as in sums.) `rounded` is the result that was computed without autograd; it
+    fixes the ranks and the phases.
     """
     live = [split_exponent(core) for core in _working(cores)]
     ends = [torch.ones_like(live[0][0][:1, 0, 0, :1])]  # shape: (bond of the chain, bond of Q)
@@ -338,7 +338,7 @@ def _rounded_with_gradient(
         site = torch.einsum("xa,aoib->xoib", before, core)
         block = torch.tensordot(site, end, dims=1).flatten(0, 2)
         U = _LeadingVectors.apply(block, value.shape[3])
-        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # `U` gets the phases of `value`
+        pivot = value.flatten(0, 2).abs().argmax(dim=0, keepdim=True)  # give `U` the phases of `value`
         phase = torch.sgn(U.gather(0, pivot)) * torch.sgn(value.flatten(0, 2).gather(0, pivot)).conj()
         result.append((U * phase.conj()).reshape(value.shape))
         before, more = split_exponent(torch.einsum("xoiy,xoib->yb", result[-1].conj(), site))
@@ -388,7 +388,7 @@ class _LeadingVectors(torch.autograd.Function):
 def bond_tolerance(
     rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
 ) -> float | None:
-    """Compute the relative error allowed at the next bond: all remaining bonds get an equal squared error.
+    """Compute the relative error allowed at the next bond; the bonds left share the squared error equally.
 
     Args:
         rel_error: largest relative error of the whole chain, None for no limit.
@@ -405,7 +405,7 @@ def bond_tolerance(
 
 @outside_autocast
 def norm(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the Frobenius norm of a chain, with gradient; it is accurate even if terms of a sum cancel.
+    """Compute the Frobenius norm of a chain differentiably, and accurately even if terms of a sum cancel.
 
     The result is infinite or 0 if the norm is outside the range of the dtype; use `log_norm` then. The
     gradient is 0 if the norm is 0. There are no second derivatives; use `inner` if you need them.
@@ -416,7 +416,7 @@ def norm(cores: Sequence[Tensor]) -> Tensor:
 
 @outside_autocast
 def log_norm(cores: Sequence[Tensor]) -> Tensor:
-    """Compute the natural logarithm of the Frobenius norm of a chain in double precision, with gradient.
+    """Compute the natural logarithm of the Frobenius norm of a chain, differentiably, in double precision.
 
     The result is `-inf` for the zero operator.
     """
@@ -425,7 +425,7 @@ def log_norm(cores: Sequence[Tensor]) -> Tensor:
 
 
 def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Compute the Frobenius norm in double precision, as a mantissa and the exponent of a power of two."""
+    """Compute the Frobenius norm in double precision: a mantissa and the exponent of a power of two."""
     last = len(cores) - 1
     with torch.no_grad():
         frozen, exponent = _canonical(cores, last)
@@ -435,7 +435,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     frozen[last] = frozen[last] / size if float(size) > 0 else frozen[last]
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <W / |W|, L>` with `L = live`; its gradient in `L` is that of the norm at `W`."""
+        """Compute `Re <W / |W|, L>` for `L = live`; its gradient at `L = W` is the gradient of the norm."""
         product, of_product = _transfer(frozen, _working(live))
         return times_power_of_two(product[0, 0].real, of_product - exponent)
 
@@ -444,7 +444,7 @@ def _norm(cores: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 @outside_autocast
 def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
-    """Compute the singular values at a bond of a chain, in descending order, with gradient.
+    """Compute the singular values at a bond of a chain, in descending order, differentiably.
 
     They are the singular values of the operator reshaped to `(legs up to the bond, legs after the bond)`. As
     for `torch.linalg.svdvals`, the gradient is defined if the values are distinct, or for functions that are
@@ -452,7 +452,7 @@ def bond_spectrum(cores: Sequence[Tensor], bond: int) -> Tensor:
 
     Args:
         cores: the chain.
-        bond: number of the bond, `0 ... n - 2`.
+        bond: position of the bond, `0 ... n - 2`.
 
     Raises:
         NonFiniteError: the operator contains NaN or infinity, or its singular values are outside the range
@@ -476,8 +476,8 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
     """Compute the von Neumann entropy at a bond in nats, `-sum p log p` with `p = S^2 / sum S^2`.
 
     `S` are the singular values at the bond. The entropy is 0 for a Kronecker product and `log(d)` for `d`
-    equal singular values, so `exp(entropy)` is an effective bond dimension. For the gradient see
-    `bond_spectrum`.
+    equal singular values, so `exp(entropy)` is an effective bond dimension. The gradient exists under the
+    conditions of `bond_spectrum`.
     """
     energies = _spectrum(cores, bond)[0].square()
     p = energies / energies.sum() if float(energies.detach().sum()) > 0 else energies
@@ -485,7 +485,7 @@ def bond_entropy(cores: Sequence[Tensor], bond: int) -> Tensor:
 
 
 def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
-    """Compute the singular values at a bond, as mantissas and the exponent of one power of two."""
+    """Compute the singular values at a bond: mantissas and the exponent of one common power of two."""
     if not _is_place(bond, 0, len(cores) - 1):
         there = (
             f"{len(cores)} cores have bonds 0 to {len(cores) - 2}" if len(cores) > 1 else "one core has none"
@@ -502,7 +502,7 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
     frozen[bond + 1] = torch.tensordot(Vh, frozen[bond + 1], dims=1)
 
     def project(live: Sequence[Tensor]) -> Tensor:
-        """Compute `Re <u_j v_j, L>` with `L = live`; its gradient in `L` is that of the singular values."""
+        """Compute `Re <u_j v_j, L>` for `L = live`, which has the same gradient as the singular values."""
         live = _working(live)
         before, of_before = _transfer(frozen[: bond + 1], live[: bond + 1])
         after, of_after = _transfer(_reversed(frozen[bond + 1 :]), _reversed(live[bond + 1 :]))
@@ -513,10 +513,10 @@ def _spectrum(cores: Sequence[Tensor], bond: int) -> tuple[Tensor, Tensor]:
 
 
 class _Projected(torch.autograd.Function):
-    """Autograd function that returns a given value and has the gradient of the function `project`.
+    """Autograd function that returns `value` and whose gradient is that of the function `project`.
 
-    Second derivatives raise an error, by `_NoSecondDerivative`. torch's `once_differentiable` would silently
-    make them zero if the incoming gradient is a constant.
+    Second derivatives raise an error (see `_NoSecondDerivative`). torch's `once_differentiable` would
+    silently make them zero if the incoming gradient is a constant.
     """
 
     @staticmethod
@@ -590,13 +590,14 @@ def _positive_qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- tensors as `mantissa * 2^exponent`, so that long products neither overflow nor underflow ---------
-# Exponents are 0-dimensional float64 tensors without gradient. Multiplying by powers of two is exact.
+# Exponents are 0-dimensional float64 tensors, constant for autograd. Multiplying by powers of two is exact.
 
 
 def split_exponent(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Split a tensor into a mantissa, whose largest absolute element is in `[1/2, 1)`, and an exponent.
+    """Split a tensor into `mantissa * 2^exponent`; the largest absolute mantissa element is in `[1/2, 1)`.
 
-    The exponent is 0 if the tensor is zero or contains NaN or infinity. Only the mantissa has a gradient.
+    The exponent is 0 if the tensor is zero or contains NaN or infinity. Autograd treats the exponent as a
+    constant.
     """
     size = tensor.detach().abs().amax().double()
     exponent = torch.frexp(size).exponent.double()

@@ -173,15 +173,16 @@ def random_cores(
     """Draw Gaussian cores so that each matrix element has mean 0 and variance `gain^2 / in_features`.
 
     Let `B` be the product of all bond sizes. A matrix element is a sum of `B` products of `n` independent
-    core elements. If all core elements have standard deviation `s`, its variance is `B * s^(2n)`; hence `s =
-    (gain^2 / (in_features * B))^(1 / (2n))`. For a sum of networks, all terms get the same variance.
+    core elements. If all core elements have standard deviation `s`, the matrix element has the variance
+    `B * s^(2n)`. Hence `s = (gain^2 / (in_features * B))^(1 / (2n))`. For a sum of networks, all terms get
+    the same variance.
 
     Args:
         topology: the topology whose cores are drawn.
         gain: factor on the standard deviation of the matrix; 1 preserves the variance of activations.
         generator: random number generator; torch's global generator if absent.
         dtype: dtype of the cores, torch's default if absent.
-        device: device of the cores; that of the generator, or torch's default, if absent.
+        device: device of the cores. If absent, it is the device of the generator, or torch's default device.
     """
     if device is None and generator is not None:
         device = generator.device
@@ -206,9 +207,9 @@ _CORE, _BOND, _OUT, _IN, _SHARED = "#2b5c8a", "#444444", "#b3541e", "#3a7d44", "
 def draw_topology(topology: Topology) -> "Figure":
     """Draw a topology as a diagram with the size of every index; indices of size 1 are omitted.
 
-    The area of a disc grows with the logarithm of the number of parameters of its core. A leg that belongs to
-    several cores (block tensor trains) is drawn at each of them, and a dotted line joins the copies. The
-    lines of a bond between more than two cores are dashed.
+    The area of a disc grows with the logarithm of the number of parameters of the core. A leg that belongs to
+    several cores, as in block tensor trains, is drawn at each of these cores, and dotted lines join the
+    copies. The lines of a bond between more than two cores are dashed.
 
     Returns:
         A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.

@@ -1,4 +1,4 @@
-"""A registry: the objects of one kind that this library, its plugins and users provide, by name."""
+"""The class `Registry`, which finds objects of one kind by name: built-in ones and those added by users."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Objects of one kind by name, in the order in which they were registered.
+    """Registry that maps names to objects of one kind, in the order in which they were registered.
 
     Args:
-        kind: what is registered, for messages, such as `"topology"`.
+        kind: what the objects are, for error messages, such as `"topology"`.
         error: class of the exception for a name that is unknown or taken.
         hint: last sentence of the message for an unknown name.
     """
@@ -38,18 +38,18 @@ class Registry(Generic[T]):
             raise self.error(f"A {self.kind} named {name!r} is already registered ({known!r}); {advice}.")
 
     def remove(self, name: str) -> None:
-        """Remove the object of this name, if there is one."""
+        """Remove the object with this name, if there is one."""
         self._items.pop(name, None)
 
     def get(self, name: Any) -> T | None:
-        """Return the object of this name; None if there is none."""
+        """Return the object with this name, or None if the name is unknown."""
         return self._items.get(name) if isinstance(name, str) else None
 
     def __getitem__(self, name: Any) -> T:
-        """Return the object of this name.
+        """Return the object with this name.
 
         Raises:
-            Exception: `error`, if the name is unknown; the message lists all names and those similar to it.
+            Exception: `error`, if the name is unknown; the message lists all names, and then similar names.
         """
         if isinstance(name, str) and name in self._items:
             return self._items[name]
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
         return tuple(self._items.values())
 
     def copy(self) -> Self:
-        """Return a registry of the same objects, to which a test can add its own."""
+        """Return a copy of the registry, so that a test can add objects without changing the original."""
         made = type(self)(self.kind, error=self.error, hint=self.hint)
         made._items = dict(self._items)
         return made

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: Number of logits in a block on a CPU, where a block fits into the cache, and on other devices.
+#: Number of logits in a block: on a CPU, so that a block fits into its cache, and on other devices.
 _BLOCK, _BLOCK_ON_DEVICE = 1 << 18, 1 << 26
 
 
@@ -23,7 +23,8 @@ def cross_entropies(logits: Tensor, labels: Tensor, rows: Tensor | None = None) 
     Args:
         logits: shape `(rows, classes)`.
         labels: class indices, shape `(tokens,)`.
-        rows: row of the logits for each label, without repetition, shape `(tokens,)`; all rows if absent.
+        rows: index of the row of `logits` for each label, without duplicates, shape `(tokens,)`; all rows in
+            order if absent.
 
     Returns:
         The losses, shape `(tokens,)`, in float32, or in float64 for float64 logits. They can be
@@ -40,12 +41,12 @@ def kl_divergences(
 
     Args:
         logits: shape `(rows, classes)`.
-        reference: logits of the reference model, which are constants, of the same shape.
-        rows: rows to compute, without repetition, shape `(tokens,)`; all rows if absent.
+        reference: logits of the reference model, of the same shape; they are treated as constants.
+        rows: indices of the rows to compute, without duplicates, shape `(tokens,)`; all rows if absent.
         temperature: the temperature `T`.
 
     Returns:
-        The divergences, shape `(tokens,)`, as for `cross_entropies`.
+        The divergences, shape `(tokens,)`, with the dtype and the derivatives of `cross_entropies`.
     """
     found: Tensor = _SoftmaxLosses.apply(logits, reference.detach(), rows, temperature)
     return found
@@ -89,8 +90,8 @@ class _SoftmaxLosses(torch.autograd.Function):
         gradient, rows = ctx.saved_tensors
         if gradient is None:
             return None, None, None, None
-        # The gradient of a mean is divided by the number of tokens only here, together with the factor of a
-        # gradient scaler: in 16 bits, the stored gradient could underflow.
+        # For a mean over tokens, `outer` is `1 / tokens`, possibly times the factor of a gradient scaler.
+        # It is multiplied only here, since a gradient stored in 16 bits could underflow.
         factor = outer / ctx.temperature
         if rows is not None:
             factor = factor.new_zeros(len(gradient)).index_copy_(0, rows, factor)

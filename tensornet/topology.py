@@ -35,13 +35,13 @@ class Topology:
 
     The labels in `out_labels` are the out-legs (row-major, most significant first), and those in `in_labels`
     the in-legs. Every other label is a bond, which is summed over. As in einsum, any number of cores may
-    carry a label; block tensor trains need this.
+    have the same label; block tensor trains need this.
 
     The product of the out-leg sizes may exceed `out_features`. The operator is then the leading block of a
     padded matrix, and padding counts as parameters. In-legs follow the same rule.
 
     An operator may also be a sum of networks, such as a dense matrix plus a low-rank matrix. `terms` then
-    groups the cores; each term has all legs, and bonds of its own.
+    divides the cores into groups, one for each network. Each term has all legs, and has its own bonds.
 
     Args:
         family: name of the family that built the topology, for example `"mpo"`.
@@ -150,7 +150,7 @@ class Topology:
 
     @property
     def central_core(self) -> str:
-        """Name of the first core with the most parameters, which the experts of MPOE share."""
+        """Name of the core with the most parameters (the first if equal); the experts of MPOE share it."""
         shapes = self.core_shapes
         return max(self.core_names, key=lambda name: math.prod(shapes[name]))
 
