@@ -98,30 +98,31 @@ class CompressionConfig(LayerSelection):
             `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
             may have any of these formats; cores of networks may have floats and integers of at least four
             bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
-            replaced by formats of the same size with 16-bit scales. The name of a menu, a list of formats
-            without networks, is allowed too. tensornet_hf registers the menus `"gguf"`, `"mlx"` and
-            `"compressed-tensors"`, which have the formats of these files, and count bytes in them. `"gguf"`
-            and `"mlx"` plan embeddings and heads too. Formats after the name of a menu are the only ones used
-            from it, as in `("gguf", "int4:g32:float16", "float")`.
+            replaced by formats of the same size with 16-bit scales. The name of a menu is allowed too: a menu
+            is a list of formats for an export target, and is planned without networks. tensornet_hf registers
+            the menus `"gguf"`, `"mlx"` and `"compressed-tensors"`. They contain the formats of these file
+            types, and sizes are then the bytes in such a file. `"gguf"` and `"mlx"` plan embeddings and heads
+            too. If formats follow the name of a menu, only these formats of the menu are used, as in
+            `("gguf", "int4:g32:float16", "float")`.
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
             the predicted loss increase; auto takes the last one that the calibration data allow.
             `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
             budgets among all layers.
-        rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as GPTQ), or
-            along inputs and outputs. Two usual baselines are the configurations
-            `(objective="weight", formats=("int4",), rounding="nearest")`, round to nearest, and
-            `(objective="weight", topology="low_rank", param_ratio=0.5)`, the truncated SVD.
+        rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
+            or along inputs and outputs. Two configurations are usual baselines. Round to nearest is
+            `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated SVD is
+            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
         damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
             depend more on the calibration text, and predicted losses are lower.
         pivoted: whether to leave out the redundant elements (the gauge) of networks. See
             `tensornet.nn.storage`. None means True with calibration data.
         require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
-            leaving them dense. An example is the vision tower of a model that was calibrated on text. Layers
+            leaving them dense. Such a layer is in the vision tower of a model calibrated on text. Layers
             left dense do not count in budgets of the targeted layers, and a warning names them.
         verify: whether to measure the loss of layers with large errors before anything is replaced. If a
-            prediction was far too low, the layers are planned again, see `check_loss`. This needs number
+            prediction was far too low, the layers are planned again (see `check_loss`). This needs number
             formats and batches; statistics alone are not enough.
 
     Raises:
@@ -173,7 +174,7 @@ class CompressionConfig(LayerSelection):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
         for name in ("max_bond", "sites"):
-            if (value := getattr(self, name)) is not None:  # NumPy's integers become Python's
+            if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
         for name in ("pivoted", "whole_model", "require_calibrated", "verify"):
             value, maybe = getattr(self, name), name in ("pivoted", "whole_model")
@@ -231,7 +232,7 @@ class CompressionConfig(LayerSelection):
             raise BudgetError(
                 "No option says how far to compress. Give a budget: bits_per_weight=4.25, byte_ratio=0.25, "
                 "max_bytes=, param_ratio=0.5, max_bond=, rel_error= or loss_increase=. Or give "
-                " topology= to store every layer as such a network without loss."
+                "topology= to store every layer as such a network without loss."
             )
 
     def counts_model(self, budget: str) -> bool:
@@ -254,18 +255,18 @@ class CompressionConfig(LayerSelection):
 
     @property
     def menu(self) -> str | None:
-        """Name in `MENUS` with which `formats` begins, or None."""
+        """Name of the menu at the beginning of `formats`; None if there is none."""
         first = self.formats if isinstance(self.formats, str) else (self.formats or ("",))[0]
         return first if first in MENUS else None
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if one number format for all layers can meet all budgets, without calibration data."""
+        """True if the set budgets allow a plan without calibration data: one number format for all layers."""
         return self.formats is not None and self.param_ratio is None and self.loss_increase is None
 
     @property
     def needs_curvature(self) -> bool:
-        """True if a budget is set that only the curvature objective can keep."""
+        """True if a budget for all layers together is set; such budgets need the curvature objective."""
         return any(getattr(self, name) is not None for name in WHOLE_MODEL_BUDGETS)
 
     @property
@@ -275,12 +276,12 @@ class CompressionConfig(LayerSelection):
 
     @property
     def fixed(self) -> tuple[Topology, ...]:
-        """Topologies that the user has given, one for each shape of a matrix; empty if a family is given."""
+        """Topologies that the user has given, one for each matrix shape; empty if a family is given."""
         return self.topology if isinstance(self.topology, tuple) else ()
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Names of the topology families that a plan may use; none if `formats` is the name of a menu."""
+        """Names of the topology families that a plan may use; empty if `formats` names a menu."""
         if self.menu is not None:
             return ()
         if self.fixed:
@@ -289,7 +290,7 @@ class CompressionConfig(LayerSelection):
         return ("low_rank", "mpo") if self.topology == AUTO else (self.topology,)
 
     def family_options(self, name: str) -> dict[str, Any]:
-        """Return the options for `build` of a family: `topology_options`, and `sites` if supported."""
+        """Return the options for a family's `build`: `topology_options`, and `sites` if the family has it."""
         options = dict(self.topology_options or {})
         if self.sites is not None and "sites" in topology_family(name).options:
             options["sites"] = self.sites
@@ -369,7 +370,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
             raise FormatError(f"The formats of {menu!r} are {', '.join(possible)}; got {', '.join(others)}.")
         return (menu, *names) if names else menu
     if isinstance(formats, str):
-        _ = MENUS[formats]  # raises an error, which lists the menus
+        _ = MENUS[formats]  # raises an error that lists the menus
     if not isinstance(formats, Sequence) or not formats:
         raise FormatError(
             f"formats must be a sequence of names such as {DEFAULT_FORMATS[:3]}, or the name of a menu; got "

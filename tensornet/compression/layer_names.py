@@ -1,4 +1,4 @@
-"""Names of layers: their block, and their place and kind in it."""
+"""Split the names of layers into the block and the name inside the block."""
 
 import os.path
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 
 class LayerName(NamedTuple):
-    """Parts of the name of a layer: the index and the name of its block, and its name inside the block.
+    """Parts of a layer's name: the index of its block, the name of this block, and the name inside the block.
 
-    For a layer outside of blocks the index is None, and the name of its parent takes the place of the block.
+    For a layer outside of blocks, the index is None, and the name of its parent replaces that of the block.
     """
 
     block: int | None
@@ -17,7 +17,7 @@ class LayerName(NamedTuple):
 
 
 def layer_names(names: Sequence[str]) -> list[LayerName]:
-    """Split the names of layers after the number of their block."""
+    """Split the name of each layer after the index of its block."""
     parts = [name.split(".") for name in names]
     shared = len(os.path.commonprefix([p[:-1] for p in parts]))  # `commonprefix` accepts lists too
     found = []

@@ -2,11 +2,11 @@
 
 The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
 in all-MiniLM-L6-v2, one output channel in front of a layer norm has thousands of times the power of the
-others. One percent of this channel is larger than all other channels, and gradients at the dense weights do
-not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of all such
-layers of a block together. If it is far above the sum of their predictions, halves of this set of layers are
-measured, and so on, to find the layers that cause it. The predictions for these layers are multiplied by the
-ratio of measured to predicted loss, and the plan is made again.
+others. An error of one percent of this channel is larger than all other channels, and gradients at the dense
+weights do not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of
+all such layers of a block together. If the measured loss is far above the sum of the predictions, each half
+of this set of layers is measured, and so on, to find the layers that cause the loss. The predictions for
+these layers are multiplied by the ratio of measured to predicted loss, and the plan is made again.
 
 `correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
 factor that depends on the size.
@@ -44,17 +44,19 @@ from tensornet.errors import BudgetError, CalibrationWarning
 from tensornet.nn.targets import Target
 from tensornet.nn.unfuse import unfused
 
-#: Sizes at which `correct_by_measuring` measures the loss: bits per weight if number formats are planned
-#: (sizes too small for these formats are left out), else shares of the parameters.
+#: Sizes of the model at which `correct_by_measuring` measures the loss. If number formats are planned, they
+#: are bits per weight, and sizes that are too small for these formats are skipped. Otherwise they are
+#: fractions of the number of parameters.
 MEASURED_BITS = (8.25, 6.25, 4.25, 3.25, 2.25)
 MEASURED_SHARES = (0.9, 0.75, 0.6)
 #: Number of tokens on which the loss of layers is measured.
 CHECK_TOKENS = 1024
-#: Three limits: rounds of planning and measuring; groups of layers in a round (blocks are merged if there are
-#: more); and measurements in a round to find layers within groups.
+#: Three limits. The number of rounds of planning and measuring. The number of groups of layers that are
+#: measured in a round; a group has several blocks if there are more blocks than groups. The number of
+#: measurements in a round that search for the bad layers within groups.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
-#: A prediction is raised, at most by the factor `_MOST`, if the measured loss is larger than `_TOO_LOW` times
-#: the prediction, and larger than the prediction plus `_SHARE` times the predicted loss of the whole plan.
+#: A prediction is raised if the measured loss exceeds two limits: `_TOO_LOW` times the prediction, and the
+#: prediction plus `_SHARE` times the predicted loss of the whole plan. The factor is at most `_MOST`.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
 #: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
 #: predicted loss.
@@ -63,7 +65,7 @@ _COMMON = 4
 #: weight, and the power of its strongest output relative to the median output. The error of the strongest
 #: output may then be larger than all other outputs.
 _OUTLIER = 10.0
-#: Exceptions of models that need more from a block than its output, so that blocks cannot be skipped.
+#: Exceptions that models raise if a block is skipped although other code needs more than the block's output.
 _CANNOT_SKIP = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 
 Group = tuple[LayerPlan, ...]
@@ -263,7 +265,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Scale the predicted losses of the planned candidate and of the smaller candidates of its family."""
+    """Multiply predicted losses of a layer: of the planned candidate and smaller ones of the same family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [
@@ -282,7 +284,8 @@ class _Trial:
     """Dense model and its losses on a few rows, for comparison with partly compressed copies.
 
     The outputs of all blocks of the dense model are stored, and blocks before the first compressed layer are
-    skipped. So measuring a layer of the last block takes little more time than this block and the head.
+    skipped. So measuring a layer of the last block takes little more time than running this block and the
+    head.
     """
 
     @torch.no_grad()
@@ -293,7 +296,7 @@ class _Trial:
         loss_fn: TokenLosses | None,
         prepared: Prepared,
     ) -> None:
-        copied = light_copy(model)  # first, since a model that cannot be copied is not checked
+        copied = light_copy(model)  # fails early: a model that cannot be copied is not checked
         self.model, self.stats, self.made = model, prepared.stats, prepared.made
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
@@ -313,7 +316,7 @@ class _Trial:
             self.blocks = ()
 
     def factors(self, plan: CompressionPlan, groups: Sequence[Group], *, progress: bool) -> dict[str, float]:
-        """Return a factor for each layer whose predicted loss is far too low, by name.
+        """Map the name of each layer whose predicted loss is far too low to the factor that corrects it.
 
         The layers of a group are measured together.
         """
@@ -332,7 +335,7 @@ class _Trial:
         return found
 
     def _split(self, group: Group, increase: LossIncrease) -> dict[str, float]:
-        """Find the layers that make the loss of a group too high; return a factor for each, by name.
+        """Find the layers that make the loss of a group too high, and map their names to correction factors.
 
         The two halves of the group are measured. If neither has too high a loss, all layers of the group are
         returned. `increase` is the measured loss increase of the group.

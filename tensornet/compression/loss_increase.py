@@ -3,8 +3,8 @@
 Losses are compared token by token on the same text. If a model predicts tokens, the Kullback-Leibler
 divergence of the predictions is measured too. First-order effects dominate the change of a single token's
 loss, but cancel when losses with the errors +E and -E are averaged. So if the dense model is available, the
-model is also run with opposite errors: the output of each compressed layer is replaced by twice the output of
-the dense layer minus that of the compressed layer.
+compressed model is also run with opposite errors: the output of each compressed layer is replaced by twice
+the output of the dense layer minus the output of the compressed layer.
 """
 
 import copy
@@ -26,8 +26,8 @@ from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.module import NetworkModule
 from tensornet.softmax_losses import kl_divergences
 
-#: Largest number of tokens (rows for models without tokens) on which the loss for a report is measured, and
-#: largest number of batches from which they are taken.
+#: Largest number of tokens (or of rows, for models without tokens) on which the loss for a report is
+#: measured, and largest number of batches from which these tokens are taken.
 REPORT_TOKENS, REPORT_BATCHES = 2048, 8
 #: Largest number of logits of the dense model that are stored for the divergence (128 MB in float32).
 _LOGITS = 1 << 25
@@ -69,7 +69,10 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **fields: Any) -> "LossIncrease":
-        """Make a `LossIncrease` from the increases of tokens, shape `(tokens,)`, and its other fields."""
+        """Make a `LossIncrease` from the increases of single tokens' losses, shape `(tokens,)`.
+
+        `fields` are the values of the remaining fields.
+        """
         return cls(*mean_and_error(increases), len(increases), **fields)
 
     def __str__(self) -> str:
@@ -100,11 +103,11 @@ class LossIncrease:
 
 @dataclass(frozen=True)
 class RecordedLosses:
-    """Losses of a dense model on a few rows, for comparison after the model is compressed in place.
+    """Losses of a dense model, recorded before the model is compressed in place, for later comparison.
 
     Args:
         batches: keyword arguments of the model for each batch.
-        loss_fn: loss function, which may have stored outputs of the dense model.
+        loss_fn: the loss function; it may have stored outputs of the dense model.
         losses: losses of all batches, shape `(losses,)`.
         logits: logits of the dense model for the first tokens, one tensor of shape `(tokens, vocabulary)` for
             each batch.
@@ -126,7 +129,7 @@ def record_losses(
     source: str = "calibration data",
     tokens: int | None = REPORT_TOKENS,
 ) -> RecordedLosses | None:
-    """Record the losses of a dense model on a few rows, before the model is compressed in place.
+    """Record the losses of a dense model before the model is compressed in place; `measure` needs them then.
 
     Args:
         model: the dense model.
@@ -150,7 +153,7 @@ def record_losses(
     """
     sample = BatchSample(batches)
     every: list[BatchLike] = []
-    for batch in sample:  # only once, since some loaders cannot be iterated over again
+    for batch in sample:  # iterate only once, since some loaders cannot be iterated over again
         every += [batch] if tokens is None else []
     if not sample.kept:
         return None
@@ -236,7 +239,7 @@ def measure(
 def _run(
     model: nn.Module, batches: Sequence[Batch], loss_fn: TokenLosses, numbers: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """Compute all losses, and return the logits of the first tokens (at most `numbers` values)."""
+    """Return the losses of all tokens, and the logits of the first tokens: at most `numbers` values."""
     losses, first = [], []
     seen: list[Tensor] = []
 
@@ -245,7 +248,7 @@ def _run(
         if not seen and isinstance(logits, Tensor) and logits.ndim == 3:
             seen.append(logits)
 
-    # Warnings about these batches are ignored, since calibration has given them already.
+    # Calibration has already warned about these batches, so the same warnings are not given again.
     with in_eval_mode(model), uncompiled(), without_cache(model), warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         for batch in batches:
@@ -267,7 +270,7 @@ def _run(
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Compute the mean of values, shape `(values,)`, and its standard error."""
+    """Compute the mean of a vector of values, and the standard error of this mean."""
     error = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return float(values.mean()), error
 
@@ -298,13 +301,13 @@ def opposite_errors(model: nn.Module, compressed: nn.Module) -> Iterator[None]:
 
 
 def light_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules of a model; the copy shares all parameters and buffers."""
+    """Copy the modules of a model; the copy shares all parameters and buffers with the model."""
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 def warn_of_loss(measured: LossIncrease, predicted: float | None, allowed: float | None) -> None:
-    """Warn if a loss increase is far above its prediction, or significantly above the allowed one.
+    """Warn if a measured loss increase is far above the predicted one or significantly above the allowed one.
 
     Args:
         measured: loss increase of the compressed model.
@@ -403,11 +406,11 @@ class Forecast:
         return _along(self.kl_points, predicted)
 
     def uncorrected(self, measured: float) -> float:
-        """Return the prediction whose corrected value is this loss increase: the inverse of `corrected`."""
+        """Return the prediction for which `corrected` returns the given loss increase."""
         return _along([(b, a) for a, b in self.points], measured)
 
 
-#: Forecast that has no measurements, and therefore does not change predictions.
+#: Forecast without measurements; it does not change predictions.
 UNMEASURED = Forecast()
 
 
@@ -421,7 +424,7 @@ def _increasing(pairs: Iterable[tuple[float, float]]) -> tuple[tuple[float, floa
 
 
 def _along(points: Sequence[tuple[float, float]], x: float) -> float:
-    """Interpolate points linearly on logarithmic axes, with constant `y / x` beyond the end points."""
+    """Interpolate points `(x, y)` linearly on logarithmic axes; `y / x` is constant beyond the end points."""
     if not points or x <= 0:
         return x
     below = [point for point in points if point[0] <= x]

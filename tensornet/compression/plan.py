@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLAN_VERSION = 1
-#: Relative error of a weight above which its predicted loss increase is uncertain. Errors are that
-#: large for integers of 2 bits and for small ranks. For integers of 3 bits they are 0.2 to 0.3.
+#: Relative error of a weight above which the predicted loss increase is uncertain. Integers of 2 bits and
+#: networks of small rank have larger errors. Integers of 3 bits have errors of 0.2 to 0.3.
 LARGE_ERROR = 0.35
 
 
@@ -50,8 +50,8 @@ class LayerPlan:
             measurements of the whole model; None without calibrated gradients.
         curve: `(bytes, predicted loss increase)` of the candidates on the convex hull, not corrected.
         dtype: dtype of the weight.
-        sample: four elements of the weight, from `weight_samples`, to recognize the model; if absent, they
-            are not compared.
+        sample: four elements of the weight, from `weight_samples`, to recognize the model; if empty, the
+            weight is not checked.
         target: export target in whose files the bytes are counted; None for files of this library.
 
     Example:
@@ -81,7 +81,7 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Planned number of stored values, including padding, scales and the row orders of pivoted cores."""
+        """Planned number of stored values, including padding, scales, and row permutations of cores."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
@@ -91,7 +91,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Planned bytes, including packed integers, scales, zero points and row orders of pivoted cores."""
+        """Planned bytes, including packed integers, scales, zero points, and row permutations of cores."""
         if self.topology is None:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks
@@ -110,13 +110,14 @@ class LayerPlan:
 
     @property
     def has_large_error(self) -> bool:
-        """True if the error is so large that the predicted loss increase is uncertain, see `LARGE_ERROR`."""
+        """True if the error is above `LARGE_ERROR`, so that the predicted loss increase is uncertain."""
         return self.topology is not None and self.error is not None and self.error > LARGE_ERROR
 
     def with_baseline(self, spectrum: Sequence[float]) -> "LayerPlan":
-        """Return the plan with the `baseline_error` that follows from the singular values of the weight.
+        """Return a copy of the plan with `baseline_error` computed from the singular values of the weight.
 
-        If cores have number formats, sizes are compared in bytes, with the SVD in the dtype of the model.
+        The baseline is the truncated SVD of the same size. If cores have number formats, it has the same
+        number of bytes, with the factors in the dtype of the model.
 
         Args:
             spectrum: singular values of the weight in descending order.
@@ -169,7 +170,7 @@ class LayerPlan:
 
 
 def scheme_name(topology: Topology | None, storage: Storage = PLAIN) -> str:
-    """Describe number formats, family and bonds in a few words; bonds of size 1 are left out."""
+    """Return the name of a scheme: number formats, topology family, and sizes of bonds larger than 1."""
     if topology is None:
         return "dense"
     bonds = [size for size in topology.bond_dims.values() if size > 1]
@@ -183,7 +184,7 @@ def scheme_name(topology: Topology | None, storage: Storage = PLAIN) -> str:
 
 @dataclass(frozen=True)
 class RaisedLoss:
-    """Record of a predicted loss increase that was raised, because the measured one was far higher.
+    """Record of a predicted loss increase that was raised because the measured loss increase was far higher.
 
     Args:
         layer: name of the layer.
@@ -198,11 +199,12 @@ class RaisedLoss:
 
 @dataclass(frozen=True)
 class LossCheck:
-    """Result of measuring the loss of layers with large errors while planning (`check_loss`).
+    """Result of `check_loss`, which measures the loss of layers with large errors during planning.
 
     Args:
         layers: number of layers of the plan that were measured in their planned scheme.
-        raised: predicted losses that were too low and were raised; the final plan may have other schemes.
+        raised: predicted losses that were too low and were raised; the final plan may use other schemes for
+            these layers.
     """
 
     layers: int
@@ -237,8 +239,7 @@ class CompressionPlan:
         unseen: names of targeted layers that stay dense because they never ran in calibration.
         unfit: for each number format that does not fit some layers, because its groups do not divide their
             number of inputs, the names of these layers.
-        loss_check: result of measuring layers with large errors while planning; None if there were no
-            batches.
+        loss_check: result of `check_loss`; None if it did not measure anything, as without batches.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 32))
@@ -351,7 +352,7 @@ class CompressionPlan:
         return f", from {before:.4g} to {after:.4g}"
 
     def curve(self, points: int = 64) -> list[tuple[int, float]]:
-        """Compute the predicted loss increase of the best plans over their size, without planning again.
+        """Compute the predicted loss increase of the best plan at each of many sizes, without planning again.
 
         Args:
             points: largest number of points.
@@ -618,7 +619,7 @@ def _check(plan: CompressionPlan) -> None:
         for value in (*layer.sample, *(loss for _, loss in layer.curve)):
             check_number(f"sample and curve {where}", value)
         if layer.target is not None:
-            _ = MENUS[layer.target]  # raises an error, which lists the targets
+            _ = MENUS[layer.target]  # raises an error that lists the targets
         if layer.topology is not None:
             _check_topology(layer, layer.topology)
             layer.storage.num_params(layer.topology)

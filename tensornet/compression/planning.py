@@ -39,9 +39,9 @@ BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 @dataclass(frozen=True)
 class Prepared:
-    """Targets of a model and their candidates, which are slow to find and the same for all budgets.
+    """Targets of a model and their candidates; finding them is slow, but they are the same for all budgets.
 
-    Made by `prepare`, without copying the weights.
+    `prepare` makes this object. It refers to the weights of the model and does not copy them.
 
     Args:
         config: the configuration.
@@ -50,10 +50,10 @@ class Prepared:
         candidates: candidates of each target; empty if each layer is planned separately by the error of its
             weight.
         spectra: singular values of each target.
-        template: a plan without layers, with everything known from calibration and measurements.
+        template: a plan without layers, which contains all that is known from calibration and measurements.
         stats: calibration statistics.
-        rest: number of elements, and bytes, of the parameters that are not targeted, for budgets of the whole
-            model.
+        rest: number of elements and number of bytes of all parameters that are not targeted; they count in
+            budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         made: layers that were already rounded for measurements, to be reused by `apply_plan`.
 
@@ -87,8 +87,8 @@ class Prepared:
                 they replace the budgets of the configuration.
 
         Raises:
-            BudgetError: the budget cannot be met, or contains another limit, such as `max_bond`, on which
-                the candidates already depend.
+            BudgetError: the budget cannot be met; or it contains another limit, such as `max_bond`, which
+                cannot be changed because the candidates depend on it.
         """
         if unknown := sorted(budget.keys() - set(BUDGETS)):
             raise BudgetError(
@@ -156,7 +156,7 @@ class Prepared:
 
 
 def fused_groups(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Group layers that an export target fuses: siblings with names in the same set, see `Menu.fused`."""
+    """Group the layers that an export target fuses: siblings with names in the same set of `Menu.fused`."""
     groups: dict[tuple[str, Any], list[int]] = {}
     for k, name in enumerate(names):
         parent, _, child = name.rpartition(".")
@@ -166,7 +166,7 @@ def fused_groups(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[li
 
 
 def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
-    """Make joint candidates for fused layers by summing sizes and losses over the layers for each format.
+    """Make one joint candidate for fused layers for each format; its size and loss are sums over the layers.
 
     Args:
         group: the candidates of each layer; a single layer keeps its candidates.
@@ -225,7 +225,7 @@ def prepare(
     *,
     progress: bool = False,
 ) -> Prepared:
-    """Find the candidates of every targeted layer, from which plans for any budget are then made quickly.
+    """Find the candidates of every targeted layer; making plans from them for any budget is then quick.
 
     For the arguments and errors see `plan`.
 
@@ -283,10 +283,9 @@ def prepare(
 
 
 def _unfit(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:
-    """Find number formats that do not fit the inputs of some layers, which are then planned without them.
+    """Map each number format in which some layers cannot be stored to the names of these layers.
 
-    Returns:
-        The names of these layers, by the name of the format.
+    These layers are planned without the format.
 
     Raises:
         FormatError: no format fits any layer.

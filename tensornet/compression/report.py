@@ -27,7 +27,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Coverage:
-    """Counts of the parameters that a plan covers and does not cover; tied parameters are counted once.
+    """Number of parameters that a plan covers, and of those that it does not; tied parameters count once.
 
     Args:
         total: number of elements of all parameters.
@@ -127,9 +127,9 @@ class CompressionReport:
         measured: loss increase measured on a few rows of the data, to compare with
             `plan.predicted_loss_increase`; None if there were no batches or the model has no loss.
         rounded: number formats of parameters that do not belong to layers, such as the shared cores of
-            experts, by name. They are not part of the plan and its predictions.
-        measured_layers: loss increase measured before the parameters in `rounded` were rounded, which is what
-            the plan predicts; equal to `measured` if there are none.
+            experts, by name. The plan and its predictions do not include these parameters.
+        measured_layers: loss increase measured before the parameters in `rounded` were rounded, to compare
+            with the prediction of the plan; equal to `measured` if `rounded` is empty.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32))
@@ -245,12 +245,12 @@ class CompressionReport:
         }
 
     def to_json(self) -> str:
-        """Convert to JSON text, see `to_dict`."""
+        """Convert the result of `to_dict` to JSON text."""
         return json.dumps(self.to_dict(), indent=1)
 
 
 def model_size(model: nn.Module) -> tuple[int, int]:
-    """Count the stored values and the bytes of a model, `(values, bytes)`.
+    """Return the number of stored values of a model, and the number of bytes that they take.
 
     A packed code, scale or zero point counts as one value; tied tensors are counted once.
     """

@@ -21,8 +21,8 @@ from tensornet.nn.targets import Target
 from tensornet.quantization import Rounding
 
 #: Fraction of the token frequencies that is spread evenly over all rows of an embedding, since other texts
-#: read other rows. With a smaller fraction, the ratio of measured to predicted loss of SmolLM2's embedding
-#: was four times as large for low rank as for integers (benchmarks/records/bytes.md).
+#: contain other tokens. With a smaller fraction, the ratio of measured to predicted loss of SmolLM2's
+#: embedding was four times as large for low rank as for integers (benchmarks/records/bytes.md).
 FREQUENCY_SPREAD = 0.5
 
 
@@ -48,7 +48,7 @@ def layer_sensitivity(
     damping: float,
     rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
-    """Make the two weightings of errors in one matrix, see `Sensitivity`.
+    """Make the two weightings of errors in one matrix that a `Sensitivity` contains.
 
     Args:
         target: the weight.
@@ -81,7 +81,7 @@ def layer_sensitivity(
 
 
 def _damped_further(moment: Tensor, damping: float) -> Tensor:
-    """Damp the gradient moment of `weighting` further; the result is that of `forecast_weighting`."""
+    """Damp an already damped gradient moment further, to the gradient moment of `forecast_weighting`."""
     least, most = max(damping, LEAST_DAMPING), max(damping, FORECAST_ROW_DAMPING)
     further = moment / (1 + most)
     diagonal = moment if moment.ndim == 1 else moment.diagonal()
@@ -91,9 +91,10 @@ def _damped_further(moment: Tensor, damping: float) -> Tensor:
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
-    """Make the weighting that predicts the loss increase of errors in one weight.
+    """Make the weighting with which the loss increase due to errors in one weight is predicted.
 
-    Half of the trace of the gradient moment is spread evenly over its diagonal, see `FORECAST_ROW_DAMPING`.
+    The gradient moment is damped strongly (`FORECAST_ROW_DAMPING`), but its trace is preserved: half of the
+    trace is spread evenly over the diagonal.
 
     Returns:
         The weighting; None if all gradients are zero, so that errors do not change the loss.
@@ -105,7 +106,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
     found = layer_weighting(target, "curvature", stats, amount)
     if found is None:
         return None
-    assert found.rows is not None  # `resolve_objective` has checked that there are gradients
+    assert found.rows is not None  # `resolve_objective` has checked that gradients were calibrated
     return replace(found, rows=found.rows / (1 + amount))
 
 
@@ -157,7 +158,8 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
     """Make the weighting of the errors in one weight from its damped gradient and input moments.
 
-    If several layers use the weight, the weighting is the Kronecker product closest to the sum over them.
+    If several layers use the weight, the weighting is the Kronecker product closest to the sum over these
+    layers.
 
     Args:
         target: the weight; layers that did not run in calibration are skipped.
@@ -201,7 +203,7 @@ def _counts(moment: Tensor | None) -> TypeGuard[Tensor]:
 
 
 def _of_relatives(target: Target, stats: CalibrationStats) -> tuple[Tensor | None, Tensor]:
-    """Return the mean moments of a layer's relatives, for a layer that never ran in calibration.
+    """Return the mean moments of a layer's relatives (other experts), for a layer that never ran.
 
     Raises:
         TargetError: the layer has no relatives (`layer_kinds.relatives`), or none of them ran.

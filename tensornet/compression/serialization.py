@@ -34,8 +34,8 @@ def save_model(model: nn.Module, path: str | Path) -> None:
         path: path of the file.
 
     Raises:
-        TargetError: the model is on the meta device, its state dict contains something other than tensors, or
-            it uses parameters that it does not contain (see `tensornet.nn.ModelExtension.check_whole`).
+        TargetError: the model is on the meta device; its state dict contains something other than tensors; or
+            the model uses parameters outside of it (see `tensornet.nn.ModelExtension.check_whole`).
         DestinationError: the file cannot be written.
 
     Example:
@@ -68,7 +68,7 @@ def save_model(model: nn.Module, path: str | Path) -> None:
 
 @torch.no_grad()
 def load_model(model: nn.Module, path: str | Path) -> nn.Module:
-    """Load a file of `save_model` into a dense model, whose layers are replaced by compressed ones.
+    """Load a file of `save_model` into a dense model; compressed layers replace dense layers of the model.
 
     Args:
         model: a new dense instance of the saved class. Compressed layers replace its layers, on the same
@@ -80,8 +80,8 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
     Raises:
         FormatError: the file is missing, damaged, or of another model; `model` is then unchanged.
-        TargetError: the model is on the meta device, or it uses parameters that it does not contain, which
-            the file therefore lacks.
+        TargetError: the model is on the meta device, or it uses parameters outside of the model; the file
+            lacks such parameters.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
@@ -107,7 +107,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
     """Insert the compressed layers into an unfused model, and load all tensors."""
-    made: dict[int, nn.Module] = {}  # by the id of the stock layer, which may have several names
+    made: dict[int, nn.Module] = {}  # by the id of the stock layer; one layer may have several names
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
         try:

@@ -1,6 +1,6 @@
 """Figures of plans and reports, and the parts of figures that the HTML report of `tensornet_hf` draws too.
 
-Only `plot` methods and that report import this module, which needs matplotlib when a figure is drawn.
+Only `plot` methods and that report import this module. Drawing a figure needs matplotlib.
 """
 
 import re
@@ -81,7 +81,7 @@ def plan_figure(layers: Layers, curve: Sequence[tuple[int, float]], loss_increas
 
 
 def report_figure(layers: Layers) -> "Figure":
-    """Plot the bits, the ranks, and the predicted losses or the errors of all compressed layers.
+    """Plot the bits and ranks of all layers, and their predicted losses or (without predictions) errors.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -186,8 +186,8 @@ def draw_loss_over_bits(
 def draw_bits(axes: "Axes", layers: Layers) -> None:
     """Draw the bits per weight of all layers as a table of colored cells.
 
-    Columns are blocks, rows are the layers in a block. Bits and ranks are written into the cells if these are
-    wide enough.
+    There is a column for each block, and a row for each kind of layer. Bits and ranks are written into the
+    cells if the cells are wide enough.
     """
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
