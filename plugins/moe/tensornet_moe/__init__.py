@@ -1,6 +1,6 @@
-"""Mixtures of experts that share tensor-network cores: experts, routers, auxiliary losses, gradient mask."""
+"""Mixture-of-experts layers whose experts share tensor-network cores, with routers, losses and masks."""
 
-import tensornet_moe.rounding  # noqa: F401  (registers itself)
+import tensornet_moe.rounding  # noqa: F401  (the import registers an extension)
 from tensornet_moe.balance import expert_load, update_biases
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.costs import ModelCosts, describe

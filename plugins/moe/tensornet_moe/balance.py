@@ -1,4 +1,4 @@
-"""The load of experts: count it by layer and pool, and balance it by router biases instead of a loss."""
+"""Count the load of experts in each layer and pool, and balance it by router biases instead of a loss."""
 
 from typing import Any
 
@@ -12,16 +12,17 @@ from tensornet_moe.pool import PooledExperts, find_pools
 
 @torch.no_grad()
 def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -> None:
-    """Move the bias of every expert by one step towards an even load: `b_e += rate * sign(mean - load_e)`.
+    """Move each expert's router bias one step towards an even load: `b_e += rate * sign(mean - load_e)`.
 
-    Call it after each `optimizer.step()`. It needs routers with `bias_rate` above 0. The load of an expert is
-    how often routers chose it in training since the last call, including choices that were then dropped, but
-    not padding. It is counted in each layer or, for an `ExpertPool` with `balance="pool"`, over all layers
-    of the pool. Loads are summed over processes, so that every process gets the same biases.
+    Call this after each `optimizer.step()`. The routers need a `bias_rate` above 0. The load of an expert is
+    the number of times that routers chose it in training since the last call. Choices that were then dropped
+    for capacity count, padding does not. Loads are balanced in each layer separately or, for an `ExpertPool`
+    with `balance="pool"`, after summing over all layers that use the pool. They are also summed over
+    processes, so that every process gets the same biases.
 
     Args:
-        model: contains the mixtures.
-        group: the processes that train the model together; all if absent.
+        model: the model that contains the mixtures.
+        group: the processes that train the model together; all processes if absent.
 
     Raises:
         RuntimeError: no router has biases, or no mixture was trained since the last call.
@@ -29,14 +30,14 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
 
     Reference:
         DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", section 2.1.2; Wang et al. 2024,
-        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1. The load of a pool
-        is our extension.
+        "Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts", algorithm 1. Balancing
+        the load of a pool is our extension.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=3) for _ in range(2))
         >>> router = tm.SwitchRouter(8, 3, bias_rate=0.001)
         >>> moe = tm.SharedCoreMoE(router, tm.ExpertFFN({"up": up, "down": down}), balance_coef=0)
-        >>> _ = torch.nn.init.zeros_(router.weight)  # every token to the first expert
+        >>> _ = torch.nn.init.zeros_(router.weight)  # sends every token to the first expert
         >>> y = moe(torch.randn(5, 8))
         >>> tm.update_biases(moe)
         >>> router.bias_steps
@@ -60,7 +61,7 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
         )
     loads: list[Tensor] = []
     for layer, bias in zip(layers, biases, strict=True):
-        # Each sum waits for all processes. So take part in it even if the layer did not run in this process.
+        # `all_reduce` waits for all processes, so call it even if the layer did not run in this process.
         load = torch.zeros_like(bias, dtype=torch.float32)
         load += 0 if layer.assigned is None else layer.assigned
         if dist.is_available() and dist.is_initialized():
@@ -77,17 +78,18 @@ def update_biases(model: nn.Module, *, group: dist.ProcessGroup | None = None) -
 
 
 def expert_load(model: nn.Module) -> dict[str, Tensor]:
-    """Count the tokens that each expert processed in the last forward pass, by layer and over each pool.
+    """Count the tokens that each expert processed in the last forward pass, for each layer and each pool.
 
     Args:
-        model: contains the mixtures, and their pools.
+        model: the model that contains the mixtures and their pools.
 
     Returns:
-        Number of tokens of each expert, shape `(E,)`, padding excluded, by the name of each mixture and pool.
-        The load of a pool is the sum over the layers that use it. Mixtures that have not run are absent.
+        A dict from the name of each mixture or pool to the number of tokens that each of its experts
+        processed, shape `(E,)`. Padding is excluded. The load of a pool is the sum over the layers that use
+        it. Mixtures that have not run are absent.
 
     Raises:
-        TargetError: a pool is missing from the model or contained twice, or two have the same label.
+        TargetError: a pool is missing from the model or contained twice, or two pools have the same label.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))

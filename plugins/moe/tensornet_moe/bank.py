@@ -1,4 +1,4 @@
-"""Abstract bank of expert matrices, and checks of arguments that several modules share."""
+"""Abstract base class for banks of expert matrices, and argument checks that several modules use."""
 
 import math
 from abc import ABC, abstractmethod
@@ -20,14 +20,14 @@ from tensornet_moe.grouped_linear import (
 
 
 class ExpertBank(nn.Module, ABC):
-    """Abstract bank of `num_experts` expert matrices of shape `(out_features, in_features)`.
+    """Abstract base class for a bank of `num_experts` matrices, each `(out_features, in_features)`.
 
     Subclass it to define new kinds of experts for `ExpertFFN` and `SharedCoreMoE`. A subclass must satisfy
-    these laws, which `tensornet_moe.testing.BankLaws` tests. Results are differentiable with respect to every
-    parameter. The parameters of *every* expert stay in the graph even if only some experts are requested,
-    since data-parallel training needs a gradient for each. `expert_matrices(experts)` equals
-    `expert_matrices()[experts]`. Unknown experts, or an empty selection, raise IndexError (`check_experts`
-    does this). `spec`, a registered builder and the state dict rebuild the bank.
+    the following laws, which `tensornet_moe.testing.BankLaws` tests. Results are differentiable with respect
+    to every parameter. The parameters of *every* expert stay in the graph even if only some experts are
+    requested, since data-parallel training needs a gradient for each parameter. `expert_matrices(experts)`
+    equals `expert_matrices()[experts]`. Unknown experts, or an empty selection, raise IndexError
+    (`check_experts` does this). A registered builder can rebuild the bank from its `spec` and state dict.
 
     Args:
         num_experts: number of experts, at least 1.
@@ -67,7 +67,7 @@ class ExpertBank(nn.Module, ABC):
         """Return the matrices of the given experts, shape `(len(experts), out_features, in_features)`.
 
         Args:
-            experts: indices of experts, which may repeat; all experts in order if absent.
+            experts: indices of experts, possibly repeated; all experts in order if absent.
 
         Raises:
             IndexError: an unknown expert, or an empty selection; see `check_experts`.
@@ -75,20 +75,21 @@ class ExpertBank(nn.Module, ABC):
 
     @abstractmethod
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the cores that all experts share, by name: the parameters that a `GradientMask` masks."""
+        """Return the cores that all experts share, keyed by name; a `GradientMask` masks these parameters."""
 
     @abstractmethod
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r` for rows sorted by expert, from the matrices of experts that have rows.
+        """Multiply rows, sorted by expert, by the matrices of their experts: `y_r = W_e(r) x_r`.
 
-        Override it if the same result can be computed without a matrix for each expert.
+        In eager mode, only the matrices of experts to which at least one row is routed are built. Override
+        this method if the result can be computed without building a matrix for each expert.
 
         Args:
             x: the rows, shape `(rows, in_features)`, in the dtype of the computation.
-            groups: how the rows are grouped.
+            groups: the number of rows of each expert, and the expert of each row.
 
         Returns:
             Shape `(rows, out_features)`.
@@ -111,11 +112,11 @@ class ExpertBank(nn.Module, ABC):
         return sum(shared.values()) + top_k * private / self.num_experts
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of `apply_rows` for a number of rows that are spread over all experts."""
+        """Count the multiply-adds of `apply_rows` for the given number of rows, if every expert gets some."""
         return rows * self.out_features * self.in_features
 
     def check_experts(self, experts: Sequence[int] | Tensor) -> Tensor:
-        """Return expert indices as a tensor on the device of the bank.
+        """Check expert indices, and return them as a tensor on the device of the bank.
 
         Raises:
             IndexError: an index outside `[0, num_experts)`, or no index at all.
@@ -129,7 +130,7 @@ class ExpertBank(nn.Module, ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the matrices: that of the first parameter."""
+        """Dtype of the matrices: the dtype of the first stored tensor."""
         return self.stored_tensors()[0].dtype
 
     @property
@@ -138,7 +139,7 @@ class ExpertBank(nn.Module, ABC):
         return sum(p.numel() for p in self.parameters())
 
 
-# --- arguments of several modules ---------------------------------------------------------------------
+# --- argument checks that several modules use -----------------------------------------------------------
 
 
 def check_not_negative(**values: float) -> None:
@@ -149,7 +150,7 @@ def check_not_negative(**values: float) -> None:
 
 
 def check_weights(weights: object, *shape: str) -> None:
-    """Raise ShapeError unless `weights` is a float tensor with one dimension for each name in `shape`."""
+    """Raise ShapeError unless `weights` is a non-empty float or complex tensor of `len(shape)` dimensions."""
     expected = f"Expected a floating tensor of shape ({', '.join(shape)})"
     if not isinstance(weights, Tensor):
         raise ShapeError(f"{expected}, got a {type(weights).__name__}; stack matrices of one shape.")

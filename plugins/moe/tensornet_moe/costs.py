@@ -1,4 +1,4 @@
-"""Count parameters, bytes in each number format, and multiply-adds of models with mixtures of experts."""
+"""Count the parameters, bytes and multiply-adds of models with mixtures of experts."""
 
 import math
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from tensornet_moe.routers import Router
 
 @dataclass
 class Cost:
-    """Cost of a part of a model.
+    """Cost of one part of a model, such as its experts.
 
     Args:
-        stored: count of stored values; the scales of integer formats count, too.
-        active: count of the stored values that one token uses.
-        multiply_adds: multiply-adds of a forward pass for one token.
+        stored: number of stored values, including the scales of integer formats.
+        active: number of stored values that one token uses.
+        multiply_adds: number of multiply-adds per token in a forward pass.
     """
 
     stored: int = 0
@@ -43,7 +43,7 @@ class ModelCosts:
 
     Args:
         parts: cost of `"embeddings"`, `"experts"`, `"routers"` and `"other"`.
-        bytes: bytes of the model as it is (`"now"`), and as it would be in each number format.
+        bytes: bytes of the model as it is (key `"now"`), and as it would be in each number format.
         tokens: number of tokens in a forward pass.
         uncounted: names of weights with more than two dimensions; their multiply-adds are not counted.
 
@@ -84,24 +84,24 @@ def describe(
 ) -> ModelCosts:
     """Count parameters, bytes and multiply-adds of a model, to compare models of equal size or speed.
 
-    - Stored: every stored value once. A pool counts once, however many layers use it.
-    - Active: stored values that one token uses, counted in each layer that uses them: one row of an
-      embedding; in a mixture the router, `top_k` experts (shared cores once) and the always-on expert;
-      everything else in full. If the number of experts depends on the tokens
-      (`Router.experts_per_token` is None), it is the mean of the last forward pass.
-    - Multiply-adds of a forward pass, for one token: each weight of two dimensions counts once, the matrices
-      of experts count `top_k` times. The matrices of all experts are built from cores once in a pass, so a
-      token's share is `1 / tokens`. Attention scores, which depend on the length of the text, and elementwise
-      operations are not counted.
-    - Bytes: the model with all matrices of linear layers, embeddings and `SharedCoreExperts` in one number
-      format, scales included. Everything else stays as it is: norms, biases, routers, low-rank deltas
-      and layers that are compressed already.
+    - Stored: each stored value counts once. A pool counts once, however many layers use it.
+    - Active: the stored values that one token uses, counted again in each layer that uses them. An embedding
+      counts one row. A mixture counts its router, `top_k` experts (shared cores once) and its shared expert.
+      Everything else counts in full. If the number of experts depends on the tokens
+      (`Router.experts_per_token` is None), the mean of the last forward pass replaces `top_k`.
+    - Multiply-adds: those of a forward pass, per token. Two-dimensional weights count once, and the matrices
+      of experts count for `top_k` experts. Each pass builds the matrices of all experts from their cores
+      once, so one token's share of this cost is `1 / tokens`. Attention scores, which depend on the length of
+      the text, and elementwise operations are not counted.
+    - Bytes: the size of the model if all matrices of linear layers, embeddings and `SharedCoreExperts` are
+      stored in one number format, scales included. Everything else keeps its current size: norms, biases,
+      routers, low-rank deltas and layers that are already compressed.
 
     Args:
         model: any model, usually with mixtures.
         tokens: number of tokens in a forward pass; they share the cost of building matrices.
-        formats: names of number formats, see `tensornet.quantization.NumberFormat`; `"float"` is the dtype of
-            the model.
+        formats: names of number formats (see `tensornet.quantization.NumberFormat`); `"float"` is the dtype
+            of the model.
 
     Returns:
         The costs; `print` shows them.
@@ -175,7 +175,7 @@ def describe(
 
 
 def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> None:
-    """Add the cost of one layer's experts for one token to `cost`."""
+    """Add to `cost` what the experts of one layer cost per token."""
     per_token = layer.router.experts_per_token
     if per_token is None:
         if layer.stats is None:
@@ -187,8 +187,8 @@ def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> No
         per_token = float(layer.stats.load.sum() / layer.stats.tokens.clamp_min(1))
     routed, used = layer.experts, 1.0
     if isinstance(routed, PooledExperts):
-        # Banks count the cost of all their experts. If a layer uses a part of them, its cost is that part of
-        # the cost of as many more rows.
+        # A bank counts the cost of all its experts. If a layer uses only a fraction of them, count
+        # `1 / fraction` times as many rows over the whole bank, and take that fraction of the cost.
         used = routed.num_experts / routed.pool.num_experts
         routed = routed.pool.experts
     for network, count, part in ((routed, per_token, used), (layer.shared_expert, 1, 1.0)):

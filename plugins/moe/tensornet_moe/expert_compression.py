@@ -1,10 +1,10 @@
-"""Compression of a model whose stacks of experts may share a core.
+"""Compression of mixture models in which the experts of a stack may share a core.
 
-A stack has one matrix, such as the up projection, of each expert in a mixture. Its networks may share a
-projection of the inputs, a basis of the outputs or a base matrix (`shared_low_rank.py`). When the budget is
-allocated, a stack counts as one layer. Its candidates are the best separate networks of every total size, and
-the shared networks of every rank and number format; one of them is chosen. Parameters or bytes saved by
-sharing go to the layers where they lower the predicted loss most.
+A stack consists of one matrix, such as the up projection, of every expert in a mixture. The low-rank networks
+of a stack may share a projection of the inputs, a basis of the outputs or a base matrix
+(`shared_low_rank.py`). When the budget is allocated, a stack counts as one layer. Its candidates are the best
+separate networks of every total size, and the shared networks of every rank and number format. Parameters or
+bytes saved by sharing go to the layers where they lower the predicted loss most.
 """
 
 import time
@@ -51,15 +51,15 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True)
 class SharedStack:
-    """Experts whose networks share one core.
+    """Report on a stack of experts whose networks share one core.
 
     Args:
         names: names of the experts' layers.
         pattern: `"inputs"`, `"outputs"` or `"base"`.
         topology: network of one expert.
-        storage: number formats of its cores.
+        storage: number formats of the cores of this network.
         params_before, params_after: number of parameters of all experts; the shared core counts once.
-        bytes_before, bytes_after: bytes of all experts.
+        bytes_before, bytes_after: bytes of all experts; the shared core counts once.
         loss_increase: predicted loss increase, not yet corrected by measured losses.
         errors: measured relative Frobenius error of each expert.
     """
@@ -93,11 +93,11 @@ class ExpertsReport:
     """Result of `compress_experts`.
 
     Args:
-        stacks: experts that share a core.
+        stacks: the stacks whose experts share a core.
         plan: plan of all other targeted weights, with their certified errors.
         model_params_before, model_params_after: number of parameters of the whole model.
         model_bytes_before, model_bytes_after: bytes of the whole model in memory.
-        predicted_loss_increase: predicted increase of the loss per token by all layers and stacks together.
+        predicted_loss_increase: predicted increase of the loss per token, over all layers and stacks.
         seconds: wall time.
         measured: loss increase measured on a few rows of the calibration batches; None without batches.
 
@@ -136,7 +136,7 @@ class ExpertsReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean bits of a targeted weight after compression."""
+        """Mean number of bits per targeted weight after compression."""
         parts: tuple[SharedStack | LayerPlan, ...] = (*self.stacks, *self.layers)
         return 8 * sum(x.bytes_after for x in parts) / sum(x.params_before for x in parts)
 
@@ -175,11 +175,12 @@ def compress_experts(
     calibration: Calibration | None = None,
     progress: bool = True,
 ) -> ExpertsReport:
-    """Compress a model in place like `tensornet.compress`, and let the experts of a mixture share a core.
+    """Compress a model in place, as `tensornet.compress` does, but allow experts to share a core.
 
-    Every stack of experts gets separate networks, or networks with a shared projection of the inputs, basis
-    of the outputs or base matrix, whichever has the smaller predicted loss. One budget limits the stacks and
-    all other layers together. Experts of a stack share nothing if one of them got no gradient.
+    A stack consists of one matrix of every expert in a mixture. It gets either separate networks or networks
+    that share a core: a projection of the inputs, a basis of the outputs, or a base matrix. The option with
+    the smallest predicted loss is chosen. One budget limits the stacks and all other layers together. The
+    experts of a stack share nothing if calibration found no gradient for one of them.
 
     Args:
         model: a model with mixtures that store their experts as one parameter `(experts, out, in)`.
@@ -188,11 +189,11 @@ def compress_experts(
         progress: show progress bars.
 
     Raises:
-        TargetError: no targeted layer is an expert, or there are no calibrated gradients.
+        TargetError: no targeted layer is an expert, or the calibration has no gradients.
         BudgetError: the budget cannot be met, or an option cannot be combined with sharing.
 
     Example:
-        >>> import tensornet_hf  # knows the mixtures of transformers
+        >>> import tensornet_hf  # adds support for the mixtures of transformers
         >>> from transformers import MixtralConfig, MixtralForCausalLM
         >>> sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
         >>> heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
@@ -209,7 +210,7 @@ def compress_experts(
     _check_options(config)
     params_before, bytes_before = model_size(model)
 
-    # Calibrate, find the candidates of all layers, and check their predicted losses by measuring.
+    # Calibrate, find the candidates of all layers, and compare their predicted losses with measured ones.
     with torch.enable_grad():
         data = gather(model, config, calibration, progress=progress)
     stats = data.statistics
@@ -224,8 +225,8 @@ def compress_experts(
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
         except BudgetError:
-            # Shared networks may fit a budget that separate ones exceed. Then check the plan with the
-            # smallest separate networks.
+            # Shared networks may fit a budget that separate ones exceed. In that case, check the plan with
+            # the smallest separate networks.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
@@ -300,12 +301,12 @@ def _check_options(config: CompressionConfig) -> None:
 
 @dataclass(frozen=True)
 class SharedCandidate:
-    """Candidate for a whole stack: the networks of its experts share one core.
+    """Candidate for a whole stack, in which the networks of all experts share one core.
 
     Args:
         members: indices of the experts in the list of targets.
         pattern: a key of `tensornet_moe.shared_low_rank.PATTERNS`.
-        candidate: topology and number formats of each expert, with the size and predicted loss of them all.
+        candidate: topology and number formats of one expert, with the size and predicted loss of the stack.
     """
 
     members: tuple[int, ...]
@@ -324,7 +325,7 @@ def find_stacks(
     *,
     progress: bool = False,
 ) -> tuple[StackCandidates, ...]:
-    """Group the experts of each mixture, and predict the losses of all ways to share a core.
+    """Group targeted experts into stacks, and predict the losses of all ways to share a core in each stack.
 
     Args:
         targets: the targeted weights.
@@ -335,7 +336,7 @@ def find_stacks(
     Raises:
         TargetError: no target is an expert of a mixture.
     """
-    stacks: dict[tuple[object, ...], list[int]] = {}  # values: targets for one matrix of one mixture
+    stacks: dict[tuple[object, ...], list[int]] = {}  # values: indices of the targets of a stack
     for place, target in enumerate(targets):
         owner, number, matrix = ["", "", *target.name.rsplit(".", 2)][-3:]
         if len(target.names) == 1 and isinstance(target.modules[0], PartMatrix) and number.isdigit():
@@ -353,7 +354,7 @@ def find_stacks(
         group = [targets[k] for k in members]
         known = [layer_sensitivity(target, "curvature", stats, config.damping) for target in group]
         weights = [sensitivity for sensitivity in known if sensitivity is not None]
-        if len(weights) < len(group):  # an expert got no gradient: do not share
+        if len(weights) < len(group):  # without a gradient of every expert, the stack shares nothing
             continue
         matrices = [target.matrix for target in group]
         per_token = experts_per_token([target.names[0] for target in group], stats)
@@ -375,10 +376,10 @@ def find_stacks(
 
 
 def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
-    """Compute how many experts of a layer process a calibration token, on average; at least 1.
+    """Return the mean number of these experts that process a calibration token; at least 1.
 
     Args:
-        names: names of the experts.
+        names: names of the experts of one layer.
         stats: calibration statistics; if they have no token counts, two experts per token are assumed.
     """
     known = {name: stats.counts[name] for name in names if name in stats.counts}
@@ -395,12 +396,12 @@ Choice = list[int | SharedCandidate]
 
 
 def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
-    """Choose candidates of single layers and of stacks in one budget, and name the limit reached first.
+    """Choose candidates for layers and stacks within one budget, and return which limit was reached first.
 
-    A first allocation, with shared and separate candidates for every stack, finds the stacks that share
-    cores. Then the budget is allocated again in finer steps: these stacks share cores, and all other layers
-    are single. Two more allocations are tried, in which no stack or every stack shares cores, so the result
-    is never worse than these two.
+    A first allocation has shared and separate candidates for every stack, and finds the stacks that should
+    share cores. Then the budget is allocated again in finer steps: exactly these stacks share cores, and
+    every other layer is chosen on its own. Two more allocations are tried: in one, no stack shares cores, in
+    the other, every stack does. The best of all these allocations is returned.
 
     Args:
         prepared: the candidates of every layer.
@@ -439,7 +440,7 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tup
 def choose_sharing(
     prepared: Prepared, stacks: Sequence[StackCandidates], *, or_separate: bool = False
 ) -> tuple[Choice, str]:
-    """Choose shared networks for the given stacks, and single candidates for all other layers.
+    """Choose shared networks for the given stacks, and a candidate for every other layer.
 
     Args:
         prepared: the candidates of every layer.
@@ -489,7 +490,11 @@ def _unit(prepared: Prepared) -> str:
 def _options(
     stack: StackCandidates, prepared: Prepared, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
-    """List ways to store a stack, each with the indices of the experts' candidates or a shared candidate."""
+    """List the ways to store a stack, as pairs of a total and what it consists of.
+
+    The total is a candidate with the summed sizes and losses of the experts. It consists of the index of a
+    candidate for each expert, or of a shared candidate.
+    """
     members = [prepared.candidates[place] for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 
@@ -507,7 +512,7 @@ def _options(
         )
 
     if or_separate:
-        # Walk along the experts' convex hulls, which gives a set of separate networks for each total size.
+        # Walking along the experts' convex hulls gives one set of separate networks for each total size.
         start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))
@@ -535,7 +540,7 @@ def _options(
 def _fit(
     choice: SharedCandidate, targets: Sequence[Target], stats: CalibrationStats, damping: float
 ) -> tuple[dict[str, nn.Module], SharedStack]:
-    """Fit the networks of a stack, which share a core; return the layers by name, and the report on them."""
+    """Fit networks that share a core to a stack; return the new layers by name, and a report."""
     topology, storage = choice.candidate.topology, choice.candidate.storage
     assert topology is not None
     rank = max(topology.bond_dims.values())

@@ -45,24 +45,25 @@ from tensornet_moe.joint_fit import JointFit, fit_jointly, stack_error
 from tensornet_moe.prepared import PreparedExperts
 from tensornet_moe.stacked import build_matrices, enclosing_topology, plan_stack, resolve_shared
 
-#: On CPUs, matrices with at least this many elements are built and used one at a time, so that they fit the
-#: caches and their memory is reused.
+#: On CPUs, matrices with at least this many elements are built and used one at a time, so that each stays in
+#: the cache and its memory is reused for the next one.
 BUILT_ALONE = 2**18
 
 
 class SharedCoreExperts(ExpertBank):
-    """Expert matrices whose tensor networks share some cores and keep the other cores private.
+    """Bank of expert matrices, stored as tensor networks that share some cores and keep the others private.
 
-    A shared core `core_<name>` has its own shape; a private one is stacked, `(num_experts, *shape)`. If the
-    experts' bonds differ, each private core is stored with its true size as `core_<name>_expert_<e>`. An
-    expert with smaller bonds uses the leading block of a shared core. Nothing is padded in storage, so
-    parameter counts are exact and a small expert stays small in training. A core is a parameter, or a
-    `PackedCore` if its number format is not that of the model. An optimizer treats a stacked core as one
-    parameter, so weight decay and momentum also move experts whose gradients are zero.
+    A shared core is stored once, as `core_<name>`. The private cores of all experts are stacked in one tensor
+    `core_<name>` of shape `(num_experts, *shape)`. If the experts' bonds differ, each private core is stored
+    on its own, as `core_<name>_expert_<e>`. An expert with smaller bonds uses the leading block of a shared
+    core. Nothing is padded in storage, so parameter counts are exact and a small expert stays small in
+    training. A core is a parameter, or a `PackedCore` if its number format is not the model's dtype. An
+    optimizer treats a stacked core as one parameter, so weight decay and momentum also change experts whose
+    gradients are zero.
 
     Args:
-        topology: topology of all experts; or a sequence with one for each expert, which may differ only in
-            their bonds.
+        topology: one topology for all experts, or a sequence with one topology for each expert. These may
+            differ only in their bonds.
         num_experts: number of experts.
         shared: shared cores: `"center"` (MPOE), `"ends"`, `"none"`, `"all"`, or core names.
         storage: number formats of the cores; see `quantize`.
@@ -76,8 +77,9 @@ class SharedCoreExperts(ExpertBank):
 
     Reference:
         Gao et al. 2022, "Parameter-Efficient Mixture-of-Experts Architecture for Pre-trained Language
-        Models", section 4.1. Sharing other cores than the center and different bonds are our extensions.
-        Layers that share cores use ranges of the experts of one bank, see `ExpertPool`.
+        Models", section 4.1. Sharing cores other than the center, and bonds that differ between
+        experts, are our extensions. Several layers share cores if each uses a range of the experts of one
+        bank; see `ExpertPool`.
 
     Example:
         >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -134,15 +136,15 @@ class SharedCoreExperts(ExpertBank):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "SharedCoreExperts":
-        """Upcycle one dense matrix: every expert starts from the same decomposition of it.
+        """Upcycle one dense matrix: every expert starts from the same decomposition of this matrix.
 
-        `.error` of the result is the relative Frobenius error of the first expert before noise.
+        `.error` of the result is the relative Frobenius error of the first expert, before noise is added.
 
         Args:
             weight: shape `(out, in)`.
             num_experts: number of experts.
             topology: a topology, a sequence with one for each expert, or a family's name. An expert with
-                smaller bonds gets the leading part of each core; in chains, this part has the largest
+                smaller bonds gets the leading part of each core; in chains, this part belongs to the largest
                 singular values.
             shared: the cores to share.
             noise: standard deviation of Gaussian noise on each private core, relative to the root mean square
@@ -211,8 +213,8 @@ class SharedCoreExperts(ExpertBank):
             options: passed to the family, for example `out_dims=`, `in_dims=`, `sites=`.
 
         Returns:
-            The bank; `.fit` is a `JointFit` with the errors of joint and separate fits, `.error` is the error
-            of the bank.
+            The bank. Its `.fit` is a `JointFit` with the errors of the joint and separate fits; its `.error`
+            is the error of the fit that it stores.
 
         Raises:
             ShapeError: `weights` is not a stack of matrices of the topology's shape.
@@ -236,7 +238,7 @@ class SharedCoreExperts(ExpertBank):
         error: float | None,
         dtype: torch.dtype,
     ) -> "SharedCoreExperts":
-        """Build a bank from its cores; private cores are `(E, *shape)`, or one tensor for each expert."""
+        """Build a bank from its cores; a private core is `(E, *shape)` or a list of `E` tensors."""
         bank = cls(topologies, len(topologies), shared=shared, device="meta")
         for name, core in cores.items():
             pieces = [core] if isinstance(core, Tensor) else list(core)
@@ -249,9 +251,10 @@ class SharedCoreExperts(ExpertBank):
         return bank
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trained parameters of shared cores by name; see `ExpertBank`.
+        """Return the parameters of the shared cores, keyed by name; see `ExpertBank`.
 
-        For an integer core, these are its scales while they are trained (`tensornet.healing.trained_scales`).
+        An integer core has a parameter only while its scales are trained; these scales are then the parameter
+        (`tensornet.healing.trained_scales`).
         """
         found: dict[str, nn.Parameter] = {}
         for name in self.shared:
@@ -262,13 +265,13 @@ class SharedCoreExperts(ExpertBank):
         return found
 
     def expert_matrices(self, experts: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Build expert matrices; see `plan_stack` for the cost."""
+        """Build the matrices of the given experts; see `plan_stack` for the cost."""
         index = None if experts is None else self.check_experts(experts)
         count = self.num_experts if index is None else len(index)
         return build_matrices(self.plan, self.cores(index), count)
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r`, core by core if this is predicted to be faster; see `ExpertBank`."""
+        """Multiply rows by their experts' matrices, or core by core if predicted faster; see `ExpertBank`."""
         if len(self.shared) == len(self.topology.cores):
             return self._apply_to_all(x)
         if groups.active is None or groups.sizes is None:  # sizes are unknown in compiled code
@@ -287,8 +290,8 @@ class SharedCoreExperts(ExpertBank):
         elements = self.out_features * self.in_features
         if elements < BUILT_ALONE or x.device.type != "cpu" or takes_grouped_mm(x, self.out_features, groups):
             return super().apply_rows(x, groups)
-        # Keeping all matrices for the backward pass would take as much memory as dense experts. So they are
-        # rebuilt if that takes at most half the multiply-adds of multiplying the rows.
+        # Keeping all matrices for the backward pass would take as much memory as dense experts. So the
+        # backward pass rebuilds a matrix if that takes at most half as many multiply-adds as applying it.
         again = torch.is_grad_enabled() and 2 * self.plan.multiply_adds(1) <= rows * elements
         cores = self._cores_of_each()
         return torch.cat(
@@ -299,13 +302,14 @@ class SharedCoreExperts(ExpertBank):
         )
 
     def _apply_one(self, x: Tensor, cores: Sequence[Tensor], *, built_again: bool) -> Tensor:
-        """Multiply the rows of one expert by its matrix, which may be rebuilt in the backward pass."""
-        # Plan all cores as shared: this gives plain products, which are faster than batches of one.
+        """Multiply rows by the matrix of one expert; if `built_again`, rebuild it in the backward pass."""
+        # Plan all cores as shared, so that the products have no expert index: plain matrix products are
+        # faster than batched products with a batch of one.
         plan = plan_stack(self.topology, self.topology.core_names, 1)
 
         def product(x: Tensor, *cores: Tensor) -> Tensor:
             named = dict(zip(self.topology.core_names, cores, strict=True))
-            # `squeeze` instead of `[0]`, whose backward would copy the gradient into zeros
+            # Use `squeeze`, since the backward pass of `[0]` would copy the gradient into zeros.
             return nn.functional.linear(x, build_matrices(plan, named, 1).squeeze(0).to(x.dtype))
 
         if not built_again:
@@ -314,11 +318,11 @@ class SharedCoreExperts(ExpertBank):
         return made
 
     def core(self, name: str, index: Tensor | None = None) -> Tensor:
-        """Return a core; private cores are stacked, zero-padded if bonds differ.
+        """Return a core; private cores are stacked over experts, and zero-padded if bonds differ.
 
         Args:
             name: name of the core.
-            index: indices of experts, for a part of a private core; all if absent.
+            index: the experts whose parts of a private core are returned; all if absent.
         """
 
         def decoded(core: Tensor | PackedCore, index: Tensor | None) -> Tensor:
@@ -347,12 +351,12 @@ class SharedCoreExperts(ExpertBank):
         return used
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of building all matrices and multiplying by them; see `ExpertBank`."""
+        """Count the multiply-adds of building all matrices and multiplying rows by them; see `ExpertBank`."""
         return self.plan.multiply_adds(self.num_experts) + super().multiply_adds(rows)
 
     def _apply_to_all(self, x: Tensor) -> Tensor:
-        """Apply the only matrix of a bank whose cores are all shared."""
-        # In compiled code the number of rows is not a constant, so it cannot decide the route.
+        """Multiply all rows by the one matrix of a bank whose cores are all shared."""
+        # The route cannot depend on the number of rows in compiled code, where this number is not a constant.
         route = RECONSTRUCT if torch.compiler.is_compiling() else self._route(x, len(x))
         if route != RECONSTRUCT:
             cores = list(self.cores().values())
@@ -361,7 +365,11 @@ class SharedCoreExperts(ExpertBank):
         return nn.functional.linear(x, matrix.to(x.dtype))
 
     def _route(self, x: Tensor, rows: int) -> int:
-        """Choose the fastest way for an expert's rows: a route of `contract_with_input`, or RECONSTRUCT."""
+        """Return the fastest route for `rows` rows of an expert.
+
+        A route is an order in which `contract_with_input` contracts the rows with the cores; RECONSTRUCT
+        builds the matrix instead.
+        """
         if len(set(self.topologies)) > 1 or len(self.topology.cores) == 1:
             return RECONSTRUCT
         machine = self.machine or default_machine(x.device)
@@ -377,10 +385,10 @@ class SharedCoreExperts(ExpertBank):
 
     @torch.no_grad()
     def prepared(self, max_growth: float) -> PreparedExperts | None:
-        """Return a bank of dense matrices, which is faster; see `tensornet.nn.prepare_for_inference`.
+        """Return a faster bank that stores dense matrices; see `tensornet.nn.prepare_for_inference`.
 
         Args:
-            max_growth: largest size of the matrices, relative to the bytes of the cores.
+            max_growth: largest allowed size of the matrices, relative to the size of the stored cores.
 
         Returns:
             The bank; None if it would be too large, or if this bank has only one core, integer cores, or a
@@ -388,7 +396,7 @@ class SharedCoreExperts(ExpertBank):
         """
         count = 1 if len(self.shared) == len(self.topology.cores) else self.num_experts
         matrix_bytes = count * self.out_features * self.in_features * self.dtype.itemsize
-        stored = {id(tensor): tensor.nbytes for tensor in self.stored_tensors()}  # shared ones occur twice
+        stored = {id(tensor): tensor.nbytes for tensor in self.stored_tensors()}  # count each once
         too_large = matrix_bytes > max_growth * sum(stored.values())
         stays = len(self.topology.cores) == 1 or self.storage.quantized or self.strategy != "auto"
         if too_large or stays:
@@ -399,7 +407,7 @@ class SharedCoreExperts(ExpertBank):
     # --- stored cores ---
 
     def _store(self, name: str, core: Tensor | Sequence[Tensor]) -> None:
-        """Register a core in its number format: one tensor, or a list with one tensor for each expert."""
+        """Register a core (one tensor, or a list with one tensor per expert) in its number format."""
         kind = self.storage.format_of(name)
         if isinstance(core, Tensor):
             put_core(self, f"core_{name}", encoded_core(kind, self.topology, name, core))
@@ -408,7 +416,7 @@ class SharedCoreExperts(ExpertBank):
             put_core(self, f"core_{name}_expert_{expert}", encoded_core(kind, topology, name, piece))
 
     def _compute_like(self, like: Tensor) -> None:
-        """Set the dtype and device of products to those of a tensor; stored tensors may have others."""
+        """Use the dtype and device of `like` for products; stored tensors may have other dtypes."""
         self.register_buffer("compute_like", like.new_empty(0), persistent=False)
 
     @property
@@ -442,9 +450,9 @@ class SharedCoreExperts(ExpertBank):
     def quantize(self, storage: Storage | str) -> float:
         """Store the cores of this bank in number formats, in place.
 
-        Cores are rounded to nearest, with a search for the best scale of each group; error feedback would
-        gain little, since errors in different elements of a core affect the matrices nearly independently.
-        `"float"` undoes the packing.
+        Cores are rounded to nearest, with a search for the best scale of each group. Error feedback, as in
+        GPTQ, would gain little, since errors in different elements of a core affect the matrices nearly
+        independently. `"float"` stores the rounded cores as floats again.
 
         Args:
             storage: the name of one format for all cores, or a `Storage` with a format for each core.
@@ -453,7 +461,7 @@ class SharedCoreExperts(ExpertBank):
             Relative Frobenius error that rounding adds to the matrices of all experts.
 
         Raises:
-            FormatError: an unknown format, formats for unknown cores, or pivoted cores.
+            FormatError: an unknown format, formats for unknown cores, or a pivoted `Storage`.
 
         Example:
             >>> bank = tm.SharedCoreExperts.from_dense(torch.randn(32, 64), num_experts=4)
@@ -479,7 +487,7 @@ class SharedCoreExperts(ExpertBank):
         return added
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         same = len(set(self.topologies)) == 1
         return {
             "type": "shared_core_experts",
@@ -536,7 +544,7 @@ def with_noise(core: Tensor, noise: float, generator: torch.Generator) -> Tensor
     if noise == 0:
         return core
     size = frobenius(core) / core.numel() ** 0.5  # `frobenius` does not underflow, however small the core is
-    # Drawn on the CPU, so that the noise is the same on every device.
+    # Draw on the CPU, so that the noise is the same on every device.
     drawn = torch.randn(core.shape, generator=generator, device="cpu")
     return core + noise * size * drawn.to(core)
 
@@ -560,8 +568,9 @@ def initial_cores(
     count, private = len(enclosing.cores), len(enclosing.cores) - len(shared)
     common = draw(enclosing)
     experts = [draw(topology) for topology in topologies]
-    # random_cores gives each of n cores the standard deviation (in * bonds)^(-1 / (2n)). The shared cores are
-    # drawn for the largest bonds, so private cores of experts with smaller bonds are rescaled.
+    # `random_cores` gives each of n cores the standard deviation (in * bonds)^(-1 / (2n)), where `bonds` is
+    # the product of all bonds. Shared cores are drawn for the largest bonds, so the private cores of experts
+    # with smaller bonds are rescaled.
     gains = [
         (bonds(enclosing) / bonds(topology)) ** (len(shared) / (2 * count * max(private, 1)))
         for topology in topologies
@@ -578,7 +587,7 @@ def initial_cores(
 
 
 def check_storage(storage: Storage, topology: Topology) -> None:
-    """Check that a storage sets number formats, and nothing else, for cores of this topology.
+    """Check that a storage only sets number formats, and only for cores of this topology.
 
     Raises:
         FormatError: the storage is pivoted, or has formats for unknown cores.
@@ -600,7 +609,7 @@ def encoded_core(
         number_format: format of the elements.
         topology: the topology that the core belongs to.
         name: name of the core.
-        core: shape `(..., *shape)`; values that the format cannot represent are rounded to nearest.
+        core: the values, shape `(..., *shape)`; the format rounds them to nearest.
     """
     if number_format == FLOAT:
         return core

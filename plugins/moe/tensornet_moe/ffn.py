@@ -127,7 +127,7 @@ class ExpertFFN(nn.Module):
         return y if bias is None else y + bias.index_select(0, groups.expert_of_row).to(y.dtype)
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         return {
             "type": "expert_ffn",
             "names": list(self.names),  # some JSON writers do not keep the order of mappings

@@ -218,7 +218,7 @@ class SharedCoreMoE(nn.Module):
         return {**self.__dict__, **dict.fromkeys(transient)}
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         return {
             "type": "shared_core_moe",
             "router": self.router.spec(),

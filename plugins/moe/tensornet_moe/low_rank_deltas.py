@@ -185,7 +185,7 @@ class LowRankDeltaExperts(ExpertBank):
         return (self.left, self.right, *self.base.parameters(), *self.base.stored_tensors())
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         return {"type": "low_rank_delta_experts", "base": self.base.spec(), "rank": self.rank}
 
     def extra_repr(self) -> str:

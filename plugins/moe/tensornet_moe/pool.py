@@ -94,7 +94,7 @@ class ExpertPool(nn.Module):
         return y
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         options = {"label": self.label, "balance": self.balance}
         return {"type": "expert_pool", "experts": self.experts.spec(), **options}
 
@@ -225,7 +225,7 @@ class PooledExperts(nn.Module):
         return values.new_zeros(self.pool.num_experts).index_copy(0, index, values)
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`."""
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`."""
         return {
             "type": "pooled_experts",
             "pool": self.label,

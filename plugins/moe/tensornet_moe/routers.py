@@ -169,7 +169,7 @@ class Router(nn.Module, ABC):
         return probs if self.bias_steps is None else probs + self.bias_rate * self.bias_steps
 
     def spec(self) -> dict[str, Any]:
-        """Return a JSON-ready description, see `tensornet.nn.register_module_type`.
+        """Return a JSON-ready description; see `tensornet.nn.register_module_type`.
 
         Raises:
             TypeError: the class is not registered.

@@ -1,1 +1,1 @@
-"""Features whose interface may change: expert parallelism, and a faster kernel for chains on CPUs."""
+"""Features whose interface may change: expert parallelism."""

@@ -1,8 +1,9 @@
-"""Expert parallelism: each process stores the private cores of some experts, and all shared cores.
+"""Expert parallelism: each process stores all shared cores, and the private cores of some of the experts.
 
-Tokens are sent to the process of their expert and back (two all-to-all exchanges per layer). So the gradients
-of private cores already contain the contributions of tokens from all processes. All other gradients, also
-those of shared cores, are averaged over processes, as in data parallelism.
+Tokens are sent to the process that stores their expert, and the results are sent back. This takes two
+all-to-all exchanges per layer. So the gradients of private cores already contain the contributions of tokens
+from all processes. All other gradients, including those of shared cores, are averaged over processes, as in
+data parallelism.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-# If this module were first imported while a process group exists, the group's threads would stay alive.
+# If torch._dynamo were first imported while a process group exists, the group's threads would stay alive.
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class ParallelExperts(nn.Module):
     """Experts of one layer, distributed over a process group; this module replaces their `ExpertFFN`.
 
     Process `r` of `R` stores experts `r * E / R` to `(r + 1) * E / R - 1`. Every process must run the layer
-    the same number of times, forward and backward, even without tokens.
+    the same number of times, forward and backward, even if the process has no tokens.
 
     Args:
         local: the experts of this process; each process has a copy of the shared cores.
@@ -52,21 +53,21 @@ class ParallelExperts(nn.Module):
         return self._group[0]
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Map rows `(rows, in_features)`, sorted by expert, to `(rows, out_features)`."""
+        """Apply to each row `(rows, in_features)`, sorted by expert, the network of its expert."""
         ranks, here = dist.get_world_size(self.group), self.local.num_experts
-        # Number of rows for each expert, shape (processes, experts of a process).
+        # Number of rows to send to each expert, shape (processes, experts per process).
         counts = groups.counts.reshape(ranks, here)
         arriving = torch.empty_like(counts)
         dist.all_to_all_single(arriving, counts.contiguous(), group=self.group)
         sent, received = counts.sum(1).tolist(), arriving.sum(1).tolist()
         rows = _Exchange.apply(x, sent, received, self.group)
         expert = torch.arange(here, device=x.device).repeat(ranks).repeat_interleave(arriving.reshape(-1))
-        order = expert.argsort(stable=True)  # received rows are sorted by process, then by expert
+        order = expert.argsort(stable=True)  # rows arrive sorted by process first
         y = self.local(rows[order], group_rows(expert[order], here))
         return _Exchange.apply(torch.empty_like(y).index_copy(0, order, y), received, sent, self.group)
 
     def spec(self) -> dict[str, Any]:
-        """Raise TargetError: only the gathered layer can be saved, see `gather_experts`."""
+        """Raise TargetError, since only gathered experts can be saved; see `gather_experts`."""
         raise TargetError(
             "These experts are spread over processes. Call gather_experts(model) on every "
             "process, then save on one: the result loads on any number of processes."
@@ -76,14 +77,15 @@ class ParallelExperts(nn.Module):
 def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> list[str]:
     """Distribute the experts of every `SharedCoreMoE` in a module over a process group, in place.
 
-    Every process must have the same weights before the call, and afterwards keeps its own experts. Call this
-    before building the optimizer. Then either wrap the model with `DistributedDataParallel`, or call
-    `average_gradients(model)` before each `optimizer.step()`. `Trainer` of transformers refuses such a model,
-    since one process writes its checkpoints, but no process has all experts.
+    Every process must have the same weights before the call. Afterwards each process stores only its own
+    experts. Call this before building the optimizer. Then either wrap the model with
+    `DistributedDataParallel`, or call `average_gradients(model)` before each `optimizer.step()`. The
+    `Trainer` of transformers refuses such a model: a single process writes its checkpoints, but no process
+    has all experts.
 
     Args:
-        module: contains the mixtures.
-        group: the processes; all if absent.
+        module: the module that contains the mixtures.
+        group: the processes; all processes if absent.
 
     Returns:
         Names of the parameters that differ between processes. `DistributedDataParallel` must ignore them;
@@ -92,7 +94,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
     Raises:
         TargetError: there is no process group or no mixture; or the experts are not `SharedCoreExperts`,
             belong to an `ExpertPool`, or are already distributed.
-        TopologyError: the experts cannot be divided evenly over processes, or the experts' bonds differ.
+        TopologyError: the experts cannot be divided evenly over the processes, or their bonds differ.
     """
     group = group if group is not None else dist.group.WORLD
     if group is None:
@@ -109,7 +111,7 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
         moe.experts = _shard(moe.experts, group)  # type: ignore[assignment,arg-type]  # same interface
     own = {id(p) for p in _private_parameters(module)}
     names = [name for name, p in module.named_parameters() if id(p) in own]
-    # DDP must not average gradients of these experts. The method is private, but documented for this use.
+    # DDP must not average the gradients of private cores. The method is private, but documented for this use.
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
     structure_changed(module)
     return names
@@ -117,7 +119,9 @@ def shard_experts(module: nn.Module, group: dist.ProcessGroup | None = None) -> 
 
 @torch.no_grad()
 def gather_experts(module: nn.Module) -> None:
-    """Undo `shard_experts` in place: every process gets all experts again, without their gradients.
+    """Undo `shard_experts` in place: every process gets all experts again.
+
+    The gradients of private cores and biases are dropped.
 
     Raises:
         TargetError: the module has no distributed experts.
@@ -143,7 +147,8 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
     if not replicated:
         return
     there = [p.grad is not None for p in replicated]
-    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)  # must suit the group's backend
+    # The backend of the group determines the device on which counts can be summed.
+    has = torch.tensor(there, dtype=torch.int32, device=replicated[0].device)
     dist.all_reduce(has, group=group)
     for parameter, count in zip(replicated, has.tolist(), strict=True):
         if count:
@@ -207,7 +212,8 @@ def _shard(experts: ExpertFFN, group: dist.ProcessGroup) -> ParallelExperts:
     biases = {name: bias if bias is None else bias[here] for name, bias in _biases(experts).items()}
     made = ParallelExperts(_ffn_like(experts, banks, biases), group)
     for parameter in _private_parameters(made):
-        # Gradients of private cores are sums over the tokens of all processes: divide for the average.
+        # This gradient is a sum over the tokens of all processes. Divide it, so that it is an average, like
+        # the gradients of shared cores.
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True).register_hook(lambda grad: grad / ranks)
         parameter.requires_grad_(not frozen)
@@ -265,7 +271,7 @@ def _biases(experts: ExpertFFN) -> dict[str, Tensor | None]:
 
 
 def _private_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """Collect the parameters that differ between processes: those of experts, without shared cores."""
+    """Collect the parameters that differ between processes: all parameters of experts except shared cores."""
     found = [part.local for part in module.modules() if isinstance(part, ParallelExperts)]
     shared = {id(core) for local in found for core in shared_parameters(local)}
     return [p for local in found for p in local.parameters() if id(p) not in shared]
