@@ -2,8 +2,8 @@
 
 Model classes such as T5 and GPT-2 have no code for routers, so forward hooks do the work. Before a forward
 pass they give the padding mask to the mixtures in the model; after it they add the mixtures' auxiliary losses
-to the model's loss. `upcycle` registers these hooks, and so does loading if the saved model had them. A
-mixture that was put into a model by hand gets none, since the training loop may add its losses.
+to the model's loss. `upcycle` registers these hooks, and so does loading if the saved model had them. If you
+put a mixture into a model by hand, no hooks are registered, since your training loop may add the losses.
 
 Every submodule that can be called alone (an encoder, a model without its head) has these hooks, but only the
 hooks of the outermost running module act.

@@ -1,8 +1,9 @@
-"""Split stacks of experts `(experts, ...)`, as in transformers, into linear layers, and join them again.
+"""Split the stacked expert matrices of transformers into linear layers, and stack them again.
 
-A stack is a single parameter, so its matrices are not layers that can be calibrated, planned or compressed.
-After unfusing, every expert has its own linear layers, such as `experts.3.down_proj`, which are treated like
-any other linear layer. If no matrix was replaced, the stack is restored.
+A stack is a single parameter, shape `(experts, ...)`. So its matrices are not layers that can be calibrated,
+planned or compressed. After the stack is split (unfused), every expert has its own linear layers, such as
+`experts.3.down_proj`, which are treated like any other linear layer. If no matrix was replaced, the stack is
+restored.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ class SplitExperts(Compound):
     """Replacement for an experts module of transformers, with a linear layer for each matrix of each expert.
 
     Args:
-        stock: the replaced module; it still computes everything between the matrices.
+        stock: the replaced module; its methods still compute the gate and the activation.
         shared: see `Compound`.
     """
 
@@ -51,9 +52,9 @@ class SplitExperts(Compound):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Return the names of a module's stacks in order, each with True if its matrices are `(in, out)`.
+        """Map the names of a module's stacks, in order, to True if their matrices have shape `(in, out)`.
 
-        The result is empty if the module cannot be split because it has more than matrices, biases and an
+        The result is empty if the module cannot be split, since it has more than matrices, biases and an
         activation.
         """
         if (
@@ -118,7 +119,7 @@ class SplitDbrx(SplitExperts):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Return the names of the stacks, see `SplitExperts.layouts`."""
+        """Return the stacks of the module (see `SplitExperts.layouts`)."""
         return {"mlp.w1": False, "mlp.v1": False, "mlp.w2": True}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class SplitLlama4(SplitExperts):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Return the names of the stacks, see `SplitExperts.layouts`."""
+        """Return the stacks of the module (see `SplitExperts.layouts`)."""
         return {"gate_up_proj": True, "down_proj": True}
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
@@ -166,7 +167,7 @@ class SplitJetMoe(SplitExperts):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Return the names of the stacks, see `SplitExperts.layouts`."""
+        """Return the stacks of the module (see `SplitExperts.layouts`)."""
         return {"weight": False}
 
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:  # type: ignore[override]
@@ -177,7 +178,7 @@ class SplitJetMoe(SplitExperts):
 
 @contextmanager
 def experts_apart(model: nn.Module) -> Iterator[None]:
-    """Within a `with` block, split the experts of a model into layers, and let the experts ignore padding."""
+    """Split the experts of a model into layers within a `with` block, and make the experts ignore padding."""
     names = unfuse(model)
 
     def tell(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -1,9 +1,11 @@
 """LoRA adapters on compressed layers, registered with PEFT as custom modules.
 
-config = lora_config(model, target_modules="all-linear", r=8)
-adapted = peft.get_peft_model(model, config)          # train, adapted.save_pretrained(folder)
-adapted = load_adapters(model, folder)
-model = merge_adapters(adapted)
+Typical use:
+
+    config = lora_config(model, target_modules="all-linear", r=8)
+    adapted = peft.get_peft_model(model, config)  # train it, then adapted.save_pretrained(folder)
+    adapted = load_adapters(model, folder)
+    model = merge_adapters(adapted)
 """
 
 import copy
@@ -85,7 +87,7 @@ class LoraNetworkLinear(nn.Module, LoraLayer):
         LoraLayer.update_layer(self, adapter_name, r, lora_alpha, config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        """Return the sizes of the layer, which PEFT would otherwise guess with a warning."""
+        """Return the input and output sizes of a layer, which PEFT would otherwise guess with a warning."""
         assert isinstance(module, TensorNetworkLinear)
         return module.in_features, module.out_features
 
@@ -145,7 +147,8 @@ def lora_config(
 ) -> LoraConfig:
     """Build a LoRA configuration of PEFT that also supports compressed layers.
 
-    PEFT does not save this support in the adapter's files, so load adapters with `load_adapters`.
+    PEFT does not record in the adapter's files that layers are compressed. So use `load_adapters` to load
+    adapters.
 
     Args:
         model: a compressed or dense model.
@@ -154,7 +157,7 @@ def lora_config(
         options: further arguments of `LoraConfig`.
 
     Raises:
-        TargetError: `"all-linear"`, but the model has no linear layer.
+        TargetError: `target_modules` is `"all-linear"`, but the model has no linear layer.
 
     Example:
         >>> from peft import get_peft_model
@@ -180,8 +183,8 @@ def lora_config(
 
 
 def _registered(config: LoraConfig) -> LoraConfig:
-    """Register compressed layers with a LoRA configuration and return it."""
-    # A private method, but the only way to register layer classes with PEFT.
+    """Register the class of compressed layers with a LoRA configuration, and return the configuration."""
+    # This method is private, but it is the only way to register layer classes with PEFT.
     config._register_custom_module({TensorNetworkLinear: LoraNetworkLinear})
     return config
 
@@ -242,7 +245,7 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
-    """Build a layer like `base` with the matrix `W + delta`, where `delta` has rank at most `added`."""
+    """Build a layer like `base` whose matrix is that of `base` plus `delta`, of rank at most `added`."""
     if (kind := kind_of(base)) is not None:  # an earlier merge made the layer dense
         matrix = kind.matrix(base)
         return kind.build(matrix + delta.to(matrix), layer_bias(base))
@@ -271,7 +274,7 @@ def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
 
 
 def _with_last_term(base: TensorNetworkLinear, topology: Topology, delta: Tensor) -> nn.Module:
-    """Build a layer like `base` with `delta` added to the last term of its sum."""
+    """Build a layer like `base`, whose matrix is a sum of networks, and add `delta` to the last network."""
     (places, old), (_, new) = base.topology.parts[-1], topology.parts[-1]
     cores, storage = base.cores, base.storage
     own = TensorNetwork(old, [cores[k] for k in places]).to_matrix()

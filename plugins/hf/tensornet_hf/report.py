@@ -1,7 +1,7 @@
 """HTML report of a compression: loss, baselines of the same size, and a table of layers.
 
-The report is a single file without scripts or requests. Colours in matplotlib's SVG are replaced by CSS
-variables, so that each plot works in light and dark mode.
+The report is a single file without scripts or network requests. Colours in matplotlib's SVG are replaced by
+CSS variables, so that each plot works in light and dark mode.
 """
 
 import copy
@@ -35,13 +35,13 @@ from tensornet.quantization.formats import BITS
 from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.text import continue_text, load_tokenizer
 
-#: Names of the baselines, which are configurations of the same pipeline.
+#: Names of the baselines. Each baseline is another configuration of the same compression pipeline.
 NEAREST, GPTQ, SVD = "round to nearest", "GPTQ", "plain SVD"
 #: Number of words in the prompt of the samples, and number of generated tokens.
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 60
 #: A loss increase smaller than this, in nats, counts as zero.
 _NOTHING = 5e-5
-#: A baseline counts as equal in size if its bits are at most this multiple of those of the compressed model.
+#: A baseline counts as equal in size if its bits per weight are at most this factor times those of our model.
 _SLACK = 1.02
 #: Tables with at most this many layers are shown expanded.
 _FEW = 8
@@ -73,7 +73,7 @@ class Page:
 
 
 def baseline_configs(plan: CompressionPlan, stats: CalibrationStats | None) -> dict[str, CompressionConfig]:
-    """Return configurations of baselines with about the same bytes as a plan, by name.
+    """Return, by name, the configurations of baselines whose size in bytes is about that of a plan.
 
     Without statistics there is no GPTQ baseline, since GPTQ needs second moments of the inputs.
     """
@@ -117,7 +117,7 @@ def compare_methods(
     predicted: bool = True,
     progress: bool = False,
 ) -> tuple[list[ModelFacts], dict[str, dict[str, float]], str | None]:
-    """Compare a compressed model with the original and with baselines of the size of its plan.
+    """Compare a compressed model with the original and with baselines of about the same size.
 
     Args:
         dense: the dense model; not changed.
@@ -311,7 +311,7 @@ def _pictures(page: Page) -> dict[str, str]:
     colors = viz.COLORS
     by_method = {NEAREST: colors["nearest"], GPTQ: colors["gptq"], SVD: colors["svd"]}
     style: Any = {
-        "svg.fonttype": "none",  # keep text as text, which is searchable and uses the font of the page
+        "svg.fonttype": "none",  # keep text as text: it is then searchable and uses the font of the page
         "svg.hashsalt": "tensornet",  # equal plots give equal bytes
         "font.size": 9,
         "axes.edgecolor": colors["grid"],
@@ -382,8 +382,8 @@ def losses_figure(
     }
     values = [x for known in losses.values() for x in known.values() if x > viz.FLOOR]
     low, high = min(values, default=viz.FLOOR) / 2, max(values, default=1.0) * 2
-    # Each kind of layer has a panel, with block numbers as horizontal axis; without blocks, there is one
-    # panel.
+    # Draw a panel for each kind of layer, with block numbers on the horizontal axis. If there is only one
+    # block, draw a single panel with the kinds of layers on that axis.
     kinds, blocks, cells = viz.grid_of([layer.name for layer in layers])
     panels = [
         (kind, blocks, [(c, x) for x, (r, c) in cells.items() if r == k]) for k, kind in enumerate(kinds)
@@ -446,7 +446,7 @@ def versions() -> str:
 
 
 def compact_bytes(value: float) -> str:
-    """Format a number of bytes with three significant digits, such as 1234567 as `1.23 MB`."""
+    """Format a size in bytes with three significant digits; 1234567 becomes `1.23 MB`."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if value >= size:
             return f"{f'{value / size:#.3g}'.rstrip('.')} {unit}"
@@ -454,7 +454,7 @@ def compact_bytes(value: float) -> str:
 
 
 def display_name(source: str | Path) -> str:
-    """Return a hub id unchanged, and a folder's name without its path, which reports must not reveal."""
+    """Return a hub id as it is, or the last part of a folder's path, since reports must not show the rest."""
     path = Path(source).expanduser()
     local = path.exists() or path.is_absolute() or str(source).startswith((".", "~"))
     return path.resolve().name if local else str(source)

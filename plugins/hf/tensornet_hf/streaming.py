@@ -1,7 +1,8 @@
 """Compress a checkpoint of any size: plan on a lazily loaded model, then compress shard by shard.
 
-A shard is a sequence of stored tensors of at most `max_shard_bytes`. Each shard is compressed and written
-separately, in this process or in workers. A resumed run skips finished shards. These files are written:
+A shard is a sequence of stored tensors with a total size of at most `max_shard_bytes`. Each shard is
+compressed and written separately, in this process or in workers. A resumed run skips finished shards. These
+files are written:
 
     .NAME.partial/lock           locked while a run writes to this folder
     .NAME.partial/run.json       everything that the result depends on: source, options, versions
@@ -70,7 +71,7 @@ from tensornet_hf.checkpoint import (
 from tensornet_hf.lazy_model import LazyModel, open_lazily
 from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, config_of, replaced_names
 
-#: Default size of a shard in bytes of the source; the compressed tensors of a shard must fit into memory.
+#: Default limit on the size of a shard in the source, in bytes; the compressed shard must fit into memory.
 MAX_SHARD_BYTES = 2_000_000_000
 
 
@@ -109,13 +110,14 @@ def compress_checkpoint(
             the plan stay dense.
         workers: number of processes that compress shards. With more than one, protect the code of a script by
             `if __name__ == "__main__":`, as usual with multiprocessing.
-        executor: compresses shards instead of `workers`. Any `concurrent.futures.Executor` can be used whose
-            workers have access to the same file system, such as
-            `dask.distributed.Client(...).get_executor()`.
+        executor: executor that compresses the shards; `workers` is then ignored. Any
+            `concurrent.futures.Executor` can be used if its workers have access to the same file system, such
+            as `dask.distributed.Client(...).get_executor()`.
         device: device on which weights are compressed.
         resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
-        max_shard_bytes: largest size of a shard in bytes of the source; a single module may be larger.
+        max_shard_bytes: largest size of a shard in the source, in bytes. A larger module becomes a shard of
+            its own.
         force: replace an existing model folder, once the new folder is complete.
         progress: show progress bars.
 
@@ -154,7 +156,7 @@ def compress_checkpoint(
     plan = config if isinstance(config, CompressionPlan) else None
     options = observing(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
-        check_free(target, force=force, sources=(folder,))  # the run that had the lock may have written it
+        check_free(target, force=force, sources=(folder,))  # another run may have written the destination
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
@@ -200,7 +202,7 @@ def compress_checkpoint(
                 done[made["file"]] = made
                 bar.update()
 
-        # Write configuration and index, copy other files, then rename the folder to its destination.
+        # Write config.json and the index, copy the other files, and move the new folder to the destination.
         parts = list(done.values())
         _finish(work, source, type(lazy.model).__name__, parts)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
@@ -261,9 +263,9 @@ def digest(content: Any) -> str:
 
 
 def file_marks(folder: Path) -> dict[str, str]:
-    """Return size and modification time of every file that is read from a model folder, by relative path.
+    """Return the size and modification time of each file that is read from a model folder, by relative path.
 
-    A resumed run compares them with those that the interrupted run recorded.
+    A resumed run compares them with the sizes and times that the interrupted run recorded.
     """
     marks = {}
     for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *_other_files(folder)]:
@@ -273,7 +275,7 @@ def file_marks(folder: Path) -> dict[str, str]:
 
 
 def _other_files(folder: Path) -> list[str]:
-    """Return relative paths of the files to copy: all but config.json, index, weights and hidden files."""
+    """Return the relative paths of all files except config.json, index, weight files and hidden files."""
     found = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -325,10 +327,10 @@ def _begin(
 
 
 def _check_mapped(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> None:
-    """Check that the weight of each layer to compress can be mapped from the files.
+    """Check that the weight of each layer to compress can be memory-mapped from the files.
 
     Raises:
-        TargetError: a weight cannot be mapped.
+        TargetError: a weight cannot be memory-mapped.
     """
     with unfused(lazy.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # planning repeats these warnings
@@ -367,7 +369,8 @@ def _cut(
         groups[-1].append(unit)
         filled += size
 
-    # A layer belongs to the shard that contains its weight (under any of its tied names) or its stack.
+    # A layer belongs to the shard that contains its weight (under any of its tied names), or the stack of
+    # experts that contains its matrix.
     weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
     owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
     home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
@@ -425,7 +428,7 @@ def _compress_shard(
         errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
         after, described = model.state_dict(keep_vars=True), config_of(model)
 
-        # New tensors: those of compressed layers, and a guard (`replaced_names`) for each replaced weight.
+        # Collect the tensors of compressed layers and, for each replaced weight, a guard (`replaced_names`).
         new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
         new = {name: x for name, x in new.items() if name not in described.ties}
         guards = replaced_names(before, after, described.layers)
@@ -452,7 +455,7 @@ def _compress_shard(
 
 
 def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read a shard's description from an earlier run; None if the shard is unfinished or its file changed."""
+    """Read the description of a finished shard; return None if it is unfinished or its file has changed."""
     record = work / "shards" / f"{file}.json"
     if not record.is_file():
         return None

@@ -1,8 +1,8 @@
 """Convert text to tokens and calibration batches, and generate text.
 
 - Causal language models read windows of the text and predict each next token.
-- Encoder-decoders read one example a line: the input, a tab and the target. If a line has no tab, the model
-  generates the target.
+- Encoder-decoders read one example per line: the input, a tab and the target. Unless every line has exactly
+  one tab, each whole line is an input, and the model generates the targets.
 - Encoders read passages. Masked language models are scored on masked tokens, classifiers on labels drawn from
   their own predictions, and encoders without a head by the cosine of pooled outputs.
 """
@@ -83,7 +83,7 @@ def token_ids(tokenizer: Any, text: str) -> Tensor:
     Returns:
         Token ids, shape `(length,)`.
     """
-    # verbose=False silences a warning about texts longer than the context, from which windows are cut.
+    # verbose=False silences the warning that a text is longer than the context; callers cut it into windows.
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     return torch.tensor(ids, dtype=torch.long)
 
@@ -112,7 +112,7 @@ def continue_text(
     seed: int = 0,
     chat: bool = False,
 ) -> str:
-    """Let a model continue a prompt, or answer it if it is an encoder-decoder or a chat model.
+    """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead.
 
     Args:
         model: a transformers model with a method `generate`.
@@ -192,12 +192,12 @@ HIDDEN = 0.15
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Calibration batches of a model, and the loss whose curvature measures the sensitivity to errors.
+    """Calibration batches of a model, and the loss whose curvature measures how much errors matter.
 
     Args:
         batches: each batch is a mapping of keyword arguments of the model, or a tensor of token ids, shape
             `(windows, context)`.
-        loss_fn: function that computes the losses of a batch, see `tensornet.calibration.losses`.
+        loss_fn: function that computes the losses of a batch (see `tensornet.calibration.losses`).
         tokens: number of tokens in all batches, without padding.
     """
 
@@ -222,7 +222,7 @@ def calibration_data(
     window: int = 512,
     window_batch: int = 1024,
 ) -> CalibrationData:
-    """Make calibration batches of a text: random windows for causal models, or passages from its beginning.
+    """Make calibration batches from a text: random windows for causal models, otherwise its first passages.
 
     Args:
         model: the dense model.
@@ -307,9 +307,9 @@ def _losses_of(model: PreTrainedModel, tokenizer: Any) -> TokenLosses:
 def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Batch]:
     """Yield batches of the lines (encoder-decoder) or paragraphs (encoder) of a text, with labels.
 
-    Labels of an encoder-decoder are the text after a tab or the model's own answer. Labels of a masked
-    language model are the masked tokens, which are the same in every call. If there are no blank lines, every
-    line is a paragraph.
+    Labels of an encoder-decoder are the text after the tab if every line has exactly one tab, otherwise the
+    model's own answers. Labels of a masked language model are the masked tokens, which are the same in every
+    call. If there are no blank lines, every line is a paragraph.
     """
     answers = model.config.is_encoder_decoder
     masks = type(model).__name__.endswith("ForMaskedLM")
@@ -345,7 +345,7 @@ def _passages(model: PreTrainedModel, tokenizer: Any, text: str) -> Iterator[Bat
 
 @torch.no_grad()
 def _own_answers(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Generate an encoder-decoder's answers greedily, as labels with `IGNORED` after the end of an answer."""
+    """Return an encoder-decoder's greedy answers as labels, with `IGNORED` after the end of each answer."""
     generate: Any = model.generate
     inputs = as_batch(batch, model, model.device)
     labels = generate(**inputs, max_new_tokens=ANSWER, do_sample=False, num_beams=1)[:, 1:].cpu()
@@ -375,7 +375,7 @@ PIECE = 6_000
 
 
 def mix_texts(texts: Sequence[str]) -> str:
-    r"""Cut several texts into pieces at ends of lines, and join the pieces of all texts in turn.
+    r"""Interleave several texts: cut each text into pieces at line ends, and take one piece of each in turn.
 
     Args:
         texts: one or more texts; a single text is returned unchanged.
@@ -402,7 +402,7 @@ DEFAULT_TOKENS = 16_384
 
 
 def embedded_text(model: nn.Module) -> ProvidedData | None:
-    """Make calibration batches of the package's text (King James Bible) for a causal language model.
+    """Make calibration batches from the package's text (King James Bible) for a causal language model.
 
     Returns:
         The batches; None for other models, or if the model's folder or hub cache has no tokenizer.

@@ -1,9 +1,9 @@
 """Upcycling: replace dense feed-forward networks by mixtures of experts that share cores.
 
-Most feed-forward networks are separate modules. To recognize such a network, the output of the module on
-random tokens is compared with a computation from its matrices and activation. In BERT, BART and similar
-models, the matrices and the activation are parts of a larger layer. For the classes in `INSIDE`, a mixture
-replaces the first matrix, and identities replace the activation and the second matrix.
+Most feed-forward networks are separate modules. A module is recognized as such a network by its output on
+random tokens, which must equal the output that is computed from its matrices and its activation. In BERT,
+BART and similar models, the matrices and the activation are parts of a larger layer. For the classes in
+`INSIDE`, a mixture replaces the first matrix, and identities replace the activation and the second matrix.
 """
 
 # ruff: noqa: RUF009 (`option` returns a `dataclasses.field`)
@@ -60,7 +60,7 @@ from tensornet_moe.stacked import resolve_shared
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
-#: Place of the dropout in a feed-forward network, by the names of its matrices in the order (gate,) up, down.
+#: Where a feed-forward network applies dropout, by the names of its matrices in the order (gate,) up, down.
 FORMS: dict[tuple[str, ...], DropoutPlace] = {
     ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
     ("wi", "wo"): "hidden",  # T5
@@ -73,7 +73,7 @@ FORMS: dict[tuple[str, ...], DropoutPlace] = {
 }
 _BERT = ("intermediate.dense", "intermediate.intermediate_act_fn", "output.dense")
 _BART = ("fc1", "activation_fn", "fc2")
-#: Layers with a feed-forward network, and the paths of its first matrix, activation and second matrix.
+#: Layer classes that contain a feed-forward network; paths of its first matrix, activation and second matrix.
 INSIDE: dict[str, tuple[str, str, str]] = {
     "BertLayer": _BERT,
     "RobertaLayer": _BERT,
@@ -97,39 +97,43 @@ _PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """Options of `upcycle`. Those that `tensornet_moe.mixture` has too mean the same, with the same defaults.
+    """Options of `upcycle`; those that `tensornet_moe.mixture` also has mean the same as there.
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
-    a pool for `g` layers starts as the network of layer `e % g`, and each router chooses the copies of its
-    own layer's network for every token: its weights for all other experts are zero, so these have equal
-    probabilities, each at most `1 / (number of other experts)`, and a bias that exceeds this limit is added
-    to the probabilities of the layer's own experts. So at the start the layers share nothing, and a token is
-    computed by `top_k` copies of one network, which takes `top_k` times the arithmetic of the dense model.
-    What the layers share later depends on `balance`. With `"layer"`, the biases decrease by `bias_rate` in
-    each step until each layer uses all experts evenly. With `"pool"`, the load is even from the start, so a
-    layer uses the experts of another layer only for tokens for which its router prefers these experts by more
-    than the bias.
+    a pool for `g` layers starts as a copy of the network of layer `e % g`. At the start, each router chooses
+    only copies of its own layer's network. To achieve this, the router's weights for all other experts are
+    zero, so the probability of each of these is at most `1 / (number of other experts)`. A bias that exceeds
+    this limit is added to the probabilities of the layer's own experts. So the layers share nothing at the
+    start. Each token is computed by `top_k` copies of one network, which takes `top_k` times the arithmetic
+    of the dense model.
 
-    With `share="none"`, which is the default in a pool, the model computes the same as before. With
-    `"center"` or `"base"`, a single center or base must fit different networks. Errors are then large (see
-    the report), so the model must be trained.
+    What the layers share later depends on `balance`. With `"layer"`, the biases decrease by `bias_rate` in
+    each step until each layer uses all experts evenly. With `"pool"`, the load is even from the start. A
+    layer then uses the experts of another layer only for tokens for which its router prefers these experts
+    by more than the bias.
+
+    In a pool, `share="none"` is the default, and the model initially computes the same as before. With
+    `"center"` or `"base"`, a single center or base must fit the different networks of the pool. The errors
+    are then large (see the report), so the model must be trained.
 
     Args:
         experts: number of experts of each network, or of each pool. A pool of `g` layers needs at least
-            `g * top_k`. In Python, also a function that makes the bank of one matrix, as in
-            `tensornet_moe.mixture`. In a pool, its argument contains the matrices of all layers.
+            `g * top_k`. In Python, this can also be a function that makes the bank of one matrix, as in
+            `tensornet_moe.mixture`. In a pool, the function gets the matrices of all layers.
         top_k: number of experts for each token (default: 2 for the router topk).
         share: what the experts share: a core (center), nothing (none) or a dense matrix (base) (default:
             center, or none in a pool). See `tensornet_moe.mixture`.
-        pool: use a single pool of experts for all layers (all), or one for each N neighbouring layers (N).
-        rank: rank of the deltas of share base (default: a sixteenth of the shorter side of a matrix).
+        pool: use a single pool of experts for all layers (all), or one pool for each group of N neighbouring
+            layers (N).
+        rank: rank of the matrix that each expert adds to a shared base (default: a sixteenth of the shorter
+            side of a matrix).
         router: type of the routers: topk, switch (one expert per token) or expert_choice. `"expert_choice"`
-            is only for encoders, since it uses later tokens. Routers of your own have the name given to
-            `tensornet_moe.register_router`.
-        shared_expert: number of hidden features of a new expert that computes every token (default: no such
+            is only for encoders, since it uses later tokens. To use a router of your own, give the name under
+            which you registered it with `tensornet_moe.register_router`.
+        shared_expert: number of hidden features of a new expert that processes every token (default: no such
             expert). Its output is zero at the start.
-        capacity_factor: slots of each expert relative to an even load (default: no limit). With
-            `"expert_choice"`: average number of experts for each token (default 1).
+        capacity_factor: largest number of tokens of an expert, relative to an even load (default: no limit).
+            With `"expert_choice"`: average number of experts for each token (default 1).
         balance: balance the load of a pool over all of its layers together (pool), or in each layer (layer)
             (default: pool). See `ExpertPool`.
         balance_coef: weight of the load-balancing loss (default: 0.01, or 0 with a bias rate).
@@ -141,8 +145,8 @@ class UpcycleOptions:
             the model initially compute the same as the dense model; see `tensornet_moe.Router`.
         normalize: normalize the logits of the routers. See `tensornet_moe.Router`.
         jitter: relative noise on the inputs of the routers in training.
-        noise: relative noise on the private parameters, which makes the experts differ.
-        seed: seed of the routers and the noise.
+        noise: relative noise that is added to private parameters to make the experts differ.
+        seed: seed of the initial router weights and the noise.
         target_modules: networks to replace: a name, the end of a name, a glob, or re:REGEX (default: all
             feed-forward networks).
         matrices: names of a network's layers in the order (gate,) up, down; only needed for unusual names.
@@ -184,7 +188,7 @@ class UpcycleOptions:
             given = getattr(self, name)
             if given is not None and (isinstance(given, str) or not isinstance(given, Sequence)):
                 raise ValueError(f"{name} must be a list, got {given!r}; write {name}=[{given!r}, ...].")
-        # These refuse what is out of its range before a model is touched.
+        # These calls raise errors for options that are out of range, before a model is changed.
         router = self.make_router(
             1, 8 * (self.top_k or 1) if callable(self.experts) else self.experts, seed=0
         )
@@ -208,7 +212,7 @@ class UpcycleOptions:
             )
 
     def _words(self) -> dict[str, Any]:
-        """Return the arguments of `tensornet_moe.mixtures.make_bank`."""
+        """Return the options that are arguments of `tensornet_moe.mixtures.make_bank`."""
         share = self.share
         if share is None and self.pool is not None and not callable(self.experts):
             share = "none"
@@ -239,19 +243,19 @@ class UpcycleOptions:
 def MoEConfig(
     num_experts: int = 8, *, sites: int = 5, router: str = "switch", **options: Any
 ) -> UpcycleOptions:
-    """Return options of `upcycle` for the form of the MPOE paper, whose experts are chains of `sites` cores.
+    """Return options of `upcycle` for experts as in the MPOE paper: each matrix is a chain of `sites` cores.
 
     All experts share the center, which is the largest core of the chain. The bonds are not truncated, so the
-    model computes the same as before.
+    model initially computes the same as before.
 
     Args:
         num_experts: number of experts of each network, or of each pool.
         sites: number of cores of each matrix. With 1, every expert owns a dense matrix, as in Switch.
-        router: as in `UpcycleOptions`; the paper's is switch.
-        options: other options of `UpcycleOptions`, except those that say what the experts are.
+        router: type of the routers, as in `UpcycleOptions`; the paper uses switch.
+        options: other options of `UpcycleOptions`, but not `experts`, `share` or `rank`.
 
     Reference:
-        Gao et al. 2022, section 4.1; five cores as in the paper.
+        Gao et al. 2022, section 4.1; the default of five cores is that of the paper.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -404,12 +408,12 @@ class FeedForward:
         hidden = ACTIVATIONS[self.activation](nn.functional.linear(x, self.matrix(first), self.bias(first)))
         for name in between:
             hidden = hidden * nn.functional.linear(x, self.matrix(name), self.bias(name))
-        weight = self.matrix(last)  # T5 keeps it in float32
+        weight = self.matrix(last)  # T5 keeps this matrix in float32
         return nn.functional.linear(hidden.to(weight.dtype), weight, self.bias(last))
 
 
 class DoneBefore(nn.Module):
-    """Identity that replaces the later parts of a network; a mixture replaces the first part.
+    """Identity in place of a network's activation or last matrix; a mixture replaces its first matrix.
 
     Unlike `nn.Identity`, this module has a description, so that it is restored when a saved model is loaded.
     """
@@ -419,7 +423,7 @@ class DoneBefore(nn.Module):
         return x
 
     def spec(self) -> dict[str, Any]:
-        """Return the description as a dict for JSON, see `tensornet.nn.register_module_type`."""
+        """Return the description as a dict for JSON (see `tensornet.nn.register_module_type`)."""
         return {"type": "done_before"}
 
 
@@ -496,7 +500,7 @@ def find_feed_forwards(
 def _recognize(
     names: tuple[str, ...], module: nn.Module, paths: tuple[str, ...], place: DropoutPlace
 ) -> FeedForward:
-    """Recognize the feed-forward network in a module with the linear layers `paths`.
+    """Return the feed-forward network in a module that has the linear layers `paths`.
 
     Raises:
         TargetError: the module computes something else, or experts do not support the activation.
@@ -523,8 +527,8 @@ def _recognize(
             raise TargetError(f"it cannot be called with hidden states alone: {error}") from error
     wanted = network.compute(x)
     tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05
-    # The comparison is false for NaN, so NaN passes here: the decomposition raises an error that names the
-    # matrix.
+    # If an output is NaN, this condition is false and the network is accepted. The decomposition then raises
+    # an error that names the matrix.
     if (
         not isinstance(got, Tensor)
         or got.shape != wanted.shape
@@ -538,7 +542,7 @@ def _recognize(
 
 
 def _activation_name(module: nn.Module, function: Callable[[Tensor], Tensor]) -> str:
-    """Recognize an activation by its values on a grid, and return its name."""
+    """Return the name of an activation function, recognized by its values on a grid."""
     grid = torch.linspace(-6, 6, 97, device=next(module.parameters()).device)
     values = function(grid)
     for name, known in ACTIVATIONS.items():
@@ -561,11 +565,11 @@ def upcycle(
 ) -> UpcycleReport:
     """Replace dense feed-forward networks by mixtures of experts, in place.
 
-    Every expert starts as the decomposition of its dense network. So without truncation, capacity and noise
-    the model computes the same as before, for any routing. The exception is `"expert_choice"`: tokens that no
-    expert chooses only pass through the residual connection. Hugging Face models save, load and train as
-    before, and add the auxiliary losses to their loss in training. For other models, use
-    `tensornet_moe.collect_aux_losses`.
+    Every expert starts as a decomposition of its dense network. So without truncation, capacity limits and
+    noise, the model initially computes the same as before, for any routing. The exception is
+    `"expert_choice"`: tokens that no expert chooses only pass through the residual connection. Hugging Face
+    models are saved, loaded and trained as before, and their loss in training includes the auxiliary losses.
+    For other models, use `tensornet_moe.collect_aux_losses`.
 
     If a network is not a separate module (BERT, OPT, BART), the mixture replaces its first matrix, and
     identities replace the activation and the second matrix. In training, dropout between the matrices is then
@@ -574,9 +578,10 @@ def upcycle(
     Args:
         model: T5, GPT-2, BERT, or any model with networks `W_down act(W_up x)` (with or without a gate).
         config: options of the mixtures; alternatively, give `words`.
-        causal: whether a token must not depend on later tokens, which matters for the router
-            `"expert_choice"`. By default, all models count as causal except encoders of encoder-decoder
-            models, masked language models, image classifiers, and encoders of the same architectures.
+        causal: whether tokens must not depend on later tokens; this matters only for the router
+            `"expert_choice"`. By default, four kinds of models count as not causal: encoders of
+            encoder-decoder models, masked language models, image classifiers, and bare encoders of these
+            architectures.
         progress: show a progress bar.
         words: the options themselves: `experts`, `top_k`, `share`, `pool`, `router` and all others of
             `UpcycleOptions`, or arguments of a router that you registered.
@@ -658,7 +663,7 @@ def upcycle(
 
 
 def _options(words: Mapping[str, Any]) -> UpcycleOptions:
-    """Make options of words; words that are not options must be arguments of the router."""
+    """Build `UpcycleOptions` from keyword arguments; all other arguments must be those of the router."""
     known = [field.name for field in fields(UpcycleOptions)]
     own = {name: value for name, value in words.items() if name not in known}
     options = UpcycleOptions(**{name: value for name, value in words.items() if name in known})
@@ -728,7 +733,7 @@ def _function_of(network: FeedForward) -> dict[str, object]:
 
 
 def _check_number(experts: int, layers: int, config: UpcycleOptions) -> None:
-    """Raise ValueError if a pool has too few experts for its layers to start with experts of their own."""
+    """Raise ValueError if a pool has too few experts for each layer to start with `top_k` of its own."""
     router = config.make_router(1, experts, seed=0)
     assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
     top_k = router.top_k
@@ -741,7 +746,7 @@ def _check_number(experts: int, layers: int, config: UpcycleOptions) -> None:
 
 
 def _choose_own(router: Router, place: int, layers: int) -> None:
-    """For every token, let a router choose its layer's own experts: all `e` with `e % layers == place`.
+    """Make a router choose its layer's own experts for every token: the experts with `e % layers == place`.
 
     All other experts get equal probabilities, at most `1 / (number of other experts)`. The router adds a
     bias to each probability. For the layer's own experts this bias alone exceeds that limit.
@@ -781,10 +786,10 @@ def _refuse_causal(
 
 
 def _banks(members: Sequence[FeedForward], config: UpcycleOptions, *, seed: int) -> dict[str, ExpertBank]:
-    """Build the experts of each matrix; expert `e` starts as that of network `e % len(members)`.
+    """Build the expert bank of each matrix; expert `e` starts as the matrix of `members[e % len(members)]`.
 
     Raises:
-        ValueError: noise was asked for deltas, which start at zero.
+        ValueError: noise is requested for low-rank deltas, which start at zero.
     """
     names = " to ".join(dict.fromkeys((members[0].names[0], members[-1].names[0])))
     banks: dict[str, ExpertBank] = {}
@@ -832,7 +837,7 @@ def _experts(members: Sequence[FeedForward], banks: Mapping[str, ExpertBank]) ->
 def _mixture(
     network: FeedForward, experts: ExpertFFN | ExpertPool, config: UpcycleOptions, *, seed: int
 ) -> SharedCoreMoE:
-    """Build the mixture that replaces a network, with given experts and a new router drawn from `seed`."""
+    """Build the mixture that replaces a network from its experts and a new router with random weights."""
     first = network.matrix(network.matrices[0])
     where: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
     always = None
