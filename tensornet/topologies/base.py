@@ -1,4 +1,4 @@
-"""Base class of topology families, with default methods that work for any network, and its result types."""
+"""Base class of topology families, with defaults for any network, and the types that its methods return."""
 
 import inspect
 import math
@@ -27,7 +27,7 @@ from tensornet.topology import Topology
 _SWEEPS = 3
 #: Numbers of bits that candidates use for integer cores.
 _CORE_BITS = (8, 4)
-#: Bonds that are tried, as fractions of the largest bond; losses at other bonds are interpolated.
+#: Bonds at which a matrix is decomposed, as fractions of the largest bond; losses at others are interpolated.
 _TRIED = (0.02, 0.08, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 1.0)
 #: Largest number of candidates in a `Ladder`.
 _RUNGS = 400
@@ -44,9 +44,9 @@ class Decomposition:
     Args:
         network: the network.
         error: guaranteed upper bound of `|W - W'|_F / |W|_F`.
-        bound_by: the limit that decided the bonds: `"max_bond"`, `"rel_error"` or `"param_ratio"`; `"exact"`
-            if no bond was truncated, and `"curvature"` for a weighted fit.
-        iterations: number of sweeps of alternating least squares; 0 if there is a closed form.
+        bound_by: the limit that determined the bonds: `"max_bond"`, `"rel_error"` or `"param_ratio"`. It is
+            `"exact"` if no bond was truncated, and `"curvature"` for a weighted fit.
+        iterations: number of sweeps of alternating least squares; 0 if the network has a closed form.
         converged: whether alternating least squares converged within the allowed number of sweeps.
 
     Example:
@@ -64,10 +64,10 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Function that converts the cores of a network to the format they are stored in, and back.
+    """Function that converts the cores of a network to their storage format, and back.
 
     Args:
-        run: function that converts a network to that format and back.
+        run: the function; it maps a network to the network with the converted cores.
         number_format: integer format of all cores; None for other formats. With an integer format, a family
             may predict the loss increase without rounding.
     """
@@ -99,7 +99,7 @@ class Ladder:
 
 
 def _keeping_rel_error(decompose: Callable[..., Decomposition]) -> Callable[..., Decomposition]:
-    """Let a method `decompose` raise BudgetError if its result exceeds `rel_error`."""
+    """Wrap a `decompose` method so that it raises BudgetError if its result exceeds `rel_error`."""
 
     @wraps(decompose)
     def checked(self: "TopologyFamily", matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
@@ -126,9 +126,9 @@ class TopologyFamily(ABC):
     - The input is not changed.
     - A subclass with another name behaves like its parent.
 
-    The decomposition methods of a subclass automatically run without gradients and without autocast, whose
-    16-bit products would violate the error bound; and `decompose` raises `BudgetError` if the error exceeds
-    `rel_error`, because other limits do not allow a smaller one.
+    The decomposition methods of a subclass automatically run under `torch.no_grad()` and without autocast,
+    whose 16-bit products would violate the error bound. Its `decompose` automatically raises `BudgetError` if
+    the error exceeds `rel_error` because other limits do not allow a smaller error.
 
     Example:
         >>> family = tn.topologies.topology_family("low_rank")
@@ -139,9 +139,10 @@ class TopologyFamily(ABC):
 
     #: Name used in configurations and files.
     name: str
-    #: Whether `gauge_bonds` returns a bond even if its row order is larger than the identity that it saves.
+    #: Whether `gauge_bonds` chooses a bond even if the order of rows that must be stored for it has more
+    #: elements than the identity block that is omitted.
     always_pivots: ClassVar[bool] = False
-    #: Whether the cores of an exact decomposition, sliced to smaller bonds, are a good approximation.
+    #: Whether slicing the cores of an exact decomposition to smaller bonds gives a good approximation.
     nested: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -176,9 +177,9 @@ class TopologyFamily(ABC):
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
         """Decompose a matrix into a network of exactly this topology, including its dims and bonds.
 
-        If smaller bonds are sufficient, cores must be padded with zeros, because a plan has already chosen
-        the shapes of the topology. The cores have the dtype `result_dtype(matrix.dtype)` and the device of
-        the matrix. Implementations should first call `check_topology(self.name, topology, matrix)`.
+        If smaller bonds are sufficient, implementations must pad the cores with zeros, because a compression
+        plan has already fixed the shapes. The cores have the dtype `result_dtype(matrix.dtype)`, and the
+        device of the matrix. Implementations should first call `check_topology(self.name, topology, matrix)`.
 
         Raises:
             NonFiniteError: the matrix contains NaN or infinity.
@@ -205,11 +206,12 @@ class TopologyFamily(ABC):
         """Choose the number formats to try for the cores, from the allowed formats.
 
         By default all cores have the same format, floating-point or integers of 8 or 4 bits. Other numbers of
-        bits would differ little from these, and with fewer bits a dense matrix is better. Tables of levels
-        and integer scales are used for dense matrices only.
+        bits would differ little from these, and with fewer bits a dense matrix is better. Formats with a
+        table of levels or with integer scales are used for dense matrices only.
 
         Returns:
-            A list of pairs: the format of the cores, and the exceptions, as formats by name of the core.
+            A list of pairs: a format for all cores, and a dictionary with the formats of cores that are
+            exceptions, by name of the core.
         """
         return [(x, {}) for x in formats if x.bits is None or (x.bits in _CORE_BITS and x.for_networks)]
 
@@ -222,7 +224,7 @@ class TopologyFamily(ABC):
     ) -> dict[str, Any]:
         """Choose options of `build` that give good leg sizes for a matrix.
 
-        By default these are the given options. Override the method if leg sizes can be chosen, and can be
+        By default these are the given options. Override the method if the leg sizes can be chosen and can be
         compared without decomposing the matrix.
 
         Args:
@@ -276,8 +278,8 @@ class TopologyFamily(ABC):
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
         """Decompose a matrix into a network of this topology with small weighted error.
 
-        The default is alternating least squares, see `tensornet.als.fit_weighted`. Override the method if the
-        weighted problem has a closed form.
+        The default is alternating least squares (see `tensornet.als.fit_weighted`). Override the method if
+        the weighted problem has a closed form.
 
         Args:
             matrix: the matrix, shape `(out, in)`.
@@ -314,7 +316,8 @@ class TopologyFamily(ABC):
             matrix: the matrix, shape `(out, in)`.
             weightings: weightings under which losses are predicted; candidates are fitted to the first one.
             max_bond: largest bond.
-            round_trip: conversion of the cores to their storage format and back; None if it changes nothing.
+            round_trip: conversion of the cores to their storage format and back; None if the cores are stored
+                exactly.
             options: options of `build`.
 
         Raises:
@@ -386,15 +389,16 @@ class TopologyFamily(ABC):
     # --- structure -------------------------------------------------------------------------------
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Choose a bond of each core at which a block of the core becomes an identity, which is not stored.
+        """Choose, for each core, the bond at which a block of the core can be made an identity and left out.
 
         An invertible matrix and its inverse can be inserted at a bond between two cores without changing the
-        operator. View the core as a matrix with one column for each value of the bond: the inserted matrix
-        can turn a square block of it into the identity. The order of the rows is stored instead.
+        operator. View the core as a matrix with one column for each value of the bond. The inserted matrix
+        can turn a square block of this matrix into the identity, which is not stored. Instead, an order of
+        the rows is stored, which tells which rows form the block.
 
         By default each core except the last uses its largest bond to a later core, if the identity has more
-        elements than the row order. Never change the result for a family with saved models: it determines
-        the shapes in their files.
+        elements than the order of the rows. Never change the result for a family with saved models: it
+        determines the shapes in their files.
 
         Returns:
             The label of the bond, by the name of the core.
@@ -438,7 +442,7 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 
     Raises:
         ShapeError: the matrix is not a dense matrix of floating-point or complex numbers.
-        TopologyError: the topology has another family or another shape than the matrix.
+        TopologyError: the topology belongs to another family, or is for matrices of another shape.
 
     Example:
         >>> topology = tn.topologies.low_rank(out_features=12, in_features=8, rank=3)
@@ -455,7 +459,7 @@ def check_topology(family: str, topology: Topology, matrix: Tensor) -> None:
 
 
 def keywords(function: Callable[..., Any]) -> list[str]:
-    """List the options in the signature of a builder or of a decomposition method."""
+    """List the names of the family's options in the signature of a builder or decomposition method."""
     parameters = inspect.signature(function).parameters.values()
     return [x.name for x in parameters if x.kind is x.KEYWORD_ONLY and x.name not in _NO_OPTIONS]
 
@@ -468,7 +472,7 @@ def check_options(name: str, options: Mapping[str, Any], known: Collection[str] 
 
 
 def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: float) -> list[float]:
-    """Lower a curve to at most `known` at `index`, without changing its first value."""
+    """Lower a curve so that its value at `index` is at most `known`; its first value does not change."""
     factor = min(known / values[index], 1.0) if values[index] > 0 else 1.0
     if factor == 0 or index == 0:
         return list(values)
@@ -477,7 +481,7 @@ def _scaled(caps: Sequence[int], values: Sequence[float], index: int, known: flo
 
 
 def _interpolated(caps: Sequence[int], tried: Sequence[int], values: Sequence[float]) -> list[float]:
-    """Interpolate the logarithms of values, or the values themselves next to a value of zero."""
+    """Interpolate values geometrically (by their logarithms), but linearly next to a value of zero."""
     logs = np.log(np.maximum(values, 1e-300))
     plain, geometric = np.interp(caps, tried, values), np.exp(np.interp(caps, tried, logs))
     exact = np.array(values) <= 1e-12 * max(*values, 1e-300)

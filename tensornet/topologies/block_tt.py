@@ -1,4 +1,4 @@
-"""Block tensor trains: chains whose cores also depend on legs that they do not contract."""
+"""Block tensor trains: chains whose cores also depend on legs that they do not sum over."""
 
 import math
 from collections.abc import Sequence
@@ -82,10 +82,10 @@ def block_tt(
 class BlockTTFamily(FactoredFamily):
     """Block tensor trains, decomposed by one truncated SVD for each block of each bond.
 
-    For fixed values of the legs that both sides of a bond share, the matrix over the other legs is a block, a
-    low-rank product. So for two cores, the leading singular pairs of each block are optimal. Further cores
-    are split off one by one from the right. Right factors are orthonormal, so the certificate is
-    `sqrt(sum of discarded squares) / |W|`.
+    The cores on the two sides of a bond share some legs. For fixed values of these, the matrix over the other
+    legs is called a block; it is a product of low rank. So for two cores, the leading singular pairs of each
+    block are optimal. Further cores are split off one by one from the right. Right factors are orthonormal,
+    so the certificate is `sqrt(sum of discarded squares) / |W|`.
 
     Reference: Dao et al. 2022, "Monarch", theorem 1, for two cores of bond 1.
     """
@@ -101,7 +101,7 @@ class BlockTTFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose a matrix, with the same rank in all blocks of a bond."""
+        """Decompose a matrix within the budget, with the same rank for all blocks of a bond."""
         shape = (matrix.shape[0], matrix.shape[1])
 
         def at(bonds: Sequence[int]) -> Topology:

@@ -56,7 +56,7 @@ def dense(*, out_features: int, in_features: int) -> Topology:
     )
 
 
-#: Number of sweeps of coordinate descent after rounding, by number of bits; it helps most with few bits.
+#: Number of sweeps of coordinate descent after rounding, by number of bits; descent helps most with few bits.
 _SWEEPS = {3: 2, 2: 4}
 
 
@@ -67,17 +67,17 @@ def round_dense(
     most_sweeps: int | None = None,
     rounding: Rounding = "two_sided",
 ) -> RoundedWeight:
-    """Round a dense matrix to integers, with the damping and the coordinate descent that suit dense matrices.
+    """Round a dense matrix to integers, with damping and coordinate descent that suit dense matrices.
 
-    As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) only the moment
-    of the inputs; neither is followed by descent.
+    As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) uses only the
+    moment of the inputs. Neither is followed by coordinate descent.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
         number_format: integer format.
         weighting: sensitivity of the loss to errors; full moments may be stacks too.
         most_sweeps: limit on the number of sweeps of descent; by default 2 with 3 bits, and 4 with 2 bits.
-        rounding: rounding method, see `round_weight`.
+        rounding: rounding method; see `round_weight`.
     """
     if rounding == "nearest":
         return round_weight(matrix, number_format, rounding=rounding, refits=0)
@@ -95,7 +95,7 @@ def round_dense(
 
 
 class DenseFamily(TopologyFamily):
-    """Dense matrices: one core, whose size in bytes depends only on the number format."""
+    """Dense matrices, stored as one core; they can be compressed only by their number format."""
 
     name = "dense"
 
@@ -137,7 +137,7 @@ class DenseFamily(TopologyFamily):
         return Decomposition(TensorNetwork(topology, (core,)), 0.0, "exact")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Copy the matrix into a network of one core, for any weighting."""
+        """Copy the matrix into a network of one core; the weighting has no effect."""
         return self.decompose_to(matrix, topology)
 
     def ladder(
@@ -149,7 +149,7 @@ class DenseFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """Return a ladder with a single candidate, whose predicted loss increase comes from rounding."""
+        """Return the only candidate, with the loss increase predicted for rounding the matrix."""
         check_options(self.name, options)
         topology = self.build(matrix.shape[0], matrix.shape[1])
         network = self.decompose_to(matrix, topology).network
@@ -161,14 +161,14 @@ class DenseFamily(TopologyFamily):
         return Ladder((topology,), losses, torch.tensor([error], dtype=torch.float64), complete=True)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix to integers under the weighting, see `round_dense`."""
+        """Round the matrix to integers so that its weighted error is small; see `round_dense`."""
         return {
             name: round_dense(stored.tensors[name], number_format, weighting, rounding=stored.rounding)
             for name, number_format in stored.formats.items()
         }
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:
-        """Return the same topology: a dense matrix can contain any low-rank matrix that is added."""
+        """Return the same topology: a dense matrix plus a low-rank matrix is a dense matrix."""
         return topology
 
 

@@ -1,4 +1,4 @@
-"""Base class of families that factor rows and columns into legs, and functions that choose leg sizes."""
+"""Base class of families that split row and column indices into legs, and functions that choose leg sizes."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ DEFAULT_SITES = 3
 #: Largest padding as a fraction of the true size. More padding would cost more parameters than slightly less
 #: balanced factors.
 MAX_PADDING = 0.05
-#: Penalty for any padding, because padding needs copies of input and output.
+#: Penalty that `balanced_factors` adds if there is padding, because padding needs copies of input and output.
 _ANY_PADDING = 0.5
 #: Options of every `FactoredFamily`.
 _DIMS = ("out_dims", "in_dims", "sites")
@@ -115,7 +115,7 @@ class FactoredFamily(TopologyFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Choose missing dims as balanced factors.
+        """Choose balanced factors for the dims that are not given.
 
         Override the method if the number of sites is fixed.
         """
@@ -129,9 +129,9 @@ def choose_dims(
     sites: int | None,
     default_sites: int = DEFAULT_SITES,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Choose missing dims as balanced factors of the shape.
+    """Choose balanced factors of the shape for the dims that are not given.
 
-    Out-dims are ascending and in-dims descending, so that their products at all sites are similar.
+    Out-dims are ascending and in-dims descending, so that the product of the two is similar at all sites.
 
     Raises:
         TopologyError: `sites` is not the length of the given dims, or the dims do not fit the shape.
@@ -189,7 +189,7 @@ def _balanced_factors(size: int, sites: int) -> tuple[int, ...]:
         return math.log(factors[-1] / factors[0]) + 8 * padding + (_ANY_PADDING if padding > 0 else 0)
 
     def exact_factors(padded: int) -> tuple[int, ...]:
-        """Split an integer into factors in turn, each the divisor nearest to `rest ** (1 / factors left)`."""
+        """Split an integer into factors one by one, always at the divisor nearest to `rest ** (1 / left)`."""
         factors, rest = [], padded
         for left in range(sites, 1, -1):
             root = rest ** (1 / left)
@@ -320,7 +320,7 @@ def pad_core(core: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def balance_norms(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Rescale the cores to equal root mean squares of their elements, without changing the operator.
+    """Rescale the cores so that all have elements of equal root mean square; the operator does not change.
 
     After TT-SVD the last core has the whole norm, so that no learning rate would suit all cores.
     """

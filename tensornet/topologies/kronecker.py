@@ -91,7 +91,7 @@ class KroneckerFamily(FactoredFamily):
         in_dims: Sequence[int] | None,
         sites: int | None,
     ) -> Dims:
-        """Choose missing dims as balanced factors, two of the rows and two of the columns.
+        """Choose balanced factors for the dims that are not given: two for rows and two for columns.
 
         Raises:
             TopologyError: `sites` is not 2.
@@ -107,13 +107,13 @@ class KroneckerFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose a matrix; `max_bond` limits the number of terms."""
+        """Decompose a matrix within the budget, in which `max_bond` limits the number of terms."""
         cores, error, bound_by = tt_svd(matrix, out_dims, in_dims, budget)
         topology = self.build(*matrix.shape, out_dims=out_dims, in_dims=in_dims, terms=cores[0].shape[3])
         return Decomposition(_network(topology, cores), error, bound_by)
 
     def decompose_to(self, matrix: Tensor, topology: Topology) -> Decomposition:
-        """Decompose a matrix into as many Kronecker products as `topology` has."""
+        """Decompose a matrix into a sum of Kronecker products, with the number of terms of `topology`."""
         check_topology(self.name, topology, matrix)
         bonds = list(topology.bond_dims.values())
         cores, error, bound_by = tt_svd(matrix, topology.out_dims, topology.in_dims, Budget(), bonds=bonds)

@@ -110,7 +110,7 @@ class LowRankFamily(TopologyFamily):
         return Decomposition(network, result.error, "exact" if exact else "max_bond")
 
     def fit(self, matrix: Tensor, topology: Topology, weighting: Weighting) -> Decomposition:
-        """Truncate the SVD of the whitened matrix, which minimizes the weighted error at this rank."""
+        """Minimize the weighted error at the rank of `topology` by an SVD of the whitened matrix."""
         if weighting == Weighting():
             return self.decompose_to(matrix, topology)
         check_topology(self.name, topology, matrix)
@@ -128,9 +128,9 @@ class LowRankFamily(TopologyFamily):
         round_trip: RoundTrip | None = None,
         **options: Any,
     ) -> Ladder:
-        """List the networks of all ranks with their predicted loss increases, which have a closed form.
+        """List the networks of all ranks; their predicted loss increases have a closed form.
 
-        The losses of truncation and of rounding the factors are added, since these errors are independent.
+        The increases due to truncation and due to rounding are added, since these errors are independent.
         """
         check_options(self.name, options)
         result = weighted_svd(matrix, weightings[0])
@@ -149,7 +149,7 @@ class LowRankFamily(TopologyFamily):
         return Ladder(topologies, losses[:, :count], errors[:count], complete)
 
     def whitened_network(self, result: WeightedSVD, rank: int, matrix: Tensor) -> TensorNetwork:
-        """Build the network of a given rank from the whitened SVD, with two factors of equal norm."""
+        """Build the network of a given rank from the SVD of the whitened matrix; factors have equal norms."""
         left, right = self._whitened_factors(result, result_dtype(matrix.dtype))
         cores = left[None, :, None, :rank].contiguous(), right[:rank, None, :, None].contiguous()
         return TensorNetwork(self.build(matrix.shape[0], matrix.shape[1], max_bond=rank), cores)
@@ -164,7 +164,7 @@ class LowRankFamily(TopologyFamily):
         return (left * balance).to(dtype), (right / balance[:, None]).to(dtype)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round both factors of `W = A B`, see `round_product`."""
+        """Round both factors of `W = A B` to integers; see `round_product`."""
         left, right = stored.topology.core_names
         rank = max(stored.topology.bond_dims.values())
         a, b = stored.assemble(stored.tensors)

@@ -102,7 +102,7 @@ class MPOFamily(FactoredFamily):
         *,
         bond_dims: Sequence[int] | None = None,
     ) -> Decomposition:
-        """Decompose a matrix by TT-SVD, and scale all cores to equal norms, which makes training easier."""
+        """Decompose a matrix by TT-SVD, and rescale the cores to equal norms so that training is easier."""
         if bond_dims is not None:
             full = max_bonds(out_dims, in_dims)
             check_bonds("bond_dims", bond_dims, len(full), "one for each bond", None)
@@ -128,8 +128,9 @@ class MPOFamily(FactoredFamily):
     ) -> dict[str, Any]:
         """Choose between balanced leg sizes and those of `unbalanced_dims`, unless dims are given.
 
-        After whitening the moments of every leg, the widest bond is truncated at each of two numbers of
-        parameters. The choice has the smallest product of the two discarded fractions.
+        The matrix is first transformed to coordinates in which the moment of every leg is the identity. Then
+        its widest bond is truncated so that the network has each of two numbers of parameters. The leg sizes
+        with the smallest product of the two discarded fractions are chosen.
         """
         if options.get("out_dims") is not None or options.get("in_dims") is not None:
             return options
@@ -139,8 +140,7 @@ class MPOFamily(FactoredFamily):
 
         def lost(dims: Dims) -> float:
             """Compute the product of the two discarded fractions of the squared norm."""
-            # 1. Compute squared singular values at the widest bond, and their discarded fraction at each
-            # rank.
+            # 1. Compute squared singular values at the widest bond, and the discarded fraction at each rank.
             outs, ins = dims
             sites, bonds = len(outs), max_bonds(outs, ins)
             widest = max(range(len(bonds)), key=bonds.__getitem__)

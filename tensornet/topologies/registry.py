@@ -1,6 +1,6 @@
-"""Registry of topology families: add families, look them up by name, and read the topologies of a config.
+"""Registry of topology families: add families, look them up by name, and read topologies in configurations.
 
-Families are registered by calling `register_topology` or by entry points of installed packages.
+Families are registered by calling `register_topology` or through entry points of installed packages.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from tensornet.registry import Registry
 from tensornet.topologies.base import TopologyFamily
 from tensornet.topology import Topology
 
-#: Group of entry points by which other packages provide families; each points to a family instance.
+#: Entry-point group through which other packages provide families; each entry point names a family instance.
 ENTRY_POINTS = "tensornet.topologies"
 
 _FAMILIES: Registry[TopologyFamily] = Registry(
@@ -57,7 +57,7 @@ def register_topology(family: TopologyFamily, *, replace: bool = False) -> Topol
 
 
 def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
-    """Look up a topology family by name; entry points of installed packages are searched last.
+    """Look up a topology family by name, first in the registry, then in entry points of installed packages.
 
     Args:
         name: name of a family, or a registered family, which is returned unchanged.
@@ -83,7 +83,7 @@ def topology_family(name: "str | TopologyFamily") -> TopologyFamily:
 
 
 def topology_names() -> tuple[str, ...]:
-    """List the names of all topology families, including those of installed packages, sorted.
+    """Return the sorted names of all topology families, including those of installed packages.
 
     Example:
         >>> "mpo" in tn.topologies.topology_names()

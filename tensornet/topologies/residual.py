@@ -1,12 +1,12 @@
-"""Residual networks: a dense matrix, usually of integers, plus a low-rank fit of its rounding error.
+"""Residual networks: a dense matrix, usually rounded to integers, plus a low-rank fit of the rounding error.
 
 A few singular values of the whitened rounding error are much larger than the others. A low-rank matrix with
 factors of eight bits or more corrects this part with fewer bytes than one more bit for the dense matrix would
-need. Both are fitted alternately: round the weight minus the low-rank matrix, then fit the low-rank matrix to
-the rounding error.
+need. The two matrices are fitted alternately: round the weight minus the low-rank matrix, then fit the
+low-rank matrix to the rounding error.
 
 Reference:
-    Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (input moments only, alternated).
+    Zhang et al. 2024, "LQER"; Guo et al. 2024, "LQ-LoRA" (alternating, input moments only).
 """
 
 from collections.abc import Sequence
@@ -41,11 +41,11 @@ from tensornet.topology import CoreSpec, Topology
 BASE = "base"
 #: Largest number of bits of the dense matrix, and smallest number of bits of the factors.
 _BASE_BITS, _FACTOR_BITS = 4, 8
-#: Step between the ranks of candidates, and the ratio of the shorter side to the largest rank.
+#: Step between the ranks of candidates, and the ratio of the matrix's shorter side to the largest rank.
 _STEP, _PART = 8, 4
-#: Rank at which a candidate is rounded; losses at other ranks are predicted from its rounding error.
+#: Rank at which one candidate is rounded; losses at other ranks are predicted from its rounding error.
 _TRIED = 16
-#: How many times the dense matrix is rounded and the low-rank matrix fitted.
+#: Number of alternations; each one rounds the dense matrix and then fits the low-rank matrix.
 _ALTERNATIONS = 2
 
 _LOW_RANK = LowRankFamily()
@@ -77,7 +77,7 @@ def residual(*, out_features: int, in_features: int, rank: int | None = None) ->
 
 
 class ResidualFamily(TopologyFamily):
-    """Dense matrix plus a low-rank matrix, useful if the dense matrix is stored in few bits."""
+    """Sums of a dense and a low-rank matrix, useful if the dense matrix is stored in few bits."""
 
     name = "residual"
 
@@ -99,7 +99,7 @@ class ResidualFamily(TopologyFamily):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Combine each dense format of at most 4 bits with the smallest factor format of at least 8 bits."""
+        """Pair each dense format of at most 4 bits with the smallest factor format of at least 8 bits."""
         formats = [x for x in formats if x.for_networks]
         accurate = [x for x in formats if x.bits is None or x.bits >= _FACTOR_BITS]
         if not accurate:
@@ -108,7 +108,7 @@ class ResidualFamily(TopologyFamily):
         return [(factors, {BASE: x}) for x in formats if x.bits is not None and x.bits <= _BASE_BITS]
 
     def decompose(self, matrix: Tensor, budget: Budget, **options: Any) -> Decomposition:
-        """Copy the matrix, and add a low-rank matrix of zeros, of the largest rank within the budget.
+        """Copy the matrix, and add a zero matrix in low-rank form with the largest rank within the budget.
 
         Raises:
             BudgetError: the budget allows fewer parameters than a dense matrix plus rank 1.
@@ -152,7 +152,8 @@ class ResidualFamily(TopologyFamily):
 
         The matrix is rounded at one rank, and low-rank approximations of its rounding error give the loss at
         all ranks. This neglects that factors are rounded, and that the rounding error depends on the rank. So
-        all losses are rescaled to agree with the loss that is measured at this one rank.
+        all losses are multiplied by a common factor, which makes the loss at this one rank equal to the
+        measured loss.
         """
         check_options(self.name, options)
         shape = (matrix.shape[0], matrix.shape[1])
@@ -177,7 +178,7 @@ class ResidualFamily(TopologyFamily):
         return Ladder(topologies, torch.stack(rows[:-1]), (2 * rows[-1] / energy).sqrt(), complete=False)
 
     def round_cores(self, stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-        """Round the matrix and fit a low-rank matrix to the error, alternately; return the best result."""
+        """Alternately round the matrix and fit a low-rank matrix to the error, and return the best result."""
         target, formats = stored.matrix(), stored.formats
         _, part = stored.topology.parts[1]
         left, right = part.core_names
@@ -208,7 +209,7 @@ class ResidualFamily(TopologyFamily):
             factors, product = rounded(stored.tensors[left], stored.tensors[right])
             return {**factors, BASE: as_stored(BASE, target - product)}
 
-        # Keep the best result of all alternations, since rounding the factors may increase the loss again.
+        # Keep the best result of all alternations: rounding the factors may increase the loss again.
         best: tuple[float, dict[str, Tensor | RoundedWeight]] | None = None
         product = torch.zeros_like(target)
         for _ in range(_ALTERNATIONS):
@@ -222,7 +223,7 @@ class ResidualFamily(TopologyFamily):
         return best[1]
 
     def gauge_bonds(self, topology: Topology) -> dict[str, str]:
-        """Return no bonds: the factors are small, and are fitted after the matrix is rounded."""
+        """Return no bonds: the factors are small, and they are fitted only after the matrix is rounded."""
         return {}
 
     def with_rank(self, topology: Topology, rank: int) -> Topology:

@@ -4,7 +4,7 @@ The matrix of a network is linear in each core, so the loss increase is quadrati
 curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, where `J` is the derivative of the matrix
 with respect to the core, `L_R` and `L_C` are roots of the moments, and `Z` is random with independent
 elements. A few such gradients, viewed as matrices, give estimates of the row and column moments of the core.
-After each core, the remaining cores are refitted, which compensates a part of the rounding error.
+After each core is rounded, the remaining cores are refitted to compensate a part of its rounding error.
 """
 
 import math
@@ -31,10 +31,10 @@ _STEPS = 4
 
 
 def matrix_view(topology: Topology, name: str) -> tuple[int, int]:
-    """Return the shape `(rows, columns)` in which a core is rounded as a matrix, with groups along the rows.
+    """Return the shape `(rows, columns)` of the matrix to which a core is reshaped for rounding.
 
-    The columns are the axes from the first in-leg on. If there is no in-leg, or it is the first axis, the
-    columns are the last axis.
+    The columns are the axes from the first in-leg on. If the core has no in-leg, or if an in-leg is the first
+    axis, the columns are the last axis.
     """
     labels = next(core.labels for core in topology.cores if core.name == name)
     legs = [axis for axis, label in enumerate(labels) if label in topology.in_labels]
@@ -50,12 +50,14 @@ class StoredCores:
     Args:
         topology: topology of the network.
         tensors: tensor of each core, by name: a matrix `(rows, columns)` if the core is rounded to integers,
-            else the tensor that is stored. Pivoted cores lack the rows of their identity block.
+            else the tensor that is stored. A core is pivoted if some of its rows form an identity matrix;
+            these rows are not stored.
         formats: number format of each core that is rounded to integers, by name.
         orders: for each pivoted core, the position of each of its rows in a matrix that has the identity
             first and the stored rows below it.
-        assemble: function that returns the full cores, in the order of the topology, from such `tensors`.
-        rounding: rounding method, see `round_weight`.
+        assemble: function that computes the full cores, in the order of the topology, from such a dictionary
+            of `tensors`.
+        rounding: rounding method; see `round_weight`.
     """
 
     topology: Topology
@@ -73,7 +75,7 @@ class StoredCores:
 
 
 def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor | RoundedWeight]:
-    """Round the cores with an integer format one after another, and refit the remaining cores after each.
+    """Round the cores that have an integer format one after another; after each, refit the remaining cores.
 
     Arguments and results are those of `TopologyFamily.round_cores`.
     """
@@ -87,7 +89,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
         return weighting.cost(target - made)
 
     while waiting:
-        # 1. Round the next core with estimated moments and also to nearest, and keep the better result.
+        # 1. Round the next core once with estimated moments and once without; keep the better result.
         name = waiting.pop(0)
         number_format, matrix = stored.formats[name], tensors[name]
         moments: list[tuple[Tensor | None, Tensor | None]] = [(None, None)]
@@ -121,7 +123,7 @@ def round_in_turn(stored: StoredCores, weighting: Weighting) -> dict[str, Tensor
 def seen_moments(
     stored: StoredCores, tensors: Mapping[str, Tensor], name: str, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
-    """Estimate the moments of rows and columns of one core, scaled to a mean diagonal of 1.
+    """Estimate the row moment and the column moment of one core, both scaled to diagonals with mean 1.
 
     Returns:
         The moments, of shapes `(rows, rows)` and `(columns, columns)`.

@@ -42,7 +42,7 @@ from tensornet.topology import Topology
 _STEPS = 2
 #: Fitting stops after a sweep that lowers the squared error by less than this fraction.
 _SETTLED = 2e-4
-#: Closing bonds that are tried if `ring_bond` is absent; 1 gives an open chain.
+#: Sizes of the closing bond that are tried if `ring_bond` is absent; 1 gives an open chain.
 RING_BONDS = (1, 2, 4, 8)
 
 
@@ -60,9 +60,9 @@ def tensor_ring(
     Args:
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        bond_dims: sizes of the `n` bonds on the right of each core; the closing bond is the last. If absent,
-            all bonds are `max_bond`, clipped to the exact bonds of a chain; without `max_bond` the ring is
-            the exact open chain.
+        bond_dims: sizes of the `n` bonds, one to the right of each core; the closing bond is the last. If
+            absent, all bonds are `max_bond`, clipped to the exact bonds of a chain; without `max_bond` the
+            ring is the exact open chain.
         max_bond: limit for all bonds, or a sequence with a limit for each bond; the closing bond is the last.
         out_features, in_features: shape without padding; the products of the dims if absent.
 
@@ -103,8 +103,8 @@ def _ring(
 class TensorRingFamily(FactoredFamily):
     """Tensor rings, decomposed by sequential SVD.
 
-    The first SVD is truncated at the rank `ring_bond * bond`; its index is then split into these two bonds.
-    TT-SVD decomposes the rest. All left factors are orthonormal, so the certificate is
+    The first SVD is truncated at the rank `ring_bond * bond`; the new index is then split into these two
+    bonds. TT-SVD decomposes the rest. All left factors are orthonormal, so the certificate is
     `sqrt(sum of discarded squares) / |W|`. If `ring_bond` is absent, several values are tried and the best is
     kept, often 1 (an open chain).
 

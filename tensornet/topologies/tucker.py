@@ -116,8 +116,8 @@ class TuckerFamily(FactoredFamily):
         ranks = [factor.shape[1] for factor in factors]
         if ranks != caps:
             bound_by = "rel_error"
-        # A factor can have more parameters than its lower rank saves in the core. In that case,
-        # legs that no rank limit truncates are kept whole, without factors.
+        # A factor can have more parameters than its lower rank saves in the core. In that case, only legs
+        # with a rank limit keep their factors; all others are not truncated.
         whole = [leg if cap == leg else rank for rank, cap, leg in zip(ranks, caps, legs, strict=True)]
         topology = at(ranks)
         if at(whole).num_params < topology.num_params:
@@ -148,7 +148,7 @@ def st_hosvd(
         matrix: the matrix, shape `(out, in)`; padded with zeros to the products of the dims.
         out_dims, in_dims: sizes of the legs.
         caps: largest rank of each leg, out-legs first.
-        rel_error: largest relative error; error that one leg does not use is available to the next legs.
+        rel_error: largest relative error; the part that one leg does not use is available to the next legs.
 
     Returns:
         The core tensor, an orthonormal factor `(leg, rank)` for each leg, and the certified relative error.
