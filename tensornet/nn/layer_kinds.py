@@ -194,13 +194,15 @@ def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return True if a layer has the parameter `weight`, possibly `bias`, and no others.
+    """Return True if a layer has the parameter `weight`, possibly `bias`, and no other tensor or submodule.
 
-    With `weight_norm`, `spectral_norm` or `prune` of `torch.nn.utils` this is False: their hooks compute the
-    attribute `weight` before each pass from parameters of other names.
+    A layer that replaces it would lose other tensors. With `weight_norm`, `spectral_norm` or `prune` of
+    `torch.nn.utils` this is False too: their hooks compute the attribute `weight` before each pass from
+    parameters of other names.
     """
     names = own_parameters(module).keys()
-    return "weight" in names and names <= {"weight", "bias"} and "bias" not in vars(module)
+    more = (*module.named_buffers(recurse=False), *module.named_children())
+    return "weight" in names and names <= {"weight", "bias"} and "bias" not in vars(module) and not more
 
 
 def layer_bias(module: nn.Module) -> Tensor | None:

@@ -21,7 +21,14 @@ from tensornet.nn.layer_kinds import (
 )
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import Storage
-from tensornet.nn.unfuse import OWN_FORWARD, RECOMPUTED, Compound, compound_of, reason_against
+from tensornet.nn.unfuse import (
+    MORE_THAN_WEIGHT,
+    OWN_FORWARD,
+    RECOMPUTED,
+    Compound,
+    compound_of,
+    reason_against,
+)
 
 ALL = "all"
 
@@ -227,6 +234,7 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
 _REMEDIES = {
     RECOMPUTED: "make it an ordinary parameter by remove_weight_norm, remove_spectral_norm or prune.remove "
     "of torch.nn.utils",
+    MORE_THAN_WEIGHT: "compression would lose the others; register them on the module around the layer",
     OWN_FORWARD: "delete it to compress the layer (`del layer.forward`), or move its code into a hook, "
     "which compression keeps",
 }

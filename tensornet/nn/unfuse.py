@@ -22,6 +22,7 @@ from tensornet.nn.layer_kinds import (
     LayerKind,
     carry_hooks,
     has_own_forward,
+    is_plain,
     kind_of,
     layer_bias,
     own_parameters,
@@ -35,6 +36,8 @@ from tensornet.registry import Registry
 _STOCK = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Reason why a layer with weight_norm, spectral_norm or prune stays dense.
 RECOMPUTED = "weight recomputed by a hook"
+#: Reason why a layer stays dense if it has a parameter, buffer or submodule that its type does not have.
+MORE_THAN_WEIGHT = "more tensors than weight and bias"
 #: Reason why a layer stays dense if its `forward` was replaced.
 OWN_FORWARD = "forward set on the layer itself"
 
@@ -309,6 +312,8 @@ def reason_against(module: nn.Module) -> str | None:
     """Return a short reason why a module is not compressed; None if no reason is known."""
     if isinstance(module, _STOCK) and not vars(module).keys().isdisjoint(("weight", "bias")):
         return RECOMPUTED
+    if type(module) in _STOCK and "weight" in own_parameters(module) and not is_plain(module):
+        return MORE_THAN_WEIGHT
     if has_own_forward(module) and (kind_of(module) or compound_of(module)) is not None:
         return OWN_FORWARD
     reasons = (kind.reason_against(module) for kind in _compounds_for(module))

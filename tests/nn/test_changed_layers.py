@@ -61,6 +61,32 @@ def test_a_weight_that_a_hook_recomputes_stays_dense(name: str) -> None:
         torch.testing.assert_close(model(X), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
 
 
+def with_buffer(layer: nn.Module) -> nn.Module:
+    layer.register_buffer("calls", torch.zeros(1))
+    return layer
+
+
+def with_submodule(layer: nn.Module) -> nn.Module:
+    layer.observer = nn.BatchNorm1d(24)
+    return layer
+
+
+@pytest.mark.parametrize("add", [with_buffer, with_submodule])
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(24, 24), lambda: nn.Conv1d(24, 24, 1)], ids=["linear", "conv"]
+)
+def test_a_layer_with_more_tensors_keeps_them(layer: Callable[[], nn.Module], add: Any) -> None:
+    model = nn.ModuleList([add(layer()), nn.Linear(24, 24)])
+    before = {name: value.clone() for name, value in model[0].state_dict().items()}
+    with pytest.warns(UserWarning, match="0 .more tensors.*register"):
+        coverage = tn.compress(model, INT8, progress=False).coverage
+    assert any("more tensors" in name for name in coverage.unknown)
+    after = model[0].state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert isinstance(model[1], tn.nn.module.NetworkModule)
+
+
 def test_errors_name_such_layers_and_say_how_to_mend_them() -> None:
     model = nn.Sequential(weight_norm(nn.Linear(24, 24)))
     with pytest.raises(TargetError, match=r"Nothing to compress.*recomputed"):
