@@ -159,13 +159,13 @@ class Bench:
             if known is None or method != "plan":  # the candidates of plans are the same for all sizes
                 start = processor_seconds()
                 known = prepare(self.dense, config, stats), processor_seconds() - start
-            prepared, start = replace(known[0], made={}), processor_seconds()
+            prepared, start = replace(known[0], cache={}), processor_seconds()
             if method == "plan" and stats is not None:
                 prepared = check_loss(prepared, self.dense, batches, bits_per_weight=bits)
             verified = processor_seconds() - start
             plan, small = prepared.plan(bits_per_weight=bits), self.subject.load()
             start = processor_seconds()
-            tn.apply_plan(small, plan, stats, made=prepared.made)
+            tn.apply_plan(small, plan, stats, cache=prepared.cache)
             seconds = {"calibrate": calibrated, "plan": known[1], "verify": verified}
             row: Row = {"seconds": seconds | {"round": processor_seconds() - start}, "peak_mib": peak_mib()}
             if method == "plan":

@@ -184,11 +184,13 @@ class Bench:
             self.prepared = prepare(self.dense, config, stats)
             seconds["prepare"] = processor_seconds() - start
         start = processor_seconds()
-        checked = check_loss(replace(self.prepared, made={}), self.dense, batches, max_bytes=config.max_bytes)
+        checked = check_loss(
+            replace(self.prepared, cache={}), self.dense, batches, max_bytes=config.max_bytes
+        )
         plan = checked.plan(max_bytes=config.max_bytes)
         seconds["check"], start = processor_seconds() - start, processor_seconds()
         small = subject.load()
-        tn.apply_plan(small, plan, stats, made=checked.made)
+        tn.apply_plan(small, plan, stats, cache=checked.cache)
         seconds["round"], start = processor_seconds() - start, processor_seconds()
         file = self.work / f"{name.replace(' ', '-')}.gguf"
         report = th.export(small, file, source=subject.folder, force=True)

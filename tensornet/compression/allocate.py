@@ -287,7 +287,7 @@ def choose_candidates(
     objective: str,
     *,
     forecast: Forecast = UNMEASURED,
-    rest: tuple[int, int] = (0, 0),
+    untargeted: tuple[int, int] = (0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
     """Choose one candidate for each layer, so that all budgets of a configuration are met.
@@ -298,8 +298,8 @@ def choose_candidates(
         config: the configuration.
         objective: objective for which the candidates were made.
         forecast: corrects predicted losses by measured losses.
-        rest: number of elements and number of bytes of all parameters that are not targeted; they count in
-            budgets of the whole model.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted; they count
+            in budgets of the whole model.
         names: name of each target or group, for error messages; by default, the names of the targets.
 
     Returns:
@@ -310,7 +310,7 @@ def choose_candidates(
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.formats:
-            return one_format(targets, candidates, config, rest)
+            return one_format(targets, candidates, config, untargeted)
         capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
         return _choose_alone(targets, candidates, config), next(capping, "exact")
     caps: list[Cap] = []
@@ -321,7 +321,7 @@ def choose_candidates(
 
     if config.param_ratio is not None:
         add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
-    for name, allowed in allowed_bytes(config, targets, rest).items():
+    for name, allowed in allowed_bytes(config, targets, untargeted).items():
         add(name, "num_bytes", allowed)
     if not caps:
         assert config.loss_increase is not None
@@ -419,14 +419,14 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
 
 
 def allowed_bytes(
-    config: CompressionConfig, targets: Sequence[Target], rest: tuple[int, int]
+    config: CompressionConfig, targets: Sequence[Target], untargeted: tuple[int, int]
 ) -> dict[str, float]:
     """Map the name of each budget of bytes to the number of bytes that it leaves for the targeted layers.
 
     Args:
         config: the configuration.
         targets: the weights to compress.
-        rest: number of elements and number of bytes of all parameters that are not targeted.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted.
 
     Raises:
         BudgetError: the parameters that are not targeted already exceed a budget.
@@ -438,14 +438,14 @@ def allowed_bytes(
         if (value := getattr(config, name)) is None:
             continue
         whole = config.counts_model(name)
-        params, size = (weights + rest[0], now + rest[1]) if whole else (weights, now)
+        params, size = (weights + untargeted[0], now + untargeted[1]) if whole else (weights, now)
         total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
-        found[name] = total - (rest[1] if whole else 0)
+        found[name] = total - (untargeted[1] if whole else 0)
         if found[name] <= 0:
             raise BudgetError(
                 f"{name}={value} allows {total:,.0f} bytes for the whole model, but tensors that are not "
-                f"compressed take {rest[1]:,}. Raise it, target more layers, or count only the targeted "
-                "layers by whole_model=False."
+                f"compressed take {untargeted[1]:,}. Raise it, target more layers, or count only the "
+                "targeted layers by whole_model=False."
             )
     return found
 
@@ -454,7 +454,7 @@ def one_format(
     targets: Sequence[Target],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
-    rest: tuple[int, int],
+    untargeted: tuple[int, int],
 ) -> tuple[list[int], str]:
     """Choose the largest number format with which all layers meet the budgets; used without calibration data.
 
@@ -464,7 +464,7 @@ def one_format(
     Raises:
         BudgetError: no format meets the budgets.
     """
-    caps = allowed_bytes(config, targets, rest)
+    caps = allowed_bytes(config, targets, untargeted)
     names = _common_formats(candidates)
     if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits are used only on request
         names = [_BLIND]

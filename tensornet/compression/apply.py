@@ -44,7 +44,7 @@ from tensornet.topology import Topology
 
 #: Map from the name of a layer and its scheme to the new modules, one for each module that uses the weight,
 #: and the relative error of the weight.
-MadeLayers = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
+LayerCache = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Largest number of layers named in a warning.
 _NAMED = 5
 
@@ -57,7 +57,7 @@ def apply_plan(
     stats: CalibrationStats | None = None,
     *,
     progress: bool = False,
-    made: MadeLayers | None = None,
+    cache: LayerCache | None = None,
     batch: Batch | None = None,
 ) -> dict[str, float]:
     """Decompose the planned layers and replace them in place; if a decomposition fails, no layer is replaced.
@@ -68,7 +68,7 @@ def apply_plan(
         stats: the statistics with which the plan was made. The cores depend on the moments, which a plan does
             not contain.
         progress: whether to show a progress bar.
-        made: cache of new layers by name and scheme. Layers in the cache are reused, others are added to it.
+        cache: new layers by name and scheme. Layers in the cache are reused, others are added to it.
         batch: keyword arguments of the model; the model is run on them once, before the replacement is final.
 
     Returns:
@@ -101,7 +101,7 @@ def apply_plan(
             "statistics with which it was made, or calibrate again."
         )
     work = [layer for layer in plan if layer.topology is not None]
-    known = {} if made is None else made
+    known = {} if cache is None else cache
     modules: dict[str, nn.Module] = {}
     errors = {}
     with unfused(model):
@@ -128,8 +128,8 @@ def apply_plan(
             else:
                 weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
                 new, errors[layer.name] = _compressed(target, layer, weighting, plan.rounding)
-                if made is not None:
-                    made[key] = new, errors[layer.name]
+                if cache is not None:
+                    cache[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
         _warn_of_scales(work, targets, modules, plan, stats)
         dense = {name: model.get_submodule(name) for name in modules}
@@ -242,8 +242,8 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue
         matrix = None if matrices is None else matrices.get(name)
-        made = module.to_embedding if isinstance(module, MPOEmbedding) else module.to_linear
-        stock = made(matrix)
+        convert = module.to_embedding if isinstance(module, MPOEmbedding) else module.to_linear
+        stock = convert(matrix)
         stored = list(module.stored.values())
         cores = [x for x in stored if isinstance(x, nn.Parameter)]  # empty if all cores are integers
         stock.weight.requires_grad_(not cores or any(x.requires_grad for x in cores))
@@ -297,7 +297,7 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
 def _warn_of_scales(
     work: Sequence[LayerPlan],
     targets: Mapping[str, Target],
-    made: Mapping[str, nn.Module],
+    new: Mapping[str, nn.Module],
     plan: CompressionPlan,
     stats: CalibrationStats | None,
 ) -> None:
@@ -306,7 +306,7 @@ def _warn_of_scales(
     for layer in work:
         target = targets[layer.name]
         suspects = []
-        for core in made[target.names[0]].modules():
+        for core in new[target.names[0]].modules():
             if not isinstance(core, PackedCore) or not core.number_format.is_integer:
                 continue
             sizes, limit = core.scale_values.double().abs(), torch.finfo(core.number_format.scale_dtype).max
@@ -363,11 +363,11 @@ def _compressed(
         ) from error
     matrix = target.matrix
     trainable = target.weight.requires_grad
-    made: dict[int, nn.Module] = {}  # a module with several names is replaced by one module
+    replacements: dict[int, nn.Module] = {}  # a module with several names is replaced by one module
     first: NetworkModule | None = None
     options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting, "rounding": rounding}
     for module, kind in zip(target.modules, target.kinds, strict=True):
-        if id(module) in made:
+        if id(module) in replacements:
             continue
         new: NetworkModule
         network = result.network.to(matrix.dtype)
@@ -382,10 +382,10 @@ def _compressed(
         first = first or new
         for stored in new.stored.values():
             stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
-        made[id(module)] = new
+        replacements[id(module)] = new
     assert first is not None
     # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
     # is measured instead.
     exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
     gap = result.error if exact else relative_gap(matrix, first.to_matrix())
-    return [made[id(module)] for module in target.modules], gap
+    return [replacements[id(module)] for module in target.modules], gap

@@ -78,7 +78,7 @@ def compress(
     """
     start = time.perf_counter()
     check_model(model)
-    options = observing(config) if isinstance(config, CompressionPlan) else config
+    options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     check_config(options)
     options.check_says_how_far()
     held_out = None if validation is None else _measurable(_named(validation, "validation data"))
@@ -112,9 +112,9 @@ def compress(
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     plan = config if isinstance(config, CompressionPlan) else prepared.plan(progress=progress)  # type: ignore[union-attr]
-    made = {} if prepared is None else dict(prepared.made)
+    cache = {} if prepared is None else dict(prepared.cache)
     row = _row_to_run(model, data.batches)
-    errors = apply_plan(model, plan, stats, progress=progress, made=made, batch=row)
+    errors = apply_plan(model, plan, stats, progress=progress, cache=cache, batch=row)
     measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
@@ -252,7 +252,7 @@ def prepare_checked(
     )
 
 
-def observing(plan: CompressionPlan) -> CompressionConfig:
+def calibration_config(plan: CompressionPlan) -> CompressionConfig:
     """Make a configuration that selects the layers of a plan for calibration; `max_bond` has no effect."""
     names: Any = [layer.name for layer in plan]
     return CompressionConfig(target_modules=names, objective=plan.objective, max_bond=1)  # type: ignore[arg-type]

@@ -213,14 +213,14 @@ def correct_by_measuring(
     )
     found, divergences = [], []
     for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
-        made, copied = alone.plan(**budget), light_copy(model)
-        apply_plan(copied, made, prepared.stats)
+        plan, copied = alone.plan(**budget), light_copy(model)
+        apply_plan(copied, plan, prepared.stats)
         increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
-        assert made.predicted_loss_increase is not None
+        assert plan.predicted_loss_increase is not None
         if increase.significant:
-            found.append((made.predicted_loss_increase, increase.mean))
+            found.append((plan.predicted_loss_increase, increase.mean))
         if increase.kl_mean is not None:
-            divergences.append((made.predicted_loss_increase, increase.kl_mean))
+            divergences.append((plan.predicted_loss_increase, increase.kl_mean))
     forecast = Forecast.through(found, source, divergences)
     return replace(prepared, template=replace(prepared.template, forecast=forecast))
 
@@ -297,7 +297,7 @@ class _Trial:
         prepared: Prepared,
     ) -> None:
         copied = light_copy(model)  # fails early: a model that cannot be copied is not checked
-        self.model, self.stats, self.made = model, prepared.stats, prepared.made
+        self.model, self.stats, self.cache = model, prepared.stats, prepared.cache
         self.modules = {target.name: target.names for target in prepared.targets}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
         self.batches: list[Batch] = some_rows(batches, model, CHECK_TOKENS)
@@ -364,7 +364,7 @@ class _Trial:
         """Measure the loss increase caused by compressing a group; infinite if a loss is not finite."""
         compressed = light_copy(self.model)
         part = replace(self.plan, layers=group, loss_check=None)
-        apply_plan(compressed, part, self.stats, made=self.made)
+        apply_plan(compressed, part, self.stats, cache=self.cache)
         first = min(
             next((k for k, block in enumerate(self.blocks) if f"{name}.".startswith(f"{block}.")), 0)
             for layer in group

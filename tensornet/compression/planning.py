@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone, uniform
-from tensornet.compression.apply import MadeLayers, check_stats
+from tensornet.compression.apply import LayerCache, check_stats
 from tensornet.compression.candidates import find_candidates, format_fits, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -52,10 +52,10 @@ class Prepared:
         spectra: singular values of each target.
         template: a plan without layers, which contains all that is known from calibration and measurements.
         stats: calibration statistics.
-        rest: number of elements and number of bytes of all parameters that are not targeted; they count in
-            budgets of the whole model.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted; they count
+            in budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
-        made: layers that were already rounded for measurements, to be reused by `apply_plan`.
+        cache: layers that were already rounded for measurements, to be reused by `apply_plan`.
 
     Example:
         >>> from tensornet.compression import prepare
@@ -72,9 +72,9 @@ class Prepared:
     spectra: tuple[tuple[float, ...], ...]
     template: CompressionPlan
     stats: CalibrationStats | None = None
-    rest: tuple[int, int] = (0, 0)
+    untargeted: tuple[int, int] = (0, 0)
     measured: frozenset[tuple[str, str]] | None = None
-    made: MadeLayers = field(default_factory=dict, compare=False, repr=False)
+    cache: LayerCache = field(default_factory=dict, compare=False, repr=False)
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -104,7 +104,7 @@ class Prepared:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
         # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
         names = [target.name for target in self.targets]
-        groups = fused_groups(names, () if config.menu is None else MENUS[config.menu].fused)
+        groups = group_fused_layers(names, () if config.menu is None else MENUS[config.menu].fused)
         joined = [_joined([self.candidates[k] for k in group]) for group in groups]
         found, bound_by = choose_candidates(
             self.targets,
@@ -112,7 +112,7 @@ class Prepared:
             config,
             objective,
             forecast=self.template.forecast,
-            rest=self.rest,
+            untargeted=self.untargeted,
             names=[", ".join(names[k] for k in group) for group in groups],
         )
         chosen = [0] * len(names)
@@ -155,7 +155,7 @@ class Prepared:
         return replace(self.template, layers=tuple(layers), loss_check=check)
 
 
-def fused_groups(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
+def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
     """Group the layers that an export target fuses: siblings with names in the same set of `Menu.fused`."""
     groups: dict[tuple[str, Any], list[int]] = {}
     for k, name in enumerate(names):
@@ -266,20 +266,20 @@ def prepare(
         unfit=unfit,
     )
     params, size = model_size(model)
-    rest = (
+    untargeted = (
         params - sum(x.matrix.numel() for x in targets),
         size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
     )
     alone = objective == "weight" and not config.formats and not config.pivoted
     if alone or config.fixed:
-        return Prepared(config, weights, targets, (), (), template, stats, rest)
+        return Prepared(config, weights, targets, (), (), template, stats, untargeted)
     found = find_candidates(targets, config, objective, stats)
     candidates, spectra = [], []
     work = tqdm(targets, desc="planning", disable=not progress, unit="layer")
     for target, each in zip(work, found, strict=True):
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
-    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), template, stats, rest)
+    return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), template, stats, untargeted)
 
 
 def _unfit(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:

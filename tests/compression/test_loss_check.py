@@ -232,7 +232,7 @@ def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
     verified = check_loss(prepared, model, batches, loss_fn=in_place)
     plan, other = verified.plan(), copy.deepcopy(model)
     bias = model.get_submodule(GUILTY).bias
-    reused = tn.apply_plan(model, plan, stats, made=verified.made)
+    reused = tn.apply_plan(model, plan, stats, cache=verified.cache)
     assert tn.apply_plan(other, plan, stats) == reused
     assert model.get_submodule(GUILTY).bias is bias
     x = batches[0]["input_ids"]
@@ -301,7 +301,7 @@ def test_any_model_is_verified(kind: Any) -> None:
     assert plan.loss_check.layers > 0
     assert model.state_dict().keys() == kept.keys()
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    tn.apply_plan(model, plan, stats, made=verified.made)
+    tn.apply_plan(model, plan, stats, cache=verified.cache)
     assert all(bool(torch.isfinite(x).all()) for x in tensors(model(batches[0]["input_ids"])))
 
 

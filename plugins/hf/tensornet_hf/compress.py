@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.compress import gather, observing, prepare_checked
+from tensornet.compression.compress import calibration_config, gather, prepare_checked
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
@@ -639,7 +639,7 @@ def _calibration(
     data = calibration_data(model, folder, text, tokens=asked or MOST_TOKENS, rows=rows)
     source = f"{data.tokens:,} tokens of {options.source}"
     if known is None and config.objective != "weight":
-        observed = observing(config) if isinstance(config, CompressionPlan) else config
+        observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         if streamed_to is not None and file is not None:
             known = calibrate_checkpoint(
                 model,
@@ -696,7 +696,7 @@ def _compress_streamed(
     """
     statistics = None if options.statistics is None else Path(options.statistics)
     if text is not None:
-        observed = observing(config) if isinstance(config, CompressionPlan) else config
+        observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
         with staging(destination.expanduser().resolve()) as work:

@@ -37,7 +37,7 @@ import tensornet as tn
 import tensornet.compression
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.apply import apply_plan
-from tensornet.compression.compress import observing
+from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, measure_coverage
@@ -154,7 +154,7 @@ def compress_checkpoint(
     marks = file_marks(folder)
     open_lazily(source, only=())  # raises for an invalid model before anything is written
     plan = config if isinstance(config, CompressionPlan) else None
-    options = observing(config) if isinstance(config, CompressionPlan) else config
+    options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
         check_free(target, force=force, sources=(folder,))  # another run may have written the destination
         stats_file = work / "stats.safetensors" if isinstance(stats, CalibrationStats) else stats

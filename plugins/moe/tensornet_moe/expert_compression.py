@@ -460,7 +460,7 @@ def choose_sharing(
         prepared.config,
         "curvature",
         forecast=prepared.template.forecast,
-        rest=prepared.rest,
+        untargeted=prepared.untargeted,
         names=[targets[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )
     made: Choice = [0] * len(targets)
