@@ -1,4 +1,4 @@
-"""Batches: convert data to the arguments of a model, find padding, and select rows to measure losses on."""
+"""Convert batches to the arguments of a model, find padding, and select rows to measure losses on."""
 
 import inspect
 import re
@@ -143,16 +143,16 @@ def _described(given: Any) -> str:
 
 
 def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
-    """Find which positions of a tensor inside a model are tokens and not padding.
+    """Find the positions of a tensor inside a model that are tokens and not padding.
 
     Padding is read from `attention_mask` and `decoder_attention_mask`; a position counts as a token if either
-    mask is set. A label of -100 does not mean padding, but a token without a loss, like most tokens in masked
-    language modelling. There is one exception: if a decoder gets its tokens as labels, positions after the
-    last label of a row are padding.
+    mask is set. A label of -100 marks a token without a loss, not padding; most tokens in masked language
+    modelling have this label. There is one exception: if a decoder gets its tokens as labels, positions after
+    the last label of a row are padding.
 
     The mask is matched to the tensor by sizes: `(rows, tokens, ...)`, `(rows * tokens, ...)`, `(tokens, rows,
-    ...)` or `(rows, heads, tokens)`, in this order. Tensors of other sizes, such as the tokens that a router
-    selected for an expert, get no mask, so that their padding counts as tokens.
+    ...)` or `(rows, heads, tokens)`, in this order. Tensors of other sizes get no mask, so that their padding
+    counts as tokens. An example are the tokens that a router selected for an expert.
 
     Args:
         batch: arguments of the model.
@@ -173,7 +173,7 @@ def token_mask(batch: Batch, shape: torch.Size) -> Tensor | None:
 
 
 def _placed(mask: Tensor, shape: torch.Size) -> Tensor | None:
-    """Broadcast a mask `(rows, tokens)` to a shape, see `token_mask`; None if the sizes do not fit."""
+    """Broadcast a mask `(rows, tokens)` to a shape (see `token_mask`); None if the sizes do not fit."""
     rows, tokens = mask.shape
     layout = token_layout(shape, rows, {tokens})
     if layout is None:
@@ -192,7 +192,7 @@ Layout = Literal["rows first", "merged", "tokens first", "tokens last"]
 
 
 def token_layout(shape: torch.Size, rows: int, tokens: Collection[int]) -> Layout | None:
-    """Find out from sizes which dimensions of a tensor inside a model are rows of the batch, and tokens.
+    """Find out by size which dimensions of a tensor inside a model are the rows and the tokens of the batch.
 
     Args:
         shape: shape of the tensor without its last dimension, the features.
@@ -200,9 +200,9 @@ def token_layout(shape: torch.Size, rows: int, tokens: Collection[int]) -> Layou
         tokens: possible numbers of tokens per row.
 
     Returns:
-        `"rows first"` for `(rows, tokens, ...)`, `"merged"` for `(rows * tokens, ...)`, `"tokens first"` for
-        `(tokens, rows, ...)`, `"tokens last"` for `(rows, heads, tokens)`: the first of these that fits. None
-        if none does.
+        The first of these that fits: `"rows first"` for `(rows, tokens, ...)`, `"merged"` for `(rows *
+        tokens, ...)`, `"tokens first"` for `(tokens, rows, ...)`, `"tokens last"` for `(rows, heads,
+        tokens)`. None if none of them fits.
     """
     first, second = (*shape, None, None)[:2]
     if first == rows and second in tokens:
@@ -217,7 +217,7 @@ def token_layout(shape: torch.Size, rows: int, tokens: Collection[int]) -> Layou
 
 
 def row_sizes(batch: Batch) -> tuple[int, frozenset[int]]:
-    """Return the number of rows in a batch, and all possible numbers of tokens per row."""
+    """Return the number of rows in a batch, and each possible number of tokens per row."""
     tensors = [x for x in batch.values() if isinstance(x, Tensor) and x.ndim > 0]
     rows = len(tensors[0]) if tensors else 1
     return rows, frozenset(x.shape[1] for x in tensors if x.ndim > 1 and len(x) == rows)
@@ -233,7 +233,8 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
         tokens: possible numbers of tokens per row.
 
     Returns:
-        The reshaped input; None if its shape does not show which tokens belong to a row, as after a router.
+        The reshaped input. None if the shape of `x` does not show which tokens belong to a row, as in an
+        expert behind a router.
     """
     layout = token_layout(x.shape[:-1], rows, tokens)
     if layout == "tokens first":
@@ -243,10 +244,10 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
 
 
 def _ended_labels(batch: Batch) -> Tensor | None:
-    """Return a mask of the positions up to the last label of each row, if labels are a decoder's tokens.
+    """Return a mask of the positions up to the last label of each row; None if labels are not decoder tokens.
 
-    Labels are assumed to be a decoder's tokens if there is no decoder mask and no argument except the
-    decoder's inputs has their shape. Otherwise the result is None.
+    Labels are assumed to be the tokens of a decoder if there is no decoder mask, and if no argument except
+    the inputs of the decoder has the shape of the labels.
     """
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
@@ -261,12 +262,12 @@ def _ended_labels(batch: Batch) -> Tensor | None:
 
 #: Largest number of batches from which rows are selected.
 _PARTS = 4
-#: Assumed number of tokens of an image, since the arguments do not show its number of patches.
+#: Assumed number of tokens in an image: the arguments of a model do not tell how many patches it makes.
 _TOKENS_OF_IMAGE = 196
 
 
 class BatchSample:
-    """Iterable that yields batches and stores a few of them, evenly spaced, in `kept`.
+    """Iterable that yields all batches, and stores a few evenly spaced ones of them in `kept`.
 
     Args:
         batches: the batches; a generator that can be iterated only once is allowed.
@@ -295,7 +296,7 @@ def some_rows(
 ) -> list[Batch]:
     """Select the first rows of a few evenly spaced batches, with about `tokens` tokens in total.
 
-    A batch in which an argument does not have one entry for each row is not cut.
+    If an argument of a batch does not have one entry for each row, all rows of this batch are selected.
 
     Args:
         batches: batches in one of the forms that `as_batch` accepts.
@@ -319,7 +320,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select the first rows of a batch, about `tokens` tokens. A single row of ids with more is cut."""
+    """Select first rows of a batch with about `tokens` tokens; if one row of ids is longer, shorten it."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]
@@ -333,7 +334,7 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:
-    """Return True if rows can be cut: all arguments are integers `(rows, tokens)` without padding."""
+    """Return True if rows can be shortened: all arguments are integers `(rows, tokens)` without padding."""
     shapes = {tuple(value.shape) for value in arrays.values()}
     integers = all(value.ndim == 2 and not value.is_floating_point() for value in arrays.values())
     mask = arrays.get("attention_mask")
@@ -341,7 +342,7 @@ def _is_one_window(arrays: dict[str, Tensor]) -> bool:
 
 
 def tokens_of_row(batch: Batch) -> float:
-    """Estimate the mean number of tokens per row, without padding; 1 if a row is one vector."""
+    """Estimate the mean number of tokens per row, without padding; 1 if each row is a single vector."""
     mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return max(1.0, float((mask != 0).sum()) / len(mask))

@@ -1,4 +1,4 @@
-"""Run a model block by block, where each block reads the hidden state that the previous block returned.
+"""Run a model block by block; each block reads the hidden state that the previous block returned.
 
 Hidden states between blocks are stored, so running all blocks costs one forward pass, not one pass per block.
 Chains of blocks are found by running the model once and comparing the tensors that its modules receive and
@@ -43,18 +43,18 @@ class Call:
         return found
 
     def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """Return the call with another hidden state."""
+        """Return a copy of the call with another hidden state."""
         if isinstance(self.slot, str):
             return replace(self, kwargs={**self.kwargs, self.slot: hidden})
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return a call whose hidden state is at `slot`; if no tensor is there, return this call."""
+        """Return a copy with the hidden state at `slot`; if no tensor is there, return this call."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a block on `hidden` and these other arguments, and return the new hidden state."""
+        """Run a block on `hidden` and the other arguments of this call, and return the new hidden state."""
         call = self.with_hidden(hidden)
         return hidden_of(block(*call.args, **call.kwargs))
 
@@ -75,7 +75,7 @@ def hidden_of(output: Any) -> Tensor:
 
 @torch.no_grad()
 def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
-    """Find the lists of modules in a model that run as a chain of blocks.
+    """Find the containers in a model whose modules run as a chain of blocks.
 
     Candidates are the outermost `nn.ModuleList` and `nn.Sequential` with at least two modules. In a chain,
     every module runs once, in order, on the same tensor object that the previous module returned.
@@ -85,7 +85,7 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
         batch: keyword arguments of the model.
 
     Returns:
-        The names of the blocks of each chain, by the name of the list.
+        The names of the blocks of each chain, by the name of the container.
     """
     stacks = outer_stacks(model)
     made: dict[str, list[Tensor | None]] = {stack: [] for stack in stacks}
@@ -130,7 +130,7 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class ChainRun:
-    """Run the blocks of a chain one after the other, each on all batches.
+    """Run the blocks of a chain one after the other; each block runs on all batches before the next one.
 
     Args:
         model: the model that contains the chain.
@@ -178,14 +178,14 @@ class ChainRun:
             step = partial(self._note, calls, outputs, skip)
             with replaced_blocks(self.model, self.names, step), suppress(Stop):
                 run_model(self.model, batch)
-            if len(calls) > 1:  # for the first block the position is only a guess, for the second it is known
+            if len(calls) > 1:  # the slot of the first block is a guess, that of the second block is known
                 calls[0] = calls[0].with_slot(calls[1].slot)
             self.states[0, number] = calls[0].hidden
             self.calls.append([call.with_hidden(None) for call in calls])
             self._first.append(outputs[0])
 
     def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` on one batch, and return its output hidden state, which is not stored.
+        """Run the block at `position` on one batch, and return the new hidden state without storing it.
 
         Args:
             number: index of the batch.
@@ -250,7 +250,10 @@ class ChainRun:
 
 @contextmanager
 def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
-    """Return a context in which each block calls `step(index, forward, *args, **kwargs)` as its `forward`."""
+    """Return a context in which `step(index, forward, *args, **kwargs)` replaces the `forward` of each block.
+
+    `index` is the position of the block in `names`, and `forward` is the replaced method.
+    """
     blocks = [model.get_submodule(name) for name in names]
     before = [vars(block).get("forward") for block in blocks]  # None unless other code has replaced `forward`
     for index, block in enumerate(blocks):
@@ -268,7 +271,7 @@ def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., 
 def outer_stacks(
     model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
 ) -> dict[str, tuple[str, ...]]:
-    """Map the outermost containers with at least `least` modules to the names of the modules inside."""
+    """Map the outermost containers with at least `least` modules to the names of these modules."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
@@ -278,7 +281,7 @@ def outer_stacks(
 
 
 def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find the position of `wanted` among arguments, or of the first tensor if `wanted` is None."""
+    """Find the position of `wanted` among arguments; if `wanted` is None, that of the first tensor."""
     places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     for key, value in places:
         if isinstance(value, Tensor) if wanted is None else value is wanted:

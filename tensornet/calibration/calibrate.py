@@ -39,23 +39,25 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
 
-#: If `tokens` is absent, calibration ends after these numbers of tokens and of losses. Both are needed, since
-#: a model with one loss for each row, such as an encoder, has few independent gradients for many tokens.
+#: If `tokens` is absent, calibration ends after these two numbers: of tokens and of losses. Both must be
+#: reached, since a model with one loss per row, such as an encoder, has few independent gradients for many
+#: tokens.
 MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
-#: Conditions for ending earlier: smallest number of tokens; smallest number of tokens per feature of each
-#: full input moment; largest relative standard error of a predicted loss increase (see `calibrate`).
+#: Conditions for ending earlier: the smallest number of tokens; the smallest number of tokens per feature of
+#: each full input moment; and the largest relative standard error of a predicted loss increase.
 FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
-#: Smallest number of elements of a weight for which 16 bits are faster than float32, conversions included.
+#: Smallest number of elements of a weight for which 16 bits are faster than float32, even with conversions.
 _LARGE = 1 << 18
 #: Losses that may be the cross entropy of tokens; `default_losses` tells whether they are.
 _OWN = (label_losses, own_losses, sampled_losses)
-#: Largest number of inputs or outputs whose moment is stored in full; else only the diagonal is stored.
+#: Largest number of features (inputs or outputs of a layer) for which the full moment is stored. For more
+#: features only the diagonal is stored.
 FULL_UP_TO = 8192
 #: Number of columns in a block of a Gram matrix.
 _BLOCK = 128
 
 
-@torch.inference_mode(False)  # gradients are needed
+@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
 def calibrate(
     model: nn.Module,
     batches: Iterable[BatchLike],
@@ -176,10 +178,10 @@ def calibrate(
 
 
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return `torch.bfloat16` if autocast to it makes a model faster on the model's device, else None.
+    """Return `torch.bfloat16` if autocast to this dtype makes a model faster on its device, else None.
 
-    This is assumed for float32 models with matrices of at least 2^18 elements, on devices with bfloat16
-    arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
+    It is assumed to be faster for float32 models with matrices of at least 2^18 elements, on devices with
+    bfloat16 arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
     """
     large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
     if not large or any(p.dtype != torch.float32 for p in large):
@@ -194,7 +196,7 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 class _Settling:
-    """Test for convergence of the moments, by their traces in each batch; see `calibrate`."""
+    """Convergence test for the moments, from their traces in each batch (see `calibrate`)."""
 
     def __init__(self, targets: Sequence[Target]) -> None:
         #: Mean square of each weight.
@@ -212,7 +214,7 @@ class _Settling:
         return self.relative_error() <= TOLERANCE
 
     def relative_error(self) -> float:
-        """Estimate the relative standard error of a reference scheme's predicted loss, see `calibrate`."""
+        """Estimate the relative standard error of a reference scheme's predicted loss (see `calibrate`)."""
         names = [name for name in self.squares if any(name in inputs for inputs, _ in self.batches)]
         scale = torch.tensor([self.squares[name] for name in names], dtype=torch.float64)
         # shape: (batches, layers); zero if a layer did not run on a batch
@@ -230,7 +232,7 @@ class _Settling:
 
 
 def checked_losses(losses: Any) -> Tensor:
-    """Return the losses that a user's function returned, after checking them.
+    """Check and return the losses that a user's loss function returned.
 
     Raises:
         TargetError: the losses are not a tensor that requires gradients.
@@ -245,7 +247,7 @@ def checked_losses(losses: Any) -> Tensor:
 
 
 def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
-    """Return the mean loss of a token, or NaN if losses are random projections, whose mean says nothing.
+    """Return the mean loss of a token; NaN for random projections, since their mean has no meaning.
 
     Raises:
         TargetError: no token has a loss.
@@ -302,7 +304,7 @@ class MomentRecorder:
             self.seeing = True
 
     def see_input(self, name: str, x: Tensor) -> None:
-        """Add the moment of a layer's input to the sums; layers that read the same tensor share a moment."""
+        """Add the moment of a layer's input to its sum; layers that read the same tensor share the moment."""
         if not self.seeing or self._differentiating:
             return
         if self._last is None or not self._last.joins(name, x):
@@ -314,17 +316,17 @@ class MomentRecorder:
         self.counts[name] = self.counts.get(name, 0) + self._last.tokens
 
     def take_traces(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Return the traces of input and gradient moments by layer, summed since the last call."""
+        """Return the traces of each layer's input and gradient moments, summed since the last call."""
         found = self._traces
         self._traces = ({}, {})
         inputs, gradients = ({name: float(x) for name, x in side.items()} for side in found)
         return inputs, gradients
 
     def _settle(self) -> None:
-        """Add the moment of the last input tensor to the sums of the layers that have read it.
+        """Add the moment of the last input tensor to the sums of the layers that have read this tensor.
 
-        Layers share a sum as long as they read the same tensors. If only some of these layers read a tensor
-        (an expert may get no token in a batch), the sum is split in two.
+        Layers share a sum as long as they read the same tensors. If only some of the layers that share a sum
+        have read this tensor (an expert may get no token in a batch), the sum is split in two.
         """
         if self._last is None:
             return
@@ -349,7 +351,7 @@ class MomentRecorder:
         _accumulate(self.frequencies, name, torch.bincount(chosen, minlength=rows).float())
 
     def hold(self, name: str, x: Tensor) -> list[HeldTokens]:
-        """Copy a layer's inputs for some tokens; `see_gradient` needs them to estimate the coherence."""
+        """Copy a layer's inputs at some tokens; `see_gradient` needs them to estimate the coherence."""
         if not self.seeing or (self._differentiating and name in self._sampled):
             return []
         self._sampled.add(name)
@@ -357,7 +359,7 @@ class MomentRecorder:
         return self._samples.setdefault(name, CoherenceSample(name)).hold(x, mask, self.batch)
 
     def see_gradient(self, name: str, gradient: Tensor, held: Sequence[HeldTokens] = ()) -> None:
-        """Add the moment of the gradient of the summed loss with respect to a layer's output.
+        """Add the moment of a layer's output gradient, that is, of the gradient of the summed loss.
 
         Args:
             name: name of the layer.
@@ -389,13 +391,13 @@ class MomentRecorder:
             scored: number of tokens that have a loss.
             loss: mean loss of a token.
             source: name of the data.
-            inputs: input moments, by layer, from another recorder; they are used to compute the coherence.
+            inputs: input moments by layer from another recorder, which are needed only for the coherence.
         """
         self._settle()
         rows = {name: x.div_(max(self.counts[name], 1)) for name, x in self.frequencies.items()}
         columns: dict[str, Tensor] = {}
         for shared in {id(x): x for x in self.inputs.values()}.values():
-            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as not called
+            if not self.counts[shared.layers[0]]:  # an expert that got only padding counts as never called
                 continue
             mean = mirrored(shared.total.div_(max(self.counts[shared.layers[0]], 1)))
             columns.update(dict.fromkeys(shared.layers, mean))
@@ -424,7 +426,7 @@ class MomentRecorder:
         )
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compute the coherence of each layer that has sampled tokens and both moments."""
+        """Compute the coherence of each layer for which tokens were sampled and both moments are known."""
         readers: dict[int, list[str]] = {}
         for name in sorted(name for name in self._samples if name in rows and name in columns):
             readers.setdefault(id(columns[name]), []).append(name)
@@ -443,7 +445,7 @@ class MomentRecorder:
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the vectors of all tokens except padding, shape `(tokens, features)`."""
+    """Return the vectors of all tokens that are not padding, shape `(tokens, features)`."""
     if mask is None or bool(mask.all()):
         return x.detach().reshape(-1, x.shape[-1])
     return x.detach()[mask]
@@ -475,13 +477,13 @@ class _Reading:
         self._version = _version(x)
 
     def joins(self, name: str, x: Tensor) -> bool:
-        """Return True if `x` is this tensor, unchanged, and the layer has not read it before."""
+        """Return True if `x` is this tensor with unchanged values, and the layer has not read it yet."""
         unchanged = self._version is not None and _version(x) == self._version
         return self._of() is x and unchanged and name not in self.layers
 
 
 def _version(x: Tensor) -> int | None:
-    """Return the number of in-place changes to a tensor; None if the tensor does not count them."""
+    """Return how often a tensor was changed in place; None for inference tensors, which do not count this."""
     return None if x.is_inference() else x._version
 
 
@@ -523,7 +525,7 @@ def _blocks(size: int) -> list[tuple[slice, slice]]:
 
 
 def mirrored(moment: Tensor) -> Tensor:
-    """Copy the upper triangle of a moment to the lower one, in place; a diagonal is returned unchanged."""
+    """Copy the upper triangle of a moment to the lower triangle in place; return a diagonal unchanged."""
     return moment if moment.ndim == 1 else moment.triu_().add_(moment.triu(1).T)
 
 
@@ -531,11 +533,11 @@ def mirrored(moment: Tensor) -> Tensor:
 def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
-    """Return a context in which the model has frozen weights and is in eval mode, and layers are recorded.
+    """Return a context in which the model is frozen and in eval mode, and hooks record its layers.
 
     Args:
         model: any module.
-        recorder: receives inputs and gradients of the layers.
+        recorder: receives the inputs and output gradients of the layers.
         config: selects the layers; all layers if absent.
     """
     with unfused(model), in_eval_mode(model), uncompiled(), without_cache(model), seeded_draws():
@@ -565,10 +567,10 @@ def observed(
 
 
 def _start_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Make an output require gradients, since weights are frozen and the graph starts at the first layer."""
+    """Make an output require gradients: weights are frozen, so the autograd graph has to start at a layer."""
     if output.requires_grad or not torch.is_grad_enabled():
         return output
-    # The output is copied, since the model may change it in place, which autograd forbids for a leaf.
+    # The model may change the output in place. Autograd forbids this for a leaf, so the output is copied.
     return output.detach().requires_grad_().clone()
 
 

@@ -1,4 +1,4 @@
-"""Coherence: do first-order changes of the loss by different tokens add up, or do they cancel?
+"""Estimate coherence: whether the first-order loss changes of different tokens add up or cancel.
 
 In this module a row is a row of a batch: a text, an image. To first order, an error `E` of a weight changes
 the loss of a row by `sum_t e_t` with `e_t = g_t^T E x_t`, summed over its tokens `t` with inputs `x_t` and
@@ -7,8 +7,8 @@ the mean of `sum_t e_t^2`. The coherence is the ratio of these two means. If a m
 encoders of sentences and images do, all `g_t` of its last layers are nearly equal, and the ratio is large.
 
 Rounding and truncation take the moments `R = E[g g^T]` and `C = E[x x^T]` into account, so that their errors
-are isotropic after whitening with both. So the ratio is computed from whitened tokens. Without whitening, a
-few directions that all tokens share would dominate, although the errors in these directions are small.
+are isotropic after whitening with `R` and `C`. The ratio is therefore computed from whitened tokens. Without
+whitening, a few directions that all tokens share would dominate, although errors in them are small.
 """
 
 import random
@@ -23,15 +23,16 @@ from tensornet.calibration.batches import Batch, by_rows, row_sizes
 from tensornet.damping import COLUMN_DAMPING, ROW_DAMPING
 from tensornet.linalg.weighted_svd import cholesky, damped, root
 
-#: Number of rows sampled for each layer, and number of tokens sampled from each row.
+#: Number of rows that are sampled for each layer, and number of tokens that are sampled from each row.
 SAMPLED_ROWS, SAMPLED_TOKENS = 16, 32
-#: Lower limit; the estimated coherence may be near zero for tokens of opposite effects or for few samples.
+#: Lower limit of the coherence. An estimate may be near zero if tokens have opposite effects, or if there are
+#: few samples.
 _LEAST = 0.1
 
 
 @dataclass(frozen=True)
 class HeldTokens:
-    """Inputs of sampled tokens of one row, stored until the gradients of their outputs are known.
+    """Layer inputs at sampled tokens of one row, stored until the output gradients at these tokens are known.
 
     Args:
         slot: index of the row in the sample of rows.
@@ -56,10 +57,10 @@ class _Kept:
 
 
 class CoherenceSample:
-    """Random sample of tokens and rows for one layer, from which its coherence is estimated.
+    """Random sample of rows and of their tokens, from which the coherence of one layer is estimated.
 
     Args:
-        name: name of the layer; it is the seed of the random choice.
+        name: name of the layer, from which the random choice is seeded.
     """
 
     def __init__(self, name: str) -> None:
@@ -98,7 +99,7 @@ class CoherenceSample:
         return list(held.values())
 
     def add(self, held: Sequence[HeldTokens], gradient: Tensor, batch: Batch) -> None:
-        """Store sampled tokens together with the gradients of their outputs.
+        """Store sampled tokens together with the output gradients at these tokens.
 
         Args:
             held: result of `hold`.
@@ -138,7 +139,7 @@ class CoherenceSample:
 
 
 def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
-    """Whiten vectors: transform them so that their second moment becomes the identity, up to damping.
+    """Whiten vectors: transform them so that their second moment is the identity, except for damping.
 
     Args:
         x: the vectors, shape `(tokens, features)`.

@@ -1,4 +1,4 @@
-"""Losses of single tokens; calibration collects the gradients of these losses.
+"""Loss functions that return the losses of single tokens; calibration differentiates these losses.
 
 A loss function maps `(model, batch)` to the losses of all tokens that have a loss, shape `(tokens,)`; padding
 has none. Any such function can be passed to `calibrate`. Some losses of this module draw random numbers, with
@@ -25,8 +25,8 @@ def label_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute the cross entropy of the labels under the model's logits, shape `(tokens,)`.
 
     The labels are `batch["labels"]`, or, if absent, the `input_ids` without padding. For decoder classes of
-    `transformers`, the logits of a position are scored by the label of the next position, for other models by
-    the label of the same position (`scores_next_token`). Logits of padding are not scored.
+    `transformers`, the logits of a position are scored by the label of the next position. For other models,
+    they are scored by the label of the same position (`scores_next_token`). Logits of padding are not scored.
 
     The output of the model is an object or mapping with `logits` or `loss`, or one tensor `(..., classes)`
     for labels `(...)`. The model's own loss is used (`own_losses`) if its class is unknown and it computes a
@@ -98,7 +98,7 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     The second moment of the gradients is the Fisher matrix, which equals the curvature of the divergence from
     the model's predictions. So, unlike with true labels, this moment does not shrink where the model predicts
-    the text well. A classifier of whole rows has one loss for each row.
+    the text well. If a model classifies whole rows, there is one loss for each row.
 
     Raises:
         TargetError: the model returns no logits.
@@ -126,8 +126,9 @@ def cosine_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Compute a random projection of each row's mean-pooled, normalized hidden states, shape `(rows,)`.
 
     Projections are drawn from a normal distribution, so the second moment of the gradients is `J^T J`, with
-    the Jacobian `J` of the unit vectors. The predicted increase of this "loss" is then half the squared
-    distance between the unit vectors of the dense and the compressed model: one minus their cosine.
+    the Jacobian `J` of the normalized vectors. The predicted increase of this "loss" is then half the squared
+    distance between the normalized vectors of the dense and the compressed model. This equals one minus the
+    cosine of the two vectors.
 
     Example:
         >>> from tensornet.calibration import cosine_losses
@@ -156,16 +157,16 @@ def output_losses(model: nn.Module, batch: Batch) -> Tensor:
     return _projected(outputs) / outputs.detach().norm(dim=-1).clamp_min(_TINY)
 
 
-#: Losses that draw random projections: only their gradients have a meaning, not their values.
+#: Losses that draw random projections. Only the gradients of these losses have a meaning, not the values.
 PROJECTIONS: tuple[TokenLosses, ...] = (cosine_losses, output_losses)
 
 
-#: Which loss a model has, see `loss_rule`.
+#: Kinds of losses that models have (see `loss_rule`).
 Rule = Literal["cross entropy", "squared error", "own", "hidden states", "outputs", "none"]
 
 
 def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tensor | None, Any]:
-    """Run a model on a batch, and decide from its output which loss it has.
+    """Run a model on a batch, and decide from the output which kind of loss the model has.
 
     - `"cross entropy"`: there are logits and a label for each token or row, and it is known which label
       belongs to which position (the labels are of rows, or the class is known to `scores_next_token`, or the
@@ -173,7 +174,7 @@ def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tens
     - `"own"`: the model computes a loss. It is used if the class is unknown, or if logits and labels do not
       match.
     - `"squared error"`: the output is a tensor, and the labels are floating-point numbers of its shape.
-    - `"hidden states"`: the output contains only hidden states or embeddings, which are compared with those
+    - `"hidden states"`: the output contains only hidden states or embeddings; they are compared with those
       of the dense model by their cosine.
     - `"outputs"`: there are no labels; outputs are compared with those of the dense model.
     - `"none"`: there are labels, but none of the above applies.
@@ -212,7 +213,7 @@ def _equal_where_scored(inputs: Tensor, labels: Tensor) -> bool:
 
 @torch.no_grad()
 def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
-    """Choose the loss function for a model by `loss_rule` on one batch.
+    """Choose the loss function for a model by applying `loss_rule` to one batch.
 
     Returns:
         The loss function, and True if it is the cross entropy of tokens, whose exponential is the perplexity.
@@ -227,8 +228,8 @@ def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
     return {**chosen, "own": own}.get(rule, label_losses), False
 
 
-#: Endings of the class names of models whose logits are scored by the next label (`_DECODERS`), and of models
-#: whose logits are scored by the label of the same position.
+#: Ends of the class names of two kinds of models. The logits of `_DECODERS` are scored by the label of the
+#: next position, those of `_IN_PLACE` by the label of the same position.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _IN_PLACE = (
     "XLNetLMHeadModel",
@@ -242,8 +243,8 @@ _IN_PLACE = (
 def scores_next_token(model: nn.Module) -> bool | None:
     """Return True if a model predicts the next token, False if it predicts the label at the same position.
 
-    Classes of `transformers` are recognized by the end of their name, and encoder-decoder models, which shift
-    labels themselves, by their configuration. The result for any other class is None.
+    Classes of `transformers` are recognized by the end of their name. Encoder-decoder models are recognized
+    by their configuration; they shift the labels themselves. The result for any other class is None.
     """
     model = unwrapped(model)
     name = type(model).__name__
@@ -255,7 +256,7 @@ def scores_next_token(model: nn.Module) -> bool | None:
 def _has_table(model: nn.Module, classes: int) -> bool:
     """Return True if an embedding has one row for each class, so that the classes are tokens.
 
-    If the model does not tell which embedding reads its tokens, all embeddings are tried.
+    If the model does not tell which embedding reads its tokens, all embeddings are checked.
     """
     getter = getattr(model, "get_input_embeddings", None)
     named = getter() if callable(getter) else None
@@ -264,7 +265,7 @@ def _has_table(model: nn.Module, classes: int) -> bool:
 
 
 def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses:
-    """Make a loss function by which compressed models are compared with their dense model, the teacher.
+    """Make a loss function that compares compressed models with their dense model, the teacher.
 
     If the teacher has a loss on the first batch, the function is `label_losses` or `own_losses`. Otherwise it
     returns one distance from the teacher's output for each row, shape `(rows,)`: one minus the cosine of
@@ -308,14 +309,14 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
 
 def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
-    """Compute the distance of each output row from the row of a reference model, shape `(rows,)`.
+    """Compute the distance of each output row from the same row of a reference model, shape `(rows,)`.
 
-    The distance is one minus the cosine of mean-pooled hidden states (`only_hidden`), and for other outputs
-    half the squared difference relative to the squared norm of the reference row.
+    If the output contains only hidden states, the distance is one minus the cosine of the mean-pooled states.
+    For other outputs it is half the squared difference, relative to the squared norm of the reference row.
 
     Args:
-        outputs: output of a model: a tensor, or an object or mapping of tensors, whose first dimension is the
-            rows of the batch.
+        outputs: output of a model: a tensor, or an object or mapping of tensors. The first dimension of each
+            tensor is the rows of the batch.
         wanted: output of the reference model.
         batch: the arguments of both models; padding in outputs `(rows, tokens, ...)` is ignored.
     """
@@ -325,7 +326,7 @@ def output_distances(outputs: Any, wanted: Any, batch: Batch) -> Tensor:
     return (new - old).square().sum(-1) / (2 * old.square().sum(-1)).clamp_min(_TINY)
 
 
-#: Smallest squared norm by which a distance is divided.
+#: Lower limit of divisors, so that outputs of zero do not cause a division by zero.
 _TINY = 1e-30
 
 
@@ -370,10 +371,10 @@ SENTENCE = "sentence_embedding"
 
 
 def pooled(output: Any, batch: Batch) -> Tensor:
-    """Return a unit vector for each row: its sentence embedding, or else its mean hidden state.
+    """Return the normalized sentence embedding of each row or, without one, its normalized mean hidden state.
 
     Returns:
-        Shape `(rows, width)`; padding does not count in the mean.
+        Unit vectors, shape `(rows, width)`; padding does not count in the mean.
     """
     if (embedding := field(output, SENTENCE)) is not None:
         return nn.functional.normalize(embedding.float(), dim=-1)
@@ -405,7 +406,7 @@ def _numbers(labels: Tensor | None) -> bool:
 
 
 def _labels(batch: Batch) -> Tensor | None:
-    """Return the labels of a batch, or else its input tokens, with padding replaced by `IGNORED`."""
+    """Return the labels of a batch or, without labels, its input tokens, with `IGNORED` at padding."""
     labels = batch.get("labels")
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"].long()  # losses accept only int64
@@ -416,7 +417,7 @@ def _labels(batch: Batch) -> Tensor | None:
 
 
 def _scored(labels: Any, batch: Batch) -> int:
-    """Count the tokens that have a label; if labels are not classes of tokens, count the rows."""
+    """Count the tokens that have a label; count the rows if the labels are not classes of tokens."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.ndim != 2:
         return _rows(batch)
     return int((labels != IGNORED).sum())
@@ -437,7 +438,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
 
 
 def _aligned(model: nn.Module, batch: Batch, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the logits `(positions, classes)`, the labels, and the positions of the labels."""
+    """Return all logits `(positions, classes)`, the labels that are not ignored, and their positions."""
     mask = batch.get("attention_mask")
     causal = labels.ndim == 2 and bool(scores_next_token(model))
     padded = causal and mask is not None and mask.shape == labels.shape
@@ -472,13 +473,13 @@ def drawn_labels(logits: Tensor, places: Tensor) -> Tensor:
     return drawn.clamp_max_(logits.shape[1] - 1)
 
 
-#: Generators of the innermost `seeded_draws` context by device; None outside of such contexts.
+#: Random generators of the innermost `seeded_draws` context, by device; None outside of such contexts.
 _drawing: ContextVar[dict[torch.device, torch.Generator] | None] = ContextVar("drawing", default=None)
 
 
 @contextmanager
 def seeded_draws() -> Iterator[None]:
-    """Return a context in which losses draw from generators with a fixed seed, not from the global one.
+    """Return a context in which losses draw random numbers from generators with a fixed seed.
 
     The generators are not reset between batches, so equal batches get different random numbers.
     """
@@ -490,7 +491,7 @@ def seeded_draws() -> Iterator[None]:
 
 
 def draws_on(device: torch.device) -> torch.Generator | None:
-    """Return the seeded generator of a device, or None (the global generator) outside of `seeded_draws`."""
+    """Return the seeded generator of a device; None, the global generator, outside of `seeded_draws`."""
     known = _drawing.get()
     if known is None:
         return None

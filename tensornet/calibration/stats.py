@@ -1,4 +1,4 @@
-"""Statistics that calibration collects, and the files that store them."""
+"""Statistics that calibration collects, and how to save and load them."""
 
 import json
 import math
@@ -36,12 +36,12 @@ class CalibrationStats:
         loss: mean loss of a token; None if no loss was computed.
         source: name of the data, for reports.
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
-        coherence: by module name, whether first-order changes of the loss by tokens of one text or image add
-            up: the mean square of their sum, divided by its value for independent tokens. It is estimated
-            from 32 tokens of each of 16 texts (see `tensornet.calibration.coherence`). A missing entry means
-            1.
-        counts: number of tokens that each layer received, by module name; behind a router they are fewer than
-            `tokens`.
+        coherence: by module name, a measure of whether the first-order loss changes of the tokens of one text
+            or image add up: the mean square of the sum of these changes, divided by its value for independent
+            tokens. It is estimated from 32 tokens of each of 16 texts, see `tensornet.calibration.coherence`.
+            A missing entry means 1.
+        counts: number of tokens that each layer received, by module name; layers behind a router receive
+            fewer than `tokens`.
         scored: number of tokens that have a loss.
         fingerprint: four elements of each weight, by module name, to recognize the model.
 
@@ -186,7 +186,7 @@ def _deduplicate(moments: Mapping[str, Tensor], side: str, tensors: dict[str, Te
 
 
 def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
-    """Map the name of each target to four elements of its weight; targets on the meta device are skipped."""
+    """Map the name of each target to four elements of its weight; targets on the meta device are omitted."""
     found = {}
     for target in targets:
         matrix = target.matrix
@@ -199,7 +199,7 @@ def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
 
 
 def first_difference(samples: Mapping[str, Sequence[float]], targets: Iterable[Target]) -> str | None:
-    """Return the name of the first weight that differs from its sample by more than rounding to 16 bits.
+    """Return the name of the first weight whose sample differs by more than rounding to 16 bits; else None.
 
     Args:
         samples: samples from `weight_samples`; weights without a sample are not compared.
