@@ -1,15 +1,15 @@
-"""Integer matrices in the layout of torch's int4 kernel on the CPU, see `tensornet.nn.prepare`.
+"""Integer matrices in the layout of torch's int4 kernel on the CPU (see `tensornet.nn.prepare`).
 
 The kernel multiplies blocks of 64 rows (32 without AVX-512), input by input. The low 4 bits of byte
-`[block, input, k]` are the code of row `k` of the block, the high 4 bits are the code of row `k + half`,
-where `half` is half the number of rows in a block. Each group of inputs has a scale and an offset:
+`[block, input, k]` are the code of row `k` of the block, and the high 4 bits are the code of row `k + half`.
+Here `half` is half the number of rows in a block. Each group of inputs has a scale and an offset:
 `value = scale * (code - 8) + offset`.
 
 Codes of 2 or 3 bits are converted to 4 bits. A code `u` of 5 to 8 bits is split into its 4 highest bits and
-the rest, `scale * u = 2^k scale * high + scale * low`, so that the product is a sum of two kernel products
-with the same groups. The rows of low parts are stored after all rows of high parts. All conversions are
-exact, since scales and offsets are powers of two times the stored scales. Matrices with zero points are not
-converted.
+its `k` other bits: `scale * u = 2^k scale * high + scale * low`. So the product is the sum of two kernel
+products with the same groups. The rows of low parts are stored after all rows of high parts. All conversions
+are exact, since the kernel's scales and offsets are powers of two times the stored scales. Matrices with zero
+points are not converted.
 
 The layout depends on the processor and is not saved. Bits per weight for groups of 64, as stored and as
 prepared:
@@ -34,8 +34,8 @@ from tensornet.quantization import NumberFormat
 #: Group sizes that the kernel supports.
 _GROUPS = (128, 64, 32)
 #: Largest number of tokens for which a single kernel product is faster than unpacking the matrix; two kernel
-#: products are faster up to half this number. With AMX instructions, products with the unpacked
-#: matrix are three to four times as fast, while the kernel is not faster.
+#: products are faster up to half this number. AMX instructions make products with the unpacked matrix three
+#: to four times as fast, but not the kernel, so the limit is lower.
 KERNEL_TOKENS = 48 if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else 96
 #: Default limit on the bytes of a matrix in the kernel's layout, relative to its stored bytes.
 MAX_GROWTH = 1.75
@@ -62,7 +62,7 @@ class KernelMatrix:
 
     @property
     def products(self) -> int:
-        """Number of 4-bit matrices whose products the kernel sums, 1 or 2."""
+        """Number of 4-bit matrices into which the matrix is split, 1 or 2; their products are added."""
         return 2 if _low_bits(self.number_format) else 1
 
     @property
@@ -77,7 +77,7 @@ class KernelMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales in the layout."""
+        """Number of bytes of the codes and scales in this layout."""
         return self.codes.nbytes + self.scales.nbytes
 
     def row_scales(self, dtype: torch.dtype) -> None:
@@ -93,14 +93,14 @@ class KernelMatrix:
         return x.dtype == torch.bfloat16 and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        """Multiply with the kernel: `(tokens, in)` to `(tokens, out)`."""
+        """Compute `x W^T` with the kernel, from `x: (tokens, in)` to `(tokens, out)`."""
         multiply = multiply_int4 if self.products == 1 else multiply_int4_twice
         return multiply(x, self.codes, self.scales)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """Yield each slice of rows with its unpacked values, as the transpose of a contiguous matrix."""
         rows, columns = self.shape
-        # The scales are in bfloat16, which has a larger range than float16.
+        # Scales in bfloat16 may exceed the range of float16, so they are not converted to float16.
         own = torch.float32 if dtype == torch.float16 else dtype
         factors = _in_order(self.scales, rows, self.block // 2).permute(2, 3, 0, 1, 4).to(own)
         factors = factors / _unit(self.number_format)
@@ -144,7 +144,7 @@ class KernelMatrix:
         return high - (7.5 if _between_points(self.number_format) else 8)
 
     def _points(self, part: slice) -> Tensor:
-        """Unpack rows to integers `_unit * value / scale`, `torch.int8` of shape `(blocks, 2, in, half)`."""
+        """Unpack rows to the `torch.int8` integers `_unit * value / scale`, shape `(blocks, 2, in, half)`."""
         low, (_, columns) = _low_bits(self.number_format), self.shape
         high, *rest = (
             self.codes[part.start + offset : part.stop + offset].view(-1, columns, self.block // 2)
@@ -152,8 +152,8 @@ class KernelMatrix:
         )
         found = high.new_empty(len(high), 2, *high.shape[1:])
         if not low:
-            # Flipping the highest bit of a code `u` and moving it to the high half of a byte gives the signed
-            # byte 16 (u - 8).
+            # Flipping the highest bit of a code `u`, and moving the code to the high half of a byte, gives
+            # the signed byte 16 (u - 8).
             flipped = high ^ 0x88
             torch.bitwise_left_shift(flipped, 4, out=found[:, 0])
             torch.bitwise_and(flipped, 0xF0, out=found[:, 1])
@@ -169,19 +169,20 @@ class KernelMatrix:
 
 
 def _in_order(scales: Tensor, rows: int, half: int) -> Tensor:
-    """Order the scales of a kernel matrix like its codes, shape `(blocks, 2, groups, 1, half)`.
+    """Arrange the scales of a kernel matrix in the order of its codes, shape `(blocks, 2, groups, 1, half)`.
 
     Args:
         scales: the scales and offsets of a `KernelMatrix`.
         rows: number of rows of the matrix.
         half: number of rows in half a block.
     """
-    # With two products, the first has multiplied scales; the last rows have the scales of the matrix.
+    # With two products, the scales of the first are multiplied by a power of two; the last rows have the
+    # scales of the matrix itself.
     found = scales[:, -rows:, 0].view(len(scales), -1, 2, 1, half)
     return found.permute(1, 2, 0, 3, 4)
 
 
-# Compilers do not fuse a custom operation, so it copies the scales only once. Ordinary indexing would be
+# Compilers do not fuse a custom operation, so the scales are copied only once. Ordinary indexing would be
 # fused, and would gather a scale from the pairs of scale and offset for every single weight.
 @torch.library.custom_op("tensornet::kernel_scales", mutates_args=())
 def _copied_in_order(scales: Tensor, rows: int, half: int) -> Tensor:
@@ -235,7 +236,7 @@ def products_of(number_format: NumberFormat) -> int:
 
 
 def layout_bytes(number_format: NumberFormat, shape: tuple[int, int]) -> int:
-    """Count the bytes of a matrix for which `has_layout` returns True, in the layout of the kernel."""
+    """Count the bytes of a matrix in the layout of the kernel; `has_layout` must return True for it."""
     rows, columns = shape
     group = _kernel_group(number_format, columns)
     assert group is not None

@@ -1,4 +1,4 @@
-"""Multiply by an integer matrix, with a kernel of torch that reads the codes or by unpacking blocks of rows.
+"""Multiply by an integer matrix, either with a torch kernel or by unpacking blocks of rows.
 
 An unpacked block of rows fits into the processor's cache, while a whole unpacked matrix would be written to
 memory and read again. Forward and backward passes allocate only one block and the output.
@@ -16,7 +16,7 @@ from tensornet.nn.int4_cpu import KernelMatrix
 from tensornet.nn.storage import PackedCore, aligned, unpacked
 from tensornet.quantization import NumberFormat
 
-#: Number of elements to unpack at a time, with and without applying scales.
+#: Number of elements to unpack at a time if scales are applied to them, and if scales are not applied.
 _BLOCK, _POINTS = 2**17, 2**20
 #: Largest number of tokens for which torch's int8 kernel on the CPU is faster than unpacking.
 INT8_TOKENS = 24
@@ -58,7 +58,7 @@ class PackedMatrix:
         return len(self.codes), self.columns
 
     def row_scales(self, dtype: torch.dtype) -> Tensor | None:
-        """Return the scale of each row, shape `(out,)`, if outputs can be scaled instead of weights.
+        """Return the scale of each row, shape `(out,)`, if the outputs can be scaled instead of the weights.
 
         Scaling the outputs is faster. It needs codes of 8 bits (exact in bfloat16) and one scale for each
         row; otherwise the result is None. The result is also None for `torch.float16`, in which products with
@@ -70,7 +70,7 @@ class PackedMatrix:
         return self.scales[:, 0].to(dtype)
 
     def blocks(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield slices of rows with their unpacked values, without the scales that `row_scales` returns."""
+        """Yield each slice of rows with its unpacked values; scales from `row_scales` are not applied."""
         if self.row_scales(dtype) is not None:
             for part in self._parts(_POINTS):
                 yield part, self.codes[part].view(torch.int8).to(dtype)
@@ -87,14 +87,14 @@ class PackedMatrix:
         return unpacked(self.number_format, self.codes, self.scales, self.zeros, self.columns, dtype)
 
     def _parts(self, elements: int) -> Iterator[slice]:
-        """Yield slices of rows with about `elements` elements."""
+        """Yield slices of rows with about `elements` elements each."""
         step = max(1, elements // max(self.columns, 1))
         for start in range(0, len(self.codes), step):
             yield slice(start, min(start + step, len(self.codes)))
 
     @property
     def kernel_tokens(self) -> int:
-        """Largest token count at which torch's int8 kernel beats unpacking; 0 if it cannot be used."""
+        """Largest token count at which torch's int8 kernel beats unpacking; 0 if the kernel cannot be used."""
         fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
         return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
 
@@ -103,7 +103,7 @@ class PackedMatrix:
         return x.dtype == torch.bfloat16 and x.is_cpu and 0 < len(x) <= self.kernel_tokens
 
     def by_kernel(self, x: Tensor) -> Tensor:
-        """Multiply with the kernel: `(tokens, in)` to `(tokens, out)`."""
+        """Compute `x W^T` with the kernel, from `x: (tokens, in)` to `(tokens, out)`."""
         codes, scales = self.codes.view(torch.int8), self.scales.reshape(-1)
         if not torch.compiler.is_compiling():
             x, codes = aligned(x), aligned(codes)
@@ -175,7 +175,7 @@ def _product(x: Tensor, matrix: StoredMatrix) -> Tensor:
 
 
 def _pulled_back(gradient: Tensor, matrix: StoredMatrix) -> Tensor:
-    """Compute the gradient of the input, `(tokens, in)`, from that of the output, `(tokens, out)`."""
+    """Compute the gradient of the input `(tokens, in)` from the gradient of the output `(tokens, out)`."""
     made = gradient.new_zeros(len(gradient), matrix.shape[1])
     scales = matrix.row_scales(gradient.dtype)
     gradient = gradient if scales is None else gradient * scales
@@ -195,7 +195,7 @@ class _Multiplication(torch.autograd.Function):
         return _pulled_back(gradients[0], ctx.matrix), None
 
 
-# Compilers generate slow code for unpacking, so a custom operation hides it from them.
+# Compilers generate slow code for unpacking, so a custom operation hides the unpacking from them.
 @torch.library.custom_op("tensornet::integer_product", mutates_args=())
 def integer_product(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, number_format: str

@@ -35,7 +35,7 @@ def _constant_in_traces(function: Callable[..., R]) -> Callable[..., R]:
     """Make torch.compile run a function once and use its result as a constant, instead of tracing it.
 
     This does the same as `torch.compiler.assume_constant_result`, which would import the compiler and delay
-    the import of this package by two seconds. Without this mark, planning would break the graph.
+    the import of this package by two seconds. Without this mark, planning would cause a graph break.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -50,9 +50,9 @@ class NetworkModule(nn.Module):
         topology: topology of the weight matrix `(out_features, in_features)`.
         source: name of the layer kind that this module replaces (see `layer_kinds`); `decompress` restores a
             layer of this kind.
-        strategy: `"factorized"` contracts the input with the cores, `"reconstruct"` rebuilds the matrix in
-            each call and frees it, `"auto"` uses whichever of these two the cost model predicts to be faster.
-            See `explain`, `set_strategy` and `prepare_for_inference`.
+        strategy: `"factorized"` contracts the input with the cores. `"reconstruct"` rebuilds the matrix in
+            each call and frees it afterwards. `"auto"` uses whichever of these two the cost model predicts to
+            be faster. See `explain`, `set_strategy` and `prepare_for_inference`.
         storage: how the cores are stored.
         device: device of the cores; `"meta"` allocates nothing.
         dtype: dtype of the cores.
@@ -78,11 +78,11 @@ class NetworkModule(nn.Module):
         super().__init__()
         check_strategy(strategy)
         self.topology, self.source, self.storage = topology, source, storage
-        # Stored as attributes, since every pass reads them.
+        # These are copied to attributes, since every forward pass reads them.
         self._is_plain, self._has_own_dtypes = storage.plain, storage.own_dtypes
         self.strategy, self.machine = strategy, None
         self._quick: Callable[[Tensor], Tensor | None] | None = None
-        # Contractions are planned in the first pass, so that loading a model is fast.
+        # Contractions are planned in the first forward pass, so that loading a model is fast.
         self._plan: OperatorPlan | None = None
         self._routes: dict[tuple[object, ...], Bounds] = {}
         self._core_names = tuple(f"core_{name}" for name in topology.core_names)
@@ -96,12 +96,12 @@ class NetworkModule(nn.Module):
 
     @property
     def stored_cores(self) -> tuple[Tensor | PackedCore, ...]:
-        """Cores as they are stored, parameters or packed, in the order of the topology."""
+        """Cores as they are stored (parameters or packed cores), in the order of the topology."""
         return tuple(getattr(self, name) for name in self._core_names)
 
     @property
     def cores(self) -> tuple[Tensor, ...]:
-        """Cores as tensors, in the order of the topology; the parameters themselves if storage is plain."""
+        """Cores as tensors in the order of the topology; with plain storage, the parameters themselves."""
         cores = self.stored_cores
         return cores if self._is_plain else decode(cores, self.dtype)  # type: ignore[return-value]
 
@@ -135,21 +135,22 @@ class NetworkModule(nn.Module):
     def set_cores(
         self, cores: Sequence[Tensor], weighting: Weighting | None = None, rounding: Rounding = "two_sided"
     ) -> None:
-        """Replace the cores of the layer by tensors, which are encoded in its storage.
+        """Replace the cores of the layer by the given tensors, converted as the layer's storage requires.
 
-        The dtype and device of the tensors become those of the layer. Tensors that are already parameters are
-        shared, not copied, so that tied layers stay tied.
+        The layer adopts the dtype and device of the tensors. Tensors that are already parameters are shared,
+        not copied, so that tied layers stay tied.
 
         Args:
             cores: cores in the order of the topology.
             weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
-            rounding: rounding method for integer cores, see `tensornet.quantization.round_weight`.
+            rounding: rounding method for integer cores (see `tensornet.quantization.round_weight`).
 
         Raises:
             ShapeError: a core does not have the shape of the topology.
         """
         kept = encode(self.topology, self.storage, check_cores(self.topology, cores), weighting, rounding)
-        # The cores are made contiguous, like tensors from a file, so that loading does not change results.
+        # Tensors loaded from a file are contiguous. The cores are made contiguous too, so that a loaded layer
+        # computes the same results as this one.
         self._put({n: x.contiguous() if type(x) is Tensor else x for n, x in kept.items()}, cores[0])
 
     def set_stored(self, stored: Mapping[str, Tensor | PackedCore], like: Tensor) -> None:
@@ -169,7 +170,7 @@ class NetworkModule(nn.Module):
         self._put(stored, like)
 
     def share_cores(self, other: "NetworkModule") -> None:
-        """Tie the weight to that of another module, by using the stored cores of the other module.
+        """Tie the weight to that of another module, by sharing the stored cores of that module.
 
         Raises:
             ShapeError: the modules differ in topology or storage.
@@ -190,7 +191,7 @@ class NetworkModule(nn.Module):
 
     @property
     def network(self) -> TensorNetwork:
-        """Weight as a `TensorNetwork`, which shares this layer's parameters if storage is plain."""
+        """Weight as a `TensorNetwork`; with plain storage, it shares this layer's parameters."""
         return TensorNetwork(self.topology, self.cores)
 
     @property
@@ -202,16 +203,16 @@ class NetworkModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Placeholder with dtype, device and shape of the dense weight, for code that only reads these.
+        """Placeholder with the dtype, device and shape of the dense weight, for code that reads only these.
 
         Any use of its values raises TargetError, since the layer does not store the dense matrix. Call
-        `to_matrix` to compute it.
+        `to_matrix` to compute this matrix.
         """
         trained = [tensor for tensor in self._tensors() if isinstance(tensor, nn.Parameter)]
         return weight_facts(self._like(), self.topology.shape, trained, self)
 
     def to_matrix(self) -> Tensor:
-        """Contract the cores, with gradient, to the dense matrix of shape `(out_features, in_features)`."""
+        """Compute the dense matrix `(out_features, in_features)` by contracting the cores, differentiably."""
         return contract_to_matrix(self.plan, self.cores)
 
     def own_matrix(self) -> Tensor:
@@ -229,13 +230,13 @@ class NetworkModule(nn.Module):
         return found
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode as in `nn.Module`, and forget the shortcut of earlier passes."""
+        """Set training or eval mode as in `nn.Module`, and discard the shortcut cached by earlier passes."""
         self._quick = None
         return super().train(mode)
 
     @property
     def plan(self) -> OperatorPlan:
-        """Contraction plans of the operator, shared by equal topologies."""
+        """Contraction plans of the layer; layers with equal topologies share them."""
         return self._planned()
 
     @_constant_in_traces
@@ -245,11 +246,11 @@ class NetworkModule(nn.Module):
         return self._plan
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """Choose the route of a pass: a contraction of input and cores, or the rebuilt matrix.
+        """Choose how a forward pass is computed: by contracting the input with the cores, or via the matrix.
 
         Args:
             tokens: number of input vectors.
-            on_cpu: whether the pass runs on the CPU; by default, whether the cores are on the CPU.
+            on_cpu: whether the pass runs on the CPU; by default, True if the cores are on the CPU.
 
         Returns:
             The position of a contraction in `plan.applies`, or `RECONSTRUCT`.
@@ -261,7 +262,7 @@ class NetworkModule(nn.Module):
 
     @_constant_in_traces
     def _bounds(self, on_cpu: bool, rebuild: bool) -> Bounds:
-        """Return the fastest route for each range of token counts, see `fastest_routes`.
+        """Return the fastest route for each range of token counts (see `fastest_routes`).
 
         Args:
             on_cpu: whether the pass runs on the CPU.
@@ -276,7 +277,7 @@ class NetworkModule(nn.Module):
         return bounds
 
     def explain(self, tokens: int = PLANNED_TOKENS) -> Explanation:
-        """Predict the cost of each strategy for a token count, and tell which one the layer uses now.
+        """Predict the cost of each strategy for the given number of tokens, and say which the layer uses now.
 
         Raises:
             ValueError: `tokens` is not an integer of at least 1.
@@ -285,7 +286,7 @@ class NetworkModule(nn.Module):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The layer's only core, if this is an integer matrix; None for all other layers."""
+        """The layer's only core if it stores the whole matrix as integers; None for all other layers."""
         return None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -345,7 +346,7 @@ def build_module(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Build an uninitialized module from its description, see `module_spec`.
+    """Build an uninitialized module from its description (see `module_spec`).
 
     Args:
         spec: the description.

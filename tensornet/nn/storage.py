@@ -38,7 +38,8 @@ from tensornet.topology import Topology
 
 #: The model's own dtype.
 FLOAT = NumberFormat()
-#: Integer dtype of the same size for each floating-point dtype; `module.to(dtype)` does not convert integers.
+#: Integer dtype in which the bits of each floating-point dtype are stored, since `module.to(dtype)` does not
+#: convert integers.
 _BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float8_e5m2: torch.uint8}
 #: Number of bits of the exponent and of the mantissa of each dtype.
 _PARTS = {torch.bfloat16: (8, 7), torch.float16: (5, 10), torch.float8_e5m2: (5, 2)}
@@ -49,7 +50,7 @@ class Storage:
     """How the cores of a layer are stored: their number formats, and whether they are pivoted.
 
     Args:
-        pivoted: whether cores omit the rows that can be made an identity matrix, see the module docstring.
+        pivoted: whether cores omit the rows that can be made an identity matrix (see the module docstring).
         number_format: format of all cores, or its name.
         core_formats: formats that replace `number_format` for single cores, as a mapping from the name of a
             core to a format, or as pairs.
@@ -131,7 +132,10 @@ class Storage:
         return cls(**data)
 
     def num_params(self, topology: Topology) -> int:
-        """Count stored values (elements, scales, zero points, row orders); a packed integer counts as one."""
+        """Count the stored values, including scales, zero points and row orders of pivoted cores.
+
+        A packed integer counts as one value.
+        """
         return sum(count for *_, count in _stored_parts(topology, self, torch.float32))
 
     def num_bytes(self, topology: Topology, dtype: torch.dtype) -> int:
@@ -145,7 +149,7 @@ class Storage:
         return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
-        """Count the stored values and the bytes of one core, scales and zero points included."""
+        """Count the stored values and the bytes of one core, including its scales and zero points."""
         parts = [part for part in _stored_parts(topology, self, dtype) if part[0] == name]
         size = sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
         return sum(count for *_, count in parts), size
@@ -158,19 +162,19 @@ PLAIN = Storage()
 class PackedCore(nn.Module):
     """Core that is not stored as a plain parameter, but pivoted, in bfloat16, or as integers.
 
-    Integers are stored as packed `codes` with `scales`, and depending on the format with `zeros` (packed zero
-    points) or `steps` (scales of integer scales). Floating-point cores are stored as `values`, the row order
-    of a pivoted core as `order`. Values in the dtype of the model are a parameter. All other tensors are
-    integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits, so that
-    `.to()` and `.half()` do not convert them. Tied layers share this module.
+    An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed zero points) or
+    `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted core also has
+    `order`, the position of each of its rows. Values in the dtype of the model are a parameter. All other
+    tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits,
+    so that `.to()` and `.half()` do not convert them. Tied layers share this module.
 
     Args:
         number_format: format of the elements.
         shape: shape of the core.
-        columns: number of columns of the core viewed as a matrix, see `matrix_view`.
+        columns: number of columns of the core viewed as a matrix (see `matrix_view`).
         tensors: stored tensors by name, with the shapes and dtypes that `layout` returns; a stack of cores
             has additional leading dimensions.
-        axis: axis of the bond on which the core is pivoted; None if it is not.
+        axis: axis of the bond on which the core is pivoted; None if the core is not pivoted.
     """
 
     codes: Tensor
@@ -206,7 +210,7 @@ class PackedCore(nn.Module):
         return found
 
     def align(self) -> None:
-        """Copy stored tensors that kernels cannot read where they are, such as those of a mapped file."""
+        """Copy stored tensors that are not aligned for kernels, such as those of a memory-mapped file."""
         for name in self.names:
             if name in self._buffers:
                 self._buffers[name] = aligned(getattr(self, name))
@@ -225,13 +229,13 @@ class PackedCore(nn.Module):
 
     @property
     def is_trained(self) -> bool:
-        """True while scales, codes or bfloat16 values are parameters, see `unpack_for_training`."""
+        """True while scales, codes or bfloat16 values are parameters (see `unpack_for_training`)."""
         own = self.number_format != FLOAT
         return own and any(isinstance(x, nn.Parameter) for x in self.tensors.values())
 
     @property
     def trained_scales(self) -> str:
-        """Name of the floating-point scales: `scales`, or `steps` if scales are integers."""
+        """Name of the tensor to train: `"steps"` if scales are integers times steps, otherwise `"scales"`."""
         return "steps" if "steps" in self.names else "scales"
 
     @property
@@ -249,7 +253,7 @@ class PackedCore(nn.Module):
         return number_format.scales_of(unpack(tensors["scales"], number_format.scale_bits, groups), scales)
 
     def forward(self, dtype: torch.dtype | None = None, index: Tensor | None = None) -> Tensor:
-        """Return the core as a tensor, differentiable with respect to its stored floating-point tensors.
+        """Return the core as a tensor, differentiable with respect to the stored floating-point tensors.
 
         Args:
             dtype: dtype of the result; by default, the dtype of the stored values, or float32 for integers.
@@ -280,7 +284,7 @@ class PackedCore(nn.Module):
             index: indices of the rows to unpack, or of the matrices in a stack, shape `(n,)`; all if absent.
         """
         number_format, parts = self.number_format, self.tensors
-        if index is not None:  # before scales are viewed as floats, since some float dtypes cannot be indexed
+        if index is not None:  # done while scales are integers, since some float dtypes cannot be indexed
             parts = {name: tensor.index_select(0, index) for name, tensor in parts.items() if name != "order"}
         scales = self._scale_values(parts)
         return unpacked(number_format, parts["codes"], scales, parts.get("zeros"), self.columns, dtype)
@@ -300,11 +304,11 @@ class PackedCore(nn.Module):
                 "The file is damaged: copy or download it again, or compress the model again."
             )
 
-    # torch passes the metadata of a state dict only to these two methods. Stored bits alone do not say which
-    # numbers they mean, and the description belongs neither into files nor into the names of tensors.
+    # torch passes the metadata of a state dict only to the next two methods. The metadata contains the name
+    # of the number format, since the stored bits alone do not tell which numbers they represent.
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the tensors, and the name of the number format in the metadata of the state dict."""
+        """Save the tensors, and add the name of the number format to the metadata of the state dict."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (metadata := getattr(destination, "_metadata", None)) is not None:
             metadata.setdefault(prefix[:-1], {})["number_format"] = self.number_format.name
@@ -312,10 +316,10 @@ class PackedCore(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
     ) -> None:
-        """Load the tensors, after a check that they belong to this number format.
+        """Check that the tensors belong to this number format, and load them.
 
         Raises:
-            FormatError: the state is that of another number format, or of unpacked integers in training.
+            FormatError: the state dict has another number format, or integers that are unpacked for training.
         """
         own, given = self.number_format.name, local_metadata.get("number_format")
         if given not in (None, own):
@@ -348,7 +352,7 @@ class PackedCore(nn.Module):
 
 
 def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
-    """Register a stored core in a module; it replaces an earlier core of the same name.
+    """Register a stored core in a module, and replace any earlier core of the same name.
 
     Args:
         module: a layer, or a bank of experts.
@@ -364,7 +368,7 @@ def put_core(module: nn.Module, name: str, core: "Tensor | PackedCore") -> None:
 
 
 class TrainedCodes(nn.Parameter):
-    """Codes of an integer matrix as floating-point numbers during training; see `NumberFormat.decode`."""
+    """Codes of an integer matrix as floating-point numbers during training (see `NumberFormat.decode`)."""
 
 
 def unpack_for_training(model: nn.Module, *, codes: bool = False) -> list[PackedCore]:
@@ -426,14 +430,14 @@ def pack_after_training(cores: Iterable[PackedCore]) -> None:
 
 
 def tie(model: nn.Module, target: str, source: str) -> None:
-    """Replace a stored tensor of a model, such as `head.core_0`, by another one, so that both are tied.
+    """Tie two stored tensors of a model, such as `head.core_0`, by replacing one with the other.
 
     If the tensor belongs to a `PackedCore`, the whole core is tied, since layers can share only whole cores.
 
     Args:
-        model: changed in place.
+        model: the model; it is changed in place.
         target: state-dict name of the tensor to replace.
-        source: state-dict name of the tensor that takes its place.
+        source: state-dict name of the tensor that replaces it.
     """
     (place, _, name), (first, _, key) = target.rpartition("."), source.rpartition(".")
     owner = model.get_submodule(first)
@@ -509,7 +513,7 @@ def _stored_parts(
 
 
 def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tuple[int, ...], int | None]]:
-    """For each core, yield its name, its shape before packing, and the length of its row order or None."""
+    """Yield the name of each core, its shape before packing, and its number of rows (None if not pivoted)."""
     gauge = gauge_of(topology) if storage.pivoted else {}
     for name, shape in topology.core_shapes.items():
         if name in gauge:
@@ -523,7 +527,7 @@ def kept_shapes(topology: Topology, storage: Storage) -> Iterator[tuple[str, tup
 
 
 def gauge_of(topology: Topology) -> dict[str, str]:
-    """Return the bond on which a core can be pivoted, by the name of the core.
+    """Map the name of each core that can be pivoted to the bond on which it is pivoted.
 
     Raises:
         TopologyError: the family is not registered.
@@ -547,7 +551,7 @@ def encode(
         storage: how its cores are stored.
         cores: cores in the order of the topology.
         weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
-        rounding: rounding method for integer cores, see `tensornet.quantization.round_weight`.
+        rounding: rounding method for integer cores (see `tensornet.quantization.round_weight`).
 
     Returns:
         Plain tensors or packed cores, by the names `core_<name>`.
@@ -587,7 +591,7 @@ def stored_core(
         value: for an integer format, the rounded core viewed as a matrix; for other formats, the values of
             the core without its identity rows.
         dtype: dtype of the model.
-        order: position of each row of a pivoted core, see `StoredCores`; None if the core is not pivoted.
+        order: position of each row of a pivoted core (see `StoredCores`); None if the core is not pivoted.
     """
     shape, number_format = topology.core_shapes[name], storage.format_of(name)
     if isinstance(value, Tensor):
@@ -625,7 +629,7 @@ def _packed(topology: Topology, storage: Storage, name: str, tensors: Mapping[st
 def empty(
     topology: Topology, storage: Storage, *, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor | PackedCore]:
-    """Allocate uninitialized stored cores, by the names `core_<name>`."""
+    """Allocate uninitialized stored cores, and return them by the names `core_<name>`."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, (shape, kind) in layout(topology, storage, dtype or torch.get_default_dtype()).items():
         core, _, part = key.partition(".")
@@ -654,7 +658,7 @@ def _rounded(
     weighting: Weighting | None,
     rounding: Rounding,
 ) -> dict[str, Tensor | RoundedWeight]:
-    """Round the integer cores by the method of the family, which refits the other cores."""
+    """Round the integer cores by the method of the topology family, which also refits the other cores."""
     formats = {name: storage.format_of(name) for name in tensors if storage.format_of(name).is_integer}
     own = next(iter(tensors.values())).dtype
     dtype = torch.float64 if own == torch.float64 else torch.float32
@@ -682,16 +686,16 @@ def row_cores(topology: Topology, storage: Storage) -> tuple[str, ...]:
             continue
         shape, rows = topology.core_shapes[spec.name], matrix_view(topology, spec.name)[0]
         legs = [axis for axis, label in enumerate(spec.labels) if label in topology.out_labels]
-        # This is so if all labels before and between the out-legs have size 1.
+        # The condition holds if all axes before and between the out-legs have size 1.
         if legs and rows == math.prod(shape[: legs[-1] + 1]) == math.prod(shape[axis] for axis in legs):
             found.append(spec.name)
     return tuple(found)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return a tensor, copied if it does not begin at a multiple of 16 bytes.
+    """Return the tensor itself, or a copy if its memory address is not a multiple of 16 bytes.
 
-    Kernels for integers in torch 2.15 end the process if their inputs are not aligned.
+    Kernels for integers in torch 2.15 crash the process if their inputs are not aligned.
     """
     return x if type(x) is not Tensor or not x.is_cpu or x.data_ptr() % 16 == 0 else x.clone()
 
@@ -704,7 +708,7 @@ def unpacked(
     columns: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Unpack integers to their values, shape `(..., rows, columns)`.
+    """Compute the values of packed integers, shape `(..., rows, columns)`.
 
     Args:
         number_format: format of the integers.
@@ -748,7 +752,7 @@ def _pivot(topology: Topology, cores: Sequence[Tensor], orders: dict[str, Tensor
     Args:
         topology: topology of the network.
         cores: cores in the order of the topology.
-        orders: receives the row order of each pivoted core, by name.
+        orders: dict to which the position of each row of every pivoted core is added, by the core's name.
     """
     gauge = gauge_of(topology)
     work = [core.double() for core in cores]

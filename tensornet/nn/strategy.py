@@ -1,4 +1,4 @@
-"""Strategies: apply a layer with its cores or with the rebuilt matrix, and predict the cost of each."""
+"""Strategies: whether a layer is applied by its cores or by the rebuilt matrix, with predicted costs."""
 
 import math
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from tensornet.nn.storage import PackedCore, Storage, kept_shapes
 from tensornet.quantization import NumberFormat
 from tensornet.topology import Topology
 
-#: How a layer is applied, see `tensornet.nn.module.NetworkModule`.
+#: How a layer is applied (see `tensornet.nn.module.NetworkModule`).
 Strategy = Literal["auto", "factorized", "reconstruct"]
 STRATEGIES = ("auto", "factorized", "reconstruct")
 
 
 def check_strategy(strategy: str) -> None:
-    """Check the name of a strategy.
+    """Check that `strategy` is the name of a strategy.
 
     Raises:
         ValueError: the strategy is unknown.
@@ -34,13 +34,13 @@ def check_strategy(strategy: str) -> None:
 def set_strategy(
     model: nn.Module, strategy: Strategy | None = None, *, machine: Machine | None = None
 ) -> None:
-    """Set the strategy and the cost model of every tensor-network layer and bank of shared-core experts.
+    """Set the strategy and cost model of all tensor-network layers and shared-core expert banks in a model.
 
     Args:
         model: any module.
-        strategy: the strategy of all layers; None leaves every layer as it is.
+        strategy: the strategy of all layers; None leaves their strategies unchanged.
         machine: constants of the cost model, for example from `tensornet.contraction.cost.measure_machine()`;
-            None leaves them as they are.
+            None leaves the constants unchanged.
 
     Raises:
         TargetError: the model has no tensor-network layer.
@@ -83,7 +83,7 @@ def integer_seconds(
     *,
     prepared: bool = True,
 ) -> tuple[str, float]:
-    """Predict how `tensornet.nn.integer_matmul` multiplies by an integer matrix, and the time it takes.
+    """Predict how `tensornet.nn.integer_matmul` multiplies by an integer matrix, and how long this takes.
 
     Args:
         number_format: format of the matrix.
@@ -110,7 +110,7 @@ def integer_seconds(
     wide = 4 if itemsize == 2 and tokens <= WIDE_TOKENS else itemsize
     passes = unpack_passes(number_format, wide)
     if kernels and prepared:
-        passes = unpack_passes(number_format, 4)  # 2-byte elements take as long as 4-byte elements
+        passes = unpack_passes(number_format, 4)  # unpacking to 2 bytes takes as long as to 4 bytes
     elif is_int8_per_row(number_format, shape[1]):
         passes = 1.0  # only the codes are converted; the outputs are scaled
     seconds = size / machine.bandwidth + machine.overhead + elements * machine.unpack_pass * passes
@@ -153,7 +153,7 @@ def unpack_passes(number_format: NumberFormat, itemsize: int) -> float:
 
 @dataclass(frozen=True)
 class StrategyCost:
-    """Predicted cost of one forward pass.
+    """Predicted cost of one forward pass with one strategy.
 
     Args:
         strategy: `"factorized"` or `"reconstruct"`.
@@ -161,8 +161,8 @@ class StrategyCost:
         multiply_adds: number of multiply-adds.
         moved: number of elements that permutations copy.
         memory_bytes: size of the largest intermediate tensor.
-        refused: why the layer does not use this strategy now; empty if it can use it.
-        integers: how integer cores are read, `"unpacked"` or the name of a kernel; empty if there are none.
+        refused: reason why the layer cannot use this strategy now; empty if it can.
+        integers: how integer cores are read: `"unpacked"` or the name of a kernel; empty without such cores.
     """
 
     strategy: str
@@ -222,7 +222,7 @@ class Explanation:
 
 
 def explain(layer: Any, tokens: int) -> Explanation:
-    """Predict the cost of every strategy of a layer, see `tensornet.nn.module.NetworkModule.explain`.
+    """Predict the cost of every strategy of a layer (see `tensornet.nn.module.NetworkModule.explain`).
 
     Raises:
         ValueError: `tokens` is not an integer of at least 1.

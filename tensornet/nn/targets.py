@@ -93,7 +93,7 @@ class Target:
 
     @property
     def all_names(self) -> tuple[str, ...]:
-        """Names that patterns may match: those of the modules, and of the unfused modules around them."""
+        """Names that patterns may match: those of the modules, and of unfused modules that contain them."""
         return (*self.names, *self.owners)
 
     @property
@@ -120,10 +120,10 @@ class Target:
 
 
 def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
-    """List every weight of a model once, with the reason if it will not be compressed.
+    """List every weight of a model once, with a reason (`skip`) if it will not be compressed.
 
-    Modules that share one weight are one target and stay tied, even if a pattern names only one of them. A
-    warning names the layers that the configuration selects but that cannot be compressed.
+    Modules that share one weight form one target and stay tied, even if a pattern names only one of them. If
+    the configuration selects layers that cannot be compressed, a warning names these layers.
 
     Args:
         model: any module; unfuse it first (`tensornet.nn.unfuse.unfused`) to find matrices that it stores in
@@ -172,7 +172,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
 
 def list_weights(model: nn.Module) -> list[Target]:
-    """List every weight of a model once, with the reason (`skip`) if it can never be compressed.
+    """List every weight of a model once, with a reason (`skip`) if it can never be compressed.
 
     Args:
         model: any module, unfused as for `find_targets`.
@@ -410,7 +410,7 @@ def check_holder(model: Any) -> None:
 
 
 def compressed_names(model: nn.Module) -> list[str]:
-    """List the names of the tensor-network layers."""
+    """List the names of all tensor-network layers in a model."""
     return [name for name, module in model.named_modules() if isinstance(module, NetworkModule)]
 
 
@@ -440,7 +440,7 @@ def _unknown_layers(model: nn.Module) -> str:
 
 
 def _own_rounding(model: nn.Module) -> str:
-    """Compose a hint that names the modules that round themselves, such as banks of experts."""
+    """Compose a hint that names modules with a method `quantize`, such as banks of experts; empty if none."""
     stored = (
         (name, m) for name, m in model.named_modules() if isinstance(getattr(m, "storage", None), Storage)
     )
@@ -499,7 +499,7 @@ def refuse_wrapped(wrapped: Iterable[str]) -> None:
     """Check that no layer to compress is wrapped by an adapter that cannot be merged.
 
     Args:
-        wrapped: names of such layers, see `split_by_adapters`.
+        wrapped: names of such layers (see `split_by_adapters`).
 
     Raises:
         TargetError: `wrapped` is not empty.
