@@ -60,7 +60,7 @@ class MatrixAttention(Compound):
         """
         if is_causal and attn_mask is None:
             raise ShapeError(
-                "is_causal is a hint that attn_mask is causal, got no attn_mask; pass it as well, for "
+                "is_causal only states that attn_mask is causal, but got no attn_mask; pass one as well, for "
                 "example nn.Transformer.generate_square_subsequent_mask(length)."
             )
         q, k, v = self._heads(query, key, value)
@@ -78,7 +78,7 @@ class MatrixAttention(Compound):
             mixed = weights @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-        # mixed: (batch, heads, length, head_dim)
+        # shape of `mixed`: (batch, heads, length, head_dim)
         y = self.get_submodule("out_proj")(self._as_given(mixed.transpose(1, 2).flatten(2), query))
         if weights is not None:
             weights = weights.mean(dim=1) if average_attn_weights else weights
@@ -89,7 +89,7 @@ class MatrixAttention(Compound):
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         found = []
         for name, x, bias in zip(_INPUTS, inputs, biases, strict=True):
-            y = self.get_submodule(name)(x)  # before transposing, so that layers get the same input tensor
+            y = self.get_submodule(name)(x)  # `x` is not transposed, so that layers share one input
             y = y if bias is None else y + bias
             y = y[None] if x.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
             found.append(y.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2))
@@ -99,7 +99,10 @@ class MatrixAttention(Compound):
         return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Add attention and padding masks; the sum can be broadcast to `(batch, heads, length, source)`."""
+        """Add the attention mask and the padding mask to one that broadcasts to the attention scores.
+
+        The scores have shape `(batch, heads, length, source)`.
+        """
         added = []
         if mask is not None:
             full = mask if mask.ndim == 2 else mask.unflatten(0, (len(q), self.num_heads))

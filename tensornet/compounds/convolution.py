@@ -1,4 +1,4 @@
-"""Convolutions as linear layers: a matrix `(out_channels, in_channels * kernel)` for each group."""
+"""Convolutions as linear layers, with one matrix for each group of channels."""
 
 import math
 from collections.abc import Callable, Sized
@@ -24,9 +24,11 @@ from tensornet.nn.unfuse import (
 class MatrixConvolution(Compound):
     """Replacement for `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d` whose kernel is stored as matrices.
 
-    A low-rank matrix `U V` is applied as two convolutions: `V` with the kernel, then `U` with a kernel of
-    size 1. For other networks the kernel is rebuilt. During calibration the linear layers are called with
-    unfolded inputs `(batch, points, in_channels * kernel)`.
+    Each group has a matrix `(out_channels / groups, in_channels / groups * kernel)`, where `kernel` is the
+    number of points in the kernel. If there is only one group, a low-rank matrix `U V` is applied as two
+    convolutions: `V` with the kernel size of the layer, then `U` with a kernel of size 1. Otherwise the
+    kernel is rebuilt. During calibration, the linear layers are called with unfolded inputs of shape
+    `(batch, points, in_channels / groups * kernel)`.
     """
 
     replaces = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -38,12 +40,13 @@ class MatrixConvolution(Compound):
         self.out_channels, self.groups = stock.out_channels, stock.groups
         self.kernel_size, self.stride, self.dilation = stock.kernel_size, stock.stride, stock.dilation
         self.padding_mode = "constant" if stock.padding_mode == "zeros" else stock.padding_mode
-        # As in F.pad, the last dimension comes first. The ends of a dimension may differ (`padding="same"`).
+        # As in F.pad, the last dimension comes first. The padding at the two ends of a dimension may differ
+        # (`padding="same"`).
         self.pads = tuple(stock._reversed_padding_repeated_twice)
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        """Return True if low rank can make the convolution smaller; depthwise convolutions never match."""
+        """Return True if groups are large enough for low rank; most depthwise convolutions do not match."""
         return is_plain(module) and _can_shrink(module)
 
     @classmethod
@@ -92,7 +95,10 @@ def _convolution(kernel_size: Sized) -> Callable[..., Tensor]:
 
 
 def _two_factors(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Return the factors `U: (out, rank)`, `V: (rank, in)` of a low-rank layer; None if they save nothing."""
+    """Return the factors `U: (out, rank)` and `V: (rank, in)` of a low-rank layer.
+
+    The result is None for other layers, and if the factors are not smaller than the matrix.
+    """
     if not isinstance(layer, NetworkModule) or len(layer.topology.cores) != 2:
         return None
     rows, columns = layer.topology.shape

@@ -19,7 +19,7 @@ from tensornet.nn.unfuse import (
     register_compound,
 )
 
-#: The states of one direction: hidden state, or hidden and cell state.
+#: State tensors: the hidden state or, for an LSTM, the hidden state and the cell state.
 State = tuple[Tensor, ...]
 
 _FUSED: dict[str, Callable[..., Any]] = {
@@ -93,10 +93,13 @@ class MatrixRecurrence(Compound):
         return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), after
 
     def flatten_parameters(self) -> None:
-        """Do nothing: weights are copied to one block of memory in each call."""
+        """Do nothing: on a GPU, each call copies the weights to one block of memory anyway."""
 
     def _states(self, x: Tensor, hx: Any, batch: int, order: Tensor | None, alone: bool) -> State:
-        """Check initial states `(layers * directions, batch, size)`, and sort them like the batch."""
+        """Check the initial states and sort them like the batch; return zeros if no states are given.
+
+        Each state has shape `(layers * directions, batch, size)`.
+        """
         count = self.num_layers * (2 if self.bidirectional else 1)
         sizes = [self.proj_size or self.hidden_size, *([self.hidden_size] if self.mode == "LSTM" else [])]
         if hx is None:
@@ -203,7 +206,7 @@ class MatrixRecurrence(Compound):
 
 
 def in_one_chunk(tensors: list[Tensor]) -> list[Tensor]:
-    """Copy tensors to one block of memory, matrices first, since cuDNN would otherwise do so and warn."""
+    """Copy tensors to one block of memory, matrices first; otherwise cuDNN would copy them and warn."""
     order = sorted(range(len(tensors)), key=lambda k: tensors[k].ndim == 1)
     chunk = torch.cat([tensors[k].reshape(-1) for k in order])
     parts = chunk.split([tensors[k].numel() for k in order])

@@ -31,9 +31,9 @@ class MPOEmbedding(NetworkModule):
     the slices are contracted for all tokens at once. This works for any topology.
 
     Args:
-        topology: topology of `W`; its out-legs index the vocabulary, its in-legs the embedding dimension.
+        topology: topology of `W`; its out-legs index the vocabulary, and its in-legs the embedding dimension.
         padding_idx: stored for information only; the row with this index is treated like any other row.
-        strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices,
+        strategy, storage, device, dtype: see `NetworkModule`. `"factorized"` and `"auto"` read slices;
             `"reconstruct"` builds the table in each call.
 
     Example:
@@ -161,7 +161,7 @@ class MPOEmbedding(NetworkModule):
         return layer
 
     def spec(self) -> dict[str, Any]:
-        """Return the JSON-ready description of the layer, see `NetworkModule.spec`."""
+        """Return the JSON-ready description of the layer (see `NetworkModule.spec`)."""
         return {
             "type": "embedding",
             "source": self.source,
@@ -177,7 +177,7 @@ class MPOEmbedding(NetworkModule):
 
 
 def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> Tensor:
-    """Select the slices of a core for the digits of all tokens.
+    """Select a slice of a core for each token, according to the digits of the token.
 
     Args:
         core: the core.
@@ -196,7 +196,7 @@ def _take(core: Tensor, labels: tuple[str, ...], digits: dict[str, Tensor]) -> T
 
 @lru_cache(maxsize=256)
 def plan_lookup(topology: Topology) -> ContractionPlan:
-    """Plan how the slices of all cores (see `_take`) are contracted to rows, shape `(tokens, *in_dims)`."""
+    """Plan the contraction of the slices of all cores (see `_take`) to rows, shape `(tokens, *in_dims)`."""
     if topology.terms:
         return plan_sum([(places, plan_lookup(part)) for places, part in topology.parts])
     legs = set(topology.out_labels)
@@ -220,7 +220,7 @@ def embedding_from_network(
     Args:
         network: topology and cores of the table.
         padding_idx, storage: arguments of `MPOEmbedding`.
-        weighting, rounding: how cores are rounded to integers, see `NetworkModule.set_cores`.
+        weighting, rounding: how cores are rounded to integers (see `NetworkModule.set_cores`).
     """
     layer = MPOEmbedding(network.topology, padding_idx=padding_idx, storage=storage, device="meta")
     layer.set_cores(network.cores, weighting, rounding)

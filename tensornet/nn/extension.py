@@ -20,13 +20,13 @@ from tensornet.registry import Registry
 
 @dataclass(frozen=True)
 class ProvidedData:
-    """Calibration data with a name, from an extension or given as `tensornet.compress(calibration=...)`.
+    """Named calibration data, from an extension or from the argument `calibration` of `tensornet.compress`.
 
     Args:
         batches: calibration batches, as for `tensornet.calibrate`; the loss is measured on a few of them.
         source: name of the data, for reports.
-        loss_fn: function that returns the losses of a batch, see `tensornet.calibrate`; the loss of the model
-            itself if absent.
+        loss_fn: function that returns the losses of a batch (see `tensornet.calibrate`); by default, the loss
+            that the model returns.
         statistics: statistics that `tensornet.calibrate` collected on these batches; if absent, they are
             collected when they are needed.
     """
@@ -115,10 +115,10 @@ class ModelExtension:
         return None
 
     def dense_layers(self, model: nn.Module) -> Mapping[str, str]:
-        """Return a short reason for each layer that must stay dense, by the name of the layer.
+        """Return the names of layers that must stay dense, each with a short reason.
 
-        An example is a layer whose `weight` is read by other code of the model, since a compressed layer does
-        not have this matrix.
+        An example is a layer whose `weight` is read by other code of the model: once compressed, the layer
+        would not have this matrix.
 
         Args:
             model: the unfused model.
@@ -134,7 +134,7 @@ def register_extension(extension: ModelExtension) -> ModelExtension:
     """Register an extension, so that its methods are called for every model.
 
     Args:
-        extension: an instance, not a class; one instance of each class.
+        extension: an instance, not a class; only one instance of each class can be registered.
 
     Returns:
         The same extension.
@@ -165,12 +165,12 @@ def provided_data(model: nn.Module) -> ProvidedData | None:
 
 
 def dense_layers(model: nn.Module) -> dict[str, str]:
-    """Call `ModelExtension.dense_layers` of every extension, and join the results."""
+    """Call `ModelExtension.dense_layers` of every extension, and merge the results."""
     return {name: reason for x in extensions() for name, reason in x.dense_layers(model).items()}
 
 
 def round_others(model: nn.Module, config: Any) -> dict[str, str]:
-    """Call `ModelExtension.round_others` of every extension, and join the results."""
+    """Call `ModelExtension.round_others` of every extension, and merge the results."""
     rounded: dict[str, str] = {}
     for extension in extensions():
         rounded |= extension.round_others(model, config)
@@ -197,7 +197,7 @@ def structure_changed(model: nn.Module) -> None:
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Return True if a module needs a description when it is saved, even if it has none at present."""
+    """Return True if a saved model must describe this module, even if the description raises an error now."""
     try:
         return module_spec(module) is not None
     except TargetError:

@@ -94,7 +94,7 @@ class PackedMatrix:
 
     @property
     def kernel_tokens(self) -> int:
-        """Largest token count at which torch's int8 kernel beats unpacking; 0 if the kernel cannot be used."""
+        """Largest token count at which torch's int8 kernel beats unpacking; 0 without a usable kernel."""
         fits = self.codes.is_cpu and has_int8_kernel(self.number_format, self.shape)
         return INT8_TOKENS if fits and self.scales.dtype == torch.bfloat16 else 0
 

@@ -63,10 +63,10 @@ class LayerKind(ABC):
 
 
 def relatives(name: str, others: Iterable[str]) -> list[str]:
-    """Select the layers whose statistics may be used for a layer that got no data in calibration.
+    """Select the layers whose statistics may replace those of a layer that got no data in calibration.
 
-    These are the layers whose names differ only in the last number, such as other experts of a mixture. Such
-    a number is an index of a module list, or the end of a key such as `expert_3`.
+    These are the layers whose names differ from `name` only in the last number, such as other experts of a
+    mixture. Such a number is an index of a module list, or the end of a key such as `expert_3`.
     """
     path = _counted_path(name)
     return [] if path is None else [other for other in others if _counted_path(other) == path]
@@ -189,7 +189,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
 
 
 def own_parameters(module: nn.Module) -> Mapping[str, nn.Parameter]:
-    """Map names to the parameters of a module itself, without those of submodules and parametrizations."""
+    """Return a module's own parameters by name, without those of submodules and parametrizations."""
     return dict(module.named_parameters(recurse=False, remove_duplicate=False))
 
 

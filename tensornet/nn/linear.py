@@ -27,8 +27,9 @@ from tensornet.topologies import TopologyFamily
 from tensornet.topologies.mpo import MPOFamily
 from tensornet.topology import Topology
 
-#: A network stays in a prepared model if its predicted time for one token is at most this fraction of that of
-#: the dense matrix. For chains of several cores, predictions are up to three times too short.
+#: `prepare_for_inference` keeps a network if its predicted time for one token is at most this fraction of the
+#: time of a dense layer. A margin is needed, since predictions for chains of several cores are too short, by
+#: up to a factor of three.
 _CLEARLY_FASTER = 2 / 3
 
 
@@ -41,7 +42,7 @@ class TensorNetworkLinear(NetworkModule):
         topology: topology of `W`.
         bias: whether the layer has a bias, shape `(out_features,)`.
         source: `"linear"` or `"conv1d"`, the kind of stock layer that `to_linear` returns.
-        strategy, storage: how `W` is applied and stored, see `NetworkModule`.
+        strategy, storage: how `W` is applied and stored (see `NetworkModule`).
         device, dtype: device and dtype of the parameters, as in `nn.Linear`.
 
     Example:
@@ -73,7 +74,7 @@ class TensorNetworkLinear(NetworkModule):
             dtype=dtype,
         )
         self.out_features, self.in_features = topology.shape
-        # A core of integers is multiplied in its stored form if it is the whole matrix, or a term of a sum.
+        # An integer core is multiplied in its stored form if it is the whole matrix, or one term of a sum.
         (positions, _), *self._other_terms = topology.parts
         name = topology.core_names[positions[0]]
         whole = len(positions) == 1 and topology.shape == topology.padded_shape
@@ -84,14 +85,16 @@ class TensorNetworkLinear(NetworkModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map `input: (..., in_features)` to `(..., out_features)`."""
-        # 1. Take the previous route again: for few tokens, choosing a route takes longer than multiplying.
+        # 1. Repeat the previous pass by a shortcut, if possible: for few tokens, choosing how to multiply
+        # takes longer than multiplying.
         if self._quick is not None and not is_compiling() and (y := self._quick(input)) is not None:
             return y
         check_input(input, self.in_features)
-        # 2. Multiply by integers in their stored form.
+        # 2. Multiply by integers in their stored form, if possible.
         if self._integer_name is not None and (y := self._by_integers(input)) is not None:
             return y
-        # 3. Use the route of the strategy. An exported program has one route for all token counts.
+        # 3. Contract the input with the cores or rebuild the matrix, whichever the strategy selects. An
+        # exported program does the same for all token counts.
         tokens = PLANNED_TOKENS if is_exporting() else input.numel() // self.in_features
         route = self.route(tokens, on_cpu=input.is_cpu)
         if route == RECONSTRUCT:
@@ -105,7 +108,7 @@ class TensorNetworkLinear(NetworkModule):
 
     @property
     def integer_core(self) -> nn.Module | None:
-        """The layer's only core, if this is an integer matrix; None for all other layers."""
+        """The layer's only core if it stores the whole matrix as integers; None for all other layers."""
         return getattr(self, self._integer_name) if self._integer_name and not self._other_terms else None
 
     def _by_integers(self, input: Tensor) -> Tensor | None:
@@ -152,7 +155,7 @@ class TensorNetworkLinear(NetworkModule):
         return known
 
     def prepared(self, max_growth: float) -> PreparedLinear | None:
-        """Return a dense layer if it generates faster than this network, see `prepare_for_inference`.
+        """Return a dense layer if it should generate faster than this network (see `prepare_for_inference`).
 
         Args:
             max_growth: largest size of the matrix, relative to the stored bytes of the network.
@@ -184,14 +187,14 @@ class TensorNetworkLinear(NetworkModule):
         strategy: Strategy = "auto",
         **options: Any,
     ) -> "TensorNetworkLinear":
-        """Decompose the weight of a stock layer; the new layer shares no memory with it.
+        """Decompose the weight of a stock layer into a new layer that shares no memory with the stock layer.
 
         Args:
             layer: an `nn.Linear` or a Hugging Face `Conv1D`; it is not changed.
             topology: a topology family (or its registered name), which chooses dims and bonds; or a topology,
                 which fixes all dims and bonds.
-            max_bond, rel_error, param_ratio: limits of the decomposition, see `Budget`.
-            strategy: how the new layer is applied, see `NetworkModule`.
+            max_bond, rel_error, param_ratio: limits of the decomposition (see `Budget`).
+            strategy: how the new layer is applied (see `NetworkModule`).
             options: options of the family, for example `sites=`, `out_dims=`, `in_dims=`.
 
         Raises:
@@ -226,7 +229,7 @@ class TensorNetworkLinear(NetworkModule):
         return {**super().__getstate__(), "_integers": None}
 
     def spec(self) -> dict[str, Any]:
-        """Return the JSON-ready description of the layer, see `NetworkModule.spec`."""
+        """Return the JSON-ready description of the layer (see `NetworkModule.spec`)."""
         return {
             "type": "linear",
             "source": self.source,
@@ -244,8 +247,9 @@ class TensorNetworkLinear(NetworkModule):
         )
 
 
-# Shortcuts: functions that repeat the previous pass for another input, or return None if anything changed.
-# They read `_parameters` and `_buffers`, since attribute lookup in a module takes as long as a small product.
+# Shortcuts: functions that repeat the previous pass for another input, or return None if the layer or the
+# kind of input has changed. They read `_parameters` and `_buffers`, since attribute lookup in a module takes
+# as long as a small product.
 
 
 def _two_products(
@@ -255,7 +259,7 @@ def _two_products(
 
     Args:
         layer: the layer.
-        products: position and shape of each core, see `ContractionPlan.matrices`.
+        products: position and shape of each core (see `ContractionPlan.matrices`).
         most: largest number of tokens for which this is the fastest route.
     """
     (first, first_shape), (second, second_shape) = products
@@ -272,7 +276,7 @@ def _two_products(
             return None  # a core is parametrized, or the strategy has changed
         if x.ndim == 0 or x.shape[-1] != in_features or x.numel() > most_elements:
             return None
-        if x.dtype is torch.float16 and x.is_cpu:  # contracted in float32
+        if x.dtype is torch.float16 and x.is_cpu:  # `contract_with_input` computes in float32
             return None
         if torch.is_grad_enabled() or transforms_active() or torch.jit.is_tracing():
             known = (None,) * 6  # the cached tensors may be out of date
@@ -314,7 +318,7 @@ def _kernel_product(
 
 
 class MPOLinear(TensorNetworkLinear):
-    """Linear layer whose weight is a matrix product operator, a drop-in replacement for `nn.Linear`.
+    """Linear layer whose weight is a matrix product operator; a drop-in replacement for `nn.Linear`.
 
     Args:
         in_features: size of each input vector.
@@ -407,7 +411,7 @@ def linear_from_network(
         network: topology and cores of the weight.
         bias: bias of shape `(out_features,)`, which is copied, or None.
         source, strategy, storage: arguments of `TensorNetworkLinear`.
-        weighting, rounding: how cores are rounded to integers, see `NetworkModule.set_cores`.
+        weighting, rounding: how cores are rounded to integers (see `NetworkModule.set_cores`).
     """
     layer = empty_linear(
         network.topology,

@@ -1,8 +1,8 @@
-"""Prepare a model for inference: integers in the layout of a kernel, networks and experts as dense matrices.
+"""Prepare a model for inference: convert integers to a kernel's layout, and other cores to dense matrices.
 
-Layers that save memory may cost time: integer kernels need a layout that depends on the processor, and a
-network may be rebuilt in every pass. `prepare_for_inference` is the explicit step that decides for time. The
-modules that it puts into a model can be neither trained nor saved.
+Layers that save memory may cost time: integer kernels need a layout that depends on the processor, and the
+matrix of a network may be rebuilt in every pass. `prepare_for_inference` is the explicit step that trades
+memory for speed. The modules that it puts into a model can be neither trained nor saved.
 """
 
 import math
@@ -23,18 +23,18 @@ from tensornet.nn.storage import PackedCore
 @outside_autocast
 @torch.no_grad()
 def prepare_for_inference(model: nn.Module, *, max_growth: float | None = None) -> nn.Module:
-    """Convert layers to forms that generate faster, such as dense matrices and the layout of integer kernels.
+    """Convert layers to forms that run faster, such as dense matrices and the layout of integer kernels.
 
     - A layer that is one integer matrix is converted to the layout of torch's int4 kernel, if it computes in
       bfloat16 on the CPU. An embedding that is tied to a converted output head reads its rows from the
       converted matrix.
     - A network of floating-point cores becomes a dense layer, unless a pass of one token is predicted to be
-      clearly faster with the cores, as for low rank at half the parameters.
+      clearly faster with the cores, as it is for a low-rank matrix with half the parameters.
     - A bank of shared-core experts (`tensornet_moe`) of floating-point cores becomes a stack of dense
       matrices.
 
-    Layers with the strategy `"reconstruct"` stay as they are, networks and experts also with `"factorized"`.
-    Networks that contain integers and other cores, and embeddings that are not tied, stay as they are, too.
+    Some layers stay as they are: all layers with the strategy `"reconstruct"`, networks and experts with the
+    strategy `"factorized"`, networks of several cores if some are integers, and embeddings that are not tied.
 
     Args:
         model: any model; it is changed in place and set to eval mode. Training or saving it afterwards raises
@@ -75,7 +75,8 @@ def _convert_integers(model: nn.Module, max_growth: float) -> None:
             if isinstance(core, PackedCore):
                 users.setdefault(core, []).append((module, name))
     for core, places in users.items():
-        # A core is converted only if all its layers multiply by it or, as embeddings, read its rows.
+        # A core is converted only if every layer that uses it multiplies by it or, as an embedding, reads its
+        # rows.
         multiplying = [x for x, _ in places if getattr(x, "integer_core", None) is core]
         reading = [x for x, _ in places if getattr(x, "source", "") == "embedding"]
         fits = bool(multiplying) and len(multiplying) + len(reading) == len(places)
@@ -93,7 +94,7 @@ def _convert_integers(model: nn.Module, max_growth: float) -> None:
 
 
 def refuse_saving(module: nn.Module, *_: object) -> None:
-    """Raise TargetError; register it by `register_state_dict_pre_hook`."""
+    """Raise TargetError; this is a hook for `register_state_dict_pre_hook`, which runs before saving."""
     raise TargetError(
         "A model that was prepared for inference cannot be saved: its layers are dense, or in a "
         "layout of this processor. Save the model before prepare_for_inference, or load it again."

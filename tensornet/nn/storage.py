@@ -325,7 +325,7 @@ class PackedCore(nn.Module):
         if given not in (None, own):
             raise FormatError(
                 f"{prefix[:-1]} is stored as {own}, but the state dict has it as {given}. Compress the model "
-                "by the plan from which the state dict comes, or load a file by tensornet.load_model."
+                "with the plan that was used for the state dict, or load its file by tensornet.load_model."
             )
         for name, tensor in self.tensors.items():
             found = state_dict.get(prefix + name)

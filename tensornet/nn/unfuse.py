@@ -1,4 +1,4 @@
-"""Unfuse modules: replace a module that owns several matrices by one with a layer for each matrix.
+"""Unfuse modules: replace a module that owns several matrices by a module with one layer for each matrix.
 
 Recurrent layers, attention and stacks of experts store several matrices in one parameter, so a single matrix
 cannot be replaced. A `Compound` computes the same as such a stock module, but has one layer for each matrix:
@@ -47,7 +47,7 @@ Shared = dict[tuple[object, ...], nn.Parameter]
 
 
 class PartMatrix(nn.Module):
-    """One matrix `(out_features, in_features)` of a module with several matrices.
+    """Linear layer for one matrix `(out_features, in_features)` of a module with several matrices.
 
     This is not an `nn.Linear`, since code that loads weights would mistake its parameter `weight` for a
     parameter of the stock module.
@@ -185,7 +185,7 @@ class Compound(nn.Module):
 
     @classmethod
     def reason_against(cls, module: nn.Module) -> str | None:
-        """Return a short reason, for reports, why `matches(module)` is False; None if it is True."""
+        """Return a short reason why `matches(module)` is False, for reports; None if there is no reason."""
         return None
 
     @property
@@ -200,7 +200,7 @@ class Compound(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Weight of the stock module, for code that reads it; a placeholder once a layer was replaced."""
+        """Weight of the stock module, for code that reads it; a placeholder after a layer was replaced."""
         stock, first = self._stock[0], self.get_submodule(self.layer_names[0])
         if "weight" not in own_parameters(stock):
             return first.weight  # type: ignore[return-value]
@@ -327,15 +327,16 @@ def type_and_reason(module: nn.Module) -> str:
 
 
 def is_observed(*layers: nn.Module) -> bool:
-    """Return True if a layer has forward hooks, which run only if the layer is called.
+    """Return True if any of the layers has forward hooks.
 
-    PyTorch has no public function for this.
+    Such a layer must be called, since its hooks do not run otherwise. PyTorch has no public function to find
+    hooks.
     """
     return any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
 
 
 def dense_matrix(layer: nn.Module) -> Tensor:
-    """Return the matrix of a compound's layer, with gradient."""
+    """Return the matrix of a compound's layer, differentiable with respect to the layer's parameters."""
     return layer.to_matrix() if isinstance(layer, NetworkModule) else layer.weight  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""Placeholder for the dense weight of a compressed layer: it has dtype, device and shape, but no values.
+"""Placeholder for the dense weight of a compressed layer: it has a dtype, device and shape, but no values.
 
 Code outside a layer may read the dtype, device or shape of `layer.weight`, and may cast other tensors to its
 dtype and device. Any other use raises an error; `layer.to_matrix()` returns the dense matrix.
@@ -32,7 +32,7 @@ LIKE = {Tensor.to, Tensor.type_as}
 
 
 class WeightReadError(TargetError):
-    """Raised when code reads the values of the weight of `layer`, a compressed layer."""
+    """Error for code that reads the weight values of a compressed layer; `layer` is this layer, if known."""
 
     layer: nn.Module | None = None
 
@@ -57,10 +57,10 @@ class WeightFacts(Tensor):
         inspected = not torch.compiler.is_dynamo_compiling() and TracingContext.try_get() is not None
         if not known and not inspected:
             name = getattr(function, "__name__", str(function))
-            # For a property the function is `__get__` or `__set__`; its `__self__` has the property's name.
+            # For a property, the function is `__get__` or `__set__`; its `__self__` has the property's name.
             name = function.__self__.__name__ if name in ("__get__", "__set__") else name
             error = WeightReadError(
-                f"{name} was called on the weight of a compressed layer, which only has dtype, device and "
+                f"{name} was called on the weight of a compressed layer, which has only dtype, device and "
                 "shape. Call the layer; or use layer.to_matrix(), which rebuilds the dense matrix; or leave "
                 "the layer dense by exclude_modules."
             )
@@ -68,7 +68,7 @@ class WeightFacts(Tensor):
             flat = [y for x in values for y in (x if isinstance(x, list | tuple) else [x])]
             error.layer = next((x._layer for x in flat if isinstance(x, cls)), None)
             raise error
-        # A private name, but PyTorch's guide to tensor subclasses documents it.
+        # This name is private, but PyTorch's guide to tensor subclasses documents it.
         with torch._C.DisableTorchFunctionSubclass():
             found = function(*args, **(kwargs or {}))
             if function in _FREEZING:  # freezing a weight freezes its cores

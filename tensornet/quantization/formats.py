@@ -119,7 +119,7 @@ class NumberFormat:
             raise FormatError(f"Tables of levels have 2 to 4 bits and no zero points; got {self!r}.")
         if self.group not in GROUPS:
             raise FormatError(
-                f"Groups have 16, 32, 64 or 128 inputs, or None for one group a row; got {self.group!r}."
+                f"Groups have 16, 32, 64 or 128 inputs, or None for one group per row; got {self.group!r}."
             )
         if self.zero_point and (self.bits == 7 or self.group not in ZERO_POINT_GROUPS):
             raise FormatError(
@@ -163,9 +163,9 @@ class NumberFormat:
         found = _PATTERN.fullmatch(name) if isinstance(name, str) else None
         if found is None or int(found["bits"]) not in (BITS if found["kind"] == "int" else LEVELS):
             raise FormatError(
-                f"Unknown number format {name!r}; known are {', '.join(format_names())}, integers also with "
-                "a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', 'int3:g64:zero', "
-                "'int4:g32:float8'."
+                f"Unknown number format {name!r}; known are {', '.join(format_names())}. Integer formats may "
+                "add a group size, zero points and a dtype of scales: 'int4:g128', 'int8:row', "
+                "'int3:g64:zero', 'int4:g32:float8'."
             )
         group = None if found["row"] else int(found["group"] or DEFAULT_GROUP)
         scale_bits = int(found["scale"]) if found["scale"] else None
@@ -264,8 +264,8 @@ class NumberFormat:
         self._integer_bits()
         if not self.fits(size):
             raise FormatError(
-                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are no "
-                f"multiple of {SUPER_BLOCK}; use {replace(self, scale_bits=None).name!r}."
+                f"{self.name!r} stores one step for {SUPER_BLOCK} weights of a row, but {size} inputs are "
+                f"not a multiple of {SUPER_BLOCK}; use {replace(self, scale_bits=None).name!r}."
             )
         return 1 if self.group is None else math.ceil(size / self.group)
 
