@@ -13,7 +13,7 @@ from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
 
-#: Activations by name, including the names in common model configurations.
+#: Activations by name, including the names that common model configurations use.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -28,11 +28,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ExpertFFN(nn.Module):
-    """Expert feed-forward network `W_down act(W_up x)`, or gated `W_down (act(W_gate x) * W_up x)`.
+    """Feed-forward networks of experts: `W_down act(W_up x)`, or gated `W_down (act(W_gate x) * W_up x)`.
 
     Args:
-        matrices: expert banks by name, in the order `up, down`, or `gate, up, down` if gated. The submodules
-            get these names; others are possible, for example `{"wi": ..., "wo": ...}`.
+        matrices: expert banks by name, in the order `up, down`, or `gate, up, down` if gated. Other
+            names are possible, for example `{"wi": ..., "wo": ...}`; the submodules get the given names.
         activation: a name in `ACTIVATIONS`.
         bias: whether each expert has a bias after each matrix, shape `(num_experts, out)`.
         dropout: dropout probability of the hidden layer, in training.
@@ -41,7 +41,7 @@ class ExpertFFN(nn.Module):
     Raises:
         TypeError: a value of `matrices` is not an ExpertBank.
         ValueError: unknown activation, or neither two nor three banks.
-        ShapeError: the banks do not fit each other.
+        ShapeError: the banks differ in the number of experts, or their shapes do not fit together.
 
     Example:
         >>> up = tm.SharedCoreExperts.from_dense(torch.randn(16, 8), num_experts=4)
@@ -83,7 +83,7 @@ class ExpertFFN(nn.Module):
         """Look up a bank by name.
 
         Raises:
-            KeyError: there is no such bank; the message lists them.
+            KeyError: there is no such bank; the message lists the existing ones.
         """
         if name not in self.names:
             raise KeyError(f"No bank {name!r}; this network has {', '.join(self.names)}.")
@@ -105,7 +105,7 @@ class ExpertFFN(nn.Module):
         return self.bank(self.names[-1]).out_features
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Map rows `(rows, in_features)`, sorted by expert (see `groups`), to `(rows, out_features)`."""
+        """Apply to each row `(rows, in_features)`, sorted by expert, the network of its expert."""
         hidden = ACTIVATIONS[self.activation](self._linear(self.names[0], x, groups))
         if self.gated:
             hidden = hidden * self._linear(self.names[1], x, groups)

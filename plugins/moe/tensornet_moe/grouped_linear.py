@@ -2,10 +2,14 @@
 
 In all functions `x: (rows, in)` has the dtype of the product, and the result has shape `(rows, out)`.
 There are two implementations. `grouped_mm` is one kernel that needs no sizes on the host and can be compiled;
-the other is a loop that calls matmul for each expert. On one CPU core, forward and backward with 8 experts of
-768 x 3072 take 0.64 s with the loop and 0.80 s with `grouped_mm` at 2048 rows, but 0.22 s and 0.15 s at 64
-rows. So on CPUs the loop is used from `_LOOP_ROWS` rows per expert on. On other devices `grouped_mm` is used
-if its kernel supports the shapes.
+the other is a loop that calls matmul for each expert. Which one is faster on CPUs depends on the number of
+rows. On one CPU core, with 8 experts of 768 x 3072, the times of forward and backward are:
+
+- 2048 rows: 0.64 s with the loop, 0.80 s with `grouped_mm`;
+- 64 rows: 0.22 s with the loop, 0.15 s with `grouped_mm`.
+
+So on CPUs the loop is used if there are at least `_LOOP_ROWS` rows per expert. On other devices `grouped_mm`
+is used if its kernel supports the shapes.
 """
 
 from collections.abc import Iterable
@@ -22,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Groups:
-    """Assignment of rows, sorted by expert, to one group for each expert.
+    """Assignment of rows to experts; the rows are sorted by expert.
 
     Args:
         counts: number of rows of each expert, shape `(E,)`, integer.
@@ -36,9 +40,9 @@ class Groups:
 
     @property
     def active(self) -> list[int] | None:
-        """Indices of the experts that have rows, or None if they are unknown.
+        """Indices of the experts to which at least one row is routed; None in compiled code.
 
-        If no expert has rows, the result is `[0]`, so that gradients exist.
+        If there are no rows, the result is `[0]`, so that all parameters still get a gradient.
         """
         if self.sizes is None:
             return None
@@ -46,10 +50,10 @@ class Groups:
 
 
 def group_rows(expert_of_row: Tensor, num_experts: int) -> Groups:
-    """Group rows that are sorted by expert."""
+    """Make the `Groups` of rows that are sorted by expert."""
     experts = torch.arange(num_experts, device=expert_of_row.device)
     counts = (expert_of_row.unsqueeze(-1) == experts).sum(0)
-    # On GPUs, `tolist` synchronizes once per layer, but then inactive experts need no matrices.
+    # On GPUs, `tolist` synchronizes once per layer. But then experts without rows need no matrices.
     sizes = None if torch.compiler.is_compiling() else tuple(counts.tolist())
     return Groups(counts, expert_of_row, sizes)
 
@@ -68,14 +72,14 @@ def takes_grouped_mm(x: Tensor, out_features: int, groups: Groups) -> bool:
     if any(size * x.element_size() % _ALIGNMENT for size in (x.shape[-1], out_features)):
         return False
     if groups.sizes is None:
-        return x.dtype is torch.bfloat16  # the only dtype it compiles for
+        return x.dtype is torch.bfloat16  # the only dtype for which it compiles
     if x.device.type == "cpu":
         return 0 < len(x) < _LOOP_ROWS * len(groups.sizes) and torch.is_grad_enabled()
     return len(x) > 0
 
 
 def grouped_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply rows by the matrices `(n, out, in)` of all experts, or of the active ones, by `grouped_mm`."""
+    """Multiply rows by the matrices `(n, out, in)` of all or only the active experts, with `grouped_mm`."""
     active = groups.active
     counts = groups.counts
     if active is not None and len(active) == len(matrices) < len(counts):
@@ -105,10 +109,10 @@ def rows_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 
 def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
-    """Multiply all rows, in any order, by all matrices `(E, out, in)`, and keep one result for each row.
+    """Multiply every row by the matrices `(E, out, in)` of all experts, and keep its own expert's result.
 
-    It takes as long as `E` dense layers, but has only standard operations of fixed sizes, so that exported
-    programs run without Python and without custom operators.
+    Rows may be in any order. This takes as long as `E` dense layers, but uses only standard operations of
+    fixed sizes, so that exported programs run without Python and without custom operators.
     """
     y = x.new_zeros(x.shape[0], matrices.shape[1])
     for expert, matrix in enumerate(matrices.unbind()):
@@ -119,7 +123,7 @@ def masked_linear(x: Tensor, matrices: Tensor, groups: Groups) -> Tensor:
 
 @torch.library.custom_op("tensornet_moe::expert_linear", mutates_args=())
 def expert_linear(x: Tensor, matrices: Tensor, counts: Tensor) -> Tensor:
-    """Multiply rows by matrices `(E, out, in)` in compiled code; `counts: (E,)` are rows per expert.
+    """Multiply rows by matrices `(E, out, in)` in compiled code; expert `e` has `counts[e]` rows.
 
     The counts are known only at run time, so a loop over experts cannot be compiled. This custom operator is
     opaque to the compiler, so that a mixture compiles to one graph in every dtype; `grouped_mm` compiles for

@@ -1,8 +1,8 @@
-"""Joint fit of different expert matrices by shared and private cores.
+"""Joint fit of several expert matrices by networks with shared and private cores.
 
-The model `W_e ~ network(shared, private_e)` is one network with an additional leg for the experts: private
-cores have this leg, shared cores do not. So `tensornet.als` can fit it like any other network. For low-rank
-networks that share one factor a closed form is used (`shared_low_rank.py`).
+The model `W_e ~ network(shared, private_e)` is one network with an additional leg that numbers the experts.
+Private cores have this leg, shared cores do not. So `tensornet.als` can fit the model like any other network.
+For low-rank networks that share one factor, a closed form is used (`shared_low_rank.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ from tensornet.topologies.low_rank import LowRankFamily
 from tensornet.topology import CoreSpec, Topology
 from tensornet_moe.shared_low_rank import fit_low_rank, pattern_of
 
-#: Label of the leg for the experts.
+#: Label of the leg that numbers the experts.
 EXPERTS = "expert"
-#: Conjugate gradient steps per core and sweep; without padding and with small bonds the first step is exact.
+#: Conjugate gradient steps per core and sweep. Without padding and with small bonds, the first step is exact.
 _STEPS = 2
-#: Sweeps end when one of them lowers the relative error by less than this fraction of it.
+#: Sweeps stop when one sweep lowers the relative error by less than this fraction of its value.
 _TOLERANCE = 1e-4
-#: Number of sweeps from each of two sets of initial cores; then only the better fit is continued.
+#: Number of trial sweeps from each of two sets of initial cores; only the better fit is then continued.
 _TRIAL_SWEEPS = 3
 
 
@@ -44,8 +44,8 @@ class JointFit:
         shared: names of the shared cores; empty if `fell_back`.
         cores: cores by name; private cores are `(E, *shape)`, or a list if the bonds differ.
         error: measured relative Frobenius error over all experts, `|W - W'| / |W|`.
-        alone_error: error of separate decompositions with the same total number of parameters, by the same
-            family or by low-rank factors, whichever is better; None if neither fits that budget.
+        alone_error: error of separate decompositions with at most the same total number of parameters. They
+            use the same family or low-rank factors, whichever is better; None if neither fits that budget.
         fell_back: True if `alone_error` was smaller, so that the separate decompositions are returned.
         sweeps: number of sweeps of alternating least squares.
         converged: whether the error converged within `max_sweeps`.
@@ -73,11 +73,11 @@ class JointFit:
 def fit_jointly(
     weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
 ) -> JointFit:
-    """Fit networks with shared cores to the experts, or separate networks if their error is smaller.
+    """Fit networks with shared cores to the experts, or separate ones of the same size if these fit better.
 
     Args:
         weights: the matrices of the experts, shape `(E, out, in)`.
-        topology: the operator of one expert.
+        topology: topology of the matrix of one expert.
         shared: names of shared cores.
         max_sweeps: largest number of sweeps of alternating least squares.
 
@@ -111,12 +111,12 @@ def fit_shared(
 ) -> JointFit:
     """Fit networks with shared cores to the experts.
 
-    Arguments and errors are those of `fit_jointly`. For low-rank networks that share one factor the fit is
-    optimal. For all other networks, a few sweeps of alternating least squares start from two sets of initial
-    cores, and the better fit is continued. The first set is the decomposition of the mean expert, which suits
-    experts that were copied from one matrix. The second consists of separate decompositions of all experts,
-    with their shared cores averaged. The problem is not convex: for unrelated experts the result is a local
-    minimum.
+    Arguments and exceptions are those of `fit_jointly`. For low-rank networks that share one factor, the fit
+    is optimal. For all other networks, a few sweeps of alternating least squares start from two sets of
+    initial cores, and the better fit is continued. The first set is the decomposition of the mean expert,
+    which suits experts that were copied from one matrix. The second set consists of separate decompositions
+    of all experts, with their shared cores averaged. (Topologies without a family start from random cores.)
+    The problem is not convex: for unrelated experts, the result is a local minimum.
     """
     if weights.ndim != 3 or tuple(weights.shape[1:]) != topology.shape or len(weights) == 0:
         raise ShapeError(
@@ -131,8 +131,9 @@ def fit_shared(
     if pattern is not None:
         cores, error = _closed_form(pattern, target, topology, shared[0])
     else:
-        # Stacked by rows, the matrices of all experts form one network with one more out-leg, the expert.
-        fitted = target if len(shared) < len(names) else target.mean(0, keepdim=True)  # no private core
+        # The matrices of all experts, stacked vertically, are one network with one more out-leg.
+        # If no core is private, all experts get the best network for their mean.
+        fitted = target if len(shared) < len(names) else target.mean(0, keepdim=True)
         whole = _stacked_topology(topology, shared, len(fitted))
         (rows, columns), padding = topology.padded_shape, Weighting()
         matrix = pad_matrix(fitted, rows, columns).reshape(-1, columns)
@@ -146,7 +147,7 @@ def fit_shared(
 
         starts = [_stacked_network(whole, start, matrix) for start in _starts(fitted, topology)]
         best = min((sweep(start, _TRIAL_SWEEPS, 0.0) for start in starts), key=lambda fit: fit.cost)
-        # The tolerance is for the error, but the fit minimizes its square.
+        # The fit minimizes the squared error, whose relative change is twice that of the error.
         rest = sweep(best.network, max(max_sweeps - _TRIAL_SWEEPS, 0), 2 * _TOLERANCE)
         made = rest.network.to_matrix().reshape(len(fitted), rows, columns)
         made = made[:, : topology.out_features, : topology.in_features]
@@ -169,7 +170,7 @@ def fit_shared(
 def _closed_form(
     pattern: str, target: Tensor, topology: Topology, shared: str
 ) -> tuple[dict[str, Tensor], float]:
-    """Fit low-rank networks that share one factor, and give both factors equal norms at each bond index."""
+    """Fit low-rank networks that share one factor; scale both factors to equal norms at each bond index."""
     rank = max(topology.bond_dims.values())
     fits = fit_low_rank(pattern, list(target), [Weighting()] * len(target), rank)
     # The cores are tensors, since no number format is given.
@@ -185,7 +186,7 @@ def _closed_form(
 
 
 def _stacked_topology(topology: Topology, shared: Sequence[str], count: int) -> Topology:
-    """Build the topology of all matrices stacked vertically; private cores get a leg for the experts."""
+    """Build the topology of all matrices stacked vertically; private cores get the leg `EXPERTS`."""
     outs, sizes = topology.out_labels, topology.sizes
     if len(shared) < len(topology.cores):
         outs, sizes = (EXPERTS, *outs), ((EXPERTS, count), *sizes)
@@ -208,7 +209,7 @@ def _stacked_network(whole: Topology, networks: Sequence[TensorNetwork], like: T
 
 
 def stack_error(target: Tensor, made: Tensor) -> float:
-    """Compute the relative Frobenius error over a whole stack, without overflow or underflow."""
+    """Compute the relative Frobenius error of a whole stack of matrices, without overflow or underflow."""
     scale = safe_scale(target)
     work = target.to(working_dtype(target.dtype)) / scale
     total = frobenius(work)
@@ -226,7 +227,7 @@ def _starts(target: Tensor, topology: Topology) -> list[list[TensorNetwork]]:
 
 
 def _alone(target: Tensor, topology: Topology, parameters: int) -> list[TensorNetwork] | None:
-    """Find the best separate decompositions with at most `parameters` elements in total."""
+    """Find the best separate decompositions with at most `parameters` elements in total, or None."""
     count, rows, columns = target.shape
     budget = Budget(param_ratio=parameters / (count * rows * columns))
     rivals: list[tuple[TopologyFamily, dict[str, Any]]] = [(LowRankFamily(), {})]

@@ -18,11 +18,11 @@ from tensornet_moe.routers import Router, Routing, check_capacity, limit_capacit
 
 
 class Usage(NamedTuple):
-    """How much each expert is used by tokens that are not padding.
+    """Usage of each expert by the tokens that are not padding.
 
     Args:
-        counts: how often each expert was chosen, including choices dropped for capacity, shape `(E,)`.
-        probabilities: router probabilities summed over tokens, shape `(E,)`, with gradient.
+        counts: number of times that each expert was chosen, dropped choices included, shape `(E,)`.
+        probabilities: router probabilities summed over tokens, shape `(E,)`; not detached from the graph.
         tokens: number of tokens, a scalar.
     """
 
@@ -36,7 +36,7 @@ class AuxLosses:
     """Auxiliary losses of one layer, or of all layers of a model.
 
     Args:
-        total: sum weighted by the coefficients of each layer, a scalar to add to the loss.
+        total: sum weighted by the coefficients of each layer: a scalar to add to the training loss.
         balance: unweighted load-balancing loss of each layer, shape `(layers,)`.
         z: unweighted router z-loss of each layer, shape `(layers,)`.
         usage: what a layer contributes to the balancing loss of its pool, if the pool is balanced as a whole;
@@ -73,29 +73,30 @@ class RoutingStats:
 
 
 class SharedCoreMoE(nn.Module):
-    """Mixture-of-experts layer `y_t = sum_e w_te FFN_e(x_t)` over the experts chosen for token `t`.
+    """Mixture-of-experts layer: `y_t = sum_e w_te FFN_e(x_t)` over the experts `e` chosen for token `t`.
 
-    Each pass rebuilds the matrices of all experts that get tokens, or multiplies by cores if this is faster.
+    Each pass rebuilds the matrices of all experts that get tokens, or multiplies the tokens by one core after
+    another if this is faster.
     `tensornet.nn.prepare_for_inference` replaces the cores by the matrices of all experts. Any `Router`, and
     any `ExpertFFN` with any `ExpertBank`, can be used.
 
     Args:
         router: chooses the experts of each token.
-        experts: the feed-forward networks; or an `ExpertPool`, which other layers use as well and which the
-            model owns; or a range of its experts, a `PooledExperts`.
+        experts: the feed-forward networks. Or an `ExpertPool`, which the model owns and several layers use.
+            Or a `PooledExperts`, which is a range of the experts of a pool.
         shared_expert: a network of one expert that processes every token, with combine weight 1, in addition
             to the routed ones (DeepSeekMoE, Dai et al. 2024, section 3.2).
-        capacity_factor: None keeps every choice (dropless). A number drops the choices beyond
-            `ceil(capacity_factor * k * tokens / E)` for each expert, see `limit_capacity`; the output of a
-            dropped token is 0, so that only the residual connection remains.
+        capacity_factor: None keeps every choice (dropless). With a number, each expert drops the choices
+            beyond the first `ceil(capacity_factor * k * tokens / E)` (see `limit_capacity`). The output of a
+            token without remaining choices is 0, so that only the residual connection remains.
         balance_coef: weight of `load_balancing_loss`.
         z_coef: weight of `router_z_loss`.
         dropout: dropout probability of the result, in training.
 
     Raises:
         TypeError: `router`, `experts` or `shared_expert` is of the wrong class.
-        ShapeError: router and experts do not fit each other, or the shared expert has other features or is
-            more than one expert.
+        ShapeError: router and experts differ in their sizes; or the shared expert has other feature sizes
+            than the routed ones, or consists of more than one expert.
         ValueError: a capacity factor of at most 0, or a coefficient below 0.
 
     After a forward pass `.stats` is a `RoutingStats`, and `.aux_losses` has the losses for
@@ -143,14 +144,14 @@ class SharedCoreMoE(nn.Module):
         self.router, self.experts, self.shared_expert = router, experts, shared_expert
         self.capacity_factor = capacity_factor
         self.balance_coef, self.z_coef, self.dropout = balance_coef, z_coef, dropout
-        #: Mask for callers that cannot pass one to `forward`. It stays until it is replaced, since gradient
-        #: checkpointing needs it in the backward pass, where it runs the layer again.
+        #: Padding mask for callers that cannot pass one to `forward`. It remains set until it is replaced,
+        #: since gradient checkpointing runs the layer again in the backward pass.
         self.token_mask: Tensor | None = None
         self.aux_losses: AuxLosses | None = None
         self.stats: RoutingStats | None = None
         #: Function that sends tokens to their experts; it may be replaced by one with the same arguments.
         self.dispatch: Callable[..., Tensor] = dispatch
-        #: Choices of each expert since the last `update_biases`, shape `(E,)`.
+        #: Number of times each expert was chosen since the last `update_biases`, shape `(E,)`.
         self.assigned: Tensor | None = None
 
     @property
@@ -160,20 +161,20 @@ class SharedCoreMoE(nn.Module):
 
     @property
     def balanced_pool(self) -> ExpertPool | None:
-        """Pool over which the load of this layer is balanced; None if the layer is balanced by itself."""
+        """Pool over which the load of this layer is balanced; None if the layer is balanced on its own."""
         pool = self.experts.pool if isinstance(self.experts, PooledExperts) else None
         return pool if pool is not None and pool.balance == "pool" else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map `x: (..., in_features)` to `(..., out_features)`.
+        """Apply the mixture to tokens `x: (..., in_features)`; the result has shape `(..., out_features)`.
 
         Args:
             x: tokens.
-            mask: shape `(...)`, False or 0 for padding. Padding has outputs, but is ignored in losses and
-                statistics, and never takes the slot of a real token.
+            mask: shape `(...)`, False or 0 for padding. Padding gets outputs, too. But losses and statistics
+                ignore it, and it never takes a slot from a real token.
 
         Raises:
-            NonFiniteError: the router got NaN or infinity.
+            NonFiniteError: the router logits of a real token are NaN or infinite.
             ShapeError: the mask has another shape than the tokens.
         """
         if mask is None and self.token_mask is not None:
@@ -188,7 +189,7 @@ class SharedCoreMoE(nn.Module):
         chosen = routing = self.router(flat, mask)
         if self.capacity_factor is not None:
             routing = limit_capacity(chosen, self.capacity_factor)
-        if not is_exporting():  # exported programs only return outputs
+        if not is_exporting():  # exported programs return only outputs
             self._remember(chosen, routing)
         y = self.dispatch(flat, routing, self.experts)
         if self.shared_expert is not None:
@@ -197,13 +198,13 @@ class SharedCoreMoE(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def _remember(self, chosen: Routing, routing: Routing) -> None:
-        # The load that routers balance is that of their choices, whatever the capacity drops of them.
+        # Routers balance all their choices, including those that are dropped because of the capacity.
         usage = _usage(chosen.probs, chosen.expert_indices, self.num_experts, chosen.mask, chosen.kept)
         balance, z = _balance(usage), router_z_loss(routing.logits, routing.mask)
         pooled = self.balanced_pool is not None
         total = (0 if pooled else self.balance_coef) * balance + self.z_coef * z
-        # Not earlier: under gradient checkpointing, the forward pass and its recomputation must save the same
-        # tensors for backward.
+        # Do not return earlier: under gradient checkpointing, the forward pass and its recomputation must
+        # save the same tensors for backward.
         if _is_recomputing():
             return
         terms = (usage,) if pooled else ()
@@ -264,7 +265,7 @@ def _check_shared_expert(shared_expert: ExpertFFN | None, experts: ExpertFFN | P
 
 
 def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) -> Tensor:
-    """Send every token to its experts and sum their weighted outputs.
+    """Send every token to its experts, and sum the weighted outputs of these experts.
 
     Args:
         x: tokens, shape `(tokens, in_features)`.
@@ -276,7 +277,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) ->
     """
     tokens, k = routing.expert_indices.shape
     expert, weight = routing.expert_indices.reshape(-1), routing.weights.reshape(-1)
-    if is_exporting():  # every expert computes all rows, so they need not be sorted
+    if is_exporting():  # every expert computes all rows, so rows need not be sorted
         choice = torch.arange(expert.shape[0], device=expert.device)
         weight = weight if routing.kept is None else weight * routing.kept.reshape(-1)
     elif routing.kept is None:
@@ -292,7 +293,7 @@ def dispatch(x: Tensor, routing: Routing, experts: ExpertFFN | PooledExperts) ->
 
 @torch.no_grad()
 def routing_stats(routing: Routing, balance: Tensor, z: Tensor) -> RoutingStats:
-    """Compute load and entropy of a routing, and attach its auxiliary losses."""
+    """Compute the statistics of a routing, and add the given auxiliary losses to them."""
     load = routing.load()
     fractions = load / load.sum().clamp_min(1)
     real = torch.ones_like(routing.probs[:, 0]) if routing.mask is None else routing.mask.float()
@@ -314,13 +315,13 @@ def collect_aux_losses(model: nn.Module) -> AuxLosses:
     Call this once after each forward pass in training, and add `.total` to the loss. The losses are cleared,
     so that a step cannot count those of an earlier step.
 
-    The layers of an `ExpertPool` with `balance="pool"` have one balancing loss together. It is computed from
-    their summed choices and probabilities, weighted by the sum of their coefficients, and repeated in
-    `.balance` for each layer.
+    All layers that use an `ExpertPool` with `balance="pool"` have one common balancing loss. It is computed
+    from their summed choices and probabilities, and weighted by the sum of their coefficients. `.balance`
+    repeats it for each of these layers.
 
     Raises:
-        RuntimeError: the model has no mixture, or no mixture has run since the last call; or the losses carry
-            no gradient in training because of reentrant gradient checkpointing.
+        RuntimeError: the model has no mixture, or no mixture has run since the last call; or, in training,
+            reentrant gradient checkpointing has detached the losses from the graph.
         TargetError: a layer uses a pool that the model does not contain.
 
     Example:
@@ -375,7 +376,7 @@ def _usage_of_pool(layer: SharedCoreMoE, usage: Usage) -> Usage:
 
 
 def _is_recomputing() -> bool:
-    """Return True inside the recomputation of gradient checkpointing, which runs during backward.
+    """Return True if gradient checkpointing is recomputing the layer, which it does in the backward pass.
 
     The routing was already counted in the first forward pass, and the loss does not depend on the
     recomputed graph.
@@ -393,17 +394,17 @@ def load_balancing_loss(
     mask: Tensor | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """Compute `E * sum_e f_e P_e`: expert `e` has a fraction `f_e` of choices and mean probability `P_e`.
+    """Compute `E * sum_e f_e P_e` from the fractions of choices `f_e` and the mean probabilities `P_e`.
 
-    It is 1 at uniform load and `E` when every token is sent to one expert with certainty. `f` includes
-    choices that are dropped for capacity, and carries no gradient.
+    The result is 1 if the load is uniform, and `E` if every token is sent to the same expert with probability
+    1. `f` includes choices that are dropped for capacity, and is not differentiated.
 
     Args:
         router_probs: softmax over experts, shape `(tokens, E)`.
         expert_indices: experts chosen for each token, shape `(tokens, k)`.
         num_experts: `E`.
         mask: shape `(tokens,)`, False or 0 for padding, which is excluded from both means.
-        kept: shape `(tokens, k)`, False for listed experts that the router did not choose, see `Routing`.
+        kept: shape `(tokens, k)`, False for listed experts that the router did not choose; see `Routing`.
 
     Returns:
         A scalar; 0 if there is no token.
@@ -433,7 +434,7 @@ def _usage(
     if kept is not None:
         chosen = chosen & kept.bool().unsqueeze(-1)
     counts = (chosen.to(router_probs.dtype) * real[:, None, None]).sum((0, 1))
-    # `where` instead of a product: padding may be NaN, and 0 * NaN is NaN
+    # Use `where` instead of a product, since padding may be NaN, and 0 * NaN is NaN.
     return Usage(counts, torch.where(real[:, None] > 0, router_probs, 0).sum(0), real.sum())
 
 

@@ -24,11 +24,11 @@ class LowRankDeltaExperts(ExpertBank):
     """Experts `W_e = base_e + left_e right_e`, with private low-rank deltas added to a base bank.
 
     If all cores of the base are shared, this is D2-MoE, `W_e = W_0 + left_e right_e`. The base may also be a
-    chain of cores. New deltas are zero (because `left` is), as in LoRA, so the experts are initially those of
-    the base.
+    chain of cores. New deltas are zero (because `left` is), as in LoRA, so the experts initially equal those
+    of the base.
 
     Args:
-        base: any bank; its cores are trained with the deltas.
+        base: any bank; its cores are trained together with the deltas.
         rank: rank of the deltas, at most the shorter side of the matrices.
         device, dtype: device and dtype of the deltas.
 
@@ -83,7 +83,7 @@ class LowRankDeltaExperts(ExpertBank):
         seed: int = 0,
         **options: Any,
     ) -> "LowRankDeltaExperts":
-        """Upcycle one dense matrix: the base is its decomposition, the deltas start at zero.
+        """Upcycle one dense matrix: the base is a decomposition of this matrix, and the deltas start at zero.
 
         Args:
             weight: shape `(out, in)`.
@@ -111,7 +111,7 @@ class LowRankDeltaExperts(ExpertBank):
     @classmethod
     @torch.no_grad()
     def from_experts(cls, weights: Tensor, *, rank: int) -> "LowRankDeltaExperts":
-        """Fit different experts by one dense base and low-rank deltas.
+        """Fit given expert matrices by one dense base and a low-rank delta for each expert.
 
         Several bases are tried (`tensornet_moe.shared_low_rank`). The first is the mean of the matrices. For
         each later one, the deltas of the previous base are subtracted from the matrices before the mean is
@@ -176,7 +176,7 @@ class LowRankDeltaExperts(ExpertBank):
         return self.base.multiply_adds(rows) + rows * self.rank * sides
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the shared cores of the base."""
+        """Return the shared cores of the base, keyed by name."""
         return self.base.shared_parameters()
 
     def stored_tensors(self) -> tuple[Tensor, ...]:

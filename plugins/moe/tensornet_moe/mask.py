@@ -14,14 +14,15 @@ GRANULARITIES = ("core", "element")
 
 
 class GradientMask:
-    """Random gradient mask: at each optimizer step, skip each shared core with probability `p`.
+    """Random gradient mask: each optimizer step skips each shared core with probability `p`.
 
-    In one step a shared core gets the gradients of all tokens, a private core only those of the tokens of its
-    expert; masking balances their updates. For each core `b ~ Bernoulli(1 - p)` is drawn at each step:
+    In one step, a shared core gets the gradients of all tokens, but a private core gets only those of its
+    expert's tokens. Masking makes their updates more equal. There are two kinds of masks:
 
-    - `granularity="core"`: with `b = 0` its gradient is set to None, so that the optimizer does not change it
-      at all, not even by momentum or weight decay; all optimizers of torch skip parameters without a
-      gradient. With `b = 1` it gets its full gradient. `p=0` is exactly no mask, `p=1` exactly a frozen core.
+    - `granularity="core"`: for each core, `b ~ Bernoulli(1 - p)` is drawn at each step. With `b = 0`, the
+      gradient of the core is set to None. Since all torch optimizers skip parameters without a gradient, the
+      core does not change at all, not even by momentum or weight decay. With `b = 1`, the core gets its full
+      gradient. `p=0` is exactly no mask, and `p=1` exactly freezes the cores.
     - `granularity="element"`: each element of the gradient is zeroed with probability `p`. Momentum and
       weight decay still act on the zeroed elements.
 
@@ -32,9 +33,9 @@ class GradientMask:
     when the optimizer really steps: once for all micro-batches of gradient accumulation, and not for a step
     that `GradScaler` skips. Clip gradients before masking; the norm then includes the gradients that will be
     masked. With an attached mask, a step with a closure raises an error, since a closure computes gradients
-    after masking. Compile the model, not the optimizer's step: a compiled step assumes that always the same
-    parameters have gradients. Use only one mask for each core, since the probabilities of two masks multiply.
-    SGD with momentum needs `fused=False`, since its fused step requires the momenta of all parameters or of
+    after masking. Compile the model, not the optimizer's step: a compiled step assumes that the same
+    parameters have gradients in every step. Use only one mask for each core, since two would skip it more
+    often. SGD with momentum needs `fused=False`: its fused step requires the momenta of all parameters or of
     none.
 
     Args:
@@ -147,7 +148,7 @@ class GradientMask:
         return self.p if self.schedule is None else min(max(self.p * self.schedule(self.steps), 0.0), 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return generator state and step count, so that a resumed run draws the same masks."""
+        """Return the generator state and the step count, so that a resumed run draws the same masks."""
         state = {"generator": self._generator.get_state(), "steps": self.steps, "cores": len(self.parameters)}
         return {**state, "granularity": self.granularity}
 
@@ -190,7 +191,7 @@ class GradientMask:
         return sum(masked)
 
     def _mask_elements(self, parameter: nn.Parameter, p: float) -> None:
-        # Drawn even without a gradient, so that the sequence does not depend on gradients.
+        # Draw even without a gradient, so that the random sequence does not depend on gradients.
         keep = torch.rand(parameter.shape, generator=self._generator, device="cpu") >= p
         if parameter.grad is not None:
             if type(parameter.grad) is not Tensor:
@@ -209,7 +210,7 @@ class GradientMask:
                 "optimizer.step(closure) computes the gradients again after they were masked. Compute them "
                 "before, and call optimizer.step() without a closure; LBFGS needs one and cannot be masked."
             )
-        # GradScaler calls fused optimizers in every step, with a flag for steps to skip.
+        # GradScaler calls fused optimizers even in steps that it skips, and marks these steps by `found_inf`.
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None and bool(overflow):
             return
@@ -227,7 +228,7 @@ class GradientMask:
 
 
 def linear_fade(steps: int) -> Callable[[int], float]:
-    """Return a schedule for `GradientMask`: the factor of `p` falls linearly from 1 to 0 in `steps` steps.
+    """Return a schedule for `GradientMask`: a factor of `p` that falls linearly from 1 to 0 in `steps` steps.
 
     Raises:
         ValueError: `steps` is below 1.

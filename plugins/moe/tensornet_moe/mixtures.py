@@ -1,4 +1,4 @@
-"""Mixtures of experts built in one line; `tensornet_hf.upcycle` builds its mixtures of the same parts."""
+"""Build mixtures of experts in one call; `tensornet_hf.upcycle` uses the same functions for each part."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -23,15 +23,15 @@ from tensornet_moe.routers import Combine, Router, TopKRouter, router_kind
 
 Share = Literal["center", "none", "base"]
 SHARES = ("center", "none", "base")
-#: Function that makes the bank of one matrix from the matrices `(networks, out, in)` that experts start as.
+#: Function that builds a bank of experts which start as the given matrices, shape `(networks, out, in)`.
 MakeBank = Callable[[Tensor], ExpertBank]
 
-#: Largest leg of the end cores of a chain in `mixture`. With 64, rebuilding a matrix costs at most as much as
-#: multiplying `64 + 64` tokens by it.
+#: Largest leg (mode size) of the first and last core of a chain in `mixture`. With 64, rebuilding a matrix
+#: costs at most as much as multiplying `64 + 64` tokens by it.
 _LONGEST_END = 64
 #: By default the rank of deltas is the shorter side of the matrix divided by this number.
 _SIDE_PER_RANK = 16
-#: Largest number of sweeps of alternating least squares when a center is fitted to several matrices.
+#: Largest number of sweeps of alternating least squares when a shared core is fitted to several matrices.
 _SWEEPS = 10
 
 
@@ -59,61 +59,67 @@ def mixture(
     dtype: torch.dtype | None = None,
     **router_options: Any,
 ) -> SharedCoreMoE:
-    """Build a mixture of experts for training from scratch; everything but the sizes has a default.
+    """Build a mixture of experts for training from scratch; all arguments but `d_model` have defaults.
 
-    `tensornet_hf.upcycle` takes the same words, with the same defaults, to start from a dense model.
+    `tensornet_hf.upcycle` takes most of these options, with the same defaults except for `combine`, to start
+    from a dense model.
 
     `share` determines how the matrices `(out, in)` of the experts are stored:
 
     - `"none"`: a dense matrix for each expert.
-    - `"center"`: a chain of three cores with full bonds. All experts share the middle core, which is as large
-      as one dense matrix; each expert owns both ends. The first core has a leg of size `a` that divides
-      `out`, the last a leg of size `b` that divides `in`, both at most 64. So an expert owns `a**2 + b**2`
-      values for each matrix, and rebuilding a matrix costs as much as multiplying `a + b` tokens by it.
-    - `"base"`: one dense matrix for all experts, and for each a low-rank delta that starts at zero.
+    - `"center"`: a chain (MPO) of three cores with full bonds. All experts share the middle core, which is as
+      large as one dense matrix. Each expert owns its first and last core. The first core has a leg of size
+      `a`, which divides `out`; the last core has a leg of size `b`, which divides `in`; both are at most 64.
+      So an expert owns `a**2 + b**2` values for each matrix, and rebuilding a matrix costs as much as
+      multiplying `a + b` tokens by it.
+    - `"base"`: one dense matrix that all experts share, plus a low-rank delta of each expert that starts at
+      zero.
 
-    For other topologies, legs, bonds or banks, `experts` is a function that makes the bank of a matrix.
+    For other topologies, legs, bonds or banks, pass a function that builds banks as `experts`.
 
     Args:
         d_model: number of features of a token.
         d_ff: number of features of an expert's hidden layer; `4 * d_model` if absent.
-        experts: number of experts; 8 if absent. Or a function `weights -> ExpertBank` that makes the bank of
-            one matrix; `weights` has shape `(networks, out, in)` and contains the matrices of the dense
-            networks that experts start as. Here there are none, so its shape is `(0, out, in)`. With a pool:
+        experts: number of experts; 8 if absent. Or a function `weights -> ExpertBank` that builds the bank of
+            one matrix of the experts. With `upcycle`, `weights: (networks, out, in)` contains this matrix of
+            each dense network from which the experts start. Here, it is empty: `(0, out, in)`. With a pool:
             the range of the pool's experts that the layer uses; all if absent.
         top_k: number of experts for each token; 2 if absent. Only for routers with this argument.
         share: what the experts share, as above; `"center"` if absent.
         pool: use the experts of this pool, which belongs to the model. They exist already, so `d_ff`,
-            `activation` and `gated` must be absent or agree with them, and `share` and `rank` absent.
+            `activation` and `gated` must be absent or agree with them, and `share` and `rank` must be absent.
         rank: rank of the deltas of `share="base"`; `min(out, in) / 16` if absent.
         router: a `Router`, or its name: `"topk"`, `"switch"`, `"expert_choice"`, or a name that was given to
             `register_router`.
-        shared_expert: number of hidden features of an expert that computes every token, in addition to those
-            that the router chooses; no such expert if absent.
+        shared_expert: number of hidden features of an expert that processes every token, in addition to the
+            experts that the router chooses; no such expert if absent.
         capacity_factor: slots of each expert relative to an even load; no limit if absent. See
             `SharedCoreMoE`. With `"expert_choice"`: mean number of experts for each token; 1 if absent.
-        balance_coef: weight of the balancing loss. If absent 0.01, or 0 if the load is balanced by biases
-            (`bias_rate`) or by the router itself (`"expert_choice"`).
-        z_coef: weight of the router z-loss, see `router_z_loss`.
-        bias_rate: step size of router biases, which balance the load without a loss. If absent 0, or 0.001
-            for the routers `"topk"` and `"switch"` of a pool. Call `update_biases` after each training step.
-        combine: how the outputs of a token's experts are weighted, see `Router`. `"sigmoid"` if absent, which
-            is best for training from scratch. (`upcycle` has another default, `"unit"`, since only with it a
-            mixture computes what the dense model did.)
-        normalize: normalize the logits of the router, see `Router`.
+        balance_coef: weight of the balancing loss. If absent: 0 if the load is balanced by biases
+            (`bias_rate`) or by the router itself (`"expert_choice"`), otherwise 0.01.
+        z_coef: weight of the router z-loss; see `router_z_loss`.
+        bias_rate: step size of router biases, which balance the load without a loss. If absent: 0.001 for the
+            routers `"topk"` and `"switch"` of a pool, otherwise 0. Call `update_biases` after each training
+            step.
+        combine: how the outputs of a token's experts are weighted; see `Router`. `"sigmoid"` if absent, which
+            is best for training from scratch. (In `upcycle`, `"unit"` is the default, since only then does a
+            mixture reproduce the dense model.)
+        normalize: whether to normalize the logits of the router; see `Router`.
         jitter: relative noise on the inputs of the router in training.
         activation: a name in `tensornet_moe.ffn.ACTIVATIONS`; `"silu"` if absent.
-        gated: True (if absent): an expert is `W_down (act(W_gate x) * W_up x)`. False: `W_down act(W_up x)`.
+        gated: if True or absent, an expert is `W_down (act(W_gate x) * W_up x)`; if False, it is
+            `W_down act(W_up x)`.
         device, dtype: device and dtype of all parameters.
         router_options: other arguments of a router that you registered.
 
     Raises:
         ValueError: an unknown `share`, router or activation, a size below 1, `top_k` above `experts`, or
-            words that exclude each other.
-        ShapeError: the sizes differ from those of the pool, or have no divisors for the legs of a center; or
-            a bank that was made has another shape.
+            arguments that exclude each other.
+        ShapeError: the sizes differ from those of the pool; a size has no divisor that can be a leg of
+            `share="center"`; or the function `experts` built a bank of another shape.
         IndexError: the pool does not have these experts.
-        TypeError: options that the named router does not have, or any if `router` is a `Router`.
+        TypeError: an option that the named router does not have, or any router option if `router` is a
+            `Router`.
 
     Reference:
         `"center"`: Gao et al. 2022, section 4.1; `"base"`: Gu et al. 2025 (D2-MoE), section 3; pools: Huang
@@ -145,7 +151,7 @@ def mixture(
                 )
         if share is not None or rank is not None:
             raise ValueError("share= and rank= are for new experts, but those of a pool exist already.")
-        network: Any = PooledExperts(pool, experts)  # type: ignore[arg-type]  # it checks that this is a range
+        network: Any = PooledExperts(pool, experts)  # type: ignore[arg-type]  # `PooledExperts` checks that it is a range
         names = own.names
     else:
         names = ("up", "down") if gated is False else ("gate", "up", "down")
@@ -188,7 +194,7 @@ def mixture(
     )
 
 
-# --- the parts, of which `tensornet_hf.upcycle` makes its mixtures --------------------------------------
+# --- the parts of a mixture, which `tensornet_hf.upcycle` uses, too -------------------------------------
 
 
 def new_experts(
@@ -201,7 +207,11 @@ def new_experts(
     dtype: torch.dtype | None,
     **words: Any,
 ) -> ExpertFFN:
-    """Make experts with random matrices; `words` are those of `make_bank`, and the last name maps back."""
+    """Build experts with random matrices.
+
+    The last of `names` is the matrix from the hidden layer back to `d_model`; all others map to the hidden
+    layer. `words` are arguments of `make_bank`.
+    """
     d_ff = 4 * d_model if d_ff is None else d_ff
     for name, size in (("d_model", d_model), ("d_ff", d_ff)):
         check_size(name, size, error=ValueError)
@@ -221,20 +231,20 @@ def make_bank(
     rank: int | None = None,
     seed: int = 0,
 ) -> ExpertBank:
-    """Make the bank of one matrix, as `experts`, `share` and `rank` of `mixture` say.
+    """Build the bank of one matrix from the arguments `experts`, `share` and `rank` of `mixture`.
 
-    Expert `e` starts as matrix `e % networks`; without networks it is random.
+    Expert `e` starts as matrix `e % networks` of `weights`. If `weights` is empty, all experts are random.
 
     Args:
         weights: matrices of the dense networks, shape `(networks, out, in)`.
         experts, share, rank: see `mixture`.
-        seed: seed of the deltas of a base.
+        seed: seed of the deltas of `share="base"`.
 
     Raises:
-        ValueError: an unknown `share`, a number below 1, or words that exclude each other.
-        ShapeError: the sides have no divisors for the legs of a center; or `experts` made a bank of matrices
-            of another shape.
-        TypeError: `experts` did not make a bank.
+        ValueError: an unknown `share`, a number below 1, or arguments that exclude each other.
+        ShapeError: a side has no divisor that can be a leg of `share="center"`; or the function `experts`
+            built a bank of matrices of another shape.
+        TypeError: the function `experts` did not return a bank.
         NonFiniteError: NaN or infinity in `weights`.
     """
     rows, columns = weights.shape[1:]
@@ -270,8 +280,9 @@ def make_bank(
             return LowRankDeltaExperts.from_dense(weights[0], num_experts=experts, rank=rank, seed=seed)
         base = experts_from(weights, experts, whole, whole.core_names)
         return LowRankDeltaExperts(base, rank, device=weights.device, dtype=weights.dtype)
-    # An end with legs on both sides of the matrix trains equally well, but the matrix that is built from it
-    # must be copied to bring its rows and columns into order, which makes a training step a third slower.
+    # The first core has a leg only for rows, and the last core only for columns. Cores with legs for both
+    # train equally well. But a matrix that is built from them must be copied to bring its rows and columns
+    # into order, which makes a training step a third slower.
     first, last = _end_leg(rows), _end_leg(columns)
     if first == 1 or last == 1:
         raise ShapeError(
@@ -283,7 +294,10 @@ def make_bank(
 
 
 def _end_leg(size: int) -> int:
-    """Choose an end leg: the largest divisor of `size`, at most 64 and at most four times the middle leg."""
+    """Choose the leg of the first or last core.
+
+    It is the largest divisor of `size` that is at most 64 and at most four times the leg of the middle core.
+    """
     return max(a for a in range(1, _LONGEST_END + 1) if size % a == 0 and a * a <= 4 * size)
 
 
@@ -291,11 +305,11 @@ def _end_leg(size: int) -> int:
 def experts_from(
     weights: Tensor, experts: int, topology: Topology, shared: Sequence[str]
 ) -> SharedCoreExperts:
-    """Make experts of a topology that start as given matrices, expert `e` as matrix `e % networks`.
+    """Build experts of a given topology; expert `e` starts as matrix `e % networks` of `weights`.
 
-    Without networks the experts are random. The fit of one network is a decomposition. Several networks are
-    fitted jointly (`fit_shared`), or stored exactly if each expert owns a dense matrix. `.error` of the bank
-    is the relative Frobenius error.
+    If `weights` is empty, the experts are random. A single matrix is decomposed. Several matrices are fitted
+    jointly (`fit_shared`), or stored exactly if each expert owns a dense matrix. `.error` of the bank is the
+    relative Frobenius error.
 
     Args:
         weights: shape `(networks, out, in)`.
@@ -337,7 +351,9 @@ def make_router(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Router:
-    """Build the router of a name with the defaults of `mixture`; `pooled` says that the experts are a pool's.
+    """Build a router by name, with the defaults of `mixture`.
+
+    `pooled` is True if the experts belong to a pool, which changes the default of `bias_rate`.
 
     Raises:
         ValueError: an unknown name, or an option out of its range.
@@ -361,7 +377,7 @@ def make_router(
 
 
 def check_options(unknown: Sequence[str], what: str, known: Sequence[str]) -> None:
-    """Raise TypeError if there is an unknown option; the message lists the ones that resemble it."""
+    """Raise TypeError if there is an unknown option; the message lists similar known options."""
     if unknown:
         near = dict.fromkeys(x for name in unknown for x in get_close_matches(name, known))
         raise TypeError(
@@ -378,7 +394,10 @@ def make_layer(
     capacity_factor: float | None,
     **options: Any,
 ) -> SharedCoreMoE:
-    """Join router and experts to a layer with the defaults of `mixture`; `options` as in `SharedCoreMoE`."""
+    """Combine a router and experts into a layer, with the defaults of `mixture`.
+
+    `options` are further arguments of `SharedCoreMoE`.
+    """
     # If the router itself has a capacity, experts choose tokens, so the load is always balanced and the
     # balancing loss would be constant.
     choice = "capacity_factor" in type(router).options
