@@ -26,18 +26,18 @@ from tensornet.softmax_losses import kl_divergences
 
 #: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
 Distance = Callable[[Any, Any, Batch], Tensor]
-#: Which parameters healing trains, see `heal`.
+#: Choices for the parameters that healing trains (see `heal`).
 Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
 
 
 @dataclass(frozen=True)
 class HealReport:
-    """Result of healing.
+    """Result of `heal`.
 
     Args:
-        losses: distance to the dense model at each step of this call.
+        losses: distance between the outputs of both models at each step of this call.
         steps: total number of steps, including steps of earlier calls that this call resumed.
-        trained: number of trained values.
+        trained: number of trained elements of all parameters.
         seconds: time of this call, measured by `clock`.
 
     Example:
@@ -52,7 +52,7 @@ class HealReport:
     seconds: float
 
 
-@torch.inference_mode(False)  # gradients are needed, even if the caller disabled them
+@torch.inference_mode(False)  # gradients are needed even if the caller disabled them
 def heal(
     model: nn.Module,
     teacher: nn.Module,
@@ -70,10 +70,11 @@ def heal(
     save_every: int = 50,
     progress: bool = False,
 ) -> HealReport:
-    """Distil a dense model into its compressed student by training the cores; dense matrices stay frozen.
+    """Train the cores of a compressed model, the student, to reproduce the dense model, its teacher.
 
-    The optimizer is AdamW without weight decay, with gradients clipped to norm 1. The learning rate increases
-    for a twentieth of the steps, then decreases to zero. To refit the layers one by one, call `refine` first.
+    By default, matrices that were not compressed stay frozen. The optimizer is AdamW without weight decay,
+    with gradients clipped to norm 1. The learning rate increases for a twentieth of the steps, then decreases
+    to zero. To refit the layers one by one, call `refine` first.
 
     Args:
         model: the compressed model; it is changed in place.
@@ -91,19 +92,19 @@ def heal(
         distance: function that returns the distance between the outputs of both models; `output_distance` if
             absent.
         parameters: which parameters to train. `"cores"`: the cores, and the 16-bit scales of integer cores
-            (8-bit scales cannot be trained). `"vectors"`: the same, and gains and biases of the model.
-            `"codes"`: the same as `"vectors"`, and the integer codes, which are rounded in each pass with a
-            straight-through gradient; this helps most at two and three bits and needs 16 bytes per weight
-            during training. `"trainable"`: all parameters that require gradients now, such as adapters on
-            frozen cores. `"auto"`: `"cores"` if every compressed layer then has something to train, else
-            `"vectors"`.
+            (8-bit scales cannot be trained). `"vectors"`: also gains and biases of the model. `"codes"`: also
+            the integer codes, which are rounded in each forward pass with a straight-through gradient; this
+            helps most at two and three bits and needs 16 bytes per weight during training. `"trainable"`: all
+            parameters that require gradients now, such as adapters on frozen cores. `"auto"`: `"cores"` if
+            every compressed layer then has something to train, else `"vectors"`.
         autocast: dtype in which both models run under autocast; on recent processors `torch.bfloat16` is
             twice as fast as float32, and it changes the result little.
         max_seconds: time after which training stops; the learning rate then decreases with time, not steps.
         clock: function that returns the time in seconds: wall time by default; use `time.process_time` on a
             shared machine.
-        checkpoint: path of a safetensors file for cores and optimizer. If the file exists, healing resumes
-            from it: after an interruption, compress the model again in the same way, and repeat the call.
+        checkpoint: path of a safetensors file for the trained parameters and the state of the optimizer. If
+            the file exists, healing resumes from it. So after an interruption, compress the model again in
+            the same way, and repeat the call.
         save_every: number of steps between two checkpoints.
         progress: whether to show a progress bar.
 
@@ -166,7 +167,7 @@ def heal(
         )
         while done < steps:
             spent = 0.0 if max_seconds is None else (clock() - begun) / max_seconds
-            gone = max(done / steps, spent)  # progress in steps or in time
+            gone = max(done / steps, spent)  # progress from 0 to 1, in steps or in time
             if gone >= 1:
                 break
             for group in optimizer.param_groups:
@@ -189,7 +190,7 @@ def heal(
             norm = nn.utils.get_total_norm([p.grad for p in trained.values() if p.grad is not None])
             if norm > 1:
                 nn.utils.clip_grads_with_norm_(trained.values(), 1.0, norm)
-            with torch.device("cpu"):  # counters of Adam must be on the CPU
+            with torch.device("cpu"):  # AdamW needs its step counters on the CPU
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done += 1
@@ -209,7 +210,7 @@ def default_rate(parameters: Parameters) -> float:
 
 
 def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
-    """Repeat the batches endlessly, but skip the first `skip` batches, which an earlier run has used."""
+    """Repeat the batches endlessly, without the first `skip` batches, which an earlier run has used."""
     position = 0
     while True:
         before = position
@@ -225,7 +226,7 @@ def _forever(data: Iterable[BatchLike], *, skip: int) -> Iterator[BatchLike]:
 
 
 def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Compute the mean divergence of the distributions that both models predict for all tokens, in nats.
+    """Compute the divergence, in nats, between the token distributions of both models, averaged over tokens.
 
     For models without logits, the distance is the mean of `output_distances`.
 
@@ -233,7 +234,7 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
         student: output of the compressed model.
         teacher: output of the dense model on the same batch.
         batch: the batch; its mask marks the padding, which is ignored.
-        temperature: temperature of the softmax; the divergence is multiplied by its square.
+        temperature: temperature of the softmax; the divergence is multiplied by the squared temperature.
 
     Returns:
         The distance, a scalar; NaN if all tokens are padding.
@@ -252,10 +253,10 @@ def output_distance(student: Any, teacher: Any, batch: Batch, temperature: float
 
 # --- what is trained ------------------------------------------------------------------------------
 
-#: Learning rates of gains and biases, and of codes (in units of the grid), relative to that of cores. With
-#: the rate of cores, gains would hardly change in some hundred steps. Codes start in the middle of rounding
-#: intervals, so a code changes only when its updates add up to half a unit. At much larger rates many codes
-#: would change at the same step.
+#: Learning rates of gains and biases, and of integer codes, relative to the learning rate of cores. With the
+#: rate of cores, gains would hardly change in a few hundred steps. Codes start in the middle of rounding
+#: intervals, so a code changes only when its updates add up to half a step of the grid. At much larger rates
+#: many codes would change in the same training step.
 VECTOR_RATE, CODE_RATE = 6.0, 40.0
 
 
@@ -265,7 +266,7 @@ def compressed_layers(model: nn.Module) -> dict[str, NetworkModule]:
 
 
 def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Parameter]:
-    """Map names to the trainable stored tensors of layers, listing each tied tensor once."""
+    """Map names to those stored tensors of layers that are trainable; each tied tensor is listed once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, module in layers.items():
         for part, core in module.stored.items():
@@ -275,7 +276,7 @@ def trainable_cores(layers: Mapping[str, NetworkModule]) -> dict[str, nn.Paramet
 
 
 def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
-    """Map names to the row permutations of pivoted cores; a tied permutation is listed once."""
+    """Map names to the row permutations of pivoted cores (see `Storage`); a tied one is listed once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for name, module in layers.items():
         for part, tensor in module.stored.items():
@@ -287,7 +288,7 @@ def row_orders(layers: Mapping[str, NetworkModule]) -> dict[str, Tensor]:
 def trained_parameters(
     model: nn.Module, teacher: nn.Module, parameters: Parameters
 ) -> dict[str, nn.Parameter]:
-    """Map names to the parameters that healing trains, see `heal`.
+    """Map names to the parameters that healing trains; `parameters` is explained in `heal`.
 
     Raises:
         TargetError: there is nothing to train, or the teacher shares these parameters or is on another
@@ -343,10 +344,10 @@ def trained_parameters(
 
 
 def relative_groups(trained: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Make one optimizer group for each parameter, with a factor `"size"` for its learning rate.
+    """Make one optimizer group for each parameter; its entry `"size"` is a factor for the learning rate.
 
-    The factor is the root mean square for a core, `VECTOR_RATE` times the root mean square for a gain or
-    bias, and `CODE_RATE` for codes.
+    The factor of a core is its root mean square. The factor of a gain or bias is `VECTOR_RATE` times its root
+    mean square. The factor of integer codes is `CODE_RATE`.
     """
     groups: list[dict[str, Any]] = []
     for parameter in trained:
@@ -375,14 +376,14 @@ def only_training(model: nn.Module, trained: Collection[nn.Parameter]) -> Iterat
 
 @contextmanager
 def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
-    """Return a context in which scales and bfloat16 cores are float32 parameters, to train them.
+    """Return a context in which scales and bfloat16 cores are trainable float32 parameters.
 
     On exit they are converted back. A nested context has no effect, since optimizers refer to the parameters
     of the outer context.
 
     Args:
         model: a model with compressed layers or experts; tied cores stay tied.
-        codes: whether integer codes become parameters too, see `NumberFormat.decode`.
+        codes: whether integer codes become parameters too (see `NumberFormat.decode`).
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 8, bias=False))
@@ -402,12 +403,12 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
 # --- checkpoint -----------------------------------------------------------------------------------
 
-#: Names of the running averages of gradients and their squares in the state of AdamW.
+#: Names in AdamW's state of two running averages: of the gradients and of their squares.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW, done: int) -> None:
-    """Write a checkpoint: tensors by name, the optimizer's averages for them, and the number of steps.
+    """Write a checkpoint: tensors by name, their running averages in AdamW, and the number of finished steps.
 
     Raises:
         DestinationError: the file cannot be written.
@@ -421,7 +422,7 @@ def save_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.Ad
 
 
 def load_state(path: Path, kept: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> int:
-    """Load a checkpoint into tensors and optimizer, and return the number of finished steps.
+    """Load a checkpoint into the tensors and the optimizer, and return the number of finished steps.
 
     Raises:
         FormatError: the file is damaged or of another model.

@@ -1,15 +1,16 @@
 """Healing by refitting: fit each compressed layer in closed form to its inputs in the compressed model.
 
-A layer was compressed for its inputs x in the dense model. Behind other compressed layers it gets inputs x'
-instead. With means over calibration tokens, and the input moment `C` of calibration,
+A layer was compressed for its inputs `x` in the dense model. Behind other compressed layers it gets inputs
+`x'` instead. Let `E` be the mean over the tokens of the batches, and `C` the input moment from calibration.
+Then
 
     M = W + correction W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + anchor C)^-1
 
-is a step from `W` towards the matrix whose outputs for x' are closest to the dense outputs `W x`. The best
-network for `M` under the weighting `(R, E[x' x'^T] + anchor C)` replaces the old network of the layer. Layers
-are refitted in the order in which they run, with inputs from the layers that were refitted before; otherwise
-every layer would correct the same error. The full step (`correction=1`) increased the loss at high
-compression (benchmarks/records/quality.md).
+is a step from `W` towards the matrix whose outputs for `x'` are closest to the dense outputs `W x`. The best
+network for `M` under the weighting `(R, E[x' x'^T] + anchor C)`, with the moment `R` of the output gradients,
+replaces the old network of the layer. Layers are refitted in the order in which they run, with inputs from
+the layers that were refitted before. Otherwise every layer would correct the same error. At high compression,
+the full step (`correction=1`) increased the loss (benchmarks/records/quality.md).
 
 Layers that share a core with other layers are not refitted; a warning names them.
 """
@@ -42,22 +43,22 @@ from tensornet.nn.unfuse import unfused
 from tensornet.topologies import topology_family
 
 NEVER_REACHED = "it never ran on the data"
-#: Fraction of the batches that are used to check whether refitting helped, not for fitting.
+#: Fraction of the batches that are not used for fitting, but to check whether refitting helped.
 JUDGED = 1 / 8
 
 
 @dataclass(frozen=True)
 class RefineReport:
-    """Result of refitting.
+    """Result of `refine`.
 
     Args:
         before, after: relative squared error of the outputs of each layer, before and after it was refitted,
-            by name; the layers in front of it were refitted before both measurements.
+            by name. At both measurements, the layers in front of it were already refitted.
         left: reason for each layer that was not refitted, by name.
         distances: distance from the dense model's outputs (`output_distance`) before and after refitting, on
             batches that were not used for fitting, or on the only batch.
-        kept: True if the refitted cores are used; False if the model was closer to the dense model before, so
-            that the old cores were restored.
+        kept: True if the refitted cores are used; False if the old cores were restored because refitting
+            increased the distance from the dense model.
 
     Example:
         >>> from tensornet.healing import RefineReport
@@ -91,15 +92,16 @@ def refine(
     Sizes and topologies do not change. If the blocks of the model form a chain (`find_chains`), hidden states
     of both models are stored for all batches, and each block is run once for every group of layers with the
     same input. For layers outside of chains both models are run completely. An eighth of the batches is not
-    used for fitting: if the outputs on these batches do not get closer to those of the dense model, the old
-    cores are restored.
+    used for fitting. If refitting increases the distance from the dense model's outputs on these batches, the
+    old cores are restored.
 
     Args:
         model: the compressed model; it is changed in place.
         teacher: the dense model, on the same device; it is not changed.
         batches: batches as for `calibrate`, with tens of thousands of tokens, since matrices are fitted.
-        stats: calibration statistics, for the sensitivity to output errors and for input moments over more
-            tokens. If absent, all outputs have equal weight, and moments are those of the batches.
+        stats: calibration statistics. They contain the sensitivity of the loss to output errors, and input
+            moments over more tokens. If absent, all outputs have equal weight, and the input moments are
+            those of the batches.
         correction: fraction of the step towards the dense model's outputs, from 0 (only fit the dense matrix
             to the layer's inputs in the compressed model) to 1.
         anchor: weight of the layer's inputs in the dense model, relative to those in the compressed model.
@@ -158,7 +160,7 @@ def refine(
         )
     judged = math.ceil(JUDGED * len(given))
     judges, fitted = given[-judged:], given[:-judged] or given
-    # The models run in 16 bits; computations with moments do not.
+    # Only the models run in the dtype `autocast`. Computations with moments need more accuracy.
     reduced = partial(torch.autocast, device.type, dtype=autocast, enabled=autocast is not None)
     with ExitStack() as stack:
         stack.enter_context(unfused(teacher))
@@ -172,7 +174,7 @@ def refine(
         kept = False
 
         def restore() -> None:
-            """Restore the old cores if the new ones are not better, or after an interruption."""
+            """Restore the old cores unless the new ones are kept; also runs after an interruption."""
             for tensor, value in () if kept else old:
                 tensor.copy_(value)
 
@@ -234,7 +236,7 @@ def _output_error(layer: TensorNetworkLinear, stock: Tensor, moments: "PairedMom
 
 
 def _stock(teacher: nn.Module, name: str) -> Tensor:
-    """Return the matrix `(out, in)` of the teacher's layer with a given name.
+    """Return the matrix, shape `(out, in)`, of the teacher's layer with the given name.
 
     Raises:
         TargetError: the teacher has no stock layer of this name.
@@ -264,7 +266,8 @@ def _distance(model: nn.Module, teacher: nn.Module, batches: Sequence[Batch]) ->
 class PairedMoments(NamedTuple):
     """Sums over tokens of `x x^T` (`dense`), `x x'^T` (`mixed`) and `x' x'^T` (`real`).
 
-    x is the input of a layer in the dense model, x' in the compressed model.
+    Here `x` is the input of a layer in the dense model, and `x'` is the input of the same layer in the
+    compressed model.
     """
 
     dense: Tensor
@@ -274,7 +277,7 @@ class PairedMoments(NamedTuple):
 
 
 class PairedRun:
-    """Runs both models on the same batches, block by block if the blocks form chains.
+    """Run both models on the same batches, block by block where blocks form a chain.
 
     Args:
         model: the compressed model; its layers may change between two calls of `moments`.
@@ -313,7 +316,7 @@ class PairedRun:
                 return f"it got {len(dense)} tokens in the dense model, and {len(real)} in the compressed one"
             if not len(real):
                 continue
-            # Not in 16 bits, since refitting uses a small difference of two moments.
+            # Autocast is disabled, since refitting uses a small difference of two moments.
             with torch.autocast(real.device.type, enabled=False):
                 found = [upper_gram(dense), dense.T @ real, upper_gram(real)]
             sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
@@ -339,7 +342,7 @@ class PairedRun:
                 raise Stop
 
         run = None
-        if place is not None:  # advance before setting hooks, since advancing runs other blocks
+        if place is not None:  # advance before hooks are set, since advancing runs other blocks
             chain, index = place
             if self.at is None or self.at[0] != chain:
                 self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]
@@ -354,7 +357,7 @@ class PairedRun:
         return torch.cat(found) if found else torch.empty(0, 0)
 
     def _place(self, name: str) -> tuple[str, int] | None:
-        """Return the name of the chain and the index of the block that contain a layer, or None."""
+        """Return the name of the chain and the index of the block that contain a layer; None if none does."""
         for chain, blocks in self.chains.items():
             for index, block in enumerate(blocks):
                 if name == block or name.startswith(f"{block}."):
@@ -364,7 +367,7 @@ class PairedRun:
 
 @contextmanager
 def _hooked(hooks: Mapping[nn.Module, Callable[[Tensor], object]]) -> Iterator[None]:
-    """Return a context in which the function of each module in `hooks` is called with the module's input."""
+    """Return a context in which each function in `hooks` is called with the inputs of its module."""
 
     def before(function: Callable[[Tensor], object]) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Laws that decompositions and networks must satisfy, as functions to call and test classes to subclass.
 
-Each law is a function `check_...` that raises `AssertionError` if an example violates it. The classes at the
-end draw examples with hypothesis and call these functions. Subclass one of them and define how your
-decomposition is called; pytest then runs all its laws.
+Each law is a function `check_...` that raises `AssertionError` if an example violates the law. The classes at
+the end of this module draw examples with hypothesis and call these functions. Subclass one of these classes
+and define how your decomposition is called; pytest then runs all laws of the class.
 
 A decomposition is a function `(matrix, budget) -> Outcome`.
 """
@@ -46,9 +46,9 @@ class Outcome:
         params: number of stored elements; None if `param_ratio` is not supported.
         bonds: bond sizes.
         tensors: stored tensors, whose dtype and device are checked.
-        topology: topology of the result, for `check_quality`. If absent, a result with one bond is judged as
-            a product of two factors, `(out, rank)` and `(rank, in)`. A result with several bonds must only
-            have a smaller error than the zero matrix.
+        topology: topology of the result, for `check_quality`. If absent, a result with one bond is compared
+            with the best product of two factors, `(out, rank)` and `(rank, in)`. A result with several bonds
+            must only have a smaller error than the zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -80,7 +80,7 @@ class Outcome:
 
 Decompose = Callable[[Tensor, Budget], Outcome]
 
-#: Number of examples of `check_name_does_not_matter`, which is slow.
+#: Number of examples for `check_name_does_not_matter`; few, since this law is slow to check.
 _RENAMED = 3
 
 
@@ -152,7 +152,7 @@ def check_caps(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
         caps = budget.max_bond
         bonds = outcome.bonds
         if isinstance(caps, Sequence) and len(bonds) == len(caps) + 2:
-            bonds = bonds[1:-1]  # the end bonds of an open chain
+            bonds = bonds[1:-1]  # drop the outer bonds of an open chain
         each = caps if isinstance(caps, Sequence) else [caps] * len(bonds)
         over = [bond for bond, cap in zip(bonds, each, strict=True) if bond > cap]
         assert not over, f"bonds {outcome.bonds} under {budget}"
@@ -189,8 +189,8 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
     """Check that the error is close to the best error that is possible with the same bonds.
 
     The true error must be at most the bound of `reference.error_bound`, plus one percent for iterative
-    methods. For networks with loops no bound is known; their error must be smaller than that of the zero
-    matrix.
+    methods. For networks with loops no such bound is known; the error must then be smaller than that of the
+    zero matrix.
 
     Example:
         >>> from tensornet.testing import laws
@@ -216,7 +216,7 @@ def check_quality(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
 
 
 def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that a decomposition does not change its input, and that the result shares no memory with it.
+    """Check that a decomposition does not change its input and returns no tensor that shares memory with it.
 
     Example:
         >>> from tensornet.testing import laws
@@ -232,7 +232,7 @@ def check_input_kept(decompose: Decompose, matrix: Tensor, budget: Budget) -> No
 
 
 def check_dtype_and_device(decompose: Decompose, matrix: Tensor, budget: Budget) -> None:
-    """Check that stored tensors have the device and dtype of the input (float32 for 16-bit types).
+    """Check that stored tensors have the device and dtype of the input, or float32 for 16-bit inputs.
 
     Example:
         >>> from tensornet.testing import laws
@@ -265,7 +265,7 @@ def check_deterministic(decompose: Decompose, matrix: Tensor, budget: Budget) ->
 
 
 def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float) -> None:
-    """Check that NonFiniteError with a message is raised for a matrix with NaN or infinity.
+    """Check that a matrix with NaN or infinity raises `NonFiniteError` with a message that is not empty.
 
     Example:
         >>> from tensornet.testing import laws
@@ -285,12 +285,12 @@ def check_refuses_non_finite(decompose: Decompose, matrix: Tensor, value: float)
 
 
 def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> tuple[Outcome, Budget]:
-    """Decompose within the budget, or without `rel_error` if the other limits do not allow this error.
+    """Decompose within a budget; if the other limits do not allow its `rel_error`, drop this limit.
 
-    In a hypothesis test, examples for which both raise BudgetError are skipped.
+    In a hypothesis test, an example is skipped if the decomposition raises BudgetError both times.
 
     Returns:
-        The outcome, and its budget.
+        The outcome, and the budget that was used.
     """
     try:
         return decompose(matrix, budget), budget
@@ -345,7 +345,7 @@ def check_apply(network: TensorNetwork, batch: tuple[int, ...] = (3,)) -> None:
 
 
 def check_gradients(network: TensorNetwork, tokens: int = 3) -> None:
-    """Check the gradients of the input and of all cores against the dense operator (real dtypes only).
+    """Check the gradients of the input and of all cores against those of the dense matrix (real dtypes only).
 
     Example:
         >>> from tensornet.testing import laws
@@ -380,7 +380,7 @@ def _assert_close(network: TensorNetwork, actual: Tensor, expected: reference.Ar
 
 
 def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
-    """Check that inserting `G` and `G^-1` at a bond preserves the matrix, its norm and its bond spectrum.
+    """Check that inserting `G` and `G^-1` at a bond preserves the matrix, its norm, and the bond spectrum.
 
     Example:
         >>> from tensornet.testing import laws
@@ -425,7 +425,7 @@ def check_canonical(operator: MPO, center: int) -> None:
 
 # --- families ------------------------------------------------------------------------------------
 
-#: Configurations whose plans are compared; one of them stores pivoted cores.
+#: Configurations with which plans are made and compared. One of them stores cores without redundant elements.
 _CONFIGS: tuple[dict[str, Any], ...] = (
     {"objective": "weight"},
     {"objective": "curvature", "pivoted": True},
@@ -440,11 +440,11 @@ def check_name_does_not_matter(
     param_ratio: float = 0.6,
     options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check that a subclass with another name gives the same plans and the same stored tensors.
+    """Check that a subclass of a family with another name gives the same plans and the same stored tensors.
 
     Args:
         family: the family, registered or not.
-        matrix: weight of the layer that is compressed; it is scaled to elements of at most 1.
+        matrix: weight of the layer to compress; it is scaled so that its elements are at most 1.
         param_ratio: budget of the compression.
         options: see `CompressionConfig.topology_options`.
 
@@ -498,7 +498,7 @@ def check_name_does_not_matter(
 
 
 def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that codes are the nearest points for given scales, and survive packing bit for bit.
+    """Check that integer codes are the nearest grid points for given scales, and that packing preserves them.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -520,7 +520,7 @@ def check_nearest(number_format: NumberFormat, matrix: Tensor) -> None:
 
 
 def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that a layer takes as many bytes as the format states, and that loading preserves its matrix.
+    """Check that a layer takes the number of bytes that the format states, and that loading preserves it.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -547,7 +547,7 @@ def check_stored_bytes(number_format: NumberFormat, matrix: Tensor) -> None:
 
 
 def check_rounded_loss(number_format: NumberFormat, matrix: Tensor) -> None:
-    """Check that the stated loss increase is `1/2 tr(R E C E^T)` of the rounding error `E`.
+    """Check that the stated loss increase equals `1/2 tr(R E C E^T)` for the rounding error `E`.
 
     Example:
         >>> from tensornet.quantization import NumberFormat
@@ -575,7 +575,7 @@ class Law(NamedTuple):
         check: function that raises `AssertionError` if the law is violated.
         drawn: strategies for the keyword arguments of `check`.
         subject: function that returns the leading arguments of `check` for an instance of the test class; by
-            default, the method `subject` of this class.
+            default, the method `subject` of the test class.
         examples: largest number of examples, for slow checks; by default, that of the hypothesis profile.
 
     Example:
@@ -601,8 +601,8 @@ class _Laws:
         super().__init_subclass__(**options)
         for name, entry in cls._laws().items():
             law = Law(*entry)
-            # A law that this class or a base class overrides or disables is not replaced. All others draw
-            # from the strategies of this class.
+            # Laws that this class or a base class overrides or disables are kept. All other laws are made
+            # again, so that they draw from the strategies of this class.
             written = [vars(above)[name] for above in cls.__mro__ if name in vars(above)]
             if not written or getattr(written[0], "is_law", False):
                 setattr(cls, name, _test(law))
@@ -612,7 +612,7 @@ class _Laws:
         return {}
 
     def subject(self) -> tuple[Any, ...]:
-        """Return the arguments that every law takes before those that hypothesis draws."""
+        """Return the leading arguments of every law; hypothesis draws the other arguments."""
         return ()
 
 
@@ -633,8 +633,8 @@ def _test(law: Law) -> Callable[..., None]:
 class DecompositionLaws(_Laws):
     """Laws of decompositions. Subclass this, define `decompose`, and restrict the strategies if necessary.
 
-    To disable a law that is not satisfied, set it to None in the subclass, as in `test_monotone = None`.
-    Further subclasses inherit this.
+    To disable a law that is not satisfied, set its test to None in the subclass, as in `test_monotone =
+    None`. Subclasses of this subclass inherit the setting.
 
     Example:
         >>> from tensornet.testing import laws, strategies
@@ -705,7 +705,7 @@ class FamilyLaws(DecompositionLaws):
 
 
 class FormatLaws(_Laws):
-    """Laws of an integer `NumberFormat`: set `number_format` to its name.
+    """Laws of an integer `NumberFormat`. Subclass this, and set `number_format` to the name of the format.
 
     Example:
         >>> from tensornet.testing import laws
@@ -715,7 +715,7 @@ class FormatLaws(_Laws):
     """
 
     number_format: str
-    #: Matrices to round; formats with steps for 256 weights need row lengths that are multiples of 256.
+    #: Matrices to round. Formats with super-blocks of 256 weights need row lengths that are multiples of 256.
     matrices: SearchStrategy[Tensor] = strategies.matrices(
         max_size=70, dtype=torch.float32, spectrum="gaussian", scales=False
     )

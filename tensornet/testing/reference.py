@@ -1,6 +1,6 @@
 """Slow reference implementations in NumPy and double precision, for small operators.
 
-Most are one `numpy.einsum` over all indices, or a dense SVD.
+Most functions are a single `numpy.einsum` over all indices, or a dense SVD.
 """
 
 from collections.abc import Sequence
@@ -74,8 +74,9 @@ def chain_matrix(cores: Sequence[Tensor]) -> Array:
 def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradient: Tensor) -> list[Array]:
     """Compute the gradient of each core from the gradient of the dense matrix, for real-valued networks.
 
-    The derivative of the matrix with respect to a core is the network without this core. So the gradient is
-    this network contracted with the gradient of the matrix. In a sum, the other terms are constants.
+    The derivative of the matrix with respect to a core is the network without this core. So the gradient of
+    the core is the rest of the network contracted with the gradient of the matrix. In a sum of networks,
+    terms without this core are constants.
 
     Example:
         >>> from tensornet.testing import reference
@@ -104,7 +105,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
 
 
 def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], bond: int) -> Array:
-    """Reshape a matrix without padding to `(legs up to a bond, legs after the bond)`.
+    """Reshape an unpadded matrix so that rows are the legs up to a bond, and columns are the legs after it.
 
     Example:
         >>> from tensornet.testing import reference
@@ -119,7 +120,7 @@ def unfolding(matrix: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], b
 
 
 def best_error(matrix: Tensor | Array, rank: int) -> float:
-    """Compute the relative Frobenius error of the best approximation of a matrix with a given rank.
+    """Compute the relative Frobenius error of the best approximation of a matrix by one of a given rank.
 
     Example:
         >>> from tensornet.testing import reference
@@ -136,14 +137,14 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
     """Compute the largest relative error that a good decomposition with given bonds may have.
 
     A cut is a bond whose removal splits the network in two. If the matrix is reshaped to `(legs on one side,
-    legs on the other side)`, the network approximates it with rank `r`, the size of the bond. So its error
-    is at least `e`, the norm of the discarded singular values. Truncating one cut after another gives an
-    error of at most `sqrt(sum of e^2)`, which is at most `sqrt(number of cuts)` times the best error. This
-    is the bound.
+    legs on the other side)`, the network approximates it with rank `r`, the size of the bond. So the error of
+    the network is at least `e`, the norm of the discarded singular values. Truncating one cut after another
+    gives an error of at most `sqrt(sum of e^2)`. This is the bound; it is at most `sqrt(number of cuts)`
+    times the best error.
 
     If all truncated bonds separate rows from columns, the bound is the error of the truncated SVD. A leg on
-    both sides of a cut splits this matrix into blocks, which are truncated one by one. The bound of a sum
-    of networks is the smallest bound of its terms.
+    both sides of a cut splits the reshaped matrix into blocks that are truncated one by one. The bound of a
+    sum of networks is the smallest bound of its terms.
 
     Args:
         matrix: matrix, shape `(out_features, in_features)`.
@@ -197,12 +198,12 @@ def error_bound(matrix: Tensor | Array, topology: Topology) -> float | None:
 def _tree(topology: Topology) -> list[tuple[int, int, int]] | None:
     """List the edges `(core, core, rank)` of a tree of all cores; None if the bonds form a loop.
 
-    If no bond joins two parts of the network, an edge of rank 1 joins them in the tree.
+    If two parts of the network are not joined by bonds, the tree joins them by an edge of rank 1.
     """
     sizes: dict[tuple[int, ...], int] = {}
     for label, size in topology.bond_dims.items():
         ends = tuple(k for k, core in enumerate(topology.cores) if label in core.labels)
-        sizes[ends] = sizes.get(ends, 1) * size  # combines all bonds between the same cores
+        sizes[ends] = sizes.get(ends, 1) * size  # all bonds between the same two cores count as one
     edges: list[tuple[int, int, int]] = []
     for ends, size in sizes.items():
         if len(ends) > 2 or (len(ends) == 2 and ends[1] in _reachable(ends[0], edges)):

@@ -1,6 +1,6 @@
 """Hypothesis strategies for matrices, budgets, topologies and networks, and hypothesis profiles.
 
-Hypothesis draws shapes, kinds of spectra, dtypes and seeds, and simplifies them when a test fails. The
+Hypothesis draws shapes, kinds of spectra, dtypes and seeds, and simplifies them when a test fails. Matrix
 elements come from a random generator with the drawn seed.
 """
 
@@ -19,7 +19,7 @@ from tensornet.network import TensorNetwork, random_cores
 from tensornet.topologies import topology_family, topology_names
 from tensornet.topology import Topology
 
-#: Kinds of singular spectra of matrices. Matrices of the last two kinds have the ranks 0 and 1.
+#: Kinds of singular spectra of matrices. Matrices of the last two kinds have fixed ranks, 0 and 1.
 SPECTRA = ("gaussian", "flat", "low_rank", "power", "exponential", "zero", "constant")
 
 REAL = (torch.float32, torch.float64)
@@ -43,7 +43,7 @@ def dtypes(*, complex: bool = True, half: bool = False) -> SearchStrategy[torch.
 def dims(
     draw: DrawFn, *, min_sites: int = 1, max_sites: int = 4, max_dim: int = 4
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Draw leg sizes `(out_dims, in_dims)`, both for the same number of sites.
+    """Draw leg sizes `(out_dims, in_dims)` for a random number of sites.
 
     Example:
         >>> from hypothesis import find
@@ -73,8 +73,10 @@ def matrices(
         shape: shape `(out, in)`; any shape up to `max_size` if absent.
         max_size: largest number of rows and of columns, if `shape` is absent.
         dtype: a dtype or a strategy for dtypes; real and complex dtypes if absent.
-        spectrum: one of `SPECTRA`; any if absent; with `rank`, any that does not fix the rank.
-        rank: rank, at most the smaller size; full if absent, except for `"low_rank"`.
+        spectrum: one of `SPECTRA`. If absent, any of them, or, if `rank` is given, any that does not fix the
+            rank.
+        rank: rank of the matrix, at most the smaller of its sizes. If absent, the rank is full unless the
+            spectrum fixes it or is `"low_rank"`.
         scales: whether the matrix may be scaled by 1e-12 or 1e12; never for 16-bit types.
 
     Example:
@@ -93,7 +95,8 @@ def matrices(
     matrix = matrix_with_spectrum((rows, columns), name, seed=draw(st.integers(0, 2**16)), rank=rank)
     if kind.is_complex and name not in ("zero", "constant"):
         angles = torch.linspace(0, 3, columns, dtype=torch.float64)
-        return (matrix * torch.exp(1j * angles) * scale).to(kind)  # a unitary diagonal keeps the spectrum
+        # Multiplying by a unitary diagonal matrix preserves the singular values.
+        return (matrix * torch.exp(1j * angles) * scale).to(kind)
     return (matrix * scale).to(kind)
 
 
@@ -134,7 +137,7 @@ def matrix_with_spectrum(shape: tuple[int, int], name: str, *, seed: int, rank: 
 
 @st.composite
 def budgets(draw: DrawFn, *, max_bond: int = 8) -> Budget:
-    """Draw budgets with any combination of limits, including none.
+    """Draw a budget with any combination of limits, possibly without any limit.
 
     Example:
         >>> from hypothesis import find
@@ -164,7 +167,7 @@ def mpos(
         dims: strategy for `(out_dims, in_dims)`.
         max_bond: largest bond.
         dtype: a dtype or a strategy for dtypes; real and complex dtypes if absent.
-        padded: whether up to two rows and two columns may be padding.
+        padded: whether up to two rows and up to two columns may be padding.
 
     Example:
         >>> from hypothesis import given
@@ -251,7 +254,7 @@ def register_profiles() -> None:
     - `ci`: 25 examples, the same in every run.
     - `nightly`: 1000 random examples, to find rare failures.
 
-    No profile has a deadline, since the first call of an operation plans or compiles, and takes longer.
+    No profile has a deadline, since the first call of an operation takes longer: it plans or compiles.
 
     Example:
         >>> from hypothesis import settings
