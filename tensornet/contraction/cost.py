@@ -1,9 +1,10 @@
 """Cost model: predict the time of a planned contraction on a machine.
 
-The predicted time is a sum of four terms: reading cores and weights from memory once; the arithmetic of
-matrix products, which is slower for small sizes; copies that permute the indices of a tensor, with a cost for
-each element and for each contiguous run; and a fixed overhead for each operation. Counting only
-floating-point operations would be wrong by more than an order of magnitude for few tokens.
+The predicted time is a sum of four terms. The first is reading cores and weights from memory once. The second
+is the arithmetic of matrix products, which is slower for small sizes. The third is copies that permute the
+indices of a tensor, with a cost for each element and for each contiguous run. The fourth is a fixed overhead
+for each operation. For few tokens, a model that counts only floating-point operations would be wrong by more
+than an order of magnitude.
 """
 
 import time
@@ -25,10 +26,10 @@ class Machine:
         peak: multiply-adds per second of a large matrix product.
         half_peak: multiply-adds per second of a large matrix product in a 16-bit dtype.
         bandwidth: bytes per second for reading weights from memory.
-        overhead: time per operation, which is a matrix product or a copy to permute dimensions.
+        overhead: additional time for each operation: a matrix product, or a copy that permutes dimensions.
         copy_element: time per element of such a copy.
-        copy_run: additional time per contiguous run of a copy; a run is a single element if the copy moves
-            the innermost index.
+        copy_run: additional time per run of elements that a copy keeps contiguous; a run is a single element
+            if the copy moves the innermost index.
         copy_far: additional time per element of a copy that does not fit into the cache of one CPU core.
         half_size: number of rows, columns or summed indices at which a product reaches half of the peak.
         unpack_pass: time per element of each pass over a block of packed integers.
@@ -59,8 +60,8 @@ class Machine:
 
 
 #: One thread of a server CPU of 2023 with AVX-512. The constants were fitted by `benchmarks/fit_machine.py`
-#: to timings of 27 layers with 1 to 1024 tokens. Those of 16-bit and integer products were measured on a CPU
-#: of 2024 with bfloat16 instructions, for layers of four shapes in seven number formats.
+#: to timings of 27 layers with 1 to 1024 tokens. The constants of 16-bit and integer products were measured
+#: on a CPU of 2024 with bfloat16 instructions, for layers of four shapes in seven number formats.
 CPU = Machine(
     name="cpu",
     peak=50e9,
@@ -90,7 +91,7 @@ GPU = Machine(
     kernel_peak=0.0,
 )
 
-#: Speed that each additional thread contributes to products and to copies, relative to the first thread.
+#: Speed that each further thread adds to products and to copies, as a fraction of the speed of one thread.
 _PRODUCT_GAIN, _COPY_GAIN = 0.9, 0.5
 
 #: Seconds that synchronization adds to every multi-threaded operation.
@@ -142,7 +143,7 @@ def measure_machine(device: torch.device | str = "cpu", *, repeats: int = 5) -> 
 
     Args:
         device: the device to measure.
-        repeats: number of repetitions of each measurement, of which the fastest counts.
+        repeats: number of repetitions of each measurement; the fastest one counts.
     """
     where = torch.device(device)
     base = default_machine(where)
@@ -218,7 +219,8 @@ class MatmulShape:
     """Sizes of a batched matrix product `(batch, rows, inner) @ (batch, inner, columns)`.
 
     Args:
-        batch, rows, inner, columns: combined sizes of the indices of each group, without the token index.
+        batch, rows, inner, columns: product of the sizes of the indices of each group, without the token
+            index.
         tokens_in: the group that contains the token index: `"batch"`, `"rows"`, `"inner"`, `"columns"` or
             None.
     """
@@ -245,7 +247,10 @@ class MatmulShape:
 
 
 def product_seconds(product: MatmulShape, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the seconds of a matrix product whose operands are in a cache; `itemsize` is in bytes."""
+    """Predict the time in seconds of a matrix product whose operands are in a cache.
+
+    An element has `itemsize` bytes.
+    """
     batch, rows, inner, columns = product.at(tokens)
     peak = machine.half_peak if itemsize == 2 else machine.peak * 4 / itemsize
     return machine.overhead + batch * rows * inner * columns / (
@@ -254,7 +259,7 @@ def product_seconds(product: MatmulShape, tokens: int, machine: Machine, itemsiz
 
 
 def copy_seconds(copy: Copy, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-    """Predict the seconds of a copy that permutes dimensions; `itemsize` is in bytes."""
+    """Predict the time in seconds of a copy that permutes dimensions; an element has `itemsize` bytes."""
     elements = copy.elements * (tokens if copy.per_token else 1)
     each = machine.copy_element + machine.copy_run / copy.run
     if elements * itemsize > _FAR:
@@ -271,9 +276,10 @@ def dense_seconds(
     *,
     from_memory: bool = True,
 ) -> float:
-    """Predict the seconds of a dense `nn.Linear`; `itemsize` is in bytes.
+    """Predict the time in seconds of a dense `nn.Linear`; an element has `itemsize` bytes.
 
-    `from_memory=False` means that the weight is in a cache, because it was just rebuilt.
+    By default the weight is read from memory. Pass `from_memory=False` if it was just rebuilt from cores and
+    is still in a cache.
     """
     product = MatmulShape(1, 1, in_features, out_features, "rows")
     read = out_features * in_features * itemsize / machine.bandwidth if from_memory else 0.0

@@ -1,8 +1,8 @@
 """Plan a contraction once, and run it as pairwise matrix products.
 
 `opt_einsum` finds the order of the contraction. "Lowering" converts this order to permutations, reshapes and
-(batched) matrix products, which work with `torch.compile(fullgraph=True)` and autocast; calling opt_einsum
-inside `forward` would not. Indices of size 1 are removed first, so a low-rank layer is exactly two matmuls.
+(batched) matrix products. These work with `torch.compile(fullgraph=True)` and autocast, unlike calls of
+opt_einsum inside `forward`. Indices of size 1 are removed first, so a low-rank layer is exactly two matmuls.
 """
 
 import itertools
@@ -86,8 +86,8 @@ class ContractionPlan:
         matrices: position and shape `(out, in)` of each matrix, if the plan only multiplies operand 0 by one
             matrix after another; otherwise empty. `torch.nn.functional.linear` is then used with the stored
             cores, for example `y = (x B^T) A^T` for low rank.
-        terms: for a sum of networks, the positions of each term's operands, and its plan. `steps` then has
-            the steps of all terms, for the cost model only. Empty if there is no sum.
+        terms: for a sum of networks, the positions of each term's operands and the plan of the term. For a
+            sum, `steps` has the steps of all terms, for the cost model only. Empty for a single network.
     """
 
     stored_shapes: tuple[tuple[int, ...], ...]
@@ -108,7 +108,9 @@ class ContractionPlan:
         return inner if self.output_copy is None else (*inner, self.output_copy)
 
     def seconds(self, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of the contraction if operands without the token index are read from memory.
+        """Predict the time in seconds of the contraction.
+
+        It includes reading the operands without the token index (cores and weights) from memory.
 
         Args:
             tokens: number of tokens.
@@ -120,7 +122,7 @@ class ContractionPlan:
         return read + products + sum(copy_seconds(copy, tokens, machine, itemsize) for copy in self.copies)
 
     def multiply_adds(self, tokens: int) -> int:
-        """Count the multiply-adds for a number of tokens."""
+        """Count the multiply-adds for the given number of tokens."""
         total = 0
         for step in self.steps:
             batch, rows, inner, columns = step.product.at(tokens)
@@ -128,11 +130,11 @@ class ContractionPlan:
         return total
 
     def moved(self, tokens: int) -> int:
-        """Count the elements that are copied to permute dimensions, for a number of tokens."""
+        """Count the elements that are copied to permute dimensions, for the given number of tokens."""
         return sum(copy.elements * (tokens if copy.per_token else 1) for copy in self.copies)
 
     def largest_intermediate(self, tokens: int) -> int:
-        """Count the elements of the largest intermediate result, for a number of tokens."""
+        """Count the elements of the largest intermediate result, for the given number of tokens."""
         sizes = [0]
         for step in self.steps:
             batch, rows, _, columns = step.product.at(tokens)
@@ -146,7 +148,7 @@ def run(plan: ContractionPlan, operands: Sequence[Tensor], *, bias: Tensor | Non
     Args:
         plan: plan from `plan_contraction`.
         operands: tensors with the planned shapes, in the planned order.
-        bias: vector that is added to each row of the output; costs no time if `plan.adds_bias`.
+        bias: vector that is added to each row of the output; this costs no time if `plan.adds_bias`.
 
     Returns:
         The output, shape `plan.output.shape`.
@@ -218,12 +220,12 @@ def _arrange(x: Tensor, to: Arrangement) -> Tensor:
 # --- turning a path into a plan with few copies ---------------------------------------------------
 #
 # A path is a list of pairs of operands. It determines neither which operand of a pair is on the left, nor the
-# index order of each product. These choices determine how much is copied, which takes longer than the
-# arithmetic if bonds are small. A beam search keeps the few choices with the smallest predicted time.
+# index order of each product. These choices determine how much is copied. If bonds are small, copies take
+# longer than the arithmetic. A beam search keeps the few choices with the smallest predicted time.
 
 Labels = tuple[str, ...]
 
-#: Number of partial lowerings that are kept after each step.
+#: Number of partial plans that the beam search keeps after each step.
 _BEAM = 4
 
 
@@ -244,7 +246,8 @@ def lower_path(
     squeezed = tuple(_squeeze(labels, size_of) for labels in operands)
     kept, tokens = _squeeze(output, size_of), size_of.get(TOKEN, 1)
 
-    # Each entry of the beam: predicted seconds so far, labels of the remaining operands, steps so far.
+    # An entry of the beam has the predicted seconds so far, the labels of the remaining operands, and the
+    # steps so far.
     beam: list[tuple[float, tuple[Labels, ...], tuple[PairStep, ...]]] = [(0.0, squeezed, ())]
     for first, second in path:
         extended = []
@@ -286,8 +289,8 @@ def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], .
     for step in steps:
         product = step.product
         moved, weight = step.arrange_left.permutation, step.arrange_right
-        # `linear` needs a stored matrix `(columns, inner)`. The permutation is not enough: an operand that is
-        # summed over both of its indices has that of a stored matrix, but not its shape.
+        # `linear` needs a stored matrix `(columns, inner)`. Its permutation alone is not enough: an operand
+        # whose two indices are both summed has the permutation of such a matrix, but not its shape.
         shape = (product.columns, product.inner)
         if not product.is_linear or operands[step.left] != 0 or moved is not None:
             return ()
@@ -420,8 +423,8 @@ def plan_contraction(
         operands: labels of each operand.
         output: labels of the result; every other label is summed.
         size_of: size of each label; the size of `TOKEN` is the expected number of tokens.
-        optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders for up to 4 operands, and
-            only some orders for more operands.
+        optimize: name of an optimizer of `opt_einsum`. `"auto"` tries all orders of up to 4 operands, but
+            only some orders of more operands.
 
     Returns:
         A plan for `run`.
@@ -436,7 +439,7 @@ def find_path(
     size_of: Mapping[str, int],
     optimize: str = "auto",
 ) -> list[tuple[int, int]]:
-    """Find a pairwise contraction order with few multiply-adds; arguments as for `plan_contraction`."""
+    """Find a pairwise contraction order with few multiply-adds; see `plan_contraction` for the arguments."""
     if len(operands) == 1:
         return []
     squeezed = [tuple(x for x in labels if x == TOKEN or size_of[x] > 1) for labels in operands]
@@ -457,11 +460,11 @@ def find_path(
 #: Number of tokens that is assumed if the actual number is unknown, as in an exported program.
 PLANNED_TOKENS = 256
 
-#: Numbers of tokens for which contraction orders are optimized. Contracting core after core is tried too.
+#: Numbers of tokens for which contraction orders are optimized. Contracting the cores in order is tried too.
 _PATH_TOKENS = (1, 16, 256, 4096)
 
-#: A matrix is rebuilt in blocks of rows that fit into a cache. A block has about this fraction of the matrix,
-#: and at most this number of elements.
+#: A matrix is rebuilt in blocks of rows that fit into a cache. A block is about this fraction of the matrix,
+#: and has at most this number of elements.
 _BLOCK_PART, _BLOCK = 1 / 8, 2**18
 
 #: Matrices with at most this number of elements are rebuilt in one block.
@@ -477,16 +480,16 @@ Bounds = tuple[tuple[float, int], ...]
 
 @dataclass(frozen=True)
 class OperatorPlan:
-    """Contraction plans of a linear operator, one plan for each route.
+    """Contraction plans of a linear operator, one plan for each route (way to apply the operator).
 
     Args:
         topology: topology of the operator.
         applies: plans for `x: (tokens, padded in) -> (tokens, padded out)` that do not build the whole
-            matrix. The operands are x and the cores. Which plan is fastest depends on the number of tokens
+            matrix. The operands are `x` and the cores. Which plan is fastest depends on the number of tokens
             and on the machine.
         matrix: plan of the padded matrix; the operands are the cores.
-        blocked: for each leading out-leg that is split into blocks, its label and the number of its indices
-            in a block.
+        blocked: for each leading out-leg that is divided among blocks of rows, its label and its size within
+            a block.
         rows: plan of one block of rows; the operands are the cores, sliced to the block.
         shape: shape `(out_features, in_features)` of the operator.
         padded_shape: shape of the matrix including padding.
@@ -504,7 +507,7 @@ class OperatorPlan:
     is_padded: bool
 
     def seconds(self, route: int, tokens: int, machine: Machine, itemsize: int = 4) -> float:
-        """Predict the seconds of `route`, a position in `applies` or `RECONSTRUCT`."""
+        """Predict the time in seconds of `route`, which is a position in `applies` or `RECONSTRUCT`."""
         if route != RECONSTRUCT:
             return self.applies[route].seconds(tokens, machine, itemsize)
         dense = dense_seconds(*self.shape, tokens, machine, itemsize, from_memory=False)
@@ -518,7 +521,7 @@ class OperatorPlan:
 
 @lru_cache(maxsize=4096)
 def plan_operator(topology: Topology) -> OperatorPlan:
-    """Plan all routes of a linear operator; the plan is cached by topology."""
+    """Plan all routes (ways to apply a linear operator); the plan is cached by topology."""
     applies = _applies_sum(topology) if topology.terms else tuple(_applies(topology))
     matrix = plan_matrix(topology)
     blocked = _blocked_legs(topology, matrix)
@@ -546,7 +549,7 @@ def _applies(topology: Topology) -> Iterator[ContractionPlan]:
 
 
 def _applies_sum(topology: Topology) -> tuple[ContractionPlan, ...]:
-    """Plan the application of a sum to an input, with the fastest order of each term for each token count."""
+    """Plan the application of a sum to an input; for each token count, use the fastest order of each term."""
     found: dict[tuple[int, ...], ContractionPlan] = {}
     terms = [(positions, list(_applies(part))) for positions, part in topology.parts]
     places = [(0, *(k + 1 for k in positions)) for positions, _ in terms]  # operand 0 is the input
@@ -583,7 +586,7 @@ def _with_shape(plan: ContractionPlan, shape: tuple[int, ...]) -> ContractionPla
 
 
 def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[str, int], ...]:
-    """Choose how many indices of each leading out-leg form a block; () if the matrix needs no copy."""
+    """Choose the sizes of the leading out-legs within a block of rows; () if the matrix needs no copy."""
     if matrix.output_copy is None:
         return ()
     size, legs = math.prod(topology.padded_shape), []
@@ -598,7 +601,7 @@ def _blocked_legs(topology: Topology, matrix: ContractionPlan) -> tuple[tuple[st
 
 
 def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
-    """Build the paths that begin with the first operand and contract the others in order, or in reverse."""
+    """Build two paths that start at the first operand: one contracts the others in order, one in reverse."""
     if count == 1:
         return ([],)
     forward = [(0, 1), *((0, left - 1) for left in range(count - 1, 1, -1))]
@@ -608,7 +611,7 @@ def _sweeps(count: int) -> tuple[list[tuple[int, int]], ...]:
 
 @lru_cache(maxsize=4096)
 def fastest_routes(plan: OperatorPlan, machine: Machine, itemsize: int, *, rebuild: bool = True) -> Bounds:
-    """Tabulate the fastest route for each range of token counts; the range limits are accurate to 10 %.
+    """Tabulate the fastest route for each range of token counts; the limits of ranges are accurate to 10 %.
 
     Args:
         plan: plan of the operator.
@@ -636,7 +639,7 @@ _GRID = tuple(4**k for k in range(9))
 
 
 def choose(bounds: Bounds, tokens: int) -> int:
-    """Look up the fastest route for a number of tokens."""
+    """Look up the fastest route for the given number of tokens."""
     for largest, route in bounds[:-1]:
         if tokens <= largest:
             return route
@@ -644,10 +647,10 @@ def choose(bounds: Bounds, tokens: int) -> int:
 
 
 def contract_to_matrix(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
-    """Contract the cores to the dense matrix, shape `(out_features, in_features)`, with gradient.
+    """Contract the cores differentiably to the dense matrix of shape `(out_features, in_features)`.
 
-    If no gradients are recorded, the matrix is built in blocks of rows. Memory is then needed only for the
-    matrix and one block.
+    If autograd does not record the operations, the matrix is built in blocks of rows. Memory is then needed
+    only for the matrix and one block.
     """
     dense = _in_blocks(plan, cores) if plan.blocked and _may_write(cores) else run(plan.matrix, cores)
     if plan.is_padded:
@@ -674,7 +677,7 @@ def _in_blocks(plan: OperatorPlan, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _may_write(cores: Sequence[Tensor]) -> bool:
-    """Return True if results may be written in place: neither autograd nor tracing is active."""
+    """Return True if results may be written in place, because neither autograd nor tracing is active."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or transforms_active():
         return False
     recording = torch.is_grad_enabled() and any(core.requires_grad for core in cores)

@@ -24,15 +24,15 @@ MIN_SIZE = 256
 #: Largest rank, as a fraction of the smaller dimension, for which subspace iteration is fastest.
 MAX_SHARE = 1 / 8
 _MAX_ITERATIONS = 10
-#: Factor on `_MAX_ITERATIONS` if singular values are needed, because these converge later than the energy.
+#: Factor on `_MAX_ITERATIONS` if singular values are needed, which converge later than the energy.
 _PATIENCE = 2
-#: Typical number of iterations. The Gram matrix is built if `size / width` is at most this number, since
-#: building it takes as long as `size / width` iterations without it.
+#: Typical number of iterations. Building the Gram matrix takes as long as `size / width` iterations without
+#: it, so it is built if `size / width` is at most this number.
 _GRAM_PAYS_BELOW = 12
 
 
 def worth_iterating(size: int, rank: int) -> bool:
-    """Return True if subspace iteration is the fastest method for `rank` of `size` singular vectors."""
+    """Return True if subspace iteration is the fastest way to find `rank` of `size` singular vectors."""
     return size >= MIN_SIZE and rank <= MAX_SHARE * size
 
 
@@ -46,17 +46,17 @@ def iterated_basis(
 ) -> Tensor | None:
     """Compute the `rank` leading left singular vectors by subspace iteration, in descending order.
 
-    Energy means squared Frobenius norm.
+    Here the energy of a matrix is its squared Frobenius norm.
 
     Args:
         block: matrices, shape `(*batch, m, n)` with `m <= n`.
         total: energy of each matrix, shape `(*batch)`, double precision.
         rank: number of vectors, at most `m`.
         slack: the iteration stops when a step lowers the energy outside of the basis by less than this
-            fraction of that energy.
+            fraction of the energy outside.
         kept_slack: if given, the iteration stops only if that step also raises the energy inside the basis by
-            less than this fraction of it. Singular values are then accurate unless the energy outside is
-            large.
+            less than this fraction of the energy inside. Singular values are then accurate unless the energy
+            outside is large.
 
     Returns:
         Orthonormal basis of shape `(*batch, m, rank)`, or None if the energy has not converged.
@@ -120,7 +120,7 @@ class TruncatedSVD:
 
 
 class TruncatedStack(NamedTuple):
-    """Truncated SVDs of a stack of matrices in double precision, before signs are fixed.
+    """Truncated SVDs of a stack of matrices in double precision, with arbitrary signs of singular vectors.
 
     Shapes: `U: (*batch, m, rank)`, `S: (*batch, rank)`, `Vh: (*batch, rank, n)`. `discarded` is the sum of
     the discarded `S^2`, shape `(*batch)`.
@@ -146,8 +146,8 @@ def result_dtype(dtype: torch.dtype) -> torch.dtype:
 def default_tolerance(dtype: torch.dtype) -> float:
     """Return the default relative error `eps^(3/4)`, with `eps` of the dtype of the result.
 
-    It is 1.8e-12 in double and 6.4e-6 in single precision: above the rounding errors of a matrix that was
-    computed in this precision, so that its exact rank is found.
+    This is 1.8e-12 in double and 6.4e-6 in single precision. It is larger than the rounding errors of a
+    matrix that was computed in this precision, so decompositions find the exact rank of such a matrix.
     """
     return torch.finfo(result_dtype(dtype)).eps ** 0.75
 
@@ -182,7 +182,7 @@ def is_single(dtype: torch.dtype) -> bool:
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raise NonFiniteError if a tensor contains NaN or infinity; its message begins with `name`."""
+    """Raise NonFiniteError if a tensor contains NaN or infinity; the message begins with `name`."""
     if not math.isfinite(largest_element(tensor)):
         bad = int((~torch.isfinite(tensor)).sum())
         raise NonFiniteError(
@@ -199,7 +199,7 @@ def largest_element(tensor: Tensor) -> float:
 
 
 def safe_scale(tensor: Tensor) -> float:
-    """Choose a divisor so that squares of the elements neither overflow nor underflow; usually 1."""
+    """Choose a divisor, usually 1, so that squares of the elements neither overflow nor underflow."""
     size = largest_element(tensor)
     return size if size > 0 and not _SAFE_RANGE[0] <= size <= _SAFE_RANGE[1] else 1.0
 
@@ -242,20 +242,20 @@ def truncated_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Compute a truncated SVD with a certified error, without gradient.
+    """Compute a truncated SVD with a certified error (not differentiable).
 
     This is the best low-rank approximation in the Frobenius norm (Eckart-Young). The rank is the smallest
-    that satisfies `rel_error`; if this is larger than `max_rank`, an error is raised.
+    that satisfies `rel_error`. If this rank is larger than `max_rank`, an error is raised.
 
     The methods are:
 
     - `"exact"`: LAPACK, after a QR decomposition of tall or wide matrices.
-    - `"gram"`: eigenvectors of the smaller Gram matrix. Repeated with `"exact"` if the smallest kept singular
-      value is not accurate, so that factors of a double-precision matrix are orthonormal to 1e-10.
-    - `"randomized"`: subspace iteration, for ranks far below the size. Repeated with another method if the
+    - `"gram"`: eigenvectors of the smaller Gram matrix. If the smallest kept singular value is not accurate,
+      the method `"exact"` is used instead. So factors of a double-precision matrix are orthonormal to 1e-10.
+    - `"randomized"`: subspace iteration, for ranks far below the size. Another method is used instead if the
       iteration has not converged, if `rel_error` is exceeded, or if the discarded part of a double-precision
-      matrix is too small to be computed. Singular values are accurate to about 1e-4 of the largest in single
-      precision and 1e-9 in double precision; the other methods are accurate up to rounding.
+      matrix is too small to be computed. Singular values are accurate to about 1e-4 of the largest one in
+      single precision and 1e-9 in double precision; the other methods are accurate up to rounding.
     - `"auto"`: randomized if both sizes are at least 256 and the rank is at most an eighth of both; otherwise
       Gram for single and half precision, and exact for double precision.
 
@@ -298,7 +298,7 @@ def capped_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Compute `truncated_svd`, but with `max_rank` values if more would be needed to satisfy `rel_error`."""
+    """Compute `truncated_svd`, but keep `max_rank` values if `rel_error` would need more."""
     check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
     check_method(method)
     if max_rank is not None:
@@ -428,7 +428,7 @@ def _exact(work: Tensor, cap: int, allowed: Tensor | None) -> TruncatedStack:
 
 
 def _lapack_svd(work: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a thin SVD, with a second LAPACK driver if the default one does not converge."""
+    """Compute a thin SVD; if LAPACK's default driver does not converge, use a second one."""
     try:
         U, S, Vh = torch.linalg.svd(work, full_matrices=False)
         if bool(torch.isfinite(S).all() & torch.isfinite(U).all() & torch.isfinite(Vh).all()):

@@ -1,7 +1,7 @@
 """TT-SVD: decompose a matrix into the cores of a matrix product operator, with certified error.
 
 Bonds that are not truncated need no SVD, because their cores are identities. The sweep visits only the
-truncated bonds. It starts at the end of the chain that has the smaller legs.
+truncated bonds. It starts at whichever end of the chain has smaller legs.
 
 Reference: Oseledets 2011, "Tensor-Train Decomposition", algorithm 1 and theorem 2.2.
 """
@@ -36,11 +36,11 @@ from tensornet.linalg.svd import (
 
 # --- one step: split a matrix into an orthonormal factor and the rest; energy is a squared norm ---
 
-#: Smallest discarded fraction of the energy, in units of eps, that `_fast` can compute.
+#: Smallest discarded fraction of the energy, in units of eps, that `_fast` can compute accurately.
 _TRUSTED = 1e5
 #: Fraction by which the energy that subspace iteration discards may exceed the optimum.
 _SLACK = 3e-3
-#: Discarded energy below this fraction of the total is computed from the residual, not as a difference.
+#: Discarded energy below this fraction of the total is computed from the residual, not from a difference.
 _MEASURED_BELOW = 1e-4
 #: Bound on the relative rounding error of a sum of squares, in units of eps; at most 26 were observed for
 #: matrices of 400 x 400.
@@ -75,13 +75,14 @@ def split_block(
     """Factorize matrices approximately with a common rank, the smallest that keeps enough energy.
 
     Args:
-        block: matrices, shape `(*batch, m, n)`, finite, elements of moderate size.
+        block: matrices, shape `(*batch, m, n)`; the elements must be finite and of moderate size.
         total: energy of each matrix, shape `(*batch)`, double precision.
         cap: largest rank.
         allowed: largest energy that may be discarded, shape `(*batch)`; if None, the rank is `cap`.
         single: True if the elements are accurate to single precision only, whatever their dtype.
         method: see `truncated_svd`.
-        last: True for the last step of a sweep. Then `rest` may be the orthonormal factor if this saves a QR.
+        last: True for the last step of a sweep. Then, if this saves a QR decomposition, `rest` may be the
+            orthonormal factor instead of `left`.
         ordered: True if the columns of `left` must be singular vectors in descending order; otherwise they
             may be any basis.
     """
@@ -108,7 +109,7 @@ def _whole(block: Tensor, total: Tensor, last: bool) -> Split:
 
 
 def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
-    """Factorize in the dtype of the block; return None if rounding errors hide the discarded energy."""
+    """Compute `split_block` in the dtype of the block; None if rounding errors hide the discarded energy."""
     tall = block.shape[-2] > block.shape[-1]
     wide = block.mH if tall else block  # shape: (*batch, short, long)
     basis = None
@@ -145,7 +146,7 @@ def _fast(block: Tensor, total: Tensor, cap: int, last: bool) -> Split | None:
 
 
 def check_dims(shape: tuple[int, int], out_dims: Sequence[int], in_dims: Sequence[int]) -> None:
-    """Raise TopologyError unless dims are positive integers, equal in number, and cover the shape."""
+    """Raise TopologyError unless dims are positive, equal in number, and their products cover the shape."""
     check_sizes("out_dims", out_dims)
     check_sizes("in_dims", in_dims)
     if len(out_dims) != len(in_dims) or not out_dims:
@@ -176,7 +177,7 @@ def pad_matrix(matrix: Tensor, rows: int, columns: int) -> Tensor:
 def has_full_bonds(
     matrices: Tensor, out_dims: Sequence[int], in_dims: Sequence[int], tolerance: float
 ) -> bool:
-    """Return True if no bond of any matrix can be truncated at this relative error.
+    """Return True if no bond of any matrix can be truncated at the relative error `tolerance`.
 
     Singular values are computed from Gram matrices, which cannot resolve values below 1e-6 of the norm. So
     the result can be False although no bond can be truncated.
@@ -207,7 +208,10 @@ def tt_svd(
     *,
     bonds: Sequence[int] | None = None,
 ) -> tuple[list[Tensor], float, str]:
-    """Decompose one matrix `(out, in)` into cores; for arguments, results and errors see `tt_svd_stack`."""
+    """Decompose one matrix `(out, in)` into a chain of cores.
+
+    Arguments, results and errors are those of `tt_svd_stack`, without the batch dimension.
+    """
     cores, errors, bound_by = tt_svd_stack(matrix[None], out_dims, in_dims, budget, bonds=bonds)
     return [core[0] for core in cores], errors[0], bound_by
 
@@ -225,12 +229,12 @@ def tt_svd_stack(
     """Decompose a stack of matrices into chains of cores in one sweep; all items get the same bonds.
 
     Args:
-        matrices: real or complex matrices, shape `(batch, out, in)`; padded with zeros to the product of the
-            dims.
+        matrices: real or complex matrices, shape `(batch, out, in)`; they are padded with zeros to the
+            products of the dims.
         out_dims: sizes of the out-legs, most significant first.
         in_dims: sizes of the in-legs, one for each out-leg.
-        budget: limits on bonds, error and parameters. `rel_error` limits the error of every item; error that
-            one bond does not use is available to the next bonds.
+        budget: limits on bonds, error and number of parameters. `rel_error` limits the error of every item;
+            the part of it that one bond does not use is available to the next bonds.
         bonds: largest size of each bond, in addition to the budget.
         method: see `truncated_svd`. With `"auto"`, single-precision input is processed in single precision if
             the discarded energy is far above the rounding errors.
@@ -238,8 +242,8 @@ def tt_svd_stack(
     Returns:
         `(cores, errors, bound_by)`: cores of shape `(batch, left, out, in, right)`, left-orthonormal before
         one site and right-orthonormal after it; the certified relative Frobenius error of each item,
-        `sqrt(sum over bonds of discarded energy) / |W|`; and the limit that decided, see
-        `Decomposition.bound_by`.
+        `sqrt(sum over bonds of discarded energy) / |W|`; and the limit that determined the bonds (see
+        `Decomposition.bound_by`).
 
     Raises:
         BudgetError: even bonds of 1 exceed `param_ratio`, or `max_bond` has the wrong number of entries.
@@ -266,8 +270,8 @@ def tt_svd_stack(
             bound_by = "max_bond"
         caps = [min(b, c) for b, c in zip(bonds, caps, strict=True)]
 
-    # 2. Order the legs for the sweep, which starts at the end with the smaller legs. Since the order depends
-    # only on the dims, a larger budget never increases the error.
+    # 2. Order the legs for the sweep, which starts at the end with the smaller legs. The order depends only
+    # on the dims, so that a larger budget never increases the error.
     order = list(range(sites))
     if backwards := [o * i for o, i in dims] > [o * i for o, i in reversed(dims)]:
         order, dims, caps = order[::-1], dims[::-1], caps[::-1]
@@ -309,7 +313,7 @@ def tt_svd_stack(
     for k in range(last + 1, sites):
         cores.append(identity(math.prod(sizes[k:]), (-1, *dims[k], math.prod(sizes[k + 1 :]))))
 
-    # 5. Multiply the core that is not orthonormal by the scale, and restore the order of the cores.
+    # 5. Multiply the only core that is not orthonormal by the scale, and restore the order of the cores.
     cores = [core.to(dtype).contiguous() for core in cores]
     if scale is not None:
         cores[center] = scaled_back(cores[center], scale.view(-1, 1, 1, 1, 1), dtype)

@@ -4,9 +4,9 @@ The weighted error of an approximation `W'` of `W: (out, in)` is
 
     1/2 tr(R (W - W') C (W - W')^T) = 1/2 || Lr^T (W - W') Lc ||_F^2,    R = Lr Lr^T,    C = Lc Lc^T,
 
-so the best approximation of a given rank is the truncated SVD of the whitened matrix `Lr^T W Lc`, transformed
-back. With `R = C = 1` this is the plain truncated SVD. `R` and `C` are called moments; None stands for the
-identity and a vector for a diagonal matrix.
+so the best approximation of a given rank is found by truncating the SVD of the whitened matrix `Lr^T W Lc`
+and transforming back. With `R = C = 1` this is the plain truncated SVD. `R` and `C` are called moments. None
+represents the identity, and a vector represents a diagonal matrix.
 
 Reference:
     Wang et al. 2024, "SVD-LLM" (inputs only); Srebro, Jaakkola 2003, "Weighted low-rank approximations".
@@ -46,7 +46,7 @@ class Weighting:
 
 @dataclass(frozen=True)
 class WeightedSVD:
-    """SVD of the whitened matrix `Lr^T W Lc`, with factors of `W` itself.
+    """SVD of the whitened matrix `Lr^T W Lc`, and the factors of `W` that follow from it.
 
     Args:
         values: singular values of the whitened matrix in descending order, shape `(min(out, in),)`.
@@ -154,9 +154,9 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
     """Compute the predicted loss increase at ranks 0 to `k` under any weighting, shape `(k + 1,)`.
 
-    Let `W = A B` with the factors of the SVD. Rank `r` discards the columns of `A` and the rows of `B` from
-    `r` on. The loss increase is half the sum of the elements `[r:, r:]` of the elementwise product
-    `(A^T R A) * (B C B^T)`.
+    Let `W = A B` with the factors of the SVD. At rank `r`, the columns of `A` and the rows of `B` from index
+    `r` on are discarded. The loss increase is half the sum of the elements `[r:, r:]` of the elementwise
+    product `(A^T R A) * (B C B^T)`.
     """
     left, right = result.left, result.right
     overlaps = left.T @ times(weighting.rows, left) * (right @ times(weighting.columns, right.T))
@@ -166,11 +166,11 @@ def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
 
 @remembered
 def other_tail_costs(result: WeightedSVD, own: Weighting, other: Weighting) -> Tensor:
-    """Compute `tail_costs` under `other`, faster if this weighting is similar to that of the SVD.
+    """Compute `tail_costs(result, other)`, faster if `other` is similar to the weighting of the SVD.
 
     The fast way needs no product with a moment. It is used if both weightings have the same tensor as column
     moment and their row moments satisfy `R' = a R + diag(v)`. Then the rank-one terms of the SVD are
-    orthogonal under both weightings, so that their losses add up.
+    orthogonal under both weightings, so the losses of the discarded terms add up.
 
     Args:
         result: an SVD with factors.
@@ -308,11 +308,11 @@ def nearest_kronecker(terms: list[Weighting]) -> Weighting:
     q_right, r_right = torch.linalg.qr(right.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T)
     row, column = q_left @ u[:, 0] * s[0], q_right @ vh[0]
-    sign = torch.sign(row.sum())  # makes both moments positive
+    sign = torch.sign(row.sum())  # make both moments positive
     return Weighting((sign * row).reshape(rows[0].shape), (sign * column).reshape(columns[0].shape))
 
 
-#: Smallest pivot, as a fraction of the diagonal element, that has about four correct digits in single
+#: Smallest pivot, as a fraction of its diagonal element, that has about four correct digits in single
 #: precision.
 _LEAST_PIVOT = 1e-3
 
@@ -320,7 +320,7 @@ _LEAST_PIVOT = 1e-3
 def cholesky(moments: Tensor) -> tuple[Tensor, bool]:
     """Factorize moments `M = L L^T` by Cholesky, and repeat it in double precision if a pivot is small.
 
-    A pivot is a diagonal element minus a sum of squares, so a small pivot has lost digits.
+    A pivot is a diagonal element minus a sum of squares, so a small pivot has few correct digits.
 
     Args:
         moments: symmetric matrices, shape `(..., n, n)`; only the lower triangle is read.
