@@ -30,9 +30,9 @@ TABLES = ROOT / "benchmarks" / "records" / "architectures.md"
 
 HEADER = """# Architectures
 
-Is my architecture supported? The tests take the classes in the table through the [steps below](#the-steps),
-as small models with random weights. This shows that the code of a class is handled correctly. It does not
-show how well a trained model can be compressed.
+Is my architecture supported? For each class in the table, the tests run the [steps below](#the-steps) on a
+small model with random weights. This shows that the code of the class is handled correctly. It does not show
+how well a trained model can be compressed.
 """
 WRITTEN = (
     "`python benchmarks/architectures.py` writes this page from the table in `tests/hf_architectures.py`; do "
@@ -47,9 +47,9 @@ def page(record: Mapping[str, Any]) -> str:
     counts = Counter(outcome(name) for name in PAGE_ARCHITECTURES)
     tried = len(PAGE_ARCHITECTURES) - counts["transformers"]
     summary = (
-        f"Of {tried} architectures, **{counts['right']} are right in every step**. {counts['refused']} have "
-        f"a step that is refused for a reason, and {counts['fails']} a step that fails. "
-        f"{counts['transformers']} more architectures fail even without this library."
+        f"Of {tried} architectures, **{counts['right']} pass every step**. {counts['refused']} have a step "
+        f"that is refused, and {counts['fails']} have a step that fails. {counts['transformers']} more "
+        "architectures fail even without this library."
     )
     names = [
         {"group": title, "architectures": ", ".join(x.name for x in group)} for title, group in GROUPS.items()
@@ -66,14 +66,14 @@ def page(record: Mapping[str, Any]) -> str:
         table(names),
         "## The steps",
         way,
-        "## Architectures with a step that is not right",
+        "## Architectures that do not pass every step",
         table(others),
         "## Limits",
-        f"- In {len(low)} of these models less than 90 % of the parameters are in layers that can be "
+        f"- In {len(low)} of these models, less than 90 % of the parameters are in layers that can be "
         "compressed. [The record](../benchmarks/records/architectures.md) gives this share for every model, "
         "and the types of modules that contain the rest.\n"
-        "- Other classes may work too, since linear layers are found by their type. A warning names each "
-        "layer that stays dense.",
+        "- Other classes may work too, since linear layers are found by their type. The report of a "
+        "compression counts the parameters that stay dense.",
         WRITTEN,
     ]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -1100,7 +1100,7 @@ EXCEPTIONS: dict[str, dict[str, Exceptional]] = {
         "AutoModel": Exceptional(
             "refused",
             "has no module 'clip",
-            "transformers 5.20 loads the class without a decoder, in which modules have other names.",
+            "transformers 5.20 loads the class without a decoder; its modules have other names.",
             always=False,
         )
     },
