@@ -105,7 +105,10 @@ class ExpertFFN(nn.Module):
         return self.bank(self.names[-1]).out_features
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Apply to each row `(rows, in_features)`, sorted by expert, the network of its expert."""
+        """Apply each expert to its rows of `x: (rows, in_features)`, and return `(rows, out_features)`.
+
+        The rows are sorted by expert, as `groups` describes.
+        """
         hidden = ACTIVATIONS[self.activation](self._linear(self.names[0], x, groups))
         if self.gated:
             hidden = hidden * self._linear(self.names[1], x, groups)

@@ -1,4 +1,4 @@
-"""Pools of experts that several layers use, and the references to a pool in these layers."""
+"""Pools of experts that several layers use, and the modules by which these layers refer to a pool."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,16 +19,18 @@ BALANCES = ("pool", "layer")
 class ExpertPool(nn.Module):
     """Pool of experts that several layers use; each of these layers has its own router.
 
-    A pool is the only owner of parameters that layers share. The experts are an `ExpertFFN` of any banks:
-    private matrices, a shared center, low-rank deltas, cores in number formats. Give the pool, or a range of
-    its experts (`PooledExperts`), to the layers in place of experts. Assign it to the model that contains
-    them, so that its parameters are counted, trained and saved once. With FSDP put it into the root unit.
+    The pool alone owns the parameters that these layers share. Its experts are an `ExpertFFN` with any banks,
+    for example with private matrices, a shared center, low-rank deltas or quantized cores. Pass the pool, or
+    a range of its experts (`PooledExperts`), to each layer in place of experts. Assign the pool to the model
+    that contains the layers, so that its parameters are counted, trained and saved once. With FSDP, put the
+    pool into the root unit.
 
     Args:
         experts: the networks. The pool owns them from now on.
         label: name by which layers find the pool when a model is loaded; it must be unique in the model.
-        balance: what the balancing loss and the biases of routers aim at. `"pool"`: an even load summed over
-            all layers, so that a single layer may prefer some experts. `"layer"`: an even load in each layer.
+        balance: what the balancing loss and the biases of routers aim at. `"pool"`: the load, summed over all
+            layers, is even; a single layer may then prefer some experts. `"layer"`: the load is even in each
+            layer.
 
     Raises:
         TypeError: `experts` is not an ExpertFFN.
@@ -89,7 +91,10 @@ class ExpertPool(nn.Module):
         return self.experts.bank(self.experts.names[0]).stored_tensors()[0].device
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Map rows `(rows, in_features)`, sorted by expert (see `groups`), to `(rows, out_features)`."""
+        """Apply each expert to its rows of `x: (rows, in_features)`, and return `(rows, out_features)`.
+
+        The rows are sorted by expert, as `groups` describes.
+        """
         y: Tensor = self.experts(x, groups)
         return y
 
@@ -106,19 +111,19 @@ class ExpertPool(nn.Module):
 class PooledExperts(nn.Module):
     """Experts of a layer that uses an `ExpertPool`: all experts of the pool, or a range of them.
 
-    The pool belongs to the model alone. A layer refers to it without registering it, so state dicts,
-    optimizers and FSDP units contain its parameters once. The description (`spec`) of a layer contains the
-    label of its pool; after a model is built from descriptions, `connect_pools` sets the pools.
+    Only the model owns the pool. A layer refers to the pool without registering it, so state dicts,
+    optimizers and FSDP units contain the parameters of the pool once. The description (`spec`) of a layer
+    refers to its pool by label. After a model is built from descriptions, `connect_pools` sets the pools.
 
-    With ranges that do not overlap, every layer has experts of its own, but shares the cores that all experts
-    of the pool share, for example one center for all layers. A model that applies one block several times can
-    give each pass experts of its own in the same way.
+    If the ranges do not overlap, every layer has its own experts. The layers then share only the cores that
+    all experts of the pool share, for example one center. In the same way, a model that applies one block
+    several times can give each pass its own experts.
 
     Args:
         pool: the pool; or its label, if the pool is set later.
         experts: indices of the pool's experts that the layer uses, in ascending order; all if absent. Needed
             if `pool` is a label.
-        in_features, out_features: sizes of a token; only needed if `pool` is a label.
+        in_features, out_features: numbers of features of a token; needed only if `pool` is a label.
 
     Raises:
         TypeError: `experts` is not a range.
@@ -152,7 +157,7 @@ class PooledExperts(nn.Module):
             raise IndexError(f"A layer uses one or more experts of a pool in ascending order, got {experts}.")
         self.experts, self.in_features, self.out_features = experts, in_features, out_features
         self.label = pool.label if isinstance(pool, ExpertPool) else pool
-        # In a tuple, so that the pool is not registered as a submodule.
+        # The pool is kept in a tuple, so that it is not registered as a submodule.
         self._pool: tuple[ExpertPool, ...] = ()
         if isinstance(pool, ExpertPool):
             self.connect(pool)
@@ -164,10 +169,10 @@ class PooledExperts(nn.Module):
 
     @property
     def pool(self) -> ExpertPool:
-        """The pool.
+        """Pool that the layer uses.
 
         Raises:
-            RuntimeError: the pool was not set yet.
+            RuntimeError: the pool has not been set yet.
         """
         if not self._pool:
             raise RuntimeError(
@@ -177,7 +182,7 @@ class PooledExperts(nn.Module):
         return self._pool[0]
 
     def connect(self, pool: ExpertPool) -> None:
-        """Set the pool.
+        """Set the pool that the layer uses.
 
         Raises:
             IndexError: the layer uses experts that the pool does not have.
@@ -200,7 +205,7 @@ class PooledExperts(nn.Module):
         """Apply the experts of the layer; see `ExpertFFN.forward`.
 
         Raises:
-            RuntimeError: the pool was not set yet, or is on another device than the rows.
+            RuntimeError: the pool has not been set yet, or is on another device than the rows.
         """
         pool = self.pool
         # An offloaded pool is on the meta device until hooks load it.
@@ -220,7 +225,7 @@ class PooledExperts(nn.Module):
         return y
 
     def in_pool(self, values: Tensor) -> Tensor:
-        """Return values of the layer's experts, shape `(E,)`, with zeros for all others of the pool."""
+        """Extend values `(E,)` of the layer's experts to the whole pool, with zeros for all other experts."""
         index = torch.tensor(self.experts, device=values.device)
         return values.new_zeros(self.pool.num_experts).index_copy(0, index, values)
 
@@ -240,7 +245,7 @@ class PooledExperts(nn.Module):
 
 
 def connect_pools(model: nn.Module) -> int:
-    """For each layer that was built from a description, find its pool by label and connect the two.
+    """Connect each layer that was built from a description to the pool with its label.
 
     Args:
         model: a model with pools, and layers that use them.
@@ -320,7 +325,7 @@ def _build_pooled(
 
 
 class PoolExtension(ModelExtension):
-    """Refuses to save or load a model whose layers use a pool that the model does not contain."""
+    """Extension that refuses to save or load a model whose layers use a pool outside the model."""
 
     def check_whole(self, model: nn.Module) -> None:
         """Raise TargetError if a pool is missing from the model or contained twice; see `find_pools`."""

@@ -31,7 +31,7 @@ class PreparedExperts(ExpertBank):
         return matrices if experts is None else matrices.index_select(0, self.check_experts(experts))
 
     def apply_rows(self, x: Tensor, groups: Groups) -> Tensor:
-        """Compute `y_r = W_e(r) x_r` without selecting matrices, which would copy them; see `ExpertBank`."""
+        """Multiply rows by the matrices of their experts, without copying a selection of matrices."""
         matrices = self.matrices.to(x.dtype)
         if len(matrices) < self.num_experts:
             return nn.functional.linear(x, matrices[0])
@@ -44,7 +44,7 @@ class PreparedExperts(ExpertBank):
         return {}
 
     def train(self, mode: bool = True) -> Self:
-        """Set eval mode; raise TargetError if `mode` is True."""
+        """Stay in eval mode; raise TargetError if `mode` is True."""
         refuse_training(mode)
         return super().train(mode)
 

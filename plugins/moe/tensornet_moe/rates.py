@@ -1,4 +1,4 @@
-"""Learning rates of shared tensors: groups of parameters for any optimizer."""
+"""Parameter groups, for any optimizer, in which shared tensors have lower learning rates."""
 
 import math
 from collections import Counter
@@ -11,20 +11,19 @@ from tensornet_moe.pool import PooledExperts, find_pools
 
 
 def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dict[str, Any]]:
-    """Group a model's trainable parameters by their number of sharers `n`, with learning rate `lr / sqrt(n)`.
+    """Group parameters by the number `n` of experts or layers that share them, with rate `lr / sqrt(n)`.
 
-    A tensor that several experts or layers share collects the gradients of all of them in each step, and the
-    lower rate compensates for this. (`GradientMask` instead skips steps of such tensors.) The number of
-    sharers is, for
+    In each step, a shared tensor collects the gradients of all experts or layers that share it. The lower
+    rate compensates for this. (`GradientMask` instead skips steps of such tensors.) The number of sharers is:
 
-    - a core that all experts of a bank share: the number of experts, or for a bank in an `ExpertPool` the
-      number of experts of each layer that uses the pool, summed over the layers;
-    - any other tensor of a pool: the mean number of layers that use an expert;
-    - every other parameter: 1, even if an output layer and an embedding are tied.
+    - for a core that all experts of a bank share, the number of these experts. For a bank in an `ExpertPool`,
+      the experts that each layer uses are counted, and summed over the layers;
+    - for any other tensor of a pool, the mean number of layers that use an expert;
+    - for every other parameter, 1, even if an output layer and an embedding are tied.
 
     Args:
         model: a model; build the groups after moving or sharding it, since FSDP replaces parameters.
-        lr: learning rate of a tensor with one sharer, as for the optimizer.
+        lr: learning rate of parameters that are not shared.
         options: further entries of every group, for example `weight_decay=0.1`.
 
     Returns:
@@ -32,12 +31,12 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
         every trainable parameter exactly once.
 
     Raises:
-        ValueError: the rate is negative or not a finite number.
-        TargetError: a pool is missing from the model or contained twice, or two have the same label.
+        ValueError: `lr` is negative or not a finite number.
+        TargetError: a pool is missing from the model or contained twice, or two pools have the same label.
 
     Reference:
-        The root of the number of layers is from "Expert Tying" (arXiv 2606.16825). Counting experts as well
-        is our extension.
+        Dividing by the square root of the number of layers is from "Expert Tying" (arXiv 2606.16825).
+        Counting experts as well is our extension.
 
     Example:
         >>> up, down = (tm.SharedCoreExperts.from_dense(torch.randn(8, 8), num_experts=4) for _ in range(2))
@@ -60,9 +59,9 @@ def parameter_groups(model: nn.Module, *, lr: float, **options: Any) -> list[dic
 
 
 def count_sharers(model: nn.Module) -> Counter[int]:
-    """Count the sharers (see `parameter_groups`) of every parameter of banks and pools, keyed by `id`."""
+    """Count the experts or layers that share each parameter of a bank or pool, by parameter `id`."""
     pools = find_pools(model).values()
-    used: Counter[int] = Counter()  # experts that layers use, by the id of their pool
+    used: Counter[int] = Counter()  # number of experts that all layers use, by pool id
     for part in model.modules():
         if isinstance(part, PooledExperts):
             used[id(part.pool)] += part.num_experts

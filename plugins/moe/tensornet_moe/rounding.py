@@ -23,20 +23,20 @@ def round_banks(
     *,
     bits_per_weight: float | None = None,
 ) -> dict[str, str]:
-    """Store the cores of banks in number formats, in place.
+    """Choose a number format for each core of the banks, and store the cores in these formats, in place.
 
-    The chosen formats minimize the squared relative errors of the expert matrices, summed over cores and
-    banks, within the budget; each error is that of rounding one core alone. If even the smallest formats
-    exceed the budget, every core gets its smallest one. In networks of several cores, integers have at
-    least four bits, as in `CompressionConfig.formats`. If no format fits a core, the core stays as it is.
+    The error of a core is the relative error of the expert matrices if only this core is rounded. The chosen
+    formats minimize the sum of the squared errors of all cores within the budget. If even the smallest
+    formats exceed the budget, every core gets its smallest one. In networks of several cores, integers have
+    at least four bits, as in `CompressionConfig.formats`. If no format fits a core, the core stays as it is.
 
     Args:
         banks: the banks by name; their cores must be floats.
         formats: the formats to choose from.
-        bits_per_weight: budget: mean bits of a value in the cores, scales included; no limit if absent.
+        bits_per_weight: the budget: mean number of bits per value, scales included; no limit if absent.
 
     Returns:
-        Names of the parameters that are now stored in a number format, with the name of the format.
+        A dict from the name of each tensor that is now stored in a number format to the name of the format.
     """
     places: list[tuple[str, str]] = []
     choices: list[list[NumberFormat]] = []
@@ -80,9 +80,9 @@ def _for_network(number_format: NumberFormat) -> bool:
 
 
 class BankExtension(ModelExtension):
-    """Rounds cores of banks if `tensornet.compress` is given one number format or `bits_per_weight`.
+    """Extension that rounds cores of banks if `tensornet.compress` gets one format or `bits_per_weight`.
 
-    Low-rank deltas (`LowRankDeltaExperts`) and banks of users keep their dtype; only a base is rounded.
+    User-defined banks keep their dtype. In `LowRankDeltaExperts`, only the base is rounded, not the deltas.
     """
 
     def round_others(self, model: nn.Module, config: CompressionConfig) -> Mapping[str, str]:

@@ -1,4 +1,4 @@
-"""Routers, which choose the experts of each token and their weights, and the registry of routers."""
+"""Routers, which choose the experts of each token and their combine weights; and the router registry."""
 
 import math
 from abc import ABC, abstractmethod
@@ -21,7 +21,7 @@ COMBINE = ("unit", "prob", "sigmoid")
 
 @dataclass(frozen=True)
 class Routing:
-    """Routing decision: up to `k` experts, with combine weights, for each of `tokens` tokens.
+    """Routing decision: up to `k` experts, with combine weights, for each token.
 
     Args:
         expert_indices: shape `(tokens, k)`, integer.
@@ -67,35 +67,35 @@ class Routing:
 
 
 class Router(nn.Module, ABC):
-    """Abstract router with what all routers have in common: jitter, float32 logits, softmax, check for NaN.
+    """Abstract base class of routers: adds jitter, computes logits and softmax in float32, checks for NaN.
 
-    Subclasses define `select`, and list their additional arguments in `options`; `register_router` makes them
-    known to configurations and checkpoints. A router that uses later tokens must set `causal = False`. No
-    router may use the position of a token in the batch, which depends on padding.
-    `tensornet_moe.testing.RouterLaws` tests routers.
+    A subclass defines `select`, and lists its additional arguments in `options`. `register_router` makes the
+    subclass known to configurations and checkpoints. A router that uses later tokens must set
+    `causal = False`. No router may use the position of a token in the batch, since padding changes this
+    position. `tensornet_moe.testing.RouterLaws` tests routers.
 
-    Logits are `x @ weight^T`, always in float32, for models of any dtype and under autocast, since routers in
-    half precision are unstable (Switch Transformers, section 2.4).
+    Logits are `x @ weight^T`, computed in float32 even in half-precision models and under autocast, since
+    routers in half precision are unstable (Switch Transformers, section 2.4).
 
     Args:
         num_features: number of features of a token.
         num_experts: number of experts.
         jitter: in training, the router's input is multiplied by uniform noise in `[1 - jitter, 1 + jitter]`.
         combine: how the outputs of a token's experts are weighted. `"unit"`: by weights that sum to one, so
-            that equal experts act as one (a single expert has `p / stop_gradient(p)`, which is 1 but has a
-            gradient). `"prob"`: by the probabilities. `"sigmoid"`: by `2 sigmoid(logit)`, at first about 1
-            for each expert (Csordas et al. 2024, MoEUT, without the factor 2). Use `"sigmoid"` for training
-            from scratch, where experts with weights that sum to one learn `k` times more slowly than a dense
-            network.
+            that equal experts act as one. (If a token has one expert, its weight is `p / stop_gradient(p)`,
+            which equals 1 but can be differentiated.) `"prob"`: by the probabilities. `"sigmoid"`: by
+            `2 sigmoid(logit)`, which is initially about 1 (Csordas et al. 2024, MoEUT, without the factor 2).
+            Use `"sigmoid"` for training from scratch, where experts with weights that sum to one learn `k`
+            times more slowly than a dense network.
         normalize: divide the logits of a token by their Euclidean norm over the experts, and multiply them by
-            `logit_scale`, a trained parameter that starts at `sqrt(num_experts)`. The logits then have a root
-            mean square of 1 at first, for tokens of any norm, in every layer that uses a pool. UniPool (Huang
-            et al. 2026, NormRouter) normalizes in this way, but applies a ReLU afterwards; softmax and
+            `logit_scale`, a trained parameter that starts at `sqrt(num_experts)`. The logits of a token
+            of any norm then initially have a root mean square of 1, in every layer that uses a pool. UniPool
+            (Huang et al. 2026, NormRouter) normalizes in this way, but applies a ReLU afterwards; softmax and
             `combine` are our choice.
         bias_rate: if above 0, experts are chosen by probability plus bias (`ranked`), and `update_biases`
-            moves the bias of each expert by this rate after a training step. Combine weights do not contain
-            the bias. This balances the load without a loss (set `balance_coef=0`). DeepSeek-V3 uses 0.001,
-            and sigmoids in place of our softmax probabilities.
+            changes the bias of each expert by this rate after a training step. Combine weights do not contain
+            the bias. Biases balance the load without a loss (set `balance_coef=0`). DeepSeek-V3 uses a rate
+            of 0.001, and sigmoids in place of our softmax probabilities.
         device, dtype: device and dtype of the weight `(num_experts, num_features)`, whose initial standard
             deviation is `0.1 / sqrt(num_features)`.
 
@@ -120,7 +120,7 @@ class Router(nn.Module, ABC):
     options: ClassVar[tuple[str, ...]] = ()
     logit_scale: Tensor | None
     bias_steps: Tensor | None
-    #: True if the experts of a token do not depend on later tokens; other routers are for encoders only.
+    #: True if the experts of a token do not depend on later tokens. Other routers are only for encoders.
     causal: ClassVar[bool] = True
 
     def __init__(
@@ -151,13 +151,13 @@ class Router(nn.Module, ABC):
         scale = torch.full((1,), math.sqrt(num_experts), device=device, dtype=dtype) if normalize else None
         self.register_parameter("logit_scale", None if scale is None else nn.Parameter(scale))
 
-        # Steps are counted in integers, which are exact in a half-precision model, too.
+        # The biases are stored as integer counts of steps, which stay exact in a half-precision model.
         steps = torch.zeros(num_experts, dtype=torch.int64, device=device) if bias_rate > 0 else None
         self.register_buffer("bias_steps", steps)
 
     @abstractmethod
     def select(self, logits: Tensor, probs: Tensor, mask: Tensor | None) -> Routing:
-        """Choose experts from float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
+        """Choose experts, given float32 `logits` and `probs: (tokens, E)` and a bool `mask: (tokens,)`."""
 
     @property
     def experts_per_token(self) -> float | None:
@@ -211,7 +211,7 @@ class Router(nn.Module, ABC):
         if mask is not None:
             finite = finite | ~mask
         if torch.compiler.is_compiling():
-            # A private function, but the only check of values that does not break the graph of torch.compile.
+            # This function is private, but it is the only check of values that causes no graph break.
             torch._assert_async(finite.all(), "a router was fed NaN or infinity")
         elif not bool(finite.all()):
             raise NonFiniteError(
@@ -235,10 +235,10 @@ def register_router(name: str, kind: type[Router]) -> None:
     Args:
         name: name for `mixture(router=name)` and `tensornet_hf.upcycle(model, router=name)`.
         kind: a subclass of `Router` whose constructor takes the arguments of `Router` and its `options`.
-            They become words of `mixture` and `upcycle`.
+            Users pass these options to `mixture` and `upcycle`.
 
     Raises:
-        TypeError: not a subclass of `Router`.
+        TypeError: `kind` is not a subclass of `Router`.
         ValueError: the name is taken by another class.
 
     Example:
@@ -278,12 +278,12 @@ def check_capacity(factor: float | None) -> None:
 
 
 def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
-    """Drop choices of an expert that exceed its capacity `ceil(capacity_factor * choices / E)`.
+    """Drop the choices that exceed the capacity of an expert, `ceil(capacity_factor * choices / E)`.
 
-    If every token has `k` experts, there are `k * tokens` choices.
-    First choices of all tokens are served before second choices, earlier tokens before later ones, padding
-    last. A dropped choice contributes nothing, and the weights of the other choices do not change. If all
-    choices of a token are dropped, its output is 0, so that only the residual connection remains.
+    If every token has `k` experts, there are `k * tokens` choices. First choices of all tokens are served
+    before second choices, earlier tokens before later ones, and padding last. A dropped choice
+    contributes nothing, and the weights of the other choices do not change. If all choices of a token are
+    dropped, its output is 0, so that only the residual connection remains.
 
     Args:
         routing: the decision of a router.
@@ -298,7 +298,7 @@ def limit_capacity(routing: Routing, capacity_factor: float) -> Routing:
     if routing.kept is not None:
         chosen = chosen & routing.kept.T.reshape(-1, 1)
     queue, choices = chosen.cumsum(0), k * tokens
-    if routing.mask is not None:  # padding queues behind all tokens
+    if routing.mask is not None:  # padding queues behind all real tokens
         real = routing.mask.repeat(k)[:, None]
         tokens_first = (chosen & real).cumsum(0)
         queue = torch.where(real, tokens_first, tokens_first[-1:] + (chosen & ~real).cumsum(0))
@@ -313,10 +313,10 @@ class TopKRouter(Router):
     """Router that sends each token to its `top_k` most probable experts.
 
     With `combine="unit"` the weights of the chosen experts are `p_i / sum_j p_j`. For `top_k=1` this would be
-    a constant without gradient, so the weight is `p / stop_gradient(p)`.
+    the constant 1, from which the router cannot learn. So the weight is then `p / stop_gradient(p)`.
 
     Args:
-        top_k: experts for each token.
+        top_k: number of experts for each token.
         num_features, num_experts, jitter, combine, normalize, bias_rate, device, dtype: see `Router`.
 
     Raises:
@@ -361,7 +361,7 @@ class TopKRouter(Router):
 
 
 class SwitchRouter(TopKRouter):
-    """Switch router: send each token to its most probable expert. See `Router` for the arguments.
+    """Router that sends each token to its most probable expert; see `Router` for the arguments.
 
     Reference:
         Fedus, Zoph, Shazeer 2021, "Switch Transformers", section 2.1.
@@ -388,8 +388,8 @@ class ExpertChoiceRouter(Router):
     Args:
         capacity_factor: mean number of experts for each token.
         num_features, num_experts, jitter, combine, normalize, device, dtype: see `Router`. `combine="unit"`
-            divides a token's probabilities by their sum over the experts that chose it, without a gradient
-            through the sum.
+            divides a token's probabilities by their sum over the experts that chose it. This sum is not
+            differentiated.
 
     Raises:
         ValueError: `capacity_factor` is not in `(0, num_experts]`, or `bias_rate` is above 0.

@@ -1,22 +1,25 @@
-"""Low-rank networks that share one core and approximate several matrices: fits, rounding, predicted losses.
+"""Low-rank approximations of several matrices that share one core: fits, rounding and predicted losses.
 
-There are three sharing patterns. Each minimizes the sum of the weighted errors `1/2 tr(R_e E_e C_e E_e^T)`;
-every matrix `e`, such as an expert of a mixture, has its own error `E_e` and moments `R_e` and `C_e`:
+There are three sharing patterns. Each minimizes the sum of the weighted errors `1/2 tr(R_e E_e C_e E_e^T)`
+over all matrices `e`, such as the experts of a mixture. `E_e` is the error of a matrix, and `R_e` and `C_e`
+are its own moments of rows and columns. The patterns are:
 
 - `inputs`: `W_e = A_e B`, one projection `B` of the inputs for all;
-- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all, which is `inputs` for the transposed
+- `outputs`: `W_e = A B_e`, one basis `A` of the outputs for all: the same as `inputs` for the transposed
   matrices;
 - `base`: `W_e = W_0 + A_e B_e`, one dense matrix for all and a low-rank product for each.
 
-The shared factor comes from one SVD of all matrices under pooled moments, which is optimal if all matrices
-have the same moments. Each private factor is then the least-squares optimum under the moments of its matrix.
-The shared factors of all ranks are nested, so the losses of all ranks are predicted together.
+The shared factor comes from one SVD of all matrices, weighted by pooled moments. It is optimal if all
+matrices have the same moments. Each private factor is then the least-squares optimum under the moments of its
+matrix. The shared factor of each rank is a part of that of the next rank, so the losses of all ranks are
+predicted together.
 
-The patterns `inputs` and `outputs` may be stored in number formats. The shared core is then rounded once,
-with moments pooled over the matrices: an error `E` of the shared `B` in `W_e = A_e B` costs
-`1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which compensates a part
-of this rounding error, and are rounded with their own moments. The loss increase by rounding is predicted
-without rounding, at a few ranks, and interpolated to the others. A base keeps the dtype of the model.
+Cores of the patterns `inputs` and `outputs` may be stored in number formats. The shared core is then rounded
+once, with moments pooled over the matrices: an error `E` of the shared `B` in `W_e = A_e B` increases the
+loss by `1/2 sum_e tr(A_e^T R_e A_e E C_e E^T)`. The private factors are then fitted again, which compensates
+part of this rounding error, and rounded with their own moments. The loss increase by rounding is predicted at
+a few ranks, without rounding anything, and interpolated to the other ranks. All cores of the pattern `base`
+keep the dtype of the model.
 
 Reference:
     Gu et al. 2025, "Delta Decompression for MoE-based LLMs Compression" (the base). Shared factors under
@@ -62,9 +65,9 @@ PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
 _GROWTH = 4
 #: Singular values below this fraction of the largest are treated as zero, which limits the ranks.
 _LEAST_DIRECTION = 1e-7
-#: Ranks at which the losses of rounding are predicted, as fractions of the largest rank.
+#: Ranks at which the loss increases by rounding are predicted, as fractions of the largest rank.
 _TRIED = (0.0, 0.06, 0.12, 0.25, 0.5, 1.0)
-#: Smallest number of bits of a factor that must be accurate (`encodings`).
+#: Smallest number of bits of a shared core whose format differs from that of the private cores (`encodings`).
 _ACCURATE_BITS = 8
 #: Number of rows of a factor that are sampled to estimate the loss of rounding it.
 _SAMPLED_ROWS = 128
@@ -94,7 +97,7 @@ def pattern_params(pattern: str, count: int, rows: int, columns: int, rank: int)
 
 
 def pattern_of(topology: Topology, core: str) -> str | None:
-    """Find the sharing pattern that has this topology and shared core; None if none has."""
+    """Find the sharing pattern with this topology and this shared core; None if there is none."""
 
     def ordered(other: Topology) -> Topology:  # files do not keep the order of the sizes
         return replace(other, sizes=tuple(sorted(other.sizes)))
@@ -117,18 +120,18 @@ def fit_low_rank(
     rank: int,
     storage: Storage = PLAIN,
 ) -> list[dict[str, Core]]:
-    """Fit low-rank networks that share one core, in double precision, and round them to number formats.
+    """Fit low-rank networks that share one core, in double precision, and round their cores.
 
     Args:
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
         weightings: sensitivity of the loss to errors in each matrix.
         rank: rank of the factors.
-        storage: number formats of the cores; those of the pattern `base` keep their dtype.
+        storage: number formats of the cores; cores of the pattern `base` keep their dtype.
 
     Returns:
-        The cores of each network by name, as matrices: codes for integer formats, else values. The shared
-        core is the same object in all networks.
+        The cores of each network by name, as matrices: integer codes for integer formats, otherwise values.
+        The shared core is the same object in all networks.
     """
     work = _in_double(matrices)
     topology = pattern_topology(pattern, work[0].shape[0], work[0].shape[1], rank)
@@ -148,7 +151,7 @@ def fit_stored(
     rank: int,
     storage: Storage = PLAIN,
 ) -> list[dict[str, Tensor | PackedCore]]:
-    """Fit low-rank networks that share one core, and store them in number formats or the matrices' dtype.
+    """Fit low-rank networks that share one core; store them in number formats or the dtype of the matrices.
 
     Args:
         pattern, matrices, weightings, rank, storage: see `fit_low_rank`.
@@ -214,7 +217,7 @@ def _fits(
 def _factors_of_all_ranks(
     pattern: str, matrices: Sequence[Tensor], weightings: Sequence[Weighting]
 ) -> Iterator[FactoredMatrix]:
-    """Yield each matrix with two factors whose first `r` components are its least-squares fit of rank `r`."""
+    """Yield each matrix and two factors; their first `r` components are its least-squares fit of rank `r`."""
     if pattern == "outputs":
         for w, left, right in _factors_of_all_ranks("inputs", *_transposed(matrices, weightings)):
             yield w.T, right.T, left.T
@@ -223,7 +226,7 @@ def _factors_of_all_ranks(
     for w, x in zip(matrices, weightings, strict=True):
         moved = shared.T if x.columns is None else _full(x.columns, w.shape[1], w) @ shared.T
         lower, info = torch.linalg.cholesky_ex(shared @ moved)
-        if int(info):  # the moment is singular on these rows: keep the rows before the first dependent one
+        if int(info):  # the moment is singular on these rows: keep those before the first dependent row
             lower = lower[: int(info) - 1, : int(info) - 1]
         rows = torch.linalg.solve_triangular(lower, shared[: len(lower)], upper=False)
         half = torch.linalg.solve_triangular(lower, (w @ moved[:, : len(lower)]).T, upper=False)
@@ -233,7 +236,7 @@ def _factors_of_all_ranks(
 def _shared_rows(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
     """Compute the best right factor that all matrices can share, with errors weighted by pooled moments.
 
-    The result has unit rows, shape `(k, in)`. Its first `r` rows are the best factor of rank `r`.
+    The result has rows of norm 1, shape `(k, in)`. Its first `r` rows are the best factor of rank `r`.
     """
     pooled_inputs: Tensor | None = None
     if any(x.columns is not None for x in weightings):
@@ -259,11 +262,12 @@ def _bases(
 ) -> Iterator[tuple[Tensor, list[WeightedSVD]]]:
     """Yield bases, each with the weighted SVDs of the remainders (matrices minus base).
 
-    The first base is the mean of the matrices. Each later one is the mean of `W_e - A_e B_e`, where `A_e B_e`
-    approximates the remainder of the previous base; the rank increases from base to base.
+    The first base is the mean of the matrices. Each later base is the mean of `W_e - A_e B_e`, where
+    `A_e B_e` approximates the remainder of matrix `e` for the previous base. The rank of `A_e B_e` increases
+    from base to base.
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
-    # At the largest rank, base and factors together are still smaller than the matrices.
+    # This is the largest rank at which base and factors have fewer elements than the matrices.
     largest = ((count - 1) * rows * columns - 1) // (count * (rows + columns))
     ranks = [1, *(_GROWTH**k for k in range(rows) if _GROWTH**k <= largest)]
     base = _mean(matrices, weightings)
@@ -286,7 +290,7 @@ def _round_factors(
     cores: Cores,
     formats: Mapping[str, NumberFormat | None],
 ) -> list[dict[str, Core]]:
-    """Round the shared factor once; then, with it fixed, fit the private factors, and round them."""
+    """Round the shared factor once; then fit the private factors to the rounded one, and round them."""
     if pattern == "inputs":
         cores = _equal_columns(cores)
     core, own = PATTERNS[pattern], "0" if pattern == "inputs" else "1"
@@ -321,7 +325,7 @@ def _equal_columns(cores: Cores) -> Cores:
 
 
 def _seen_by_shared(pattern: str, cores: Cores, weightings: Sequence[Weighting]) -> Weighting:
-    """Combine the weightings of all products into one weighting for the shared factor."""
+    """Compute one weighting of errors of the shared factor from the weightings of all matrices."""
     if pattern == "inputs":
         seen = [_moments_of_right(left, x) for (left, _), x in zip(cores, weightings, strict=True)]
         return pooled(seen, cores[0][1])
@@ -338,7 +342,7 @@ def _moments_of_left(right: Tensor, weighting: Weighting) -> Weighting:
 
 
 def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor:
-    """Compute the mean of matrices, weighted by the traces of their moments."""
+    """Compute the weighted mean of matrices; the weights are the products of the traces of their moments."""
     sizes = [
         _trace(x.rows, w.shape[0]) * _trace(x.columns, w.shape[1])
         for w, x in zip(matrices, weightings, strict=True)
@@ -412,12 +416,13 @@ def shared_candidates(
         pattern: a key of `PATTERNS`.
         matrices: each `(out, in)`.
         sensitivities: sensitivity of the loss to errors in each matrix.
-        formats: number formats that cores may be stored in; if empty, only the model's dtype is used.
-        per_token: number of these matrices that process the same token.
+        formats: number formats in which cores may be stored; if empty, only the model's dtype is used.
+        per_token: mean number of these matrices that process the same token.
 
     Returns:
         One candidate for each combination of formats and each rank `1 ... k`. Its topology is that of one
-        matrix; its size and predicted losses are those of all matrices together. `error` is not predicted.
+        matrix, but its size and predicted losses are those of all matrices together. `error` is not
+        predicted.
     """
     count, (rows, columns) = len(matrices), matrices[0].shape
     dense, dtype = count * rows * columns, matrices[0].dtype
@@ -464,8 +469,8 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
     pairs: list[tuple[NumberFormat, NumberFormat | None]] = []  # (private, shared)
     for private, _ in topology_family("low_rank").encodings(own):
         pairs += [(private, private), (private, best)]
-    # Leave out integer shared cores with private factors in the model's dtype: most values are private, so
-    # these are better stored as integers of eight bits.
+    # Skip combinations of an integer shared core with private factors in the model's dtype. Most values are
+    # private, so storing the private factors in eight bits is better.
     useful = dict.fromkeys(
         (private, shared) for private, shared in pairs if shared and (private != _FLOAT or shared == _FLOAT)
     )
@@ -479,7 +484,10 @@ def encodings(pattern: str, formats: Sequence[NumberFormat]) -> list[Storage]:
 def _fit_losses(
     pattern: str, matrices: Sequence[Tensor], sensitivities: Sequence[Sensitivity], ranks: int
 ) -> Tensor:
-    """Predict the losses of fits at all ranks under `weighting` and `forecast`, shape `(2, ranks)`."""
+    """Predict the losses of the fits of all ranks, shape `(2, ranks)`.
+
+    The two rows are the losses under `weighting` and under `forecast` of the sensitivities.
+    """
     weightings = [x.weighting for x in sensitivities]
     tries: Iterable[Iterable[FactoredMatrix | WeightedSVD]] = [
         _factors_of_all_ranks(pattern, matrices, weightings)
@@ -502,7 +510,7 @@ def _fit_losses(
 
 
 def _rank_losses(terms: FactoredMatrix | WeightedSVD, sensitivity: Sensitivity, ranks: int) -> Tensor:
-    """Predict the losses of one matrix at all ranks; they are infinite at ranks that `terms` lacks."""
+    """Predict the losses of one matrix at all ranks; infinite at ranks for which `terms` has no factors."""
     weighting, forecast = sensitivity.weighting, sensitivity.forecast
     if isinstance(terms, WeightedSVD):
         found = torch.stack([terms.error, other_tail_costs(terms, weighting, forecast)])
@@ -517,7 +525,7 @@ def _rank_losses(terms: FactoredMatrix | WeightedSVD, sensitivity: Sensitivity, 
 def _sizes(
     pattern: str, count: int, rows: int, columns: int, ranks: int, storage: Storage, dtype: torch.dtype
 ) -> list[tuple[Topology, int, int]]:
-    """For each rank, return the topology of one network, and the parameters and bytes of all networks."""
+    """Return for each rank the topology of one network, and the parameters and bytes of all networks."""
     found = []
     for rank in range(1, ranks + 1):
         topology = pattern_topology(pattern, rows, columns, rank)
@@ -540,7 +548,7 @@ def _rounding_of_factors(
     ranks: int,
     per_token: float,
 ) -> list[Tensor]:
-    """For each storage, predict the losses of rounding both factors; shapes are as in `_fit_losses`."""
+    """Predict the loss increase by rounding both factors, for each storage; shapes as in `_fit_losses`."""
     core = PATTERNS[pattern]
     kinds = [[x.weighting for x in sensitivities], [x.forecast for x in sensitivities]]
     tried = sorted({max(1, round(fraction * ranks)) for fraction in _TRIED})
@@ -586,7 +594,10 @@ def _rounding(
     weightings: Sequence[Weighting],
     row_damping: float = LEAST_DAMPING,
 ) -> Tensor:
-    """Predict the losses of a core that is rounded for the first weighting, shape `(formats, weightings)`."""
+    """Predict the loss increase by rounding a core, shape `(formats, weightings)`.
+
+    The core is rounded such that the loss under the first weighting is small.
+    """
     integers = [x for x in formats if x.is_integer]
     sample = spaced_rows(core, _SAMPLED_ROWS)
     found = torch.zeros(len(formats), len(weightings), dtype=torch.float64)

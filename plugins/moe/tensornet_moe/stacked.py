@@ -20,7 +20,8 @@ EXPERT = TOKEN
 #: Largest number of cores for which all contraction orders are tried; a heuristic is used for more.
 _EXHAUSTIVE_CORES = 7
 
-#: Largest size of a merged group of cores, as a fraction of a matrix; reordering such a group is almost free.
+#: Largest size of a merged group of cores, relative to the size of a matrix. Permuting the axes of so small a
+#: tensor takes almost no time.
 _SMALL = 1 / 8
 
 SHARED_KEYWORDS = ("center", "ends", "none", "all")
@@ -30,12 +31,12 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
     """Resolve `shared` to core names, in the order of the topology.
 
     Args:
-        topology: the operator of one expert.
+        topology: topology of the matrix of one expert.
         shared: `"center"` (the core with the most parameters), `"ends"` (first and last core), `"none"`,
             `"all"`, or a sequence of core names.
 
     Raises:
-        TopologyError: an unknown keyword or core name, or the operator is a sum of networks.
+        TopologyError: an unknown keyword or core name, or the topology is a sum of networks.
     """
     names = topology.core_names
     if topology.terms:
@@ -66,7 +67,7 @@ def _described(topology: Topology) -> str:
 
 
 def enclosing_topology(topologies: Sequence[Topology]) -> Topology:
-    """Return the topology with the largest size of each bond; all experts can be zero-padded to it.
+    """Return the topology with the largest size of each bond; the cores of all experts can be padded to it.
 
     Raises:
         TopologyError: the topologies differ in more than their bonds.
@@ -108,12 +109,13 @@ class MergedCores:
 class StackPlan:
     """Planned contraction that builds the matrices of all experts at once.
 
-    Small neighbours, such as several private cores on one side of a shared center, are merged first, into a
-    tensor with adjacent out-legs and adjacent in-legs. The copy that brings rows and columns of the matrices
-    into order then moves long runs of memory; otherwise it would add a tenth to the time of the arithmetic.
+    Small neighbouring cores, such as several private cores on one side of a shared center, are merged first.
+    In the merged tensor, all out-legs are adjacent, and all in-legs are adjacent. So the copy that brings the
+    rows and columns of the matrices into order moves long runs of memory. Otherwise this copy would add a
+    tenth to the time of the arithmetic.
 
     Args:
-        topology: the operator of one expert.
+        topology: topology of the matrix of one expert.
         shared: names of the cores that all experts share.
         groups: groups of cores that are merged first.
         contraction: contraction of the groups to the matrices.
@@ -134,7 +136,7 @@ class StackPlan:
 def plan_stack(topology: Topology, shared: tuple[str, ...], num_experts: int) -> StackPlan:
     """Plan the contraction that builds the matrices of `num_experts` experts.
 
-    The plan is valid for other numbers of experts, too. For a chain with a shared center of bonds `l` and `r`
+    The plan is valid for other numbers of experts, too. In a chain whose shared center has bonds `l` and `r`,
     one expert costs about `(l + r) * out_features * in_features` multiply-adds.
     """
     legs = (*topology.out_labels, *topology.in_labels)
@@ -186,7 +188,7 @@ def build_matrices(plan: StackPlan, cores: Mapping[str, Tensor], num_experts: in
     ]
     dense = run(plan.contraction, operands)
     if len(plan.shared) == len(topology.cores):
-        # With expand(1, ...) the backward pass would sum over this one expert, and the sum makes a copy.
+        # For one expert, avoid `expand`: its backward pass would sum over the experts, which makes a copy.
         dense = dense.unsqueeze(0) if num_experts == 1 else dense.expand(num_experts, *dense.shape)
     dense = dense.reshape(num_experts, rows, columns)
     if topology.padded_shape != topology.shape:
@@ -219,7 +221,7 @@ def _mergeable(
 def _labels_left(
     names: Sequence[str], cores: Mapping[str, tuple[str, ...]], output: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """Order the labels of a merged group: experts, then legs as in the output, then bonds."""
+    """Return the labels of a merged group in order: the expert index, legs as in the output, bonds."""
     inside = {x for name in names for x in cores[name]}
     outside = {x for name, labels in cores.items() if name not in names for x in labels}
     legs = tuple(x for x in output if x in inside)

@@ -4,8 +4,8 @@
         def router(self, num_features, num_experts):
             return MyRouter(num_features, num_experts)
 
-They need pytest (extra `testing`). Set a law to None if it does not apply, for example `test_causal = None`
-for a router that uses the whole batch.
+The classes need pytest (extra `testing`). Set a law to None if it does not apply, for example
+`test_causal = None` for a router that uses the whole batch.
 """
 
 import copy
@@ -27,11 +27,12 @@ from tensornet_moe.routers import Router, Routing
 
 require(("pytest",), extra="testing", user="tensornet_moe.testing")
 
-import pytest  # noqa: E402 - asks for it first
+import pytest  # noqa: E402 - `require` must run before
 
 _TOKENS, _FEATURES, _EXPERTS = 13, 6, 4
 
-#: Allowed difference of combine weights, in float32. A product of another batch size is rounded differently.
+#: Allowed difference of combine weights, in float32. Matrix products of different batch sizes are rounded
+#: differently.
 _ROUNDING = 100 * torch.finfo(torch.float32).eps
 
 
@@ -44,7 +45,7 @@ class RouterLaws:
 
     @pytest.mark.parametrize("tokens", [0, 1, _TOKENS])
     def test_shapes(self, tokens: int) -> None:
-        """Check expert indices, normalised probabilities and float32 results for any number of tokens."""
+        """Check shapes, dtypes, expert indices and normalized probabilities for several token counts."""
         routing = self._made()(torch.randn(tokens, _FEATURES))
         k = routing.expert_indices.shape[1]
         assert routing.expert_indices.shape == routing.weights.shape == (tokens, k)
@@ -56,7 +57,7 @@ class RouterLaws:
         assert int(routing.load().sum()) <= tokens * k
 
     def test_no_expert_twice(self) -> None:
-        """Check that no token has an expert twice, since the expert's weight would then count twice."""
+        """Check that no token gets the same expert twice, since its weight would then count twice."""
         indices = self._made()(torch.randn(_TOKENS, _FEATURES)).expert_indices
         assert all(len(set(row)) == len(row) for row in indices.tolist())
 
@@ -115,7 +116,7 @@ class RouterLaws:
         assert router.bfloat16()(x.bfloat16()).logits.dtype == torch.float32
 
     def test_balancing_counts_the_choices(self) -> None:
-        """Check that a mixture balances the load: the choices in `kept`, not all that are listed."""
+        """Check that the balancing loss counts only the choices marked in `kept`, not all listed experts."""
         router, x = self._made(), torch.randn(_TOKENS, _FEATURES)
         bank = SharedCoreExperts.from_dense(torch.randn(_FEATURES, _FEATURES), num_experts=_EXPERTS)
         moe = SharedCoreMoE(router, ExpertFFN({"up": bank, "down": copy.deepcopy(bank)})).eval()
@@ -127,11 +128,11 @@ class RouterLaws:
         assert torch.allclose(moe.stats.balance, want, rtol=1e-4)
 
     def test_biases_move_the_load(self) -> None:
-        """Check that `select` chooses by `ranked`, so that biases move an uneven load."""
+        """Check that biases change an uneven load, which requires `select` to choose experts by `ranked`."""
         router, x = self._made().eval(), torch.randn(1, _FEATURES).expand(_TOKENS, -1)  # equal tokens
         load = router(x).load()
         if bool((load != load[0]).any()):
-            router.bias_rate = 1.0  # more than the differences of probabilities
+            router.bias_rate = 1.0  # larger than any difference of probabilities
             router.bias_steps = (load.float().mean() - load).sign().long()
             assert not torch.equal(router(x).load(), load)
 
@@ -183,7 +184,7 @@ class BankLaws:
         raise NotImplementedError(f"{type(self).__name__} must define from_dense(weight, num_experts).")
 
     def test_matrices(self) -> None:
-        """Check shapes, and that matrices of selected and of repeated experts equal those of the bank."""
+        """Check shapes, and that selected or repeated experts have the same matrices as in the whole bank."""
         bank = self._made()
         whole = bank.expert_matrices()
         assert whole.shape == (_EXPERTS, *self.shape)
@@ -205,7 +206,7 @@ class BankLaws:
         assert [name for name, p in bank.named_parameters() if p.grad is None] == []
 
     def test_gradients_of_dense_experts(self) -> None:
-        """Check outputs and gradients of a mixture against a loop over its dense matrices."""
+        """Check outputs and gradients of an `ExpertFFN` against a loop over its dense matrices."""
         up, down = self._made(), self._transposed()
         network = ExpertFFN({"up": up, "down": down}, activation="tanh").double()
         expert = torch.tensor([0, 0, 1, 3, 3, 3])

@@ -53,7 +53,10 @@ class ParallelExperts(nn.Module):
         return self._group[0]
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """Apply to each row `(rows, in_features)`, sorted by expert, the network of its expert."""
+        """Apply each expert to its rows of `x: (rows, in_features)`, and return `(rows, out_features)`.
+
+        The rows are sorted by expert, as `groups` describes.
+        """
         ranks, here = dist.get_world_size(self.group), self.local.num_experts
         # Number of rows to send to each expert, shape (processes, experts per process).
         counts = groups.counts.reshape(ranks, here)
