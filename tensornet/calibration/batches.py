@@ -14,7 +14,7 @@ from tensornet.errors import TargetError
 
 #: Keyword arguments of a model. The entry `"labels"` may be meant only for the loss.
 Batch = Mapping[str, Any]
-#: Forms in which callers may pass a batch, see `as_batch`.
+#: Forms in which callers may pass a batch (see `as_batch`).
 BatchLike = Batch | Tensor | Sequence[Any]
 
 #: Label of a position that has no loss.
@@ -267,7 +267,7 @@ _TOKENS_OF_IMAGE = 196
 
 
 class BatchSample:
-    """Iterable that yields all batches, and stores a few evenly spaced ones of them in `kept`.
+    """Iterable that yields all batches, and stores a few evenly spaced batches in `kept`.
 
     Args:
         batches: the batches; a generator that can be iterated only once is allowed.
@@ -320,7 +320,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def first_rows(batch: Batch, tokens: float) -> Batch:
-    """Select first rows of a batch with about `tokens` tokens; if one row of ids is longer, shorten it."""
+    """Select the first rows of a batch, with about `tokens` tokens; a single longer row of ids is cut."""
     arrays = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
     sizes = {len(value) for value in arrays.values()}
     others = [value for value in batch.values() if not isinstance(value, Tensor)]

@@ -49,7 +49,7 @@ class Call:
         return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
 
     def with_slot(self, slot: int | str) -> "Call":
-        """Return a copy with the hidden state at `slot`; if no tensor is there, return this call."""
+        """Return a copy of the call with hidden state at `slot`; without a tensor there, return `self`."""
         places = dict([*enumerate(self.args), *self.kwargs.items()])
         return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
 
@@ -271,7 +271,7 @@ def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., 
 def outer_stacks(
     model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
 ) -> dict[str, tuple[str, ...]]:
-    """Map the outermost containers with at least `least` modules to the names of these modules."""
+    """Map the name of each outermost container with at least `least` modules to the names of its modules."""
     found: dict[str, tuple[str, ...]] = {}
     for name, module in model.named_modules():
         inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)

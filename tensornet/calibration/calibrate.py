@@ -39,9 +39,9 @@ from tensornet.nn.layer_kinds import kind_of
 from tensornet.nn.targets import LayerSelection, Target, check_loaded, check_model, find_targets
 from tensornet.nn.unfuse import unfused
 
-#: If `tokens` is absent, calibration ends after these two numbers: of tokens and of losses. Both must be
-#: reached, since a model with one loss per row, such as an encoder, has few independent gradients for many
-#: tokens.
+#: If `tokens` is absent, calibration ends when it has read this number of tokens and this number of losses.
+#: Both are required, since a model with one loss per row, such as an encoder, has few independent gradients
+#: for many tokens.
 MOST_TOKENS, ENOUGH_LOSSES = 32768, 1024
 #: Conditions for ending earlier: the smallest number of tokens; the smallest number of tokens per feature of
 #: each full input moment; and the largest relative standard error of a predicted loss increase.
@@ -89,12 +89,12 @@ def calibrate(
     in batches that were not read, so pass batches in random order. See docs/planning.md.
 
     Args:
-        model: any module; layers of registered kinds are observed, see `tensornet.nn.LayerKind`.
+        model: any module; layers of registered kinds are observed (see `tensornet.nn.LayerKind`).
         batches: iterable of batches. A batch is a mapping of keyword arguments of the model (a Hugging Face
             batch); or a tensor, the first argument of the model (token indices `(rows, tokens)` for a
             language model); or a pair `(inputs, labels)` as a `DataLoader` gives it.
         config: selects the layers to observe; all layers if absent.
-        loss_fn: function that returns the losses of single tokens, see `tensornet.calibration.losses`;
+        loss_fn: function that returns the losses of single tokens (see `tensornet.calibration.losses`);
             `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
             is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
             model's own mean loss for each token; if there are neither labels nor an own loss, it is the
@@ -226,7 +226,7 @@ class _Settling:
             r = torch.ones_like(r)
         mean_c, mean_r = c.mean(0), r.mean(0)
         total = float((scale * mean_c * mean_r).sum())
-        # How the total changes to first order if a batch gets more weight in the means.
+        # The delta method: the derivative of the total with respect to the weight of each batch in the means.
         influence = (scale * (c * mean_r + mean_c * r)).sum(1) - 2 * total
         return float(influence.std()) / math.sqrt(len(c)) / total if total > 0 else math.inf
 
@@ -274,7 +274,7 @@ class MomentRecorder:
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}
         self._differentiating = False
-        self._sampled: set[str] = set()  # layers of which tokens of this batch were sampled
+        self._sampled: set[str] = set()  # layers for which tokens of this batch were sampled
 
     def expect(self, batch: Mapping[str, Any]) -> None:
         """Set the batch on which the model runs next; padding in the batch is ignored."""
@@ -283,10 +283,10 @@ class MomentRecorder:
 
     @contextmanager
     def differentiating(self) -> Iterator[None]:
-        """Return a context for the backward pass, in which gradient checkpointing runs layers once more.
+        """Return a context for the backward pass, in which gradient checkpointing may run layers again.
 
-        Inputs are not recorded again. Tokens are sampled only for layers that ran without gradients before,
-        as they do in the forward pass of reentrant checkpointing.
+        Inputs are not recorded again. Tokens are sampled only for layers that ran without gradients in the
+        forward pass, as in reentrant checkpointing.
         """
         self._differentiating = True
         try:
@@ -533,7 +533,7 @@ def mirrored(moment: Tensor) -> Tensor:
 def observed(
     model: nn.Module, recorder: MomentRecorder, config: LayerSelection | None
 ) -> Iterator[list[Target]]:
-    """Return a context in which the model is frozen and in eval mode, and hooks record its layers.
+    """Return a context in which the model is frozen and in eval mode, and hooks record inputs and gradients.
 
     Args:
         model: any module.
@@ -567,7 +567,7 @@ def observed(
 
 
 def _start_graph(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """Make an output require gradients: weights are frozen, so the autograd graph has to start at a layer."""
+    """Make an output require gradients, so that the autograd graph starts here; all weights are frozen."""
     if output.requires_grad or not torch.is_grad_enabled():
         return output
     # The model may change the output in place. Autograd forbids this for a leaf, so the output is copied.

@@ -133,7 +133,8 @@ class CoherenceSample:
             pairs = (a @ a.mT).double() * (b @ b.mT).double()
             single, size = float(pairs.trace()), len(a)
             alone += single * one.count / size
-            others = (float(pairs.sum()) - single) / (size * (size - 1))  # mean over different tokens
+            # The mean over all pairs of different tokens.
+            others = (float(pairs.sum()) - single) / (size * (size - 1))
             joint += single * one.count / size + others * one.count * (one.count - 1)
         return max(joint / alone, _LEAST) if alone > 0 else None
 
@@ -152,7 +153,7 @@ def whitened(x: Tensor, moment: Tensor, damping: float) -> Tensor:
     if moment.ndim == 1:
         return x.double() / damped(moment, damping).sqrt()
     lower = _root(moment, damping)
-    if lower is None:  # rounding errors in the moment exceed the damping
+    if lower is None:  # not positive definite, since rounding errors in the moment exceed the damping
         return x.double() @ root(damped(moment, damping))[1].mT
     found: Tensor = torch.linalg.solve_triangular(lower, x.to(lower.dtype).mT, upper=False)
     return found.mT

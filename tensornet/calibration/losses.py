@@ -299,7 +299,7 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
 
     def losses(model: nn.Module, batch: Batch) -> Tensor:
         nonlocal judged_by
-        if judged_by is None:  # decided by the first batch
+        if judged_by is None:  # the first batch decides which loss is used
             judged_by, _ = default_losses(teacher, batch)
         if judged_by not in PROJECTIONS:
             return judged_by(model, batch)
@@ -392,7 +392,7 @@ def _projected(unit: Tensor) -> Tensor:
 
 
 def field(output: Any, name: str) -> Any:
-    """Return a field of a model output, which is an object or a mapping; None if the field is missing."""
+    """Return a field of a model output (an object or a mapping); None if the field is missing."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
@@ -411,7 +411,7 @@ def _labels(batch: Batch) -> Tensor | None:
     if labels is None and "input_ids" in batch:
         labels = batch["input_ids"].long()  # losses accept only int64
         mask = batch.get("attention_mask")
-        if mask is not None and mask.shape == labels.shape:  # other shapes are attention patterns
+        if mask is not None and mask.shape == labels.shape:  # masks of other shapes are attention patterns
             labels = labels.masked_fill(mask == 0, IGNORED)
     return labels
 
@@ -429,7 +429,7 @@ def _predict(model: nn.Module, batch: Batch) -> tuple[Tensor | None, Tensor | No
     if labels is not None and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         batch = {**batch, "labels": labels}
     output = run_model(model, batch)
-    if isinstance(output, Tensor):  # perhaps hidden states, for which input tokens are not labels
+    if isinstance(output, Tensor):  # may be hidden states, so input tokens are not used as labels
         labels = batch.get("labels")
     logits = _logits(output)
     matches = logits is not None and labels is not None and logits.shape[:-1] == labels.shape

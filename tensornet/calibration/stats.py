@@ -21,7 +21,7 @@ STATS_VERSION = 1
 
 @dataclass(frozen=True)
 class CalibrationStats:
-    """Second moments of every layer's inputs and output gradients, which predict loss increases.
+    """Second moments of every layer's inputs and output gradients; they predict loss increases.
 
     A change `dW: (out, in)` of one layer's weight increases the loss of a token by about `coherence * 1/2
     tr(R dW C dW^T)`, in the K-FAC approximation of the Fisher matrix. For a linear layer with inputs `x`, and
@@ -38,8 +38,8 @@ class CalibrationStats:
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
         coherence: by module name, a measure of whether the first-order loss changes of the tokens of one text
             or image add up: the mean square of the sum of these changes, divided by its value for independent
-            tokens. It is estimated from 32 tokens of each of 16 texts, see `tensornet.calibration.coherence`.
-            A missing entry means 1.
+            tokens. It is estimated from 32 tokens of each of 16 texts; `tensornet.calibration.coherence` says
+            how. A missing entry means 1.
         counts: number of tokens that each layer received, by module name; layers behind a router receive
             fewer than `tokens`.
         scored: number of tokens that have a loss.
@@ -199,7 +199,7 @@ def weight_samples(targets: Iterable[Target]) -> dict[str, tuple[float, ...]]:
 
 
 def first_difference(samples: Mapping[str, Sequence[float]], targets: Iterable[Target]) -> str | None:
-    """Return the name of the first weight whose sample differs by more than rounding to 16 bits; else None.
+    """Return the name of the first weight that differs from its sample by more than 16-bit rounding, or None.
 
     Args:
         samples: samples from `weight_samples`; weights without a sample are not compared.

@@ -1,4 +1,4 @@
-"""Divide a budget among layers: choose one candidate for each layer, with one Lagrange multiplier for all.
+"""Divide a budget among layers: choose a candidate for each layer by one Lagrange multiplier for all layers.
 
 Each candidate of a layer has a size and a cost. With a Lagrange multiplier `m`, every layer takes the
 candidate with the least `cost + m * size`. Among all choices with the same total size this choice has the
@@ -332,7 +332,7 @@ def choose_candidates(
         chosen, bound_by = choose_within(caps, names)
     except BudgetError as error:
         raise BudgetError(f"{error}{_with_rel_error(config)}") from error
-    for name in _common_formats(candidates):  # use one format for all layers if this costs less
+    for name in _common_formats(candidates):  # one format for all layers may cost less
         same = [uniform(found)[name] for found in candidates]
         cheaper = total_cost(caps[0].curves, same) < total_cost(caps[0].curves, chosen)
         if cheaper and all(cap.use(same) <= 1 for cap in caps):

@@ -251,7 +251,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
         if copy is not stock:
             layer_kind(module.source).share(stock, copy.weight)  # type: ignore[arg-type]
         if (bias := layer_bias(module)) is not None:
-            stock.bias = bias  # the same parameter, as in `apply_plan`
+            stock.bias = bias  # the same parameter object, as in `apply_plan`
         set_submodule(model, name, stock)
         carry_hooks(module, stock)
     fuse(model)
@@ -355,7 +355,7 @@ def _compressed(
             raise ValueError(f"it makes cores of shapes {result.network.topology.core_shapes}")
     except NonFiniteError:
         raise
-    except (ValueError, KeyError, IndexError) as error:  # plans are files that people edit
+    except (ValueError, KeyError, IndexError) as error:  # the topology may come from an edited file
         raise TopologyError(
             f"Layer {layer.name!r}: {family.name!r} does not make the planned cores "
             f"{layer.topology.core_shapes} ({error}). Edit plans by plan.replace_layer(name, topology), with "

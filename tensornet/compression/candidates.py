@@ -162,7 +162,8 @@ def _of_layer(
                 storage = Storage(pivoted, number_format=number_format, core_formats=tuple(others.items()))
                 known = rivals if number_format.is_integer else []
                 more = network_candidates(matrix, sensitivity, storage, family, config, counts, known)
-                found = [*found, *(x for x in more if x.topology is not None)]  # `found` has dense ones
+                # The dense matrix is already among the candidates.
+                found = [*found, *(x for x in more if x.topology is not None)]
     if config.rel_error is not None:
         found = keep_promise(found, matrix, sensitivity.weighting, config.rel_error)
     if not found:
@@ -217,7 +218,7 @@ def network_candidates(
     counts: Counts | None = None,
     rivals: Sequence[Candidate] = (),
 ) -> list[Candidate]:
-    """List the networks of one family that may replace a matrix, stored in one way, by increasing bond.
+    """List the candidates of one topology family and one storage for a matrix, by increasing bond.
 
     The dense matrix is the last candidate, unless `max_bond` excludes some networks.
 
@@ -227,7 +228,7 @@ def network_candidates(
         storage: how the cores are stored.
         family: a registered topology family.
         config: limits and options of the family; networks with an error above `rel_error` are dropped.
-        counts: cache of sizes, see `Counts`; new sizes are added.
+        counts: cache of sizes (see `Counts`); new sizes are added.
         rivals: other candidates of the layer. Networks above the lower convex hull of the rivals' costs over
             bytes are dropped. Since rounding only adds loss, some are dropped before their cores are rounded.
 
@@ -289,7 +290,7 @@ def network_candidates(
 def _counted(
     topologies: Sequence[Topology], storage: Storage, dtype: torch.dtype, counts: Counts
 ) -> list[tuple[int, int]]:
-    """Return `(stored values, bytes)` of each topology of a ladder, with `counts` as cache."""
+    """Return `(stored values, bytes)` of each topology of a ladder (see `Counts`); `counts` is the cache."""
     key = (topologies[0], topologies[-1], len(topologies), storage, dtype)
     if key not in counts:
         counts[key] = [(storage.num_params(x), storage.num_bytes(x, dtype)) for x in topologies]
@@ -359,7 +360,7 @@ def round_trip(
         storage: how its cores are stored.
         dtype: dtype of the model.
         weighting: sensitivity of the loss to errors of the matrix, for rounding cores to integers.
-        rounding: how integers are rounded, see `CompressionConfig`.
+        rounding: how integers are rounded (see `CompressionConfig`).
     """
     kept = encode(network.topology, storage, network.to(dtype).cores, weighting, rounding)
     # Cores with number formats are decoded to the dtype of the given cores, not to the dtype of the model.

@@ -25,7 +25,7 @@ from tensornet.nn.extension import ProvidedData, provided_data, round_others
 from tensornet.nn.targets import check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
-#: Calibration data of `compress`: batches, batches with a name and a loss, or statistics.
+#: Forms of calibration data for `compress`: batches; batches with a name and a loss function; or statistics.
 Calibration = Iterable[BatchLike] | ProvidedData | CalibrationStats
 
 
@@ -51,7 +51,7 @@ def compress(
     Args:
         model: any module.
         config: the options; or a plan, possibly edited or loaded from a file, that is applied unchanged.
-        calibration: batches, see `calibrate`; or `ProvidedData`, which has batches, a name for reports, and
+        calibration: batches (see `calibrate`); or `ProvidedData`, which has batches, a name for reports, and
             possibly a loss function or saved statistics; or only statistics. If absent, an installed plugin
             may provide text; without any data, plans minimize the error of the weights. A
             `CalibrationWarning` reports both cases.
@@ -221,12 +221,12 @@ def prepare_checked(
         model: the dense model; it is not changed.
         config: the options.
         data: calibration data from `gather`; if it has no batches, the loss check uses `validation`.
-        validation: validation data, see `compress`.
+        validation: validation data (see `compress`).
         progress: whether to show progress bars.
 
     Raises:
         TargetError: validation data is given, but there are no predicted losses to correct.
-        BudgetError: the budget cannot be met, see `Prepared.plan`.
+        BudgetError: the budget cannot be met (see `Prepared.plan`).
     """
     stats = data.statistics
     prepared = prepare(model, config, stats, progress=progress)

@@ -62,7 +62,7 @@ def option(
 
 @dataclass(frozen=True)
 class CompressionConfig(LayerSelection):
-    """Options of `compress`. Several limits may be combined; a plan keeps all of them.
+    """Options of `compress`. Several limits may be combined; a plan meets all of them.
 
     Args:
         target_modules: layers to compress: a name, the end of a name, a glob, or re:REGEX (default: all
@@ -261,7 +261,7 @@ class CompressionConfig(LayerSelection):
 
     @property
     def one_format_keeps(self) -> bool:
-        """True if the set budgets allow a plan without calibration data: one number format for all layers."""
+        """True if a plan without calibration data can meet the budgets: one number format for all layers."""
         return self.formats is not None and self.param_ratio is None and self.loss_increase is None
 
     @property

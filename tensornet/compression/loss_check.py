@@ -53,7 +53,7 @@ MEASURED_SHARES = (0.9, 0.75, 0.6)
 CHECK_TOKENS = 1024
 #: Three limits. The number of rounds of planning and measuring. The number of groups of layers that are
 #: measured in a round; a group has several blocks if there are more blocks than groups. The number of
-#: measurements in a round that search for the bad layers within groups.
+#: measurements in a round that find out which layers of a group increase the loss too much.
 ROUNDS, GROUPS, _SPLITS = 4, 12, 48
 #: A prediction is raised if the measured loss exceeds two limits: `_TOO_LOW` times the prediction, and the
 #: prediction plus `_SHARE` times the predicted loss of the whole plan. The factor is at most `_MOST`.
@@ -89,15 +89,15 @@ def check_loss(
         prepared: the candidates of this model, from `prepare`.
         model: the dense model.
         batches: batches as for `calibrate`; about a thousand of their tokens are used.
-        loss_fn: loss function, see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        loss_fn: loss function (see `tensornet.calibration.losses`); `losses_against(model)` if absent.
         progress: whether to show a progress bar.
-        budget: budget of the plan, see `Prepared.plan`.
+        budget: budget of the plan (see `Prepared.plan`).
 
     Returns:
         The candidates with raised predictions.
 
     Raises:
-        BudgetError: the budget cannot be met, see `Prepared.plan`.
+        BudgetError: the budget cannot be met (see `Prepared.plan`).
 
     Example:
         >>> from tensornet.compression import check_loss, prepare
@@ -159,7 +159,7 @@ def correct_by_measuring(
     source: str = "validation data",
     progress: bool = False,
 ) -> Prepared:
-    """Correct predicted losses by loss increases that are measured at a few sizes of the model.
+    """Measure loss increases at a few sizes of the model, and correct all predicted losses by them.
 
     A copy of the model that shares its weights is compressed to each size and run on the validation data;
     nothing is trained, and the model is not changed. Each size takes one compression and three forward passes
@@ -170,7 +170,7 @@ def correct_by_measuring(
         model: the dense model.
         validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from a
             different source than the calibration text.
-        loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
+        loss_fn: loss function without random numbers (see `tensornet.calibration.losses`);
             `losses_against(model)` if absent.
         budgets: sizes to measure, as budgets of `Prepared.plan`; by default, `MEASURED_BITS` with number
             formats, else `MEASURED_SHARES`.
@@ -246,7 +246,7 @@ def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[st
 
 
 def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[str, float]:
-    """Compute the power of the strongest output of each weight relative to that of the median output.
+    """Compute, for each weight, the power of the strongest output relative to the power of the median output.
 
     The power of an output is the sum of its squared weights times the mean squares of the inputs, as if the
     inputs were independent. The result is 1 for embeddings, and if most outputs are zero.
@@ -265,7 +265,7 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
 
 
 def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
-    """Multiply predicted losses of a layer: of the planned candidate and smaller ones of the same family."""
+    """Scale the predicted losses of the planned candidate, and of smaller candidates of the same family."""
     assert layer.topology is not None
     family = layer.topology.family
     return [

@@ -69,7 +69,7 @@ class LossIncrease:
 
     @classmethod
     def of(cls, increases: Tensor, **fields: Any) -> "LossIncrease":
-        """Make a `LossIncrease` from the increases of single tokens' losses, shape `(tokens,)`.
+        """Make a `LossIncrease` from the loss increases of single tokens, shape `(tokens,)`.
 
         `fields` are the values of the remaining fields.
         """
@@ -129,12 +129,12 @@ def record_losses(
     source: str = "calibration data",
     tokens: int | None = REPORT_TOKENS,
 ) -> RecordedLosses | None:
-    """Record the losses of a dense model before the model is compressed in place; `measure` needs them then.
+    """Record the losses of a dense model before it is compressed in place, as a reference for `measure`.
 
     Args:
         model: the dense model.
         batches: batches as for `calibrate`.
-        loss_fn: loss function, see `tensornet.calibration.losses`; `losses_against(model)` if absent.
+        loss_fn: loss function (see `tensornet.calibration.losses`); `losses_against(model)` if absent.
         source: name of the text, for reports.
         tokens: approximate number of tokens, from the first rows of a few batches; None uses all batches.
 
@@ -187,7 +187,7 @@ def measure(
             standard error.
         batches: batches as for `calibrate`, all of which are used; ignored if `reference` is a result of
             `record_losses`, which contains its batches.
-        loss_fn: loss function without random numbers, see `tensornet.calibration.losses`;
+        loss_fn: loss function without random numbers (see `tensornet.calibration.losses`);
             `losses_against(reference)` if absent.
         source: name of the text, for reports.
 
@@ -377,7 +377,7 @@ class Forecast:
         source: str | None = None,
         divergences: Iterable[tuple[float, float]] = (),
     ) -> "Forecast":
-        """Make a correction from measurements.
+        """Make a `Forecast` from measurements.
 
         A measured loss is ignored unless it exceeds all losses measured at smaller predictions.
 

@@ -81,7 +81,7 @@ class LayerPlan:
 
     @property
     def params_after(self) -> int:
-        """Planned number of stored values, including padding, scales, and row permutations of cores."""
+        """Planned number of stored values, with padding, scales, and row permutations of pivoted cores."""
         return self.params_before if self.topology is None else self.storage.num_params(self.topology)
 
     @property
@@ -91,7 +91,7 @@ class LayerPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Planned bytes, including packed integers, scales, zero points, and row permutations of cores."""
+        """Planned bytes of all stored values: weights or cores, scales, zero points, and row permutations."""
         if self.topology is None:
             return self.bytes_before
         if self.target is not None:  # plans for export targets have no networks
@@ -227,10 +227,10 @@ class CompressionPlan:
 
     Args:
         layers: the plan of each layer.
-        objective: how errors were weighted, see `CompressionConfig`. Unless it is `"weight"`, the calibration
-            statistics are needed again to apply the plan.
+        objective: how errors were weighted (see `CompressionConfig`). Unless it is `"weight"`, the
+            calibration statistics are needed again to apply the plan.
         damping: damping of the gradient moments.
-        rounding: how integers are rounded, see `CompressionConfig`.
+        rounding: how integers are rounded (see `CompressionConfig`).
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
         forecast: corrects the sum of the predicted losses by loss increases measured on validation data.
@@ -370,7 +370,7 @@ class CompressionPlan:
     def replace_layer(
         self, name: str, topology: Topology | None, storage: Storage | str | None = None
     ) -> "CompressionPlan":
-        """Return a plan in which one layer has another topology and storage.
+        """Return a copy of the plan in which one layer has another topology and storage.
 
         The error and predicted loss increase of this layer become unknown, or 0 if it becomes dense.
 
@@ -415,7 +415,7 @@ class CompressionPlan:
         return replace(self, layers=tuple(edited if x.name == name else x for x in self.layers))
 
     def with_errors(self, errors: Mapping[str, float]) -> "CompressionPlan":
-        """Return the plan with the certified errors that `apply_plan` returned; other layers get error 0."""
+        """Return a copy of the plan with the certified errors from `apply_plan`; other layers get error 0."""
         known = (replace(layer, error=errors.get(layer.name, 0.0)) for layer in self.layers)
         return replace(self, layers=tuple(known))
 
@@ -459,7 +459,7 @@ class CompressionPlan:
         return "\n".join(lines)
 
     def plot(self) -> "Figure":
-        """Plot the bits and ranks of all layers and, if it was predicted, the loss over bits per weight.
+        """Plot the bits and ranks of all layers and, if losses were predicted, the loss over bits per weight.
 
         Returns:
             A `matplotlib.figure.Figure`, not registered with pyplot; save it with `savefig`.

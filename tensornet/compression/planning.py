@@ -33,7 +33,7 @@ from tensornet.topologies import topology_family
 from tensornet.topologies.base import Decomposition
 from tensornet.topologies.registry import topology_of_shape
 
-#: Budgets that may differ between plans from the same candidates.
+#: Budgets that `Prepared.plan` can change, since the candidates do not depend on them.
 BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
 
 
@@ -45,7 +45,7 @@ class Prepared:
 
     Args:
         config: the configuration.
-        weights: every weight of the model, including skipped weights, see `find_targets`.
+        weights: every weight of the model, including skipped weights (see `find_targets`).
         targets: the weights to compress, in model order.
         candidates: candidates of each target; empty if each layer is planned separately by the error of its
             weight.

@@ -28,12 +28,12 @@ FREQUENCY_SPREAD = 0.5
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Weightings of errors in one matrix.
+    """Sensitivity of the loss to errors in one matrix, as two weightings with different damping.
 
     Args:
         weighting: weighting with little damping, for choosing and fitting candidates.
         forecast: weighting with more damping, for predicting the loss increase.
-        rounding: how integers are rounded, see `CompressionConfig`.
+        rounding: how integers are rounded (see `CompressionConfig`).
     """
 
     weighting: Weighting
@@ -48,14 +48,14 @@ def layer_sensitivity(
     damping: float,
     rounding: Rounding = "two_sided",
 ) -> Sensitivity | None:
-    """Make the two weightings of errors in one matrix that a `Sensitivity` contains.
+    """Make the `Sensitivity` of the loss to errors in one matrix.
 
     Args:
         target: the weight.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
         damping: fraction of the mean diagonal that is added to gradient moments for `Sensitivity.weighting`.
-        rounding: how integers are rounded, see `CompressionConfig`.
+        rounding: how integers are rounded (see `CompressionConfig`).
 
     Returns:
         The weightings; None if all gradients are zero, so that errors do not change the loss.
@@ -113,7 +113,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
 def layer_weighting(
     target: Target, objective: str, stats: CalibrationStats | None, damping: float
 ) -> Weighting | None:
-    """Make the weighting of errors in one matrix for an objective of `CompressionConfig`.
+    """Make the weighting with which an objective of `CompressionConfig` measures errors in one matrix.
 
     Returns:
         The weighting; None if all gradients are zero, so that errors do not change the loss.
@@ -136,7 +136,7 @@ def layer_weighting(
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
-    """Make the weighting of the errors in one weight from the moment of its inputs alone.
+    """Make the weighting of errors in one weight from the input moment alone.
 
     If several layers use the weight, the inputs are those of the first layer that ran. If all inputs were
     zero, the weighting is the Frobenius norm.
@@ -156,7 +156,7 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
-    """Make the weighting of the errors in one weight from its damped gradient and input moments.
+    """Make the weighting of errors in one weight from the damped gradient moment and input moment.
 
     If several layers use the weight, the weighting is the Kronecker product closest to the sum over these
     layers.
@@ -234,7 +234,7 @@ def is_known(target: Target, stats: CalibrationStats) -> bool:
 
 
 def _ran(target: Target, stats: CalibrationStats) -> bool:
-    """Return True if the inputs of at least one layer that uses the weight are known."""
+    """Return True if at least one layer that uses the weight ran in calibration."""
     uses = zip(target.names, target.kinds, strict=True)
     return any(name in (stats.rows if kind.name == "embedding" else stats.columns) for name, kind in uses)
 

@@ -24,7 +24,7 @@ from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import TrainedCodes, pack_after_training, unpack_for_training
 from tensornet.softmax_losses import kl_divergences
 
-#: Function that returns the distance between the outputs of student and teacher on a batch, a scalar.
+#: Function that returns the scalar distance between the outputs of student and teacher on a batch.
 Distance = Callable[[Any, Any, Batch], Tensor]
 #: Choices for the parameters that healing trains (see `heal`).
 Parameters = Literal["auto", "cores", "vectors", "codes", "trainable"]
@@ -403,7 +403,7 @@ def trained_scales(model: nn.Module, *, codes: bool = False) -> Iterator[None]:
 
 # --- checkpoint -----------------------------------------------------------------------------------
 
-#: Names in AdamW's state of two running averages: of the gradients and of their squares.
+#: Names of two running averages in the state of AdamW: of gradients and of squared gradients.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

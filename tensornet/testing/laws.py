@@ -305,7 +305,7 @@ def _within(decompose: Decompose, matrix: Tensor, budget: Budget) -> tuple[Outco
 
 def _true_error(matrix: Tensor, outcome: Outcome) -> float:
     got = tuple(outcome.matrix.shape)
-    assert got == matrix.shape, f"got {got} for {tuple(matrix.shape)}"  # NumPy would broadcast
+    assert got == matrix.shape, f"got {got} for {tuple(matrix.shape)}"  # NumPy would broadcast other shapes
     return reference.relative_error(matrix, outcome.matrix)
 
 
@@ -391,7 +391,7 @@ def check_gauge(operator: MPO, bond: int, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(size, size, generator=generator, dtype=left.dtype, device="cpu").to(left.device)
     eye = torch.eye(size, dtype=left.dtype, device=left.device)
-    gauge = 2 * eye + noise / torch.linalg.matrix_norm(noise, 2)  # condition < 3
+    gauge = 2 * eye + noise / torch.linalg.matrix_norm(noise, 2)  # condition number of at most 3
     cores = list(operator.cores)
     cores[bond] = left @ gauge
     cores[bond + 1] = torch.tensordot(torch.linalg.inv(gauge), right, dims=1)

@@ -95,7 +95,7 @@ def network_gradients(topology: Topology, cores: Sequence[Tensor], dense_gradien
     for left_out in topology.cores:
         operands: list[Any] = [padded.reshape(*topology.out_dims, *topology.in_dims), legs]
         shape = [topology.size_of[label] for label in left_out.labels]
-        # A bond of size 1 may belong to this core alone; a tensor of ones adds its label to the sum.
+        # A bond of size 1 may belong to this core alone. A tensor of ones adds the label of such a bond.
         operands += [np.ones(shape), [number[label] for label in left_out.labels]]
         for spec, core in zip(topology.cores, cores, strict=True):
             if spec is not left_out:

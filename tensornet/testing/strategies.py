@@ -161,7 +161,7 @@ def mpos(
     dtype: SearchStrategy[torch.dtype] | torch.dtype | None = None,
     padded: bool = True,
 ) -> MPO:
-    """Draw a random MPO, whose bonds may be larger than necessary.
+    """Draw a random MPO; its bonds may be larger than its matrix needs.
 
     Args:
         dims: strategy for `(out_dims, in_dims)`.
