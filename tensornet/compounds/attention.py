@@ -99,7 +99,7 @@ class MatrixAttention(Compound):
         return y[0] if query.ndim == 2 else y if self.batch_first else y.transpose(0, 1)
 
     def _mask(self, q: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-        """Add the attention mask and the padding mask to one that broadcasts to the attention scores.
+        """Combine the attention mask and the padding mask into one that broadcasts to the attention scores.
 
         The scores have shape `(batch, heads, length, source)`.
         """

@@ -126,7 +126,7 @@ class MPOEmbedding(NetworkModule):
         param_ratio: float | None = None,
         **options: Any,
     ) -> "MPOEmbedding":
-        """Decompose the table of an `nn.Embedding` into a new layer that shares no memory with it.
+        """Decompose the table of an `nn.Embedding` into a new layer that shares no memory with the old one.
 
         Args:
             layer: the embedding; it is not changed.

@@ -197,7 +197,7 @@ def structure_changed(model: nn.Module) -> None:
 
 
 def _is_special(module: nn.Module) -> bool:
-    """Return True if a saved model must describe this module, even if the description raises an error now."""
+    """Return True if saving must describe this module; this includes modules whose `spec` raises an error."""
     try:
         return module_spec(module) is not None
     except TargetError:

@@ -106,10 +106,10 @@ class KernelMatrix:
         factors = factors / _unit(self.number_format)
         for part in _parts(rows, columns, self.block):
             blocks = slice(part.start // self.block, part.stop // self.block)
-            # Codes are reordered while they are bytes, which moves less memory than reordering values.
+            # Codes are reordered before they are converted to values, since this moves less memory.
             points = self._points(part).permute(2, 0, 1, 3)
             made = points.new_empty(points.shape, dtype=own).copy_(points)  # shape: (in, blocks, 2, half)
-            del points  # free them before the next ones are allocated
+            del points  # free this block before the next one is allocated
             made.view(-1, self.group, *made.shape[1:]).mul_(factors[:, :, blocks])
             yield part, made.view(columns, -1).to(dtype).T
 
@@ -221,7 +221,7 @@ def has_layout(number_format: NumberFormat, shape: tuple[int, int], max_growth: 
     if number_format.bits is None or number_format.zero_point or number_format.table:
         return False
     if number_format.scale_dtype == torch.float16:
-        return False  # bfloat16 would round these scales
+        return False  # the kernel needs bfloat16 scales, which would round these
     plain = number_format.scale_dtype == torch.bfloat16
     if plain and number_format.bits == 8 and number_format.groups(shape[1]) == 1:
         return False  # not necessary: torch's int8 kernel can read the stored codes

@@ -109,7 +109,7 @@ class _Conv1D(LayerKind):
     name = "conv1d"
 
     def matches(self, module: nn.Module) -> bool:
-        # Compared by name, so that the core does not import transformers.
+        # The type is compared by name, so that the core does not import transformers.
         known = type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
         return known and is_plain(module)
 

@@ -246,7 +246,7 @@ class NetworkModule(nn.Module):
         return self._plan
 
     def route(self, tokens: int, *, on_cpu: bool | None = None) -> int:
-        """Choose how a forward pass is computed: by contracting the input with the cores, or via the matrix.
+        """Choose how a pass is computed: by contracting the input with the cores, or with the rebuilt matrix.
 
         Args:
             tokens: number of input vectors.

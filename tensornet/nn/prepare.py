@@ -1,6 +1,6 @@
 """Prepare a model for inference: convert integers to a kernel's layout, and other cores to dense matrices.
 
-Layers that save memory may cost time: integer kernels need a layout that depends on the processor, and the
+Layers that save memory may cost time. Integer kernels need a layout that depends on the processor, and the
 matrix of a network may be rebuilt in every pass. `prepare_for_inference` is the explicit step that trades
 memory for speed. The modules that it puts into a model can be neither trained nor saved.
 """
@@ -28,13 +28,14 @@ def prepare_for_inference(model: nn.Module, *, max_growth: float | None = None) 
     - A layer that is one integer matrix is converted to the layout of torch's int4 kernel, if it computes in
       bfloat16 on the CPU. An embedding that is tied to a converted output head reads its rows from the
       converted matrix.
-    - A network of floating-point cores becomes a dense layer, unless a pass of one token is predicted to be
-      clearly faster with the cores, as it is for a low-rank matrix with half the parameters.
+    - A network of floating-point cores becomes a dense layer. It is kept only if a pass of one token is
+      predicted to be clearly faster with the cores, as for a low-rank matrix with half the parameters.
     - A bank of shared-core experts (`tensornet_moe`) of floating-point cores becomes a stack of dense
       matrices.
 
-    Some layers stay as they are: all layers with the strategy `"reconstruct"`, networks and experts with the
-    strategy `"factorized"`, networks of several cores if some are integers, and embeddings that are not tied.
+    All layers with the strategy `"reconstruct"` stay as they are, and so do networks and experts with the
+    strategy `"factorized"`. Networks of several cores, some of them integers, and embeddings that are not
+    tied also stay as they are.
 
     Args:
         model: any model; it is changed in place and set to eval mode. Training or saving it afterwards raises
@@ -156,7 +157,7 @@ class Int4Core(nn.Module):
         super().__init__()
         self.shape, self._matrix = shape, matrix
         self.register_buffer("codes", matrix.codes)
-        self.register_buffer("scales", matrix.scales.view(torch.int16))  # not changed by `.half()`
+        self.register_buffer("scales", matrix.scales.view(torch.int16))  # `.half()` keeps integers
         self.register_state_dict_pre_hook(refuse_saving)
         self.eval()
 

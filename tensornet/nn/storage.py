@@ -1,7 +1,7 @@
 """How the cores of a layer are stored: as plain tensors, pivoted, or in a number format.
 
 **Pivoted.** The cores of an operator are not unique: a matrix `G` and its inverse can be inserted at any bond
-of size `d` between two cores, so `d^2` of their elements are redundant. `G` is chosen such that `d` rows of a
+between two cores. At a bond of size `d`, `d^2` elements are redundant. `G` is chosen such that `d` rows of a
 core, viewed as a matrix `(other indices, bond)`, become the identity, which need not be stored. The operator
 does not change. The family chooses the bonds (`TopologyFamily.gauge_bonds`). A low-rank matrix of rank `r`
 then takes `r (out + in - r)` elements instead of `r (out + in)`.
@@ -165,8 +165,8 @@ class PackedCore(nn.Module):
     An integer core is stored as packed `codes` and `scales`. Some formats add `zeros` (packed zero points) or
     `steps` (factors of integer scales). A floating-point core is stored as `values`. A pivoted core also has
     `order`, the position of each of its rows. Values in the dtype of the model are a parameter. All other
-    tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits,
-    so that `.to()` and `.half()` do not convert them. Tied layers share this module.
+    tensors are integer buffers: scales, steps and bfloat16 values are viewed as integers with the same bits.
+    So `.to()` and `.half()` do not convert them. Tied layers share this module.
 
     Args:
         number_format: format of the elements.

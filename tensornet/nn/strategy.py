@@ -1,4 +1,4 @@
-"""Strategies: whether a layer is applied by its cores or by the rebuilt matrix, with predicted costs."""
+"""Strategies: apply a layer by contracting its cores or by rebuilding its matrix, and predict both costs."""
 
 import math
 from dataclasses import dataclass

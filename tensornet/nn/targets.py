@@ -154,7 +154,7 @@ def find_targets(model: nn.Module, config: LayerSelection) -> list[Target]:
 
     found = [replace(x, skip=x.skip or choice(x.all_names, x.modules)) for x in weights]
     selected = [x for x in found if not x.skip]
-    # Layers that are selected but cannot be compressed, each with the reason.
+    # These layers are selected but cannot be compressed; the values are the reasons.
     dense = {x.name: x.skip for x in layers if x.skip and not choice(x.all_names, x.modules)}
     for name, module in model.named_modules():
         if (reason := reason_against(module)) in _REMEDIES and not choice([name], [module]):

@@ -1,9 +1,9 @@
 """Unfuse modules: replace a module that owns several matrices by a module with one layer for each matrix.
 
 Recurrent layers, attention and stacks of experts store several matrices in one parameter, so a single matrix
-cannot be replaced. A `Compound` computes the same as such a stock module, but has one layer for each matrix:
-a `PartMatrix`, whose weight is a view of the parameter. This layer is calibrated, planned and replaced like
-an `nn.Linear`. `Compound.fuse` returns the stock module if no layer was replaced.
+cannot be replaced. A `Compound` computes the same as such a stock module, but has one layer for each matrix.
+Each layer is a `PartMatrix`, whose weight is a view of the parameter. It is calibrated, planned and replaced
+like an `nn.Linear`. `Compound.fuse` returns the stock module if no layer was replaced.
 """
 
 from collections.abc import Iterable, Iterator
@@ -356,7 +356,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
     """Return a context in which every weight matrix is a layer that can be calibrated and replaced.
 
     Modules with several matrices (recurrent layers, stacks of experts) are replaced by equivalent modules
-    with one layer for each matrix; extensions do the same for their own classes. On exit, stock modules whose
+    with one layer for each matrix. Extensions do the same for their own classes. On exit, stock modules whose
     layers were not replaced are restored. Contexts may be nested.
     """
     with ExitStack() as stack:

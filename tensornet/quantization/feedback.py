@@ -132,7 +132,7 @@ def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
         Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
     """
     size = weight.shape[2]
-    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # makes columns contiguous
+    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # columns become contiguous
     divisor = Grid(scale, 0.0, 0).divisor
     zero = grid.zero.mT.contiguous() if isinstance(grid.zero, Tensor) else None
     codes, error = torch.empty_like(work), torch.zeros_like(work)

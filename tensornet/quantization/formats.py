@@ -8,7 +8,7 @@ level[code]`. Since most weights are close to zero, 16 such levels have one sixt
 equally spaced levels.
 
 Scales have 16 bits, or 8 bits on request. Groups of 32 with 8-bit scales take as many bytes as groups of 64
-with 16-bit scales, and are more accurate, since codes are chosen after the scale is rounded. Scales may also
+with 16-bit scales. They are more accurate, since codes are chosen after the scale is rounded. Scales may also
 be integers of 4, 6 or 8 bits times a step in float16 that 256 weights of a row share.
 """
 

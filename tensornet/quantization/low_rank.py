@@ -66,8 +66,8 @@ def round_product(
         right_format: integer format of `B`; None keeps it in floating point.
         weighting: damped moments of the product.
         target: matrix `(out, in)` that the product approximates; by default, the product itself.
-        order: if `A` is pivoted, the position of each of its rows in a matrix that has the identity first and
-            the other rows below it; None if `A` is not pivoted.
+        order: None if `A` is not pivoted. Otherwise the position of each row of `A` in a matrix that has the
+            identity at the top and the other rows below it.
         rounding: rounding method (see `round_weight`).
 
     Raises:
@@ -221,7 +221,7 @@ class _FactorRounding:
     def rounded(
         self, factor: Tensor, number_format: NumberFormat, rows: Tensor | None, columns: Tensor | None
     ) -> RoundedWeight:
-        """Round a factor under moments that are already damped."""
+        """Round a factor, with errors weighted by moments that are already damped."""
         return round_weight(
             factor,
             number_format,

@@ -1,4 +1,4 @@
-"""Menus: the number formats that the files of an export target can store, and their sizes in these files.
+"""Menus: the number formats that the files of an export target can store, and the bytes that they take.
 
 A library that exports models registers a menu for each of its export targets. Plans for a target then use
 only formats that the target can store, and predict the size of the target's files.

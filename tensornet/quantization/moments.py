@@ -1,8 +1,8 @@
 """Second moments of the inputs and output gradients of a layer: damping, factorization, loss increase.
 
-The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`, where `R` is the moment of
-the gradients with respect to the outputs and `C` the moment of the inputs. Rounding damps both moments: it
-adds a fraction of the mean of the diagonal to the diagonal.
+The loss increase of an error `E: (out, in)` is predicted as `1/2 tr(R E C E^T)`. Here `R` is the moment of
+the gradients with respect to the outputs, and `C` is the moment of the inputs. Rounding damps both moments:
+it adds a fraction of the mean of the diagonal to the diagonal.
 """
 
 import math
@@ -95,7 +95,7 @@ class Moment:
 
 
 def rounding_dtype(weight: Tensor, rows: Tensor | None, columns: Tensor | None) -> torch.dtype:
-    """Choose the dtype of computations for rounding a weight under its moments.
+    """Choose the dtype in which the rounding of a weight is computed.
 
     It is float64 for float64 weights, and if squared weights, moments or their products could leave the range
     of float32; otherwise float32.

@@ -144,7 +144,7 @@ def _shifts(bits: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, li
 
 
 def _layout(bits: int) -> tuple[int, int]:
-    """Compute the number of segments and the number of byte planes.
+    """Compute the number of segments and the number of byte planes for codes of `bits` bits.
 
     Raises:
         ShapeError: `bits` is not from 2 to 8.

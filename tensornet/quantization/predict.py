@@ -1,7 +1,7 @@
 """Predict by how much rounding a matrix, or the factors of a product, will increase the loss.
 
 The formula `s^2/24 tr D_R tr D_C` for scales `s` and moments `U D U^T` assumes that residuals are uniform in
-a rounding interval. But feedback moves some elements out of the range of the grid, where they are clamped; at
+a rounding interval. But feedback moves some elements out of the range of the grid, where they are clamped. At
 4 bits this increases the loss by a fifth. So the prediction of each squared residual includes the probability
 that the element is clamped. Sums over all rows are estimated from a sample of rows.
 """
@@ -51,8 +51,8 @@ def predict_losses(
 ) -> Tensor:
     """Predict the loss increases of `round_weight` for several formats, under several weightings.
 
-    Rounding is assumed to use the first weighting. For layers of a trained language model, predictions were
-    too high by 1 to 15 % with 4 or more bits, and wrong by up to a third with 2 bits.
+    Rounding is assumed to use the first weighting. Predictions were tested on layers of a trained language
+    model: they were too high by 1 to 15 % with 4 or more bits, and wrong by up to a third with 2 bits.
 
     Args:
         weight: matrix, shape `(out, in)`.
@@ -145,8 +145,8 @@ def predict_product_losses(
         Predicted loss increases, shape `(weightings, rank)`.
     """
     number_format, chosen = NumberFormat.parse(number_format), weightings[0]
-    # Compute the norms of all terms, not only of `rank` terms, since they are cached for other formats and
-    # ranks.
+    # Compute the norms of all terms, not only of `rank` terms, since the norms are cached for other formats
+    # and ranks.
     seen = [
         (_norms(left, 0, each.rows, chosen.rows)[:rank], _norms(right, 1, each.columns)[:rank])
         for each in weightings
@@ -187,7 +187,7 @@ def _expect_factor(
 ) -> "ExpectedResiduals":
     """Predict the residuals of rounding one factor with the most feedback that its moments allow."""
     work = factor.to(rounding_dtype(factor.float(), rows, columns))[None]
-    # Damping is the same as for dense matrices, so that the cached factorization can be reused.
+    # The moments are damped as for dense matrices, so that their cached factorization can be reused.
     r = damped_moment(rows, work.shape[1], (), LEAST_DAMPING, work, "rows")
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")
     sample = spaced_rows(factor, SAMPLED_ROWS)

@@ -176,7 +176,7 @@ def round_weight(
     seen = Moment(r.diagonal) if estimates and r is not None else r
     best = _best([rounded(start, way, seen) for way in (ways[:-1] if later else ways)])
 
-    # 4. Refit the scales to these codes by least squares under C, and round again with these scales.
+    # 4. Refit the scales to the best codes by least squares under C, and round again with the new scales.
     for k in range(refits):
         moment = None if c is None else c.values[0] if c.values.ndim == 2 else c.values
         fitted = refit_scales(work, best.codes - zero, number_format, moment)
