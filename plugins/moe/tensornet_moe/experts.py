@@ -343,7 +343,7 @@ class SharedCoreExperts(ExpertBank):
         return {name: self.core(name, index) for name in self.topology.core_names}
 
     def active_params(self, top_k: float) -> float:
-        """Count the elements of the cores that `top_k` experts use; see `ExpertBank`."""
+        """Count the core elements that `top_k` experts use on average; see `ExpertBank`."""
         used = 0.0
         for name, shape in self.topology.core_shapes.items():
             sizes = [math.prod(topology.core_shapes[name]) for topology in self.topologies]
@@ -396,7 +396,7 @@ class SharedCoreExperts(ExpertBank):
         """
         count = 1 if len(self.shared) == len(self.topology.cores) else self.num_experts
         matrix_bytes = count * self.out_features * self.in_features * self.dtype.itemsize
-        stored = {id(tensor): tensor.nbytes for tensor in self.stored_tensors()}  # count each once
+        stored = {id(tensor): tensor.nbytes for tensor in self.stored_tensors()}  # count each tensor once
         too_large = matrix_bytes > max_growth * sum(stored.values())
         stays = len(self.topology.cores) == 1 or self.storage.quantized or self.strategy != "auto"
         if too_large or stays:
@@ -603,7 +603,7 @@ def check_storage(storage: Storage, topology: Topology) -> None:
 def encoded_core(
     number_format: NumberFormat, topology: Topology, name: str, core: Tensor
 ) -> Tensor | PackedCore:
-    """Store a core, or a stack of cores, in a number format.
+    """Encode a core, or a stack of cores, in a number format.
 
     Args:
         number_format: format of the elements.

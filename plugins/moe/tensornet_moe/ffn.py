@@ -69,7 +69,7 @@ class ExpertFFN(nn.Module):
         if len(matrices) not in (2, 3):
             raise ValueError(f"An expert has two matrices, or three if gated; got {list(matrices)}.")
         for name, bank in matrices.items():
-            check_type(f"The bank {name!r}", bank, ExpertBank, "an expert's matrix is one of a bank")
+            check_type(f"The bank {name!r}", bank, ExpertBank, "the matrices of all experts form a bank")
         _check_fit(matrices)
         self.names = tuple(matrices)
         self.activation, self.dropout = activation, dropout

@@ -73,7 +73,7 @@ class JointFit:
 def fit_jointly(
     weights: Tensor, topology: Topology, shared: tuple[str, ...], *, max_sweeps: int = 30
 ) -> JointFit:
-    """Fit networks with shared cores to the experts, or separate ones of the same size if these fit better.
+    """Fit networks with shared cores to the experts, or separate networks of that size if they fit better.
 
     Args:
         weights: the matrices of the experts, shape `(E, out, in)`.

@@ -129,9 +129,9 @@ class SharedCoreMoE(nn.Module):
         if isinstance(experts, ExpertPool):
             experts = PooledExperts(experts)
         if not isinstance(experts, PooledExperts):
-            check_type("experts", experts, ExpertFFN, "make one of two or three banks, or pass an ExpertPool")
+            check_type("experts", experts, ExpertFFN, "build one from 2 or 3 banks, or pass an ExpertPool")
         if shared_expert is not None:
-            check_type("shared_expert", shared_expert, ExpertFFN, "make one of banks of one expert")
+            check_type("shared_expert", shared_expert, ExpertFFN, "build one from banks with one expert each")
         have, want = (router.num_experts, router.num_features), (experts.num_experts, experts.in_features)
         if have != want:
             raise ShapeError(

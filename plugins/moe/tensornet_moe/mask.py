@@ -84,7 +84,7 @@ class GradientMask:
                 f"Unknown granularity {granularity!r}; choose one of {', '.join(GRANULARITIES)}."
             )
         if compensate and granularity != "core":
-            raise ValueError('compensate=True needs granularity="core": elements share their step.')
+            raise ValueError('compensate=True needs granularity="core": it scales the step of a whole core.')
         self.parameters = _targets(module_or_parameters)
         self.p, self.granularity, self.schedule, self.compensate = p, granularity, schedule, compensate
         self.steps = 0

@@ -151,7 +151,7 @@ def mixture(
                 )
         if share is not None or rank is not None:
             raise ValueError("share= and rank= are for new experts, but those of a pool exist already.")
-        network: Any = PooledExperts(pool, experts)  # type: ignore[arg-type]  # `PooledExperts` checks that it is a range
+        network: Any = PooledExperts(pool, experts)  # type: ignore[arg-type]  # it checks for a range
         names = own.names
     else:
         names = ("up", "down") if gated is False else ("gate", "up", "down")
@@ -162,7 +162,7 @@ def mixture(
         given = {"top_k": top_k, "combine": combine, "bias_rate": bias_rate, "normalize": normalize or None}
         given |= {"jitter": jitter or None, **router_options}
         if surplus := [name for name, value in given.items() if value is not None]:
-            raise TypeError(f"{', '.join(surplus)}: give these to the router that you built, or name one.")
+            raise TypeError(f"{', '.join(surplus)}: pass these to the router itself, or name a router.")
     else:
         router = make_router(
             router,

@@ -65,7 +65,7 @@ class ExpertPool(nn.Module):
 
     def __init__(self, experts: ExpertFFN, *, label: str = "pool", balance: Balance = "pool") -> None:
         super().__init__()
-        check_type("experts", experts, ExpertFFN, "that of a SharedCoreMoE is its attribute experts")
+        check_type("experts", experts, ExpertFFN, "for example the attribute experts of a SharedCoreMoE")
         if balance not in BALANCES:
             raise ValueError(f"Unknown balance={balance!r}; choose one of {', '.join(BALANCES)}.")
         self.experts, self.label, self.balance = experts, label, balance

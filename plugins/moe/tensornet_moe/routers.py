@@ -417,7 +417,7 @@ class ExpertChoiceRouter(Router):
         super().__init__(num_features, num_experts, **common)
         if self.bias_rate > 0:
             raise ValueError(
-                "bias_rate is for routers whose tokens choose: this load is even without a bias."
+                "bias_rate is for routers whose tokens choose experts: here the load is even without biases."
             )
         self.capacity_factor = capacity_factor
 

@@ -310,10 +310,12 @@ def _round_factors(
 
 
 def _equal_columns(cores: Cores) -> Cores:
-    """Move the mean norms of the private left factors' columns into the rows of the shared right factor.
+    """Normalize the columns of the private left factors, and rescale the rows of the shared right factor.
 
-    Elements in the same row of a left factor share a quantization scale, so small columns would be lost to
-    rounding next to large ones. Each row of the right factor has its own scales.
+    Column `i` of every left factor is divided by the root mean square of the norms of all columns `i`, and
+    row `i` of the right factor is multiplied by it. Elements in the same row of a left
+    factor share a quantization scale, so small columns would be lost to rounding next to large ones. Each row
+    of the right factor has its own scales.
     """
     size = torch.stack([left.square().sum(0) for left, _ in cores]).mean(0).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -352,7 +354,7 @@ def _mean(matrices: Sequence[Tensor], weightings: Sequence[Weighting]) -> Tensor
 
 
 def _trace(moment: Tensor | None, size: int) -> float:
-    """Compute the trace of a moment, which is a matrix, a vector (its diagonal) or None (the identity)."""
+    """Compute the trace of a moment: a matrix, or a vector (a diagonal matrix), or None (the identity)."""
     if moment is None:
         return float(size)
     return float(moment.sum() if moment.ndim == 1 else moment.diagonal().sum())
@@ -580,7 +582,7 @@ def _rounding_of_factors(
     for storage in storages:
         first, second = shared.index(storage.format_of(core)), private.index(storage.number_format)
         once = torch.stack([found[first] for found in of_shared], dim=-1)  # shape: (2, tried)
-        # Interpolate to all ranks, log-linearly.
+        # Interpolate the logarithm of the loss, linearly in the logarithm of the rank.
         logs = np.log(np.maximum((per_token * once + of_private[second]).numpy(), 1e-300))
         every = np.log(np.arange(1, ranks + 1))
         rows = [np.interp(every, np.log(tried), row) for row in logs]

@@ -41,8 +41,8 @@ def resolve_shared(topology: Topology, shared: str | Sequence[str]) -> tuple[str
     names = topology.core_names
     if topology.terms:
         raise TopologyError(
-            f"Experts that share cores are single networks, and {topology.family!r} is a sum; take 'mpo', "
-            "'low_rank' or another, whose cores may have number formats as well."
+            f"Experts that share cores must be single networks, but {topology.family!r} is a sum; use 'mpo', "
+            "'low_rank' or another family. Its cores may be stored in number formats, too."
         )
     if isinstance(shared, str):
         keywords: dict[str, tuple[str, ...]] = {

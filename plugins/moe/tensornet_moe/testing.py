@@ -77,7 +77,7 @@ class RouterLaws:
         assert float(router.weight.grad.norm()) > 0
 
     def test_padding_decides_nothing(self) -> None:
-        """Check that padding of any value does not change the routing of real tokens."""
+        """Check that the values of padding tokens do not change the routing of real tokens."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         mask = torch.arange(_TOKENS) % 3 != 1
         padded = x.masked_fill(~mask[:, None], 1e4)
@@ -94,7 +94,7 @@ class RouterLaws:
             torch.testing.assert_close(_dense(router(x[:seen])), whole[:seen], rtol=0, atol=_ROUNDING)
 
     def test_deterministic_in_eval(self) -> None:
-        """Check that equal tokens get equal experts in eval mode."""
+        """Check that two calls in eval mode route the same tokens to the same experts."""
         router, x = self._made().eval(), torch.randn(_TOKENS, _FEATURES)
         assert torch.equal(_dense(router(x)), _dense(router(x)))
 
@@ -234,7 +234,7 @@ class BankLaws:
         assert all(float((first - other).norm()) > 1e-3 * float(weight.norm()) for other in others)
 
     def test_parameters_grow_with_the_experts_alone(self) -> None:
-        """Check that each expert adds the same number of parameters, and shared parameters count once."""
+        """Check that each expert adds the same number of parameters, and that shared ones count once."""
         counts = []
         for experts in (2, 3, 5):
             bank = self.bank(experts, self.shape)
