@@ -219,9 +219,9 @@ def transforms_active() -> bool:
 
 
 def is_exporting() -> bool:
-    """Return True during `torch.export` and False inside `torch.compile`.
+    """Return True only during `torch.export`, not inside `torch.compile`.
 
-    Before torch 2.12, the public `torch.compiler.is_exporting` is also True in compiled code.
+    Before torch 2.12, the public `torch.compiler.is_exporting` returns True in compiled code, too.
     """
     return bool(torch.compiler._is_exporting_flag)
 

@@ -140,7 +140,7 @@ def fit_from_random(
         cores = random_cores(topology, generator=generator, dtype=torch.float64)
         trials.append(fit(TensorNetwork(topology, [core.to(target) for core in cores]), _TRIAL_SWEEPS, 0.0))
     best = min(trials, key=lambda trial: trial.cost)
-    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # tolerance of the squared error
+    rest = fit(best.network, max_sweeps - best.sweeps, 2 * tolerance)  # twice, for the squared error
     return replace(rest, start=best.start, sweeps=best.sweeps + rest.sweeps)
 
 

@@ -96,8 +96,8 @@ def caps_of_bonds(
         return (caps,) * count
     if len(caps) != count:
         raise error(
-            f"max_bond {caps} has {len(caps)} entries, the network has {count} bonds; give one limit for "
-            "each bond, or one integer for all bonds."
+            f"max_bond {caps} has {len(caps)} entries, but the network has {count} bonds; give one limit "
+            "for each bond, or one integer for all bonds."
         )
     return caps
 

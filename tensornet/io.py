@@ -47,7 +47,7 @@ class Written:
 
 
 def check_place(what: str, path: Path) -> None:
-    """Raise DestinationError if `path` is a folder or in no existing folder; `what` begins the message."""
+    """Raise DestinationError if `path` is a folder or its parent is not; `what` begins the message."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise DestinationError(f"{what} cannot be written to {path}: name a file in a folder that exists.")
 

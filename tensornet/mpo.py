@@ -781,7 +781,7 @@ def _check_chain(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
             raise ShapeError(f"Core {k} must be a torch.Tensor, got {type(core).__name__}.")
         if (core.dtype, core.device) != (cores[0].dtype, cores[0].device):
             raise ShapeError(
-                f"Core {k} is {core.dtype} on {core.device}, the first core is {cores[0].dtype} on "
+                f"Core {k} is {core.dtype} on {core.device}, but the first core is {cores[0].dtype} on "
                 f"{cores[0].device}; all cores must have the same dtype and device."
             )
         if core.ndim != 4 or core.shape[0] != bond or 0 in core.shape:

@@ -95,7 +95,7 @@ def inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     16-bit cores are contracted in single precision. Intermediate results cannot overflow; the result can.
     """
     left, right = _same_dtype(left, right)
-    dtype = result_dtype(left[0].dtype)  # float16 would overflow at 256^2
+    dtype = result_dtype(left[0].dtype)  # float32 for 16-bit cores: 256^2 overflows in float16
     transfer, exponent = _transfer([c.to(dtype) for c in left], [c.to(dtype) for c in right])
     return times_power_of_two(transfer[0, 0], exponent)
 
@@ -380,7 +380,7 @@ class _LeadingVectors(torch.autograd.Function):
         inner = pairs * S + (pairs * S[:, None]).mH
         outside = (gradient - U @ along) * inverse
         found = U @ inner @ Vh + outside @ Vh[:rank]
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled():  # only with create_graph=True
             found = _NoSecondDerivative.apply(matrix, found)
         return found, None
 
@@ -388,7 +388,7 @@ class _LeadingVectors(torch.autograd.Function):
 def bond_tolerance(
     rel_error: float | None, total: float, spent: float, energy: float, *, bonds_left: int
 ) -> float | None:
-    """Compute the relative error allowed at the next bond; the bonds left share the squared error equally.
+    """Compute the relative error allowed at the next bond: an equal share of the squared error that is left.
 
     Args:
         rel_error: largest relative error of the whole chain, None for no limit.
@@ -533,7 +533,7 @@ class _Projected(torch.autograd.Function):
             cores = [core.detach().requires_grad_() for core in ctx.saved_tensors]
             projected = ctx.project(cores)
         gradients = torch.autograd.grad(projected, cores, gradient.detach())
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled():  # only with create_graph=True
             gradients = tuple(map(_NoSecondDerivative.apply, ctx.saved_tensors, gradients))
         return None, None, *gradients
 

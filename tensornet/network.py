@@ -99,7 +99,7 @@ class TensorNetwork:
             )
         if x.device != core.device:
             raise ShapeError(
-                f"The input of apply is on {x.device}, the cores are on {core.device}; "
+                f"The input of apply is on {x.device}, but the cores are on {core.device}; "
                 f'move it with x.to("{core.device}").'
             )
         plan, tokens = plan_operator(self.topology), max(x.numel() // max(x.shape[-1], 1), 1)
@@ -145,18 +145,18 @@ def check_cores(topology: Topology, cores: Sequence[Tensor] | Mapping[str, Tenso
     else:
         ordered = tuple(cores)
         if len(ordered) != len(topology.cores):
-            raise ShapeError(f"Got {len(ordered)} cores, the topology has {list(topology.core_names)}.")
+            raise ShapeError(f"Got {len(ordered)} cores, but the topology has {list(topology.core_names)}.")
     for name, core in zip(topology.core_names, ordered, strict=True):
         expected = topology.core_shapes[name]
         if not isinstance(core, Tensor):
             raise ShapeError(f"Core {name!r} must be a torch.Tensor, got {type(core).__name__}.")
         if tuple(core.shape) != expected:
             raise ShapeError(
-                f"Core {name!r} has shape {tuple(core.shape)}, the topology requires {expected}."
+                f"Core {name!r} has shape {tuple(core.shape)}, but the topology requires {expected}."
             )
         if (core.dtype, core.device) != (ordered[0].dtype, ordered[0].device):
             raise ShapeError(
-                f"Core {name!r} is {core.dtype} on {core.device}, the first core is "
+                f"Core {name!r} is {core.dtype} on {core.device}, but the first core is "
                 f"{ordered[0].dtype} on {ordered[0].device}; all cores must have the same dtype and device."
             )
     return ordered

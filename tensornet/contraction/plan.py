@@ -101,7 +101,7 @@ class ContractionPlan:
 
     @property
     def copies(self) -> tuple[Copy, ...]:
-        """Copies of all steps and of the output."""
+        """All copies that the steps and the output need."""
         if self.terms:
             return tuple(copy for _, plan in self.terms for copy in plan.copies)
         inner = tuple(copy for step in self.steps for copy in step.copies)

@@ -155,7 +155,7 @@ def default_tolerance(dtype: torch.dtype) -> float:
 def check_rel_error(
     error: float, rel_error: float | None, limits: Mapping[str, Any], dtype: torch.dtype
 ) -> None:
-    """Check that a certified error is at most `rel_error`, up to rounding.
+    """Raise BudgetError if a certified error exceeds `rel_error` by more than rounding errors.
 
     Args:
         error: the certified error.
@@ -298,7 +298,7 @@ def capped_svd(
     rel_error: float | None = None,
     method: Method = "auto",
 ) -> TruncatedSVD:
-    """Compute `truncated_svd`, but keep `max_rank` values if `rel_error` would need more."""
+    """Compute `truncated_svd`, but keep `max_rank` values, without an error, if `rel_error` needs more."""
     check_dense(matrix, "truncated_svd", "a matrix of shape (m, n)", 2)
     check_method(method)
     if max_rank is not None:

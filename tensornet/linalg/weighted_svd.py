@@ -139,7 +139,7 @@ def weighted_svd(matrix: Tensor, weighting: Weighting, *, factors: bool = True) 
 
 
 def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
-    """Compute the relative Frobenius error of the approximations of rank 0 to `k`, shape `(k + 1,)`.
+    """Compute the relative Frobenius errors of the approximations of ranks 0 to `k`, shape `(k + 1,)`.
 
     If a moment is singular, the part of the matrix in its null space is discarded at every rank.
     """
@@ -152,7 +152,7 @@ def frobenius_errors(result: WeightedSVD, matrix: Tensor) -> Tensor:
 
 @remembered
 def tail_costs(result: WeightedSVD, weighting: Weighting) -> Tensor:
-    """Compute the predicted loss increase at ranks 0 to `k` under any weighting, shape `(k + 1,)`.
+    """Compute the loss increase that a weighting predicts for each rank from 0 to `k`, shape `(k + 1,)`.
 
     Let `W = A B` with the factors of the SVD. At rank `r`, the columns of `A` and the rows of `B` from index
     `r` on are discarded. The loss increase is half the sum of the elements `[r:, r:]` of the elementwise

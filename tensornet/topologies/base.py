@@ -203,7 +203,7 @@ class TopologyFamily(ABC):
     def encodings(
         self, formats: Sequence[NumberFormat]
     ) -> list[tuple[NumberFormat, dict[str, NumberFormat]]]:
-        """Choose the number formats to try for the cores, from the allowed formats.
+        """Choose, from the allowed number formats, those to try for the cores.
 
         By default all cores have the same format, floating-point or integers of 8 or 4 bits. Other numbers of
         bits would differ little from these, and with fewer bits a dense matrix is better. Formats with a
@@ -330,7 +330,7 @@ class TopologyFamily(ABC):
                 f"With calibration data a network has at most {_MAX_LEGS} legs on each side, got "
                 f"{len(full.out_dims)} and {len(full.in_dims)}; use fewer sites, or objective='weight'."
             )
-        legs = (*full.out_dims, *full.in_dims)  # for Tucker, whose exact network is one core without bonds
+        legs = (*full.out_dims, *full.in_dims)  # used for Tucker: an exact network is one core without bonds
         largest = max(full.bond_dims.values() or legs)
         top = min(largest, max_bond or largest)
         tried = sorted({max(1, round(fraction * top)) for fraction in _TRIED})

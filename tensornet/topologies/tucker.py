@@ -103,7 +103,7 @@ class TuckerFamily(FactoredFamily):
         in_dims: tuple[int, ...],
         budget: Budget,
     ) -> Decomposition:
-        """Decompose a matrix; `param_ratio` is converted to a common limit for all ranks."""
+        """Decompose a matrix within the budget; `param_ratio` becomes a common limit for all ranks."""
         shape, legs = (matrix.shape[0], matrix.shape[1]), (*out_dims, *in_dims)
 
         def at(ranks: Sequence[int]) -> Topology:
@@ -142,7 +142,7 @@ def st_hosvd(
     caps: Sequence[int],
     rel_error: float | None = None,
 ) -> tuple[Tensor, list[Tensor], float]:
-    """Compute the sequentially truncated higher-order SVD of a matrix that is reshaped to its legs.
+    """Compute the sequentially truncated higher-order SVD of a matrix reshaped to one axis for each leg.
 
     Args:
         matrix: the matrix, shape `(out, in)`; padded with zeros to the products of the dims.
