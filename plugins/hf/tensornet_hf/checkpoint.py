@@ -105,7 +105,7 @@ model = tensornet_hf.load("path/of/this/folder")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model folder that was checked: configuration, description of compressed modules, tensor headers.
+    """Contents of a checked model folder: configuration, description of compressed modules, tensor headers.
 
     Args:
         folder: the folder.
@@ -121,7 +121,9 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:
-    """Check a model folder by its configuration and the headers of its weight files, without reading weights.
+    """Check the configuration and the weight-file headers of a model folder, and return them.
+
+    No weights are read.
 
     Raises:
         FormatError: a file or tensor is missing, surplus, damaged or contradictory; the message names it.
@@ -161,7 +163,7 @@ def read_dense(folder: str | Path) -> Checkpoint:
     """Check the folder of a model as `read_checkpoint` does, and check that the model is dense.
 
     Raises:
-        FormatError: the folder is invalid, see `read_checkpoint`.
+        FormatError: the folder is invalid (see `read_checkpoint`).
         TargetError: the model is compressed already.
     """
     checkpoint = read_checkpoint(folder)
@@ -279,9 +281,10 @@ def load(
         path: a folder written by `save_pretrained`, or a hub id.
         inference: True converts layers to forms that generate faster (see
             `tensornet.nn.prepare_for_inference`); the model can then be neither trained nor saved.
-            `"compiled"` also lets `generate` use a static cache and compile the step of one token. Its first
-            call then takes a minute or more, and compilation is repeated for a new cache length: set
-            `model.generation_config.max_cache_len` to the largest length. Do not change a compiled model.
+            `"compiled"` also makes `generate` use a static KV cache and compile the forward pass of a single
+            token. The first call of `generate` then takes a minute or more. Compilation is repeated for each
+            new cache length, so set `model.generation_config.max_cache_len` to the largest length. Do not
+            change a compiled model.
         kwargs: passed to `from_pretrained`. The default dtype is the stored one; for inference it is
             bfloat16, the only dtype that the CPU kernels support. `revision`, `token`, `cache_dir`,
             `local_files_only` and `force_download` select files on the hub.
@@ -341,7 +344,7 @@ def load(
 
 
 def load_gguf(file: Path) -> PreTrainedModel:
-    """Load a GGUF file, dequantized to float32, to run it with transformers.
+    """Load a GGUF file as a transformers model, with its weights dequantized to float32.
 
     Raises:
         FormatError: the file is missing or damaged, transformers does not know all weights of the model, or
@@ -359,12 +362,12 @@ def load_gguf(file: Path) -> PreTrainedModel:
                 "random feed-forward networks. Evaluate the folder from which the file was made, or run the "
                 "file with llama.cpp."
             )
-        if config.model_type == "gpt2":  # transformers sets `n_ctx` only
+        if config.model_type == "gpt2":  # transformers only sets `n_ctx`
             config.n_positions = config.n_ctx
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=config, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # the parser raises anything for a damaged file
+    except Exception as error:  # the parser may raise any exception for a damaged file
         if isinstance(error, FormatError):
             raise
         raise FormatError(
@@ -383,7 +386,7 @@ def load_gguf(file: Path) -> PreTrainedModel:
 
 
 def _count_experts(file: Path) -> int:
-    """Read how many experts each layer of a GGUF file has. Mixtral has the architecture of Llama there."""
+    """Read the number of experts in a layer of a GGUF file; Mixtral has the architecture "llama" there."""
     import gguf
 
     field = gguf.GGUFReader(file).fields.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch="llama"))
@@ -391,7 +394,7 @@ def _count_experts(file: Path) -> int:
 
 
 def compile_generation(model: PreTrainedModel) -> None:
-    """Let `generate` compile the forward pass of a single token, but not that of prompts.
+    """Make `generate` compile the forward pass of single tokens, but not the forward pass of the prompt.
 
     Raises:
         TargetError: the model cannot generate.
@@ -407,7 +410,8 @@ def compile_generation(model: PreTrainedModel) -> None:
     def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
         return lookup_backend("inductor")(graph, inputs)
 
-    # A prepared model does not change, and guards on its attributes would take a fifth of a step's time.
+    # Skip guards on the model's attributes: they would take a fifth of a step's time, and a prepared model
+    # does not change.
     options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     mode: Any = None  # CompileConfig's default mode cannot be combined with options
     config: Any = CompileConfig(dynamic=False, backend=inductor, mode=mode, options=options)
@@ -423,7 +427,7 @@ def on_device(model: PreTrainedModel, device: torch.device | str) -> PreTrainedM
 
 
 def resolve_folder(path: str | Path, **hub: Any) -> Path:
-    """Return the local folder of a model; a model that is neither a folder nor cached is downloaded.
+    """Return the local folder of a model; download a hub model that is not in the local cache.
 
     Args:
         path: a folder, or a hub id if there is no such folder.
@@ -483,7 +487,7 @@ def empty_model(checkpoint: Checkpoint) -> PreTrainedModel:
         config.name_or_path = ""
         with torch.device("meta"):
             return kind(config)
-    except Exception as error:  # model classes may raise anything
+    except Exception as error:  # model classes may raise any exception
         raise FormatError(
             f"{checkpoint.folder}: config.json does not describe a {kind.__name__} that can be built: "
             f"{type(error).__name__}: {error!s:.300}"
@@ -507,7 +511,7 @@ def save(
     replaced by hand, or by compressing a submodule; save such a model with this function.
 
     Args:
-        model: a transformers model; may be wrapped by `DataParallel`, `DistributedDataParallel` or
+        model: a transformers model, possibly wrapped by `DataParallel`, `DistributedDataParallel` or
             `torch.compile`.
         destination: the new folder, or `hf://owner/name` for a repository on the hub.
         source: the folder from which the model was loaded; its tokenizer and other small files are copied.
@@ -551,7 +555,7 @@ def save(
     check_free(destination, force=force, sources=sources)
     if str(destination).startswith(HUB):
         name = _repository(str(destination))
-        # Old weight files would be loaded together with the new ones.
+        # Delete old weight files, which would otherwise be loaded together with the new ones.
         replaced = [*(f"*{suffix}" for suffix in WEIGHT_SUFFIXES), "*.index.json"] if force else None
         with tempfile.TemporaryDirectory(prefix="tensornet-") as parent:
             folder = save(whole, Path(parent) / "model", source=source)
@@ -603,7 +607,7 @@ def decompress(model: nn.Module) -> nn.Module:
 
 
 def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
-    """Write a model card into the folder of a compressed model, unless the folder has a card."""
+    """Write a model card into the folder of a compressed model, unless the folder already has one."""
     if not (card := Path(folder) / CARD).exists():
         card.write_text(_CARD_TEXT.format(architecture=architecture), encoding="utf-8")
 
@@ -625,7 +629,7 @@ def write_folder(
     try:
         with new_folder(target, force=force) as folder:
             yield folder
-            check_free(target, force=force, sources=sources)  # it may have been written in the meantime
+            check_free(target, force=force, sources=sources)  # another process may have written the target
     except (OSError, SafetensorError) as error:
         # Errors about other files are raised as they are. Errors that name no file are converted too, since
         # safetensors does not name the file if the disk is full.
@@ -644,7 +648,8 @@ def check_free(
 ) -> None:
     """Check that a destination may be written, before any work is done.
 
-    If a killed run has moved an existing folder aside to replace it, the folder first gets its name back.
+    A run that is killed while it replaces a folder leaves the old folder under another name. In this case the
+    old folder first gets its name back.
 
     Args:
         destination: the new folder, or `hf://owner/name`.
@@ -673,7 +678,7 @@ def check_free(
             "files."
         )
     real = target.resolve()
-    if Path.cwd().is_relative_to(real):  # renaming another folder to it would leave the process in no folder
+    if Path.cwd().is_relative_to(real):  # replacing it would leave the process without a working directory
         raise DestinationError(
             f"{target} is or contains the working directory, which cannot be replaced while it is in use. "
             "Choose another destination, or run in another folder."
@@ -702,7 +707,7 @@ def check_free(
 
 
 def copy_small_files(source: Path, destination: Path) -> list[str]:
-    """Copy tokenizer, templates, license and sentence-transformers modules to a folder.
+    """Copy the tokenizer, templates, license and sentence-transformers modules of a model to a folder.
 
     Existing files are not overwritten.
 

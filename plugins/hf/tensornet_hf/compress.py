@@ -77,31 +77,33 @@ class CompressOptions:
 
     Args:
         calibration: file with text like the model's later input; 'default' is the embedded text, the King
-            James Bible. Pieces of several texts alternate. Not needed with `objective="weight"`.
-        calibration_tokens: calibration tokens to read (default: until the statistics have converged, at most
-            32,768 tokens or 1,024 passages).
+            James Bible. Pieces of several files alternate. Not needed with `objective="weight"`.
+        calibration_tokens: number of calibration tokens to read (default: until the statistics have
+            converged, at most 32,768 tokens or 1,024 passages).
         statistics: file of calibration statistics: read if it exists, written otherwise.
-        validation: text from another source than the calibration text: losses of a few compressed sizes are
-            measured on it to correct predictions. Not for classifiers.
-        held_out: text that the model has not seen: the losses of the original, the result and simple
+        validation: text from another source than the calibration text; the model is compressed to a few
+            sizes, and their losses on this text correct the predictions. Not for classifiers.
+        held_out: text that the model has not seen; the losses of the original, of the result and of simple
             baselines of equal size are measured on it. Only for language models; needs memory for two models.
         refine: after compression, refit each layer to the dense model's outputs on unused calibration text.
         heal: after compression, train the cores for this many steps to match the dense model's outputs on the
             calibration text.
         share_experts: let the experts of each layer share cores where this lowers the predicted loss
-            increase, see `tensornet_moe.compress_experts`.
-        rotate: first rotate a Llama-like model, which spreads outliers of its weights and keeps its outputs;
-            compare with and without, since it does not always help. A tied output head becomes a separate
-            weight. See `tensornet_hf.rotate`.
+            increase. See `tensornet_moe.compress_experts`.
+        rotate: rotate a Llama-like model before compression, which spreads outliers of the weights but does
+            not change the outputs; this does not always help, so compare with and without. A tied output head
+            becomes a separate weight. See `tensornet_hf.rotate`.
         dtype: store weights in this dtype (default: keep their dtype).
         device: device on which the model runs: cpu, cuda, cuda:1, mps.
-        workers: compress shard by shard in this many processes, without loading the whole model; resumable.
-        resume: continue an interrupted run with `workers` or `heal`.
+        workers: compress shard by shard in this many processes, without loading the whole model; an
+            interrupted run can be continued.
+        resume: continue an interrupted run that used `workers` or `heal`.
         export: write the model for another runtime (default: gguf if the destination ends in .gguf). Only
             number formats of this target are planned.
         report: write a report as an HTML page.
-        networks: how an export writes tensor networks: as dense weights; as a LoRA adapter where a low-rank
-            matrix is added to integers, and dense elsewhere; or not at all (an error).
+        networks: how an export writes tensor networks: as dense weights (dense); low-rank matrices that are
+            added to integers as a LoRA adapter, all others as dense weights (lora); or not at all, with an
+            error (refuse).
         force: replace an existing destination.
         command: command line to show in the report.
         progress: show progress bars.
@@ -532,7 +534,7 @@ def open_dense(folder: Path) -> PreTrainedModel:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the dtype of a name, or None for None.
+    """Return the torch dtype with a name, or None if the name is None.
 
     Raises:
         ValueError: an unknown name; the message lists the known names.
@@ -545,7 +547,7 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 def _check_data(
     config: CompressionConfig | CompressionPlan, options: CompressOptions
 ) -> CompressionConfig | CompressionPlan:
-    """Check, before any slow step, that all texts that the options need are given.
+    """Check, before any slow step, that the texts needed for the options are given.
 
     Returns:
         The configuration. Without texts, the objective "auto" becomes "weight" if the only budget is
@@ -755,7 +757,7 @@ def _correct(
             f"{before:.4f} -> {after:.4f} on text that was not fitted{kept}"
         )
     if options.heal:
-        # One batch for each step, in random order.
+        # Train on one batch in each step, with batches in random order.
         batches = calibration_data(teacher, folder, text, window=256, window_batch=512).batches
         generator = torch.Generator("cpu").manual_seed(0)
         order = torch.randperm(len(batches), generator=generator, device="cpu").tolist()
@@ -787,7 +789,7 @@ def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, re
         folder: folder of the dense model.
         options: JSON-ready list of everything that the healed model depends on; a hash of it is the KEY in
             the file name `.NAME.heal-KEY.safetensors`.
-        resume: keep an existing checkpoint of the same options.
+        resume: keep an existing checkpoint of a run with the same options, instead of deleting it.
     """
     target = destination.expanduser().absolute()
     marks = sorted(file_marks(folder).items())

@@ -107,7 +107,7 @@ class Perplexity:
             predecessor.
         windows: number of windows.
         context: tokens in a window (the last window may be shorter).
-        stride: tokens from the start of a window to the start of the next.
+        stride: number of tokens from the start of a window to the start of the next.
     """
 
     perplexity: float
@@ -132,13 +132,14 @@ def text_windows(
     """Cut a text into windows in which each token is scored at most once.
 
     The first token of a window cannot be predicted, so without overlap one token of each window is not
-    scored. With a smaller stride, every token but the first of the text is scored, and most tokens have at
-    least `context - stride` tokens before them.
+    scored. If `stride` is smaller than `context`, every token but the first of the text is scored, and most
+    tokens have at least `context - stride` tokens before them.
 
     Args:
         tokens: token ids of the text, shape `(length,)`.
-        context: tokens in a window, at least 2.
-        stride: tokens from the start of a window to the start of the next, from 1 to `context` (the default).
+        context: number of tokens in a window, at least 2.
+        stride: number of tokens from the start of a window to the start of the next, from 1 to `context` (the
+            default).
         batch_size: largest number of windows in a batch.
 
     Returns:
@@ -258,7 +259,7 @@ def _perplexity(
 class Divergence:
     """Distance of a model's next-token predictions from those of a reference model, on the tokens of a text.
 
-    Each value comes with its standard error, as if tokens were independent.
+    Each value is a pair of an estimate and its standard error, which assumes independent tokens.
 
     Args:
         mean, median, percentile_99: statistics of the Kullback-Leibler divergence `KL(reference || model)` of

@@ -16,8 +16,8 @@ from tensornet_hf.text import embedded_text
 
 #: Reason why the layers of `READ_OUTSIDE` stay dense.
 READ_REASON = "weight read outside of the layer"
-#: Layers whose `weight` the code of transformers uses without calling the layer, by the class of the module
-#: that contains them; both are patterns.
+#: Layers whose `weight` transformers uses without calling the layer, by the class of the module that contains
+#: them. Names of classes and layers are patterns.
 READ_OUTSIDE: Mapping[str, Sequence[str]] = {
     "*MambaMixer": ("dt_proj",),
     "Rwkv*": ("output", "value"),
@@ -50,7 +50,7 @@ class TransformersExtension(ModelExtension):
         return prepare_for_saving(model)
 
     def calibration_data(self, model: nn.Module) -> ProvidedData | None:
-        """Return calibration batches of the package's text, or None, see `embedded_text`."""
+        """Return calibration batches from the package's text, or None (see `embedded_text`)."""
         return embedded_text(model)
 
     def dense_layers(self, model: nn.Module) -> dict[str, str]:

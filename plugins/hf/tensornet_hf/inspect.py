@@ -13,7 +13,7 @@ from tensornet_hf.quantizer import DTYPES, promised_tensors
 
 
 def inspect_folder(folder: str | Path) -> dict[str, Any]:
-    """Describe a model folder from its configuration and file headers, after the checks of `read_checkpoint`.
+    """Check a model folder (see `read_checkpoint`), and describe it by its configuration and file headers.
 
     Returns:
         JSON-ready facts about the model:

@@ -33,7 +33,7 @@ from tensornet_hf.checkpoint import Checkpoint, empty_model, read_dense
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
-#: Largest value of a size in a configuration, far above all real values.
+#: Largest allowed value of a size in a configuration; real values are far smaller.
 _LARGEST = 2**31
 
 
@@ -42,8 +42,8 @@ class LazyModel:
     """A model whose weights are memory-mapped from the files of its folder.
 
     Args:
-        model: the model in eval mode. Weights that cannot be mapped, because transformers converts the stored
-            tensors when it loads them, are on the meta device.
+        model: the model in eval mode. Weights are on the meta device if they cannot be mapped because
+            transformers converts the stored tensors when it loads the model.
         stored: for each parameter and buffer, the names of its stored tensors. There are several for a stack
             of experts and for other conversions.
         renamed: names of parameters and buffers that are stored as a single tensor of the same shape,
@@ -60,7 +60,7 @@ class LazyModel:
 def open_lazily(
     source: Checkpoint, *, only: Collection[str] | None = None, spill: str | Path | None = None
 ) -> LazyModel:
-    """Build the model of a folder with weights that are memory-mapped from its files, in the stored dtype.
+    """Build the model of a folder, with weights memory-mapped from the folder's files in the stored dtype.
 
     Layers, ties and names are those of the model that transformers loads, since the class is the same.
     Code in the folder is never run. In-place changes of a mapped weight do not change the file.
@@ -68,8 +68,8 @@ def open_lazily(
     Args:
         source: contents of the folder of a dense model, from `read_dense`.
         only: names of the parameters and buffers to map; the others stay on the meta device. None maps all.
-        spill: folder for temporary files, in which matrices that are stored one by one are stacked.
-            The files are deleted with the model. None uses the system's temporary folder.
+        spill: folder for temporary files, which are deleted with the model. If the matrices of experts are
+            stored one by one, such a file contains their stack. None uses the system's temporary folder.
 
     Raises:
         FormatError: transformers does not have the model's class, or the configuration is invalid or
@@ -129,8 +129,8 @@ def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreT
         spill: see `open_lazily`.
 
     Raises:
-        FormatError: the folder is invalid, see `read_dense` and `open_lazily`; or a weight cannot be mapped,
-            because transformers converts the stored tensor when it loads it.
+        FormatError: the folder is invalid (see `read_dense` and `open_lazily`), or a weight cannot be mapped
+            because transformers converts the stored tensor when it loads the model.
         TargetError: the model is compressed already.
     """
     model = open_lazily(read_dense(folder), spill=spill).model
@@ -222,7 +222,7 @@ def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -
 
 
 def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
-    """Write the bytes of stored matrices to a temporary file in `spill`, and map a tensor from it."""
+    """Write the bytes of stored matrices to a temporary file in `spill`, and memory-map it as a tensor."""
     with tempfile.TemporaryFile(dir=spill) as file:
         for chunk in contents(parts):
             file.write(chunk)
@@ -247,7 +247,7 @@ def _equal(first: Slice, second: Slice) -> bool:
 
 
 def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
-    """Replace a model's parameters and buffers by mapped tensors of the same names, and keep ties."""
+    """Replace a model's parameters and buffers by the mapped tensors of these names; ties are kept."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:

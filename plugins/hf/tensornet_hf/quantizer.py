@@ -55,7 +55,7 @@ _T = TypeVar("_T")
 
 
 class TensorNetworkConfig(QuantizationConfigMixin):
-    """Quantization config of transformers that describes a compressed model or compresses a loaded one.
+    """Quantization config for transformers: describes a compressed model, or compresses a model on loading.
 
     To compress a model on loading, give the options of `tensornet.CompressionConfig`:
     `AutoModelForCausalLM.from_pretrained(folder, quantization_config=TensorNetworkConfig(param_ratio=0.5))`.
@@ -139,11 +139,11 @@ def _mapping(what: str, value: Any, kind: type) -> dict[str, Any]:
 
 
 def config_of(model: nn.Module, *, compression: Mapping[str, Any] | None = None) -> TensorNetworkConfig:
-    """Describe the compressed modules of a model for saving, with empty `layers` for an ordinary model.
+    """Describe the compressed modules of a model for saving; `layers` is empty for an ordinary model.
 
     Args:
         model: any model.
-        compression: options to record, see `TensorNetworkConfig`.
+        compression: options to record (see `TensorNetworkConfig`).
     """
     layers = layer_descriptions(model)
     base = getattr(model, "base_model_prefix", "")
@@ -153,7 +153,7 @@ def config_of(model: nn.Module, *, compression: Mapping[str, Any] | None = None)
 
 
 def layer_descriptions(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe each outermost tensor-network module of a model, under each of its names if it is used twice.
+    """Describe each outermost tensor-network module of a model, under every name that the module has.
 
     Returns:
         The description (`NetworkModule.spec`) of each module by name.
@@ -233,7 +233,7 @@ class PromisedTensor:
     Attributes:
         shape: shape of the stored tensor.
         dtype: its dtype, or None if every floating-point dtype is allowed.
-        numbers: count of the numbers that it encodes; more than its elements if integers are packed.
+        numbers: count of the numbers that the tensor encodes; more than its elements if integers are packed.
     """
 
     shape: tuple[int, ...]
@@ -300,7 +300,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
                 f"{where}: {name} is stored with shape {list(part.shape)}, but its description says "
                 f"{list(tensor.shape)}."
             )
-        # Floating-point tensors have the dtype that the model had when it was saved, so any is allowed.
+        # Floating-point tensors have the dtype that the model had when it was saved. Any such dtype is allowed.
         found = DTYPES.get(part.dtype, part.dtype)
         if part.dtype not in FLOATS if tensor.dtype is None else found != tensor.dtype:
             raise FormatError(
@@ -402,7 +402,7 @@ class TensorNetworkQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """True, since contractions are ordinary tensor operations whose order is constant when traced."""
+        """True, since contractions are ordinary tensor operations whose order does not depend on values."""
         return True
 
     def _process_model_before_weight_loading(
@@ -434,7 +434,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         self._stored = tuple(stored)
         if files:
             check_layers(self.quantization_config, stored, where=str(files[0].parent))
-        # A private attribute, but transformers has no public list of stored names to ignore.
+        # This attribute is private, but transformers has no public list of stored names to ignore.
         guards = {name.removeprefix(f"{model.base_model_prefix}.") for name in headers.keys() - stored.keys()}
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){re.escape(x)}$" for x in guards}
@@ -496,7 +496,7 @@ class TensorNetworkQuantizer(HfQuantizer):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not is_inside(name, layers):
                 continue
-            # A private attribute, but the only one that marks loaded parameters.
+            # This attribute is private, but no other attribute marks loaded parameters.
             if not getattr(tensor, "_is_hf_initialized", False):
                 raise FormatError(f"{name} is missing from the weights; every core is needed.")
             if isinstance(tensor, nn.Parameter) and not bool(torch.isfinite(tensor).all()):
@@ -527,8 +527,8 @@ class TensorNetworkQuantizer(HfQuantizer):
         if not hasattr(model, "hf_quantizer"):  # all layers are dense now
             return None, {}
         config: TensorNetworkConfig = model.config.quantization_config
-        # A private attribute, but otherwise transformers would rename tensors and stack experts as for dense
-        # models.
+        # This attribute is private, but if it is not cleared, transformers renames tensors and stacks experts
+        # as for dense models.
         model._weight_conversions = []  # type: ignore[assignment]
         tensors = {name: x for name, x in model.state_dict().items() if name not in config.ties}
         replaced = replaced_names(_dense_names(model, config), tensors | config.ties, config.layers)
@@ -553,7 +553,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
 
     Args:
         model: a transformers model, or a module that contains such models.
-        compression: options to record, see `TensorNetworkConfig`; None keeps the recorded options.
+        compression: options to record (see `TensorNetworkConfig`); None keeps the recorded options.
 
     Returns:
         True if the module is or contains a transformers model.
@@ -561,7 +561,7 @@ def prepare_for_saving(model: nn.Module, *, compression: Mapping[str, Any] | Non
     if not isinstance(model, PreTrainedModel):
         found = [prepare_for_saving(child, compression=compression) for child in model.children()]
         return any(found)
-    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # they have no description
+    if any(isinstance(part, ParallelExperts) for part in model.modules()):  # these have no description
         quantizer = TensorNetworkQuantizer(TensorNetworkConfig(), experts_spread=True)
         model.hf_quantizer = quantizer  # type: ignore[assignment]
         return True
@@ -586,7 +586,7 @@ def _dense_names(model: PreTrainedModel, config: TensorNetworkConfig) -> Iterabl
     try:
         with torch.device("meta"), no_init_weights():
             return tuple(type(model)(copy.deepcopy(model.config)).state_dict())
-    except Exception:  # some classes read values of weights, or need further arguments
+    except Exception:  # some classes read weights, which have no values here, or need further arguments
         return tuple(f"{layer}.weight" for layer in config.layers)
 
 
@@ -662,7 +662,7 @@ def make_room(model: PreTrainedModel, layers: Mapping[str, Any]) -> None:
         # What `upcycle` adds belongs to the base model, whether the saved class has a head or not.
         part: nn.Module = model.base_model if inner != layer or path == [POOLS] else model
         for name in path:
-            if not hasattr(part, name):  # such as the list of several pools
+            if not hasattr(part, name):  # for example the container of several pools
                 part.add_module(name, nn.ModuleDict())
             part = part.get_submodule(name)
         part.add_module(label, nn.Module())
@@ -756,7 +756,7 @@ def remove_dense_ties(
 
 
 def restore_dense_ties(model: PreTrainedModel) -> None:
-    """Restore the tied keys of a model that is dense again."""
+    """Restore the tied keys that `remove_dense_ties` removed, after the model has become dense again."""
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
             vars(part).pop("_tied_weights_keys", None)

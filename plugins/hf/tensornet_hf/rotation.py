@@ -57,8 +57,8 @@ def rotate(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         The same model.
 
     Raises:
-        TargetError: the model is compressed or has another structure; nothing was changed. Or the logits
-            have changed after rotation; the model must then be loaded again.
+        TargetError: the model is compressed or has another structure; nothing was changed. Or rotation
+            changed the logits; the model must then be loaded again.
 
     Reference:
         Ashkboos et al., QuaRot (NeurIPS 2024), section 4; here with random orthogonal matrices, and
@@ -149,7 +149,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 def _blocks(model: PreTrainedModel) -> list[str]:
-    """Return the names of the blocks, which must be in `model.layers`."""
+    """Return the names of the blocks in `model.layers`; empty if the model has none there."""
     blocks = getattr(getattr(model, "model", None), "layers", ())
     return [f"model.layers.{k}" for k in range(len(blocks))]
 
@@ -200,7 +200,8 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
         if size is None or v[0] % size or q[0] % v[0] or k != v or o != (width, q[0]):
             raise refuse(f"{block}.self_attn", "does not consist of equal heads of queries, keys and values")
 
-    # Check that no other module has weights, and that layers do not share weights.
+    # Check that only the modules in `found` have weights (except norms of queries and keys), and that no two
+    # of them share a weight (except the embedding and the head).
     users: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         layer = name.rpartition(".")[0]
@@ -213,7 +214,7 @@ def _layers(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _is_rms_norm(norm: nn.Module) -> bool:
-    """Check by a computation whether a module computes `weight * x / rms(x)`."""
+    """Return True if a module computes `weight * x / rms(x)` for a test vector."""
     weights = dict(norm.named_parameters())
     if weights.keys() != {"weight"}:
         return False

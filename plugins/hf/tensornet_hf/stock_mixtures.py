@@ -52,7 +52,7 @@ def stock_mixture(model: PreTrainedModel) -> PreTrainedModel:
 
     Llama and Mistral become Mixtral, and Qwen 3 becomes Qwen 3 MoE. Shared cores, low-rank deltas, integers
     and pools become dense experts in every layer; convert before you compress the other layers. Routers with
-    biases have no counterpart, so the pools of `upcycle`, which use them, are refused.
+    biases have no counterpart. So models with pools made by `upcycle`, which need such routers, are refused.
 
     The new model computes the same as `model` in eval mode. Its `save_pretrained` writes a checkpoint that
     transformers loads without this library and runs with all of its implementations of experts (such as
@@ -201,8 +201,8 @@ def set_experts_implementation(model: nn.Module, name: str) -> None:
 
     With an implementation from transformers, every forward pass builds the matrices of all experts, whatever
     the experts share, and calls `transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS[name]`. Gradients, load
-    balancing and pools work as before. `"tensornet"` builds only the matrices of experts that got tokens, or
-    multiplies by their cores. The choice is not saved with the model.
+    balancing and pools work as before. `"tensornet"` builds only the matrices of experts to which a token is
+    routed, or multiplies by the cores of these experts. The choice is not saved with the model.
 
     Args:
         model: a model with `SharedCoreMoE` layers.

@@ -1,8 +1,8 @@
 """Calibrate a model that does not fit into memory, block by block, with activations on disk.
 
-In the forward phase each block runs on all batches before the next block starts. In the backward phase blocks
-run in reverse order; each runs again on its stored inputs. So memory only contains the weights and moments of
-a single block, and the activations of a single batch. The result is that of `tensornet.calibrate`.
+In the forward phase, each block runs on all batches before the next block starts. In the backward phase, the
+blocks run again in reverse order, each on its stored inputs. So memory only contains the weights and moments
+of a single block, and the activations of a single batch. The result is that of `tensornet.calibrate`.
 """
 
 import json
@@ -52,8 +52,8 @@ def calibrate_checkpoint(
 
     Args:
         src: folder of the model, or a model with memory-mapped weights from `mapped_model`.
-        batches: batches of inputs, see `tensornet.calibrate`. Gradients are computed for all batches.
-        path: file to which the statistics are written; the returned object reads it as needed.
+        batches: batches of inputs (see `tensornet.calibrate`). Gradients are computed for all batches.
+        path: file to which the statistics are written; the returned object reads from this file as needed.
         config: selects the layers, which must be inside the blocks; by default all linear layers there.
         loss_fn, source: see `tensornet.calibrate`.
         progress: show a progress bar.
@@ -213,7 +213,7 @@ class _OnDisk:
 
 @contextmanager
 def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Load the weights of modules in float32 within a `with` block; afterwards they are mapped again."""
+    """Load the weights of modules in float32 within a `with` block; the mapped weights return afterwards."""
     owners = [(module, *named) for module in modules for named in module.named_parameters(recurse=False)]
     held = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for _, _, p in owners}
     for module, name, parameter in owners:

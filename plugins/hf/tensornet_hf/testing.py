@@ -6,7 +6,7 @@
         def weights(self, destination):
             return read_as_the_other_program_does(destination)
 
-They need pytest (extra `testing`).
+The tests need pytest (extra `testing`).
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from tensornet_hf.exporters.export import TARGETS, export
 
 require(("pytest",), extra="testing", user="tensornet_hf.testing")
 
-import pytest  # noqa: E402 - asks for it first
+import pytest  # noqa: E402 - `require` must run first
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 1024,
@@ -36,7 +36,7 @@ _SIZES: dict[str, Any] = {
 
 
 class ExportLaws:
-    """Laws of an export target; set `target` to its name in `TARGETS`, and define `weights`."""
+    """Laws that an export target must obey; set `target` to its name in `TARGETS`, and define `weights`."""
 
     target: str
     #: Name of the destination, with a suffix if the target writes a file.
@@ -73,7 +73,7 @@ class ExportLaws:
             assert float(error) <= 1e-6, f"{name}: relative error {float(error):.3g}"
 
     def test_report(self, tmp_path: Path) -> None:
-        """Check that the report has the size, and lists each layer once: packed, or dense with a reason."""
+        """Check that the report states the size, and lists each layer once as packed or dense."""
         model = self._mixed()
         report = export(model, tmp_path / self.destination, target=self.target)
         assert report.packed, "no layer is packed"

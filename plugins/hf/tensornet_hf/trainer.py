@@ -1,4 +1,4 @@
-"""Callbacks of `Trainer` for training mixtures, and healing of compressed models with `Trainer`."""
+"""Callbacks for training mixtures, and healing (retraining) of compressed models, both with `Trainer`."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -249,7 +249,7 @@ class HealingTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer of `Trainer`, with a group for each parameter if rates are relative."""
+        """Create the optimizer of `Trainer`; with relative rates, each parameter has a group of its own."""
         made = self.optimizer is not None
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.relative and not made:
@@ -267,7 +267,7 @@ class HealingTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the distance of the model's outputs from the teacher's outputs, see `output_distance`."""
+        """Return the distance of the model's outputs from the teacher's outputs (see `output_distance`)."""
         batch = {key: value for key, value in inputs.items() if key != "labels"}
         self.teacher.to(next(model.parameters()).device)
         with torch.no_grad():
@@ -300,7 +300,7 @@ def heal(
         steps: number of training steps.
         output_dir: folder for checkpoints.
         collate: function that collates examples; None uses the default of transformers.
-        parameters: which parameters are trained, see `tensornet.heal`.
+        parameters: which parameters are trained (see `tensornet.heal`).
         resume: resume from the last checkpoint in `output_dir`, if there is one. By default a checkpoint is
             written every 50 steps.
         arguments: arguments of `TrainingArguments` that override `DEFAULTS`. `learning_rate` has the meaning
@@ -310,8 +310,8 @@ def heal(
         The mean distance from the dense model's outputs over the steps of this call.
 
     Raises:
-        TargetError: the model has no trainable cores or nothing that requires gradients, or it is the
-            teacher.
+        TargetError: the model has no trainable cores, no parameter requires gradients, or `model` and
+            `teacher` are the same.
     """
     last = get_last_checkpoint(output_dir) if resume and Path(output_dir).is_dir() else None
     chosen = parameters != "trainable"

@@ -91,7 +91,7 @@ def compress(
     plan: Annotated[
         Path | None,
         typer.Option(
-            help="Apply this plan: the output of --dry-run --json, which may have been edited.",
+            help="Apply this plan: the output of --dry-run --json, unchanged or edited.",
             metavar="FILE",
             rich_help_panel=GROUPS["budget"],
         ),
@@ -116,7 +116,7 @@ def compress(
     ] = False,
     **given: Any,
 ) -> None:
-    """Compress a model: replace its linear layers within a budget, and save the result.
+    """Compress the linear layers of a model to a given size or loss increase, and save the result.
 
     Example: tensornet compress MODEL SMALL --bits 4.25 --calibration text.txt
 
@@ -156,7 +156,10 @@ def _spelled(match: re.Match[str]) -> str:
 
 
 def inspect(path: Source, as_json: Json = False) -> None:
-    """Show the layers of a saved model with their schemes and sizes, without loading weights."""
+    """List the layers of a saved model with their topologies, number formats and sizes.
+
+    No weights are loaded.
+    """
     found = inspect_folder(resolve_folder(path))
     if as_json:
         print_json(found)
@@ -201,33 +204,40 @@ def evaluate(
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Dense model (folder, GGUF file or hub id); measure the Kullback-Leibler divergence from it "
-            "on --text."
+            help="Dense model (folder, GGUF file or hub id); the Kullback-Leibler divergence from this model "
+            "is measured on --text."
         ),
     ] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Tasks of lm-evaluation-harness, separated by commas: arc_easy,hellaswag."),
+        typer.Option(help="Tasks of lm-evaluation-harness, separated by commas, as in arc_easy,hellaswag."),
     ] = None,
     task_path: Annotated[
         Path | None, typer.Option(help="Your own task file, or a folder of task files.")
     ] = None,
     shots: Annotated[
         int | None,
-        typer.Option(min=0, help="Examples before each question (default: that of the task)."),
+        typer.Option(min=0, help="Number of solved examples before each question (default: as in the task)."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Largest number of examples of each task.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of questions of each task (default: all).")
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(
-            help="Tokens in a window of --text (default: the positions of the model, at most 1024)."
+            help="Number of tokens in a window of --text (default: the context length of the model, at most "
+            "1024)."
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens from the start of a window to the next (default: no overlap)."),
+        typer.Option(
+            help="Number of tokens from the start of a window to the start of the next (default: no overlap)."
+        ),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Largest number of windows or examples in a batch.")] = 16,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Largest number of windows or questions in a batch.")
+    ] = 16,
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
@@ -260,7 +270,7 @@ def evaluate(
             compared = divergence(model, _loaded(other, device), ids, **windows)
             measured = compared.perplexity
             found["divergence"] = {"reference": reference, **asdict(compared)}
-            del found["divergence"]["perplexity"]  # is added to `found` below
+            del found["divergence"]["perplexity"]  # the next statement adds it to `found`
         found |= {"text": str(text), **asdict(measured), "how": f"{measured.how} of {text.name}"}
     if tasks is not None:
         names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -310,10 +320,10 @@ def generate(
     device: Device = CPU,
     as_json: Json = False,
 ) -> None:
-    """Let a model continue a prompt, or answer it if it is an encoder-decoder or a chat model."""
+    """Let a model continue a prompt; an encoder-decoder or a chat model answers the prompt instead."""
     folder = resolve_folder(path)
     model = on_device(load(folder), device)
-    prepare_for_inference(model, max_growth=MAX_GROWTH)  # no dense model comes back by surprise
+    prepare_for_inference(model, max_growth=MAX_GROWTH)  # limit memory: large layers stay compressed
     tokenizer = load_tokenizer(folder)
     chat = bool(tokenizer.chat_template) if chat is None else chat
     text = continue_text(
@@ -381,14 +391,16 @@ def export(
     skeleton: Annotated[
         Path | None,
         typer.Option(
-            help="GGUF file of the dense model, from which names, tokenizer and metadata are taken."
+            help="GGUF file of the dense model; names, tokenizer and metadata are taken from it (only for "
+            "gguf)."
         ),
     ] = None,
     networks: Annotated[
         str | None,
         typer.Option(
-            help="How to write tensor networks: dense; lora (low ranks added to integers become an adapter); "
-            "refuse (default: dense)."
+            help="How to write tensor networks: as dense weights (dense); low-rank matrices that are added "
+            "to integers as a LoRA adapter, all others as dense weights (lora); or not at all, with an error "
+            "(refuse) (default: dense)."
         ),
     ] = None,
     force: Force = False,
@@ -396,7 +408,7 @@ def export(
 ) -> None:
     """Write a model for another runtime, with exactly the same weights.
 
-    Layers that the target cannot store are written dense and listed.
+    Layers that the target cannot store are written as dense weights, and are listed.
     """
     given: dict[str, Any] = {"skeleton": skeleton, "networks": networks}
     options = {name: value for name, value in given.items() if value is not None}
@@ -424,10 +436,11 @@ def upcycle(
 
     Example: tensornet upcycle MODEL MIXTURE --share center --experts 8 --top-k 2
 
-    A pool for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32
+    One pool of experts for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32
 
-    With --share center or none, the mixture initially computes the same as the dense model. --help-all also
-    shows rare options.
+    Without --pool, or with --share none, the mixture initially computes the same as the dense model.
+
+    --help-all also shows rare options.
     """
     config = UpcycleOptions(**collect(UpcycleOptions, given))
     if destination is None and not dry_run:

@@ -1,4 +1,4 @@
-"""Entry point of the command line, which reports an error in one line and by a non-zero exit status."""
+"""Entry point of the command line; an error is reported in one line and by a non-zero exit status."""
 
 import ast
 import os
@@ -147,8 +147,9 @@ def _one_line(error: Exception) -> str:
 def as_options(text: str, options: Mapping[str, Any]) -> str:
     """Translate the Python arguments that a message names to options of the command line.
 
-    Translated are assignments (`formats=('int4',)`), names with underscores (`max_bond`), and names that are
-    the subject of a rule (`damping must be`). Other words with the name of an option stay as they are.
+    Three forms are translated: assignments (`formats=('int4',)`), names with underscores (`max_bond`), and
+    names before the word "must" (`damping must be`). Other words that equal the name of an option, such as
+    `report`, stay as they are.
 
     Args:
         text: the message.
@@ -164,7 +165,7 @@ def as_options(text: str, options: Mapping[str, Any]) -> str:
         lambda x: _assigned(options[x["name"]], x["value"]),
         text,
     )
-    spoken = "|".join(re.escape(x) for x in options if "_" in x) or "$."  # the last matches nothing
+    spoken = "|".join(re.escape(x) for x in options if "_" in x) or "$."  # `$.` matches nothing
     pattern = rf"{outside}(?:(?P<rule>{names})(?= must )|(?P<spoken>{spoken})\b(?![/'(]))"
     text = re.sub(pattern, lambda x: options[x["rule"] or x["spoken"]].opts[0], text)
     # Messages often give both names, as in `force=True (--force)` and `(skeleton=, --skeleton)`.
@@ -172,13 +173,13 @@ def as_options(text: str, options: Mapping[str, Any]) -> str:
 
 
 def _assigned(option: Any, value: str) -> str:
-    """Return an option with a value that is written as in Python."""
+    """Return an option of the command line with the value that a message writes as in Python."""
     flag = option.opts[0]
     if option.is_flag:
         return option.secondary_opts[0] if value == "False" and option.secondary_opts else flag
     try:
         given = ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word that stands for a value, such as `batches`
+    except (ValueError, SyntaxError):  # not a literal, but a placeholder such as `batches`
         given = option.metavar if option.metavar == "FILE" and value else value
     if not isinstance(given, (list, tuple)):
         return f"{flag} {given}".rstrip()

@@ -29,7 +29,7 @@ def parse_size(text: str | int) -> int:
             1,024. Case does not matter, and the B is optional.
 
     Raises:
-        typer.BadParameter: not a size, or less than one byte.
+        typer.BadParameter: the text is not a size, or the size is less than one byte.
     """
     match = _SIZE.fullmatch(str(text).strip())
     factor = None if match is None else _UNITS.get(match[2].upper())
@@ -47,8 +47,8 @@ def parse_share(text: str | float) -> float:
     """Parse a fraction in `(0, 1]`, such as a parameter ratio.
 
     Raises:
-        typer.BadParameter: not a number, or out of range; above 1 the message explains how to write a
-            percentage.
+        typer.BadParameter: the text is not a number, or the number is out of range. For a number above 1, the
+            message explains how to write a percentage.
     """
     try:
         share = float(text)
@@ -90,7 +90,7 @@ def parse_device(text: str | torch.device) -> torch.device:
         device = torch.device(text)
         usable = device.type != "meta"
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):  # unknown, absent, or not built in
+    except (RuntimeError, AssertionError):  # unknown, absent, or not supported by this build of torch
         usable = False
     if not usable:
         found = ["cpu"]
@@ -251,7 +251,7 @@ def _parameter(described: Field[Any], text: str) -> inspect.Parameter:
 
 
 def collect(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert option values to the arguments of a dataclass; options that were not given are left out."""
+    """Convert option values to the arguments of a dataclass; options that were not given are skipped."""
     found = {}
     for described in fields(kind):
         value: Any = given.get(described.name)

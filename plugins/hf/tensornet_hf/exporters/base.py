@@ -43,7 +43,7 @@ def check_new_file(path: Path, *, force: bool) -> None:
 
 
 def renamed_entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return entries that transformers 5 has renamed, under the old names that other packages read."""
+    """Return the entries that transformers 5 renamed, under the old names that other packages expect."""
     rope = getattr(config, "rope_parameters", None) or {}
     found = {"n_ctx": getattr(config, "n_positions", None), "rotary_pct": rope.get("partial_rotary_factor")}
     return {name: value for name, value in found.items() if value is not None}
@@ -237,7 +237,7 @@ def tied_layers(model: nn.Module) -> dict[str, str]:
 
 
 def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] | str:
-    """Split a layer into integers and a low-rank part (or None), or return the reason why not."""
+    """Split a layer into integers and a low-rank part (or None), or return why this is impossible."""
     topology = layer.topology
     legs = (*topology.out_labels, *topology.in_labels)
     matrices = [parts for parts, part in topology.parts if [core.labels for core in part.cores] == [legs]]
@@ -260,7 +260,7 @@ def split_weight(layer: NetworkModule) -> tuple[IntegerMatrix, LowRank | None] |
             cores[right].reshape(-1, columns).float(),
             None if isinstance(found, str) else found,
         )
-    # Rebuild the matrix of any other network, and check whether its rank is low.
+    # For other networks, compute the sum of their matrices and check whether its rank is low.
     networks = [TensorNetwork(part, [cores[k].double() for k in positions]) for positions, part in others]
     u, s, vh = torch.linalg.svd(torch.stack([x.to_matrix() for x in networks]).sum(0), full_matrices=False)
     rank = max(1, int((s > s[0] * max(topology.shape) * torch.finfo(torch.float32).eps).sum()))

@@ -32,9 +32,10 @@ from tensornet_hf.exporters.folder import (
     write_adapter,
 )
 
-#: Layer types that are packed, see `tensornet.nn.layer_kinds`.
+#: Layer types that are packed (see `tensornet.nn.layer_kinds`).
 KINDS = ("linear",)
-#: Formats that can be packed. vLLM fuses layers of the same inputs, which then need the same format.
+#: Number formats that can be packed. vLLM fuses layers that read the same input, so these must have the same
+#: format.
 COMPRESSED_TENSORS_MENU = Menu(
     ("float", "int8", "int8:g128", "int6", "int5", "int4:g32", "int4", "int4:g128", "int3:g32"),
     fused=(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
@@ -52,10 +53,14 @@ def export_compressed_tensors(
 ) -> ExportReport:
     """Write a folder that transformers loads with `compressed-tensors`; see `tensornet_hf.export`.
 
-    A layer is packed if it replaces an `nn.Linear` and is stored as a single matrix of integers, if its group
-    size divides the number of inputs or each row has one scale, and if its scales are exact in the model's
-    dtype. vLLM reads this format too (not tested) if the projections that it fuses (query, key and value;
-    gate and up) have the same number format.
+    A layer is packed if all of these conditions are true:
+
+    - It replaces an `nn.Linear`, and is stored as a single matrix of integers.
+    - Its group size divides the number of inputs, or each row has one scale.
+    - Its scales are exact in the model's dtype.
+
+    vLLM reads this format too (not tested) if the projections that it fuses (query, key and value; gate and
+    up) have the same number format.
 
     Raises:
         DestinationError: see `tensornet_hf.export`.
@@ -74,7 +79,7 @@ def export_compressed_tensors(
 
 
 def compressed_tensors_constraints(model: PreTrainedModel) -> tuple[int, tuple[str, ...]]:
-    """Collect the constraints of a plan, see `folder_constraints`; raise TargetError for stacked experts."""
+    """Return the constraints on plans (see `folder_constraints`); raise TargetError for stacked experts."""
     _refuse_experts(model)
     return folder_constraints(model, KINDS)
 
@@ -94,7 +99,7 @@ def peft_adapter(
 
     Args:
         low_ranks: low-rank part of each layer by name.
-        dtypes: dtype of each layer by name. A factor is stored in this dtype if no digits are lost,
+        dtypes: dtype of each layer by name. A factor is stored in this dtype if the conversion is exact,
             otherwise in float32.
     """
     tensors = {}
@@ -149,9 +154,9 @@ def _pack(matrix: IntegerMatrix, dtype: torch.dtype) -> Packed | str:
     rows, columns = points.shape
     if group is not None and columns % group:
         return f"groups of {group} do not divide {columns} inputs"
-    if torch.any(points % 1):  # points of int2 are half-integers; with half the scale they are odd integers
+    if torch.any(points % 1):  # halve the scale, so that the half-integers of int2 become odd integers
         points, scales = 2 * points, scales / 2
-    # Codes without zero points may need more bits than codes with zero points.
+    # Without zero points, codes may need more bits.
     least, most = int(points.min()), int(points.max())
     while least < -(2 ** (bits - 1)) or most >= 2 ** (bits - 1):
         bits += 1

@@ -28,8 +28,9 @@ class Target(NamedTuple):
     Args:
         export: function that writes a model to a destination. Its keyword arguments are `source` (folder of
             the tokenizer, or None), `force`, `networks`, and options of the target.
-        constraints: function of a dense model and its folder, for planning. It returns the bytes of the files
-            in addition to the weights, and the names of layers that the target stores dense.
+        constraints: function of a dense model and its folder that returns what a plan must know: the bytes
+            that the files need in addition to the weights, and the names of layers that the target stores
+            dense.
         menu: the number formats of plans for this target.
     """
 
@@ -38,12 +39,12 @@ class Target(NamedTuple):
     menu: Menu
 
 
-#: Targets by name, see `register_target`.
+#: Targets by name (see `register_target`).
 TARGETS: dict[str, Target] = {}
 
 
 def register_target(name: str, target: Target) -> None:
-    """Add a target, which `export` then writes, and whose menu `CompressionConfig(formats=name)` then uses.
+    """Add a target for `export`; `CompressionConfig(formats=name)` then plans with its number formats.
 
     Raises:
         FormatError: another target has this name.
@@ -67,7 +68,7 @@ register_target(
 
 
 def find_target(destination: str | os.PathLike[str], target: str | None = None) -> str | None:
-    """Return the name of the given target, or of the target that the destination's suffix implies, or None.
+    """Return `target` if it is given, otherwise the target that the destination's suffix implies, or None.
 
     Raises:
         DestinationError: target and suffix contradict each other.
@@ -109,8 +110,8 @@ def export(
 
     Residual layers are a matrix of integers plus a low-rank matrix. With `networks="lora"` the integers are
     packed, and all low-rank matrices become a LoRA adapter with exactly the same factors, to be loaded
-    together with the model. In a folder it is the subfolder `lora`; the adapter of `model.gguf` is the file
-    `model-lora.gguf`, which `force` replaces or removes.
+    together with the model. In a folder, the adapter is the subfolder `lora`. The adapter of `model.gguf` is
+    the file `model-lora.gguf`, which `force` replaces or removes.
 
     Args:
         model_or_folder: a compressed or dense model (it is not changed), or its folder or hub id.
@@ -130,8 +131,8 @@ def export(
     Raises:
         DestinationError: the destination exists already, is the source, or cannot be written; no new files
             are left.
-        TargetError: the target cannot store this model (no target stores the mixtures of this library, see
-            `stock_mixture`), or `networks="refuse"` forbids a layer.
+        TargetError: the target cannot store this model, or `networks="refuse"` forbids a layer. No target
+            stores the mixtures of this library (see `stock_mixture`).
         ValueError: an unknown target or option.
         MissingDependencyError: a package that the target needs is not installed.
 

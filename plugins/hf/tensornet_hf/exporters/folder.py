@@ -1,6 +1,7 @@
 """Code shared by the targets compressed-tensors and MLX, which pack integer matrices into 32-bit words.
 
-Both targets are folders of safetensors files. They differ in the tensors of a matrix and in config.json.
+Both targets are folders of safetensors files. They differ in the tensors that store a matrix, and in the
+entries of config.json.
 """
 
 import copy
@@ -74,8 +75,8 @@ def packed_model(
         model: a compressed model; it is not changed.
         pack_matrix: function of a matrix and the dtype of its layer; it returns the packed tensors, or the
             reason why the matrix cannot be packed.
-        networks: how to write layers that are not a single matrix of integers, see `split_layers`.
-        kinds: layer types that can be packed, see `tensornet.nn.layer_kinds`.
+        networks: how to write layers that are not a single matrix of integers (see `split_layers`).
+        kinds: layer types that can be packed (see `tensornet.nn.layer_kinds`).
         packs_tied: True if the runtime can tie a head to a packed embedding; if not, both are written dense.
 
     Raises:
@@ -120,7 +121,7 @@ def packed_model(
     stock = light_copy(model)
     assert isinstance(stock, PreTrainedModel)
     stock.config = copy.deepcopy(model.config)
-    # Dense weights of packed layers are not written, and would take much memory.
+    # Dense weights of packed layers are not written, so build them on the meta device, without memory.
     shapes = {name: layers[name].topology.shape for name in packed}
     decompress(stock, {name: torch.empty(shape, device="meta") for name, shape in shapes.items()})
     state: dict[str, Tensor] = stock.state_dict()

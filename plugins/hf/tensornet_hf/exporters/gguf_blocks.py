@@ -1,10 +1,14 @@
 """Encode integer matrices exactly in the block types of GGUF.
 
-A block stores 32 weights with one 16-bit scale (`Q4_0`, `Q8_0`, ...), or 256 weights with one 16-bit scale
-that multiplies small integer scales of 16 or 32 weights each (K types, `IQ4_XS`). The code of zero is half
-the range, or the block stores a minimum (`Q4_1`, `Q4_K`, ...), or codes are indices into a table of 16 levels
-(`IQ4_NL`). Whether a type can store a matrix exactly depends on the matrix; `write_blocks` raises an error
-if it cannot.
+A block has one of two sizes:
+
+- 32 weights with one 16-bit scale (`Q4_0`, `Q8_0`, ...)
+- 256 weights with a small integer scale for each 16 or 32 weights, and one 16-bit factor for all of these
+  scales (K types, `IQ4_XS`)
+
+Codes have one of three meanings. The code of the value zero is half the range; or the block stores a minimum
+(`Q4_1`, `Q4_K`, ...); or codes are indices into a table of 16 levels (`IQ4_NL`, `IQ4_XS`). Whether a type can
+store a matrix exactly depends on the matrix; `write_blocks` raises an error if it cannot.
 
 Reference: the layout of `ggml-common.h` of llama.cpp; the package `gguf` has a decoder of every type.
 """
@@ -30,7 +34,7 @@ class BlockType(NamedTuple):
 
     Args:
         bits: bits of a code.
-        offset: code of zero if it is fixed; None for blocks with a minimum, and for codes that are indices.
+        offset: code of the value zero if it is fixed; None if blocks have a minimum or codes are indices.
         write: function that arranges codes and scales as the parts of a block's bytes.
         sub: only for super-blocks: number of weights with the same integer scale, and the least and largest
             integer scale.
@@ -53,9 +57,10 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
     """Encode the matrix `scale * point` as bytes of a GGUF type.
 
     Args:
-        kind: name of the type, see `TYPES`.
+        kind: name of the type (see `TYPES`).
         points: signed integers, or half-integers, shape `(rows, columns)`.
-        scales: float32, one for 32 or 16 weights, shape `(rows, columns / 32)` or `(rows, columns / 16)`.
+        scales: float32, one for each 32 or 16 weights of a row, shape `(rows, columns / 32)` or
+            `(rows, columns / 16)`.
 
     Returns:
         Bytes of each row, uint8, shape `(rows, bytes)`.
@@ -108,7 +113,7 @@ def write_blocks(kind: str, points: Array, scales: Array) -> Array:
 
 
 def _half(kind: str, values: Array) -> Array:
-    """Convert numbers to the bytes of float16, shape `(blocks, 2)`; raise FormatError if digits are lost."""
+    """Return numbers as bytes of float16, shape `(blocks, 2)`; raise FormatError if float16 is not exact."""
     with np.errstate(over="ignore"):
         half = values.astype(np.float16)
     if not np.array_equal(half.astype(np.float32), values):
@@ -143,7 +148,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
     whole <<= shift
     common = np.gcd.reduce(whole, axis=1, keepdims=True)
     common = np.where(common == 0, 1, common)
-    # Negative integers outnumber positive ones by one, so a negative step may help.
+    # The range has one more negative integer than positive integers, so a negative step may fit.
     signs = np.where((whole.max(axis=1, keepdims=True) > most * common) & (least < 0), -1, 1)
     integers = signs * whole // common
     if integers.min(initial=0) < least or integers.max(initial=0) > most:
@@ -152,7 +157,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
             "weights, but some of these scales are not."
         )
     step = np.ldexp((signs * common).astype(np.float64), lowest)
-    # If float16 does not store the greatest common step exactly, try divisors of it, with larger integers.
+    # If float16 does not store the common step exactly, try fractions of the step, with larger integers.
     for part in range(1, most + 1):
         smaller, larger = step / part, integers * part
         exact = (step.astype(np.float16) != step) & (smaller.astype(np.float16) == smaller)
@@ -165,7 +170,7 @@ def _common_step(kind: str, steps: Array, least: int, most: int) -> tuple[Array,
 
 
 def _nibbles(codes: Array, run: int) -> Array:
-    """Pack two runs of 4-bit codes into the low and the high halves of each run of bytes."""
+    """Pack pairs of runs of 4-bit codes into bytes, with the first run of a pair in the low four bits."""
     pairs = codes.reshape(len(codes), -1, 2, run)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).reshape(len(codes), -1)
 

@@ -57,7 +57,7 @@ except Exception as error:
 
 
 def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Count the bytes of rows of 32-bit words with a scale and a bias in the model's dtype for each group."""
+    """Return the bytes of a matrix; integers take 32-bit words, and a scale and a bias for each group."""
     if number_format.bits is None:
         return number_format.nbytes(shape, dtype)
     rows, columns = shape
@@ -65,7 +65,7 @@ def _num_bytes(number_format: NumberFormat, shape: Sequence[int], dtype: torch.d
     return rows * (4 * words_per_row + 2 * number_format.groups(columns) * dtype.itemsize)
 
 
-#: Formats that are stored exactly in 16-bit models.
+#: Number formats that MLX stores exactly if the model has a 16-bit dtype.
 MLX_MENU = Menu(
     (
         "float",
@@ -87,7 +87,7 @@ MLX_MENU = Menu(
 
 
 def packed_kinds(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the layer types that can be packed in this model, see `tensornet.nn.layer_kinds`."""
+    """Return the layer types that can be packed in this model (see `tensornet.nn.layer_kinds`)."""
     return ("linear", "embedding", *(["conv1d"] if isinstance(model, GPT2LMHeadModel) else []))
 
 
