@@ -363,7 +363,7 @@ def compress_folder(
     # Compress, refit and train.
     done: CompressionReport | ExpertsReport
     if options.share_experts:
-        assert isinstance(config, CompressionConfig)  # checked with the options
+        assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
         done = tn.compress(
@@ -534,7 +534,7 @@ def open_dense(folder: Path) -> PreTrainedModel:
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
-    """Return the torch dtype with a name, or None if the name is None.
+    """Return the torch dtype of this name, or None if the name is None.
 
     Raises:
         ValueError: an unknown name; the message lists the known names.
@@ -584,7 +584,7 @@ def _check_data(
             f"{{whole_model}} says which bytes a budget counts; add {budgets}, or leave it out."
         )
     if config.objective == "weight" and options.statistics is not None:
-        raise OptionError("{statistics} weight errors, which {objective} weight does not use; leave out one.")
+        raise OptionError("{statistics} is not used with {objective} weight; leave out one of the two.")
     weighted = has_data and config.objective not in ("weight", "activation")
     if config.damping != CompressionConfig.damping and not weighted:
         raise OptionError(

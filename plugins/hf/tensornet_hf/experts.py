@@ -52,7 +52,7 @@ class SplitExperts(Compound):
 
     @classmethod
     def layouts(cls, module: nn.Module) -> dict[str, bool]:
-        """Map the names of a module's stacks, in order, to True if their matrices have shape `(in, out)`.
+        """Map the name of each stack in a module, in order, to True if its matrices have shape `(in, out)`.
 
         The result is empty if the module cannot be split, since it has more than matrices, biases and an
         activation.

@@ -247,7 +247,7 @@ def _equal(first: Slice, second: Slice) -> bool:
 
 
 def _put_in_place(model: PreTrainedModel, found: Mapping[str, Tensor]) -> None:
-    """Replace a model's parameters and buffers by the mapped tensors of these names; ties are kept."""
+    """Replace parameters and buffers of a model by mapped tensors, given by name; ties are kept."""
     made: dict[int, nn.Parameter] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:

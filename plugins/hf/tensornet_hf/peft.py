@@ -245,7 +245,7 @@ def merge_adapters(adapted: PeftModel) -> PreTrainedModel:
 
 
 def _with_delta(base: nn.Module, delta: Tensor, added: int) -> nn.Module:
-    """Build a layer like `base` whose matrix is that of `base` plus `delta`, of rank at most `added`."""
+    """Build a layer like `base` with `delta` added to the matrix; `added` limits the rank of `delta`."""
     if (kind := kind_of(base)) is not None:  # an earlier merge made the layer dense
         matrix = kind.matrix(base)
         return kind.build(matrix + delta.to(matrix), layer_bias(base))

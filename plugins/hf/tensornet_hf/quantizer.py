@@ -104,7 +104,7 @@ class TensorNetworkConfig(QuantizationConfigMixin):
                 f"version {FORMAT_VERSION}. Update the library (pip install -U tensornet-torch), or save the "
                 "model again with the installed version."
             )
-        self.quant_method = METHOD  # type: ignore[assignment]  # an open set of names, typed as an enum
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers annotates an enum of its own
         self.format_version = format_version
         self.load_with = load_with
         self.layers: dict[str, Any] = _mapping("layers", layers, Mapping)
@@ -300,7 +300,7 @@ def check_layers(compression: TensorNetworkConfig, tensors: Mapping[str, Slice],
                 f"{where}: {name} is stored with shape {list(part.shape)}, but its description says "
                 f"{list(tensor.shape)}."
             )
-        # Floating-point tensors have the dtype that the model had when it was saved. Any such dtype is allowed.
+        # The dtype of floating-point tensors is that of the model when it was saved, so all are allowed.
         found = DTYPES.get(part.dtype, part.dtype)
         if part.dtype not in FLOATS if tensor.dtype is None else found != tensor.dtype:
             raise FormatError(
@@ -452,7 +452,7 @@ class TensorNetworkQuantizer(HfQuantizer):
             if key in dict(module.named_parameters(recurse=False)):
                 # transformers ties the parameters that this dict lists, and does not expect them in files.
                 model.all_tied_weights_keys[name] = owner
-            else:  # a plain attribute, since transformers would expect a buffer in the files
+            else:  # make it a plain attribute, since transformers would look for a buffer in the files
                 buffer = getattr(module, key)
                 delattr(module, key)
                 vars(module)[key] = buffer

@@ -208,7 +208,7 @@ def compress_checkpoint(
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
         check_free(target, force=force, sources=(folder,))
         take_place(work / "out", target, force=force)
-        shutil.rmtree(work, ignore_errors=True)  # another run may be waiting for the lock in it
+        shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
     if lazy.surplus:
         warnings.warn(
             f"Tensors were not copied because the model does not have them: {', '.join(lazy.surplus)}.",
@@ -455,7 +455,7 @@ def _compress_shard(
 
 
 def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read the description of a finished shard; return None if it is unfinished or its file has changed."""
+    """Read the description of a shard; return None if the shard is unfinished or its file has changed."""
     record = work / "shards" / f"{file}.json"
     if not record.is_file():
         return None
@@ -498,7 +498,7 @@ def _run(
 
 
 def _end_with_parent() -> None:
-    """Start a thread that ends this worker if its parent dies, so that it does not wait forever."""
+    """Start a thread that ends this worker process if the parent dies; it would otherwise wait forever."""
     parent = parent_process()
     assert parent is not None
 

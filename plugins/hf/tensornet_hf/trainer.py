@@ -123,7 +123,7 @@ class RouterBiasCallback(TrainerCallback):
 
 
 class RouterStatsCallback(TrainerCallback):
-    """Log router statistics and the update sizes of cores at the logging steps of `Trainer`.
+    """Log router statistics and the relative changes of cores at the logging steps of `Trainer`.
 
     Each logged step adds these values to the logs, and a row of them to `.history`. Router statistics are
     averaged over layers, and E is the number of experts.

@@ -97,7 +97,7 @@ _PROBE_TOKENS = 8
 
 @dataclass(frozen=True)
 class UpcycleOptions:
-    """Options of `upcycle`; those that `tensornet_moe.mixture` also has mean the same as there.
+    """Options of `upcycle`; an option of `tensornet_moe.mixture` with the same name has the same meaning.
 
     With `pool=`, several layers use the experts of a single `ExpertPool`, which the model owns. Expert `e` of
     a pool for `g` layers starts as a copy of the network of layer `e % g`. At the start, each router chooses
@@ -330,7 +330,7 @@ class UpcycleReport:
 
     @property
     def dense_experts_ratio(self) -> float:
-        """Number of parameters relative to mixtures with dense experts."""
+        """Number of parameters, relative to `num_experts` dense experts in every layer."""
         return self.params / (self.num_experts * self.dense_params)
 
     def to_dict(self) -> dict[str, Any]:
@@ -381,7 +381,7 @@ class FeedForward:
         return tuple(path.replace(".", "_") for path in self.paths)
 
     def layer(self, name: str) -> nn.Module:
-        """Return the linear layer with the matrix of this name."""
+        """Return the linear layer that contains the matrix with this name."""
         return self.module.get_submodule(self.paths[self.matrices.index(name)])
 
     def matrix(self, name: str) -> Tensor:
@@ -391,7 +391,7 @@ class FeedForward:
         return kind.matrix(self.layer(name)).detach()
 
     def bias(self, name: str) -> Tensor | None:
-        """Return the bias of the layer with the matrix of this name, shape `(out_features,)`, or None."""
+        """Return the bias of the layer that contains this matrix, shape `(out_features,)`, or None."""
         return layer_bias(self.layer(name))
 
     def replacements(self, mixture: nn.Module) -> dict[str, nn.Module]:
@@ -523,7 +523,7 @@ def _recognize(
     with in_eval_mode(module):
         try:
             got = module(x)
-        except Exception as error:  # an unknown module may raise anything
+        except Exception as error:  # an unknown module may raise any exception
             raise TargetError(f"it cannot be called with hidden states alone: {error}") from error
     wanted = network.compute(x)
     tolerance = 1e-3 if wanted.dtype in (torch.float32, torch.float64) else 0.05

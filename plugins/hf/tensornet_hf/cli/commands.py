@@ -143,7 +143,7 @@ def compress(
         if destination is None:
             raise OptionError("Give a destination or {dry_run}.")
         done = compress_folder(source, destination, config, options)
-    except OptionError as error:  # write options as on the command line
+    except OptionError as error:  # the message must name options as on the command line
         raise typer.BadParameter(re.sub(r"\{(\w+)\}", _spelled, error.template)) from error
     print_result(done, as_json)
     for line in done.notes:
@@ -516,7 +516,8 @@ def demo(
     print_lines(
         "",
         f"Measured on held-out text (lower is better): {quality.tokens:,} tokens scored on {quality.source}.",
-        "Bytes and parameters, scales included: whole model; bits a weight: compressed layers.",
+        "Bytes and parameters are those of the whole model, bits a weight those of the compressed layers.",
+        "Both include scales.",
         "The baselines use one format or ratio for all layers and are not saved; GPTQ is our implementation.",
         "",
         f"The saved model writes: {PROMPT}{sample}".replace("\n", "\n  "),

@@ -108,8 +108,8 @@ def peft_adapter(
             short = factor.to(dtypes[name])
             exact = torch.equal(short.to(factor.dtype), factor)
             tensors[f"base_model.model.{name}.{part}.weight"] = short if exact else factor
-    # PEFT multiplies the product of each layer by its alpha / rank. vLLM uses `lora_alpha / r` for all layers
-    # and takes ranks from the shapes. An alpha equal to the rank makes all these factors 1.
+    # PEFT multiplies the product of a layer's factors by the alpha / rank of the layer. vLLM uses
+    # `lora_alpha / r` for all layers, and takes ranks from the shapes. If alpha equals the rank, both are 1.
     ranks = {name: x.rank for name, x in low_ranks.items()}
     config = {
         "peft_type": "LORA",

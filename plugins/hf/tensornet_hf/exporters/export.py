@@ -23,7 +23,7 @@ from tensornet_hf.exporters.mlx import MLX_MENU, export_mlx, packed_kinds
 
 
 class Target(NamedTuple):
-    """Target of an export.
+    """Export target: a function that writes models in its format, and what plans must know about the format.
 
     Args:
         export: function that writes a model to a destination. Its keyword arguments are `source` (folder of
