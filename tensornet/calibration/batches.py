@@ -51,8 +51,8 @@ def as_batch(given: BatchLike, model: nn.Module, device: torch.device) -> Batch:
     """Convert a batch to keyword arguments on a device.
 
     Args:
-        given: a mapping of keyword arguments (a Hugging Face batch); or a tensor, which is the model's first
-            argument; or a pair `(inputs, labels)`, with inputs in one of these forms.
+        given: one of three forms. A mapping of keyword arguments (a Hugging Face batch); a tensor, the first
+            argument of the model; or a pair `(inputs, labels)`, with inputs in one of the first two forms.
         model: the model; the signature of its `forward` gives the name of the first argument.
         device: device to which tensors are moved.
 
@@ -246,8 +246,8 @@ def by_rows(x: Tensor, rows: int, tokens: Collection[int]) -> Tensor | None:
 def _ended_labels(batch: Batch) -> Tensor | None:
     """Return a mask of the positions up to the last label of each row; None if labels are not decoder tokens.
 
-    Labels are assumed to be the tokens of a decoder if there is no decoder mask, and if no argument except
-    the inputs of the decoder has the shape of the labels.
+    Two conditions tell that labels are the tokens of a decoder. There is no decoder mask, and no argument
+    except the inputs of the decoder has the shape of the labels.
     """
     labels = batch.get("labels")
     if batch.get("decoder_attention_mask") is not None or not isinstance(labels, Tensor) or labels.ndim != 2:

@@ -136,8 +136,8 @@ class ChainRun:
         model: the model that contains the chain.
         names: names of the blocks.
         batches: keyword arguments of the model for each batch.
-        states: mapping in which `states[k, n]` is the hidden state of batch `n` before block `k`; a mapping
-            other than a dict may store the tensors on disk.
+        states: mapping in which `states[k, n]` is the hidden state of batch `n` before block `k`. Another
+            mapping than a dict may store the tensors on disk.
         position: index of the next block to run.
         calls: `calls[n][k]` is the call of block `k` on batch `n`, without its hidden state.
     """

@@ -75,29 +75,29 @@ def calibrate(
     This needs memory for the moments and one batch; weights get no gradients. The model runs in eval mode on
     the device of its parameters, and is not changed.
 
-    If `tokens` is not given, calibration stops when the moments have converged. There are two conditions:
-    every full moment of inputs was averaged over at least 32 tokens per feature; and the predicted loss
-    increase of a reference scheme has a relative standard error of at most 2.5 %, estimated from the
-    differences between batches by the delta method. The reference scheme has the same relative error in all
-    weights, so its predicted loss increase is `sum 1/2 s^2 tr R tr C` with the mean square `s^2` of each
+    If `tokens` is not given, calibration stops when the moments have converged. There are two conditions.
+    First, every full moment of inputs was averaged over at least 32 tokens per feature. Second, the predicted
+    loss increase of a reference scheme has a relative standard error of at most 2.5 %. This is estimated from
+    the differences between batches by the delta method. The reference scheme has the same relative error in
+    all weights. So its predicted loss increase is `sum 1/2 s^2 tr R tr C`, with the mean square `s^2` of each
     weight. Calibration reads at least 4,096 tokens, and stops at the latest after 32,768 tokens and 1,024
     losses.
 
-    The first condition limits the sampling error of the moments: if factors are fitted to moments of `n`
+    The first condition limits the sampling error of the moments. If factors are fitted to moments of `n`
     independent tokens, the loss increase is larger by a fraction `(rows + columns) / n` than with exact
-    moments. The second detects batches that differ more than random samples would. Neither can detect what is
-    in batches that were not read, so pass batches in random order. See docs/planning.md.
+    moments. The second condition detects batches that differ more than random samples would. Neither can
+    detect what is in batches that were not read, so pass batches in random order. See docs/planning.md.
 
     Args:
         model: any module; layers of registered kinds are observed (see `tensornet.nn.LayerKind`).
-        batches: iterable of batches. A batch is a mapping of keyword arguments of the model (a Hugging Face
-            batch); or a tensor, the first argument of the model (token indices `(rows, tokens)` for a
-            language model); or a pair `(inputs, labels)` as a `DataLoader` gives it.
+        batches: iterable of batches. A batch may be a mapping of keyword arguments of the model (a Hugging
+            Face batch). It may be a tensor, the first argument of the model, such as token indices
+            `(rows, tokens)`. Or it may be a pair `(inputs, labels)`, as from a `DataLoader`.
         config: selects the layers to observe; all layers if absent.
         loss_fn: function that returns the losses of single tokens (see `tensornet.calibration.losses`);
             `sampled_losses` gives the true Fisher matrix instead of the empirical one. By default, the loss
             is the cross entropy of the labels (of the next token for classes such as `*ForCausalLM`), or the
-            model's own mean loss for each token; if there are neither labels nor an own loss, it is the
+            model's own mean loss for each token. If there are neither labels nor an own loss, it is the
             distance from the dense outputs.
         tokens: number of tokens to read, without padding; the last batch is cut. If the model does not read
             tokens, rows are counted instead (an image counts as 196 tokens).
@@ -180,8 +180,8 @@ def calibrate(
 def fast_dtype(model: nn.Module) -> torch.dtype | None:
     """Return `torch.bfloat16` if autocast to this dtype makes a model faster on its device, else None.
 
-    It is assumed to be faster for float32 models with matrices of at least 2^18 elements, on devices with
-    bfloat16 arithmetic: an Ampere or newer GPU, or a processor with AVX-512 BF16 or AMX.
+    It is assumed to be faster for float32 models with matrices of at least 2^18 elements, if the device has
+    bfloat16 arithmetic. These devices are Ampere and newer GPUs, and processors with AVX-512 BF16 or AMX.
     """
     large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
     if not large or any(p.dtype != torch.float32 for p in large):

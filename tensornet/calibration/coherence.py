@@ -1,10 +1,10 @@
 """Estimate coherence: whether the first-order loss changes of different tokens add up or cancel.
 
-In this module a row is a row of a batch: a text, an image. To first order, an error `E` of a weight changes
-the loss of a row by `sum_t e_t` with `e_t = g_t^T E x_t`, summed over its tokens `t` with inputs `x_t` and
-output gradients `g_t`. K-FAC treats the tokens as independent, and so replaces the mean of `(sum_t e_t)^2` by
-the mean of `sum_t e_t^2`. The coherence is the ratio of these two means. If a model pools its tokens, as
-encoders of sentences and images do, all `g_t` of its last layers are nearly equal, and the ratio is large.
+In this module a row is a row of a batch: a text, an image. Token `t` of a row has the layer input `x_t` and
+the output gradient `g_t`. To first order, an error `E` of a weight changes the loss of the row by `sum_t e_t`
+with `e_t = g_t^T E x_t`. K-FAC treats the tokens as independent, and so replaces the mean of `(sum_t e_t)^2`
+by the mean of `sum_t e_t^2`. The coherence is the ratio of these two means. Encoders of sentences and images
+pool their tokens. All `g_t` of their last layers are therefore nearly equal, and the ratio is large.
 
 Rounding and truncation take the moments `R = E[g g^T]` and `C = E[x x^T]` into account, so that their errors
 are isotropic after whitening with `R` and `C`. The ratio is therefore computed from whitened tokens. Without

@@ -169,8 +169,8 @@ def loss_rule(model: nn.Module, batch: Batch) -> tuple[Rule, Tensor | None, Tens
     """Run a model on a batch, and decide from the output which kind of loss the model has.
 
     - `"cross entropy"`: there are logits and a label for each token or row, and it is known which label
-      belongs to which position (the labels are of rows, or the class is known to `scores_next_token`, or the
-      labels are not the input tokens).
+      belongs to which position. It is known if the labels are labels of rows, if the class is known to
+      `scores_next_token`, or if the labels are not the input tokens.
     - `"own"`: the model computes a loss. It is used if the class is unknown, or if logits and labels do not
       match.
     - `"squared error"`: the output is a tensor, and the labels are floating-point numbers of its shape.
@@ -268,9 +268,9 @@ def losses_against(teacher: nn.Module, *, remember: bool = False) -> TokenLosses
     """Make a loss function that compares compressed models with their dense model, the teacher.
 
     If the teacher has a loss on the first batch, the function is `label_losses` or `own_losses`. Otherwise it
-    returns one distance from the teacher's output for each row, shape `(rows,)`: one minus the cosine of
-    mean-pooled hidden states, or, for other outputs, half the squared difference relative to the squared norm
-    of the teacher's output.
+    returns one distance from the teacher's output for each row, shape `(rows,)`. For hidden states, the
+    distance is one minus the cosine of the mean-pooled states. For other outputs it is half the squared
+    difference, relative to the squared norm of the teacher's output.
 
     Args:
         teacher: the dense model.

@@ -37,9 +37,9 @@ class CalibrationStats:
         source: name of the data, for reports.
         of_tokens: True if the loss is the cross entropy of tokens, whose exponential is the perplexity.
         coherence: by module name, a measure of whether the first-order loss changes of the tokens of one text
-            or image add up: the mean square of the sum of these changes, divided by its value for independent
-            tokens. It is estimated from 32 tokens of each of 16 texts; `tensornet.calibration.coherence` says
-            how. A missing entry means 1.
+            or image add up. It is the mean square of the sum of these changes, divided by its value for
+            independent tokens. It is estimated from 32 tokens of each of 16 texts (see
+            `tensornet.calibration.coherence`). A missing entry means 1.
         counts: number of tokens that each layer received, by module name; layers behind a router receive
             fewer than `tokens`.
         scored: number of tokens that have a loss.

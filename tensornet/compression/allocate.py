@@ -237,8 +237,8 @@ def hull_steps(curves: Sequence[CostCurve]) -> tuple[list[int], list[tuple[int, 
 
     Returns:
         The index of the smallest candidate of each layer (if several are smallest, the one of least cost);
-        and `(layer, candidate, growth in size)` for all steps along the lower convex hulls, ordered by
-        decreasing saving per unit of size.
+        and the list of all steps along the lower convex hulls, as `(layer, candidate, growth in size)`. Steps
+        that save more cost per unit of size come first.
     """
     start, steps = [], []
     for layer, curve in enumerate(curves):
@@ -369,8 +369,8 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
     """Choose one candidate for each layer, so that all limits are met and the total cost is small.
 
     Usually the best choice for one of the limits meets the others too. If no such choice does, as may happen
-    with limits in different units, the size of each candidate is replaced by its share of a limit: the
-    largest of these shares over all limits. If the replaced sizes sum to at most 1, all limits are met.
+    with limits in different units, candidates are measured by their shares of the limits. The size of a
+    candidate is then its largest share of any limit. If these sizes sum to at most 1, all limits are met.
 
     Args:
         caps: the limits.

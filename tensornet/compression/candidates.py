@@ -1,11 +1,11 @@
 """Candidates of every layer: networks and number formats, with their sizes and predicted loss increases.
 
 The first candidates are the dense matrix in each number format. With 4 or more bits the loss is predicted
-from the moments alone. With 2 and 3 bits, where clamping and scales matter most, a part of the matrix is
+from the moments alone. With 2 and 3 bits, clamping and scales matter most. So a part of the matrix is
 rounded, and the prediction is corrected by the measured loss of this part. The other candidates are the
-networks of each topology family (`TopologyFamily.ladder`) with each number format of their cores, up to the
-bond at which they are as large as the matrix in the same format. Candidates above the lower convex hull of
-loss over size are dropped, since they are never the best choice.
+networks of each topology family (`TopologyFamily.ladder`) with each number format of their cores. Their
+bonds increase until a network is as large as the matrix in the same format. Candidates above the lower
+convex hull of loss over size are dropped, since they are never the best choice.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -476,8 +476,8 @@ def layer_formats(
 ) -> tuple[NumberFormat, ...]:
     """Adapt the number formats of a configuration to one layer, or to layers that share a core.
 
-    A format is replaced by the dtype of the model if the size of its super-blocks (or, for an export
-    target, the size of its groups) does not divide the number of inputs, or if a weight is complex. If the
+    A format is replaced by the dtype of the model in two cases: if a weight is complex, or if the size of the
+    format's super-blocks (for an export target, of its groups) does not divide the number of inputs. If the
     configuration has the default formats and 8-bit scales would be out of range, formats with 16-bit scales
     are used instead.
 

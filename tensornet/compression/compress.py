@@ -41,7 +41,7 @@ def compress(
     """Compress a model in place: replace the targeted layers by tensor-network layers.
 
     If there are batches, predicted losses of number formats are checked by measuring (see `verify` of
-    `CompressionConfig`), and the loss is measured before and after compression, on at most 2,048 tokens. A
+    `CompressionConfig`). The loss is also measured before and after compression, on at most 2,048 tokens. A
     `CalibrationWarning` is given if the measured loss increase is far above the predicted one, or above the
     allowed one.
 
@@ -57,8 +57,8 @@ def compress(
             `CalibrationWarning` reports both cases.
         validation: batches like those of `calibration`, preferably from another source, or `ProvidedData`.
             Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
-            predicted losses; a budget of `loss_increase` then uses the corrected predictions. This needs
-            calibrated gradients.
+            predicted losses. A budget of `loss_increase` then uses the corrected predictions. Validation
+            needs calibrated gradients.
         progress: whether to show progress bars.
 
     Returns:

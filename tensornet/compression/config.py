@@ -66,13 +66,13 @@ class CompressionConfig(LayerSelection):
 
     Args:
         target_modules: layers to compress: a name, the end of a name, a glob, or re:REGEX (default: all
-            linear layers but the output head). A pattern matches a whole module name, a suffix after a dot
-            (`"c_fc"`), a glob (`"*.mlp.*"`), or, with the prefix `"re:"`, a regular expression for the whole
-            name; `"all"` selects embeddings and output heads too.
+            linear layers but the output head). A pattern is a whole module name, the part of a name after a
+            dot (`"c_fc"`), or a glob (`"*.mlp.*"`). With the prefix `"re:"` it is a regular expression for
+            the whole name. `"all"` selects embeddings and output heads too.
         exclude_modules: layers to leave dense, named in the same way.
         topology: family of tensor networks, such as low_rank or mpo; auto takes the best one for each layer.
             With calibration data `"auto"` means low rank, which is better than chains on pretrained layers.
-            A `Topology` is allowed too, or a list of topologies for matrices of different shapes: every
+            A `Topology` is allowed too, or a list of topologies for matrices of different shapes. Every
             targeted layer then gets the topology of its shape, and budgets are not allowed.
         topology_options: option of the topology family, such as sites=4. In Python, a dictionary of options
             of the family's `build`, such as `{"out_dims": (8, 96)}`. An option that does not fit a layer

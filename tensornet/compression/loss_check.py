@@ -1,12 +1,14 @@
 """Check predicted losses by measuring, before layers are replaced.
 
-The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low:
-in all-MiniLM-L6-v2, one output channel in front of a layer norm has thousands of times the power of the
-others. An error of one percent of this channel is larger than all other channels, and gradients at the dense
-weights do not show this. `check_loss` therefore rounds the layers with large errors, and measures the loss of
-all such layers of a block together. If the measured loss is far above the sum of the predictions, each half
-of this set of layers is measured, and so on, to find the layers that cause the loss. The predictions for
-these layers are multiplied by the ratio of measured to predicted loss, and the plan is made again.
+The predicted loss increase `1/2 tr(R E C E^T)` is of second order. For a large error it may be far too low.
+An example is all-MiniLM-L6-v2: one output channel in front of a layer norm has thousands of times the power
+of the others. An error of one percent of this channel is larger than all other channels, and gradients at the
+dense weights do not show this.
+
+`check_loss` therefore rounds the layers with large errors, and measures the loss of all such layers of a
+block together. If the measured loss is far above the sum of the predictions, each half of this set of layers
+is measured, and so on. This finds the layers that cause the loss. The predictions for these layers are
+multiplied by the ratio of measured to predicted loss, and the plan is made again.
 
 `correct_by_measuring` measures the loss of the whole model at a few sizes, and corrects all predictions by a
 factor that depends on the size.
@@ -161,8 +163,8 @@ def correct_by_measuring(
 ) -> Prepared:
     """Measure loss increases at a few sizes of the model, and correct all predicted losses by them.
 
-    A copy of the model that shares its weights is compressed to each size and run on the validation data;
-    nothing is trained, and the model is not changed. Each size takes one compression and three forward passes
+    At each size, a copy of the model that shares its weights is compressed and run on the validation data.
+    Nothing is trained, and the model is not changed. Each size takes one compression and three forward passes
     over the data. Loss increases below twice their standard error are ignored.
 
     Args:

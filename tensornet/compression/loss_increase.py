@@ -3,8 +3,8 @@
 Losses are compared token by token on the same text. If a model predicts tokens, the Kullback-Leibler
 divergence of the predictions is measured too. First-order effects dominate the change of a single token's
 loss, but cancel when losses with the errors +E and -E are averaged. So if the dense model is available, the
-compressed model is also run with opposite errors: the output of each compressed layer is replaced by twice
-the output of the dense layer minus the output of the compressed layer.
+compressed model is also run with opposite errors. The output of each compressed layer is then replaced by
+twice the output of the dense layer minus the output of the compressed layer.
 """
 
 import copy

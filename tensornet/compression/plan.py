@@ -315,10 +315,10 @@ class CompressionPlan:
     def predicted_kl(self) -> float | None:
         """Predicted mean divergence `KL(dense || compressed)` of the next token, in nats.
 
-        To second order this is the predicted loss increase: gradients for the labels of a text have about the
-        same second moments as gradients for labels drawn from the model, and the latter moments are the
-        Fisher information. Measurements correct the divergence and the loss increase separately. The result
-        is None if no loss was predicted, or if the loss is not that of tokens.
+        To second order this is the predicted loss increase. The reason: gradients for the labels of a text
+        have about the same second moments as gradients for labels drawn from the model, and the latter
+        moments are the Fisher information. Measurements correct the divergence and the loss increase
+        separately. The result is None if no loss was predicted, or if the loss is not that of tokens.
         """
         total = _sum([layer.loss_increase for layer in self.layers])
         return self.forecast.kl(total) if total is not None and self.of_tokens else None

@@ -84,8 +84,8 @@ def heal(
             hundred tokens the model overfits.
         steps: number of steps, with one batch each.
         lr: largest learning rate. For cores it is relative to the root mean square of each core; the default
-            5e-4 suits a few hundred steps of a pretrained model, and small models trained from scratch need
-            five times as much. The rate is six times as large for gains and biases, and forty times for
+            5e-4 suits a few hundred steps of a pretrained model. Small models trained from scratch need five
+            times as much. The rate is six times as large for gains and biases, and forty times as large for
             integer codes (0.02 units of the grid). With `parameters="trainable"` it is absolute, 1e-4 by
             default.
         temperature: temperature of the softmax in the divergence.
@@ -93,7 +93,7 @@ def heal(
             absent.
         parameters: which parameters to train. `"cores"`: the cores, and the 16-bit scales of integer cores
             (8-bit scales cannot be trained). `"vectors"`: also gains and biases of the model. `"codes"`: also
-            the integer codes, which are rounded in each forward pass with a straight-through gradient; this
+            the integer codes, which are rounded in each forward pass with a straight-through gradient. This
             helps most at two and three bits and needs 16 bytes per weight during training. `"trainable"`: all
             parameters that require gradients now, such as adapters on frozen cores. `"auto"`: `"cores"` if
             every compressed layer then has something to train, else `"vectors"`.

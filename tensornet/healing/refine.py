@@ -90,7 +90,7 @@ def refine(
     """Refit the linear layers of a compressed model, one after the other, to the dense model's outputs.
 
     Sizes and topologies do not change. If the blocks of the model form a chain (`find_chains`), hidden states
-    of both models are stored for all batches, and each block is run once for every group of layers with the
+    of both models are stored for all batches. Each block is then run once for every group of layers with the
     same input. For layers outside of chains both models are run completely. An eighth of the batches is not
     used for fitting. If refitting increases the distance from the dense model's outputs on these batches, the
     old cores are restored.
@@ -102,8 +102,8 @@ def refine(
         stats: calibration statistics. They contain the sensitivity of the loss to output errors, and input
             moments over more tokens. If absent, all outputs have equal weight, and the input moments are
             those of the batches.
-        correction: fraction of the step towards the dense model's outputs, from 0 (only fit the dense matrix
-            to the layer's inputs in the compressed model) to 1.
+        correction: fraction of the step towards the dense model's outputs, from 0 to 1. With 0, the dense
+            matrix is only fitted to the layer's inputs in the compressed model.
         anchor: weight of the layer's inputs in the dense model, relative to those in the compressed model.
         damping: fraction of the mean diagonal that is added to gradient moments.
         autocast: dtype in which both models run under autocast, as in `heal`.
