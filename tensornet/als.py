@@ -303,7 +303,7 @@ def fit_weighted(
     """Fit a network to a matrix under a weighting, starting from the better of two decompositions.
 
     The first start is the result of `decompose` in leg-whitened coordinates (see `Legs`). It is refined by
-    alternating least squares in these coordinates, where a few steps do as much as hundreds of steps in the
+    alternating least squares in these coordinates. There a few steps do as much as hundreds of steps in the
     coordinates of the matrix. If decomposing the matrix itself gives a smaller weighted error, that result is
     refined and returned instead.
 

@@ -410,8 +410,8 @@ class MPO:
         """Multiply by another MPO, a vector `(in,)` or matrices `(..., in, columns)`.
 
         In a product of two MPOs, their bond sizes multiply. The padding of the contracted legs is set to zero
-        first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an identity that
-        converts the out-dims to the in-dims is inserted, which makes the bonds larger.
+        first. If the in-dims of the left MPO differ from the out-dims of the right MPO, an identity is
+        inserted that converts one into the other. The bonds are then larger.
 
         Raises:
             ShapeError: the shapes do not fit, or the two MPOs have different numbers of sites.

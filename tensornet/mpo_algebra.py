@@ -354,8 +354,8 @@ class _LeadingVectors(torch.autograd.Function):
     Let `M = U S V^H`. The derivative of the vector `u_i` has the component `u_j^H du_i = (s_i u_j^H dM v_i +
     s_j conj(u_i^H dM v_j)) / (s_i^2 - s_j^2)` along another singular vector `u_j`, and the component
     `(1 - U U^H) dM v_i / s_i` orthogonal to all of them. The component along `u_i` is set to zero, since the
-    caller fixes the phase. Components between vectors with equal singular values are set to zero too, which
-    is correct for functions that do not depend on the basis of their common space.
+    caller fixes the phase. Components between vectors with equal singular values are set to zero, too. This
+    is correct for functions that do not depend on the basis of the space that these vectors span.
     """
 
     @staticmethod

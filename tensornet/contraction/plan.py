@@ -358,8 +358,8 @@ def _orders(labels: Labels, output: Labels) -> list[Labels]:
 def _copy(labels: Labels, groups: Sequence[Labels], size_of: Mapping[str, int]) -> Copy | None:
     """Describe the copy that sorts the indices of an operand into groups, or return None if none is needed.
 
-    A matrix product can read a transposed operand without a copy if the indices of each group are adjacent,
-    unless the innermost index is a batch index.
+    A matrix product needs no copy of a transposed operand if the indices of each group are adjacent and the
+    innermost index is not a batch index.
     """
     filled = [group for group in groups if group]
     starts = [labels.index(group[0]) for group in filled]

@@ -256,8 +256,8 @@ def truncated_svd(
       iteration has not converged, if `rel_error` is exceeded, or if the discarded part of a double-precision
       matrix is too small to be computed. Singular values are accurate to about 1e-4 of the largest one in
       single precision and 1e-9 in double precision; the other methods are accurate up to rounding.
-    - `"auto"`: randomized if both sizes are at least 256 and the rank is at most an eighth of both; otherwise
-      Gram for single and half precision, and exact for double precision.
+    - `"auto"`: `"randomized"` if both sizes are at least 256 and the rank is at most an eighth of both.
+      Otherwise `"gram"` for single and half precision, and `"exact"` for double precision.
 
     Args:
         matrix: the matrix, shape `(m, n)`, real or complex, of any floating-point dtype.

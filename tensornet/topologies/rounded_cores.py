@@ -1,8 +1,8 @@
 """Round the cores of any network to integers, using estimates of how errors of each core affect the loss.
 
 The matrix of a network is linear in each core, so the loss increase is quadratic in the error of a core. The
-curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`, where `J` is the derivative of the matrix
-with respect to the core, `L_R` and `L_C` are roots of the moments, and `Z` is random with independent
+curvature is the covariance of the gradients `J^T vec(L_R Z L_C^T)`. Here `J` is the derivative of the matrix
+with respect to the core, and `L_R` and `L_C` are roots of the moments. `Z` is random with independent
 elements. A few such gradients, viewed as matrices, give estimates of the row and column moments of the core.
 After each core is rounded, the remaining cores are refitted to compensate a part of its rounding error.
 """
