@@ -20,6 +20,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+import tensornet_hf  # noqa: F401  (describes compressed layers in models of transformers)
+
 EXPERTS, VOCAB = 3, 101
 SIZES = {
     "vocab_size": VOCAB,
@@ -60,7 +62,7 @@ def planted(family: str) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if name.endswith("gate_up_proj"):
                 side = 1 if family == "gpt_oss" else 2  # stored transposed there
-                size, rank = parameter.shape[side], 12 if family == "qwen2_moe" else 14
+                size, rank = parameter.shape[side], 8 if family == "qwen2_moe" else 14
                 basis, _ = torch.linalg.qr(torch.randn(size, rank, generator=generator))
                 moved = parameter.movedim(side, -1) @ basis @ basis.T
                 parameter.copy_(moved.movedim(-1, side))
