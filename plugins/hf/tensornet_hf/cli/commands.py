@@ -436,7 +436,7 @@ def upcycle(
 
     Example: tensornet upcycle MODEL MIXTURE --share center --experts 8 --top-k 2
 
-    One pool of experts for all layers: tensornet upcycle MODEL MIXTURE --pool all --experts 32
+    With a pool: tensornet upcycle MODEL MIXTURE --pool all --experts 32
 
     Without --pool, or with --share none, the mixture initially computes the same as the dense model.
 
