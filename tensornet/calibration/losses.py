@@ -114,8 +114,8 @@ def sampled_losses(model: nn.Module, batch: Batch) -> Tensor:
         logits, _, places = _aligned(model, batch, logits, labels)
     elif (logits := _logits(output)) is None or logits.ndim != 2 or logits.shape[1] < 2 or _numbers(labels):
         raise TargetError(
-            f"{type(model).__name__} returns no logits for tokens or rows, from which labels could be drawn; "
-            "use label_losses or pass a loss function of your own."
+            f"{type(model).__name__} returns no logits for tokens or rows, so no labels can be drawn; "
+            "use label_losses, or pass a loss function of your own."
         )
     else:
         places = torch.arange(len(logits), device=logits.device)

@@ -318,8 +318,8 @@ def keep_promise(
     """Drop candidates whose measured error exceeds `rel_error`.
 
     The errors of candidates are estimates. Rounding cores and fitting them to the loss may both increase the
-    Frobenius error. So candidates are decomposed in the order of increasing size until one has a small enough
-    error; all smaller candidates are dropped.
+    Frobenius error. So candidates are decomposed in the order of increasing number of parameters, until one
+    has a small enough error. All smaller candidates are dropped.
 
     Args:
         candidates: candidates of one layer whose estimated errors are small enough.

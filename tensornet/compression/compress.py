@@ -101,8 +101,8 @@ def compress(
         )
     elif config.objective != "weight" and (stats is None or stats.source != config.calibration):
         raise BudgetError(
-            f"The plan was made with {config.calibration}, on which the cores depend; pass the same data "
-            "with the same number of tokens, or the statistics that were collected on them."
+            f"The plan was made with {config.calibration}, and the cores depend on these data. Pass the same "
+            "data with the same number of tokens, or the statistics that were collected on them."
         )
     else:
         with unfused(model):

@@ -210,8 +210,8 @@ class CompressionConfig(LayerSelection):
         without = self.objective == "weight" and self.one_format_keeps
         if self.needs_curvature and self.objective not in ("auto", "curvature") and not without:
             raise BudgetError(
-                f"{', '.join(WHOLE_MODEL_BUDGETS)} are divided among all layers, which needs the effect of "
-                f"errors in each layer on the loss: use objective='curvature' with calibration data, not "
+                f"{', '.join(WHOLE_MODEL_BUDGETS)} are divided among all layers by the effect of errors in "
+                f"each layer on the loss: use objective='curvature' with calibration data, not "
                 f"{self.objective!r}."
             )
         check_number("damping", self.damping)

@@ -60,8 +60,8 @@ ROUNDS, GROUPS, _SPLITS = 4, 12, 48
 #: A prediction is raised if the measured loss exceeds two limits: `_TOO_LOW` times the prediction, and the
 #: prediction plus `_SHARE` times the predicted loss of the whole plan. The factor is at most `_MOST`.
 _TOO_LOW, _SHARE, _MOST = 2.0, 0.02, 1e4
-#: With at least this many groups, all predictions are first multiplied by the median ratio of measured to
-#: predicted loss.
+#: With at least this many groups, predictions are first multiplied by a factor for all groups: the median
+#: ratio of measured to predicted loss, or 1 if the median is smaller.
 _COMMON = 4
 #: A layer is measured if the product of two numbers is larger than this: the squared relative error of its
 #: weight, and the power of its strongest output relative to the median output. The error of the strongest
@@ -198,7 +198,7 @@ def correct_by_measuring(
     """
     if prepared.template.objective != "curvature":
         raise BudgetError(
-            f"Measurements correct predicted losses, which only objective='curvature' has, not "
+            f"Measurements correct predicted losses, but only objective='curvature' predicts losses; got "
             f"{prepared.template.objective!r}."
         )
     if budgets is None and prepared.config.formats:
