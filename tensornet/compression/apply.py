@@ -143,7 +143,8 @@ def apply_plan(
 @torch.no_grad()
 def run_once(model: nn.Module, batch: Batch) -> None:
     """Run a model once in eval mode, without gradients; the random state does not change."""
-    with torch.random.fork_rng(devices=[]), in_eval_mode(model), uncompiled(), without_cache(model):
+    on_gpu = {x.device for x in model.parameters() if x.device.type == "cuda"}
+    with torch.random.fork_rng(devices=on_gpu), in_eval_mode(model), uncompiled(), without_cache(model):
         run_model(model, batch)
 
 

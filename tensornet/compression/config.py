@@ -90,9 +90,9 @@ class CompressionConfig(LayerSelection):
             counted.
         max_bytes: largest size in bytes, such as 60MB: of the whole model if number formats are planned, else
             of the targeted layers.
-        whole_model: whether budgets of bytes count the whole model or only the targeted layers. None decides
-            for each budget as described above. If the whole model counts, embeddings and heads are targets
-            too unless `target_modules` is given.
+        whole_model: whether a limit on bytes applies to the whole model or only to the targeted layers. None
+            decides for each budget as described above. If the whole model counts, embeddings and heads are
+            targets too unless `target_modules` is given.
         formats: number formats that layers may have, such as float,int8,int4 (default with bits or a byte
             ratio: the dtype of the model and integers of 8 to 2 bits). Names are read by
             `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
@@ -107,7 +107,7 @@ class CompressionConfig(LayerSelection):
         loss_increase: predicted loss increase per token that all layers together may cause, in nats. It needs
             the curvature objective. Without another budget, the smallest model within this limit is planned.
         objective: how errors are weighted: by the Frobenius norm, by the error of the layer's outputs, or by
-            the predicted loss increase; auto takes the last one that the calibration data allow.
+            the predicted loss increase; auto takes the last of these for which the calibration data suffice.
             `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
             budgets among all layers.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
@@ -116,8 +116,8 @@ class CompressionConfig(LayerSelection):
             `(objective="weight", topology="low_rank", param_ratio=0.5)`.
         damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
             depend more on the calibration text, and predicted losses are lower.
-        pivoted: whether to leave out the redundant elements (the gauge) of networks. See
-            `tensornet.nn.storage`. None means True with calibration data.
+        pivoted: whether to store networks without the elements that are redundant because of their gauge
+            freedom. See `tensornet.nn.storage`. None means True with calibration data.
         require_calibrated: whether to raise an error for layers that never ran in calibration, instead of
             leaving them dense. Such a layer is in the vision tower of a model calibrated on text. Layers
             left dense do not count in budgets of the targeted layers, and a warning names them.

@@ -28,8 +28,8 @@ from tensornet.topologies.mpo import MPOFamily
 from tensornet.topology import Topology
 
 #: `prepare_for_inference` keeps a network if its predicted time for one token is at most this fraction of the
-#: time of a dense layer. A margin is needed, since predictions for chains of several cores are too short, by
-#: up to a factor of three.
+#: time of a dense layer. The margin favors the dense layer, since the predicted times of chains of several
+#: cores are often too short.
 _CLEARLY_FASTER = 2 / 3
 
 

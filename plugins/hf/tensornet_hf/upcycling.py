@@ -254,6 +254,9 @@ def MoEConfig(
         router: type of the routers, as in `UpcycleOptions`; the paper uses switch.
         options: other options of `UpcycleOptions`, but not `experts`, `share` or `rank`.
 
+    Raises:
+        TypeError: one of these three options is given, or an option is unknown.
+
     Reference:
         Gao et al. 2022, section 4.1; the default of five cores is that of the paper.
 
@@ -264,6 +267,11 @@ def MoEConfig(
         >>> model.transformer.h[0].mlp.experts.bank("c_fc").topology.core_names
         ('0', '1', '2')
     """
+    if chosen := sorted(options.keys() & {"experts", "share", "rank"}):
+        raise TypeError(
+            f"MoEConfig chooses {', '.join(chosen)} itself: its experts are chains of cores with a shared "
+            f"center. Set num_experts= and sites=, or pass {chosen[0]}= to upcycle without MoEConfig."
+        )
     check_size("num_experts", num_experts, error=ValueError)
     check_size("sites", sites, error=ValueError)
 

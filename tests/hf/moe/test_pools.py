@@ -306,6 +306,12 @@ def test_words_that_do_not_fit_leave_the_model_as_it_was(
     assert {name: type(module) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("word", ["experts", "share", "rank"])
+def test_the_papers_form_refuses_words_that_it_chooses(word: str) -> None:
+    with pytest.raises(TypeError, match=word):
+        th.MoEConfig(num_experts=4, **{word: 3})
+
+
 def test_layers_that_differ_cannot_use_one_pool() -> None:
     model = ARCHITECTURES["llama"].dense
     other = copy.deepcopy(model.model.layers[1].mlp)
