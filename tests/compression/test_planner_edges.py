@@ -122,6 +122,10 @@ def test_a_plan_with_the_statistics_of_another_model() -> None:
     plan = tn.plan(other, config, tn.calibrate(other, list(tokens()), config=config))
     with pytest.raises(TargetError, match="another model"):
         tn.apply_plan(copy.deepcopy(other), plan, stats)
+    assert stats.source == plan.calibration
+    with pytest.raises(TargetError, match="another model"):
+        tn.compress(other, plan, calibration=stats, progress=False)
+    assert type(other.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
 
 
 @pytest.mark.parametrize("pivoted", [True, False])

@@ -23,7 +23,7 @@ from transformers import (
 
 import tensornet as tn
 from tensornet.compression.report import model_size
-from tensornet_hf import CompressOptions, load
+from tensornet_hf import CompressOptions, load, save
 from tensornet_hf.cli.options import help_of, spelled
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer
@@ -195,6 +195,23 @@ def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.Monke
     status, _, err = tensornet(*how, "--calibration", "default", "other")
     assert status == 1
     assert "were collected on" in err
+
+
+def test_a_plan_with_the_statistics_of_another_model(tensornet: Run) -> None:
+    Path("text.txt").write_text(heldout_text()[:20_000])
+    how = ("--param-ratio", 0.5, *TWO_LAYERS, "--calibration", "text.txt", *FEW)
+    model = load(gpt2_path())
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    save(model, "other", source=gpt2_path())
+    assert tensornet("compress", gpt2_path(), *how, "--statistics", "stats", "--dry-run")[0] == 0
+    status, plan, _ = tensornet("compress", "other", *how, "--dry-run", "--json")
+    assert status == 0
+    Path("plan.json").write_text(plan)
+    status, _, err = tensornet("compress", "other", "small", "--plan", "plan.json", "--statistics", "stats")
+    assert status == 1
+    assert "another model" in err
+    assert not Path("small").exists()
 
 
 def test_experts_share_cores(tensornet: Run) -> None:

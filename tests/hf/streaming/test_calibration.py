@@ -91,6 +91,10 @@ def test_a_calibrated_run_is_that_of_a_loaded_model(tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(TargetError, match="another model"):
         th.compress_checkpoint(tmp_path / "other", tmp_path / "out", config, stats=tmp_path / "stats")
+    plan = tn.plan(other, config, tn.calibrate(other, batches("gpt2"), config=config))
+    with pytest.raises(TargetError, match="another model"):
+        th.compress_checkpoint(tmp_path / "other", tmp_path / "planned", plan, stats=tmp_path / "stats")
+    assert not (tmp_path / "planned").exists()
 
 
 def test_half_precision_is_calibrated_in_single(tmp_path: Path) -> None:
