@@ -45,6 +45,7 @@ class Candidate:
             Little damping ranks candidates best but underestimates the loss on other text, so
             `predicted_loss` uses more damping.
         number_format: for a dense matrix, the name of its number format as the user gave it; else empty.
+        tensors: number of tensors in the file of the model.
     """
 
     topology: Topology | None
@@ -55,6 +56,7 @@ class Candidate:
     error: float
     cost: float = 0.0
     number_format: str = ""
+    tensors: int = 1
 
     def scaled(self, factor: float) -> "Candidate":
         """Return a copy with the predicted losses multiplied by a factor."""
@@ -268,15 +270,24 @@ def lower_hull(sizes: Sequence[float], costs: Sequence[float]) -> list[int]:
 
 # --- all limits of a configuration ------------------------------------------------------------------
 
+#: Upper bound of the bytes of a tensor in the header of a safetensors file, without the name of its layer:
+#: syntax, dtype, shape, two offsets, and the names of core and part.
+ENTRY = 112
 #: Number format of all layers if there are neither calibration data nor `formats`.
 _BLIND = "int8"
 #: Largest number of layers named in an error message.
 _NAMED = 4
 
 
-def curve_of(candidates: Sequence[Candidate], unit: str) -> CostCurve:
-    """Make the cost curve of a layer; `unit` is the attribute used as size: `"params"` or `"num_bytes"`."""
-    sizes = torch.tensor([float(getattr(x, unit)) for x in candidates], dtype=torch.float64)
+def curve_of(candidates: Sequence[Candidate], unit: str, entry: int = 0) -> CostCurve:
+    """Make the cost curve of a layer.
+
+    Args:
+        candidates: the candidates of the layer.
+        unit: the attribute used as size: `"params"` or `"num_bytes"`.
+        entry: size that is added for each tensor, see `entry_bytes`.
+    """
+    sizes = torch.tensor([float(getattr(x, unit) + entry * x.tensors) for x in candidates]).double()
     return CostCurve(sizes, torch.tensor([x.cost for x in candidates], dtype=torch.float64))
 
 
@@ -287,7 +298,7 @@ def choose_candidates(
     objective: str,
     *,
     forecast: Forecast = UNMEASURED,
-    untargeted: tuple[int, int] = (0, 0),
+    untargeted: tuple[int, int, int] = (0, 0, 0),
     names: Sequence[str] | None = None,
 ) -> tuple[list[int], str]:
     """Choose one candidate for each layer, so that all budgets of a configuration are met.
@@ -298,8 +309,8 @@ def choose_candidates(
         config: the configuration.
         objective: objective for which the candidates were made.
         forecast: corrects predicted losses by measured losses.
-        untargeted: number of elements and number of bytes of all parameters that are not targeted; they count
-            in budgets of the whole model.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
+            other bytes of the model's file; they count in budgets of the whole model.
         names: name of each target or group, for error messages; by default, the names of the targets.
 
     Returns:
@@ -316,13 +327,13 @@ def choose_candidates(
     caps: list[Cap] = []
     names = names or [target.name for target in targets]
 
-    def add(name: str, unit: str, allowed: float) -> None:
-        caps.append(Cap(name, [curve_of(found, unit) for found in candidates], allowed))
+    def add(name: str, unit: str, allowed: float, entry: int = 0) -> None:
+        caps.append(Cap(name, [curve_of(found, unit, entry) for found in candidates], allowed))
 
     if config.param_ratio is not None:
         add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
     for name, allowed in allowed_bytes(config, targets, untargeted).items():
-        add(name, "num_bytes", allowed)
+        add(name, "num_bytes", allowed, entry_bytes(config, name, targets))
     if not caps:
         assert config.loss_increase is not None
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
@@ -418,15 +429,30 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
     return best, max(caps, key=lambda cap: cap.use(best)).name
 
 
+def entry_bytes(config: CompressionConfig, budget: str, targets: Sequence[Target]) -> int:
+    """Bound the bytes that a tensor takes in the header of a safetensors file, if a budget counts them.
+
+    Budgets of the whole model in bytes count them, except for export targets, which count their own files.
+
+    Args:
+        config: the configuration.
+        budget: name of the budget.
+        targets: the weights to compress, whose names are parts of the names of tensors.
+    """
+    whole = budget in ("byte_ratio", "max_bytes") and config.counts_model(budget)
+    return ENTRY + max(len(x.name) for x in targets) if whole and config.menu is None else 0
+
+
 def allowed_bytes(
-    config: CompressionConfig, targets: Sequence[Target], untargeted: tuple[int, int]
+    config: CompressionConfig, targets: Sequence[Target], untargeted: tuple[int, int, int]
 ) -> dict[str, float]:
     """Map the name of each budget of bytes to the number of bytes that it leaves for the targeted layers.
 
     Args:
         config: the configuration.
         targets: the weights to compress.
-        untargeted: number of elements and number of bytes of all parameters that are not targeted.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
+            other bytes of the model's file.
 
     Raises:
         BudgetError: the parameters that are not targeted already exceed a budget.
@@ -439,12 +465,16 @@ def allowed_bytes(
             continue
         whole = config.counts_model(name)
         params, size = (weights + untargeted[0], now + untargeted[1]) if whole else (weights, now)
+        others = untargeted[1] if whole else 0
+        if entry := entry_bytes(config, name, targets):
+            others += untargeted[2]
+            size += untargeted[2] + entry * len(targets)
         total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
-        found[name] = total - (untargeted[1] if whole else 0)
+        found[name] = total - others
         if found[name] <= 0:
             raise BudgetError(
                 f"{name}={value} allows {total:,.0f} bytes for the whole model, but tensors that are not "
-                f"compressed take {untargeted[1]:,}. Raise it, target more layers, or count only the "
+                f"compressed take {others:,}. Raise it, target more layers, or count only the "
                 "targeted layers by whole_model=False."
             )
     return found
@@ -454,7 +484,7 @@ def one_format(
     targets: Sequence[Target],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
-    untargeted: tuple[int, int],
+    untargeted: tuple[int, int, int],
 ) -> tuple[list[int], str]:
     """Choose the largest number format with which all layers meet the budgets; used without calibration data.
 
@@ -468,7 +498,11 @@ def one_format(
     names = _common_formats(candidates)
     if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits are used only on request
         names = [_BLIND]
-    sizes = {x: sum(found[uniform(found)[x]].num_bytes for found in candidates) for x in names}
+    entry = max((entry_bytes(config, name, targets) for name in caps), default=0)
+    sizes = dict.fromkeys(names, 0)
+    for name in names:
+        same = [found[uniform(found)[name]] for found in candidates]
+        sizes[name] = sum(x.num_bytes + entry * x.tensors for x in same)
     for name in sorted(names, key=lambda x: -sizes[x]):
         if all(sizes[name] <= allowed for allowed in caps.values()):
             return [uniform(found)[name] for found in candidates], min(

@@ -281,7 +281,12 @@ def network_candidates(
         if (config.rel_error is not None and errors[k] > config.rel_error) or (ladder.complete and not saves):
             continue  # a network must save parameters or bytes
         stored = storage.for_topology(ladder.topologies[k])
-        found.append(Candidate(ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k]))
+        tensors = stored.num_tensors(ladder.topologies[k])
+        found.append(
+            Candidate(
+                ladder.topologies[k], stored, size, params, losses[k], errors[k], costs[k], tensors=tensors
+            )
+        )
     if ladder.complete:
         found.append(Candidate(None, PLAIN, matrix.nbytes, matrix.numel(), 0.0, 0.0))
     return found
@@ -430,6 +435,7 @@ def dense_candidates(
                 loss.error,
                 loss.cost,
                 asked.name,
+                storage.num_tensors(topology),
             )
         )
     return found

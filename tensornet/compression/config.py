@@ -86,10 +86,10 @@ class CompressionConfig(LayerSelection):
         bits_per_weight: mean bits per weight of the targeted layers, scales included, such as 4.25. All
             budgets of bytes need calibrated gradients; without calibration data, all layers become int8 if
             this fits the budget.
-        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings and biases are
-            counted.
-        max_bytes: largest size in bytes, such as 60MB: of the whole model if number formats are planned, else
-            of the targeted layers.
+        byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings, biases, buffers
+            and the header of the weight file are counted.
+        max_bytes: largest size in bytes, such as 60MB: of the weight file of the whole model if number
+            formats are planned, else of the targeted layers.
         whole_model: whether a limit on bytes applies to the whole model or only to the targeted layers. None
             decides for each budget as described above. If the whole model counts, embeddings and heads are
             targets too unless `target_modules` is given.

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import CalibrationStats, weight_samples
-from tensornet.compression.allocate import Candidate, choose_candidates, decide_alone, uniform
+from tensornet.compression.allocate import ENTRY, Candidate, choose_candidates, decide_alone, uniform
 from tensornet.compression.apply import LayerCache, check_stats
 from tensornet.compression.candidates import find_candidates, format_fits, hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig, check_config
@@ -52,8 +52,8 @@ class Prepared:
         spectra: singular values of each target.
         template: a plan without layers, which contains all that is known from calibration and measurements.
         stats: calibration statistics.
-        untargeted: number of elements and number of bytes of all parameters that are not targeted; they count
-            in budgets of the whole model.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
+            other bytes of the model's file; they count in budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         cache: layers that were already rounded for measurements, to be reused by `apply_plan`.
 
@@ -72,7 +72,7 @@ class Prepared:
     spectra: tuple[tuple[float, ...], ...]
     template: CompressionPlan
     stats: CalibrationStats | None = None
-    untargeted: tuple[int, int] = (0, 0)
+    untargeted: tuple[int, int, int] = (0, 0, 0)
     measured: frozenset[tuple[str, str]] | None = None
     cache: LayerCache = field(default_factory=dict, compare=False, repr=False)
 
@@ -181,7 +181,7 @@ def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list
     sums = []
     for place in places:
         same = [found[k] for found, k in zip(group, place, strict=True)]
-        parts = ("num_bytes", "params", "predicted_loss", "cost")
+        parts = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
         sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
     return sums, places
 
@@ -194,6 +194,10 @@ def plan(
     progress: bool = False,
 ) -> CompressionPlan:
     """Plan the compression of a model: choose a network or number format for every targeted layer.
+
+    Candidates are compared by a loss increase that is predicted with little damping of the gradient moments.
+    `predicted_loss_increase` of the plan uses more damping, so a slightly larger budget can give a plan with
+    a slightly larger `predicted_loss_increase`.
 
     Args:
         model: any module; it is not changed.
@@ -269,6 +273,7 @@ def prepare(
     untargeted = (
         params - sum(x.matrix.numel() for x in targets),
         size - sum(x.matrix.numel() * x.matrix.element_size() for x in targets),
+        _other_bytes(model, targets, size),
     )
     alone = objective == "weight" and not config.formats and not config.pivoted
     if alone or config.fixed:
@@ -280,6 +285,23 @@ def prepare(
         candidates.append(each)
         spectra.append(tuple(singular_values(target.matrix).tolist()))
     return Prepared(config, weights, targets, tuple(candidates), tuple(spectra), template, stats, untargeted)
+
+
+def _other_bytes(model: nn.Module, targets: Sequence[Target], size: int) -> int:
+    """Bound the bytes of a safetensors file of a model that belong to no parameter: buffers and the header.
+
+    Args:
+        model: the dense model.
+        targets: the weights to compress, whose entries in the header are counted with their candidates.
+        size: bytes of the parameters.
+    """
+    state = {
+        id(x): (name, x) for name, x in model.state_dict(keep_vars=True).items() if isinstance(x, Tensor)
+    }
+    buffers = sum(x.nbytes for _, x in state.values()) - size
+    planned = {id(module.weight) for target in targets for module in target.modules}
+    header = sum(ENTRY + len(name) for key, (name, _) in state.items() if key not in planned)
+    return max(buffers, 0) + header
 
 
 def _unfit(targets: Sequence[Target], config: CompressionConfig) -> dict[str, tuple[str, ...]]:

@@ -148,6 +148,10 @@ class Storage:
         parts = _stored_parts(topology, self, dtype)
         return sum(math.prod(shape) * kind.itemsize for _, _, shape, kind, _ in parts)
 
+    def num_tensors(self, topology: Topology) -> int:
+        """Count the stored tensors."""
+        return sum(1 for _ in _stored_parts(topology, self, torch.float32))
+
     def core_size(self, topology: Topology, name: str, dtype: torch.dtype) -> tuple[int, int]:
         """Count the stored values and the bytes of one core, including its scales and zero points."""
         parts = [part for part in _stored_parts(topology, self, dtype) if part[0] == name]

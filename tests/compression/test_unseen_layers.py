@@ -22,10 +22,10 @@ BATCH = {"x": torch.randn(9, 8), "labels": torch.arange(9) % 3}
 class Towers(nn.Module):
     """Sees images only where it is given some."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.vision = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-        self.text, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.vision = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
+        self.text, self.head = nn.Linear(width, width), nn.Linear(width, 3)
 
     def forward(self, x: Tensor, image: Tensor | None = None) -> Tensor:
         seen = 0 if image is None else self.vision(image)
@@ -55,8 +55,8 @@ def test_they_stay_dense_and_one_warning_names_them() -> None:
 
 
 def test_they_count_in_budgets_of_the_whole_model() -> None:
-    model = towers()
-    stats = tn.calibrate(model, [BATCH])
+    model = Towers(64)
+    stats = tn.calibrate(model, [{"x": torch.randn(9, 64), "labels": torch.randint(3, (9,))}])
     size = sum(p.numel() * 4 for p in model.parameters())
     with pytest.warns(CalibrationWarning, match="Left dense"):
         report = tn.compress(model, tn.CompressionConfig(byte_ratio=0.8), calibration=stats, progress=False)

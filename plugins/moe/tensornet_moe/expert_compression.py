@@ -509,6 +509,7 @@ def _options(
             error=0.0,
             cost=sum(x.cost for x in parts),
             number_format=number_format,
+            tensors=sum(x.tensors for x in parts),
         )
 
     if or_separate:
@@ -524,6 +525,7 @@ def _options(
                 params=total.params + new.params - old.params,
                 predicted_loss=total.predicted_loss + new.predicted_loss - old.predicted_loss,
                 cost=total.cost + new.cost - old.cost,
+                tensors=total.tensors + new.tensors - old.tensors,
             )
             at[member] = index
             found.append((total, tuple(at)))

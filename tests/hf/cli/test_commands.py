@@ -24,6 +24,7 @@ from transformers import (
 import tensornet as tn
 from tensornet.compression.report import model_size
 from tensornet_hf import CompressOptions, load, save
+from tensornet_hf.checkpoint import weight_bytes
 from tensornet_hf.cli.options import help_of, spelled
 from tensornet_hf.embedded import gpt2_path, heldout_text, t5_path
 from tensornet_hf.text import load_tokenizer
@@ -195,6 +196,23 @@ def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.Monke
     status, _, err = tensornet(*how, "--calibration", "default", "other")
     assert status == 1
     assert "were collected on" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "budget",
+    [
+        ("--max-bytes", "700KB", "--formats", "float,int8,int4,int3"),
+        ("--byte-ratio", 0.4, "--topology", "mpo"),
+    ],
+)
+def test_the_weight_file_keeps_a_budget_of_bytes(tensornet: Run, budget: tuple[object, ...]) -> None:
+    Path("text.txt").write_text(heldout_text()[:20_000])
+    how = ("--calibration", "text.txt", *FEW)
+    status, _, err = tensornet("compress", gpt2_path(), "small", *budget, *how)
+    assert status == 0, err
+    allowed = 700_000 if budget[0] == "--max-bytes" else 0.4 * weight_bytes(gpt2_path())
+    assert 0.97 * allowed <= weight_bytes("small") <= allowed
 
 
 def test_a_plan_with_the_statistics_of_another_model(tensornet: Run) -> None:
