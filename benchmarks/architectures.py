@@ -35,8 +35,8 @@ small model with random weights. This shows that the code of the class is handle
 how well a trained model can be compressed.
 """
 WRITTEN = (
-    "`python benchmarks/architectures.py` writes this page from the table in `tests/hf_architectures.py`; do "
-    "not edit it."
+    "This page is generated, so do not edit it. Edit the table in `tests/hf_architectures.py`, then run "
+    "`python benchmarks/architectures.py`."
 )
 #: Outcomes of a step, from worst to best.
 ORDER = ("fails", "refused", "transformers", "right")

@@ -130,7 +130,7 @@ def block_trains(experts: int, rows: int, columns: int) -> tm.ExpertBank:
     return tm.SharedCoreExperts(topology, experts, shared="none")
 
 
-#: Ways of sharing, keyed by name: functions `(experts, rows, columns) -> bank`.
+#: Maps names of ways of sharing to functions `(experts, rows, columns) -> bank`.
 FORMS: dict[str, Callable[[int, int, int], tm.ExpertBank]] = {
     "two-sided ends": two_sided,
     "one-sided ends": one_sided,

@@ -262,7 +262,7 @@ def _ended_labels(batch: Batch) -> Tensor | None:
 
 #: Largest number of batches from which rows are selected.
 _PARTS = 4
-#: Assumed number of tokens in an image: the arguments of a model do not tell how many patches it makes.
+#: Assumed number of tokens in an image: the arguments of a model do not show how many patches it has.
 _TOKENS_OF_IMAGE = 196
 
 
@@ -334,7 +334,11 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:
-    """Return True if rows can be shortened: all arguments are integers `(rows, tokens)` without padding."""
+    """Return True if rows can be cut to fewer tokens.
+
+    This is possible if all arguments are integer tensors of the same shape `(rows, tokens)` without padding,
+    and `input_ids` is one of them.
+    """
     shapes = {tuple(value.shape) for value in arrays.values()}
     integers = all(value.ndim == 2 and not value.is_floating_point() for value in arrays.values())
     mask = arrays.get("attention_mask")

@@ -269,7 +269,7 @@ class MomentRecorder:
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.inputs: dict[str, _InputSum] = {}  # by layer; layers with the same input share a sum
+        self.inputs: dict[str, _InputSum] = {}  # maps layers to sums; layers with the same input share one
         self._last: _Reading | None = None
         self._traces: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self._samples: dict[str, CoherenceSample] = {}

@@ -223,13 +223,14 @@ def default_losses(model: nn.Module, batch: Batch) -> tuple[TokenLosses, bool]:
         assert logits is not None
         return label_losses, logits.ndim == 3 and _has_table(model, logits.shape[-1])
     chosen: Mapping[Rule, TokenLosses] = {"hidden states": cosine_losses, "outputs": output_losses}
-    # A model whose logits are scored by its own loss has to be called with labels.
+    # A model that returns logits may compute its loss only if it is called with labels; `own_losses` passes
+    # them. Without logits, `label_losses` takes the loss that the model returns.
     own = own_losses if logits is not None else label_losses
     return {**chosen, "own": own}.get(rule, label_losses), False
 
 
-#: Ends of the class names of two kinds of models. The logits of `_DECODERS` are scored by the label of the
-#: next position, those of `_IN_PLACE` by the label of the same position.
+#: Suffixes of class names. The logits of models in `_DECODERS` are scored by the label of the next position,
+#: and those of models in `_IN_PLACE` by the label of the same position.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _IN_PLACE = (
     "XLNetLMHeadModel",
@@ -254,9 +255,10 @@ def scores_next_token(model: nn.Module) -> bool | None:
 
 
 def _has_table(model: nn.Module, classes: int) -> bool:
-    """Return True if an embedding has one row for each class, so that the classes are tokens.
+    """Return True if an embedding has as many rows as the model has classes.
 
-    If the model does not tell which embedding reads its tokens, all embeddings are checked.
+    The classes are then assumed to be tokens. If `get_input_embeddings` does not return the embedding of the
+    tokens, all embeddings are checked.
     """
     getter = getattr(model, "get_input_embeddings", None)
     named = getter() if callable(getter) else None

@@ -548,7 +548,7 @@ def _choose_alone(
                 ) from error
 
         def stay(index: int) -> tuple[int, float]:
-            """Return index and size of the dense candidate; without one, those of the smallest candidate."""
+            """Return the index and the size of the dense candidate, or of the smallest if none is dense."""
             found = candidates[index]
             dense = [k for k, x in enumerate(found) if x.topology is None]
             place = dense[0] if dense else min(range(len(found)), key=lambda k: found[k].params)

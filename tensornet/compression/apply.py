@@ -42,8 +42,8 @@ from tensornet.quantization.scales import scale_fault, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: Map from the name of a layer and its scheme to the new modules, one for each module that uses the weight,
-#: and the relative error of the weight.
+#: Maps the name and scheme of a layer to its new modules and the relative error of its weight. There is one
+#: new module for each module that uses the weight.
 LayerCache = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
 #: Largest number of layers named in a warning.
 _NAMED = 5
@@ -238,7 +238,7 @@ def decompress(model: nn.Module, matrices: Mapping[str, Tensor] | None = None) -
             f"{shortened(odd)} has its own forward, which a stock layer would lose: delete it "
             "first (`del layer.forward`), and set it again afterwards."
         )
-    dense: dict[tuple[int, ...], nn.Module] = {}  # by the ids of the stored tensors: tied layers share them
+    dense: dict[tuple[int, ...], nn.Module] = {}  # keys: ids of the stored tensors, which tied layers share
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(module, TensorNetworkLinear | MPOEmbedding):
             continue

@@ -91,7 +91,7 @@ def _damped_further(moment: Tensor, damping: float) -> Tensor:
 
 
 def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: float) -> Weighting | None:
-    """Make the weighting with which the loss increase due to errors in one weight is predicted.
+    """Build the error weighting with which the loss increase of one weight matrix is predicted.
 
     The gradient moment is damped strongly (`FORECAST_ROW_DAMPING`), but its trace is preserved: half of the
     trace is spread evenly over the diagonal.
@@ -113,7 +113,7 @@ def forecast_weighting(target: Target, stats: CalibrationStats | None, damping: 
 def layer_weighting(
     target: Target, objective: str, stats: CalibrationStats | None, damping: float
 ) -> Weighting | None:
-    """Make the weighting with which an objective of `CompressionConfig` measures errors in one matrix.
+    """Build the error weighting of one weight matrix for an objective of `CompressionConfig`.
 
     Returns:
         The weighting; None if all gradients are zero, so that errors do not change the loss.
@@ -136,10 +136,10 @@ def layer_weighting(
 
 
 def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
-    """Make the weighting of errors in one weight from the input moment alone.
+    """Build the error weighting of one weight matrix from the damped second moment of its inputs alone.
 
-    If several layers use the weight, the inputs are those of the first layer that ran. If all inputs were
-    zero, the weighting is the Frobenius norm.
+    For an embedding, the frequencies of its tokens replace this moment. If several layers use the weight, the
+    inputs are those of the first layer that ran. If all inputs were zero, all errors have equal weight.
 
     Raises:
         TargetError: no layer that uses this weight ran during calibration.
@@ -156,10 +156,11 @@ def input_weighting(target: Target, stats: CalibrationStats) -> Weighting:
 
 
 def curvature_weighting(target: Target, stats: CalibrationStats, damping: float) -> Weighting | None:
-    """Make the weighting of errors in one weight from the damped gradient moment and input moment.
+    """Build the error weighting of one weight matrix from the second moments of its inputs and gradients.
 
-    If several layers use the weight, the weighting is the Kronecker product closest to the sum over these
-    layers.
+    The gradients are those of the loss with respect to the outputs. Both moments are damped. For an
+    embedding, the frequencies of its tokens replace the input moment. If several layers use the weight, the
+    weighting is the Kronecker product closest to the sum over these layers.
 
     Args:
         target: the weight; layers that did not run in calibration are skipped.

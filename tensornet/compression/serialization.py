@@ -107,7 +107,7 @@ def load_model(model: nn.Module, path: str | Path) -> nn.Module:
 
 def _fill(model: nn.Module, header: Mapping[str, Any], state: Mapping[str, Tensor], path: str | Path) -> None:
     """Insert the compressed layers into an unfused model, and load all tensors."""
-    made: dict[int, nn.Module] = {}  # by the id of the stock layer; one layer may have several names
+    made: dict[int, nn.Module] = {}  # keys: ids of stock layers, since one may have several names
     places: dict[str, nn.Module] = {}
     for name, spec in header["layers"].items():
         try:

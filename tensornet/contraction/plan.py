@@ -284,7 +284,11 @@ def lower_path(
 
 
 def _matrices(steps: Sequence[PairStep]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """Return `ContractionPlan.matrices`: the right operands, if every step is a plain matrix product."""
+    """Return the position and shape of the right-hand operand of each step (`ContractionPlan.matrices`).
+
+    The result is empty unless every step multiplies operand 0, or the previous result, by a stored matrix
+    without permuting it.
+    """
     operands, found = list(range(len(steps) + 1)), []
     for step in steps:
         product = step.product

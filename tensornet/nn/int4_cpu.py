@@ -164,7 +164,9 @@ class KernelMatrix:
         found.bitwise_left_shift_(low)
         found[:, 0] += rest[0] & 15
         found[:, 1] += rest[0] >> 4
-        # The result is 2^low (high - 8) + low_part - 8 + 2^(low - 1), computed modulo 256.
+        # `low` is the number of bits in the low part of a code, and `found` is now `2^low u + v` with the
+        # 4-bit codes `u` and `v` of the two kernel products. The integers are `2^low (u - 8) + v - 8 +
+        # 2^(low - 1)`. Bytes wrap around modulo 256, so they contain the signed result.
         return found.sub_(2 ** (low + 3) + 8 - 2 ** (low - 1)).view(torch.int8)
 
 

@@ -248,7 +248,8 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = values.get(WRAPPED if HOOK in values else "forward")
     if forward is None:
         return False
-    # After a wrapper was removed, the module may still have the bound method of its class as an attribute.
+    # After a wrapper has been removed, the module may still have the bound method of its class as an
+    # attribute.
     bound_to, function = getattr(forward, "__self__", None), getattr(forward, "__func__", None)
     return bound_to is not module or function is not type(module).forward
 

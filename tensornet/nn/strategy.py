@@ -69,7 +69,7 @@ def set_strategy(
 
 # --- predicted time of products with integer matrices ------------------------------------------------
 
-#: Name of the int4 kernel in explanations, keyed by the number of kernel calls for one product.
+#: Maps the number of kernel calls for one product to the name of the int4 kernel in explanations.
 INT4_KERNELS = {1: "int4 kernel", 2: "int4 kernel twice"}
 INT8_KERNEL, UNPACKED = "int8 kernel", "unpacked"
 

@@ -98,7 +98,7 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """Parameter that stores the weight, in the orientation in which its modules store it."""
+        """The parameter itself, not transposed; `matrix` always has the shape `(out, in)`."""
         weight = self.modules[0].weight if self.parameter is None else self.parameter
         assert isinstance(weight, Tensor)
         return weight
@@ -230,7 +230,7 @@ def _check_matching(model: nn.Module, layers: Sequence[Target], patterns: Sequen
         )
 
 
-#: Advice in messages, by the reason why a layer is skipped.
+#: Maps the reason why a layer is skipped to the advice in messages.
 _REMEDIES = {
     RECOMPUTED: "make it an ordinary parameter by remove_weight_norm, remove_spectral_norm or prune.remove "
     "of torch.nn.utils",

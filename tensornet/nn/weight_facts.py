@@ -81,7 +81,7 @@ class WeightFacts(Tensor):
         return f"WeightFacts(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     def __format__(self, spec: str) -> str:
-        """Format the text of `repr`, since the placeholder has no values."""
+        """Apply the format specification to `repr(self)`, since a placeholder has no values to format."""
         return format(repr(self), spec)
 
 

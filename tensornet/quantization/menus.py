@@ -33,7 +33,7 @@ class Menu:
     fused: tuple[tuple[str, ...], ...] = ()
 
 
-#: Menus by the name of the export target.
+#: Maps names of export targets to menus.
 MENUS: Registry[Menu] = Registry(
     "menu of number formats",
     error=FormatError,

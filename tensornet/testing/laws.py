@@ -99,7 +99,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def check_exact(decompose: Decompose, matrix: Tensor) -> None:
-    """Check that without a budget the true and the certified error are only rounding errors.
+    """Check that without a budget, neither the true nor the certified error exceeds `tolerance(dtype)`.
 
     Example:
         >>> from tensornet.testing import laws

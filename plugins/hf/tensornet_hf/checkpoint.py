@@ -616,9 +616,9 @@ def write_card(folder: str | os.PathLike[str], architecture: str) -> None:
 def write_folder(
     destination: str | os.PathLike[str], *, force: bool = False, sources: tuple[Path, ...] = ()
 ) -> Iterator[Path]:
-    """Yield a new folder that becomes `destination` if the `with` block ends without an error.
+    """Yield a temporary folder, and rename it to `destination` if the `with` block ends without an error.
 
-    After an error (such as a full disk) the new folder is removed, and `destination` is unchanged. The
+    After an error (such as a full disk) the temporary folder is removed, and `destination` is unchanged. The
     arguments are those of `check_free`.
 
     Raises:

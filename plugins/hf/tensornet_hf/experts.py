@@ -113,7 +113,10 @@ class SplitExperts(Compound):
 
 @register_compound
 class SplitDbrx(SplitExperts):
-    """Replacement for the experts of DBRX, whose child module has stacks of shape `(experts * rows, in)`."""
+    """Replacement for the experts module of DBRX.
+
+    The child `mlp` of that module stores each stack as a parameter of shape `(experts * rows, columns)`.
+    """
 
     replaces = ("transformers.models.dbrx.modeling_dbrx.DbrxExperts",)
 
@@ -137,7 +140,7 @@ class SplitDbrx(SplitExperts):
 
 @register_compound
 class SplitLlama4(SplitExperts):
-    """Replacement for the experts of Llama 4; every expert processes all tokens."""
+    """Replacement for the experts module of Llama 4, in which every expert processes all tokens."""
 
     replaces = ("transformers.models.llama4.modeling_llama4.Llama4TextExperts",)
 
@@ -161,7 +164,7 @@ class SplitLlama4(SplitExperts):
 
 @register_compound
 class SplitJetMoe(SplitExperts):
-    """Replacement for a stack of JetMoE; its inputs are tokens sorted by expert."""
+    """Replacement for a stack of JetMoE, which takes tokens that are sorted by expert."""
 
     replaces = ("transformers.models.jetmoe.modeling_jetmoe.JetMoeParallelExperts",)
 

@@ -16,8 +16,8 @@ from tensornet_hf.text import embedded_text
 
 #: Reason why the layers of `READ_OUTSIDE` stay dense.
 READ_REASON = "weight read outside of the layer"
-#: Layers whose `weight` transformers uses without calling the layer, by the class of the module that contains
-#: them. Names of classes and layers are patterns.
+#: Maps the class of a module to those of its layers whose `weight` transformers uses without calling the
+#: layer. Names of classes and layers are patterns.
 READ_OUTSIDE: Mapping[str, Sequence[str]] = {
     "*MambaMixer": ("dt_proj",),
     "Rwkv*": ("output", "value"),

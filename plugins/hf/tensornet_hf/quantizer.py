@@ -46,7 +46,7 @@ FORMAT_VERSION = 1
 LOAD_WITH = "import tensornet_hf, then AutoModel...from_pretrained(folder) or tensornet_hf.load(folder)"
 #: Shape of a guard (see `replaced_names`). No weight is empty, so a guard cannot be taken for a weight.
 GUARD_SHAPE = (0,)
-#: Name of each dtype in torch, by its name in the header of a safetensors file.
+#: Maps the name of a dtype in the header of a safetensors file to its name in torch.
 DTYPES = {name: str(dtype).removeprefix("torch.") for name, dtype in MAPPED.items()}
 #: Attribute of a base model that contains the pools of experts which `upcycle` made.
 POOLS = "expert_pools"
@@ -248,7 +248,7 @@ def promised_tensors(layers: Mapping[str, Any]) -> dict[str, PromisedTensor]:
         FormatError: a description is invalid.
     """
     found: dict[str, PromisedTensor] = {}
-    known: dict[str, dict[str, PromisedTensor]] = {}  # keyed by description, since many are equal
+    known: dict[str, dict[str, PromisedTensor]] = {}  # maps descriptions to tensors; many are equal
     for layer, spec in layers.items():
         if (key := repr(spec)) not in known:
             try:

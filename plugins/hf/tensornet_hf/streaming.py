@@ -357,7 +357,7 @@ def _cut(
         `{name of a file to write: (names of its parameters and buffers, plan of their layers)}`.
     """
     places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
-    units: dict[str, list[str]] = {}  # names of tensors by module
+    units: dict[str, list[str]] = {}  # maps modules to the names of their tensors
     for name in sorted(lazy.stored, key=lambda name: min(places[key] for key in lazy.stored[name])):
         units.setdefault(name.rpartition(".")[0], []).append(name)
     groups: list[list[str]] = []
@@ -369,8 +369,8 @@ def _cut(
         groups[-1].append(unit)
         filled += size
 
-    # A layer belongs to the shard that contains its weight (under any of its tied names), or the stack of
-    # experts that contains its matrix.
+    # A layer belongs to the shard that contains its weight (under any of its tied names). If its matrix is
+    # part of a stack of experts, the layer belongs to the shard that contains the stack.
     weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
     owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
     home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}

@@ -60,7 +60,8 @@ from tensornet_moe.stacked import resolve_shared
 
 DropoutPlace = Literal["hidden", "output", "none"]
 
-#: Where a feed-forward network applies dropout, by the names of its matrices in the order (gate,) up, down.
+#: Maps the names of a feed-forward network's matrices, in the order (gate,) up, down, to the place of its
+#: dropout.
 FORMS: dict[tuple[str, ...], DropoutPlace] = {
     ("wi_0", "wi_1", "wo"): "hidden",  # T5, gated
     ("wi", "wo"): "hidden",  # T5
@@ -741,7 +742,10 @@ def _function_of(network: FeedForward) -> dict[str, object]:
 
 
 def _check_number(experts: int, layers: int, config: UpcycleOptions) -> None:
-    """Raise ValueError if a pool has too few experts for each layer to start with `top_k` of its own."""
+    """Raise ValueError unless the pool has at least `top_k` experts for each layer.
+
+    Every layer starts with `top_k` experts that no other layer uses.
+    """
     router = config.make_router(1, experts, seed=0)
     assert isinstance(router, TopKRouter)  # as `UpcycleOptions` checks for pools
     top_k = router.top_k

@@ -112,7 +112,10 @@ class ExpertBank(nn.Module, ABC):
         return sum(shared.values()) + top_k * private / self.num_experts
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of `apply_rows` for the given number of rows, if every expert gets some."""
+        """Count the multiply-adds of `apply_rows` for the given number of rows.
+
+        The count assumes that every expert gets at least one row.
+        """
         return rows * self.out_features * self.in_features
 
     def check_experts(self, experts: Sequence[int] | Tensor) -> Tensor:

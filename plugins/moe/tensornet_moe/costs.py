@@ -187,8 +187,9 @@ def _add_mixture(cost: Cost, name: str, layer: SharedCoreMoE, tokens: int) -> No
         per_token = float(layer.stats.load.sum() / layer.stats.tokens.clamp_min(1))
     routed, used = layer.experts, 1.0
     if isinstance(routed, PooledExperts):
-        # A bank counts the cost of all its experts. If a layer uses only a fraction of them, count
-        # `1 / fraction` times as many rows over the whole bank, and take that fraction of the cost.
+        # `multiply_adds` includes building the matrices of all experts of the pool. A layer that uses the
+        # fraction `used` of them builds only that fraction. So the cost below is that of `1 / used` times as
+        # many rows, multiplied by `used`; this does not change the cost of multiplying the rows.
         used = routed.num_experts / routed.pool.num_experts
         routed = routed.pool.experts
     for network, count, part in ((routed, per_token, used), (layer.shared_expert, 1, 1.0)):

@@ -225,8 +225,8 @@ def compress_experts(
         try:
             prepared = check_loss(prepared, model, batches, progress=progress)
         except BudgetError:
-            # Shared networks may fit a budget that separate ones exceed. In that case, check the plan with
-            # the smallest separate networks.
+            # Separate networks do not fit the budget, but networks that share a core may fit it. So check the
+            # predictions for the smallest separate networks instead.
             size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
             bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
             prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)

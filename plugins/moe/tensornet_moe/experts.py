@@ -351,7 +351,7 @@ class SharedCoreExperts(ExpertBank):
         return used
 
     def multiply_adds(self, rows: int) -> int:
-        """Count the multiply-adds of building all matrices and multiplying rows by them; see `ExpertBank`."""
+        """Count the multiply-adds of building all matrices and multiplying `rows` rows by them."""
         return self.plan.multiply_adds(self.num_experts) + super().multiply_adds(rows)
 
     def _apply_to_all(self, x: Tensor) -> Tensor:

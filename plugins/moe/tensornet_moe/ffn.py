@@ -13,7 +13,7 @@ from tensornet.nn import build_module, register_module_type
 from tensornet_moe.bank import ExpertBank
 from tensornet_moe.grouped_linear import Groups, masked_linear
 
-#: Activations by name, including the names that common model configurations use.
+#: Maps names to activations; it includes the names that common model configurations use.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,

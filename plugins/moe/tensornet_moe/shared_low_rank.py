@@ -58,10 +58,10 @@ from tensornet.topologies.dense import round_dense
 from tensornet.topologies.residual import BASE, residual
 from tensornet.topology import Topology
 
-#: The sharing patterns described above, with the name of the shared core of each.
+#: Maps the sharing patterns described at the top of this module to the names of their shared cores.
 PATTERNS = {"inputs": "1", "outputs": "0", "base": BASE}
-#: Ratio of successive ranks at which a base is fitted; the first rank is 1. At each rank, one fit
-#: from the base of the previous rank is better than three fits from the mean of the matrices.
+#: A base is fitted at rank 1, then at ranks that grow by this factor. Each fit starts from the base of the
+#: previous rank. One such fit per rank is better than three fits that start from the mean of the matrices.
 _GROWTH = 4
 #: Singular values below this fraction of the largest are treated as zero, which limits the ranks.
 _LEAST_DIRECTION = 1e-7
@@ -74,9 +74,10 @@ _SAMPLED_ROWS = 128
 #: Format of cores that keep the dtype of the model.
 _FLOAT = NumberFormat()
 
-#: A matrix, and factors whose leading ranks approximate it: `(out, in)`, `(out, k)`, `(k, in)`.
+#: A matrix, shape `(out, in)`, and two factors, `(out, k)` and `(k, in)`. For each `r <= k`, the first `r`
+#: columns of the left factor times the first `r` rows of the right factor approximate the matrix.
 FactoredMatrix = tuple[Tensor, Tensor, Tensor]
-#: Cores of each matrix, in the order of the topology; the shared one is the same tensor for all.
+#: The cores of each matrix, in the order of the topology. All matrices refer to the same shared core.
 Cores = list[tuple[Tensor, ...]]
 #: Core of a network: integer codes, or floating-point values.
 Core = RoundedWeight | Tensor

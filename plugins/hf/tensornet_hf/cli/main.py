@@ -189,7 +189,7 @@ def _assigned(option: Any, value: str) -> str:
 
 
 def options_of(command: str) -> dict[str, Any]:
-    """Return the options of a command by the names of their arguments; empty for an unknown command."""
+    """Map the parameter names of a command to its options; the result is empty for an unknown command."""
     program: Any = typer.main.get_command(_program())
     parameters = program.commands[command].params if command in COMMANDS else []
     return {x.name: x for x in parameters if x.param_type_name == "option" and x.name != "help"}

@@ -155,7 +155,7 @@ Device = Annotated[
 ]
 CPU = torch.device("cpu")
 
-#: Title of each option group in the help, by the `group` of a field; the help shows groups in this order.
+#: Maps the `group` of a field to the title of its option group in the help, which shows groups in this order.
 GROUPS = {
     "experts": "Experts and what they share",
     "routing": "Router and load balance",
@@ -167,7 +167,7 @@ GROUPS = {
     "run": "Execution",
     "advanced": "Advanced",
 }
-#: Type of an option and further arguments of `typer.Option`, by the `kind` of a field.
+#: Maps the `kind` of a field to the type of its option and further arguments of `typer.Option`.
 _KINDS: Mapping[str, tuple[Any, dict[str, Any]]] = {
     "number": (float, {"metavar": "NUMBER"}),
     "integer": (int, {"metavar": "N"}),

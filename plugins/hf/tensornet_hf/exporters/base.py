@@ -115,7 +115,7 @@ class IntegerMatrix(NamedTuple):
 
     @property
     def points(self) -> Tensor:
-        """Values divided by their scales (`code - zero`, or levels), float32, shape `(out, in)`."""
+        """Unscaled values: `code - zero`, or `level[code]` for level tables; float32, shape `(out, in)`."""
         if (levels := self.number_format.levels(self.scales)) is not None:
             return levels.values[self.codes.long()]
         return self.codes.float() - self.number_format.spread(self.zeros, self.codes.shape[1])

@@ -39,7 +39,7 @@ class Target(NamedTuple):
     menu: Menu
 
 
-#: Targets by name (see `register_target`).
+#: Maps names to export targets (see `register_target`).
 TARGETS: dict[str, Target] = {}
 
 

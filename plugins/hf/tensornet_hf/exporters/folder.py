@@ -39,7 +39,7 @@ from tensornet_hf.exporters.base import (
 ADAPTER = "lora"
 #: Bytes that a tensor takes in the header of a safetensors file, without its name.
 ENTRY = 68
-#: Number format of a layer in the folder, and its packed tensors by name (`weight_scale`, ...).
+#: Number format of a packed layer, and a dictionary from names (`weight_scale`, ...) to its packed tensors.
 Packed = tuple[NumberFormat, dict[str, Tensor]]
 
 
@@ -159,9 +159,10 @@ def folder_constraints(model: PreTrainedModel, kinds: Collection[str]) -> tuple[
 def model_folder(
     model: PackedModel, destination: Path, *, source: Path | None, force: bool
 ) -> Iterator[Path]:
-    """Write a packed model to a folder that becomes `destination` if the `with` block ends without an error.
+    """Context manager: yield a temporary folder with a packed model, then rename it to `destination`.
 
-    Small files of the folder `source`, such as its tokenizer, are copied.
+    The `with` block may add files. If it raises an error, the temporary folder is removed, and `destination`
+    is unchanged. Small files of the folder `source`, such as its tokenizer, are copied.
     """
     sources = () if source is None else (source,)
     with write_folder(destination, force=force, sources=sources) as folder:
