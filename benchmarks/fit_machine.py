@@ -34,7 +34,7 @@ from harness import clock_for, paired_medians, rounds, with_threads
 
 from tensornet.contraction.cost import Machine, default_machine, dense_seconds
 from tensornet.contraction.plan import OperatorPlan
-from tensornet.nn.int4_cpu import prepare_for_inference
+from tensornet.nn.prepare import prepare_for_inference
 from tensornet.nn.strategy import integer_seconds
 from tensornet.quantization import NumberFormat
 
