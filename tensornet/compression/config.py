@@ -88,13 +88,12 @@ class CompressionConfig(LayerSelection):
             this fits the budget.
         byte_ratio: share of the bytes of the whole model to keep, such as 0.25. Embeddings, biases, buffers
             and the header of the weight file are counted.
-        max_bytes: largest size in bytes, such as 60MB: of the weight file of the whole model if number
-            formats are planned, else of the targeted layers.
+        max_bytes: largest size of the weight file in bytes, such as 60MB; counted like `byte_ratio`.
         whole_model: whether a limit on bytes applies to the whole model or only to the targeted layers. None
             decides for each budget as described above. If the whole model counts, embeddings and heads are
             targets too unless `target_modules` is given.
-        formats: number formats that layers may have, such as float,int8,int4 (default with bits or a byte
-            ratio: the dtype of the model and integers of 8 to 2 bits). Names are read by
+        formats: number formats that layers may have, such as float,int8,int4 (default with a budget of bytes:
+            the dtype of the model and integers of 8 to 2 bits). Names are read by
             `NumberFormat.parse`: `"float"` is the dtype of the model, `"int4"` has groups of 64. Dense layers
             may have any of these formats; cores of networks may have floats and integers of at least four
             bits. In layers whose weights are too small for 8-bit scales, formats of `DEFAULT_FORMATS` are
@@ -245,7 +244,7 @@ class CompressionConfig(LayerSelection):
         """
         if self.whole_model is not None:
             return self.whole_model
-        return budget == "byte_ratio" or (budget == "max_bytes" and self.formats is not None)
+        return budget in ("byte_ratio", "max_bytes")
 
     @property
     def number_formats(self) -> tuple[NumberFormat, ...]:
@@ -355,7 +354,7 @@ def _checked_formats(config: CompressionConfig) -> tuple[str, ...] | str | None:
     """
     formats = config.formats
     if formats is None:
-        if config.bits_per_weight is None and config.byte_ratio is None:
+        if all(getattr(config, name) is None for name in BYTE_BUDGETS):
             return None
         formats = DEFAULT_FORMATS
     listed = (formats,) if isinstance(formats, str) else formats

@@ -100,7 +100,8 @@ class Prepared:
             layers = _plan_by_weight(self.targets, config, self.stats, progress=progress)
             return replace(self.template, layers=tuple(layers))
         objective = self.template.objective
-        if config.needs_curvature and objective != "curvature" and not config.one_format_keeps:
+        alone = self.config.formats is not None and config.one_format_keeps
+        if config.needs_curvature and objective != "curvature" and not alone:
             raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
         # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
         names = [target.name for target in self.targets]

@@ -174,13 +174,12 @@ def test_the_whole_model_counts_embeddings_and_everything_else() -> None:
         assert made.lm_head.weight is made.transformer.wte.weight or made.lm_head.stored  # type: ignore[union-attr]
 
 
-def test_old_calls_count_the_targeted_layers() -> None:
+def test_a_limit_of_bytes_may_count_the_targeted_layers_alone() -> None:
     model, stats, prepared = calibrated()
-    config = CompressionConfig(max_bytes=60_000)
-    assert (config.formats, config.target_modules, config.counts_model("max_bytes")) == (None, None, False)
+    config = CompressionConfig(max_bytes=60_000, whole_model=False)
     plan = tn.plan(model, config, stats)
     assert plan.bytes_after <= 60_000
-    assert not any(layer.storage.own_dtypes for layer in plan)
+    assert any(layer.storage.own_dtypes for layer in plan)  # any limit of bytes plans integers
     same = replace(prepared, config=replace(prepared.config, whole_model=False)).plan(max_bytes=20_000)
     assert same.bytes_after <= 20_000
 
