@@ -89,7 +89,8 @@ def test_padding_counts_for_nothing(build: object, left: bool) -> None:
         assert getattr(padded, side).keys() == getattr(alone, side).keys()
         for name, moment in getattr(alone, side).items():
             if "wpe" not in name:  # one row of positions serves all rows of a batch
-                torch.testing.assert_close(getattr(padded, side)[name], moment, rtol=1e-4, atol=1e-7)
+                atol = 1e-4 * float(moment.abs().max())
+                torch.testing.assert_close(getattr(padded, side)[name], moment, rtol=1e-4, atol=atol)
 
 
 def test_layers_with_one_input_share_one_moment() -> None:
@@ -344,8 +345,10 @@ def test_calibration_stops_once_the_moments_have_settled(
 
 
 def test_calibration_reads_32_tokens_for_each_feature() -> None:
-    batches = [torch.randn(1024, 150) for _ in range(8)]
-    assert tn.calibrate(nn.Sequential(nn.Linear(150, 4)), batches).tokens == 5 * 1024  # 4,800 and more
+    batches = [
+        torch.randn(1024, 150) for _ in range(8)
+    ]  # many outputs, so that few tokens are precise enough
+    assert tn.calibrate(nn.Sequential(nn.Linear(150, 64)), batches).tokens == 5 * 1024  # 4,800 and more
 
 
 def test_models_with_one_loss_a_row_read_more_tokens() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
+from tensornet.contraction.cost import CPU, machine_with_threads
 from tensornet.contraction.plan import RECONSTRUCT
 from tensornet_moe import experts as experts_module
 from tensornet_moe.grouped_linear import Groups, group_rows
@@ -77,12 +78,16 @@ def test_equals_the_matrices(
 
 
 def test_core_by_core_where_it_is_cheaper() -> None:
-    """At the sizes of a base model one-sided ends cost next to nothing, two-sided ones a matrix each."""
+    """At the sizes of a base model one-sided ends cost next to nothing, two-sided ones a matrix each.
+
+    The costs are those of one thread, since with more threads a large product is relatively cheaper.
+    """
     x = torch.randn(1, 768)
     cheap, dear = (
         tm.SharedCoreExperts(tn.topologies.mpo(out_dims=out_dims, in_dims=in_dims), 8, device="meta")
         for out_dims, in_dims in (((16, 192, 1), (1, 48, 16)), ((4, 192, 4), (4, 48, 4)))
     )
+    cheap.machine = dear.machine = machine_with_threads(CPU, 1)
     assert cheap._route(x, 256) != RECONSTRUCT
     assert dear._route(x, 256) == RECONSTRUCT
 

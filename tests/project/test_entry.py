@@ -64,6 +64,7 @@ def test_loopback_works() -> None:
         socket.create_connection(server.getsockname(), timeout=5).close()
 
 
+@pytest.mark.skipif("TENSORNET_TEST_SEED" in os.environ, reason="another seed was asked for")
 @pytest.mark.parametrize("_repeat", [1, 2])
 def test_every_test_starts_from_the_same_seed(_repeat: int) -> None:
     drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
@@ -74,4 +75,4 @@ def test_profile_is_the_one_asked_for() -> None:
     name = os.environ.get("HYPOTHESIS_PROFILE", "default")
     assert settings.default.max_examples == {"default": 50, "ci": 25, "nightly": 1000}[name]
     assert settings.default.derandomize is (name == "ci")
-    assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == int(os.environ.get("OMP_NUM_THREADS", "1"))
