@@ -196,7 +196,11 @@ def take_place(folder: Path, target: Path, *, force: bool = False) -> None:
             # Another run replaced the target between two of these steps: try again.
         finally:  # the block may have been interrupted before or after each rename
             if earlier.exists() and not target.exists():
-                earlier.rename(target)
+                try:
+                    earlier.rename(target)
+                except OSError as error:  # another run may have written the target since the line above
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
             shutil.rmtree(old, ignore_errors=True)
 
 
