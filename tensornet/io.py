@@ -75,26 +75,43 @@ def new_file(path: Path, *, what: str | None = None, force: bool = True) -> Iter
     """
     if what is not None:
         check_place(what, path)
-    target = Path(os.path.realpath(path))
-    partial = _temporary(target, "tmp")
+    partial = _temporary(Path(os.path.realpath(path)), "tmp")
+    with _os_errors(what, path):
+        try:
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode  # follows the umask, which cannot be read without changing it
+            yield partial
+            partial.chmod(stat.S_IMODE(mode))  # safetensors creates files that only their owner can read
+            _take_name(partial, path, force=force)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _os_errors(what: str | None, path: Path) -> Iterator[None]:
+    """Raise OSErrors as DestinationErrors that begin with `what`, unless `what` is None."""
     try:
-        partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode  # follows the umask, which cannot be read without changing it
-        yield partial
-        partial.chmod(stat.S_IMODE(mode))  # safetensors creates files that only their owner can read
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        if not force:
-            target.touch(exist_ok=False)  # claims the name, or fails if another run was faster
-        partial.replace(target)
+        yield
     except OSError as error:
         if what is None:
             raise
         taken = isinstance(error, FileExistsError)
         why = "it exists already. Choose another name, or set force=True (--force)." if taken else error
         raise DestinationError(f"{what} cannot be written to {path}: {why}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _take_name(partial: Path, path: Path, *, force: bool) -> None:
+    """Rename a finished file to `path`, or to the file to which the symbolic link `path` points.
+
+    Raises:
+        FileExistsError: the file exists and `force` is False.
+    """
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    target = Path(os.path.realpath(path))
+    if not force:
+        target.touch(exist_ok=False)  # claims the name, or fails if another run was faster
+    partial.replace(target)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview], *, what: str | None = None) -> Written:
@@ -123,6 +140,196 @@ def intact(path: Path, written: Written) -> bool:
         return path.stat().st_size == written.nbytes and file_digest(path).sha256 == written.sha256
     except OSError:
         return False
+
+
+class ResumableFile:
+    """A file of known layout, whose parts are written in any order and by one or several runs.
+
+    A journal next to the unfinished file contains the checksum of each finished part. A run that was killed
+    or stopped by a full disk is continued by making the same object again: `missing()` then names the parts
+    that are still to be written. Bytes outside the header and the parts are zero.
+
+    The unfinished file must not be used by two processes at the same time; lock its folder. Threads may write
+    different parts at the same time.
+
+    Args:
+        path: the unfinished file, on the same disk as the final file.
+        header: first bytes of the file.
+        parts: offset and length of each part in bytes, by name; offsets count from the start of the file.
+        nbytes: length of the file in bytes; None ends the file with its last part.
+        key: text that identifies all that the content depends on, such as options and versions.
+        what: subject of error messages, such as `"The model"`.
+
+    Raises:
+        DestinationError: the file cannot be created; usually the disk has no room for the whole file.
+        FormatError: the journal belongs to another layout or key.
+        ValueError: parts overlap with each other or with the header.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tensornet.io import ResumableFile
+        >>> layout = {"header": b"ab:", "parts": {"a": (3, 2), "b": (5, 1)}}
+        >>> ResumableFile(Path("unfinished"), **layout).write("b", [b"B"])  # and the run was killed
+        >>> file = ResumableFile(Path("unfinished"), **layout)
+        >>> file.missing()
+        ['a']
+        >>> file.write("a", [b"A", b"A"])
+        >>> file.finish(Path("file"))
+        >>> Path("file").read_bytes()
+        b'ab:AAB'
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: bytes,
+        parts: Mapping[str, tuple[int, int]],
+        *,
+        nbytes: int | None = None,
+        key: str = "",
+        what: str = "The file",
+    ) -> None:
+        self.path, self.parts, self.what = path, dict(parts), what
+        self.journal = path.with_name(f"{path.name}.journal")
+        end = len(header)
+        for offset, length in sorted(self.parts.values()):
+            if offset < end or length < 0:
+                raise ValueError(f"A part at {offset} of {length} bytes overlaps with what ends at {end}.")
+            end = offset + length
+        nbytes = end if nbytes is None else nbytes
+        if nbytes < end:
+            raise ValueError(f"The file has {nbytes} bytes, but its parts end at {end}.")
+        content = json.dumps([nbytes, key, sorted(self.parts.items())]).encode()
+        layout = hashlib.sha256(hashlib.sha256(header).digest() + content).hexdigest()
+
+        # Keep the parts of an earlier run whose bytes have the recorded checksum.
+        self._checksums = {
+            name: checksum
+            for name, checksum in self._recorded(layout).items()
+            if name in self.parts and self._checksum(name) == checksum
+        }
+        with _os_errors(what, path):
+            if not self._checksums:
+                path.unlink(missing_ok=True)
+            try:
+                _allocate(path, nbytes)
+            except OSError:
+                if not self._checksums:
+                    path.unlink(missing_ok=True)
+                raise
+            lines = [{"layout": layout}, *({"part": [*x]} for x in self._checksums.items())]
+            text = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
+            renewed = self.journal.with_name(f"{self.journal.name}.new")
+            renewed.write_bytes(b"")
+            for file_path, content in ((path, header), (renewed, text)):
+                with file_path.open("rb+") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            renewed.replace(self.journal)
+
+    def missing(self) -> list[str]:
+        """Return the names of the parts that have not been written, in the order of the layout."""
+        return [name for name in self.parts if name not in self._checksums]
+
+    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
+        """Write one part and record it in the journal, both down to the disk.
+
+        Args:
+            name: name of the part.
+            chunks: the bytes of the part, in pieces of any lengths.
+
+        Raises:
+            DestinationError: the bytes cannot be written (full disk); finished parts are kept.
+            ValueError: there is no such part, it was written before, or it has another length.
+        """
+        if name not in self.parts or name in self._checksums:
+            known = "was written already" if name in self.parts else "is not in the layout of this file"
+            raise ValueError(f"{name!r} {known}; missing() lists what is to be written.")
+        offset, length = self.parts[name]
+        total, checksum = 0, hashlib.sha256()
+        with _os_errors(self.what, self.path):
+            with self.path.open("rb+") as file:
+                file.seek(offset)
+                for chunk in chunks:
+                    total += memoryview(chunk).nbytes
+                    if total > length:
+                        break
+                    file.write(chunk)
+                    checksum.update(chunk)
+                if total != length:
+                    more = "more than " if total > length else ""
+                    raise ValueError(f"{name!r} has {length} bytes in the layout, but {more}{total} came.")
+                file.flush()
+                os.fsync(file.fileno())
+            # The line is written by a single call, so that lines of several threads do not mix.
+            with self.journal.open("ab", buffering=0) as journal:
+                journal.write(f"{json.dumps({'part': [name, checksum.hexdigest()]})}\n".encode())
+                os.fsync(journal.fileno())
+        self._checksums[name] = checksum.hexdigest()
+
+    def finish(self, path: Path, *, force: bool = True) -> None:
+        """Rename the complete file to `path`, and delete the journal.
+
+        Args:
+            path: final path of the file.
+            force: replace an existing file.
+
+        Raises:
+            DestinationError: the file exists and `force` is False, or it cannot be renamed.
+            ValueError: a part is missing.
+        """
+        if missing := self.missing():
+            raise ValueError(f"{len(missing)} parts of {path} have not been written, such as {missing[0]!r}.")
+        with _os_errors(self.what, path):
+            _take_name(self.path, path, force=force)
+        self.journal.unlink(missing_ok=True)
+
+    def _recorded(self, layout: str) -> dict[str, str]:
+        """Read the checksums of finished parts from the journal; without a journal, there are none.
+
+        Raises:
+            FormatError: the journal belongs to another layout.
+        """
+        lines = []
+        if self.journal.is_file():
+            for line in self.journal.read_bytes().splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except ValueError:  # the run was killed while it wrote this line
+                    lines.append({})
+            if not lines or lines[0].get("layout") != layout:
+                raise FormatError(
+                    f"The unfinished file {self.path} has another layout or other options. Continue the run "
+                    f"that wrote it with the same options, or delete {self.path} and {self.journal}."
+                )
+        return dict(line["part"] for line in lines if "part" in line)
+
+    def _checksum(self, name: str) -> str:
+        """Return the checksum of a part of the unfinished file; empty if the file is shorter."""
+        offset, left = self.parts[name]
+        checksum = hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                file.seek(offset)
+                while chunk := file.read(min(left, CHUNK)):
+                    checksum.update(chunk)
+                    left -= len(chunk)
+        except FileNotFoundError:
+            return ""
+        return "" if left else checksum.hexdigest()
+
+
+def _allocate(path: Path, nbytes: int) -> None:
+    """Create or extend a file, and reserve its room on the disk if the system can do this."""
+    with path.open("ab") as file:
+        if hasattr(os, "posix_fallocate") and nbytes:
+            try:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        file.truncate(nbytes)
 
 
 @contextmanager
