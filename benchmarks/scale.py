@@ -1,4 +1,4 @@
-"""Does sharded compression use all processors, need constant memory, and resume without loss of time?
+"""Does compression block by block use all processors, need constant memory, and resume without loss of time?
 
 1. The speed of two workers relative to one, on weights of equal size. Goal: 1.7 on two cores. The speed is
    measured with running workers (an executor of the caller), and with workers started for the run.
@@ -70,16 +70,16 @@ class Stop(Exception):
 
 
 @contextmanager
-def interrupted_after(shards: int) -> Iterator[None]:
-    """Return a context in which a run ends with `Stop` after it has compressed a number of shards."""
-    original, done = streaming._compress_shard, iter(range(shards))
+def interrupted_after(layers: int) -> Iterator[None]:
+    """Return a context in which a run ends with `Stop` after it has compressed a number of layers."""
+    original, done = streaming.compress_alone, iter(range(layers))
 
-    def compress(*shard: Any) -> dict[str, Any]:
+    def compress(*task: Any) -> Any:
         if next(done, None) is None:
             raise Stop
-        return original(*shard)
+        return original(*task)
 
-    with mock.patch.object(streaming, "_compress_shard", compress), suppress(Stop):
+    with mock.patch.object(streaming, "compress_alone", compress), suppress(Stop):
         yield
 
 
@@ -106,14 +106,14 @@ def workers(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
         ProcessPoolExecutor(2, mp_context=PROCESSES) as two,
     ):
         for number, pool in enumerate((one, two, two)):  # starts all workers, which then import modules
-            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool, **_shards(sizes))
+            th.compress_checkpoint(source, folder / f"warm{number}", HALF, executor=pool)
         for number in range(sizes.repeats):
             cases: dict[str, dict[str, Any]] = {"1 worker": {"executor": one}, "2 workers": {"executor": two}}
             if sizes.starts:
                 cases["2 workers, started for the run"] = {"workers": 2}
             for name, options in cases.items():
                 start = time.perf_counter()
-                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options, **_shards(sizes))
+                th.compress_checkpoint(source, folder / f"{name}{number}", HALF, **options)
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
     medians = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
     return [
@@ -154,24 +154,18 @@ def _peak_of_a_run(source: Path, out: Path) -> tuple[float, float]:
     return before, peak_mib() * 2**20
 
 
-def _shards(sizes: Sizes) -> dict[str, int]:
-    """Return the option that makes each block of the model one shard."""
-    return {"max_shard_bytes": 7 * 2 * sizes.width**2}
-
-
 def resume(folder: Path, sizes: Sizes) -> list[dict[str, Any]]:
     """Answer question 3: time an interrupted and resumed run, relative to an uninterrupted one."""
     source = make_checkpoint(folder / "resume", sizes.width, sizes.weights)
     ratios = []
     for number in range(sizes.repeats):
         start = time.process_time()
-        th.compress_checkpoint(source, folder / f"whole{number}", HALF, **_shards(sizes))
+        th.compress_checkpoint(source, folder / f"whole{number}", HALF)
         whole = time.process_time() - start
         start = time.process_time()
-        blocks = sizes.weights // 7
-        with interrupted_after(blocks // 2):
-            th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
-        th.compress_checkpoint(source, folder / f"parts{number}", HALF, **_shards(sizes))
+        with interrupted_after(7 * (sizes.weights // 14)):  # seven layers in each block
+            th.compress_checkpoint(source, folder / f"parts{number}", HALF)
+        th.compress_checkpoint(source, folder / f"parts{number}", HALF)
         ratios.append((time.process_time() - start) / whole - 1)
     return [
         {

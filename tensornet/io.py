@@ -11,7 +11,7 @@ import secrets
 import shutil
 import stat
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -561,12 +561,7 @@ def load_slice(part: Slice) -> Tensor:
     Raises:
         FormatError: the file was truncated, or the dtype of the tensor is not in `MAPPED`.
     """
-    if part.dtype not in MAPPED:
-        raise FormatError(
-            f"{part.file} contains a tensor of dtype {part.dtype}, which cannot be mapped; load the model "
-            f"and save it in one of {', '.join(MAPPED)}."
-        )
-    dtype = MAPPED[part.dtype]
+    dtype = _mapped_dtype(part)
     if part.nbytes == 0:
         return torch.empty(part.shape, dtype=dtype)
     page = part.start - part.start % mmap.ALLOCATIONGRANULARITY
@@ -577,6 +572,15 @@ def load_slice(part: Slice) -> Tensor:
             raise FormatError(f"{part.file} has become shorter since its header was read.") from error
     flat = torch.frombuffer(mapped, dtype=dtype, count=part.numel, offset=part.start - page)
     return flat.reshape(part.shape)
+
+
+def _mapped_dtype(part: Slice) -> torch.dtype:
+    if part.dtype not in MAPPED:
+        raise FormatError(
+            f"{part.file} contains a tensor of dtype {part.dtype}, which cannot be read; load the model "
+            f"and save it in one of {', '.join(MAPPED)}."
+        )
+    return MAPPED[part.dtype]
 
 
 def write_tensors(
@@ -597,6 +601,34 @@ def write_tensors(
             raise OSError(str(error)) from error
 
 
+def safetensors_layout(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str] = PYTORCH
+) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """Lay out a safetensors file whose tensors are not known yet, exactly as safetensors would write it.
+
+    Args:
+        tensors: dtype as named in the header (such as `"BF16"`), shape and length in bytes of each tensor, by
+            name.
+        metadata: metadata of the file.
+
+    Returns:
+        The first bytes of the file; and the offset of each tensor from the start of the file, with its length
+        in bytes, by name and in the order of the file.
+    """
+    rank = {dtype: place for place, dtype in enumerate(_ORDER)}
+    ordered = sorted(tensors.items(), key=lambda x: (rank.get(x[1][0], len(rank)), x[0]))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, nbytes) in ordered:
+        place = [end, end := end + nbytes]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": place}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
+    header = len(text).to_bytes(8, "little") + text
+    starts = {name: len(header) + entries[name]["data_offsets"][0] for name, _ in ordered}
+    return header, {name: (starts[name], nbytes) for name, (_, _, nbytes) in ordered}
+
+
 def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str, str] = PYTORCH) -> Written:
     """Copy tensors from other files to a new safetensors file, one chunk of bytes at a time.
 
@@ -612,16 +644,29 @@ def write_shard(path: Path, tensors: Mapping[str, Slice], metadata: Mapping[str,
         FormatError: a source file was truncated.
         OSError: a file cannot be read or written.
     """
-    rank = {dtype: place for place, dtype in enumerate(_ORDER)}
-    parts = dict(sorted(tensors.items(), key=lambda x: (rank.get(x[1].dtype, len(rank)), x[0])))
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, part in parts.items():
-        place = [end, end := end + part.nbytes]
-        entries[name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": place}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
-    return write_file(path, chain([len(text).to_bytes(8, "little"), text], contents(parts.values())))
+    facts = {name: (part.dtype, part.shape, part.nbytes) for name, part in tensors.items()}
+    header, places = safetensors_layout(facts, metadata)
+    return write_file(path, chain([header], contents(tensors[name] for name in places)))
+
+
+def read_slices(parts: Sequence[Slice]) -> Tensor:
+    """Read tensors of one dtype from their files, and return all their elements as one flat tensor.
+
+    Unlike mapped memory, the result does not change with the files, and a truncated file is an error instead
+    of the end of the process.
+
+    Raises:
+        FormatError: a file was truncated, or the dtype is not in `MAPPED`.
+    """
+    flat = torch.empty(sum(part.numel for part in parts), dtype=_mapped_dtype(parts[0]), device="cpu")
+    view: Any = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # arrays are buffers
+    for part in parts:
+        with part.file.open("rb") as file:
+            file.seek(part.start)
+            if file.readinto(view[: part.nbytes]) != part.nbytes:
+                raise FormatError(f"{part.file} has become shorter since its header was read.")
+        view = view[part.nbytes :]
+    return flat
 
 
 def contents(parts: Iterable[Slice]) -> Iterator[bytes]:

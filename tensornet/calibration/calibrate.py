@@ -134,6 +134,7 @@ def calibrate(
     total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:
+        check_loaded(targets)
         device = next(model.parameters()).device
         settling = _Settling(targets)
         for given in tqdm(batches, desc="calibrating", disable=not progress, unit="batch", total=length):
@@ -543,7 +544,6 @@ def observed(
     with unfused(model), in_eval_mode(model), uncompiled(), without_cache(model), seeded_draws():
         weights = find_targets(model, config or LayerSelection(target_modules="all"))
         targets = [x for x in weights if not x.skip]
-        check_loaded(targets)
         layers = {id(m): (n, m) for x in targets for n, m in zip(x.names, x.modules, strict=True)}
         wanted = [(p, p.requires_grad) for p in model.parameters()]
         handles = []

@@ -18,10 +18,10 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import NonFiniteError, TargetError, TopologyError
 from tensornet.linalg.svd import result_dtype
 from tensornet.linalg.weighted_svd import Weighting
-from tensornet.nn.embedding import MPOEmbedding, embedding_from_network
+from tensornet.nn.embedding import MPOEmbedding
 from tensornet.nn.extension import structure_changed
 from tensornet.nn.layer_kinds import carry_hooks, has_own_forward, layer_bias, layer_kind
-from tensornet.nn.linear import TensorNetworkLinear, linear_from_network
+from tensornet.nn.linear import TensorNetworkLinear, empty_linear, linear_from_network
 from tensornet.nn.module import NetworkModule
 from tensornet.nn.storage import PackedCore, Storage
 from tensornet.nn.targets import (
@@ -90,16 +90,7 @@ def apply_plan(
     check_holder(model)
     check_type("plan", plan, CompressionPlan, "CompressionPlan.load reads one from a file")
     check_stats(stats)
-    if stats is None and plan.objective != "weight":
-        raise TargetError(
-            f"This plan was made with objective={plan.objective!r}: pass the same calibration statistics, "
-            "apply_plan(model, plan, stats)."
-        )
-    if plan.objective == "curvature" and stats is not None and not stats.has_gradients:
-        raise TargetError(
-            "This plan was made with statistics of gradients, and these statistics contain none; pass the "
-            "statistics with which it was made, or calibrate again."
-        )
+    check_objective(plan, stats)
     work = [layer for layer in plan if layer.topology is not None]
     known = {} if cache is None else cache
     modules: dict[str, nn.Module] = {}
@@ -107,7 +98,7 @@ def apply_plan(
     with unfused(model):
         targets = {target.name: target for target in list_weights(model) if target.kinds}
         for layer in work:
-            _check_fits(model, layer, targets.get(layer.name))
+            check_fits(model, layer, targets.get(layer.name))
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
         planned = [targets[layer.name] for layer in work]
@@ -127,11 +118,12 @@ def apply_plan(
                         module.bias = layer_bias(old)
             else:
                 weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
-                new, errors[layer.name] = _compressed(target, layer, weighting, plan.rounding)
+                made, errors[layer.name] = compress_layer(target.matrix, layer, weighting, plan.rounding)
+                new = with_cores(target, made)
                 if cache is not None:
                     cache[key] = new, errors[layer.name]
             modules.update(zip(target.names, new, strict=True))
-        _warn_of_scales(work, targets, modules, plan, stats)
+        warn_of_scales(work, targets, modules, plan, stats)
         dense = {name: model.get_submodule(name) for name in modules}
         with replaced(model, modules):
             if batch is not None:
@@ -271,7 +263,22 @@ def check_stats(stats: Any) -> None:
         check_type("stats", stats, CalibrationStats, advice)
 
 
-def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> None:
+def check_objective(plan: CompressionPlan, stats: CalibrationStats | None) -> None:
+    """Raise TargetError if a plan was made with statistics, and `stats` cannot be those."""
+    if stats is None and plan.objective != "weight":
+        raise TargetError(
+            f"This plan was made with objective={plan.objective!r}: pass the same calibration statistics, "
+            "apply_plan(model, plan, stats)."
+        )
+    if plan.objective == "curvature" and stats is not None and not stats.has_gradients:
+        raise TargetError(
+            "This plan was made with statistics of gradients, and these statistics contain none; pass the "
+            "statistics with which it was made, or calibrate again."
+        )
+
+
+def check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> None:
+    """Raise TargetError if a model has no weight (`target`) of the planned name, shape and dtype."""
     if target is None:
         if layer.name in compressed_names(model):
             raise TargetError(
@@ -295,7 +302,7 @@ def _check_fits(model: nn.Module, layer: LayerPlan, target: Target | None) -> No
         )
 
 
-def _warn_of_scales(
+def warn_of_scales(
     work: Sequence[LayerPlan],
     targets: Mapping[str, Target],
     new: Mapping[str, nn.Module],
@@ -337,13 +344,21 @@ def _warn_of_scales(
         )
 
 
-def _compressed(
-    target: Target, layer: LayerPlan, weighting: Weighting, rounding: Rounding
-) -> tuple[list[nn.Module], float]:
-    """Decompose a weight, and build one module with the same cores for each module that uses the weight.
+@torch.no_grad()
+def compress_layer(
+    matrix: Tensor, layer: LayerPlan, weighting: Weighting, rounding: Rounding
+) -> tuple[TensorNetworkLinear, float]:
+    """Decompose one weight as planned. Arguments and result can be pickled, so any executor can do this.
+
+    Args:
+        matrix: the weight, shape `(out_features, in_features)`.
+        layer: plan of the layer, which is not dense.
+        weighting: sensitivity of the loss to errors of the matrix.
+        rounding: rounding method for integer cores.
 
     Returns:
-        The new modules, and the relative error of the weight.
+        A layer without a bias that contains the cores (see `with_cores`), and the relative error of the
+        weight.
 
     Raises:
         TopologyError: the family of the planned topology makes cores of other shapes than planned.
@@ -351,7 +366,7 @@ def _compressed(
     assert layer.topology is not None
     family = topology_family(layer.topology.family)
     try:
-        result = family.fit(target.matrix, layer.topology, weighting)
+        result = family.fit(matrix, layer.topology, weighting)
         if result.network.topology.core_shapes != layer.topology.core_shapes:
             raise ValueError(f"it makes cores of shapes {result.network.topology.core_shapes}")
     except NonFiniteError:
@@ -362,31 +377,41 @@ def _compressed(
             f"{layer.topology.core_shapes} ({error}). Edit plans by plan.replace_layer(name, topology), with "
             "a topology of tensornet.topologies."
         ) from error
-    matrix = target.matrix
-    trainable = target.weight.requires_grad
+    made = linear_from_network(
+        result.network.to(matrix.dtype),
+        bias=None,
+        source="linear",
+        storage=layer.storage,
+        weighting=weighting,
+        rounding=rounding,
+    )
+    # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
+    # is measured instead.
+    exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
+    return made, result.error if exact else relative_gap(matrix, made.to_matrix())
+
+
+def with_cores(target: Target, made: NetworkModule) -> list[nn.Module]:
+    """Build one module for each module that uses a weight; all share the cores of `made`.
+
+    Args:
+        target: the weight.
+        made: layer that contains the cores, from `compress_layer`; or an empty layer on the meta device, to
+            find out what the new modules store.
+    """
     replacements: dict[int, nn.Module] = {}  # a module with several names is replaced by one module
-    first: NetworkModule | None = None
-    options: dict[str, Any] = {"storage": layer.storage, "weighting": weighting, "rounding": rounding}
     for module, kind in zip(target.modules, target.kinds, strict=True):
         if id(module) in replacements:
             continue
         new: NetworkModule
-        network = result.network.to(matrix.dtype)
+        options: dict[str, Any] = {"storage": made.storage, "device": "meta", "dtype": made.dtype}
         if isinstance(module, nn.Embedding):
-            new = embedding_from_network(network, padding_idx=module.padding_idx, **options)
+            new = MPOEmbedding(made.topology, padding_idx=module.padding_idx, **options)
         else:
-            new = linear_from_network(network, bias=None, source=kind.name, **options)
-        if isinstance(new, TensorNetworkLinear):
+            new = empty_linear(made.topology, bias=False, source=kind.name, **options)
             new.bias = layer_bias(module)  # not a copy, since another module may be tied to this parameter
-        if first is not None:
-            new.share_cores(first)
-        first = first or new
-        for stored in new.stored.values():
-            stored.requires_grad_(trainable and isinstance(stored, nn.Parameter))
+        new.share_cores(made)
         replacements[id(module)] = new
-    assert first is not None
-    # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
-    # is measured instead.
-    exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
-    gap = result.error if exact else relative_gap(matrix, first.to_matrix())
-    return [replacements[id(module)] for module in target.modules], gap
+    for stored in made.stored.values():
+        stored.requires_grad_(target.weight.requires_grad and isinstance(stored, nn.Parameter))
+    return [replacements[id(module)] for module in target.modules]

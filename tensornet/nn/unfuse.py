@@ -198,6 +198,19 @@ class Compound(nn.Module):
         """Dotted names of the layers."""
         return tuple(name for stack in self.stacks for name in stack.names)
 
+    def rows(self) -> Iterator[tuple[PartMatrix, nn.Parameter, int, StackedMatrices]]:
+        """Yield every layer that was not replaced, with the place of its matrix in the stock module.
+
+        Returns:
+            The layer, the parameter of the stock module, the number of the matrix in this parameter, and the
+            location of all its matrices.
+        """
+        for stack in self.stacks:
+            parameter = self._stock[0].get_parameter(stack.parameter)
+            for number, name in enumerate(stack.names):
+                if isinstance(layer := self.get_submodule(name), PartMatrix):
+                    yield layer, parameter, number, stack
+
     @property
     def weight(self) -> Tensor:
         """Weight of the stock module, for code that reads it; a placeholder after a layer was replaced."""

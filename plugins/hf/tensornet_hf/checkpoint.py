@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
     StrictDataclassError,
 )
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import lookup_backend
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -112,12 +112,14 @@ class Checkpoint:
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
         tensors: header of every stored tensor by name, without guards (see `quantizer.replaced_names`).
+        changes: functions from stored tensors to the tensors of the model, where they differ, by name.
     """
 
     folder: Path
     config: dict[str, Any]
     compression: TensorNetworkConfig | None
     tensors: dict[str, Slice]
+    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:

@@ -44,7 +44,7 @@ from tensornet_hf.evaluate import ModelFacts, record_held_out
 from tensornet_hf.exporters.base import NETWORKS, Networks, refuse_mixtures
 from tensornet_hf.exporters.export import TARGETS, export, find_target
 from tensornet_hf.exporters.gguf import check_files
-from tensornet_hf.lazy_model import mapped_model
+from tensornet_hf.lazy_model import LazyModel, open_model
 from tensornet_hf.report import Page, compact_bytes, compare_methods, display_name, versions, write_report
 from tensornet_hf.rotation import rotate
 from tensornet_hf.streamed_calibration import SPILL, calibrate_checkpoint
@@ -603,7 +603,7 @@ def _check_data(
 
 
 def _calibration(
-    model: PreTrainedModel,
+    source: PreTrainedModel | LazyModel,
     folder: Path,
     config: CompressionConfig | CompressionPlan,
     options: CompressOptions,
@@ -614,7 +614,7 @@ def _calibration(
     """Make batches of the calibration text, and collect calibration statistics or read them from a file.
 
     Args:
-        model: the dense model.
+        source: the dense model, loaded or opened lazily.
         folder: folder with the model's tokenizer.
         config: the compression options, or a plan.
         options: further options.
@@ -627,6 +627,7 @@ def _calibration(
         TargetError: this model cannot be calibrated on text alone.
         ValueError: the text is too short.
     """
+    model = source.model if isinstance(source, LazyModel) else source
     file = streamed_to if options.statistics is None else Path(options.statistics)
     known = CalibrationStats.load(file) if file is not None and file.exists() else None
     if text is None:
@@ -639,17 +640,17 @@ def _calibration(
     asked = options.calibration_tokens
     rows = 0 if asked else ENOUGH_LOSSES
     data = calibration_data(model, folder, text, tokens=asked or MOST_TOKENS, rows=rows)
-    source = f"{data.tokens:,} tokens of {options.source}"
+    said = f"{data.tokens:,} tokens of {options.source}"
     if known is None and config.objective != "weight":
         observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
-        if streamed_to is not None and file is not None:
+        if isinstance(source, LazyModel) and file is not None:
             known = calibrate_checkpoint(
-                model,
+                source,
                 data.batches,
                 file,
                 config=observed,
                 loss_fn=data.loss_fn,
-                source=source,
+                source=said,
                 progress=options.progress,
             )
         else:
@@ -665,9 +666,9 @@ def _calibration(
             known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
             if file is not None:
                 known.save(file)
-    source = source if known is None else known.source
+    said = said if known is None else known.source
     batches = data.batches if data.labelled else ()
-    return ProvidedData(batches, source, loss_fn=data.loss_fn, statistics=known)
+    return ProvidedData(batches, said, loss_fn=data.loss_fn, statistics=known)
 
 
 def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
@@ -707,8 +708,7 @@ def _compress_streamed(
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
                 file.unlink(missing_ok=True)
-            model = mapped_model(folder, spill=work)
-            _calibration(model, folder, config, options, text, streamed_to=file)
+            _calibration(open_model(folder), folder, config, options, text, streamed_to=file)
             statistics = statistics or (file if file.exists() else None)
     return compress_checkpoint(
         folder,

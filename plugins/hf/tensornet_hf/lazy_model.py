@@ -1,15 +1,17 @@
-"""Open a model folder lazily, as a transformers model with memory-mapped weights.
+"""Open a model folder lazily: a transformers model whose weights are in memory only while they are needed.
 
-The operating system only loads the pages of the files that are accessed, so the model may be larger than
-memory. It can be planned, calibrated and compressed by the usual functions.
+A weight that is stored as it is used is memory-mapped, so that the operating system loads the pages that are
+accessed. Other weights are on the meta device: matrices of experts that are stored one by one, and weights
+that are permuted in the file. `LazyModel.loaded` reads the weights of some modules, such as those of a block,
+from the files.
 """
 
-import mmap
+import os
 import re
-import tempfile
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,8 @@ from transformers.core_model_loading import (
 )
 
 from tensornet.errors import FormatError
-from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice
+from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_slices
+from tensornet.nn.unfuse import Compound
 from tensornet_hf.checkpoint import Checkpoint, empty_model, read_dense
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
@@ -38,38 +41,185 @@ _LARGEST = 2**31
 
 
 @dataclass(frozen=True)
-class LazyModel:
-    """A model whose weights are memory-mapped from the files of its folder.
+class Origin:
+    """Where the values of a parameter or buffer are stored.
 
     Args:
-        model: the model in eval mode. Weights are on the meta device if they cannot be mapped because
-            transformers converts the stored tensors when it loads the model.
-        stored: for each parameter and buffer, the names of its stored tensors. There are several for a stack
-            of experts and for other conversions.
-        renamed: names of parameters and buffers that are stored as a single tensor of the same shape,
-            possibly under another name.
+        parts: stored tensors whose elements, one after the other, are those of the parameter.
+        change: function of the stored tensor that returns the parameter, if they differ; there is then a
+            single part.
+    """
+
+    parts: tuple[Slice, ...]
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def read(self, number: int = 0, count: int = 1) -> Tensor:
+        """Read the elements, or one of `count` equal pieces of them, as a flat tensor in the stored dtype.
+
+        Raises:
+            FormatError: a file was truncated, or the dtype cannot be read.
+        """
+        if self.change is not None:
+            whole = read_slices(self.parts).reshape(self.parts[0].shape)
+            return self.change(whole).flatten().chunk(count)[number]
+        size = sum(part.nbytes for part in self.parts) // count
+        first, pieces = number * size, []  # `first` counts bytes from the start of the current part
+        for part in self.parts:
+            start, stop = max(first, 0), min(first + size, part.nbytes)
+            if start < stop:
+                width = MAPPED[part.dtype].itemsize if part.dtype in MAPPED else 1
+                shape = ((stop - start) // width,)
+                pieces.append(Slice(part.file, part.dtype, shape, part.start + start, part.start + stop))
+            first -= part.nbytes
+        return read_slices(pieces or self.parts[:1])
+
+    def contents(self) -> Iterator[bytes]:
+        """Yield the bytes of the parameter, in chunks, without loading a tensor that is stored unchanged.
+
+        Raises:
+            FormatError: a file was truncated.
+        """
+        if self.change is None:
+            yield from contents(self.parts)
+        else:
+            yield self.read().view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class LazyModel:
+    """A model of a folder, whose weights are read when they are needed.
+
+    Args:
+        model: the model in eval mode. A weight that cannot be mapped is on the meta device.
+        origins: where each parameter and buffer is stored, by name. Tensors that transformers converts in
+            other ways than joining them have none.
+        others: stored tensors that are converted in such ways, by their stored name.
         surplus: names of stored tensors that the model does not have.
     """
 
     model: PreTrainedModel
-    stored: Mapping[str, tuple[str, ...]]
-    renamed: frozenset[str]
+    origins: Mapping[str, Origin]
+    others: Mapping[str, Slice]
     surplus: tuple[str, ...]
+    # The tensors are kept with the ids of the tensors, which would otherwise be used again.
+    _known: dict[int, tuple[Tensor, Origin]] = field(init=False, repr=False)
+    _marks: dict[Path, tuple[int, int]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        state = self.model.state_dict(keep_vars=True)
+        known = {id(state[name]): (state[name], origin) for name, origin in self.origins.items()}
+        object.__setattr__(self, "_known", known)
+        files = {part.file for origin in self.origins.values() for part in origin.parts}
+        object.__setattr__(self, "_marks", {file: _mark(file) for file in files})
+
+    def only_read(self, tensor: Tensor) -> bool:
+        """Return True if a parameter is in the files, but can only be read, not mapped."""
+        known = self._known.get(id(tensor))
+        return tensor.is_meta and known is not None and known[1].parts[0].dtype in FLOATS
+
+    @contextmanager
+    def loaded(
+        self,
+        modules: Iterable[nn.Module],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+    ) -> Iterator[None]:
+        """Within a `with` block, have the weights of modules in memory; afterwards, restore the old tensors.
+
+        Tied weights stay tied. Parameters that are not those of the folder, such as the cores of layers that
+        were compressed meanwhile, are moved and converted too.
+
+        Args:
+            modules: the modules, without their children. The model may be unfused.
+            device: where the weights are needed.
+            dtype: dtype of floating-point parameters, and of 16-bit buffers; None keeps the stored dtypes.
+
+        Raises:
+            FormatError: a file was truncated or changed since the model was opened, or a weight is stored in
+                a form that cannot be read.
+        """
+        views = {}
+        for compound in (x for x in self.model.modules() if isinstance(x, Compound)):
+            for layer, parameter, number, stack in compound.rows():
+                if id(parameter) in self._known and layer.matrix is not parameter:
+                    views[id(layer.matrix)] = self._known[id(parameter)][1], number, stack
+        names = {id(module): name for name, module in self.model.named_modules()}
+        before: list[tuple[nn.Module, str, Tensor]] = []
+        held: dict[int, Tensor] = {}
+        try:
+            for module in modules:
+                own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+                for name, tensor in own:
+                    if id(tensor) not in held:
+                        full = f"{names.get(id(module), '')}.{name}".lstrip(".")
+                        found = self._read(full, tensor, views.get(id(tensor)))
+                        wide = not isinstance(tensor, nn.Parameter) and found.dtype.itemsize > 2
+                        kept = dtype is None or wide or not found.is_floating_point()
+                        found = found.to(device, None if kept else dtype)
+                        is_weight = isinstance(tensor, nn.Parameter)
+                        held[id(tensor)] = nn.Parameter(found, requires_grad=False) if is_weight else found
+                    before.append((module, name, tensor))
+                    setattr(module, name, held[id(tensor)])
+            yield
+        finally:
+            for module, name, tensor in before:
+                setattr(module, name, tensor)
+
+    def _read(self, name: str, tensor: Tensor, view: tuple[Origin, int, Any] | None) -> Tensor:
+        """Read a tensor of the model from the files, or return the tensor itself if it is not stored there.
+
+        Args:
+            name: name of the tensor, for messages.
+            tensor: the mapped tensor, or one on the meta device.
+            view: for a matrix of an unfused module, the origin of the parameter that contains the matrix, the
+                number of the matrix in this parameter, and the location of all its matrices.
+        """
+        if view is not None:
+            origin, number, stack = view
+        elif id(tensor) in self._known:
+            origin, number, stack = self._known[id(tensor)][1], 0, None
+        elif tensor.is_meta:
+            raise FormatError(
+                f"{name} is stored in another form than the model uses, so it cannot be read alone. Load the "
+                "model and use tensornet.compress."
+            )
+        else:
+            return tensor.detach()
+        dtypes = {part.dtype for part in origin.parts}
+        if isinstance(tensor, nn.Parameter) and not dtypes <= FLOATS.keys():
+            raise FormatError(
+                f"{name} is stored as {', '.join(sorted(dtypes))}, but weights are read from "
+                f"{', '.join(FLOATS)}. Use the model before quantization."
+            )
+        for file in {part.file for part in origin.parts}:
+            if _mark(file) != self._marks[file]:
+                raise FormatError(
+                    f"{file} changed while it was being used. Restore the old file, or start again."
+                )
+        if stack is None:
+            return origin.read().reshape(tensor.shape)
+        matrix = origin.read(number, len(stack.names)).reshape(-1, stack.columns)
+        return matrix.T if stack.transposed else matrix
 
 
-def open_lazily(
-    source: Checkpoint, *, only: Collection[str] | None = None, spill: str | Path | None = None
-) -> LazyModel:
-    """Build the model of a folder, with weights memory-mapped from the folder's files in the stored dtype.
+def _mark(file: Path) -> tuple[int, int]:
+    """Return the size and modification time of a file; both are -1 if the file does not exist."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def open_lazily(source: Checkpoint) -> LazyModel:
+    """Build the model of a folder without reading its weights.
 
     Layers, ties and names are those of the model that transformers loads, since the class is the same.
     Code in the folder is never run. In-place changes of a mapped weight do not change the file.
 
     Args:
         source: contents of the folder of a dense model, from `read_dense`.
-        only: names of the parameters and buffers to map; the others stay on the meta device. None maps all.
-        spill: folder for temporary files, which are deleted with the model. If the matrices of experts are
-            stored one by one, such a file contains their stack. None uses the system's temporary folder.
 
     Raises:
         FormatError: transformers does not have the model's class, or the configuration is invalid or
@@ -95,6 +245,7 @@ def open_lazily(
             renamed[name] = key
 
     found: dict[str, Tensor] = {}
+    origins: dict[str, Origin] = {}
     for name, tensor in state.items():
         if name in renamed:
             parts = [source.tensors[renamed[name]]]
@@ -104,47 +255,50 @@ def open_lazily(
             parts = _stack_parts(name, tensor, stacked[name], converters, source.tensors)
         else:
             continue
+        if not parts:
+            continue
+        origins[name] = origin = Origin(tuple(parts), source.changes.get(renamed.get(name, "")))
         of_weights = isinstance(tensor, nn.Parameter)
-        if not parts or parts[0].dtype not in (FLOATS if of_weights else MAPPED):
+        if parts[0].dtype not in (FLOATS if of_weights else MAPPED):
             continue
         if of_weights:
             tensor.data = tensor.data.to(FLOATS[parts[0].dtype])
-        if only is None or name in only:
-            found[name] = load_slice(parts[0]) if name in renamed else _joined(parts, tensor.shape, spill)
+        if origin.change is None and len(parts) == 1:
+            found[name] = load_slice(parts[0])
     _untie_different(model, {name: source.tensors[key] for name, key in renamed.items()})
     _put_in_place(model, found)
-    stored: dict[str, tuple[str, ...]] = {name: (key,) for name, key in renamed.items() if name in state}
-    stored |= {name: tuple(chain(*by_pattern.values())) for name, by_pattern in stacked.items()}
+    unread = {k for name, x in stacked.items() if name not in origins for k in chain(*x.values())}
+    others = {key: source.tensors[key] for key in source.tensors if key in unread}
     surplus = tuple(key for name, key in renamed.items() if name not in state)
-    return LazyModel(model.eval(), stored, frozenset(renamed) & state.keys(), surplus)
+    return LazyModel(model.eval(), origins, others, surplus)
 
 
-def mapped_model(folder: str | Path, *, spill: str | Path | None = None) -> PreTrainedModel:
-    """Build the model of a folder with memory-mapped weights, ready to run.
-
-    If the model is larger than memory, it runs at the speed of the disk.
+def open_model(folder: str | os.PathLike[str]) -> LazyModel:
+    """Open a model whose modules can be run within `LazyModel.loaded`.
 
     Args:
         folder: folder of the model.
-        spill: see `open_lazily`.
 
     Raises:
-        FormatError: the folder is invalid (see `read_dense` and `open_lazily`), or a weight cannot be mapped
-            because transformers converts the stored tensor when it loads the model.
+        FormatError: the folder is invalid (see `read_dense` and `open_lazily`), or transformers converts a
+            stored tensor in other ways than joining it with others when it loads the model.
         TargetError: the model is compressed already.
     """
-    model = open_lazily(read_dense(folder), spill=spill).model
-    if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise FormatError(
-            f"{folder} stores {absent[0]} in another form than the model uses, so the weight cannot be "
-            "mapped. Load the model and use tensornet.compress."
-        )
+    lazy = open_lazily(read_dense(Path(folder)))
+    model = lazy.model
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in lazy._known:
+            raise FormatError(
+                f"{folder} stores {name} in another form than the model uses, so the weight cannot be read "
+                "alone. Load the model and use tensornet.compress."
+            )
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so initialize_weights skips it
     for module in model.modules():
         for key, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta:
                 setattr(module, key, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # computes buffers that are not stored, such as rotary frequencies
-    return model
+    return lazy
 
 
 def check_values(config: Mapping[str, Any], *, tensors: int) -> None:
@@ -219,16 +373,6 @@ def _contradiction(name: str, described: Sequence[int], stored: Sequence[int]) -
         f"config.json describes {name} with shape {list(described)}, but it is stored with shape "
         f"{list(stored)}. Either config.json or the weight file belongs to another model."
     )
-
-
-def _joined(parts: Sequence[Slice], shape: torch.Size, spill: str | Path | None) -> Tensor:
-    """Write the bytes of stored matrices to a temporary file in `spill`, and memory-map it as a tensor."""
-    with tempfile.TemporaryFile(dir=spill) as file:
-        for chunk in contents(parts):
-            file.write(chunk)
-        file.flush()
-        mapped = mmap.mmap(file.fileno(), sum(part.nbytes for part in parts), access=mmap.ACCESS_COPY)
-    return torch.frombuffer(mapped, dtype=FLOATS[parts[0].dtype]).reshape(shape)
 
 
 def _untie_different(model: PreTrainedModel, stored: Mapping[str, Slice]) -> None:

@@ -7,8 +7,7 @@ of a single block, and the activations of a single batch. The result is that of 
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from tensornet.calibration.batches import BatchLike, as_batch
 from tensornet.calibration.blockwise import ChainRun, outer_stacks
@@ -27,7 +25,7 @@ from tensornet.calibration.stats import CalibrationStats, weight_samples
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io import Slice, load_slice, read_header, write_shard, write_tensors
-from tensornet_hf.lazy_model import mapped_model
+from tensornet_hf.lazy_model import LazyModel, open_model
 
 #: Prefix of temporary folders with activations, in the folder of the statistics file.
 SPILL = ".calibration."
@@ -36,7 +34,7 @@ LINEAR_LAYERS = CompressionConfig(max_bond=1)
 
 
 def calibrate_checkpoint(
-    src: str | Path | PreTrainedModel,
+    src: str | Path | LazyModel,
     batches: Iterable[BatchLike],
     path: str | Path,
     *,
@@ -51,7 +49,7 @@ def calibrate_checkpoint(
     `path` needs disk space for the moments, and for a float32 hidden state of every token and block.
 
     Args:
-        src: folder of the model, or a model with memory-mapped weights from `mapped_model`.
+        src: folder of the model, or the opened folder (see `tensornet_hf.lazy_model.open_model`).
         batches: batches of inputs (see `tensornet.calibrate`). Gradients are computed for all batches.
         path: file to which the statistics are written; the returned object reads from this file as needed.
         config: selects the layers, which must be inside the blocks; by default all linear layers there.
@@ -71,7 +69,8 @@ def calibrate_checkpoint(
         256
     """
     path = Path(path)
-    model = src if isinstance(src, PreTrainedModel) else mapped_model(src, spill=path.parent)
+    lazy = src if isinstance(src, LazyModel) else open_model(src)
+    model = lazy.model
     stack, blocks = find_blocks(model)
     given = [as_batch(batch, model, torch.device("cpu")) for batch in batches]
     if not given:
@@ -90,20 +89,22 @@ def calibrate_checkpoint(
                 f"({stack}). Without loading the model, statistics can only be collected inside the blocks. "
                 "Exclude the layer, or load the model (on the command line, leave out --workers)."
             )
-        fingerprint = weight_samples(x for x in targets if x not in outside)
+        fingerprint: dict[str, tuple[float, ...]] = {}
 
         # Run the model up to the first block, to record its input and the arguments of all blocks.
         chain = ChainRun(model, blocks, given, _OnDisk(spill))
         inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
         rest = [module for module in model.modules() if id(module) not in inside]
-        with _in_memory([*rest, *chain.block.modules()]):
+        with lazy.loaded([*rest, *chain.block.modules()]):
             chain.enter(skip=True)
 
         # Forward phase: run one block after another, and save its outputs and the moments of its inputs.
         counts: dict[str, int] = {}
         for number in range(len(blocks)):
             recorder.start("inputs")
-            with _in_memory(chain.block.modules()):
+            with lazy.loaded(chain.block.modules()):
+                inner = f"{blocks[number]}."
+                fingerprint |= weight_samples(x for x in targets if x.name.startswith(inner))
                 chain.advance(keep=True, before=recorder.expect)
             counts |= recorder.counts
             recorder.finish(1, None, "").save(spill / f"inputs.{number}.safetensors")
@@ -114,7 +115,7 @@ def calibrate_checkpoint(
         total, scored, of_tokens, states = 0.0, 0, False, chain.states
         for number, batch in enumerate(given):
             hidden = states[chain.position, number].requires_grad_()
-            with chain.leaving(number, hidden), _in_memory(rest):
+            with chain.leaving(number, hidden), lazy.loaded(rest):
                 if number == 0 and loss_fn in (label_losses, sampled_losses):
                     of_tokens = default_losses(model, batch)[1]
                 each = checked_losses(loss_fn(model, batch))
@@ -128,7 +129,7 @@ def calibrate_checkpoint(
         for position in reversed(range(len(blocks))):
             recorder.start("gradients")
             chain.position = position
-            with _in_memory(chain.block.modules()), torch.enable_grad():
+            with lazy.loaded(chain.block.modules()), torch.enable_grad():
                 for number, batch in enumerate(given):
                     recorder.expect(batch)
                     hidden = states[position, number].requires_grad_()
@@ -209,20 +210,6 @@ class _OnDisk:
 
     def _path(self, key: tuple[int, int]) -> Path:
         return self.folder / "{}-{}.safetensors".format(*key)
-
-
-@contextmanager
-def _in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Load the weights of modules in float32 within a `with` block; the mapped weights return afterwards."""
-    owners = [(module, *named) for module in modules for named in module.named_parameters(recurse=False)]
-    held = {id(p): nn.Parameter(p.detach().float(), requires_grad=False) for _, _, p in owners}
-    for module, name, parameter in owners:
-        setattr(module, name, held[id(parameter)])  # tied weights stay tied
-    try:
-        yield
-    finally:
-        for module, name, parameter in owners:
-            setattr(module, name, parameter)
 
 
 def _join(folder: Path, path: Path, facts: Mapping[str, Any]) -> None:

@@ -1,13 +1,12 @@
-"""Compress a checkpoint of any size: plan on a lazily loaded model, then compress shard by shard.
+"""Compress a checkpoint of any size: plan on a lazily opened model, then compress and write block by block.
 
-A shard is a sequence of stored tensors with a total size of at most `max_shard_bytes`. Each shard is
-compressed and written separately, in this process or in workers. A resumed run skips finished shards. These
-files are written:
+The weights of one block are in memory at a time. Its layers are compressed in this process, in worker
+processes or with an executor, and written to their places in the new files. These files are written:
 
     .NAME.partial/lock           locked while a run writes to this folder
     .NAME.partial/run.json       everything that the result depends on: source, options, versions
     .NAME.partial/plan.json      the plan
-    .NAME.partial/shards/        a description of each finished shard, with the checksum of its file
+    .NAME.partial/errors.jsonl   the relative error of each finished layer
     .NAME.partial/out/           the new model folder, which is renamed to NAME when it is complete
 """
 
@@ -15,63 +14,50 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import tensornet as tn
 import tensornet.compression
-from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan
+from tensornet.calibration.blockwise import outer_stacks
+from tensornet.calibration.stats import CalibrationStats, first_difference
+from tensornet.compression.apply import (
+    check_fits,
+    check_objective,
+    compress_layer,
+    warn_of_scales,
+    with_cores,
+)
 from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import CompressionReport, measure_coverage
+from tensornet.compression.sensitivity import layer_weighting
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import (
-    CHUNK,
-    FLOATS,
-    Written,
-    file_digest,
-    intact,
-    read_header,
-    take_place,
-    write_file,
-    write_shard,
-    write_tensors,
-)
+from tensornet.io import FLOATS, file_digest, take_place, write_file
+from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
-from tensornet_hf.checkpoint import (
-    CARD,
-    INDEX,
-    WEIGHT_SUFFIXES,
-    WEIGHTS,
-    Checkpoint,
-    check_free,
-    read_dense,
-    read_json,
-    weight_files,
-    write_card,
-)
+from tensornet.quantization import Rounding
+from tensornet_hf.checkpoint import check_free, read_dense, read_json, weight_files
+from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily
-from tensornet_hf.quantizer import GUARD_SHAPE, TensorNetworkConfig, config_of, replaced_names
 
-#: Default limit on the size of a shard in the source, in bytes; the compressed shard must fit into memory.
+#: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
 
 
@@ -93,31 +79,32 @@ def compress_checkpoint(
     force: bool = False,
     progress: bool = False,
 ) -> CompressionReport:
-    """Compress a model folder into a new folder, shard by shard, without loading the whole model.
+    """Compress a model folder into a new folder, block by block, without loading the whole model.
 
-    The result equals that of `tensornet.compress` and `save_pretrained`. Until it is complete, all files are
-    in the staging folder `.NAME.partial`, which is then renamed to `dst`. To resume an interrupted run,
-    repeat the call: finished shards are skipped, and the result has the same bytes as without interruption.
+    The result equals that of `tensornet.compress` and `save_pretrained`. Each tensor is written to its place
+    in the new files as soon as it is known. Until the result is complete, all files are in the staging folder
+    `.NAME.partial`, which is then renamed to `dst`. To resume an interrupted run, repeat the call: finished
+    layers are skipped, and the result has the same bytes as without interruption.
 
-    Weights are memory-mapped, so each process needs memory for the compressed layers of a shard and for a few
-    copies of a single weight in double precision. Stacks of experts that are stored matrix by matrix are
-    assembled in the staging folder, which needs disk space for them.
+    This process needs memory for the weights of one block, their compressed layers, and a few copies of a
+    single weight in double precision.
 
     Args:
         src: a folder with `config.json` and safetensors files; it is only read.
         dst: the new folder.
         config: compression options, or a plan (which may have been edited or loaded). Layers that are not in
             the plan stay dense.
-        workers: number of processes that compress shards. With more than one, protect the code of a script by
+        workers: number of processes that compress layers. With more than one, protect the code of a script by
             `if __name__ == "__main__":`, as usual with multiprocessing.
-        executor: executor that compresses the shards; `workers` is then ignored. Any
-            `concurrent.futures.Executor` can be used if its workers have access to the same file system, such
-            as `dask.distributed.Client(...).get_executor()`.
+        executor: executor that compresses the layers; `workers` is then ignored. Any
+            `concurrent.futures.Executor` can be used, such as
+            `dask.distributed.Client(...).get_executor()`. Weights and results are sent to and from its
+            workers.
         device: device on which weights are compressed.
         resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
-        max_shard_bytes: largest size of a shard in the source, in bytes. A larger module becomes a shard of
-            its own.
+        max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
+            of its own.
         force: replace an existing model folder, once the new folder is complete.
         progress: show progress bars.
 
@@ -125,9 +112,9 @@ def compress_checkpoint(
         A report like that of `tensornet.compress`.
 
     Raises:
-        DestinationError: the destination exists, another run is writing it, or writing failed (full disk);
-            finished shards are kept.
-        FormatError: the source is damaged or contradictory, or has changed since the interrupted run.
+        DestinationError: the destination exists, another run is writing it, the disk has no room for it, or
+            writing failed; finished tensors are kept.
+        FormatError: the source is damaged or contradictory, or has changed since the run began.
         TargetError: the source is compressed already.
         TargetError, BudgetError, NonFiniteError, TopologyError: a layer cannot be compressed as requested;
             the message names the layer.
@@ -152,7 +139,7 @@ def compress_checkpoint(
         raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
     source = read_dense(folder)
     marks = file_marks(folder)
-    open_lazily(source, only=())  # raises for an invalid model before anything is written
+    lazy = open_lazily(source)  # raises for an invalid model before anything is written
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
@@ -164,47 +151,40 @@ def compress_checkpoint(
         decisive = {
             "config": config.to_dict(),
             "device": device,
-            "bytes": max_shard_bytes,
             "stats": None if stats_file is None else file_digest(stats_file).sha256,
         }
         _begin(work, folder, marks, decisive, resume=resume)
 
         # Make a plan for the whole model, unless an interrupted run has already saved it.
-        lazy = open_lazily(source, spill=work)
-        _check_mapped(lazy, source, options)
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
+        loaded = None if stats_file is None else CalibrationStats.load(stats_file)
         if plan is None:
-            with one_thread():
-                loaded = None if stats_file is None else CalibrationStats.load(stats_file)
+            _check_readable(lazy, options)
+            # Matrices that cannot be mapped are in memory while the plan is made.
+            unmapped = [
+                x for x in lazy.model.modules() if any(map(lazy.only_read, x.parameters(recurse=False)))
+            ]
+            with one_thread(), lazy.loaded(unmapped, dtype=None):
                 plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
             weights = list_weights(lazy.model)
 
-        # Compress every unfinished shard in this process, in worker processes or with the executor.
-        shards = _cut(lazy, source, plan, max_shard_bytes)
-        done: dict[str, Any] = {name: _finished(work, name) for name in shards}
-        tasks = [
-            (folder, work, name, *shards[name], stats_file, device)
-            for name, made in done.items()
-            if made is None
-        ]
-        bar = tqdm(
-            total=len(shards),
-            initial=len(shards) - len(tasks),
-            desc="compressing",
-            disable=not progress,
-            unit="shard",
-        )
-        with bar:
-            for made in _run(tasks, workers, executor):
-                done[made["file"]] = made
-                bar.update()
-
-        # Write config.json and the index, copy the other files, and move the new folder to the destination.
-        parts = list(done.values())
-        _finish(work, source, type(lazy.model).__name__, parts)
+        # Compress block by block, and write each block.
+        check_objective(plan, loaded)
+        found = planned_contents(lazy, plan)
+        key = digest([plan.to_dict(), max_shard_bytes])
+        out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
+        count = sum(layer.topology is not None for layer in plan)
+        with (
+            _executor(workers, executor) as using,
+            tqdm(total=count, desc="compressing", disable=not progress, unit="layer") as bar,
+        ):
+            for block, layers in _compress_blocks(lazy, plan, loaded, out, using, device):
+                out.put(block, layers)
+                bar.update(len(layers))
+        out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
         check_free(target, force=force, sources=(folder,))
         take_place(work / "out", target, force=force)
@@ -220,9 +200,9 @@ def compress_checkpoint(
         model_params_before=params,
         model_params_after=params - plan.params_before + plan.params_after,
         model_bytes_before=sum(part.nbytes for part in kept),
-        model_bytes_after=sum(size for part in parts for size in part["tensors"].values()),
+        model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
         seconds=time.perf_counter() - started,
-        plan=plan.with_errors({name: x for part in parts for name, x in part["errors"].items()}),
+        plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
         coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
     )
 
@@ -268,28 +248,17 @@ def file_marks(folder: Path) -> dict[str, str]:
     A resumed run compares them with the sizes and times that the interrupted run recorded.
     """
     marks = {}
-    for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *_other_files(folder)]:
+    for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *other_files(folder)]:
         stat = (folder / name).stat()
         marks[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
     return marks
-
-
-def _other_files(folder: Path) -> list[str]:
-    """Return the relative paths of all files except config.json, index, weight files and hidden files."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        written = name == "config.json" or name.endswith(INDEX) or path.suffix in WEIGHT_SUFFIXES
-        if path.is_file() and not written and not any(x.startswith(".") for x in name.split("/")):
-            found.append(name)
-    return found
 
 
 def _check_unchanged(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], *, since: str) -> None:
     """Raise FormatError if `before` and `now` differ; `since` says in words when `before` was recorded."""
     if changed := sorted(x for x in before.keys() | now.keys() if before.get(x) != now.get(x)):
         raise FormatError(
-            f"{', '.join(changed)} in {folder} changed since {since}, so finished shards belong to the old "
+            f"{', '.join(changed)} in {folder} changed since {since}, so finished tensors belong to the old "
             "content. Restore the old files, or start again with resume=False (--no-resume)."
         )
 
@@ -318,183 +287,130 @@ def _begin(
                     "with resume=False (--no-resume)."
                 )
     else:
-        (work / "plan.json").unlink(missing_ok=True)
-        for name in ("shards", "out"):
-            shutil.rmtree(work / name, ignore_errors=True)
+        for name in ("plan.json", ERRORS):
+            (work / name).unlink(missing_ok=True)
+        shutil.rmtree(work / "out", ignore_errors=True)
         write_file(path, [json.dumps(record).encode()])
-    for name in ("shards", "out"):
-        (work / name).mkdir(exist_ok=True)
 
 
-def _check_mapped(lazy: LazyModel, source: Checkpoint, config: CompressionConfig) -> None:
-    """Check that the weight of each layer to compress can be memory-mapped from the files.
+def _check_readable(lazy: LazyModel, config: CompressionConfig) -> None:
+    """Check that the weight of each layer to compress can be read from the files.
 
     Raises:
-        TargetError: a weight cannot be memory-mapped.
+        TargetError: a weight cannot be read.
     """
     with unfused(lazy.model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # planning repeats these warnings
         targets = [x for x in find_targets(lazy.model, config) if not x.skip]
     for target in targets:
-        if target.weight.is_meta:
-            keys = [key for name in target.names for key in lazy.stored.get(f"{name}.weight", ())]
-            dtype = source.tensors[keys[0]].dtype if keys else None
-            form = "stored in another form than the model uses"
-            how = form if dtype in (None, *FLOATS) else f"stored as {dtype}"
+        origin = lazy.origins.get(f"{target.name}.weight")
+        dtypes = set() if origin is None else {part.dtype for part in origin.parts}
+        if target.weight.is_meta and not target.owners and not (dtypes and dtypes <= FLOATS.keys()):
+            form = (
+                f"stored as {', '.join(dtypes)}" if dtypes else "stored in another form than the model uses"
+            )
             raise TargetError(
-                f"The weight of {target.name!r} is {how}, so it cannot be mapped. Use the model before "
+                f"The weight of {target.name!r} is {form}, so it cannot be read. Use the model before "
                 f"quantization, exclude the layer (exclude_modules=[{target.name!r}]), or load the model and "
                 "use tensornet.compress."
             )
 
 
-def _cut(
-    lazy: LazyModel, source: Checkpoint, plan: CompressionPlan, max_bytes: int
-) -> dict[str, tuple[list[str], CompressionPlan]]:
-    """Divide the stored tensors into shards in the order of the files, with each module in a single shard.
-
-    Returns:
-        `{name of a file to write: (names of its parameters and buffers, plan of their layers)}`.
-    """
-    places = {key: (part.file.name, part.start) for key, part in source.tensors.items()}
-    units: dict[str, list[str]] = {}  # maps modules to the names of their tensors
-    for name in sorted(lazy.stored, key=lambda name: min(places[key] for key in lazy.stored[name])):
-        units.setdefault(name.rpartition(".")[0], []).append(name)
-    groups: list[list[str]] = []
-    filled = max_bytes
-    for unit, names in units.items():
-        size = sum(source.tensors[key].nbytes for name in names for key in lazy.stored[name])
-        if not groups or filled + size > max_bytes:
-            groups, filled = [*groups, []], 0
-        groups[-1].append(unit)
-        filled += size
-
-    # A layer belongs to the shard that contains its weight (under any of its tied names). If its matrix is
-    # part of a stack of experts, the layer belongs to the shard that contains the stack.
-    weights = [x for x in lazy.model.named_parameters(remove_duplicate=False) if x[1].ndim > 1]
-    owner = {id(p): name.rpartition(".")[0] for name, p in weights if name in lazy.stored}
-    home = {name.rpartition(".")[0]: owner[id(p)] for name, p in weights if id(p) in owner}
-    for module in list(home):  # the stack may belong to a child of the unfused module
-        home.setdefault(module.rpartition(".")[0], home[module])
-    layers: dict[str, list[Any]] = {}
-    for layer in plan:
-        parts = layer.name.split(".")
-        around = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
-        layers.setdefault(next(home[x] for x in around if x in home), []).append(layer)
-    shards = {}
-    for number, group in enumerate(groups, start=1):
-        file = WEIGHTS if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        chosen = tuple(layer for unit in group for layer in layers.get(unit, ()))
-        shards[file] = [name for unit in group for name in units[unit]], replace(plan, layers=chosen)
-    return shards
-
-
-@torch.no_grad()
-def _compress_shard(
-    folder: Path,
-    work: Path,
-    file: str,
-    names: list[str],
+def _compress_blocks(
+    lazy: LazyModel,
     plan: CompressionPlan,
-    stats: Path | None,
+    stats: CalibrationStats | None,
+    out: FolderWriter,
+    executor: Executor | None,
     device: str,
-) -> dict[str, Any]:
-    """Compress the layers of a shard, and write its file.
-
-    The function uses a single thread: the result must not depend on the order of summation, and other workers
-    need the processor cores.
+) -> Iterator[tuple[str, dict[str, NewLayers]]]:
+    """Yield the new layers of each block and of the rest of the model; only one block is in memory.
 
     Args:
-        folder: the source.
-        work: the staging folder.
-        file: name of the file to write.
-        names: names of the parameters and buffers in this file.
-        plan: plan of the layers in this file.
-        stats: file of the statistics with which the plan was made.
+        lazy: the dense model.
+        plan, stats: the plan, and the statistics with which it was made.
+        out: contains the layers that an interrupted run has finished.
+        executor: compresses layers; None compresses them in this process.
         device: device on which weights are compressed.
 
-    Returns:
-        The description of the finished shard, which is also written to `shards/`.
-    """
-    with one_thread(), tempfile.TemporaryDirectory(dir=work, prefix="cores.") as scratch:
-        source = read_dense(folder)
-        lazy = open_lazily(source, only=names, spill=scratch)
-        model = lazy.model
-        if torch.device(device).type != "cpu":
-            for name in names:
-                tensor = model.get_parameter_or_buffer(name)
-                tensor.data = tensor.data.to(device)
-        before = model.state_dict(keep_vars=True)
-        errors = apply_plan(model, plan, None if stats is None else CalibrationStats.load(stats))
-        after, described = model.state_dict(keep_vars=True), config_of(model)
-
-        # Collect the tensors of compressed layers and, for each replaced weight, a guard (`replaced_names`).
-        new = {n: x.detach().cpu().contiguous() for n, x in after.items() if n not in before}
-        new = {name: x for name, x in new.items() if name not in described.ties}
-        guards = replaced_names(before, after, described.layers)
-        new |= {name: torch.empty(GUARD_SHAPE, dtype=model.dtype) for name in guards}
-        cores = Path(scratch, "cores.safetensors")
-        write_tensors(cores, new)
-        tensors = dict(read_header(cores))
-        for name in names:
-            if name in after:
-                for key in lazy.stored[name]:
-                    tensors[name if name in lazy.renamed else key] = source.tensors[key]
-        written = write_shard(work / "out" / file, tensors)
-    made = {
-        "file": file,
-        "bytes": written.nbytes,
-        "sha256": written.sha256,
-        "tensors": {name: x.nbytes for name, x in tensors.items()},
-        "errors": errors,
-        "layers": dict(described.layers),
-        "ties": described.ties,
-    }
-    write_file(work / "shards" / f"{file}.json", [json.dumps(made).encode()])
-    return made
-
-
-def _finished(work: Path, file: str) -> dict[str, Any] | None:
-    """Read the description of a shard; return None if the shard is unfinished or its file has changed."""
-    record = work / "shards" / f"{file}.json"
-    if not record.is_file():
-        return None
-    made = read_json(record)
-    return made if intact(work / "out" / file, Written(file, made["bytes"], made["sha256"])) else None
-
-
-def _run(
-    tasks: Sequence[tuple[Any, ...]], workers: int, executor: Executor | None
-) -> Iterator[dict[str, Any]]:
-    """Compress shards in this process, in worker processes or with an executor, and yield their descriptions.
-
     Raises:
+        TargetError: the plan or the statistics were made for other weights.
         WorkerError: a worker died.
-        Exception: the first exception of a shard; shards that have not started are cancelled.
     """
-    if executor is None and (workers == 1 or len(tasks) <= 1):
-        for task in tasks:
-            yield _compress_shard(*task)
-        return
+    blocks = [name for names in outer_stacks(lazy.model, nn.ModuleList, least=1).values() for name in names]
+    groups: dict[str, list[LayerPlan]] = {name: [] for name in ("", *blocks)}
+    for layer in plan:
+        if layer.topology is not None:
+            groups[next((x for x in blocks if layer.name.startswith(f"{x}.")), "")].append(layer)
+    with unfused(lazy.model):
+        targets = {target.name: target for target in list_weights(lazy.model) if target.kinds}
+        for block, layers in groups.items():
+            done = {layer.name: out.finished(layer) for layer in layers}
+            work = [layer for layer in layers if done[layer.name] is None]
+            modules = [module for layer in work for module in targets[layer.name].modules]
+            with lazy.loaded(modules, device=device, dtype=None):
+                chosen = [targets[layer.name] for layer in work]
+                for layer, target in zip(work, chosen, strict=True):
+                    check_fits(lazy.model, layer, target)
+                if (name := first_difference({x.name: x.sample for x in work}, chosen)) is not None:
+                    raise TargetError(
+                        f"The plan was made for another model: the weight of {name!r} differs. Plan the "
+                        "compression of this model."
+                    )
+                if stats is not None and plan.objective != "weight":
+                    stats.check_weights(chosen)
+                tasks: list[Future[tuple[TensorNetworkLinear, float]]] = []
+                try:
+                    for layer, target in zip(work, chosen, strict=True):
+                        weighting = layer_weighting(target, plan.objective, stats, plan.damping)
+                        task = target.matrix, layer, weighting or Weighting(), plan.rounding
+                        if executor is None:
+                            tasks.append(Future())
+                            tasks[-1].set_result(compress_alone(*task))
+                        else:
+                            tasks.append(executor.submit(compress_alone, *task))
+                    for layer, target, future in zip(work, chosen, tasks, strict=True):
+                        made, error = future.result()
+                        done[layer.name] = with_cores(target, made), error
+                except BrokenProcessPool as error:
+                    raise WorkerError(
+                        f"A worker died ({error}), most likely because memory ran out. Use fewer workers. "
+                        "Finished layers are kept; run the same command again to continue."
+                    ) from error
+                finally:
+                    for future in tasks:
+                        future.cancel()
+                new = {
+                    name: module
+                    for target in chosen
+                    for name, module in zip(target.names, (done[target.name] or [[]])[0], strict=True)
+                }
+                warn_of_scales(work, targets, new, plan, stats)
+            yield block, {name: x for name, x in done.items() if x is not None}
+
+
+def compress_alone(
+    matrix: Tensor, layer: LayerPlan, weighting: Weighting, rounding: Rounding
+) -> tuple[TensorNetworkLinear, float]:
+    """Compress a layer with a single thread (see `tensornet.compression.apply.compress_layer`).
+
+    The result must not depend on the order of summation, and other workers need the processor cores.
+    """
+    with one_thread():
+        return compress_layer(matrix, layer, weighting, rounding)
+
+
+@contextmanager
+def _executor(workers: int, executor: Executor | None) -> Iterator[Executor | None]:
+    """Yield the given executor, or one with worker processes, or None for a single worker."""
     with ExitStack() as stack:
-        if executor is None:
+        if executor is None and workers > 1:
             # A forked process would copy the locks of torch's threads, and could wait for them forever.
             executor = ProcessPoolExecutor(
-                min(workers, len(tasks)), mp_context=get_context("spawn"), initializer=_end_with_parent
+                workers, mp_context=get_context("spawn"), initializer=_end_with_parent
             )
             stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        futures = [executor.submit(_compress_shard, *task) for task in tasks]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise WorkerError(
-                f"A worker died ({error}), most likely because memory ran out. Use fewer workers or a "
-                "smaller max_shard_bytes. Finished shards are kept; run the same command again to continue."
-            ) from error
-        finally:
-            for future in futures:
-                future.cancel()
+        yield executor
 
 
 def _end_with_parent() -> None:
@@ -509,44 +425,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _finish(work: Path, source: Checkpoint, architecture: str, parts: list[dict[str, Any]]) -> None:
-    """Write configuration, index and model card of a compressed checkpoint, and copy all other files."""
-    out = work / "out"
-    for file in out.rglob("*"):
-        if file.is_file() and file.name not in {part["file"] for part in parts}:
-            file.unlink()  # remains of an interrupted run
-    others = _other_files(source.folder)
-    for name in others:
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        with (source.folder / name).open("rb") as opened:
-            write_file(out / name, iter(partial(opened.read, CHUNK), b""))
-    described = TensorNetworkConfig(
-        layers={name: spec for part in parts for name, spec in part["layers"].items()},
-        ties={name: owner for part in parts for name, owner in part["ties"].items()},
-    )
-    content = {**source.config, "quantization_config": described.to_dict()}
-    write_file(out / "config.json", [json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"])
-    if len(parts) > 1:
-        weight_map = {name: part["file"] for part in parts for name in part["tensors"]}
-        total = sum(size for part in parts for size in part["tensors"].values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_file(out / INDEX, [json.dumps(index, indent=2).encode() + b"\n"])
-    if CARD not in others:
-        write_card(out, architecture)
-
-
 @contextmanager
 def _reading_or_writing(source: Path, target: Path) -> Iterator[None]:
     """Convert OSError within a `with` block to errors that say what failed and which files are kept."""
     try:
         yield
-    except TensorNetError:
-        raise
-    except OSError as error:
-        if str(error.filename or "").startswith(str(source)):
-            raise FormatError(f"Reading {source} failed: {error}. Finished shards are kept.") from error
+    except (OSError, DestinationError) as error:
+        known = isinstance(error, TensorNetError)
+        if known and not isinstance(error.__cause__, OSError):
+            raise
+        if not known and str(error.filename or "").startswith(str(source)):
+            raise FormatError(f"Reading {source} failed: {error}. Finished tensors are kept.") from error
         raise DestinationError(
-            f"Writing {target} failed: {error}. Finished shards are kept in {staging_folder(target)}. Free "
+            f"Writing {target} failed: {error}. Finished tensors are kept in {staging_folder(target)}. Free "
             "some space and run the same command again, or delete this folder."
         ) from error
 

@@ -98,7 +98,7 @@ def test_statistics_survive_an_interruption(
     (work := staging_folder(Path("out").absolute())).mkdir()
     (work / ".calibration.of-a-killed-run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr("tensornet_hf.streaming._compress_shard", _interrupt)
+        patch.setattr("tensornet_hf.streaming.compress_alone", _interrupt)
         assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 130
     assert sorted(x.name[:10] for x in work.iterdir())[-1] == "statistics"
     assert call("compress", sharded, "out", *HALF, "--workers", 1)[0] == 0
