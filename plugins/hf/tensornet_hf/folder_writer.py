@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor, nn
+from transformers.core_model_loading import dot_natural_key
 
 from tensornet.compression.apply import check_fits, set_submodule, with_cores
 from tensornet.compression.plan import CompressionPlan, LayerPlan
@@ -55,7 +56,7 @@ class Contents:
 
     Args:
         tensors: dtype as named in the header of a safetensors file, shape, and length in bytes of each tensor
-            by name, in the order in which they are divided into files.
+            by name.
         copied: function that yields the bytes of each tensor that is taken from the source, by name.
         modules: names of the modules that use the weight of each planned layer.
         described: description of the compressed layers for config.json.
@@ -155,9 +156,12 @@ class FolderWriter:
         self.work, self.found = work, found
         self.out = work / "out"
         self.out.mkdir(exist_ok=True)
+        # `save_pretrained` sorts names in this order, and puts all empty tensors into one file.
+        names = sorted(found.tensors, key=dot_natural_key)
         split = split_state_dict_into_shards_factory(
-            dict(found.tensors),
+            {name: found.tensors[name] for name in names},
             get_storage_size=lambda tensor: tensor[2],
+            get_storage_id=lambda tensor: None if tensor[2] else "empty",
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=max_shard_bytes,
         )
