@@ -44,7 +44,7 @@ from subjects import Batches, Subject, tokens_of
 
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
-from tensornet.compression import Prepared, check_loss, measure, prepare, record_losses
+from tensornet.compression import PriceList, check_loss, measure, price, record_losses
 from tensornet.compression.loss_increase import RecordedLosses
 from tensornet.nn.targets import LayerSelection, find_targets
 
@@ -149,7 +149,7 @@ class Bench:
         """Measure a method of this library at every size; plans are also measured on validation text."""
         stats, calibrated = (None, 0.0) if method == "nearest" else self.statistics(seed)
         batches = self.subject.calibration(seed)
-        known: tuple[Prepared, float] | None = None
+        known: tuple[PriceList, float] | None = None
         for bits in sizes:
             options = dict(OURS[method])
             if "formats" in options:
@@ -158,7 +158,7 @@ class Bench:
             config = tn.CompressionConfig(bits_per_weight=bits, **asdict(self.subject.layers), **options)
             if known is None or method != "plan":  # the candidates of plans are the same for all sizes
                 start = processor_seconds()
-                known = prepare(self.dense, config, stats), processor_seconds() - start
+                known = price(self.dense, config, stats), processor_seconds() - start
             prepared, start = replace(known[0], cache={}), processor_seconds()
             if method == "plan" and stats is not None:
                 prepared = check_loss(prepared, self.dense, batches, bits_per_weight=bits)

@@ -49,7 +49,7 @@ from subjects import Subject, tokens_of
 
 import tensornet as tn
 import tensornet_hf as th
-from tensornet.compression import Prepared, check_loss, prepare
+from tensornet.compression import PriceList, check_loss, price
 from tensornet.quantization.menus import MENUS
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
@@ -94,7 +94,7 @@ class Bench:
         self.tokens = torch.cat([batch["input_ids"].flatten() for batch in subject.judged])
         self.context = subject.judged[0]["input_ids"].shape[1]
         self.dense = subject.load()
-        self.prepared: Prepared | None = None
+        self.prepared: PriceList | None = None
         self.prefix = "fast plan " if given.fast else "plan "
 
     def row(self, name: str) -> Row | None:
@@ -181,7 +181,7 @@ class Bench:
         stats = self.statistics(config)
         if self.prepared is None:
             seconds["calibrate"], start = processor_seconds() - start, processor_seconds()
-            self.prepared = prepare(self.dense, config, stats)
+            self.prepared = price(self.dense, config, stats)
             seconds["prepare"] = processor_seconds() - start
         start = processor_seconds()
         checked = check_loss(

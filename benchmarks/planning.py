@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import tensornet as tn
-from tensornet.compression import prepare
+from tensornet.compression import price
 from tensornet.compression.sensitivity import layer_sensitivity
 from tensornet.nn.targets import find_targets
 from tensornet.quantization import NumberFormat, round_weight
@@ -56,7 +56,7 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
     stats = tn.CalibrationStats({"0": moment(rows, 1)}, {"0": moment(columns, 2)}, 1, loss=0.0)
     config = tn.CompressionConfig(bits_per_weight=max(budgets))
-    prepared = prepare(model, config, stats)
+    prepared = price(model, config, stats)
     plans = {bits: prepared.plan(bits_per_weight=bits) for bits in budgets}
     made: dict[float, Any] = {}
 
@@ -64,7 +64,7 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
         made[bits] = copy.deepcopy(model)
         tn.apply_plan(made[bits], plans[bits], stats)
 
-    calls: dict[str, Callable[[], Any]] = {"plan": lambda: prepare(model, config, stats)}
+    calls: dict[str, Callable[[], Any]] = {"plan": lambda: price(model, config, stats)}
     calls |= {f"round {bits}": lambda bits=bits: rounded(bits) for bits in budgets}
     times = paired_medians(calls, repeats, clock=time.thread_time)
     (target,) = (x for x in find_targets(model, config) if not x.skip)

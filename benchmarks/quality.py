@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import Prepared, prepare
+from tensornet.compression import PriceList, price
 from tensornet.compression.report import model_size
 from tensornet.healing import refine
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -129,7 +129,7 @@ class Bench:
     heal_seconds: float
     refine_windows: int
     length: int
-    prepared: dict[tuple[str, str], Prepared] = field(default_factory=dict)
+    prepared: dict[tuple[str, str], PriceList] = field(default_factory=dict)
     moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -205,7 +205,7 @@ class Bench:
             "sample": " ".join((PROMPT + continuation(model, self.folder, PROMPT)).split()).replace("`", "'"),
         }
 
-    def prepare(self, job: Job, model: nn.Module) -> Prepared:
+    def prepare(self, job: Job, model: nn.Module) -> PriceList:
         """Find the candidates of all layers, once for all sizes of a method."""
         key = (job.method, job.layers)
         whole = self.prepared.get((job.method, "all"))
@@ -215,7 +215,7 @@ class Bench:
             config = tn.CompressionConfig(
                 target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
             )
-            self.prepared[key] = prepare(model, config, self.stats(job.method))
+            self.prepared[key] = price(model, config, self.stats(job.method))
         return self.prepared[key]
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
@@ -355,7 +355,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
     return total / count
 
 
-def part_of(whole: Prepared, pattern: str | None) -> Prepared:
+def part_of(whole: PriceList, pattern: str | None) -> PriceList:
     """Select the candidates of the layers whose names match a pattern."""
     assert pattern is not None
     kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]

@@ -16,8 +16,10 @@ from tensornet.compression.compress import compress
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan
+from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport
 from tensornet.compression.serialization import load_model, save_model
+from tensornet.compression.survey import survey
 from tensornet.decompose import decompose
 from tensornet.errors import TensorNetError
 from tensornet.healing.heal import heal
@@ -35,6 +37,7 @@ __all__ = [
     "CompressionConfig",
     "CompressionPlan",
     "CompressionReport",
+    "PriceList",
     "TensorNetError",
     "TensorNetwork",
     "Topology",
@@ -50,6 +53,7 @@ __all__ = [
     "plan",
     "register_topology",
     "save_model",
+    "survey",
     "topologies",
     "truncated_svd",
 ]

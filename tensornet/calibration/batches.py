@@ -1,6 +1,7 @@
 """Convert batches to the arguments of a model, find padding, and select rows to measure losses on."""
 
 import inspect
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import length_hint
@@ -331,6 +332,32 @@ def first_rows(batch: Batch, tokens: float) -> Batch:
     if rows == 1 and _is_one_window(arrays):
         cut = {name: value[:, : max(1, round(tokens))] for name, value in cut.items()}
     return {**batch, **cut}
+
+
+def read_batches(
+    batches: Iterable[BatchLike], model: nn.Module, *, tokens: float, rows: int = 0, most: float = math.inf
+) -> list[Batch]:
+    """Read batches until they have a number of tokens and of rows; the last batch is cut.
+
+    Args:
+        batches: batches in one of the forms that `as_batch` accepts.
+        model: the model that the batches are for.
+        tokens: number of tokens to read.
+        rows: number of rows to read.
+        most: number of tokens at which reading ends, even if there are too few rows.
+    """
+    device = next(model.parameters()).device
+    found: list[Batch] = []
+    read, count = 0, 0
+    for given in batches:
+        batch = as_batch(given, model, device)
+        if count >= rows and tokens_of(batch) > tokens - read:
+            batch = first_rows(batch, tokens - read)
+        found.append(batch)
+        read, count = read + tokens_of(batch), count + row_sizes(batch)[0]
+        if read >= most or (read >= tokens and count >= rows):
+            break
+    return found
 
 
 def _is_one_window(arrays: dict[str, Tensor]) -> bool:

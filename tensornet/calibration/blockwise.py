@@ -1,289 +1,147 @@
-"""Run a model block by block; each block reads the hidden state that the previous block returned.
+"""Moments of one block at a time, collected while walking over the blocks of a model.
 
-Hidden states between blocks are stored, so running all blocks costs one forward pass, not one pass per block.
-Chains of blocks are found by running the model once and comparing the tensors that its modules receive and
-return.
+The forward walk stores the hidden states before every block. The loss is computed from the last ones and
+differentiated. The backward walk runs each block again on its stored inputs and differentiates it, so the
+moments of the inputs and gradients of a block exist only while this block is visited.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from tensornet.calibration.batches import Batch, run_model
-from tensornet.errors import TargetError
-from tensornet.nn.extension import extensions
+from tensornet.calibration.batches import run_model
+from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss
+from tensornet.calibration.losses import TokenLosses
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import Walk
+
+#: Context in which models run, such as `torch.autocast`; called once for each pass.
+Precision = Callable[[], AbstractContextManager[Any]]
 
 
-class Stop(Exception):
-    """Exception that ends a forward pass early, when its remaining results are not needed."""
+def moments_by_block(
+    walk: Walk,
+    recorder: MomentRecorder,
+    loss_fn: TokenLosses,
+    *,
+    precision: Precision = nullcontext,
+    source: str = "calibration data",
+) -> Iterator[tuple[str, CalibrationStats]]:
+    """Yield the moments of the inputs and gradients of every block, from the last block to the first.
 
-
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one call of a block, and the position of the hidden state among them.
+    The layers outside of the blocks come last, under the name `""`. If the model is one block, it is the
+    only item.
 
     Args:
-        args, kwargs: arguments of the call.
-        slot: position of the hidden state, an index in `args` or a name in `kwargs`.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    slot: int | str
-
-    @property
-    def hidden(self) -> Tensor:
-        """Hidden state among the arguments."""
-        found: Tensor = self.kwargs[self.slot] if isinstance(self.slot, str) else self.args[self.slot]
-        return found
-
-    def with_hidden(self, hidden: Tensor | None) -> "Call":
-        """Return a copy of the call with another hidden state."""
-        if isinstance(self.slot, str):
-            return replace(self, kwargs={**self.kwargs, self.slot: hidden})
-        return replace(self, args=(*self.args[: self.slot], hidden, *self.args[self.slot + 1 :]))
-
-    def with_slot(self, slot: int | str) -> "Call":
-        """Return a copy of the call with hidden state at `slot`; without a tensor there, return `self`."""
-        places = dict([*enumerate(self.args), *self.kwargs.items()])
-        return replace(self, slot=slot) if isinstance(places.get(slot), Tensor) else self
-
-    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """Run a block on `hidden` and the other arguments of this call, and return the new hidden state."""
-        call = self.with_hidden(hidden)
-        return hidden_of(block(*call.args, **call.kwargs))
-
-
-def hidden_of(output: Any) -> Tensor:
-    """Return the hidden state in the output of a block: the output itself, or the first item of a tuple.
+        walk: a walk that has not begun. Hidden states are replaced by gradients.
+        recorder: receives the inputs and gradients of the layers (see `calibrate.observed`).
+        loss_fn: the losses of single tokens, which are summed and differentiated.
+        precision: context in which the model runs.
+        source: name of the data, for reports.
 
     Raises:
-        TypeError: the output is neither a tensor nor a tuple that begins with a tensor.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
+        TargetError: no token has a loss.
     """
-    first = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(first, Tensor):
-        raise TypeError(
-            f"a block returned {type(output).__name__}, not a tensor or a tuple that begins with a tensor"
-        )
-    return first
+    model, batches = walk.model, walk.batches
+
+    # Forward walk: store the hidden states before every block.
+    with recorder.paused(), precision():
+        first = [walk.model.get_submodule(walk.names[0])] if walk.names else []
+        with walk.loaded([*walk.ends, *(x for block in first for x in block.modules())]):
+            walk.enter(skip=True)
+        while walk.position < len(walk.names):
+            with walk.loaded(walk.block.modules()):
+                walk.advance(keep=True)
+
+    # Compute the losses from the last hidden states, and replace these states by their gradients.
+    total, scored = 0.0, 0
+    with walk.loaded(walk.ends), torch.enable_grad():
+        for number, batch in enumerate(batches):
+            hidden = walk.states[walk.position, number].requires_grad_() if walk.names else None
+            recorder.expect(batch)
+            with walk.leaving(number, hidden), precision():
+                each = checked_losses(loss_fn(model, batch))
+                with recorder.differentiating():
+                    each.sum().backward()
+            if hidden is not None:
+                assert hidden.grad is not None
+                walk.states[walk.position, number] = hidden.grad
+            total, scored = total + float(each.detach().sum()), scored + each.numel()
+    loss = mean_loss(total, scored, loss_fn)
+    outside = recorder.finish(scored, loss, source)
+
+    # Backward walk: run each block again, differentiate, and replace its stored input by the gradient.
+    for position in reversed(range(len(walk.names))):
+        recorder.restart()
+        walk.position = position
+        with walk.loaded(walk.block.modules()), torch.enable_grad():
+            for number, batch in enumerate(batches):
+                recorder.expect(batch)
+                hidden = walk.states[position, number].requires_grad_()
+                with precision():
+                    output = walk.run(number, hidden)
+                    with recorder.differentiating():
+                        output.backward(walk.states[position + 1, number].to(output.dtype))
+                assert hidden.grad is not None
+                walk.states[position, number] = hidden.grad
+                del walk.states[position + 1, number]
+            yield walk.names[position], recorder.finish(scored, loss, source)
+
+    # Differentiate what runs before the first block.
+    if walk.names:
+        recorder.restart()
+        with walk.loaded(walk.ends), torch.enable_grad():
+            for number, batch in enumerate(batches):
+                recorder.expect(batch)
+                with precision():
+                    hidden = walk.first_hidden(number)
+                    if hidden.requires_grad:
+                        with recorder.differentiating():
+                            hidden.backward(walk.states[0, number].to(hidden.dtype))
+        outside = joined(outside, recorder.finish(scored, loss, source))
+    yield "", outside
 
 
-@torch.no_grad()
-def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
-    """Find the containers in a model whose modules run as a chain of blocks.
+def inputs_by_block(
+    walk: Walk, recorder: MomentRecorder, *, precision: Precision = nullcontext, source: str = ""
+) -> Iterator[tuple[str, CalibrationStats]]:
+    """Yield the moments of the inputs of every block, in the order of the blocks, then those outside of them.
 
-    Candidates are the outermost `nn.ModuleList` and `nn.Sequential` with at least two modules. In a chain,
-    every module runs once, in order, on the same tensor object that the previous module returned.
+    The caller may change the weights of a block when it gets its moments: the hidden states that the next
+    block reads are computed afterwards, with the changed weights.
 
     Args:
-        model: the model, in eval mode; it is run once.
-        batch: keyword arguments of the model.
-
-    Returns:
-        The names of the blocks of each chain, by the name of the container.
+        walk, recorder, precision, source: see `moments_by_block`.
     """
-    stacks = outer_stacks(model)
-    made: dict[str, list[Tensor | None]] = {stack: [] for stack in stacks}
-    broken: set[str] = set()
-
-    def before(stack: str, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            last = made[stack][-1] if made[stack] else None
-            slot = _slot(args, kwargs, last if index else None)
-            if len(made[stack]) != index or slot is None:
-                broken.add(stack)
-
-        return hook
-
-    def after(stack: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            try:
-                made[stack].append(hidden_of(output))
-            except TypeError:
-                broken.add(stack)
-                made[stack].append(None)
-
-        return hook
-
-    handles = []
-    for stack, blocks in stacks.items():
-        for index, name in enumerate(blocks):
-            block = model.get_submodule(name)
-            handles.append(block.register_forward_pre_hook(before(stack, index), with_kwargs=True))
-            handles.append(block.register_forward_hook(after(stack)))
-    try:
-        run_model(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {
-        stack: blocks
-        for stack, blocks in stacks.items()
-        if stack not in broken and len(made[stack]) == len(blocks)
-    }
+    with recorder.paused(), precision():
+        first = [walk.model.get_submodule(walk.names[0])] if walk.names else []
+        with walk.loaded([*walk.ends, *(x for block in first for x in block.modules())]):
+            walk.enter(skip=True)
+    while walk.position < len(walk.names):
+        recorder.restart()
+        with walk.loaded(walk.block.modules()):
+            with precision(), torch.no_grad():
+                for number, batch in enumerate(walk.batches):
+                    recorder.expect(batch)
+                    walk.run(number)
+            yield walk.names[walk.position], recorder.finish(1, None, source)
+            with recorder.paused(), precision():
+                walk.advance()
+    recorder.restart()
+    with walk.loaded(walk.ends):
+        with precision(), torch.no_grad():
+            for number, batch in enumerate(walk.batches):
+                recorder.expect(batch)
+                with walk.leaving(number, walk.states[walk.position, number] if walk.names else None):
+                    run_model(walk.model, batch)
+        yield "", recorder.finish(1, None, source)
 
 
-@dataclass
-class ChainRun:
-    """Run the blocks of a chain one after the other; each block runs on all batches before the next one.
-
-    Args:
-        model: the model that contains the chain.
-        names: names of the blocks.
-        batches: keyword arguments of the model for each batch.
-        states: mapping in which `states[k, n]` is the hidden state of batch `n` before block `k`. Another
-            mapping than a dict may store the tensors on disk.
-        position: index of the next block to run.
-        calls: `calls[n][k]` is the call of block `k` on batch `n`, without its hidden state.
-    """
-
-    model: nn.Module
-    names: Sequence[str]
-    batches: Sequence[Batch]
-    states: Any = field(default_factory=dict)
-    position: int = 0
-    calls: list[list[Call]] = field(default_factory=list)
-    _first: list[Any] = field(default_factory=list)  # output of the first block, by batch
-
-    @property
-    def block(self) -> nn.Module:
-        """Block at `position`."""
-        return self.model.get_submodule(self.names[self.position])
-
-    @property
-    def hidden(self) -> list[Tensor]:
-        """Hidden states that the block at `position` reads, by batch."""
-        return [self.states[self.position, number] for number in range(len(self.batches))]
-
-    @torch.no_grad()
-    def enter(self, *, skip: bool = False) -> None:
-        """Run the model up to its last block on all batches, to record the arguments of all blocks.
-
-        Args:
-            skip: whether to run only the first block, and to use its output as the output of all blocks. This
-                is for models too large to be run as a whole. Arguments that depend on the other blocks are
-                then not recorded.
-
-        Raises:
-            TargetError: a block does not read the hidden state that the previous block returned.
-        """
-        for number, batch in enumerate(self.batches):
-            calls: list[Call] = []
-            outputs: list[Any] = []
-            step = partial(self._note, calls, outputs, skip)
-            with replaced_blocks(self.model, self.names, step), suppress(Stop):
-                run_model(self.model, batch)
-            if len(calls) > 1:  # the slot of the first block is a guess, that of the second block is known
-                calls[0] = calls[0].with_slot(calls[1].slot)
-            self.states[0, number] = calls[0].hidden
-            self.calls.append([call.with_hidden(None) for call in calls])
-            self._first.append(outputs[0])
-
-    def run(self, number: int, hidden: Tensor | None = None) -> Tensor:
-        """Run the block at `position` on one batch, and return the new hidden state without storing it.
-
-        Args:
-            number: index of the batch.
-            hidden: hidden state that the block reads; by default, the stored one.
-        """
-        hidden = self.states[self.position, number] if hidden is None else hidden
-        for extension in extensions():
-            extension.next_batch(self.block, self.batches[number])
-        return self.calls[number][self.position].run(self.block, hidden)
-
-    @torch.no_grad()
-    def advance(self, *, keep: bool = False, before: Callable[[Batch], None] | None = None) -> None:
-        """Run the block at `position` on all batches, store the hidden states, and advance to the next block.
-
-        Args:
-            keep: whether to keep the hidden states that the block read.
-            before: function that is called with each batch before the block runs on it.
-        """
-        for number, batch in enumerate(self.batches):
-            if before is not None:
-                before(batch)
-            self.states[self.position + 1, number] = self.run(number)
-            if not keep:
-                del self.states[self.position, number]
-        self.position += 1
-
-    @contextmanager
-    def leaving(self, number: int, hidden: Tensor) -> Iterator[None]:
-        """Return a context in which the model skips all blocks and continues with `hidden` as their output.
-
-        The model must be run on the batch with index `number`.
-        """
-        first = self._first[number]
-        output = (hidden, *first[1:]) if isinstance(first, tuple) else hidden
-        with replaced_blocks(self.model, self.names, lambda *args, **kwargs: output):
-            yield
-
-    def _note(
-        self,
-        calls: list[Call],
-        outputs: list[Any],
-        skip: bool,
-        index: int,
-        forward: Callable[..., Any],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        slot = _slot(args, kwargs, hidden_of(outputs[-1]) if outputs else None)
-        if len(calls) != index or slot is None:
-            raise TargetError(
-                f"{self.names[index]} of {type(self.model).__name__} does not read what the previous block "
-                "returned, so blocks cannot be run one by one. Load the model and use tensornet.calibrate."
-            )
-        calls.append(Call(args, kwargs, slot))
-        if index and index == len(self.names) - 1:
-            raise Stop
-        outputs.append(outputs[0] if skip and outputs else forward(*args, **kwargs))
-        if index == len(self.names) - 1:
-            raise Stop
-        return outputs[-1]
-
-
-@contextmanager
-def replaced_blocks(model: nn.Module, names: Sequence[str], step: Callable[..., Any]) -> Iterator[None]:
-    """Return a context in which `step(index, forward, *args, **kwargs)` replaces the `forward` of each block.
-
-    `index` is the position of the block in `names`, and `forward` is the replaced method.
-    """
-    blocks = [model.get_submodule(name) for name in names]
-    before = [vars(block).get("forward") for block in blocks]  # None unless other code has replaced `forward`
-    for index, block in enumerate(blocks):
-        block.forward = partial(step, index, block.forward)
-    try:
-        yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
-
-
-def outer_stacks(
-    model: nn.Module, kinds: Any = (nn.ModuleList, nn.Sequential), *, least: int = 2
-) -> dict[str, tuple[str, ...]]:
-    """Map the name of each outermost container with at least `least` modules to the names of its modules."""
-    found: dict[str, tuple[str, ...]] = {}
-    for name, module in model.named_modules():
-        inside = any(outer == "" or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, kinds) and len(module) >= least and not inside:
-            found[name] = tuple(f"{name}.{key}".lstrip(".") for key, _ in module.named_children())
-    return found
-
-
-def _slot(args: tuple[Any, ...], kwargs: Mapping[str, Any], wanted: Tensor | None) -> int | str | None:
-    """Find the position of `wanted` among arguments; if `wanted` is None, that of the first tensor."""
-    places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    for key, value in places:
-        if isinstance(value, Tensor) if wanted is None else value is wanted:
-            return key
-    return None
+def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStats:
+    """Join the statistics of different layers; for a layer in both, those of the second are taken."""
+    fields = ("rows", "columns", "coherence", "counts")
+    return replace(first, **{x: {**getattr(first, x), **getattr(second, x)} for x in fields})

@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from operator import length_hint
 from typing import Any, Literal
@@ -49,7 +49,7 @@ FEWEST_TOKENS, TOKENS_A_FEATURE, TOLERANCE = 4096, 32, 0.025
 #: Smallest number of elements of a weight for which 16 bits are faster than float32, even with conversions.
 _LARGE = 1 << 18
 #: Losses that may be the cross entropy of tokens; `default_losses` tells whether they are.
-_OWN = (label_losses, own_losses, sampled_losses)
+OWN_LOSSES = (label_losses, own_losses, sampled_losses)
 #: Largest number of features (inputs or outputs of a layer) for which the full moment is stored. For more
 #: features only the diagonal is stored.
 FULL_UP_TO = 8192
@@ -142,14 +142,12 @@ def calibrate(
             if tokens is not None and tokens_of(batch) > tokens - read:
                 batch = first_rows(batch, tokens - read)
             recorder.expect(batch)
-            # The cache of autocast is disabled, since 16-bit weights would stay in it until the last batch.
-            lower = torch.autocast(device.type, autocast, cache_enabled=False) if autocast else nullcontext()
-            with lower, torch.set_grad_enabled(gradients):
-                if count == 0 and gradients and (loss_fn is None or loss_fn in _OWN):
+            with lowered(device, autocast), torch.set_grad_enabled(gradients):
+                if count == 0 and gradients and (loss_fn is None or loss_fn in OWN_LOSSES):
                     with recorder.paused():
                         default, entropies = default_losses(model, batch)
                     loss_fn = loss_fn or default
-                    of_tokens = loss_fn in _OWN and entropies
+                    of_tokens = loss_fn in OWN_LOSSES and entropies
                 if gradients:
                     assert loss_fn is not None
                     each = checked_losses(loss_fn(model, batch))
@@ -194,6 +192,12 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
         known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
         return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else None
     return None
+
+
+def lowered(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Return an autocast context of this dtype; if it is None, the caller's autocast is kept."""
+    # The cache of autocast is disabled, since 16-bit weights would stay in it until the last batch.
+    return torch.autocast(device.type, dtype, cache_enabled=False) if dtype else nullcontext()
 
 
 class _Settling:
@@ -262,9 +266,20 @@ def mean_loss(total: float, scored: int, loss_fn: TokenLosses | None) -> float:
 
 
 class MomentRecorder:
-    """Sums of second moments over the batches of one calibration; hooks on the layers update the sums."""
+    """Sums of second moments over the batches of one calibration; hooks on the layers update the sums.
 
-    def __init__(self) -> None:
+    Args:
+        full_gradients: whether to store the full moments of gradients, instead of their diagonals. Gradients
+            of embeddings always have full moments.
+        full_up_to: largest number of features for which full moments are stored.
+    """
+
+    def __init__(self, *, full_gradients: bool = True, full_up_to: int = FULL_UP_TO) -> None:
+        self.full_gradients, self.full_up_to = full_gradients, full_up_to
+        self.restart()
+
+    def restart(self) -> None:
+        """Delete all sums."""
         self.batch: Batch = {}
         self.seeing = True
         self.frequencies: dict[str, Tensor] = {}
@@ -371,8 +386,9 @@ class MomentRecorder:
             self._samples[name].add(held, gradient, self.batch)
         tokens = _rows(gradient, token_mask(self.batch, gradient.shape[:-1]))
         _accumulate(self._traces[1], name, tokens.float().square().sum())
-        if tokens.shape[1] > FULL_UP_TO:
-            _accumulate(self.gradients, name, self._moment(tokens))
+        full = self.full_gradients or name in self.frequencies
+        if tokens.shape[1] > self.full_up_to or not full:
+            _accumulate(self.gradients, name, tokens.float().square().sum(0))
             return
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
@@ -440,7 +456,7 @@ class MomentRecorder:
     def _moment(self, tokens: Tensor) -> Tensor:
         # Disable autocast, since sums of thousands of squares are too inaccurate in 16 bits.
         with torch.autocast(tokens.device.type, enabled=False):
-            if tokens.shape[1] <= FULL_UP_TO:
+            if tokens.shape[1] <= self.full_up_to:
                 return upper_gram(tokens.float())
             return tokens.float().square().sum(0)
 

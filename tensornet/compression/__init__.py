@@ -3,15 +3,16 @@
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses
 from tensornet.compression.plan import LayerPlan
-from tensornet.compression.planning import Prepared, prepare
+from tensornet.compression.planning import price
+from tensornet.compression.prices import PriceList
 
 __all__ = [
     "LayerPlan",
     "LossIncrease",
-    "Prepared",
+    "PriceList",
     "check_loss",
     "correct_by_measuring",
     "measure",
-    "prepare",
+    "price",
     "record_losses",
 ]

@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from tensornet.calibration.stats import weight_samples
 from tensornet.compression.config import BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig
 from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import BudgetError
@@ -61,6 +62,51 @@ class Candidate:
     def scaled(self, factor: float) -> "Candidate":
         """Return a copy with the predicted losses multiplied by a factor."""
         return replace(self, cost=factor * self.cost, predicted_loss=factor * self.predicted_loss)
+
+
+@dataclass(frozen=True)
+class PricedLayer:
+    """A weight and the candidates for storing it.
+
+    Args:
+        names: names of the modules that use the weight; the first identifies it.
+        shape: shape of the weight, `(out, in)`.
+        dtype: dtype of the weight.
+        candidates: ways to store the weight, with their sizes and predicted losses.
+        sample: four elements of the weight, from `weight_samples`, to recognize the model.
+        spectrum: singular values of the weight, to compare with a truncated SVD; empty if unknown.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    candidates: tuple[Candidate, ...]
+    sample: tuple[float, ...] = ()
+    spectrum: tuple[float, ...] = ()
+
+    @classmethod
+    def of(
+        cls, target: Target, candidates: Sequence[Candidate], spectrum: Sequence[float] = ()
+    ) -> "PricedLayer":
+        """Combine a weight and its candidates; the weight itself is not kept."""
+        shape, dtype = (target.matrix.shape[0], target.matrix.shape[1]), target.matrix.dtype
+        sample = weight_samples([target])[target.name]
+        return cls(target.names, shape, dtype, tuple(candidates), sample, tuple(spectrum))
+
+    @property
+    def name(self) -> str:
+        """Name of the weight in plans and reports."""
+        return self.names[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the weight."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight in its own dtype."""
+        return self.numel * self.dtype.itemsize
 
 
 class CostCurve(NamedTuple):
@@ -292,7 +338,7 @@ def curve_of(candidates: Sequence[Candidate], unit: str, entry: int = 0) -> Cost
 
 
 def choose_candidates(
-    targets: Sequence[Target],
+    layers: Sequence[PricedLayer],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     objective: str,
@@ -304,14 +350,14 @@ def choose_candidates(
     """Choose one candidate for each layer, so that all budgets of a configuration are met.
 
     Args:
-        targets: the weights to compress.
-        candidates: the candidates of each target, or of each group of fused targets.
+        layers: the weights to compress.
+        candidates: the candidates of each layer, or of each group of fused layers.
         config: the configuration.
         objective: objective for which the candidates were made.
         forecast: corrects predicted losses by measured losses.
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file; they count in budgets of the whole model.
-        names: name of each target or group, for error messages; by default, the names of the targets.
+        names: name of each layer or group, for error messages; by default, the names of the layers.
 
     Returns:
         Index of the candidate of each layer, and the name of the tightest budget.
@@ -321,19 +367,19 @@ def choose_candidates(
     """
     if objective != "curvature" or not (config.param_ratio is not None or config.needs_curvature):
         if config.formats:
-            return one_format(targets, candidates, config, untargeted)
+            return one_format(layers, candidates, config, untargeted)
         capping = (x for x in ("param_ratio", "rel_error", "max_bond") if getattr(config, x) is not None)
-        return _choose_alone(targets, candidates, config), next(capping, "exact")
+        return _choose_alone(layers, candidates, config), next(capping, "exact")
     caps: list[Cap] = []
-    names = names or [target.name for target in targets]
+    names = names or [x.name for x in layers]
 
     def add(name: str, unit: str, allowed: float, entry: int = 0) -> None:
         caps.append(Cap(name, [curve_of(found, unit, entry) for found in candidates], allowed))
 
     if config.param_ratio is not None:
-        add("param_ratio", "params", config.param_ratio * sum(target.matrix.numel() for target in targets))
-    for name, allowed in allowed_bytes(config, targets, untargeted).items():
-        add(name, "num_bytes", allowed, entry_bytes(config, name, targets))
+        add("param_ratio", "params", config.param_ratio * sum(x.numel for x in layers))
+    for name, allowed in allowed_bytes(config, layers, untargeted).items():
+        add(name, "num_bytes", allowed, entry_bytes(config, name, layers))
     if not caps:
         assert config.loss_increase is not None
         curves = [curve_of(found, "num_bytes" if config.formats else "params") for found in candidates]
@@ -429,7 +475,7 @@ def choose_within(caps: Sequence[Cap], names: Sequence[str] = ()) -> tuple[list[
     return best, max(caps, key=lambda cap: cap.use(best)).name
 
 
-def entry_bytes(config: CompressionConfig, budget: str, targets: Sequence[Target]) -> int:
+def entry_bytes(config: CompressionConfig, budget: str, layers: Sequence[PricedLayer]) -> int:
     """Bound the bytes that a tensor takes in the header of a safetensors file, if a budget counts them.
 
     Budgets of the whole model in bytes count them, except for export targets, which count their own files.
@@ -437,28 +483,28 @@ def entry_bytes(config: CompressionConfig, budget: str, targets: Sequence[Target
     Args:
         config: the configuration.
         budget: name of the budget.
-        targets: the weights to compress, whose names are parts of the names of tensors.
+        layers: the weights to compress, whose names are parts of the names of tensors.
     """
     whole = budget in ("byte_ratio", "max_bytes") and config.counts_model(budget)
-    return ENTRY + max(len(x.name) for x in targets) if whole and config.menu is None else 0
+    return ENTRY + max(len(x.name) for x in layers) if whole and config.menu is None else 0
 
 
 def allowed_bytes(
-    config: CompressionConfig, targets: Sequence[Target], untargeted: tuple[int, int, int]
+    config: CompressionConfig, layers: Sequence[PricedLayer], untargeted: tuple[int, int, int]
 ) -> dict[str, float]:
     """Map the name of each budget of bytes to the number of bytes that it leaves for the targeted layers.
 
     Args:
         config: the configuration.
-        targets: the weights to compress.
+        layers: the weights to compress.
         untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
             other bytes of the model's file.
 
     Raises:
         BudgetError: the parameters that are not targeted already exceed a budget.
     """
-    weights = sum(target.matrix.numel() for target in targets)
-    now = sum(target.matrix.numel() * target.matrix.element_size() for target in targets)
+    weights = sum(x.numel for x in layers)
+    now = sum(x.nbytes for x in layers)
     found = {}
     for name in BYTE_BUDGETS:
         if (value := getattr(config, name)) is None:
@@ -466,9 +512,9 @@ def allowed_bytes(
         whole = config.counts_model(name)
         params, size = (weights + untargeted[0], now + untargeted[1]) if whole else (weights, now)
         others = untargeted[1] if whole else 0
-        if entry := entry_bytes(config, name, targets):
+        if entry := entry_bytes(config, name, layers):
             others += untargeted[2]
-            size += untargeted[2] + entry * len(targets)
+            size += untargeted[2] + entry * len(layers)
         total = {"bits_per_weight": value / 8 * params, "byte_ratio": value * size, "max_bytes": value}[name]
         found[name] = total - others
         if found[name] <= 0:
@@ -481,7 +527,7 @@ def allowed_bytes(
 
 
 def one_format(
-    targets: Sequence[Target],
+    layers: Sequence[PricedLayer],
     candidates: Sequence[Sequence[Candidate]],
     config: CompressionConfig,
     untargeted: tuple[int, int, int],
@@ -494,11 +540,11 @@ def one_format(
     Raises:
         BudgetError: no format meets the budgets.
     """
-    caps = allowed_bytes(config, targets, untargeted)
+    caps = allowed_bytes(config, layers, untargeted)
     names = _common_formats(candidates)
     if config.formats == DEFAULT_FORMATS:  # without data, fewer than 8 bits are used only on request
         names = [_BLIND]
-    entry = max((entry_bytes(config, name, targets) for name in caps), default=0)
+    entry = max((entry_bytes(config, name, layers) for name in caps), default=0)
     sizes = dict.fromkeys(names, 0)
     for name in names:
         same = [found[uniform(found)[name]] for found in candidates]
@@ -533,18 +579,18 @@ def _with_rel_error(config: CompressionConfig) -> str:
 
 
 def _choose_alone(
-    targets: Sequence[Target], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
+    layers: Sequence[PricedLayer], candidates: Sequence[Sequence[Candidate]], config: CompressionConfig
 ) -> list[int]:
     """Choose the best candidate of each layer separately, under the limits on single layers."""
     if config.param_ratio is not None:
-        sizes = [target.matrix.numel() for target in targets]
+        sizes = [x.numel for x in layers]
 
         def decide(index: int, ratio: float) -> int:
             try:
                 return spend_size([curve_of(candidates[index], "params")], ratio * sizes[index])[0]
             except BudgetError as error:
                 raise BudgetError(
-                    f"Layer {targets[index].name!r}: {error}{_with_rel_error(config)}"
+                    f"Layer {layers[index].name!r}: {error}{_with_rel_error(config)}"
                 ) from error
 
         def stay(index: int) -> tuple[int, float]:

@@ -90,9 +90,10 @@ def apply_plan(
     check_holder(model)
     check_type("plan", plan, CompressionPlan, "CompressionPlan.load reads one from a file")
     check_stats(stats)
-    check_objective(plan, stats)
     work = [layer for layer in plan if layer.topology is not None]
     known = {} if cache is None else cache
+    if not all((x.name, x.topology, x.storage) in known for x in work):
+        check_objective(plan, stats)
     modules: dict[str, nn.Module] = {}
     errors = {}
     with unfused(model):
@@ -387,7 +388,7 @@ def compress_layer(
     )
     # The certified bound holds for the cores before they are stored. If storing rounds the cores, the error
     # is measured instead.
-    exact = layer.storage.plain and result_dtype(matrix.dtype) == matrix.dtype
+    exact = layer.storage.plain and result_dtype(layer.dtype) == layer.dtype
     return made, result.error if exact else relative_gap(matrix, made.to_matrix())
 
 

@@ -60,6 +60,7 @@ def find_candidates(
     config: CompressionConfig,
     objective: str,
     stats: CalibrationStats | None,
+    families: Sequence[str] | None = None,
 ) -> Iterator[list[Candidate]]:
     """Yield the candidates of each layer as a list; all of them meet the limits on single layers.
 
@@ -68,6 +69,7 @@ def find_candidates(
         config: the options; the limits are `max_bond` and `rel_error`.
         objective: `"weight"`, `"activation"` or `"curvature"`.
         stats: calibration statistics.
+        families: topology families of networks; those of the configuration if absent.
 
     Raises:
         BudgetError: a layer has no candidate left.
@@ -85,7 +87,8 @@ def find_candidates(
     counts: Counts = {}
     for some in _chunks(targets):
         with remembering():  # layers with the same inputs share the factorized moment
-            known = [layer_sensitivity(x, objective, stats, config.damping, config.rounding) for x in some]
+            rounding = config.rounding or "two_sided"
+            known = [layer_sensitivity(x, objective, stats, config.damping, rounding) for x in some]
         corrections: dict[int, Corrections] = {}
         if few:
             sensitive = {
@@ -101,7 +104,9 @@ def find_candidates(
                 run = [
                     _insensitive(some[k].matrix, config)
                     if (sensitivity := known[k]) is None
-                    else _of_layer(some[k], sensitivity, config, objective, counts, corrections.get(k))
+                    else _of_layer(
+                        some[k], sensitivity, config, objective, counts, corrections.get(k), families
+                    )
                     for k in places
                 ]
             yield from run
@@ -132,6 +137,7 @@ def _of_layer(
     objective: str,
     counts: Counts,
     corrections: "Corrections | None",
+    names: Sequence[str] | None,
 ) -> list[Candidate]:
     """Find all candidates of one layer, and drop those that are never the best choice.
 
@@ -143,7 +149,7 @@ def _of_layer(
     # With calibration data, chains are not planned, since low rank is better. Nor are residual networks:
     # their losses are known only after rounding, so planning would take six times as long, for 1 % less loss.
     chains = ("mpo",) if config.topology == AUTO else ()
-    families = [topology_family(x) for x in config.families if x not in chains]
+    families = [topology_family(x) for x in (config.families if names is None else names) if x not in chains]
     found: list[Candidate] = []
     if not config.formats:
         for family in families:

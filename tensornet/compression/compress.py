@@ -9,17 +9,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from tensornet.calibration.batches import Batch, BatchLike, BatchSample, some_rows
-from tensornet.calibration.calibrate import calibrate
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    BatchSample,
+    check_batches,
+    read_batches,
+    some_rows,
+)
+from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.losses import PROJECTIONS, sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.apply import apply_plan, run_once
+from tensornet.compression.apply import LayerCache, apply_plan, run_once
 from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss, correct_by_measuring
 from tensornet.compression.loss_increase import measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan
-from tensornet.compression.planning import Prepared, prepare
+from tensornet.compression.planning import plan as plan_model
+from tensornet.compression.planning import planned_alone, price
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
+from tensornet.compression.sensitivity import resolve_objective
+from tensornet.compression.survey import survey
+from tensornet.compression.write import WRITE_TOKENS, compress_blocks
 from tensornet.errors import BudgetError, CalibrationWarning, TargetError
 from tensornet.nn.extension import ProvidedData, provided_data, round_others
 from tensornet.nn.targets import check_model, list_weights
@@ -86,35 +97,42 @@ def compress(
         raise TargetError("validation is iterated over several times: pass a list, not an iterator.")
     params_before, bytes_before = model_size(model)
 
-    # Calibrate, unless statistics are given or not needed.
-    data = gather(model, options, calibration, progress=progress)
-    stats = data.statistics
-
-    # Find candidates, and check their predicted losses by measuring before anything is replaced.
-    prepared: Prepared | None = None
-    if not isinstance(config, CompressionPlan):
-        prepared = prepare_checked(model, config, data, held_out, progress=progress)
-        weights = list(prepared.weights)
-    elif held_out is not None:
-        raise TargetError(
-            "validation corrects predictions during planning, but a finished plan was given: leave it out."
+    # Plan: survey the model block by block or, with more effort, collect the statistics of all layers first.
+    by_blocks = config.by_blocks and held_out is None
+    data = gather(model, options, calibration, by_blocks=by_blocks, progress=progress)
+    by_blocks = by_blocks and data.statistics is None and bool(data.batches)
+    cache: LayerCache = {}
+    if isinstance(config, CompressionPlan):
+        plan = config
+        if held_out is not None:
+            raise TargetError(
+                "validation corrects predictions during planning, but a finished plan was given: leave it "
+                "out."
+            )
+        source = None if data.statistics is None else data.statistics.source
+        if config.objective != "weight" and not by_blocks and source != config.calibration:
+            raise BudgetError(
+                f"The plan was made with {config.calibration}, and the cores depend on these data. Pass the "
+                "same data with the same number of tokens, or the statistics that were collected on them."
+            )
+    elif by_blocks:
+        prices = survey(
+            model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
         )
-    elif config.objective != "weight" and (stats is None or stats.source != config.calibration):
-        raise BudgetError(
-            f"The plan was made with {config.calibration}, and the cores depend on these data. Pass the same "
-            "data with the same number of tokens, or the statistics that were collected on them."
-        )
+        plan = prices.plan()
     else:
-        with unfused(model):
-            weights = list_weights(model)
+        plan = plan_thoroughly(model, config, data, held_out, cache=cache, progress=progress)
+    with unfused(model):
+        weights = list_weights(model)
 
-    # Plan, and apply the plan.
+    # Apply the plan.
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
-    plan = config if isinstance(config, CompressionPlan) else prepared.plan(progress=progress)  # type: ignore[union-attr]
-    cache = {} if prepared is None else dict(prepared.cache)
+    if by_blocks:
+        for _, made in compress_blocks(model, plan, data.batches, progress=progress):
+            cache |= made
     row = _row_to_run(model, data.batches)
-    errors = apply_plan(model, plan, stats, progress=progress, cache=cache, batch=row)
+    errors = apply_plan(model, plan, data.statistics, progress=progress, cache=cache, batch=row)
     measured = measured_layers = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, plan.predicted_loss_increase, options.loss_increase)
@@ -156,9 +174,16 @@ def compress(
 
 
 def gather(
-    model: nn.Module, config: CompressionConfig, calibration: Calibration | None, *, progress: bool
+    model: nn.Module,
+    config: CompressionConfig,
+    calibration: Calibration | None,
+    *,
+    by_blocks: bool = False,
+    progress: bool,
 ) -> ProvidedData:
     """Collect the statistics that a configuration needs, and a few of the batches.
+
+    If the model will be visited block by block, only batches are collected.
 
     Warns if an extension provides the data. Also warns if there is no data, since plans then minimize the
     error of the weights.
@@ -190,6 +215,10 @@ def gather(
         warnings.warn(f"No calibration data: {warning}", CalibrationWarning, stacklevel=3)
     if data is None:
         return ProvidedData([], "")
+    if by_blocks and data.statistics is None and needed:
+        check_batches(data.batches, "compress")
+        batches = read_batches(data.batches, model, tokens=WRITE_TOKENS, rows=ENOUGH_LOSSES, most=MOST_TOKENS)
+        return replace(data, batches=batches)
     sample, stats = BatchSample(data.batches), data.statistics if needed else None
     if needed and stats is None:
         stats = calibrate(
@@ -207,49 +236,55 @@ def gather(
     return _measurable(replace(data, batches=sample.kept, statistics=stats))
 
 
-def prepare_checked(
+def plan_thoroughly(
     model: nn.Module,
     config: CompressionConfig,
     data: ProvidedData,
     validation: ProvidedData | None = None,
     *,
+    cache: LayerCache | None = None,
     progress: bool = False,
-) -> Prepared:
-    """Find the candidates of all layers, and correct their predicted losses by measuring.
+) -> CompressionPlan:
+    """Plan with the statistics of all layers, and correct predicted losses by measuring.
 
     Args:
         model: the dense model; it is not changed.
         config: the options.
         data: calibration data from `gather`; if it has no batches, the loss check uses `validation`.
         validation: validation data (see `compress`).
+        cache: receives layers that are rounded for measurements (see `apply_plan`).
         progress: whether to show progress bars.
 
     Raises:
         TargetError: validation data is given, but there are no predicted losses to correct.
-        BudgetError: the budget cannot be met (see `Prepared.plan`).
+        BudgetError: the budget cannot be met (see `PriceList.plan`).
     """
     stats = data.statistics
-    prepared = prepare(model, config, stats, progress=progress)
-    if config.verify and stats is not None:
-        measured = data if data.batches or validation is None else replace(validation, loss_fn=data.loss_fn)
-        prepared = check_loss(
-            prepared, model, list(measured.batches), loss_fn=measured.loss_fn, progress=progress
-        )
-    if validation is None:
-        return prepared
-    if stats is None:
+    if validation is not None and stats is None:
         raise TargetError(
             "validation corrects the losses that calibration predicts: pass calibration=batches too, and not "
             "objective='weight'."
         )
-    return correct_by_measuring(
-        prepared,
-        model,
-        list(validation.batches),
-        loss_fn=validation.loss_fn,
-        source=validation.source,
-        progress=progress,
-    )
+    if planned_alone(config, resolve_objective(config, stats)):
+        return plan_model(model, config, stats, progress=progress)
+    prices = price(model, config, stats, progress=progress)
+    if config.verify and stats is not None:
+        measured = data if data.batches or validation is None else replace(validation, loss_fn=data.loss_fn)
+        batches = list(measured.batches)
+        prices = check_loss(
+            prices, model, batches, stats, loss_fn=measured.loss_fn, cache=cache, progress=progress
+        )
+    if validation is not None:
+        prices = correct_by_measuring(
+            prices,
+            model,
+            list(validation.batches),
+            stats,
+            loss_fn=validation.loss_fn,
+            source=validation.source,
+            progress=progress,
+        )
+    return prices.plan()
 
 
 def calibration_config(plan: CompressionPlan) -> CompressionConfig:

@@ -23,6 +23,8 @@ from tensornet.topology import Topology
 Objective = Literal["auto", "weight", "activation", "curvature"]
 OBJECTIVES = ("auto", "weight", "activation", "curvature")
 ROUNDINGS = get_args(Rounding)
+Effort = Literal["fast", "thorough"]
+EFFORTS = get_args(Effort)
 AUTO = "auto"
 #: Budgets for all layers together; they need the sensitivity of the loss to errors in each layer.
 WHOLE_MODEL_BUDGETS = ("bits_per_weight", "byte_ratio", "max_bytes", "loss_increase")
@@ -109,10 +111,15 @@ class CompressionConfig(LayerSelection):
             the predicted loss increase; auto takes the last of these for which the calibration data suffice.
             `"activation"` needs calibrated inputs. `"curvature"` needs calibrated gradients, and divides
             budgets among all layers.
+        effort: how much time to spend on a plan of number formats. fast prices the formats of every layer on
+            few tokens and rounds block by block, on the inputs that each block will really get. thorough
+            collects full moments of inputs and gradients of the whole model, also plans low-rank parts,
+            rounds with feedback along inputs and outputs, and corrects predictions by measuring. All other
+            plans are thorough.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
-            or along inputs and outputs. Two configurations are usual baselines. Round to nearest is
-            `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated SVD is
-            `(objective="weight", topology="low_rank", param_ratio=0.5)`.
+            or along inputs and outputs. By default, `effort` decides. Two configurations are usual baselines.
+            Round to nearest is `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated
+            SVD is `(objective="weight", topology="low_rank", param_ratio=0.5)`.
         damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
             depend more on the calibration text, and predicted losses are lower.
         pivoted: whether to store networks without the elements that are redundant because of their gauge
@@ -152,7 +159,8 @@ class CompressionConfig(LayerSelection):
     formats: str | Sequence[str] | None = option(None, "advanced", "names")
     loss_increase: float | None = option(None, "budget", "number")
     objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
-    rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
+    effort: Effort = option("fast", "budget", choices=EFFORTS)
+    rounding: Rounding | None = option(None, "advanced", choices=ROUNDINGS)
     damping: float = option(0.1, "advanced", "number")
     pivoted: bool | None = option(None, "advanced", "flag")
     require_calibrated: bool = option(False, "advanced", "flag")
@@ -169,9 +177,12 @@ class CompressionConfig(LayerSelection):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
-        for name, choices in (("objective", OBJECTIVES), ("rounding", ROUNDINGS)):
+        named = (("objective", OBJECTIVES), ("rounding", (*ROUNDINGS, None)), ("effort", EFFORTS))
+        for name, choices in named:
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
+                raise ValueError(
+                    f"Unknown {name} {value!r}; choose one of {', '.join(x for x in choices if x)}."
+                )
         for name in ("max_bond", "sites"):
             if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
@@ -262,6 +273,14 @@ class CompressionConfig(LayerSelection):
     def one_format_keeps(self) -> bool:
         """True if a plan without calibration data can meet the budgets: one number format for all layers."""
         return self.formats is not None and self.param_ratio is None and self.loss_increase is None
+
+    @property
+    def by_blocks(self) -> bool:
+        """True if number formats are planned with little effort, so that blocks are visited one by one."""
+        networks = self.topology != AUTO or self.param_ratio is not None or not self.budget.unlimited
+        rounds = self.rounding in (None, "one_sided", "nearest")
+        gradients = self.objective in ("auto", "curvature") and (self.needs_curvature or bool(self.formats))
+        return self.effort == "fast" and bool(self.formats) and not networks and rounds and gradients
 
     @property
     def needs_curvature(self) -> bool:

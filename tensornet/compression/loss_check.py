@@ -26,11 +26,11 @@ from tqdm.auto import tqdm
 
 from tensornet._util import in_eval_mode
 from tensornet.calibration.batches import Batch, BatchLike, some_rows
-from tensornet.calibration.blockwise import find_chains, hidden_of, replaced_blocks
 from tensornet.calibration.losses import TokenLosses, losses_against
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import find_chains, hidden_of, replaced_blocks
 from tensornet.compression.allocate import Candidate
-from tensornet.compression.apply import apply_plan
+from tensornet.compression.apply import LayerCache, apply_plan
 from tensornet.compression.layer_names import layer_names
 from tensornet.compression.loss_increase import (
     UNMEASURED,
@@ -41,9 +41,9 @@ from tensornet.compression.loss_increase import (
     opposite_errors,
 )
 from tensornet.compression.plan import CompressionPlan, LayerPlan, LossCheck, RaisedLoss
-from tensornet.compression.planning import Prepared
+from tensornet.compression.prices import PriceList
 from tensornet.errors import BudgetError, CalibrationWarning
-from tensornet.nn.targets import Target
+from tensornet.nn.targets import Target, list_weights
 from tensornet.nn.unfuse import unfused
 
 #: Sizes of the model at which `correct_by_measuring` measures the loss. If number formats are planned, they
@@ -74,52 +74,59 @@ Group = tuple[LayerPlan, ...]
 
 
 def check_loss(
-    prepared: Prepared,
+    prices: PriceList,
     model: nn.Module,
     batches: Sequence[BatchLike],
+    stats: CalibrationStats | None,
     *,
     loss_fn: TokenLosses | None = None,
+    cache: LayerCache | None = None,
     progress: bool = False,
     **budget: Any,
-) -> Prepared:
+) -> PriceList:
     """Measure the loss of layers with large errors in a plan, and raise predictions that are far too low.
 
     The plan with raised predictions is checked in the same way, for a few rounds. The model is not changed.
     Plans without number formats or predicted losses are not checked.
 
     Args:
-        prepared: the candidates of this model, from `prepare`.
+        prices: the candidates of this model, from `price`.
         model: the dense model.
         batches: batches as for `calibrate`; about a thousand of their tokens are used.
+        stats: the statistics with which the model was priced.
         loss_fn: loss function (see `tensornet.calibration.losses`); `losses_against(model)` if absent.
+        cache: receives the layers that are rounded for measurements, to be reused by `apply_plan`.
         progress: whether to show a progress bar.
-        budget: budget of the plan (see `Prepared.plan`).
+        budget: budget of the plan (see `PriceList.plan`).
 
     Returns:
         The candidates with raised predictions.
 
     Raises:
-        BudgetError: the budget cannot be met (see `Prepared.plan`).
+        BudgetError: the budget cannot be met (see `PriceList.plan`).
 
     Example:
-        >>> from tensornet.compression import check_loss, prepare
+        >>> from tensornet.compression import check_loss, price
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
         >>> stats = tn.calibrate(model, batches)
-        >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=2.5), stats)
-        >>> check_loss(prepared, model, batches).plan().loss_check.layers > 0
+        >>> prices = price(model, tn.CompressionConfig(bits_per_weight=2.5), stats)
+        >>> check_loss(prices, model, batches, stats).plan().loss_check.layers > 0
         True
     """
-    if prepared.template.objective != "curvature" or not prepared.config.formats or not len(batches):
-        return prepared
-    given, trial = prepared, None
-    check = prepared.template.loss_check or LossCheck(0)
-    measured = prepared.measured or frozenset()
-    assert prepared.stats is not None  # the curvature objective needs statistics
-    powers = _outlier_powers(prepared.targets, prepared.stats)
+    if prices.template.objective != "curvature" or not prices.config.formats or not len(batches):
+        return prices
+    given, trial = prices, None
+    check = prices.template.loss_check or LossCheck(0)
+    measured = prices.measured or frozenset()
+    assert stats is not None  # the curvature objective needs statistics
+    with unfused(model):
+        known = {x.name: x for x in list_weights(model)}
+    targets = [known[layer.name] for layer in prices.layers]
+    powers = _outlier_powers(targets, stats)
     for _ in range(ROUNDS):
-        prepared = replace(prepared, template=replace(prepared.template, loss_check=check), measured=measured)
-        plan = prepared.plan(**budget)
+        prices = replace(prices, template=replace(prices.template, loss_check=check), measured=measured)
+        plan = prices.plan(**budget)
         suspects = {raised.layer for raised in check.raised}  # other schemes of these layers are checked too
         groups = _groups(plan, powers, suspects)
         groups = [x for x in groups if not all((layer.name, layer.scheme) in measured for layer in x)]
@@ -127,7 +134,7 @@ def check_loss(
             break
         if trial is None:
             try:
-                trial = _Trial(model, batches, loss_fn, prepared)
+                trial = _Trial(model, batches, loss_fn, prices, stats, {} if cache is None else cache)
             except _CANNOT_COPY as error:
                 warnings.warn(
                     f"Predicted losses were not checked by measuring, because {type(model).__name__} cannot "
@@ -141,26 +148,29 @@ def check_loss(
         measured |= {(layer.name, layer.scheme) for layer in layers.values()}
         raised = [RaisedLoss(name, layers[name].scheme, round(x, 3)) for name, x in factors.items()]
         check = replace(check, raised=(*check.raised, *raised))
-        candidates = [
-            _raise(found, layers[target.name], factors[target.name]) if target.name in factors else found
-            for target, found in zip(prepared.targets, prepared.candidates, strict=True)
+        raised_layers = [
+            replace(x, candidates=_raise(x.candidates, layers[x.name], factors[x.name]))
+            if x.name in factors
+            else x
+            for x in prices.layers
         ]
-        prepared = replace(prepared, candidates=tuple(candidates))
+        prices = replace(prices, layers=tuple(raised_layers))
         if not factors:
             break
-    return replace(prepared, template=replace(prepared.template, loss_check=check), measured=measured)
+    return replace(prices, template=replace(prices.template, loss_check=check), measured=measured)
 
 
 def correct_by_measuring(
-    prepared: Prepared,
+    prices: PriceList,
     model: nn.Module,
     validation: Sequence[BatchLike],
+    stats: CalibrationStats | None,
     *,
     loss_fn: TokenLosses | None = None,
     budgets: Sequence[Mapping[str, float]] | None = None,
     source: str = "validation data",
     progress: bool = False,
-) -> Prepared:
+) -> PriceList:
     """Measure loss increases at a few sizes of the model, and correct all predicted losses by them.
 
     At each size, a copy of the model that shares its weights is compressed and run on the validation data.
@@ -168,13 +178,14 @@ def correct_by_measuring(
     over the data. Loss increases below twice their standard error are ignored.
 
     Args:
-        prepared: the candidates of this model, from `prepare`.
+        prices: the candidates of this model, from `price`.
         model: the dense model.
         validation: batches as for `calibrate`, with at least ten thousand tokens, preferably from a
             different source than the calibration text.
+        stats: the statistics with which the model was priced.
         loss_fn: loss function without random numbers (see `tensornet.calibration.losses`);
             `losses_against(model)` if absent.
-        budgets: sizes to measure, as budgets of `Prepared.plan`; by default, `MEASURED_BITS` with number
+        budgets: sizes to measure, as budgets of `PriceList.plan`; by default, `MEASURED_BITS` with number
             formats, else `MEASURED_SHARES`.
         source: name of the text, for reports.
         progress: whether to show a progress bar.
@@ -186,37 +197,37 @@ def correct_by_measuring(
         BudgetError: the objective does not predict losses, or no measured loss is above the dense loss.
 
     Example:
-        >>> from tensornet.compression import correct_by_measuring, prepare
+        >>> from tensornet.compression import correct_by_measuring, price
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> inputs = [torch.randn(256, 64) for _ in range(2)]
         >>> batches = [(x, model(x).argmax(-1)) for x in inputs]  # compression can only make it worse
         >>> stats = tn.calibrate(model, batches[:1])
-        >>> prepared = prepare(model, tn.CompressionConfig(bits_per_weight=3), stats)
-        >>> prepared = correct_by_measuring(prepared, model, batches[1:])
-        >>> prepared.plan().forecast.source
+        >>> prices = price(model, tn.CompressionConfig(bits_per_weight=3), stats)
+        >>> prices = correct_by_measuring(prices, model, batches[1:], stats)
+        >>> prices.plan().forecast.source
         'validation data'
     """
-    if prepared.template.objective != "curvature":
+    if prices.template.objective != "curvature":
         raise BudgetError(
             f"Measurements correct predicted losses, but only objective='curvature' predicts losses; got "
-            f"{prepared.template.objective!r}."
+            f"{prices.template.objective!r}."
         )
-    if budgets is None and prepared.config.formats:
-        least = 8 * sum(min(x.num_bytes for x in found) for found in prepared.candidates)
-        smallest = least / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
+    if budgets is None and prices.config.formats:
+        least = 8 * sum(min(x.num_bytes for x in layer.candidates) for layer in prices.layers)
+        smallest = least / sum(layer.numel for layer in prices.layers) * (1 + 1e-9)
         bits = [x for x in MEASURED_BITS if x >= smallest] or [smallest]
         budgets = [{"bits_per_weight": x} for x in bits]
     elif budgets is None:
         budgets = [{"param_ratio": share} for share in MEASURED_SHARES]
     alone = replace(
-        prepared,
-        config=replace(prepared.config, whole_model=False),
-        template=replace(prepared.template, forecast=UNMEASURED),
+        prices,
+        config=replace(prices.config, whole_model=False),
+        template=replace(prices.template, forecast=UNMEASURED),
     )
     found, divergences = [], []
     for budget in tqdm(budgets, desc="measuring the loss", disable=not progress, unit="size"):
         plan, copied = alone.plan(**budget), light_copy(model)
-        apply_plan(copied, plan, prepared.stats)
+        apply_plan(copied, plan, stats)
         increase = measure(copied, model, validation, loss_fn=loss_fn, source=source)
         assert plan.predicted_loss_increase is not None
         if increase.significant:
@@ -224,7 +235,7 @@ def correct_by_measuring(
         if increase.kl_mean is not None:
             divergences.append((plan.predicted_loss_increase, increase.kl_mean))
     forecast = Forecast.through(found, source, divergences)
-    return replace(prepared, template=replace(prepared.template, forecast=forecast))
+    return replace(prices, template=replace(prices.template, forecast=forecast))
 
 
 def _groups(plan: CompressionPlan, powers: Mapping[str, float], suspects: set[str]) -> list[Group]:
@@ -266,16 +277,16 @@ def _outlier_powers(targets: Sequence[Target], stats: CalibrationStats) -> dict[
     return found
 
 
-def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> list[Candidate]:
+def _raise(found: Sequence[Candidate], layer: LayerPlan, factor: float) -> tuple[Candidate, ...]:
     """Scale the predicted losses of the planned candidate, and of smaller candidates of the same family."""
     assert layer.topology is not None
     family = layer.topology.family
-    return [
+    return tuple(
         x.scaled(factor)
         if x.topology is not None and x.topology.family == family and x.num_bytes <= layer.bytes_after
         else x
         for x in found
-    ]
+    )
 
 
 #: Exceptions that a model raises if it cannot be copied.
@@ -296,11 +307,13 @@ class _Trial:
         model: nn.Module,
         batches: Sequence[BatchLike],
         loss_fn: TokenLosses | None,
-        prepared: Prepared,
+        prices: PriceList,
+        stats: CalibrationStats,
+        cache: LayerCache,
     ) -> None:
         copied = light_copy(model)  # fails early: a model that cannot be copied is not checked
-        self.model, self.stats, self.cache = model, prepared.stats, prepared.cache
-        self.modules = {target.name: target.names for target in prepared.targets}
+        self.model, self.stats, self.cache = model, stats, cache
+        self.modules = {layer.name: layer.names for layer in prices.layers}
         self.loss_fn = loss_fn or losses_against(model, remember=True)
         self.batches: list[Batch] = some_rows(batches, model, CHECK_TOKENS)
         with in_eval_mode(model):

@@ -277,6 +277,12 @@ class CompressionPlan:
         raise KeyError(f"No layer {name!r} in the plan; it has {[layer.name for layer in self.layers]}.")
 
     @property
+    def by_blocks(self) -> bool:
+        """True if `compress_blocks` can apply the plan; it needs batches, but no statistics."""
+        dense = all(layer.topology is None or layer.topology.family == "dense" for layer in self.layers)
+        return dense and self.objective == "curvature" and self.rounding != "two_sided"
+
+    @property
     def params_before(self) -> int:
         """Number of elements of all targeted weights."""
         return sum(layer.params_before for layer in self.layers)
@@ -511,8 +517,12 @@ class CompressionPlan:
         }
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "CompressionPlan":
+    def from_dict(cls, data: dict[str, Any], *, complete: bool = True) -> "CompressionPlan":
         """Restore a plan from the result of `to_dict`.
+
+        Args:
+            data: the dict.
+            complete: whether the plan must have layers.
 
         Raises:
             FormatError: the data is not a plan, has an unknown version, or is inconsistent after an edit.
@@ -542,7 +552,7 @@ class CompressionPlan:
                 "layers": tuple(LayerPlan.from_dict(layer) for layer in data["layers"]),
             }
             made = cls(**known)
-            _check(made)
+            _check(made, complete=complete)
             return made
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise FormatError(f"Bad compression plan: {error}") from error
@@ -585,7 +595,7 @@ def _check_topology(layer: LayerPlan, topology: Topology) -> None:
         )
 
 
-def _check(plan: CompressionPlan) -> None:
+def _check(plan: CompressionPlan, *, complete: bool) -> None:
     """Check that a plan read from a file is consistent.
 
     Raises:
@@ -602,11 +612,11 @@ def _check(plan: CompressionPlan) -> None:
         raise TypeError(f"got of_tokens={plan.of_tokens!r} and calibration={plan.calibration!r}")
     if not 0 <= plan.damping < math.inf:
         raise ValueError(f"damping must be at least 0, got {plan.damping!r}")
-    if not plan.layers:
+    if not plan.layers and complete:
         raise ValueError("the plan has no layer")
-    name, count = Counter(layer.name for layer in plan).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"layer {name!r} is listed {count} times")
+    for name, count in Counter(layer.name for layer in plan).items():
+        if count > 1:
+            raise ValueError(f"layer {name!r} is listed {count} times")
     for layer in plan:
         where = f"of layer {layer.name!r}"
         if not isinstance(layer.name, str) or not isinstance(layer.bound_by, str):

@@ -29,9 +29,9 @@ from tqdm.auto import tqdm
 
 from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
-from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
 from tensornet.calibration.calibrate import mirrored, upper_gram
 from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import Stop, Walk, find_chains
 from tensornet.damping import FIT_DAMPING, ROW_DAMPING
 from tensornet.errors import TargetError
 from tensornet.healing.heal import compressed_layers, output_distance
@@ -289,7 +289,7 @@ class PairedRun:
         self.models, self.batches = (model, teacher), batches
         both = [find_chains(x, batches[0]) for x in self.models]
         self.chains = {name: blocks for name, blocks in both[0].items() if both[1].get(name) == blocks}
-        self.at: tuple[str, list[ChainRun]] | None = None
+        self.at: tuple[str, list[Walk]] | None = None
 
     def groups(self, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Group layers that run one after the other on the same input tensor, in execution order."""
@@ -345,7 +345,7 @@ class PairedRun:
         if place is not None:  # advance before hooks are set, since advancing runs other blocks
             chain, index = place
             if self.at is None or self.at[0] != chain:
-                self.at = chain, [ChainRun(x, self.chains[chain], self.batches) for x in self.models]
+                self.at = chain, [Walk(x, self.chains[chain], self.batches) for x in self.models]
                 for each in self.at[1]:
                     each.enter()
             for each in self.at[1]:

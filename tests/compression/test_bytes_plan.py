@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import Prepared, prepare
+from tensornet.compression import PriceList, price
 from tensornet.compression.allocate import (
     Cap,
     CostCurve,
@@ -38,7 +38,7 @@ SIZES = st.floats(2.3, 34.0)
 
 
 @cache
-def _calibrated() -> tuple[nn.Module, CalibrationStats, Prepared]:
+def _calibrated() -> tuple[nn.Module, CalibrationStats, PriceList]:
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=1, n_embd=64, n_head=2, n_positions=32, vocab_size=80, bos_token_id=0, eos_token_id=0
@@ -48,10 +48,10 @@ def _calibrated() -> tuple[nn.Module, CalibrationStats, Prepared]:
         for parameter in model.parameters():
             parameter.mul_(3)  # random models predict nothing; larger weights make their opinions strong
     stats = tn.calibrate(model, list(tokens(1)), loss_fn=sampled_losses)
-    return model, stats, prepare(model, CompressionConfig(bits_per_weight=4.25, formats=FORMATS), stats)
+    return model, stats, price(model, CompressionConfig(bits_per_weight=4.25, formats=FORMATS), stats)
 
 
-def calibrated() -> tuple[nn.Module, CalibrationStats, Prepared]:
+def calibrated() -> tuple[nn.Module, CalibrationStats, PriceList]:
     model, stats, prepared = _calibrated()
     return copy.deepcopy(model), stats, prepared
 
@@ -60,11 +60,11 @@ def tokens(seed: int) -> Tensor:
     return torch.randint(1, 80, (3, 8, 32), generator=torch.Generator().manual_seed(seed))
 
 
-def cost(prepared: Prepared, plan: tn.CompressionPlan) -> float:
+def cost(prepared: PriceList, plan: tn.CompressionPlan) -> float:
     """Cost that decides, which is not the predicted loss."""
     return sum(
         next(x.cost for x in found if (x.topology, x.storage) == (layer.topology, layer.storage))
-        for found, layer in zip(prepared.candidates, plan, strict=True)
+        for found, layer in zip([x.candidates for x in prepared.layers], plan, strict=True)
     )
 
 
@@ -140,7 +140,7 @@ def test_plans_keep_to_their_bytes_and_never_cost_more_than_one_format(a: float,
     assert cost(prepared, high) <= cost(prepared, low) + 1e-12
     assert prepared.plan(bits_per_weight=min(a, b)) == low
     for name in FORMATS:
-        same = [found[uniform(found)[name]] for found in prepared.candidates]
+        same = [found[uniform(found)[name]] for found in [x.candidates for x in prepared.layers]]
         if sum(x.num_bytes for x in same) <= low.params_before * min(a, b) / 8:
             assert cost(prepared, low) <= sum(x.cost for x in same) + 1e-12
 
@@ -233,7 +233,7 @@ def test_without_calibration_data_layers_become_int8() -> None:
 
 def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
     model, stats, prepared = calibrated()
-    name = prepared.targets[0].name
+    name = prepared.layers[0].name
     silent = replace(stats, rows={**stats.rows, name: torch.zeros_like(stats.rows[name])})
     plan = tn.plan(model, CompressionConfig(bits_per_weight=5, formats=FORMATS), silent)
     assert scheme_name(plan[name].topology, plan[name].storage) == "int8 dense"
@@ -241,7 +241,7 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
 
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
-    int8 = tuple([found[uniform(found)["int8"]]] for found in prepared.candidates)
+    int8 = tuple([found[uniform(found)["int8"]]] for found in [x.candidates for x in prepared.layers])
     with pytest.raises(tn.errors.BudgetError, match=r"bits_per_weight: .*smallest"):
         replace(prepared, candidates=int8).plan(bits_per_weight=4)
     with pytest.raises(tn.errors.BudgetError, match="max_bytes=100"):

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.losses import label_losses
-from tensornet.compression import Prepared, correct_by_measuring, measure, prepare, record_losses
+from tensornet.compression import PriceList, correct_by_measuring, measure, price, record_losses
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import BudgetError, FormatError, TargetError
 from tensornet_hf.embedded import calibration_text, gpt2_path, heldout_text
@@ -26,11 +26,11 @@ def windows(text: str) -> list[Tensor]:
 
 
 @cache
-def real() -> tuple[nn.Module, tn.CalibrationStats, Prepared, list[Tensor], list[Tensor]]:
+def real() -> tuple[nn.Module, tn.CalibrationStats, PriceList, list[Tensor], list[Tensor]]:
     """The embedded GPT-2, and held-out text in two parts: to measure on, and to be foreseen."""
     model = AutoModelForCausalLM.from_pretrained(gpt2_path()).eval()
     stats = tn.calibrate(model, windows(calibration_text()[:60_000]), loss_fn=sampled_losses)
-    prepared = prepare(model, CompressionConfig(param_ratio=0.5), stats)
+    prepared = price(model, CompressionConfig(param_ratio=0.5), stats)
     lines = heldout_text().splitlines()
     parts = [windows("\n".join(lines[k::2])) for k in range(2)]
     return model, stats, prepared, parts[0], parts[1]
@@ -107,7 +107,7 @@ def test_what_cannot_be_measured() -> None:
     with pytest.raises(TargetError, match="validation"):
         tn.compress(copy.deepcopy(model), weight, validation=[torch.ones(1, 4).long()], progress=False)
     with pytest.raises(BudgetError, match="curvature"):
-        correct_by_measuring(prepare(model, weight), model, [torch.ones(1, 4).long()])
+        correct_by_measuring(price(model, weight), model, [torch.ones(1, 4).long()])
     with pytest.raises(TargetError, match="No loss"):
         correct_by_measuring(prepared, model, [])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 from tensornet.calibration.batches import some_rows
-from tensornet.compression import Prepared, check_loss, loss_check, prepare
+from tensornet.compression import PriceList, check_loss, loss_check, price
 from tensornet.compression.allocate import uniform
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import opposite_errors
@@ -80,7 +80,7 @@ class Model(nn.Module):
 
 
 @cache
-def _made() -> tuple[Model, list[Batch], tn.CalibrationStats, Prepared]:
+def _made() -> tuple[Model, list[Batch], tn.CalibrationStats, PriceList]:
     with torch.random.fork_rng():
         # The trap is built into one model. Other random weights may get other formats, so the seed stays.
         torch.default_generator.manual_seed(0)
@@ -90,10 +90,10 @@ def _made() -> tuple[Model, list[Batch], tn.CalibrationStats, Prepared]:
             labels = torch.distributions.Categorical(logits=model(ids)["logits"]).sample()
     batches = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
     stats = tn.calibrate(model, batches, config=CONFIG, loss_fn=in_place)
-    return model, batches, stats, prepare(model, CONFIG, stats)
+    return model, batches, stats, price(model, CONFIG, stats)
 
 
-def made() -> tuple[Model, list[Batch], tn.CalibrationStats, Prepared]:
+def made() -> tuple[Model, list[Batch], tn.CalibrationStats, PriceList]:
     model, batches, stats, prepared = _made()
     return copy.deepcopy(model), batches, stats, prepared
 
@@ -152,7 +152,9 @@ def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
     model, batches, _stats, prepared = made()
     checked = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=2.5)
     names = [target.name for target in checked.targets]
-    for name, found, old in zip(names, checked.candidates, prepared.candidates, strict=True):
+    for name, found, old in zip(
+        names, checked.candidates, [x.candidates for x in prepared.layers], strict=True
+    ):
         ratios: dict[str, list[tuple[int, float]]] = {}
         for new, before in zip(found, old, strict=True):
             assert new.topology is not None
@@ -164,7 +166,7 @@ def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
             assert name == GUILTY or by_size[0] == 1
             assert family != "dense" or by_size[-1] == 1  # eight bits
     place = names.index(GUILTY)
-    found, old = checked.candidates[place], prepared.candidates[place]
+    found, old = checked.candidates[place], [x.candidates for x in prepared.layers][place]
     two, three = (uniform(found)[f"int{bits}:g32:float8"] for bits in (2, 3))
     assert found[two].cost > 4 * old[two].cost
     assert found[three].cost == old[three].cost
@@ -294,7 +296,7 @@ def test_any_model_is_verified(kind: Any) -> None:
     loss_fn = in_place if kind is Shared else None
     config = CompressionConfig(bits_per_weight=2.75, formats=FORMATS)
     stats = tn.calibrate(model, batches, loss_fn=loss_fn, config=config)
-    prepared = prepare(model, config, stats)
+    prepared = price(model, config, stats)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     verified = check_loss(prepared, model, batches, loss_fn=loss_fn)
     plan = verified.plan()

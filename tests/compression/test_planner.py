@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression import prepare
+from tensornet.compression import price
 from tensornet.compression.allocate import (
     CostCurve,
     frontier,
@@ -171,11 +171,11 @@ def test_the_curve_runs_through_every_budget() -> None:
 
 def test_one_preparation_serves_all_budgets() -> None:
     model, stats = gpt2_stats()
-    prepared = prepare(model, CompressionConfig(param_ratio=0.7), stats)
+    prepared = price(model, CompressionConfig(param_ratio=0.7), stats)
     assert prepared.plan() == tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
     for budget in ({"param_ratio": 0.5}, {"loss_increase": 0.01}):
         assert prepared.plan(**budget) == tn.plan(model, CompressionConfig(**budget), stats)
-    plain = prepare(model, CompressionConfig(param_ratio=0.7, objective="weight"))
+    plain = price(model, CompressionConfig(param_ratio=0.7, objective="weight"))
     assert plain.plan(param_ratio=0.5) == tn.plan(
         model, CompressionConfig(param_ratio=0.5, objective="weight")
     )
@@ -184,8 +184,8 @@ def test_one_preparation_serves_all_budgets() -> None:
 def test_what_forms_depend_on_is_no_budget() -> None:
     model, stats = gpt2_stats()
     with pytest.raises(tn.errors.BudgetError, match="got max_bond"):
-        prepare(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
-    inputs = prepare(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
+        price(model, CompressionConfig(param_ratio=0.7), stats).plan(max_bond=3)
+    inputs = price(model, CompressionConfig(param_ratio=0.7), replace(stats, loss=None))
     with pytest.raises(tn.errors.BudgetError, match=r"max_bytes.*curvature"):
         inputs.plan(max_bytes=60_000)
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.compression import prepare
-from tensornet.compression.planning import Prepared
+from tensornet.compression import price
+from tensornet.compression import PriceList
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError
@@ -259,11 +259,11 @@ def config(**options: object) -> tn.CompressionConfig:
 
 
 @cache
-def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[Prepared, tuple[StackCandidates, ...]]:
+def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[PriceList, tuple[StackCandidates, ...]]:
     model, stats, _ = calibrated(seed)
     options = config(param_ratio=0.5, formats=formats)
-    prepared = prepare(model, options, stats)
-    return prepared, find_stacks(prepared.targets, stats, options)
+    prepared = price(model, options, stats)
+    return prepared, find_stacks(prepared.layers, stats, options)
 
 
 def totals(
@@ -404,8 +404,8 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
 def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> None:
     formats = ("int8", "int4")
     prepared, _ = candidates(0, formats)
-    size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
-    bits = 0.9 * 8 * size / sum(target.matrix.numel() for target in prepared.targets)
+    size = sum(min(x.num_bytes for x in found) for found in [x.candidates for x in prepared.layers])
+    bits = 0.9 * 8 * size / sum(layer.numel for layer in prepared.layers)
     model, _, batches = calibrated()
     report = tm.compress_experts(
         copy.deepcopy(model),

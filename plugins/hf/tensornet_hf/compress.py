@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import tensornet as tn
 from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrate
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.compression.compress import calibration_config, gather, prepare_checked
+from tensornet.compression.compress import calibration_config, gather, plan_thoroughly
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
@@ -27,7 +27,7 @@ from tensornet.healing import refine
 from tensornet.healing.heal import heal
 from tensornet.io import check_place
 from tensornet.nn.extension import ProvidedData
-from tensornet.nn.targets import find_targets
+from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet_hf.checkpoint import (
     HUB,
@@ -507,8 +507,9 @@ def plan_folder(
     calibration = _calibration(model, folder, checked, options, options.text)
     validation = _validation(model, folder, options)
     data = gather(model, checked, calibration, progress=options.progress)
-    prepared = prepare_checked(model, checked, data, validation, progress=options.progress)
-    plan = prepared.plan(progress=options.progress)
+    plan = plan_thoroughly(model, checked, data, validation, progress=options.progress)
+    with unfused(model):
+        weights = list_weights(model)
 
     # Compute sizes before and after compression, and the coverage.
     params, size = model_size(model)
@@ -519,7 +520,7 @@ def plan_folder(
         "model_bytes_after": size - plan.bytes_before + plan.bytes_after,
     }
     names = [layer.name for layer in plan]
-    return PlannedFolder(plan, sizes, measure_coverage(prepared.weights, names, unseen=plan.unseen))
+    return PlannedFolder(plan, sizes, measure_coverage(weights, names, unseen=plan.unseen))
 
 
 def open_dense(folder: Path) -> PreTrainedModel:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import BatchLike, as_batch
-from tensornet.calibration.blockwise import ChainRun, outer_stacks
 from tensornet.calibration.calibrate import MomentRecorder, checked_losses, mean_loss, observed
 from tensornet.calibration.coherence import HeldTokens
 from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, sampled_losses
 from tensornet.calibration.stats import CalibrationStats, weight_samples
+from tensornet.calibration.walk import Walk, outer_stacks
 from tensornet.compression.config import CompressionConfig
 from tensornet.errors import TargetError
 from tensornet.io import Slice, load_slice, read_header, write_shard, write_tensors
@@ -92,7 +92,7 @@ def calibrate_checkpoint(
         fingerprint: dict[str, tuple[float, ...]] = {}
 
         # Run the model up to the first block, to record its input and the arguments of all blocks.
-        chain = ChainRun(model, blocks, given, _OnDisk(spill))
+        chain = Walk(model, blocks, given, _OnDisk(spill))
         inside = {id(module) for name in blocks for module in model.get_submodule(name).modules()}
         rest = [module for module in model.modules() if id(module) not in inside]
         with lazy.loaded([*rest, *chain.block.modules()]):

@@ -32,7 +32,8 @@ from tensornet.compression.config import CompressionConfig, check_config
 from tensornet.compression.loss_check import check_loss
 from tensornet.compression.loss_increase import LossIncrease, measure, record_losses, warn_of_loss
 from tensornet.compression.plan import CompressionPlan, LayerPlan, scheme_name
-from tensornet.compression.planning import Prepared, prepare
+from tensornet.compression.planning import price
+from tensornet.compression.prices import PriceList
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import layer_sensitivity, layer_weighting
 from tensornet.errors import BudgetError, TargetError
@@ -219,30 +220,30 @@ def compress_experts(
             "compress_experts compares separate and shared networks by their predicted loss, which needs "
             "calibrated gradients: pass calibration=batches, or use tensornet.compress."
         )
-    prepared = prepare(model, replace(config, objective="curvature"), stats, progress=progress)
+    prices = price(model, replace(config, objective="curvature"), stats, progress=progress)
     if config.verify:
         batches = list(data.batches)
         try:
-            prepared = check_loss(prepared, model, batches, progress=progress)
+            prices = check_loss(prices, model, batches, stats, progress=progress)
         except BudgetError:
             # Separate networks do not fit the budget, but networks that share a core may fit it. So check the
             # predictions for the smallest separate networks instead.
-            size = sum(min(x.num_bytes for x in found) for found in prepared.candidates)
-            bits = 8 * size / sum(target.matrix.numel() for target in prepared.targets) * (1 + 1e-9)
-            prepared = check_loss(prepared, model, batches, progress=progress, bits_per_weight=bits)
+            size = sum(min(x.num_bytes for x in layer.candidates) for layer in prices.layers)
+            bits = 8 * size / sum(layer.numel for layer in prices.layers) * (1 + 1e-9)
+            prices = check_loss(prices, model, batches, stats, progress=progress, bits_per_weight=bits)
 
     # Add the shared candidates of every stack, choose among all candidates, and plan the separate layers.
-    stacks = find_stacks(prepared.targets, stats, config, progress=progress)
-    chosen, bound_by = choose_jointly(prepared, stacks)
+    with unfused(model):
+        targets = {target.name: target for target in all_targets(model)}
+        members = [targets[layer.name] for layer in prices.layers]
+        stacks = find_stacks(members, stats, config, progress=progress)
+    chosen, bound_by = choose_jointly(prices, stacks)
     alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
     plan = CompressionPlan(())
     if alone:
-        plan = replace(
-            prepared,
-            targets=tuple(prepared.targets[k] for k in alone),
-            candidates=tuple(prepared.candidates[k] for k in alone),
-            spectra=tuple(prepared.spectra[k] for k in alone),
-        ).planned([chosen[k] for k in alone], bound_by)  # type: ignore[misc]  # these are integers
+        plan = replace(prices, layers=tuple(prices.layers[k] for k in alone)).planned(
+            [chosen[k] for k in alone], bound_by
+        )  # type: ignore[misc]  # these are integers
 
     # Fit the networks that share a core, and replace all layers.
     before = record_losses(model, data.batches, source=data.source)
@@ -252,7 +253,7 @@ def compress_experts(
         made: dict[str, nn.Module] = {}
         reports = []
         for choice in tqdm(sharing.values(), desc="sharing cores", disable=not progress, unit="stack"):
-            members = [targets[prepared.targets[k].name] for k in choice.members]
+            members = [targets[prices.layers[k].name] for k in choice.members]
             modules, report = _fit(choice, members, stats, config.damping)
             made |= modules
             reports.append(report)
@@ -263,7 +264,7 @@ def compress_experts(
 
     # Measure and report.
     params_after, bytes_after = model_size(model)
-    predicted = prepared.template.forecast.corrected(totals_of(chosen, prepared)[1])
+    predicted = prices.template.forecast.corrected(totals_of(chosen, prices)[1])
     measured = None if before is None else measure(model, before)
     if measured is not None:
         warn_of_loss(measured, predicted, config.loss_increase)
@@ -395,7 +396,7 @@ def experts_per_token(names: Sequence[str], stats: CalibrationStats) -> float:
 Choice = list[int | SharedCandidate]
 
 
-def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
+def choose_jointly(prices: PriceList, stacks: Sequence[StackCandidates]) -> tuple[Choice, str]:
     """Choose candidates for layers and stacks within one budget, and return which limit was reached first.
 
     A first allocation has shared and separate candidates for every stack, and finds the stacks that should
@@ -404,7 +405,7 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tup
     the other, every stack does. The best of all these allocations is returned.
 
     Args:
-        prepared: the candidates of every layer.
+        prices: the candidates of every layer.
         stacks: the stacks with their shared candidates.
 
     Raises:
@@ -413,16 +414,16 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tup
     found: list[tuple[float, Choice, str]] = []
     refused: list[BudgetError] = []
     sizes = ("param_ratio", "bits_per_weight", "byte_ratio", "max_bytes")
-    least_size = all(getattr(prepared.config, name) is None for name in sizes)  # only the loss is limited
+    least_size = all(getattr(prices.config, name) is None for name in sizes)  # only the loss is limited
 
     def attempt(some: Sequence[StackCandidates], *, or_separate: bool = False) -> list[StackCandidates]:
         """Allocate the budget once, and return the stacks of `some` that share a core in the result."""
         try:
-            made, bound_by = choose_sharing(prepared, some, or_separate=or_separate)
+            made, bound_by = choose_sharing(prices, some, or_separate=or_separate)
         except BudgetError as error:
             refused.append(error)
             return []
-        size, loss = totals_of(made, prepared)
+        size, loss = totals_of(made, prices)
         found.append((size if least_size else loss, made, bound_by))
         sharing = {each.members for each in made if isinstance(each, SharedCandidate)}
         return [stack for stack in some if stack[0].members in sharing]
@@ -438,32 +439,32 @@ def choose_jointly(prepared: Prepared, stacks: Sequence[StackCandidates]) -> tup
 
 
 def choose_sharing(
-    prepared: Prepared, stacks: Sequence[StackCandidates], *, or_separate: bool = False
+    prices: PriceList, stacks: Sequence[StackCandidates], *, or_separate: bool = False
 ) -> tuple[Choice, str]:
     """Choose shared networks for the given stacks, and a candidate for every other layer.
 
     Args:
-        prepared: the candidates of every layer.
+        prices: the candidates of every layer.
         stacks: the stacks with their shared candidates.
         or_separate: whether a stack may also get separate networks for all its experts.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
-    targets, candidates = prepared.targets, prepared.candidates
+    layers = prices.layers
     inside = {place for stack in stacks for place in stack[0].members}
-    single = [place for place in range(len(targets)) if place not in inside]
-    options = [_options(stack, prepared, or_separate=or_separate) for stack in stacks]
+    single = [place for place in range(len(layers)) if place not in inside]
+    options = [_options(stack, prices, or_separate=or_separate) for stack in stacks]
     chosen, bound_by = choose_candidates(
-        targets,
-        [*(candidates[place] for place in single), *([each for each, _ in some] for some in options)],
-        prepared.config,
+        layers,
+        [*(layers[place].candidates for place in single), *([each for each, _ in some] for some in options)],
+        prices.config,
         "curvature",
-        forecast=prepared.template.forecast,
-        untargeted=prepared.untargeted,
-        names=[targets[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
+        forecast=prices.template.forecast,
+        untargeted=prices.untargeted,
+        names=[layers[place].name for place in (*single, *(stack[0].members[0] for stack in stacks))],
     )
-    made: Choice = [0] * len(targets)
+    made: Choice = [0] * len(layers)
     for place, index in zip(single, chosen, strict=False):
         made[place] = index
     for stack, some, index in zip(stacks, options, chosen[len(single) :], strict=True):
@@ -473,29 +474,29 @@ def choose_sharing(
     return made, bound_by
 
 
-def totals_of(chosen: Choice, prepared: Prepared) -> tuple[float, float]:
+def totals_of(chosen: Choice, prices: PriceList) -> tuple[float, float]:
     """Compute the size of a choice, in the unit of the budget, and its predicted loss increase."""
     parts = [
-        prepared.candidates[place][choice] if isinstance(choice, int) else choice.candidate
+        prices.layers[place].candidates[choice] if isinstance(choice, int) else choice.candidate
         for place, choice in enumerate(chosen)
         if isinstance(choice, int) or choice.members[0] == place
     ]
-    return sum(getattr(x, _unit(prepared)) for x in parts), sum(x.predicted_loss for x in parts)
+    return sum(getattr(x, _unit(prices)) for x in parts), sum(x.predicted_loss for x in parts)
 
 
-def _unit(prepared: Prepared) -> str:
-    return "num_bytes" if prepared.config.formats else "params"
+def _unit(prices: PriceList) -> str:
+    return "num_bytes" if prices.config.formats else "params"
 
 
 def _options(
-    stack: StackCandidates, prepared: Prepared, *, or_separate: bool
+    stack: StackCandidates, prices: PriceList, *, or_separate: bool
 ) -> list[tuple[Candidate, tuple[int, ...] | SharedCandidate]]:
     """List the ways to store a stack, as pairs of a total and what it consists of.
 
     The total is a candidate with the summed sizes and losses of the experts. It consists of the index of a
     candidate for each expert, or of a shared candidate.
     """
-    members = [prepared.candidates[place] for place in stack[0].members]
+    members = [prices.layers[place].candidates for place in stack[0].members]
     found: list[tuple[Candidate, tuple[int, ...] | SharedCandidate]] = []
 
     def together(chosen: Sequence[int], number_format: str = "") -> Candidate:
@@ -514,7 +515,7 @@ def _options(
 
     if or_separate:
         # Walking along the experts' convex hulls gives one set of separate networks for each total size.
-        start, steps = hull_steps([curve_of(each, _unit(prepared)) for each in members])
+        start, steps = hull_steps([curve_of(each, _unit(prices)) for each in members])
         at, total = list(start), together(start)
         found.append((total, tuple(at)))
         for member, index, _ in steps:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensornet as tn
 from tensornet.calibration import sampled_losses
-from tensornet.compression import prepare
+from tensornet.compression import price
 from tensornet.errors import FormatError
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.menus import MENUS, bytes_for
@@ -33,7 +33,7 @@ def stats_of(model: LlamaForCausalLM) -> tn.CalibrationStats:
 def test_plan_takes_only_what_the_target_stores(target: str) -> None:
     model = llama()
     config = tn.CompressionConfig(bits_per_weight=5, formats=target)
-    plan = prepare(model, config, stats_of(model)).plan()
+    plan = price(model, config, stats_of(model)).plan()
     assert ("model.embed_tokens" in [layer.name for layer in plan]) == (target in ("gguf", "mlx"))
     for layer in plan:
         assert layer.topology is None or layer.topology.family == "dense"
@@ -48,7 +48,7 @@ def test_fused_layers_share_a_format_and_cost_no_less() -> None:
     config = tn.CompressionConfig(formats="compressed-tensors", **size)  # type: ignore[arg-type]
     names = MENUS["compressed-tensors"].formats
     free = tn.CompressionConfig(formats=names, topology="low_rank", max_bond=1, **size)  # type: ignore[arg-type]
-    plan, other = (prepare(model, x, stats).plan() for x in (config, free))
+    plan, other = (price(model, x, stats).plan() for x in (config, free))
     formats = {layer.name: layer.storage.number_format for layer in plan}
     for block in ("model.layers.0", "model.layers.1"):
         assert len({formats[f"{block}.self_attn.{x}_proj"] for x in "qkv"}) == 1
@@ -82,7 +82,7 @@ def test_formats_after_a_menu_are_the_only_ones_of_it() -> None:
     chosen = ("gguf", "int8:g32:float16", "int4:g32:float16", "int6:g16:s8")
     config = tn.CompressionConfig(bits_per_weight=6, formats=chosen)
     assert (config.menu, len(config.number_formats), config.families) == ("gguf", 3, ())
-    plan = prepare(model, config, stats_of(model)).plan()
+    plan = price(model, config, stats_of(model)).plan()
     names = {layer.storage.number_format.name for layer in plan}
     assert names == {"int8:g32:float16", "int4:g32:float16"}  # no rows are divisible by 256, as Q6_K needs
     assert {layer.target for layer in plan} == {"gguf"}

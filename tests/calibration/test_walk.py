@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tensornet as tn
 import tensornet_hf  # noqa: F401 - describes compressed models of transformers
 from tensornet._util import without_cache
-from tensornet.calibration.blockwise import ChainRun, find_chains
+from tensornet.calibration.walk import Walk, find_chains
 from tensornet.errors import TargetError
 from tensornet.healing.refine import PairedMoments, PairedRun
 from tensornet.nn.unfuse import unfused
@@ -60,7 +60,7 @@ def test_blocks_one_by_one_do_what_the_model_does(make: Any) -> None:
             for batch in batches:
                 model(**batch)
             handle.remove()
-            run = ChainRun(model, blocks, batches)
+            run = Walk(model, blocks, batches)
             run.enter()
             for _ in blocks:
                 run.advance()
@@ -168,7 +168,7 @@ class Part(nn.Module):
 @torch.no_grad()
 def test_the_hidden_state_is_found_among_other_tensors() -> None:
     model, batches = Masked().eval(), [{"input_ids": torch.randn(5, 4)} for _ in range(2)]
-    run = ChainRun(model, ("parts.0", "parts.1", "parts.2"), batches)
+    run = Walk(model, ("parts.0", "parts.1", "parts.2"), batches)
     run.enter()
     assert all(torch.equal(x, batch["input_ids"]) for x, batch in zip(run.hidden, batches, strict=True))
     for _ in model.parts:
@@ -180,7 +180,7 @@ def test_the_hidden_state_is_found_among_other_tensors() -> None:
 @torch.no_grad()
 def test_a_chain_is_entered_and_left_without_running_all_of_it() -> None:
     model, batch = Masked().eval(), {"input_ids": torch.randn(5, 4)}
-    run = ChainRun(model, ("parts.0", "parts.1", "parts.2"), [batch])
+    run = Walk(model, ("parts.0", "parts.1", "parts.2"), [batch])
     model.parts[0].forward = model.parts[0].forward  # as others leave it who wrap a module
     run.enter(skip=True)
     assert [part.runs for part in model.parts] == [1, 0, 0]
@@ -197,7 +197,7 @@ def test_a_chain_is_entered_and_left_without_running_all_of_it() -> None:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_blocks_that_are_no_chain_are_refused_by_name(skip: bool) -> None:
-    run = ChainRun(
+    run = Walk(
         Stack("changed in between").eval(),
         [f"parts.{k}" for k in range(3)],
         [{"input_ids": torch.ones(5, 4)}],

@@ -1,0 +1,267 @@
+"""Price lists: the size and the predicted loss of every way to store every layer, from which plans are made.
+
+A price list contains no weights, so it is a small file. A plan for any budget is computed from it in seconds.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tensornet._util import on_cpu_unless_said
+from tensornet.calibration.stats import first_difference
+from tensornet.compression.allocate import Candidate, PricedLayer, choose_candidates, uniform
+from tensornet.compression.candidates import hull_of
+from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
+from tensornet.compression.plan import CompressionPlan, LayerPlan
+from tensornet.errors import BudgetError, FormatError, TargetError
+from tensornet.io import write_file
+from tensornet.nn.storage import Storage
+from tensornet.nn.targets import Target
+from tensornet.quantization.menus import MENUS
+from tensornet.topology import Topology
+
+PRICES_VERSION = 1
+#: Budgets that `PriceList.plan` can change, since the candidates do not depend on them.
+BUDGETS = ("param_ratio", *WHOLE_MODEL_BUDGETS)
+
+
+@dataclass(frozen=True)
+class PriceList:
+    """Candidates of all targeted layers; finding them is slow, but they are the same for all budgets.
+
+    `survey` makes a price list from batches, and `price` from calibration statistics.
+
+    Args:
+        config: the configuration.
+        layers: the weights to compress and their candidates, in model order.
+        template: a plan without layers, which contains all that is known from calibration and measurements.
+        untargeted: number of elements and number of bytes of all parameters that are not targeted, and all
+            other bytes of the model's file; they count in budgets of the whole model.
+        measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
+        key: everything else that the prices depend on, such as the text, by name.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
+        >>> prices = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25))
+        >>> plans = [prices.plan(bits_per_weight=bits) for bits in (3.25, 6)]
+        >>> plans[0].predicted_loss_increase > plans[1].predicted_loss_increase
+        True
+    """
+
+    config: CompressionConfig
+    layers: tuple[PricedLayer, ...]
+    template: CompressionPlan
+    untargeted: tuple[int, int, int] = (0, 0, 0)
+    measured: frozenset[tuple[str, str]] | None = None
+    key: Mapping[str, str] = field(default_factory=dict)
+
+    @torch.no_grad()
+    @on_cpu_unless_said
+    def plan(self, **budget: Any) -> CompressionPlan:
+        """Compute the plan of least predicted loss for one budget.
+
+        Args:
+            budget: any of `param_ratio`, `bits_per_weight`, `byte_ratio`, `max_bytes` and `loss_increase`;
+                they replace the budgets of the configuration.
+
+        Raises:
+            BudgetError: the budget cannot be met; or it contains another limit, such as `max_bond`, which
+                cannot be changed because the candidates depend on it.
+        """
+        if unknown := sorted(budget.keys() - set(BUDGETS)):
+            raise BudgetError(
+                f"The budget of a plan can be {', '.join(BUDGETS)}; got {', '.join(unknown)}. Price "
+                "the model again with other options."
+            )
+        config = replace(self.config, **{**dict.fromkeys(BUDGETS), **budget}) if budget else self.config
+        objective = self.template.objective
+        alone = self.config.formats is not None and config.one_format_keeps
+        if config.needs_curvature and objective != "curvature" and not alone:
+            raise BudgetError(f"{', '.join(budget)} needs objective='curvature', not {objective!r}.")
+        # Layers that a kernel of the export target fuses get one number format, so they are planned as one.
+        names = [layer.name for layer in self.layers]
+        groups = group_fused_layers(names, () if config.menu is None else MENUS[config.menu].fused)
+        joined = [_joined([self.layers[k].candidates for k in group]) for group in groups]
+        found, bound_by = choose_candidates(
+            self.layers,
+            [candidates for candidates, _ in joined],
+            config,
+            objective,
+            forecast=self.template.forecast,
+            untargeted=self.untargeted,
+            names=[", ".join(names[k] for k in group) for group in groups],
+        )
+        chosen = [0] * len(names)
+        for group, (_, places), index in zip(groups, joined, found, strict=True):
+            for k, place in zip(group, places[index], strict=True):
+                chosen[k] = place
+        return self.planned(chosen, bound_by)
+
+    def planned(self, chosen: Sequence[int], bound_by: str) -> CompressionPlan:
+        """Make the plan that consists of the chosen candidate of each layer.
+
+        Args:
+            chosen: index of the chosen candidate of each layer.
+            bound_by: name of the tightest budget.
+        """
+        predicts = self.template.objective == "curvature"
+        layers = []
+        for priced, index in zip(self.layers, chosen, strict=True):
+            candidate = priced.candidates[index]
+            layer = LayerPlan(
+                name=priced.name,
+                shape=priced.shape,
+                topology=candidate.topology,
+                bound_by="dense" if candidate.topology is None else bound_by,
+                error=candidate.error,
+                storage=candidate.storage,
+                loss_increase=candidate.predicted_loss if predicts else None,
+                curve=hull_of(priced.candidates) if predicts else (),
+                dtype=priced.dtype,
+                sample=priced.sample,
+                target=self.config.menu,
+            )
+            layers.append(layer.with_baseline(priced.spectrum) if priced.spectrum else layer)
+        check = self.template.loss_check
+        if check is not None and self.measured is not None:
+            check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
+        return replace(self.template, layers=tuple(layers), loss_check=check)
+
+    def check_model(self, targets: Iterable[Target]) -> None:
+        """Check that the prices are those of a model.
+
+        Raises:
+            TargetError: a priced weight is missing, or differs by more than its rounding to 16 bits.
+        """
+        known = {target.name: target for target in targets}
+        for layer in self.layers:
+            if layer.name not in known or tuple(known[layer.name].matrix.shape) != layer.shape:
+                raise TargetError(
+                    f"The price list was made for another model: this one has no weight {layer.name!r} of "
+                    f"shape {layer.shape}. Survey this model."
+                )
+        if (name := first_difference({x.name: x.sample for x in self.layers}, known.values())) is not None:
+            raise TargetError(
+                f"The price list was made for another model: the weight of {name!r} differs. Survey this "
+                "model."
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the price list to a JSON file; an existing file is replaced when the new file is complete.
+
+        Raises:
+            DestinationError: the file cannot be written.
+        """
+        schemes: dict[tuple[Topology | None, Storage], int] = {}
+        layers = []
+        for layer in self.layers:
+            rows = [
+                [
+                    schemes.setdefault((x.topology, x.storage), len(schemes)),
+                    *(getattr(x, y) for y in _NUMBERS),
+                ]
+                for x in layer.candidates
+            ]
+            facts = {"names": layer.names, "shape": layer.shape, "dtype": str(layer.dtype).split(".")[1]}
+            facts |= {"sample": layer.sample, "spectrum": layer.spectrum, "candidates": rows}
+            layers.append(facts)
+        data = {
+            "version": PRICES_VERSION,
+            "config": self.config.to_dict(),
+            "key": dict(self.key),
+            "untargeted": self.untargeted,
+            "measured": None if self.measured is None else sorted(self.measured),
+            "template": self.template.to_dict(),
+            "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
+            "layers": layers,
+        }
+        write_file(Path(path), [json.dumps(data).encode()], what="The price list")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PriceList":
+        """Read a price list from a file that `save` wrote.
+
+        Raises:
+            FormatError: the file cannot be read, or does not contain a price list of this version.
+        """
+        try:
+            data = json.loads(Path(path).read_text())
+            if data["version"] != PRICES_VERSION:
+                raise ValueError(f"it has version {data['version']}, expected {PRICES_VERSION}")
+            schemes = [(t and Topology.from_dict(t), Storage.from_dict(s)) for t, s in data["schemes"]]
+            layers = tuple(
+                PricedLayer(
+                    tuple(x["names"]),
+                    (x["shape"][0], x["shape"][1]),
+                    getattr(torch, x["dtype"]),
+                    tuple(
+                        Candidate(*schemes[place], **dict(zip(_NUMBERS, numbers, strict=True)))
+                        for place, *numbers in x["candidates"]
+                    ),
+                    tuple(x["sample"]),
+                    tuple(x["spectrum"]),
+                )
+                for x in data["layers"]
+            )
+            measured = data["measured"]
+            return cls(
+                CompressionConfig.from_dict(data["config"]),
+                layers,
+                CompressionPlan.from_dict(data["template"], complete=False),
+                tuple(data["untargeted"]),
+                None if measured is None else frozenset((a, b) for a, b in measured),
+                data["key"],
+            )
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise FormatError(
+                f"Cannot read a price list from {path}: {error}. Give a file of PriceList.save, or of "
+                "tensornet compress --prices."
+            ) from error
+
+
+#: Fields of a candidate that a file stores; its topology and storage are stored once for all layers.
+_NUMBERS = tuple(x.name for x in fields(Candidate) if x.name not in ("topology", "storage"))
+
+
+def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Group the layers that an export target fuses: siblings with names in the same set of `Menu.fused`."""
+    groups: dict[tuple[str, Any], list[int]] = {}
+    for k, name in enumerate(names):
+        parent, _, child = name.rpartition(".")
+        fused = next((x for x in sets if child in x), child)
+        groups.setdefault((parent, fused), []).append(k)
+    return list(groups.values())
+
+
+def _joined(group: Sequence[Sequence[Candidate]]) -> tuple[list[Candidate], list[tuple[int, ...]]]:
+    """Make one joint candidate for fused layers for each format; its size and loss are sums over the layers.
+
+    Args:
+        group: the candidates of each layer; a single layer keeps its candidates.
+
+    Returns:
+        The joint candidates, and for each of them the index of the candidate of each layer.
+    """
+    if len(group) == 1:
+        return list(group[0]), [(k,) for k in range(len(group[0]))]
+    by_format = [uniform(found) for found in group]
+    places = [tuple(x[name] for x in by_format) for name in by_format[0] if all(name in x for x in by_format)]
+    sums = []
+    for place in places:
+        same = [found[k] for found, k in zip(group, place, strict=True)]
+        parts = ("num_bytes", "params", "predicted_loss", "cost", "tensors")
+        sums.append(replace(same[0], **{name: sum(getattr(x, name) for x in same) for name in parts}))
+    return sums, places

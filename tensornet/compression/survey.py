@@ -1,0 +1,169 @@
+"""Survey a model block by block: price every number format of every layer, in the memory of one block."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from tensornet._util import on_cpu_unless_said
+from tensornet.calibration.batches import (
+    Batch,
+    BatchLike,
+    as_batch,
+    check_batches,
+    first_rows,
+    read_batches,
+    tokens_of,
+)
+from tensornet.calibration.blockwise import moments_by_block
+from tensornet.calibration.calibrate import (
+    ENOUGH_LOSSES,
+    MOST_TOKENS,
+    OWN_LOSSES,
+    MomentRecorder,
+    fast_dtype,
+    lowered,
+    observed,
+)
+from tensornet.calibration.losses import TokenLosses, default_losses
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
+from tensornet.compression.allocate import PricedLayer
+from tensornet.compression.candidates import find_candidates
+from tensornet.compression.config import CompressionConfig, check_config
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.planning import unfit_formats, untargeted_sizes, without_unseen
+from tensornet.compression.prices import PriceList
+from tensornet.compression.sensitivity import is_known
+from tensornet.errors import TargetError
+from tensornet.nn.targets import Target, check_loaded, check_model
+
+#: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
+#: wide, so their limit is far above that of `calibrate`.
+SURVEY_TOKENS, FULL_UP_TO = 4096, 1 << 15
+
+
+@torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
+@on_cpu_unless_said
+def survey(
+    model: nn.Module,
+    batches: Iterable[BatchLike],
+    config: CompressionConfig,
+    *,
+    loss_fn: TokenLosses | None = None,
+    tokens: int = SURVEY_TOKENS,
+    source: str = "calibration data",
+    states: Any = None,
+    loaded: Loaded = in_memory,
+    progress: bool = False,
+) -> PriceList:
+    """Price the number formats of all targeted layers by the loss increase that they cause.
+
+    The model is walked over block by block (see `moments_by_block`). For the layers of a block, the full
+    moment `C` of the inputs and the diagonal of the moment `R` of the gradients are collected. The predicted
+    loss increase of rounding with error feedback along the inputs follows from them in closed form. Then the
+    moments are dropped, so a survey needs the memory of one block, besides hidden states.
+
+    Args:
+        model: any module. If its blocks do not form a single chain, it is surveyed as one block.
+        batches: batches as for `calibrate`; the first `tokens` tokens are read.
+        config: the options; networks are not priced (see `price`).
+        loss_fn: see `calibrate`.
+        tokens: number of tokens to read. If the loss belongs to rows instead of tokens, 1,024 rows or 32,768
+            tokens are read.
+        source: name of the data, for reports.
+        states: mapping for the hidden states (see `Walk`); by default they stay in memory.
+        loaded: context in which the weights of given modules are in memory (see `Walk`).
+        progress: whether to show a progress bar.
+
+    Raises:
+        TargetError: there is no batch, no layer is selected, or no token has a loss.
+        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
+        FormatError: no number format fits any layer.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> batches = [(torch.randn(64, 64), torch.randint(8, (64,)))]
+        >>> prices = tn.survey(model, batches, tn.CompressionConfig(bits_per_weight=4.25))
+        >>> prices.plan(bits_per_weight=3).bits_per_weight <= 3
+        True
+    """
+    check_model(model)
+    check_config(config)
+    check_batches(batches, "survey")
+    config = replace(config, rounding=config.rounding or "one_sided")
+    recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO)
+    device = next(model.parameters()).device
+    precision = partial(lowered, device, fast_dtype(model))
+    with observed(model, recorder, config) as targets:
+        check_loaded(targets)
+        unfit = unfit_formats(targets, config)
+        batches = iter(batches)
+        first = next(batches, None)
+        if first is None:
+            raise TargetError("survey got no batches; pass at least one, better 4 of 1,000 tokens.")
+        row = first_rows(as_batch(first, model, device), 1)
+        of_tokens = False
+        with recorder.paused(), torch.no_grad(), precision():
+            if loss_fn is None or loss_fn in OWN_LOSSES:
+                default, entropies = default_losses(model, row)
+                loss_fn, of_tokens = loss_fn or default, entropies
+            names = find_blocks(model, row)
+        given = read_batches(
+            chain([first], batches),
+            model,
+            tokens=tokens,
+            rows=0 if of_tokens else ENOUGH_LOSSES,
+            most=MOST_TOKENS,
+        )
+        walk = Walk(model, names, given, {} if states is None else states, loaded)
+
+        # Price the layers of every block as soon as its moments are known, then drop the moments.
+        priced: dict[str, PricedLayer] = {}
+        facts: CalibrationStats | None = None
+        visits = moments_by_block(walk, recorder, loss_fn, precision=precision, source=source)
+        total = len(names) + 1
+        for name, stats in tqdm(visits, desc="surveying", disable=not progress, unit="block", total=total):
+            here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
+            known = [x for x in here if is_known(x, stats)]
+            found = find_candidates(known, config, "curvature", stats, families=())
+            priced |= {x.name: PricedLayer.of(x, found) for x, found in zip(known, found, strict=True)}
+            facts = stats
+    assert facts is not None
+    kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
+    template = CompressionPlan(
+        (),
+        objective="curvature",
+        damping=config.damping,
+        rounding=config.rounding or "one_sided",
+        dense_loss=facts.loss if facts.loss == facts.loss else None,  # None for NaN
+        calibration=source,
+        of_tokens=of_tokens,
+        unseen=unseen,
+        unfit=unfit,
+    )
+    layers = tuple(priced[x.name] for x in kept)
+    key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
+    return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key)
+
+
+def digest(batches: Iterable[Batch]) -> str:
+    """Compute a checksum of the tensors in batches, to recognize a text."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, Tensor):
+                found.update(name.encode())
+                found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def is_inside(target: Target, block: str) -> bool:
+    """Return True if all modules that use a weight are in a block."""
+    return all(name.startswith(f"{block}.") or name == block for name in target.names)
