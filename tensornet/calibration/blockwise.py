@@ -33,7 +33,7 @@ def moments_by_block(
     """Yield the moments of the inputs and gradients of every block, from the last block to the first.
 
     The layers outside of the blocks come last, under the name `""`. If the model is one block, it is the
-    only item.
+    only item. The weights of a block are not loaded when its moments are yielded.
 
     Args:
         walk: a walk that has not begun. Hidden states are replaced by gradients.
@@ -89,7 +89,7 @@ def moments_by_block(
                 assert hidden.grad is not None
                 walk.states[position, number] = hidden.grad
                 del walk.states[position + 1, number]
-            yield walk.names[position], recorder.finish(scored, loss, source)
+        yield walk.names[position], recorder.finish(scored, loss, source)
 
     # Differentiate what runs before the first block.
     if walk.names:
@@ -111,8 +111,8 @@ def inputs_by_block(
 ) -> Iterator[tuple[str, CalibrationStats]]:
     """Yield the moments of the inputs of every block, in the order of the blocks, then those outside of them.
 
-    The caller may change the weights of a block when it gets its moments: the hidden states that the next
-    block reads are computed afterwards, with the changed weights.
+    The weights of a block are loaded when its moments are yielded, and the caller may change them: the hidden
+    states that the next block reads are computed afterwards, with the changed weights.
 
     Args:
         walk, recorder, precision, source: see `moments_by_block`.

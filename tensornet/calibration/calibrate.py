@@ -185,13 +185,17 @@ def fast_dtype(model: nn.Module) -> torch.dtype | None:
     large = [p for p in model.parameters() if p.ndim >= 2 and p.numel() >= _LARGE]
     if not large or any(p.dtype != torch.float32 for p in large):
         return None
-    device = large[0].device
+    return torch.bfloat16 if has_bfloat16(large[0].device) else None
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return True if a device has bfloat16 arithmetic that is faster than that of float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else None
+        return torch.cuda.get_device_capability(device)[0] >= 8
     if device.type == "cpu":
         known: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 or newer
-        return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else None
-    return None
+        return bool(known.get("amx_bf16") or known.get("avx512_bf16"))
+    return False
 
 
 def lowered(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -128,11 +128,23 @@ def find_chains(model: nn.Module, batch: Batch) -> dict[str, tuple[str, ...]]:
     }
 
 
-#: Context in which the weights of modules are in memory, in the dtype and on the device of the computation.
-Loaded = Callable[[Iterable[nn.Module]], AbstractContextManager[Any]]
+class Loaded(Protocol):
+    """Function that returns a context in which the weights of modules are in memory."""
+
+    def __call__(
+        self, modules: Iterable[nn.Module], *, dtype: torch.dtype | None = torch.float32
+    ) -> AbstractContextManager[Any]:
+        """Return the context.
+
+        Args:
+            modules: the modules, without their children.
+            dtype: dtype of floating-point weights; None keeps the stored dtypes.
+        """
 
 
-def in_memory(modules: Iterable[nn.Module]) -> AbstractContextManager[None]:
+def in_memory(
+    modules: Iterable[nn.Module], *, dtype: torch.dtype | None = torch.float32
+) -> AbstractContextManager[None]:
     """Return the `Loaded` context of a model whose weights are in memory: nothing is loaded."""
     return nullcontext()
 
@@ -282,16 +294,21 @@ class Walk:
         return outputs[-1]
 
 
-def find_blocks(model: nn.Module, batch: Batch) -> tuple[str, ...]:
+def find_blocks(model: nn.Module, batch: Batch, loaded: Loaded = in_memory) -> tuple[str, ...]:
     """Return the names of the blocks over which a model can be walked; empty if the model is one block.
 
     The model must have a single chain of blocks. Running the blocks one by one, with the arguments that they
-    get if all but the first are skipped, must give the output of the whole chain.
+    get if all but the first are skipped, must give the output of the whole chain. A model whose weights are
+    not in memory is not run; it must have a single `nn.ModuleList` of blocks.
 
     Args:
         model: the model, in eval mode; it is run twice.
         batch: keyword arguments of the model; a single row is enough.
+        loaded: see `Walk`.
     """
+    if loaded is not in_memory:
+        stacks = outer_stacks(model, nn.ModuleList, least=1)
+        return next(iter(stacks.values())) if len(stacks) == 1 else ()
     chains = find_chains(model, batch)
     if len(chains) != 1:
         return ()

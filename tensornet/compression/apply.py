@@ -1,7 +1,7 @@
 """Replace stock layers by tensor-network layers according to a plan, and convert them back."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,10 @@ from tensornet.quantization.scales import scale_fault, with_wide_scales
 from tensornet.topologies import topology_family
 from tensornet.topology import Topology
 
-#: Maps the name and scheme of a layer to its new modules and the relative error of its weight. There is one
-#: new module for each module that uses the weight.
-LayerCache = dict[tuple[str, Topology | None, Storage], tuple[list[nn.Module], float]]
+#: New modules for a weight, one for each module that uses the weight, and the relative error of the weight.
+NewLayers = tuple[list[nn.Module], float]
+#: Maps the name and scheme of a layer to its new modules.
+LayerCache = dict[tuple[str, Topology | None, Storage], NewLayers]
 #: Largest number of layers named in a warning.
 _NAMED = 5
 
@@ -103,11 +104,7 @@ def apply_plan(
         _, wrapped = split_by_adapters(model, (name for x in work for name in targets[x.name].names))
         refuse_wrapped(wrapped)
         planned = [targets[layer.name] for layer in work]
-        if (name := first_difference({layer.name: layer.sample for layer in work}, planned)) is not None:
-            raise TargetError(
-                f"The plan was made for another model: the weight of {name!r} differs. Plan the compression "
-                "of this model."
-            )
+        check_samples(plan, planned)
         if stats is not None and plan.objective != "weight":
             stats.check_weights(planned)
         for layer in tqdm(work, desc="compressing", disable=not progress, unit="layer"):
@@ -117,6 +114,8 @@ def apply_plan(
                 for module, old in zip(new, target.modules, strict=True):
                     if isinstance(module, TensorNetworkLinear):
                         module.bias = layer_bias(old)
+                    for stored in module.parameters():  # the model may have been frozen in calibration
+                        stored.requires_grad_(target.weight.requires_grad)
             else:
                 weighting = layer_weighting(target, plan.objective, stats, plan.damping) or Weighting()
                 made, errors[layer.name] = compress_layer(target.matrix, layer, weighting, plan.rounding)
@@ -264,6 +263,15 @@ def check_stats(stats: Any) -> None:
         check_type("stats", stats, CalibrationStats, advice)
 
 
+def check_samples(plan: CompressionPlan, targets: Iterable[Target]) -> None:
+    """Raise TargetError if a weight differs from the weight for which a plan was made."""
+    if (name := first_difference({layer.name: layer.sample for layer in plan}, targets)) is not None:
+        raise TargetError(
+            f"The plan was made for another model: the weight of {name!r} differs. Plan the compression "
+            "of this model."
+        )
+
+
 def check_objective(plan: CompressionPlan, stats: CalibrationStats | None) -> None:
     """Raise TargetError if a plan was made with statistics, and `stats` cannot be those."""
     if stats is None and plan.objective != "weight":
@@ -379,7 +387,7 @@ def compress_layer(
             "a topology of tensornet.topologies."
         ) from error
     made = linear_from_network(
-        result.network.to(matrix.dtype),
+        result.network.to(layer.dtype),
         bias=None,
         source="linear",
         storage=layer.storage,

@@ -129,8 +129,9 @@ def compress(
     seen = held_out or data
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     if by_blocks:
-        for _, made in compress_blocks(model, plan, data.batches, progress=progress):
-            cache |= made
+        schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
+        for _, layers in compress_blocks(model, plan, data.batches, progress=progress):
+            cache |= {schemes[name]: new for name, new in layers.items()}
     row = _row_to_run(model, data.batches)
     errors = apply_plan(model, plan, data.statistics, progress=progress, cache=cache, batch=row)
     measured = measured_layers = None if before is None else measure(model, before)

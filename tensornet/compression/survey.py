@@ -28,10 +28,11 @@ from tensornet.calibration.calibrate import (
     OWN_LOSSES,
     MomentRecorder,
     fast_dtype,
+    has_bfloat16,
     lowered,
     observed,
 )
-from tensornet.calibration.losses import TokenLosses, default_losses
+from tensornet.calibration.losses import TokenLosses, default_losses, label_losses, scores_next_token
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
 from tensornet.compression.allocate import PricedLayer
@@ -61,6 +62,7 @@ def survey(
     source: str = "calibration data",
     states: Any = None,
     loaded: Loaded = in_memory,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> PriceList:
     """Price the number formats of all targeted layers by the loss increase that they cause.
@@ -80,6 +82,7 @@ def survey(
         source: name of the data, for reports.
         states: mapping for the hidden states (see `Walk`); by default they stay in memory.
         loaded: context in which the weights of given modules are in memory (see `Walk`).
+        device: device to which `loaded` moves weights; by default, that of the model.
         progress: whether to show a progress bar.
 
     Raises:
@@ -99,10 +102,11 @@ def survey(
     check_batches(batches, "survey")
     config = replace(config, rounding=config.rounding or "one_sided")
     recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO)
-    device = next(model.parameters()).device
-    precision = partial(lowered, device, fast_dtype(model))
+    device = device or next(model.parameters()).device
+    precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
-        check_loaded(targets)
+        if loaded is in_memory:
+            check_loaded(targets)
         unfit = unfit_formats(targets, config)
         batches = iter(batches)
         first = next(batches, None)
@@ -111,10 +115,12 @@ def survey(
         row = first_rows(as_batch(first, model, device), 1)
         of_tokens = False
         with recorder.paused(), torch.no_grad(), precision():
-            if loss_fn is None or loss_fn in OWN_LOSSES:
+            if loaded is not in_memory:  # the whole model cannot run
+                loss_fn, of_tokens = loss_fn or label_losses, scores_next_token(model) is True
+            elif loss_fn is None or loss_fn in OWN_LOSSES:
                 default, entropies = default_losses(model, row)
                 loss_fn, of_tokens = loss_fn or default, entropies
-            names = find_blocks(model, row)
+            names = find_blocks(model, row, loaded)
         given = read_batches(
             chain([first], batches),
             model,
@@ -132,8 +138,9 @@ def survey(
         for name, stats in tqdm(visits, desc="surveying", disable=not progress, unit="block", total=total):
             here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
             known = [x for x in here if is_known(x, stats)]
-            found = find_candidates(known, config, "curvature", stats, families=())
-            priced |= {x.name: PricedLayer.of(x, found) for x, found in zip(known, found, strict=True)}
+            with loaded([module for x in known for module in x.modules], dtype=None):
+                found = find_candidates(known, config, "curvature", stats, families=())
+                priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
             facts = stats
     assert facts is not None
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
@@ -151,6 +158,16 @@ def survey(
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
     return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key)
+
+
+def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:
+    """Return the dtype of matrix products in a walk, or None for that of the weights.
+
+    Weights that are loaded for a walk are float32.
+    """
+    if loaded is in_memory:
+        return fast_dtype(model)
+    return torch.bfloat16 if has_bfloat16(device) else None
 
 
 def digest(batches: Iterable[Batch]) -> str:

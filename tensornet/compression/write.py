@@ -1,6 +1,7 @@
 """Round a model block by block, each block on the inputs that it will really get."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -11,14 +12,14 @@ from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import BatchLike, first_rows, read_batches
 from tensornet.calibration.blockwise import inputs_by_block
-from tensornet.calibration.calibrate import MomentRecorder, fast_dtype, lowered, observed
+from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
-from tensornet.compression.apply import LayerCache, compress_layer, with_cores
-from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
+from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
-from tensornet.compression.survey import FULL_UP_TO, is_inside
-from tensornet.errors import TargetError
+from tensornet.compression.survey import FULL_UP_TO, is_inside, walk_dtype
+from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.targets import LayerSelection, Target
 
@@ -35,8 +36,11 @@ def compress_blocks(
     tokens: int = WRITE_TOKENS,
     states: Any = None,
     loaded: Loaded = in_memory,
+    device: torch.device | None = None,
+    finished: Callable[[LayerPlan], NewLayers | None] = lambda layer: None,
+    executor: Executor | None = None,
     progress: bool = False,
-) -> Iterator[tuple[str, LayerCache]]:
+) -> Iterator[tuple[str, dict[str, NewLayers]]]:
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
 
     The layers of a block are rounded with error feedback along their inputs. These are the inputs that the
@@ -51,22 +55,25 @@ def compress_blocks(
         plan: a plan without networks; layers that are not in it stay dense.
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
         tokens: number of tokens to read.
-        states, loaded: see `survey`.
+        states, loaded, device: see `survey`.
+        finished: function that returns the new modules of a layer if an interrupted run has finished it.
+        executor: executor that rounds the layers of a block at the same time; by default, this process does.
         progress: whether to show a progress bar.
 
     Yields:
-        The name of the block, and its new modules with their errors (see `LayerCache`).
+        The name of the block, and for each of its layers the new modules and the error of the weight.
 
     Raises:
-        TargetError: there is no batch, or a planned layer never runs.
+        TargetError: there is no batch, a planned layer never runs, or the plan was made for other weights.
+        WorkerError: a process of the executor died.
         NonFiniteError: the inputs of a layer are not finite; the message names the layer.
 
     Reference:
         Frantar et al. 2023, "GPTQ", section 4 (blocks are compressed one after another).
     """
     recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO)
-    device = next(model.parameters()).device
-    precision = partial(lowered, device, fast_dtype(model))
+    device = device or next(model.parameters()).device
+    precision = partial(lowered, device, walk_dtype(model, loaded, device))
     layers = {layer.name: layer for layer in plan if layer.topology is not None}
     names: Any = list(layers)
     given = read_batches(batches, model, tokens=tokens)
@@ -78,36 +85,63 @@ def compress_blocks(
     ):
         targets = [x for x in found if x.name in layers]
         with recorder.paused(), precision():
-            blocks = find_blocks(model, first_rows(given[0], 1))
+            blocks = find_blocks(model, first_rows(given[0], 1), loaded)
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
 
-        def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> LayerCache:
-            made: LayerCache = {}
-            for target in some:
-                layer = layers[target.name]
+        def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
+            """Compress the layers that are not finished yet, and read the others."""
+            check_samples(plan, some)
+            done = {x.name: finished(layers[x.name]) for x in some}
+            work = [x for x in some if done[x.name] is None]
+            tasks = []
+            for target in work:
+                if stats is not None and not is_known(target, stats):
+                    raise never_ran(target)
                 weighting = Weighting() if stats is None else input_weighting(target, stats)
-                new, error = compress_layer(target.matrix, layer, weighting, plan.rounding)
-                made[layer.name, layer.topology, layer.storage] = with_cores(target, new), error
-                bar.update()
-            return made
+                tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
+            made = results(executor, compress_layer, tasks)
+            done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
+            bar.update(len(some))
+            return {name: x for name, x in done.items() if x is not None}
 
-        # Weights that are replaced by their rounded values while the walk needs these.
+        # Weights have their rounded values as long as the walk needs these.
         with ExitStack() as tables, ExitStack() as block:
             first = [x for x in targets if blocks and _is_table(x)]
             if first:
                 with walk.loaded(walk.ends):
-                    made = compressed(first, None)
-                    tables.enter_context(rounded_weights(first, made))
-                    yield "", made
+                    new = compressed(first, None)
+                tables.enter_context(walk.loaded(walk.ends))
+                tables.enter_context(rounded_weights(first, new))
+                yield "", new
             for name, stats in inputs_by_block(walk, recorder, precision=precision):
                 block.close()  # the hidden states after the previous block have been computed
                 here = [x for x in targets if x not in first and _belongs(x, name, blocks)]
-                for target in here:
-                    if not is_known(target, stats):
-                        raise never_ran(target)
-                made = compressed(here, stats)
-                block.enter_context(rounded_weights(here, made))
-                yield name, made
+                new = compressed(here, stats)
+                block.enter_context(rounded_weights(here, new))
+                yield name, new
+
+
+def results(
+    executor: Executor | None, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    """Call a function for each tuple of arguments, in an executor or in this process.
+
+    Raises:
+        WorkerError: a process of the executor died.
+    """
+    if executor is None:
+        return [function(*task) for task in tasks]
+    futures = [executor.submit(function, *task) for task in tasks]
+    try:
+        return [future.result() for future in futures]
+    except BrokenExecutor as error:
+        raise WorkerError(
+            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished layers "
+            "are kept; run the same command again to continue."
+        ) from error
+    finally:
+        for future in futures:
+            future.cancel()
 
 
 def _is_table(target: Target) -> bool:
@@ -123,13 +157,12 @@ def _belongs(target: Target, block: str, blocks: Sequence[str]) -> bool:
 
 
 @contextmanager
-def rounded_weights(targets: Iterable[Target], made: LayerCache) -> Iterator[None]:
+def rounded_weights(targets: Iterable[Target], made: Mapping[str, NewLayers]) -> Iterator[None]:
     """Return a context in which weights have the values of their new layers; then they get their own back."""
-    modules = {name: new[0] for (name, _, _), (new, _) in made.items()}
     before = [(x.matrix, x.matrix.clone()) for x in targets]
     try:
         for (matrix, _), target in zip(before, targets, strict=True):
-            matrix.copy_(modules[target.name].to_matrix())
+            matrix.copy_(made[target.name][0][0].to_matrix())
         yield
     finally:
         for matrix, own in before:

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 import tensornet as tn
 import tensornet.compression
-from tensornet.calibration.blockwise import outer_stacks
+from tensornet.calibration.walk import outer_stacks
 from tensornet.calibration.stats import CalibrationStats, first_difference
 from tensornet.compression.apply import (
     check_fits,
