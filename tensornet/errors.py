@@ -100,6 +100,10 @@ class DestinationError(TensorNetError, OSError):
     """
 
 
+class WorkerError(TensorNetError, RuntimeError):
+    """A worker process died."""
+
+
 class CalibrationWarning(UserWarning):
     """Calibration data are missing or insufficient; the message states the fallback or the remedy.
 

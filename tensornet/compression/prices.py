@@ -132,6 +132,21 @@ class PriceList:
             check = replace(check, layers=sum((x.name, x.scheme) in self.measured for x in layers))
         return replace(self.template, layers=tuple(layers), loss_check=check)
 
+    def with_config(self, config: CompressionConfig) -> "PriceList":
+        """Return the prices for another configuration, which may only have other budgets.
+
+        Raises:
+            BudgetError: the prices depend on an option that differs; the message names it.
+        """
+        budgets = (*BUDGETS, "whole_model", "rounding", "verify", "effort")
+        for x in fields(config):
+            if x.name not in budgets and getattr(config, x.name) != getattr(self.config, x.name):
+                raise BudgetError(
+                    f"The prices were found with {x.name}={getattr(self.config, x.name)!r}, not "
+                    f"{getattr(config, x.name)!r}. Use the same option, or survey the model again."
+                )
+        return replace(self, config=replace(config, rounding=config.rounding or self.config.rounding))
+
     def check_model(self, targets: Iterable[Target]) -> None:
         """Check that the prices are those of a model.
 

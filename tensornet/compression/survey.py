@@ -1,10 +1,12 @@
 """Survey a model block by block: price every number format of every layer, in the memory of one block."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,8 +44,9 @@ from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import unfit_formats, untargeted_sizes, without_unseen
 from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
-from tensornet.errors import TargetError
-from tensornet.nn.targets import Target, check_loaded, check_model
+from tensornet.errors import BudgetError, TargetError
+from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
+from tensornet.nn.unfuse import unfused
 
 #: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
 #: wide, so their limit is far above that of `calibrate`.
@@ -121,13 +124,7 @@ def survey(
                 default, entropies = default_losses(model, row)
                 loss_fn, of_tokens = loss_fn or default, entropies
             names = find_blocks(model, row, loaded)
-        given = read_batches(
-            chain([first], batches),
-            model,
-            tokens=tokens,
-            rows=0 if of_tokens else ENOUGH_LOSSES,
-            most=MOST_TOKENS,
-        )
+        given = survey_batches(chain([first], batches), model, tokens, of_tokens=of_tokens)
         walk = Walk(model, names, given, {} if states is None else states, loaded)
 
         # Price the layers of every block as soon as its moments are known, then drop the moments.
@@ -158,6 +155,51 @@ def survey(
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
     return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key)
+
+
+def survey_batches(
+    batches: Iterable[BatchLike], model: nn.Module, tokens: int, *, of_tokens: bool
+) -> list[Batch]:
+    """Read the batches that a survey needs; `of_tokens` says whether every token has a loss."""
+    return read_batches(
+        batches, model, tokens=tokens, rows=0 if of_tokens else ENOUGH_LOSSES, most=MOST_TOKENS
+    )
+
+
+def survey_or_load(
+    model: nn.Module,
+    batches: Sequence[BatchLike],
+    config: CompressionConfig,
+    file: str | os.PathLike[str] | None,
+    *,
+    tokens: int = SURVEY_TOKENS,
+    **options: Any,
+) -> PriceList:
+    """Read the prices of a model from a file, or survey the model and write the file.
+
+    Args:
+        model, batches, config, tokens, options: see `survey`.
+        file: file of the price list; if None, the model is surveyed and nothing is written.
+
+    Raises:
+        TargetError: the price list was made for another model.
+        BudgetError: the price list was made with another text or with other options.
+    """
+    if file is None or not Path(file).exists():
+        prices = survey(model, batches, config, tokens=tokens, **options)
+        if file is not None:
+            prices.save(file)
+        return prices
+    prices = PriceList.load(file)
+    with unfused(model):
+        prices.check_model(list_weights(model))
+    read = survey_batches(batches, model, tokens, of_tokens=prices.template.of_tokens)
+    if prices.key.get("text") != digest(read):
+        raise BudgetError(
+            f"The prices in {file} were found on other text: {prices.key.get('tokens')} tokens of "
+            f"{prices.template.calibration}. Give the same text and number of tokens, or another file."
+        )
+    return prices.with_config(config)
 
 
 def walk_dtype(model: nn.Module, loaded: Loaded, device: torch.device) -> torch.dtype | None:

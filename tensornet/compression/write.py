@@ -136,8 +136,8 @@ def results(
         return [future.result() for future in futures]
     except BrokenExecutor as error:
         raise WorkerError(
-            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished layers "
-            "are kept; run the same command again to continue."
+            f"A worker died ({error}), most likely because memory ran out. Use fewer workers. Finished "
+            "layers are kept; run the same command again to continue."
         ) from error
     finally:
         for future in futures:

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 import tensornet as tn
 import tensornet_moe as tm
-from tensornet.compression import price
-from tensornet.compression import PriceList
+from tensornet.compression import PriceList, price
 from tensornet.compression.report import model_size
 from tensornet.compression.sensitivity import Sensitivity
 from tensornet.errors import BudgetError, TargetError

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ from tqdm.auto import tqdm
 
 import tensornet as tn
 import tensornet.compression
-from tensornet.calibration.walk import outer_stacks
+from tensornet.calibration.batches import Batch, read_batches
 from tensornet.calibration.stats import CalibrationStats, first_difference
+from tensornet.calibration.walk import outer_stacks
 from tensornet.compression.apply import (
     check_fits,
     check_objective,
@@ -46,9 +48,13 @@ from tensornet.compression.config import CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.compression.sensitivity import layer_weighting
-from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError
-from tensornet.io import FLOATS, file_digest, take_place, write_file
+from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
+from tensornet.compression.survey import digest as text_digest
+from tensornet.compression.write import WRITE_TOKENS, compress_blocks
+from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError, WorkerError
+from tensornet.io import FLOATS, file_digest, load_slice, read_header, take_place, write_file, write_tensors
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.extension import ProvidedData
 from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
@@ -61,10 +67,6 @@ from tensornet_hf.lazy_model import LazyModel, open_lazily
 MAX_SHARD_BYTES = 2_000_000_000
 
 
-class WorkerError(TensorNetError, RuntimeError):
-    """Raised if a worker process died."""
-
-
 def compress_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -75,6 +77,9 @@ def compress_checkpoint(
     device: str = "cpu",
     resume: bool = True,
     stats: str | os.PathLike[str] | CalibrationStats | None = None,
+    calibration: ProvidedData | None = None,
+    prices: str | os.PathLike[str] | None = None,
+    tokens: int = SURVEY_TOKENS,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -103,6 +108,10 @@ def compress_checkpoint(
         device: device on which weights are compressed.
         resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
+        calibration: batches, instead of statistics. The model is surveyed block by block, and each block is
+            rounded on the inputs that it will get (see `tensornet.survey` and `compress_blocks`).
+        prices: file of a price list: read if it exists, written otherwise.
+        tokens: number of tokens on which the model is surveyed.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -148,7 +157,12 @@ def compress_checkpoint(
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
         stats_file = None if stats_file is None else Path(stats_file)
+        by_blocks = calibration is not None and stats is None and config.by_blocks
+        batches: list[Batch] = []
+        if calibration is not None and by_blocks:
+            batches = read_batches(calibration.batches, lazy.model, tokens=max(WRITE_TOKENS, tokens))
         decisive = {
+            "text": text_digest(batches) if by_blocks else None,
             "config": config.to_dict(),
             "device": device,
             "stats": None if stats_file is None else file_digest(stats_file).sha256,
@@ -159,6 +173,24 @@ def compress_checkpoint(
         if plan is None and (work / "plan.json").is_file():
             plan = CompressionPlan.load(work / "plan.json")
         loaded = None if stats_file is None else CalibrationStats.load(stats_file)
+        loaded_on = partial(lazy.loaded, device=device)
+        if plan is None and calibration is not None and by_blocks:
+            _check_readable(lazy, options)
+            priced = survey_or_load(
+                lazy.model,
+                batches,
+                options,
+                prices,
+                loss_fn=calibration.loss_fn,
+                source=calibration.source,
+                tokens=tokens,
+                states=StatesOnDisk(work / "states"),
+                loaded=loaded_on,
+                device=torch.device(device),
+                progress=progress,
+            )
+            plan = priced.plan()
+            write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         if plan is None:
             _check_readable(lazy, options)
             # Matrices that cannot be mapped are in memory while the plan is made.
@@ -172,18 +204,28 @@ def compress_checkpoint(
             weights = list_weights(lazy.model)
 
         # Compress block by block, and write each block.
-        check_objective(plan, loaded)
+        if not by_blocks:
+            check_objective(plan, loaded)
         found = planned_contents(lazy, plan)
         key = digest([plan.to_dict(), max_shard_bytes])
         out = FolderWriter(work, found, max_shard_bytes=max_shard_bytes, key=key)
-        count = sum(layer.topology is not None for layer in plan)
-        with (
-            _executor(workers, executor) as using,
-            tqdm(total=count, desc="compressing", disable=not progress, unit="layer") as bar,
-        ):
-            for block, layers in _compress_blocks(lazy, plan, loaded, out, using, device):
+        with _executor(workers, executor) as using:
+            if by_blocks:
+                blocks = compress_blocks(
+                    lazy.model,
+                    plan,
+                    batches,
+                    states=StatesOnDisk(work / "states"),
+                    loaded=loaded_on,
+                    device=torch.device(device),
+                    finished=out.finished,
+                    executor=using,
+                    progress=progress,
+                )
+            else:
+                blocks = _compress_blocks(lazy, plan, loaded, out, using, device)
+            for block, layers in tqdm(blocks, desc="compressing", disable=not progress, unit="block"):
                 out.put(block, layers)
-                bar.update(len(layers))
         out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")
         check_free(target, force=force, sources=(folder,))
@@ -205,6 +247,26 @@ def compress_checkpoint(
         plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
         coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
     )
+
+
+class StatesOnDisk:
+    """Hidden states in files, as a mapping from `(block, batch)` (see `tensornet.calibration.walk.Walk`)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def __getitem__(self, key: tuple[int, int], /) -> Tensor:
+        return load_slice(read_header(self._path(key))["x"])
+
+    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None:
+        write_tensors(self._path(key), {"x": value.detach().float().cpu().contiguous()})
+
+    def __delitem__(self, key: tuple[int, int], /) -> None:
+        self._path(key).unlink()
+
+    def _path(self, key: tuple[int, int]) -> Path:
+        return self.folder / "{}-{}.safetensors".format(*key)
 
 
 @contextmanager
