@@ -61,7 +61,7 @@ from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_dense, read_json, weight_files
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
-from tensornet_hf.lazy_model import LazyModel, open_lazily
+from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model
 
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -148,7 +148,9 @@ def compress_checkpoint(
         raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
     source = read_dense(folder)
     marks = file_marks(folder)
-    lazy = open_lazily(source)  # raises for an invalid model before anything is written
+    by_blocks = calibration is not None and stats is None and config.by_blocks
+    # An invalid model raises before anything is written. Only a model that runs needs its buffers.
+    lazy = open_model(folder) if by_blocks else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
@@ -157,7 +159,6 @@ def compress_checkpoint(
         if isinstance(stats, CalibrationStats):
             stats.save(work / "stats.safetensors")
         stats_file = None if stats_file is None else Path(stats_file)
-        by_blocks = calibration is not None and stats is None and config.by_blocks
         batches: list[Batch] = []
         if calibration is not None and by_blocks:
             batches = read_batches(calibration.batches, lazy.model, tokens=max(WRITE_TOKENS, tokens))
