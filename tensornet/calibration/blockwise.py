@@ -70,6 +70,7 @@ def moments_by_block(
             if hidden is not None:
                 assert hidden.grad is not None
                 walk.states[walk.position, number] = hidden.grad
+            walk.losses.append(each.detach().float().flatten().cpu())
             total, scored = total + float(each.detach().sum()), scored + each.numel()
     loss = mean_loss(total, scored, loss_fn)
     outside = recorder.finish(scored, loss, source)
@@ -107,7 +108,13 @@ def moments_by_block(
 
 
 def inputs_by_block(
-    walk: Walk, recorder: MomentRecorder, *, precision: Precision = nullcontext, source: str = ""
+    walk: Walk,
+    recorder: MomentRecorder,
+    *,
+    loss_fn: TokenLosses | None = None,
+    scored: int = 0,
+    precision: Precision = nullcontext,
+    source: str = "",
 ) -> Iterator[tuple[str, CalibrationStats]]:
     """Yield the moments of the inputs of every block, in the order of the blocks, then those outside of them.
 
@@ -116,6 +123,8 @@ def inputs_by_block(
 
     Args:
         walk, recorder, precision, source: see `moments_by_block`.
+        loss_fn: the losses of single tokens; if given, losses are computed at the end.
+        scored: number of losses to compute; they are appended to `walk.losses`.
     """
     with recorder.paused(), precision():
         first = [walk.model.get_submodule(walk.names[0])] if walk.names else []
@@ -132,13 +141,22 @@ def inputs_by_block(
             with recorder.paused(), precision():
                 walk.advance()
     recorder.restart()
-    with walk.loaded(walk.ends):
-        with precision(), torch.no_grad():
-            for number, batch in enumerate(walk.batches):
-                recorder.expect(batch)
-                with walk.leaving(number, walk.states[walk.position, number] if walk.names else None):
-                    run_model(walk.model, batch)
+    with walk.loaded(walk.ends), torch.no_grad():
+
+        def run(number: int, function: Callable[..., Any]) -> Any:
+            hidden = walk.states[walk.position, number] if walk.names else None
+            with walk.leaving(number, hidden), precision():
+                return function(walk.model, walk.batches[number])
+
+        for number, batch in enumerate(walk.batches):
+            recorder.expect(batch)
+            run(number, run_model)
         yield "", recorder.finish(1, None, source)
+        with recorder.paused():
+            for number in range(len(walk.batches)):
+                if loss_fn is None or sum(map(len, walk.losses)) >= scored:
+                    break
+                walk.losses.append(run(number, loss_fn).float().flatten().cpu())
 
 
 def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStats:

@@ -162,6 +162,7 @@ class Walk:
         loaded: context in which the weights of given modules are in memory.
         position: index of the next block to run.
         calls: `calls[n][k]` is the call of block `k` on batch `n`, without its hidden state.
+        losses: the losses of the tokens of each batch, as far as they were computed.
     """
 
     model: nn.Module
@@ -171,6 +172,7 @@ class Walk:
     loaded: Loaded = in_memory
     position: int = 0
     calls: list[list[Call]] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
     _first: list[Any] = field(default_factory=list)  # output of the first block, by batch
 
     @property

@@ -43,6 +43,7 @@ class PriceList:
             other bytes of the model's file; they count in budgets of the whole model.
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         key: everything else that the prices depend on, such as the text, by name.
+        losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -59,6 +60,7 @@ class PriceList:
     untargeted: tuple[int, int, int] = (0, 0, 0)
     measured: frozenset[tuple[str, str]] | None = None
     key: Mapping[str, str] = field(default_factory=dict)
+    losses: tuple[float, ...] = ()
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -189,6 +191,7 @@ class PriceList:
             "version": PRICES_VERSION,
             "config": self.config.to_dict(),
             "key": dict(self.key),
+            "losses": self.losses,
             "untargeted": self.untargeted,
             "measured": None if self.measured is None else sorted(self.measured),
             "template": self.template.to_dict(),
@@ -231,6 +234,7 @@ class PriceList:
                 tuple(data["untargeted"]),
                 None if measured is None else frozenset((a, b) for a, b in measured),
                 data["key"],
+                tuple(data["losses"]),
             )
         except (
             OSError,

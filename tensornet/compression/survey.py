@@ -154,7 +154,8 @@ def survey(
     )
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
-    return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key)
+    losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
+    return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key, losses=losses)
 
 
 def survey_batches(

@@ -13,9 +13,11 @@ from tqdm.auto import tqdm
 from tensornet.calibration.batches import BatchLike, first_rows, read_batches
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
+from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
 from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
+from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
 from tensornet.compression.survey import FULL_UP_TO, is_inside, walk_dtype
@@ -37,6 +39,9 @@ def compress_blocks(
     states: Any = None,
     loaded: Loaded = in_memory,
     device: torch.device | None = None,
+    loss_fn: TokenLosses | None = None,
+    losses: Sequence[float] = (),
+    measured: list[LossIncrease] | None = None,
     finished: Callable[[LayerPlan], NewLayers | None] = lambda layer: None,
     executor: Executor | None = None,
     progress: bool = False,
@@ -56,6 +61,8 @@ def compress_blocks(
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
         tokens: number of tokens to read.
         states, loaded, device: see `survey`.
+        loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
+        measured: receives the loss increase on these tokens when the last block is finished.
         finished: function that returns the new modules of a layer if an interrupted run has finished it.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
         progress: whether to show a progress bar.
@@ -113,12 +120,19 @@ def compress_blocks(
                 tables.enter_context(walk.loaded(walk.ends))
                 tables.enter_context(rounded_weights(first, new))
                 yield "", new
-            for name, stats in inputs_by_block(walk, recorder, precision=precision):
+            for name, stats in inputs_by_block(
+                walk, recorder, loss_fn=loss_fn, scored=len(losses), precision=precision
+            ):
                 block.close()  # the hidden states after the previous block have been computed
                 here = [x for x in targets if x not in first and _belongs(x, name, blocks)]
                 new = compressed(here, stats)
                 block.enter_context(rounded_weights(here, new))
                 yield name, new
+        if measured is not None and losses and walk.losses:
+            before = torch.tensor(losses, dtype=torch.float64)
+            increases = torch.cat(walk.losses)[: len(before)].double() - before
+            source = plan.calibration or "calibration data"
+            measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
 
 
 def results(

@@ -78,9 +78,11 @@ class CompressOptions:
     Args:
         calibration: file with text like the model's later input; 'default' is the embedded text, the King
             James Bible. Pieces of several files alternate. Not needed with `objective="weight"`.
-        calibration_tokens: number of calibration tokens to read (default: until the statistics have
-            converged, at most 32,768 tokens or 1,024 passages).
-        statistics: file of calibration statistics: read if it exists, written otherwise.
+        calibration_tokens: number of calibration tokens on which the loss is differentiated (default: 4,096
+            or 1,024 passages; with effort thorough, until the statistics have converged, at most 32,768
+            tokens).
+        prices: file with the predicted loss of every number format of every layer: read if it exists, written
+            otherwise. With it, a plan for another budget takes seconds. Only with effort fast.
         validation: text from another source than the calibration text; the model is compressed to a few
             sizes, and their losses on this text correct the predictions. Not for classifiers.
         held_out: text that the model has not seen; the losses of the original, of the result and of simple
@@ -120,7 +122,7 @@ class CompressOptions:
 
     calibration: str | Path | Sequence[str | Path] = option((), "data", "paths")
     calibration_tokens: int | None = option(None, "advanced", "integer")
-    statistics: str | Path | None = option(None, "advanced", "path")
+    prices: str | Path | None = option(None, "data", "path")
     validation: str | Path | None = option(None, "data", "path")
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")

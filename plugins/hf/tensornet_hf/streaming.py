@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 import tensornet as tn
 import tensornet.compression
 from tensornet.calibration.batches import Batch, read_batches
+from tensornet.calibration.losses import label_losses
 from tensornet.calibration.stats import CalibrationStats, first_difference
 from tensornet.calibration.walk import outer_stacks
 from tensornet.compression.apply import (
@@ -45,6 +46,7 @@ from tensornet.compression.apply import (
 )
 from tensornet.compression.compress import calibration_config
 from tensornet.compression.config import CompressionConfig
+from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.report import CompressionReport, measure_coverage
 from tensornet.compression.sensitivity import layer_weighting
@@ -160,6 +162,8 @@ def compress_checkpoint(
             stats.save(work / "stats.safetensors")
         stats_file = None if stats_file is None else Path(stats_file)
         batches: list[Batch] = []
+        dense_losses: tuple[float, ...] = ()
+        measured: list[LossIncrease] = []
         if calibration is not None and by_blocks:
             batches = read_batches(calibration.batches, lazy.model, tokens=max(WRITE_TOKENS, tokens))
         decisive = {
@@ -175,13 +179,13 @@ def compress_checkpoint(
             plan = CompressionPlan.load(work / "plan.json")
         loaded = None if stats_file is None else CalibrationStats.load(stats_file)
         loaded_on = partial(lazy.loaded, device=device)
-        if plan is None and calibration is not None and by_blocks:
+        if not isinstance(config, CompressionPlan) and calibration is not None and by_blocks:
             _check_readable(lazy, options)
             priced = survey_or_load(
                 lazy.model,
                 batches,
-                options,
-                prices,
+                config,
+                work / "prices.json" if prices is None else prices,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
@@ -190,8 +194,7 @@ def compress_checkpoint(
                 device=torch.device(device),
                 progress=progress,
             )
-            plan = priced.plan()
-            write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
+            plan, dense_losses = priced.plan(), priced.losses
         if plan is None:
             _check_readable(lazy, options)
             # Matrices that cannot be mapped are in memory while the plan is made.
@@ -219,6 +222,9 @@ def compress_checkpoint(
                     states=StatesOnDisk(work / "states"),
                     loaded=loaded_on,
                     device=torch.device(device),
+                    loss_fn=calibration.loss_fn or label_losses if calibration else None,
+                    losses=dense_losses,
+                    measured=measured,
                     finished=out.finished,
                     executor=using,
                     progress=progress,
@@ -247,6 +253,8 @@ def compress_checkpoint(
         seconds=time.perf_counter() - started,
         plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
         coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
+        measured=next(iter(measured), None),
+        measured_layers=next(iter(measured), None),
     )
 
 
@@ -350,7 +358,7 @@ def _begin(
                     "with resume=False (--no-resume)."
                 )
     else:
-        for name in ("plan.json", ERRORS):
+        for name in ("plan.json", "prices.json", ERRORS):
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work / "out", ignore_errors=True)
         write_file(path, [json.dumps(record).encode()])
