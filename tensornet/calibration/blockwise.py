@@ -161,5 +161,10 @@ def inputs_by_block(
 
 def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStats:
     """Join the statistics of different layers; for a layer in both, those of the second are taken."""
-    fields = ("rows", "columns", "coherence", "counts")
-    return replace(first, **{x: {**getattr(first, x), **getattr(second, x)} for x in fields})
+    return replace(
+        first,
+        rows={**first.rows, **second.rows},
+        columns={**first.columns, **second.columns},
+        coherence={**first.coherence, **second.coherence},
+        counts={**first.counts, **second.counts},
+    )

@@ -27,6 +27,7 @@ from tensornet.compression.loss_increase import measure, record_losses, warn_of_
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.planning import plan as plan_model
 from tensornet.compression.planning import planned_alone, price
+from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, measure_coverage, model_size
 from tensornet.compression.sensitivity import resolve_objective
 from tensornet.compression.survey import survey
@@ -47,6 +48,7 @@ def compress(
     *,
     calibration: Calibration | None = None,
     validation: Collection[BatchLike] | ProvidedData | None = None,
+    prices: PriceList | None = None,
     progress: bool = True,
 ) -> CompressionReport:
     """Compress a model in place: replace the targeted layers by tensor-network layers.
@@ -70,6 +72,8 @@ def compress(
             Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
             predicted losses. A budget of `loss_increase` then uses the corrected predictions. Validation
             needs calibrated gradients.
+        prices: price list of this model for these options, from `survey`; the model is then not surveyed
+            again.
         progress: whether to show progress bars.
 
     Returns:
@@ -116,10 +120,12 @@ def compress(
                 "same data with the same number of tokens, or the statistics that were collected on them."
             )
     elif by_blocks:
-        prices = survey(
-            model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
-        )
-        plan = prices.plan()
+        plan = (
+            prices
+            or survey(
+                model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
+            )
+        ).plan()
     else:
         plan = plan_thoroughly(model, config, data, held_out, cache=cache, progress=progress)
     with unfused(model):

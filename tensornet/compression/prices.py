@@ -4,6 +4,7 @@ A price list contains no weights, so it is a small file. A plan for any budget i
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -168,7 +169,7 @@ class PriceList:
                 "model."
             )
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the price list to a JSON file; an existing file is replaced when the new file is complete.
 
         Raises:
@@ -201,7 +202,7 @@ class PriceList:
         write_file(Path(path), [json.dumps(data).encode()], what="The price list")
 
     @classmethod
-    def load(cls, path: str | Path) -> "PriceList":
+    def load(cls, path: str | os.PathLike[str]) -> "PriceList":
         """Read a price list from a file that `save` wrote.
 
         Raises:

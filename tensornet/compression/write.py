@@ -23,6 +23,7 @@ from tensornet.compression.sensitivity import input_weighting, is_known, never_r
 from tensornet.compression.survey import FULL_UP_TO, is_inside, walk_dtype
 from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting
+from tensornet.nn.module import NetworkModule
 from tensornet.nn.targets import LayerSelection, Target
 
 #: Number of tokens on which the inputs of the blocks are computed.
@@ -176,7 +177,9 @@ def rounded_weights(targets: Iterable[Target], made: Mapping[str, NewLayers]) ->
     before = [(x.matrix, x.matrix.clone()) for x in targets]
     try:
         for (matrix, _), target in zip(before, targets, strict=True):
-            matrix.copy_(made[target.name][0][0].to_matrix())
+            new = made[target.name][0][0]
+            assert isinstance(new, NetworkModule)
+            matrix.copy_(new.to_matrix())
         yield
     finally:
         for matrix, own in before:

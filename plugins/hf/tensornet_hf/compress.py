@@ -21,7 +21,10 @@ from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import calibration_config, gather, plan_thoroughly
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
 from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
+from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
+from tensornet.compression.write import WRITE_TOKENS
 from tensornet.errors import BudgetError, TargetError
 from tensornet.healing import refine
 from tensornet.healing.heal import heal
@@ -153,32 +156,28 @@ class CompressOptions:
             if file is not None and (other := used.setdefault(Path(file).resolve(), name)) != name:
                 raise OptionError(f"{{{name}}} is the file of {{{other}}}; give a text from another source.")
         dtype_of(self.dtype)
-        for what, place in (("The report", self.report), ("Statistics", self.statistics)):
+        for what, place in (("The report", self.report), ("The price list", self.prices)):
             if place is not None:
                 check_place(what, Path(place))
-        if not texts:
-            if self.calibration_tokens is not None:
-                raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
-            if self.statistics is not None and not Path(self.statistics).exists():
-                raise OptionError(
-                    f"{{statistics}} names {self.statistics}, which does not exist. Correct the name, or add "
-                    "{calibration} to collect the statistics."
-                )
-        if not self.resume and self.workers is None and not self.heal:
-            raise OptionError("Only runs with {workers} or {heal} are resumed; leave out {resume}.")
+        if not texts and self.calibration_tokens is not None:
+            raise OptionError("{calibration_tokens} counts tokens of a text; add {calibration}.")
         layerwise = ("refine", "report", "validation", "held_out")
         if self.share_experts and (asked := [f"{{{x}}}" for x in layerwise if getattr(self, x)]):
             raise OptionError(
                 f"{{share_experts}} cannot be combined with {' and '.join(asked)}: layers that share a core "
                 "cannot be processed one by one. Leave out one or the other."
             )
-        whole: tuple[str, ...] = ("dtype", "export", "report", "refine", "heal", "validation", "held_out")
-        whole += ("share_experts", "rotate")
-        if self.workers is not None and (asked := [f"{{{x}}}" for x in whole if getattr(self, x)]):
+        if self.workers is not None and (asked := [f"{{{x}}}" for x in self.needing_model]):
             raise OptionError(
                 f"{{workers}} never loads the whole model, but {' and '.join(asked)} would need it. Leave "
                 "out one or the other."
             )
+
+    @property
+    def needing_model(self) -> list[str]:
+        """Names of the given options that need the whole model in memory."""
+        names = ("dtype", "report", "refine", "heal", "validation", "held_out", "share_experts", "rotate")
+        return [name for name in names if getattr(self, name)]
 
     @property
     def text(self) -> str | None:
@@ -341,7 +340,9 @@ def compress_folder(
         check_files(Path(destination), force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
-    if options.workers is not None:
+    if options.workers is not None or (
+        priced(config, options) and not options.needing_model and target is None and not uploaded
+    ):
         streamed = _compress_streamed(folder, Path(destination), config, options, text)
         sizes = weight_bytes(folder), weight_bytes(destination)
         return FolderReport(str(source), str(destination), streamed, *sizes)
@@ -368,8 +369,16 @@ def compress_folder(
         assert isinstance(config, CompressionConfig)  # `_check_data` refuses plans with this option
         done = compress_experts(model, config, calibration=calibration, progress=options.progress)
     else:
+        prices = None
+        if isinstance(config, CompressionConfig) and priced(config, options):
+            prices = _prices(model, config, options, calibration)
         done = tn.compress(
-            model, config, calibration=calibration, validation=validation, progress=options.progress
+            model,
+            config,
+            calibration=calibration,
+            validation=validation,
+            prices=prices,
+            progress=options.progress,
         )
     notes: tuple[str, ...] = ()
     checkpoint = None
@@ -507,9 +516,12 @@ def plan_folder(
     if options.rotate:
         rotate(model)
     calibration = _calibration(model, folder, checked, options, options.text)
-    validation = _validation(model, folder, options)
-    data = gather(model, checked, calibration, progress=options.progress)
-    plan = plan_thoroughly(model, checked, data, validation, progress=options.progress)
+    if priced(checked, options):
+        plan = _prices(model, checked, options, calibration).plan()
+    else:
+        validation = _validation(model, folder, options)
+        data = gather(model, checked, calibration, progress=options.progress)
+        plan = plan_thoroughly(model, checked, data, validation, progress=options.progress)
     with unfused(model):
         weights = list_weights(model)
 
@@ -523,6 +535,26 @@ def plan_folder(
     }
     names = [layer.name for layer in plan]
     return PlannedFolder(plan, sizes, measure_coverage(weights, names, unseen=plan.unseen))
+
+
+def _prices(
+    model: PreTrainedModel,
+    config: CompressionConfig,
+    options: CompressOptions,
+    data: ProvidedData | None,
+) -> PriceList:
+    """Read the prices of a model from the file `options.prices`, or survey the model and write this file."""
+    assert data is not None  # `priced` needs a calibration text
+    return survey_or_load(
+        model,
+        list(data.batches),
+        config,
+        options.prices,
+        tokens=options.calibration_tokens or SURVEY_TOKENS,
+        loss_fn=data.loss_fn,
+        source=data.source,
+        progress=options.progress,
+    )
 
 
 def open_dense(folder: Path) -> PreTrainedModel:
@@ -561,9 +593,12 @@ def _check_data(
         OptionError: a finished plan is given with an option that would change it, or a validation text with
             an objective that predicts no loss.
     """
-    has_data = bool(options.calibration) or (
-        options.statistics is not None and Path(options.statistics).exists()
-    )
+    has_data = bool(options.calibration)
+    if options.prices is not None and (isinstance(config, CompressionPlan) or not priced(config, options)):
+        raise OptionError(
+            "{prices} contains the prices of number formats, which {effort} fast finds on a {calibration} "
+            "text. Leave out {prices}, or the options that need more: networks, {validation}, {plan}."
+        )
     if isinstance(config, CompressionPlan):
         if options.share_experts:
             raise OptionError("{plan} already fixes the scheme of every layer; leave out {share_experts}.")
@@ -586,8 +621,6 @@ def _check_data(
         raise OptionError(
             f"{{whole_model}} says which bytes a budget counts; add {budgets}, or leave it out."
         )
-    if config.objective == "weight" and options.statistics is not None:
-        raise OptionError("{statistics} is not used with {objective} weight; leave out one of the two.")
     weighted = has_data and config.objective not in ("weight", "activation")
     if config.damping != CompressionConfig.damping and not weighted:
         raise OptionError(
@@ -605,6 +638,13 @@ def _check_data(
     )
 
 
+def priced(config: CompressionConfig | CompressionPlan, options: CompressOptions) -> bool:
+    """Return True if blocks are surveyed and rounded one by one, from batches of the calibration text."""
+    return (
+        bool(options.calibration) and config.by_blocks and not (options.validation or options.share_experts)
+    )
+
+
 def _calibration(
     source: PreTrainedModel | LazyModel,
     folder: Path,
@@ -614,64 +654,64 @@ def _calibration(
     *,
     streamed_to: Path | None = None,
 ) -> ProvidedData | None:
-    """Make batches of the calibration text, and collect calibration statistics or read them from a file.
+    """Make batches of the calibration text, and collect calibration statistics if they are needed.
 
     Args:
         source: the dense model, loaded or opened lazily.
         folder: folder with the model's tokenizer.
         config: the compression options, or a plan.
         options: further options.
-        text: calibration text; if None, statistics are read if `options.statistics` is an existing file.
+        text: calibration text.
         streamed_to: run the model block by block and write the statistics to this file; if the file exists
             from an interrupted run, read it instead.
 
     Raises:
-        BudgetError: the statistics belong to another text.
         TargetError: this model cannot be calibrated on text alone.
         ValueError: the text is too short.
     """
-    model = source.model if isinstance(source, LazyModel) else source
-    file = streamed_to if options.statistics is None else Path(options.statistics)
-    known = CalibrationStats.load(file) if file is not None and file.exists() else None
     if text is None:
-        return None if known is None else ProvidedData([], known.source, statistics=known)
-    if known is not None and not known.source.endswith(f" tokens of {options.source}"):
-        raise BudgetError(
-            f"The statistics in {file} were collected on {known.source}, but the calibration text is "
-            f"{options.source}. Name another statistics file, or leave out the text."
-        )
+        return None
+    model = source.model if isinstance(source, LazyModel) else source
     asked = options.calibration_tokens
-    rows = 0 if asked else ENOUGH_LOSSES
-    data = calibration_data(model, folder, text, tokens=asked or MOST_TOKENS, rows=rows)
+    if priced(config, options):
+        tokens, rows = max(WRITE_TOKENS, asked or 0), ENOUGH_LOSSES
+    else:
+        tokens, rows = asked or MOST_TOKENS, 0 if asked else ENOUGH_LOSSES
+    data = calibration_data(model, folder, text, tokens=tokens, rows=rows)
     said = f"{data.tokens:,} tokens of {options.source}"
-    if known is None and config.objective != "weight":
-        observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
-        if isinstance(source, LazyModel) and file is not None:
-            known = calibrate_checkpoint(
+    batches = data.batches if data.labelled else ()
+    if priced(config, options):
+        return ProvidedData(data.batches, said, loss_fn=data.loss_fn)
+    if config.objective == "weight":
+        return ProvidedData(batches, said, loss_fn=data.loss_fn)
+    observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
+    if isinstance(source, LazyModel):
+        assert streamed_to is not None
+        known = (
+            CalibrationStats.load(streamed_to)
+            if streamed_to.exists()
+            else calibrate_checkpoint(
                 source,
                 data.batches,
-                file,
+                streamed_to,
                 config=observed,
                 loss_fn=data.loss_fn,
                 source=said,
                 progress=options.progress,
             )
-        else:
-            known = calibrate(
-                model,
-                data.batches,
-                config=observed,
-                loss_fn=data.loss_fn,
-                tokens=options.calibration_tokens,
-                gradients=config.objective != "activation",
-                progress=options.progress,
-            )
-            known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
-            if file is not None:
-                known.save(file)
-    said = said if known is None else known.source
-    batches = data.batches if data.labelled else ()
-    return ProvidedData(batches, said, loss_fn=data.loss_fn, statistics=known)
+        )
+    else:
+        known = calibrate(
+            model,
+            data.batches,
+            config=observed,
+            loss_fn=data.loss_fn,
+            tokens=asked,
+            gradients=config.objective != "activation",
+            progress=options.progress,
+        )
+        known = replace(known, source=f"{known.tokens:,} tokens of {options.source}")
+    return ProvidedData(batches, known.source, loss_fn=data.loss_fn, statistics=known)
 
 
 def _validation(model: PreTrainedModel, folder: Path, options: CompressOptions) -> ProvidedData | None:
@@ -695,13 +735,15 @@ def _compress_streamed(
     options: CompressOptions,
     text: str | None,
 ) -> CompressionReport:
-    """Compress a folder shard by shard, without loading the whole model.
+    """Compress a folder block by block, without loading the whole model.
 
     Calibration statistics are saved in the staging folder of the destination, so that a resumed run can read
     them.
     """
-    statistics = None if options.statistics is None else Path(options.statistics)
-    if text is not None:
+    statistics, data = None, None
+    if text is not None and priced(config, options):
+        data = _calibration(open_model(folder), folder, config, options, text)
+    elif text is not None:
         observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
         key = digest([text, options.source, options.calibration_tokens, layers])
@@ -712,7 +754,7 @@ def _compress_streamed(
             if not options.resume:
                 file.unlink(missing_ok=True)
             _calibration(open_model(folder), folder, config, options, text, streamed_to=file)
-            statistics = statistics or (file if file.exists() else None)
+            statistics = file if file.exists() else None
     return compress_checkpoint(
         folder,
         destination,
@@ -721,6 +763,9 @@ def _compress_streamed(
         device=str(options.device),
         resume=options.resume,
         stats=statistics,
+        calibration=data,
+        prices=options.prices,
+        tokens=options.calibration_tokens or SURVEY_TOKENS,
         force=options.force,
         progress=options.progress,
     )

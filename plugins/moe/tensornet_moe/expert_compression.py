@@ -238,12 +238,11 @@ def compress_experts(
         members = [targets[layer.name] for layer in prices.layers]
         stacks = find_stacks(members, stats, config, progress=progress)
     chosen, bound_by = choose_jointly(prices, stacks)
-    alone = [k for k, choice in enumerate(chosen) if isinstance(choice, int)]
+    alone = {k: choice for k, choice in enumerate(chosen) if isinstance(choice, int)}
     plan = CompressionPlan(())
     if alone:
-        plan = replace(prices, layers=tuple(prices.layers[k] for k in alone)).planned(
-            [chosen[k] for k in alone], bound_by
-        )  # type: ignore[misc]  # these are integers
+        separate = replace(prices, layers=tuple(prices.layers[k] for k in alone))
+        plan = separate.planned([*alone.values()], bound_by)
 
     # Fit the networks that share a core, and replace all layers.
     before = record_losses(model, data.batches, source=data.source)

@@ -102,7 +102,7 @@ def run(arguments: Sequence[str]) -> int:
         _say(as_options(_one_line(error), options_of(next((x for x in rest if x in COMMANDS), ""))))
         return FAILED
     if status == INTERRUPTED:
-        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--statistics"))
+        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--prices"))
         kept = "finished parts are kept; run the same command again to continue."
         _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
         return INTERRUPTED
