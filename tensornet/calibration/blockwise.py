@@ -5,7 +5,7 @@ differentiated. The backward walk runs each block again on its stored inputs and
 moments of the inputs and gradients of a block exist only while this block is visited.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -113,6 +113,7 @@ def inputs_by_block(
     *,
     loss_fn: TokenLosses | None = None,
     scored: int = 0,
+    ready: Collection[str] = (),
     precision: Precision = nullcontext,
     source: str = "",
 ) -> Iterator[tuple[str, CalibrationStats]]:
@@ -125,6 +126,7 @@ def inputs_by_block(
         walk, recorder, precision, source: see `moments_by_block`.
         loss_fn: the losses of single tokens; if given, losses are computed at the end.
         scored: number of losses to compute; they are appended to `walk.losses`.
+        ready: names of blocks whose moments are not needed; they are yielded without moments.
     """
     with recorder.paused(), precision():
         first = [walk.model.get_submodule(walk.names[0])] if walk.names else []
@@ -136,7 +138,8 @@ def inputs_by_block(
             with precision(), torch.no_grad():
                 for number, batch in enumerate(walk.batches):
                     recorder.expect(batch)
-                    walk.run(number)
+                    if walk.names[walk.position] not in ready:
+                        walk.run(number)
             yield walk.names[walk.position], recorder.finish(1, None, source)
             with recorder.paused(), precision():
                 walk.advance()

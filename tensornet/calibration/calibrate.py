@@ -276,10 +276,11 @@ class MomentRecorder:
         full_gradients: whether to store the full moments of gradients, instead of their diagonals. Gradients
             of embeddings always have full moments.
         full_up_to: largest number of features for which full moments are stored.
+        rank: rank of the low-rank factors of gradient moments; 0 for none.
     """
 
-    def __init__(self, *, full_gradients: bool = True, full_up_to: int = FULL_UP_TO) -> None:
-        self.full_gradients, self.full_up_to = full_gradients, full_up_to
+    def __init__(self, *, full_gradients: bool = True, full_up_to: int = FULL_UP_TO, rank: int = 0) -> None:
+        self.full_gradients, self.full_up_to, self.rank = full_gradients, full_up_to, rank
         self.restart()
 
     def restart(self) -> None:
@@ -288,6 +289,7 @@ class MomentRecorder:
         self.seeing = True
         self.frequencies: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
+        self.sketches: dict[str, Tensor] = {}  # products `R @ test_matrix`
         self.counts: dict[str, int] = {}
         self.inputs: dict[str, _InputSum] = {}  # maps layers to sums; layers with the same input share one
         self._last: _Reading | None = None
@@ -393,6 +395,10 @@ class MomentRecorder:
         full = self.full_gradients or name in self.frequencies
         if tokens.shape[1] > self.full_up_to or not full:
             _accumulate(self.gradients, name, tokens.float().square().sum(0))
+            if self.rank and name not in self.frequencies and tokens.shape[1] <= self.full_up_to:
+                with torch.autocast(tokens.device.type, enabled=False):
+                    test = tokens.float() @ _test_matrix(tokens.shape[1], self.rank, tokens.device)
+                    _accumulate(self.sketches, name, tokens.float().T @ test)
             return
         if name not in self.gradients:
             self.gradients[name] = tokens.new_zeros(tokens.shape[1], tokens.shape[1], dtype=torch.float32)
@@ -444,6 +450,11 @@ class MomentRecorder:
             coherence=coherence,
             counts=dict(self.counts),
             scored=scored,
+            factors={
+                name: _factor(x / (scored * rows[name].mean()))
+                for name, x in self.sketches.items()
+                if x.any()
+            },
         )
 
     def _coherence(self, rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, float]:
@@ -463,6 +474,40 @@ class MomentRecorder:
             if tokens.shape[1] <= self.full_up_to:
                 return upper_gram(tokens.float())
             return tokens.float().square().sum(0)
+
+
+#: Number of columns of a test matrix in addition to the rank of the factor.
+_OVERSAMPLING = 8
+
+
+def _test_matrix(size: int, rank: int, device: torch.device) -> Tensor:
+    """Return a random matrix, shape `(size, columns)`, always the same for a size and rank."""
+    generator = torch.Generator("cpu").manual_seed(size)
+    columns = min(size, rank + _OVERSAMPLING)
+    return torch.randn(size, columns, generator=generator, device="cpu").to(device)
+
+
+def _factor(sketch: Tensor) -> Tensor:
+    """Compute a low-rank factor `V` of a moment `R`, so that `V V^T` is at most `R`.
+
+    Args:
+        sketch: the product `R @ test_matrix`, shape `(features, columns)`.
+
+    Reference:
+        Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from streaming data",
+        algorithm 3 (Nystrom approximation, shifted to be stable).
+    """
+    size, columns = sketch.shape
+    rank = size if columns == size else columns - _OVERSAMPLING
+    test, found = _test_matrix(size, rank, sketch.device).double(), sketch.double()
+    shift = torch.finfo(torch.float32).eps * float(torch.linalg.matrix_norm(found, 2))
+    found = found + shift * test
+    middle = test.mT @ found
+    values, vectors = torch.linalg.eigh((middle + middle.mT) / 2)
+    kept = values > values[-1] * size * torch.finfo(torch.float64).eps
+    u, s, _ = torch.linalg.svd(found @ (vectors[:, kept] * values[kept].rsqrt()), full_matrices=False)
+    lengths = (s.square() - shift).clamp_min(0).sqrt()
+    return (u * lengths)[:, :rank].to(torch.bfloat16)
 
 
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -44,6 +44,8 @@ class CalibrationStats:
             fewer than `tokens`.
         scored: number of tokens that have a loss.
         fingerprint: four elements of each weight, by module name, to recognize the model.
+        factors: low-rank factors `V` of moments of gradients by module name, shape `(out, rank)`, so that
+            `V V^T` is at most `R` divided by its mean diagonal; only where `rows` has the diagonal alone.
 
     Reference:
         Martens, Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature".
@@ -67,6 +69,7 @@ class CalibrationStats:
     counts: Mapping[str, int] = field(default_factory=dict)
     scored: int = 0
     fingerprint: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
     def check_weights(self, targets: Iterable[Target]) -> None:
         """Check that the statistics were collected on the weights of a model.

@@ -87,7 +87,7 @@ def find_candidates(
     counts: Counts = {}
     for some in _chunks(targets):
         with remembering():  # layers with the same inputs share the factorized moment
-            rounding = config.rounding or "two_sided"
+            rounding = config.rounding
             known = [layer_sensitivity(x, objective, stats, config.damping, rounding) for x in some]
         corrections: dict[int, Corrections] = {}
         if few:

@@ -120,12 +120,10 @@ def compress(
                 "same data with the same number of tokens, or the statistics that were collected on them."
             )
     elif by_blocks:
-        plan = (
-            prices
-            or survey(
-                model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
-            )
-        ).plan()
+        prices = prices or survey(
+            model, data.batches, config, loss_fn=data.loss_fn, source=data.source, progress=progress
+        )
+        plan = prices.plan()
     else:
         plan = plan_thoroughly(model, config, data, held_out, cache=cache, progress=progress)
     with unfused(model):
@@ -136,7 +134,9 @@ def compress(
     before = record_losses(model, seen.batches, loss_fn=seen.loss_fn, source=seen.source)
     if by_blocks:
         schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
-        for _, layers in compress_blocks(model, plan, data.batches, progress=progress):
+        for _, layers in compress_blocks(
+            model, plan, data.batches, factors=None if prices is None else prices.factors, progress=progress
+        ):
             cache |= {schemes[name]: new for name, new in layers.items()}
     row = _row_to_run(model, data.batches)
     errors = apply_plan(model, plan, data.statistics, progress=progress, cache=cache, batch=row)

@@ -117,7 +117,7 @@ class CompressionConfig(LayerSelection):
             rounds with feedback along inputs and outputs, and corrects predictions by measuring. All other
             plans are thorough.
         rounding: how integers are rounded: to the nearest, with error feedback along the inputs (as in GPTQ),
-            or along inputs and outputs. By default, `effort` decides. Two configurations are usual baselines.
+            or along inputs and outputs. Two configurations are usual baselines.
             Round to nearest is `(objective="weight", formats=("int4",), rounding="nearest")`. The truncated
             SVD is `(objective="weight", topology="low_rank", param_ratio=0.5)`.
         damping: share of the mean diagonal that is added to gradient moments. With a smaller value, plans
@@ -160,7 +160,7 @@ class CompressionConfig(LayerSelection):
     loss_increase: float | None = option(None, "budget", "number")
     objective: Objective = option("auto", "advanced", choices=OBJECTIVES)
     effort: Effort = option("fast", "budget", choices=EFFORTS)
-    rounding: Rounding | None = option(None, "advanced", choices=ROUNDINGS)
+    rounding: Rounding = option("two_sided", "advanced", choices=ROUNDINGS)
     damping: float = option(0.1, "advanced", "number")
     pivoted: bool | None = option(None, "advanced", "flag")
     require_calibrated: bool = option(False, "advanced", "flag")
@@ -177,12 +177,10 @@ class CompressionConfig(LayerSelection):
             object.__setattr__(self, "target_modules", ALL)
         object.__setattr__(self, "topology", _checked_topology(self))
         object.__setattr__(self, "topology_options", _checked_options(self))
-        named = (("objective", OBJECTIVES), ("rounding", (*ROUNDINGS, None)), ("effort", EFFORTS))
+        named = (("objective", OBJECTIVES), ("rounding", ROUNDINGS), ("effort", EFFORTS))
         for name, choices in named:
             if (value := getattr(self, name)) not in choices:
-                raise ValueError(
-                    f"Unknown {name} {value!r}; choose one of {', '.join(x for x in choices if x)}."
-                )
+                raise ValueError(f"Unknown {name} {value!r}; choose one of {', '.join(choices)}.")
         for name in ("max_bond", "sites"):
             if (value := getattr(self, name)) is not None:  # NumPy integers become Python integers
                 object.__setattr__(self, name, check_size(name, value, error=BudgetError))
@@ -278,9 +276,8 @@ class CompressionConfig(LayerSelection):
     def by_blocks(self) -> bool:
         """True if number formats are planned with little effort, so that blocks are visited one by one."""
         networks = self.topology != AUTO or self.param_ratio is not None or not self.budget.unlimited
-        rounds = self.rounding in (None, "one_sided", "nearest")
         gradients = self.objective in ("auto", "curvature") and (self.needs_curvature or bool(self.formats))
-        return self.effort == "fast" and bool(self.formats) and not networks and rounds and gradients
+        return self.effort == "fast" and bool(self.formats) and not networks and gradients
 
     @property
     def needs_curvature(self) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from tensornet._util import check_number, check_size, html_table
 from tensornet.compression.allocate import CostCurve, frontier
-from tensornet.compression.config import OBJECTIVES, ROUNDINGS
+from tensornet.compression.config import EFFORTS, OBJECTIVES, ROUNDINGS, Effort
 from tensornet.compression.loss_increase import UNMEASURED, Forecast
 from tensornet.errors import FormatError, TopologyError
 from tensornet.io import write_file
@@ -231,6 +231,7 @@ class CompressionPlan:
             calibration statistics are needed again to apply the plan.
         damping: damping of the gradient moments.
         rounding: how integers are rounded (see `CompressionConfig`).
+        effort: whether `survey` found the predicted losses, or statistics of all layers.
         dense_loss: mean loss of a token during calibration.
         calibration: name of the data on which the statistics were collected.
         forecast: corrects the sum of the predicted losses by loss increases measured on validation data.
@@ -263,6 +264,7 @@ class CompressionPlan:
     unfit: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     loss_check: LossCheck | None = None
     rounding: Rounding = "two_sided"
+    effort: Effort = "thorough"
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.layers)
@@ -280,7 +282,7 @@ class CompressionPlan:
     def by_blocks(self) -> bool:
         """True if `compress_blocks` can apply the plan; it needs batches, but no statistics."""
         dense = all(layer.topology is None or layer.topology.family == "dense" for layer in self.layers)
-        return dense and self.objective == "curvature" and self.rounding != "two_sided"
+        return dense and self.objective == "curvature" and self.effort == "fast"
 
     @property
     def params_before(self) -> int:
@@ -605,6 +607,8 @@ def _check(plan: CompressionPlan, *, complete: bool) -> None:
         raise ValueError(f"unknown objective {plan.objective!r}, choose one of {', '.join(OBJECTIVES)}")
     if plan.rounding not in ROUNDINGS:
         raise ValueError(f"unknown rounding {plan.rounding!r}, choose one of {', '.join(ROUNDINGS)}")
+    if plan.effort not in EFFORTS:
+        raise ValueError(f"unknown effort {plan.effort!r}, choose one of {', '.join(EFFORTS)}")
     check_number("damping", plan.damping)
     if plan.dense_loss is not None:
         check_number("dense_loss", plan.dense_loss)

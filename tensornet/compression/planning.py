@@ -98,7 +98,6 @@ def price(
         >>> plans[0].predicted_loss_increase < plans[1].predicted_loss_increase
         True
     """
-    config = replace(config, rounding=config.rounding or "two_sided")
     targets, template = _select(model, config, stats)
     if planned_alone(config, template.objective):
         raise BudgetError(
@@ -136,7 +135,7 @@ def _select(
         (),
         objective=objective,
         damping=config.damping if objective != "weight" else 0.0,
-        rounding=config.rounding or "two_sided",
+        rounding=config.rounding,
         dense_loss=stats.loss if stats is not None and stats.loss == stats.loss else None,  # None for NaN
         calibration=stats.source if stats is not None else None,
         topology_options=config.topology_options,

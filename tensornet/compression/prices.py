@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
+from torch import Tensor
 
 from tensornet._util import on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
@@ -19,7 +21,7 @@ from tensornet.compression.candidates import hull_of
 from tensornet.compression.config import WHOLE_MODEL_BUDGETS, CompressionConfig
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.errors import BudgetError, FormatError, TargetError
-from tensornet.io import write_file
+from tensornet.io import write_tensors
 from tensornet.nn.storage import Storage
 from tensornet.nn.targets import Target
 from tensornet.quantization.menus import MENUS
@@ -45,6 +47,8 @@ class PriceList:
         measured: `(layer, scheme)` of the layers that `check_loss` has measured; None if it did not run.
         key: everything else that the prices depend on, such as the text, by name.
         losses: losses of the dense model on the tokens that were read, to compare with the compressed model.
+        factors: low-rank factors of the moments of gradients (see `CalibrationStats`), with which rounding
+            feeds errors back along the outputs.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
@@ -62,6 +66,7 @@ class PriceList:
     measured: frozenset[tuple[str, str]] | None = None
     key: Mapping[str, str] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
+    factors: Mapping[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @torch.no_grad()
     @on_cpu_unless_said
@@ -170,7 +175,7 @@ class PriceList:
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the price list to a JSON file; an existing file is replaced when the new file is complete.
+        """Write the price list to a safetensors file, which replaces an existing file when it is complete.
 
         Raises:
             DestinationError: the file cannot be written.
@@ -199,7 +204,8 @@ class PriceList:
             "schemes": [[t and t.to_dict(), storage.to_dict()] for t, storage in schemes],
             "layers": layers,
         }
-        write_file(Path(path), [json.dumps(data).encode()], what="The price list")
+        tensors = {name: x.contiguous() for name, x in self.factors.items()}
+        write_tensors(Path(path), tensors, {"prices": json.dumps(data)}, what="The price list")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PriceList":
@@ -209,7 +215,9 @@ class PriceList:
             FormatError: the file cannot be read, or does not contain a price list of this version.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            with safetensors.safe_open(str(path), framework="pt") as file:
+                data = json.loads((file.metadata() or {})["prices"])
+                factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if data["version"] != PRICES_VERSION:
                 raise ValueError(f"it has version {data['version']}, expected {PRICES_VERSION}")
             schemes = [(t and Topology.from_dict(t), Storage.from_dict(s)) for t, s in data["schemes"]]
@@ -236,6 +244,7 @@ class PriceList:
                 None if measured is None else frozenset((a, b) for a, b in measured),
                 data["key"],
                 tuple(data["losses"]),
+                factors,
             )
         except (
             OSError,

@@ -3,7 +3,6 @@
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -51,6 +50,9 @@ from tensornet.nn.unfuse import unfused
 #: Number of tokens on which a survey differentiates the loss. The moments of the inputs of one block may be
 #: wide, so their limit is far above that of `calibrate`.
 SURVEY_TOKENS, FULL_UP_TO = 4096, 1 << 15
+#: Rank of the factors of gradient moments. Rounding damps these moments so much that only directions with far
+#: more than the mean gradient matter.
+GRADIENT_RANK = 32
 
 
 @torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode
@@ -103,8 +105,7 @@ def survey(
     check_model(model)
     check_config(config)
     check_batches(batches, "survey")
-    config = replace(config, rounding=config.rounding or "one_sided")
-    recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO)
+    recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
     with observed(model, recorder, config) as targets:
@@ -129,6 +130,7 @@ def survey(
 
         # Price the layers of every block as soon as its moments are known, then drop the moments.
         priced: dict[str, PricedLayer] = {}
+        factors: dict[str, Tensor] = {}
         facts: CalibrationStats | None = None
         visits = moments_by_block(walk, recorder, loss_fn, precision=precision, source=source)
         total = len(names) + 1
@@ -138,6 +140,7 @@ def survey(
             with loaded([module for x in known for module in x.modules], dtype=None):
                 found = find_candidates(known, config, "curvature", stats, families=())
                 priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
+            factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
             facts = stats
     assert facts is not None
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
@@ -145,17 +148,19 @@ def survey(
         (),
         objective="curvature",
         damping=config.damping,
-        rounding=config.rounding or "one_sided",
+        rounding=config.rounding,
         dense_loss=facts.loss if facts.loss == facts.loss else None,  # None for NaN
         calibration=source,
         of_tokens=of_tokens,
+        effort="fast",
         unseen=unseen,
         unfit=unfit,
     )
     layers = tuple(priced[x.name] for x in kept)
     key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
     losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
-    return PriceList(config, layers, template, untargeted_sizes(model, kept), key=key, losses=losses)
+    sizes = untargeted_sizes(model, kept)
+    return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors)
 
 
 def survey_batches(

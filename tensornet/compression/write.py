@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tensornet.calibration.batches import BatchLike, first_rows, read_batches
@@ -40,6 +41,7 @@ def compress_blocks(
     states: Any = None,
     loaded: Loaded = in_memory,
     device: torch.device | None = None,
+    factors: Mapping[str, Tensor] | None = None,
     loss_fn: TokenLosses | None = None,
     losses: Sequence[float] = (),
     measured: list[LossIncrease] | None = None,
@@ -62,6 +64,8 @@ def compress_blocks(
         batches: batches as for `calibrate`; the first `tokens` tokens are read.
         tokens: number of tokens to read.
         states, loaded, device: see `survey`.
+        factors: low-rank factors of the moments of gradients, for feedback along the outputs too (see
+            `PriceList`).
         loss_fn, losses: loss function, and the losses of the dense model on the first tokens.
         measured: receives the loss increase on these tokens when the last block is finished.
         finished: function that returns the new modules of a layer if an interrupted run has finished it.
@@ -95,6 +99,8 @@ def compress_blocks(
         with recorder.paused(), precision():
             blocks = find_blocks(model, first_rows(given[0], 1), loaded)
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
+        members = {name: [x for x in targets if is_inside(x, name)] for name in blocks}
+        ready = [name for name, some in members.items() if all(finished(layers[x.name]) for x in some)]
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
             """Compress the layers that are not finished yet, and read the others."""
@@ -106,6 +112,8 @@ def compress_blocks(
                 if stats is not None and not is_known(target, stats):
                     raise never_ran(target)
                 weighting = Weighting() if stats is None else input_weighting(target, stats)
+                if factors is not None and target.name in factors and plan.rounding == "two_sided":
+                    weighting = replace(weighting, rows=low_rank_moment(factors[target.name], target.matrix))
                 tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
             made = results(executor, compress_layer, tasks)
             done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
@@ -122,7 +130,7 @@ def compress_blocks(
                 tables.enter_context(rounded_weights(first, new))
                 yield "", new
             for name, stats in inputs_by_block(
-                walk, recorder, loss_fn=loss_fn, scored=len(losses), precision=precision
+                walk, recorder, loss_fn=loss_fn, scored=len(losses), ready=ready, precision=precision
             ):
                 block.close()  # the hidden states after the previous block have been computed
                 here = [x for x in targets if x not in first and _belongs(x, name, blocks)]
@@ -134,6 +142,21 @@ def compress_blocks(
             increases = torch.cat(walk.losses)[: len(before)].double() - before
             source = plan.calibration or "calibration data"
             measured.append(LossIncrease.of(increases, source=source, dense_loss=float(before.mean())))
+
+
+def low_rank_moment(factor: Tensor, like: Tensor) -> Tensor:
+    """Make a moment of gradients from its low-rank factor `V`: `V V^T` plus a multiple of the identity.
+
+    The mean of its diagonal is 1, since `V` is the factor of a moment whose diagonal has this mean.
+
+    Args:
+        factor: the factor, shape `(out, rank)`.
+        like: tensor with the device to use.
+    """
+    factor = factor.to(like.device, torch.float32)
+    moment = factor @ factor.mT
+    moment.diagonal().add_((1 - moment.diagonal().mean()).clamp_min(torch.finfo(torch.float32).eps))
+    return moment
 
 
 def results(

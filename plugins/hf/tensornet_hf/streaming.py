@@ -163,6 +163,7 @@ def compress_checkpoint(
         stats_file = None if stats_file is None else Path(stats_file)
         batches: list[Batch] = []
         dense_losses: tuple[float, ...] = ()
+        factors: Mapping[str, Tensor] = {}
         measured: list[LossIncrease] = []
         if calibration is not None and by_blocks:
             batches = read_batches(calibration.batches, lazy.model, tokens=max(WRITE_TOKENS, tokens))
@@ -185,7 +186,7 @@ def compress_checkpoint(
                 lazy.model,
                 batches,
                 config,
-                work / "prices.json" if prices is None else prices,
+                work / "prices.safetensors" if prices is None else prices,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
@@ -194,7 +195,7 @@ def compress_checkpoint(
                 device=torch.device(device),
                 progress=progress,
             )
-            plan, dense_losses = priced.plan(), priced.losses
+            plan, dense_losses, factors = priced.plan(), priced.losses, priced.factors
         if plan is None:
             _check_readable(lazy, options)
             # Matrices that cannot be mapped are in memory while the plan is made.
@@ -224,6 +225,7 @@ def compress_checkpoint(
                     device=torch.device(device),
                     loss_fn=calibration.loss_fn or label_losses if calibration else None,
                     losses=dense_losses,
+                    factors=factors,
                     measured=measured,
                     finished=out.finished,
                     executor=using,
@@ -358,7 +360,7 @@ def _begin(
                     "with resume=False (--no-resume)."
                 )
     else:
-        for name in ("plan.json", "prices.json", ERRORS):
+        for name in ("plan.json", "prices.safetensors", ERRORS):
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work / "out", ignore_errors=True)
         write_file(path, [json.dumps(record).encode()])
