@@ -52,7 +52,7 @@ from tensornet.nn.unfuse import unfused
 SURVEY_TOKENS, FULL_UP_TO = 4096, 1 << 15
 #: Rank of the factors of gradient moments. Rounding damps these moments so much that only directions with far
 #: more than the mean gradient matter.
-GRADIENT_RANK = 32
+GRADIENT_RANK = 16
 
 
 @torch.inference_mode(False)  # gradients are needed even if the caller is in inference mode

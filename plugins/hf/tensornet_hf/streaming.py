@@ -54,7 +54,7 @@ from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
 from tensornet.compression.survey import digest as text_digest
 from tensornet.compression.write import WRITE_TOKENS, compress_blocks
 from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError, WorkerError
-from tensornet.io import FLOATS, file_digest, load_slice, read_header, take_place, write_file, write_tensors
+from tensornet.io import FLOATS, file_digest, take_place, write_file
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ProvidedData
 from tensornet.nn.linear import TensorNetworkLinear
@@ -64,6 +64,7 @@ from tensornet.quantization import Rounding
 from tensornet_hf.checkpoint import check_free, read_dense, read_json, weight_files
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model
+from tensornet_hf.streamed_calibration import StatesOnDisk
 
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -258,26 +259,6 @@ def compress_checkpoint(
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),
     )
-
-
-class StatesOnDisk:
-    """Hidden states in files, as a mapping from `(block, batch)` (see `tensornet.calibration.walk.Walk`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(exist_ok=True)
-
-    def __getitem__(self, key: tuple[int, int], /) -> Tensor:
-        return load_slice(read_header(self._path(key))["x"])
-
-    def __setitem__(self, key: tuple[int, int], value: Tensor, /) -> None:
-        write_tensors(self._path(key), {"x": value.detach().float().cpu().contiguous()})
-
-    def __delitem__(self, key: tuple[int, int], /) -> None:
-        self._path(key).unlink()
-
-    def _path(self, key: tuple[int, int]) -> Path:
-        return self.folder / "{}-{}.safetensors".format(*key)
 
 
 @contextmanager

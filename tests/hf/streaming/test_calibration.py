@@ -31,7 +31,7 @@ def batches(name: str, count: int = 3) -> list[dict[str, Tensor]]:
         mask = torch.ones_like(ids)
         mask[1, 6:] = 0  # padding counts nowhere
         made.append({"input_ids": ids, "attention_mask": mask})
-        if name == "bert":
+        if name in ("bert", "t5_relu"):
             made[-1]["labels"] = ids
     return made
 
@@ -48,22 +48,20 @@ def test_a_model_opened_lazily_computes_what_a_loaded_one_does(name: str, tmp_pa
             torch.testing.assert_close(lazy.model(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("name", ONE_STACK)
+@pytest.mark.parametrize("name", [*ONE_STACK, "t5_relu"])  # T5 has two stacks, so it is one block
 def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
     source, config = save(name, tmp_path / "dense"), tn.CompressionConfig(max_bond=1)
-    inside = "re:.*(layers?|h|block)\\.\\d+\\..*"
     expected = tn.calibrate(ARCHITECTURES[name].dense, batches(name), config=config)
     ours = th.calibrate_checkpoint(source, batches(name), tmp_path / "stats", source="made up")
-    names = {x for x in expected.rows if tn.nn.targets.matches(x, inside)}
-    assert names
+    names = expected.rows.keys()
     assert (ours.loss, ours.tokens) == (pytest.approx(expected.loss, rel=1e-6), expected.tokens)
     assert ours.source == "made up"
-    assert (ours.counts, ours.scored) == ({x: expected.counts[x] for x in names}, expected.scored)
-    assert ours.coherence == pytest.approx({x: expected.coherence[x] for x in names}, rel=1e-4)
+    assert (dict(ours.counts), ours.scored) == (dict(expected.counts), expected.scored)
+    assert ours.coherence == pytest.approx(expected.coherence, rel=1e-4)
     for side in ("rows", "columns"):
         mine, theirs = getattr(ours, side), getattr(expected, side)
-        assert set(mine) == names
-        for layer in names:
+        assert mine.keys() == theirs.keys()
+        for layer in mine:
             torch.testing.assert_close(
                 mine[layer], theirs[layer], rtol=1e-4, atol=1e-7 * float(theirs[layer].max())
             )
@@ -124,8 +122,6 @@ def test_blocks_get_the_arguments_of_their_own_batch(tmp_path: Path) -> None:
 
 
 def test_models_that_cannot_be_streamed(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match="2 stacks"):
-        th.calibrate_checkpoint(save("t5_relu", tmp_path / "t5"), batches("t5"), tmp_path / "stats")
     save("gpt2", tmp_path / "gpt2")
     one = [{"input_ids": torch.ones(2, 1, dtype=torch.long)}]
     with pytest.raises(TargetError, match="No token"):
