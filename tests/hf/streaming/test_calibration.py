@@ -53,7 +53,6 @@ def test_same_moments_as_in_memory(name: str, tmp_path: Path) -> None:
     source, config = save(name, tmp_path / "dense"), tn.CompressionConfig(max_bond=1)
     expected = tn.calibrate(ARCHITECTURES[name].dense, batches(name), config=config)
     ours = th.calibrate_checkpoint(source, batches(name), tmp_path / "stats", source="made up")
-    names = expected.rows.keys()
     assert (ours.loss, ours.tokens) == (pytest.approx(expected.loss, rel=1e-6), expected.tokens)
     assert ours.source == "made up"
     assert (dict(ours.counts), ours.scored) == (dict(expected.counts), expected.scored)
