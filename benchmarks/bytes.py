@@ -30,7 +30,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from subjects import Batches, Subject, tokens_of
 import tensornet as tn
 from tensornet.calibration.losses import losses_against, pooled
 from tensornet.compression import PriceList, check_loss, measure, price, record_losses
+from tensornet.compression.apply import LayerCache
 from tensornet.compression.loss_increase import RecordedLosses
 from tensornet.nn.targets import LayerSelection, find_targets
 
@@ -52,7 +53,7 @@ SIZES = (8.25, 6.25, 4.25, 3.25, 2.25)
 PEERS = ("torchao", "hqq", "gptq", "autoround")
 #: Options of the configuration for each method; `{}` in a format is replaced by the number of bits.
 OURS: dict[str, dict[str, Any]] = {
-    "plan": {},
+    "plan": {"effort": "thorough"},
     "two-sided": {"formats": ("int{}:g32:float8",), "rounding": "two_sided"},
     "one-sided": {"formats": ("int{}:g64",), "rounding": "one_sided"},
     "nearest": {"formats": ("int{}:g64",), "objective": "weight", "rounding": "nearest"},
@@ -159,13 +160,16 @@ class Bench:
             if known is None or method != "plan":  # the candidates of plans are the same for all sizes
                 start = processor_seconds()
                 known = price(self.dense, config, stats), processor_seconds() - start
-            prepared, start = replace(known[0], cache={}), processor_seconds()
+            prices, start = known[0], processor_seconds()
+            cache: LayerCache = {}
             if method == "plan" and stats is not None:
-                prepared = check_loss(prepared, self.dense, batches, bits_per_weight=bits)
+                prices = check_loss(
+                    prices, self.dense, batches, stats, cache=cache, bits_per_weight=bits
+                )
             verified = processor_seconds() - start
-            plan, small = prepared.plan(bits_per_weight=bits), self.subject.load()
+            plan, small = prices.plan(bits_per_weight=bits), self.subject.load()
             start = processor_seconds()
-            tn.apply_plan(small, plan, stats, cache=prepared.cache)
+            tn.apply_plan(small, plan, stats, cache=cache)
             seconds = {"calibrate": calibrated, "plan": known[1], "verify": verified}
             row: Row = {"seconds": seconds | {"round": processor_seconds() - start}, "peak_mib": peak_mib()}
             if method == "plan":

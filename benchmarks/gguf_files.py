@@ -35,7 +35,6 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from subjects import Subject, tokens_of
 import tensornet as tn
 import tensornet_hf as th
 from tensornet.compression import PriceList, check_loss, price
+from tensornet.compression.apply import LayerCache
 from tensornet.quantization.menus import MENUS
 from tensornet_hf.checkpoint import load_gguf
 from tensornet_hf.compress import for_target
@@ -94,7 +94,7 @@ class Bench:
         self.tokens = torch.cat([batch["input_ids"].flatten() for batch in subject.judged])
         self.context = subject.judged[0]["input_ids"].shape[1]
         self.dense = subject.load()
-        self.prepared: PriceList | None = None
+        self.prices: PriceList | None = None
         self.prefix = "fast plan " if given.fast else "plan "
 
     def row(self, name: str) -> Row | None:
@@ -174,23 +174,24 @@ class Bench:
         formats = (
             ("gguf", *(x for x in MENUS["gguf"].formats if x not in SLOW)) if self.given.fast else "gguf"
         )
-        asked = tn.CompressionConfig(max_bytes=size, formats=formats)
+        asked = tn.CompressionConfig(max_bytes=size, formats=formats, effort="thorough")
         config = for_target("gguf", asked, self.dense, subject.folder)
         seconds = {}
         start = processor_seconds()
         stats = self.statistics(config)
-        if self.prepared is None:
+        if self.prices is None:
             seconds["calibrate"], start = processor_seconds() - start, processor_seconds()
-            self.prepared = price(self.dense, config, stats)
+            self.prices = price(self.dense, config, stats)
             seconds["prepare"] = processor_seconds() - start
         start = processor_seconds()
+        cache: LayerCache = {}
         checked = check_loss(
-            replace(self.prepared, cache={}), self.dense, batches, max_bytes=config.max_bytes
+            self.prices, self.dense, batches, stats, cache=cache, max_bytes=config.max_bytes
         )
         plan = checked.plan(max_bytes=config.max_bytes)
         seconds["check"], start = processor_seconds() - start, processor_seconds()
         small = subject.load()
-        tn.apply_plan(small, plan, stats, cache=checked.cache)
+        tn.apply_plan(small, plan, stats, cache=cache)
         seconds["round"], start = processor_seconds() - start, processor_seconds()
         file = self.work / f"{name.replace(' ', '-')}.gguf"
         report = th.export(small, file, source=subject.folder, force=True)

@@ -55,9 +55,9 @@ def measure_planning(shape: str, budgets: Sequence[float], repeats: int) -> dict
     rows, columns = map(int, shape.split("x"))
     model = nn.Sequential(nn.Linear(columns, rows, bias=False))
     stats = tn.CalibrationStats({"0": moment(rows, 1)}, {"0": moment(columns, 2)}, 1, loss=0.0)
-    config = tn.CompressionConfig(bits_per_weight=max(budgets))
-    prepared = price(model, config, stats)
-    plans = {bits: prepared.plan(bits_per_weight=bits) for bits in budgets}
+    config = tn.CompressionConfig(bits_per_weight=max(budgets), effort="thorough")
+    prices = price(model, config, stats)
+    plans = {bits: prices.plan(bits_per_weight=bits) for bits in budgets}
     made: dict[float, Any] = {}
 
     def rounded(bits: float) -> None:

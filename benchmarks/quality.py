@@ -129,7 +129,7 @@ class Bench:
     heal_seconds: float
     refine_windows: int
     length: int
-    prepared: dict[tuple[str, str], PriceList] = field(default_factory=dict)
+    prices: dict[tuple[str, str], PriceList] = field(default_factory=dict)
     moments: dict[tuple[str, ...], tn.CalibrationStats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class Bench:
         }
         if job.method != "dense":
             start = time.process_time()
-            plan = self.prepare(job, model).plan(param_ratio=job.ratio)
+            plan = self.plan(job, model)
             tn.apply_plan(model, plan, self.stats(job.method))
             row["kept"] = plan.params_after / plan.params_before
             row["predicted_rise"] = plan.predicted_loss_increase if not job.after else None
@@ -205,18 +205,20 @@ class Bench:
             "sample": " ".join((PROMPT + continuation(model, self.folder, PROMPT)).split()).replace("`", "'"),
         }
 
-    def prepare(self, job: Job, model: nn.Module) -> PriceList:
-        """Find the candidates of all layers, once for all sizes of a method."""
+    def plan(self, job: Job, model: nn.Module) -> tn.CompressionPlan:
+        """Plan a row; the candidates of all layers are found once for all sizes of a method."""
+        config = tn.CompressionConfig(
+            target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
+        )
+        if config.objective == "weight":  # each layer is planned alone, so there are no prices
+            return tn.plan(model, config)
         key = (job.method, job.layers)
-        whole = self.prepared.get((job.method, "all"))
-        if key not in self.prepared and whole is not None:
-            self.prepared[key] = part_of(whole, LAYERS[job.layers])
-        if key not in self.prepared:
-            config = tn.CompressionConfig(
-                target_modules=LAYERS[job.layers], param_ratio=job.ratio, **METHODS[job.method].options
-            )
-            self.prepared[key] = price(model, config, self.stats(job.method))
-        return self.prepared[key]
+        whole = self.prices.get((job.method, "all"))
+        if key not in self.prices and whole is not None:
+            self.prices[key] = part_of(whole, LAYERS[job.layers])
+        if key not in self.prices:
+            self.prices[key] = price(model, config, self.stats(job.method))
+        return self.prices[key].plan(param_ratio=job.ratio)
 
     def heal(self, model: nn.Module) -> dict[str, Any]:
         """Heal a model for a fixed time, on a text that is used neither for calibration nor for testing."""
@@ -358,12 +360,7 @@ def mean_loss(model: nn.Module, windows: Tensor) -> float:
 def part_of(whole: PriceList, pattern: str | None) -> PriceList:
     """Select the candidates of the layers whose names match a pattern."""
     assert pattern is not None
-    kept = [k for k, target in enumerate(whole.targets) if fnmatch(target.name, pattern)]
-    chosen = {
-        name: tuple(getattr(whole, name)[k] for k in kept if getattr(whole, name))
-        for name in ("targets", "candidates", "spectra")
-    }
-    return replace(whole, **chosen)
+    return replace(whole, layers=tuple(x for x in whole.layers if fnmatch(x.name, pattern)))
 
 
 if __name__ == "__main__":

@@ -63,8 +63,12 @@ def tokens(seed: int) -> Tensor:
 def cost(prepared: PriceList, plan: tn.CompressionPlan) -> float:
     """Cost that decides, which is not the predicted loss."""
     return sum(
-        next(x.cost for x in found if (x.topology, x.storage) == (layer.topology, layer.storage))
-        for found, layer in zip([x.candidates for x in prepared.layers], plan, strict=True)
+        next(
+            x.cost
+            for x in priced.candidates
+            if (x.topology, x.storage) == (layer.topology, layer.storage)
+        )
+        for priced, layer in zip(prepared.layers, plan, strict=True)
     )
 
 
@@ -140,7 +144,7 @@ def test_plans_keep_to_their_bytes_and_never_cost_more_than_one_format(a: float,
     assert cost(prepared, high) <= cost(prepared, low) + 1e-12
     assert prepared.plan(bits_per_weight=min(a, b)) == low
     for name in FORMATS:
-        same = [found[uniform(found)[name]] for found in [x.candidates for x in prepared.layers]]
+        same = [x.candidates[uniform(x.candidates)[name]] for x in prepared.layers]
         if sum(x.num_bytes for x in same) <= low.params_before * min(a, b) / 8:
             assert cost(prepared, low) <= sum(x.cost for x in same) + 1e-12
 
@@ -241,8 +245,10 @@ def test_a_layer_that_no_gradient_reaches_stays_accurate() -> None:
 
 def test_budgets_that_nothing_keeps() -> None:
     _, _, prepared = calibrated()
-    int8 = tuple([found[uniform(found)["int8"]]] for found in [x.candidates for x in prepared.layers])
+    int8 = tuple(
+        replace(x, candidates=(x.candidates[uniform(x.candidates)["int8"]],)) for x in prepared.layers
+    )
     with pytest.raises(tn.errors.BudgetError, match=r"bits_per_weight: .*smallest"):
-        replace(prepared, candidates=int8).plan(bits_per_weight=4)
+        replace(prepared, layers=int8).plan(bits_per_weight=4)
     with pytest.raises(tn.errors.BudgetError, match="max_bytes=100"):
         prepared.plan(max_bytes=100)

@@ -56,13 +56,13 @@ def rise_of(model: nn.Module, plan: tn.CompressionPlan, text: list[Tensor]) -> f
 @pytest.mark.slow
 def test_a_measured_forecast_comes_true() -> None:
     """On other windows, at a size that was not measured; the price alone misses by far more."""
-    model, _stats, prepared, text, others = real()
-    measured = correct_by_measuring(prepared, model, text, budgets=shares(0.6, 0.4))
+    model, stats, prepared, text, others = real()
+    measured = correct_by_measuring(prepared, model, text, stats, budgets=shares(0.6, 0.4))
     plan = measured.plan(param_ratio=0.5)
     actual = rise_of(model, plan, others)
     assert plan.predicted_loss_increase == pytest.approx(actual, rel=0.12)
     copied = copy.deepcopy(model)
-    tn.apply_plan(copied, plan, _stats)
+    tn.apply_plan(copied, plan, stats)
     assert plan.predicted_kl == pytest.approx(measure(copied, model, others).kl_mean, rel=0.12)
     assert prepared.plan(param_ratio=0.5).predicted_loss_increase < actual / 1.3  # type: ignore[operator]
     assert [layer.topology for layer in plan] == [x.topology for x in prepared.plan(param_ratio=0.5)]
@@ -74,8 +74,8 @@ def test_a_measured_forecast_comes_true() -> None:
 
 @pytest.mark.slow
 def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
-    model, _stats, prepared, text, others = real()
-    measured = correct_by_measuring(prepared, model, text, budgets=shares(0.8, 0.6), source="the other half")
+    model, stats, prepared, text, others = real()
+    measured = correct_by_measuring(prepared, model, text, stats, budgets=shares(0.8, 0.6), source="the other half")
     plan = measured.plan(loss_increase=0.1)
     assert plan.predicted_loss_increase == pytest.approx(0.1, rel=0.05)
     assert plan.predicted_loss_increase <= 0.1  # type: ignore[operator]
@@ -86,8 +86,8 @@ def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
 
 
 def test_a_measured_plan_is_kept() -> None:
-    model, _stats, prepared, text, _ = real()
-    plan = correct_by_measuring(prepared, model, text[:2], budgets=shares(0.5)).plan(param_ratio=0.6)
+    model, stats, prepared, text, _ = real()
+    plan = correct_by_measuring(prepared, model, text[:2], stats, budgets=shares(0.5)).plan(param_ratio=0.6)
     loaded = tn.CompressionPlan.from_dict(plan.to_dict())
     assert loaded == plan
     assert loaded.predicted_loss_increase == plan.predicted_loss_increase
@@ -102,14 +102,17 @@ def test_a_measured_plan_is_kept() -> None:
 
 
 def test_what_cannot_be_measured() -> None:
-    model, _stats, prepared, _, _ = real()
-    weight = CompressionConfig(param_ratio=0.5, objective="weight")
+    model, stats, prepared, _, _ = real()
+    weight, inputs = (
+        CompressionConfig(param_ratio=0.5, objective=objective)  # type: ignore[arg-type]
+        for objective in ("weight", "activation")
+    )
     with pytest.raises(TargetError, match="validation"):
         tn.compress(copy.deepcopy(model), weight, validation=[torch.ones(1, 4).long()], progress=False)
     with pytest.raises(BudgetError, match="curvature"):
-        correct_by_measuring(price(model, weight), model, [torch.ones(1, 4).long()])
+        correct_by_measuring(price(model, inputs, stats), model, [torch.ones(1, 4).long()], stats)
     with pytest.raises(TargetError, match="No loss"):
-        correct_by_measuring(prepared, model, [])
+        correct_by_measuring(prepared, model, [], stats)
 
 
 def test_an_encoder_needs_no_loss_of_its_own() -> None:

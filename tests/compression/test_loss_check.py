@@ -18,6 +18,7 @@ import tensornet as tn
 from tensornet.calibration.batches import some_rows
 from tensornet.compression import PriceList, check_loss, loss_check, price
 from tensornet.compression.allocate import uniform
+from tensornet.compression.apply import LayerCache
 from tensornet.compression.config import CompressionConfig
 from tensornet.compression.loss_increase import opposite_errors
 from tensornet.compression.plan import CompressionPlan, LossCheck, RaisedLoss
@@ -116,7 +117,7 @@ def form(plan: CompressionPlan, name: str) -> str:
 @pytest.mark.slow
 def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
     model, batches, stats, prepared = made()
-    verified = check_loss(prepared, model, batches, loss_fn=in_place)
+    verified = check_loss(prepared, model, batches, stats, loss_fn=in_place)
     before, after = prepared.plan(), verified.plan()
     assert form(before, GUILTY) == "int2:g32:float8 dense"
     assert form(after, GUILTY) != "int2:g32:float8 dense"
@@ -138,23 +139,21 @@ def test_a_format_that_costs_far_more_than_its_price_leaves_the_plan() -> None:
 
 
 def test_other_schemes_of_a_layer_whose_loss_was_raised_are_measured_too() -> None:
-    model, batches, _stats, prepared = made()
-    sure = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=8.25)
+    model, batches, stats, prepared = made()
+    sure = check_loss(prepared, model, batches, stats, loss_fn=in_place, bits_per_weight=8.25)
     assert not sure.measured  # eight bits are taken at their word
     suspected = LossCheck(0, (RaisedLoss("blocks.2.up", "int2:g32:float8 dense", 3.0),))
     again = replace(prepared, template=replace(prepared.template, loss_check=suspected))
-    again = check_loss(again, model, batches, loss_fn=in_place, bits_per_weight=8.25)
+    again = check_loss(again, model, batches, stats, loss_fn=in_place, bits_per_weight=8.25)
     assert again.measured is not None
     assert {name for name, _ in again.measured} == {"blocks.2.up"}
 
 
 def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
-    model, batches, _stats, prepared = made()
-    checked = check_loss(prepared, model, batches, loss_fn=in_place, bits_per_weight=2.5)
-    names = [target.name for target in checked.targets]
-    for name, found, old in zip(
-        names, checked.candidates, [x.candidates for x in prepared.layers], strict=True
-    ):
+    model, batches, stats, prepared = made()
+    checked = check_loss(prepared, model, batches, stats, loss_fn=in_place, bits_per_weight=2.5)
+    for raised, priced in zip(checked.layers, prepared.layers, strict=True):
+        name, found, old = raised.name, raised.candidates, priced.candidates
         ratios: dict[str, list[tuple[int, float]]] = {}
         for new, before in zip(found, old, strict=True):
             assert new.topology is not None
@@ -165,22 +164,23 @@ def test_smaller_candidates_of_the_family_are_raised_as_well() -> None:
             assert by_size == sorted(by_size, reverse=True)
             assert name == GUILTY or by_size[0] == 1
             assert family != "dense" or by_size[-1] == 1  # eight bits
-    place = names.index(GUILTY)
-    found, old = checked.candidates[place], [x.candidates for x in prepared.layers][place]
+    found, old = (
+        next(x.candidates for x in prices.layers if x.name == GUILTY) for prices in (checked, prepared)
+    )
     two, three = (uniform(found)[f"int{bits}:g32:float8"] for bits in (2, 3))
     assert found[two].cost > 4 * old[two].cost
     assert found[three].cost == old[three].cost
 
 
 def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None:
-    model, batches, _stats, prepared = made()
+    model, batches, stats, prepared = made()
     model.train()
     model.blocks[1].eval()
     modes = [module.training for module in model.modules()]
     kept = {name: value.clone() for name, value in model.state_dict().items()}
     identities = [(name, id(value)) for name, value in model.named_parameters()]
     generator = torch.get_rng_state()
-    plans = [check_loss(prepared, model, batches, loss_fn=in_place).plan() for _ in range(2)]
+    plans = [check_loss(prepared, model, batches, stats, loss_fn=in_place).plan() for _ in range(2)]
     assert plans[0] == plans[1]
     assert torch.equal(generator, torch.get_rng_state())
     assert [module.training for module in model.modules()] == modes
@@ -188,8 +188,8 @@ def test_verifying_again_gives_the_same_and_leaves_the_model_as_it_was() -> None
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    again = check_loss(prepared, model, batches, loss_fn=in_place)
-    assert check_loss(again, model, batches, loss_fn=in_place).plan() == plans[0]
+    again = check_loss(prepared, model, batches, stats, loss_fn=in_place)
+    assert check_loss(again, model, batches, stats, loss_fn=in_place).plan() == plans[0]
 
 
 def compressed(calibration: Any, **more: Any) -> tuple[tn.CompressionReport, str]:
@@ -219,23 +219,25 @@ def test_compress_verifies_where_batches_are_at_hand() -> None:
 
 
 def test_plans_of_accurate_formats_measure_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches, _stats, prepared = made()
+    model, batches, stats, prepared = made()
 
     def refused(*args: Any) -> None:
         raise AssertionError
 
     monkeypatch.setattr(loss_check._Trial, "__init__", refused)
-    plan = check_loss(prepared, model, batches, bits_per_weight=8.25).plan(bits_per_weight=8.25)
+    plan = check_loss(prepared, model, batches, stats, bits_per_weight=8.25).plan(bits_per_weight=8.25)
     assert plan.loss_check == LossCheck(0)
-    assert check_loss(prepared, model, []).plan().loss_check is None
+    assert check_loss(prepared, model, [], stats).plan().loss_check is None
 
 
 def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
     model, batches, stats, prepared = made()
-    verified = check_loss(prepared, model, batches, loss_fn=in_place)
+    cache: LayerCache = {}
+    verified = check_loss(prepared, model, batches, stats, loss_fn=in_place, cache=cache)
+    assert cache
     plan, other = verified.plan(), copy.deepcopy(model)
     bias = model.get_submodule(GUILTY).bias
-    reused = tn.apply_plan(model, plan, stats, cache=verified.cache)
+    reused = tn.apply_plan(model, plan, stats, cache=cache)
     assert tn.apply_plan(other, plan, stats) == reused
     assert model.get_submodule(GUILTY).bias is bias
     x = batches[0]["input_ids"]
@@ -247,8 +249,8 @@ def test_layers_rounded_for_verification_are_those_of_the_plan() -> None:
 
 
 def test_skipping_the_blocks_in_front_changes_no_loss() -> None:
-    model, batches, _stats, prepared = made()
-    trials = [loss_check._Trial(model, batches, in_place, prepared) for _ in range(2)]
+    model, batches, stats, prepared = made()
+    trials = [loss_check._Trial(model, batches, in_place, prepared, stats, {}) for _ in range(2)]
     assert trials[0].blocks == ("blocks.0", "blocks.1", "blocks.2")
     trials[1].blocks = ()
     plan = prepared.plan()
@@ -298,13 +300,14 @@ def test_any_model_is_verified(kind: Any) -> None:
     stats = tn.calibrate(model, batches, loss_fn=loss_fn, config=config)
     prepared = price(model, config, stats)
     kept = {name: value.clone() for name, value in model.state_dict().items()}
-    verified = check_loss(prepared, model, batches, loss_fn=loss_fn)
+    cache: LayerCache = {}
+    verified = check_loss(prepared, model, batches, stats, loss_fn=loss_fn, cache=cache)
     plan = verified.plan()
     assert plan.loss_check is not None
     assert plan.loss_check.layers > 0
     assert model.state_dict().keys() == kept.keys()
     assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
-    tn.apply_plan(model, plan, stats, cache=verified.cache)
+    tn.apply_plan(model, plan, stats, cache=cache)
     assert all(bool(torch.isfinite(x).all()) for x in tensors(model(batches[0]["input_ids"])))
 
 
@@ -337,23 +340,23 @@ class Stubborn(Model):
 
 
 def test_a_model_that_cannot_be_copied_is_not_verified() -> None:
-    _, batches, _stats, prepared = made()
+    _, batches, stats, prepared = made()
     with pytest.warns(
         tn.errors.CalibrationWarning,
         match=r"Stubborn.*lock",
     ):
-        plan = check_loss(prepared, Stubborn(), batches, loss_fn=in_place).plan()
+        plan = check_loss(prepared, Stubborn(), batches, stats, loss_fn=in_place).plan()
     assert plan.loss_check is None
 
 
 def test_a_model_that_breaks_down_is_raised_by_the_most() -> None:
     """Losses that are not finite once a layer is compressed count as infinite."""
-    model, batches, _stats, prepared = made()
+    model, batches, stats, prepared = made()
 
     def fragile(given: nn.Module, batch: Any) -> Tensor:
         broken = not isinstance(given.get_submodule(GUILTY), nn.Linear)
         return in_place(given, batch) * (float("nan") if broken else 1.0)
 
-    plan = check_loss(prepared, model, batches, loss_fn=fragile).plan()
+    plan = check_loss(prepared, model, batches, stats, loss_fn=fragile).plan()
     assert plan.loss_check is not None
     assert plan.loss_check.raised[0] == RaisedLoss(GUILTY, "int2:g32:float8 dense", 1e4)

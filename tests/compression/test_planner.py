@@ -175,10 +175,8 @@ def test_one_preparation_serves_all_budgets() -> None:
     assert prepared.plan() == tn.plan(model, CompressionConfig(param_ratio=0.7), stats)
     for budget in ({"param_ratio": 0.5}, {"loss_increase": 0.01}):
         assert prepared.plan(**budget) == tn.plan(model, CompressionConfig(**budget), stats)
-    plain = price(model, CompressionConfig(param_ratio=0.7, objective="weight"))
-    assert plain.plan(param_ratio=0.5) == tn.plan(
-        model, CompressionConfig(param_ratio=0.5, objective="weight")
-    )
+    with pytest.raises(tn.errors.BudgetError, match=r"planned alone.*tensornet\.plan"):
+        price(model, CompressionConfig(param_ratio=0.7, objective="weight"))
 
 
 def test_what_forms_depend_on_is_no_budget() -> None:

@@ -23,6 +23,8 @@ from tensornet.errors import BudgetError, TargetError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.linear import linear_from_stored
 from tensornet.nn.storage import PackedCore, Storage
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import unfused
 from tensornet.quantization import NumberFormat
 from tensornet.quantization.low_rank import round_factor
 from tensornet_moe.expert_compression import (
@@ -262,7 +264,10 @@ def candidates(seed: int, formats: tuple[str, ...] | None) -> tuple[PriceList, t
     model, stats, _ = calibrated(seed)
     options = config(param_ratio=0.5, formats=formats)
     prepared = price(model, options, stats)
-    return prepared, find_stacks(prepared.layers, stats, options)
+    with unfused(model):
+        targets = {target.name: target for target in list_weights(model)}
+        members = [targets[layer.name] for layer in prepared.layers]
+        return prepared, find_stacks(members, stats, options)
 
 
 def totals(
@@ -403,7 +408,7 @@ def test_healing_trains_a_shared_core_once(budget: dict[str, object]) -> None:
 def test_a_budget_below_the_smallest_separate_networks_is_kept_and_checked() -> None:
     formats = ("int8", "int4")
     prepared, _ = candidates(0, formats)
-    size = sum(min(x.num_bytes for x in found) for found in [x.candidates for x in prepared.layers])
+    size = sum(min(x.num_bytes for x in layer.candidates) for layer in prepared.layers)
     bits = 0.9 * 8 * size / sum(layer.numel for layer in prepared.layers)
     model, _, batches = calibrated()
     report = tm.compress_experts(

@@ -227,7 +227,8 @@ def test_plans_choose_it_where_it_costs_less() -> None:
     formats = ("int8", "int4", "int3", "int2")
     config = tn.CompressionConfig(bits_per_weight=4, topology="residual", formats=formats)
     both = price(model(), config, statistics())
-    (found,) = both.candidates
+    (priced,) = both.layers
+    found = priced.candidates
     chosen = 0
     for bits in (2.4, 2.8, 3.2, 3.6, 4.0, 4.8, 6.0, 8.3):
         plan = both.plan(bits_per_weight=bits)
