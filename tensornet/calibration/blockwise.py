@@ -92,7 +92,8 @@ def moments_by_block(
                 del walk.states[position + 1, number]
         yield walk.names[position], recorder.finish(scored, loss, source)
 
-    # Differentiate what runs before the first block.
+    # Differentiate what runs before the first block. If a block is a single layer, this layer was called even
+    # where the block was skipped, so its statistics are removed.
     if walk.names:
         recorder.restart()
         with walk.loaded(walk.ends), torch.enable_grad():
@@ -104,7 +105,7 @@ def moments_by_block(
                         with recorder.differentiating():
                             hidden.backward(walk.states[0, number].to(hidden.dtype))
         outside = joined(outside, recorder.finish(scored, loss, source))
-    yield "", outside
+    yield "", without(outside, walk.names)
 
 
 def inputs_by_block(
@@ -154,7 +155,7 @@ def inputs_by_block(
         for number, batch in enumerate(walk.batches):
             recorder.expect(batch)
             run(number, run_model)
-        yield "", recorder.finish(1, None, source)
+        yield "", without(recorder.finish(1, None, source), walk.names)
         with recorder.paused():
             for number in range(len(walk.batches)):
                 if loss_fn is None or sum(map(len, walk.losses)) >= scored:
@@ -170,4 +171,15 @@ def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStat
         columns={**first.columns, **second.columns},
         coherence={**first.coherence, **second.coherence},
         counts={**first.counts, **second.counts},
+    )
+
+
+def without(stats: CalibrationStats, names: Collection[str]) -> CalibrationStats:
+    """Return the statistics without those of the layers with the given names."""
+    return replace(
+        stats,
+        rows={name: x for name, x in stats.rows.items() if name not in names},
+        columns={name: x for name, x in stats.columns.items() if name not in names},
+        coherence={name: x for name, x in stats.coherence.items() if name not in names},
+        counts={name: x for name, x in stats.counts.items() if name not in names},
     )

@@ -130,7 +130,7 @@ def calibrate(
         raise ValueError(f"tokens must be at least 1, got {tokens}.")
     if autocast == "auto":
         autocast = fast_dtype(model)
-    recorder = MomentRecorder()
+    recorder = MomentRecorder(full_up_to=FULL_UP_TO)
     total, scored, count, read, of_tokens = 0.0, 0, 0, 0, False
     length = length_hint(batches) or None
     with observed(model, recorder, config) as targets:

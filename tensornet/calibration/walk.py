@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves  # no public function walks over nested tuples and dicts
 
 from tensornet.calibration.batches import Batch, run_model
 from tensornet.errors import TargetError
@@ -257,6 +258,22 @@ class Walk:
             run_model(self.model, self.batches[number])
         return found[0]
 
+    def differentiates_arguments(self, number: int) -> bool:
+        """Return True if arguments of blocks other than the hidden state have gradients on one batch."""
+        found: list[bool] = []
+
+        def step(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            call = Call(args, kwargs, self.calls[number][index].slot).with_hidden(None)
+            leaves = tree_leaves((call.args, dict(call.kwargs)))
+            found.append(any(isinstance(x, Tensor) and x.requires_grad for x in leaves))
+            if index == len(self.names) - 1:
+                raise Stop
+            return self._first[number]
+
+        with torch.enable_grad(), replaced_blocks(self.model, self.names, step), suppress(Stop):
+            run_model(self.model, self.batches[number])
+        return any(found)
+
     @contextmanager
     def leaving(self, number: int, hidden: Tensor | None) -> Iterator[None]:
         """Return a context in which the model skips all blocks and continues with `hidden` as their output.
@@ -300,7 +317,8 @@ def find_blocks(model: nn.Module, batch: Batch, loaded: Loaded = in_memory) -> t
     """Return the names of the blocks over which a model can be walked; empty if the model is one block.
 
     The model must have a single chain of blocks. Running the blocks one by one, with the arguments that they
-    get if all but the first are skipped, must give the output of the whole chain. A model whose weights are
+    get if all but the first are skipped, must give the output of the whole chain. Gradients must reach the
+    layers outside of the blocks by the hidden state alone. A model whose weights are
     not in memory is not run; it must have a single `nn.ModuleList` of blocks.
 
     Args:
@@ -330,7 +348,8 @@ def find_blocks(model: nn.Module, batch: Batch, loaded: Loaded = in_memory) -> t
         walk.advance()
     found, expected = walk.states[walk.position, 0].float(), last[0].float()
     scale = float(expected.abs().max())
-    return names if torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale) else ()
+    same = torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * scale)
+    return names if same and not walk.differentiates_arguments(0) else ()
 
 
 @contextmanager

@@ -124,7 +124,7 @@ def survey(
             elif loss_fn is None or loss_fn in OWN_LOSSES:
                 default, entropies = default_losses(model, row)
                 loss_fn, of_tokens = loss_fn or default, entropies
-            names = find_blocks(model, row, loaded)
+            names = blocks_to_walk(model, targets, row, loaded)
         given = survey_batches(chain([first], batches), model, tokens, of_tokens=of_tokens)
         walk = Walk(model, names, given, {} if states is None else states, loaded)
 
@@ -227,6 +227,18 @@ def digest(batches: Iterable[Batch]) -> str:
                 found.update(name.encode())
                 found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def blocks_to_walk(
+    model: nn.Module, targets: Iterable[Target], batch: Batch, loaded: Loaded
+) -> tuple[str, ...]:
+    """Find the blocks of a model (see `find_blocks`); none if layers of two blocks use the same weight."""
+    names = find_blocks(model, batch, loaded)
+    for target in targets:
+        outside = not any(x == name or x.startswith(f"{name}.") for x in target.names for name in names)
+        if not outside and not any(is_inside(target, name) for name in names):
+            return ()
+    return names
 
 
 def is_inside(target: Target, block: str) -> bool:

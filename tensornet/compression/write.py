@@ -16,12 +16,12 @@ from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
 from tensornet.calibration.stats import CalibrationStats
-from tensornet.calibration.walk import Loaded, Walk, find_blocks, in_memory
+from tensornet.calibration.walk import Loaded, Walk, in_memory
 from tensornet.compression.apply import NewLayers, check_samples, compress_layer, with_cores
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
-from tensornet.compression.survey import FULL_UP_TO, is_inside, walk_dtype
+from tensornet.compression.survey import FULL_UP_TO, blocks_to_walk, is_inside, walk_dtype
 from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.module import NetworkModule
@@ -97,7 +97,7 @@ def compress_blocks(
     ):
         targets = [x for x in found if x.name in layers]
         with recorder.paused(), precision():
-            blocks = find_blocks(model, first_rows(given[0], 1), loaded)
+            blocks = blocks_to_walk(model, targets, first_rows(given[0], 1), loaded)
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
         members = {name: [x for x in targets if is_inside(x, name)] for name in blocks}
         ready = [name for name, some in members.items() if all(finished(layers[x.name]) for x in some)]
