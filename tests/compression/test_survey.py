@@ -1,0 +1,419 @@
+"""Prices of a survey are those of statistics of the whole model, and a file of them is as good as they are."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import bert, gpt2, llama, qwen2, t5_relu
+from mixture_models import mixture
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.calibration import sampled_losses
+from tensornet.calibration.batches import as_batch
+from tensornet.calibration.calibrate import MomentRecorder, observed
+from tensornet.calibration.losses import default_losses
+from tensornet.compression import PriceList, price
+from tensornet.compression.candidates import find_candidates
+from tensornet.errors import BudgetError, FormatError, NonFiniteError, TargetError
+from tensornet.nn.targets import list_weights
+from tensornet.nn.unfuse import unfused
+
+FORMATS = ("float", "int8:g16:float16", "int4:g16:float16", "int3:g16:float16", "int2:g16:float16")
+CONFIG = tn.CompressionConfig(bits_per_weight=9, formats=FORMATS, target_modules="all")
+
+
+def text(seed: int, rows: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 101, (rows, 9), generator=generator)
+    mask = torch.ones(rows, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def numbers(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(20, 8, generator=generator), torch.randint(4, (20,), generator=generator)
+
+
+class TwoReaders(nn.Module):
+    """Layers of two blocks use one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.blocks[2][0].weight = self.blocks[0][0].weight
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self.blocks:
+            input = block(input)
+        return self.head(input)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+MODELS: dict[Callable[[], nn.Module], Callable[[int], Any]] = {
+    llama: text,
+    gpt2: text,
+    qwen2: text,
+    bert: text,
+    t5_relu: text,
+    perceptron: numbers,
+    TwoReaders: numbers,
+}
+
+
+@cache
+def surveyed() -> tuple[nn.Module, PriceList]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = llama().eval()
+    return model, tn.survey(model, [text(1), text(2)], CONFIG)
+
+
+def diagonal_statistics(model: nn.Module, batches: list[Any]) -> tn.CalibrationStats:
+    """Run the whole model at once, with the moments that a survey collects."""
+    recorder, total, scored = MomentRecorder(full_gradients=False), 0.0, 0
+    with observed(model, recorder, CONFIG):
+        given = [as_batch(x, model, torch.device("cpu")) for x in batches]
+        with recorder.paused():
+            loss_fn, _ = default_losses(model, given[0])
+        for batch in given:
+            recorder.expect(batch)
+            losses = loss_fn(model, batch)
+            with recorder.differentiating():
+                losses.sum().backward()
+            total, scored = total + float(losses.sum()), scored + losses.numel()
+    return recorder.finish(scored, total / scored, "calibration data")
+
+
+@pytest.mark.parametrize("make", [*MODELS, "mixtral"], ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_prices_are_those_of_statistics_of_the_whole_model(make: Any) -> None:
+    torch.manual_seed(0)
+    model = mixture(make) if isinstance(make, str) else make().eval()
+    batches = [MODELS.get(make, text)(seed) for seed in range(3)]
+    prices = tn.survey(model, batches, CONFIG)
+    stats = diagonal_statistics(model, batches)
+    with unfused(model):
+        targets = {x.name: x for x in list_weights(model)}
+        chosen = [targets[layer.name] for layer in prices.layers]
+        config = replace(CONFIG, rounding="one_sided")
+        expected = list(find_candidates(chosen, config, "curvature", stats, families=()))
+    assert {x.name for x in chosen} == {x.name for x in targets.values() if x.kinds}
+    assert prices.template.dense_loss == pytest.approx(stats.loss, rel=1e-5)
+    for layer, candidates in zip(prices.layers, expected, strict=True):
+        assert [(x.topology, x.storage) for x in layer.candidates] == [
+            (x.topology, x.storage) for x in candidates
+        ]
+        for mine, theirs in zip(layer.candidates, candidates, strict=True):
+            assert (mine.num_bytes, mine.params, mine.tensors) == (
+                theirs.num_bytes,
+                theirs.params,
+                theirs.tensors,
+            )
+            assert mine.predicted_loss == pytest.approx(theirs.predicted_loss, rel=2e-2, abs=1e-9)
+            assert mine.cost == pytest.approx(theirs.cost, rel=2e-2, abs=1e-9)
+            assert mine.error == pytest.approx(theirs.error, rel=1e-3)
+
+
+def test_the_plan_is_that_of_prices_from_statistics() -> None:
+    """A menu has no networks, so that `price` finds the same candidates."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 8))
+    batches = [(torch.randn(40, 64), torch.randint(8, (40,))) for _ in range(3)]
+    config = tn.CompressionConfig(bits_per_weight=5, formats="compressed-tensors", rounding="one_sided")
+    mine = tn.survey(model, batches, config)
+    theirs = price(model, config, diagonal_statistics(model, batches))
+    for bits in (4.6, 5.0, 7.0, 9.0):
+        plans = [x.plan(bits_per_weight=bits) for x in (mine, theirs)]
+        schemes = [[layer.scheme for layer in plan] for plan in plans]
+        assert schemes[0] == schemes[1]
+        assert plans[0].predicted_loss_increase == pytest.approx(plans[1].predicted_loss_increase, rel=1e-2)
+
+
+def test_weights_of_two_blocks_are_priced() -> None:
+    torch.manual_seed(0)
+    prices = tn.survey(TwoReaders(), [numbers(0)], CONFIG)
+    assert [layer.names for layer in prices.layers] == [
+        ("blocks.0.0", "blocks.2.0"),
+        ("blocks.1.0",),
+        ("head",),
+    ]
+    assert prices.template.unseen == ()
+    assert all(x.predicted_loss > 0 for layer in prices.layers for x in layer.candidates if x.topology)
+
+
+def test_a_survey_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = llama().train()
+    model.lm_head.weight.requires_grad_(False)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    generator = torch.get_rng_state()
+    first = tn.survey(model, [text(0)], CONFIG)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(x.grad is None for x in model.parameters())
+    assert model.training
+    assert not model.lm_head.weight.requires_grad
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    with torch.inference_mode():
+        assert tn.survey(model, [text(0)], CONFIG).layers == first.layers
+
+
+def test_it_reads_its_tokens_only_once_and_no_more() -> None:
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for seed in range(2):
+            yield text(seed)
+        raise AssertionError("enough")
+
+    model, _ = surveyed()
+    prices = tn.survey(model, batches(), CONFIG, tokens=40)
+    assert prices.key["tokens"] == "40"
+    again = tn.survey(model, [text(0), text(1)], CONFIG, tokens=40)
+    assert again == prices
+    assert tn.survey(model, [text(0), text(2)], CONFIG, tokens=40).key["text"] != prices.key["text"]
+
+
+def test_another_loss_gives_other_prices() -> None:
+    model, prices = surveyed()
+    other = tn.survey(model, [text(1), text(2)], CONFIG, loss_fn=sampled_losses, source="the manual")
+    assert other.layers != prices.layers
+    assert other.plan().calibration == "the manual"
+
+
+def test_what_cannot_be_surveyed() -> None:
+    model, _ = surveyed()
+    with pytest.raises(TargetError, match="no batches"):
+        tn.survey(model, [], CONFIG)
+    with pytest.raises(TargetError, match="nothing_like_it"):
+        tn.survey(model, [text(0)], replace(CONFIG, target_modules="nothing_like_it"))
+    with pytest.raises(FormatError, match="multiple"):
+        tn.survey(model, [text(0)], replace(CONFIG, formats=("int6:g16:s8",)))
+    with pytest.raises(BudgetError, match="formats"):
+        tn.survey(model, [text(0)], tn.CompressionConfig(param_ratio=0.5))
+    with pytest.raises(TypeError):
+        tn.survey(model, [text(0)], {"bits_per_weight": 4})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.mlp.down_proj", "lm_head"])
+def test_weights_that_are_not_finite_name_a_layer(name: str) -> None:
+    """Also where no token looks at them: row 0 of the table is never used."""
+    model = copy.deepcopy(surveyed()[0])
+    with torch.no_grad():
+        model.get_submodule(name).weight[0, 0] = float("nan")  # type: ignore[index]
+    with pytest.raises(NonFiniteError, match="embed_tokens" if "embed" in name else "model|lm_head"):
+        tn.survey(model, [text(0)], CONFIG)
+
+
+class Unused(nn.Module):
+    """A layer that never runs, inside of a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Part() for _ in range(2))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self.blocks:
+            input = block(input)
+        return self.head(input)
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.used(x))
+
+
+def test_layers_that_never_run_stay_dense_with_a_warning() -> None:
+    with pytest.warns(tn.errors.CalibrationWarning, match=r"blocks\.0\.idle"):
+        prices = tn.survey(Unused(), [numbers(0)], CONFIG)
+    assert prices.template.unseen == ("blocks.0.idle", "blocks.1.idle")
+    assert [x.name for x in prices.layers] == ["blocks.0.used", "blocks.1.used", "head"]
+    with pytest.raises(TargetError, match=r"blocks\.0\.idle.*never ran"):
+        tn.survey(Unused(), [numbers(0)], replace(CONFIG, require_calibrated=True))
+
+
+# --- plans and files ------------------------------------------------------------------------------
+
+
+def test_more_bits_never_cost_more() -> None:
+    _, prices = surveyed()
+    plans = [prices.plan(bits_per_weight=bits) for bits in (5, 8, 10, 20, 32)]
+    losses = [plan.predicted_loss_increase for plan in plans]
+    assert losses == sorted(losses, reverse=True)  # type: ignore[type-var]
+    assert losses[-1] == 0
+    for bits, plan in zip((5, 8, 10, 20, 32), plans, strict=True):
+        assert plan.bits_per_weight <= bits
+
+
+def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
+    model, prices = surveyed()
+    for k, given in enumerate((prices, price_of_networks(), checked())):
+        given.save(tmp_path / f"{k}.json")
+        loaded = PriceList.load(tmp_path / f"{k}.json")
+        assert loaded == given
+    loaded = PriceList.load(tmp_path / "0.json")
+    assert (tmp_path / "0.json").stat().st_size < 60_000
+    budgets = ({"bits_per_weight": 6}, {"byte_ratio": 0.4}, {"loss_increase": 0.01}, {"max_bytes": 20_000}, {})
+    for budget in budgets:
+        assert loaded.plan(**budget) == prices.plan(**budget)
+    with unfused(model):
+        loaded.check_model(list_weights(model))
+
+
+@cache
+def price_of_networks() -> PriceList:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = perceptron()
+    batches = [numbers(seed) for seed in range(3)]
+    return price(model, tn.CompressionConfig(param_ratio=0.5), tn.calibrate(model, batches))
+
+
+def checked() -> PriceList:
+    _, prices = surveyed()
+    return replace(prices, measured=frozenset({("lm_head", "int4 dense"), ("lm_head", "int2 dense")}))
+
+
+def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
+    _, prices = surveyed()
+    file = tmp_path / "prices.json"
+    file.write_text("before")
+    prices.save(file)
+    assert PriceList.load(file) == prices
+    assert [x.name for x in tmp_path.iterdir()] == ["prices.json"]
+    with pytest.raises(tn.errors.DestinationError):
+        prices.save(tmp_path / "nowhere" / "prices.json")
+
+
+def damaged() -> Iterator[tuple[str, Any]]:
+    """Files of prices with one fault each: the text, or the data in it."""
+    _, prices = surveyed()
+    whole = json.dumps(as_data(prices))
+    yield from ((f"cut at {k}", whole[:k]) for k in (0, 1, len(whole) // 3, len(whole) - 1))
+    yield from ((repr(x), json.dumps(x)) for x in (None, 3, "text", [], {}, [1, 2]))
+    yield "a bomb", "[" * 100_000
+    data = as_data(prices)
+    for key in data:
+        for bad in (MISSING, None, -1, "x", [3], {"x": 1}):
+            if key == "measured" and bad is None:
+                continue  # None says that nothing was measured
+            yield f"{key}={bad!r}", changed(data, [key], bad)
+    for key in data["layers"][0]:
+        for bad in (MISSING, None, -1, "x", [], {"x": 1}):
+            if key in ("sample", "spectrum") and bad == []:
+                continue  # unknown
+            yield f"layers.0.{key}={bad!r}", changed(data, ["layers", 0, key], bad)
+    row = data["layers"][0]["candidates"][1]
+    for place in range(len(row)):
+        for bad in (None, [], {}, 10_000 if place == 0 else "x"):
+            yield f"candidate[{place}]={bad!r}", changed(data, ["layers", 0, "candidates", 1, place], bad)
+    yield "negative scheme", changed(data, ["layers", 0, "candidates", 1, 0], -1)
+    for bad in (row[:-1], [*row, 1], "row", 7):
+        yield f"candidate={bad!r}", changed(data, ["layers", 0, "candidates", 1], bad)
+    for bad in ([1], "x", None, [{"family": "braid"}, {}]):
+        yield f"scheme={bad!r}", changed(data, ["schemes", 1], bad)
+    for bad in ("nn", "float33", "Tensor"):
+        yield f"dtype={bad}", changed(data, ["layers", 0, "dtype"], bad)
+    for bad in ([24], [24, 24, 24], ["a", "b"], [0, 24]):
+        yield f"shape={bad}", changed(data, ["layers", 0, "shape"], bad)
+    for bad in ([1, 2], [1, 2, "x"], [1, 2, 3, 4]):
+        yield f"untargeted={bad}", changed(data, ["untargeted"], bad)
+    yield "two layers of one name", changed(data, ["layers", 1], data["layers"][0])
+
+
+MISSING = object()
+
+
+def as_data(prices: PriceList) -> Any:
+    written: list[bytes] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tensornet.compression.prices.write_file", lambda path, parts, **_: written.extend(parts)
+        )
+        prices.save("unused")
+    return json.loads(b"".join(written))
+
+
+def changed(data: Any, path: list[Any], value: Any) -> str:
+    data = copy.deepcopy(data)
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    if value is MISSING:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return json.dumps(data)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    file, accepted = tmp_path / "prices.json", []
+    for fault, content in damaged():
+        file.write_text(content)
+        try:
+            PriceList.load(file)
+        except FormatError as error:
+            assert str(file) in str(error)  # noqa: PT017
+        else:
+            accepted.append(fault)
+    assert accepted == []
+    file.write_bytes(b"\xff\xfe\x00")
+    for path in (file, tmp_path, tmp_path / "missing"):
+        with pytest.raises(FormatError, match=r"price list.*PriceList\.save"):
+            PriceList.load(path)
+
+
+def test_prices_of_another_model_are_refused() -> None:
+    model, prices = surveyed()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(1.0)
+    fewer = copy.deepcopy(model)
+    fewer.model.layers[1].mlp = nn.Identity()
+    wider = copy.deepcopy(model)
+    wider.lm_head = nn.Linear(24, 7)
+    names = {"differs": other, "mlp": fewer, "lm_head": wider}
+    prices.check_model(list_weights(model))
+    prices.check_model(list_weights(copy.deepcopy(model).bfloat16()))
+    for named, changed_model in names.items():
+        with pytest.raises(TargetError, match=rf"another model.*{named}"):
+            prices.check_model(list_weights(changed_model))
+
+
+def test_only_budgets_can_be_changed_later() -> None:
+    _, prices = surveyed()
+    with pytest.raises(BudgetError, match="got max_bond"):
+        prices.plan(max_bond=3)
+    with pytest.raises(BudgetError, match="smallest"):
+        prices.plan(bits_per_weight=1)
+
+
+def test_compress_takes_the_plan_of_loaded_prices(tmp_path: Path) -> None:
+    model, prices = surveyed()
+    prices.save(tmp_path / "prices.json")
+    plan = PriceList.load(tmp_path / "prices.json").plan(bits_per_weight=8)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    batches = [text(1), text(2)]
+    report = tn.compress(first, plan, calibration=batches, progress=False)
+    direct = tn.compress(second, replace(CONFIG, bits_per_weight=8), calibration=batches, progress=False)
+    assert [layer.scheme for layer in report.plan] == [layer.scheme for layer in direct.plan]
+    found, expected = first.state_dict(), second.state_dict()
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name])
