@@ -4,6 +4,7 @@ A price list contains no weights, so it is a small file. A plan for any budget i
 """
 
 import json
+from collections import Counter
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from tensornet._util import on_cpu_unless_said
+from tensornet._util import check_number, check_size, on_cpu_unless_said
 from tensornet.calibration.stats import first_difference
 from tensornet.compression.allocate import Candidate, PricedLayer, choose_candidates, uniform
 from tensornet.compression.candidates import hull_of
@@ -220,32 +221,37 @@ class PriceList:
                 factors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if data["version"] != PRICES_VERSION:
                 raise ValueError(f"it has version {data['version']}, expected {PRICES_VERSION}")
-            schemes = [(t and Topology.from_dict(t), Storage.from_dict(s)) for t, s in data["schemes"]]
+            schemes = {
+                place: (t and Topology.from_dict(t), Storage.from_dict(s))
+                for place, (t, s) in enumerate(data["schemes"])
+            }
             layers = tuple(
                 PricedLayer(
-                    tuple(x["names"]),
-                    (x["shape"][0], x["shape"][1]),
+                    _listed(x["names"], str),
+                    _listed(x["shape"], int),  # type: ignore[arg-type]  # `_check` counts the sizes
                     getattr(torch, x["dtype"]),
                     tuple(
                         Candidate(*schemes[place], **dict(zip(_NUMBERS, numbers, strict=True)))
                         for place, *numbers in x["candidates"]
                     ),
-                    tuple(x["sample"]),
-                    tuple(x["spectrum"]),
+                    _listed(x["sample"], float),
+                    _listed(x["spectrum"], float),
                 )
                 for x in data["layers"]
             )
             measured = data["measured"]
-            return cls(
+            found = cls(
                 CompressionConfig.from_dict(data["config"]),
                 layers,
                 CompressionPlan.from_dict(data["template"], complete=False),
-                tuple(data["untargeted"]),
+                _listed(data["untargeted"], int),  # type: ignore[arg-type]  # `_check` counts the sizes
                 None if measured is None else frozenset((a, b) for a, b in measured),
                 data["key"],
-                tuple(data["losses"]),
+                _listed(data["losses"], float),
                 factors,
             )
+            _check(found)
+            return found
         except (
             OSError,
             KeyError,
@@ -263,6 +269,46 @@ class PriceList:
 
 #: Fields of a candidate that a file stores; its topology and storage are stored once for all layers.
 _NUMBERS = tuple(x.name for x in fields(Candidate) if x.name not in ("topology", "storage"))
+
+
+def _listed(values: Any, kind: type) -> tuple[Any, ...]:
+    """Return the values of a list in a file as a tuple.
+
+    Raises:
+        TypeError: it is not a list, or a value has another type.
+    """
+    if not isinstance(values, list) or any(type(x) is not kind for x in values):
+        raise TypeError(f"expected a list of {kind.__name__}, got {values!r:.60}")
+    return tuple(values)
+
+
+def _check(prices: PriceList) -> None:
+    """Check that a price list read from a file is consistent.
+
+    Raises:
+        ValueError, TypeError: the price list is inconsistent; the message says which part.
+    """
+    if not isinstance(prices.key, dict) or any(not isinstance(x, str) for x in prices.key.values()):
+        raise TypeError(f"key must map names to texts, got {prices.key!r:.60}")
+    if len(prices.untargeted) != 3 or min(prices.untargeted) < 0:
+        raise ValueError(f"untargeted must be three sizes, got {prices.untargeted!r:.60}")
+    names = [name for layer in prices.layers for name in layer.names]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"layer {twice[0]!r} is listed twice")
+    for layer in prices.layers:
+        if not layer.names or not layer.candidates or not isinstance(layer.dtype, torch.dtype):
+            raise ValueError(f"layer {layer.names!r:.60} lacks names, candidates or a dtype")
+        if len(layer.shape) != 2 or min(layer.shape) < 1:
+            raise ValueError(f"layer {layer.name!r} must have two sizes, got {layer.shape}")
+        for candidate in layer.candidates:
+            for name in ("num_bytes", "params", "tensors"):
+                check_size(f"{name} of layer {layer.name!r}", getattr(candidate, name))
+            for name in ("predicted_loss", "error", "cost"):
+                check_number(f"{name} of layer {layer.name!r}", getattr(candidate, name))
+            if not isinstance(candidate.number_format, str):
+                raise TypeError(f"number_format must be a text, got {candidate.number_format!r:.60}")
+            if candidate.topology is not None and candidate.topology.shape != layer.shape:
+                raise ValueError(f"a topology of layer {layer.name!r} has shape {candidate.topology.shape}")
 
 
 def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:

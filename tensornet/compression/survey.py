@@ -44,6 +44,7 @@ from tensornet.compression.planning import unfit_formats, untargeted_sizes, with
 from tensornet.compression.prices import PriceList
 from tensornet.compression.sensitivity import is_known
 from tensornet.errors import BudgetError, TargetError
+from tensornet.linalg.svd import check_finite
 from tensornet.nn.targets import Target, check_loaded, check_model, list_weights
 from tensornet.nn.unfuse import unfused
 
@@ -92,7 +93,8 @@ def survey(
 
     Raises:
         TargetError: there is no batch, no layer is selected, or no token has a loss.
-        NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
+        NonFiniteError: a weight, inputs or gradients of a layer are not finite; the message names the layer.
+        BudgetError: the configuration has no number formats.
         FormatError: no number format fits any layer.
 
     Example:
@@ -105,6 +107,11 @@ def survey(
     check_model(model)
     check_config(config)
     check_batches(batches, "survey")
+    if not config.formats:
+        raise BudgetError(
+            "A survey prices number formats: give formats=, or a budget of bytes such as bits_per_weight=4.25. "
+            "For networks use tensornet.compression.price with the statistics of tensornet.calibrate."
+        )
     recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
     device = device or next(model.parameters()).device
     precision = partial(lowered, device, walk_dtype(model, loaded, device))
@@ -138,6 +145,8 @@ def survey(
             here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
             known = [x for x in here if is_known(x, stats)]
             with loaded([module for x in known for module in x.modules], dtype=None):
+                for target in known:
+                    check_finite(target.matrix, f"Layer {target.name!r}")
                 found = find_candidates(known, config, "curvature", stats, families=())
                 priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
             factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
