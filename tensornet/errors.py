@@ -101,7 +101,12 @@ class DestinationError(TensorNetError, OSError):
 
 
 class WorkerError(TensorNetError, RuntimeError):
-    """A worker process died."""
+    """A worker process died.
+
+    Example:
+        >>> issubclass(tn.errors.WorkerError, RuntimeError)
+        True
+    """
 
 
 class CalibrationWarning(UserWarning):

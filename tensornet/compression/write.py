@@ -91,6 +91,8 @@ def compress_blocks(
     given = read_batches(batches, model, tokens=tokens)
     if not given:
         raise TargetError("No batches: pass at least one, better 16 of 1,000 tokens.")
+    if not layers:
+        return
     with (
         observed(model, recorder, LayerSelection(target_modules=names)) as found,
         tqdm(total=len(layers), desc="rounding", disable=not progress, unit="layer") as bar,

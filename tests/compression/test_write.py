@@ -1,0 +1,383 @@
+"""Blocks are rounded on the inputs that they get from the blocks rounded before; the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hf_models import bert, gpt2, llama, qwen2, t5_relu
+from mixture_models import mixture
+from torch import Tensor, nn
+
+import tensornet as tn
+from tensornet.calibration.batches import as_batch, run_model
+from tensornet.calibration.stats import CalibrationStats
+from tensornet.compression import write
+from tensornet.compression.plan import CompressionPlan
+from tensornet.compression.sensitivity import input_weighting
+from tensornet.compression.write import compress_blocks
+from tensornet.errors import NonFiniteError, TargetError
+from tensornet.nn.targets import Target, list_weights
+from tensornet.nn.unfuse import unfused
+
+FORMATS = ("int8:g16:float16", "int3:g16:float16", "int2:g16:float16")
+CONFIG = tn.CompressionConfig(bits_per_weight=5.5, formats=FORMATS, target_modules="all")
+
+
+def text(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 101, (3, 9), generator=generator)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def numbers(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(20, 8, generator=generator), torch.randint(4, (20,), generator=generator)
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+class TwoReaders(nn.Module):
+    """Two layers of one block use one weight, and so do layers of two blocks if `apart`."""
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(3)
+        )
+        self.blocks[1][2].weight = self.blocks[1][0].weight
+        if apart:
+            self.blocks[2][0].weight = self.blocks[0][0].weight
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in self.blocks:
+            input = block(input)
+        return self.head(input)
+
+
+#: Models, one of their batches, and the names under which their layers come.
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], list[str]]] = {
+    "llama": (llama, text, ["", "model.layers.0", "model.layers.1", ""]),
+    "tied embedding": (qwen2, text, ["model.layers.0", "model.layers.1", ""]),
+    "gpt2": (gpt2, text, ["", "transformer.h.0", "transformer.h.1", ""]),
+    "bert": (bert, text, ["", "bert.encoder.layer.0", "bert.encoder.layer.1", ""]),
+    "mixture": (lambda: mixture("mixtral"), text, ["", "model.layers.0", "model.layers.1", ""]),
+    "encoder and decoder": (t5_relu, text, [""]),
+    "sequence": (perceptron, numbers, ["0", "1", "2", "3", "4", ""]),
+    "two readers": (lambda: TwoReaders(False), numbers, ["blocks.0", "blocks.1", "blocks.2", ""]),
+    "readers of two blocks": (lambda: TwoReaders(True), numbers, [""]),
+}
+
+
+def case(name: str) -> tuple[nn.Module, list[Any], CompressionPlan]:
+    make, batch, _ = CASES[name]
+    torch.manual_seed(0)
+    model = make().eval()
+    batches = [batch(seed) for seed in range(3)]
+    return model, batches, tn.survey(model, batches, CONFIG).plan()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(x, before[name]) for name, x in after.items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert all(x.requires_grad for x in model.parameters() if x.is_floating_point())
+
+
+def true_moments(model: nn.Module, names: set[str], batches: list[Any]) -> dict[str, Tensor]:
+    """Hook layers of a model and compute the moments of what they really get, without padding."""
+    found: dict[str, list[Tensor]] = {}
+    mask: Tensor | None = None
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            (x,) = args
+            tokens = x[mask] if mask is not None and x.shape[:-1] == mask.shape else x.flatten(0, -2)
+            found.setdefault(name, []).append(tokens.double())
+
+        return hook
+
+    with unfused(model), torch.no_grad():
+        handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+        for given in batches:
+            batch = as_batch(given, model, torch.device("cpu"))
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            run_model(model, batch)
+        for handle in handles:
+            handle.remove()
+    together = {name: torch.cat(x) for name, x in found.items()}
+    return {name: (x.T @ x / len(x)).float() for name, x in together.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_rounded_on_what_the_rounded_blocks_before_return(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The truth: layers are really replaced in a copy of the model, which is run as a whole with hooks."""
+    model, batches, plan = case(name)
+    used: dict[str, Tensor] = {}
+
+    def noted(target: Target, stats: CalibrationStats) -> Any:
+        reader = next((x for x in target.names if x in stats.columns), None)
+        if reader is not None and target.kinds[0].name != "embedding":
+            used[reader] = stats.columns[reader].clone()
+        return input_weighting(target, stats)
+
+    monkeypatch.setattr(write, "input_weighting", noted)
+    cache: dict[Any, Any] = {}
+    order, seen = [], set()
+    for block, layers in compress_blocks(model, plan, batches):
+        order.append(block)
+        replaced = copy.deepcopy(fresh(name))
+        done = [layer for layer in plan if (layer.name, layer.topology, layer.storage) in cache]
+        if done:
+            tn.apply_plan(replaced, replace(plan, layers=tuple(done)), cache=copy.deepcopy(cache))
+        for reader, moment in true_moments(replaced, set(used) - seen, batches).items():
+            scale = float(moment.abs().max())
+            torch.testing.assert_close(used[reader], moment, rtol=1e-3, atol=1e-4 * scale, msg=reader)
+        seen |= set(used)
+        schemes = {layer.name: (layer.name, layer.topology, layer.storage) for layer in plan}
+        cache |= {schemes[x]: new for x, new in layers.items()}
+    assert order == CASES[name][2]
+    assert {x for x, _, _ in cache} == {layer.name for layer in plan}
+    assert seen
+    assert_untouched(model, weights(fresh(name)))
+
+
+def fresh(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return CASES[name][0]().eval()
+
+
+def test_the_inputs_are_not_those_of_the_dense_model() -> None:
+    """Otherwise the test above would show nothing."""
+    model, batches, plan = case("llama")
+    small = copy.deepcopy(model)
+    tn.compress(small, plan, calibration=batches, progress=False)
+    name = {"model.layers.1.mlp.down_proj"}
+    before = true_moments(model, name, batches)
+    after = true_moments(small, name, batches)
+    gap = next(iter(after.values())) - next(iter(before.values()))
+    assert gap.norm() > 0.05 * next(iter(before.values())).norm()
+
+
+def test_embeddings_come_first_and_the_head_comes_last() -> None:
+    model, batches, plan = case("llama")
+    found = [(block, set(layers)) for block, layers in compress_blocks(model, plan, batches)]
+    assert found[0] == ("", {"model.embed_tokens"})
+    assert found[-1] == ("", {"lm_head"})
+    for block, layers in found[1:-1]:
+        assert len(layers) == 7
+        assert all(name.startswith(f"{block}.") for name in layers)
+    model, batches, plan = case("tied embedding")
+    found = [(block, set(layers)) for block, layers in compress_blocks(model, plan, batches)]
+    assert found[-1] == ("", {"model.embed_tokens"})
+
+
+def test_a_weight_of_two_layers_gets_two_modules_with_the_same_cores() -> None:
+    for name, layer in (("two readers", "blocks.1.0"), ("tied embedding", "model.embed_tokens")):
+        model, batches, plan = case(name)
+        found = {x: new for _, layers in compress_blocks(model, plan, batches) for x, new in layers.items()}
+        (first, second), error = found[layer]
+        assert first is not second
+        assert 0 < error < 1
+        assert torch.equal(first.to_matrix(), second.to_matrix())
+        tn.compress(model, plan, calibration=batches, progress=False)
+        parts = {id(x) for x in model.parameters()}
+        assert len(parts) == len(list(model.parameters()))
+
+
+def test_nothing_but_what_is_planned_is_rounded() -> None:
+    model, batches, plan = case("llama")
+    part = replace(plan, layers=tuple(x for x in plan if "mlp" in x.name))
+    found = [(block, set(layers)) for block, layers in compress_blocks(model, part, batches)]
+    assert [block for block, _ in found] == ["model.layers.0", "model.layers.1", ""]
+    assert set().union(*(layers for _, layers in found)) == {x.name for x in part}
+    dense = tn.survey(model, batches, replace(CONFIG, formats=("float", *FORMATS))).plan(bits_per_weight=32)
+    assert [x for _, layers in compress_blocks(model, dense, batches) for x in layers] == []
+    report = tn.compress(model, dense, calibration=batches, progress=False)
+    assert report.byte_ratio == 1
+
+
+@pytest.mark.parametrize("items", range(5))
+def test_the_weights_are_their_own_again_when_the_generator_is_closed(items: int) -> None:
+    model, batches, plan = case("llama")
+    before = weights(model)
+    blocks = compress_blocks(model, plan, batches)
+    for _ in range(items):
+        next(blocks, None)
+    blocks.close()  # type: ignore[attr-defined]
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "tied embedding", "mixture", "readers of two blocks"])
+def test_the_weights_are_their_own_again_at_the_end(name: str) -> None:
+    model, batches, plan = case(name)
+    before = weights(model)
+    list(compress_blocks(model, plan, batches))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("items", [1, 2, 3])
+def test_the_weights_are_their_own_again_after_an_error(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches, plan = case("gpt2")
+    before = weights(model)
+    blocks = compress_blocks(model, plan, batches)
+    for _ in range(items):
+        next(blocks)
+    with pytest.raises(KeyError, match="theirs"):
+        blocks.throw(KeyError("theirs"))  # type: ignore[attr-defined]
+    assert_untouched(model, before)
+    count = 0
+
+    def fails(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 3 * items:
+            raise MemoryError("ours")
+        return kept(*args)
+
+    kept = write.compress_layer
+    monkeypatch.setattr(write, "compress_layer", fails)
+    with pytest.raises(MemoryError, match="ours"):
+        list(compress_blocks(model, plan, batches))
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_outputs_that_are_not_finite_are_one_clear_error(place: int, value: float) -> None:
+    model, batches, plan = case("llama")
+    with torch.no_grad():
+        model.model.layers[place].post_attention_layernorm.weight.fill_(value)
+    before = weights(model)
+    with pytest.raises(NonFiniteError, match=rf"model\.layers\.{place}\.mlp\.(gate|up)_proj"):
+        list(compress_blocks(model, plan, batches))
+    after = model.state_dict()
+    assert all(torch.equal(x, before[name]) or bool(x.isnan().all()) for name, x in after.items())
+
+
+class Overflow(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * float("inf")
+
+
+def test_a_block_that_overflows_names_the_first_layer_behind_it() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Overflow(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    sound = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4)).eval()
+    sound.load_state_dict(model.state_dict())
+    plan = tn.survey(sound, [numbers(0)], CONFIG).plan()
+    with pytest.raises(NonFiniteError, match="'2'"):
+        list(compress_blocks(model, plan, [numbers(0)]))
+
+
+def test_what_cannot_be_written() -> None:
+    model, batches, plan = case("llama")
+    with pytest.raises(TargetError, match="No batches"):
+        list(compress_blocks(model, plan, []))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.add_(1)
+    with pytest.raises(TargetError, match=r"another model.*layers\.1\.mlp\.up_proj"):
+        list(compress_blocks(other, plan, batches))
+    idle = copy.deepcopy(model)
+    idle.model.layers[1].mlp.forward = lambda x: x
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp\.gate_proj.*never ran"):
+        list(compress_blocks(idle, plan, batches))
+
+
+def test_only_so_many_tokens_are_read() -> None:
+    def given() -> Iterator[Any]:
+        yield batches[0]
+        raise AssertionError("enough")
+
+    model, batches, plan = case("llama")
+    found, expected = (
+        {x: new for _, layers in compress_blocks(model, plan, data, tokens=24) for x, new in layers.items()}
+        for data in (given(), batches[:1])
+    )
+    for name, ((module,), error) in expected.items():
+        assert found[name][1] == error
+        assert torch.equal(found[name][0][0].to_matrix(), module.to_matrix())
+
+
+def test_an_executor_rounds_the_same_layers() -> None:
+    model, batches, plan = case("llama")
+    with ThreadPoolExecutor(2) as executor:
+        several = [
+            (block, layers) for block, layers in compress_blocks(model, plan, batches, executor=executor)
+        ]
+    alone = list(compress_blocks(model, plan, batches))
+    assert [(block, list(layers)) for block, layers in several] == [
+        (block, list(layers)) for block, layers in alone
+    ]
+    for (_, some), (_, others) in zip(several, alone, strict=True):
+        for name, (modules, error) in some.items():
+            assert error == pytest.approx(others[name][1])
+            torch.testing.assert_close(modules[0].to_matrix(), others[name][0][0].to_matrix())
+
+
+def test_finished_layers_are_not_rounded_again() -> None:
+    model, batches, plan = case("llama")
+    whole = {x: new for _, layers in compress_blocks(model, plan, batches) for x, new in layers.items()}
+    known = {name: new for name, new in whole.items() if "lm_head" not in name and "layers.1" not in name}
+    found = {
+        x: new
+        for _, layers in compress_blocks(model, plan, batches, finished=lambda layer: known.get(layer.name))
+        for x, new in layers.items()
+    }
+    assert list(found) == list(whole)
+    for name, ((module,), error) in whole.items():
+        assert (found[name][0][0] is module) == (name in known)
+        assert found[name][1] == error
+        assert torch.equal(found[name][0][0].to_matrix(), module.to_matrix())
+
+
+def test_compress_puts_these_layers_into_the_model() -> None:
+    model, batches, plan = case("llama")
+    found = {x: new for _, layers in compress_blocks(model, plan, batches) for x, new in layers.items()}
+    report = tn.compress(model, CONFIG, calibration=batches, progress=False)
+    assert [(x.name, x.scheme) for x in report.plan] == [(x.name, x.scheme) for x in plan]
+    assert report.plan.rounding == "one_sided"
+    assert {x.name for x in list_weights(model)}.isdisjoint(found)
+    for name, ((module,), _) in found.items():
+        assert torch.equal(model.get_submodule(name).to_matrix(), module.to_matrix())
+    assert report.measured is not None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"effort": "thorough"},
+        {"param_ratio": 0.5},
+        {"formats": None, "bits_per_weight": None, "max_bond": 3},
+        {"rounding": "two_sided"},
+        {"topology": "low_rank"},
+        {"objective": "weight", "formats": ("int8",), "bits_per_weight": None, "rounding": "nearest"},
+    ],
+    ids=str,
+)
+def test_other_options_take_the_other_way(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("tensornet.compression.compress.survey", refused)
+    monkeypatch.setattr("tensornet.compression.compress.compress_blocks", refused)
+    config = replace(CONFIG, target_modules="*mlp.up_proj", **options)
+    torch.manual_seed(0)
+    tn.compress(llama().eval(), config, calibration=[text(0)], progress=False)
