@@ -163,9 +163,7 @@ class Bench:
             prices, start = known[0], processor_seconds()
             cache: LayerCache = {}
             if method == "plan" and stats is not None:
-                prices = check_loss(
-                    prices, self.dense, batches, stats, cache=cache, bits_per_weight=bits
-                )
+                prices = check_loss(prices, self.dense, batches, stats, cache=cache, bits_per_weight=bits)
             verified = processor_seconds() - start
             plan, small = prices.plan(bits_per_weight=bits), self.subject.load()
             start = processor_seconds()

@@ -185,9 +185,7 @@ class Bench:
             seconds["prepare"] = processor_seconds() - start
         start = processor_seconds()
         cache: LayerCache = {}
-        checked = check_loss(
-            self.prices, self.dense, batches, stats, cache=cache, max_bytes=config.max_bytes
-        )
+        checked = check_loss(self.prices, self.dense, batches, stats, cache=cache, max_bytes=config.max_bytes)
         plan = checked.plan(max_bytes=config.max_bytes)
         seconds["check"], start = processor_seconds() - start, processor_seconds()
         small = subject.load()

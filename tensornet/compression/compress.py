@@ -72,8 +72,8 @@ def compress(
             Before anything is replaced, the loss is measured on them at a few sizes of the model, to correct
             predicted losses. A budget of `loss_increase` then uses the corrected predictions. Validation
             needs calibrated gradients.
-        prices: price list of this model for these options, from `survey`; the model is then not surveyed
-            again.
+        prices: price list of this model, from `survey`; the model is then not surveyed again. A finished plan
+            needs it for feedback along the outputs; otherwise it is rounded with feedback along the inputs.
         progress: whether to show progress bars.
 
     Returns:

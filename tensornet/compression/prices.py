@@ -4,8 +4,8 @@ A price list contains no weights, so it is a small file. A plan for any budget i
 """
 
 import json
-from collections import Counter
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from tensornet._util import check_number, check_size, on_cpu_unless_said
@@ -228,7 +229,7 @@ class PriceList:
             layers = tuple(
                 PricedLayer(
                     _listed(x["names"], str),
-                    _listed(x["shape"], int),  # type: ignore[arg-type]  # `_check` counts the sizes
+                    _listed(x["shape"], int),
                     getattr(torch, x["dtype"]),
                     tuple(
                         Candidate(*schemes[place], **dict(zip(_NUMBERS, numbers, strict=True)))
@@ -244,7 +245,7 @@ class PriceList:
                 CompressionConfig.from_dict(data["config"]),
                 layers,
                 CompressionPlan.from_dict(data["template"], complete=False),
-                _listed(data["untargeted"], int),  # type: ignore[arg-type]  # `_check` counts the sizes
+                _listed(data["untargeted"], int),
                 None if measured is None else frozenset((a, b) for a, b in measured),
                 data["key"],
                 _listed(data["losses"], float),
@@ -254,6 +255,7 @@ class PriceList:
             return found
         except (
             OSError,
+            SafetensorError,
             KeyError,
             ValueError,
             TypeError,

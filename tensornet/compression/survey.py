@@ -109,8 +109,9 @@ def survey(
     check_batches(batches, "survey")
     if not config.formats:
         raise BudgetError(
-            "A survey prices number formats: give formats=, or a budget of bytes such as bits_per_weight=4.25. "
-            "For networks use tensornet.compression.price with the statistics of tensornet.calibrate."
+            "A survey prices number formats: give formats=, or a budget of bytes such as "
+            "bits_per_weight=4.25. For networks use tensornet.compression.price with the statistics of "
+            "tensornet.calibrate."
         )
     recorder = MomentRecorder(full_gradients=False, full_up_to=FULL_UP_TO, rank=GRADIENT_RANK)
     device = device or next(model.parameters()).device

@@ -26,7 +26,7 @@ Batch = dict[str, Tensor]
 
 
 class Conditioned(nn.Module):
-    """Every block reads the hidden state and a second tensor, which a layer outside of the blocks computes."""
+    """Every block reads the hidden state and a second tensor, which an outer layer computes."""
 
     def __init__(self) -> None:
         super().__init__()

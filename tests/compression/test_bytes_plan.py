@@ -63,11 +63,7 @@ def tokens(seed: int) -> Tensor:
 def cost(prepared: PriceList, plan: tn.CompressionPlan) -> float:
     """Cost that decides, which is not the predicted loss."""
     return sum(
-        next(
-            x.cost
-            for x in priced.candidates
-            if (x.topology, x.storage) == (layer.topology, layer.storage)
-        )
+        next(x.cost for x in priced.candidates if (x.topology, x.storage) == (layer.topology, layer.storage))
         for priced, layer in zip(prepared.layers, plan, strict=True)
     )
 

@@ -75,7 +75,9 @@ def test_a_measured_forecast_comes_true() -> None:
 @pytest.mark.slow
 def test_a_rise_of_the_loss_buys_what_was_measured() -> None:
     model, stats, prepared, text, others = real()
-    measured = correct_by_measuring(prepared, model, text, stats, budgets=shares(0.8, 0.6), source="the other half")
+    measured = correct_by_measuring(
+        prepared, model, text, stats, budgets=shares(0.8, 0.6), source="the other half"
+    )
     plan = measured.plan(loss_increase=0.1)
     assert plan.predicted_loss_increase == pytest.approx(0.1, rel=0.05)
     assert plan.predicted_loss_increase <= 0.1  # type: ignore[operator]

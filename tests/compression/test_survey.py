@@ -1,4 +1,4 @@
-"""Prices of a survey are those of statistics of the whole model, and a file of them is as good as they are."""
+"""Prices of a survey are those of statistics of the whole model, and a file of them is as good."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hf_models import bert, gpt2, llama, qwen2, t5_relu
 from mixture_models import mixture
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tensornet as tn
@@ -113,8 +114,7 @@ def test_prices_are_those_of_statistics_of_the_whole_model(make: Any) -> None:
     with unfused(model):
         targets = {x.name: x for x in list_weights(model)}
         chosen = [targets[layer.name] for layer in prices.layers]
-        config = replace(CONFIG, rounding="one_sided")
-        expected = list(find_candidates(chosen, config, "curvature", stats, families=()))
+        expected = list(find_candidates(chosen, CONFIG, "curvature", stats, families=()))
     assert {x.name for x in chosen} == {x.name for x in targets.values() if x.kinds}
     assert prices.template.dense_loss == pytest.approx(stats.loss, rel=1e-5)
     for layer, candidates in zip(prices.layers, expected, strict=True):
@@ -268,12 +268,18 @@ def test_more_bits_never_cost_more() -> None:
 def test_a_file_of_prices_is_as_good_as_they_are(tmp_path: Path) -> None:
     model, prices = surveyed()
     for k, given in enumerate((prices, price_of_networks(), checked())):
-        given.save(tmp_path / f"{k}.json")
-        loaded = PriceList.load(tmp_path / f"{k}.json")
+        given.save(tmp_path / f"{k}.safetensors")
+        loaded = PriceList.load(tmp_path / f"{k}.safetensors")
         assert loaded == given
-    loaded = PriceList.load(tmp_path / "0.json")
-    assert (tmp_path / "0.json").stat().st_size < 60_000
-    budgets = ({"bits_per_weight": 6}, {"byte_ratio": 0.4}, {"loss_increase": 0.01}, {"max_bytes": 20_000}, {})
+    loaded = PriceList.load(tmp_path / "0.safetensors")
+    assert (tmp_path / "0.safetensors").stat().st_size < 60_000
+    budgets = (
+        {"bits_per_weight": 6},
+        {"byte_ratio": 0.4},
+        {"loss_increase": 0.01},
+        {"max_bytes": 20_000},
+        {},
+    )
     for budget in budgets:
         assert loaded.plan(**budget) == prices.plan(**budget)
     with unfused(model):
@@ -296,13 +302,13 @@ def checked() -> PriceList:
 
 def test_a_file_replaces_another_as_a_whole(tmp_path: Path) -> None:
     _, prices = surveyed()
-    file = tmp_path / "prices.json"
+    file = tmp_path / "prices.safetensors"
     file.write_text("before")
     prices.save(file)
     assert PriceList.load(file) == prices
-    assert [x.name for x in tmp_path.iterdir()] == ["prices.json"]
+    assert [x.name for x in tmp_path.iterdir()] == ["prices.safetensors"]
     with pytest.raises(tn.errors.DestinationError):
-        prices.save(tmp_path / "nowhere" / "prices.json")
+        prices.save(tmp_path / "nowhere" / "prices.safetensors")
 
 
 def damaged() -> Iterator[tuple[str, Any]]:
@@ -345,13 +351,13 @@ MISSING = object()
 
 
 def as_data(prices: PriceList) -> Any:
-    written: list[bytes] = []
+    written: list[dict[str, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "tensornet.compression.prices.write_file", lambda path, parts, **_: written.extend(parts)
+            "tensornet.compression.prices.write_tensors", lambda path, _, text, **__: written.append(text)
         )
         prices.save("unused")
-    return json.loads(b"".join(written))
+    return json.loads(written[0]["prices"])
 
 
 def changed(data: Any, path: list[Any], value: Any) -> str:
@@ -367,9 +373,9 @@ def changed(data: Any, path: list[Any], value: Any) -> str:
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
-    file, accepted = tmp_path / "prices.json", []
+    file, accepted = tmp_path / "prices.safetensors", []
     for fault, content in damaged():
-        file.write_text(content)
+        save_file({}, file, {"prices": content})
         try:
             PriceList.load(file)
         except FormatError as error:
@@ -377,6 +383,15 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         else:
             accepted.append(fault)
     assert accepted == []
+    surveyed()[1].save(file)
+    whole = file.read_bytes()
+    for k in (0, 7, len(whole) // 2, len(whole) - 1):
+        file.write_bytes(whole[:k])
+        with pytest.raises(FormatError, match="price list"):
+            PriceList.load(file)
+    save_file({}, file, {"other": "1"})
+    with pytest.raises(FormatError, match="price list"):
+        PriceList.load(file)
     file.write_bytes(b"\xff\xfe\x00")
     for path in (file, tmp_path, tmp_path / "missing"):
         with pytest.raises(FormatError, match=r"price list.*PriceList\.save"):
@@ -410,11 +425,12 @@ def test_only_budgets_can_be_changed_later() -> None:
 
 def test_compress_takes_the_plan_of_loaded_prices(tmp_path: Path) -> None:
     model, prices = surveyed()
-    prices.save(tmp_path / "prices.json")
-    plan = PriceList.load(tmp_path / "prices.json").plan(bits_per_weight=8)
+    prices.save(tmp_path / "prices.safetensors")
+    loaded = PriceList.load(tmp_path / "prices.safetensors")
+    plan = loaded.plan(bits_per_weight=8)
     first, second = copy.deepcopy(model), copy.deepcopy(model)
     batches = [text(1), text(2)]
-    report = tn.compress(first, plan, calibration=batches, progress=False)
+    report = tn.compress(first, plan, calibration=batches, prices=loaded, progress=False)
     direct = tn.compress(second, replace(CONFIG, bits_per_weight=8), calibration=batches, progress=False)
     assert [layer.scheme for layer in report.plan] == [layer.scheme for layer in direct.plan]
     found, expected = first.state_dict(), second.state_dict()

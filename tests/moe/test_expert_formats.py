@@ -236,7 +236,7 @@ def test_compress_reaches_banks(tmp_path: Path) -> None:
 def test_the_loss_of_rounding_experts_is_not_taken_for_predicted() -> None:
     model, batches = gpt2().eval(), [{"input_ids": IDS, "labels": IDS}]
     th.upcycle(model, share="none", experts=3, top_k=1)
-    config = tn.CompressionConfig(formats=("int4",), verify=False)
+    config = tn.CompressionConfig(formats=("int4",), verify=False, effort="thorough")
     layers_alone, unmeasured = copy.deepcopy(model), copy.deepcopy(model)
     stats = tn.calibrate(model, batches, config=config)
     report = tn.compress(model, config, calibration=batches, progress=False)
