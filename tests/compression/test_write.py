@@ -350,7 +350,9 @@ def test_finished_layers_are_not_rounded_again() -> None:
 
 def test_compress_puts_these_layers_into_the_model() -> None:
     model, batches, plan = case("llama")
-    found = {x: new for _, layers in compress_blocks(model, plan, batches) for x, new in layers.items()}
+    factors = tn.survey(model, batches, CONFIG).factors
+    blocks = compress_blocks(model, plan, batches, factors=factors)
+    found = {x: new for _, layers in blocks for x, new in layers.items()}
     report = tn.compress(model, CONFIG, calibration=batches, progress=False)
     assert [(x.name, x.scheme) for x in report.plan] == [(x.name, x.scheme) for x in plan]
     assert report.plan.rounding == "two_sided"
