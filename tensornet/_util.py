@@ -276,6 +276,15 @@ def import_optional(module: str, *, extra: str, user: str) -> ModuleType:
 ROWS = 40
 
 
+def memory_held() -> str:
+    """Return the memory that this process holds, for progress bars; empty without the package psutil."""
+    try:
+        import psutil
+    except ImportError:
+        return ""
+    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
+
+
 def html_table(caption: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Format a table as HTML with at most `ROWS` rows, followed by the number of omitted rows."""
     lines = [[escape(str(cell)) for cell in row] for row in rows]

@@ -29,6 +29,7 @@ def moments_by_block(
     *,
     precision: Precision = nullcontext,
     source: str = "calibration data",
+    visited: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[str, CalibrationStats]]:
     """Yield the moments of the inputs and gradients of every block, from the last block to the first.
 
@@ -41,6 +42,7 @@ def moments_by_block(
         loss_fn: the losses of single tokens, which are summed and differentiated.
         precision: context in which the model runs.
         source: name of the data, for reports.
+        visited: function that is called after each block of the forward walk, to show progress.
 
     Raises:
         NonFiniteError: inputs or gradients of a layer are not finite; the message names the layer.
@@ -56,6 +58,7 @@ def moments_by_block(
         while walk.position < len(walk.names):
             with walk.loaded(walk.block.modules()):
                 walk.advance(keep=True)
+            visited()
 
     # Compute the losses from the last hidden states, and replace these states by their gradients.
     total, scored = 0.0, 0

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tensornet._util import on_cpu_unless_said
+from tensornet._util import memory_held, on_cpu_unless_said
 from tensornet.calibration.batches import (
     Batch,
     BatchLike,
@@ -140,18 +142,21 @@ def survey(
         priced: dict[str, PricedLayer] = {}
         factors: dict[str, Tensor] = {}
         facts: CalibrationStats | None = None
-        visits = moments_by_block(walk, recorder, loss_fn, precision=precision, source=source)
-        total = len(names) + 1
-        for name, stats in tqdm(visits, desc="surveying", disable=not progress, unit="block", total=total):
-            here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
-            known = [x for x in here if is_known(x, stats)]
-            with loaded([module for x in known for module in x.modules], dtype=None):
-                for target in known:
-                    check_finite(target.matrix, f"Layer {target.name!r}")
-                found = find_candidates(known, config, "curvature", stats, families=())
-                priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
-            factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
-            facts = stats
+        count = sum(map(tokens_of, given))
+        with block_bar("surveying", 2 * len(names) + 1, count, progress=progress) as visited:
+            for name, stats in moments_by_block(
+                walk, recorder, loss_fn, precision=precision, source=source, visited=visited
+            ):
+                here = [x for x in targets if x.name not in priced and (not name or is_inside(x, name))]
+                known = [x for x in here if is_known(x, stats)]
+                with loaded([module for x in known for module in x.modules], dtype=None):
+                    for target in known:
+                        check_finite(target.matrix, f"Layer {target.name!r}")
+                    found = find_candidates(known, config, "curvature", stats, families=())
+                    priced |= {x.name: PricedLayer.of(x, each) for x, each in zip(known, found, strict=True)}
+                factors |= {x.name: stats.factors[x.name] for x in known if x.name in stats.factors}
+                facts = stats
+                visited()
     assert facts is not None
     kept, unseen = without_unseen(targets, [x for x in targets if x.name not in priced], config)
     template = CompressionPlan(
@@ -167,10 +172,34 @@ def survey(
         unfit=unfit,
     )
     layers = tuple(priced[x.name] for x in kept)
-    key = {"tokens": str(sum(map(tokens_of, given))), "text": digest(given)}
+    key = {"tokens": str(count), "text": digest(given)}
     losses = tuple(float(f"{x:.4g}") for x in torch.cat(walk.losses).tolist())
     sizes = untargeted_sizes(model, kept)
     return PriceList(config, layers, template, sizes, key=key, losses=losses, factors=factors)
+
+
+@contextmanager
+def block_bar(what: str, visits: int, tokens: int, *, progress: bool) -> Iterator[Callable[[], None]]:
+    """Show a progress bar over visits of blocks, with the speed in tokens and the memory of this process.
+
+    Args:
+        what: what is done, in front of the bar.
+        visits: number of visits of blocks.
+        tokens: number of tokens that run through every visited block.
+        progress: whether to show the bar.
+
+    Yields:
+        Function to call after each visit.
+    """
+    start = time.perf_counter()
+    with tqdm(total=visits, desc=what, disable=not progress, unit="block") as bar:
+
+        def visited() -> None:
+            speed = tokens * (bar.n + 1) / visits / max(time.perf_counter() - start, 1e-9)
+            bar.set_postfix_str(f"{speed:,.0f} tokens/s {memory_held()}".strip(), refresh=False)
+            bar.update()
+
+        yield visited if progress else lambda: None
 
 
 def survey_batches(

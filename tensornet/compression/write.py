@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from tensornet.calibration.batches import BatchLike, first_rows, read_batches
+from tensornet.calibration.batches import BatchLike, first_rows, read_batches, tokens_of
 from tensornet.calibration.blockwise import inputs_by_block
 from tensornet.calibration.calibrate import MomentRecorder, lowered, observed
 from tensornet.calibration.losses import TokenLosses
@@ -21,7 +20,7 @@ from tensornet.compression.apply import NewLayers, check_samples, compress_layer
 from tensornet.compression.loss_increase import LossIncrease
 from tensornet.compression.plan import CompressionPlan, LayerPlan
 from tensornet.compression.sensitivity import input_weighting, is_known, never_ran
-from tensornet.compression.survey import FULL_UP_TO, blocks_to_walk, is_inside, walk_dtype
+from tensornet.compression.survey import FULL_UP_TO, block_bar, blocks_to_walk, is_inside, walk_dtype
 from tensornet.errors import TargetError, WorkerError
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.module import NetworkModule
@@ -95,7 +94,7 @@ def compress_blocks(
         return
     with (
         observed(model, recorder, LayerSelection(target_modules=names)) as found,
-        tqdm(total=len(layers), desc="rounding", disable=not progress, unit="layer") as bar,
+        ExitStack() as bars,
     ):
         targets = [x for x in found if x.name in layers]
         with recorder.paused(), precision():
@@ -103,6 +102,9 @@ def compress_blocks(
         walk = Walk(model, blocks, given, {} if states is None else states, loaded)
         members = {name: [x for x in targets if is_inside(x, name)] for name in blocks}
         ready = [name for name, some in members.items() if all(finished(layers[x.name]) for x in some)]
+
+        count = sum(map(tokens_of, given))
+        visited = bars.enter_context(block_bar("rounding", len(blocks) + 1, count, progress=progress))
 
         def compressed(some: Sequence[Target], stats: CalibrationStats | None) -> dict[str, NewLayers]:
             """Compress the layers that are not finished yet, and read the others."""
@@ -119,16 +121,15 @@ def compress_blocks(
                 tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
             made = results(executor, compress_layer, tasks)
             done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
-            bar.update(len(some))
+            visited()
             return {name: x for name, x in done.items() if x is not None}
 
         # Weights have their rounded values as long as the walk needs these.
         with ExitStack() as tables, ExitStack() as block:
             first = [x for x in targets if blocks and _is_table(x)]
             if first:
-                with walk.loaded(walk.ends):
-                    new = compressed(first, None)
-                tables.enter_context(walk.loaded(walk.ends))
+                tables.enter_context(walk.loaded([module for x in first for module in x.modules]))
+                new = compressed(first, None)
                 tables.enter_context(rounded_weights(first, new))
                 yield "", new
             for name, stats in inputs_by_block(

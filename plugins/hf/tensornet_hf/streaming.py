@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import tensornet as tn
 import tensornet.compression
@@ -234,7 +233,7 @@ def compress_checkpoint(
                 )
             else:
                 blocks = _compress_blocks(lazy, plan, loaded, out, using, device)
-            for block, layers in tqdm(blocks, desc="compressing", disable=not progress, unit="block"):
+            for block, layers in blocks:
                 out.put(block, layers)
         out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
         _check_unchanged(folder, marks, file_marks(folder), since="this run began")

@@ -7,6 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from tensornet_hf.cli import commands
 from tensornet_hf.report import versions
+from tensornet_hf.streaming import staging_folder
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "compress": commands.compress,
@@ -102,9 +104,11 @@ def run(arguments: Sequence[str]) -> int:
         _say(as_options(_one_line(error), options_of(next((x for x in rest if x in COMMANDS), ""))))
         return FAILED
     if status == INTERRUPTED:
-        resumable = "compress" in rest and any(x in rest for x in ("--workers", "--heal", "--prices"))
-        kept = "finished parts are kept; run the same command again to continue."
-        _say(f"interrupted; {kept if resumable else 'nothing was written.'}")
+        folders = (staging_folder(Path(x).absolute()) for x in rest if not x.startswith("-"))
+        kept = next((f"finished parts are kept in {x}" for x in folders if x.is_dir()), "")
+        kept = kept or ("finished parts are kept" if "compress" in rest and "--heal" in rest else "")
+        again = f"{kept}; run the same command again to continue."
+        _say(f"interrupted; {again if kept else 'nothing was written.'}")
         return INTERRUPTED
     for note in notes:
         _say(f"note: {note}")
