@@ -340,9 +340,10 @@ def compress_folder(
         check_files(Path(destination), force=options.force)
     else:
         check_free(destination, force=options.force, sources=(folder,))
-    if options.workers is not None or (
-        priced(config, options) and not options.needing_model and target is None and not uploaded
-    ):
+    alone = priced(config, options) and not options.needing_model and target is None and not uploaded
+    if not options.resume and options.workers is None and not options.heal and not alone:
+        raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
+    if options.workers is not None or alone:
         streamed = _compress_streamed(folder, Path(destination), config, options, text)
         sizes = weight_bytes(folder), weight_bytes(destination)
         return FolderReport(str(source), str(destination), streamed, *sizes)

@@ -178,24 +178,29 @@ def test_workers_stream_to_the_same_model(tensornet: Run) -> None:
 
 
 @pytest.mark.slow
-def test_statistics_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prices_are_kept_in_a_file(tensornet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
-    how = ("compress", gpt2_path(), "--bits", 4.25, *TWO_LAYERS, "--statistics", "stats.safetensors")
+    how = ("compress", gpt2_path(), *TWO_LAYERS, "--prices", "prices.safetensors")
     text = ("--calibration", "text.txt", *FEW)
-    assert tensornet(*how, *text, "--dry-run")[0] == 0
+    assert tensornet(*how, *text, "--bits", 4.25, "--dry-run")[0] == 0
 
     def never(*_: object, **__: object) -> None:
-        raise AssertionError("calibrated again")
+        raise AssertionError("surveyed again")
 
-    monkeypatch.setattr("tensornet_hf.compress.calibrate", never)
-    plans = [tensornet(*how, *more, "--dry-run", "--json")[1] for more in (text, ())]
-    assert "tokens of text.txt" in json.loads(plans[1])["calibration"]
-    status, out, _ = tensornet(*how, *text, "small")
+    monkeypatch.setattr("tensornet.compression.survey.survey", never)
+    status, plan, _ = tensornet(*how, *text, "--bits", 3.25, "--dry-run", "--json")
+    assert status == 0
+    assert "tokens of text.txt" in json.loads(plan)["calibration"]
+    status, out, _ = tensornet(*how, *text, "--bits", 3.25, "small")
     assert status == 0
     assert re.search(r"measured    loss increase .* on [0-9,]+ tokens of text.txt", out)
-    status, _, err = tensornet(*how, "--calibration", "default", "other")
+    status, _, err = tensornet(*how, "--bits", 3.25, "--calibration", "default", "other")
     assert status == 1
-    assert "were collected on" in err
+    assert "other text" in err
+    status, _, err = tensornet(*how, *text, "--bits", 3.25, "--formats", "int8,int4", "other")
+    assert status == 1
+    assert "formats" in err
+    assert not Path("other").exists()
 
 
 @pytest.mark.slow
@@ -215,18 +220,15 @@ def test_the_weight_file_keeps_a_budget_of_bytes(tensornet: Run, budget: tuple[o
     assert 0.97 * allowed <= weight_bytes("small") <= allowed
 
 
-def test_a_plan_with_the_statistics_of_another_model(tensornet: Run) -> None:
+def test_prices_of_another_model(tensornet: Run) -> None:
     Path("text.txt").write_text(heldout_text()[:20_000])
-    how = ("--param-ratio", 0.5, *TWO_LAYERS, "--calibration", "text.txt", *FEW)
+    how = ("--bits", 4.25, *TWO_LAYERS, "--calibration", "text.txt", *FEW, "--prices", "prices")
     model = load(gpt2_path())
     for parameter in model.parameters():
         parameter.data *= 1.5
     save(model, "other", source=gpt2_path())
-    assert tensornet("compress", gpt2_path(), *how, "--statistics", "stats", "--dry-run")[0] == 0
-    status, plan, _ = tensornet("compress", "other", *how, "--dry-run", "--json")
-    assert status == 0
-    Path("plan.json").write_text(plan)
-    status, _, err = tensornet("compress", "other", "small", "--plan", "plan.json", "--statistics", "stats")
+    assert tensornet("compress", gpt2_path(), *how, "--dry-run")[0] == 0
+    status, _, err = tensornet("compress", "other", "small", *how)
     assert status == 1
     assert "another model" in err
     assert not Path("small").exists()
