@@ -52,7 +52,14 @@ from tensornet.compression.sensitivity import layer_weighting
 from tensornet.compression.survey import SURVEY_TOKENS, survey_or_load
 from tensornet.compression.survey import digest as text_digest
 from tensornet.compression.write import WRITE_TOKENS, compress_blocks
-from tensornet.errors import DestinationError, FormatError, TargetError, TensorNetError, WorkerError
+from tensornet.errors import (
+    BudgetError,
+    DestinationError,
+    FormatError,
+    TargetError,
+    TensorNetError,
+    WorkerError,
+)
 from tensornet.io import FLOATS, file_digest, take_place, write_file
 from tensornet.linalg.weighted_svd import Weighting
 from tensornet.nn.extension import ProvidedData
@@ -65,6 +72,8 @@ from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_fi
 from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model
 from tensornet_hf.streamed_calibration import StatesOnDisk
 
+#: Price list in a staging folder. It is also valid for a later run with another budget.
+PRICES = "prices.safetensors"
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
 
@@ -182,11 +191,16 @@ def compress_checkpoint(
         loaded_on = partial(lazy.loaded, device=device)
         if not isinstance(config, CompressionPlan) and calibration is not None and by_blocks:
             _check_readable(lazy, options)
+            if prices is None and (work / PRICES).is_file():
+                try:
+                    survey_or_load(lazy.model, batches, config, work / PRICES, tokens=tokens)
+                except (BudgetError, FormatError, TargetError):  # of a run with other options
+                    (work / PRICES).unlink()
             priced = survey_or_load(
                 lazy.model,
                 batches,
                 config,
-                work / "prices.safetensors" if prices is None else prices,
+                work / PRICES if prices is None else prices,
                 loss_fn=calibration.loss_fn,
                 source=calibration.source,
                 tokens=tokens,
@@ -282,6 +296,8 @@ def staging(destination: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
+        if {x.name for x in folder.glob("*")} <= {"lock", "run.json", "states"}:
+            shutil.rmtree(folder, ignore_errors=True)  # it contains nothing that could be continued
         lock.release()
 
 
@@ -330,7 +346,9 @@ def _begin(
         "marks": dict(marks),
     }
     path = work / "run.json"
-    if resume and path.is_file():
+    if not resume:
+        (work / PRICES).unlink(missing_ok=True)
+    if resume and path.is_file() and (work / "out").is_dir():
         earlier = read_json(path)
         _check_unchanged(folder, earlier.get("marks") or {}, marks, since="the interrupted run")
         for key, what in (("options", "other options"), ("library", "other versions of the library")):
@@ -340,7 +358,7 @@ def _begin(
                     "with resume=False (--no-resume)."
                 )
     else:
-        for name in ("plan.json", "prices.safetensors", ERRORS):
+        for name in ("plan.json", ERRORS):
             (work / name).unlink(missing_ok=True)
         shutil.rmtree(work / "out", ignore_errors=True)
         write_file(path, [json.dumps(record).encode()])
