@@ -174,6 +174,7 @@ def joined(first: CalibrationStats, second: CalibrationStats) -> CalibrationStat
         columns={**first.columns, **second.columns},
         coherence={**first.coherence, **second.coherence},
         counts={**first.counts, **second.counts},
+        factors={**first.factors, **second.factors},
     )
 
 
@@ -185,4 +186,5 @@ def without(stats: CalibrationStats, names: Collection[str]) -> CalibrationStats
         columns={name: x for name, x in stats.columns.items() if name not in names},
         coherence={name: x for name, x in stats.coherence.items() if name not in names},
         counts={name: x for name, x in stats.counts.items() if name not in names},
+        factors={name: x for name, x in stats.factors.items() if name not in names},
     )

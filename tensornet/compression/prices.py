@@ -311,6 +311,10 @@ def _check(prices: PriceList) -> None:
                 raise TypeError(f"number_format must be a text, got {candidate.number_format!r:.60}")
             if candidate.topology is not None and candidate.topology.shape != layer.shape:
                 raise ValueError(f"a topology of layer {layer.name!r} has shape {candidate.topology.shape}")
+    rows = {layer.name: layer.shape[0] for layer in prices.layers}
+    for name, factor in prices.factors.items():
+        if factor.ndim != 2 or len(factor) != rows.get(name) or not bool(factor.isfinite().all()):
+            raise ValueError(f"the factor of layer {name!r} does not fit, or is not finite")
 
 
 def group_fused_layers(names: Sequence[str], sets: Sequence[Sequence[str]]) -> list[list[int]]:
