@@ -53,9 +53,9 @@ from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
-from tensornet_hf.checkpoint import check_free, read_dense, read_json, weight_files
+from tensornet_hf.checkpoint import check_free, read_json, weight_files
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
-from tensornet_hf.lazy_model import LazyModel, open_lazily
+from tensornet_hf.lazy_model import LazyModel, open_lazily, read_source
 
 #: Default limit on the size of a weight file in bytes.
 MAX_SHARD_BYTES = 2_000_000_000
@@ -75,6 +75,7 @@ def compress_checkpoint(
     device: str = "cpu",
     resume: bool = True,
     stats: str | os.PathLike[str] | CalibrationStats | None = None,
+    weights: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -103,6 +104,7 @@ def compress_checkpoint(
         device: device on which weights are compressed.
         resume: continue an interrupted run; if False, delete the files of that run.
         stats: statistics from `calibrate_checkpoint` or `tensornet.calibrate`, or a file of statistics.
+        weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -137,8 +139,8 @@ def compress_checkpoint(
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
-    source = read_dense(folder)
-    marks = file_marks(folder)
+    source = read_source(folder, weights)
+    marks = file_marks(folder, weights)
     lazy = open_lazily(source)  # raises for an invalid model before anything is written
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
@@ -169,7 +171,7 @@ def compress_checkpoint(
                 plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
-            weights = list_weights(lazy.model)
+            listed = list_weights(lazy.model)
 
         # Compress block by block, and write each block.
         check_objective(plan, loaded)
@@ -185,7 +187,7 @@ def compress_checkpoint(
                 out.put(block, layers)
                 bar.update(len(layers))
         out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
-        _check_unchanged(folder, marks, file_marks(folder), since="this run began")
+        _check_unchanged(folder, marks, file_marks(folder, weights), since="this run began")
         check_free(target, force=force, sources=(folder,))
         take_place(work / "out", target, force=force)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
@@ -203,7 +205,7 @@ def compress_checkpoint(
         model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
         seconds=time.perf_counter() - started,
         plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
-        coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
+        coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),
     )
 
 
@@ -242,14 +244,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_marks(folder: Path) -> dict[str, str]:
+def file_marks(folder: Path, weights: str | os.PathLike[str] | None = None) -> dict[str, str]:
     """Return the size and modification time of each file that is read from a model folder, by relative path.
 
     A resumed run compares them with the sizes and times that the interrupted run recorded.
+
+    Args:
+        folder: the model folder.
+        weights: file that is read in place of the weight files of the folder.
     """
+    files = weight_files(folder)[0] if weights is None else [Path(weights)]
     marks = {}
-    for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *other_files(folder)]:
-        stat = (folder / name).stat()
+    for path in [folder / "config.json", *files, *(folder / name for name in other_files(folder))]:
+        stat = path.stat()
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         marks[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
     return marks
 

@@ -236,7 +236,7 @@ def test_ctrl_c_is_one_line(tensornet: Run, monkeypatch: pytest.MonkeyPatch, tmp
     plain = ("compress", gpt2_path(), "out", "--rel-error", 0.5)
     monkeypatch.setattr("tensornet_hf.compress.load", stop)
     assert tensornet(*plain) == (130, "", "tensornet: interrupted; nothing was written.\n")
-    monkeypatch.setattr("tensornet_hf.streaming._compress_shard", stop)
+    monkeypatch.setattr("tensornet_hf.streaming.compress_alone", stop)
     status, _, err = tensornet(*plain, "--workers", 1)
     assert status == 130
     assert "finished parts are kept; run the same command again" in err
