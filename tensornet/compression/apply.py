@@ -360,7 +360,7 @@ def compress_layer(
     """Decompose one weight as planned. Arguments and result can be pickled, so any executor can do this.
 
     Args:
-        matrix: the weight, shape `(out_features, in_features)`.
+        matrix: the weight, shape `(out_features, in_features)`; its values are exact in the plan's dtype.
         layer: plan of the layer, which is not dense.
         weighting: sensitivity of the loss to errors of the matrix.
         rounding: rounding method for integer cores.
@@ -373,6 +373,9 @@ def compress_layer(
         TopologyError: the family of the planned topology makes cores of other shapes than planned.
     """
     assert layer.topology is not None
+    # A walk over the blocks computes in float32. The cores must not depend on this, nor on whether they are
+    # read back from a file.
+    matrix = matrix.to(layer.dtype)
     family = topology_family(layer.topology.family)
     try:
         result = family.fit(matrix, layer.topology, weighting)

@@ -46,6 +46,7 @@ def compress_blocks(
     measured: list[LossIncrease] | None = None,
     finished: Callable[[LayerPlan], NewLayers | None] = lambda layer: None,
     executor: Executor | None = None,
+    compress: Callable[..., Any] = compress_layer,
     progress: bool = False,
 ) -> Iterator[tuple[str, dict[str, NewLayers]]]:
     """Compress the layers of a plan block by block, and yield the new layers of each finished block.
@@ -69,6 +70,7 @@ def compress_blocks(
         measured: receives the loss increase on these tokens when the last block is finished.
         finished: function that returns the new modules of a layer if an interrupted run has finished it.
         executor: executor that rounds the layers of a block at the same time; by default, this process does.
+        compress: function that compresses one layer, like `compress_layer`.
         progress: whether to show a progress bar.
 
     Yields:
@@ -119,7 +121,7 @@ def compress_blocks(
                 if factors is not None and target.name in factors and plan.rounding == "two_sided":
                     weighting = replace(weighting, rows=low_rank_moment(factors[target.name], target.matrix))
                 tasks.append((target.matrix, layers[target.name], weighting, plan.rounding))
-            made = results(executor, compress_layer, tasks)
+            made = results(executor, compress, tasks)
             done |= {x.name: (with_cores(x, new), error) for x, (new, error) in zip(work, made, strict=True)}
             visited()
             return {name: x for name, x in done.items() if x is not None}

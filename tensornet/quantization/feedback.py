@@ -22,13 +22,15 @@ Reference:
     adaptive rounding" (YAQA, feedback between rows and between columns).
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tensornet.quantization.formats import Levels, nearest
+from tensornet.quantization.formats import Levels, NumberFormat, nearest
 from tensornet.quantization.moments import Moment
 
 #: Number of rows and columns of a tile.
@@ -69,29 +71,55 @@ class Grid:
         return torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
 
     def transposed(self) -> "Grid":
-        """Return the transposed grid."""
-        zero = self.zero.mT if isinstance(self.zero, Tensor) else self.zero
-        return Grid(self.scale.mT, zero, self.top, self.levels)
+        """Return the transposed grid, with contiguous scales and zero points."""
+        zero = self.zero.mT.contiguous() if isinstance(self.zero, Tensor) else self.zero
+        return Grid(self.scale.mT.contiguous(), zero, self.top, self.levels)
 
     def points(self, codes: Tensor) -> Tensor:
         """Convert codes (or levels) to values."""
         return (codes - self.zero) * self.scale
 
 
-def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns: Moment | None) -> Tensor:
+def round_with_feedback(
+    weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    number_format: NumberFormat,
+    rows: Moment | None,
+    columns: Moment | None,
+) -> tuple[Tensor, Tensor | None]:
     """Round a stack of matrices with error feedback between rows, between columns, or both.
 
     Args:
         weight: matrices, shape `(stack, out, in)`.
-        grid: the rounding grid.
+        scales: scales of all groups, shape `(stack, out, groups)`.
+        zeros: zero points of all groups, in the same shape; None without zero points.
+        number_format: integer format.
         rows: full moment of the gradients; None for no feedback between rows.
         columns: full moment of the inputs; None for no feedback between columns.
 
     Returns:
-        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`. With feedback along one side
+        only, also `diag(E C E^T)`, shape `(stack, out)`, or `diag(E^T R E)`, shape `(stack, in)`; otherwise
+        None.
     """
+    size, dtype = weight.shape[2], weight.dtype
+    levels = number_format.levels(weight)
+    if rows is None and columns is not None and len(columns.order) == 1:
+        # Transpose the matrices, so that each step reads and writes contiguous memory. A row of scales is
+        # used by all columns of a group.
+        order = columns.order[0]
+        zero = number_format.center if zeros is None else zeros.to(dtype).mT.contiguous()
+        grid = Grid(scales.to(dtype).mT.contiguous(), zero, number_format.top, levels)
+        groups = (order // (number_format.group or size)).tolist()
+        codes, losses = one_sided(weight.mT.index_select(1, order), grid, *columns.feedback, groups)
+        return codes.index_select(1, order.argsort()).mT, losses
+
+    spread = number_format.spread(scales.to(dtype), size)
+    zero = number_format.center if zeros is None else number_format.spread(zeros.to(dtype), size)
+    grid = Grid(spread, zero, number_format.top, levels)
     if rows is None and columns is None:
-        return grid.codes(weight)
+        return grid.codes(weight), None
     orders = [(moment.order, axis) for moment, axis in ((rows, 1), (columns, 2)) if moment is not None]
 
     def sorted_by(x: Tensor, *, back: bool = False) -> Tensor:
@@ -104,57 +132,84 @@ def round_with_feedback(weight: Tensor, grid: Grid, rows: Moment | None, columns
                 x = x.gather(axis, order.unsqueeze(3 - axis).expand(x.shape))
         return x
 
-    zero = sorted_by(grid.zero) if isinstance(grid.zero, Tensor) else grid.zero
-    work, points = sorted_by(weight), Grid(sorted_by(grid.scale), zero, grid.top, grid.levels)
-    couplings = [
-        None if moment is None else moment.feedback[0].expand(len(weight), -1, -1)
-        for moment in (rows, columns)
-    ]
-    if couplings[0] is not None and couplings[1] is not None:
-        codes = two_sided(work, points, couplings[0], couplings[1])
-    elif couplings[1] is not None:
-        codes = one_sided(work, points, couplings[1])
-    else:
-        assert couplings[0] is not None
-        codes = one_sided(work.mT, points.transposed(), couplings[0]).mT
-    return sorted_by(codes, back=True)
+    zero = sorted_by(zero) if isinstance(zero, Tensor) else zero
+    work, points = sorted_by(weight), Grid(sorted_by(spread), zero, grid.top, levels)
+    if rows is not None and columns is not None:
+        couplings = (moment.feedback[0].expand(len(weight), -1, -1) for moment in (rows, columns))
+        return sorted_by(two_sided(work, points, *couplings), back=True), None
+    if columns is not None:
+        codes, losses = one_sided(work.mT.contiguous(), points.transposed(), *columns.feedback)
+        return sorted_by(codes.mT, back=True), losses
+    assert rows is not None
+    codes, losses = one_sided(work.clone(memory_format=torch.contiguous_format), points, *rows.feedback)
+    return sorted_by(codes, back=True), losses
 
 
-def one_sided(weight: Tensor, grid: Grid, columns: Tensor) -> Tensor:
-    """Round one column after another, with feedback from all previous columns.
+def one_sided(
+    work: Tensor, grid: Grid, couplings: Tensor, kept: Tensor, groups: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Round one row after another, with feedback from all previous rows; the columns are independent.
+
+    For feedback between the columns of a weight, `work` is its transpose.
 
     Args:
-        weight: matrices, shape `(stack, out, in)`.
-        grid: the rounding grid.
-        columns: strictly upper triangular part of `U_C`, shape `(stack, in, in)`.
+        work: matrices with rows in the order of rounding, shape `(stack, n, m)`; they are overwritten by the
+            errors.
+        grid: the rounding grid; its scales and zero points have shape `(stack, n, m)`, or `(stack, groups,
+            m)`.
+        couplings: strictly upper triangular part of `U`, for the moment `M = U D U^T` of the rows of `work`;
+            shape `(stack or 1, n, n)`.
+        kept: the diagonal `D`, shape `(stack or 1, n)`.
+        groups: for each row, the index of its scales and zero points; by default, each row has its own.
 
     Returns:
-        Codes (or levels) in the dtype of the weight, shape `(stack, out, in)`.
+        Codes (or levels), shape `(stack, n, m)`, and the diagonal of `E^T M E`, shape `(stack, m)`.
     """
-    size = weight.shape[2]
-    work, scale = weight.mT.contiguous(), grid.scale.mT.contiguous()  # columns become contiguous
-    divisor = Grid(scale, 0.0, 0).divisor
-    zero = grid.zero.mT.contiguous() if isinstance(grid.zero, Tensor) else None
-    codes, error = torch.empty_like(work), torch.zeros_like(work)
+    couplings, kept = (x.expand(len(work), *x.shape[1:]) for x in (couplings, kept))
+    size = work.shape[1]
+    groups = range(size) if groups is None else groups
+    # With a center that is not an integer, and with zero points, shift values before they are rounded.
+    # Otherwise, round values directly to points, and add the center afterwards.
+    whole = 0.0 if isinstance(grid.zero, Tensor) else float(math.floor(grid.zero))
+    shifts = grid.zero.unbind(1) if isinstance(grid.zero, Tensor) else None
+    half = 0.0 if isinstance(grid.zero, Tensor) else grid.zero - whole
+    scales, divisors = grid.scale.unbind(1), grid.divisor.unbind(1)
+    codes, losses = torch.empty_like(work), torch.zeros_like(work[:, 0])
+    errors, points = work.unbind(1), codes.unbind(1)
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
         target = work[:, start:stop].clone()
         if start:
-            target.baddbmm_(columns[:, :start, start:stop].mT, error[:, :start])
+            target.baddbmm_(couplings[:, :start, start:stop].mT, work[:, :start])
+        targets = target.unbind(1)
         for first in range(start, stop, TILE):
             last = min(first + TILE, stop)
             for k in range(first, last):
-                z = grid.zero if zero is None else zero[:, k]
-                code = grid.nearest((target[:, k - start] / divisor[:, k]).add_(z))
-                codes[:, k] = code
-                e = torch.sub(work[:, k], (code - z).mul_(scale[:, k]), out=error[:, k])
+                scale, point, t = scales[groups[k]], points[k], targets[k - start]
+                torch.div(t, divisors[groups[k]], out=point)
+                shift = half if shifts is None else shifts[groups[k]]
+                if shifts is not None or half:
+                    point.add_(shift)
+                if grid.levels is None:
+                    point.round_().clamp_(-whole, grid.top - whole)
+                else:
+                    grid.nearest(point, out=point)
+                if shifts is not None or half:
+                    point.sub_(shift)
+                errors[k].addcmul_(point, scale, value=-1)
+                t.addcmul_(point, scale, value=-1)  # the rounding residual, a row of `U^T E`
                 if k + 1 < last:
-                    coupling = columns[:, k, k + 1 : last, None]
-                    target[:, k + 1 - start : last - start].addcmul_(coupling, e[:, None])
+                    later = target[:, k + 1 - start : last - start]
+                    later.addcmul_(couplings[:, k, k + 1 : last, None], errors[k][:, None])
             if last < stop:
-                coupling = columns[:, first:last, last:stop].mT
-                target[:, last - start :].baddbmm_(coupling, error[:, first:last])
-    return codes.mT
+                coupling = couplings[:, first:last, last:stop].mT
+                target[:, last - start :].baddbmm_(coupling, work[:, first:last])
+        losses += (kept[:, None, start:stop] @ target.square_())[:, 0]
+    if shifts is None:
+        codes += grid.zero
+    else:
+        codes += grid.zero if len(shifts) == size else grid.zero[:, groups]
+    return codes, losses
 
 
 def two_sided(weight: Tensor, grid: Grid, rows: Tensor, columns: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tensornet.quantization.moments import (
     damped_moment,
     rounding_dtype,
 )
-from tensornet.quantization.rounding import Rounding, fed_back, possible_roundings
+from tensornet.quantization.rounding import Rounding, fed_back, importance, possible_roundings
 from tensornet.quantization.scales import group_ranges, search_scales
 
 #: Number of standard deviations beyond which a normal distribution is treated as zero.
@@ -89,11 +89,11 @@ def predict_losses(
     columns = damped_moment(chosen.columns, work.shape[2], (), column_damping, work, "columns")
     ways = possible_roundings(rounding, rows, columns)
     part = work if sample is None else work[:, sample]
-    importance = None if columns is None else columns.diagonal[:, None, :]
+    weights = importance(columns, ways[-1])
     losses = []
     for number_format in formats:
         # 2. Predict the residuals for each rounding method that may be the best.
-        scales, zeros = search_scales(part, number_format, importance)
+        scales, zeros = search_scales(part, number_format, weights)
         tried = ways if (number_format.bits or 0) <= _CLAMPED_BITS else ways[-1:]
         expected = [
             expect(work, number_format, scales, zeros, rows, columns, way, sample) for way in reversed(tried)
@@ -192,8 +192,8 @@ def _expect_factor(
     c = damped_moment(columns, work.shape[2], (), COLUMN_DAMPING, work, "columns")
     sample = spaced_rows(factor, SAMPLED_ROWS)
     part = work if sample is None else work[:, sample]
-    scales, zeros = search_scales(part, number_format, None if c is None else c.diagonal[:, None, :])
     way = possible_roundings(rounding, r, c)[-1]
+    scales, zeros = search_scales(part, number_format, importance(c, way))
     return expect(work, number_format, scales, zeros, r, c, way, sample)
 
 

@@ -70,7 +70,7 @@ def round_dense(
     """Round a dense matrix to integers, with damping and coordinate descent that suit dense matrices.
 
     As in the literature, rounding to nearest uses no moments, and one-sided rounding (GPTQ) uses only the
-    moment of the inputs. Neither is followed by coordinate descent.
+    moment of the inputs. Neither refits the scales, and neither is followed by coordinate descent.
 
     Args:
         matrix: matrix of shape `(out, in)`, or stack of shape `(stack, out, in)`.
@@ -82,7 +82,7 @@ def round_dense(
     if rounding == "nearest":
         return round_weight(matrix, number_format, rounding=rounding, refits=0)
     if rounding == "one_sided":
-        return round_weight(matrix, number_format, columns=weighting.columns, rounding=rounding)
+        return round_weight(matrix, number_format, columns=weighting.columns, rounding=rounding, refits=0)
     sweeps = _SWEEPS.get(number_format.bits or 0, 0)
     return round_weight(
         matrix,

@@ -18,7 +18,9 @@ from quantization.rounding_cases import (
 )
 
 from tensornet.quantization import NumberFormat, feedback
-from tensornet.quantization.feedback import Grid, one_sided, two_sided
+from tensornet.quantization.feedback import Grid, one_sided, round_with_feedback, two_sided
+from tensornet.quantization.moments import Moment
+from tensornet.quantization.scales import search_scales
 
 #: Zeros of grids: one for all, one for each element, or none, with a table of levels.
 KINDS = st.sampled_from(["one", "each", "table"])
@@ -58,10 +60,35 @@ def test_one_side_is_gptq(m: int, n: int, bits: int, kind: str, seed: int) -> No
     matrix, grid = weight(m, n, seed), grid_for((m, n), seed, bits, kind)
     grid = replace(grid, scale=grid.scale + 0.01)  # published GPTQ knows no empty group
     columns = moment(n, seed) + 0.1 * torch.eye(n, dtype=torch.float64)
-    upper = unit_upper(columns).triu(1)[None]
+    upper = unit_upper(columns)
+    kept = torch.linalg.solve(upper, columns).diagonal()[None]  # U D U^T = M, so U^-1 M = D U^T
     uncoupled = torch.zeros(1, m, m).double()
-    for codes in (one_sided(matrix[None], grid, upper), two_sided(matrix[None], grid, uncoupled, upper)):
-        assert_nearest(codes[0], fed_back_by_gptq(matrix, codes[0], grid, columns), grid)
+    codes, losses = one_sided(matrix.mT[None].clone(), grid.transposed(), upper.triu(1)[None], kept)
+    for found in (codes.mT, two_sided(matrix[None], grid, uncoupled, upper.triu(1)[None])):
+        assert_nearest(found[0], fed_back_by_gptq(matrix, found[0], grid, columns), grid)
+    error = matrix - grid.points(codes.mT)[0]
+    torch.testing.assert_close(losses[0], (error @ columns * error).sum(1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["int2:g32", "int4:g32", "int3:g32:zero", "nl4:g32"])
+def test_groups_in_any_order_are_single_elements(name: str) -> None:
+    """Scales of groups, with columns in the order of rounding, against scales of single elements."""
+    matrix, columns = weight(9, 150, 0)[None], Moment(moment(150, 1)[None])
+    number_format = NumberFormat.parse(name)
+    scales, zeros = search_scales(matrix, number_format)
+    codes, losses = round_with_feedback(matrix, scales, zeros, number_format, None, columns)
+    order = columns.order[0]
+    matrix, codes = matrix[..., order], codes[..., order]
+    scale, zero = number_format.spread(scales.double(), 150)[..., order], number_format.center
+    if zeros is not None:
+        zero = number_format.spread(zeros.double(), 150)[..., order]
+    grid = Grid(scale, zero, number_format.top, number_format.levels(matrix))
+    seen = columns.values[0][order][:, order]
+    target = fed_back(matrix[0], codes[0], grid, torch.eye(9).double(), unit_upper(seen))
+    assert_nearest(codes[0], target, grid)
+    error = (matrix - grid.points(codes))[0]
+    error = (matrix - grid.points(codes))[0]
+    torch.testing.assert_close(losses[0], (error @ seen * error).sum(1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_stack_is_its_matrices() -> None:
@@ -70,7 +97,8 @@ def test_a_stack_is_its_matrices() -> None:
     rows = torch.stack([unit_upper(moment(34, k)).triu(1) for k in range(11)])
     columns = torch.stack([unit_upper(moment(40, k)).triu(1) for k in range(11)])
     grid = Grid(torch.full_like(matrices, 0.4), 4.0, 7)
-    together, side = two_sided(matrices, grid, rows, columns), one_sided(matrices, grid, columns)
+    together = two_sided(matrices, grid, rows, columns)
+    side = one_sided(matrices.mT.contiguous(), grid.transposed(), columns, torch.ones(11, 40).double())[0].mT
     alone, no_rows = Grid(grid.scale[:1], 4.0, 7), torch.eye(34).double()
     for k in range(11):
         upper = columns[k] + torch.eye(40).double()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import huggingface_hub
 import torch
@@ -103,6 +103,20 @@ model = tensornet_hf.load("path/of/this/folder")
 # --- reading --------------------------------------------------------------------------------------------
 
 
+class Change(NamedTuple):
+    """Function from a stored tensor to the tensor of the model, with the dtype and shape of the result.
+
+    Args:
+        function: the function.
+        dtype: dtype as named in a safetensors header, such as `"BF16"`.
+        shape: shape of the result.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    dtype: str
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """Contents of a checked model folder: configuration, description of compressed modules, tensor headers.
@@ -112,14 +126,14 @@ class Checkpoint:
         config: content of `config.json`.
         compression: description of the compressed modules, None for an ordinary model.
         tensors: header of every stored tensor by name, without guards (see `quantizer.replaced_names`).
-        changes: functions from stored tensors to the tensors of the model, where they differ, by name.
+        changes: what must be done to stored tensors that differ from those of the model, by name.
     """
 
     folder: Path
     config: dict[str, Any]
     compression: TensorNetworkConfig | None
     tensors: dict[str, Slice]
-    changes: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
 
 
 def read_checkpoint(folder: str | Path) -> Checkpoint:

@@ -20,6 +20,7 @@ from tensornet.calibration.calibrate import ENOUGH_LOSSES, MOST_TOKENS, calibrat
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.compression.compress import calibration_config, gather, plan_thoroughly
 from tensornet.compression.config import AUTO, BYTE_BUDGETS, DEFAULT_FORMATS, CompressionConfig, option
+from tensornet.compression.loss_increase import light_copy
 from tensornet.compression.plan import CompressionPlan
 from tensornet.compression.prices import PriceList
 from tensornet.compression.report import CompressionReport, Coverage, measure_coverage, model_size
@@ -86,6 +87,8 @@ class CompressOptions:
             tokens).
         prices: file with the predicted loss of every number format of every layer: read if it exists, written
             otherwise. With it, a plan for another budget takes seconds. Only with effort fast.
+        weights: floating-point GGUF file with the weights of the model; the folder then only needs the
+            configuration and the tokenizer.
         validation: text from another source than the calibration text; the model is compressed to a few
             sizes, and their losses on this text correct the predictions. Not for classifiers.
         held_out: text that the model has not seen; the losses of the original, of the result and of simple
@@ -126,6 +129,7 @@ class CompressOptions:
     calibration: str | Path | Sequence[str | Path] = option((), "data", "paths")
     calibration_tokens: int | None = option(None, "advanced", "integer")
     prices: str | Path | None = option(None, "data", "path")
+    weights: str | Path | None = option(None, "data", "path")
     validation: str | Path | None = option(None, "data", "path")
     held_out: str | Path | None = option(None, "data", "path")
     refine: bool = option(False, "after", "flag")
@@ -332,6 +336,7 @@ def compress_folder(
     text = options.text
     held_out = None if options.held_out is None else read_text(Path(options.held_out))
     folder = resolve_folder(source)
+    before = weight_bytes(folder) if options.weights is None else Path(options.weights).stat().st_size
     if target == "gguf":
         if options.workers is not None:
             raise OptionError(
@@ -345,12 +350,12 @@ def compress_folder(
         raise OptionError("This run loads the whole model, so it cannot be resumed; leave out {resume}.")
     if options.workers is not None or alone:
         streamed = _compress_streamed(folder, Path(destination), config, options, text)
-        sizes = weight_bytes(folder), weight_bytes(destination)
+        sizes = before, weight_bytes(destination)
         return FolderReport(str(source), str(destination), streamed, *sizes)
 
     # Load the model, and collect statistics on the calibration text.
     started = time.perf_counter()
-    model = on_device(open_dense(folder), options.device)
+    model = on_device(open_dense(folder, options.weights), options.device)
     if target is not None and isinstance(config, CompressionConfig):
         config = for_target(target, config, model, folder)
     if options.rotate:
@@ -386,7 +391,8 @@ def compress_folder(
     if options.heal and not uploaded:
         key: list[Any] = [config.to_dict(), text]
         key += [options.calibration_tokens, options.refine, options.heal, options.rotate]
-        checkpoint = _healing_file(Path(destination), folder, key, resume=options.resume)
+        key.append(sorted(file_marks(folder, options.weights).items()))
+        checkpoint = _healing_file(Path(destination), key, resume=options.resume)
     if teacher is not None and text is not None and (options.refine or options.heal):
         notes = _correct(model, teacher, folder, text, stats, options, checkpoint)
     stored = model if options.dtype is None else torch.nn.Module.to(model, dtype=dtype_of(options.dtype))
@@ -410,7 +416,7 @@ def compress_folder(
         written = done.model_bytes_after if uploaded else weight_bytes(destination)
     if checkpoint is not None:
         checkpoint.unlink(missing_ok=True)
-    sizes = weight_bytes(folder), written
+    sizes = before, written
     models: list[ModelFacts] = []
     if (options.report or held_out) and teacher is not None and isinstance(done, CompressionReport):
         models, losses, prompt = compare_methods(
@@ -511,7 +517,7 @@ def plan_folder(
     checked = _check_data(config, options)
     assert isinstance(checked, CompressionConfig)
     folder = resolve_folder(source)
-    model = on_device(open_dense(folder), options.device)
+    model = on_device(open_dense(folder, options.weights), options.device)
     if options.export is not None:
         checked = for_target(options.export, checked, model, folder)
     if options.rotate:
@@ -558,15 +564,26 @@ def _prices(
     )
 
 
-def open_dense(folder: Path) -> PreTrainedModel:
+def open_dense(folder: Path, weights: str | Path | None = None) -> PreTrainedModel:
     """Load a model for compression, in the dtype in which it is stored.
 
+    Args:
+        folder: folder of the model.
+        weights: GGUF file with the weights of the model; by default, the files of the folder.
+
     Raises:
-        FormatError: the path is not a model folder, or the folder is damaged.
+        FormatError: the path is not a model folder, or the folder or the file is damaged.
         TargetError: the model is compressed already.
     """
-    read_dense(folder)
-    return load(folder)
+    if weights is None:
+        read_dense(folder)
+        return load(folder)
+    lazy = open_model(folder, weights)
+    dtype: Any = lazy.model.config.dtype
+    with lazy.loaded(lazy.model.modules(), dtype=dtype):
+        model = light_copy(lazy.model)
+    assert isinstance(model, PreTrainedModel)
+    return model.requires_grad_()
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -743,7 +760,7 @@ def _compress_streamed(
     """
     statistics, data = None, None
     if text is not None and priced(config, options):
-        data = _calibration(open_model(folder), folder, config, options, text)
+        data = _calibration(open_model(folder, options.weights), folder, config, options, text)
     elif text is not None:
         observed = calibration_config(config) if isinstance(config, CompressionPlan) else config
         layers = (observed.target_modules, observed.exclude_modules)
@@ -754,7 +771,7 @@ def _compress_streamed(
             file = work / f"statistics-{key[:16]}.safetensors"
             if not options.resume:
                 file.unlink(missing_ok=True)
-            _calibration(open_model(folder), folder, config, options, text, streamed_to=file)
+            _calibration(open_model(folder, options.weights), folder, config, options, text, streamed_to=file)
             statistics = file if file.exists() else None
     return compress_checkpoint(
         folder,
@@ -767,6 +784,7 @@ def _compress_streamed(
         calibration=data,
         prices=options.prices,
         tokens=options.calibration_tokens or SURVEY_TOKENS,
+        weights=options.weights,
         force=options.force,
         progress=options.progress,
     )
@@ -830,19 +848,17 @@ def _correct(
     return (*notes, "the predicted and measured loss increase are those before refitting or healing")
 
 
-def _healing_file(destination: Path, folder: Path, options: Sequence[Any], *, resume: bool) -> Path:
+def _healing_file(destination: Path, options: Sequence[Any], *, resume: bool) -> Path:
     """Return the path of the healing checkpoint, and delete checkpoints of runs with other options.
 
     Args:
         destination: destination of the model.
-        folder: folder of the dense model.
         options: JSON-ready list of everything that the healed model depends on; a hash of it is the KEY in
             the file name `.NAME.heal-KEY.safetensors`.
         resume: keep an existing checkpoint of a run with the same options, instead of deleting it.
     """
     target = destination.expanduser().absolute()
-    marks = sorted(file_marks(folder).items())
-    key = digest([marks, *options, tn.__version__, torch.__version__])[:16]
+    key = digest([*options, tn.__version__, torch.__version__])[:16]
     path = target.with_name(f".{target.name}.heal-{key}.safetensors")
     target.parent.mkdir(parents=True, exist_ok=True)
     for other in target.parent.glob(f".{target.name}.heal-*"):

@@ -117,9 +117,12 @@ def planned_contents(lazy: LazyModel, plan: CompressionPlan) -> Contents:
     for name, x in after.items():
         if name in described.ties or (name in before and name not in copied):
             continue
-        dtype = lazy.origins[name].parts[0].dtype if name in lazy.origins else NAMES[x.dtype]
-        parts = lazy.origins[name].parts if name in lazy.origins else ()
-        tensors[name] = dtype, tuple(x.shape), sum(part.nbytes for part in parts) or x.nbytes
+        origin = lazy.origins.get(name)
+        dtype = NAMES[x.dtype] if origin is None else origin.dtype
+        nbytes = x.nbytes
+        if origin is not None and origin.change is None:  # torch may not have the dtype
+            nbytes = sum(part.nbytes for part in origin.parts)
+        tensors[name] = dtype, tuple(x.shape), nbytes
     for name in replaced_names(before, after, described.layers):
         tensors[name] = NAMES[lazy.model.dtype], GUARD_SHAPE, 0
     for name, part in lazy.others.items():

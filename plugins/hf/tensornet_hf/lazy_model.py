@@ -9,7 +9,7 @@ from the files.
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -32,7 +32,8 @@ from transformers.core_model_loading import (
 from tensornet.errors import FormatError
 from tensornet.io import FLOATS, MAPPED, Slice, contents, load_slice, read_slices
 from tensornet.nn.unfuse import Compound
-from tensornet_hf.checkpoint import Checkpoint, empty_model, read_dense
+from tensornet_hf.checkpoint import Change, Checkpoint, empty_model, read_dense
+from tensornet_hf.gguf_source import read_gguf
 
 _COUNT = re.compile(r"(^|_)(num|n)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?)($|_)|^n_(layer|head)$")
 _SIZES = ("_size", "_dim", "d_model", "d_ff", "n_embd", "n_positions", "n_inner")
@@ -46,12 +47,16 @@ class Origin:
 
     Args:
         parts: stored tensors whose elements, one after the other, are those of the parameter.
-        change: function of the stored tensor that returns the parameter, if they differ; there is then a
-            single part.
+        change: how the parameter follows from the stored tensor, if they differ; there is then a single part.
     """
 
     parts: tuple[Slice, ...]
-    change: Callable[[Tensor], Tensor] | None = None
+    change: Change | None = None
+
+    @property
+    def dtype(self) -> str:
+        """Dtype of the values, as named in the header of a safetensors file."""
+        return self.parts[0].dtype if self.change is None else self.change.dtype
 
     def read(self, number: int = 0, count: int = 1) -> Tensor:
         """Read the elements, or one of `count` equal pieces of them, as a flat tensor in the stored dtype.
@@ -61,7 +66,7 @@ class Origin:
         """
         if self.change is not None:
             whole = read_slices(self.parts).reshape(self.parts[0].shape)
-            return self.change(whole).flatten().chunk(count)[number]
+            return self.change.function(whole).flatten().chunk(count)[number]
         size = sum(part.nbytes for part in self.parts) // count
         first, pieces = number * size, []  # `first` counts bytes from the start of the current part
         for part in self.parts:
@@ -212,6 +217,20 @@ def _mark(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def read_source(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """Check the files of a dense model, and return their contents without reading weights.
+
+    Args:
+        folder: folder of the model.
+        weights: GGUF file with the weights of the model; by default, the safetensors files of the folder.
+
+    Raises:
+        FormatError: a file is invalid (see `read_checkpoint` and `read_gguf`).
+        TargetError: the model is compressed already.
+    """
+    return read_dense(Path(folder)) if weights is None else read_gguf(Path(folder), Path(weights))
+
+
 def open_lazily(source: Checkpoint) -> LazyModel:
     """Build the model of a folder without reading its weights.
 
@@ -219,7 +238,7 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     Code in the folder is never run. In-place changes of a mapped weight do not change the file.
 
     Args:
-        source: contents of the folder of a dense model, from `read_dense`.
+        source: contents of the folder of a dense model, from `read_source`.
 
     Raises:
         FormatError: transformers does not have the model's class, or the configuration is invalid or
@@ -227,6 +246,9 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     """
     check_values(source.config, tensors=len(source.tensors))
     model = empty_model(source)
+    dtype = getattr(torch, str(source.config.get("dtype")), None)
+    if isinstance(dtype, torch.dtype):  # that of a GGUF file may differ from the folder's
+        model.config.dtype = dtype
     state = model.state_dict(keep_vars=True)
     transforms = get_model_conversion_mapping(model)
     renamings = [x for x in transforms if isinstance(x, WeightRenaming)]
@@ -244,13 +266,20 @@ def open_lazily(source: Checkpoint) -> LazyModel:
         else:
             renamed[name] = key
 
+    there = {id(tensor) for name, tensor in state.items() if name in renamed or name in stacked}
+    if absent := [name for name, x in model.named_parameters() if id(x) not in there]:
+        raise FormatError(
+            f"{source.folder} describes {absent[0]} and {len(absent) - 1} more weights that are not stored. "
+            "Files are missing, or belong to another model."
+        )
     found: dict[str, Tensor] = {}
     origins: dict[str, Origin] = {}
     for name, tensor in state.items():
         if name in renamed:
             parts = [source.tensors[renamed[name]]]
-            if tuple(tensor.shape) != parts[0].shape:
-                raise _contradiction(name, tensor.shape, parts[0].shape)
+            change = source.changes.get(renamed[name])
+            if tuple(tensor.shape) != (shape := parts[0].shape if change is None else change.shape):
+                raise _contradiction(name, tensor.shape, shape)
         elif name in stacked:
             parts = _stack_parts(name, tensor, stacked[name], converters, source.tensors)
         else:
@@ -259,10 +288,10 @@ def open_lazily(source: Checkpoint) -> LazyModel:
             continue
         origins[name] = origin = Origin(tuple(parts), source.changes.get(renamed.get(name, "")))
         of_weights = isinstance(tensor, nn.Parameter)
-        if parts[0].dtype not in (FLOATS if of_weights else MAPPED):
+        if origin.dtype not in (FLOATS if of_weights else MAPPED):
             continue
         if of_weights:
-            tensor.data = tensor.data.to(FLOATS[parts[0].dtype])
+            tensor.data = tensor.data.to(FLOATS[origin.dtype])
         if origin.change is None and len(parts) == 1:
             found[name] = load_slice(parts[0])
     _untie_different(model, {name: source.tensors[key] for name, key in renamed.items()})
@@ -273,18 +302,19 @@ def open_lazily(source: Checkpoint) -> LazyModel:
     return LazyModel(model.eval(), origins, others, surplus)
 
 
-def open_model(folder: str | os.PathLike[str]) -> LazyModel:
+def open_model(folder: str | os.PathLike[str], weights: str | os.PathLike[str] | None = None) -> LazyModel:
     """Open a model whose modules can be run within `LazyModel.loaded`.
 
     Args:
         folder: folder of the model.
+        weights: GGUF file with the weights of the model; by default, the safetensors files of the folder.
 
     Raises:
-        FormatError: the folder is invalid (see `read_dense` and `open_lazily`), or transformers converts a
-            stored tensor in other ways than joining it with others when it loads the model.
+        FormatError: the folder or the file is invalid (see `read_source` and `open_lazily`), or transformers
+            converts a stored tensor in other ways than joining it with others when it loads the model.
         TargetError: the model is compressed already.
     """
-    lazy = open_lazily(read_dense(Path(folder)))
+    lazy = open_lazily(read_source(folder, weights))
     model = lazy.model
     for name, parameter in model.named_parameters():
         if id(parameter) not in lazy._known:

@@ -67,9 +67,9 @@ from tensornet.nn.linear import TensorNetworkLinear
 from tensornet.nn.targets import find_targets, list_weights
 from tensornet.nn.unfuse import unfused
 from tensornet.quantization import Rounding
-from tensornet_hf.checkpoint import check_free, read_dense, read_json, weight_files
+from tensornet_hf.checkpoint import check_free, read_json, weight_files
 from tensornet_hf.folder_writer import ERRORS, FolderWriter, NewLayers, other_files, planned_contents
-from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model
+from tensornet_hf.lazy_model import LazyModel, open_lazily, open_model, read_source
 from tensornet_hf.streamed_calibration import StatesOnDisk
 
 #: Price list in a staging folder. It is also valid for a later run with another budget.
@@ -91,6 +91,7 @@ def compress_checkpoint(
     calibration: ProvidedData | None = None,
     prices: str | os.PathLike[str] | None = None,
     tokens: int = SURVEY_TOKENS,
+    weights: str | os.PathLike[str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     force: bool = False,
     progress: bool = False,
@@ -123,6 +124,7 @@ def compress_checkpoint(
             rounded on the inputs that it will get (see `tensornet.survey` and `compress_blocks`).
         prices: file of a price list: read if it exists, written otherwise.
         tokens: number of tokens on which the model is surveyed.
+        weights: GGUF file with the weights, in F32, F16 or BF16; by default, the safetensors files of `src`.
         max_shard_bytes: largest size of a weight file of the result, in bytes. A larger tensor becomes a file
             of its own.
         force: replace an existing model folder, once the new folder is complete.
@@ -157,11 +159,11 @@ def compress_checkpoint(
     check_free(target, force=force, sources=(folder,))
     if target.resolve().is_relative_to(folder.resolve()):
         raise DestinationError(f"{target} is inside the source {folder}; choose another destination.")
-    source = read_dense(folder)
-    marks = file_marks(folder)
+    source = read_source(folder, weights)
+    marks = file_marks(folder, weights)
     by_blocks = calibration is not None and stats is None and config.by_blocks
     # An invalid model raises before anything is written. Only a model that runs needs its buffers.
-    lazy = open_model(folder) if by_blocks else open_lazily(source)
+    lazy = open_model(folder, weights) if by_blocks else open_lazily(source)
     plan = config if isinstance(config, CompressionPlan) else None
     options = calibration_config(config) if isinstance(config, CompressionPlan) else config
     with _reading_or_writing(folder, target), staging(target) as work:
@@ -220,7 +222,7 @@ def compress_checkpoint(
                 plan = tensornet.plan(lazy.model, options, loaded, progress=progress)
             write_file(work / "plan.json", [json.dumps(plan.to_dict()).encode()])
         with unfused(lazy.model):
-            weights = list_weights(lazy.model)
+            listed = list_weights(lazy.model)
 
         # Compress block by block, and write each block.
         if not by_blocks:
@@ -243,6 +245,7 @@ def compress_checkpoint(
                     measured=measured,
                     finished=out.finished,
                     executor=using,
+                    compress=compress_alone,
                     progress=progress,
                 )
             else:
@@ -250,7 +253,7 @@ def compress_checkpoint(
             for block, layers in blocks:
                 out.put(block, layers)
         out.finish(folder, source.config, other_files(folder), type(lazy.model).__name__)
-        _check_unchanged(folder, marks, file_marks(folder), since="this run began")
+        _check_unchanged(folder, marks, file_marks(folder, weights), since="this run began")
         check_free(target, force=force, sources=(folder,))
         take_place(work / "out", target, force=force)
         shutil.rmtree(work, ignore_errors=True)  # another run may have opened the lock file in this folder
@@ -268,7 +271,7 @@ def compress_checkpoint(
         model_bytes_after=sum(nbytes for _, _, nbytes in found.tensors.values()),
         seconds=time.perf_counter() - started,
         plan=plan.with_errors({name: out.errors[name] for name in found.modules}),
-        coverage=measure_coverage(weights, [layer.name for layer in plan], unseen=plan.unseen),
+        coverage=measure_coverage(listed, [layer.name for layer in plan], unseen=plan.unseen),
         measured=next(iter(measured), None),
         measured_layers=next(iter(measured), None),
     )
@@ -311,14 +314,20 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_marks(folder: Path) -> dict[str, str]:
+def file_marks(folder: Path, weights: str | os.PathLike[str] | None = None) -> dict[str, str]:
     """Return the size and modification time of each file that is read from a model folder, by relative path.
 
     A resumed run compares them with the sizes and times that the interrupted run recorded.
+
+    Args:
+        folder: the model folder.
+        weights: file that is read in place of the weight files of the folder.
     """
+    files = weight_files(folder)[0] if weights is None else [Path(weights)]
     marks = {}
-    for name in ["config.json", *(file.name for file in weight_files(folder)[0]), *other_files(folder)]:
-        stat = (folder / name).stat()
+    for path in [folder / "config.json", *files, *(folder / name for name in other_files(folder))]:
+        stat = path.stat()
+        name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
         marks[name] = f"{stat.st_size} bytes, {stat.st_mtime_ns} ns"
     return marks
 

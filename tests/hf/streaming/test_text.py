@@ -108,15 +108,12 @@ def test_statistics_survive_an_interruption(
 
 
 @pytest.mark.slow
-def test_what_cannot_be_calibrated_in_blocks(call: Call, sharded: Path) -> None:
-    status, out, err = call("compress", t5_path(), "out", *HALF, "--workers", 1)
-    assert (status, out) == (1, "")
-    assert "has 2 stacks of blocks" in err
-    assert "leave out --workers" in err
-    status, _, err = call("compress", sharded, "out", *HALF, "--workers", 1, "--target", "lm_head")
-    assert status == 1
-    assert "transformer.wte of GPT2LMHeadModel is outside the blocks (transformer.h)" in err
-    assert not Path("out").exists()
+def test_two_stacks_and_layers_outside_of_the_blocks(call: Call, sharded: Path) -> None:
+    status, _, err = call("compress", t5_path(), "out", *HALF, "--workers", 1)
+    assert status == 0, err
+    status, _, err = call("compress", sharded, "head", *HALF, "--workers", 1, "--target", "lm_head")
+    assert status == 0, err
+    assert list(described("head")) == ["transformer.wte"] or "lm_head" in described("head")
 
 
 def described(folder: str) -> dict[str, Any]:

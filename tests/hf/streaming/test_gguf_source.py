@@ -1,0 +1,151 @@
+"""Weights from a GGUF file are those of the folder from which the file was converted, bit by bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sharded_folders import contents
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+import tensornet as tn
+import tensornet_hf as th
+from tensornet.errors import FormatError
+from tensornet_hf.lazy_model import open_model
+
+pytestmark = pytest.mark.slow  # needs the extra `gguf`
+SIZES: dict[str, Any] = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HEADS = {**SIZES, "head_dim": 16}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "mistral": SIZES,
+    "qwen2": SIZES,
+    "qwen3": HEADS,
+    "gemma2": {**HEADS, "query_pre_attn_scalar": 16},
+    "phi3": SIZES,
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, **SIZES},
+    "starcoder2": SIZES,
+    "stablelm": SIZES,
+    "bloom": {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+    "nemotron": SIZES,
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONFIG = tn.CompressionConfig(bits_per_weight=5, formats=("int4",), objective="weight")
+
+
+def model_of(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Random model; no value is special, not even those of norms and biases."""
+    config = AutoConfig.for_model(name, **MODELS[name])
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    for x in {id(x): x for x in model.parameters()}.values():
+        x.data.copy_((torch.randn(x.shape) / 8).bfloat16())  # exact in BF16 and, with this scale, in F32 + 1
+    return model.to(dtype)  # type: ignore[arg-type,no-any-return]
+
+
+def convert(folder: Path, file: Path, kind: str) -> Path:
+    """Convert a folder by llama.cpp's converter, and then the matrices to another type."""
+    import gguf
+
+    whole = file.with_suffix(".first.gguf")
+    th.export(th.load(folder).float(), whole)
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(file, reader.fields["general.architecture"].contents())
+    wanted = gguf.GGMLQuantizationType[kind]
+    for info in reader.tensors:
+        values = gguf.quants.dequantize(info.data, info.tensor_type)
+        used = wanted if values.ndim > 1 else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(values, used)
+        writer.add_tensor(info.name, data, raw_dtype=used)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def folders(name: str, kind: str, path: Path) -> tuple[Path, Path, Path]:
+    """A dense folder, a folder without weights, and the GGUF file."""
+    model_of(name, DTYPES[kind]).save_pretrained(path / "dense")
+    (path / "dense" / "tokenizer.json").write_text('{"made": "up"}')
+    (path / "bare").mkdir()
+    for file in ("config.json", "tokenizer.json", "generation_config.json"):
+        if (path / "dense" / file).exists():
+            (path / "bare" / file).write_bytes((path / "dense" / file).read_bytes())
+    (path / "dense" / "tokenizer.json").unlink()
+    file = convert(path / "dense", path / "model.gguf", kind)
+    (path / "dense" / "tokenizer.json").write_text('{"made": "up"}')
+    return path / "dense", path / "bare", file
+
+
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight(name: str, kind: str, tmp_path: Path) -> None:
+    dense, bare, file = folders(name, kind, tmp_path)
+    lazy, expected = open_model(bare, file), th.load(dense)
+    assert lazy.model.config.dtype == DTYPES[kind]
+    with lazy.loaded(lazy.model.modules(), dtype=None):
+        found = lazy.model.state_dict()
+        assert found.keys() == expected.state_dict().keys()
+        for key, x in expected.state_dict().items():
+            assert found[key].dtype == x.dtype, key
+            assert torch.equal(found[key], x), key
+        ids = torch.randint(96, (2, 7))
+        with torch.no_grad():
+            torch.testing.assert_close(lazy.model(ids).logits, expected(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_same_files_as_from_a_folder(name: str, tmp_path: Path) -> None:
+    dense, bare, file = folders(name, "F16", tmp_path)
+    th.compress_checkpoint(dense, tmp_path / "theirs", CONFIG)
+    th.compress_checkpoint(bare, tmp_path / "ours", CONFIG, weights=file)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "theirs")
+    done = th.compress_folder(bare, tmp_path / "loaded", CONFIG, th.CompressOptions(weights=file))
+    ours, theirs = (tmp_path / x / "model.safetensors" for x in ("loaded", "theirs"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert done.file_bytes_before == file.stat().st_size
+
+
+def test_files_that_are_refused(tmp_path: Path) -> None:
+    import gguf
+
+    _, bare, file = folders("llama", "F16", tmp_path)
+
+    def refused(match: str, source: Path = bare, weights: Path = file) -> None:
+        with pytest.raises(FormatError, match=match):
+            th.compress_checkpoint(source, tmp_path / "out", CONFIG, weights=weights)
+        assert not (tmp_path / "out").exists()
+
+    config = json.loads((bare / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    for kind, match in (("qwen2", "architecture 'llama'.*'qwen2'"), ("olmo", "types: bloom")):
+        (tmp_path / "other" / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+        refused(match, source=tmp_path / "other")
+    (bare / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    refused(r"layers\.2\..* not stored")
+    (bare / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    refused("does not have")
+    (bare / "config.json").write_text(json.dumps({**config, "vocab_size": 95}))
+    refused("embed_tokens.*shape")
+    (bare / "config.json").write_text(json.dumps(config))
+    (whole := tmp_path / "short.gguf").write_bytes(file.read_bytes()[:-100])
+    refused("truncated|damaged", weights=whole)
+    whole.write_bytes(b"GGUF and nothing else")
+    refused("damaged", weights=whole)
+    refused("not a GGUF file", weights=tmp_path / "absent.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "q.gguf", "llama")
+    data = gguf.quants.quantize(torch.randn(96, 64).numpy(), gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("token_embd.weight", data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused("token_embd.weight as Q8_0", weights=tmp_path / "q.gguf")
