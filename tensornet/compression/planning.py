@@ -257,6 +257,8 @@ def prepare(
     targets, unseen = _seen(targets, config, objective, stats)
     for target in targets:
         check_finite(target.matrix, f"Layer {target.name!r}")
+    counts = {} if stats is None or objective == "weight" else stats.counts
+    unrouted = tuple(x.name for x in targets if all(counts.get(name) == 0 for name in x.names))
     unfit = _unfit(targets, config)
     template = CompressionPlan(
         (),
@@ -268,6 +270,7 @@ def prepare(
         topology_options=config.topology_options,
         of_tokens=stats is not None and stats.of_tokens,
         unseen=unseen,
+        unrouted=unrouted,
         unfit=unfit,
     )
     params, size = model_size(model)

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from tensornet._util import in_eval_mode, uncompiled, without_cache
 from tensornet.calibration.batches import Batch, BatchLike, as_batch, check_batches, run_model, token_mask
 from tensornet.calibration.blockwise import ChainRun, Stop, find_chains
-from tensornet.calibration.calibrate import mirrored, upper_gram
+from tensornet.calibration.moment_sums import mirrored, upper_gram
 from tensornet.calibration.stats import CalibrationStats
 from tensornet.damping import FIT_DAMPING, ROW_DAMPING
 from tensornet.errors import TargetError

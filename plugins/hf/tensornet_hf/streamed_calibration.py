@@ -127,7 +127,7 @@ def calibrate_checkpoint(
 
         # Backward phase: run each block again, differentiate, and replace its stored input by the gradient.
         for position in reversed(range(len(blocks))):
-            recorder.start("gradients")
+            recorder.start("gradients", counts)
             chain.position = position
             with lazy.loaded(chain.block.modules()), torch.enable_grad():
                 for number, batch in enumerate(given):
@@ -170,10 +170,16 @@ class _PhaseRecorder(MomentRecorder):
 
     phase = "nothing"
 
-    def start(self, phase: str) -> None:
-        """Clear all moments, and start to record `"inputs"`, `"gradients"` or `"nothing"`."""
+    def start(self, phase: str, counts: Mapping[str, int] | None = None) -> None:
+        """Clear all moments, and start to record `"inputs"`, `"gradients"` or `"nothing"`.
+
+        Args:
+            phase: what to record.
+            counts: number of tokens that each layer received, if only gradients are recorded.
+        """
+        siblings = self.siblings
         super().__init__()
-        self.phase = phase
+        self.phase, self.siblings, self.counts = phase, siblings, dict(counts or {})
 
     def see_input(self, name: str, x: Tensor) -> None:
         """Record an input in the forward phase."""
