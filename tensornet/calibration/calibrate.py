@@ -35,8 +35,11 @@ from tensornet.calibration.losses import (
 )
 from tensornet.calibration.moment_sums import (
     FULL_UP_TO,
+    GRADIENT_PRIOR,
+    PRIOR,
     Mixture,
     MomentSum,
+    blended,
     find_siblings,
     mean_moment,
     mirrored,
@@ -389,6 +392,15 @@ class MomentRecorder:
             self.gradients[name] = MomentSum(features, diagonal=diagonal, device=tokens.device)
         self.gradients[name].add(tokens)
 
+    def _are_experts(self, counts: Sequence[int]) -> bool:
+        """Tell experts from other siblings by the numbers of tokens that they received.
+
+        Layers of blocks that run one after the other are siblings too, but they receive the same tokens. Of
+        experts, some receive fewer than others, or none while no other receives all.
+        """
+        some = {*counts} - {0}
+        return len(some) > 1 or (0 in counts and 0 < max(counts) < max(self.counts.values()))
+
     def tokens_for(self, name: str) -> int:
         """Return the number of tokens from which the moment of a layer's inputs is estimated.
 
@@ -396,7 +408,7 @@ class MomentRecorder:
         """
         mixture = self.siblings.get(name, [])
         counts = [self.counts.get(other, 0) for other in mixture]
-        return sum(counts) if len({*counts}) > 1 else self.counts[name]
+        return sum(counts) if self._are_experts(counts) else self.counts[name]
 
     @property
     def num_bytes(self) -> int:
@@ -438,7 +450,7 @@ class MomentRecorder:
             own = found.sum if (found := self.inputs.pop(name, None)) else None
             if own is not None and own.count:
                 if id(own) not in shared:
-                    shared[id(own)] = own, mixture.moment(own, mixture.inputs)
+                    shared[id(own)] = own, blended(own, mixture.inputs, PRIOR * own.features)
                 columns[name] = shared[id(own)][1]
             elif mixture.inputs is not None:  # without a mixture, a layer that got only padding never ran
                 columns[name] = mixture.inputs
@@ -448,8 +460,8 @@ class MomentRecorder:
                 if gradients is not None:
                     columns[name] = mirrored(gradients.upper() / scored)
             elif mixture.gradients is not None:
-                expected = mixture.expected_tokens(self.counts.get(name, 0))
-                rows[name] = mixture.moment(gradients, mixture.gradients).mul_(expected / scored)
+                mean = blended(gradients, mixture.gradients, GRADIENT_PRIOR)
+                rows[name] = mean * (mixture.expected_tokens(self.counts.get(name, 0)) / scored)
             elif gradients is not None:
                 rows[name] = mirrored(gradients.upper() / scored)
         # Inputs are checked first, since the first layer with bad inputs is nearest to the cause.
@@ -473,16 +485,12 @@ class MomentRecorder:
         )
 
     def _find_mixtures(self) -> dict[str, Mixture]:
-        """Find the layers that are experts, and average the moments of each mixture over all its tokens.
-
-        Experts are siblings that received different numbers of tokens. Siblings in blocks that run one after
-        the other receive equal numbers.
-        """
+        """Find the layers that are experts, and average the moments of each mixture over all its tokens."""
         found: dict[str, Mixture] = {}
         means: dict[tuple[int, ...], Tensor] = {}  # layers that read the same tensors share the mean
         for group in {id(x): x for x in self.siblings.values()}.values():
             counts = [self.counts.get(name, 0) for name in group]
-            if len({*counts}) == 1:
+            if not self._are_experts(counts):
                 continue
             inputs = [self.inputs[name].sum for name in group if name in self.inputs]
             gradients = [self.gradients[name] for name in group if name in self.gradients]
@@ -492,7 +500,7 @@ class MomentRecorder:
                 if sums and key not in means:
                     means[key] = mean_moment(sums)
                 sides.append(means.get(key))
-            mixture = Mixture(*sides, sum(counts), len(group), routed=len({*counts} - {0}) > 1)
+            mixture = Mixture(*sides, sum(counts), len(group))
             found.update(dict.fromkeys(group, mixture))
         return found
 
