@@ -492,15 +492,16 @@ class MomentRecorder:
             counts = [self.counts.get(name, 0) for name in group]
             if not self._are_experts(counts):
                 continue
-            inputs = [self.inputs[name].sum for name in group if name in self.inputs]
-            gradients = [self.gradients[name] for name in group if name in self.gradients]
-            sides = []
-            for sums in (inputs, gradients):
+            sides: list[Tensor | None] = []
+            for sums in (
+                [self.inputs[name].sum for name in group if name in self.inputs],
+                [self.gradients[name] for name in group if name in self.gradients],
+            ):
                 key = tuple(map(id, sums))
                 if sums and key not in means:
                     means[key] = mean_moment(sums)
                 sides.append(means.get(key))
-            mixture = Mixture(*sides, sum(counts), len(group))
+            mixture = Mixture(sides[0], sides[1], sum(counts), len(group))
             found.update(dict.fromkeys(group, mixture))
         return found
 

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 import tensornet as tn
 from tensornet.calibration import sampled_losses
 from tensornet.calibration.calibrate import MomentRecorder, observed
-from tensornet.calibration.moment_sums import PRIOR, MomentSum, find_siblings
+from tensornet.calibration.moment_sums import (
+    GRADIENT_PRIOR,
+    PRIOR,
+    USAGE_SPREAD,
+    MomentSum,
+    find_siblings,
+)
 
 EXPERTS, WIDTH, HIDDEN, CLASSES = 6, 12, 10, 9
 
@@ -46,7 +52,8 @@ class Mixture(nn.Module):
             token, slot = torch.where(chosen == number)
             if len(token):
                 part = x[token]
-                y = expert["down"](torch.sigmoid(expert["gate"](part)) * expert["up"](part))
+                gate, up, down = (expert.get_submodule(name) for name in ("gate", "up", "down"))
+                y = down(torch.sigmoid(gate(part)) * up(part))
                 mixed = mixed.index_add(0, token, y * weights[token, slot, None])
         return self.head(mixed)
 
@@ -75,15 +82,15 @@ def test_the_predicted_loss_of_an_expert_counts_all_tokens(layer: str) -> None:
     shares = []
     for number in range(EXPERTS - 1):
         name = f"experts.{number}.{layer}"
-        weight = model.get_submodule(name).weight
+        weight = model.get_parameter(f"{name}.weight")
         measured = predicted = 0.0
         for _ in range(8):
             error = 0.05 * weight.std() * torch.randn_like(weight)
             predicted += 0.5 * float(torch.trace(stats.rows[name] @ error @ stats.columns[name] @ error.T))
             for sign in (1, -1):
-                weight += sign * error
+                weight.data.add_(sign * error)
                 measured += divergence(model, x, dense) / 2
-                weight -= sign * error
+                weight.data.sub_(sign * error)
         shares.append(stats.counts[name] / len(x))
         assert 0.7 < measured / predicted < 1.35, (name, shares[-1], measured, predicted)
     assert max(shares) > 0.5  # the range over which a wrong scale would be seen
@@ -113,6 +120,28 @@ def test_few_tokens_blend_towards_the_mixture() -> None:
         assert stats.counts[f"experts.{number}.down"] == len(x)
     assert not len(inputs[-1])
     assert 0 < min(map(len, inputs[:-1])) < 10  # otherwise nothing would be blended
+
+
+def test_gradients_blend_and_experts_get_the_tokens_expected_in_other_text() -> None:
+    torch.manual_seed(0)
+    model, batches = Mixture(), data(100)
+    stats = tn.calibrate(model, batches)
+    outputs: dict[int, Tensor] = {}
+    for number, expert in enumerate(model.experts):
+        expert.get_submodule("down").register_forward_hook(
+            lambda _, args, y, k=number: outputs.update({k: y})
+        )
+    ((x, labels),) = batches
+    loss = nn.functional.cross_entropy(model(x), labels, reduction="sum")
+    found = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
+    total = sum(map(len, found.values()))
+    mean = sum(g.T @ g for g in found.values()) / total
+    for number in range(EXPERTS):
+        g = found.get(number, torch.zeros(0, WIDTH))
+        own = (g.T @ g + GRADIENT_PRIOR * mean) / (len(g) + GRADIENT_PRIOR)
+        expected = (1 - USAGE_SPREAD) * len(g) + USAGE_SPREAD * total / EXPERTS
+        torch.testing.assert_close(stats.rows[f"experts.{number}.down"], own * expected / 100)
+    assert EXPERTS - 1 not in found  # its moment is the mean
 
 
 def test_layers_that_receive_all_tokens_keep_their_own_moments() -> None:

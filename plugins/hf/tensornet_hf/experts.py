@@ -88,8 +88,8 @@ class SplitExperts(Compound):
             top_k_index = top_k_index.masked_fill(padded, self.num_experts)
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         if hidden_states.is_meta:  # meta tensors have no values, so let every expert process every token
-            mixed = sum(self._run(number, hidden_states).to(wide) for number in range(self.num_experts))
-            return mixed.to(hidden_states.dtype)
+            outputs = [self._run(number, hidden_states) for number in range(self.num_experts)]
+            return torch.stack(outputs).sum(0).to(hidden_states.dtype)
         # Sort the slots by expert. Indices of `num_experts` and above mark empty slots.
         chosen, slots = top_k_index.reshape(-1).sort(stable=True)
         counts = chosen[chosen < self.num_experts].bincount(minlength=self.num_experts).tolist()
